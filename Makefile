@@ -74,10 +74,11 @@ image:
 		--label org.opencontainers.image.revision=$(shell git rev-parse HEAD) $(BUILD_FLAGS) .
 	@echo "$(IMAGE)"
 
-# The packages: for SLURM, Open MPI, MPICH and NVMe offload.
+# The packages: for SLURM, Open MPI, MPICH, NVMe offload and object storage.
 soak: $(TEST_READY) packages
 	@.ci/packages slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge mpirun.openmpi:openmpi-bin \
-		mpirun.mpich:mpich /usr/include/libaio.h:libaio-dev
+		mpirun.mpich:mpich /usr/include/libaio.h:libaio-dev ceph:ceph-common ceph-mon:ceph-mon ceph-osd:ceph-osd \
+		radosgw:radosgw
 	$(PYTEST) -m soak
 	TEST_COMPILE=1 $(PYTEST) -m "not soak" tests/golden $(addprefix tests/multiprocess/, test_gradient_parity.py \
 		test_layouts.py test_resumed_runs.py)

@@ -19,12 +19,16 @@ from experiment.hub_names import download_hint
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8,})")
-_COMPLETE = "COMPLETE"
-_BEST = "best"
+COMPLETE = "COMPLETE"
+BEST = "best"
 _STATE = "state.json"
 
 Verify = Callable[[Path], str | None]
 """Says what is wrong with a complete checkpoint; None if nothing is."""
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
 
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
@@ -33,7 +37,7 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Does not verify them."""
-    return [path for path in _named_checkpoints(checkpoints) if (path / _COMPLETE).exists()]
+    return [path for path in _named_checkpoints(checkpoints) if (path / COMPLETE).exists()]
 
 
 def newest_checkpoint(checkpoints: Path) -> list[Path] | None:
@@ -46,7 +50,7 @@ def newest_checkpoint(checkpoints: Path) -> list[Path] | None:
 def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
     """Those without a COMPLETE file, oldest first. A save has another name until it is complete, so these are damaged,
     or their copy is incomplete."""
-    return [path for path in _named_checkpoints(checkpoints) if not (path / _COMPLETE).exists()]
+    return [path for path in _named_checkpoints(checkpoints) if not (path / COMPLETE).exists()]
 
 
 def _named_checkpoints(checkpoints: Path) -> list[Path]:
@@ -62,7 +66,7 @@ def find_model_folder(path: Path) -> Path:
     if not (path / "config.json").is_file():
         return find_checkpoint(path) / "hf"
     folder = path.resolve()
-    if (folder.parent / _COMPLETE).exists() and (problem := verify(folder.parent, files_below(folder.name))):
+    if (folder.parent / COMPLETE).exists() and (problem := verify(folder.parent, files_below(folder.name))):
         raise UserError(f"{folder.parent} is damaged: {problem}")
     return path
 
@@ -72,7 +76,7 @@ def names_model_folder(path: Path, folder: Path) -> bool:
     names = {folder}
     if _NAME.fullmatch(folder.parent.name):
         checkpoints = folder.parent.parent
-        names |= {folder.parent, checkpoints / _BEST, checkpoints.parent}
+        names |= {folder.parent, checkpoints / BEST, checkpoints.parent}
     return not names.isdisjoint({path.absolute(), path.resolve()})
 
 
@@ -86,7 +90,7 @@ def find_checkpoint(path: Path) -> Path:
     if candidates := checkpoint_candidates(path):
         return last_usable(candidates, verify)
     if (path / "hf" / "config.json").is_file():
-        raise UserError(f"the checkpoint {path} is incomplete: it has no {_COMPLETE} file, so its save did not finish")
+        raise UserError(f"the checkpoint {path} is incomplete: it has no {COMPLETE} file, so its save did not finish")
     if _is_best(path):
         raise UserError(f"{path} names {_read_best(path)!r}, which is not a complete checkpoint")
     if (path / "checkpoints").is_dir():
@@ -110,13 +114,13 @@ def checkpoint_candidates(path: Path) -> list[Path]:
         if not _NAME.fullmatch(name):
             return []
         path = path.parent / name
-    if (path / _COMPLETE).exists():
+    if (path / COMPLETE).exists():
         return [path.resolve()]  # a link may have any name
     return complete_checkpoints(path.absolute() / "checkpoints")
 
 
 def _is_best(path: Path) -> bool:
-    return path.name == _BEST and path.is_file()
+    return path.name == BEST and path.is_file()
 
 
 def _read_best(path: Path) -> str:
@@ -145,11 +149,11 @@ def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list
     `choose`: those of its files to read, from their sorted paths in the checkpoint; default: all.
     """
     try:
-        checksums: dict[str, str] = parse_json((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+        checksums: dict[str, str] = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"its {_COMPLETE} file cannot be read: {error}"
+        return f"its {COMPLETE} file cannot be read: {error}"
     if not isinstance(checksums, dict) or not checksums:
-        return f"its {_COMPLETE} file lists no checksums"
+        return f"its {COMPLETE} file lists no checksums"
     for name in choose(sorted(checksums)):
         try:
             found = checksum(checkpoint / name)
@@ -184,9 +188,9 @@ def verify_descriptions(checkpoint: Path) -> str | None:
 def weights_digest(checkpoint: Path) -> str:
     """Identifies the contents of a complete checkpoint's Hugging Face folder. Raises OSError or ValueError if its
     COMPLETE file cannot be read, as after the checkpoint was deleted."""
-    checksums = parse_json((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
+    checksums = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
     if not isinstance(checksums, dict):
-        raise ValueError(f"its {_COMPLETE} file lists no checksums")
+        raise ValueError(f"its {COMPLETE} file lists no checksums")
     return json_digest({name: value for name, value in checksums.items() if name.startswith("hf/")})
 
 
@@ -195,7 +199,7 @@ def unlisted_files(model: Path) -> set[Path]:
     of it. Empty for a folder that is in no checkpoint."""
     folder = model.resolve()
     try:
-        listed = parse_json((folder.parent / _COMPLETE).read_text(encoding="utf-8"))
+        listed = parse_json((folder.parent / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return set()
     files = [folder.parent / name for name in files_below(folder.name)(list(listed))]
@@ -207,7 +211,7 @@ def link_model(checkpoint: Path, folder: Path) -> None:
     """Make `folder` a complete checkpoint that has only the Hugging Face folder, which stays when the original is
     deleted. Its files are hard links, or copies on a file system without them; they must not be changed."""
     unlisted = unlisted_files(checkpoint / "hf")
-    for source in [*sorted((checkpoint / "hf").rglob("*")), checkpoint / _COMPLETE]:
+    for source in [*sorted((checkpoint / "hf").rglob("*")), checkpoint / COMPLETE]:
         if source.is_dir() or source in unlisted:
             continue
         target = folder / source.relative_to(checkpoint)
@@ -230,7 +234,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def state_around(model: Path) -> dict[str, Any]:
     """state.json of the checkpoint that a Hugging Face folder is in; empty if there is none."""
     checkpoint = model.resolve().parent
-    if not ((checkpoint / _COMPLETE).is_file() and (checkpoint / _STATE).is_file()):
+    if not ((checkpoint / COMPLETE).is_file() and (checkpoint / _STATE).is_file()):
         return {}
     try:
         return read_state(checkpoint)
@@ -240,10 +244,10 @@ def state_around(model: Path) -> dict[str, Any]:
 
 def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Replace state.json of a complete checkpoint, which is usable at every moment."""
-    checksums: dict[str, str] = parse_json((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
-    write_json(checkpoint / _COMPLETE, {name: checksums[name] for name in checksums if name != _STATE}, indent=1)
+    checksums: dict[str, str] = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    write_json(checkpoint / COMPLETE, {name: checksums[name] for name in checksums if name != _STATE}, indent=1)
     write_json(checkpoint / _STATE, state, indent=1)
-    write_json(checkpoint / _COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)
+    write_json(checkpoint / COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)
 
 
 def mark_complete(checkpoint: Path, known: Mapping[str, str] | None = None) -> None:
@@ -253,19 +257,19 @@ def mark_complete(checkpoint: Path, known: Mapping[str, str] | None = None) -> N
     fsync_tree(checkpoint)
     known = known or {}
     checksums = {name: known.get(name) or checksum(path) for name, path in files.items()}
-    write_json(checkpoint / _COMPLETE, checksums, indent=1)
+    write_json(checkpoint / COMPLETE, checksums, indent=1)
 
 
 def write_best(checkpoints: Path, step: int) -> None:
     """Let `RUN/checkpoints/best` name the checkpoint of `step`, unless it is missing because it could not be saved."""
     checkpoint = checkpoint_path(checkpoints, step)
-    if (checkpoint / _COMPLETE).exists():
-        write_text(checkpoints / _BEST, f"{checkpoint.name}\n")
+    if (checkpoint / COMPLETE).exists():
+        write_text(checkpoints / BEST, f"{checkpoint.name}\n")
 
 
 def named_best(checkpoints: Path) -> Path | None:
     """The checkpoint that `RUN/checkpoints/best` names."""
-    return checkpoints / _read_best(checkpoints / _BEST) if _is_best(checkpoints / _BEST) else None
+    return checkpoints / _read_best(checkpoints / BEST) if _is_best(checkpoints / BEST) else None
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +18,32 @@ class Retention:
     keep_last: int
     keep_every: int | None = None  # also keep every step that is a multiple of this
     best: int | None = None  # also keep the best one, of this step
+    uploading: int | None = None  # also keep the one that is being copied to the mirror
+
+    def superseded(self, steps: Collection[int], newest: int) -> list[int]:
+        """The steps whose checkpoints need not be kept, of those that a run has.
+
+        newest: step of the checkpoint just saved. Checkpoints of later steps are damaged, or the run would have resumed
+        from them; they are left alone and do not count towards `keep_last`.
+        """
+        return [
+            step
+            for step in sorted(step for step in steps if step <= newest)[: -self.keep_last]
+            if step not in (self.best, self.uploading) and (self.keep_every is None or step % self.keep_every != 0)
+        ]
 
 
 def apply_retention(checkpoints: Path, keep: Retention, newest: int) -> None:
     """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves and deletions.
 
-    newest: step of the checkpoint just saved. Checkpoints of later steps are damaged, or the run would have resumed
-    from them; they are left alone and do not count towards `keep_last`. Warns about what cannot be deleted (open on a
+    newest: step of the checkpoint just saved, see `Retention.superseded`. Warns about what cannot be deleted (open on a
     network file system, immutable); the next call tries again.
     """
     remove_leftovers(checkpoints)
     best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
-    for step in [step for step in by_step if step <= newest][: -keep.keep_last]:
-        if step != keep.best and by_step[step] != best and (keep.keep_every is None or step % keep.keep_every != 0):
+    for step in keep.superseded(by_step.keys(), newest):
+        if by_step[step] != best:
             discard(by_step[step])
 
 

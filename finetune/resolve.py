@@ -13,6 +13,7 @@ from experiment.checkpoints import find_model_folder
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import checksum
+from experiment.mirror import local_model
 from experiment.progress import terminal
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
@@ -66,7 +67,7 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
 
 def _find_model(init_from: str) -> Path:
     try:
-        return find_model_folder(Path(init_from)).absolute()
+        return find_model_folder(local_model(init_from)).absolute()
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
 

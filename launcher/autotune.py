@@ -28,7 +28,7 @@ from launcher.supervision.attempt import Layout, run_attempt
 from launcher.supervision.launch_result import LaunchResult, begin_attempt
 from launcher.supervision.rank_processes import polled
 from launcher.supervision.stop_signals import StopSignals
-from pretrain.config import CorpusConfig, PretrainConfig, ScheduleConfig, StageConfig
+from pretrain.config import PretrainConfig, ScheduleConfig, StageConfig
 
 LIMIT_SECONDS = 120.0
 """Of all trials together, with the time that their ranks take to start."""
@@ -206,7 +206,7 @@ def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder
                 update={"dir": str(folder.path), "log_every": 1, "resume": "auto", "profile": False}
             ),
             "model": config.model.model_copy(update={"freeze": (), "freeze_steps": 0}),
-            "corpus": CorpusConfig(train=config.corpus.train),
+            "corpus": config.corpus.model_copy(update={"eval": {}}),
             "masking": config.masking.model_copy(update=masking),
             # The learning rate stays near 0, so that nothing diverges.
             "schedule": ScheduleConfig(warmup_steps=_MORE_STEPS * len(stages), stages=tuple(stages)),

@@ -9,6 +9,7 @@ from experiment.checkpoints import find_model_folder
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import checksum
+from experiment.mirror import local_model
 from experiment.own_process import module_command
 from experiment.run_folder import COMPARISON_RECORD, RunFolder, folder_name
 from finetune.config import FinetuneConfig
@@ -80,7 +81,7 @@ def _find_encoders(config: CompareConfig, file: str) -> CompareConfig:
     rows = {}
     for name, row in config.rows.items():
         try:
-            folder = find_model_folder(Path(row.init_from)).absolute()
+            folder = find_model_folder(local_model(row.init_from)).absolute()
         except UserError as error:
             raise UserError(f"{file}: rows.{name}.init_from: {error}") from None
         rows[name] = row.model_copy(update={"init_from": str(folder)})

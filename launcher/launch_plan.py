@@ -12,12 +12,13 @@ from experiment.config import dump_config
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
 from experiment.run_folder import RunFolder
+from experiment.storage import is_url
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine
 from launcher.options import HostOptions, PretrainOptions
 from launcher.preflight.run import passing_hosts
-from launcher.preflight.target import Target, target_of_hosts, target_of_run
+from launcher.preflight.target import CacheNeeds, Target, target_of_hosts, target_of_run
 from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, added_environment, start_command
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import check_launcher, is_local, place_ranks
@@ -116,7 +117,7 @@ def plan_launch(
     else:
         _check_paths(run.folder)
     hosts = target_of_hosts(slots, machine, options.launcher, options.env, options.oversubscribe)
-    target = target_of_run(hosts, run.config, run.num_parameters, run.folder)
+    target = target_of_run(hosts, run.config, run.num_parameters, run.folder, _cache_needs(run))
     added = added_environment(machine, local)
     return LaunchPlan(options, run.config, run.folder, slots, machine, added, target, _summary(run))
 
@@ -154,6 +155,28 @@ def _resolve(config: PretrainConfig, ranks: int) -> "ResolvedRun":
         if not RunFolder(Path(config.run.dir)).owner.exists():
             raise
         return resolve(config, world_size=ranks)
+
+
+def _cache_needs(run: "ResolvedRun") -> CacheNeeds | None:
+    """Raises UserError if `corpus.cache_gib` is less than the corpora take."""
+    config = run.config.corpus
+    if config.cache is None or not any(map(is_url, config.sources)):
+        return None
+    from pretrain.corpus.cache import CorpusCache
+
+    cache = CorpusCache(Path(config.cache))
+    corpora = [*(given.corpus for given in run.corpora), *run.held_out.values()]
+    copies = {
+        str(cache.folder_of(source, corpus.manifest)): sum(shard.bytes for shard in corpus.manifest.shards)
+        for source, corpus in zip(config.all_sources, corpora, strict=True)
+        if is_url(source)
+    }
+    needs = CacheNeeds(config.cache, config.cache_bytes, copies)
+    if needs.limit is not None and needs.bytes > needs.limit:
+        raise UserError(
+            f"corpus.cache_gib is {config.cache_gib:g}, but the corpora take {needs.bytes / 2**30:,.3f} GiB"
+        )
+    return needs
 
 
 def _check_paths(folder: RunFolder) -> None:

@@ -20,6 +20,7 @@ def print_run_plan(options: PlanOptions) -> None:
     select_accelerator(machine.devices)
 
     with fast_imports():
+        from pretrain.corpus.cache import copy_urls
         from pretrain.plan.cost import Device, Rates, local_cpu, local_gpu
         from pretrain.plan.plan import plan_run
         from pretrain.plan.text import as_json, print_plan
@@ -31,7 +32,7 @@ def print_run_plan(options: PlanOptions) -> None:
     if options.device is not None:
         device = Device(options.device, None, None)
     plan = plan_run(
-        resolve(config, ranks),
+        resolve(config, ranks, copies=copy_urls(config.corpus)),
         hosts=len(slots),
         ranks=ranks,
         device=Device(

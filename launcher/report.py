@@ -101,11 +101,11 @@ def _checkpoints(folder: RunFolder) -> dict[Path, str]:
 def _sentences_of(folder: RunFolder) -> list[MaskedSentence]:
     """From the first corpus of `corpus.eval`; empty without any."""
     from experiment.tokenizer import load_tokenizer
-    from pretrain.corpus.reader import open_corpus
+    from pretrain.corpus.cache import open_local
 
     held_out = (read_run_config(folder).get("corpus") or {}).get("eval") or {}
     for path in list(held_out.values())[:1]:
-        corpus = open_corpus(Path(path))
+        corpus = open_local(path)
         lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
         starts, cut = np.cumsum(lengths) - lengths, np.minimum(lengths, _LONGEST)
         order = np.random.default_rng(_SEED).permutation(np.flatnonzero(lengths >= _SHORTEST))

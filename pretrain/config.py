@@ -20,6 +20,7 @@ from pydantic import (
 from experiment.config import Section, did_you_mean
 from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength, expand_home
 from experiment.config.loading import check_kind
+from experiment.storage import is_url
 from experiment.tracking.config import TrackingConfig
 from pretrain.ds_configs import DsConfig
 from pretrain.optimizer_config import OptimizerConfig
@@ -48,6 +49,13 @@ class RunConfig(Section):
     """`auto` resumes from the newest checkpoint in the run folder, if any. `never` rejects a used folder. The path of
     another run, or of one of its checkpoints, forks it: the full state in a new run. See docs/checkpoints.md and
     docs/continued_pretraining.md."""
+
+    @field_validator("dir")
+    @classmethod
+    def _on_a_disk(cls, folder: str) -> str:
+        if is_url(folder):
+            raise ValueError(f"'dir': expected a folder, found the URL {folder}; see 'checkpoint.mirror'")
+        return folder
 
     @property
     def parent(self) -> str | None:
@@ -106,7 +114,7 @@ class WeightedCorpus(Section):
     """One corpus of a mixture."""
 
     path: PathText
-    """Folder built by `deepcloze corpus`."""
+    """Folder built by `deepcloze corpus`, or a URL."""
 
     weight: PositiveFloat = 1.0
     """Share of the training tokens, relative to the weights of the other corpora."""
@@ -116,10 +124,35 @@ class CorpusConfig(Section):
     """Training and evaluation data, built by `deepcloze corpus`."""
 
     train: PathText | tuple[WeightedCorpus, ...]
-    """Corpus folder to train on, or a list of {path, weight} for a mixture. See docs/data_mixtures.md."""
+    """Corpus folder to train on, or a list of {path, weight} for a mixture. See docs/data_mixtures.md. With `cache`,
+    folders may be URLs, such as s3://bucket/corpora/wikipedia. See docs/object_storage.md."""
 
     eval: dict[str, PathText] = {}
     """Corpora for held-out metrics, as {name: folder}. See docs/evaluation.md."""
+
+    cache: PathText | None = None
+    """Folder on a local disk of each host, to which the host copies the corpora before training. null: ranks read them
+    where they are. See docs/object_storage.md."""
+
+    cache_gib: PositiveFloat | None = None
+    """Maximum size of `cache` in GiB: copies that were not used for longest are deleted to make space. null: copies
+    are kept."""
+
+    @property
+    def cache_bytes(self) -> float | None:
+        """`cache_gib` in bytes."""
+        return None if self.cache_gib is None else self.cache_gib * 2**30
+
+    @property
+    def all_sources(self) -> tuple[str, ...]:
+        """The folders and URLs of the training corpora, then of those in `eval`."""
+        train = (self.train,) if isinstance(self.train, str) else tuple(given.path for given in self.train)
+        return (*train, *self.eval.values())
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Each of `all_sources` once."""
+        return tuple(dict.fromkeys(self.all_sources))
 
     @field_validator("train")
     @classmethod
@@ -134,6 +167,17 @@ class CorpusConfig(Section):
         if "" in held_out:
             raise ValueError(f"expected a name for each corpus, found an empty one for {held_out['']}")
         return held_out
+
+    @model_validator(mode="after")
+    def _cached_urls(self) -> Self:
+        if self.cache is None:
+            if url := next(filter(is_url, self.sources), None):
+                raise ValueError(f"{url} is a URL: set 'cache' to a folder on a local disk, to which hosts copy it")
+            if self.cache_gib is not None:
+                raise ValueError("'cache_gib' limits 'cache', which is missing")
+        elif is_url(self.cache):
+            raise ValueError(f"'cache': expected a folder on a local disk, found the URL {self.cache}")
+        return self
 
 
 class BatchConfig(Section):
@@ -348,6 +392,17 @@ class CheckpointConfig(Section):
 
     keep_every: PositiveInt | None = None
     """Also keep checkpoints whose step is a multiple of this; null: none. The best checkpoint is always kept."""
+
+    mirror: str | None = None
+    """URL of a folder in object storage, such as s3://bucket/runs/first, to which checkpoints are copied in the
+    background. A run folder without checkpoints resumes from there. null: no copies. See docs/object_storage.md."""
+
+    @field_validator("mirror")
+    @classmethod
+    def _url(cls, mirror: str | None) -> str | None:
+        if mirror is not None and not is_url(mirror):
+            raise ValueError(f"'mirror': expected a URL, such as s3://bucket/runs/first, found {mirror!r}")
+        return mirror and mirror.rstrip("/")
 
 
 class HealthConfig(Section):

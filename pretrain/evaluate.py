@@ -22,6 +22,7 @@ from experiment.config import build_config
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.formatting import format_perplexity
+from experiment.mirror import local_model
 from experiment.progress import track
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.transformers_models import max_positions
@@ -34,7 +35,8 @@ from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
-from pretrain.corpus.reader import Corpus, open_corpus
+from pretrain.corpus.cache import open_local
+from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.modeling.build import build_model, choose_rows
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
@@ -147,7 +149,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     A checkpoint is scored with its run's seed, masking and sequence length; any other folder with the defaults.
     Raises UserError.
     """
-    folder = find_model_folder(Path(checkpoint))
+    folder = find_model_folder(local_model(checkpoint))
     settings = _settings(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary = build_vocabulary(tokenizer)
@@ -197,7 +199,7 @@ def _settings(folder: Path) -> _Settings:
 def _open_all(names: str, fingerprint: str, folder: Path) -> dict[str, Corpus]:
     opened: dict[str, Corpus] = {}
     for name in map(expand_home, filter(None, names.split(","))):
-        corpus = open_corpus(Path(name))
+        corpus = open_local(name)
         if corpus.tokenizer_fingerprint != fingerprint:
             raise UserError(f"the corpus {name} was built with another tokenizer than the one in {folder}")
         opened[corpus.name if corpus.name not in opened else name] = corpus

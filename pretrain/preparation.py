@@ -1,13 +1,21 @@
 """Prepare a run on all ranks: everything that may be refused, before the engine takes the device."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
-from experiment.run_folder import open_run_folder
+from experiment.checkpoints import complete_checkpoints
+from experiment.errors import UserError
+from experiment.mirror import Mirror
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.storage import is_url
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.packing import Rows
-from pretrain.config import PretrainConfig
+from pretrain.config import CorpusConfig, PretrainConfig
+from pretrain.corpus.cache import CorpusCache
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
@@ -18,6 +26,8 @@ from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
+
+T = TypeVar("T")
 
 
 class Preparation(NamedTuple):
@@ -34,9 +44,10 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparatio
     Raises AgreedError: a UserError on any rank, such as a host that lacks the corpus, is raised on all.
     """
     group.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
-    run = group.call(
-        lambda: resolve(config, world.size, decide=group.from_rank0, verify=partial(verify_together, group, world))
-    )
+    restore_from_mirror(config, world, group)
+    copies = copy_corpora_to_hosts(config.corpus, world, group)
+    verify = partial(verify_together, group, world)
+    run = group.call(lambda: resolve(config, world.size, group.from_rank0, verify, copies))
     group.call(lambda: check_device_support(run.deepspeed))
     if world.rank == 0:
         warn_of_emulation(run.deepspeed)
@@ -59,6 +70,60 @@ def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
     """
     (flat,) = group.all_reduce_sum([int(rows == "flat")])
     return "windows" if rows == "flat" and flat < world.size else rows
+
+
+def copy_corpora_to_hosts(config: CorpusConfig, world: World, group: CpuGroup) -> dict[str, Path]:
+    """Copy the corpora to `corpus.cache` on one rank of each host. Collective; raises AgreedError.
+
+    Returns the folder of each corpus, as `CorpusCache.locate` does on the host; nothing without a cache.
+    """
+    if config.cache is None:
+        return {}
+    sources = [name if is_url(name) else str(Path(name).absolute()) for name in config.sources]
+    folder = Path(config.cache).absolute()
+
+    def locate(on_progress: Callable[[], None]) -> dict[str, Path]:
+        cache = CorpusCache(folder, config.cache_bytes, on_progress, show_progress=world.rank == 0)
+        return cache.locate(sources) if world.local_rank == 0 else {}
+
+    return _call_slow(locate, group)[world.rank - world.local_rank]
+
+
+def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -> None:
+    """Copy the newest checkpoint of `checkpoint.mirror` to a run folder without checkpoints. Collective; raises
+    AgreedError."""
+    folder, url = RunFolder(Path(config.run.dir).absolute()), config.checkpoint.mirror
+    if url is None:
+        return
+
+    def restore(on_progress: Callable[[], None]) -> None:
+        if world.rank != 0 or complete_checkpoints(folder.checkpoints):
+            return
+        mirror = Mirror(url)
+        if config.run.resume == "never" and mirror.complete():
+            raise UserError(
+                f"run.resume is 'never', but {url} already holds checkpoints; choose another checkpoint.mirror"
+            )
+        mirror.restore(folder, on_progress, show_progress=True)
+
+    _call_slow(restore, group)
+
+
+def _call_slow(function: Callable[[Callable[[], None]], T], group: CpuGroup) -> list[T]:
+    """Call a function on all ranks that may take longer than the timeout of a collective. Collective; raises
+    AgreedError. `function` gets what it must call when it makes progress. Returns the results by rank."""
+    progressed = threading.Event()
+    thread = ThreadPoolExecutor(1, "preparation")
+    part = thread.submit(function, progressed.set)
+    thread.shutdown(wait=False)
+
+    def made_progress() -> bool:
+        made = progressed.is_set()
+        progressed.clear()
+        return made
+
+    group.wait_for_all(part, made_progress)
+    return group.from_all_ranks(part.result)
 
 
 def verify_on_each_host(corpora: Sequence[Corpus], world: World, group: CpuGroup) -> None:

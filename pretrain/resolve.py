@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -15,11 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from experiment.checkpoints import Verify, read_state, verify_descriptions
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder
+from experiment.storage import is_url
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.tracking import check_tracking
 from experiment.transformers_models import check_freeze, max_positions
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, Stage, WeightedCorpus
+from pretrain.corpus.cache import open_source
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
@@ -89,6 +92,7 @@ def resolve(
     world_size: int,
     decide: Decide = _decide_locally,
     verify: Verify = verify_descriptions,
+    copies: Mapping[str, Path] = MappingProxyType({}),
 ) -> ResolvedRun:
     """Resolve and check a run. Raises UserError for the first thing that would keep it from starting.
 
@@ -96,6 +100,7 @@ def resolve(
         decide: ranks pass `CpuGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears
             or disappears at this moment.
         verify: says what is wrong with a checkpoint. Ranks, which load it, read all of it.
+        copies: folders to open instead of corpora that the config names. Documents of other URLs cannot be read.
     """
     deepspeed = load_settings(config.engine.ds_config)
     config = _with_absolute_paths(config, deepspeed.path)
@@ -104,7 +109,7 @@ def resolve(
     point = decide(lambda: find_resume_candidates(config.run, folder)).choose(verify)
     located, model_source = decide(lambda: locate_model(config.model, point))
     config = config.model_copy(update={"model": located})
-    corpora, held_out = _open_corpora(config.corpus)
+    corpora, held_out = _open_corpora(config.corpus, copies)
     train = corpora[0].corpus
     check_tokenizer(model_source, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
@@ -148,7 +153,11 @@ def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainCon
         "run": run.model_copy(update={"dir": _absolute(run.dir), "resume": resume}),
         "model": model.model_copy(update={"added_tokens": added_tokens}),
         "corpus": corpus.model_copy(
-            update={"train": train, "eval": {name: _absolute(path) for name, path in corpus.eval.items()}}
+            update={
+                "train": train,
+                "eval": {name: _absolute(path) for name, path in corpus.eval.items()},
+                "cache": None if corpus.cache is None else _absolute(corpus.cache),
+            }
         ),
         "engine": config.engine.model_copy(update={"ds_config": str(ds_config)}),
     }
@@ -156,13 +165,15 @@ def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainCon
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).absolute())
+    return path if is_url(path) else str(Path(path).absolute())
 
 
-def _open_corpora(config: CorpusConfig) -> tuple[tuple[TrainingCorpus, ...], dict[str, Corpus]]:
+def _open_corpora(
+    config: CorpusConfig, copies: Mapping[str, Path]
+) -> tuple[tuple[TrainingCorpus, ...], dict[str, Corpus]]:
     """The training corpora, and the held-out ones by name. Raises UserError unless all have the same tokenizer."""
-    corpora = _open_mixture(config.train)
-    held_out = {name: _open_corpus(f"corpus.eval.{name}", path) for name, path in config.eval.items()}
+    corpora = _open_mixture(config.train, copies)
+    held_out = {name: _open_corpus(f"corpus.eval.{name}", path, copies) for name, path in config.eval.items()}
     first, *others = [given.corpus for given in corpora]
     keys = [("corpus.train", corpus) for corpus in others]
     keys += [(f"corpus.eval.{name}", corpus) for name, corpus in held_out.items()]
@@ -181,31 +192,31 @@ def _open_corpora(config: CorpusConfig) -> tuple[tuple[TrainingCorpus, ...], dic
     return corpora, held_out
 
 
-def _open_mixture(train: str | Sequence[WeightedCorpus]) -> tuple[TrainingCorpus, ...]:
+def _open_mixture(train: str | Sequence[WeightedCorpus], copies: Mapping[str, Path]) -> tuple[TrainingCorpus, ...]:
     if isinstance(train, str):
-        corpus = _open_corpus("corpus.train", train)
+        corpus = _open_corpus("corpus.train", train, copies)
         return (TrainingCorpus(corpus.name, corpus),)
-    opened = [_open_corpus("corpus.train", given.path) for given in train]
+    opened = [_open_corpus("corpus.train", given.path, copies) for given in train]
     for number, corpus in enumerate(opened):
         for other in opened[:number]:
             if corpus.fingerprint == other.fingerprint:
                 raise UserError(f"corpus.train: {other.path} and {corpus.path} are the same corpus; add up the weights")
     return tuple(
         TrainingCorpus(name, corpus, given.weight)
-        for name, corpus, given in zip(_unique_names(opened), opened, train, strict=True)
+        for name, corpus, given in zip(_unique_names([given.path for given in train]), opened, train, strict=True)
     )
 
 
-def _open_corpus(key: str, path: str) -> Corpus:
+def _open_corpus(key: str, path: str, copies: Mapping[str, Path]) -> Corpus:
     try:
-        return open_corpus(Path(path))
+        return open_corpus(copies[path]) if path in copies else open_source(path)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 
 
-def _unique_names(corpora: Sequence[Corpus]) -> list[str]:
-    """The corpora's folder names, with as many parent folders as make them unique."""
-    paths = [corpus.path.resolve() for corpus in corpora]
+def _unique_names(corpora: Sequence[str]) -> list[str]:
+    """The names of folders or URLs, with as many parent folders as make them unique."""
+    paths = [Path(name) if is_url(name) else Path(name).resolve() for name in corpora]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

@@ -25,6 +25,7 @@ from experiment.config import flatten, with_defaults
 from experiment.errors import UserError
 from experiment.provenance import read_origin, read_provenance
 from experiment.run_folder import RunFolder, check_run_folder
+from experiment.storage import is_url
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,11 @@ def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelCo
                 "max_positions": None,
             }
             return model.model_copy(update={"init_from": saved["init_from"]}), model.model_copy(update=copy)
+    if is_url(model.init_from):
+        raise UserError(
+            f"model.init_from: {model.init_from} is a URL: copy it to a disk that the hosts share, with "
+            f"`deepcloze export --checkpoint {model.init_from} --output FOLDER`"
+        )
     try:
         folder = find_model_folder(Path(model.init_from)).absolute()
     except UserError as error:

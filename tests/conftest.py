@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from rank_pool import ForkServer, RankPool
+from s3_server import environment, moto_server, new_bucket
 from small_disk import SmallDisk, mounted_small_disk
 from triton_interpreter import interpret_kernels
 
@@ -196,3 +197,22 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         if isinstance(disk, str):
             pytest.skip(disk)
         yield disk
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of an S3 server, in a process of its own."""
+    with moto_server() as port:
+        yield port
+
+
+@pytest.fixture
+def bucket(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a new bucket; this process and those that it starts find its server."""
+    import s3fs
+
+    for name, value in environment(s3_port).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # of another test's server
+    yield new_bucket()
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -6,7 +6,7 @@ from pydantic import PositiveFloat, model_validator
 
 from experiment.config import Section
 
-AlertEvent = Literal["crash", "stall", "bad_batch", "no_checkpoint", "finish"]
+AlertEvent = Literal["crash", "stall", "bad_batch", "no_checkpoint", "mirror", "finish"]
 
 
 class AlertsConfig(Section):
@@ -24,7 +24,7 @@ class AlertsConfig(Section):
     wandb: bool = False
     """Send alerts through Weights & Biases."""
 
-    events: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "finish")
+    events: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "mirror", "finish")
     """Events that send alerts."""
 
     no_checkpoint_hours: PositiveFloat = 6.0

@@ -6,6 +6,7 @@ from pathlib import Path
 from experiment.checkpoints import find_model_folder, unlisted_files
 from experiment.errors import UserError, describe_disk_error, reason
 from experiment.files import created_parents, removed_on_error
+from experiment.mirror import local_model
 from experiment.results.exported_card import write_card
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
@@ -16,7 +17,7 @@ def export_command(options: ExportOptions) -> None:
     """Run the command. The output is complete or does not exist. Raises UserError."""
     if options.int8 and options.format != "onnx":
         raise UserError("--int8 needs --format onnx: a Hugging Face folder has fp32 weights")
-    source = _find_source(Path(options.checkpoint))
+    source = _find_source(local_model(options.checkpoint))
     target = Path(options.output).absolute()
     _check_output(source, target)
     aside = target.with_name(f".{target.name}.partial")

@@ -54,6 +54,7 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
         "shared": shared,
         "write_error": write_error,
         "free_bytes": _free_bytes(request["token_folder"]) if shared else None,
+        "cache_bytes": _cache_bytes(request["cache"], request["kept"]),
         "time": time.time(),
         "gpu_memory_used": _gpu_memory_used(),
         "cores": cpu_cores(),
@@ -100,6 +101,17 @@ def _free_bytes(folder: str) -> int | None:
     except OSError:
         return None
     return disk.f_bavail * disk.f_frsize
+
+
+def _cache_bytes(cache: str | None, kept: Sequence[str]) -> int | None:
+    """What is free on the disk of the cache, and the sizes of the files that are kept or replaced there."""
+    if cache is None:
+        return None
+    existing = next(folder for folder in (Path(cache), *Path(cache).parents) if folder.exists())
+    free = _free_bytes(str(existing))
+    if free is None or not os.access(existing, os.W_OK):
+        return 0
+    return free + sum(path.stat().st_size for folder in kept for path in Path(folder).rglob("*") if path.is_file())
 
 
 def _version(library: str) -> str | None:

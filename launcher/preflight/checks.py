@@ -11,7 +11,7 @@ from typing import Literal
 from launcher.hosts.hostfile import Slots
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.probe_hosts import HostAnswer, HostFacts, Unreachable
-from launcher.preflight.target import Target
+from launcher.preflight.target import CacheNeeds, Target
 
 Check = Literal[
     "ssh", "Python", "packages", "code", "files", "run folder", "disk", "devices", "clock", "network", "port", "speed"
@@ -74,6 +74,8 @@ def _problems_of_host(host: str, answer: HostAnswer, own: HostFacts, target: Tar
     yield from _file_problems(host, facts, own)
     if target.folder is not None:
         yield from _disk_problems(host, facts, target, seen)
+    if target.cache is not None:
+        yield from _cache_problems(host, facts, target.cache)
     yield from _device_problems(host, facts, target)
     if abs(answer.clock_offset) > _CLOCK_SECONDS:
         side = "ahead of" if answer.clock_offset > 0 else "behind"
@@ -130,6 +132,13 @@ def _disk_problems(host: str, facts: HostFacts, target: Target, seen: bool) -> I
             "for the planned checkpoints"
         )
         yield Problem("disk", text, f"ssh {host} df -h {folder}    # free space, or lower checkpoint.keep_last")
+
+
+def _cache_problems(host: str, facts: HostFacts, needs: CacheNeeds) -> Iterator[Problem]:
+    if facts.cache_bytes is not None and facts.cache_bytes < needs.bytes:
+        text = f"{_gigabytes(facts.cache_bytes)} for corpora at {needs.folder}, expected {_gigabytes(needs.bytes)}"
+        fix = f"ssh {host} df -h {shlex.quote(needs.folder)}    # free space, or choose another corpus.cache"
+        yield Problem("disk", text, fix)
 
 
 def _device_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Problem]:

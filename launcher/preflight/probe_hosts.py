@@ -46,6 +46,8 @@ class ProbeRequest:
     folders: tuple[str, ...] = ()  # absolute paths
     token_folder: str | None = None  # in the run folder; holds `probe.LAUNCHER_TOKEN`
     token: str = ""  # name of the file that this host writes there
+    cache: str | None = None  # folder on a local disk
+    kept: tuple[str, ...] = ()  # folders in the cache whose files are taken for free, or the cache itself
     port: int | None = None
     peer: str | None = None  # another host
 
@@ -63,6 +65,7 @@ class HostFacts:
     shared: bool | None  # whether the launching machine's token is there
     write_error: str | None  # why the own token cannot be written
     free_bytes: int | None  # of the run folder's disk
+    cache_bytes: int | None  # that the copies in the cache can have
     time: float  # `time.time()`
     gpu_memory_used: tuple[int, ...] | None  # bytes, by GPU; None: unknown
     cores: int

@@ -117,6 +117,8 @@ def _probe(
         files=tuple(map(str, target.files)),
         folders=(str(Path.cwd()),),  # DeepSpeed changes to it on all hosts
         port=target.port,
+        cache=target.cache.folder if target.cache else None,
+        kept=target.cache.kept if target.cache else (),
     )
     own = probe_this_machine(request)
     with _token_folder(target.folder) as folder:

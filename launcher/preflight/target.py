@@ -9,6 +9,7 @@ from pathlib import Path
 from experiment.checkpoints import complete_checkpoints
 from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
+from experiment.storage import is_url
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.ranks.environment import forwarded_environment
@@ -19,6 +20,24 @@ from pretrain.config import PretrainConfig
 _ENGINE_BYTES = 3 * 4  # weight and two moments of the optimizer
 _MODEL_BYTES = 4  # in hf/
 _AVERAGE_BYTES = 2 * 4  # in engine/ and hf-ema/
+
+
+@dataclass(frozen=True)
+class CacheNeeds:
+    """What hosts must copy to `corpus.cache`: corpora whose names are URLs. Of others, a host can read the original."""
+
+    folder: str
+    limit: float | None  # bytes of all copies
+    copies: Mapping[str, int]  # folder of each copy -> its bytes
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.copies.values())
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The folders whose files take no more space: copies that are there, and with a limit those that it deletes."""
+        return tuple(self.copies) if self.limit is None else (self.folder,)
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,7 @@ class Target:
     folder: Path | None = None  # of the run; None: without a config
     files: tuple[Path, ...] = ()  # that must be the same on all hosts
     checkpoint_bytes: int = 0  # still to be written
+    cache: CacheNeeds | None = None  # None: no corpus is a URL
 
     @cached_property
     def _first_two(self) -> tuple[str, ...]:
@@ -64,13 +84,16 @@ def target_of_hosts(
     )
 
 
-def target_of_run(hosts: Target, config: PretrainConfig, num_parameters: int, folder: RunFolder) -> Target:
+def target_of_run(
+    hosts: Target, config: PretrainConfig, num_parameters: int, folder: RunFolder, cache: CacheNeeds | None = None
+) -> Target:
     """Add the requirements of a run. `config`: resolved."""
     return replace(
         hosts,
         folder=folder.path,
         files=_required_files(config),
         checkpoint_bytes=_checkpoint_bytes(config, num_parameters, folder),
+        cache=cache,
     )
 
 
@@ -83,9 +106,7 @@ def _named_interfaces(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 def _required_files(config: PretrainConfig) -> tuple[Path, ...]:
     """The files that stand for all that the ranks read: manifests of corpora have the checksums of the shards."""
-    train = config.corpus.train
-    corpora = [train] if isinstance(train, str) else [given.path for given in train]
-    files = [Path(path) / "manifest.json" for path in (*corpora, *config.corpus.eval.values())]
+    files = [Path(source) / "manifest.json" for source in config.corpus.sources if not is_url(source)]
     files.append(Path(config.engine.ds_config))
     if config.model.init_from is not None:
         files.append(Path(config.model.init_from) / "config.json")

@@ -10,7 +10,8 @@
 - tokenization: text to token ids; word_cache: each word once
 - words: where words begin
 - shards, manifest: the files of a corpus
-- reader: opens a finished corpus for training; verification: checks its files
+- reader: opens a finished corpus for training; verification: checks its files; cache: copies
+  on local disks
 
 Besides:
 

@@ -111,7 +111,19 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a finished corpus. Raises UserError if it is missing or damaged, or has another format."""
     path = folder / MANIFEST
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"has no {MANIFEST}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} is not a corpus: it {problem}; build one with `deepcloze corpus`") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest in the content of a file. Raises UserError, which names `path`, if it is damaged."""
+    try:
+        found = parse_json(content.decode("utf-8"))
         if found["format"] != FORMAT:
             raise UserError(f"{path}: found corpus format {found['format']}, expected {FORMAT}; rebuild the corpus")
         manifest = Manifest(
@@ -129,11 +141,6 @@ def read_manifest(folder: Path) -> Manifest:
         for shard in manifest.shards:
             if not _SHARD_NAME.fullmatch(shard.file):
                 raise ValueError(f"not a shard name: {shard.file}")
-    except (FileNotFoundError, NotADirectoryError):
-        problem = f"has no {MANIFEST}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} is not a corpus: it {problem}; build one with `deepcloze corpus`") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise

@@ -29,11 +29,16 @@ def verified_shards(corpora: Iterable[Corpus], show_progress: bool) -> Iterator[
     Raises UserError for the first damaged shard.
     """
     for corpus in {corpus.path: corpus for corpus in corpora}.values():
-        if not _Record(corpus).holds():
+        if not is_verified(corpus):
             for shard, damage in _find_damage(corpus, show_progress):
                 if damage is not None:
                     raise UserError(damage)
                 yield shard
+
+
+def is_verified(corpus: Corpus) -> bool:
+    """Whether this host has verified the corpus, and no shard has changed since."""
+    return _Record(corpus).holds()
 
 
 def verify_command(folders: str) -> None:

@@ -5,6 +5,7 @@
 - reporter: metrics, alerts, slow ranks; log_interval: losses and pace since the last log event
 - evaluation: held-out scores, best step, early stopping, overfitting; learning_rate: a function of the step
 - checkpointer: when to save and what; checkpoint_tensors: its files; background_save: write while training continues
+- mirror_uploads: copies of checkpoints in object storage
 - health: find bad batches, write them to the run folder, decide: stop, skip or rewind
 - replicas: do the ranks still agree; cpu_group: collectives on the CPU; device_sums: sums of whole numbers on GPUs
 - profiler: where the time of a step goes; stop_request: signals and the STOP file

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from pretrain.training.checkpoint_tensors import (
     write_share,
 )
 from pretrain.training.cpu_group import CpuGroup
+from pretrain.training.mirror_uploads import MirrorUploads
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -95,16 +96,25 @@ def work_of_this_thread() -> ThreadWork:
 class BackgroundSave:
     """The save in flight, if any."""
 
-    def __init__(self, checkpoints: Path, group: CpuGroup, world: World, saved_step: int | None) -> None:
+    def __init__(
+        self,
+        checkpoints: Path,
+        group: CpuGroup,
+        world: World,
+        saved_step: int | None,
+        uploads: MirrorUploads | None = None,
+    ) -> None:
         """Collective. Deletes what interrupted saves have left.
 
         Args:
             checkpoints: folder of the run.
             saved_step: of the newest checkpoint of the run; None if it has none.
+            uploads: to tell of new checkpoints, on rank 0.
         """
         self._checkpoints = checkpoints
         self._group = group
         self._world = world
+        self._uploads = uploads
         self.saved_step = saved_step
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority)
         self._work = self._thread.submit(work_of_this_thread).result()
@@ -160,7 +170,10 @@ class BackgroundSave:
         if self._world.rank == 0:
             partial = self._partial(snapshot.step)
             complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
-            publish(partial, checkpoint_path(self._checkpoints, snapshot.step), snapshot.keep)
+            keep = replace(snapshot.keep, uploading=self._uploads.uploading) if self._uploads else snapshot.keep
+            publish(partial, checkpoint_path(self._checkpoints, snapshot.step), keep)
+            if self._uploads is not None:
+                self._uploads.update(snapshot.keep)
 
     def _fail(self, step: int, error: UnwritableError) -> None:
         """Leave nothing of the save behind, the disk may be full, and let training continue a few times."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,10 @@ from experiment.checkpoints import (
     write_best,
 )
 from experiment.goodput import CHECKPOINTING, ActivityTimer
+from experiment.mirror import Mirror
 from experiment.provenance import write_origin
 from experiment.retention import Retention
+from experiment.tracking.alerts import Alert
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
 from pretrain.export import persistent_buffers, write_hugging_face_folder
@@ -32,6 +35,7 @@ from pretrain.training.background_save import BackgroundSave, Snapshot, Unwritab
 from pretrain.training.checkpoint_tensors import HostMemory, load_checkpoint
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
+from pretrain.training.mirror_uploads import MirrorUploads
 from pretrain.training.training_progress import (
     TrainingClock,
     TrainingProgress,
@@ -85,6 +89,7 @@ class Checkpointer:
         clock: TrainingClock,
         times: ActivityTimer,
         provenance: Mapping[str, Any],
+        alert: Callable[[Alert], None],
     ) -> None:
         """Collective.
 
@@ -92,6 +97,7 @@ class Checkpointer:
             model: whose config and buffers go to the Hugging Face folder.
             interval: its losses are a part of the progress.
             provenance: of the run.
+            alert: sends an alert.
         """
         self._run = run
         self._engine = engine
@@ -104,7 +110,9 @@ class Checkpointer:
         plan = run.resume_plan
         resumed = plan.checkpoint is not None and not plan.fork
         saved_step = checkpoint_step(plan.checkpoint) if plan.checkpoint is not None and resumed else None
-        self._saves = BackgroundSave(run.folder.checkpoints, group, engine.world, saved_step)
+        url = run.config.checkpoint.mirror
+        self._uploads = MirrorUploads(Mirror(url), run.folder, alert) if url and engine.world.rank == 0 else None
+        self._saves = BackgroundSave(run.folder.checkpoints, group, engine.world, saved_step, self._uploads)
         self._memory = HostMemory()
 
     @property
@@ -167,6 +175,8 @@ class Checkpointer:
         `evaluated`: an evaluation that was left to this attempt was just made; it is added to the checkpoint of its
         step. Raises UnwritableError like `save_if_due`.
         """
+        if self.saved_step is not None:
+            self._upload(progress)
         needs_rewind_target = self.saved_step is None and self._run.config.health.policy == "rewind"
         if evaluated and self.saved_step == progress.step:
             self.update(progress)
@@ -186,6 +196,7 @@ class Checkpointer:
                 self._saves.begin(self._snapshot(self._interval.include_in(progress)))
             else:  # an attempt that failed after it was saved may not have named the best
                 self._on_rank0(lambda: _name_best(self._run.folder.checkpoints, progress))
+                self._upload(progress)
 
     def save_now(self, progress: TrainingProgress) -> None:
         """Save the checkpoint of this step unless it exists, and wait for it. Collective.
@@ -212,13 +223,33 @@ class Checkpointer:
             _name_best(checkpoints, progress)
 
         self._on_rank0(replace_progress)
+        self._upload(progress)
+
+    def close(self) -> None:
+        """Wait until the newest checkpoint is in the mirror, for at most `mirror_uploads.CLOSE_SECONDS`. Collective."""
+        if self._run.config.checkpoint.mirror is None:
+            return
+        thread = ThreadPoolExecutor(1, "end of the uploads")
+        closing = thread.submit(self._uploads.close if self._uploads is not None else lambda: None)
+        thread.shutdown(wait=False)
+        self._group.wait_for_all(closing, lambda: True)  # the time is limited
+        closing.result()
+
+    def _upload(self, progress: TrainingProgress) -> None:
+        """Let the mirror have the checkpoints that are there."""
+        if self._uploads is not None:
+            self._uploads.update(self._retention(progress))
+
+    def _retention(self, progress: TrainingProgress) -> Retention:
+        options = self._run.config.checkpoint
+        return Retention(options.keep_last, options.keep_every, progress.evaluations.best_step)
 
     def _on_rank0(self, write: Callable[[], None]) -> None:
         on_all_ranks(self._group, write if self._engine.world.rank == 0 else lambda: None)
 
     def _snapshot(self, progress: TrainingProgress) -> Snapshot:
         """Everything that the checkpoint of this step contains, copied."""
-        step, options = progress.step, self._run.config.checkpoint
+        step = progress.step
         buffers = persistent_buffers(self._model) if self._engine.world.rank == 0 else {}
         state = {
             "progress": progress_to_json(progress),
@@ -235,7 +266,7 @@ class Checkpointer:
             self._memory.copy(self._engine),
             state,
             lambda weights, folder: self._write_model(weights, buffers, folder, step),
-            Retention(options.keep_last, options.keep_every, progress.evaluations.best_step),
+            self._retention(progress),
         )
 
     def _write_model(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], folder: Path, step: int) -> None:

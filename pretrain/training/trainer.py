@@ -99,7 +99,9 @@ class Trainer:
             tracker = open_run_tracker(run, provenance, self._progress.step, stream, evaluates_first)
         self._reporter = Reporter(run, model.flops, engine, self._interval, times, nodes, tracker)
         clock = TrainingClock(self._progress.seconds)
-        self._checkpointer = Checkpointer(run, engine, model.model, group, self._interval, clock, times, provenance)
+        self._checkpointer = Checkpointer(
+            run, engine, model.model, group, self._interval, clock, times, provenance, self._reporter.alert
+        )
         self._recovery = Recovery(config.health, limits)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
         on_gpus = engine.device.type == "cuda" and world.size > 1
@@ -153,10 +155,13 @@ class Trainer:
         self._checkpointer.wait()
 
     def close(self, outcome: Outcome) -> None:
-        """Close the trackers, see `Reporter.close`. Collective unless the run has failed."""
+        """Finish uploads unless the run has failed, and close the trackers, see `Reporter.close`. Collective unless the
+        run has failed."""
         if self._profiler is not None:
             self._profiler.close()
         self._times.end_training()
+        if outcome is not Outcome.FAILED:
+            self._checkpointer.close()
         self._reporter.close(outcome, self._group)
         self._times.record()
 

@@ -32,6 +32,7 @@ ONLY_IN = {
     "fastapi": ("finetune.serve",),
     "onnx": ("finetune.export",),
     "onnxruntime": ("finetune.export", "finetune.onnx_model"),
+    "fsspec": ("experiment.storage",),
     "datasets": ("pretrain.corpus", "finetune.data"),
     "datatrove": ("pretrain.cleaning",),
 }

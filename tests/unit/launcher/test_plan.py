@@ -113,3 +113,15 @@ def test_a_missing_corpus_is_rejected_as_for_a_run(config: Path, capsys: pytest.
     """Catches a traceback, or a plan without data."""
     assert main(["plan", "--config", str(config), "--corpus.train=nowhere"]) == 2
     assert "corpus.train: nowhere is not a corpus" in capsys.readouterr().err.replace(str(Path.cwd()) + "/", "")
+
+
+def test_corpora_by_url_are_copied(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan that cannot read the corpora of the run, or differs with where they are."""
+    tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+    tree["corpus"] = {"train": f"file://{tree['corpus']['train']}", "cache": str(tmp_path / "cache")}
+    by_url = tmp_path / "by-url.yaml"
+    by_url.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert plan(capsys, by_url, *H100) == plan(capsys, config, *H100)
+    assert list(tmp_path.glob("cache/*/*/*.arrow"))
+    assert main(["plan", "--config", str(config), "--corpus.train=s3://bucket/text"]) == 2
+    assert "s3://bucket/text is a URL: set 'cache' to a folder on a local disk" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """`deepcloze pretrain` rejects invalid configs with exit code 2 and one message."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,3 +112,16 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
     message = rejected_message(f"--corpus.eval.other={byte_level_corpus}")
     assert "corpus.eval.other" in message
     assert "another tokenizer" in message
+
+
+def test_urls(rejected_message: Reject, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches URLs that are taken for folders."""
+    assert "found the URL s3://b/run; see 'checkpoint.mirror'" in rejected_message("--run.dir=s3://b/run")
+    assert "expected a URL, such as s3://bucket/runs/first, found 'mirror'" in rejected_message(
+        "--checkpoint.mirror=mirror"
+    )
+    cache = f"--corpus.cache={tmp_path / 'cache'}"
+    message = rejected_message(cache, "--corpus.train=ftp://h/x")
+    assert "deepcloze: corpus.train: ftp://h/x/manifest.json: unknown protocol 'ftp'; expected one of s3://," in message
+    message = rejected_message(cache, "--corpus.cache_gib=0.00001", f"--corpus.train=file://{wordpiece_corpus}")
+    assert re.search(r"deepcloze: corpus.cache_gib is 1e-05, but the corpora take .* GiB$", message)

@@ -306,3 +306,11 @@ def test_another_model_is_compared_with_the_run(tmp_path: Path, changes: dict[st
     shutil.rmtree(now.init_from)
     with pytest.raises(UserError, match=r"model\.init_from: .* does not exist"):
         locate_model(now, point)
+
+
+def test_a_model_by_url_is_rejected() -> None:
+    """Catches a URL that is taken for a folder that does not exist."""
+    with pytest.raises(
+        UserError, match=r"^model.init_from: s3://b/run is a URL: copy it to a disk .* --checkpoint s3:"
+    ):
+        locate_model(ModelConfig(init_from="s3://b/run"), None)

@@ -35,6 +35,19 @@ def test_versions_and_checksums(tmp_path: Path) -> None:
     assert found.missing_folders == (str(tmp_path / "none"),)
 
 
+def test_the_space_of_a_cache_has_what_is_in_it(tmp_path: Path) -> None:
+    """Catches a host that fails because its disk is full of the copies that it needs."""
+    kept = tmp_path / "cache" / "1"
+    free = facts(cache=str(tmp_path / "missing")).cache_bytes
+    kept.mkdir(parents=True)
+    with (kept / "shard").open("wb") as file:
+        file.truncate(1 << 40)  # takes no space
+    found = facts(cache=str(tmp_path / "cache"), kept=(str(kept),)).cache_bytes
+    assert free is not None
+    assert found == pytest.approx(free + (1 << 40), abs=1 << 34)
+    assert facts().cache_bytes is None
+
+
 def test_a_change_of_the_source_changes_its_digest(tmp_path: Path) -> None:
     """Catches hosts with other code at the same commit, or without git."""
     package = tmp_path / "package"

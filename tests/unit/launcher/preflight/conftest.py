@@ -17,6 +17,7 @@ HEALTHY = HostFacts(
     shared=True,
     write_error=None,
     free_bytes=10**12,
+    cache_bytes=None,
     time=0.0,
     gpu_memory_used=(0, 0, 0, 0),
     cores=16,

@@ -9,7 +9,7 @@ import pytest
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.checks import find_problems, find_slow_hosts
 from launcher.preflight.probe_hosts import HostAnswer, Unreachable
-from launcher.preflight.target import Target
+from launcher.preflight.target import CacheNeeds, Target
 
 Answers = Callable[..., HostAnswer]
 Targets = Callable[..., Target]
@@ -152,3 +152,13 @@ def test_two_names_of_one_machine_are_found(answer: Answers, target: Targets) ->
     problems = find_problems(answers, answer().facts, target(*answers), set(answers))
     assert problems["a"] == problems["b"] == []
     assert [problem.text for problem in problems["10.0.0.1"]] == ["it is the same machine as a"]
+
+
+@pytest.mark.parametrize(("free", "fails"), [(None, False), (10**9, True), (2 * 10**9, False)])
+def test_corpora_must_fit_the_cache(answer: Answers, target: Targets, free: int | None, fails: bool) -> None:
+    """Catches a host that would run out of space after an hour of copying."""
+    needs = CacheNeeds("/nvme/deepcloze", None, {"/nvme/deepcloze/1/a": 10**9, "/nvme/deepcloze/2/b": 10**9})
+    hosts = replace(target("a"), cache=needs)
+    problems = find_problems({"a": answer(cache_bytes=free)}, answer().facts, hosts, {"a"})["a"]
+    expected = ["1.0 GB for corpora at /nvme/deepcloze, expected 2.0 GB"] if fails else []
+    assert [problem.text for problem in problems] == expected

@@ -1,0 +1,282 @@
+"""Copies of corpora on a local disk, one for all ranks of a host: `corpus.cache`.
+
+    CACHE/FINGERPRINT/NAME/    the copy of a corpus folder
+    CACHE/FINGERPRINT/.lock    locked by a process that copies the corpus or uses the copy; its time is the last use
+
+A copy is complete when all its shards have the sizes of the manifest, because each file is complete or does not exist.
+An interrupted copy continues, at the byte where it was interrupted.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock
+
+from experiment.errors import UserError, describe_disk_error
+from experiment.files import cache_folder
+from experiment.progress import progress
+from experiment.storage import download, is_url, join, list_files, read_bytes
+from pretrain.config import CorpusConfig
+from pretrain.corpus.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
+from pretrain.corpus.reader import Corpus, open_corpus
+from pretrain.corpus.verification import is_verified
+
+log = logging.getLogger(__name__)
+
+_FILES_AT_ONCE = 8
+_POLL_SECONDS = 0.5
+_LOCK = ".lock"
+
+
+class CacheFullError(UserError):
+    """A corpus does not fit the cache, or its disk."""
+
+
+class Meter:
+    """Counts the bytes that several threads copy."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = 0
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._bytes += count
+
+    def take(self) -> int:
+        """The bytes since the last call."""
+        with self._lock:
+            taken, self._bytes = self._bytes, 0
+        return taken
+
+
+@dataclass
+class CorpusCache:
+    """A folder with copies of corpora."""
+
+    folder: Path
+    limit: float | None = None  # bytes of all copies together
+    on_progress: Callable[[], None] = lambda: None  # called while something is copied, or another process copies it
+    show_progress: bool = True
+    _locks: list[int] = field(default_factory=list)  # file descriptors: the copies are in use until the process ends
+
+    def folder_of(self, source: str, manifest: Manifest) -> Path:
+        """Where the copy of a corpus is."""
+        return self.folder / manifest.fingerprint[:16] / source_name(source)
+
+    def locate(self, sources: Sequence[str]) -> dict[str, Path]:
+        """The folder to open for each corpus: its copy, which is made if it is missing.
+
+        If the disk is full, or cannot be written, it is the source itself, with a warning. Raises UserError if that is
+        a URL, or cannot be read.
+        """
+        return {source: self._locate(source) for source in sources}
+
+    def release(self) -> None:
+        """The copies are not used any more."""
+        while self._locks:
+            os.close(self._locks.pop())
+
+    def _locate(self, source: str) -> Path:
+        manifest = read_source(source)
+        folder = self.folder_of(source, manifest)
+        try:
+            self._make(source, manifest, folder)
+        except (CacheFullError, OSError) as error:
+            refusal = str(error) if isinstance(error, CacheFullError) else describe_disk_error(error)
+            if refusal is None:
+                raise
+            if is_url(source):
+                raise UserError(f"corpus.cache: {source} cannot be copied to {self.folder}: {refusal}") from None
+            log.warning("corpus.cache: %s; reading %s instead of a copy", refusal, source)
+            return Path(source)
+        return folder
+
+    def _make(self, source: str, manifest: Manifest, folder: Path) -> None:
+        """Copy the corpus unless that is done, and lock the copy, so that nobody deletes it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.parent / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        os.utime(lock)
+        try:
+            self._copy_locked(lock, source, manifest, folder)
+        except BaseException as error:
+            if isinstance(error, CacheFullError | OSError) and not is_url(source):
+                shutil.rmtree(folder, ignore_errors=True)  # it will not be continued
+            os.close(lock)
+            raise
+        self._locks.append(lock)
+
+    def _copy_locked(self, lock: int, source: str, manifest: Manifest, folder: Path) -> None:
+        """Returns when the copy is complete and `lock` is shared."""
+        announced = False
+        while True:
+            # A lock that is not granted is lost, so two processes cannot wait for each other.
+            if _granted(lock, fcntl.LOCK_SH) and (corpus := _complete(folder)) and is_verified(corpus):
+                return
+            if _granted(lock, fcntl.LOCK_EX):
+                self._copy(source, manifest, folder)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                return
+            if _granted(lock, fcntl.LOCK_SH) and _complete(folder):  # in use, perhaps on a host with another name
+                return
+            if not announced:
+                log.info("waiting for another process that copies %s to %s", source, folder)
+                announced = True
+            self.on_progress()
+            time.sleep(_POLL_SECONDS)
+
+    def _copy(self, source: str, manifest: Manifest, folder: Path) -> None:
+        url = source if is_url(source) else f"file://{Path(source).absolute()}"
+        sizes = _sizes(source, manifest)
+        digests = {shard.file: shard.sha256 for shard in manifest.shards}
+        self._make_space(sizes, folder)
+        meter = Meter()
+        names = sorted(sizes, key=lambda name: name == MANIFEST)  # last
+        label = f"copying {source_name(source)} to {self.folder}"
+        bar = progress(label, sum(sizes.values()) / 1e6, "MB", self.show_progress)
+        log.info("copying %s to %s", source, folder)
+
+        def copy(name: str) -> None:
+            download(join(url, name), folder / name, sizes[name], digests.get(name), advance=meter.add)
+
+        with bar as advance, ThreadPoolExecutor(_FILES_AT_ONCE, "corpus cache") as pool:
+            files = [pool.submit(copy, name) for name in names[:-1]]
+            try:
+                waiting = set(files)
+                while waiting:
+                    done, waiting = wait(waiting, _POLL_SECONDS)
+                    if copied := meter.take():
+                        self.on_progress()
+                        advance(copied / 1e6)
+                    for file in done:
+                        file.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+            copy(MANIFEST)
+
+    def _make_space(self, sizes: Mapping[str, int], folder: Path) -> None:
+        """Delete the copies that were not used for longest if the limit says so. Raises CacheFullError."""
+        present = _bytes_below(folder)
+        missing = max(0, sum(sizes.values()) - present)
+        if self.limit is not None:
+            used = _bytes_below(self.folder)
+            for other in sorted(self.folder.glob(f"*/{_LOCK}"), key=lambda lock: lock.stat().st_mtime):
+                if used + missing <= self.limit:
+                    break
+                if other.parent != folder.parent:
+                    used -= _evict(other)
+            if used + missing > self.limit:
+                raise CacheFullError(
+                    f"corpus.cache_gib allows {_gigabytes(self.limit)}, expected {_gigabytes(used + missing)} with "
+                    "what is in use"
+                )
+        free = shutil.disk_usage(self.folder).free
+        if free < missing:
+            raise CacheFullError(f"{self.folder} has {_gigabytes(free)} free, expected {_gigabytes(missing)}")
+
+
+def _user_cache() -> CorpusCache:
+    return CorpusCache(cache_folder() / "corpora")
+
+
+def copy_urls(config: CorpusConfig) -> dict[str, Path]:
+    """Copy the corpora whose names are URLs to `corpus.cache`. Returns their folders."""
+    urls = [source for source in config.sources if is_url(source)]
+    return CorpusCache(Path(config.cache), config.cache_bytes).locate(urls) if config.cache and urls else {}
+
+
+def source_name(source: str) -> str:
+    """The name of a corpus, given as a folder or a URL."""
+    return Path(source).name
+
+
+def read_source(source: str) -> Manifest:
+    """The manifest of a corpus, given as a folder or a URL. Raises UserError."""
+    if not is_url(source):
+        return read_manifest(Path(source).absolute())
+    return parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
+
+
+def open_source(source: str) -> Corpus:
+    """Open a corpus, given as a folder or a URL. Of a URL, the documents cannot be read: only its manifest and its
+    tokenizer are copied, to the user's cache folder. Raises UserError."""
+    if not is_url(source):
+        return open_corpus(Path(source))
+    manifest = read_source(source)
+    folder = _user_cache().folder_of(source, manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".description"):
+        for name, size in _sizes(source, manifest).items():
+            if not name.endswith(".arrow") and not (folder / name).exists():
+                download(join(source, name), folder / name, size)
+    return Corpus(folder, manifest)
+
+
+def open_local(source: str) -> Corpus:
+    """Open a corpus, given as a folder or a URL, which is copied to the user's cache folder. Raises UserError."""
+    if not is_url(source):
+        return open_corpus(Path(source))
+    return open_corpus(_user_cache().locate([source])[source])
+
+
+def _sizes(source: str, manifest: Manifest) -> dict[str, int]:
+    """The size of each file of a corpus, by its path in the folder."""
+    if is_url(source):
+        start = len(source.rstrip("/")) + 1
+        found = {name[start:]: size for name, size in list_files(source).items()}
+    else:
+        folder = Path(source)
+        found = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    shards = {shard.file: shard.bytes for shard in manifest.shards}
+    return shards | {name: size for name, size in found.items() if name not in shards and not _is_left_out(name)}
+
+
+def _is_left_out(name: str) -> bool:
+    """Hidden files, such as locks, and indexes, which are made where they are needed."""
+    return name.startswith("index/") or any(part.startswith(".") for part in name.split("/"))
+
+
+def _complete(folder: Path) -> Corpus | None:
+    try:
+        return open_corpus(folder)
+    except UserError:
+        return None
+
+
+def _granted(lock: int, kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _evict(lock: Path) -> int:
+    """Delete a copy unless it is in use. Returns the bytes that this frees."""
+    descriptor = os.open(lock, os.O_RDWR)
+    try:
+        if not _granted(descriptor, fcntl.LOCK_EX):
+            return 0
+        freed = _bytes_below(lock.parent)
+        for copy in (path for path in lock.parent.iterdir() if path.is_dir()):
+            log.info("corpus.cache: deleting %s, which was not used for longest", copy)
+            shutil.rmtree(copy)
+        return freed
+    finally:
+        os.close(descriptor)
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"

@@ -1,0 +1,246 @@
+"""Files by URL, on a real server."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from experiment import storage
+from experiment.storage import (
+    StorageError,
+    UnreachableError,
+    delete,
+    download,
+    exists,
+    list_files,
+    list_folders,
+    open_url,
+    read_bytes,
+    upload,
+    write_bytes,
+)
+from s3_server import Fault, Proxy, free_port, proxy, response
+
+CONTENT = os.urandom(3 << 20)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+BUSY = response("503 Slow Down", "SlowDown", "Please reduce your request rate.")
+EXPIRED = response("403 Forbidden", "ExpiredToken", "The provided token has expired.")
+
+
+@pytest.fixture
+def faulty(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy that stands between this process and the bucket from now on."""
+    import s3fs
+
+    monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
+    with proxy(s3_port) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{between.port}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield between
+
+
+def put(bucket: str, **files: bytes) -> None:
+    for name, content in files.items():
+        write_bytes(f"{bucket}/{name}", content)
+
+
+def test_lists_a_file_a_folder_and_a_pattern(bucket: str) -> None:
+    """Catches a listing that lacks files in subfolders, has folders, or is that of before a write."""
+    put(bucket, **{"a/1.txt": b"1", "a/b/2.txt": b"22", "c.txt": b"333"})
+    assert list_files(f"{bucket}/c.txt") == {f"{bucket}/c.txt": 3}
+    assert list_files(f"{bucket}/a") == {f"{bucket}/a/1.txt": 1, f"{bucket}/a/b/2.txt": 2}
+    assert list_files(f"{bucket}/a/*.txt") == {f"{bucket}/a/1.txt": 1}
+    assert list_folders(f"{bucket}/a") == ["b"]
+    put(bucket, **{"a/d/3.txt": b"1", "a/4.txt": b"1"})
+    assert f"{bucket}/a/4.txt" in list_files(f"{bucket}/a/*.txt")
+    assert list_folders(f"{bucket}/a") == ["b", "d"]
+    assert list_folders(f"{bucket}/missing") == []
+    delete(f"{bucket}/a")
+    delete(f"{bucket}/a")
+    assert not exists(f"{bucket}/a")
+    assert exists(f"{bucket}/c.txt")
+
+
+@pytest.mark.parametrize("url", ["s3", "file", "http"])
+def test_reads_from_any_position(url: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Catches a reader that starts elsewhere, or loses bytes between two ranges."""
+    (tmp_path / "x.bin").write_bytes(CONTENT)
+    if url == "s3":
+        bucket = request.getfixturevalue("bucket")
+        upload(tmp_path / "x.bin", f"{bucket}/x.bin")
+        found = f"{bucket}/x.bin"
+    elif url == "http":
+        found = f"{request.getfixturevalue('web_server')}/x.bin"
+    else:
+        found = f"file://{tmp_path}/x.bin"
+    assert list_files(found) == {found: len(CONTENT)}
+    with open_url(found) as file:
+        assert file.read() == CONTENT
+    with open_url(found, start=len(CONTENT) - 7) as file:
+        assert file.read(100) == CONTENT[-7:]
+        file.seek(5)
+        assert file.read(3) == CONTENT[5:8]
+        assert file.tell() == 8
+        assert file.seek(-4, os.SEEK_END) == len(CONTENT) - 4
+        assert file.read() == CONTENT[-4:]
+    download(found, tmp_path / "copy", len(CONTENT), DIGEST)
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+
+
+class _RangeHandler(SimpleHTTPRequestHandler):
+    """Answers requests for a range, as web servers do."""
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        content, status = path.read_bytes(), 200
+        if (wanted := self.headers.get("Range")) is not None:
+            start, end = wanted.removeprefix("bytes=").split("-")
+            content, status = content[int(start) : int(end or len(content)) + 1], 206
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{end}/{path.stat().st_size}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Not on the terminal."""
+
+
+@pytest.fixture
+def web_server(tmp_path: Path) -> Iterator[str]:
+    """The URL of a server of the files in `tmp_path`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_RangeHandler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_download_continues(bucket: str, tmp_path: Path) -> None:
+    """Catches a copy that starts over, and progress that does not add up to the size."""
+    put(bucket, x=CONTENT)
+    (tmp_path / ".x.partial").write_bytes(CONTENT[: 2 << 20])
+    found: list[int] = []
+    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST, advance=found.append)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert sum(found) == len(CONTENT)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_damaged_part_is_copied_again(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a local part of another file that ends up in the copy."""
+    put(bucket, x=CONTENT)
+    (tmp_path / ".x.partial").write_bytes(b"other" * 1000)
+    found: list[int] = []
+    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST, advance=found.append)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert sum(found) == len(CONTENT)
+    assert "copying it again" in caplog.text
+
+
+def test_a_wrong_checksum_leaves_no_file(bucket: str, tmp_path: Path) -> None:
+    """Catches a damaged object that is taken for the file."""
+    put(bucket, x=CONTENT)
+    with pytest.raises(StorageError, match=f"{bucket}/x is damaged: found checksum {DIGEST}, expected 000"):
+        download(f"{bucket}/x", tmp_path / "x", len(CONTENT), "0" * 64)
+    with pytest.raises(StorageError, match="found 3,145,728 bytes, expected 9"):
+        download(f"{bucket}/x", tmp_path / "x", 9, DIGEST)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault(answer=BUSY), Fault(cut_after=0), Fault(cut_after=100_000)], ids=["503", "cut", "cut midway"]
+)
+def test_faults_that_pass(bucket: str, faulty: Proxy, tmp_path: Path, fault: Fault) -> None:
+    """Catches a busy server or a cut connection that ends a copy, or leaves a hole in it."""
+    put(bucket, x=CONTENT)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # so that it connects again
+    faulty.faults = [fault, fault]
+    download(f"{bucket}/x", tmp_path / "x", len(CONTENT), DIGEST)
+    assert faulty.met == 2
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    faulty.faults = [fault]
+    upload(tmp_path / "x", f"{bucket}/y")
+    assert read_bytes(f"{bucket}/y") == CONTENT
+
+
+def test_a_server_that_is_gone(bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a trace or an endless wait."""
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UnreachableError, match=f"^{bucket}/x: no success in 3 attempts: Could not connect to the"):
+        read_bytes(f"{bucket}/x")
+    assert caplog.messages[-1].endswith("trying again in 0 s")
+
+
+def test_mistakes(bucket: str, tmp_path: Path) -> None:
+    """Catches a message that does not say what is wrong."""
+    with pytest.raises(StorageError, match=f"^{bucket}/x does not exist$"):
+        open_url(f"{bucket}/x")
+    with pytest.raises(StorageError, match=f"^{bucket}/x/\\*.txt"):
+        list_files(f"{bucket}/x/*.txt")
+    for use in (
+        open_url,
+        list_files,
+        exists,
+        list_folders,
+        read_bytes,
+        lambda url: write_bytes(url, b"1"),
+        lambda url: list_files(f"{url}/*"),
+    ):
+        with pytest.raises(StorageError, match=r"^s3://no-such-one/x.*: there is no bucket 'no-such-one'$"):
+            use("s3://no-such-one/x")
+    with pytest.raises(StorageError, match=r"^ftp://h/x: unknown protocol 'ftp'; expected one of s3://, gs://, hf://"):
+        open_url("ftp://h/x")
+    with pytest.raises(StorageError, match=f"^file://{tmp_path}/x does not exist$"):
+        open_url(f"file://{tmp_path}/x")
+
+
+def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an ImportError where an extra has to be installed."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    message = r"^gs://b/x: gs:// needs a library that is missing; install the extra: pip install 'deepcloze\[gcs\]'$"
+    with pytest.raises(StorageError, match=message):
+        open_url("gs://b/x")
+
+
+def test_credentials(bucket: str, faulty: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches retries, or an unclear message, for credentials that are missing or expired."""
+    import s3fs
+
+    put(bucket, x=b"1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    faulty.lasting = Fault(answer=EXPIRED)
+    with pytest.raises(StorageError, match=r"access denied \((The provided token.*|Forbidden)\): check the "):
+        read_bytes(f"{bucket}/x")
+    assert faulty.met == 1
+    faulty.lasting = None
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StorageError, match=f"^{bucket}/x: no credentials: set AWS_ACCESS_KEY_ID and "):
+        read_bytes(f"{bucket}/x")
+
+
+def test_nothing_is_logged_when_all_is_well(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches warnings about attempts that have succeeded."""
+    caplog.set_level(logging.WARNING)
+    put(bucket, x=b"1")
+    download(f"{bucket}/x", tmp_path / "x", 1)
+    assert caplog.messages == []

@@ -1,0 +1,177 @@
+"""Copies of corpora on a local disk."""
+
+import logging
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from experiment import storage
+from experiment.config import build_config
+from experiment.errors import UserError
+from experiment.storage import StorageError, delete, list_files, read_bytes, upload, write_bytes
+from pretrain.config import CorpusConfig
+from pretrain.corpus.cache import CorpusCache, open_source
+from pretrain.corpus.reader import open_corpus
+from small_disk import SmallDisk
+
+
+@pytest.fixture
+def stored(bucket: str, wordpiece_corpus: Path) -> str:
+    """The URL of `wordpiece_corpus`."""
+    for path in wordpiece_corpus.rglob("*"):
+        if path.is_file():
+            upload(path, f"{bucket}/corpora/text/{path.relative_to(wordpiece_corpus)}")
+    return f"{bucket}/corpora/text"
+
+
+def files_below(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def test_copies_of_a_folder_and_of_a_url_are_equal(stored: str, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a copy with another name or fingerprint, which results would depend on, and two copies of one corpus."""
+    cache = CorpusCache(tmp_path / "cache")
+    found = cache.locate([stored, str(wordpiece_corpus)])
+    assert found[stored] == found[str(wordpiece_corpus)]
+    copy, original = open_corpus(found[stored]), open_corpus(wordpiece_corpus)
+    assert (copy.name, copy.fingerprint) == (original.name, original.fingerprint)
+    assert copy.path.is_relative_to(tmp_path / "cache")
+    assert all(copy.find_damage(shard) is None for shard in copy.manifest.shards)
+    assert copy.tokenizer_path.joinpath("tokenizer.json").exists()
+    assert not list(copy.path.glob("index/*"))
+
+
+def test_a_url_is_opened_without_its_documents(stored: str, wordpiece_corpus: Path) -> None:
+    """Catches a launcher that copies a corpus of terabytes to plan a run."""
+    corpus = open_source(stored)
+    assert corpus.fingerprint == open_corpus(wordpiece_corpus).fingerprint
+    assert corpus.tokenizer_path.joinpath("tokenizer.json").exists()
+    assert not list(corpus.path.glob("*.arrow"))
+
+
+def test_what_is_complete_is_not_copied_again(stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that copies at every start, or all files if one is missing."""
+    cache = CorpusCache(tmp_path)
+    folder = cache.locate([stored])[stored]
+    cache.release()
+    shards = sorted(folder.glob("*.arrow"))
+    before = {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+    content = shards[0].read_bytes()
+    shards[0].unlink()
+    (folder / f".{shards[0].name}.partial").write_bytes(content[:1000])  # where it was interrupted
+    opened: list[str] = []
+    original = storage.open_url
+    monkeypatch.setattr(
+        storage, "open_url", lambda url, start=0: opened.append(f"{url}@{start}") or original(url, start)
+    )
+    cache.locate([stored])
+    assert f"{stored}/{shards[0].name}@1000" in opened
+    assert shards[0].read_bytes() == content
+    after = {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert [name for name in opened if name.endswith("@0")] == []
+
+
+def test_a_damaged_copy_is_copied_again(stored: str, tmp_path: Path) -> None:
+    """Catches a copy that stays damaged, so that no run can use the host."""
+    cache = CorpusCache(tmp_path)
+    folder = cache.locate([stored])[stored]
+    cache.release()
+    shard = next(folder.glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    corpus = open_corpus(cache.locate([stored])[stored])
+    assert all(corpus.find_damage(shard) is None for shard in corpus.manifest.shards)
+
+
+def test_a_damaged_original(stored: str, tmp_path: Path) -> None:
+    """Catches damage in object storage that reaches a run."""
+    shard = next(name for name in list_files(stored) if name.endswith(".arrow"))
+    content = bytearray(read_bytes(shard))
+    content[-100] ^= 1
+    write_bytes(shard, bytes(content))
+    with pytest.raises(StorageError, match=f"^{shard} is damaged: found checksum [0-9a-f]*, expected "):
+        CorpusCache(tmp_path).locate([stored])
+
+
+def test_one_of_several_processes_copies(wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches runs on one host that write the same files at the same time. (Locks of files opened twice are those of
+    two processes.)"""
+    source = str(wordpiece_corpus)
+    waits: list[int] = []
+
+    def locate(number: int) -> dict[str, Path]:
+        return CorpusCache(tmp_path, on_progress=lambda: waits.append(number)).locate([source])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(locate, range(4)))
+    assert found == [found[0]] * 4
+    assert files_below(tmp_path).keys() >= {f"{next(iter(found[0].values())).relative_to(tmp_path)}/manifest.json"}
+    assert not [name for name in files_below(tmp_path) if name.endswith(".partial")]
+
+
+def test_the_copy_that_was_not_used_for_longest_is_deleted(
+    wordpiece_corpus: Path, heldout_corpus: Path, byte_level_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a limit that deletes a copy in use, deletes too much, or is exceeded."""
+    text, heldout, other = map(str, (wordpiece_corpus, heldout_corpus, byte_level_corpus))
+    sizes = {}
+    for source in (text, heldout, other):
+        cache = CorpusCache(tmp_path / "sizes")
+        sizes[source] = sum(files_below(cache.locate([source])[source]).values())
+    limit = sizes[text] + sizes[heldout] + 1000
+    old, used = CorpusCache(tmp_path / "cache", limit), CorpusCache(tmp_path / "cache", limit)
+    first = old.locate([text])[text]
+    second = used.locate([heldout])[heldout]
+    os.utime(first.parent / ".lock", (time.time() - 10, time.time() - 10))
+    os.utime(second.parent / ".lock", (time.time() - 20, time.time() - 20))
+    old.release()
+    third = CorpusCache(tmp_path / "cache", limit).locate([other])[other]
+    assert (first.exists(), second.exists(), third.exists()) == (False, True, True)
+    with pytest.raises(UserError, match=r"^corpus.cache: .* corpus.cache_gib allows .* GB, expected .* in use$"):
+        CorpusCache(tmp_path / "cache", 10).locate([f"file://{text}"])
+
+
+def test_a_full_disk(
+    wordpiece_corpus: Path, small_disk: SmallDisk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that does not start because a local disk is full, although it could read the shared disk."""
+    caplog.set_level(logging.WARNING)
+    cache, source = CorpusCache(small_disk.path / "cache"), str(wordpiece_corpus)
+    small_disk.fill()
+    assert cache.locate([source]) == {source: wordpiece_corpus}
+    assert f"reading {source} instead of a copy" in caplog.text
+    with pytest.raises(UserError, match=f"^corpus.cache: file://{source} cannot be copied to {cache.folder}: "):
+        cache.locate([f"file://{source}"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10**12))  # full a moment later
+    assert cache.locate([source]) == {source: wordpiece_corpus}
+
+
+def test_a_bucket_that_vanishes(stored: str, tmp_path: Path) -> None:
+    """Catches a copy that goes on without files that are gone."""
+    shard = next(name for name in list_files(stored) if name.endswith(".arrow"))
+    delete(shard)
+    with pytest.raises(StorageError, match=f"^{shard} does not exist$"):
+        CorpusCache(tmp_path).locate([stored])
+    delete(stored)
+    with pytest.raises(StorageError, match=f"^{stored}/manifest.json does not exist$"):
+        CorpusCache(tmp_path).locate([stored])
+
+
+def test_configs() -> None:
+    """Catches URLs that reach code for folders."""
+    with pytest.raises(UserError, match=r"s3://b/x is a URL: set 'cache' to a folder on a local disk"):
+        build_config(CorpusConfig, {"train": "s3://b/x"})
+    with pytest.raises(UserError, match=r"s3://b/x is a URL: set 'cache'"):
+        build_config(CorpusConfig, {"train": "x", "eval": {"x": "s3://b/x"}})
+    with pytest.raises(UserError, match=r"'cache_gib' limits 'cache', which is missing"):
+        build_config(CorpusConfig, {"train": "x", "cache_gib": 1.0})
+    with pytest.raises(UserError, match=r"'cache': expected a folder on a local disk, found the URL s3://b/c"):
+        build_config(CorpusConfig, {"train": "x", "cache": "s3://b/c"})
+    config = build_config(CorpusConfig, {"train": "s3://b/x", "eval": {"x": "y", "z": "s3://b/x"}, "cache": "c"})
+    assert config.sources == ("s3://b/x", "y")

@@ -1,0 +1,137 @@
+"""Copies of checkpoints while training continues."""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiment import storage
+from experiment.checkpoints import mark_complete
+from experiment.files import write_json
+from experiment.mirror import Mirror
+from experiment.retention import Retention
+from experiment.run_folder import RunFolder
+from experiment.tracking.alerts import Alert
+from pretrain.training.mirror_uploads import MirrorUploads
+from s3_server import Fault, Proxy, proxy, response
+from waiting import wait_until
+
+
+def save(folder: RunFolder, step: int) -> Path:
+    checkpoint = folder.checkpoints / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "state.json", {"step": step})
+    mark_complete(checkpoint)
+    return checkpoint
+
+
+@pytest.fixture
+def faulty(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy between this process and the bucket."""
+    import s3fs
+
+    monkeypatch.setattr(storage, "_WAITS", ())
+    with proxy(s3_port) as between:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{between.port}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield between
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def steps(mirror: Mirror) -> list[int]:
+    return [int(name[-8:]) for name in mirror.complete()]
+
+
+def test_new_checkpoints_are_copied_and_old_ones_deleted(bucket: str, run: RunFolder) -> None:
+    """Catches a mirror without the newest or the best checkpoint, or with all."""
+    mirror = Mirror(f"{bucket}/run")
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    for step in (1, 2, 3, 4):
+        save(run, step)
+        uploads.update(Retention(keep_last=2, best=1 if step > 1 else None))
+        wait_until(lambda step=step: step in steps(mirror))
+    uploads.close()
+    assert steps(mirror) == [1, 3, 4]
+    assert uploads.problem is None
+
+
+def test_checkpoints_of_an_earlier_attempt_are_copied(bucket: str, run: RunFolder) -> None:
+    """Catches a mirror that lacks what was saved just before a crash."""
+    save(run, 1)
+    save(run, 2)
+    mirror = Mirror(f"{bucket}/run")
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    uploads.update(Retention(keep_last=1))
+    uploads.close()
+    assert steps(mirror) == [2]
+
+
+def test_an_upload_does_not_hold_up_training(bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an `update` that waits, and uploads that never catch up with saves."""
+    mirror = Mirror(f"{bucket}/run")
+    go = threading.Event()
+    original = Mirror.upload
+
+    def slow(self: Mirror, checkpoint: Path, replaces: bool) -> bytes:
+        assert go.wait(60)
+        return original(self, checkpoint, replaces)
+
+    monkeypatch.setattr(Mirror, "upload", slow)
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    save(run, 1)
+    uploads.update(Retention(keep_last=1))
+    wait_until(lambda: uploads.uploading == 1)
+    for step in (2, 3):
+        save(run, step)
+        shutil.rmtree(run.checkpoints / f"step-{step - 1:08d}")  # retention
+        uploads.update(Retention(keep_last=1))
+    go.set()
+    uploads.close()
+    assert steps(mirror) == [3]
+    assert uploads.problem is None
+
+
+def test_failures_alert_and_are_tried_again(
+    bucket: str, run: RunFolder, faulty: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a mirror that stops for ever after an outage, or fails in silence."""
+    alerts: list[Alert] = []
+    faulty.lasting = Fault(answer=response("403 Forbidden", "ExpiredToken", "The provided token has expired."))
+    mirror = Mirror(f"{bucket}/run")
+    uploads = MirrorUploads(mirror, run, alerts.append, retry_seconds=0.05)
+    save(run, 1)
+    uploads.update(Retention(keep_last=1))
+    wait_until(lambda: alerts)
+    assert alerts[0].event == "mirror"
+    assert "access denied" in alerts[0].text
+    wait_until(lambda: len(alerts) > 1)
+    faulty.lasting = None
+    wait_until(lambda: uploads.problem is None)
+    assert steps(mirror) == [1]
+    uploads.close()
+
+
+def test_the_wait_at_the_end_is_limited(
+    bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a run that never ends because its bucket does not answer."""
+    caplog.set_level(logging.INFO)
+    go = threading.Event()
+    monkeypatch.setattr(Mirror, "complete", lambda self: go.wait(60) and {})
+    uploads = MirrorUploads(Mirror(f"{bucket}/run"), run, lambda alert: None)
+    save(run, 1)
+    uploads.update(Retention(keep_last=1))
+    start = time.monotonic()
+    uploads.close(seconds=0.2)
+    assert time.monotonic() - start < 50
+    assert f"waiting for the last upload to {bucket}/run, at most 0 s" in caplog.messages
+    assert f"the mirror {bucket}/run lacks checkpoints: not done after 0 s; the next start copies them" in caplog.text
+    go.set()
