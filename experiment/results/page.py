@@ -18,6 +18,7 @@ from experiment.results.charts import Charts, DotCharts
 
 Tone = Literal["good", "busy", "warn", "bad", "plain"]
 
+PAGE = "index.html"  # in the folder of a report
 TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
 
 
@@ -95,8 +96,8 @@ class Headline:
     facts: Sequence[Fact]
 
 
-def write_page(directory: Path, title: str, blocks: Sequence[Block], headline: Headline | None = None) -> Path:
-    """Write `directory`/index.html and return its path."""
+def write_page(path: Path, title: str, blocks: Sequence[Block], headline: Headline | None = None) -> Path:
+    """Write the page to `path` and return it."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -119,6 +120,5 @@ def write_page(directory: Path, title: str, blocks: Sequence[Block], headline: H
         zip=zip,
         script_hash=f"sha256-{base64.b64encode(digest).decode()}",
     )
-    path = directory / "index.html"
     write_text(path, text)
     return path

@@ -54,7 +54,7 @@ class Outline(HTMLParser):
 
 def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
     """Catches text that is not escaped, tags that do not nest, and missing blocks."""
-    path = write_page(tmp_path / "new", "Run {1}", BLOCKS, HEADLINE)
+    path = write_page(tmp_path / "new" / "index.html", "Run {1}", BLOCKS, HEADLINE)
     assert path == tmp_path / "new" / "index.html"
     outline = Outline()
     outline.feed(path.read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
 
 def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     """Catches scripts, fonts or styles from the network: clusters often have no access."""
-    text = write_page(tmp_path, "Run", BLOCKS).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", "Run", BLOCKS).read_text(encoding="utf-8")
     text = text.replace("http://www.w3.org/2000/svg", "")  # a name, which is not opened
     assert not re.search(r"https?:|src=\"/|<link|@import|url\(['\"]", text)
 
@@ -105,7 +105,7 @@ def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
 def test_a_page_runs_its_own_script_only(tmp_path: Path) -> None:
     """Catches a policy that another script passes, or that keeps the page's own one from running; and data that end
     their element."""
-    text = write_page(tmp_path, "Run", BLOCKS).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", "Run", BLOCKS).read_text(encoding="utf-8")
     data, script = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
     assert r"\u003c/script\u003e" in data
     allowed = re.search(r"default-src 'none'; script-src 'sha256-([^']+)'", text)
@@ -117,7 +117,7 @@ def test_a_matrix_of_many_labels_has_colors_only(tmp_path: Path) -> None:
     """Catches a matrix whose numbers are too small to read, and a page of megabytes."""
     counts = [[int(row == column) for column in range(200)] for row in range(200)]
     matrix = ConfusionMatrix([f"label-{number}" for number in range(200)], counts, "test")
-    text = write_page(tmp_path, "Run", [matrix]).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", "Run", [matrix]).read_text(encoding="utf-8")
     assert text.count("<td") == 200 * 200
     assert text.count('style="--share:1"') == 200
     assert "label-7" not in text

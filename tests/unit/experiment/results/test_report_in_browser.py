@@ -190,7 +190,7 @@ def test_a_confusion_matrix_can_be_read(driver: Any, tmp_path: Path, labels: int
     phone."""
     counts = [[9000 if row == column else row for column in range(labels)] for row in range(labels)]
     matrix = ConfusionMatrix([f"label {number}" for number in range(labels)], counts, "test")
-    view = View(driver, write_page(tmp_path, "Run", [matrix]), 390, scheme)
+    view = View(driver, write_page(tmp_path / "page.html", "Run", [matrix]), 390, scheme)
     contrast, where = view.run(_CONTRAST)
     assert contrast >= 4.5, where
     colors = "return [...document.querySelectorAll('td')].map(cell => getComputedStyle(cell).backgroundColor)"
