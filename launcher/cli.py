@@ -75,12 +75,12 @@ def tokenizer(options: TokenizerOptions) -> None:
 
 
 def corpus(options: CorpusOptions) -> None:
-    """Build a tokenized corpus from raw text, or verify corpora.
+    """Build a tokenized corpus from raw text, verify corpora, or look at one.
 
     To build, give --source, --tokenizer and --output. The corpus is sharded Arrow; `datasets.load_from_disk` opens it
     too. The same input gives the same bytes with any number of workers. Run the same command again to resume an
     interrupted build. To verify, give --verify: all shards are read and compared with their checksums. Training and
-    evaluation do so once on each machine.
+    evaluation do so once on each machine. To look at a corpus before training, give --inspect.
 
     Example:
         deepcloze corpus --source 'books/*.txt' --tokenizer tokenizer --output corpora/books --holdout 1000
@@ -89,6 +89,10 @@ def corpus(options: CorpusOptions) -> None:
         from pretrain.corpus.verification import verify_command
 
         verify_command(options.verify)
+    elif options.inspect is not None:
+        from pretrain.inspection.command import inspect_corpus
+
+        inspect_corpus(options.inspect, options.output, options.seed)
     else:
         from pretrain.corpus.build import build_corpus
 

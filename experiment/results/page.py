@@ -76,7 +76,49 @@ class Fillings:
     fillings: Sequence[Filling]
 
 
-Block = Heading | Text | Table | ConfusionMatrix | Code | Charts | DotCharts | Fillings
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    share: float  # 0 to 1
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Shares as bars, the longest as wide as the chart."""
+
+    title: str
+    bars: Sequence[Bar]
+
+    @property
+    def longest(self) -> float:
+        return max(bar.share for bar in self.bars)
+
+
+@dataclass(frozen=True)
+class BarCharts:
+    charts: Sequence[BarChart]
+
+
+@dataclass(frozen=True)
+class SeenToken:
+    """A token as a model sees it."""
+
+    text: str
+    answer: str | None = None  # the token that is predicted here; None: none is
+
+
+@dataclass(frozen=True)
+class SeenText:
+    title: str
+    tokens: Sequence[SeenToken]
+
+
+@dataclass(frozen=True)
+class SeenTexts:
+    texts: Sequence[SeenText]
+
+
+Block = Heading | Text | Table | ConfusionMatrix | Code | Charts | DotCharts | BarCharts | Fillings | SeenTexts
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from experiment.results.charts import Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
 from experiment.results.page import (
+    Bar,
+    BarChart,
+    BarCharts,
     Block,
     Code,
     ConfusionMatrix,
@@ -14,6 +17,9 @@ from experiment.results.page import (
     Fillings,
     Heading,
     Headline,
+    SeenText,
+    SeenTexts,
+    SeenToken,
     Table,
     Text,
     write_page,
@@ -27,6 +33,8 @@ BLOCKS: list[Block] = [
     Charts([Plot("loss", [("Loss <1>", Panel("loss", [Line("</script><b>", [1], [2.0])]))])]),
     DotCharts("scores", [DotChart("F1 <%>", [Dots("<row>", [0.25, 0.75], 0.5, (0.0, 1.0))])]),
     Fillings([Filling("a <i>", "<b>", " c", [("step 1", [("<u>", "9.0%")])])]),
+    BarCharts([BarChart("Tokens <%>", [Bar("<of>", 0.2), Bar("the", 0.1)])]),
+    SeenTexts([SeenText("document <1>", [SeenToken("<s>"), SeenToken("<mask>", "<p>")])]),
     Code("config.yaml", "run:\n  dir: <x>\n"),
 ]
 HEADLINE = Headline("running <&>", "busy", "since <now>", [Fact("Tokens", "1<2", "<3")])
@@ -41,7 +49,7 @@ class Outline(HTMLParser):
         self.texts: list[tuple[str, str]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -90,6 +98,10 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
         ("td", "step 1"),
         ("td", "<u> "),
         ("span", "9.0%"),
+        ("figcaption", "Tokens <%>"),
+        *[("div", "<of>"), ("div", "20.0%"), ("div", "the"), ("div", "10.0%")],
+        ("figcaption", "document <1>"),
+        *[("span", "<s>"), ("b", "<mask>"), ("small", "<p>")],
         ("summary", "config.yaml"),
         ("pre", "run:\n  dir: <x>\n"),
     ]
