@@ -16,14 +16,14 @@ from pretrain.inspection.page import Inspection, describe, write_inspection
 from pretrain.inspection.sample import draw_sample
 
 
-def inspect_corpus(folder: str, output: str | None, seed: int) -> Path:
+def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
     """Print a summary of a corpus, write a page about it, and return its path: `output`, by default FOLDER-inspect.html
     beside the corpus, or in the working directory if that cannot be written.
 
     The corpus is only read. Raises UserError for a folder that is not a corpus, or an output that cannot be written.
     """
     corpus = open_corpus(folder)
-    path = Path(output) if output is not None else _default_output(corpus.path)
+    path = _default_output(corpus.path) if output is None else output
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; expected a file")
     tokenizer = load_tokenizer(corpus.tokenizer_path)

@@ -10,15 +10,16 @@ resemblance and containment of documents").
 3. Documents that have half of the keys are compared with the sketch, until a near-duplicate is found.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import NormalDist
 from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from pretrain.batching.counter_rng import U64
 from pretrain.batching.masking import Ranges
@@ -57,11 +58,12 @@ class NearDuplicates:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the share in the corpus (Wilson 1927)."""
+        """The 95 % interval of the share in the corpus (Wilson 1927). Without scipy, which takes a second to import."""
         if self.is_complete:
             return self.share, self.share
-        found = binomtest(len(self.pairs), self.documents).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
+        z, n, p = NormalDist().inv_cdf(0.975), self.documents, self.share
+        center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)
 
 
 def find_near_duplicates(sample: Sample, advance: Callable[[float], None]) -> NearDuplicates:
@@ -163,8 +165,9 @@ class _Keys(NamedTuple):
         places = np.flatnonzero(self.bits[hashes >> np.uint64(64 - _FILTER_BITS)])
         if not len(places):
             return places
-        found = np.minimum(np.searchsorted(self.hashes, hashes[places]), len(self.hashes) - 1)
-        return places[self.hashes[found] == hashes[places]]
+        nearest = np.minimum(np.searchsorted(self.hashes, hashes[places]), len(self.hashes) - 1)
+        found: NDArray[np.int64] = places[self.hashes[nearest] == hashes[places]]
+        return found
 
 
 def _blocks(shard: MappedShard) -> Iterator[range]:
