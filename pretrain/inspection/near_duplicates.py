@@ -182,17 +182,16 @@ def _candidates(shard: MappedShard, rows: range, keys: _Keys) -> Iterator[tuple[
     offsets = shard.offsets[rows.start : rows.stop + 1].astype(np.int64)
     tokens, offsets = _tokens(shard.ids[offsets[0] : offsets[-1]], NGRAM - 1), offsets - offsets[0]
     hashes = _rolling_hashes(tokens)
-    places = keys.find(hashes)
+    places = keys.find(hashes)  # also n-grams that cross the end of a row, rarely: the comparison finds that
     of_place = np.searchsorted(offsets, places, side="right") - 1
-    inside = places + NGRAM <= offsets[of_place + 1]
     # Documents that are shorter than an n-gram.
     short = np.flatnonzero(np.diff(offsets) < NGRAM)
     within = np.arange(NGRAM) < np.diff(offsets)[short, None]
     short_hashes = (tokens[offsets[short, None] + np.arange(NGRAM)] * within * _FACTORS).sum(axis=1, dtype=np.uint64)
     short_places = keys.find(short_hashes)
 
-    rows_found = np.concatenate([of_place[inside], short[short_places]])
-    keys_found = np.searchsorted(keys.hashes, np.concatenate([hashes[places[inside]], short_hashes[short_places]]))
+    rows_found = np.concatenate([of_place, short[short_places]])
+    keys_found = np.searchsorted(keys.hashes, np.concatenate([hashes[places], short_hashes[short_places]]))
     row, key = np.divmod(np.unique(rows_found * len(keys.hashes) + keys_found), max(1, len(keys.hashes)))
     sharing = np.searchsorted(keys.hashes, keys.hashes[key], side="right") - key
     documents = keys.documents[Ranges(key, sharing).indices()]

@@ -31,7 +31,8 @@ from pretrain.inspection.near_duplicates import NGRAM, THRESHOLD, NearDuplicates
 from pretrain.inspection.packing_efficiency import BATCH_TOKENS, BATCHES, PackingEfficiency
 from pretrain.inspection.sample import Document, Sample
 
-_FREQUENT_TOKENS, _SUMMARY_TOKENS = 20, 8
+_FREQUENT_TOKENS = 20
+_SUMMARY_TOKENS, _SUMMARY_SCRIPTS = 8, 5
 _PAIRS = 6
 _PAIR_TOKENS = 64  # of a document that are shown
 
@@ -77,13 +78,14 @@ def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
     manifest, duplicates = found.manifest, found.near_duplicates
     filled = ", ".join(f"{each.filled['windows']:.1%} at {each.max_seq_length:,}" for each in found.packing)
     frequent = _frequent_tokens(found, tokenizer)[:_SUMMARY_TOKENS]
+    scripts = ", ".join(f"{name} {share:.1%}" for name, share in found.scripts[:_SUMMARY_SCRIPTS])
     return "\n".join(
         [
             summary(found.sample.corpus.path, manifest),
             f"  {_bytes_per_token(manifest)} bytes per token, {_used(found):,} of {len(found.tokens):,} tokens of the "
             f"vocabulary occur{_where(found.sample)}",
             f"  most frequent: {' '.join(f'{bar.label} {bar.share:.1%}' for bar in frequent)}",
-            f"  letters: {', '.join(f'{name} {share:.1%}' for name, share in found.scripts) or 'none'}",
+            f"  letters: {scripts or 'none'}",
             f"  near-duplicates: {_duplicate_share(duplicates)} of {duplicates.documents:,} documents"
             f"{_where(found.sample)} ({_interval(duplicates)})",
             f"  slots filled by packing: {filled} tokens per sequence",
