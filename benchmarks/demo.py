@@ -31,7 +31,7 @@ from experiment.formatting import describe_duration, format_perplexity
 from experiment.hardware import has_native_bf16
 from experiment.outcome_file import Outcome
 from experiment.results.charts import DotChart, DotCharts, Dots
-from experiment.results.page import Block, Code, Heading, Table, Text, write_page
+from experiment.results.page import PAGE, Block, Code, Heading, Table, Text, write_page
 from experiment.results.report.tasks import result_blocks
 from experiment.results.report.training import training_blocks
 from experiment.run_folder import RunFolder
@@ -209,7 +209,7 @@ def write_combined_page(
         Code("pretraining", run.config.read_text(encoding="utf-8")),
         Code("task", RunFolder(output / "task-pretrained").config.read_text(encoding="utf-8")),
     ]
-    return write_page(directory, "deepcloze demo", blocks)
+    return write_page(directory / PAGE, "deepcloze demo", blocks)
 
 
 def command(name: str, **flags: Any) -> list[str]:

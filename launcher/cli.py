@@ -92,12 +92,13 @@ def tokenizer(options: TokenizerOptions) -> None:
 
 
 def corpus(options: CorpusOptions) -> None:
-    """Build a tokenized corpus from raw text, or verify corpora.
+    """Build a tokenized corpus from raw text, verify corpora, or look at one.
 
     To build, give --source, --tokenizer and --output. The corpus is sharded Arrow; `datasets.load_from_disk` opens it
     too. The same input gives the same bytes with any number of workers and machines. Run the same command again to
     resume an interrupted build. With --engine ray or slurm, several machines work on it. To verify, give --verify: all
-    shards are read and compared with their checksums. Training and evaluation do so once on each machine.
+    shards are read and compared with their checksums. Training and evaluation do so once on each machine. To look at a
+    corpus before training, give --inspect.
 
     Example:
         deepcloze corpus --source 'books/*.txt' --tokenizer tokenizer --output corpora/books --holdout 1000
@@ -106,6 +107,10 @@ def corpus(options: CorpusOptions) -> None:
         from pretrain.corpus.verification import verify_command
 
         verify_command(options.verify)
+    elif options.inspect is not None:
+        from pretrain.inspection.command import inspect_corpus
+
+        inspect_corpus(options.inspect, options.output, options.seed)
     elif options.engine == "slurm":
         from pretrain.corpus.job_array import build_share
 

@@ -18,6 +18,7 @@ from experiment.results.charts import Charts, DotCharts
 
 Tone = Literal["good", "busy", "warn", "bad", "plain"]
 
+PAGE = "index.html"  # in the folder of a report
 TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
 
 
@@ -75,7 +76,49 @@ class Fillings:
     fillings: Sequence[Filling]
 
 
-Block = Heading | Text | Table | ConfusionMatrix | Code | Charts | DotCharts | Fillings
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    share: float  # 0 to 1
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Shares as bars, the longest as wide as the chart."""
+
+    title: str
+    bars: Sequence[Bar]
+
+    @property
+    def longest(self) -> float:
+        return max(bar.share for bar in self.bars)
+
+
+@dataclass(frozen=True)
+class BarCharts:
+    charts: Sequence[BarChart]
+
+
+@dataclass(frozen=True)
+class SeenToken:
+    """A token as a model sees it."""
+
+    text: str
+    answer: str | None = None  # the token that is predicted here; None: none is
+
+
+@dataclass(frozen=True)
+class SeenText:
+    title: str
+    tokens: Sequence[SeenToken]
+
+
+@dataclass(frozen=True)
+class SeenTexts:
+    texts: Sequence[SeenText]
+
+
+Block = Heading | Text | Table | ConfusionMatrix | Code | Charts | DotCharts | BarCharts | Fillings | SeenTexts
 
 
 @dataclass(frozen=True)
@@ -95,8 +138,8 @@ class Headline:
     facts: Sequence[Fact]
 
 
-def write_page(directory: Path, title: str, blocks: Sequence[Block], headline: Headline | None = None) -> Path:
-    """Write `directory`/index.html and return its path."""
+def write_page(path: Path, title: str, blocks: Sequence[Block], headline: Headline | None = None) -> Path:
+    """Write the page to `path` and return it."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -119,6 +162,5 @@ def write_page(directory: Path, title: str, blocks: Sequence[Block], headline: H
         zip=zip,
         script_hash=f"sha256-{base64.b64encode(digest).decode()}",
     )
-    path = directory / "index.html"
     write_text(path, text)
     return path

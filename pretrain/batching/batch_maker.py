@@ -17,16 +17,7 @@ from numpy.typing import NDArray
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.masking import Masker, MaskingSchedule, Ranges
 from pretrain.batching.order import BatchSequences, Order
-from pretrain.batching.packing import (
-    Assignment,
-    MicrobatchLayout,
-    assign_to_ranks,
-    deal,
-    next_multiple,
-    one_per_row,
-    pack,
-    round_up,
-)
+from pretrain.batching.packing import Assignment, MicrobatchLayout, assign, next_multiple, round_up
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus
@@ -125,14 +116,7 @@ class BatchMaker:
         sequences = self.order.batch(step)
         text_lengths = self._text_lengths(sequences)
         lengths = text_lengths + self.vocabulary.num_special_tokens
-        return sequences, text_lengths, self._assign(lengths)
-
-    def _assign(self, lengths: NDArray[np.int64]) -> Assignment:
-        layout, world_size = self.layout, self.world.size
-        if layout.rows == "flat":
-            return deal(lengths, world_size, layout.capacity)
-        rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.row_width)
-        return assign_to_ranks(lengths, rows, world_size, layout)
+        return sequences, text_lengths, assign(lengths, self.world.size, self.layout)
 
     def _text_lengths(self, sequences: BatchSequences) -> NDArray[np.int64]:
         lengths = np.empty_like(sequences.ids)

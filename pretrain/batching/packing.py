@@ -247,6 +247,14 @@ def assign_to_ranks(
     return Assignment(*where, microbatches, rows, width)
 
 
+def assign(lengths: NDArray[np.int64], world_size: int, layout: MicrobatchLayout) -> Assignment:
+    """Assign sequences with these lengths [S], at most `layout.max_seq_length`, to the microbatches of all ranks."""
+    if layout.rows == "flat":
+        return deal(lengths, world_size, layout.capacity)
+    rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.row_width)
+    return assign_to_ranks(lengths, rows, world_size, layout)
+
+
 _SLOT_PARTS = 64  # T is rounded up by less than one part in 64
 _LEVELLED_ROUNDS = 128  # later rounds hold the shortest sequences of many, and need not be levelled
 

@@ -118,7 +118,7 @@ class TokenizerOptions(TextOptions):
 
 
 class CorpusOptions(TextOptions):
-    """Either `source`, `tokenizer` and `output` (build a corpus), or `verify`."""
+    """Either `source`, `tokenizer` and `output` (build a corpus), or `verify`, or `inspect`."""
 
     source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
     """Files, folders and globs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members of
@@ -127,8 +127,8 @@ class CorpusOptions(TextOptions):
     tokenizer: Annotated[PathName | None, Metavar("DIR")] = None
     """Hugging Face tokenizer folder, or a folder with just a vocab.txt."""
 
-    output: Annotated[PathName | None, Metavar("DIR")] = None
-    """Corpus folder to write."""
+    output: Annotated[PathName | None, Metavar("PATH")] = None
+    """Corpus folder to write; with --inspect, the page, by default DIR-inspect.html beside the corpus."""
 
     workers: PositiveInt | None = None
     """Number of processes on this machine; default: one per core."""
@@ -140,7 +140,7 @@ class CorpusOptions(TextOptions):
     """Address of the Ray cluster; default: the one that runs on this machine, or RAY_ADDRESS."""
 
     seed: Annotated[int, Field(ge=0)] = 42
-    """Seed of the draws of --holdout and --limit."""
+    """Seed of the draws of --holdout, --limit and --inspect."""
 
     limit: PositiveInt | None = None
     """Keep only N documents, drawn at random."""
@@ -154,16 +154,25 @@ class CorpusOptions(TextOptions):
     verify: Annotated[str | None, Metavar("DIR[,DIR…]")] = None
     """Instead of building: corpus folders to compare with their checksums."""
 
+    inspect: Annotated[PathName | None, Metavar("DIR")] = None
+    """Instead of building: the corpus folder to describe, in a page and in a summary on the terminal."""
+
     @model_validator(mode="after")
-    def _build_or_verify(self) -> Self:
+    def _build_verify_or_inspect(self) -> Self:
         given = self.model_fields_set
-        missing = [f"--{name}" for name in ("source", "tokenizer", "output") if getattr(self, name) is None]
-        if self.verify is None and len(missing) in (1, 2):
-            raise ValueError(f"missing: {', '.join(missing)}")
-        if self.verify is None and missing:
-            raise ValueError("expected --source, --tokenizer and --output to build a corpus, or --verify to check some")
-        if self.ray_address is not None and self.engine != "ray":
-            raise ValueError("--ray_address needs --engine ray")
         if self.verify is not None and given != {"verify"}:
             raise ValueError("--verify builds nothing; expected no other flag")
+        if self.inspect is not None and (others := given - {"inspect", "output", "seed"}):
+            raise ValueError(f"--inspect builds nothing; expected no --{min(others)}")
+        if self.verify is not None or self.inspect is not None:
+            return self
+        missing = [f"--{name}" for name in ("source", "tokenizer", "output") if getattr(self, name) is None]
+        if len(missing) in (1, 2):
+            raise ValueError(f"missing: {', '.join(missing)}")
+        if missing:
+            raise ValueError(
+                "expected --source, --tokenizer and --output to build a corpus, --verify to check some, or --inspect"
+            )
+        if self.ray_address is not None and self.engine != "ray":
+            raise ValueError("--ray_address needs --engine ray")
         return self

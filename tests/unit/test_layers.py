@@ -18,7 +18,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.stage_data",),
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
-    ("pretrain.modeling",),
+    ("pretrain.modeling", "pretrain.inspection"),
     ("pretrain.batching", "pretrain.export"),
     ("pretrain.cleaning",),
     ("pretrain.corpus", "pretrain.config"),

@@ -8,7 +8,7 @@ from experiment.goodput import read_goodput
 from experiment.outcome_file import Outcome
 from experiment.results.charts import x_axis
 from experiment.results.fillings import filling_blocks
-from experiment.results.page import Block, Code, Heading, Headline, write_page
+from experiment.results.page import PAGE, Block, Code, Heading, Headline, write_page
 from experiment.results.report.run_facts import (
     goodput_blocks,
     pretraining_headline,
@@ -42,7 +42,7 @@ def write_report(
             f"{folder.path} has nothing to report: neither results.json, sweep.json, compare.json nor an event in "
             f"{folder.metrics.name}"
         )
-    page = write_page(directory, folder.path.name, [*blocks, *provenance_blocks(folder)], headline)
+    page = write_page(directory / PAGE, folder.path.name, [*blocks, *provenance_blocks(folder)], headline)
     return _with_charts(page, blocks, png)
 
 
@@ -61,7 +61,7 @@ def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False
             if run.folder.config.is_file()
         ),
     ]
-    return _with_charts(write_page(directory, f"{len(opened)} runs", [*blocks, *configs]), blocks, png)
+    return _with_charts(write_page(directory / PAGE, f"{len(opened)} runs", [*blocks, *configs]), blocks, png)
 
 
 def _with_charts(page: Path, blocks: Sequence[Block], png: bool) -> Path:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from experiment.results.charts import Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
 from experiment.results.page import (
+    Bar,
+    BarChart,
+    BarCharts,
     Block,
     Code,
     ConfusionMatrix,
@@ -14,6 +17,9 @@ from experiment.results.page import (
     Fillings,
     Heading,
     Headline,
+    SeenText,
+    SeenTexts,
+    SeenToken,
     Table,
     Text,
     write_page,
@@ -27,6 +33,8 @@ BLOCKS: list[Block] = [
     Charts([Plot("loss", [("Loss <1>", Panel("loss", [Line("</script><b>", [1], [2.0])]))])]),
     DotCharts("scores", [DotChart("F1 <%>", [Dots("<row>", [0.25, 0.75], 0.5, (0.0, 1.0))])]),
     Fillings([Filling("a <i>", "<b>", " c", [("step 1", [("<u>", "9.0%")])])]),
+    BarCharts([BarChart("Tokens <%>", [Bar("<of>", 0.2), Bar("the", 0.1)])]),
+    SeenTexts([SeenText("document <1>", [SeenToken("<s>"), SeenToken("<mask>", "<p>")])]),
     Code("config.yaml", "run:\n  dir: <x>\n"),
 ]
 HEADLINE = Headline("running <&>", "busy", "since <now>", [Fact("Tokens", "1<2", "<3")])
@@ -41,7 +49,7 @@ class Outline(HTMLParser):
         self.texts: list[tuple[str, str]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -54,7 +62,7 @@ class Outline(HTMLParser):
 
 def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
     """Catches text that is not escaped, tags that do not nest, and missing blocks."""
-    path = write_page(tmp_path / "new", "Run {1}", BLOCKS, HEADLINE)
+    path = write_page(tmp_path / "new" / "index.html", "Run {1}", BLOCKS, HEADLINE)
     assert path == tmp_path / "new" / "index.html"
     outline = Outline()
     outline.feed(path.read_text(encoding="utf-8"))
@@ -90,6 +98,10 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
         ("td", "step 1"),
         ("td", "<u> "),
         ("span", "9.0%"),
+        ("figcaption", "Tokens <%>"),
+        *[("div", "<of>"), ("div", "20.0%"), ("div", "the"), ("div", "10.0%")],
+        ("figcaption", "document <1>"),
+        *[("span", "<s>"), ("b", "<mask>"), ("small", "<p>")],
         ("summary", "config.yaml"),
         ("pre", "run:\n  dir: <x>\n"),
     ]
@@ -97,7 +109,7 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
 
 def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     """Catches scripts, fonts or styles from the network: clusters often have no access."""
-    text = write_page(tmp_path, "Run", BLOCKS).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", "Run", BLOCKS).read_text(encoding="utf-8")
     text = text.replace("http://www.w3.org/2000/svg", "")  # a name, which is not opened
     assert not re.search(r"https?:|src=\"/|<link|@import|url\(['\"]", text)
 
@@ -105,7 +117,7 @@ def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
 def test_a_page_runs_its_own_script_only(tmp_path: Path) -> None:
     """Catches a policy that another script passes, or that keeps the page's own one from running; and data that end
     their element."""
-    text = write_page(tmp_path, "Run", BLOCKS).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", "Run", BLOCKS).read_text(encoding="utf-8")
     data, script = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
     assert r"\u003c/script\u003e" in data
     allowed = re.search(r"default-src 'none'; script-src 'sha256-([^']+)'", text)
@@ -117,7 +129,7 @@ def test_a_matrix_of_many_labels_has_colors_only(tmp_path: Path) -> None:
     """Catches a matrix whose numbers are too small to read, and a page of megabytes."""
     counts = [[int(row == column) for column in range(200)] for row in range(200)]
     matrix = ConfusionMatrix([f"label-{number}" for number in range(200)], counts, "test")
-    text = write_page(tmp_path, "Run", [matrix]).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", "Run", [matrix]).read_text(encoding="utf-8")
     assert text.count("<td") == 200 * 200
     assert text.count('style="--share:1"') == 200
     assert "label-7" not in text

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from sample_run import MARKUP, make_run
 
-from experiment.results.page import ConfusionMatrix, write_page
+from experiment.results.page import (
+    Bar,
+    BarChart,
+    BarCharts,
+    ConfusionMatrix,
+    SeenText,
+    SeenTexts,
+    SeenToken,
+    write_page,
+)
 from experiment.results.report import write_overlay, write_report
 from headless_chromium import start_browser
 
@@ -190,7 +199,7 @@ def test_a_confusion_matrix_can_be_read(driver: Any, tmp_path: Path, labels: int
     phone."""
     counts = [[9000 if row == column else row for column in range(labels)] for row in range(labels)]
     matrix = ConfusionMatrix([f"label {number}" for number in range(labels)], counts, "test")
-    view = View(driver, write_page(tmp_path, "Run", [matrix]), 390, scheme)
+    view = View(driver, write_page(tmp_path / "page.html", "Run", [matrix]), 390, scheme)
     contrast, where = view.run(_CONTRAST)
     assert contrast >= 4.5, where
     colors = "return [...document.querySelectorAll('td')].map(cell => getComputedStyle(cell).backgroundColor)"
@@ -199,6 +208,25 @@ def test_a_confusion_matrix_can_be_read(driver: Any, tmp_path: Path, labels: int
     size = "return parseFloat(getComputedStyle(document.querySelector('td')).fontSize)"
     assert view.run(size) >= 12
     assert ("9,000" in view.texts("td")) == (labels < 60)
+    view.check()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_bars_and_tokens_can_be_read(driver: Any, tmp_path: Path, scheme: str) -> None:
+    """Catches bars without a width, tokens that stick out of a phone or are broken, and answers that cover tokens."""
+    bars = BarCharts([BarChart("Tokens", [Bar("the", 0.2), Bar("of", 0.1)])])
+    tokens = [SeenToken("[MASK]", "grateful") if number % 3 else SeenToken(f"word{number}") for number in range(60)]
+    page = write_page(tmp_path / "page.html", "Corpus", [bars, SeenTexts([SeenText("document 1", tokens)])])
+    view = View(driver, page, 390, scheme)
+    widths = view.run("return [...document.querySelectorAll('.bars i')].map(bar => bar.getBoundingClientRect().width)")
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.01)
+    assert widths[0] > 100
+    heights = view.run(
+        "return [...document.querySelectorAll('.tokens b')].map(token => token.getBoundingClientRect().height)"
+    )
+    assert max(heights) == min(heights) < 60
+    contrast, where = view.run(_CONTRAST)
+    assert contrast >= 4.5, where
     view.check()
 
 

@@ -1,0 +1,52 @@
+"""Documents as the model sees them: special tokens around the text, some tokens masked."""
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from experiment.results.page import SeenText, SeenToken
+from pretrain.batching.masking import Masker, masking_policy
+from pretrain.batching.order import BatchSequences
+from pretrain.batching.sequences import split_documents
+from pretrain.batching.vocabulary import build_vocabulary
+from pretrain.config import BatchConfig, MaskingConfig
+from pretrain.inspection.sample import Sample
+
+MAX_SEQ_LENGTH = BatchConfig().max_seq_length
+_DOCUMENTS = 8
+
+
+def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[SeenText]:
+    """The first sequences of some documents of the sample, with the default masking."""
+    vocabulary = build_vocabulary(tokenizer)
+    masker = Masker(vocabulary, masking_policy(MaskingConfig()), sample.seed, sample.corpus.fingerprint)
+    count = min(_DOCUMENTS, len(sample.documents))
+    chosen = np.sort(np.random.default_rng(sample.seed).choice(len(sample.documents), count, replace=False))
+    texts = []
+    for document in (sample.documents[index] for index in chosen.tolist()):
+        lengths = split_documents(np.array([len(document.ids)]), MAX_SEQ_LENGTH - vocabulary.num_special_tokens)[:1]
+        tokens = document.ids[: lengths[0]].astype(np.int64)
+        sequence = BatchSequences(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([document.number]))
+        masked = masker.mask(tokens, lengths, masker.keys(sequence))
+        predicted = set(masked.indices.tolist())
+        texts.append(
+            SeenText(
+                f"document {document.number + 1:,} of {sample.corpus.documents:,}: {len(document.ids):,} tokens",
+                [
+                    *(SeenToken(token_text(tokenizer, token)) for token in vocabulary.prefix),
+                    *(
+                        SeenToken(
+                            token_text(tokenizer, seen), token_text(tokenizer, token) if at in predicted else None
+                        )
+                        for at, (seen, token) in enumerate(zip(masked.inputs.tolist(), tokens.tolist(), strict=True))
+                    ),
+                    *(SeenToken(token_text(tokenizer, token)) for token in vocabulary.suffix),
+                ],
+            )
+        )
+    return texts
+
+
+def token_text(tokenizer: PreTrainedTokenizerFast, token: int) -> str:
+    """A token for people. One that is a part of a character in UTF-8 as in the vocabulary."""
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    return text if text.strip() and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
