@@ -148,7 +148,7 @@ def _read(_name: str, source: str, tokenizer: str, _threads: int) -> float:
     from pretrain.corpus.options import CorpusOptions
     from pretrain.corpus.passes import scan_source
 
-    plan = plan_build(CorpusOptions(source=source, tokenizer=Path(tokenizer), output=Path("unused")))
+    plan = plan_build(CorpusOptions(source=source, tokenizer=str(tokenizer), output=Path("unused")))
     start = time.monotonic()
     with open_engine(1, build_job(plan)) as run:
         scan_source(plan, run)

@@ -10,6 +10,7 @@ import yaml
 from experiment.config.yaml_dialect import read_yaml
 from experiment.files import parse_json
 from experiment.run_folder import RunFolder
+from experiment.storage import StorageError, join, open_file
 
 CLEAN_SUMMARY = "clean.json"
 """The file beside cleaned documents that says how they were cleaned."""
@@ -23,21 +24,21 @@ def texts_digest(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def is_clean_summary(path: Path) -> bool:
-    """Whether a file is the clean.json of `deepcloze clean`, which is not text for a corpus."""
-    return path.name == CLEAN_SUMMARY and _read_summary(path) is not None
+def is_clean_summary(name: str) -> bool:
+    """Whether a file, a path or URL, is the clean.json of `deepcloze clean`, which is not text for a corpus."""
+    return name.rpartition("/")[2] == CLEAN_SUMMARY and _read_summary(name) is not None
 
 
-def read_decontamination(folder: Path) -> dict[str, str] | None:
+def read_decontamination(folder: str) -> dict[str, str] | None:
     """Task -> digest of its texts, of all tasks that the documents in a folder of `deepcloze clean` were decontaminated
-    against; None if the folder was not written by it."""
-    summary = _read_summary(folder / CLEAN_SUMMARY)
+    against; None if the folder, a path or URL, was not written by it."""
+    summary = _read_summary(join(folder, CLEAN_SUMMARY))
     if summary is None:
         return None
     return {name: str(digest) for step in summary["steps"] for name, digest in step.get("against", {}).items()}
 
 
-def common_decontamination(folders: Iterable[Path | None]) -> dict[str, str] | None:
+def common_decontamination(folders: Iterable[str | None]) -> dict[str, str] | None:
     """What documents from several folders were all decontaminated against: for the manifest of a corpus of them, under
     the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
 
@@ -74,11 +75,12 @@ def _recorded(corpus: Path) -> Mapping[str, str] | None:
     return found if isinstance(found, dict) else None
 
 
-def _read_summary(path: Path) -> Mapping[str, Any] | None:
+def _read_summary(name: str) -> Mapping[str, Any] | None:
     """The content of clean.json; None for a file of another kind, such as JSON Lines."""
     try:
-        summary = parse_json(path.read_bytes())
-    except (OSError, ValueError):
+        with open_file(name) as file:
+            summary = parse_json(file.read())
+    except (OSError, StorageError, ValueError):
         return None
     is_ours = isinstance(summary, dict) and {"recipe", "read", "kept", "steps"} <= summary.keys()
     return summary if is_ours else None

@@ -33,6 +33,7 @@ from experiment.storage import (
     list_files,
     list_folders,
     read_bytes,
+    stat_file,
     upload,
     write_bytes,
 )
@@ -123,7 +124,7 @@ class Mirror:
         for path in _run_files(folder):
             url = join(self.url, _RUN, path.name)
             if not path.exists() and exists(url):
-                download(url, path, list_files(url)[url])
+                download(url, path, stat_file(url).size)
         return newest
 
     def _restore_one(self, name: str, folder: RunFolder, on_progress: Callable[[], None], show_progress: bool) -> Path:
@@ -147,7 +148,7 @@ def fetch(
     """
     marker = read_bytes(join(url, COMPLETE))
     checksums = _checksums(url, marker)
-    sizes = {name[len(url) + 1 :]: size for name, size in list_files(url).items()}
+    sizes = {name[len(url) + 1 :]: found.size for name, found in list_files(url).items()}
     names = choose(list(checksums))
     if missing := next((name for name in names if name not in sizes), None):
         raise DamagedError(f"{join(url, missing)} does not exist")

@@ -11,13 +11,17 @@ import errno
 import hashlib
 import io
 import logging
+import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
+
+from filelock import FileLock
 
 from experiment.errors import UserError, first_line
+from experiment.files import cache_folder, json_digest
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ _PASSING = {
     "TransportError",
 }
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"}
+# The names that storages give to the checksum of a file, or to the time of its last change.
+_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "LastModified", "mtime")
 _PASSING_NUMBERS = {
     errno.EBUSY,  # also for the status 503 of S3
     errno.EREMOTEIO,  # 500
@@ -77,6 +83,13 @@ class UnreachableError(StorageError):
     """A server that still did not answer at the last attempt, or was still busy."""
 
 
+class FileInfo(NamedTuple):
+    """The size of a file in bytes, and a version that changes with its content; empty if the server gives none."""
+
+    size: int
+    version: str
+
+
 def is_url(name: str) -> bool:
     return "://" in name
 
@@ -86,9 +99,9 @@ def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
 
 
-def list_files(url: str) -> dict[str, int]:
-    """The files that a URL names and their sizes in bytes, sorted: itself, those below a folder, or those that match a
-    pattern such as `s3://bucket/*.jsonl`. Raises StorageError if there are none."""
+def list_files(url: str) -> dict[str, FileInfo]:
+    """The files that a URL names, sorted: itself, those below a folder, or those that match a pattern such as
+    `s3://bucket/*.jsonl`. Raises StorageError if there are none."""
 
     def find() -> dict[str, Any]:
         fs, path = _open_filesystem(url)
@@ -108,7 +121,11 @@ def list_files(url: str) -> dict[str, int]:
     for name, info in found.items():
         if info["size"] is None:
             raise StorageError(f"{name}: the server does not give the size of the file")
-    return {name: found[name]["size"] for name in sorted(found)}
+    return {name: FileInfo(found[name]["size"], _version(found[name])) for name in sorted(found)}
+
+
+def _version(info: dict[str, Any]) -> str:
+    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
 
 
 def list_folders(url: str) -> list[str]:
@@ -147,6 +164,19 @@ def open_url(url: str, start: int = 0) -> IO[bytes]:
     reader = _Reader(url)
     reader.seek(start)
     return io.BufferedReader(reader, _BUFFER)
+
+
+def open_file(name: str) -> IO[bytes]:
+    """Open a path or URL for reading. It can seek. Raises OSError for a path, StorageError for a URL."""
+    return open_url(name) if is_url(name) else Path(name).open("rb", buffering=_BUFFER)
+
+
+def stat_file(name: str) -> FileInfo:
+    """Describe a file, given as a path or URL. Raises OSError for a path, StorageError for a URL."""
+    if is_url(name):
+        return list_files(name)[name]
+    found = os.stat(name)  # noqa: PTH116  (a Path per file takes longer)
+    return FileInfo(found.st_size, str(found.st_mtime_ns))
 
 
 def read_bytes(url: str) -> bytes:
@@ -193,6 +223,22 @@ def delete(url: str) -> None:
             fs.rm(path, recursive=True)
 
     _retrying(url, remove)
+
+
+def local_folder(url: str, left_out: Collection[str] = ()) -> Path:
+    """A copy of a folder in the user's cache folder, which is made unless there is one of the same files.
+
+    `left_out`: suffixes of files that are not copied. Raises StorageError.
+    """
+    files = {name: info for name, info in list_files(url).items() if not name.endswith(tuple(left_out))}
+    folder = cache_folder() / "folders" / json_digest([url, *files.items()])[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        for name, info in files.items():
+            path = folder / "files" / name.removeprefix(url.rstrip("/")).lstrip("/")
+            if not path.exists():
+                download(name, path, info.size)
+    return folder / "files"
 
 
 def download(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 
 import annotated_types
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Strict
 from pydantic.fields import FieldInfo
 
 from experiment.config.yaml_dialect import Loader, read_yaml
@@ -222,3 +222,4 @@ SequenceLength = Annotated[int, Field(ge=8)]  # tokens, special tokens included
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger ones
 PathText = Annotated[str, AfterValidator(_check_path)]  # ~ becomes the home folder
 PathName = Annotated[Path, Strict(False), AfterValidator(lambda path: Path(expand_home(str(path))))]  # text will do
+PathOrUrl = Annotated[PathText, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]

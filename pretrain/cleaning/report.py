@@ -84,7 +84,7 @@ def write_report(folder: Path, summary: Summary) -> None:
         ],
     )
     blocks = [Heading("Steps"), Table(_COLUMNS, list(_rows(summary)), labels=2), *_examples(summary)]
-    write_page(folder, "Cleaning", blocks, headline).rename(folder / PAGE)
+    write_page(folder / PAGE, "Cleaning", blocks, headline)
 
 
 _COLUMNS = ("step", "rule", "read", "dropped", "share", "changed")

@@ -21,10 +21,11 @@ from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents, fsync_tree, json_digest, parse_json, write_json
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX
-from pretrain.cleaning.reading import Input, find_inputs, read_inputs
+from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import SUMMARY, Summary, print_steps, read_summary, summarize, write_report
 from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages, start_worker
 from pretrain.cleaning.step import ReadTask, Step, check_installed
+from pretrain.corpus.sources import Source
 from pretrain.corpus.workers import worker_pool
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
@@ -41,19 +42,19 @@ def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) 
     workers = workers or len(os.sched_getaffinity(0))
     advice = "; the same command resumes from the finished parts"
     with disk_errors_as(UserError, f"output {folder}: ", advice), _lock(folder):
-        inputs = find_inputs(config)
+        sources = find_inputs(config)
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)
         if _holds_result(folder):
             summary = read_summary(folder)
-            if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(inputs, config)):
+            if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(sources, config)):
                 raise UserError(
                     f"output: {folder} already holds documents that were cleaned with another config, or of other "
                     "sources; name a new folder or delete it"
                 )
             print(f"{folder} already exists, of the same sources and steps")
         else:
-            summary = _clean(config, inputs, steps, recipe, folder, workers)
+            summary = _clean(config, sources, steps, recipe, folder, workers)
     print(f"{config.output}: {summary['kept']:,} of {summary['read']:,} documents kept")
     if summary["steps"]:
         print_steps(summary)
@@ -78,15 +79,15 @@ def _prepare_steps(config: CleanConfig, read_task: ReadTask) -> list[Step[Any]]:
 
 
 def _clean(
-    config: CleanConfig, inputs: Sequence[Input], steps: Sequence[Step[Any]], recipe: str, folder: Path, workers: int
+    config: CleanConfig, sources: Sequence[Source], steps: Sequence[Step[Any]], recipe: str, folder: Path, workers: int
 ) -> Summary:
     partial = folder.with_name(f"{folder.name}.partial")
-    _check_unfinished(partial, {"recipe": recipe, "sources": json_digest([found.identity for found in inputs])})
+    _check_unfinished(partial, {"recipe": recipe, "sources": identity_of(sources)})
     stages = plan_stages(steps)
     advice = "use fewer --workers, and run the same command again to resume from the finished parts"
     try:
         with worker_pool(workers, advice, start_worker, stages) as pool:
-            last, tallies = run_stages(stages, read_inputs(inputs, config), partial, pool, workers)
+            last, tallies = run_stages(stages, read_inputs(sources, config), partial, pool, workers)
     except UserError:
         if not any(partial.glob("pass-*/*.json")):  # nothing to resume from
             shutil.rmtree(partial)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from posixpath import dirname
 
 from filelock import FileLock, Timeout
 
@@ -162,7 +163,7 @@ def _manifest(plan: BuildPlan, recipe: Recipe, finished: Sequence[ShardRecord], 
         length_percentiles=percentiles(lengths.items()),
         shards=tuple(found.shard for found in finished),
         decontaminated=common_decontamination(
-            Path(source.name).parent if source.kind == "file" else None for source in plan.sources
+            dirname(source.name) or "." if source.kind == "file" else None for source in plan.sources
         ),
     )
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from experiment.errors import UserError
 from experiment.files import fsync_tree, json_digest
+from experiment.storage import is_url, local_folder
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
@@ -26,6 +27,7 @@ MAIN: Part = "main"
 HELDOUT: Part = "heldout"
 PART_CODES: tuple[Part | None, ...] = (None, MAIN, HELDOUT)
 """What the bytes of `Sampling.parts_of` stand for."""
+_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")  # that may be in the folder of a tokenizer
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ class BuildTokenizer:
         fsync_tree(folder)
 
 
-def load_build_tokenizer(path: Path, segmenter: str | None) -> BuildTokenizer:
-    """Load a tokenizer folder, without importing torch. Raises UserError as `load_tokenizer`, and StoppedError if a
-    worker process is killed."""
+def load_build_tokenizer(name: str, segmenter: str | None) -> BuildTokenizer:
+    """Load a tokenizer folder, given as a path or URL, without importing torch. Raises UserError as `load_tokenizer`,
+    and StoppedError if a worker process is killed."""
+    path = local_folder(name, _WEIGHTS) if is_url(name) else Path(name)
     if "transformers" in sys.modules:
         return _load(path, segmenter)
     with worker_pool(1, "free some, and run the same command again") as pool:

@@ -231,7 +231,7 @@ def _sizes(source: str, manifest: Manifest) -> dict[str, int]:
     """The size of each file of a corpus, by its path in the folder."""
     if is_url(source):
         start = len(source.rstrip("/")) + 1
-        found = {name[start:]: size for name, size in list_files(source).items()}
+        found = {name[start:]: info.size for name, info in list_files(source).items()}
     else:
         folder = Path(source)
         found = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}

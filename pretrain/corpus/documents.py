@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Literal
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
 from experiment.progress import progress, terminal
+from experiment.storage import open_file
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import (
     Document,
@@ -26,7 +27,7 @@ from pretrain.corpus.formats import (
     parse_documents,
 )
 from pretrain.corpus.options import TextOptions
-from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_selected, is_skipped, open_source, report_skipped
+from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_selected, is_skipped, report_skipped
 
 if TYPE_CHECKING:
     import datasets
@@ -95,7 +96,7 @@ def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[D
     elif source.kind == "hub":
         yield from _read_hub(source, options.column, part)
     else:
-        with explain_read_errors(source.name), open_source(source.name) as file:
+        with explain_read_errors(source.name), open_file(source.name) as file:
             stats.file_position = file.tell
             if source.kind == "file":
                 yield from parse_documents(file, source.name, source.name, options, stats, part)
@@ -108,7 +109,7 @@ def locate_lines(span: Span) -> Span:
     source, part = span
     if source.kind != "file" or part.start == 0:
         return span
-    with explain_read_errors(source.name), open_source(source.name) as file:
+    with explain_read_errors(source.name), open_file(source.name) as file:
         return Span(source, replace(part, line_breaks=count_line_breaks(file, source.name, part)))
 
 

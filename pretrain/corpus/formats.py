@@ -137,7 +137,7 @@ def check_is_read(name: str, origin: str) -> None:
     """Raise UserError for a format that is not read, such as .pdf."""
     suffix, _ = _suffixes(name)
     if suffix in _CONVERSION_OF:
-        raise UserError(f"--source {origin}: .{suffix} files are not read; {_CONVERSION_OF[suffix]}")
+        raise UserError(f"{origin}: .{suffix} files are not read; {_CONVERSION_OF[suffix]}")
 
 
 def parse_documents(

@@ -9,10 +9,11 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from experiment.config import Metavar, Section
-from experiment.config.field_types import PathName
+from experiment.config.field_types import PathName, PathOrUrl
 
 SourceName = str | Path | tuple[str | Path, ...]
-"""What to read: a path, glob, archive::members, hub:NAME[:SPLIT] or python-docs; several in a tuple or with commas."""
+"""What to read: a path, URL, glob, archive::members, hub:NAME[:SPLIT] or python-docs; several in a tuple or with
+commas."""
 
 
 def _regular_expression(pattern: str) -> str:
@@ -124,8 +125,8 @@ class CorpusOptions(TextOptions):
     """Files, folders and globs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members of
     an archive as a.zip::*.txt; hub:NAME[:SPLIT]; or python-docs."""
 
-    tokenizer: Annotated[PathName | None, Metavar("DIR")] = None
-    """Hugging Face tokenizer folder, or a folder with just a vocab.txt."""
+    tokenizer: Annotated[PathOrUrl | None, Metavar("DIR")] = None
+    """Hugging Face tokenizer folder, or a folder with just a vocab.txt; or its URL."""
 
     output: Annotated[PathName | None, Metavar("PATH")] = None
     """Corpus folder to write; with --inspect, the page, by default DIR-inspect.html beside the corpus."""

@@ -1,4 +1,4 @@
-"""Expand --source into an ordered list of files, archives and data sets, and open them.
+"""Expand --source into an ordered list of files, archives and data sets.
 
 Order: sources as given; within a folder or glob, files by name; within an archive, members as stored.
 """
@@ -8,14 +8,16 @@ import glob
 import importlib.metadata
 import os
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from experiment.config.field_types import expand_home
 from experiment.decontamination import is_clean_summary
 from experiment.errors import UserError
 from experiment.files import json_digest
+from experiment.storage import FileInfo, is_url, list_files, stat_file
 from pretrain.corpus.formats import WHOLE, Range, check_is_read, detect_format
 from pretrain.corpus.options import SourceName
 
@@ -28,7 +30,7 @@ class Source:
     """A file, members of an archive, a hub data set, or the installed documentation."""
 
     kind: str  # file | archive | hub | python-docs
-    name: str  # path, or name of a data set
+    name: str  # path, URL, or name of a data set
     selection: str = ""  # archive: which members; hub: which split
     bytes: int | None = None  # size on disk, if known
     version: str = ""  # another one after a change
@@ -41,111 +43,126 @@ class Span(NamedTuple):
     part: Range = WHOLE
 
 
-def open_source(name: str) -> IO[bytes]:
-    """Open a file for reading; it can seek. Raises OSError."""
-    return Path(name).open("rb", buffering=1 << 20)
+@dataclass(frozen=True)
+class _Finder:
+    """Expands the items of `--source`."""
+
+    key: str  # for messages
+    is_read_by_caller: Callable[[str], bool]
+
+    def expand(self, item: str) -> list[Source]:
+        if item == PYTHON_DOCS:
+            installed = sorted((found.name, found.version) for found in importlib.metadata.distributions())
+            return [Source(PYTHON_DOCS, PYTHON_DOCS, version=json_digest([sys.version, installed]))]
+        if item.startswith("hub:"):
+            # NAME may be a local folder, but not one with a colon.
+            name, _, split = item.removeprefix("hub:").partition(":")
+            if not name:
+                raise UserError(f"{self.key} {item}: expected hub:NAME or hub:NAME:SPLIT")
+            return [Source("hub", name, split or "train")]
+        if "::" in item:
+            archive, _, members = item.partition("::")
+            return [self._archive(archive, members or "*")]
+        if is_url(item):
+            return self._below_url(item)
+        path = Path(item)
+        if path.is_dir():
+            return self._folder(path)
+        if path.is_file():
+            return [self._file(str(path))]
+        if glob.has_magic(item):
+            names = glob.glob(item, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute patterns)
+            found = sorted(name for name in names if os.path.isfile(name))  # noqa: PTH113
+            if not found:
+                raise UserError(f"{self.key} {item}: no file matches")
+            return [self._file(name) for name in found]
+        raise UserError(f"{self.key} {item}: no such file or folder")
+
+    def _below_url(self, url: str) -> list[Source]:
+        files = list_files(url)
+        if url in files or glob.has_magic(url):
+            return [self._file(name, info) for name, info in files.items()]
+        start = len(url.rstrip("/")) + 1
+        return self._known(url, [name for name in files if not _is_hidden(name[start:])], files)
+
+    def _folder(self, folder: Path) -> list[Source]:
+        """Return all files of a known format below `folder`, except hidden ones."""
+        found = list[str]()
+        for directory, inside, names in os.walk(folder):
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")  # noqa: PTH118
+            found += (path for path in paths if os.path.isfile(path))  # noqa: PTH113
+        return self._known(str(folder), found, {})
+
+    def _known(self, folder: str, names: Iterable[str], files: Mapping[str, FileInfo]) -> list[Source]:
+        known, others = list[str](), list[str]()
+        for name in names:
+            is_text = detect_format(name)[0] is not None and not is_clean_summary(name)
+            (known if is_text or self.is_read_by_caller(name) else others).append(name)
+        if not known:
+            raise UserError(
+                f"{self.key} {folder}: the folder has no files of a known format, such as .txt, .jsonl, .csv, .tsv and "
+                ".parquet; name other text files one by one or with a glob"
+            )
+        report_skipped(folder, len(others), min(others, default=""))
+        return [self._file(name, files.get(name)) for name in sorted(known)]
+
+    def _file(self, name: str, info: FileInfo | None = None) -> Source:
+        if not self.is_read_by_caller(name):
+            if name.lower().endswith((".zip", *_TAR)):
+                return self._archive(name, "*", info)
+            check_is_read(os.path.basename(name), f"{self.key} {name}")  # noqa: PTH119
+        return Source("file", name, "", *(info or stat_file(name)))
+
+    def _archive(self, name: str, members: str, info: FileInfo | None = None) -> Source:
+        if not is_url(name) and not Path(name).is_file():
+            raise UserError(f"{self.key} {name}::{members}: no such archive")
+        if not name.lower().endswith((".zip", *_TAR)):
+            raise UserError(f"{self.key} {name}::{members}: expected a .zip, {', '.join(_TAR)} before the '::'")
+        return Source("archive", name, members, *(info or stat_file(name)))
 
 
-def stat_source(name: str) -> tuple[int, str]:
-    """Return the size of a file in bytes, and a version that changes with its content. Raises OSError."""
-    found = os.stat(name)  # noqa: PTH116  (a Path per file takes longer)
-    return found.st_size, str(found.st_mtime_ns)
-
-
-def find_sources(named: SourceName) -> tuple[Source, ...]:
+def find_sources(
+    named: SourceName, key: str = "--source", is_read_by_caller: Callable[[str], bool] = lambda _: False
+) -> tuple[Source, ...]:
     """Expand what `--source` names. Reads nothing.
+
+    Args:
+        named: paths, URLs and other names.
+        key: where the user gave them, for messages.
+        is_read_by_caller: whether a file, by its name, has a further format; it is not opened as text or an archive.
 
     Raises UserError for a missing path, a folder or glob without text files, and a file that is named twice.
     """
-    sources = [source for item in _split_names(named) for source in _expand(item)]
+    finder = _Finder(key, is_read_by_caller)
+    sources = [source for item in _split_names(named, key) for source in finder.expand(item)]
     seen: dict[tuple[object, str], str] = {}
     for source in sources:
         identity: object = source.name
-        if source.kind in ("file", "archive"):
+        if source.kind in ("file", "archive") and not is_url(source.name):
             found = os.stat(source.name)  # noqa: PTH116
             identity = found.st_dev, found.st_ino
         other = seen.get((identity, source.selection))
         if other is not None and os.path.realpath(other) == os.path.realpath(source.name):  # not a hard link
-            raise UserError(f"--source names {source.name} twice")
+            raise UserError(f"{key} names {source.name} twice")
         seen[identity, source.selection] = source.name
     return tuple(sources)
 
 
-def _split_names(named: SourceName) -> list[str]:
+def _split_names(named: SourceName, key: str) -> list[str]:
     if isinstance(named, str | Path):
         text = str(named)
         items = [text] if Path(text).exists() else text.split(",")
     else:
         items = [str(item) for item in named]
-    items = [expand_home(item.strip()) for item in items if item.strip()]
+    items = [expand_home(item.strip()).removeprefix("file://") for item in items if item.strip()]
     if not items:
-        raise UserError("--source is empty; expected files, folders or data sets to read")
+        raise UserError(f"{key} is empty; expected files, folders or data sets to read")
     return items
 
 
-def _expand(item: str) -> list[Source]:
-    if item == PYTHON_DOCS:
-        installed = sorted((found.name, found.version) for found in importlib.metadata.distributions())
-        return [Source(PYTHON_DOCS, PYTHON_DOCS, version=json_digest([sys.version, installed]))]
-    if item.startswith("hub:"):
-        # NAME may be a local folder, but not one with a colon.
-        name, _, split = item.removeprefix("hub:").partition(":")
-        if not name:
-            raise UserError(f"--source {item}: expected hub:NAME or hub:NAME:SPLIT")
-        return [Source("hub", name, split or "train")]
-    if "::" in item:
-        archive, _, members = item.partition("::")
-        return [_from_archive(archive, members or "*")]
-    path = Path(item)
-    if path.is_dir():
-        return _from_folder(path)
-    if path.is_file():
-        return [_from_file(str(path))]
-    if glob.has_magic(item):
-        names = glob.glob(item, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute patterns)
-        found = sorted(name for name in names if os.path.isfile(name))  # noqa: PTH113
-        if not found:
-            raise UserError(f"--source {item}: no file matches")
-        return [_from_file(name) for name in found]
-    raise UserError(f"--source {item}: no such file or folder")
-
-
-def _from_folder(folder: Path) -> list[Source]:
-    """Return all files of a known format below `folder`, except hidden ones."""
-    known, others = list[str](), list[str]()
-    for directory, inside, names in os.walk(folder):
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        for name in names:
-            path = os.path.join(directory, name).removeprefix("./")  # noqa: PTH118
-            if not name.startswith(".") and os.path.isfile(path):  # noqa: PTH113
-                is_text = detect_format(name)[0] is not None and not is_clean_summary(Path(path))
-                (known if is_text else others).append(path)
-    if not known:
-        raise UserError(
-            f"--source {folder}: the folder has no .txt, .jsonl, .csv, .tsv or .parquet files; "
-            "name other text files one by one or with a glob"
-        )
-    report_skipped(folder, len(others), min(others, default=""))
-    return [_from_file(path) for path in sorted(known)]
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") and part != ".." for part in path.parts)
-
-
-def _from_file(path: str) -> Source:
-    if path.lower().endswith((".zip", *_TAR)):
-        return _from_archive(path, "*")
-    check_is_read(os.path.basename(path), path)  # noqa: PTH119
-    return Source("file", path, "", *stat_source(path))
-
-
-def _from_archive(path: str, members: str) -> Source:
-    if not Path(path).is_file():
-        raise UserError(f"--source {path}::{members}: no such archive")
-    if not path.lower().endswith((".zip", *_TAR)):
-        raise UserError(f"--source {path}::{members}: expected a .zip, {', '.join(_TAR)} before the '::'")
-    return Source("archive", path, members, *stat_source(path))
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part != ".." for part in name.split("/"))
 
 
 def is_selected(name: str, pattern: str) -> bool:
@@ -164,10 +181,10 @@ def is_skipped(name: str, pattern: str) -> bool:
 
 
 def _is_hidden_member(name: str) -> bool:
-    return _is_hidden(Path(name)) or name.startswith("__MACOSX/")
+    return _is_hidden(name) or name.startswith("__MACOSX/")
 
 
-def report_skipped(where: Path | str, count: int, example: str) -> None:
+def report_skipped(where: str, count: int, example: str) -> None:
     """Say how many files or members of other formats are left out."""
     if count:
         print(f"{where}: {count} files of other formats are skipped, such as {example}", file=sys.stderr)

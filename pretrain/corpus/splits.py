@@ -22,11 +22,12 @@ from dataclasses import dataclass
 import xxhash
 
 from experiment.errors import UserError
+from experiment.storage import open_file
 from pretrain.corpus.compression import estimate_content_bytes, has_several_members
 from pretrain.corpus.documents import load_hub_rows, tar_compression
 from pretrain.corpus.formats import WHOLE, Range, Unit, detect_format, explain_read_errors
 from pretrain.corpus.options import TextOptions
-from pretrain.corpus.sources import Source, Span, open_source
+from pretrain.corpus.sources import Source, Span
 
 MIN_SPLIT_BYTES, MAX_SPLIT_BYTES = 1 << 20, 1 << 26
 _SPLITS = 4096  # that are aimed at, so that a thousand cores have work until the end
@@ -112,7 +113,7 @@ def _divide_opened(source: Source, options: TextOptions, size: int) -> list[Rang
     """Divide a file that must be opened to tell how."""
     assert source.bytes is not None
     file_format, compression = detect_format(source.name)
-    with open_source(source.name) as file:
+    with open_file(source.name) as file:
         if source.kind == "archive" and source.name.lower().endswith(".zip"):
             with zipfile.ZipFile(file) as archive:
                 return _cut("members", [info.compress_size for info in archive.infolist()], size)
@@ -134,7 +135,7 @@ def _row_group_bytes(name: str) -> list[int]:
     import pyarrow.parquet
 
     try:
-        with open_source(name) as file:
+        with open_file(name) as file:
             metadata = pyarrow.parquet.ParquetFile(file).metadata
             return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
     except pyarrow.ArrowException:

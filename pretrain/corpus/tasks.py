@@ -17,6 +17,7 @@ import xxhash
 
 from experiment.errors import UserError
 from experiment.files import checksum, parse_json, sha256, write_json
+from experiment.storage import stat_file
 from pretrain.corpus.build_plan import MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
 from pretrain.corpus.formats import Document, Members, ReadStats, explain_read_errors
@@ -24,7 +25,6 @@ from pretrain.corpus.manifest import Shard
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.shards import Piece, PieceWriter, join_pieces
 from pretrain.corpus.source_digest import SourceDigest
-from pretrain.corpus.sources import stat_source
 from pretrain.corpus.splits import Split
 from pretrain.corpus.tokenization import DocumentEncoder, TokenizerSpec
 
@@ -194,7 +194,7 @@ def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Docum
     for source, _ in split.spans:
         if source.kind in ("file", "archive"):
             with explain_read_errors(source.name):
-                if stat_source(source.name) != (source.bytes, source.version):
+                if stat_file(source.name) != (source.bytes, source.version):
                     raise changed_source(source.name)
 
 

@@ -1,7 +1,7 @@
 """Formats that `deepcloze corpus` does not read: one file each, found by its name.
 
-A reader has `matches(path)`, whether a file has the format, by its name or that of its members, and `read(path)`,
-which yields its documents. `read` raises UserError with file and place for a file that is damaged.
+A reader has `matches(name)`, whether a file, a path or URL, has the format, by its name or that of its members, and
+`read(name)`, which yields its documents. `read` raises UserError with file and place for a file that is damaged.
 """
 
 import importlib
@@ -9,8 +9,9 @@ import pkgutil
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
+
+from experiment.storage import open_file
 
 
 class RawDocument(NamedTuple):
@@ -25,8 +26,8 @@ class RawDocument(NamedTuple):
 
 class Reader(Protocol):
     PACKAGES: tuple[str, ...]  # of the extra `clean`
-    matches: Callable[[Path], bool]
-    read: Callable[[Path], Iterator[RawDocument]]
+    matches: Callable[[str], bool]
+    read: Callable[[str], Iterator[RawDocument]]
 
 
 def reader_names() -> list[str]:
@@ -39,23 +40,24 @@ def find_reader(name: str) -> Reader:
     return cast(Reader, importlib.import_module(f"{__name__}.{name}"))
 
 
-def reader_of(file: Path) -> Reader | None:
+@lru_cache(maxsize=16)
+def reader_of(name: str) -> Reader | None:
     """The reader for a file; None if it is a file for `deepcloze corpus`."""
-    return next((reader for reader in map(find_reader, reader_names()) if reader.matches(file)), None)
+    return next((reader for reader in map(find_reader, reader_names()) if reader.matches(name)), None)
 
 
-def has_suffix(path: Path, *suffixes: str) -> bool:
+def has_suffix(name: str, *suffixes: str) -> bool:
     """Whether the name ends in one of the suffixes, perhaps with .gz after it."""
-    return path.name.lower().removesuffix(".gz").endswith(suffixes)
+    return name.lower().removesuffix(".gz").endswith(suffixes)
 
 
 @lru_cache(maxsize=16)
-def zip_members(path: Path) -> tuple[str, ...]:
+def zip_members(name: str) -> tuple[str, ...]:
     """The names of the files in a zip; none if the file is not a zip, or damaged."""
-    if path.suffix.lower() != ".zip":
+    if not name.lower().endswith(".zip"):
         return ()
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(name) as file, zipfile.ZipFile(file) as archive:
             return tuple(info.filename for info in archive.infolist() if not info.is_dir())
     except (OSError, zipfile.BadZipFile):
         return ()

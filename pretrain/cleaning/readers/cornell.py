@@ -5,9 +5,10 @@ import ast
 import io
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from posixpath import basename, dirname
 
 from experiment.errors import UserError
+from experiment.storage import StorageError, join, open_file
 from pretrain.cleaning.readers import RawDocument, zip_members
 
 _CONVERSATIONS, _LINES = "movie_conversations.txt", "movie_lines.txt"
@@ -16,25 +17,26 @@ _SEPARATOR = " +++$+++ "
 PACKAGES: tuple[str, ...] = ()
 
 
-def matches(path: Path) -> bool:
+def matches(name: str) -> bool:
     # movie_lines.txt is read with the conversations, not as text of its own.
-    return path.name in (_CONVERSATIONS, _LINES) or any(_is(name, _CONVERSATIONS) for name in zip_members(path))
+    return basename(name) in (_CONVERSATIONS, _LINES) or any(
+        _is(member, _CONVERSATIONS) for member in zip_members(name)
+    )
 
 
-def read(path: Path) -> Iterator[RawDocument]:
-    if path.name == _LINES:
+def read(name: str) -> Iterator[RawDocument]:
+    if basename(name) == _LINES:
         return
-    turns = {cells[0]: cells[4] if len(cells) > 4 else "" for _, cells in _rows(path, _LINES, 4)}
-    for number, cells in _rows(path, _CONVERSATIONS, 4):
+    turns = {cells[0]: cells[4] if len(cells) > 4 else "" for _, cells in _rows(name, _LINES, 4)}
+    for number, cells in _rows(name, _CONVERSATIONS, 4):
         try:
-            names = ast.literal_eval(cells[3])
-            text = "\n".join(turns[name] for name in names)
+            text = "\n".join(turns[line] for line in ast.literal_eval(cells[3]))
         except (ValueError, SyntaxError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: expected a list of lines of {_LINES}, found {cells[3][:60]}") from None
-        yield RawDocument(text, str(path), number)
+            raise UserError(f"{name}:{number}: expected a list of lines of {_LINES}, found {cells[3][:60]}") from None
+        yield RawDocument(text, name, number)
 
 
-def _rows(path: Path, name: str, fewest: int) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: str, name: str, fewest: int) -> Iterator[tuple[int, list[str]]]:
     """The cells of each line. Raises UserError for a missing file, and for a line with too few cells."""
     for number, line in enumerate(io.StringIO(_content(path, name).decode("iso-8859-1")), 1):
         cells = line.rstrip("\r\n").split(_SEPARATOR)
@@ -45,15 +47,19 @@ def _rows(path: Path, name: str, fewest: int) -> Iterator[tuple[int, list[str]]]
         yield number, cells
 
 
-def _content(path: Path, name: str) -> bytes:
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            found = next((member for member in zip_members(path) if _is(member, name)), None)
-            if found is not None:
-                return archive.read(found)
-    elif (path.parent / name).is_file():
-        return (path.parent / name).read_bytes()
-    raise UserError(f"{path}: {name} is missing, which the conversations refer to")
+def _content(path: str, name: str) -> bytes:
+    missing = UserError(f"{path}: {name} is missing, which the conversations refer to")
+    if path.lower().endswith(".zip"):
+        found = next((member for member in zip_members(path) if _is(member, name)), None)
+        if found is None:
+            raise missing
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            return archive.read(found)
+    try:
+        with open_file(join(dirname(path) or ".", name)) as file:
+            return file.read()
+    except (FileNotFoundError, StorageError):
+        raise missing from None
 
 
 def _is(member: str, name: str) -> bool:

@@ -4,10 +4,10 @@ document, with a line for each turn."""
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from experiment.csv_and_jsonl import text_lines
 from experiment.errors import UserError
+from experiment.storage import open_file
 from pretrain.cleaning.readers import RawDocument, zip_members
 
 _NAME = re.compile(r"(?:^|/)dialogues_(?:text|train|validation|test)\.txt$")
@@ -16,19 +16,19 @@ _END = "__eou__"
 PACKAGES: tuple[str, ...] = ()
 
 
-def matches(path: Path) -> bool:
-    return any(map(_NAME.search, (path.name, *zip_members(path))))
+def matches(name: str) -> bool:
+    return any(map(_NAME.search, (name, *zip_members(name))))
 
 
-def read(path: Path) -> Iterator[RawDocument]:
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            for name in filter(_NAME.search, zip_members(path)):
-                with archive.open(name) as file:
-                    yield from _dialogues(file, f"{path}::{name}")
-    else:
-        with path.open("rb") as file:
-            yield from _dialogues(file, str(path))
+def read(name: str) -> Iterator[RawDocument]:
+    with open_file(name) as file:
+        if name.lower().endswith(".zip"):
+            with zipfile.ZipFile(file) as archive:
+                for inside in filter(_NAME.search, zip_members(name)):
+                    with archive.open(inside) as member:
+                        yield from _dialogues(member, f"{name}::{inside}")
+        else:
+            yield from _dialogues(file, name)
 
 
 def _dialogues(file: Iterable[bytes], origin: str) -> Iterator[RawDocument]:

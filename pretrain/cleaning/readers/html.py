@@ -2,17 +2,19 @@
 
 import gzip
 from collections.abc import Iterator
-from pathlib import Path
 
+from experiment.storage import open_file
 from pretrain.cleaning.readers import RawDocument, has_suffix
 
 PACKAGES: tuple[str, ...] = ("trafilatura",)
 
 
-def matches(path: Path) -> bool:
-    return has_suffix(path, ".html", ".htm", ".xhtml")
+def matches(name: str) -> bool:
+    return has_suffix(name, ".html", ".htm", ".xhtml")
 
 
-def read(path: Path) -> Iterator[RawDocument]:
-    content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    yield RawDocument(content.decode("utf-8", "replace"), str(path), 1, {}, "html")
+def read(name: str) -> Iterator[RawDocument]:
+    with open_file(name) as file:
+        content = file.read()
+    content = gzip.decompress(content) if name.lower().endswith(".gz") else content
+    yield RawDocument(content.decode("utf-8", "replace"), name, 1, {}, "html")

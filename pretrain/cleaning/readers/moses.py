@@ -8,10 +8,10 @@ import itertools
 import re
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from experiment.csv_and_jsonl import text_lines
 from experiment.errors import UserError
+from experiment.storage import open_file
 from pretrain.cleaning.readers import RawDocument, zip_members
 
 _SIDE = re.compile(r"\.(\w+)-(\w+)\.(\w+)$")
@@ -19,21 +19,21 @@ _SIDE = re.compile(r"\.(\w+)-(\w+)\.(\w+)$")
 PACKAGES: tuple[str, ...] = ()
 
 
-def matches(path: Path) -> bool:
-    return any(map(_language, zip_members(path)))
+def matches(name: str) -> bool:
+    return any(map(_language, zip_members(name)))
 
 
-def read(path: Path) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[RawDocument]:
     """One document for each one in the ids, in each `language`; without ids, one for each sentence."""
-    members = zip_members(path)
-    with zipfile.ZipFile(path) as archive:
-        for name in filter(_language, members):
-            origin, language = f"{path}::{name}", _language(name)
-            ids = name.removesuffix(f".{language}") + ".ids"
-            column = 0 if language == _pair(name)[0] else 1
-            films = _films(archive, ids, column, path) if ids in members else itertools.count()
-            with archive.open(name) as file:
-                lines = (line.rstrip("\r\n") for line in text_lines(file, origin))
+    members = zip_members(name)
+    with open_file(name) as file, zipfile.ZipFile(file) as archive:
+        for member in filter(_language, members):
+            origin, language = f"{name}::{member}", _language(member)
+            ids = member.removesuffix(f".{language}") + ".ids"
+            column = 0 if language == _pair(member)[0] else 1
+            films = _films(archive, ids, column, name) if ids in members else itertools.count()
+            with archive.open(member) as content:
+                lines = (line.rstrip("\r\n") for line in text_lines(content, origin))
                 numbered = enumerate(zip(films, lines, strict=False), 1)
                 for _, group in itertools.groupby(numbered, key=lambda entry: entry[1][0]):
                     first, *others = group
@@ -52,7 +52,7 @@ def _language(name: str) -> str:
     return found[3] if found and found[3] in found.group(1, 2) else ""
 
 
-def _films(archive: zipfile.ZipFile, name: str, column: int, path: Path) -> Iterator[str]:
+def _films(archive: zipfile.ZipFile, name: str, column: int, path: str) -> Iterator[str]:
     with archive.open(name) as file:
         for number, line in enumerate(io.TextIOWrapper(file, "utf-8"), 1):
             cells = line.split("\t")

@@ -2,34 +2,35 @@
 
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from posixpath import basename
 from typing import IO
 from xml.etree import ElementTree
 
 from experiment.errors import UserError
+from experiment.storage import open_file
 from pretrain.cleaning.readers import RawDocument, has_suffix, zip_members
 from pretrain.corpus.compression import decompress
 
 PACKAGES: tuple[str, ...] = ()
 
 
-def matches(path: Path) -> bool:
-    is_file = has_suffix(path, ".xml") and "wiki" not in path.name.lower()
-    return is_file or any(name.endswith((".xml", ".xml.gz")) for name in zip_members(path))
+def matches(name: str) -> bool:
+    is_file = has_suffix(name, ".xml") and "wiki" not in basename(name).lower()
+    return is_file or any(member.endswith((".xml", ".xml.gz")) for member in zip_members(name))
 
 
-def read(path: Path) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[RawDocument]:
     """One document for each film, with a line for each sentence."""
-    if path.suffix.lower() != ".zip":
-        with path.open("rb") as file:
-            yield RawDocument(_film(file, path.name, str(path)), str(path), 1)
-        return
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.filename.endswith((".xml", ".xml.gz")):
-                origin = f"{path}::{info.filename}"
-                with archive.open(info) as member:
-                    yield RawDocument(_film(member, info.filename, origin), origin, 1)
+    with open_file(name) as file:
+        if not name.lower().endswith(".zip"):
+            yield RawDocument(_film(file, name, name), name, 1)
+            return
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                if info.filename.endswith((".xml", ".xml.gz")):
+                    origin = f"{name}::{info.filename}"
+                    with archive.open(info) as member:
+                        yield RawDocument(_film(member, info.filename, origin), origin, 1)
 
 
 def _film(stream: IO[bytes], name: str, origin: str) -> str:

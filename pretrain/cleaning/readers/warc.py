@@ -1,10 +1,10 @@
 """Web archives (ISO 28500): pages of .warc files, texts of .wet files, as Common Crawl publishes them."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from experiment.errors import UserError
+from experiment.storage import open_file
 from pretrain.cleaning.readers import RawDocument, has_suffix
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import explain_read_errors
@@ -17,42 +17,42 @@ _PAGES = ("text/html", "application/xhtml+xml")
 PACKAGES: tuple[str, ...] = ("warcio", "trafilatura")
 
 
-def matches(path: Path) -> bool:
-    return has_suffix(path, ".warc", ".wet")
+def matches(name: str) -> bool:
+    return has_suffix(name, ".warc", ".wet")
 
 
-def read(path: Path) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[RawDocument]:
     """One document for each page, with its `url`; records of other kinds are skipped."""
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
     number = 0
-    with path.open("rb") as file:
-        stream = _Content(file, path)
+    with open_file(name) as file:
+        stream = _Content(file, name)
         try:
             for number, record in enumerate(ArchiveIterator(stream), 1):
                 content = record.content_stream().read()
                 if record.raw_stream.limit > 0:
-                    raise _damaged(path, number, f"the record lacks {record.raw_stream.limit:,} bytes")
+                    raise _damaged(name, number, f"the record lacks {record.raw_stream.limit:,} bytes")
                 url = record.rec_headers.get_header("WARC-Target-URI") or ""
                 if record.rec_type == "conversion":
-                    yield RawDocument(content.decode("utf-8", "replace"), str(path), number, {"url": url})
+                    yield RawDocument(content.decode("utf-8", "replace"), name, number, {"url": url})
                 elif record.rec_type == "response" and _is_page(record):
-                    yield RawDocument(_decode(content, record), str(path), number, {"url": url}, "html")
+                    yield RawDocument(_decode(content, record), name, number, {"url": url}, "html")
         except (ArchiveLoadFailed, EOFError, OSError) as error:
-            raise _damaged(path, number + 1, str(error).partition("\n")[0]) from None
+            raise _damaged(name, number + 1, str(error).partition("\n")[0]) from None
         if number == 0:
-            raise UserError(f"{path}: expected a WARC file, found no record")
+            raise UserError(f"{name}: expected a WARC file, found no record")
 
 
 class _Content:
     """The decompressed content of a file. warcio takes a truncated file for one that ends there."""
 
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._stream, self._path = decompress(file, path.suffix.lower().removeprefix(".")), path
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._stream, self._name = decompress(file, name.lower().rpartition(".")[2]), name
 
     def read(self, size: int = -1) -> bytes:
-        with explain_read_errors(str(self._path)):
+        with explain_read_errors(self._name):
             return self._stream.read(size)
 
 
@@ -70,5 +70,5 @@ def _decode(content: bytes, record: "ArcWarcRecord") -> str:
         return content.decode("utf-8", "replace")
 
 
-def _damaged(path: Path, number: int, problem: str) -> UserError:
-    return UserError(f"{path}: record {number:,} is damaged or truncated: {problem}")
+def _damaged(name: str, number: int, problem: str) -> UserError:
+    return UserError(f"{name}: record {number:,} is damaged or truncated: {problem}")

@@ -2,11 +2,12 @@
 
 import bz2
 from collections.abc import Iterator
-from pathlib import Path
+from posixpath import basename
 from typing import IO
 from xml.etree import ElementTree
 
 from experiment.errors import UserError
+from experiment.storage import open_file
 from pretrain.cleaning.readers import RawDocument
 from pretrain.corpus.compression import decompress
 
@@ -15,32 +16,32 @@ _ARTICLES = "0"  # the namespace of articles; others are talk, users, templates,
 PACKAGES: tuple[str, ...] = ("mwparserfromhell",)
 
 
-def matches(path: Path) -> bool:
-    name = path.name.lower()
-    return name.endswith(".xml.bz2") or ("wiki" in name and name.endswith((".xml", ".xml.gz")))
+def matches(name: str) -> bool:
+    file = basename(name).lower()
+    return file.endswith(".xml.bz2") or ("wiki" in file and file.endswith((".xml", ".xml.gz")))
 
 
-def read(path: Path) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[RawDocument]:
     """One document for each article, with its `title`; redirects are skipped."""
     number = 0
     try:
-        with _open(path) as file:
-            for _, page in ElementTree.iterparse(file):
+        with open_file(name) as file:
+            for _, page in ElementTree.iterparse(_decompress(file, name)):
                 if not page.tag.endswith("}page") and page.tag != "page":
                     continue
                 number += 1
                 if page.findtext("{*}ns", _ARTICLES) == _ARTICLES and page.find("{*}redirect") is None:
                     title = page.findtext("{*}title", "")
                     text = page.findtext("{*}revision/{*}text") or ""
-                    yield RawDocument(text, str(path), number, {"title": title}, "wikitext")
+                    yield RawDocument(text, name, number, {"title": title}, "wikitext")
                 page.clear()
     except ElementTree.ParseError as error:
-        raise UserError(f"{path}: invalid XML after {number:,} pages: {error}") from None
+        raise UserError(f"{name}: invalid XML after {number:,} pages: {error}") from None
     if number == 0:
-        raise UserError(f"{path}: expected a dump of MediaWiki, found no <page>")
+        raise UserError(f"{name}: expected a dump of MediaWiki, found no <page>")
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".bz2":
-        return bz2.open(path)
-    return decompress(path.open("rb"), path.suffix.lower().removeprefix("."))
+def _decompress(file: IO[bytes], name: str) -> IO[bytes]:
+    if name.lower().endswith(".bz2"):
+        return bz2.open(file)
+    return decompress(file, name.lower().rpartition(".")[2])

@@ -15,17 +15,17 @@ from experiment.decontamination import (
 def test_tasks_of_all_steps_are_read(tmp_path: Path) -> None:
     steps = [{"name": "a", "against": {"sst2": "1"}}, {"name": "b"}, {"name": "c", "against": {"cola": "2"}}]
     (tmp_path / "clean.json").write_text(json.dumps({"recipe": "r", "read": 2, "kept": 1, "steps": steps}))
-    assert read_decontamination(tmp_path) == {"sst2": "1", "cola": "2"}
-    assert read_decontamination(tmp_path / "none") is None
+    assert read_decontamination(str(tmp_path)) == {"sst2": "1", "cola": "2"}
+    assert read_decontamination(str(tmp_path / "none")) is None
 
 
 def test_a_users_file_of_the_same_name_is_text(tmp_path: Path) -> None:
     """Catches JSON Lines that a corpus leaves out because they are in a file called clean.json."""
     (tmp_path / "clean.json").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert not is_clean_summary(tmp_path / "clean.json")
+    assert not is_clean_summary(str(tmp_path / "clean.json"))
     (tmp_path / "clean.json").write_text('{"read": 1, "kept": 1, "steps": [], "recipe": ""}')
-    assert is_clean_summary(tmp_path / "clean.json")
-    assert not is_clean_summary(tmp_path / "other.json")
+    assert is_clean_summary(str(tmp_path / "clean.json"))
+    assert not is_clean_summary(str(tmp_path / "other.json"))
 
 
 def test_the_order_of_texts_does_not_matter() -> None:
@@ -39,11 +39,11 @@ def test_a_corpus_of_several_folders_has_what_they_share(tmp_path: Path) -> None
         if tasks is not None:
             summary = {"recipe": "", "read": 1, "kept": 1, "steps": [{"name": "decontaminate", "against": tasks}]}
             (tmp_path / name / "clean.json").write_text(json.dumps(summary))
-    assert common_decontamination([tmp_path / "a"]) == {"sst2": "1", "cola": "2"}
-    assert set((common_decontamination([tmp_path / "a", tmp_path / "b"]) or {}).values()) == {"1"}
-    assert common_decontamination([tmp_path / "a", tmp_path / "c"]) == {}
-    assert common_decontamination([tmp_path / "a", None]) == {}
-    assert common_decontamination([tmp_path / "c"]) is None
+    assert common_decontamination([f"{tmp_path}/a"]) == {"sst2": "1", "cola": "2"}
+    assert set((common_decontamination([f"{tmp_path}/a", f"{tmp_path}/b"]) or {}).values()) == {"1"}
+    assert common_decontamination([f"{tmp_path}/a", f"{tmp_path}/c"]) == {}
+    assert common_decontamination([f"{tmp_path}/a", None]) == {}
+    assert common_decontamination([f"{tmp_path}/c"]) is None
 
 
 def test_the_corpora_of_a_checkpoint_are_looked_up(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
             "match": "task test, test.tsv:3: a gorgeous witty and seductive movie that takes its time to say what",
         }
     ]
-    assert read_decontamination(tmp_path / "out") == {"task": texts_digest([LONG, SHORT])}
-    assert read_decontamination(tmp_path) is None
+    assert read_decontamination(f"{tmp_path}/out") == {"task": texts_digest([LONG, SHORT])}
+    assert read_decontamination(str(tmp_path)) is None
 
 
 def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:

@@ -380,7 +380,7 @@ def test_killed_loader_of_the_tokenizer(vocabulary_folder: Path, monkeypatch: py
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     monkeypatch.setattr(build_plan, "_load_without_torch", kill_this_process)
     with pytest.raises(StoppedError, match=r"killed.*run the same command again") as stopped:
-        build_plan.load_build_tokenizer(vocabulary_folder, None)
+        build_plan.load_build_tokenizer(str(vocabulary_folder), None)
     assert not re.search("shard|workers", str(stopped.value))
 
 

@@ -192,7 +192,7 @@ def test_the_command_verifies_always(corpus: Path, built: Path, capsys: pytest.C
     ("line", "message"),
     [
         ("corpus --source a.txt --output c", "missing: --tokenizer ("),
-        ("corpus", "expected --source, --tokenizer and --output to build a corpus, or --verify"),
+        ("corpus", "expected --source, --tokenizer and --output to build a corpus, --verify"),
         ("corpus --verify c --workers 2", "--verify builds nothing; expected no other flag"),
     ],
 )
