@@ -14,6 +14,8 @@ from experiment.storage import StorageError, join, open_file
 
 CLEAN_SUMMARY = "clean.json"
 """The file beside cleaned documents that says how they were cleaned."""
+CLEAN_PAGE = "report.html"
+"""The same as a page."""
 
 
 def texts_digest(texts: Iterable[str]) -> str:

@@ -23,6 +23,9 @@ class FilterStep(DocumentStep[ConfigT]):
 
     @cached_property
     def filter(self) -> "BaseFilter":
+        from loguru import logger
+
+        logger.disable("datatrove")  # progress lines about its lists
         return self.make_filter()
 
     def apply(self, document: Document) -> Verdict | None:

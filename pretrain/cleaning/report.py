@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
-from experiment.decontamination import CLEAN_SUMMARY
+from experiment.decontamination import CLEAN_PAGE, CLEAN_SUMMARY
 from experiment.files import parse_json, write_json
 from experiment.results.page import Block, Code, Fact, Heading, Headline, Table, Text, write_page
 from pretrain.cleaning.config import CleanConfig
@@ -16,7 +16,6 @@ from pretrain.cleaning.step import Step
 from pretrain.cleaning.tally import StepTally
 
 SUMMARY = CLEAN_SUMMARY
-PAGE = "report.html"
 _LISTED = 200  # matches on the page
 _FILE_WIDTH = 110  # characters of the table, if it is not printed on a terminal
 
@@ -84,7 +83,7 @@ def write_report(folder: Path, summary: Summary) -> None:
         ],
     )
     blocks = [Heading("Steps"), Table(_COLUMNS, list(_rows(summary)), labels=2), *_examples(summary)]
-    write_page(folder / PAGE, "Cleaning", blocks, headline)
+    write_page(folder / CLEAN_PAGE, "Cleaning", blocks, headline)
 
 
 _COLUMNS = ("step", "rule", "read", "dropped", "share", "changed")

@@ -122,8 +122,8 @@ class CorpusOptions(TextOptions):
     """Either `source`, `tokenizer` and `output` (build a corpus), or `verify`, or `inspect`."""
 
     source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
-    """Files, folders and globs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members of
-    an archive as a.zip::*.txt; hub:NAME[:SPLIT]; or python-docs."""
+    """Files, folders, globs and URLs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members
+    of an archive as a.zip::*.txt; hub:NAME[:SPLIT]; or python-docs."""
 
     tokenizer: Annotated[PathOrUrl | None, Metavar("DIR")] = None
     """Hugging Face tokenizer folder, or a folder with just a vocab.txt; or its URL."""

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiment.config.field_types import expand_home
-from experiment.decontamination import is_clean_summary
+from experiment.decontamination import CLEAN_PAGE, is_clean_summary
 from experiment.errors import UserError
 from experiment.files import json_digest
-from experiment.storage import FileInfo, is_url, list_files, stat_file
+from experiment.storage import FileInfo, is_url, join, list_files, stat_file
 from pretrain.corpus.formats import WHOLE, Range, check_is_read, detect_format
 from pretrain.corpus.options import SourceName
 
@@ -96,9 +96,12 @@ class _Finder:
 
     def _known(self, folder: str, names: Iterable[str], files: Mapping[str, FileInfo]) -> list[Source]:
         known, others = list[str](), list[str]()
-        for name in names:
-            is_text = detect_format(name)[0] is not None and not is_clean_summary(name)
-            (known if is_text or self.is_read_by_caller(name) else others).append(name)
+        found = set(names)
+        for summary in filter(is_clean_summary, tuple(found)):
+            found -= {summary, join(os.path.dirname(summary), CLEAN_PAGE)}  # noqa: PTH120
+        for name in found:
+            is_read = detect_format(name)[0] is not None or self.is_read_by_caller(name)
+            (known if is_read else others).append(name)
         if not known:
             raise UserError(
                 f"{self.key} {folder}: the folder has no files of a known format, such as .txt, .jsonl, .csv, .tsv and "

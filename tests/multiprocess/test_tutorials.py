@@ -1,16 +1,20 @@
 """The tutorials in docs/ run as they are written, on a small model and few documents."""
 
+import io
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from documented import TUTORIALS, Terminal, commands, validate_configs, write_configs
-from documented_files import CHINESE, write_chinese_text, write_lines, write_model, write_task
+from documented_files import CHINESE, write_chinese_text, write_lines, write_model, write_public_tasks, write_task
+from experiment.files import parse_json
+from experiment.storage import upload
 from rank_pool import RankPool
-from runs import TINY, pretrain_case, run_config
+from runs import TINY, pretrain_case, run_config, soak
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,53 @@ def chinese(folder: Path, given: Given) -> None:
     write_task(folder, write_chinese_text(folder), word="好")
 
 
+def web_archives(folder: Path, given: Given) -> None:
+    """Two archives of pages in a bucket. One page is short, one nearly the same as another, one has evaluation text."""
+    import s3fs
+    from warcio.statusandheaders import StatusAndHeaders
+    from warcio.warcwriter import WARCWriter
+
+    write_public_tasks(folder / "data", given.texts, word="ba")
+    evaluated = max(given.texts[60:90], key=len)
+    pages = [_prose(Random(number)) for number in range(60)]
+    pages += ["Buy now.", pages[0].replace(" the ", " a ", 1), f"{_prose(Random(60))} {evaluated}"]
+    s3fs.S3FileSystem().mkdir("bucket")
+    for number in range(2):
+        archive = folder / f"{number}.warc.gz"
+        with archive.open("wb") as file:
+            writer = WARCWriter(file)
+            for page, text in list(enumerate(pages))[number::2]:
+                headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
+                content = io.BytesIO(f"<html><body><article><p>{text}</p></article></body></html>".encode())
+                url = f"https://example.org/{page}"
+                writer.write_record(writer.create_warc_record(url, "response", content, http_headers=headers))
+        upload(archive, f"s3://bucket/crawl/{archive.name}")
+        archive.unlink()
+
+
+def _prose(random: Random) -> str:
+    """Sixteen sentences of made-up words."""
+    stop_words = ["the", "of", "and", "that", "with", "to", "a", "in", "was", "by"]
+    syllables = [first + vowel for first in "bdfglmnprst" for vowel in "aeio"]
+
+    def word() -> str:
+        return random.choice(stop_words) if random.random() < 0.4 else "".join(random.choices(syllables, k=3))
+
+    return " ".join(f"The {' '.join(word() for _ in range(random.randint(9, 15)))}." for _ in range(16))
+
+
 PREPARED: dict[str, tuple[Callable[[Path, Given], None], str]] = {
     "docs/continue_a_model.md": (own_text, "my-bert/model.safetensors"),
     "docs/compare_on_your_task.md": (own_task, "labels.csv"),
     "docs/from_run_mlm.md": (run_mlm, "my-model/model.safetensors"),
     "docs/chinese.md": (chinese, "labels.csv"),
+    "docs/corpora_at_scale.md": (web_archives, "crawl.html"),
 }
 """Page -> what makes the files that its reader has, and a file that its reader has at the end."""
 
 
-@pytest.mark.parametrize("page", TUTORIALS)
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("page", [*TUTORIALS[:-1], *soak(TUTORIALS[-1])])
 def test_a_tutorial_runs(
     page: str,
     tmp_path: Path,
@@ -78,4 +119,8 @@ def test_a_tutorial_runs(
             if command.mark is None:
                 terminal.run(command)
     assert (tmp_path / result).is_file()
+    if page == "docs/corpora_at_scale.md":
+        steps = parse_json((tmp_path / "clean/clean.json").read_bytes())["steps"]
+        dropped = {step["name"]: step["dropped"] for step in steps if step["dropped"]}
+        assert dropped == {"gopher_repetition": 1, "minhash": 1, "decontaminate": 1}
     validate_configs(page, tmp_path)

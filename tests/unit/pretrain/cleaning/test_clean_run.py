@@ -12,6 +12,7 @@ from experiment.errors import UserError
 from pretrain.cleaning import run, stages
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents
+from pretrain.cleaning.reading import find_inputs
 from pretrain.corpus.sources import find_sources
 
 STEPS = [
@@ -157,3 +158,10 @@ def test_a_library_that_fails_names_the_document(clean: Any, monkeypatch: pytest
     monkeypatch.setattr("ftfy.fix_text", lambda *arguments, **keys: 1 / 0)
     with pytest.raises(UserError, match=r"in.txt:1: the step ftfy fails on this document: ZeroDivisionError"):
         clean(["a"], {"ftfy": {}})
+
+
+def test_results_can_be_cleaned_again(config: CleanConfig, tmp_path: Path, in_process: None) -> None:
+    """Catches report.html and clean.json that are read as documents, in a cleaning of cleaned folders together."""
+    run.clean(config, lambda _: [], 1)
+    again = build_config(CleanConfig, {"source": config.output, "output": str(tmp_path / "again")})
+    assert [source.name for source in find_inputs(again)] == [f"{config.output}/data-00000.jsonl.zst"]
