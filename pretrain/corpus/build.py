@@ -108,10 +108,10 @@ def _write_parts(
     while True:
         records = tokenize(plan, run, splits, counts)
         _check_records(plan, records)
-        joins = {part: _shard_tasks(part, records) for part in plan.sampling.parts}
-        if forget_other_shards(plan.partial, [task for group in joins.values() for task in group]):
+        joins = shard_tasks(plan, records)
+        if forget_other_shards(plan.partial, joins):
             continue
-        written = list(run(write_shard_file, [task for part in parts for task in joins[part]]))
+        written = list(run(write_shard_file, [task for task in joins if task.part in parts]))
         damaged = [result for result in written if isinstance(result, str)]
         if not damaged:
             break
@@ -143,12 +143,14 @@ def _check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
         raise UserError(f"--source {names}: none of its documents gives a token")
 
 
-def _shard_tasks(part: Part, records: Sequence[SplitRecord]) -> list[ShardTask]:
-    pieces = (piece for record in records for piece in record.pieces[part])
-    groups = compose_shards(pieces, shards.SHARD_TOKENS)
-    return [
-        ShardTask(part, f"data-{index:05d}-of-{len(groups):05d}.arrow", group) for index, group in enumerate(groups)
-    ]
+def shard_tasks(plan: BuildPlan, records: Sequence[SplitRecord]) -> list[ShardTask]:
+    """Return how to join the pieces of all splits, in order, to shards."""
+    found = []
+    for part in plan.sampling.parts:
+        groups = compose_shards((piece for record in records for piece in record.pieces[part]), shards.SHARD_TOKENS)
+        names = (f"data-{index:05d}-of-{len(groups):05d}.arrow" for index in range(len(groups)))
+        found += [ShardTask(part, name, group) for name, group in zip(names, groups, strict=True)]
+    return found
 
 
 def _manifest(plan: BuildPlan, recipe: Recipe, finished: Sequence[ShardRecord], empty_documents: int) -> Manifest:

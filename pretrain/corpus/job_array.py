@@ -1,23 +1,29 @@
 """`deepcloze corpus --engine slurm`: the share of one task of a SLURM job array."""
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents
-from pretrain.corpus.build import LockedError, build_corpus, build_job, holds_corpus
+from pretrain.corpus.build import LockedError, build_corpus, build_job, holds_corpus, shard_tasks
 from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.passes import count_documents, split_tasks, tokenize
-from pretrain.corpus.records import open_partial, read_counts, read_finished
+from pretrain.corpus.records import is_joined, open_partial, read_counts, read_finished
+from pretrain.corpus.tasks import write_shard_file
 
 _PREFIX = "SLURM_ARRAY_TASK_"
+_PATIENCE = 60.0  # seconds in which the other tasks finish nothing, after which a task does not wait for them
+_POLL_SECONDS = 2.0
 
 
 def build_share(options: CorpusOptions) -> None:
-    """Tokenize every N-th split, N being the number of tasks in the array. The task that finds all splits finished
-    writes the corpus.
+    """Tokenize every N-th split, N being the number of tasks in the array, and then join every N-th shard. When
+    the others have done so too, or have ended, one task joins what is left and publishes the corpus.
 
     If documents are sampled, all must be counted first: one array counts them, the same one submitted again tokenizes
     them. Raises UserError outside a job array, and as `build_corpus`.
@@ -31,12 +37,12 @@ def build_share(options: CorpusOptions) -> None:
     with disk_errors_as(UserError, f"--output {plan.folder}: ", advice), created_parents(plan.folder):
         open_partial(plan.partial, plan.arguments)
         with open_engine(plan.workers, build_job(plan)) as run:
-            is_finished = _build_share(plan, run, slice(index, None, tasks))
-    if is_finished:
+            is_last = _build_share(plan, run, slice(index, None, tasks))
+    if is_last:
         try:
             build_corpus(options)
         except LockedError:
-            print(f"{plan.folder}: another task joins the shards")
+            print(f"{plan.folder}: another task publishes the corpus")
 
 
 def array_share(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -58,7 +64,8 @@ def array_share(environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _build_share(plan: BuildPlan, run: Engine, share: slice) -> bool:
-    """Count or tokenize a share of the splits. Returns whether all splits are finished."""
+    """Count or tokenize a share of the splits, then join a share of the shards. Returns whether the corpus is to
+    be published."""
     counts = {}
     if plan.sampling.enabled:
         count_documents(plan, run, plan.splits[share])
@@ -71,6 +78,27 @@ def _build_share(plan: BuildPlan, run: Engine, share: slice) -> bool:
             return False
     tasks = split_tasks(plan, counts)
     tokenize(plan, run, tasks[share], counts)
-    finished = len(read_finished(plan.partial, tasks))
-    print(f"{plan.partial}: {finished:,} of {len(tasks):,} splits are finished")
-    return finished == len(tasks)
+    _wait_for_others(plan.folder, lambda: len(read_finished(plan.partial, tasks)), len(tasks))
+    if holds_corpus(plan.folder):
+        return False
+    records = read_finished(plan.partial, tasks)
+    print(f"{plan.partial}: {len(records):,} of {len(tasks):,} splits are finished")
+    if len(records) < len(tasks):
+        return False
+    joins = shard_tasks(plan, [records[task.split.key] for task in tasks])
+    list(run(write_shard_file, joins[share]))
+    _wait_for_others(plan.folder, lambda: sum(is_joined(plan.partial, task) for task in joins), len(joins))
+    return not holds_corpus(plan.folder)
+
+
+def _wait_for_others(corpus: Path, finished: Callable[[], int], total: int) -> None:
+    """Wait until the other tasks have finished all or published the corpus, or have finished nothing for a while: they
+    may not be running."""
+    count, changed = finished(), time.monotonic()
+    while count < total and time.monotonic() - changed < _PATIENCE and not holds_corpus(corpus):
+        time.sleep(min(_POLL_SECONDS, _PATIENCE))
+        before = count
+        with suppress(FileNotFoundError):  # published, and the pieces deleted
+            count = finished()
+        if count > before:
+            changed = time.monotonic()

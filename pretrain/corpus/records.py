@@ -100,6 +100,11 @@ def forget_other_shards(folder: Path, tasks: Iterable[ShardTask]) -> bool:
     return bool(others)
 
 
+def is_joined(folder: Path, task: ShardTask) -> bool:
+    """Whether a shard has a record: it was joined."""
+    return (folder / f"{task.part}-{task.file}.json").exists()
+
+
 def _shards(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in names:
         if name.endswith(".arrow.json") and (found := read_record(folder / name)):

@@ -1,7 +1,9 @@
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,11 @@ import pytest
 
 from experiment.errors import UserError
 from launcher.cli import main
-from pretrain.corpus import engines, shards, splits
+from pretrain.corpus import engines, job_array, shards, splits, tasks
 from pretrain.corpus.build import build_corpus
-from pretrain.corpus.job_array import array_share
+from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
-from waiting import wait_until
+from waiting import LIMIT, wait_until
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is not installed")
 
@@ -24,6 +26,7 @@ def source(tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) ->
     """Files that become several splits."""
     monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
     monkeypatch.setattr(splits, "MIN_SPLIT_BYTES", 1000)
+    monkeypatch.setattr(job_array, "_PATIENCE", 0.0)  # tasks run one after another
     folder = tmp_path / "source"
     folder.mkdir()
     for number in range(4):
@@ -70,6 +73,31 @@ def test_tasks_of_a_job_array(
     assert not (tmp_path / "c.partial").exists()
     assert main(command) == 0
     assert "already exists" in capsys.readouterr().out
+
+
+def test_tasks_of_a_job_array_at_the_same_time(
+    tmp_path: Path, source: Path, vocabulary_folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a task that joins all shards alone, or fails because another one has published the corpus."""
+    joined: list[tuple[int, str]] = []
+
+    def write(job: tasks.BuildJob, task: tasks.ShardTask) -> Any:
+        joined.append((threading.get_ident(), task.file))
+        return tasks.write_shard_file(job, task)
+
+    shares = iter([(0, 2), (1, 2)])
+    monkeypatch.setattr(job_array, "array_share", lambda _: next(shares))
+    monkeypatch.setattr(job_array, "write_shard_file", write)
+    monkeypatch.setattr(job_array, "_PATIENCE", LIMIT)
+    monkeypatch.setattr(job_array, "_POLL_SECONDS", 0.02)
+    options = CorpusOptions(source=source, tokenizer=str(vocabulary_folder), output=tmp_path / "c", workers=1)
+    with ThreadPoolExecutor(2) as array:
+        for task in [array.submit(build_share, options) for _ in range(2)]:
+            task.result()
+    assert contents(tmp_path / "c") == contents(whole)
+    by_task = [{file for task, file in joined if task == found} for found in {task for task, _ in joined}]
+    assert len(by_task) == 2
+    assert by_task[0].isdisjoint(by_task[1])
 
 
 def test_a_job_array_samples_in_two_rounds(
