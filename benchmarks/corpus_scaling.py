@@ -72,7 +72,8 @@ def corpus_scaling(
     speeds = _speeds(source, tokenizer)
     print(
         f"a core tokenizes {speeds.tokenizing / 1e6:.1f} MB/s and joins shards of {speeds.joining / 1e6:.0f} MB/s of "
-        f"text, and hashes {speeds.hashing / 1e6:,.0f} MB/s; the main process needs {speeds.handling * 1e3:.2f} ms per task"
+        f"text, and hashes {speeds.hashing / 1e6:,.0f} MB/s; "
+        f"the main process needs {speeds.handling * 1e3:.2f} ms per task"
     )
     Console().print(_simulated(speeds, machines, cores))
 
