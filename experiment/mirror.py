@@ -9,7 +9,7 @@ A checkpoint is complete if it has a COMPLETE file, as on a disk.
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,21 +19,20 @@ from filelock import FileLock
 from experiment.checkpoints import BEST, COMPLETE, checkpoint_step, files_below, is_checkpoint_name, verify
 from experiment.errors import UserError
 from experiment.files import cache_folder, fsync_tree, json_digest, parse_json, write_text
-from experiment.progress import progress
 from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.storage import (
     DamagedError,
-    StorageError,
+    Download,
+    MissingError,
     delete,
-    download,
+    download_files,
     exists,
     is_url,
     join,
     list_files,
     list_folders,
     read_bytes,
-    stat_file,
     upload,
     write_bytes,
 )
@@ -52,30 +51,22 @@ class Mirror:
 
     def complete(self) -> dict[str, bytes]:
         """The complete checkpoints, oldest first: name -> content of COMPLETE. Raises StorageError."""
-        names = [name for name in list_folders(self.url) if is_checkpoint_name(name)]
-        markers = {name: self._marker(name) for name in sorted(names, key=_step)}
-        return {name: marker for name, marker in markers.items() if marker is not None}
+        found = {}
+        for name in sorted(filter(is_checkpoint_name, list_folders(self.url)), key=_step):
+            with suppress(MissingError):
+                found[name] = read_bytes(join(self.url, name, COMPLETE))
+        return found
 
-    def _marker(self, name: str) -> bytes | None:
-        """The content of COMPLETE; None if there is none, perhaps because it was just deleted."""
-        url = join(self.url, name, COMPLETE)
-        try:
-            return read_bytes(url) if exists(url) else None
-        except StorageError:
-            if exists(url):
-                raise
-            return None
-
-    def upload(self, checkpoint: Path, replaces: bool) -> bytes:
-        """Copy a complete checkpoint, and return the content of COMPLETE. `replaces`: the mirror has another one.
+    def upload(self, checkpoint: Path) -> bytes:
+        """Copy a complete checkpoint, in place of another one of its name, and return the content of COMPLETE.
 
         Raises StorageError, and OSError if the checkpoint is deleted meanwhile.
         """
         marker = (checkpoint / COMPLETE).read_bytes()
         target = join(self.url, checkpoint.name)
-        if replaces:
-            delete(join(target, COMPLETE))
-        _call_each(lambda name: upload(checkpoint / name, join(target, name)), list(_checksums(target, marker)))
+        delete(join(target, COMPLETE))
+        with ThreadPoolExecutor(_FILES_AT_ONCE, "mirror") as pool:  # after an error, files that wait are not copied
+            list(pool.map(lambda name: upload(checkpoint / name, join(target, name)), _checksums(target, marker)))
         write_bytes(join(target, COMPLETE), marker)
         return marker
 
@@ -103,66 +94,55 @@ class Mirror:
 
         Returns the newest; None if there are none. Raises UserError if all are damaged, and OSError.
         """
+
+        def restore_one(name: str) -> Path | None:
+            log.info("copying %s to %s", join(self.url, name), folder.checkpoints)
+            partial = folder.checkpoints / f".{name}.partial"
+            try:
+                fetch(join(self.url, name), partial, lambda _: True, on_progress, show_progress)
+            except DamagedError as error:
+                log.warning("skipping damaged checkpoint %s: %s", name, error)
+                return None
+            fsync_tree(partial)
+            return partial.rename(folder.checkpoints / name)
+
         found = list(self.complete())
         if not found:
             return None
-        best = read_bytes(join(self.url, BEST)).decode().strip() if exists(join(self.url, BEST)) else None
-        newest = None
-        for name in reversed(found):
-            try:
-                newest = self._restore_one(name, folder, on_progress, show_progress)
-            except DamagedError as error:
-                log.warning("skipping damaged checkpoint %s: %s", name, error)
-            else:
-                break
+        newest = next(filter(None, map(restore_one, reversed(found))), None)
         if newest is None:
             raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
-        if best is not None and best != newest.name and best in found:
-            self._restore_one(best, folder, on_progress, show_progress)
-        if best is not None and (folder.checkpoints / best).is_dir():
-            (folder.checkpoints / BEST).write_text(f"{best}\n", encoding="utf-8")
+        with suppress(MissingError):
+            best = read_bytes(join(self.url, BEST)).decode().strip()
+            if best == newest.name or (best in found and restore_one(best)):
+                (folder.checkpoints / BEST).write_text(f"{best}\n", encoding="utf-8")
         for path in _run_files(folder):
-            url = join(self.url, _RUN, path.name)
-            if not path.exists() and exists(url):
-                download(url, path, stat_file(url).size)
+            with suppress(MissingError):
+                if not path.exists():
+                    write_text(path, read_bytes(join(self.url, _RUN, path.name)).decode())
         return newest
-
-    def _restore_one(self, name: str, folder: RunFolder, on_progress: Callable[[], None], show_progress: bool) -> Path:
-        log.info("copying %s to %s", join(self.url, name), folder.checkpoints)
-        partial = folder.checkpoints / f".{name}.partial"
-        fetch(join(self.url, name), partial, lambda names: names, on_progress, show_progress)
-        fsync_tree(partial)
-        return partial.rename(folder.checkpoints / name)
 
 
 def fetch(
     url: str,
     folder: Path,
-    choose: Callable[[list[str]], Sequence[str]],
+    is_wanted: Callable[[str], bool],
     on_progress: Callable[[], None] = lambda: None,
     show_progress: bool = True,
 ) -> None:
     """Copy files of a complete checkpoint, and COMPLETE last. Raises StorageError, such as DamagedError.
 
-    `choose`: from their paths in the checkpoint.
+    `is_wanted`: whether to copy a file, by its path in the checkpoint.
     """
     marker = read_bytes(join(url, COMPLETE))
-    checksums = _checksums(url, marker)
     sizes = {name[len(url) + 1 :]: found.size for name, found in list_files(url).items()}
-    names = choose(list(checksums))
-    if missing := next((name for name in names if name not in sizes), None):
-        raise DamagedError(f"{join(url, missing)} does not exist")
-    bar = progress(f"copying {url}", sum(sizes[name] for name in names) / 1e6, "MB", show_progress)
-    with bar as advance:
-
-        def copied(count: int) -> None:
-            on_progress()
-            advance(count / 1e6)
-
-        def copy(name: str) -> None:
-            download(join(url, name), folder / name, sizes[name], checksums[name], xxhash.xxh3_128, copied)
-
-        _call_each(copy, names)
+    files = []
+    for name, checksum in _checksums(url, marker).items():
+        if is_wanted(name):
+            if name not in sizes:
+                raise DamagedError(f"{join(url, name)} does not exist")
+            files.append(Download(join(url, name), folder / name, sizes[name], checksum))
+    download_files(files, f"copying {url}", xxhash.xxh3_128, on_progress, show_progress)
     write_text(folder / COMPLETE, marker.decode("utf-8"))
 
 
@@ -182,19 +162,8 @@ def local_model(name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".lock"):
         if not (folder / COMPLETE).exists() or verify(folder, files_below("hf")):
-            fetch(url, folder, lambda names: [name for name in names if name.startswith("hf/") or "/" not in name])
+            fetch(url, folder, lambda name: name.startswith("hf/") or "/" not in name)
     return folder / "hf"
-
-
-def _call_each(function: Callable[[str], None], names: Sequence[str]) -> None:
-    """Call a function for each name, a few at a time. Raises the first error, and calls it for no further ones."""
-    with ThreadPoolExecutor(_FILES_AT_ONCE, "mirror") as pool:
-        calls = [pool.submit(function, name) for name in names]
-        try:
-            for call in as_completed(calls):
-                call.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _checksums(url: str, marker: bytes) -> dict[str, str]:

@@ -3,8 +3,8 @@
 Only this module imports fsspec. Each protocol is configured as its library documents, by environment variables such as
 AWS_PROFILE and AWS_ENDPOINT_URL and by fsspec's own configuration files.
 
-Every function tries again, with exponential backoff, after errors that may pass: a busy server, a cut connection, a
-timeout. All of them raise StorageError for the others: one line that names the URL.
+All functions retry transient errors, such as a busy server, a cut connection or a timeout, with exponential backoff.
+For other errors, and at the last attempt, they raise StorageError: one line that names the URL.
 """
 
 import errno
@@ -14,7 +14,10 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
@@ -22,6 +25,7 @@ from filelock import FileLock
 
 from experiment.errors import UserError, first_line
 from experiment.files import cache_folder, json_digest
+from experiment.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +44,10 @@ _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts; the libraries make se
 _BLOCK = 8 << 20  # bytes of a range read
 _BUFFER = 1 << 20
 _DOWNLOADS = 3  # of a file with a wrong checksum
+_FILES_AT_ONCE = 8
+_POLL_SECONDS = 0.5
 # Names of error types, of botocore, aiohttp, httpx and http.client, which need not be installed.
-_PASSING = {
+_TRANSIENT = {
     "ClientConnectionError",
     "ClientPayloadError",
     "ConnectionError",
@@ -53,8 +59,8 @@ _PASSING = {
 }
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"}
 # The names that storages give to the checksum of a file, or to the time of its last change.
-_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "LastModified", "mtime")
-_PASSING_NUMBERS = {
+_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "LastModified", "Last-Modified", "mtime")
+_TRANSIENT_NUMBERS = {
     errno.EBUSY,  # also for the status 503 of S3
     errno.EREMOTEIO,  # 500
     errno.EHOSTUNREACH,
@@ -72,15 +78,15 @@ class Digest(Protocol):
 
 
 class StorageError(UserError):
-    """What a URL names cannot be read or written."""
+    """A URL cannot be read or written."""
+
+
+class MissingError(StorageError):
+    """A file or folder does not exist, but its bucket does."""
 
 
 class DamagedError(StorageError):
-    """A file whose content is not the expected one."""
-
-
-class UnreachableError(StorageError):
-    """A server that still did not answer at the last attempt, or was still busy."""
+    """A file does not have the expected content."""
 
 
 class FileInfo(NamedTuple):
@@ -103,9 +109,7 @@ def list_files(url: str) -> dict[str, FileInfo]:
     """The files that a URL names, sorted: itself, those below a folder, or those that match a pattern such as
     `s3://bucket/*.jsonl`. Raises StorageError if there are none."""
 
-    def find() -> dict[str, Any]:
-        fs, path = _open_filesystem(url)
-        fs.invalidate_cache()
+    def find(fs: Any, path: str) -> dict[str, Any]:
         if any(letter in path for letter in "*["):
             found: dict[str, Any] = fs.glob(path, detail=True)
             if not found:
@@ -113,50 +117,38 @@ def list_files(url: str) -> dict[str, FileInfo]:
         else:
             info = fs.info(path)
             found = {info["name"]: info} if info["type"] == "file" else fs.find(path, detail=True)
-        return {fs.unstrip_protocol(name): info for name, info in found.items() if info["type"] == "file"}
+        # S3's console makes an empty object for a folder. Its name ends in "/".
+        files = {name: info for name, info in found.items() if info["type"] == "file" and not name.endswith("/")}
+        return {fs.unstrip_protocol(name): info for name, info in files.items()}
 
-    found = _retrying(url, find)
+    found = _call(url, find)
     if not found:
         raise StorageError(f"{url}: there are no such files")
-    for name, info in found.items():
-        if info["size"] is None:
-            raise StorageError(f"{name}: the server does not give the size of the file")
-    return {name: FileInfo(found[name]["size"], _version(found[name])) for name in sorted(found)}
+    return {name: _file_info(name, found[name]) for name in sorted(found)}
 
 
-def _version(info: dict[str, Any]) -> str:
-    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+def _file_info(url: str, info: dict[str, Any]) -> FileInfo:
+    if info["size"] is None:
+        raise StorageError(f"{url}: the server does not give the size of the file")
+    return FileInfo(info["size"], next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
 
 
 def list_folders(url: str) -> list[str]:
     """The names of the folders in a folder, sorted. Empty if it does not exist, as folders without files do not."""
-
-    def find() -> list[str]:
-        fs, path = _open_filesystem(url)
-        fs.invalidate_cache()
-        try:
-            return sorted(info["name"].rstrip("/") for info in fs.ls(path, detail=True) if info["type"] == "directory")
-        except FileNotFoundError as error:
-            if _is_bucket_missing(error):
-                raise
-            return []
-
-    return [name.rpartition("/")[2] for name in _retrying(url, find)]
+    try:
+        found = _call(url, lambda fs, path: fs.ls(path, detail=True))
+    except MissingError:
+        return []
+    return sorted(info["name"].rstrip("/").rpartition("/")[2] for info in found if info["type"] == "directory")
 
 
 def exists(url: str) -> bool:
-    def find() -> bool:
-        fs, path = _open_filesystem(url)
-        fs.invalidate_cache()
-        try:
-            fs.info(path)
-        except FileNotFoundError as error:
-            if _is_bucket_missing(error):
-                raise
-            return False
-        return True
-
-    return _retrying(url, find)
+    """Whether there is a file or folder of this name."""
+    try:
+        _call(url, lambda fs, path: fs.info(path))
+    except MissingError:
+        return False
+    return True
 
 
 def open_url(url: str, start: int = 0) -> IO[bytes]:
@@ -174,55 +166,35 @@ def open_file(name: str) -> IO[bytes]:
 def stat_file(name: str) -> FileInfo:
     """Describe a file, given as a path or URL. Raises OSError for a path, StorageError for a URL."""
     if is_url(name):
-        return list_files(name)[name]
+        return _file_info(name, _call(name, lambda fs, path: fs.info(path)))
     found = os.stat(name)  # noqa: PTH116  (a Path per file takes longer)
     return FileInfo(found.st_size, str(found.st_mtime_ns))
 
 
 def read_bytes(url: str) -> bytes:
-    def read() -> bytes:
-        fs, path = _open_filesystem(url)
-        content: bytes = fs.cat_file(path)
-        return content
-
-    return _retrying(url, read)
+    """Read a file. Raises MissingError if it does not exist."""
+    content: bytes = _call(url, lambda fs, path: fs.cat_file(path))
+    return content
 
 
 def write_bytes(url: str, content: bytes) -> None:
     """Create or replace a file. Nobody sees a part of it."""
-
-    def write() -> None:
-        fs, path = _open_filesystem(url)
-        fs.pipe_file(path, content)
-
-    _retrying(url, write)
+    _call(url, lambda fs, path: fs.pipe_file(path, content))
 
 
 def upload(path: Path, url: str) -> None:
     """Copy a file to a URL. Raises OSError if it cannot be read."""
-    path.open("rb").close()
-
-    def put() -> None:
-        fs, target = _open_filesystem(url)
-        fs.put_file(str(path), target)
-
     try:
-        _retrying(url, put)
+        _call(url, lambda fs, target: fs.put_file(str(path), target))
     except StorageError:
-        path.stat()  # raises if the file was deleted meanwhile
+        path.open("rb").close()  # raises if the file is the cause: it may have been deleted
         raise
 
 
 def delete(url: str) -> None:
     """Delete a file, or a folder with all in it, if it exists."""
-
-    def remove() -> None:
-        fs, path = _open_filesystem(url)
-        fs.invalidate_cache()
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
-
-    _retrying(url, remove)
+    with suppress(MissingError):
+        _call(url, lambda fs, path: fs.rm(path, recursive=True))
 
 
 def local_folder(url: str, left_out: Collection[str] = ()) -> Path:
@@ -239,6 +211,42 @@ def local_folder(url: str, left_out: Collection[str] = ()) -> Path:
             if not path.exists():
                 download(name, path, info.size)
     return folder / "files"
+
+
+class Download(NamedTuple):
+    """A file to copy. `checksum`: expected, in hexadecimal."""
+
+    url: str
+    path: Path
+    size: int
+    checksum: str | None = None
+
+
+def download_files(
+    files: Sequence[Download],
+    label: str,
+    algorithm: Callable[[], Digest] = hashlib.sha256,
+    on_progress: Callable[[], None] = lambda: None,
+    show_progress: bool = True,
+) -> None:
+    """Copy several files at once, see `download`, and show the progress.
+
+    `on_progress` is called in this thread, only if something has been copied since the last call.
+    """
+    counts = deque[int]()  # bytes
+    bar = progress(label, sum(file.size for file in files) / 1e6, "MB", show_progress)
+    with bar as advance, ThreadPoolExecutor(_FILES_AT_ONCE, "download") as pool:
+        running = {pool.submit(download, *file, algorithm, counts.append) for file in files}
+        try:
+            while running:
+                done, running = wait(running, _POLL_SECONDS)
+                if counts:
+                    on_progress()
+                    advance(sum(counts.popleft() for _ in range(len(counts))) / 1e6)
+                for future in done:
+                    future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def download(
@@ -301,7 +309,7 @@ class _Reader(io.RawIOBase):
         self._url = url
         self._file: Any = None
         self._position = 0
-        self._size: int = _retrying(url, lambda: self._open().size)
+        self._size: int = _retry(url, lambda: self._open().size)
 
     def readable(self) -> bool:
         return True
@@ -319,7 +327,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if self._position >= self._size:
             return 0
-        block = _retrying(self._url, lambda: self._read(len(buffer)))
+        block = _retry(self._url, lambda: self._read(len(buffer)))
         buffer[: len(block)] = block
         self._position += len(block)
         return len(block)
@@ -327,15 +335,13 @@ class _Reader(io.RawIOBase):
     def _read(self, count: int) -> bytes:
         try:
             file = self._open()
-            if file.tell() != self._position:
-                file.seek(self._position)
+            file.seek(self._position)
             block: bytes = file.read(count)
+            if not block:
+                raise ConnectionError(f"the file ended at byte {self._position:,} of {self._size:,}")
         except BaseException:
             self._close_file()
             raise
-        if not block:
-            self._close_file()
-            raise ConnectionError(f"the file ended at byte {self._position:,} of {self._size:,}")
         return block
 
     def _open(self) -> Any:
@@ -355,7 +361,7 @@ class _Reader(io.RawIOBase):
 
 
 def _open_filesystem(url: str) -> tuple[Any, str]:
-    """The file system of fsspec, and the path in it. In a forked process, another one."""
+    """The file system of fsspec, one per thread and process, and the path in it."""
     import fsspec  # takes 0.1 s, and the libraries of the protocols a second
 
     protocol = _protocol(url)
@@ -375,8 +381,19 @@ def _protocol(url: str) -> str:
     return url.partition("://")[0]
 
 
-def _retrying(url: str, function: Callable[[], T]) -> T:
-    """Call `function`, again if it fails for a reason that may pass. Raises StorageError."""
+def _call(url: str, function: Callable[[Any, str], T]) -> T:
+    """Call `function(file system, path)`, which finds no listing of an earlier call. Raises StorageError."""
+
+    def call() -> T:
+        fs, path = _open_filesystem(url)
+        fs.invalidate_cache()
+        return function(fs, path)
+
+    return _retry(url, call)
+
+
+def _retry(url: str, function: Callable[[], T]) -> T:
+    """Call `function`, again after transient errors. Raises StorageError."""
     waits = list(_WAITS)
     while True:
         try:
@@ -384,17 +401,17 @@ def _retrying(url: str, function: Callable[[], T]) -> T:
         except StorageError:
             raise
         except Exception as error:
-            if not _may_pass(error):
-                raise StorageError(_describe(url, error)) from error
+            if not _is_transient(error):
+                raise _storage_error(url, error) from error
             if not waits:
                 attempts = len(_WAITS) + 1
-                raise UnreachableError(f"{url}: no success in {attempts} attempts: {first_line(error)}") from error
-            wait = waits.pop(0) * random.uniform(0.75, 1.25)  # hosts that failed together try again one by one
-            log.warning("%s: %s; trying again in %.0f s", url, first_line(error), wait)
-            time.sleep(wait)
+                raise StorageError(f"{url}: no success in {attempts} attempts: {first_line(error)}") from error
+            seconds = waits.pop(0) * random.uniform(0.75, 1.25)  # hosts that failed together try again one by one
+            log.warning("%s: %s; trying again in %.0f s", url, first_line(error), seconds)
+            time.sleep(seconds)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     names = {base.__name__ for base in type(error).__mro__}
     if names & _NO_CREDENTIALS or isinstance(error, FileNotFoundError | PermissionError):
         return False
@@ -402,22 +419,20 @@ def _may_pass(error: BaseException) -> bool:
     status = getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", None)
     if isinstance(status, int):  # of HTTP
         return status == 429 or status >= 500
-    return bool(names & _PASSING) or getattr(error, "errno", None) in _PASSING_NUMBERS
+    return bool(names & _TRANSIENT) or getattr(error, "errno", None) in _TRANSIENT_NUMBERS
 
 
-def _is_bucket_missing(error: BaseException) -> bool:
-    return "bucket does not exist" in str(error)
-
-
-def _describe(url: str, error: BaseException) -> str:
+def _storage_error(url: str, error: BaseException) -> StorageError:
+    """Say what is wrong and, if credentials are, where they come from."""
     names = {base.__name__ for base in type(error).__mro__}
-    protocol = _protocol(url)
-    advice = _CREDENTIALS.get(protocol, "the server wants some")
+    advice = _CREDENTIALS.get(_protocol(url), "the server wants some")
+    cause = first_line(error)
     if names & _NO_CREDENTIALS:
-        return f"{url}: no credentials: {advice}"
+        return StorageError(f"{url}: no credentials: {advice}")
     if isinstance(error, PermissionError):
-        return f"{url}: access denied ({first_line(error)}): check the credentials, which may have expired; {advice}"
+        return StorageError(f"{url}: access denied ({cause}): check the credentials, which may have expired; {advice}")
     if isinstance(error, FileNotFoundError):
-        bucket = url.split("/")[2]
-        return f"{url}: there is no bucket '{bucket}'" if _is_bucket_missing(error) else f"{url} does not exist"
-    return f"{url}: {first_line(error)}"
+        if "bucket does not exist" in str(error):
+            return StorageError(f"{url}: there is no bucket '{url.split('/')[2]}'")
+        return MissingError(f"{url} does not exist")
+    return StorageError(f"{url}: {cause}")

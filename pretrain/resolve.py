@@ -22,7 +22,7 @@ from experiment.tracking import check_tracking
 from experiment.transformers_models import check_freeze, max_positions
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, Stage, WeightedCorpus
-from pretrain.corpus.cache import open_source
+from pretrain.corpus.cache import open_metadata
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
@@ -209,7 +209,7 @@ def _open_mixture(train: str | Sequence[WeightedCorpus], copies: Mapping[str, Pa
 
 def _open_corpus(key: str, path: str, copies: Mapping[str, Path]) -> Corpus:
     try:
-        return open_corpus(copies[path]) if path in copies else open_source(path)
+        return open_corpus(copies[path]) if path in copies else open_metadata(path)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 

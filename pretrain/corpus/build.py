@@ -30,10 +30,19 @@ from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, Recipe, percentiles, read_manifest, write_manifest
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.passes import count_documents, scan_source, split_tasks, tokenize, total
-from pretrain.corpus.records import forget_other_shards, forget_piece, holds_work, open_partial
+from pretrain.corpus.records import (
+    ShardRecord,
+    ShardTask,
+    SplitCount,
+    SplitRecord,
+    forget_other_shards,
+    forget_piece,
+    holds_work,
+    open_partial,
+)
 from pretrain.corpus.shards import compose_shards, write_datasets_metadata
 from pretrain.corpus.source_digest import SourceDigest
-from pretrain.corpus.tasks import BuildJob, ShardRecord, ShardTask, SplitCount, SplitRecord, write_shard_file
+from pretrain.corpus.tasks import BuildJob, write_shard_file
 
 _NAMED = 10  # sources in a message
 
@@ -240,7 +249,6 @@ def _build_lock(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(
-                missing_ok=True
-            )  # while it is held: whoever opens it later gets a new one, and finds the corpus
+            # While it is held: whoever opens it later gets a new one, and finds the corpus.
+            path.unlink(missing_ok=True)
             lock.release()

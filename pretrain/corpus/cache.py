@@ -11,10 +11,8 @@ import fcntl
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +20,7 @@ from filelock import FileLock
 
 from experiment.errors import UserError, describe_disk_error
 from experiment.files import cache_folder
-from experiment.progress import progress
-from experiment.storage import download, is_url, join, list_files, read_bytes
+from experiment.storage import Download, download, download_files, is_url, join, list_files, read_bytes
 from pretrain.config import CorpusConfig
 from pretrain.corpus.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
 from pretrain.corpus.reader import Corpus, open_corpus
@@ -31,31 +28,12 @@ from pretrain.corpus.verification import is_verified
 
 log = logging.getLogger(__name__)
 
-_FILES_AT_ONCE = 8
 _POLL_SECONDS = 0.5
 _LOCK = ".lock"
 
 
 class CacheFullError(UserError):
     """A corpus does not fit the cache, or its disk."""
-
-
-class Meter:
-    """Counts the bytes that several threads copy."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._bytes = 0
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self._bytes += count
-
-    def take(self) -> int:
-        """The bytes since the last call."""
-        with self._lock:
-            taken, self._bytes = self._bytes, 0
-        return taken
 
 
 @dataclass
@@ -70,7 +48,7 @@ class CorpusCache:
 
     def folder_of(self, source: str, manifest: Manifest) -> Path:
         """Where the copy of a corpus is."""
-        return self.folder / manifest.fingerprint[:16] / source_name(source)
+        return self.folder / manifest.fingerprint[:16] / Path(source).name
 
     def locate(self, sources: Sequence[str]) -> dict[str, Path]:
         """The folder to open for each corpus: its copy, which is made if it is missing.
@@ -86,7 +64,7 @@ class CorpusCache:
             os.close(self._locks.pop())
 
     def _locate(self, source: str) -> Path:
-        manifest = read_source(source)
+        manifest = _read_manifest(source)
         folder = self.folder_of(source, manifest)
         try:
             self._make(source, manifest, folder)
@@ -136,31 +114,14 @@ class CorpusCache:
     def _copy(self, source: str, manifest: Manifest, folder: Path) -> None:
         url = source if is_url(source) else f"file://{Path(source).absolute()}"
         sizes = _sizes(source, manifest)
-        digests = {shard.file: shard.sha256 for shard in manifest.shards}
         self._make_space(sizes, folder)
-        meter = Meter()
-        names = sorted(sizes, key=lambda name: name == MANIFEST)  # last
-        label = f"copying {source_name(source)} to {self.folder}"
-        bar = progress(label, sum(sizes.values()) / 1e6, "MB", self.show_progress)
         log.info("copying %s to %s", source, folder)
-
-        def copy(name: str) -> None:
-            download(join(url, name), folder / name, sizes[name], digests.get(name), advance=meter.add)
-
-        with bar as advance, ThreadPoolExecutor(_FILES_AT_ONCE, "corpus cache") as pool:
-            files = [pool.submit(copy, name) for name in names[:-1]]
-            try:
-                waiting = set(files)
-                while waiting:
-                    done, waiting = wait(waiting, _POLL_SECONDS)
-                    if copied := meter.take():
-                        self.on_progress()
-                        advance(copied / 1e6)
-                    for file in done:
-                        file.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-            copy(MANIFEST)
+        digests = {shard.file: shard.sha256 for shard in manifest.shards}
+        files = [Download(join(url, name), folder / name, size, digests.get(name)) for name, size in sizes.items()]
+        files.sort(key=lambda file: file.path.name == MANIFEST)  # last
+        label = f"copying {Path(source).name} to {self.folder}"
+        download_files(files[:-1], label, on_progress=self.on_progress, show_progress=self.show_progress)
+        download(*files[-1])
 
     def _make_space(self, sizes: Mapping[str, int], folder: Path) -> None:
         """Delete the copies that were not used for longest if the limit says so. Raises CacheFullError."""
@@ -193,24 +154,12 @@ def copy_urls(config: CorpusConfig) -> dict[str, Path]:
     return CorpusCache(Path(config.cache), config.cache_bytes).locate(urls) if config.cache and urls else {}
 
 
-def source_name(source: str) -> str:
-    """The name of a corpus, given as a folder or a URL."""
-    return Path(source).name
-
-
-def read_source(source: str) -> Manifest:
-    """The manifest of a corpus, given as a folder or a URL. Raises UserError."""
-    if not is_url(source):
-        return read_manifest(Path(source).absolute())
-    return parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
-
-
-def open_source(source: str) -> Corpus:
-    """Open a corpus, given as a folder or a URL. Of a URL, the documents cannot be read: only its manifest and its
-    tokenizer are copied, to the user's cache folder. Raises UserError."""
+def open_metadata(source: str) -> Corpus:
+    """Open a corpus, given as a folder or a URL, to read its manifest and tokenizer. For a URL, only these are copied,
+    to the user's cache folder. Raises UserError."""
     if not is_url(source):
         return open_corpus(Path(source))
-    manifest = read_source(source)
+    manifest = _read_manifest(source)
     folder = _user_cache().folder_of(source, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".description"):
@@ -225,6 +174,13 @@ def open_local(source: str) -> Corpus:
     if not is_url(source):
         return open_corpus(Path(source))
     return open_corpus(_user_cache().locate([source])[source])
+
+
+def _read_manifest(source: str) -> Manifest:
+    """The manifest of a corpus, given as a folder or a URL. Raises UserError."""
+    if not is_url(source):
+        return read_manifest(Path(source).absolute())
+    return parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
 
 
 def _sizes(source: str, manifest: Manifest) -> dict[str, int]:

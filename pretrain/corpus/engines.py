@@ -7,7 +7,7 @@ and of its own argument. It can be run again, on another machine too: Ray does s
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -27,14 +27,14 @@ class Engine(Protocol):
     def __call__(self, function: Callable[[Any, T], R], tasks: Sequence[T]) -> Iterator[R]: ...
 
 
-@contextmanager
-def open_engine(workers: int, job: object, engine: str = "local", ray_address: str | None = None) -> Iterator[Engine]:
+def open_engine(
+    workers: int, job: object, engine: str = "local", ray_address: str | None = None
+) -> AbstractContextManager[Engine]:
     """Open the engine `ray`, or for any other name `workers` processes.
 
     Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed.
     """
-    with ExitStack() as stack:
-        yield stack.enter_context(_ray(ray_address, job) if engine == "ray" else _local(workers, job))
+    return _ray(ray_address, job) if engine == "ray" else _local(workers, job)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents
@@ -13,8 +14,10 @@ from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.passes import count_documents, split_tasks, tokenize
-from pretrain.corpus.records import is_joined, open_partial, read_counts, read_finished
+from pretrain.corpus.records import SplitRecord, SplitTask, open_partial, read_counts, read_finished
 from pretrain.corpus.tasks import write_shard_file
+
+T = TypeVar("T")
 
 _PREFIX = "SLURM_ARRAY_TASK_"
 _PATIENCE = 60.0  # seconds in which the other tasks finish nothing, after which a task does not wait for them
@@ -78,27 +81,35 @@ def _build_share(plan: BuildPlan, run: Engine, share: slice) -> bool:
             return False
     tasks = split_tasks(plan, counts)
     tokenize(plan, run, tasks[share], counts)
-    _wait_for_others(plan.folder, lambda: len(read_finished(plan.partial, tasks)), len(tasks))
+    records: dict[str, SplitRecord] = {}
+
+    def unfinished(tasks: Sequence[SplitTask]) -> list[SplitTask]:
+        # Each record is read once: while others join pieces, a listing may have neither a piece nor its shard.
+        records.update(read_finished(plan.partial, tasks))
+        return [task for task in tasks if task.split.key not in records]
+
+    _wait_for_others(plan.folder, tasks, unfinished)
     if holds_corpus(plan.folder):
         return False
-    records = read_finished(plan.partial, tasks)
     print(f"{plan.partial}: {len(records):,} of {len(tasks):,} splits are finished")
     if len(records) < len(tasks):
         return False
     joins = shard_tasks(plan, [records[task.split.key] for task in tasks])
     list(run(write_shard_file, joins[share]))
-    _wait_for_others(plan.folder, lambda: sum(is_joined(plan.partial, task) for task in joins), len(joins))
+    _wait_for_others(
+        plan.folder, joins, lambda left: [task for task in left if not (plan.partial / task.record).exists()]
+    )
     return not holds_corpus(plan.folder)
 
 
-def _wait_for_others(corpus: Path, finished: Callable[[], int], total: int) -> None:
-    """Wait until the other tasks have finished all or published the corpus, or have finished nothing for a while: they
-    may not be running."""
-    count, changed = finished(), time.monotonic()
-    while count < total and time.monotonic() - changed < _PATIENCE and not holds_corpus(corpus):
+def _wait_for_others(corpus: Path, tasks: Sequence[T], unfinished: Callable[[Sequence[T]], Sequence[T]]) -> None:
+    """Wait until the array has finished these tasks or published the corpus, or nothing more has been finished for a
+    while: its other tasks may not be running."""
+    left, changed = unfinished(tasks), time.monotonic()
+    while left and time.monotonic() - changed < _PATIENCE and not holds_corpus(corpus):
         time.sleep(min(_POLL_SECONDS, _PATIENCE))
-        before = count
+        before = len(left)
         with suppress(FileNotFoundError):  # published, and the pieces deleted
-            count = finished()
-        if count > before:
+            left = unfinished(left)
+        if len(left) < before:
             changed = time.monotonic()

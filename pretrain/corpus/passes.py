@@ -7,10 +7,10 @@ from typing import TypeVar
 from experiment.progress import progress
 from pretrain.corpus.build_plan import BuildPlan
 from pretrain.corpus.engines import Engine
-from pretrain.corpus.records import read_counts, read_finished, write_count
+from pretrain.corpus.records import SplitCount, SplitRecord, SplitTask, read_counts, read_finished, write_count
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.splits import Split
-from pretrain.corpus.tasks import SplitCount, SplitRecord, SplitTask, changed_source, count_split, tokenize_split
+from pretrain.corpus.tasks import changed_source, count_split, tokenize_split
 
 R = TypeVar("R", SplitCount, SplitRecord)
 

@@ -11,19 +11,81 @@ DIR.partial/main/                       becomes the corpus
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+import xxhash
+from pydantic import TypeAdapter
 
 from experiment.errors import UserError
 from experiment.files import create_json, write_json
+from pretrain.corpus.build_plan import Part
 from pretrain.corpus.formats import Members
+from pretrain.corpus.manifest import Shard
 from pretrain.corpus.shards import Piece
 from pretrain.corpus.source_digest import SourceDigest
-from pretrain.corpus.tasks import ShardTask, SplitCount, SplitRecord, SplitTask, parts_digest, read_record
+from pretrain.corpus.splits import Split
+
+T = TypeVar("T")
 
 _ARGUMENTS = "build.json"
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
+
+class SplitTask(NamedTuple):
+    """A split to tokenize. `parts`: an index of PART_CODES for each document; empty: all are in the main corpus."""
+
+    split: Split
+    parts: bytes
+
+
+class ShardTask(NamedTuple):
+    """Pieces to join to a shard."""
+
+    part: Part
+    file: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def record(self) -> str:
+        """The file that tells that the shard was joined."""
+        return f"{self.part}-{self.file}.json"
+
+
+@dataclass(frozen=True)
+class SplitCount:
+    """The documents of a split that have a token."""
+
+    key: str
+    source: SourceDigest
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """What was read of a split, and written."""
+
+    key: str
+    parts: str  # digest of `SplitTask.parts`
+    source: SourceDigest
+    text_bytes: int
+    empty_documents: int
+    start_matches: int
+    archives: dict[str, Members]
+    pieces: dict[Part, list[Piece]]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A shard, the files of its pieces, and how many documents have each length in tokens."""
+
+    part: Part
+    shard: Shard
+    pieces: list[str]
+    lengths: list[tuple[int, int]]
 
 
 def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> None:
@@ -32,7 +94,7 @@ def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> Non
     if (folder / "journal.json").exists():
         raise UserError(f"{folder} holds an unfinished build of an earlier version; delete it to start over")
     create_json(folder / _ARGUMENTS, arguments)
-    found = read_record(folder / _ARGUMENTS)
+    found = read_record(folder / _ARGUMENTS, dict[str, Any]) or {}
     if found != arguments and not holds_work(folder, counts=False):
         shutil.rmtree(folder)
         write_json(folder / _ARGUMENTS, arguments)
@@ -59,24 +121,21 @@ def write_count(folder: Path, count: SplitCount) -> None:
 
 def read_counts(folder: Path, keys: Iterable[str]) -> dict[str, SplitCount]:
     """Read the counts of those splits that were counted, by key."""
-    names, counts = _names(folder), {}
-    for key in keys:
-        if f"{key}.count.json" in names and (found := read_record(folder / f"{key}.count.json")):
-            counts[key] = SplitCount(**found | {"source": SourceDigest(**found["source"])})
-    return counts
+    names = _names(folder)
+    files = (f"{key}.count.json" for key in keys)
+    counts = [read_record(folder / file, SplitCount) for file in files if file in names]
+    return {count.key: count for count in counts if count}
 
 
 def read_finished(folder: Path, tasks: Iterable[SplitTask]) -> dict[str, SplitRecord]:
     """Read the records of those splits that are finished, by key: their pieces are there, or joined to shards."""
     names, finished = _names(folder), {}
-    pieces = names | {piece for _, shard in _shards(folder, names) for piece in shard["pieces"]}
+    pieces = names | {piece for _, shard in _shards(folder, names) for piece in shard.pieces}
     for split, parts in tasks:
-        key = split.key
-        if f"{key}.json" in names and (found := read_record(folder / f"{key}.json")):
-            record = _split_record(found)
+        if f"{split.key}.json" in names and (record := read_record(folder / f"{split.key}.json", SplitRecord)):
             written = (piece.file for found in record.pieces.values() for piece in found)
             if record.parts == parts_digest(parts) and all(file in pieces for file in written):
-                finished[key] = record
+                finished[split.key] = record
     return finished
 
 
@@ -89,37 +148,31 @@ def forget_piece(folder: Path, file: str) -> None:
 def forget_other_shards(folder: Path, tasks: Iterable[ShardTask]) -> bool:
     """Delete the records of shards that were joined of other pieces: a source has changed. Returns whether there were
     any."""
-    expected = {(part, file): [piece.file for piece in pieces] for part, file, pieces in tasks}
-    others = [
-        name
-        for name, shard in _shards(folder, _names(folder))
-        if expected.get((shard["part"], shard["shard"]["file"])) != shard["pieces"]
-    ]
+    expected = {task.record: [piece.file for piece in task.pieces] for task in tasks}
+    others = [name for name, shard in _shards(folder, _names(folder)) if expected.get(name) != shard.pieces]
     for name in others:
         (folder / name).unlink()
     return bool(others)
 
 
-def is_joined(folder: Path, task: ShardTask) -> bool:
-    """Whether a shard has a record: it was joined."""
-    return (folder / f"{task.part}-{task.file}.json").exists()
+def read_record(path: Path, kind: type[T]) -> T | None:
+    """Read a record. None if there is none, or a power cut has damaged it: records are not synced to the disk."""
+    try:
+        found: T = _adapter(kind).validate_json(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
 
 
-def _shards(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def parts_digest(parts: bytes) -> str:
+    """Digest of `SplitTask.parts`."""
+    return xxhash.xxh3_64_hexdigest(parts)
+
+
+def _shards(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, ShardRecord]]:
     for name in names:
-        if name.endswith(".arrow.json") and (found := read_record(folder / name)):
+        if name.endswith(".arrow.json") and (found := read_record(folder / name, ShardRecord)):
             yield name, found
-
-
-def _split_record(found: dict[str, Any]) -> SplitRecord:
-    return SplitRecord(
-        **found
-        | {
-            "source": SourceDigest(**found["source"]),
-            "archives": {name: Members(**members) for name, members in found["archives"].items()},
-            "pieces": {part: [Piece(**piece) for piece in pieces] for part, pieces in found["pieces"].items()},
-        }
-    )
 
 
 def _names(folder: Path) -> set[str]:

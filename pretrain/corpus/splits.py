@@ -18,6 +18,7 @@ import itertools
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 import xxhash
 
@@ -121,7 +122,7 @@ def _divide_opened(source: Source, options: TextOptions, size: int) -> list[Rang
             content = estimate_content_bytes(file, tar_compression(source.name), source.bytes)
             return _reread_ranges(content, source.bytes, size)
         if file_format == "parquet":
-            return [WHOLE] if compression else _cut("row groups", _row_group_bytes(source.name), size)
+            return [WHOLE] if compression else _cut("row groups", _row_group_bytes(file), size)
         if file_format not in ("csv", "tsv"):
             if options.document == "file" and file_format != "jsonl":
                 return [WHOLE]
@@ -130,16 +131,15 @@ def _divide_opened(source: Source, options: TextOptions, size: int) -> list[Rang
         return _reread_ranges(estimate_content_bytes(file, compression, source.bytes), source.bytes, size)
 
 
-def _row_group_bytes(name: str) -> list[int]:
+def _row_group_bytes(file: IO[bytes]) -> list[int]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with open_file(name) as file:
-            metadata = pyarrow.parquet.ParquetFile(file).metadata
-            return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+        metadata = pyarrow.parquet.ParquetFile(file).metadata
     except pyarrow.ArrowException:
         return []
+    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
 def _ranges(unit: Unit, total: int, size: int) -> list[Range]:

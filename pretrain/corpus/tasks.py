@@ -10,19 +10,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import xxhash
 
 from experiment.errors import UserError
-from experiment.files import checksum, parse_json, sha256, write_json
+from experiment.files import checksum, sha256, write_json
 from experiment.storage import stat_file
 from pretrain.corpus.build_plan import MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
-from pretrain.corpus.formats import Document, Members, ReadStats, explain_read_errors
-from pretrain.corpus.manifest import Shard
+from pretrain.corpus.formats import Document, ReadStats, explain_read_errors
 from pretrain.corpus.options import TextOptions
+from pretrain.corpus.records import (
+    ShardRecord,
+    ShardTask,
+    SplitCount,
+    SplitRecord,
+    SplitTask,
+    parts_digest,
+    read_record,
+)
 from pretrain.corpus.shards import Piece, PieceWriter, join_pieces
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.splits import Split
@@ -42,54 +49,6 @@ class BuildJob:
     tokenizer: TokenizerSpec
     shard_tokens: int
     batch_bytes: int
-
-
-class SplitTask(NamedTuple):
-    """A split to tokenize. `parts`: an index of PART_CODES for each document; empty: all are in the main corpus."""
-
-    split: Split
-    parts: bytes
-
-
-class ShardTask(NamedTuple):
-    """Pieces to join to a shard."""
-
-    part: Part
-    file: str
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True)
-class SplitCount:
-    """The documents of a split that have a token."""
-
-    key: str
-    source: SourceDigest
-    text_bytes: int
-
-
-@dataclass(frozen=True)
-class SplitRecord:
-    """What was read of a split, and written."""
-
-    key: str
-    parts: str  # digest of `SplitTask.parts`
-    source: SourceDigest
-    text_bytes: int
-    empty_documents: int
-    start_matches: int
-    archives: dict[str, Members]
-    pieces: dict[Part, list[Piece]]
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """A shard, the files of its pieces, and how many documents have each length in tokens."""
-
-    part: Part
-    shard: Shard
-    pieces: list[str]
-    lengths: list[tuple[int, int]]
 
 
 def count_split(job: BuildJob, split: Split) -> SplitCount:
@@ -115,9 +74,8 @@ def write_shard_file(job: BuildJob, task: ShardTask) -> ShardRecord | str:
 
     Returns the name of a piece if it, or the shard that was made of it, is missing or damaged.
     """
-    path, record_path = job.folder / task.part / task.file, job.folder / f"{task.part}-{task.file}.json"
-    if found := read_record(record_path):
-        record = ShardRecord(**found | {"shard": Shard(**found["shard"])})
+    path, record_path = job.folder / task.part / task.file, job.folder / task.record
+    if record := read_record(record_path, ShardRecord):
         if path.exists() and sha256(path) == record.shard.sha256:
             return record
         record_path.unlink()
@@ -130,20 +88,6 @@ def write_shard_file(job: BuildJob, task: ShardTask) -> ShardRecord | str:
     for piece in task.pieces:
         (job.folder / piece.file).unlink(missing_ok=True)
     return record
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Empty if the file was damaged by a power cut: records are not synced to the disk."""
-    try:
-        found = parse_json(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def parts_digest(parts: bytes) -> str:
-    """Digest of `SplitTask.parts`."""
-    return xxhash.xxh3_64_hexdigest(parts)
 
 
 def _with_exact_places(read: Callable[[Split], R], split: Split) -> R:
@@ -167,7 +111,7 @@ def _one_thread() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.pop(name)
+        os.environ.pop(name, None)
         if before is not None:
             os.environ[name] = before
 

@@ -108,7 +108,8 @@ class MirrorUploads:
         name, start = checkpoint.name, time.monotonic()
         try:
             if known.get(name) != (checkpoint / COMPLETE).read_bytes():
-                known[name] = self._mirror.upload(checkpoint, replaces=known.pop(name, None) is not None)
+                known.pop(name, None)
+                known[name] = self._mirror.upload(checkpoint)
                 log.info("copied %s to %s in %.0f s", checkpoint, self._mirror.url, time.monotonic() - start)
         except FileNotFoundError:  # retention has deleted it
             if name not in known:

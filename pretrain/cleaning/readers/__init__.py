@@ -9,7 +9,7 @@ import pkgutil
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import IO, Any, NamedTuple, Protocol, cast
 
 from experiment.storage import open_file
 
@@ -49,6 +49,19 @@ def reader_of(name: str) -> Reader | None:
 def has_suffix(name: str, *suffixes: str) -> bool:
     """Whether the name ends in one of the suffixes, perhaps with .gz after it."""
     return name.lower().removesuffix(".gz").endswith(suffixes)
+
+
+def open_members(name: str, is_wanted: Callable[[str], object]) -> Iterator[tuple[str, str, IO[bytes]]]:
+    """Open a file, or one after another the members of a zip that are wanted. Yields their names, their origins for
+    messages, and their contents."""
+    with open_file(name) as file:
+        if not name.lower().endswith(".zip"):
+            yield name, name, file
+            return
+        with zipfile.ZipFile(file) as archive:
+            for inside in filter(is_wanted, archive.namelist()):
+                with archive.open(inside) as member:
+                    yield inside, f"{name}::{inside}", member
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from posixpath import basename, dirname
 
 from experiment.errors import UserError
-from experiment.storage import StorageError, join, open_file
+from experiment.storage import MissingError, join, open_file
 from pretrain.cleaning.readers import RawDocument, zip_members
 
 _CONVERSATIONS, _LINES = "movie_conversations.txt", "movie_lines.txt"
@@ -58,7 +58,7 @@ def _content(path: str, name: str) -> bytes:
     try:
         with open_file(join(dirname(path) or ".", name)) as file:
             return file.read()
-    except (FileNotFoundError, StorageError):
+    except (FileNotFoundError, MissingError):
         raise missing from None
 
 

@@ -2,13 +2,11 @@
 document, with a line for each turn."""
 
 import re
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from experiment.csv_and_jsonl import text_lines
 from experiment.errors import UserError
-from experiment.storage import open_file
-from pretrain.cleaning.readers import RawDocument, zip_members
+from pretrain.cleaning.readers import RawDocument, open_members, zip_members
 
 _NAME = re.compile(r"(?:^|/)dialogues_(?:text|train|validation|test)\.txt$")
 _END = "__eou__"
@@ -21,19 +19,9 @@ def matches(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[RawDocument]:
-    with open_file(name) as file:
-        if name.lower().endswith(".zip"):
-            with zipfile.ZipFile(file) as archive:
-                for inside in filter(_NAME.search, zip_members(name)):
-                    with archive.open(inside) as member:
-                        yield from _dialogues(member, f"{name}::{inside}")
-        else:
-            yield from _dialogues(file, name)
-
-
-def _dialogues(file: Iterable[bytes], origin: str) -> Iterator[RawDocument]:
-    for number, line in enumerate(text_lines(file, origin), 1):
-        if line.strip() and _END not in line:
-            raise UserError(f"{origin}:{number}: expected turns that end in {_END}, found {line.strip()[:60]}")
-        turns = [turn.strip() for turn in line.split(_END)]
-        yield RawDocument("\n".join(filter(None, turns)), origin, number)
+    for _, origin, content in open_members(name, _NAME.search):
+        for number, line in enumerate(text_lines(content, origin), 1):
+            if line.strip() and _END not in line:
+                raise UserError(f"{origin}:{number}: expected turns that end in {_END}, found {line.strip()[:60]}")
+            turns = [turn.strip() for turn in line.split(_END)]
+            yield RawDocument("\n".join(filter(None, turns)), origin, number)

@@ -1,14 +1,12 @@
 """OpenSubtitles in the XML of OPUS (Lison and Tiedemann 2016): files, or a zip of them. A film is a document."""
 
-import zipfile
 from collections.abc import Iterator
 from posixpath import basename
 from typing import IO
 from xml.etree import ElementTree
 
 from experiment.errors import UserError
-from experiment.storage import open_file
-from pretrain.cleaning.readers import RawDocument, has_suffix, zip_members
+from pretrain.cleaning.readers import RawDocument, has_suffix, open_members, zip_members
 from pretrain.corpus.compression import decompress
 
 PACKAGES: tuple[str, ...] = ()
@@ -16,21 +14,17 @@ PACKAGES: tuple[str, ...] = ()
 
 def matches(name: str) -> bool:
     is_file = has_suffix(name, ".xml") and "wiki" not in basename(name).lower()
-    return is_file or any(member.endswith((".xml", ".xml.gz")) for member in zip_members(name))
+    return is_file or any(map(_is_film, zip_members(name)))
 
 
 def read(name: str) -> Iterator[RawDocument]:
     """One document for each film, with a line for each sentence."""
-    with open_file(name) as file:
-        if not name.lower().endswith(".zip"):
-            yield RawDocument(_film(file, name, name), name, 1)
-            return
-        with zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                if info.filename.endswith((".xml", ".xml.gz")):
-                    origin = f"{name}::{info.filename}"
-                    with archive.open(info) as member:
-                        yield RawDocument(_film(member, info.filename, origin), origin, 1)
+    for file, origin, content in open_members(name, _is_film):
+        yield RawDocument(_film(content, file, origin), origin, 1)
+
+
+def _is_film(member: str) -> bool:
+    return member.endswith((".xml", ".xml.gz"))
 
 
 def _film(stream: IO[bytes], name: str, origin: str) -> str:

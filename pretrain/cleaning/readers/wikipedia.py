@@ -26,15 +26,17 @@ def read(name: str) -> Iterator[RawDocument]:
     number = 0
     try:
         with open_file(name) as file:
-            for _, page in ElementTree.iterparse(_decompress(file, name)):
-                if not page.tag.endswith("}page") and page.tag != "page":
+            events = ElementTree.iterparse(_decompress(file, name), events=("start", "end"))
+            _, root = next(events)
+            for event, page in events:
+                if event == "start" or (not page.tag.endswith("}page") and page.tag != "page"):
                     continue
                 number += 1
                 if page.findtext("{*}ns", _ARTICLES) == _ARTICLES and page.find("{*}redirect") is None:
                     title = page.findtext("{*}title", "")
                     text = page.findtext("{*}revision/{*}text") or ""
                     yield RawDocument(text, name, number, {"title": title}, "wikitext")
-                page.clear()
+                root.clear()  # it would keep an element for each page
     except ElementTree.ParseError as error:
         raise UserError(f"{name}: invalid XML after {number:,} pages: {error}") from None
     if number == 0:

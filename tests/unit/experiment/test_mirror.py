@@ -41,7 +41,7 @@ def mirror(bucket: str, run: RunFolder) -> Mirror:
     """A mirror of the run."""
     made = Mirror(f"{bucket}/runs/first")
     for checkpoint in complete_checkpoints(run.checkpoints):
-        made.upload(checkpoint, replaces=False)
+        made.upload(checkpoint)
     made.upload_run_files(run)
     return made
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_without_marker_does_not_exist(mirror: Mirror, run: RunFold
         if path.is_file() and path.name != "COMPLETE":
             write_bytes(f"{mirror.url}/step-00000005/{path.relative_to(checkpoint)}", path.read_bytes())
     assert list(mirror.complete()) == names(1, 2, 3, 4)
-    mirror.upload(checkpoint, replaces=False)
+    mirror.upload(checkpoint)
     assert list(mirror.complete()) == names(1, 2, 3, 4, 5)
 
 
@@ -79,7 +79,7 @@ def test_the_marker_comes_last_and_goes_first(mirror: Mirror, run: RunFolder, mo
     checkpoint = run.checkpoints / "step-00000004"
     (checkpoint / "hf" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
-        mirror.upload(checkpoint, replaces=True)
+        mirror.upload(checkpoint)
     assert list(mirror.complete()) == names(1, 2, 3)
     from experiment import mirror as module
 
@@ -102,6 +102,15 @@ def test_damaged_checkpoints_are_skipped(mirror: Mirror, tmp_path: Path, caplog:
         write_bytes(f"{mirror.url}/step-{step:08d}/COMPLETE", b"{}")
     with pytest.raises(UserError, match=r"^all 4 checkpoints in .* are damaged$"):
         mirror.restore(RunFolder(tmp_path / "again"), lambda: None, show_progress=False)
+
+
+def test_a_damaged_best_checkpoint_is_not_needed(mirror: Mirror, tmp_path: Path) -> None:
+    """Catches a run that cannot resume from the newest checkpoint because an older one is damaged."""
+    write_bytes(f"{mirror.url}/step-00000002/hf/config.json", b"damaged")
+    folder = RunFolder(tmp_path / "restored")
+    newest = mirror.restore(folder, lambda: None, show_progress=False)
+    assert [newest] == complete_checkpoints(folder.checkpoints) == [folder.checkpoints / "step-00000004"]
+    assert not (folder.checkpoints / "best").exists()
 
 
 def test_nothing_is_restored_from_an_empty_mirror(bucket: str, tmp_path: Path) -> None:

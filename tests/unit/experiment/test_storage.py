@@ -14,7 +14,6 @@ import pytest
 from experiment import storage
 from experiment.storage import (
     StorageError,
-    UnreachableError,
     delete,
     download,
     exists,
@@ -22,6 +21,7 @@ from experiment.storage import (
     list_folders,
     open_url,
     read_bytes,
+    stat_file,
     upload,
     write_bytes,
 )
@@ -69,6 +69,20 @@ def test_lists_a_file_a_folder_and_a_pattern(bucket: str) -> None:
     delete(f"{bucket}/a")
     assert not exists(f"{bucket}/a")
     assert exists(f"{bucket}/c.txt")
+
+
+def test_similar_and_unusual_names(bucket: str) -> None:
+    """Catches files of a folder whose name begins in the same way, and a name that is taken for a pattern."""
+    import s3fs
+
+    put(bucket, **{"ab/1": b"1", "abc/2": b"22", "x[1].txt": b"333"})
+    folder = {"Bucket": bucket.removeprefix("s3://"), "Key": "ab/"}  # as consoles make them
+    s3fs.S3FileSystem(**storage._OPTIONS["s3"]).call_s3("put_object", **folder)
+    assert sizes_of(f"{bucket}/ab") == {f"{bucket}/ab/1": 1}
+    assert not exists(f"{bucket}/a")
+    assert stat_file(f"{bucket}/x[1].txt") == list_files(bucket)[f"{bucket}/x[1].txt"]
+    delete(f"{bucket}/ab")
+    assert list_folders(bucket) == ["abc"]
 
 
 @pytest.mark.parametrize("url", ["s3", "file", "http"])
@@ -184,7 +198,7 @@ def test_a_server_that_is_gone(bucket: str, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(UnreachableError, match=f"^{bucket}/x: no success in 3 attempts: Could not connect to the"):
+    with pytest.raises(StorageError, match=f"^{bucket}/x: no success in 3 attempts: Could not connect to the"):
         read_bytes(f"{bucket}/x")
     assert caplog.messages[-1].endswith("trying again in 0 s")
 

@@ -14,7 +14,7 @@ from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.storage import StorageError, delete, list_files, read_bytes, upload, write_bytes
 from pretrain.config import CorpusConfig
-from pretrain.corpus.cache import CorpusCache, open_source
+from pretrain.corpus.cache import CorpusCache, open_metadata
 from pretrain.corpus.reader import open_corpus
 from small_disk import SmallDisk
 
@@ -47,7 +47,7 @@ def test_copies_of_a_folder_and_of_a_url_are_equal(stored: str, wordpiece_corpus
 
 def test_a_url_is_opened_without_its_documents(stored: str, wordpiece_corpus: Path) -> None:
     """Catches a launcher that copies a corpus of terabytes to plan a run."""
-    corpus = open_source(stored)
+    corpus = open_metadata(stored)
     assert corpus.fingerprint == open_corpus(wordpiece_corpus).fingerprint
     assert corpus.tokenizer_path.joinpath("tokenizer.json").exists()
     assert not list(corpus.path.glob("*.arrow"))

@@ -12,7 +12,7 @@ import pytest
 
 from experiment.errors import UserError
 from launcher.cli import main
-from pretrain.corpus import engines, job_array, shards, splits, tasks
+from pretrain.corpus import engines, job_array, records, shards, splits, tasks
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
@@ -81,7 +81,7 @@ def test_tasks_of_a_job_array_at_the_same_time(
     """Catches a task that joins all shards alone, or fails because another one has published the corpus."""
     joined: list[tuple[int, str]] = []
 
-    def write(job: tasks.BuildJob, task: tasks.ShardTask) -> Any:
+    def write(job: tasks.BuildJob, task: records.ShardTask) -> Any:
         joined.append((threading.get_ident(), task.file))
         return tasks.write_shard_file(job, task)
 

@@ -80,9 +80,9 @@ def test_an_upload_does_not_hold_up_training(bucket: str, run: RunFolder, monkey
     go = threading.Event()
     original = Mirror.upload
 
-    def slow(self: Mirror, checkpoint: Path, replaces: bool) -> bytes:
+    def slow(self: Mirror, checkpoint: Path) -> bytes:
         assert go.wait(60)
-        return original(self, checkpoint, replaces)
+        return original(self, checkpoint)
 
     monkeypatch.setattr(Mirror, "upload", slow)
     uploads = MirrorUploads(mirror, run, lambda alert: None)
