@@ -15,6 +15,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
@@ -113,19 +114,27 @@ def list_files(url: str) -> dict[str, FileInfo]:
         else:
             info = fs.info(path)
             found = {info["name"]: info} if info["type"] == "file" else fs.find(path, detail=True)
-        return {fs.unstrip_protocol(name): info for name, info in found.items() if info["type"] == "file"}
+        return {fs.unstrip_protocol(name): info for name, info in found.items() if _is_file(name, info)}
 
     found = _retrying(url, find)
     if not found:
         raise StorageError(f"{url}: there are no such files")
-    for name, info in found.items():
-        if info["size"] is None:
-            raise StorageError(f"{name}: the server does not give the size of the file")
-    return {name: FileInfo(found[name]["size"], _version(found[name])) for name in sorted(found)}
+    return {name: _file_info(name, found[name]) for name in sorted(found)}
 
 
-def _version(info: dict[str, Any]) -> str:
-    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+def _is_file(name: str, info: dict[str, Any]) -> bool:
+    """False for a folder, also for the empty object with which some programs mark one."""
+    return info["type"] == "file" and not (name.endswith("/") and info["size"] == 0)
+
+
+def _file_info(name: str, info: dict[str, Any]) -> FileInfo:
+    if info["size"] is None:
+        raise _without_size(name)
+    return FileInfo(info["size"], next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
+
+
+def _without_size(url: str) -> StorageError:
+    return StorageError(f"{url}: the server does not give the size of the file")
 
 
 def list_folders(url: str) -> list[str]:
@@ -174,9 +183,15 @@ def open_file(name: str) -> IO[bytes]:
 def stat_file(name: str) -> FileInfo:
     """Describe a file, given as a path or URL. Raises OSError for a path, StorageError for a URL."""
     if is_url(name):
-        return list_files(name)[name]
+        return _retrying(name, partial(_stat_url, name))
     found = os.stat(name)  # noqa: PTH116  (a Path per file takes longer)
     return FileInfo(found.st_size, str(found.st_mtime_ns))
+
+
+def _stat_url(url: str) -> FileInfo:
+    fs, path = _open_filesystem(url)
+    fs.invalidate_cache()
+    return _file_info(url, fs.info(path))
 
 
 def read_bytes(url: str) -> bytes:
@@ -302,6 +317,8 @@ class _Reader(io.RawIOBase):
         self._file: Any = None
         self._position = 0
         self._size: int = _retrying(url, lambda: self._open().size)
+        if self._size is None:
+            raise _without_size(url)
 
     def readable(self) -> bool:
         return True
@@ -362,6 +379,8 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     if protocol not in _PROTOCOLS:
         known = ", ".join(f"{name}://" for name in _PROTOCOLS)
         raise StorageError(f"{url}: unknown protocol '{protocol}'; expected one of {known}")
+    if "::" in url:  # fsspec would take it for a chain of URLs
+        raise StorageError(f"{url}: a name with '::' cannot be read; rename the file")
     try:
         fs, path = fsspec.core.url_to_fs(url, **_OPTIONS.get(protocol, {}))
     except ImportError as error:
@@ -383,7 +402,8 @@ def _retrying(url: str, function: Callable[[], T]) -> T:
             return function()
         except StorageError:
             raise
-        except Exception as error:
+        except Exception as raised:
+            error = _error_of_server(raised)
             if not _may_pass(error):
                 raise StorageError(_describe(url, error)) from error
             if not waits:
@@ -392,6 +412,13 @@ def _retrying(url: str, function: Callable[[], T]) -> T:
             wait = waits.pop(0) * random.uniform(0.75, 1.25)  # hosts that failed together try again one by one
             log.warning("%s: %s; trying again in %.0f s", url, first_line(error), wait)
             time.sleep(wait)
+
+
+def _error_of_server(error: Exception) -> Exception:
+    """fsspec raises FileNotFoundError for any error of a web server."""
+    cause = error.__cause__
+    is_of_http = type(cause).__module__.startswith("aiohttp.")
+    return cause if isinstance(cause, Exception) and is_of_http else error
 
 
 def _may_pass(error: BaseException) -> bool:
