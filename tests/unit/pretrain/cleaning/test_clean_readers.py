@@ -130,6 +130,11 @@ def test_subtitles_of_films(tmp_path: Path) -> None:
     assert read(tmp_path / "1.xml.gz") == {"1.xml.gz:1": "Hello there\nBye ."}
     archive = make_zip(tmp_path / "en.zip", {"OpenSubtitles/xml/en/1.xml": FILM, "README": "x"})
     assert read(archive) == {"1.xml:1": "Hello there\nBye ."}
+    mixed = make_zip(tmp_path / "mixed.zip", {"1.txt": "Text", "meta.xml": "<meta/>"})
+    assert read(mixed) == {"mixed.zip::1.txt:1": "Text"}  # not only what looks like a film
+    (tmp_path / "news.xml").write_text("<rss><item>News</item></rss>")
+    with pytest.raises(UserError, match=r"news.xml: expected the XML of OpenSubtitles, .*, found <rss>"):
+        read(tmp_path / "news.xml")
     (tmp_path / "bad.xml").write_text(FILM[:-4])
     with pytest.raises(UserError, match=r"bad.xml: invalid XML: "):
         read(tmp_path / "bad.xml")
