@@ -167,7 +167,7 @@ def _one_thread() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.pop(name)
+        os.environ.pop(name, None)  # another thread may have done so
         if before is not None:
             os.environ[name] = before
 
