@@ -117,9 +117,7 @@ def list_files(url: str) -> dict[str, FileInfo]:
         else:
             info = fs.info(path)
             found = {info["name"]: info} if info["type"] == "file" else fs.find(path, detail=True)
-        # S3's console makes an empty object for a folder. Its name ends in "/".
-        files = {name: info for name, info in found.items() if info["type"] == "file" and not name.endswith("/")}
-        return {fs.unstrip_protocol(name): info for name, info in files.items()}
+        return {fs.unstrip_protocol(name): info for name, info in found.items() if _is_file(name, info)}
 
     found = _call(url, find)
     if not found:
@@ -127,10 +125,19 @@ def list_files(url: str) -> dict[str, FileInfo]:
     return {name: _file_info(name, found[name]) for name in sorted(found)}
 
 
-def _file_info(url: str, info: dict[str, Any]) -> FileInfo:
+def _is_file(name: str, info: dict[str, Any]) -> bool:
+    """False for a folder, also for the empty object with which some programs mark one."""
+    return info["type"] == "file" and not (name.endswith("/") and info["size"] == 0)
+
+
+def _file_info(name: str, info: dict[str, Any]) -> FileInfo:
     if info["size"] is None:
-        raise StorageError(f"{url}: the server does not give the size of the file")
+        raise _without_size(name)
     return FileInfo(info["size"], next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
+
+
+def _without_size(url: str) -> StorageError:
+    return StorageError(f"{url}: the server does not give the size of the file")
 
 
 def list_folders(url: str) -> list[str]:
@@ -310,6 +317,8 @@ class _Reader(io.RawIOBase):
         self._file: Any = None
         self._position = 0
         self._size: int = _retry(url, lambda: self._open().size)
+        if self._size is None:
+            raise _without_size(url)
 
     def readable(self) -> bool:
         return True
@@ -368,6 +377,8 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     if protocol not in _PROTOCOLS:
         known = ", ".join(f"{name}://" for name in _PROTOCOLS)
         raise StorageError(f"{url}: unknown protocol '{protocol}'; expected one of {known}")
+    if "::" in url:  # fsspec would take it for a chain of URLs
+        raise StorageError(f"{url}: a name with '::' cannot be read; rename the file")
     try:
         fs, path = fsspec.core.url_to_fs(url, **_OPTIONS.get(protocol, {}))
     except ImportError as error:
@@ -400,7 +411,8 @@ def _retry(url: str, function: Callable[[], T]) -> T:
             return function()
         except StorageError:
             raise
-        except Exception as error:
+        except Exception as raised:
+            error = _error_of_server(raised)
             if not _is_transient(error):
                 raise _storage_error(url, error) from error
             if not waits:
@@ -409,6 +421,13 @@ def _retry(url: str, function: Callable[[], T]) -> T:
             seconds = waits.pop(0) * random.uniform(0.75, 1.25)  # hosts that failed together try again one by one
             log.warning("%s: %s; trying again in %.0f s", url, first_line(error), seconds)
             time.sleep(seconds)
+
+
+def _error_of_server(error: Exception) -> Exception:
+    """fsspec raises FileNotFoundError for any error of a web server."""
+    cause = error.__cause__
+    is_of_http = type(cause).__module__.startswith("aiohttp.")
+    return cause if isinstance(cause, Exception) and is_of_http else error
 
 
 def _is_transient(error: BaseException) -> bool:

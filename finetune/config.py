@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
 from experiment.config import Section, did_you_mean, flatten, with_defaults
-from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength
+from experiment.config.field_types import Fraction, LocalPath, PathText, Seed, SequenceLength
 from experiment.config.loading import check_kind
 from experiment.errors import UserError
 from experiment.tracking.config import TrackingConfig
@@ -29,7 +29,7 @@ _HIGH_LR = 0.01  # even for small models
 class RunConfig(Section):
     """The run folder."""
 
-    dir: PathText
+    dir: LocalPath
     """Run folder; see docs/finetuning.md for its contents."""
 
     keep: Literal["best", "all", "none"] = "best"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Section
-from experiment.config.field_types import PathText
+from experiment.config.field_types import LocalPath, PathText
 
 
 class PredictOptions(Section):
@@ -19,7 +19,7 @@ class PredictOptions(Section):
     input: Annotated[PathText, Metavar("FILE")]
     """Rows to predict for, in any format that training reads."""
 
-    output: Annotated[PathText, Metavar("FILE")]
+    output: Annotated[LocalPath, Metavar("FILE")]
     """.csv, .tsv, .jsonl or .parquet file to write."""
 
     score: bool = False
@@ -98,7 +98,7 @@ class ExportOptions(Section):
     """Model to export: a checkpoint of a pretraining, or a run (its newest checkpoint); a fine-tuned model folder, or a
     run (its best seed on validation); or a folder of transformers."""
 
-    output: Annotated[PathText, Metavar("DIR")]
+    output: Annotated[LocalPath, Metavar("DIR")]
     """Folder to write, which must not exist or be empty."""
 
     format: Literal["hf", "onnx"] = "hf"

@@ -159,7 +159,7 @@ def _split(
             continue
         written, equals, value = argument[2:].partition("=")
         name = written.replace("-", "_")
-        is_override = ("." in written and _overrides_field(options_type) is not None) or _is_plain_key(command, name)
+        is_override = ("." in written and _overrides_field(options_type) is not None) or name in _plain_keys(command)
         if not is_override and name not in flags:
             raise _UsageError(f"unknown flag '--{written}'{_similar_flags(name, flags, command, options_type)}")
         if not equals and not is_override and flags[name].is_switch:
@@ -176,14 +176,13 @@ def _split(
     return texts, overrides
 
 
-def _is_plain_key(command: str, name: str) -> bool:
-    """Whether a config of the command has a key `name` without a section, such as `seeds` of a comparison."""
+def _plain_keys(command: str) -> list[str]:
+    """The keys without a section in the config of the command, such as `seeds` of a comparison."""
     if command not in ("compare", "clean"):
-        return False
+        return []
     from launcher.reference import CONFIGS  # takes a while to import
 
-    field = CONFIGS[command].model_fields.get(name)
-    return field is not None and not is_section(field.annotation)
+    return [name for name, field in CONFIGS[command].model_fields.items() if not is_section(field.annotation)]
 
 
 def _meant_flag(
@@ -225,7 +224,7 @@ def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_t
             return "; did you mean " + " or ".join(f"'--{key}'" for key in dict.fromkeys(meant)) + "?"
     if (synonym := _SYNONYMS.get(name)) in flags:
         return f"; did you mean '--{synonym}'?"
-    return did_you_mean(f"--{name}", [f"--{known}" for known in flags])
+    return did_you_mean(f"--{name}", [f"--{known}" for known in (*flags, *_plain_keys(command))])
 
 
 def _build_options(

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from experiment.config import Section
-from experiment.config.field_types import PathText, Seed
+from experiment.config.field_types import LocalPath, PathText, Seed
 from experiment.config.loading import check_kind
 
 
 class CompareRunConfig(Section):
     """The folder of the comparison."""
 
-    dir: PathText
+    dir: LocalPath
     """Folder for all runs and the tables."""
 
 

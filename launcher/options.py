@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Positional, Section
-from experiment.config.field_types import PathText
+from experiment.config.field_types import LocalPath, PathText
 from experiment.recipes import find_config
 from launcher.ranks.placement import Launcher, PlacementOptions
 
@@ -116,7 +116,7 @@ class SweepOptions(LaunchOptions):
     grid: Annotated[str, Metavar("GRID")]
     """Values of any config keys, as 'KEY=VALUE,VALUE KEY=VALUE,VALUE'; put lists in brackets."""
 
-    output: Annotated[PathText | None, Metavar("DIR")] = None
+    output: Annotated[LocalPath | None, Metavar("DIR")] = None
     """Folder for the runs and results; default: the config's run.dir with the suffix -sweep."""
 
     metric: Annotated[str | None, Metavar("NAME")] = None
@@ -208,7 +208,7 @@ class ReportOptions(Section):
     runs: Annotated[tuple[PathText, ...], Positional("RUN…")]
     """Run folders, whose curves are drawn in the same charts, or the folder of a sweep or comparison."""
 
-    output: Annotated[PathText | None, Metavar("DIR")] = None
+    output: Annotated[LocalPath | None, Metavar("DIR")] = None
     """Folder for the page; default: RUN/report, for several runs `report` in the working directory."""
 
 

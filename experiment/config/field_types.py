@@ -217,9 +217,18 @@ def _check_path(path: str) -> str:
     return expand_home(path)
 
 
+def _check_local(path: str | Path) -> str | Path:
+    if "://" in str(path):
+        raise ValueError(f"expected a path on a disk, found the URL {path}")
+    return path
+
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 SequenceLength = Annotated[int, Field(ge=8)]  # tokens, special tokens included
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger ones
 PathText = Annotated[str, AfterValidator(_check_path)]  # ~ becomes the home folder
-PathName = Annotated[Path, Strict(False), AfterValidator(lambda path: Path(expand_home(str(path))))]  # text will do
+PathName = Annotated[  # text will do
+    Path, Strict(False), AfterValidator(lambda path: Path(expand_home(str(path)))), BeforeValidator(_check_local)
+]
+LocalPath = Annotated[PathText, AfterValidator(_check_local)]
 PathOrUrl = Annotated[PathText, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]

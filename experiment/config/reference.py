@@ -72,12 +72,18 @@ def _difference(variant: ConfigSection, section: ConfigSection) -> tuple[ConfigK
 
 
 def find_keys(config_type: type[Section], name: str) -> tuple[ConfigSection, ...]:
-    """The sections called `name`, or the key of that name and those below it. Raises UserError for an unknown one."""
+    """The sections called `name`, or the key of that name and those below it; the `[]` of list items may be omitted.
+    Raises UserError for an unknown one."""
     reference = config_reference(config_type)
     if named := tuple(section for section in reference if section.name == name):
         return named
-    pattern = re.compile(rf"{re.escape(name)}(\.|\[|$)")
-    below = [replace(s, meaning="", keys=tuple(key for key in s.keys if pattern.match(key.name))) for s in reference]
+    plain = name.replace("[]", "")
+    below = [
+        replace(
+            s, meaning="", keys=tuple(key for key in s.keys if f"{key.name}.".replace("[]", "").startswith(f"{plain}."))
+        )
+        for s in reference
+    ]
     if not any(section.keys for section in below):
         raise UserError(explain_unknown_key(config_type, name))
     return tuple(section for section in below if section.keys)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, create_model, model_validator
 
 from experiment.config import Section
-from experiment.config.field_types import PathText
+from experiment.config.field_types import LocalPath
 from experiment.config.loading import check_kind
 from pretrain.cleaning.readers import reader_names
 from pretrain.cleaning.step import Step, find_step
@@ -55,7 +55,7 @@ class CleanConfig(TextOptions):
     source: str | tuple[str, ...]
     """What to read: files, folders and globs, as for `deepcloze corpus`, and the formats of docs/cleaning.md."""
 
-    output: PathText
+    output: LocalPath
     """Folder to write: documents as .jsonl.zst, clean.json and report.html."""
 
     format: Literal["auto", *reader_names()] = "auto"  # type: ignore[valid-type]

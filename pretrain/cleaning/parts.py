@@ -97,7 +97,8 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
-    lines = "".join(json.dumps(_row(document), ensure_ascii=False) + "\n" for document in documents)
+    """Write documents. Values of metadata that JSON lacks, such as dates, become text."""
+    lines = "".join(json.dumps(_row(document), ensure_ascii=False, default=str) + "\n" for document in documents)
     with atomic_write(path) as temporary:
         temporary.write_bytes(zstandard.ZstdCompressor(level=_LEVEL).compress(lines.encode()))
 

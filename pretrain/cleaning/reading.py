@@ -1,6 +1,7 @@
 """The documents of all sources, in order, each with an id that no other one has."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from experiment.csv_and_jsonl import column_index, missing_column, raw_lines, read_json_lines, text_lines
 from experiment.errors import UserError
@@ -13,12 +14,12 @@ from pretrain.cleaning.step import Document, check_installed
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.documents import check_read, read_documents
 from pretrain.corpus.formats import ReadStats, cell_document, detect_format, explain_read_errors
-from pretrain.corpus.sources import Source, Span, find_sources
+from pretrain.corpus.sources import Source, Span, find_sources, is_unicode
 
 
 def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
     """Expand `source`. Raises UserError for what does not exist, and for a package that is missing."""
-    sources = find_sources(config.source, "source", lambda name: _reader(name, config) is not None)
+    sources = find_sources(config.source, "source", lambda name: _reader(name, config) is not None, Path(config.output))
     for source in sources:
         if (reader := _reader_of(source, config)) is not None:
             check_installed(source.name, reader.PACKAGES)
@@ -92,8 +93,6 @@ def _read_table(name: str, config: CleanConfig) -> Iterator[RawDocument]:
 
 
 def _unicode(raw: RawDocument) -> str:
-    try:
-        raw.text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{raw.origin}:{raw.number}: expected Unicode text, found half of a surrogate pair") from None
+    if not is_unicode(raw.text) or not is_unicode(raw.origin):
+        raise UserError(f"{raw.origin}:{raw.number}: expected Unicode text and names, found half of a surrogate pair")
     return raw.text

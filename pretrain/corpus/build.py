@@ -59,16 +59,34 @@ def build_corpus(options: CorpusOptions) -> Manifest:
     killed. Finished shards are kept, and the same call resumes from them.
     """
     plan = plan_build(options)
+    with _open_build(plan) as run:
+        manifests = _check_existing(plan, run) if holds_corpus(plan.folder) else _build(plan, run)
+    _print_summaries(plan, manifests)
+    return manifests[MAIN]
+
+
+def complete_corpus(plan: BuildPlan) -> None:
+    """Build and publish what is left of a corpus, unless another process has done so. Raises LockedError if one is
+    doing so, and as `build_corpus`."""
+    with _open_build(plan) as run:
+        manifests = {} if holds_corpus(plan.folder) else _build(plan, run)
+    _print_summaries(plan, manifests)
+
+
+@contextmanager
+def _open_build(plan: BuildPlan) -> Iterator[Engine]:
     advice = "; the same command resumes from what is finished"
     with (
         disk_errors_as(UserError, f"--output {plan.folder}: ", advice),
         _build_lock(plan.folder),
         open_engine(plan.workers, build_job(plan), plan.engine, plan.ray_address) as run,
     ):
-        manifests = _check_existing(plan, run) if holds_corpus(plan.folder) else _build(plan, run)
+        yield run
+
+
+def _print_summaries(plan: BuildPlan, manifests: Mapping[Part, Manifest]) -> None:
     for part, manifest in manifests.items():
         print(summary(plan.folder_of(part), manifest))
-    return manifests[MAIN]
 
 
 def build_job(plan: BuildPlan) -> BuildJob:
@@ -200,10 +218,16 @@ def holds_corpus(folder: Path) -> bool:
     return True
 
 
+def existing_manifests(plan: BuildPlan) -> dict[Part, Manifest]:
+    """Return the manifests of an existing corpus. Raises UserError for another recipe; reads no documents."""
+    manifests = {part: read_manifest(plan.folder_of(part)) for part in plan.sampling.parts}
+    _check_same_recipe(plan, manifests, None)
+    return manifests
+
+
 def _check_existing(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
     """Return the manifests of an existing corpus. Raises UserError if it differs from the one that would be built."""
-    manifests = {part: read_manifest(plan.folder_of(part)) for part in plan.sampling.parts}
-    _check_same_recipe(plan, manifests, None)  # before the source is read, which may take long
+    manifests = existing_manifests(plan)  # first, because reading the source may take long
     _check_same_recipe(plan, manifests, scan_source(plan, run))
     print(f"{plan.folder} already exists, built from the same documents with the same tokenizer")
     shutil.rmtree(plan.partial, ignore_errors=True)  # killed after the last rename

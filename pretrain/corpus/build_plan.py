@@ -193,7 +193,7 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
     assert options.source is not None
     assert options.tokenizer is not None
     assert options.output is not None
-    sources = find_sources(options.source)
+    sources = find_sources(options.source, output=options.output)
     tokenizer = load_build_tokenizer(options.tokenizer, options.segmenter)
     if options.segmenter is not None and word_boundaries(tokenizer.spec.tokenizer_json) is None:
         raise UserError(

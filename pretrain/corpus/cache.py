@@ -136,12 +136,12 @@ class CorpusCache:
                     used -= _evict(other)
             if used + missing > self.limit:
                 raise CacheFullError(
-                    f"corpus.cache_gib allows {_gigabytes(self.limit)}, expected {_gigabytes(used + missing)} with "
+                    f"corpus.cache_gib allows {_readable(self.limit)}, expected {_readable(used + missing)} with "
                     "what is in use"
                 )
         free = shutil.disk_usage(self.folder).free
         if free < missing:
-            raise CacheFullError(f"{self.folder} has {_gigabytes(free)} free, expected {_gigabytes(missing)}")
+            raise CacheFullError(f"{self.folder} has {_readable(free)} free, expected {_readable(missing)}")
 
 
 def _user_cache() -> CorpusCache:
@@ -234,5 +234,5 @@ def _bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
+def _readable(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

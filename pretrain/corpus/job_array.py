@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents
-from pretrain.corpus.build import LockedError, build_corpus, build_job, holds_corpus, shard_tasks
+from pretrain.corpus.build import LockedError, build_job, complete_corpus, existing_manifests, holds_corpus, shard_tasks
 from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.options import CorpusOptions
@@ -34,6 +34,7 @@ def build_share(options: CorpusOptions) -> None:
     index, tasks = array_share(os.environ)
     plan = plan_build(options)
     if holds_corpus(plan.folder):
+        existing_manifests(plan)
         print(f"{plan.folder} already exists")
         return
     advice = "; submit the same array again to resume from what is finished"
@@ -43,7 +44,7 @@ def build_share(options: CorpusOptions) -> None:
             is_last = _build_share(plan, run, slice(index, None, tasks))
     if is_last:
         try:
-            build_corpus(options)
+            complete_corpus(plan)
         except LockedError:
             print(f"{plan.folder}: another task publishes the corpus")
 

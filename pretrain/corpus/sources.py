@@ -7,6 +7,7 @@ import fnmatch
 import glob
 import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pretrain.corpus.formats import WHOLE, Range, check_is_read, detect_format
 from pretrain.corpus.options import SourceName
 
 PYTHON_DOCS = "python-docs"
+_MAGIC = re.compile(r"[*?[]")  # of a pattern
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 
@@ -49,6 +51,7 @@ class _Finder:
 
     key: str  # for messages
     is_read_by_caller: Callable[[str], bool]
+    output: Path | None
 
     def expand(self, item: str) -> list[Source]:
         if item == PYTHON_DOCS:
@@ -79,14 +82,21 @@ class _Finder:
         raise UserError(f"{self.key} {item}: no such file or folder")
 
     def _below_url(self, url: str) -> list[Source]:
+        if "?" in url and url.startswith("http"):
+            raise UserError(f"{self.key} {url}: a URL with a query does not tell the format; download the file first")
         files = list_files(url)
-        if url in files or glob.has_magic(url):
-            return [self._file(name, info) for name, info in files.items()]
-        start = len(url.rstrip("/")) + 1
-        return self._known(url, [name for name in files if not _is_hidden(name[start:])], files)
+        if url in files:
+            return [self._file(url, files[url])]
+        start = len(_MAGIC.split(url)[0].rstrip("/"))
+        names = [name for name in files if "/." not in name[start:]]  # no hidden ones, as below a local folder
+        return (
+            [self._file(name, files[name]) for name in names] if glob.has_magic(url) else self._known(url, names, files)
+        )
 
     def _folder(self, folder: Path) -> list[Source]:
         """Return all files of a known format below `folder`, except hidden ones."""
+        if self.output is not None and self.output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{self.key} {folder}: the output {self.output} is in this folder; name one outside it")
         found = list[str]()
         for directory, inside, names in os.walk(folder):
             inside[:] = [name for name in inside if not name.startswith(".")]
@@ -111,6 +121,8 @@ class _Finder:
         return [self._file(name, files.get(name)) for name in sorted(known)]
 
     def _file(self, name: str, info: FileInfo | None = None) -> Source:
+        if not is_unicode(name):
+            raise UserError(f"{self.key} {os.fsencode(name)!r}: the name of the file is not UTF-8; rename it")
         if not self.is_read_by_caller(name):
             if name.lower().endswith((".zip", *_TAR)):
                 return self._archive(name, "*", info)
@@ -126,7 +138,10 @@ class _Finder:
 
 
 def find_sources(
-    named: SourceName, key: str = "--source", is_read_by_caller: Callable[[str], bool] = lambda _: False
+    named: SourceName,
+    key: str = "--source",
+    is_read_by_caller: Callable[[str], bool] = lambda _: False,
+    output: Path | None = None,
 ) -> tuple[Source, ...]:
     """Expand what `--source` names. Reads nothing.
 
@@ -134,10 +149,11 @@ def find_sources(
         named: paths, URLs and other names.
         key: where the user gave them, for messages.
         is_read_by_caller: whether a file, by its name, has a further format; it is not opened as text or an archive.
+        output: folder that will be written; unfinished output in a source would be read when the command is run again.
 
     Raises UserError for a missing path, a folder or glob without text files, and a file that is named twice.
     """
-    finder = _Finder(key, is_read_by_caller)
+    finder = _Finder(key, is_read_by_caller, output)
     sources = [source for item in _split_names(named, key) for source in finder.expand(item)]
     seen: dict[tuple[object, str], str] = {}
     for source in sources:
@@ -162,6 +178,15 @@ def _split_names(named: SourceName, key: str) -> list[str]:
     if not items:
         raise UserError(f"{key} is empty; expected files, folders or data sets to read")
     return items
+
+
+def is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, with which Python also writes bytes of a file name that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_hidden(name: str) -> bool:

@@ -8,13 +8,16 @@ from xml.etree import ElementTree
 from experiment.errors import UserError
 from pretrain.cleaning.readers import RawDocument, has_suffix, open_members, zip_members
 from pretrain.corpus.compression import decompress
+from pretrain.corpus.formats import detect_format
 
 PACKAGES: tuple[str, ...] = ()
 
 
 def matches(name: str) -> bool:
     is_file = has_suffix(name, ".xml") and "wiki" not in basename(name).lower()
-    return is_file or any(map(_is_film, zip_members(name)))
+    members = zip_members(name)
+    has_films = any(map(_is_film, members))
+    return is_file or (has_films and not any(detect_format(member)[0] for member in members))
 
 
 def read(name: str) -> Iterator[RawDocument]:
@@ -38,4 +41,6 @@ def _film(stream: IO[bytes], name: str, origin: str) -> str:
                 element.clear()
     except ElementTree.ParseError as error:
         raise UserError(f"{origin}: invalid XML: {error}") from None
+    if not lines and element.tag != "document":
+        raise UserError(f"{origin}: expected the XML of OpenSubtitles, <document> with <s>, found <{element.tag}>")
     return "\n".join(filter(None, lines))

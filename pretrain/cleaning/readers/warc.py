@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line
 from experiment.storage import open_file
 from pretrain.cleaning.readers import RawDocument, has_suffix
 from pretrain.corpus.compression import decompress
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
 
 _PAGES = ("text/html", "application/xhtml+xml")
+_QUOTED = 100  # characters of a message of warcio, which quotes the file
 
 PACKAGES: tuple[str, ...] = ("warcio", "trafilatura")
 
@@ -23,14 +24,15 @@ def matches(name: str) -> bool:
 
 def read(name: str) -> Iterator[RawDocument]:
     """One document for each page, with its `url`; records of other kinds are skipped."""
-    from warcio.archiveiterator import ArchiveIterator
-    from warcio.exceptions import ArchiveLoadFailed
+    from warcio.archiveiterator import WARCIterator
 
     number = 0
     with open_file(name) as file:
-        stream = _Content(file, name)
+        records = WARCIterator(_Content(file, name))
         try:
-            for number, record in enumerate(ArchiveIterator(stream), 1):
+            for number, record in enumerate(records, 1):
+                if not (record.rec_headers.get_header("Content-Length") or "").isdigit():
+                    raise _damaged(name, number, "its header has no Content-Length")
                 content = record.content_stream().read()
                 if record.raw_stream.limit > 0:
                     raise _damaged(name, number, f"the record lacks {record.raw_stream.limit:,} bytes")
@@ -39,8 +41,12 @@ def read(name: str) -> Iterator[RawDocument]:
                     yield RawDocument(content.decode("utf-8", "replace"), name, number, {"url": url})
                 elif record.rec_type == "response" and _is_page(record):
                     yield RawDocument(_decode(content, record), name, number, {"url": url}, "html")
-        except (ArchiveLoadFailed, EOFError, OSError) as error:
-            raise _damaged(name, number + 1, str(error).partition("\n")[0]) from None
+        except UserError:
+            raise
+        except Exception as error:  # warcio takes missing headers for granted
+            raise _damaged(name, number + 1, first_line(error)[:_QUOTED]) from None
+        if records.next_line:  # warcio takes a record whose headers are truncated for the end
+            raise _damaged(name, number + 1, "its headers have no end")
         if number == 0:
             raise UserError(f"{name}: expected a WARC file, found no record")
 

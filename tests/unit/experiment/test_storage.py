@@ -141,6 +141,21 @@ def web_server(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+def test_errors_of_a_web_server(web_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a server that is busy, gone or refuses, taken for one that lacks the file, as fsspec does."""
+    monkeypatch.setattr(storage, "_WAITS", (0.01,))
+    with pytest.raises(StorageError, match=r"/a.txt: no success in 2 attempts: Cannot connect"):
+        list_files(f"http://127.0.0.1:{free_port()}/a.txt")
+    with proxy(int(web_server.rpartition(":")[2])) as between:
+        (tmp_path / "a.txt").write_bytes(b"text")
+        url = f"http://127.0.0.1:{between.port}/a.txt"
+        between.faults = [Fault(BUSY)] * 2
+        assert sizes_of(url) == {url: 4}
+        between.lasting = Fault(EXPIRED)
+        with pytest.raises(StorageError, match=r"a.txt: 403"):
+            list_files(url)
+
+
 def test_a_download_continues(bucket: str, tmp_path: Path) -> None:
     """Catches a copy that starts over, and progress that does not add up to the size."""
     put(bucket, x=CONTENT)

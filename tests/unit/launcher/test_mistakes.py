@@ -78,6 +78,10 @@ class Mistake(NamedTuple):
 COMMAND_LINE = {
     "misspelt command": Mistake("pretain --config run.yaml", r"unknown command 'pretain'; did you mean 'pretrain'\?"),
     "misspelt flag": Mistake("pretrain --confg run.yaml", r"unknown flag '--confg'; did you mean '--config'\?"),
+    "misspelt key of a cleaning": Mistake(
+        "clean --config clean.yaml --outptu a", r"'--outptu'; did you mean '--output'\?"
+    ),
+    "output by URL": Mistake("export --checkpoint run --output s3://b/a", r"a path on a disk, found the URL s3://b/a"),
     "no flag": Mistake("pretrain", r"missing: --config FILE"),
     "no value": Mistake("pretrain --config", r"--config needs a value"),
     "by position": Mistake("pretrain run.yaml", r"'run.yaml'; did you mean '--config=run.yaml'\?"),

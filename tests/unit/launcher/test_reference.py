@@ -64,6 +64,8 @@ def test_every_key_is_documented(kind: str) -> None:
         ("config pretrain optimizer.lr", ["Peak learning rate", "(a number > 0; default: 0.0005)"]),
         ("config pretrain run.dir", ["Run folder", "(text; required)"]),
         ("config pretrain schedule.stages", ["a list of mappings", "schedule.stages[].steps"]),
+        ("config pretrain schedule.stages.steps", ["schedule.stages[].steps"]),
+        ("config clean steps.minhash", ["steps[].minhash.threshold", "default: 0.8"]),
         ("config compare rows", ["rows.NAME.init_from", "(text; required)"]),
         ("config finetune task.columns", ["task.columns.label", "task.columns.text_pair"]),
         ("config finetune task.metric", ["'accuracy', 'macro_f1', 'weighted_f1', 'uar' or 'matthews'"]),

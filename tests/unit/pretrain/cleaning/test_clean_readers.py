@@ -90,6 +90,29 @@ def test_a_truncated_web_archive(tmp_path: Path, name: str, cut: int, message: s
         read(path)
 
 
+def test_a_web_archive_that_ends_anywhere(tmp_path: Path) -> None:
+    """Catches a record whose headers are truncated: warcio takes it for the end, or fails with an AttributeError."""
+    path = warc(tmp_path / "a.warc")
+    content = path.read_bytes()
+    first = content.index(b"WARC/1.0", 1)
+    for end in range(1, first + 600, 7):
+        path.write_bytes(content[:end])
+        if content[end:first].strip():
+            with pytest.raises(UserError, match=r"a\.warc: (record 1 is damaged|expected a WARC file)"):
+                read(path)
+        elif end > first:
+            with pytest.raises(UserError, match=r"a\.warc: record 2 is damaged"):
+                read(path)
+
+
+def test_another_format_read_as_a_web_archive(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches warcio's warnings about each line, and a message that quotes the whole file."""
+    (tmp_path / "a.jsonl").write_text('{"text": "A long document %s"}\n' % ("word " * 999) * 9)
+    with pytest.raises(UserError, match=r"a\.jsonl: record 1 is damaged or truncated: .{,110}$"):
+        read(tmp_path / "a.jsonl", format="warc")
+    assert not capfd.readouterr().err
+
+
 def test_a_dump_of_wikipedia(tmp_path: Path) -> None:
     (tmp_path / "pages.xml.bz2").write_bytes(bz2.compress(WIKI.encode()))
     (text,) = read(tmp_path / "pages.xml.bz2").values()
@@ -107,6 +130,11 @@ def test_subtitles_of_films(tmp_path: Path) -> None:
     assert read(tmp_path / "1.xml.gz") == {"1.xml.gz:1": "Hello there\nBye ."}
     archive = make_zip(tmp_path / "en.zip", {"OpenSubtitles/xml/en/1.xml": FILM, "README": "x"})
     assert read(archive) == {"1.xml:1": "Hello there\nBye ."}
+    mixed = make_zip(tmp_path / "mixed.zip", {"1.txt": "Text", "meta.xml": "<meta/>"})
+    assert read(mixed) == {"mixed.zip::1.txt:1": "Text"}  # not only what looks like a film
+    (tmp_path / "news.xml").write_text("<rss><item>News</item></rss>")
+    with pytest.raises(UserError, match=r"news.xml: expected the XML of OpenSubtitles, .*, found <rss>"):
+        read(tmp_path / "news.xml")
     (tmp_path / "bad.xml").write_text(FILM[:-4])
     with pytest.raises(UserError, match=r"bad.xml: invalid XML: "):
         read(tmp_path / "bad.xml")

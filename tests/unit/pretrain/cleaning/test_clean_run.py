@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from experiment.config import build_config
@@ -158,6 +162,16 @@ def test_a_library_that_fails_names_the_document(clean: Any, monkeypatch: pytest
     monkeypatch.setattr("ftfy.fix_text", lambda *arguments, **keys: 1 / 0)
     with pytest.raises(UserError, match=r"in.txt:1: the step ftfy fails on this document: ZeroDivisionError"):
         clean(["a"], {"ftfy": {}})
+
+
+def test_metadata_that_json_lacks(tmp_path: Path, in_process: None) -> None:
+    """Catches a TypeError for a date or a decimal number in a column of a Parquet file."""
+    columns = {"text": ["a b"], "day": [date(2024, 1, 31)], "price": [Decimal("1.50")], "links": [["a", "b"]]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    tree = {"source": str(tmp_path / "a.parquet"), "output": str(tmp_path / "out"), "metadata": [*columns][1:]}
+    run.clean(build_config(CleanConfig, tree), lambda name: [], 1)
+    (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
+    assert document.metadata == {"day": "2024-01-31", "price": "1.50", "links": ["a", "b"]}
 
 
 def test_results_can_be_cleaned_again(config: CleanConfig, tmp_path: Path, in_process: None) -> None:

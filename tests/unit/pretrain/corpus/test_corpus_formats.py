@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 import zipfile
@@ -14,6 +15,7 @@ import zstandard
 from pydantic import ValidationError
 
 from experiment.errors import UserError
+from launcher.cli import main
 from pretrain.corpus import formats
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.documents import check_read, read_documents
@@ -294,6 +296,40 @@ def test_unusable_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sourc
         find_sources(source)
 
 
+@pytest.mark.parametrize("name", ["page.html", "crawl.warc.gz", "crawl.warc.wet", "films.xml.gz", "pages.xml.bz2"])
+def test_markup_is_not_read_as_text(tmp_path: Path, name: str) -> None:
+    """Catches a corpus of HTTP headers and tags."""
+    (tmp_path / name).write_bytes(b"<p>text</p>")
+    with pytest.raises(
+        UserError, match=f"{name}: \\..* files are not read; (read it with `deepcloze clean`|decompress)"
+    ):
+        find_sources(tmp_path / name)
+
+
+def test_the_output_in_the_source(tmp_path: Path) -> None:
+    """Catches a build that cannot be resumed, or that reads its own output, because it finds it in the source."""
+    (tmp_path / "a.txt").write_text("a\n")
+    with pytest.raises(UserError, match=r"--source .*: the output .*/out is in this folder; name one outside it"):
+        find_sources(tmp_path, output=tmp_path / "out")
+    assert find_sources(tmp_path / "a.txt", output=tmp_path / "out")
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """Catches a UnicodeEncodeError when such a name is printed or written."""
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("a\n")
+    with pytest.raises(UserError, match=r"caf\\xe9.txt': the name of the file is not UTF-8"):
+        find_sources(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["corpus --source=a --tokenizer=t", "tokenizer --source=a --vocab_size=9", "clean"])
+def test_an_output_by_url(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """Catches a local folder with the name s3:."""
+    (tmp_path / "clean.yaml").write_text("source: a\noutput: b\nsteps: []\n")
+    config = [f"--config={tmp_path}/clean.yaml"] if command == "clean" else []
+    assert main([*command.split(), *config, "--output=s3://bucket/a"]) == 2
+    assert "expected a path on a disk, found the URL s3://bucket/a" in capsys.readouterr().err
+
+
 def test_hub_source(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches `hub:` sources with the wrong order, column or split, and progress bars of `datasets` in a pipe."""
     (tmp_path / "set").mkdir()
@@ -320,5 +356,5 @@ def test_a_member_of_a_format_that_is_not_read(tmp_path: Path) -> None:
         archive.writestr("a.txt", "text")
         archive.writestr("b/a.html", "<p>text</p>")
     assert texts(tmp_path / "a.zip") == ["text"]
-    with pytest.raises(UserError, match=r"a\.zip::b/a\.html: \.html files are not read; convert it to text"):
+    with pytest.raises(UserError, match=r"a\.zip::b/a\.html: \.html files are not read; read it with"):
         texts(f"{tmp_path / 'a.zip'}::*.html")

@@ -12,8 +12,9 @@ import pytest
 
 from experiment.errors import UserError
 from launcher.cli import main
-from pretrain.corpus import engines, job_array, records, shards, splits, tasks
-from pretrain.corpus.build import build_corpus
+from pretrain.corpus import build, engines, job_array, records, shards, splits, tasks
+from pretrain.corpus.build import build_corpus, complete_corpus
+from pretrain.corpus.build_plan import plan_build
 from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
 from waiting import LIMIT, wait_until
@@ -73,12 +74,16 @@ def test_tasks_of_a_job_array(
     assert not (tmp_path / "c.partial").exists()
     assert main(command) == 0
     assert "already exists" in capsys.readouterr().out
+    assert main([*command, "--limit=5"]) == 2
+    assert "already holds another corpus (another limit: None)" in capsys.readouterr().err
 
 
 def test_tasks_of_a_job_array_at_the_same_time(
     tmp_path: Path, source: Path, vocabulary_folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a task that joins all shards alone, or fails because another one has published the corpus."""
+    """Catches a task that joins all shards alone, or that fails or reads the whole source because another one has
+    published the corpus."""
+    monkeypatch.setattr(build, "scan_source", lambda *_: pytest.fail("the source is read again"))
     joined: list[tuple[int, str]] = []
 
     def write(job: tasks.BuildJob, task: records.ShardTask) -> Any:
@@ -94,6 +99,7 @@ def test_tasks_of_a_job_array_at_the_same_time(
     with ThreadPoolExecutor(2) as array:
         for task in [array.submit(build_share, options) for _ in range(2)]:
             task.result()
+    complete_corpus(plan_build(options))  # a task that is late
     assert contents(tmp_path / "c") == contents(whole)
     by_task = [{file for task, file in joined if task == found} for found in {task for task, _ in joined}]
     assert len(by_task) == 2

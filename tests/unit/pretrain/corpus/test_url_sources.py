@@ -16,7 +16,7 @@ from experiment import storage
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.files import parse_json
-from experiment.storage import delete, upload
+from experiment.storage import delete, stat_file, upload, write_bytes
 from launcher.cli import main
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.run import clean
@@ -80,9 +80,14 @@ def test_names_of_objects(bucket: str, files: Path) -> None:
     def names(source: str) -> list[tuple[str, str]]:
         return [(found.name.removeprefix(f"{url}/"), found.selection) for found in find_sources(source)]
 
+    for name in ("[1].txt", "folder/", "q?.txt"):
+        write_bytes(f"{url}/{name}", b"" if name.endswith("/") else b"text")
     assert names(f"{url}/*.csv,{url}/a.txt") == [("c.csv", ""), ("a.txt", "")]
+    assert names(f"{url}/*.txt") == [("[1].txt", ""), ("a.txt", ""), ("q?.txt", "")]
+    assert [stat_file(f"{url}/{name}").size for name in ("[1].txt", "q?.txt")] == [4, 4]
+    delete(f"{url}/q?.txt")
     assert names(f"{url}/e.zip::3*") == [("e.zip", "3*")]
-    assert names(f"{url}/") == [(name, "") for name in ("a.txt", "below/b.jsonl.gz", "c.csv", "d.parquet")]
+    assert names(f"{url}/") == [(name, "") for name in ("[1].txt", "a.txt", "below/b.jsonl.gz", "c.csv", "d.parquet")]
     assert [found.name for found in find_sources(f"file://{files}/a.txt")] == [f"{files}/a.txt"]
 
 
@@ -95,6 +100,7 @@ def test_names_of_objects(bucket: str, files: Path) -> None:
         ("{bucket}/a.pdf", r"--source s3://.*/a.pdf: .pdf files are not read"),
         ("{bucket}/b/", r"--source s3://.*/b/: the folder has no files of a known format"),
         ("{bucket}/a.pdf::x", r"expected a .zip"),
+        ("http://a.org/c.txt?x=1", "a URL with a query does not tell the format"),
         ("{bucket}/c.txt,{bucket}/c.txt", r"--source names s3://.*/c.txt twice"),
     ],
 )
