@@ -14,7 +14,8 @@ from experiment.outcome_file import Cause
 from fork_server import PATCH
 from hosts import Cluster, Host
 from launches import patched
-from runs import NO_DROPOUT, TINY, run_config, soak
+from rank_pool import RankPool
+from runs import NO_DROPOUT, TINY, Tree, pretrain_case, run_config, soak
 from test_cluster_launches import DEEPCLOZE, write_hostfile
 from waiting import LIMIT, wait_until
 
@@ -33,11 +34,12 @@ class Run:
 
     def start(self, host: Host, *flags: str, variables: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
         command = ["env", "OMP_NUM_THREADS=1", *variables, *DEEPCLOZE, f"--hostfile={self.hostfile}", *flags]
-        config = self.write_config(self.folder, 10**6)
+        config = self.folder.with_suffix(".yaml")
+        config.write_text(yaml.safe_dump(self.config(self.folder, 10**6)), encoding="utf-8")
         self.output, self.errors = (self.folder.with_name(f"{host.name}-{name}") for name in ("stdout", "stderr"))
         # Not to pipes, which nobody reads until the end: a full one would block the launcher.
         with self.output.open("w") as output, self.errors.open("w") as errors:
-            self.process = host.popen(*command, "--config", config, stdout=output, stderr=errors)
+            self.process = host.popen(*command, "--config", str(config), stdout=output, stderr=errors)
         return self.process
 
     def wait(self) -> tuple[str, str]:
@@ -45,8 +47,8 @@ class Run:
         self.process.wait(LIMIT)
         return self.output.read_text(), self.errors.read_text()
 
-    def write_config(self, folder: Path, steps: int) -> str:
-        tree = run_config(
+    def config(self, folder: Path, steps: int) -> Tree:
+        return run_config(
             folder,
             self.corpus,
             model__config=TINY | NO_DROPOUT,
@@ -57,9 +59,6 @@ class Run:
             checkpoint__keep_last=2,
             health__hang_seconds=60,
         )
-        path = folder.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-        return str(path)
 
     def attempts(self) -> list[dict[str, Any]]:
         path = self.folder / "launch.jsonl"
@@ -90,7 +89,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("fault", ["link", *soak("processes", "reboot")])
 def test_training_continues_without_a_host_and_takes_it_back(
-    cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path, fault: str
+    cluster: Cluster, pools: dict[int, RankPool], tmp_path: Path, wordpiece_corpus: Path, fault: str
 ) -> None:
     """Catches a run that waits for a lost host, does not use a host that is back, or skips or repeats a batch."""
     head, second, _ = cluster.hosts
@@ -124,10 +123,8 @@ def test_training_continues_without_a_host_and_takes_it_back(
 
     seen = events(run.folder)
     assert [event["step"] for event in seen] == list(range(1, len(seen) + 1))
-    alone = tmp_path / "undisturbed"
-    done = head.run(*DEEPCLOZE, "--config", run.write_config(alone, steps=len(seen)))
-    assert done.returncode == 0, done.stderr
-    undisturbed = events(alone)
+    pools[1].run(pretrain_case, run.config(tmp_path / "undisturbed", steps=len(seen)))
+    undisturbed = events(tmp_path / "undisturbed")
     assert [event["tokens"] for event in seen] == [event["tokens"] for event in undisturbed]
     assert [event["loss"] for event in seen] == pytest.approx([event["loss"] for event in undisturbed], abs=1e-2)
 

@@ -9,6 +9,7 @@ _MODULES = (
     "launcher.preflight.measure",
     "pretrain.run",
     "finetune.parallel_seeds",
+    "finetune.probe",
     "benchmarks.gpu",
     "benchmarks.gpu_kernels",
     "benchmarks.gpu_training",

@@ -15,6 +15,7 @@ from experiment.checkpoints import complete_checkpoints
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit
+from rank_pool import ForkServer
 from waiting import wait_until
 
 DEEPCLOZE = str(Path(sys.executable).with_name("deepcloze"))
@@ -31,7 +32,7 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 
 @pytest.mark.real_start
 def test_a_run_survives_its_terminal_and_can_be_followed(
-    start: Start, wordpiece_corpus: Path, tmp_path: Path, folder: RunFolder
+    start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path, folder: RunFolder
 ) -> None:
     """Catches a run that ends with the session that has started it, and a status or log that lacks it."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=10)
@@ -42,15 +43,16 @@ def test_a_run_survives_its_terminal_and_can_be_followed(
         os.killpg(launch.pid, signal.SIGHUP)
     assert (found := re.search(r"runs in the background as process (\d+)", output)), output
     assert os.getsid(int(found[1])) == int(found[1])
-    following = start(DEEPCLOZE, "logs", str(folder.path), "--follow")
+    following = start(DEEPCLOZE, "logs", str(folder.path), "--follow", **fork_server.environment())
     wait_until(lambda: b"step 20/5000" in folder.launch_output.read_bytes())
     wait_until(lambda: complete_checkpoints(folder.checkpoints))
-    code, listed = wait_for_exit(start(DEEPCLOZE, "status", str(folder.path), "--json"))
+    status = start(DEEPCLOZE, "status", str(folder.path), "--json", **fork_server.environment())
+    code, listed = wait_for_exit(status)
     assert code == 0, listed
-    (status,) = json.loads(listed)
-    assert (status["state"], status["total_steps"], status["restarts"]) == ("running", LONG, 0)
-    assert status["step"] >= 20
-    assert status["checkpoint_step"] >= 10
+    (shown,) = json.loads(listed)
+    assert (shown["state"], shown["total_steps"], shown["restarts"]) == ("running", LONG, 0)
+    assert shown["step"] >= 20
+    assert shown["checkpoint_step"] >= 10
     folder.stop.touch()
     code, followed = wait_for_exit(following)
     assert code == 0, followed

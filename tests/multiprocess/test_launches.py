@@ -16,8 +16,8 @@ from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
-from rank_pool import ForkServer, RankPool, free_port
-from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, saved_tensors
+from rank_pool import RankPool, free_port
+from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, sampled, saved_tensors
 from waiting import wait_until
 
 
@@ -52,26 +52,24 @@ def test_a_killed_rank_resumes_and_repeats_no_step(
 
 
 @pytest.mark.real_start
+@pytest.mark.parametrize("ranks", sampled((1, 2), {1}))
 def test_deepspeeds_own_launcher_gives_the_same_run(
-    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool], ranks: int
 ) -> None:
     """Catches a run.py that only deepcloze can start: its imports, --local_rank, the environment of ranks."""
     model = TINY | NO_DROPOUT
     config = config_file(tmp_path, wordpiece_corpus, model__config=model)
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     script = str(REPOSITORY / "pretrain" / "run.py")
-    process = start(deepspeed, "--num_gpus", "2", f"--master_port={free_port()}", script, "--config", str(config))
+    process = start(deepspeed, f"--num_gpus={ranks}", f"--master_port={free_port()}", script, "--config", str(config))
     code, output = wait_for_exit(process)
     assert code == 0, output
-    pools[2].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus, model__config=model))
+    pools[ranks].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus, model__config=model))
     assert logged(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
     assert logged(tmp_path / "run") == logged(tmp_path / "pooled")
 
 
-@pytest.mark.real_start
-def test_sigterm_saves_and_the_same_command_resumes(
-    start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path
-) -> None:
+def test_sigterm_saves_and_the_same_command_resumes(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a signal that loses steps, a wrong exit code, and a restart from step 0."""
     config = config_file(tmp_path, wordpiece_corpus, ds_config="bf16_zero2", schedule__steps=LONG)
     command = (str(Path(sys.executable).with_name("deepcloze")), "pretrain", "--config", str(config), "--num_gpus", "2")
@@ -89,7 +87,7 @@ def test_sigterm_saves_and_the_same_command_resumes(
     assert complete_checkpoints(saved.parent) == [saved]
     assert not (tmp_path / "run" / "STOP").exists()
 
-    resumed = start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}", **fork_server.environment())
+    resumed = start(*command, "--oversubscribe", f"--schedule.steps={steps[-1] + 2}")
     code, output = wait_for_exit(resumed)
     assert code == 0, output
     assert f"resuming from {saved}" in output

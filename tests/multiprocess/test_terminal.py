@@ -8,7 +8,7 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,16 +18,18 @@ from experiment.checkpoints import checkpoint_step, complete_checkpoints
 from launches import LONG, config_file, wait_for_steps
 from waiting import LIMIT
 
+SETTINGS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"}
+
 
 class Terminal:
     """A pseudo-terminal in which a command runs."""
 
-    def __init__(self, command: list[str], folder: Path) -> None:
+    def __init__(self, command: list[str], folder: Path, variables: Mapping[str, str]) -> None:
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
             command,
             cwd=folder,
-            env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"},
+            env=os.environ | SETTINGS | variables,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -77,10 +79,10 @@ def visible(shown: str) -> list[str]:
 
 
 @pytest.fixture
-def terminal(tmp_path: Path, wordpiece_corpus: Path) -> Iterator[Terminal]:
+def terminal(tmp_path: Path, wordpiece_corpus: Path, handed_over: Mapping[str, str]) -> Iterator[Terminal]:
     """One with a long pretraining."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG)
-    opened = Terminal([sys.executable, "-m", "launcher", "pretrain", "--config", str(config)], tmp_path)
+    opened = Terminal([sys.executable, "-m", "launcher", "pretrain", "--config", str(config)], tmp_path, handed_over)
     yield opened
     opened.close()
 

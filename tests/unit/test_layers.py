@@ -102,3 +102,11 @@ def test_libraries_are_imported_only_in_their_packages(library: str) -> None:
     users = [module for module, imported in IMPORTS.items() if any(is_within(name, library) for name in imported)]
     assert users, f"nothing imports {library}: were folders renamed?"
     assert [user for user in users if not any(is_within(user, package) for package in ONLY_IN[library])] == []
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Catches a file that pytest refuses in a run of all tests, and accepts alone."""
+    folders: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        folders.setdefault(path.name, []).append(str(path.parent.relative_to(ROOT)))
+    assert {name: found for name, found in folders.items() if len(found) > 1} == {}

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +27,11 @@ COMPILED = soak(*[(f"modernbert-base-32-bf16-zero{stage}-compiled", False) for s
 
 
 @pytest.mark.parametrize(("name", "profiled"), [("bert-base-32-bf16-zero2-eager", True), *COMPILED])
-def test_a_case(name: str, profiled: bool, tmp_path: Path) -> None:
+def test_a_case(name: str, profiled: bool, tmp_path: Path, handed_over: Mapping[str, str]) -> None:
     """Catches a benchmark that no longer fits the engine, and layers that cannot be compiled before it is built."""
     command = [sys.executable, "-m", "benchmarks.gpu_training", name, "--tiny"]
     command += ["--profile", str(tmp_path)] if profiled else []
-    variables = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    variables = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | handed_over
     finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])

@@ -9,6 +9,7 @@ import torch
 from torch.nn.modules import module
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, FunnelConfig
 
+from experiment import model_folder
 from experiment.errors import UserError
 from experiment.model_folder import build_from_config, load_config
 
@@ -19,9 +20,10 @@ def build(config: Any, weights: Path | None = None, auto_model: Any = AutoModelF
 
 
 @pytest.mark.timeout(60)
-def test_layers_by_any_name_end() -> None:
+def test_layers_by_any_name_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches layers that a config calls otherwise, such as Funnel's blocks, and are built until the memory is full."""
-    with pytest.raises(UserError, match=r"^config\.json: it makes a model of more than 50,000 tensors, such as "):
+    monkeypatch.setattr(model_folder, "_MAX_TENSORS", 1000)
+    with pytest.raises(UserError, match=r"^config\.json: it makes a model of more than 1,000 tensors, such as "):
         build(FunnelConfig(block_sizes=[1, 1], d_model=8, n_head=1, d_head=8, d_inner=8, num_decoder_layers=10**9))
     assert not module._global_parameter_registration_hooks
 

@@ -1,8 +1,8 @@
 """`deepcloze export`: what is exported and where to, and folders of transformers."""
 
+import importlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from launcher.cli import main
 from pretrain.export import write_hugging_face_folder
+from pretrain.world import World
+from rank_pool import ForkServer, RankPool
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 
@@ -146,14 +148,18 @@ def test_a_missing_package_is_named(run: Path, tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_other_formats_import_no_onnx() -> None:
+def onnx_packages_case(_: World) -> set[str]:
+    """The packages of the extra `onnx` that the commands import."""
+    for module in ("finetune.export.command", "finetune.predictor"):
+        importlib.import_module(module)
+    return {"onnx", "onnxruntime", "onnxscript"} & sys.modules.keys()
+
+
+def test_other_formats_import_no_onnx(fork_server: ForkServer) -> None:
     """Catches commands that need the extra `onnx` though they write and read no ONNX."""
-    code = (
-        "import sys, finetune.export.command, finetune.predictor\n"
-        "print(*(name for name in ('onnx', 'onnxruntime', 'onnxscript') if name in sys.modules))"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == ""
+    pool = RankPool(fork_server, 1)
+    assert pool.run(onnx_packages_case) == [set()]
+    pool.close()
 
 
 def test_an_encoder_without_a_head_is_rejected(run: Path, tmp_path: Path) -> None:
