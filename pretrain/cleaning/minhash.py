@@ -37,7 +37,7 @@ def choose_bands(threshold: float, hashes: int = 128, recall: float = 0.99) -> B
 
 @dataclass(frozen=True)
 class NgramSets:
-    """Hashes of the n-grams of consecutive documents, at least one each. `ends`: where each document ends in `ngrams`."""
+    """Hashes of the n-grams of consecutive documents, at least one each. `ends`: where each document ends."""
 
     ngrams: NDArray[np.uint32]
     ends: NDArray[np.int64]
