@@ -10,15 +10,13 @@ on workers, time or interruptions.
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from experiment.errors import UserError, disk_errors_as
-from experiment.files import created_parents, fsync_tree, json_digest, parse_json, write_json
+from experiment.files import fsync_tree, json_digest, parse_json, write_json
+from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
@@ -41,11 +39,11 @@ def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) 
     folder = Path(config.output).absolute()
     workers = workers or len(os.sched_getaffinity(0))
     advice = "; the same command resumes from the finished parts"
-    with disk_errors_as(UserError, f"output {folder}: ", advice), _lock(folder):
+    with disk_errors_as(UserError, f"output {folder}: ", advice), lock_output(folder, "output"):
         sources = find_inputs(config)
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)
-        if _holds_result(folder):
+        if holds_result(folder, SUMMARY, "output", "cleaned documents"):
             summary = read_summary(folder)
             if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(sources, config)):
                 raise UserError(
@@ -125,15 +123,6 @@ def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
     write_json(path, identity)
 
 
-def _holds_result(folder: Path) -> bool:
-    """False if the folder is missing or empty. Raises UserError if it holds something else than documents."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if not (folder / SUMMARY).is_file():
-        raise UserError(f"output: {folder} already holds something that was not cleaned; name a new folder")
-    return True
-
-
 def _join(last: Done, result: Path) -> None:
     """Concatenate the parts, each a Zstandard frame, to files of a few hundred megabytes."""
     number, size = 0, 0
@@ -144,20 +133,3 @@ def _join(last: Done, result: Path) -> None:
         with path.open("rb") as source, (result / f"data-{number:05d}{SUFFIX}").open("ab") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         size += path.stat().st_size
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Allow one cleaning at a time into `folder`. Raises UserError if another one is running."""
-    path = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(path)
-    with created_parents(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"output {folder}: another cleaning is writing it") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            lock.release()

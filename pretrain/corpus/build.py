@@ -11,16 +11,14 @@ sampling only, not on workers, machines, time, paths or interruptions.
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from posixpath import dirname
 
-from filelock import FileLock, Timeout
-
 from experiment.decontamination import common_decontamination
 from experiment.errors import UserError, disk_errors_as, notify
-from experiment.files import created_parents, fsync
+from experiment.files import fsync
+from experiment.output_folder import holds_result, lock_output
 from pretrain.corpus import shards, tasks
 from pretrain.corpus.announcement import announce_sources
 from pretrain.corpus.build_plan import HELDOUT, MAIN, BuildPlan, Part, plan_build
@@ -38,10 +36,6 @@ from pretrain.corpus.tasks import BuildJob, ShardRecord, ShardTask, SplitCount, 
 _NAMED = 10  # sources in a message
 
 
-class LockedError(UserError):
-    """Another build is writing the corpus."""
-
-
 def build_corpus(options: CorpusOptions) -> Manifest:
     """Build the corpus `options.output` (and, with `holdout`, `output`-heldout) and return its manifest.
 
@@ -53,7 +47,7 @@ def build_corpus(options: CorpusOptions) -> Manifest:
     advice = "; the same command resumes from what is finished"
     with (
         disk_errors_as(UserError, f"--output {plan.folder}: ", advice),
-        _build_lock(plan.folder),
+        lock_output(plan.folder, "--output"),
         open_engine(plan.workers, build_job(plan), plan.engine, plan.ray_address) as run,
     ):
         manifests = _check_existing(plan, run) if holds_corpus(plan.folder) else _build(plan, run)
@@ -182,11 +176,7 @@ def _write_metadata(plan: BuildPlan, folder: Path, manifest: Manifest) -> None:
 
 def holds_corpus(folder: Path) -> bool:
     """Return whether the folder holds a corpus; False if it is missing or empty. Raises UserError for anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"--output {folder} already holds something that is not a corpus; name a new folder")
-    return True
+    return holds_result(folder, MANIFEST, "--output", "a corpus")
 
 
 def _check_existing(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
@@ -223,22 +213,3 @@ def summary(folder: Path, manifest: Manifest) -> str:
         f"  {manifest.unknown_token_rate:.3%} unknown tokens, {manifest.tokens_per_word:.2f} tokens per word\n"
         f"  document lengths in tokens: {lengths}"
     )
-
-
-@contextmanager
-def _build_lock(folder: Path) -> Iterator[None]:
-    """Allow one build at a time into `folder`. Raises LockedError if another one is running."""
-    path = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(path)
-    with created_parents(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise LockedError(f"--output {folder}: another build is writing it") from None
-        try:
-            yield
-        finally:
-            path.unlink(
-                missing_ok=True
-            )  # while it is held: whoever opens it later gets a new one, and finds the corpus
-            lock.release()

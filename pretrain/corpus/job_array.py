@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents
-from pretrain.corpus.build import LockedError, build_corpus, build_job, holds_corpus
+from experiment.output_folder import LockedError
+from pretrain.corpus.build import build_corpus, build_job, holds_corpus
 from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.options import CorpusOptions

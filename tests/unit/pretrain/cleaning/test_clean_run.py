@@ -123,7 +123,7 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
     with pytest.raises(UserError, match="another config, or of other sources"):
         clean(["b text"], {"exact_dedup": {}})
     (tmp_path / "out" / "clean.json").unlink()
-    with pytest.raises(UserError, match="already holds something that was not cleaned"):
+    with pytest.raises(UserError, match="already holds something that is not cleaned documents"):
         clean(["a text"], {"exact_dedup": {}})
 
 

@@ -327,7 +327,7 @@ def test_output_folder_with_other_files(corpus: Build, tmp_path: Path) -> None:
 
 def test_concurrent_builds(corpus: Build, tmp_path: Path) -> None:
     """Catches two processes that write the same shards."""
-    with FileLock(tmp_path / ".c.lock"), pytest.raises(UserError, match="another build"):
+    with FileLock(tmp_path / ".c.lock"), pytest.raises(UserError, match="another process is writing it"):
         corpus("c")
 
 
