@@ -20,8 +20,8 @@ def is_free(folder: Path) -> bool:
 
 
 def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
-    """Whether the folder has a result of this kind, and so this file; False if it is free. Raises UserError for anything
-    else. key: what names the folder, for messages."""
+    """Whether the folder has a result of this kind, and so this file; False if it is free. Raises UserError for
+    anything else. key: what names the folder, for messages."""
     if is_free(folder):
         return False
     if not (folder / file).is_file():

@@ -21,10 +21,10 @@ from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import SUMMARY, Summary, print_steps, read_summary, summarize, write_report
-from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages, start_worker
+from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages
 from pretrain.cleaning.step import ReadTask, Step, check_installed
+from pretrain.corpus.engines import open_engine
 from pretrain.corpus.sources import Source
-from pretrain.corpus.workers import worker_pool
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
 _RECIPE = "recipe.json"
@@ -82,10 +82,9 @@ def _clean(
     partial = folder.with_name(f"{folder.name}.partial")
     _check_unfinished(partial, {"recipe": recipe, "sources": identity_of(sources)})
     stages = plan_stages(steps)
-    advice = "use fewer --workers, and run the same command again to resume from the finished parts"
     try:
-        with worker_pool(workers, advice, start_worker, stages) as pool:
-            last, tallies = run_stages(stages, read_inputs(sources, config), partial, pool, workers)
+        with open_engine(workers, stages) as run:
+            last, tallies = run_stages(stages, read_inputs(sources, config), partial, run)
     except UserError:
         if not any(partial.glob("pass-*/*.json")):  # nothing to resume from
             shutil.rmtree(partial)

@@ -54,18 +54,18 @@ def test_worker_processes_write_the_same_bytes(config: CleanConfig, tmp_path: Pa
 
 
 def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
-    config: CleanConfig, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches parts that are done again, lost or taken twice, wherever the process was killed."""
     whole = clean(config, tmp_path / "whole")
     process, calls = stages._process, list[tuple[int, int]]()
 
-    def interrupted(number: int, folder: Path, part: int, *arguments: Any) -> int:
+    def interrupted(job: Any, part: Any) -> int:
         if len(calls) % 7 == 6:
             calls.append((-1, -1))
             raise KeyboardInterrupt
-        calls.append((number, part))
-        return process(number, folder, part, *arguments)
+        calls.append((part.stage, part.number))
+        return process(job, part)
 
     monkeypatch.setattr(stages, "_process", interrupted)
     for _ in range(20):
@@ -128,7 +128,7 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
 
 
 def test_an_unfinished_cleaning_of_another_text_is_refused(
-    config: CleanConfig, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches parts of two texts in one result. The file keeps its size."""
 
