@@ -10,6 +10,7 @@ on workers, time or interruptions.
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,11 @@ def _clean(
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     _join(last, result)
-    kept = sum(last.files.kept(part) for part in range(last.parts))
-    summary = summarize(config, {"recipe": recipe, "source": last.source}, kept, tallies, steps)
+    kept, languages = 0, Counter[str]()
+    for part in range(last.parts):
+        kept += last.files.kept(part)
+        languages.update(last.files.languages(part))
+    summary = summarize(config, {"recipe": recipe, "source": last.source}, kept, languages, tallies, steps)
     write_report(result, summary)
     fsync_tree(result)
     if folder.exists():

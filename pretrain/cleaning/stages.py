@@ -5,6 +5,7 @@ applies the decisions. What a finished part or pass has written is kept if the c
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -187,7 +188,12 @@ def _process(stages: Sequence[Stage], part: _Part) -> int:
         pairs = zip(documents, verdicts, strict=True)
         documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
     observed = {} if stage.observed is None else stage.observed.observe(documents)
-    tally_json = {"digest": part.digest, "kept": len(documents), "steps": [tally.as_json() for tally in tallies]}
+    tally_json = {
+        "digest": part.digest,
+        "kept": len(documents),
+        "languages": Counter(str(found) for document in documents if (found := document.metadata.get("language"))),
+        "steps": [tally.as_json() for tally in tallies],
+    }
     current.write(part.number, documents, observed, tally_json)
     return read
 

@@ -104,6 +104,23 @@ def test_the_result_is_a_source_of_a_corpus(clean: Any, tmp_path: Path) -> None:
     assert [Path(source.name).name for source in find_sources(str(tmp_path / "out"))] == ["data-00000.jsonl.zst"]
 
 
+def test_languages_of_what_is_left_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches documents that are dropped by the last step and still counted, and parts that are not added up."""
+    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 2)
+    rows = [
+        {"text": "a text"},
+        *({"text": f"text {number}", "language": "zh" if number > 4 else "en"} for number in range(8)),
+    ]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"language": None, **row}) + "\n" for row in [*rows, {"text": "x"}])
+    )
+    tree = {"source": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "out"), "metadata": ["language"]}
+    steps = [{"exact_dedup": {}}, {"length": {"min_characters": 2}}]
+    found = run.clean(build_config(CleanConfig, {**tree, "steps": steps}), lambda name: [], 1)
+    assert (found["kept"], found["languages"]) == (9, {"en": 5, "zh": 3})
+    assert "Languages" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_each_rule_has_twenty_examples_of_all_parts(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches examples that are the first ones."""
     monkeypatch.setattr(stages, "_PART_DOCUMENTS", 40)
