@@ -12,10 +12,9 @@ sampling only, not on workers, machines, time, paths or interruptions.
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from posixpath import dirname
 
-from experiment.decontamination import common_decontamination
 from experiment.errors import UserError, disk_errors_as, notify
 from experiment.files import fsync
 from experiment.output_folder import holds_result, lock_output
@@ -25,8 +24,9 @@ from pretrain.corpus.build_plan import HELDOUT, MAIN, BuildPlan, Part, plan_buil
 from pretrain.corpus.documents import check_read
 from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.formats import Members
-from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, Recipe, percentiles, read_manifest, write_manifest
+from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, percentiles, read_manifest, write_manifest
 from pretrain.corpus.options import CorpusOptions
+from pretrain.corpus.origins import read_cleanings, source_shares, write_cleanings
 from pretrain.corpus.passes import count_documents, scan_source, split_tasks, tokenize, total
 from pretrain.corpus.records import forget_other_shards, forget_piece, holds_work, open_partial
 from pretrain.corpus.shards import compose_shards, write_datasets_metadata
@@ -98,6 +98,22 @@ def _write_parts(
     plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
 ) -> dict[Part, Manifest]:
     """Tokenize what is not yet finished, and write the folders of these parts in the partial folder."""
+    records, written = _write_shards(plan, run, parts, counts)
+    cleanings, decontaminated = read_cleanings(plan.sources)
+    manifests = {}
+    for part in parts:
+        finished = [found for found in written if found.part == part]
+        manifests[part] = replace(_manifest(plan, part, records, finished), decontaminated=decontaminated)
+        write_cleanings(plan.partial / part, cleanings)
+        _write_metadata(plan, plan.partial / part, manifests[part])
+    return manifests
+
+
+def _write_shards(
+    plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
+) -> tuple[list[SplitRecord], list[ShardRecord]]:
+    """Tokenize what is not yet finished, and join the shards of these parts. Returns the records of all splits, in
+    order, and of the shards, in the order of their files."""
     splits = split_tasks(plan, counts)
     while True:
         records = tokenize(plan, run, splits, counts)
@@ -108,21 +124,11 @@ def _write_parts(
         written = list(run(write_shard_file, [task for part in parts for task in joins[part]]))
         damaged = [result for result in written if isinstance(result, str)]
         if not damaged:
-            break
+            finished = [found for found in written if isinstance(found, ShardRecord)]
+            return records, sorted(finished, key=lambda found: found.shard.file)
         for file in damaged:
             notify(f"{plan.partial / file} is missing or damaged; tokenizing its text again")
             forget_piece(plan.partial, file)
-    digest = total(record.source for record in records)
-    empty = sum(record.empty_documents for record in records)
-    finished = sorted(
-        (found for found in written if isinstance(found, ShardRecord)), key=lambda found: found.shard.file
-    )
-    manifests = {}
-    for part in parts:
-        found = [shard for shard in finished if shard.part == part]
-        manifests[part] = _manifest(plan, plan.recipe(part, str(digest)), found, empty if part == MAIN else 0)
-        _write_metadata(plan, plan.partial / part, manifests[part])
-    return manifests
 
 
 def _check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
@@ -145,19 +151,19 @@ def _shard_tasks(part: Part, records: Sequence[SplitRecord]) -> list[ShardTask]:
     ]
 
 
-def _manifest(plan: BuildPlan, recipe: Recipe, finished: Sequence[ShardRecord], empty_documents: int) -> Manifest:
+def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finished: Sequence[ShardRecord]) -> Manifest:
     lengths: Counter[int] = Counter()
     for shard in finished:
         lengths.update(dict(shard.lengths))
     return Manifest(
-        recipe=recipe,
+        recipe=plan.recipe(part, str(total(record.source for record in records))),
         vocabulary_size=plan.tokenizer.vocabulary_size,
         token_type=plan.tokenizer.spec.token_type,
-        empty_documents=empty_documents,
+        empty_documents=sum(record.empty_documents for record in records) if part == MAIN else 0,
         length_percentiles=percentiles(lengths.items()),
         shards=tuple(found.shard for found in finished),
-        decontaminated=common_decontamination(
-            dirname(source.name) or "." if source.kind == "file" else None for source in plan.sources
+        sources=source_shares(
+            (split.spans[0].source, record.pieces[part]) for split, record in zip(plan.splits, records, strict=True)
         ),
     )
 
@@ -206,10 +212,14 @@ def _check_same_recipe(plan: BuildPlan, manifests: dict[Part, Manifest], source:
 def summary(folder: Path, manifest: Manifest) -> str:
     """Describe a corpus in a few lines."""
     lengths = ", ".join(f"{percentile} %: {length:,}" for percentile, length in manifest.length_percentiles.items())
+    shares = [f"{source.name} {source.tokens / manifest.tokens:.1%}" for source in manifest.sources[:_NAMED]]
+    if len(manifest.sources) > _NAMED:
+        shares.append(f"and {len(manifest.sources) - _NAMED:,} more")
     return (
         f"{folder}\n"
         f"  {manifest.documents:,} documents ({manifest.empty_documents:,} empty ones dropped), "
         f"{manifest.tokens:,} tokens in {len(manifest.shards):,} shard{'s' if len(manifest.shards) != 1 else ''}\n"
-        f"  {manifest.unknown_token_rate:.3%} unknown tokens, {manifest.tokens_per_word:.2f} tokens per word\n"
+        + (f"  sources, share of the tokens: {', '.join(shares)}\n" if shares else "")
+        + f"  {manifest.unknown_token_rate:.3%} unknown tokens, {manifest.tokens_per_word:.2f} tokens per word\n"
         f"  document lengths in tokens: {lengths}"
     )
