@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 from experiment.errors import UserError
 from experiment.storage import open_file
-from pretrain.cleaning.readers import RawDocument, has_suffix, zip_members
+from pretrain.cleaning.readers import has_suffix, zip_members
 from pretrain.corpus.compression import decompress
+from pretrain.corpus.formats import Document
 
 PACKAGES: tuple[str, ...] = ()
 
@@ -19,18 +20,18 @@ def matches(name: str) -> bool:
     return is_file or any(member.endswith((".xml", ".xml.gz")) for member in zip_members(name))
 
 
-def read(name: str) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[Document]:
     """One document for each film, with a line for each sentence."""
     with open_file(name) as file:
         if not name.lower().endswith(".zip"):
-            yield RawDocument(_film(file, name, name), name, 1)
+            yield Document(_film(file, name, name), name, 1)
             return
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 if info.filename.endswith((".xml", ".xml.gz")):
                     origin = f"{name}::{info.filename}"
                     with archive.open(info) as member:
-                        yield RawDocument(_film(member, info.filename, origin), origin, 1)
+                        yield Document(_film(member, info.filename, origin), origin, 1)
 
 
 def _film(stream: IO[bytes], name: str, origin: str) -> str:
