@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from pretrain.cleaning.near_duplicates import NgramSets, choose_bands, choose_duplicates, hash_ngrams, sketch
+from pretrain.cleaning.minhash import NgramSets, choose_bands, sketch
+from pretrain.cleaning.near_duplicates import choose_duplicates, hash_ngrams
 
 _NGRAM = 5
 _VOCABULARY = 20_000

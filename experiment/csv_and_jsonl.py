@@ -33,12 +33,13 @@ class CsvFormat:
     separator: str | None = None  # None: a comma
     quoting: Literal[0, 1, 2, 3] = 0  # 3: quotes are ordinary characters
     header: bool = True
-    as_flags: bool = True  # whether messages call the options --header and so on, or task.header
+    as_flags: bool = True  # whether messages call the options --header and so on, or by their key in a config
     on_bad_lines: Literal["error", "skip", "drop_extra"] = "error"  # of another width; skipped ones with a warning
+    section: str = "task."  # of the config, before the keys
 
     def option(self, name: str, value: str) -> str:
         """How messages tell to set an option; `null` in a config is `none` as a flag."""
-        return f"--{name} {'none' if value == 'null' else value}" if self.as_flags else f"task.{name}: {value}"
+        return f"--{name} {'none' if value == 'null' else value}" if self.as_flags else f"{self.section}{name}: {value}"
 
 
 class CsvRow(NamedTuple):

@@ -1,6 +1,6 @@
 """What a corpus was decontaminated against: digests of evaluation texts, in clean.json and in manifests."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,31 @@ def is_clean_summary(name: str) -> bool:
     return name.rpartition("/")[2] == CLEAN_SUMMARY and _read_summary(name) is not None
 
 
-def read_decontamination(folder: str) -> dict[str, str] | None:
+def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
+    """The clean.json of a folder, a path or URL; None if the folder was not written by `deepcloze clean`."""
+    return _read_summary(join(folder, CLEAN_SUMMARY))
+
+
+def read_decontamination(
+    folder: str, read: Callable[[str], Mapping[str, Any] | None] = read_clean_summary
+) -> dict[str, str] | None:
     """Task -> digest of its texts, of all tasks that the documents in a folder of `deepcloze clean` were decontaminated
     against; None if the folder, a path or URL, was not written by it."""
-    summary = _read_summary(join(folder, CLEAN_SUMMARY))
+    summary = read(folder)
     if summary is None:
         return None
     return {name: str(digest) for step in summary["steps"] for name, digest in step.get("against", {}).items()}
 
 
-def common_decontamination(folders: Iterable[str | None]) -> dict[str, str] | None:
+def common_decontamination(
+    folders: Iterable[str | None], read: Callable[[str], Mapping[str, Any] | None] = read_clean_summary
+) -> dict[str, str] | None:
     """What documents from several folders were all decontaminated against: for the manifest of a corpus of them, under
     the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
 
-    folders: those that the source files are in; None for a source that is not a file.
+    folders: those that the source files are in; None for a source that is not a file. read: gives their clean.json.
     """
-    found = [None if folder is None else read_decontamination(folder) for folder in set(folders)]
+    found = [None if folder is None else read_decontamination(folder, read) for folder in set(folders)]
     if all(tasks is None for tasks in found):
         return None
     shared = set[str].intersection(*({*(tasks or {}).values()} for tasks in found))

@@ -7,6 +7,7 @@ from experiment.checkpoints import find_model_folder, unlisted_files
 from experiment.errors import UserError, describe_disk_error, reason
 from experiment.files import created_parents, removed_on_error
 from experiment.mirror import local_model
+from experiment.output_folder import is_free
 from experiment.results.exported_card import write_card
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
@@ -40,7 +41,7 @@ def _find_source(path: Path) -> Path:
 
 
 def _check_output(source: Path, target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_free(target):
         raise UserError(f"{target} already exists; choose another --output")
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} is in the folder that is exported; choose another --output")

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, create_model, model_validator
 
@@ -52,6 +52,8 @@ _ITEM = create_model(
 class CleanConfig(TextOptions):
     """A cleaning: what is read, the steps in their order, and where the documents go."""
 
+    are_flags: ClassVar[bool] = False
+
     source: str | tuple[str, ...]
     """What to read: files, folders and globs, as for `deepcloze corpus`, and the formats of docs/cleaning.md."""
 
@@ -62,11 +64,15 @@ class CleanConfig(TextOptions):
     """Format of all files; `auto`: as their names suggest."""
 
     metadata: tuple[str, ...] = ()
-    """What to keep besides the text, for the steps and the output: columns of .jsonl and .parquet files, `url` of web
-    archives, `title` of wiki dumps, `language` of Moses files."""
+    """What to keep besides the text, for the steps and the output: columns of .jsonl, .csv, .tsv and .parquet files,
+    `url` of web archives, `title` of wiki dumps, `language` of Moses files."""
 
     steps: tuple[_ITEM, ...] = ()
     """The steps, in order."""
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        return {**super().columns, **dict.fromkeys(self.metadata, "metadata")}
 
     @classmethod
     def check_kind(cls, tree: Mapping[str, Any]) -> None:

@@ -49,22 +49,20 @@ class Pass:
 
     def kept(self, part: int) -> int:
         """How many documents a finished part has."""
-        tally = self.tally(part)
-        assert tally is not None
-        return int(tally["kept"])
+        return int(self._finished(part)["kept"])
+
+    def languages(self, part: int) -> dict[str, int]:
+        """How many documents of a finished part have each language, if their metadata tells it."""
+        return dict(self._finished(part)["languages"])
 
     def steps(self, part: int) -> list[StepTally]:
-        tally = self.tally(part)
-        assert tally is not None
-        return [StepTally.from_json(step) for step in tally["steps"]]
+        return [StepTally.from_json(step) for step in self._finished(part)["steps"]]
 
     def observed(self, part: int) -> Arrays:
         """What was observed of a part, memory-mapped."""
-        tally = self.tally(part)
-        assert tally is not None
         return {
             name: np.asarray(np.load(self.folder / f"{part:06d}.{name}.npy", mmap_mode="r"))
-            for name in tally["observed"]
+            for name in self._finished(part)["observed"]
         }
 
     def write_decisions(self, decisions: Sequence[NDArray[Any]]) -> None:
@@ -80,6 +78,11 @@ class Pass:
         for path in self.folder.iterdir():
             if path.suffix != ".json":
                 path.unlink()
+
+    def _finished(self, part: int) -> dict[str, Any]:
+        tally = self.tally(part)
+        assert tally is not None
+        return tally
 
     def _tally(self, part: int) -> Path:
         return self.folder / f"{part:06d}.json"

@@ -3,18 +3,15 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiment.csv_and_jsonl import column_index, missing_column, raw_lines, read_json_lines, text_lines
 from experiment.errors import UserError
 from experiment.files import json_digest
-from experiment.parquet import parquet_rows
-from experiment.storage import open_file
 from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.readers import RawDocument, Reader, find_reader, reader_of
+from pretrain.cleaning.readers import Reader, find_reader, reader_of
 from pretrain.cleaning.step import Document, check_installed
-from pretrain.corpus.compression import decompress
 from pretrain.corpus.documents import check_read, read_documents
-from pretrain.corpus.formats import ReadStats, cell_document, detect_format, explain_read_errors
-from pretrain.corpus.sources import Source, Span, find_sources, is_unicode
+from pretrain.corpus.formats import Document as RawDocument
+from pretrain.corpus.formats import ReadStats, explain_read_errors
+from pretrain.corpus.sources import Source, Span, find_sources
 
 
 def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
@@ -37,13 +34,14 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
     stats = ReadStats()
     for source in sources:
         for raw in _read(source, config, stats):
-            if raw.origin in seen if raw.origin != last else raw.number <= number:
+            if raw.origin in seen if raw.origin != last else raw.line <= number:
                 raise UserError(f"source: there are two files called {raw.origin}; rename one")
             seen.add(raw.origin)
-            last, number = raw.origin, raw.number
+            last, number = raw.origin, raw.line
             if raw.text and not raw.text.isspace():
+                raw.utf8()
                 metadata = {key: raw.metadata[key] for key in config.metadata if key in raw.metadata}
-                yield Document(f"{raw.origin}:{raw.number}", raw.origin, _unicode(raw), metadata, raw.markup)
+                yield Document(raw.place, raw.origin, raw.text, metadata, raw.markup)
     check_read(sources, config, stats.start_matches, stats.archives)
 
 
@@ -58,41 +56,8 @@ def _reader_of(source: Source, config: CleanConfig) -> Reader | None:
 
 def _read(source: Source, config: CleanConfig, stats: ReadStats) -> Iterator[RawDocument]:
     reader = _reader_of(source, config)
-    if reader is not None:
+    if reader is None:
+        yield from read_documents([Span(source)], config, stats)
+    else:
         with explain_read_errors(source.name):
             yield from reader.read(source.name)
-    elif config.metadata and source.kind == "file" and detect_format(source.name)[0] in ("jsonl", "parquet"):
-        with explain_read_errors(source.name):
-            yield from _read_table(source.name, config)
-    else:
-        for document in read_documents([Span(source)], config, stats):
-            yield RawDocument(document.text, document.origin, document.line)
-
-
-def _read_table(name: str, config: CleanConfig) -> Iterator[RawDocument]:
-    """The rows of a file with the columns in `metadata`."""
-    columns, (file_format, compression) = (config.column, *config.metadata), detect_format(name)
-    with open_file(name) as file:
-        if file_format == "jsonl":
-            stream = decompress(file, compression)
-            rows = ((number, row) for number, row in read_json_lines(text_lines(raw_lines(stream, name), name), name))
-        else:
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.ParquetFile(file)
-            for column in columns:
-                column_index(table.schema_arrow.names, column, name, "column or metadata")
-            cells = parquet_rows(table, columns)
-            rows = ((number, dict(zip(columns, row, strict=True))) for number, row in enumerate(cells, 1))
-        for number, row in rows:
-            for column in columns:
-                if column not in row:
-                    raise missing_column(f"{name}:{number}", column, row, "column or metadata")
-            text = cell_document(row[config.column], name, number, config.column).text
-            yield RawDocument(text, name, number, {column: row[column] for column in config.metadata})
-
-
-def _unicode(raw: RawDocument) -> str:
-    if not is_unicode(raw.text) or not is_unicode(raw.origin):
-        raise UserError(f"{raw.origin}:{raw.number}: expected Unicode text and names, found half of a surrogate pair")
-    return raw.text

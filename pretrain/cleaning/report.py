@@ -1,21 +1,37 @@
 """What a cleaning did: clean.json, report.html and lines for the terminal."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from experiment.decontamination import CLEAN_PAGE, CLEAN_SUMMARY
 from experiment.files import parse_json, write_json
-from experiment.results.page import Block, Code, Fact, Heading, Headline, Table, Text, write_page
-from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.step import Step
-from pretrain.cleaning.tally import StepTally
+from experiment.results.page import (
+    Bar,
+    BarChart,
+    BarCharts,
+    Block,
+    Code,
+    Fact,
+    Heading,
+    Headline,
+    Table,
+    Text,
+    write_page,
+)
+
+if TYPE_CHECKING:
+    from pretrain.cleaning.config import CleanConfig
+    from pretrain.cleaning.step import Step
+    from pretrain.cleaning.tally import StepTally
 
 SUMMARY = CLEAN_SUMMARY
+_LANGUAGES = 30  # the most frequent ones
 _LISTED = 200  # matches on the page
 _FILE_WIDTH = 110  # characters of the table, if it is not printed on a terminal
 
@@ -24,24 +40,26 @@ Summary = Mapping[str, Any]
 
 
 def summarize(
-    config: CleanConfig,
+    config: "CleanConfig",
     identity: Mapping[str, str],
     kept: int,
-    tallies: Sequence[StepTally],
-    steps: Sequence[Step[Any]],
+    languages: Counter[str],
+    tallies: Sequence["StepTally"],
+    steps: Sequence["Step[Any]"],
 ) -> Summary:
-    """The content of clean.json. identity: digests of config and documents; kept: documents."""
+    """The content of clean.json. identity: digests of config and documents; kept, languages: documents."""
     return {
         **identity,
         "read": tallies[0].read if tallies else kept,
         "kept": kept,
+        **({"languages": dict(languages.most_common(_LANGUAGES))} if languages else {}),
         "steps": [
             _step(item.name, tally, step) for item, tally, step in zip(config.steps, tallies, steps, strict=True)
         ],
     }
 
 
-def _step(name: str, tally: StepTally, step: Step[Any]) -> dict[str, Any]:
+def _step(name: str, tally: "StepTally", step: "Step[Any]") -> dict[str, Any]:
     rules = {
         rule: {
             "dropped": found.dropped,
@@ -82,8 +100,23 @@ def write_report(folder: Path, summary: Summary) -> None:
             Fact("dropped", f"{read - kept:,}", f"{(read - kept) / max(read, 1):.1%}"),
         ],
     )
-    blocks = [Heading("Steps"), Table(_COLUMNS, list(_rows(summary)), labels=2), *_examples(summary)]
-    write_page(folder / CLEAN_PAGE, "Cleaning", blocks, headline)
+    write_page(folder / CLEAN_PAGE, "Cleaning", [Heading("Steps"), *summary_blocks(summary)], headline)
+
+
+def summary_blocks(summary: Summary) -> list[Block]:
+    """What each step did, with examples, and the languages of what is left."""
+    blocks: list[Block] = [Table(_COLUMNS, list(_rows(summary)), labels=2)]
+    if languages := summary.get("languages"):
+        bars = [Bar(name, count / summary["kept"]) for name, count in languages.items()]
+        blocks.append(BarCharts([BarChart("Languages, share of the documents that are left", bars)]))
+    return [*blocks, *_examples(summary)]
+
+
+def describe(summary: Summary) -> str:
+    """What is left, and what each step dropped, in a line."""
+    dropped = ", ".join(f"{step['name']} {step['dropped']:,}" for step in summary["steps"] if step["dropped"])
+    line = f"{summary['kept']:,} of {summary['read']:,} documents kept"
+    return f"{line}; dropped: {dropped}" if dropped else line
 
 
 _COLUMNS = ("step", "rule", "read", "dropped", "share", "changed")

@@ -10,23 +10,22 @@ on workers, time or interruptions.
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from experiment.errors import UserError, disk_errors_as
-from experiment.files import created_parents, fsync_tree, json_digest, parse_json, write_json
+from experiment.files import fsync_tree, json_digest, parse_json, write_json
+from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import SUMMARY, Summary, print_steps, read_summary, summarize, write_report
-from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages, start_worker
+from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages
 from pretrain.cleaning.step import ReadTask, Step, check_installed
+from pretrain.corpus.engines import open_engine
 from pretrain.corpus.sources import Source
-from pretrain.corpus.workers import worker_pool
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
 _RECIPE = "recipe.json"
@@ -41,11 +40,11 @@ def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) 
     folder = Path(config.output).absolute()
     workers = workers or len(os.sched_getaffinity(0))
     advice = "; the same command resumes from the finished parts"
-    with disk_errors_as(UserError, f"output {folder}: ", advice), _lock(folder):
+    with disk_errors_as(UserError, f"output {folder}: ", advice), lock_output(folder, "output"):
         sources = find_inputs(config)
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)
-        if _holds_result(folder):
+        if holds_result(folder, SUMMARY, "output", "cleaned documents"):
             summary = read_summary(folder)
             if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(sources, config)):
                 raise UserError(
@@ -84,10 +83,9 @@ def _clean(
     partial = folder.with_name(f"{folder.name}.partial")
     _check_unfinished(partial, {"recipe": recipe, "sources": identity_of(sources)})
     stages = plan_stages(steps)
-    advice = "use fewer --workers, and run the same command again to resume from the finished parts"
     try:
-        with worker_pool(workers, advice, start_worker, stages) as pool:
-            last, tallies = run_stages(stages, read_inputs(sources, config), partial, pool, workers)
+        with open_engine(workers, stages) as run:
+            last, tallies = run_stages(stages, read_inputs(sources, config), partial, run)
     except UserError:
         if not any(partial.glob("pass-*/*.json")):  # nothing to resume from
             shutil.rmtree(partial)
@@ -96,8 +94,11 @@ def _clean(
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     _join(last, result)
-    kept = sum(last.files.kept(part) for part in range(last.parts))
-    summary = summarize(config, {"recipe": recipe, "source": last.source}, kept, tallies, steps)
+    kept, languages = 0, Counter[str]()
+    for part in range(last.parts):
+        kept += last.files.kept(part)
+        languages.update(last.files.languages(part))
+    summary = summarize(config, {"recipe": recipe, "source": last.source}, kept, languages, tallies, steps)
     write_report(result, summary)
     fsync_tree(result)
     if folder.exists():
@@ -125,15 +126,6 @@ def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
     write_json(path, identity)
 
 
-def _holds_result(folder: Path) -> bool:
-    """False if the folder is missing or empty. Raises UserError if it holds something else than documents."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if not (folder / SUMMARY).is_file():
-        raise UserError(f"output: {folder} already holds something that was not cleaned; name a new folder")
-    return True
-
-
 def _join(last: Done, result: Path) -> None:
     """Concatenate the parts, each a Zstandard frame, to files of a few hundred megabytes."""
     number, size = 0, 0
@@ -144,20 +136,3 @@ def _join(last: Done, result: Path) -> None:
         with path.open("rb") as source, (result / f"data-{number:05d}{SUFFIX}").open("ab") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         size += path.stat().st_size
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Allow one cleaning at a time into `folder`. Raises UserError if another one is running."""
-    path = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(path)
-    with created_parents(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"output {folder}: another cleaning is writing it") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            lock.release()

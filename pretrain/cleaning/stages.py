@@ -5,13 +5,13 @@ applies the decisions. What a finished part or pass has written is kept if the c
 """
 
 import shutil
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import xxhash
 
@@ -22,10 +22,10 @@ from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import Pass
 from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
 from pretrain.cleaning.tally import StepTally, merge_tallies
+from pretrain.corpus.engines import Engine
 
 _PART_CHARACTERS = 1 << 22
 _PART_DOCUMENTS = 20_000
-_PARTS_PER_WORKER = 2  # in flight
 _DONE, _DECIDED = "done.json", "decided.json"
 
 
@@ -80,26 +80,47 @@ class Done:
         write_json(self.files.folder / _DONE, {"parts": self.parts, "source": self.source, "steps": steps})
 
 
+class _Part(NamedTuple):
+    """A part that a worker handles in one pass."""
+
+    stage: int
+    folder: Path
+    number: int
+    digest: str = ""  # of the documents
+    documents: list[Document] | None = None  # of the first pass; later ones read those of the pass before
+
+
+PartOf = Callable[..., _Part]
+"""Makes a part of a pass from its number and so on."""
+
+Handle = Callable[[Iterable[_Part]], None]
+"""Lets workers handle parts, and waits for them."""
+
+
 def run_stages(
-    stages: Sequence[Stage], documents: Iterator[Document], folder: Path, pool: ProcessPoolExecutor, workers: int
+    stages: Sequence[Stage], documents: Iterator[Document], folder: Path, run: Engine
 ) -> tuple[Done, list[StepTally]]:
-    """Run all passes that are not finished. The workers of `pool` have been started with `start_worker`.
+    """Run all passes that are not finished. run: an engine whose job are the stages.
 
     Returns the last pass, and the tallies of all steps. Raises UserError.
     """
+
+    def handle(parts: Iterable[_Part]) -> None:
+        with progress(f"cleaning, pass {number + 1} of {len(stages)}", None, describe=_count) as advance:
+            for read in run(_process, parts):
+                advance(read)
+
     before, tallies = None, list[StepTally]()
     for number, stage in enumerate(stages):
         files = Pass(folder / f"pass-{number}")
         done = Done.read(files)
         if done is None:
             files.folder.mkdir(exist_ok=True)
-            with progress(f"cleaning, pass {number + 1} of {len(stages)}", None, describe=_count) as advance:
-                queue = _Queue(pool, workers * _PARTS_PER_WORKER, number, folder, advance)
-                done = (
-                    _first_pass(stage, documents, files, queue)
-                    if before is None
-                    else _next_pass(stage, before, files, queue)
-                )
+            part = partial(_Part, number, folder)
+            if before is None:
+                done = _first_pass(stage, documents, files, part, handle)
+            else:
+                done = _next_pass(stage, before, files, part, handle)
             done.write()
         if before is not None:
             before.files.remove_documents()
@@ -113,30 +134,30 @@ def digest_of(documents: Iterator[Document]) -> str:
     return _joined_digest(map(_digest, _chunks(documents)))
 
 
-def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, queue: "_Queue") -> Done:
+def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, part: PartOf, handle: Handle) -> Done:
     """Divide the documents into parts, and handle those that are not finished."""
     digests = list[str]()
-    for part, chunk in enumerate(_chunks(documents)):
-        digests.append(_digest(chunk))
-        tally = files.tally(part)
-        if tally is None:
-            queue.submit(part, digests[-1], chunk)
-        elif tally["digest"] != digests[-1]:
-            raise UserError(
-                f"{files.folder.parent} holds an unfinished cleaning of other documents: the source changed; delete "
-                "the folder to start over"
-            )
-    queue.drain()
+
+    def unfinished() -> Iterator[_Part]:
+        for number, chunk in enumerate(_chunks(documents)):
+            digests.append(_digest(chunk))
+            tally = files.tally(number)
+            if tally is None:
+                yield part(number, digests[-1], chunk)
+            elif tally["digest"] != digests[-1]:
+                raise UserError(
+                    f"{files.folder.parent} holds an unfinished cleaning of other documents: the source changed; "
+                    "delete the folder to start over"
+                )
+
+    handle(unfinished())
     return Done(files, len(digests), _joined_digest(digests), _merged(stage, files, len(digests)))
 
 
-def _next_pass(stage: Stage, before: Done, files: Pass, queue: "_Queue") -> Done:
+def _next_pass(stage: Stage, before: Done, files: Pass, part: PartOf, handle: Handle) -> Done:
     """Decide, and handle the parts that are not finished."""
     _decide(stage, before, files)
-    for part in range(before.parts):
-        if files.tally(part) is None:
-            queue.submit(part, "", None)
-    queue.drain()
+    handle(part(number) for number in range(before.parts) if files.tally(number) is None)
     tallies = _merged(stage, files, before.parts)
     if isinstance(stage.decided, DuplicateStep):
         _name_kept(tallies[0], before)
@@ -147,27 +168,18 @@ def _merged(stage: Stage, files: Pass, parts: int) -> tuple[StepTally, ...]:
     return tuple(merge_tallies((files.steps(part) for part in range(parts)), len(stage.counted)))
 
 
-def start_worker(stages: Sequence[Stage]) -> None:
-    """Call this in each worker process first."""
-    global _stages  # a worker process has one cleaning
-    _stages = tuple(stages)
-
-
-_stages: tuple[Stage, ...] = ()
-
-
-def _process(number: int, folder: Path, part: int, digest: str, documents: list[Document] | None) -> int:
-    """Handle one part, in a worker process. Returns how many documents were read.
-
-    digest, documents: of the first pass, later ones read those of the pass before.
-    """
-    stage, current, before = _stages[number], Pass(folder / f"pass-{number}"), Pass(folder / f"pass-{number - 1}")
-    documents = before.read(part) if documents is None else _without_markup(documents)
+def _process(stages: Sequence[Stage], part: _Part) -> int:
+    """Handle one part, in a worker. Returns how many documents were read."""
+    stage, current = stages[part.stage], Pass(part.folder / f"pass-{part.stage}")
+    if part.documents is None:
+        documents = Pass(part.folder / f"pass-{part.stage - 1}").read(part.number)
+    else:
+        documents = _without_markup(part.documents)
     read = len(documents)
     tallies = list[StepTally]()
     for step in stage.counted:
         texts = [document.text for document in documents]
-        verdicts = _apply(step, documents, current, part)
+        verdicts = _apply(step, documents, current, part.number)
         verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
         tally = StepTally()
         for document, text, verdict in zip(documents, texts, verdicts, strict=True):
@@ -176,8 +188,13 @@ def _process(number: int, folder: Path, part: int, digest: str, documents: list[
         pairs = zip(documents, verdicts, strict=True)
         documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
     observed = {} if stage.observed is None else stage.observed.observe(documents)
-    tally_json = {"digest": digest, "kept": len(documents), "steps": [tally.as_json() for tally in tallies]}
-    current.write(part, documents, observed, tally_json)
+    tally_json = {
+        "digest": part.digest,
+        "kept": len(documents),
+        "languages": Counter(str(found) for document in documents if (found := document.metadata.get("language"))),
+        "steps": [tally.as_json() for tally in tallies],
+    }
+    current.write(part.number, documents, observed, tally_json)
     return read
 
 
@@ -268,24 +285,3 @@ def _name_kept(tally: StepTally, before: Done) -> None:
 
 def _count(done: float) -> str:
     return f"{done:,.0f} documents"
-
-
-class _Queue:
-    """Parts of one pass that workers are handling. advance: called with the number of documents of each part."""
-
-    def __init__(
-        self, pool: ProcessPoolExecutor, capacity: int, number: int, folder: Path, advance: Callable[[float], None]
-    ) -> None:
-        self._pool, self._capacity, self._advance = pool, capacity, advance
-        self._pass = (number, folder)
-        self._in_flight = deque[Future[int]]()
-
-    def submit(self, part: int, digest: str, documents: list[Document] | None) -> None:
-        """Hand a part to a worker. If the queue is full, wait for the oldest one."""
-        self._in_flight.append(self._pool.submit(_process, *self._pass, part, digest, documents))
-        if len(self._in_flight) >= self._capacity:
-            self._advance(self._in_flight.popleft().result())
-
-    def drain(self) -> None:
-        while self._in_flight:
-            self._advance(self._in_flight.popleft().result())

@@ -135,6 +135,14 @@ def split_by_part(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[A
     return np.split(values, np.cumsum(counts)[:-1])
 
 
+def first_of_equal(ordered: NDArray[Any]) -> NDArray[np.int64]:
+    """The place of the first of the equal values that each value is one of. ordered: equal values are neighbours; [N]
+    or [N, K]."""
+    differs = np.ones(len(ordered), bool)
+    differs[1:] = (ordered[1:] != ordered[:-1]).any(axis=tuple(range(1, ordered.ndim)))
+    return np.maximum.accumulate(np.where(differs, np.arange(len(ordered)), 0))
+
+
 def check_installed(place: str, packages: Sequence[str]) -> None:
     """Raises UserError if a package of the extra is not installed. place: what needs it."""
     for package in packages:

@@ -13,22 +13,21 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from posixpath import dirname
 
-from filelock import FileLock, Timeout
-
-from experiment.decontamination import common_decontamination
 from experiment.errors import UserError, disk_errors_as, notify
-from experiment.files import created_parents, fsync
+from experiment.files import fsync
+from experiment.output_folder import holds_result, lock_output
 from pretrain.corpus import shards, tasks
 from pretrain.corpus.announcement import announce_sources
 from pretrain.corpus.build_plan import HELDOUT, MAIN, BuildPlan, Part, plan_build
 from pretrain.corpus.documents import check_read
 from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.formats import Members
-from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, Recipe, percentiles, read_manifest, write_manifest
+from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, percentiles, read_manifest, write_manifest
 from pretrain.corpus.options import CorpusOptions
+from pretrain.corpus.origins import read_cleanings, source_shares, write_cleanings
 from pretrain.corpus.passes import count_documents, scan_source, split_tasks, tokenize, total
 from pretrain.corpus.records import (
     ShardRecord,
@@ -45,10 +44,6 @@ from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.tasks import BuildJob, write_shard_file
 
 _NAMED = 10  # sources in a message
-
-
-class LockedError(UserError):
-    """Another build is writing the corpus."""
 
 
 def build_corpus(options: CorpusOptions) -> Manifest:
@@ -78,7 +73,7 @@ def _open_build(plan: BuildPlan) -> Iterator[Engine]:
     advice = "; the same command resumes from what is finished"
     with (
         disk_errors_as(UserError, f"--output {plan.folder}: ", advice),
-        _build_lock(plan.folder),
+        lock_output(plan.folder, "--output"),
         open_engine(plan.workers, build_job(plan), plan.engine, plan.ray_address) as run,
     ):
         yield run
@@ -131,6 +126,22 @@ def _write_parts(
     plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
 ) -> dict[Part, Manifest]:
     """Tokenize what is not yet finished, and write the folders of these parts in the partial folder."""
+    records, written = _write_shards(plan, run, parts, counts)
+    cleanings, decontaminated = read_cleanings(plan.sources)
+    manifests = {}
+    for part in parts:
+        finished = [found for found in written if found.part == part]
+        manifests[part] = replace(_manifest(plan, part, records, finished), decontaminated=decontaminated)
+        write_cleanings(plan.partial / part, cleanings)
+        _write_metadata(plan, plan.partial / part, manifests[part])
+    return manifests
+
+
+def _write_shards(
+    plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
+) -> tuple[list[SplitRecord], list[ShardRecord]]:
+    """Tokenize what is not yet finished, and join the shards of these parts. Returns the records of all splits, in
+    order, and of the shards, in the order of their files."""
     splits = split_tasks(plan, counts)
     while True:
         records = tokenize(plan, run, splits, counts)
@@ -141,21 +152,11 @@ def _write_parts(
         written = list(run(write_shard_file, [task for task in joins if task.part in parts]))
         damaged = [result for result in written if isinstance(result, str)]
         if not damaged:
-            break
+            finished = [found for found in written if isinstance(found, ShardRecord)]
+            return records, sorted(finished, key=lambda found: found.shard.file)
         for file in damaged:
             notify(f"{plan.partial / file} is missing or damaged; tokenizing its text again")
             forget_piece(plan.partial, file)
-    digest = total(record.source for record in records)
-    empty = sum(record.empty_documents for record in records)
-    finished = sorted(
-        (found for found in written if isinstance(found, ShardRecord)), key=lambda found: found.shard.file
-    )
-    manifests = {}
-    for part in parts:
-        found = [shard for shard in finished if shard.part == part]
-        manifests[part] = _manifest(plan, plan.recipe(part, str(digest)), found, empty if part == MAIN else 0)
-        _write_metadata(plan, plan.partial / part, manifests[part])
-    return manifests
 
 
 def _check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
@@ -180,19 +181,19 @@ def shard_tasks(plan: BuildPlan, records: Sequence[SplitRecord]) -> list[ShardTa
     return found
 
 
-def _manifest(plan: BuildPlan, recipe: Recipe, finished: Sequence[ShardRecord], empty_documents: int) -> Manifest:
+def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finished: Sequence[ShardRecord]) -> Manifest:
     lengths: Counter[int] = Counter()
     for shard in finished:
         lengths.update(dict(shard.lengths))
     return Manifest(
-        recipe=recipe,
+        recipe=plan.recipe(part, str(total(record.source for record in records))),
         vocabulary_size=plan.tokenizer.vocabulary_size,
         token_type=plan.tokenizer.spec.token_type,
-        empty_documents=empty_documents,
+        empty_documents=sum(record.empty_documents for record in records) if part == MAIN else 0,
         length_percentiles=percentiles(lengths.items()),
         shards=tuple(found.shard for found in finished),
-        decontaminated=common_decontamination(
-            dirname(source.name) or "." if source.kind == "file" else None for source in plan.sources
+        sources=source_shares(
+            (split.spans[0].source, record.pieces[part]) for split, record in zip(plan.splits, records, strict=True)
         ),
     )
 
@@ -211,11 +212,7 @@ def _write_metadata(plan: BuildPlan, folder: Path, manifest: Manifest) -> None:
 
 def holds_corpus(folder: Path) -> bool:
     """Return whether the folder holds a corpus; False if it is missing or empty. Raises UserError for anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"--output {folder} already holds something that is not a corpus; name a new folder")
-    return True
+    return holds_result(folder, MANIFEST, "--output", "a corpus")
 
 
 def existing_manifests(plan: BuildPlan) -> dict[Part, Manifest]:
@@ -251,28 +248,14 @@ def _check_same_recipe(plan: BuildPlan, manifests: dict[Part, Manifest], source:
 def summary(folder: Path, manifest: Manifest) -> str:
     """Describe a corpus in a few lines."""
     lengths = ", ".join(f"{percentile} %: {length:,}" for percentile, length in manifest.length_percentiles.items())
+    shares = [f"{source.name} {source.tokens / manifest.tokens:.1%}" for source in manifest.sources[:_NAMED]]
+    if len(manifest.sources) > _NAMED:
+        shares.append(f"and {len(manifest.sources) - _NAMED:,} more")
     return (
         f"{folder}\n"
         f"  {manifest.documents:,} documents ({manifest.empty_documents:,} empty ones dropped), "
         f"{manifest.tokens:,} tokens in {len(manifest.shards):,} shard{'s' if len(manifest.shards) != 1 else ''}\n"
-        f"  {manifest.unknown_token_rate:.3%} unknown tokens, {manifest.tokens_per_word:.2f} tokens per word\n"
+        + (f"  sources, share of the tokens: {', '.join(shares)}\n" if shares else "")
+        + f"  {manifest.unknown_token_rate:.3%} unknown tokens, {manifest.tokens_per_word:.2f} tokens per word\n"
         f"  document lengths in tokens: {lengths}"
     )
-
-
-@contextmanager
-def _build_lock(folder: Path) -> Iterator[None]:
-    """Allow one build at a time into `folder`. Raises LockedError if another one is running."""
-    path = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(path)
-    with created_parents(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise LockedError(f"--output {folder}: another build is writing it") from None
-        try:
-            yield
-        finally:
-            # While it is held: whoever opens it later gets a new one, and finds the corpus.
-            path.unlink(missing_ok=True)
-            lock.release()

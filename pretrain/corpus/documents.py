@@ -20,11 +20,11 @@ from pretrain.corpus.formats import (
     Members,
     Range,
     ReadStats,
-    cell_document,
     check_is_read,
     count_line_breaks,
     explain_read_errors,
     parse_documents,
+    row_document,
 )
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_selected, is_skipped, report_skipped
@@ -59,7 +59,7 @@ def check_read(sources: Sequence[Source], options: TextOptions, start_matches: i
                 raise UserError(f"{source.name}: no member matches '{source.selection}'")
             report_skipped(source.name, members.skipped, members.example)
     if options.document_start is not None and start_matches == 0:
-        raise UserError(f"--document_start '{options.document_start}' matches no line of the text")
+        raise UserError(f"{options.name('document_start')} '{options.document_start}' matches no line of the text")
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[D
         for doc in read_python_docs():
             yield Document(doc.text, f"{PYTHON_DOCS}:{doc.document}", 1)
     elif source.kind == "hub":
-        yield from _read_hub(source, options.column, part)
+        yield from _read_hub(source, options, part)
     else:
         with explain_read_errors(source.name), open_file(source.name) as file:
             stats.file_position = file.tell
@@ -182,16 +182,17 @@ def load_hub_rows(name: str, selection: str) -> "datasets.Dataset":
     try:
         return datasets.load_dataset(name, configuration, split=selection)
     except Exception as error:  # each cause (network, name, split, bad file) has its own exception
-        raise UserError(f"--source {origin}: datasets cannot load it: {error}") from None
+        raise UserError(f"{origin}: datasets cannot load it: {error}") from None
 
 
-def _read_hub(source: Source, column: str, part: Range) -> Iterator[Document]:
-    rows = load_hub_rows(source.name, source.selection)
-    if column not in rows.column_names:
-        raise missing_column(f"hub:{source.name}", column, rows.column_names, "--column")
+def _read_hub(source: Source, options: TextOptions, part: Range) -> Iterator[Document]:
+    rows, columns = load_hub_rows(source.name, source.selection), list(options.columns)
+    for column, option in options.columns.items():
+        if column not in rows.column_names:
+            raise missing_column(f"hub:{source.name}", column, rows.column_names, option)
     stop = len(rows) if part.stop is None else part.stop
     row = part.start
-    for batch in rows.select_columns([column]).select(range(part.start, stop)).iter(batch_size=1000):
-        for value in batch[column]:
+    for batch in rows.select_columns(columns).select(range(part.start, stop)).iter(batch_size=1000):
+        for cells in zip(*(batch[column] for column in columns), strict=True):
             row += 1
-            yield cell_document(value, f"hub:{source.name}:{source.selection}", row, column)
+            yield row_document(cells, f"hub:{source.name}:{source.selection}", row, columns)

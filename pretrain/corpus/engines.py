@@ -1,14 +1,14 @@
-"""Run the tasks of a build: in worker processes on this machine, or on a Ray cluster.
+"""Run the tasks of a build or a cleaning: in worker processes on this machine, or on a Ray cluster.
 
 Both schedule, and both give results in the order of completion. A task is a function of a job, which all tasks share,
 and of its own argument. It can be run again, on another machine too: Ray does so if a node is lost.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol, TypeVar
 
 from experiment.errors import UserError, first_line
@@ -22,9 +22,10 @@ _KILLED = "use fewer --workers, and run the same command again to resume from wh
 
 
 class Engine(Protocol):
-    """Runs `function(job, task)` for each of the tasks, and yields the results in the order of completion."""
+    """Runs `function(job, task)` for each of the tasks, and yields the results in the order of completion. Takes few
+    tasks ahead of time, so that they can be read while others run."""
 
-    def __call__(self, function: Callable[[Any, T], R], tasks: Sequence[T]) -> Iterator[R]: ...
+    def __call__(self, function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]: ...
 
 
 def open_engine(
@@ -42,13 +43,16 @@ def _local(workers: int, job: object) -> Iterator[Engine]:
     with ExitStack() as stack:
         pools: list[Any] = []
 
-        def run(function: Callable[[Any, T], R], tasks: Sequence[T]) -> Iterator[R]:
-            if workers == 1 or len(tasks) <= 1:
-                yield from (function(job, task) for task in tasks)
+        def run(function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]:
+            remaining = iter(tasks)
+            first = list(islice(remaining, 2))
+            remaining = chain(first, remaining)
+            if workers == 1 or len(first) < 2:
+                yield from (function(job, task) for task in remaining)
                 return
             if not pools:
                 pools.append(stack.enter_context(worker_pool(workers, _KILLED, _start_worker, job)))
-            remaining, running = iter(tasks), set[Future[R]]()
+            running = set[Future[R]]()
             while True:
                 for task in islice(remaining, _TASKS_PER_WORKER * workers - len(running)):
                     running.add(pools[0].submit(_run_in_worker, function, task))
@@ -89,7 +93,7 @@ def _ray(address: str | None, job: object) -> Iterator[Engine]:
     # A task is repeated as often as it is lost with its node. If it raises an error, that is the result.
     remote = ray.remote(max_retries=-1)(_outcome)
 
-    def run(function: Callable[[Any, T], R], tasks: Sequence[T]) -> Iterator[R]:
+    def run(function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]:
         remaining, running = iter(tasks), list[Any]()
         while True:
             cores = int(ray.cluster_resources().get("CPU", 1))  # nodes come and go

@@ -11,10 +11,10 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import regex
 import zstandard
@@ -62,10 +62,19 @@ class Document(NamedTuple):
     text: str
     origin: str  # file, or archive::member
     line: int  # first line, or row in Parquet and hub data sets; counted from 1
+    metadata: Mapping[str, Any] = {}
+    markup: str = ""  # to be removed by `deepcloze clean`, see `pretrain.cleaning.markup`
 
     @property
     def place(self) -> str:
         return f"{self.origin}:{self.line}"
+
+    def utf8(self) -> bytes:
+        """The text in UTF-8. Raises UserError if it cannot be encoded."""
+        try:
+            return self.text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{self.place}: expected Unicode text, found half of a surrogate pair") from None
 
 
 Unit = Literal["bytes", "compressed", "row groups", "members", "rows"]
@@ -113,7 +122,7 @@ class ReadStats:
 
     empty_documents: int = 0  # dropped because they have no text
     finished_bytes: int = 0  # sizes on disk of the files read so far
-    start_matches: int = 0  # lines that matched --document_start
+    start_matches: int = 0  # lines that matched `document_start`
     archives: dict[str, Members] = field(default_factory=dict)  # by name::selection
     file_position: Callable[[], int] = lambda: 0  # bytes read of the current file
 
@@ -151,16 +160,16 @@ def parse_documents(
             # Parquet has its index at the end, and only plain files are seekable.
             seekable = not compression and origin == name
             stream = stream if seekable else _copy_to_disk(decompress(stream, compression))
-            yield from _parse_parquet(stream, origin, options.column, part)
+            yield from _parse_parquet(stream, origin, options, part)
         elif file_format in ("csv", "tsv"):
             separator = options.sep or ("," if file_format == "csv" else "\t")
-            csv_format = CsvFormat(separator, options.quoting, options.header != "none")
+            csv_format = CsvFormat(separator, options.quoting, options.header != "none", options.are_flags, section="")
             lines = Lines(decompress(stream, compression), lambda: None, origin)
-            yield from _parse_csv(lines, csv_format, options.column, part)
+            yield from _parse_csv(lines, csv_format, options, part)
         else:
             lines = Lines(*_open_range(stream, compression, part), origin, part)
             if file_format == "jsonl":
-                yield from _parse_json_lines(lines, options.column)
+                yield from _parse_json_lines(lines, options)
             else:
                 yield from _parse_text(lines, options, stats)
 
@@ -240,11 +249,13 @@ class Lines:
         return end is not None and self.position > end
 
 
-def cell_document(value: object, origin: str, row: int, column: str) -> Document:
-    """Make a document of a table cell; null gives an empty one. Raises UserError for anything else but text."""
-    if value is not None and not isinstance(value, str):
-        raise unexpected_cell(f"{origin}:{row}", column, value)
-    return Document(value or "", origin, row)
+def row_document(cells: Sequence[object], origin: str, row: int, columns: Sequence[str]) -> Document:
+    """Make a document of the cells in these columns, the text first; null gives an empty one. Raises UserError for
+    anything else but text."""
+    text = cells[0]
+    if text is not None and not isinstance(text, str):
+        raise unexpected_cell(f"{origin}:{row}", columns[0], text)
+    return Document(text or "", origin, row, dict(zip(columns[1:], cells[1:], strict=True)))
 
 
 def _parse_text(lines: Lines, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
@@ -253,13 +264,14 @@ def _parse_text(lines: Lines, options: TextOptions, stats: ReadStats) -> Iterato
             yield Document(_strip_line_end(line), lines.origin, number)
         return
     pattern = None if options.document_start is None else regex.compile(options.document_start)
+    pattern_key = options.name("document_start")
     begun = lines.first == 1  # whether a document of this range has begun
     first, length = 1, 0
     collected: list[str] = []
     for number, raw in enumerate(lines, lines.first):
         line = _strip_line_end(raw)
         is_separator = options.document == "blank_line" and not line.strip()
-        is_start = pattern is not None and _matches(pattern, line, f"{lines.origin}:{number}")
+        is_start = pattern is not None and _matches(pattern, line, f"{lines.origin}:{number}: {pattern_key}")
         if is_separator or is_start:
             if collected:
                 yield Document("\n".join(collected), lines.origin, first)
@@ -285,7 +297,7 @@ def _matches(pattern: regex.Pattern[str], line: str, place: str) -> bool:
         return pattern.search(line, timeout=_MATCH_SECONDS) is not None
     except TimeoutError:
         raise UserError(
-            f"{place}: --document_start '{pattern.pattern}' takes longer than {_MATCH_SECONDS:.0f} s on this line; "
+            f"{place} '{pattern.pattern}' takes longer than {_MATCH_SECONDS:.0f} s on this line; "
             "write it without a repeated group that can match the same text in several ways, such as (a+)+"
         ) from None
 
@@ -296,39 +308,44 @@ def _strip_line_end(line: str) -> str:
     return line[:-1] if line.endswith("\n") else line
 
 
-def _parse_json_lines(lines: Lines, column: str) -> Iterator[Document]:
+def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:
+    options_of, columns = options.columns, list(options.columns)
     for number, row in read_json_lines(lines.in_range(), lines.origin, lines.first):
-        if column not in row:
-            raise missing_column(f"{lines.origin}:{number}", column, row, "--column")
-        yield cell_document(row[column], lines.origin, number, column)
+        for column, option in options_of.items():
+            if column not in row:
+                raise missing_column(f"{lines.origin}:{number}", column, row, option)
+        yield row_document([row[column] for column in columns], lines.origin, number, columns)
 
 
-def _parse_csv(lines: Lines, csv_format: CsvFormat, column: str, part: Range) -> Iterator[Document]:
+def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: Range) -> Iterator[Document]:
     names, rows = read_csv(lines, lines.origin, csv_format)
     if not names:
         return
-    index = column_index(names, column, lines.origin, "--column", csv_format)
+    columns, named = list(options.columns), options.columns.items()
+    places = [column_index(names, column, lines.origin, option, csv_format) for column, option in named]
     # Quoted fields may have line breaks: where a row begins is known only to who has read the rows before it.
     position = lines.position
     for number, cells in rows:
         if part.stop is not None and position >= part.stop:
             return
         if position >= part.start:
-            yield Document(cells[index], lines.origin, number)
+            yield row_document([cells[place] for place in places], lines.origin, number, columns)
         position = lines.position
 
 
-def _parse_parquet(stream: IO[bytes], origin: str, column: str, part: Range) -> Iterator[Document]:
+def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, part: Range) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(stream)
-        column_index(file.schema_arrow.names, column, origin, "--column")  # rejects none and several
+        for column, option in options.columns.items():
+            column_index(file.schema_arrow.names, column, origin, option)  # rejects none and several
         groups = range(file.num_row_groups)[part.start : part.stop]
         first = 1 + sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-        for row, (value,) in enumerate(parquet_rows(file, [column], list(groups)), first):
-            yield cell_document(value, origin, row, column)
+        columns = list(options.columns)
+        for row, cells in enumerate(parquet_rows(file, columns, list(groups)), first):
+            yield row_document(cells, origin, row, columns)
     except pyarrow.ArrowException as error:
         raise UserError(f"{origin} is not a Parquet file, or damaged: {error}") from None
 

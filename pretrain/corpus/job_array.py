@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents
-from pretrain.corpus.build import LockedError, build_job, complete_corpus, existing_manifests, holds_corpus, shard_tasks
+from experiment.output_folder import LockedError
+from pretrain.corpus.build import build_job, complete_corpus, existing_manifests, holds_corpus, shard_tasks
 from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.options import CorpusOptions

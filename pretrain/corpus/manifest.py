@@ -44,6 +44,15 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class SourceShare:
+    """What comes from one item of `--source`."""
+
+    name: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json. Lengths are in tokens, without special tokens."""
 
@@ -54,6 +63,7 @@ class Manifest:
     length_percentiles: dict[str, int]  # percentile -> document length in tokens
     shards: tuple[Shard, ...]
     decontaminated: dict[str, str] | None = None  # task -> digest of its texts; None: not known, see docs/cleaning.md
+    sources: tuple[SourceShare, ...] = ()  # in order; empty: not known, or only one
 
     @property
     def documents(self) -> int:
@@ -101,6 +111,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             "token_type": manifest.token_type,
             "recipe": asdict(manifest.recipe),
             **({} if manifest.decontaminated is None else {"decontaminated": manifest.decontaminated}),
+            **({"sources": [asdict(source) for source in manifest.sources]} if manifest.sources else {}),
             "shards": [asdict(shard) for shard in manifest.shards],
         },
         indent=1,
@@ -134,6 +145,7 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
             length_percentiles=found["length_percentiles"],
             shards=tuple(Shard(**shard) for shard in found["shards"]),
             decontaminated=found.get("decontaminated"),
+            sources=tuple(SourceShare(**source) for source in found.get("sources", ())),
         )
         recorded = found["fingerprint"]
         if not all(isinstance(shard.file, str) and isinstance(shard.bytes, int) for shard in manifest.shards):

@@ -3,8 +3,9 @@
 Imports nothing heavy: `deepcloze --help` reads this module.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
@@ -40,6 +41,9 @@ def _lower_case(text: object) -> object:
 class TextOptions(Section):
     """How to read text files."""
 
+    are_flags: ClassVar[bool] = True
+    """Whether messages call these options flags, or keys of a config."""
+
     document: Literal["line", "blank_line", "file"] = "line"
     """Unit of a document in plain text: a line, a block between blank lines, or a whole file."""
 
@@ -61,8 +65,19 @@ class TextOptions(Section):
     @model_validator(mode="after")
     def _one_definition_of_a_document(self) -> Self:
         if self.document_start is not None and self.document != "line":
-            raise ValueError(f"--document_start and --document {self.document} exclude each other")
+            keys = self.name("document_start"), self.name("document")
+            raise ValueError(f"{keys[0]} and {keys[1]} {self.document} exclude each other")
         return self
+
+    @classmethod
+    def name(cls, option: str) -> str:
+        """What messages call an option."""
+        return f"--{option}" if cls.are_flags else option
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """The columns to read, that of the text first, and the options that name them."""
+        return {self.column: self.name("column")}
 
 
 class PythonDocsOptions(Section):

@@ -29,6 +29,7 @@ class Piece:
     """An Arrow file with documents of one split, before it becomes a part of a shard."""
 
     file: str
+    rows: int  # documents
     tokens: int
     unknown_tokens: int
     words: int
@@ -96,8 +97,10 @@ class PieceWriter:
         piece, path = self._open, self._folder / f"{self._name}-{len(self.pieces):03d}.arrow"
         word_starts = np.concatenate(piece.word_starts) if piece.word_starts else None
         # A piece that is damaged by a power cut differs from its checksum, and is written again.
-        write_shard(path, np.concatenate(piece.ids), np.concatenate(piece.lengths), word_starts, durable=False)
-        self.pieces.append(Piece(path.name, piece.tokens, piece.unknown, piece.words, piece.text_bytes, checksum(path)))
+        lengths = np.concatenate(piece.lengths)
+        write_shard(path, np.concatenate(piece.ids), lengths, word_starts, durable=False)
+        counts = len(lengths), piece.tokens, piece.unknown, piece.words, piece.text_bytes
+        self.pieces.append(Piece(path.name, *counts, checksum(path)))
         self._open = _OpenPiece()
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from pretrain.corpus.options import SourceName
 
 PYTHON_DOCS = "python-docs"
 _MAGIC = re.compile(r"[*?[]")  # of a pattern
+MAX_ITEMS = 100  # of --source, whose documents are counted for each
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 
@@ -36,6 +37,7 @@ class Source:
     selection: str = ""  # archive: which members; hub: which split
     bytes: int | None = None  # size on disk, if known
     version: str = ""  # another one after a change
+    item: str = ""  # of --source, if items are counted
 
 
 class Span(NamedTuple):
@@ -154,7 +156,11 @@ def find_sources(
     Raises UserError for a missing path, a folder or glob without text files, and a file that is named twice.
     """
     finder = _Finder(key, is_read_by_caller, output)
-    sources = [source for item in _split_names(named, key) for source in finder.expand(item)]
+    items = _split_names(named, key)
+    are_counted = 1 < len(items) <= MAX_ITEMS
+    sources = [
+        replace(source, item=item) if are_counted else source for item in items for source in finder.expand(item)
+    ]
     seen: dict[tuple[object, str], str] = {}
     for source in sources:
         identity: object = source.name

@@ -43,7 +43,7 @@ class Split:
     """Parts of sources that one task reads."""
 
     key: str  # identifies them, with the sizes and versions of their files
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...]  # of one item of --source, if items are counted
     bytes: int  # on disk; of a file that is divided, its share
 
 
@@ -61,12 +61,12 @@ def plan_splits(sources: Sequence[Source], options: TextOptions) -> list[Split]:
 
 
 def _group(sources: Iterable[Source], options: TextOptions, size: int, opened: int) -> Iterator[Split]:
-    """Divide and join. Files that follow one another share a split if they begin in the same `size` bytes of all: if
-    one of them grows, few of the others come into another split."""
+    """Divide and join. Files of an item of `--source` that follow one another share a split if they begin in the same
+    `size` bytes of all: if one of them grows, few of the others come into another split."""
     waiting, slot, begin = list[Span](), 0, 0
     for source in sources:
         parts, is_small = _divide(source, options, size, opened), source.bytes is not None and source.bytes <= size
-        if waiting and (not is_small or begin // size != slot):
+        if waiting and (not is_small or begin // size != slot or source.item != waiting[0].source.item):
             yield _split(waiting)
             waiting = []
         if is_small:

@@ -125,10 +125,7 @@ def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Docum
     """Yield all documents that have a token, and their UTF-8 text. Raises UserError for bad input."""
     plain = _encoder(replace(job.tokenizer, segmenter=None))
     for document in read_documents(split.spans, job.text_options, stats):
-        try:
-            text = document.text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{document.place}: expected Unicode text, found half of a surrogate pair") from None
+        text = document.utf8()
         # Letters and digits always give a token, control characters may not. Sampling must count the documents that
         # will be in the corpus.
         if any(map(str.isalnum, document.text)) or plain.encode([document.text]).lengths[0]:

@@ -6,7 +6,6 @@ needed.
 
 import itertools
 import json
-import os
 from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,19 +164,3 @@ def _count_per_document(hits: BoolArray, ends: Counts) -> Counts:
     """Count the hits [tokens] of each document [D]; `ends` [D] are the documents' ends."""
     total = np.concatenate([[0], np.cumsum(hits)])
     return np.diff(total[ends], prepend=0).astype(np.int64)
-
-
-_encoder: DocumentEncoder | None = None
-
-
-def start_worker(spec: TokenizerSpec) -> None:
-    """Create the encoder of this worker process."""
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _encoder = DocumentEncoder(spec)
-
-
-def encode_in_worker(texts: list[str]) -> EncodedBatch:
-    """Encode texts with the encoder of this worker process."""
-    assert _encoder is not None
-    return _encoder.encode(texts)

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents, removed_on_error
+from experiment.output_folder import is_free
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import read_documents, reading_progress
 from pretrain.corpus.formats import ReadStats
@@ -87,7 +88,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
 
 def check_output_folder(folder: Path) -> None:
     """Raises UserError unless the folder is empty, or missing and can be created."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not is_free(folder):
         raise UserError(f"--output {folder} already holds something; name a new folder")
     try:
         with created_parents(folder):

@@ -7,6 +7,7 @@ from experiment.errors import UserError, disk_errors_as
 from experiment.progress import progress
 from experiment.tokenizer import load_tokenizer
 from pretrain.batching.vocabulary import build_vocabulary
+from pretrain.corpus.origins import cleanings_of
 from pretrain.corpus.reader import open_corpus
 from pretrain.inspection.contents import count_lengths, count_tokens, script_shares
 from pretrain.inspection.masked_documents import masked_documents
@@ -44,6 +45,7 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
         packing=[packing_efficiency(lengths, documents, longest, special_tokens, seed) for longest in MAX_SEQ_LENGTHS],
         near_duplicates=near_duplicates,
         masked=masked_documents(sample, tokenizer),
+        cleanings=cleanings_of(corpus.path),
     )
     print(describe(found, tokenizer))
     with disk_errors_as(UserError, "--output: "):

@@ -25,9 +25,11 @@ from experiment.results.page import (
 )
 from pretrain.corpus.build import summary
 from pretrain.corpus.manifest import Manifest
+from pretrain.corpus.origins import Cleaning
 from pretrain.inspection.contents import SCRIPT_TOKENS
 from pretrain.inspection.masked_documents import MAX_SEQ_LENGTH, token_text
 from pretrain.inspection.near_duplicates import NGRAM, THRESHOLD, NearDuplicates
+from pretrain.inspection.origins import describe_cleanings, origin_blocks
 from pretrain.inspection.packing_efficiency import BATCH_TOKENS, BATCHES, PackingEfficiency
 from pretrain.inspection.sample import Document, Sample
 
@@ -49,6 +51,7 @@ class Inspection:
     packing: Sequence[PackingEfficiency]
     near_duplicates: NearDuplicates
     masked: Sequence[SeenText]
+    cleanings: Sequence[Cleaning]
 
     @property
     def manifest(self) -> Manifest:
@@ -68,6 +71,7 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
             "mask token, sometimes a random token or the same one."
         ),
         SeenTexts(found.masked),
+        *origin_blocks(found.manifest, found.cleanings),
         *_manifest_blocks(found.manifest),
     ]
     write_page(path, found.sample.corpus.name, blocks, _headline(found))
@@ -89,6 +93,7 @@ def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
             f"  near-duplicates: {_duplicate_share(duplicates)} of {duplicates.documents:,} documents"
             f"{_where(found.sample)} ({_interval(duplicates)})",
             f"  slots filled by packing: {filled} tokens per sequence",
+            *describe_cleanings(found.cleanings),
         ]
     )
 
@@ -176,8 +181,7 @@ def _vocabulary_blocks(found: Inspection, tokenizer: PreTrainedTokenizerFast) ->
         Text(
             f"{found.manifest.unknown_token_rate:.3%} of all tokens are unknown. {_used(found):,} of "
             f"{len(found.tokens):,} tokens of the vocabulary occur{_where(found.sample)}. Scripts: of "
-            f"{len(found.sample.documents):,} documents drawn at random, up to their token {SCRIPT_TOKENS}. A corpus "
-            "does not record the languages and sources of its documents."
+            f"{len(found.sample.documents):,} documents drawn at random, up to their token {SCRIPT_TOKENS}."
         ),
         BarCharts(charts),
     ]

@@ -9,25 +9,16 @@ import pkgutil
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import IO, Protocol, cast
 
 from experiment.storage import open_file
-
-
-class RawDocument(NamedTuple):
-    """A text, and its place in a file."""
-
-    text: str
-    origin: str  # file, or archive::member
-    number: int  # of the document, line or record in it
-    metadata: dict[str, Any] = {}
-    markup: str = ""  # to be removed by a worker, see `pretrain.cleaning.markup`
+from pretrain.corpus.formats import Document
 
 
 class Reader(Protocol):
     PACKAGES: tuple[str, ...]  # of the extra `clean`
     matches: Callable[[str], bool]
-    read: Callable[[str], Iterator[RawDocument]]
+    read: Callable[[str], Iterator[Document]]
 
 
 def reader_names() -> list[str]:

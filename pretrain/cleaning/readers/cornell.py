@@ -9,7 +9,8 @@ from posixpath import basename, dirname
 
 from experiment.errors import UserError
 from experiment.storage import MissingError, join, open_file
-from pretrain.cleaning.readers import RawDocument, zip_members
+from pretrain.cleaning.readers import zip_members
+from pretrain.corpus.formats import Document
 
 _CONVERSATIONS, _LINES = "movie_conversations.txt", "movie_lines.txt"
 _SEPARATOR = " +++$+++ "
@@ -24,7 +25,7 @@ def matches(name: str) -> bool:
     )
 
 
-def read(name: str) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[Document]:
     if basename(name) == _LINES:
         return
     turns = {cells[0]: cells[4] if len(cells) > 4 else "" for _, cells in _rows(name, _LINES, 4)}
@@ -33,7 +34,7 @@ def read(name: str) -> Iterator[RawDocument]:
             text = "\n".join(turns[line] for line in ast.literal_eval(cells[3]))
         except (ValueError, SyntaxError, KeyError, TypeError):
             raise UserError(f"{name}:{number}: expected a list of lines of {_LINES}, found {cells[3][:60]}") from None
-        yield RawDocument(text, name, number)
+        yield Document(text, name, number)
 
 
 def _rows(path: str, name: str, fewest: int) -> Iterator[tuple[int, list[str]]]:

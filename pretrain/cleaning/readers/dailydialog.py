@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from experiment.csv_and_jsonl import text_lines
 from experiment.errors import UserError
-from pretrain.cleaning.readers import RawDocument, open_members, zip_members
+from pretrain.cleaning.readers import open_members, zip_members
+from pretrain.corpus.formats import Document
 
 _NAME = re.compile(r"(?:^|/)dialogues_(?:text|train|validation|test)\.txt$")
 _END = "__eou__"
@@ -18,10 +19,10 @@ def matches(name: str) -> bool:
     return any(map(_NAME.search, (name, *zip_members(name))))
 
 
-def read(name: str) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[Document]:
     for _, origin, content in open_members(name, _NAME.search):
         for number, line in enumerate(text_lines(content, origin), 1):
             if line.strip() and _END not in line:
                 raise UserError(f"{origin}:{number}: expected turns that end in {_END}, found {line.strip()[:60]}")
             turns = [turn.strip() for turn in line.split(_END)]
-            yield RawDocument("\n".join(filter(None, turns)), origin, number)
+            yield Document("\n".join(filter(None, turns)), origin, number)

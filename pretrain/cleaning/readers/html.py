@@ -4,7 +4,8 @@ import gzip
 from collections.abc import Iterator
 
 from experiment.storage import open_file
-from pretrain.cleaning.readers import RawDocument, has_suffix
+from pretrain.cleaning.readers import has_suffix
+from pretrain.corpus.formats import Document
 
 PACKAGES: tuple[str, ...] = ("trafilatura",)
 
@@ -13,8 +14,8 @@ def matches(name: str) -> bool:
     return has_suffix(name, ".html", ".htm", ".xhtml")
 
 
-def read(name: str) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[Document]:
     with open_file(name) as file:
         content = file.read()
     content = gzip.decompress(content) if name.lower().endswith(".gz") else content
-    yield RawDocument(content.decode("utf-8", "replace"), name, 1, {}, "html")
+    yield Document(content.decode("utf-8", "replace"), name, 1, {}, "html")

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from experiment.csv_and_jsonl import text_lines
 from experiment.errors import UserError
 from experiment.storage import open_file
-from pretrain.cleaning.readers import RawDocument, zip_members
+from pretrain.cleaning.readers import zip_members
+from pretrain.corpus.formats import Document
 
 _SIDE = re.compile(r"\.(\w+)-(\w+)\.(\w+)$")
 
@@ -23,7 +24,7 @@ def matches(name: str) -> bool:
     return any(map(_language, zip_members(name)))
 
 
-def read(name: str) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[Document]:
     """One document for each one in the ids, in each `language`; without ids, one for each sentence."""
     members = zip_members(name)
     with open_file(name) as file, zipfile.ZipFile(file) as archive:
@@ -38,7 +39,7 @@ def read(name: str) -> Iterator[RawDocument]:
                 for _, group in itertools.groupby(numbered, key=lambda entry: entry[1][0]):
                     first, *others = group
                     text = "\n".join(line for _, (_, line) in (first, *others))
-                    yield RawDocument(text, origin, first[0], {"language": language})
+                    yield Document(text, origin, first[0], {"language": language})
 
 
 def _pair(name: str) -> tuple[str, str]:

@@ -6,9 +6,9 @@ from typing import IO
 from xml.etree import ElementTree
 
 from experiment.errors import UserError
-from pretrain.cleaning.readers import RawDocument, has_suffix, open_members, zip_members
+from pretrain.cleaning.readers import has_suffix, open_members, zip_members
 from pretrain.corpus.compression import decompress
-from pretrain.corpus.formats import detect_format
+from pretrain.corpus.formats import Document, detect_format
 
 PACKAGES: tuple[str, ...] = ()
 
@@ -20,10 +20,10 @@ def matches(name: str) -> bool:
     return is_file or (has_films and not any(detect_format(member)[0] for member in members))
 
 
-def read(name: str) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[Document]:
     """One document for each film, with a line for each sentence."""
     for file, origin, content in open_members(name, _is_film):
-        yield RawDocument(_film(content, file, origin), origin, 1)
+        yield Document(_film(content, file, origin), origin, 1)
 
 
 def _is_film(member: str) -> bool:

@@ -5,9 +5,9 @@ from typing import IO, TYPE_CHECKING
 
 from experiment.errors import UserError, first_line
 from experiment.storage import open_file
-from pretrain.cleaning.readers import RawDocument, has_suffix
+from pretrain.cleaning.readers import has_suffix
 from pretrain.corpus.compression import decompress
-from pretrain.corpus.formats import explain_read_errors
+from pretrain.corpus.formats import Document, explain_read_errors
 
 if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
@@ -22,7 +22,7 @@ def matches(name: str) -> bool:
     return has_suffix(name, ".warc", ".wet")
 
 
-def read(name: str) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[Document]:
     """One document for each page, with its `url`; records of other kinds are skipped."""
     from warcio.archiveiterator import WARCIterator
 
@@ -38,9 +38,9 @@ def read(name: str) -> Iterator[RawDocument]:
                     raise _damaged(name, number, f"the record lacks {record.raw_stream.limit:,} bytes")
                 url = record.rec_headers.get_header("WARC-Target-URI") or ""
                 if record.rec_type == "conversion":
-                    yield RawDocument(content.decode("utf-8", "replace"), name, number, {"url": url})
+                    yield Document(content.decode("utf-8", "replace"), name, number, {"url": url})
                 elif record.rec_type == "response" and _is_page(record):
-                    yield RawDocument(_decode(content, record), name, number, {"url": url}, "html")
+                    yield Document(_decode(content, record), name, number, {"url": url}, "html")
         except UserError:
             raise
         except Exception as error:  # warcio takes missing headers for granted

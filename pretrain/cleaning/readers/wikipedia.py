@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 from experiment.errors import UserError
 from experiment.storage import open_file
-from pretrain.cleaning.readers import RawDocument
 from pretrain.corpus.compression import decompress
+from pretrain.corpus.formats import Document
 
 _ARTICLES = "0"  # the namespace of articles; others are talk, users, templates, …
 
@@ -21,7 +21,7 @@ def matches(name: str) -> bool:
     return file.endswith(".xml.bz2") or ("wiki" in file and file.endswith((".xml", ".xml.gz")))
 
 
-def read(name: str) -> Iterator[RawDocument]:
+def read(name: str) -> Iterator[Document]:
     """One document for each article, with its `title`; redirects are skipped."""
     number = 0
     try:
@@ -35,7 +35,7 @@ def read(name: str) -> Iterator[RawDocument]:
                 if page.findtext("{*}ns", _ARTICLES) == _ARTICLES and page.find("{*}redirect") is None:
                     title = page.findtext("{*}title", "")
                     text = page.findtext("{*}revision/{*}text") or ""
-                    yield RawDocument(text, name, number, {"title": title}, "wikitext")
+                    yield Document(text, name, number, {"title": title}, "wikitext")
                 root.clear()  # it would keep an element for each page
     except ElementTree.ParseError as error:
         raise UserError(f"{name}: invalid XML after {number:,} pages: {error}") from None

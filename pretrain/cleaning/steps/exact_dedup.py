@@ -8,7 +8,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from experiment.config import Section
-from pretrain.cleaning.step import Arrays, Document, DuplicateStep, split_by_part
+from pretrain.cleaning.step import Arrays, Document, DuplicateStep, first_of_equal, split_by_part
 
 
 class Config(Section):
@@ -25,10 +25,7 @@ class Step(DuplicateStep[Config]):
     def decide(self, observed: Sequence[Arrays]) -> list[NDArray[Any]]:
         digests = np.concatenate([arrays["digests"] for arrays in observed])
         order = np.lexsort((digests[:, 0], digests[:, 1]))  # stable: of equal ones, the first comes first
-        ordered = digests[order]
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-        first = order[np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
-        kept = np.full(len(order), -1, np.int64)
-        kept[order[~is_first]] = first[~is_first]
+        kept = np.empty(len(order), np.int64)
+        kept[order] = order[first_of_equal(digests[order])]
+        kept[kept == np.arange(len(order))] = -1
         return split_by_part(kept, [len(arrays["digests"]) for arrays in observed])

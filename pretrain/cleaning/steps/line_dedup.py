@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt
 
 from experiment.config import Section
-from pretrain.cleaning.step import Arrays, CollectionStep, Document, Verdict, split_by_part
+from pretrain.cleaning.step import Arrays, CollectionStep, Document, Verdict, first_of_equal, split_by_part
 
 _SEPARATORS = {"line": "\n", "paragraph": "\n\n"}
 
@@ -44,10 +44,7 @@ class Step(CollectionStep[Config]):
         hashes = np.concatenate([arrays["hashes"] for arrays in observed])
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = ordered[1:] != ordered[:-1]
-        places = np.arange(len(order))
-        occurrence = places - np.maximum.accumulate(np.where(is_first, places, 0))
+        occurrence = np.arange(len(order)) - first_of_equal(ordered)
         removed = np.zeros(len(order), bool)
         removed[order] = (occurrence >= self.config.max_count) & (ordered != 0)
         return split_by_part(removed, [len(arrays["hashes"]) for arrays in observed])

@@ -1,4 +1,4 @@
-"""Near-deduplication by MinHash, see `pretrain.cleaning.near_duplicates`."""
+"""Near-deduplication by MinHash, see `pretrain.cleaning.minhash` and `near_duplicates`."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from experiment.config import Section
-from pretrain.cleaning.near_duplicates import Bands, NgramSets, choose_bands, choose_duplicates, hash_ngrams, sketch
+from pretrain.cleaning.minhash import Bands, NgramSets, choose_bands, sketch
+from pretrain.cleaning.near_duplicates import choose_duplicates, hash_ngrams
 from pretrain.cleaning.step import Arrays, Document, DuplicateStep, split_by_part
 
 

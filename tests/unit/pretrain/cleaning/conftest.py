@@ -1,8 +1,6 @@
-"""Cleanings in this process: starting workers takes longer than the texts of the tests."""
+"""Cleanings of lines of text, in this process."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,7 @@ Clean = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are a thread."""
-
-    @contextmanager
-    def pool(workers: int, advice: str, initializer: Any, *arguments: Any) -> Iterator[ThreadPoolExecutor]:
-        initializer(*arguments)
-        with ThreadPoolExecutor(1) as threads:
-            yield threads
-
-    monkeypatch.setattr(run, "worker_pool", pool)
-
-
-@pytest.fixture
-def clean(in_process: None, tmp_path: Path) -> Clean:
+def clean(tmp_path: Path) -> Clean:
     """Clean lines of text with steps; returns clean.json. The documents are in tmp_path/out."""
 
     def call(

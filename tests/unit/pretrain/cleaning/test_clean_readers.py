@@ -179,6 +179,41 @@ def test_metadata_of_tables(tmp_path: Path) -> None:
         read(tmp_path, metadata=["title"])
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.zip"])
+def test_metadata_of_other_tables(tmp_path: Path, name: str) -> None:
+    """Catches columns that are mixed up, and formats whose metadata is lost."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"url": ["u"], "n": [1], "text": ["one"]}), tmp_path / name)
+    elif name == "a.csv":
+        (tmp_path / name).write_text("url,n,text\nu,1,one\n")
+    else:
+        make_zip(tmp_path / name, {"b.jsonl": '{"url": "u", "n": 1, "text": "one"}\n'})
+    config = build_config(CleanConfig, {"source": str(tmp_path / name), "output": "out", "metadata": ["n", "url"]})
+    (document,) = read_inputs(find_inputs(config), config)
+    assert (document.text, document.metadata) == ("one", {"n": "1" if name == "a.csv" else 1, "url": "u"})
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "message"),
+    [
+        ("a,b\n1,2\n", {}, "a.csv: no column 'text'; found: a, b (column names the column)"),
+        ('text\n"a"b\n', {}, "If quotes are ordinary characters, set quoting: 3"),
+        ("text\na\n", {"metadata": ["url"]}, "no column 'url'; found: text (metadata names the column)"),
+        ("text\na\n", {"document_start": "=="}, "document_start '==' matches no line"),
+    ],
+)
+def test_messages_name_keys_not_flags(tmp_path: Path, text: str, keys: dict[str, Any], message: str) -> None:
+    """Catches advice to set a flag that the command does not have."""
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        read(tmp_path / "a.csv", **keys)
+    assert message in str(error.value)
+    assert "--" not in str(error.value)
+
+
 def test_two_files_of_one_name(tmp_path: Path) -> None:
     """Catches documents with the same id."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:

@@ -59,18 +59,18 @@ def test_worker_processes_write_the_same_bytes(config: CleanConfig, tmp_path: Pa
 
 
 def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
-    config: CleanConfig, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches parts that are done again, lost or taken twice, wherever the process was killed."""
     whole = clean(config, tmp_path / "whole")
     process, calls = stages._process, list[tuple[int, int]]()
 
-    def interrupted(number: int, folder: Path, part: int, *arguments: Any) -> int:
+    def interrupted(job: Any, part: Any) -> int:
         if len(calls) % 7 == 6:
             calls.append((-1, -1))
             raise KeyboardInterrupt
-        calls.append((number, part))
-        return process(number, folder, part, *arguments)
+        calls.append((part.stage, part.number))
+        return process(job, part)
 
     monkeypatch.setattr(stages, "_process", interrupted)
     for _ in range(20):
@@ -109,6 +109,23 @@ def test_the_result_is_a_source_of_a_corpus(clean: Any, tmp_path: Path) -> None:
     assert [Path(source.name).name for source in find_sources(str(tmp_path / "out"))] == ["data-00000.jsonl.zst"]
 
 
+def test_languages_of_what_is_left_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches documents that are dropped by the last step and still counted, and parts that are not added up."""
+    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 2)
+    rows = [
+        {"text": "a text"},
+        *({"text": f"text {number}", "language": "zh" if number > 4 else "en"} for number in range(8)),
+    ]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"language": None, **row}) + "\n" for row in [*rows, {"text": "x"}])
+    )
+    tree = {"source": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "out"), "metadata": ["language"]}
+    steps = [{"exact_dedup": {}}, {"length": {"min_characters": 2}}]
+    found = run.clean(build_config(CleanConfig, {**tree, "steps": steps}), lambda name: [], 1)
+    assert (found["kept"], found["languages"]) == (9, {"en": 5, "zh": 3})
+    assert "Languages" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_each_rule_has_twenty_examples_of_all_parts(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches examples that are the first ones."""
     monkeypatch.setattr(stages, "_PART_DOCUMENTS", 40)
@@ -128,12 +145,12 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
     with pytest.raises(UserError, match="another config, or of other sources"):
         clean(["b text"], {"exact_dedup": {}})
     (tmp_path / "out" / "clean.json").unlink()
-    with pytest.raises(UserError, match="already holds something that was not cleaned"):
+    with pytest.raises(UserError, match="already holds something that is not cleaned documents"):
         clean(["a text"], {"exact_dedup": {}})
 
 
 def test_an_unfinished_cleaning_of_another_text_is_refused(
-    config: CleanConfig, tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches parts of two texts in one result. The file keeps its size."""
 
@@ -164,7 +181,7 @@ def test_a_library_that_fails_names_the_document(clean: Any, monkeypatch: pytest
         clean(["a"], {"ftfy": {}})
 
 
-def test_metadata_that_json_lacks(tmp_path: Path, in_process: None) -> None:
+def test_metadata_that_json_lacks(tmp_path: Path) -> None:
     """Catches a TypeError for a date or a decimal number in a column of a Parquet file."""
     columns = {"text": ["a b"], "day": [date(2024, 1, 31)], "price": [Decimal("1.50")], "links": [["a", "b"]]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
@@ -174,7 +191,7 @@ def test_metadata_that_json_lacks(tmp_path: Path, in_process: None) -> None:
     assert document.metadata == {"day": "2024-01-31", "price": "1.50", "links": ["a", "b"]}
 
 
-def test_results_can_be_cleaned_again(config: CleanConfig, tmp_path: Path, in_process: None) -> None:
+def test_results_can_be_cleaned_again(config: CleanConfig, tmp_path: Path) -> None:
     """Catches report.html and clean.json that are read as documents, in a cleaning of cleaned folders together."""
     run.clean(config, lambda _: [], 1)
     again = build_config(CleanConfig, {"source": config.output, "output": str(tmp_path / "again")})

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.near_duplicates import measure, plant
-from pretrain.cleaning.near_duplicates import NgramSets, choose_bands, choose_duplicates, hash_ngrams, sketch
+from pretrain.cleaning.minhash import NgramSets, choose_bands, sketch
+from pretrain.cleaning.near_duplicates import choose_duplicates, hash_ngrams
 
 
 def kept_instead(*texts: str, threshold: float = 0.8, parts: int = 1) -> list[int]:

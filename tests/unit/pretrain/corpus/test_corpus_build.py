@@ -24,6 +24,7 @@ from pretrain.corpus.announcement import announce_sources, is_hard_wrapped
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.build_plan import BuildTokenizer
 from pretrain.corpus.options import CorpusOptions, TextOptions
+from pretrain.corpus.origins import cleanings_of, short_names
 from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.sources import find_sources
 from small_disk import SmallDisk
@@ -105,6 +106,60 @@ def test_the_manifest_says_what_a_source_was_decontaminated_against(corpus: Buil
     assert open_corpus(tmp_path / "a").manifest.decontaminated == {"sst2": "12ab"}
     assert corpus("b").decontaminated is None
     assert "decontaminated" not in (tmp_path / "b" / "manifest.json").read_text()
+
+
+def test_sources_and_cleanings_are_recorded(
+    corpus: Build, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches documents of a source that are counted for another one or not at all, and records that depend on where
+    files are or that keep long lists of matches."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
+    rule = {"dropped": 3, "changed": 0, "examples": [{"id": "a:1", "text": "x", "detail": ""}] * 20}
+    step = {"name": "length", "read": 5, "dropped": 3, "changed": 0, "rules": {"short": rule}, "matches": ["x"] * 500}
+    for place in ("here", "there/again"):
+        for name in ("wiki", "books"):
+            folder = tmp_path / place / name
+            folder.mkdir(parents=True)
+            (folder / "data.jsonl").write_text('{"text": "the river"}\n{"text": "the town he"}\n')
+            summary = {"recipe": "", "read": 5, "kept": 2, "steps": [step]}
+            (folder / "clean.json").write_text(json.dumps(summary))
+    items = [str(tmp_path / "here" / name) for name in ("wiki", "books")]
+    manifest = corpus("a", source=(*items, source), holdout=30)
+    heldout = open_corpus(tmp_path / "a-heldout").manifest
+    assert [found.name for found in manifest.sources] == ["wiki", "books", "source.txt"]
+    for part in (manifest, heldout):
+        assert sum(found.documents for found in part.sources) == part.documents
+        assert sum(found.tokens for found in part.sources) == part.tokens
+    both = zip(manifest.sources, heldout.sources, strict=True)
+    assert [one.documents + other.documents for one, other in both] == [2, 2, 300]
+    assert "sources, share of the tokens: wiki 0." in capsys.readouterr().out
+    found = cleanings_of(tmp_path / "a")
+    assert [cleaning["folder"] for cleaning in found] == ["wiki", "books"]
+    assert len(found[0]["steps"][0]["rules"]["short"]["examples"]) == 10
+    assert "matches" not in found[0]["steps"][0]
+
+    items = [str(tmp_path / "there" / "again" / name) for name in ("wiki", "books")]
+    corpus("b", source=(*items, source), holdout=30, workers=2)
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    assert corpus("c").sources == ()
+    assert cleanings_of(tmp_path / "c") == []
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["/data/a", "/data/b/"], ["a", "b"]),
+        (["/data/a/train.txt", "s3://bucket/b/train.txt"], ["a/train.txt", "b/train.txt"]),
+        (
+            ["books/*.txt", "/data/wiki/**/*.jsonl", "a/b.zip::x/*.txt"],
+            ["books/*.txt", "wiki/**/*.jsonl", "a/b.zip::x/*.txt"],
+        ),
+        (["a", "b/a"], ["a", "b/a"]),
+    ],
+)
+def test_names_of_sources_are_short(names: list[str], short: list[str]) -> None:
+    """Catches names that depend on where a collection is, and two sources of one name."""
+    assert short_names(names) == short
 
 
 def test_unknown_tokens_are_counted(tmp_path: Path, vocabulary_folder: Path) -> None:
@@ -327,7 +382,7 @@ def test_output_folder_with_other_files(corpus: Build, tmp_path: Path) -> None:
 
 def test_concurrent_builds(corpus: Build, tmp_path: Path) -> None:
     """Catches two processes that write the same shards."""
-    with FileLock(tmp_path / ".c.lock"), pytest.raises(UserError, match="another build"):
+    with FileLock(tmp_path / ".c.lock"), pytest.raises(UserError, match="another process is writing it"):
         corpus("c")
 
 

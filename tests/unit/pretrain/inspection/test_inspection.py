@@ -1,16 +1,25 @@
 """`deepcloze corpus --inspect`, but for the search for near-duplicates."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
 from launcher.cli import main
 from pretrain.batching.sequences import split_documents
+from pretrain.cleaning.config import CleanConfig
+from pretrain.cleaning.report import summarize
+from pretrain.cleaning.step import Document, Verdict
+from pretrain.cleaning.tally import StepTally
+from pretrain.corpus.manifest import SourceShare, write_manifest
+from pretrain.corpus.origins import write_cleanings
 from pretrain.corpus.reader import Corpus
 from pretrain.inspection import sample
 from pretrain.inspection.contents import count_lengths, count_tokens, script_shares
@@ -127,6 +136,30 @@ def test_the_command_writes_a_page_and_leaves_the_corpus_alone(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != page.parent)
     main(["corpus", "--inspect", str(corpus.path)])
     assert (folder / page.name).read_text(encoding="utf-8") == text
+
+
+def test_sources_and_cleanings_are_shown(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a page without what was dropped, its examples, languages and sources, and text taken for markup."""
+    sources = (SourceShare("wiki", 40, 3 * corpus.tokens // 4), SourceShare("books", 80, corpus.tokens // 4))
+    write_manifest(corpus.path, replace(corpus.manifest, sources=sources))
+    tally = StepTally()
+    for number in range(3):
+        verdict = Verdict("too_few_words") if number < 2 else None
+        tally.count(Document(f"a.txt:{number}", "a.txt", "<b>short"), "<b>short", verdict, False)
+    config = build_config(CleanConfig, {"source": "a", "output": "b", "steps": [{"length": {"min_words": 3}}]})
+    steps = [item.make() for item in config.steps]
+    summary = summarize(config, {"recipe": "", "source": ""}, 1, Counter({"en": 1}), [tally], steps)
+    write_cleanings(corpus.path, [{"folder": "", **summary}])
+    main(["corpus", "--inspect", str(corpus.path)])
+    out = capsys.readouterr().out
+    assert "sources, share of the tokens: wiki 75.0%, books 25.0%" in out
+    assert "  cleaning: 1 of 3 documents kept; dropped: length 2" in out
+    page = corpus.path.with_name("books-inspect.html").read_text(encoding="utf-8")
+    for text in ("Sources", "too_few_words: 2 of 2 dropped", "&lt;b&gt;short", "Languages", "66.67%"):
+        assert text in page
+    (corpus.path / "clean.json").write_text("{}")
+    assert main(["corpus", "--inspect", str(corpus.path)]) == 2
+    assert f"{corpus.path}/clean.json is damaged: expected a list" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Folders that a command writes: by one process at a time, and never over something else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from experiment.errors import UserError
+from experiment.files import created_parents
+
+
+class LockedError(UserError):
+    """Another process is writing the folder."""
+
+
+def is_free(folder: Path) -> bool:
+    """Whether the folder is missing or empty."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
+    """Whether the folder has a result of this kind, and so this file; False if it is free. Raises UserError for
+    anything else. key: what names the folder, for messages."""
+    if is_free(folder):
+        return False
+    if not (folder / file).is_file():
+        raise UserError(f"{key} {folder} already holds something that is not {kind}; name a new folder")
+    return True
+
+
+@contextmanager
+def lock_output(folder: Path, key: str) -> Iterator[None]:
+    """Allow one process at a time to write a folder, whose missing parents are created. Raises LockedError if another
+    one does. key: what names the folder, for messages."""
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(path)
+    with created_parents(folder):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise LockedError(f"{key} {folder}: another process is writing it") from None
+        try:
+            yield
+        finally:
+            # While it is held: whoever opens it later gets a new one, and finds the result.
+            path.unlink(missing_ok=True)
+            lock.release()

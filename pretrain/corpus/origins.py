@@ -1,0 +1,94 @@
+"""Where the documents of a corpus come from: the shares of its sources, and how cleaned ones were cleaned."""
+
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from posixpath import dirname
+from typing import Any
+
+from experiment.decontamination import CLEAN_SUMMARY, common_decontamination, read_clean_summary
+from experiment.errors import UserError
+from experiment.files import parse_json, write_json
+from pretrain.corpus.manifest import SourceShare
+from pretrain.corpus.shards import Piece
+from pretrain.corpus.sources import Source
+
+_EXAMPLES = 20  # of a rule, over all folders, but one of each at least
+
+Cleaning = Mapping[str, Any]
+"""clean.json of a folder that `deepcloze clean` has written, without the list of matches. `folder`: a short name of the
+folder, if there are several."""
+
+
+def source_shares(pieces: Iterable[tuple[Source, Sequence[Piece]]]) -> tuple[SourceShare, ...]:
+    """Sum the pieces of splits by item of `--source`. Empty if items are not counted."""
+    counts: dict[str, list[int]] = {}
+    for source, written in pieces:
+        count = counts.setdefault(source.item, [0, 0])
+        for piece in written:
+            count[0] += piece.rows
+            count[1] += piece.tokens
+    if "" in counts:
+        return ()
+    return tuple(map(SourceShare, short_names(list(counts)), *zip(*counts.values(), strict=True)))
+
+
+def read_cleanings(sources: Iterable[Source]) -> tuple[list[Cleaning], dict[str, str] | None]:
+    """How the folders of the sources were cleaned, and what all documents were decontaminated against; see
+    `common_decontamination`. Reads a file in each of these folders."""
+    read = cache(read_clean_summary)
+    folders = dict.fromkeys((dirname(source.name) or ".") if source.kind == "file" else None for source in sources)
+    found = {folder: summary for folder in folders if folder is not None and (summary := read(folder)) is not None}
+    names = short_names(list(found)) if len(found) > 1 else [""]
+    examples = max(1, _EXAMPLES // max(1, len(found)))
+    cleanings: list[Cleaning] = [
+        {"folder": name, **_shortened(summary, examples)} for name, summary in zip(names, found.values(), strict=False)
+    ]
+    return cleanings, common_decontamination(folders, read)
+
+
+def write_cleanings(folder: Path, cleanings: Sequence[Cleaning]) -> None:
+    """Write `clean.json` of a corpus, unless none of its sources was cleaned."""
+    if cleanings:
+        write_json(folder / CLEAN_SUMMARY, cleanings, indent=1)
+    else:
+        (folder / CLEAN_SUMMARY).unlink(missing_ok=True)
+
+
+def cleanings_of(corpus: Path) -> list[Cleaning]:
+    """What `write_cleanings` has written; empty if nothing. Raises UserError if it is damaged."""
+    path = corpus / CLEAN_SUMMARY
+    try:
+        found = parse_json(path.read_bytes())
+        if not isinstance(found, list):
+            raise ValueError("expected a list")
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    return found
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many as tell them apart, and one without wildcards: the same names in any folder."""
+    paths = [name.partition("::") for name in names]
+    parts = [path.rstrip("/").split("/") for path, *_ in paths]
+    for count in range(1, max(map(len, parts), default=0)):
+        short = [each[-count:] for each in parts]
+        if len(set(map(tuple, short))) == len(names) and not any(glob.has_magic(each[0]) for each in short):
+            return ["/".join(each) + "".join(member) for each, (_, *member) in zip(short, paths, strict=True)]
+    return list(names)
+
+
+def _shortened(summary: Mapping[str, Any], examples: int) -> dict[str, Any]:
+    steps = [
+        {
+            **{key: value for key, value in step.items() if key != "matches"},
+            "rules": {
+                name: {**rule, "examples": rule["examples"][:examples]} for name, rule in step.get("rules", {}).items()
+            },
+        }
+        for step in summary["steps"]
+    ]
+    return {**summary, "steps": steps}
