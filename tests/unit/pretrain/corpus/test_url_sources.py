@@ -67,7 +67,7 @@ def test_a_url_gives_the_same_bytes_as_a_folder(
 ) -> None:
     """Catches documents that are lost, doubled or in another order if splits are read as ranges of objects."""
     build(f"{files},{files}/e.zip", vocabulary_folder, tmp_path / "local", workers=1)
-    url, tokenizer = put(files, f"{bucket}/text"), put(vocabulary_folder, f"{bucket}/tokenizer")
+    url, tokenizer = put(files, f"{bucket}/files"), put(vocabulary_folder, f"{bucket}/tokenizer")
     build(f"{url},{url}/e.zip", tokenizer, tmp_path / "remote", workers=1)
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
     assert f"{url}: 2 files of other formats are skipped, such as {url}/e.zip" in capsys.readouterr().err
