@@ -28,7 +28,7 @@ def validate_command(options: ValidateOptions) -> None:
         "finetune"
         if is_finetuning(options.config)
         else "clean"
-        if _has_section(options.config, "steps")
+        if _has_section(options.config, "steps", "source", "output")
         else "pretrain"
     )
     if command == "clean":
@@ -54,12 +54,12 @@ def is_finetuning(config: str) -> bool:
     return _has_section(config, "task")
 
 
-def _has_section(config: str, section: str) -> bool:
+def _has_section(config: str, *sections: str) -> bool:
     try:
         tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False  # `load_config` raises it with a message
-    return isinstance(tree, dict) and section in tree
+    return isinstance(tree, dict) and not tree.keys().isdisjoint(sections)
 
 
 def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:

@@ -151,6 +151,8 @@ def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, part: 
                 )
 
     handle(unfinished())
+    if not digests:
+        raise UserError("source: it holds no documents with text")
     return Done(files, len(digests), _joined_digest(digests), _merged(stage, files, len(digests)))
 
 

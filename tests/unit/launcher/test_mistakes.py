@@ -163,6 +163,16 @@ CONFIGS = {
         "validate twice.yaml", r"line 2: duplicate key 'run', already in line 1", {"twice.yaml": "run: {}\nrun: {}\n"}
     ),
     "unclosed bracket": Mistake("validate a.yaml", r"a.yaml, line 2: ", {"a.yaml": "run: {dir: x\nmodel: {}\n"}),
+    "misspelt steps of a cleaning": Mistake(
+        "validate clean.yaml",
+        r"clean.yaml, line 3: unknown config key 'step'; did you mean 'steps'",
+        {"clean.yaml": "source: a.txt\noutput: b\nstep: []\n"},
+    ),
+    "source without text": Mistake(
+        "clean --config clean.yaml",
+        r"source: it holds no documents with text",
+        {"clean.yaml": "source: a.txt\noutput: clean\nsteps: []\n", "a.txt": " \n\n"},
+    ),
     "no space after a colon": Mistake("validate a.yaml", r"write 'steps: 3', with a space", {"a.yaml": "a: {steps:3}"}),
     "not UTF-8": Mistake("validate a.yaml", r"a.yaml, line 2: not UTF-8 text", {"a.yaml": b"run:\n  dir: \xff\n"}),
     "unknown section": Mistake(
