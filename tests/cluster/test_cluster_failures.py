@@ -149,20 +149,17 @@ def test_a_stop_while_ranks_wait_for_each_other_ends_all_hosts(
         wait_until(lambda host=host: host.processes() == [])  # type: ignore[misc]  # killed, but may still be listed
 
 
-def test_a_killed_guard_leaves_nothing_and_the_run_continues(
-    cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
-) -> None:
+@pytest.mark.soak
+def test_a_killed_guard_leaves_nothing(cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path) -> None:
     """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
     head, second, _ = cluster.hosts
     run = Run(tmp_path, wordpiece_corpus, [head, second])
-    run.start(head, "--max_restarts=1")
-    for number in (1, 2):
-        run.wait_for_attempt(number)
-        assert second.run("pkill", "-KILL", "-f", "launcher.hosts.host_guard").returncode == 0
+    run.start(head, "--max_restarts=0")
+    run.wait_for_attempt(1)
+    assert second.run("pkill", "-KILL", "-f", "launcher.hosts.host_guard").returncode == 0
     output, errors = run.wait()
     assert run.process.returncode == 1, output + errors
-    assert "lost node-2: the connection was closed\nnot restarted: --max_restarts=1" in errors
-    assert [list(attempt["hosts"]) for attempt in run.attempts()] == [["node-1", "node-2"]] * 2
+    assert "lost node-2: the connection was closed\nnot restarted: --max_restarts=0" in errors
     for host in (head, second):
         wait_until(lambda host=host: host.processes() == [])  # type: ignore[misc]
         assert host.run("find", "/dev/shm", "-name", "*deepcloze-*").stdout == ""
@@ -183,7 +180,9 @@ def test_a_killed_launcher_leaves_nothing_and_its_secrets_stay_secret(
             assert {f"MY_SECRET={SECRET}", f"WANDB_API_KEY={SECRET}"} <= set(environ)
     for host in cluster.hosts:
         assert not [line for line in host.processes() if KEYWORD in line]
-        assert host.run("grep", "-rls", KEYWORD, "/tmp", "/run", "--exclude-dir=pytest*").stdout == ""
+        # Not the folders of this machine that are mounted there, such as this repository.
+        search = ("find", "/tmp", "/run", "-xdev", "-type", "f", "-exec", "grep", "-ls", KEYWORD, "{}", "+")
+        assert host.run(*search).stdout == ""
         files = host.run("find", "/dev/shm", "-type", "f", "-name", "deepcloze-*", "-perm", "/077").stdout
         assert files == ""
     assert not grep(tmp_path, KEYWORD)

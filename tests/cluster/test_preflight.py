@@ -18,7 +18,8 @@ import yaml
 
 from hosts import REPOSITORY, Cluster, Host
 from launcher.preflight.bandwidth import LIMIT_SECONDS
-from runs import run_config
+from rank_pool import RankPool
+from runs import logged, pretrain_case, run_config
 from small_disk import SmallDisk, mounted_small_disk
 from test_cluster_launches import write_hostfile
 from waiting import wait_until
@@ -133,9 +134,16 @@ def test_every_problem_of_a_host_is_named(
 
 
 def test_a_run_starts_without_the_hosts_that_failed(
-    cluster: Cluster, tmp_path: Path, hostfile: str, config: Path, wordpiece_corpus: Path
+    cluster: Cluster,
+    pools: dict[int, RankPool],
+    tmp_path: Path,
+    hostfile: str,
+    config: Path,
+    wordpiece_corpus: Path,
 ) -> None:
-    """Catches --allow_missing that starts ranks on a failed host, or a launch over hosts that starts unchecked."""
+    """Catches --allow_missing that starts ranks on a failed host, a launch over hosts that starts unchecked, and losses
+    of two hosts that are not those of one host with as many ranks.
+    """
     head, broken, _ = cluster.hosts
     hide(broken, wordpiece_corpus)
     pretrain = (*DEEPCLOZE, "pretrain", f"--hostfile={hostfile}", f"--config={config}")
@@ -148,6 +156,8 @@ def test_a_run_starts_without_the_hosts_that_failed(
     assert done.returncode == 0, done.stdout + done.stderr
     (attempt,) = map(json.loads, (tmp_path / "run" / "launch.jsonl").read_text().splitlines())
     assert attempt["hosts"] == {"node-1": [0], "node-3": [0]}
+    pools[2].run(pretrain_case, run_config(tmp_path / "one_host", wordpiece_corpus))
+    assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "one_host"), abs=1e-5)
 
 
 @pytest.mark.soak

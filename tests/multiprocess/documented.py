@@ -33,9 +33,9 @@ PAGES = [
 ]
 TUTORIALS = [  # each runs in a folder of its own, in test_tutorials.py
     "docs/continue_a_model.md",
-    "docs/compare_on_your_task.md",
     "docs/from_run_mlm.md",
     "docs/chinese.md",
+    "docs/compare_on_your_task.md",
     "docs/corpora_at_scale.md",
 ]
 CLUSTER_TUTORIAL = "docs/pretrain_on_a_cluster.md"  # runs on two hosts, in test_cluster_tutorial.py

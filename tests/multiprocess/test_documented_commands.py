@@ -42,6 +42,9 @@ SLOW = (
     "onnx",
     "int8",
     "tensorboard --",
+    "--tracking.tensorboard",
+    "deepcloze preflight",
+    "--segmenter",
 )
 
 

@@ -116,7 +116,7 @@ def test_an_evaluation_left_to_the_next_attempt_is_logged_once(
     assert_same_run(uninterrupted(changes, {}), tmp_path, STEPS)
 
 
-@pytest.mark.parametrize("seed", [*range(2), *soak(*range(2, 80))])
+@pytest.mark.parametrize("seed", [0, *soak(*range(1, 80))])
 def test_interruptions_neither_repeat_nor_lose_an_event(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,

@@ -27,7 +27,7 @@ from runs import (
 )
 
 WIDE = TINY | NO_DROPOUT | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-SAMPLE = ["bf16_zero2_cpu_offload", "fp32_zero3_cpu_offload"]
+SAMPLE = ["fp32_zero3_cpu_offload"]
 RELATIVE = {
     "fp32": 1e-5,
     "bf16": 1e-3,

@@ -11,7 +11,7 @@ from pretrain.plan.cost import Device, Rates
 from pretrain.plan.memory import RankMemory
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import TINY, Tree, run_config, soak
+from runs import TINY, Tree, run_config
 
 MODELS = {
     "5M": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -85,7 +85,8 @@ def planned(tree: Tree, ranks: int) -> RankMemory:
 CASES = list(itertools.product(MODELS, ("fp32_zero1", "fp32_zero3", "bf16_zero1", "bf16_zero3")))
 
 
-@pytest.mark.parametrize(("size", "ds_config"), [CASES[0], *soak(*CASES[1:])])
+@pytest.mark.soak
+@pytest.mark.parametrize(("size", "ds_config"), CASES)
 def test_the_planned_memory_is_the_growth_of_a_rank(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, size: str, ds_config: str
 ) -> None:

@@ -8,10 +8,10 @@ import pytest
 from pretrain.engine.phases import COLLECTIVE_PREFIX
 from pretrain.training.profiler import PROFILED, SKIPPED
 from rank_pool import RankPool
-from runs import pretrain_case, run_config, step_events
+from runs import pretrain_case, run_config, soak, step_events
 
 
-@pytest.mark.parametrize("ds_config", ["fp32_zero0", "bf16_zero1", "fp32_zero2"])
+@pytest.mark.parametrize("ds_config", ["bf16_zero1", *soak("fp32_zero0", "fp32_zero2")])
 def test_a_profile_shows_the_parts_of_a_step(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:

@@ -119,9 +119,7 @@ def saved(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: 
 
 MOVES = {
     ((2, "fp32_zero0"), (3, "bf16_zero3")),
-    ((3, "fp32_zero1"), (2, "fp32_zero3")),
     ((3, "fp32_zero3"), (2, "fp32_zero2")),
-    ((2, "fp32_zero2"), (1, "fp32_zero0")),
     ((2, "bf16_zero1"), (3, "bf16_zero2")),
     ((3, "bf16_zero3"), (2, "bf16_zero1")),
     ((1, "bf16_zero1"), (2, "fp32_zero0")),

@@ -22,6 +22,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
+from runs import soak
 from waiting import LIMIT, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +108,7 @@ def serve(tmp_path: Path, handed_over: Mapping[str, str]) -> Iterator[Serve]:
         server.process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *soak(signal.SIGINT)])
 def test_a_signal_finishes_accepted_requests(number: int, model: Path, serve: Serve) -> None:
     """Catches requests that are dropped when a server stops, and another exit code than 0."""
     server = serve(model, "--max_texts", "4000", "--batch_tokens", "64", "--batch_delay_ms", "0")

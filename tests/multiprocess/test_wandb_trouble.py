@@ -14,7 +14,7 @@ import pytest
 
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer, RankPool
-from runs import logged, pretrain_case, run_config, soak
+from runs import logged, pretrain_case, run_config
 from small_disk import SmallDisk
 from waiting import wait_until
 from wandb_server import FakeServer, dead_port, silent_server, wandb_server
@@ -53,7 +53,8 @@ TROUBLE: dict[str, Callable[[], contextlib.AbstractContextManager[str]]] = {
 }
 
 
-@pytest.mark.parametrize("trouble", ["a wrong key", *soak("a dead port", "no answer", "error 500")])
+@pytest.mark.soak
+@pytest.mark.parametrize("trouble", TROUBLE)
 def test_a_run_without_its_server(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, undisturbed: Callable[[int], list[float]], trouble: str
 ) -> None:
@@ -121,7 +122,6 @@ def test_a_server_that_breaks_during_a_run(
     assert _local_steps(folder) == steps, "`wandb sync` has nothing to send"
 
 
-@pytest.mark.real_start
 def test_no_step_is_doubled_or_missing_after_a_kill(
     start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def losses(wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]) -
     return logged(tmp_path / "pooled")
 
 
+@pytest.mark.soak
 def test_a_wheel_trains_as_the_source_does(
     installed: Installed, wordpiece_corpus: Path, tmp_path: Path, losses: list[float]
 ) -> None:

@@ -1,6 +1,7 @@
 """Runs on the simulated GPU, as cases for a pool of ranks."""
 
 import contextlib
+import gc
 import io
 import json
 from collections import Counter
@@ -36,6 +37,10 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 def gpu_case(world: World, tree: Tree, stop_after: int | None = None, fault: Fault | None = None) -> Findings:
     """`pretrain_case` on the simulated GPU. `fault`: a mistake in the code."""
+    from pretrain.modeling import head
+
+    head._is_fused_loss_usable.cache_clear()  # so that each run calls the same kernels
+    gc.collect()  # engines of earlier runs, which wait for the device when they are destroyed
     with pytest.MonkeyPatch.context() as patch, simulated_gpu() as gpu:
         if fault is not None:
             fault(patch)

@@ -49,6 +49,7 @@ def test_an_engine_takes_no_compiler() -> None:
     assert printed_by(code) == "[True, False] True"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "change",
     [

@@ -100,12 +100,11 @@ def predictions(folder: Path, records: Records) -> Any:
     return Predictor.load(folder, "fp32", batch_size=5).predict(records)
 
 
-# The others have the head of one of these.
-OF_EVERY_HEAD = ("classification", "token_classification", "question_answering", "multiple_choice")
+QUICK = ("token_classification", "multiple_choice")  # inputs of two and of three dimensions
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in OF_EVERY_HEAD else pytest.mark.soak) for name in CASES]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.soak) for name in CASES]
 )
 def test_every_kind_predicts_the_same(
     name: str,
@@ -151,11 +150,10 @@ TYPES = {
     "albert": {},
     "mpnet": {},
 }
-QUICK = ("modernbert", "deberta-v2")
 
 
 @pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=() if name in QUICK else pytest.mark.soak) for name in TYPES]
+    "model_type", [pytest.param(name, marks=() if name == "modernbert" else pytest.mark.soak) for name in TYPES]
 )
 def test_other_architectures(model_type: str, encoder: Path, export_onnx: ExportOnnx, tmp_path: Path) -> None:
     """Catches positions, windows and relative distances that the graph has only for the length of the example."""

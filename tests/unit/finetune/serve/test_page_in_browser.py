@@ -230,7 +230,9 @@ def test_a_page_without_token_has_no_field_for_it(folders: dict[str, Path], star
     assert not page.driver.find_element("id", "token").is_displayed()
 
 
-@pytest.mark.parametrize("kind", RECORDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.soak if kind in ("multi_label", "cloze") else ()) for kind in RECORDS]
+)
 def test_every_kind_of_task(kind: str, tasks: Callable[[str], Path], start: Start, open_page: Open) -> None:
     """Catches a kind whose fields cannot be filled by hand, answers that are not shown, labels and texts that are read
     as HTML, and on a phone: what is cut off, or must be scrolled sideways."""
