@@ -96,14 +96,14 @@ class CorpusCache:
         """Returns when the copy is complete and `lock` is shared."""
         announced = False
         while True:
-            # A lock that is not granted is lost, so two processes cannot wait for each other.
-            if _granted(lock, fcntl.LOCK_SH) and (corpus := _complete(folder)) and is_verified(corpus):
+            if (corpus := _locked_copy(lock, folder)) and is_verified(corpus):
                 return
+            # A lock that is not granted is lost, so two processes cannot wait for each other.
             if _granted(lock, fcntl.LOCK_EX):
                 self._copy(source, manifest, folder)
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 return
-            if _granted(lock, fcntl.LOCK_SH) and _complete(folder):  # in use, perhaps on a host with another name
+            if _locked_copy(lock, folder):  # in use, perhaps on a host with another name
                 return
             if not announced:
                 log.info("waiting for another process that copies %s to %s", source, folder)
@@ -205,6 +205,18 @@ def _complete(folder: Path) -> Corpus | None:
         return open_corpus(folder)
     except UserError:
         return None
+
+
+def _locked_copy(lock: int, folder: Path) -> Corpus | None:
+    """The copy, with `lock` shared; None, without a lock, if there is none, or another process writes it.
+
+    Processes that find none take no lock, because they would refuse each other the right to copy.
+    """
+    if _complete(folder) and _granted(lock, fcntl.LOCK_SH):
+        if corpus := _complete(folder):
+            return corpus
+        fcntl.flock(lock, fcntl.LOCK_UN)  # deleted in the meantime
+    return None
 
 
 def _granted(lock: int, kind: int) -> bool:

@@ -1,11 +1,13 @@
 """Copies of corpora on a local disk."""
 
+import fcntl
 import logging
 import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -113,6 +115,28 @@ def test_one_of_several_processes_copies(wordpiece_corpus: Path, tmp_path: Path)
     assert found == [found[0]] * 4
     assert files_below(tmp_path).keys() >= {f"{next(iter(found[0].values())).relative_to(tmp_path)}/manifest.json"}
     assert not [name for name in files_below(tmp_path) if name.endswith(".partial")]
+
+
+def test_a_process_that_waits_holds_no_lock(wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches processes that start at the same time, wait with a shared lock each, and refuse each other the right to
+    copy."""
+    source = str(wordpiece_corpus)
+    manifest = open_corpus(wordpiece_corpus).manifest
+    path = CorpusCache(tmp_path).folder_of(source, manifest).parent / ".lock"
+    path.parent.mkdir(parents=True)
+    with path.open("w") as other:  # of another process that has just looked
+        fcntl.flock(other, fcntl.LOCK_SH)
+        waited = Event()
+
+        def take_turns() -> None:
+            if not waited.is_set():  # later it is called while the corpus is copied
+                waited.set()
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(other, fcntl.LOCK_UN)
+
+        found = CorpusCache(tmp_path, on_progress=take_turns).locate([source])
+    assert waited.is_set()
+    assert open_corpus(found[source]).manifest == manifest
 
 
 def test_the_copy_that_was_not_used_for_longest_is_deleted(
