@@ -36,7 +36,7 @@ Shell = Literal["bash", "zsh", "fish"]
 _KEYS_OF = {"plan": "pretrain", "preflight": "pretrain"}  # commands that take the config of another one
 
 _BASH = """\
-# deepcloze, bash: eval "$(deepcloze completion bash)", for example in ~/.bashrc
+# deepcloze, bash: deepcloze completion bash > ~/.deepcloze.bash, and in ~/.bashrc: . ~/.deepcloze.bash
 _deepcloze() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
     if [ "$COMP_CWORD" -eq 1 ]; then
@@ -59,7 +59,7 @@ complete -o default -F _deepcloze deepcloze
 """
 
 _ZSH = """\
-# deepcloze, zsh: eval "$(deepcloze completion zsh)", for example in ~/.zshrc
+# deepcloze, zsh: deepcloze completion zsh > ~/.deepcloze.zsh, and in ~/.zshrc: . ~/.deepcloze.zsh
 autoload -U +X compinit && compinit
 autoload -U +X bashcompinit && bashcompinit
 """
