@@ -102,7 +102,8 @@ def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellTy
     labelled = any(record.values.get(role) not in missing for record in records for role in targets)
     for role in targets:
         empty = [record.place for record in records if record.values.get(role) is None]
-        if empty and (required or labelled):
+        lacking = types[role].optional and len(empty) == len(records)
+        if empty and (required or labelled) and not lacking:
             more = f" (and {len(empty) - 1} more lines)" if len(empty) > 1 else ""
             raise UserError(f"{empty[0]}{more}: the {role} is empty")
     if not labelled:
@@ -153,7 +154,8 @@ def _find_columns(
     found: dict[str, list[int]] = {}
     for role, cell_type in types.items():
         asked = [name.strip() for name in columns.names(role)]
-        if targets_required or not cell_type.target or any(name in names or name in numbers for name in asked):
+        required = not cell_type.target or (targets_required and not cell_type.optional)
+        if required or any(name in names or name in numbers for name in asked):
             found[role] = [
                 int(name) if name in numbers else column_index(names, name, row.named_at, f"{key}.{role}", row.csv)
                 for name in asked
