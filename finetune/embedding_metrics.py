@@ -9,27 +9,27 @@ _ROWS = 256  # of a matrix of similarities that are computed at once
 
 Vectors = NDArray[np.float32]
 
-# Shape suffixes: N texts, Q queries, M documents, D hidden.
+# Shape suffixes: N texts or queries, M documents, R rows of a part, D hidden.
 
 
-def relevant_ranks(queries_QD: Vectors, documents_MD: Vectors, relevant: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Of each query, the ranks of its relevant documents among all documents, from 1, in the order of `relevant`.
+def document_ranks(queries_ND: Vectors, documents_MD: Vectors, own_N: NDArray[np.int64]) -> list[int]:
+    """The rank of each query's own document among all documents, from 1. own_N: its number.
 
-    relevant: of each query, the numbers of its documents. Of documents that are equally similar, all have the last of
-    their ranks, so that a model that gives all texts one vector finds nothing.
+    Of documents that are equally similar, all have the last of their ranks, so that a model that gives all texts the
+    same vector finds nothing.
     """
-    found = []
-    for start in range(0, len(queries_QD), _ROWS):
-        rows = queries_QD[start : start + _ROWS] @ documents_MD.T
-        for similarity_M, numbers in zip(rows, relevant[start : start + _ROWS], strict=True):
-            found.append([int((similarity_M >= similarity_M[number]).sum()) for number in numbers])
-    return found
+    ranks: list[int] = []
+    for start in range(0, len(queries_ND), _ROWS):
+        similarity_RM = queries_ND[start : start + _ROWS] @ documents_MD.T
+        own_R1 = np.take_along_axis(similarity_RM, own_N[start : start + _ROWS, None], axis=1)
+        ranks += (similarity_RM >= own_R1).sum(axis=1).tolist()
+    return ranks
 
 
 def ndcg(ranks: Sequence[int], cutoff: int = 10) -> float:
     """Normalized discounted cumulative gain of the first documents of a query (Järvelin and Kekäläinen 2002).
 
-    ranks: of its relevant documents, which all have the same gain.
+    ranks: of all its relevant documents, which have the same gain.
     """
     ideal = range(1, min(len(ranks), cutoff) + 1)
     return _discounted([rank for rank in ranks if rank <= cutoff]) / _discounted(ideal)

@@ -19,7 +19,7 @@ from experiment.files import write_json
 from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, ScoreColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.embedding_metrics import Vectors, ndcg, potentials, relevant_ranks
+from finetune.embedding_metrics import Vectors, document_ranks, ndcg, potentials
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding
 from finetune.pooling import Pooling, pool
@@ -166,44 +166,22 @@ class Kind(TaskKind[Config]):
         vectors = [np.round(output.astype(float), _DECIMALS) for output in outputs]
         if len(vectors) == 1:
             return {"embedding": vectors[0].tolist()}
-        similarity = float(np.prod([_unit(vector) for vector in vectors[:2]], axis=0).sum())
+        similarity = float(_unit(vectors[0]) @ _unit(vectors[1]))
         others = [vector.tolist() for vector in vectors[1:]]
         return {"embedding": vectors[0].tolist(), "similarity": similarity, "others": others}
 
     def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
-        """Numbers in place of vectors: `similarity`, `potential` (see `potentials`), without scores also `rank`,
-        `reciprocal_rank` and `ndcg@10`; `dimensions` has them for smaller vectors. The numbers of a text are with the
-        first record that has it; they are None in others."""
+        """Numbers in place of vectors, see `_relate`; `dimensions` has those of smaller vectors."""
         if "others" not in predictions[0]:
             return predictions
-        rows, *smaller = (self._relate(records, predictions, size) for size in (None, *self.config.dimensions))
-        if not smaller:
+        sizes = self.config.dimensions
+        rows, *smaller = (_relate(records, predictions, size) for size in (None, *sizes))
+        if not sizes:
             return rows
-        by_size = [
-            dict(zip(map(str, self.config.dimensions), found, strict=True)) for found in zip(*smaller, strict=True)
+        return [
+            {**row, "dimensions": dict(zip(map(str, sizes), cut, strict=True))}
+            for row, *cut in zip(rows, *smaller, strict=True)
         ]
-        return [{**row, "dimensions": found} for row, found in zip(rows, by_size, strict=True)]
-
-    def _relate(
-        self, records: Sequence[Record], predictions: Sequence[Prediction], size: int | None
-    ) -> list[dict[str, Any]]:
-        """size: of vectors; None: as they are."""
-        texts_ND = _unit(np.array([each["embedding"][:size] for each in predictions], dtype=np.float32))
-        others = [np.array(each["others"], dtype=np.float32)[:, :size] for each in predictions]
-        pairs_ND = _unit(np.stack([rows[0] for rows in others]))
-        first: dict[str, int] = {}  # record of each text
-        for number, record in enumerate(records):
-            first.setdefault(record.values["text"], number)
-        numbers = list(first.values())
-        rows: list[dict[str, Any]] = [
-            {"similarity": similarity, "potential": None}
-            for similarity in (texts_ND * pairs_ND).sum(axis=1, dtype=float).tolist()
-        ]
-        for number, potential in zip(numbers, potentials(texts_ND[numbers]).tolist(), strict=True):
-            rows[number]["potential"] = potential
-        if _score(records[0]) is None:
-            _add_ranks(rows, records, first, texts_ND[numbers], _unit(np.concatenate(others)))
-        return rows
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """With scores: Spearman's correlation of the cosine with the score, 0 if undefined. Without: of each text among
@@ -237,13 +215,8 @@ class Kind(TaskKind[Config]):
         rows = self.relate(records, predictions)
         if "rank" in rows[0]:
             return np.array([1 - 1 / row["rank"] for row in rows])
-        ranks = [
-            rankdata(values)
-            for values in zip(
-                *((row["similarity"], _score(record)) for record, row in zip(records, rows, strict=True)), strict=True
-            )
-        ]
-        return np.asarray(np.abs(ranks[0] - ranks[1]) / len(rows))
+        similarity, scores = [row["similarity"] for row in rows], [_score(record) for record in records]
+        return np.asarray(np.abs(rankdata(similarity) - rankdata(scores)) / len(rows))
 
     def write_files(self, folder: Path, model: PreTrainedModel, max_seq_length: int) -> None:
         """What sentence-transformers needs to open the folder."""
@@ -259,7 +232,7 @@ class Kind(TaskKind[Config]):
         ]
         write_json(folder / "modules.json", modules)
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
-        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling").mkdir(exist_ok=True)
         pooling = {
             "word_embedding_dimension": model.config.get_text_config().hidden_size,
             "pooling_mode_cls_token": self.config.pooling == "cls",
@@ -305,29 +278,41 @@ def _unit(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
 
 
-def _add_ranks(
-    rows: list[dict[str, Any]],
-    records: Sequence[Record],
-    first: Mapping[str, int],
-    texts_QD: Vectors,
-    others_SD: Vectors,
-) -> None:
-    """first: of each text, the record that its numbers belong to. others_SD: of all records."""
-    texts = [text for record in records for text in _others(record)]
-    places = {text: place for place, text in reversed(list(enumerate(texts)))}
-    numbers = {text: number for number, text in enumerate(places)}
-    relevant: dict[str, dict[int, None]] = {text: {} for text in first}
-    for record in records:
-        relevant[record.values["text"]][numbers[record.values["text_pair"]]] = None
-    found = relevant_ranks(texts_QD, others_SD[list(places.values())], [list(each) for each in relevant.values()])
-    ranks = {text: dict(zip(relevant[text], each, strict=True)) for text, each in zip(first, found, strict=True)}
-    for number, (row, record) in enumerate(zip(rows, records, strict=True)):
-        text = record.values["text"]
-        of_text = ranks[text]
-        is_first = first[text] == number
-        row["rank"] = of_text[numbers[record.values["text_pair"]]]
-        row["reciprocal_rank"] = 1 / min(of_text.values()) if is_first else None
-        row["ndcg@10"] = ndcg(list(of_text.values())) if is_first else None
+def _relate(records: Sequence[Record], predictions: Sequence[Prediction], size: int | None) -> list[dict[str, Any]]:
+    """Of each record: `similarity`; without scores, `rank` of its document among all `text_pair` and `negative`.
+
+    Of each text, with the first record that has it and None with others: `potential` (see `potentials`); without
+    scores, `reciprocal_rank` of the first of its documents, and `ndcg@10`. size: of vectors; None: as they are.
+    """
+    texts_ND = _unit(np.array([each["embedding"][:size] for each in predictions], dtype=np.float32))
+    others = [_unit(np.array(each["others"], dtype=np.float32)[:, :size]) for each in predictions]
+    similarity_N = (texts_ND * np.stack([vectors[0] for vectors in others])).sum(axis=1, dtype=float)
+    rows: list[dict[str, Any]] = [{"similarity": each, "potential": None} for each in similarity_N.tolist()]
+    first = _first_places([record.values["text"] for record in records])
+    for number, potential in zip(first.values(), potentials(texts_ND[list(first.values())]).tolist(), strict=True):
+        rows[number]["potential"] = potential
+    if _score(records[0]) is not None:
+        return rows
+    documents = _first_places([text for record in records for text in _others(record)])
+    numbers = {text: number for number, text in enumerate(documents)}
+    own_N = np.array([numbers[record.values["text_pair"]] for record in records])
+    ranks = document_ranks(texts_ND, np.concatenate(others)[list(documents.values())], own_N)
+    by_text: dict[str, dict[str, int]] = {}
+    for record, row, rank in zip(records, rows, ranks, strict=True):
+        row |= {"rank": rank, "reciprocal_rank": None, "ndcg@10": None}
+        by_text.setdefault(record.values["text"], {})[record.values["text_pair"]] = rank
+    for text, number in first.items():
+        found = list(by_text[text].values())
+        rows[number] |= {"reciprocal_rank": 1 / min(found), "ndcg@10": ndcg(found)}
+    return rows
+
+
+def _first_places(texts: Sequence[str]) -> dict[str, int]:
+    """Where each text occurs first."""
+    places: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, place)
+    return places
 
 
 def _scores(records: Sequence[Record], rows: Sequence[Prediction]) -> dict[str, float]:
