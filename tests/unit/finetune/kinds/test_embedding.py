@@ -1,5 +1,4 @@
 import csv
-import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -32,8 +31,8 @@ from finetune.results.predictions import read_predictions
 from finetune.run import run
 from finetune.serve.served_model import load_served_model
 from finetune.splits import Task
-from finetune.task_kind import LossOptions
-from finetune.training.updater import Updater, training_order
+from finetune.task_kind import Loss, LossOptions
+from finetune.training.updater import Updater
 
 WORDS = [f"word{number}" for number in range(40)]
 CPU = Device(torch.device("cpu"), None)
@@ -186,14 +185,6 @@ def test_cached_gradients_are_those_of_the_same_dropout(encoder: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_updates_are_drawn_at_random() -> None:
-    """Catches negatives of the same length, which batches of similar length would have."""
-    order = training_order([0] * 400, batch_size=4, seed=1)
-    batches = [indices for _, indices in itertools.islice(order, 100)]
-    assert sorted(itertools.chain(*batches)) == list(range(400))
-    assert fmean(max(batch) - min(batch) for batch in batches) > 150
-
-
 def write_rows(path: Path, seed: int, count: int = 40, **columns: Callable[[random.Random], Any]) -> str:
     """A JSONL file. columns: make the cells; sentence1 and sentence2 are given."""
     draw = random.Random(seed)
@@ -273,6 +264,22 @@ def test_alignment_is_of_similar_pairs() -> None:
     predictions = [{"similarity": similarity, "potential": 0.5} for similarity in (0.1, 0.2, 0.7, 0.9)]
     found = make_kind(metric="spearman").scores(records, predictions)
     assert found == pytest.approx({"spearman": 1.0, "alignment": 2 - 2 * 0.8, "uniformity": np.log(0.5)})
+
+
+def test_negatives_are_drawn_at_random(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches batches of texts of the same length, as other kinds have them."""
+    files = {split: write_rows(tmp_path / f"{split}.jsonl", 0, 400) for split in ("train", "validation")}
+    spreads: list[int] = []
+    step = Updater.step
+
+    def spy(updater: Updater, examples: Sequence[Example]) -> Loss:
+        lengths = [example.longest for example in examples]
+        spreads.append(max(lengths) - min(lengths))
+        return step(updater, examples)
+
+    monkeypatch.setattr(Updater, "step", spy)
+    run(config_of(encoder, tmp_path, {**files, "metric": "mrr"}, steps=25))
+    assert fmean(spreads) > 4  # of 3 to 11 tokens
 
 
 @pytest.mark.parametrize(
