@@ -170,7 +170,9 @@ def _write_model(folder: Path, model: PreTrainedModel, run: ResolvedRun, tempera
     # Load it again: tokenizing has changed the truncation settings of the other one.
     tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config)
     save_model(model, tokenizer, run.task.kind.config.special_tokens_in_text, folder)
-    run.task.kind.write_files(folder, model, run.max_seq_length)
+    for name, content in run.task.kind.library_files(model, run.max_seq_length).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, content)
     task = SavedTask(
         kind=run.task.kind,
         max_seq_length=run.max_seq_length,

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from experiment.config import did_you_mean
@@ -252,9 +251,9 @@ class TaskKind(ABC, Generic[ConfigT]):
         confusion = self.confusion(records, predictions)
         return {} if confusion is None else label_scores(confusion, self.labels)
 
-    def write_files(self, folder: Path, model: "PreTrainedModel", max_seq_length: int) -> None:
-        """Write further files to a model folder, which other libraries need."""
-        del folder, model, max_seq_length
+    def library_files(self, model: "PreTrainedModel", max_seq_length: int) -> Mapping[str, Any]:
+        """JSON files that `library` needs in the model folder: path -> content."""
+        return {}
 
 
 def find_kind(name: str) -> type[TaskKind[Any]]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.files import write_json
 from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, ScoreColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -218,27 +216,22 @@ class Kind(TaskKind[Config]):
         similarity, scores = [row["similarity"] for row in rows], [_score(record) for record in records]
         return np.asarray(np.abs(rankdata(similarity) - rankdata(scores)) / len(rows))
 
-    def write_files(self, folder: Path, model: PreTrainedModel, max_seq_length: int) -> None:
-        """What sentence-transformers needs to open the folder."""
-        steps = ["Transformer", "Pooling", *(["Normalize"] if self.config.normalize else [])]
-        modules = [
-            {
-                "idx": number,
-                "name": str(number),
-                "path": f"{number}_{step}" if number else "",
-                "type": f"sentence_transformers.models.{step}",
-            }
-            for number, step in enumerate(steps)
-        ]
-        write_json(folder / "modules.json", modules)
-        write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
-        (folder / "1_Pooling").mkdir(exist_ok=True)
-        pooling = {
-            "word_embedding_dimension": model.config.get_text_config().hidden_size,
-            "pooling_mode_cls_token": self.config.pooling == "cls",
-            "pooling_mode_mean_tokens": self.config.pooling == "mean",
+    def library_files(self, model: PreTrainedModel, max_seq_length: int) -> Mapping[str, Any]:
+        steps = {"Transformer": "", "Pooling": "1_Pooling"} | (
+            {"Normalize": "2_Normalize"} if self.config.normalize else {}
+        )
+        return {
+            "modules.json": [
+                {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{step}"}
+                for number, (step, path) in enumerate(steps.items())
+            ],
+            "sentence_bert_config.json": {"max_seq_length": max_seq_length, "do_lower_case": False},
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": model.config.get_text_config().hidden_size,
+                "pooling_mode_cls_token": self.config.pooling == "cls",
+                "pooling_mode_mean_tokens": self.config.pooling == "mean",
+            },
         }
-        write_json(folder / "1_Pooling" / "config.json", pooling)
 
 
 def in_batch_negatives_loss(texts_ND: Tensor, candidates_MD: Tensor, excluded_NM: Tensor, scale: float) -> Tensor:

@@ -111,18 +111,19 @@ class Updater:
         computed without activations, then the gradients of the loss with respect to them, then each part again, with
         the same dropout.
         """
+        batches = [self._collate(part) for part in parts]
         random_states, outputs = [], []
         with torch.no_grad():
-            for part in parts:
+            for batch in batches:
                 random_states.append(self._random_state())
-                outputs.append(self._forward(self._collate(part)))
+                outputs.append(self._forward(batch))
         whole = torch.cat(outputs).requires_grad_()
         loss = self._backward_loss(whole, self._collate([example for part in parts for example in part]))
         assert whole.grad is not None
         gradients = torch.split(whole.grad, [len(output) for output in outputs])
-        for part, random_state, gradient in zip(parts, random_states, gradients, strict=True):
+        for batch, random_state, gradient in zip(batches, random_states, gradients, strict=True):
             self._set_random_state(random_state)
-            torch.autograd.backward(self._forward(self._collate(part)), gradient)
+            torch.autograd.backward(self._forward(batch), gradient)
         return loss
 
     def _collate(self, examples: Sequence[Example]) -> Batch:
