@@ -27,7 +27,7 @@ class CellType:
     """The value of a cell, None if it is empty. Raises ValueError if it holds something else, perhaps with a hint."""
     target: bool = False  # what is to be predicted: a test split may lack it
     encoded: bool = False  # a target that the model reads too, such as the other text of a pair to embed
-    optional: bool = False  # a target that any split may lack
+    optional: bool = False  # a target that any split may lack, and rows too if it is encoded
 
     @property
     def is_input(self) -> bool:

@@ -97,13 +97,16 @@ def read_table(
 
 def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellType], required: bool) -> Table:
     """A table in which all records have their targets or none has."""
-    targets = [role for role, cell_type in types.items() if cell_type.target]
+    found = {role for record in records for role in record.values}
+    targets = [
+        role for role, cell_type in types.items() if cell_type.target and (not cell_type.optional or role in found)
+    ]
     missing = (None,) if required else _MISSING
-    labelled = any(record.values.get(role) not in missing for record in records for role in targets)
+    decisive = [role for role in targets if not types[role].encoded] or targets
+    labelled = any(record.values.get(role) not in missing for record in records for role in decisive)
     for role in targets:
         empty = [record.place for record in records if record.values.get(role) is None]
-        lacking = types[role].optional and len(empty) == len(records)
-        if empty and (required or labelled) and not lacking:
+        if empty and (required or labelled) and not (types[role].optional and types[role].encoded):
             more = f" (and {len(empty) - 1} more lines)" if len(empty) > 1 else ""
             raise UserError(f"{empty[0]}{more}: the {role} is empty")
     if not labelled:

@@ -312,6 +312,23 @@ def test_negatives_are_texts_lists_or_columns(tmp_path: Path) -> None:
     assert read == [[["c d"], ["c", "d"], []], [["e", "c d"], ["e", '["c", "d"]'], []]]
 
 
+def test_rows_without_a_negative(tmp_path: Path) -> None:
+    """Catches a JSON object that must have the key."""
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"sentence1": "a", "sentence2": "b"}\n{"sentence1": "a", "sentence2": "b", "hard": "c"}\n')
+    found = read_table(path, EmbeddingColumns(negative="hard")).records
+    assert [record.values.get("negative") for record in found] == [None, ["c"]]
+
+
+def test_a_test_split_without_scores_is_not_scored(tmp_path: Path) -> None:
+    """Catches the score -1 of a hidden test split, which would give a correlation of 0."""
+    path = tmp_path / "f.csv"
+    path.write_text("sentence1,sentence2,score\na,b,-1\nc,d,-1\n")
+    table = read_table(path, EmbeddingColumns(score="score"), targets_required=False)
+    assert not table.labelled
+    assert [record.values for record in table.records] == [{"text": "a"}, {"text": "c"}]
+
+
 def test_a_score_that_only_some_rows_have(tmp_path: Path) -> None:
     """Catches rows that would be trained with another loss than the others."""
     path = tmp_path / "f.csv"
@@ -340,7 +357,7 @@ def model(request: pytest.FixtureRequest, encoder: Path, tmp_path_factory: pytes
     """The folder of a trained model."""
     folder = tmp_path_factory.mktemp("trained")
     files = {split: write_rows(folder / f"{split}.jsonl", 0) for split in ("train", "validation")}
-    run(config_of(encoder, folder, {**files, "metric": "mrr", **request.param}))
+    run(config_of(encoder, folder, {**files, "columns": {"negative": "hard"}, "metric": "mrr", **request.param}))
     return folder / "run" / "seed-42" / "model"
 
 
@@ -377,7 +394,8 @@ def test_onnx_gives_the_same_vectors(model: Path, export_onnx: Callable[..., Pat
 
 @pytest.mark.parametrize("model", [MEAN], ids=["mean"], indirect=True)
 def test_predict_writes_vectors_and_scores(model: Path, tmp_path: Path) -> None:
-    """Catches a file of texts that must have pairs, and documents that are written without being asked for."""
+    """Catches a file of texts that must have pairs, pairs that must have negatives, and documents that are written
+    without being asked for."""
     (tmp_path / "texts.csv").write_text("sentence1\nword1\nword2 word3\n")
     output = tmp_path / "vectors.jsonl"
     predict_command(PredictOptions(model=str(model), input=str(tmp_path / "texts.csv"), output=str(output)))
