@@ -29,7 +29,7 @@ _ACCEPTABLE = 0.01  # share of sequences that may be cut without a suggestion
 
 def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
     """A line for each oddity of the splits, with examples."""
-    targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
+    targets = [role for role, cell_type in columns.cell_types().items() if not cell_type.is_input]
     texts = columns.roles(TEXT, CONTEXT)
     lines = [
         f"{split}: {empty:,} rows have an empty text"

@@ -53,7 +53,7 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
         from finetune.splits import split_off  # imports torch
 
         _, tables["validation"] = split_off(tables.pop("train"), task.columns, task.validation_share, task.split_seed)
-    inputs = task.columns.without_targets().cell_types()
+    inputs = [role for role, cell_type in task.columns.cell_types().items() if cell_type.is_input]
     return [
         EvaluationText(split, record.place, text)
         for split, table in tables.items()

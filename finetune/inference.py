@@ -118,7 +118,9 @@ def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch,
     predictions = decode(task.kind, split, outputs)
     if not split.table.labelled or loss is None:
         return Evaluation(predictions, None, {})
-    return Evaluation(predictions, (loss.sum / loss.weight).item(), task.kind.scores(split.table.records, predictions))
+    records = split.table.records
+    related = tuple(task.kind.relate(records, predictions))
+    return Evaluation(related, (loss.sum / loss.weight).item(), task.kind.scores(records, related))
 
 
 def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int) -> tuple[Task, Device, list[str]]:

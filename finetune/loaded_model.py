@@ -5,10 +5,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
@@ -20,6 +20,7 @@ from finetune.encoding.examples import Batch, Padding, collate, pad_sequences
 from finetune.inference import computes
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.onnx_model import OnnxModel, holds_onnx_model
+from finetune.pooling import Pooling, pool
 from finetune.saved_task import SavedTask
 from finetune.task_kind import TaskKind
 
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
 _MASKED_LM = "AutoModelForMaskedLM"
-
-Pooling = Literal["mean", "first"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch,
 class EmbeddedText(EncodedText):
     """A text to embed."""
 
-    pooling: Pooling  # mean over all tokens, special ones included; or the first token, such as [CLS]
+    pooling: Pooling
 
 
 @dataclass(frozen=True)
@@ -135,23 +134,21 @@ class Embedder:
     """The encoder of a loaded model, without its head. Threads may share it."""
 
     loaded: LoadedModel
+    pooling: Pooling = "mean"
+    normalize: bool = False  # to length 1
 
-    def encode(self, texts: Sequence[str], pooling: Pooling) -> list[EmbeddedText]:
+    def encode(self, texts: Sequence[str], pooling: Pooling | None = None) -> list[EmbeddedText]:
         """Texts that are too long are cut."""
         with self.loaded.encoding:
-            return [EmbeddedText(self.loaded.encoder.encode(text), pooling) for text in texts]
+            return [EmbeddedText(self.loaded.encoder.encode(text), pooling or self.pooling) for text in texts]
 
     def compute(self, texts: Sequence[EmbeddedText]) -> list[list[float]]:
         """The vectors of texts, D numbers each: hidden states of the last layer, pooled."""
         inputs = pad_sequences([text.tokens for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
-            hidden_STD = self.loaded.model.base_model(**inputs).last_hidden_state.float()
+            hidden_STD = self.loaded.model.base_model(**inputs).last_hidden_state
         mask_ST = inputs["attention_mask"]
-        pooled = [_pool(*row) for row in zip(hidden_STD, mask_ST, (text.pooling for text in texts), strict=True)]
-        vectors: list[list[float]] = torch.stack(pooled).tolist()
+        by_pooling = {pooling: pool(hidden_STD, mask_ST, pooling) for pooling in {text.pooling for text in texts}}
+        vectors_SD = torch.stack([by_pooling[text.pooling][number] for number, text in enumerate(texts)])
+        vectors: list[list[float]] = (F.normalize(vectors_SD, dim=-1) if self.normalize else vectors_SD).tolist()
         return vectors
-
-
-def _pool(hidden_TD: Tensor, mask_T: Tensor, pooling: Pooling) -> Tensor:
-    tokens = hidden_TD[mask_T.bool()]
-    return tokens[0] if pooling == "first" else tokens.mean(0)

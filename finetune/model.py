@@ -114,11 +114,13 @@ def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
     size += f" ({frozen / 1e6:.1f} M frozen)" if frozen else ""
     if not spec.pretrained:
         return [f"{size}, randomly initialized"]
-    head = [name for name in built.new if _is_in_head(name, built.model)]
-    kept = "head kept, its labels are the same" if spec.head else "head kept"
-    origin = "new head" if head else kept
-    origin += f", newly initialized: {', '.join(built.new)}" if built.new else ""
-    lines = [f"{size}, from {spec.folder}; {origin}"]
+    origin = f"{size}, from {spec.folder}"
+    if built.model.base_model is not built.model:
+        head = [name for name in built.new if _is_in_head(name, built.model)]
+        kept = "head kept, its labels are the same" if spec.head else "head kept"
+        origin += f"; {'new head' if head else kept}"
+        origin += f", newly initialized: {', '.join(built.new)}" if built.new else ""
+    lines = [origin]
     if layers := describe_unused_layers(spec.folder, built.unused):
         return [*lines, layers]
     if built.unused:
@@ -151,7 +153,7 @@ def _load(spec: ModelSpec) -> BuiltModel:
 
 
 def _is_in_head(parameter: str, model: PreTrainedModel) -> bool:
-    return not parameter.startswith(f"{model.base_model_prefix}.")
+    return model.base_model is not model and not parameter.startswith(f"{model.base_model_prefix}.")
 
 
 def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:

@@ -43,7 +43,8 @@ class Input:
 
     def count(self) -> int:
         """Number of rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""
-        targets = [role for role, cell_type in self.kind.config.columns.cell_types().items() if cell_type.target]
+        types = self.kind.config.columns.cell_types()
+        targets = [role for role, cell_type in types.items() if cell_type.target and not cell_type.optional]
         count = 0
         for record in self:
             count += 1

@@ -170,6 +170,9 @@ def _write_model(folder: Path, model: PreTrainedModel, run: ResolvedRun, tempera
     # Load it again: tokenizing has changed the truncation settings of the other one.
     tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config)
     save_model(model, tokenizer, run.task.kind.config.special_tokens_in_text, folder)
+    for name, content in run.task.kind.library_files(model, run.max_seq_length).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, content)
     task = SavedTask(
         kind=run.task.kind,
         max_seq_length=run.max_seq_length,
@@ -210,4 +213,4 @@ def _epoch_row(epoch: Epoch, metric: str) -> dict[str, float]:
     scores, train_scores = row.pop("scores"), row.pop("train_scores")
     if epoch.validation_loss is None:
         del row["validation_loss"]
-    return {**row, **scores, **({f"train_{metric}": train_scores[metric]} if train_scores else {})}
+    return {**row, **scores, **({f"train_{metric}": train_scores[metric]} if metric in train_scores else {})}

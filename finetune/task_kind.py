@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.examples import Batch, Example, Padding
+    from finetune.pooling import Pooling
 
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them, C labels.
 
@@ -85,11 +87,18 @@ class TaskKind(ABC, Generic[ConfigT]):
     smooths_labels: ClassVar[bool] = False
     """Whether `loss` uses `LossOptions.label_smoothing`."""
 
+    compares_examples: ClassVar[bool] = False
+    """Whether the loss of an example depends on the others of its update, which are then drawn at random, not by
+    length, and computed with gradient caching if they take several microbatches."""
+
     auto_model: str = "AutoModelForSequenceClassification"
     """The class of transformers that has the head for this kind."""
 
     hub_task: ClassVar[str] = "text-classification"
     """The name of the kind on the Hugging Face Hub."""
+
+    library: ClassVar[str] = "transformers"
+    """The library that opens the model, as the Hub calls it."""
 
     def __init__(self, config: ConfigT, labels: tuple[str, ...]) -> None:
         """labels: as `find_labels` gives them, in the order of their ids."""
@@ -124,6 +133,11 @@ class TaskKind(ABC, Generic[ConfigT]):
     def describe(self, train: Table) -> list[str]:
         """Lines about the training split, for the user."""
         return []
+
+    @property
+    def embedding(self) -> "tuple[Pooling, bool]":
+        """How `POST /v1/embed` pools, and whether it scales vectors to length 1."""
+        return "mean", False
 
     @property
     def usage(self) -> str:
@@ -183,6 +197,11 @@ class TaskKind(ABC, Generic[ConfigT]):
     ) -> Prediction:
         """The prediction for a record. outputs: one for each sequence of its examples, in order."""
 
+    def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
+        """The predictions for all records of a split with targets, as they are kept: with what depends on the other
+        records, such as ranks. `scores` takes both."""
+        return predictions
+
     @abstractmethod
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """All metrics of predictions for records with targets."""
@@ -231,6 +250,10 @@ class TaskKind(ABC, Generic[ConfigT]):
         """The scores of each label; empty if the kind has no labels."""
         confusion = self.confusion(records, predictions)
         return {} if confusion is None else label_scores(confusion, self.labels)
+
+    def library_files(self, model: "PreTrainedModel", max_seq_length: int) -> Mapping[str, Any]:
+        """JSON files that `library` needs in the model folder: path -> content."""
+        return {}
 
 
 def find_kind(name: str) -> type[TaskKind[Any]]:

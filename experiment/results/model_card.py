@@ -93,9 +93,10 @@ def front_matter(
     ancestors: Sequence[Mapping[str, Any]],
     title: str,
     scores: Iterable[tuple[str, str, str, float]],
+    library: str = "transformers",
 ) -> ModelCardData:
-    """task: as the Hub calls it; ancestors: of the weights, as in deepcloze.json; scores: (data set, split, metric,
-    value)."""
+    """task, library: as the Hub calls them; ancestors: of the weights, as in deepcloze.json; scores: (data set, split,
+    metric, value)."""
     bases = [name for ancestor in ancestors if (name := hub_name(str(ancestor["folder"])))]
     results = [
         # `dataset_type` is the name of a data set on the Hub; ours has none.
@@ -111,7 +112,7 @@ def front_matter(
         for dataset, split, metric, value in scores
     ]
     return ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=task,
         tags=["deepcloze", *tags],
         base_model=bases[-1] if bases else None,

@@ -26,6 +26,12 @@ class CellType:
     read: Callable[[object], Any]
     """The value of a cell, None if it is empty. Raises ValueError if it holds something else, perhaps with a hint."""
     target: bool = False  # what is to be predicted: a test split may lack it
+    encoded: bool = False  # a target that the model reads too, such as the other text of a pair to embed
+    optional: bool = False  # a target that any split may lack, and rows too if it is encoded
+
+    @property
+    def is_input(self) -> bool:
+        return not self.target or self.encoded
 
 
 def _read_text(cell: object) -> str:
@@ -60,6 +66,13 @@ def _read_texts(cell: object) -> list[str]:
         if isinstance(cell, list)
         else "; for texts in several columns, list their names; in one cell, write a JSON list"
     )
+
+
+def _read_negatives(cell: object) -> list[str]:
+    """A list of texts, without empty ones; text that is not a list in JSON is one of them."""
+    cell = _parse_json(cell)
+    texts = _read_texts([cell] if isinstance(cell, str) else cell or [])
+    return [text for text in texts if text]
 
 
 def _read_number(cell: object) -> float | None:
@@ -184,6 +197,12 @@ WordsColumn = Annotated[Name, CellType("a list of words, or words separated by s
 ChoiceColumn = Annotated[Name, CellType("the right choice", _read_label, target=True)]
 LabelsColumn = Annotated[Name, CellType("a list of labels, or text", _read_labels, target=True)]
 NumberColumn = Annotated[Name, CellType("a number", _read_number, target=True)]
+PairedColumn = Annotated[Name, CellType("text", _read_text, target=True, encoded=True)]
+NegativesColumn = Annotated[
+    Name | tuple[Name, ...],
+    CellType("a text, or a list of texts", _read_negatives, target=True, encoded=True, optional=True),
+]
+ScoreColumn = Annotated[Name, CellType("a number", _read_number, target=True, optional=True)]
 TagsColumn = Annotated[Name, CellType("a list of tags, or tags separated by spaces", _read_tags, target=True)]
 OptionsColumn = Annotated[Name, CellType("a list with two or more options for each blank", _read_options)]
 ClozeAnswersColumn = Annotated[Name, CellType("a list of letters, one for each blank", _read_words, target=True)]

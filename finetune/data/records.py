@@ -97,12 +97,16 @@ def read_table(
 
 def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellType], required: bool) -> Table:
     """A table in which all records have their targets or none has."""
-    targets = [role for role, cell_type in types.items() if cell_type.target]
+    found = {role for record in records for role in record.values}
+    targets = [
+        role for role, cell_type in types.items() if cell_type.target and (not cell_type.optional or role in found)
+    ]
     missing = (None,) if required else _MISSING
-    labelled = any(record.values.get(role) not in missing for record in records for role in targets)
+    decisive = [role for role in targets if not types[role].encoded] or targets
+    labelled = any(record.values.get(role) not in missing for record in records for role in decisive)
     for role in targets:
         empty = [record.place for record in records if record.values.get(role) is None]
-        if empty and (required or labelled):
+        if empty and (required or labelled) and not (types[role].optional and types[role].encoded):
             more = f" (and {len(empty) - 1} more lines)" if len(empty) > 1 else ""
             raise UserError(f"{empty[0]}{more}: the {role} is empty")
     if not labelled:
@@ -153,7 +157,8 @@ def _find_columns(
     found: dict[str, list[int]] = {}
     for role, cell_type in types.items():
         asked = [name.strip() for name in columns.names(role)]
-        if targets_required or not cell_type.target or any(name in names or name in numbers for name in asked):
+        required = not cell_type.target or (targets_required and not cell_type.optional)
+        if required or any(name in names or name in numbers for name in asked):
             found[role] = [
                 int(name) if name in numbers else column_index(names, name, row.named_at, f"{key}.{role}", row.csv)
                 for name in asked

@@ -49,7 +49,8 @@ def write_seed_card(
     seed: int, run: ResolvedRun, record: SeedRecord, provenance: Mapping[str, Any], folder: Path
 ) -> None:
     """Write README.md into the model folder of a seed. provenance: of the run."""
-    task, ancestors, attempt = run.task.kind.config, provenance["ancestors"], provenance["attempts"][-1]
+    kind, task = run.task.kind, run.task.kind.config
+    ancestors, attempt = provenance["ancestors"], provenance["attempts"][-1]
     title, hardware = str(task.name), attempt["hardware"]
     scores = [(title, split, *score) for split, found in record.scores.items() for score in found.items()]
     device = hardware["gpus"][0] if run.device.device.type == "cuda" else describe_cpu(hardware)
@@ -59,7 +60,7 @@ def write_seed_card(
         title,
         _usage(run),
         ancestors,
-        data=front_matter(run.task.kind.hub_task, [task.kind.replace("_", "-")], ancestors, title, scores),
+        data=front_matter(kind.hub_task, [task.kind.replace("_", "-")], ancestors, title, scores, kind.library),
         hardware=[attempt_row(attempt, device)],
         seed=seed,
         task=task,

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from finetune.data.records import is_unicode
-from finetune.loaded_model import Pooling
+from finetune.pooling import Pooling
 
 _ONE_OF = ("texts", "pairs", "records")
 
@@ -97,9 +97,10 @@ class EmbedRequest(_Request):
     model_config = ConfigDict(json_schema_extra={"example": {"texts": ["a gorgeous film"]}})
 
     texts: list[Text]
-    pooling: Pooling = Field(
-        default="mean",
-        description="The mean over all tokens, special ones included; or the first token, such as [CLS].",
+    pooling: Pooling | None = Field(
+        default=None,
+        description="The mean over all tokens, special ones included; or `cls`, the first token. null: what the model "
+        "was trained with, otherwise the mean.",
     )
 
 

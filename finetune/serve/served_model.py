@@ -49,11 +49,11 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
     else:
         task = read_saved_task(folder)
         predictor = Predictor.load(folder, precision, _SEQUENCES, task)
-        served = ServedModel(_describe_predictor(predictor, task), Embedder(predictor.loaded), predictor)
+        embedder = Embedder(predictor.loaded, *task.kind.embedding)
+        served = ServedModel(_describe_predictor(predictor, task), embedder, predictor)
     _own_weights(served.loaded.model)
     pack_linear_layers(served.loaded.model, served.loaded.device)
-    embedder = served.embedder
-    embedder.compute(embedder.encode(["a"], "mean"))  # the first batch takes longer
+    served.embedder.compute(served.embedder.encode(["a"]))  # the first batch takes longer
     return served
 
 

@@ -19,8 +19,9 @@ from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Split
-from finetune.loaded_model import EmbeddedText, Pooling
+from finetune.loaded_model import EmbeddedText
 from finetune.mask_filler import Candidates, MaskedText, MaskFiller
+from finetune.pooling import Pooling
 from finetune.predictor import Predictor
 from finetune.serve.batching import Batcher, BatchLimits, BatchSize, Size
 from finetune.serve.limits import Admission, Limits
@@ -119,7 +120,7 @@ class Services:
             filler.rank(record, prediction["probabilities"]) for record, prediction in zip(records, found, strict=True)
         ]
 
-    async def embed(self, texts: Sequence[str], pooling: Pooling) -> list[list[float]]:
+    async def embed(self, texts: Sequence[str], pooling: Pooling | None) -> list[list[float]]:
         """See `Embedder`."""
         encoded = await asyncio.to_thread(self.served.embedder.encode, texts, pooling)
         return await self._embedded.submit(encoded, self._sizes(encoded))

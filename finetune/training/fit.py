@@ -242,9 +242,10 @@ class _Fitting:
             return
         train, updater, config = self._task.splits["train"], self._updater, self._config
         log_every = max(1, updater.total_steps // _EVENTS_PER_SEED)
+        lengths = [0] * len(train.examples) if self._task.kind.compares_examples else train.lengths
         self._model.train()
         with self._meter.training():
-            for epoch, indices in training_order(train.lengths, config.batch_size, self._seed, first=updater.steps):
+            for epoch, indices in training_order(lengths, config.batch_size, self._seed, first=updater.steps):
                 examples = [train.examples[index] for index in indices]
                 with uninterrupted():
                     self._meter.add(updater.step(examples), sum(example.tokens for example in examples))

@@ -13,7 +13,7 @@ from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
 from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
-from finetune.encoding.examples import Example, collate
+from finetune.encoding.examples import Batch, Example, collate
 from finetune.splits import Task
 from finetune.task_kind import Loss
 
@@ -61,13 +61,12 @@ class Updater:
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to continue exactly: the weights, and everything that the next updates depend on."""
-        cuda = [torch.cuda.get_rng_state(self._device.device)] if self._device.device.type == "cuda" else []
         return {
             "steps": self.steps,
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "random": [torch.get_rng_state(), *cuda],  # for dropout
+            "random": self._random_state(),  # for dropout
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -75,31 +74,69 @@ class Updater:
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"][0])
-        for random_state in state["random"][1:]:
-            torch.cuda.set_rng_state(random_state, self._device.device)
+        self._set_random_state(state["random"])
+
+    def _random_state(self) -> list[torch.Tensor]:
+        on_gpu = self._device.device.type == "cuda"
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self._device.device)] if on_gpu else [])]
+
+    def _set_random_state(self, state: Sequence[torch.Tensor]) -> None:
+        torch.set_rng_state(state[0])
+        for of_gpu in state[1:]:
+            torch.cuda.set_rng_state(of_gpu, self._device.device)
 
     def _backward(self, examples: Sequence[Example]) -> Loss:
         """Add up the gradients of the summed loss, divided by the batch size to keep them within the range of fp16."""
         losses: list[Loss] = []
+        compares = self._task.kind.compares_examples
 
         def compute(parts: Sequence[Sequence[Example]]) -> None:
             losses.clear()
             self._optimizer.zero_grad()  # of a computation that ran out of memory
+            if compares and len(parts) > 1:
+                losses.append(self._backward_cached(parts))
+                return
             for part in parts:
-                loss = self._compute_loss(part)
-                self._scaler.scale(loss.sum / self._config.batch_size).backward()  # type: ignore[no-untyped-call]
-                losses.append(Loss(loss.sum.detach(), loss.weight))
+                batch = self._collate(part)
+                losses.append(self._backward_loss(self._forward(batch), batch))
 
-        self._microbatch.compute(examples, compute)
+        # The parts have sequences of similar length: less padding.
+        self._microbatch.compute(sorted(examples, key=lambda each: each.longest) if compares else examples, compute)
         return Loss(*torch.stack([torch.stack([loss.sum, loss.weight]) for loss in losses]).sum(0))
 
-    def _compute_loss(self, examples: Sequence[Example]) -> Loss:
-        kind = self._task.kind
-        batch = collate(kind, examples, self._task.padding, self._device.device)
+    def _backward_cached(self, parts: Sequence[Sequence[Example]]) -> Loss:
+        """Add up the gradients of a loss that compares the outputs of all parts, with the memory of one part.
+
+        Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup": the outputs are
+        computed without activations, then the gradients of the loss with respect to them, then each part again, with
+        the same dropout.
+        """
+        batches = [self._collate(part) for part in parts]
+        random_states, outputs = [], []
+        with torch.no_grad():
+            for batch in batches:
+                random_states.append(self._random_state())
+                outputs.append(self._forward(batch))
+        whole = torch.cat(outputs).requires_grad_()
+        loss = self._backward_loss(whole, self._collate([example for part in parts for example in part]))
+        assert whole.grad is not None
+        gradients = torch.split(whole.grad, [len(output) for output in outputs])
+        for batch, random_state, gradient in zip(batches, random_states, gradients, strict=True):
+            self._set_random_state(random_state)
+            torch.autograd.backward(self._forward(batch), gradient)
+        return loss
+
+    def _collate(self, examples: Sequence[Example]) -> Batch:
+        return collate(self._task.kind, examples, self._task.padding, self._device.device)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
         with self._device.autocast():
-            outputs = kind.forward(self._model, batch)
-        return kind.loss(outputs, batch, self.loss_options)
+            return self._task.kind.forward(self._model, batch)
+
+    def _backward_loss(self, outputs: torch.Tensor, batch: Batch) -> Loss:
+        loss = self._task.kind.loss(outputs, batch, self.loss_options)
+        self._scaler.scale(loss.sum / self._config.batch_size).backward()  # type: ignore[no-untyped-call]
+        return Loss(loss.sum.detach(), loss.weight)
 
     def _scale_and_clip_gradients(self, factor: torch.Tensor) -> None:
         """Scale and clip in one pass over the gradients, because a second one would take long in small batches."""

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import random
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -50,6 +51,8 @@ def write_task(folder: Path, texts: Sequence[str], word: str) -> None:
     write_table(folder / "train.csv", ("text", "label"), rows[:60])
     write_table(folder / "test.csv", ("text", "label"), rows[60:])
     write_table(folder / "new.csv", ("text",), [row[:1] for row in rows[60:]])
+    pairs = [{"question": text, "answer": text} for text in dict.fromkeys(texts[:90])]
+    write_lines(folder / "questions.jsonl", map(json.dumps, pairs))
 
 
 def write_public_tasks(data: Path, texts: Sequence[str], word: str) -> None:

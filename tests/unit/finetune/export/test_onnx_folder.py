@@ -55,6 +55,7 @@ PAIRS = [{"text": one, "text_pair": other} for one, other in zip(texts(12), [*te
 CASES = {
     "classification": Case({"label": "a", "text": "b", "text_pair": "c"}, ("x", "y", "z"), PAIRS),
     "regression": Case({"label": "a", "text": "b"}, (), [{"text": text} for text in texts(12)]),
+    "embedding": Case({}, (), [{"text": text} for text in texts(12)]),
     "multi_label": Case({}, ("x", "y", "z"), [{"text": text} for text in texts(12)]),
     "token_classification": Case({}, ("O", "B-X", "I-X"), [{"words": text.split()} for text in texts(12)]),
     "question_answering": Case({}, (), [{"question": "word1 word2", "context": text} for text in texts(12, 80)]),

@@ -30,6 +30,7 @@ RECORDS = {
     "classification": {"text": "word1 word2", "text_pair": "word3"},
     "multi_label": {"text": "word1"},
     "regression": {"text": "word1"},
+    "embedding": {"text": "word1"},
     "token_classification": {"words": "word1  word2\n2020"},
     "multiple_choice": {"question": "word1", "choices": "word2 word3\nword4\n"},
     "question_answering": {"question": "word1", "context": "word2 word3 word4"},
@@ -260,7 +261,7 @@ def test_a_word_that_is_a_number(tasks: Callable[[str], Path], start: Start, ope
 
 
 def shown_answer(kind: str, page: Page) -> Any:
-    if kind in ("regression", "question_answering"):
+    if kind in ("regression", "question_answering", "embedding"):
         return json.loads(page.text("answer"))
     if kind == "token_classification":
         rows = page.driver.find_elements("css selector", "#answer .row")
@@ -281,7 +282,7 @@ def expected_answer(kind: str, server: PageServer) -> Any:
     found = ask(server, "v1/predict", {"records": [record]})
     if kind in ("classification", "multi_label"):
         return by_probability(found["probabilities"])
-    if kind in ("regression", "question_answering"):
+    if kind in ("regression", "question_answering", "embedding"):
         return found
     if kind == "multiple_choice":
         names, values = record["choices"], found["probabilities"]

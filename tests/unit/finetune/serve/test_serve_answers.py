@@ -137,7 +137,7 @@ def test_embeddings(head: str, folders: dict[str, Path], connect: Connect) -> No
         hidden = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in given]
     for pooling, expected in (
         ("mean", [rows.mean(0).tolist() for rows in hidden]),
-        ("first", [rows[0].tolist() for rows in hidden]),
+        ("cls", [rows[0].tolist() for rows in hidden]),
     ):
         found = post(client, "/v1/embed", {"texts": given, "pooling": pooling})["embeddings"]
         assert found == [pytest.approx(each, abs=CLOSE) for each in expected]

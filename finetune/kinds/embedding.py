@@ -1,0 +1,327 @@
+"""Embedding: a vector for a text, which is close to those of similar texts, or of the documents that answer a query."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import PositiveFloat, PositiveInt
+from scipy.stats import rankdata, spearmanr
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from experiment.errors import UserError
+from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, ScoreColumn, TextColumns
+from finetune.data.records import Record, Table
+from finetune.data.task_config import TaskConfig
+from finetune.embedding_metrics import Vectors, document_ranks, ndcg, potentials
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, Example, Padding
+from finetune.pooling import Pooling, pool
+from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+
+_DECIMALS = 8  # of the numbers of a vector: as precise as fp32
+_SIMILAR = 0.8  # of the range of scores: pairs above it are similar (Gao et al. 2021, SimCSE, for STS-B)
+_COLLAPSED = 0.99  # mean potential; vectors have a cosine of 0.9975
+
+# Shape suffixes: N examples, S sequences, M candidates, D hidden.
+
+
+class EmbeddingColumns(TextColumns):
+    """Columns of an embedding task. Only `text` is needed to predict."""
+
+    text: ContextColumn = "sentence1"
+    """Column with a text, or a query."""
+
+    text_pair: PairedColumn = "sentence2"
+    """Column with a similar text, or a document that answers the query; with `score`, with any other text."""
+
+    negative: NegativesColumn | None = None
+    """Column with a text that is not similar (a hard negative), or with a JSON list of them; or a list of columns. Not
+    all splits need it."""
+
+    score: ScoreColumn | None = None
+    """Column with a number that says how similar the two texts are. A split without it has pairs of similar texts."""
+
+
+class Config(TaskConfig):
+    """A vector for a text, trained with pairs of similar texts or with scored pairs."""
+
+    has_labels = False
+
+    kind: Literal["embedding"] = "embedding"
+    columns: EmbeddingColumns = EmbeddingColumns()
+    metric: Literal["spearman", "mrr", "ndcg@10", "alignment", "uniformity"] = "spearman"
+
+    pooling: Pooling = "mean"
+    """The mean over the hidden states of all tokens, or the hidden state of the first one, such as [CLS]."""
+
+    normalize: bool = True
+    """Whether to scale vectors to length 1. Training compares cosines either way."""
+
+    scale: PositiveFloat = 20.0
+    """Factor of cosines in the loss: the inverse of the temperature."""
+
+    dimensions: tuple[PositiveInt, ...] = ()
+    """Smaller sizes that vectors can be cut to: their first components are trained, too (Matryoshka)."""
+
+
+_USAGE = """
+from sentence_transformers import SentenceTransformer
+
+$model
+encoder = SentenceTransformer(model)
+print(encoder.encode(["A text."]).tolist())
+"""
+
+
+class Kind(TaskKind[Config]):
+    """A prediction has `embedding`; for a record with a pair, also `similarity`, the cosine of the two vectors."""
+
+    config_type = Config
+    metrics = dict.fromkeys(("spearman", "mrr", "ndcg@10"), Direction.HIGHER) | dict.fromkeys(
+        ("alignment", "uniformity"), Direction.LOWER
+    )
+    answer = "embedding"
+    compares_examples = True
+    auto_model = "AutoModel"
+    hub_task = "sentence-similarity"
+    library = "sentence-transformers"
+    usage = _USAGE
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def embedding(self) -> tuple[Pooling, bool]:
+        return self.config.pooling, self.config.normalize
+
+    def describe(self, train: Table) -> list[str]:
+        scores = [score for record in train.records if (score := _score(record)) is not None]
+        if scores:
+            return [f"scores in train: {min(scores):g} to {max(scores):g}, mean {np.mean(scores):.3g}; loss: CoSENT"]
+        negatives = sum(len(record.values.get("negative", ())) for record in train.records)
+        return [f"pairs in train have no scores; {negatives:,} hard negatives; loss: in-batch negatives"]
+
+    def check_target(self, record: Record) -> None:
+        metric, scored = self.config.metric, _score(record) is not None
+        if metric == "spearman" and not scored:
+            raise UserError(
+                f"{record.place}: no score, which task.metric: {metric} needs; name its column in task.columns.score, "
+                "or set task.metric: mrr"
+            )
+        if metric in ("mrr", "ndcg@10") and scored:
+            raise UserError(f"{record.place}: pairs with scores have no {metric}; set task.metric: spearman")
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        text, others = record.values["text"], _others(record)
+        if others and not training:
+            self.check_target(record)
+        target = _score(record) if _score(record) is not None else others or None
+        return [Example(tuple(map(encoder.encode, [text, *others])), target, details=text)]
+
+    def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
+        """N scores; or, of pairs without scores, NM: whether a candidate is another document of the text, or the same
+        as its own, so that it is no negative. The candidates are the N documents, then all negatives."""
+        if isinstance(examples[0].target, float):
+            return torch.tensor([example.target for example in examples])
+        documents: dict[str, set[str]] = {}
+        for example in examples:
+            documents.setdefault(example.details, set()).add(example.target[0])
+        candidates = [example.target[0] for example in examples]
+        candidates += [negative for example in examples for negative in example.target[1:]]
+        same = torch.tensor([[each in documents[example.details] for each in candidates] for example in examples])
+        return same.fill_diagonal_(False)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """SD vectors."""
+        hidden_STD = model.base_model(**batch.inputs).last_hidden_state  # type: ignore[operator]
+        if (largest := max(self.config.dimensions, default=0)) > hidden_STD.shape[-1]:
+            raise UserError(f"task.dimensions: {largest} is more than the model has: {hidden_STD.shape[-1]}")
+        vectors_SD = pool(hidden_STD, batch.inputs["attention_mask"], self.config.pooling)
+        return F.normalize(vectors_SD, dim=-1) if self.config.normalize else vectors_SD
+
+    def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
+        """In-batch negatives, or CoSENT for scored pairs; the sum over all dimensions (Kusupati et al. 2022,
+        "Matryoshka Representation Learning")."""
+        assert batch.targets is not None
+        counts = np.array([len(example.sequences) for example in batch.examples])
+        first = counts.cumsum() - counts
+        negatives = np.setdiff1d(np.arange(len(outputs)), [first, first + 1])
+        compute = cosent_loss if batch.targets.is_floating_point() else in_batch_negatives_loss
+        losses = []
+        for size in {*self.config.dimensions, outputs.shape[-1]}:
+            vectors_SD = F.normalize(outputs[:, :size], dim=-1)
+            candidates_MD = vectors_SD[np.concatenate([first + 1, negatives])]
+            losses.append(compute(vectors_SD[first], candidates_MD, batch.targets, self.config.scale))
+        return Loss.of(torch.stack(losses).sum() * len(counts), len(counts))
+
+    def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        vectors = [np.round(output.astype(float), _DECIMALS) for output in outputs]
+        if len(vectors) == 1:
+            return {"embedding": vectors[0].tolist()}
+        similarity = float(_unit(vectors[0]) @ _unit(vectors[1]))
+        others = [vector.tolist() for vector in vectors[1:]]
+        return {"embedding": vectors[0].tolist(), "similarity": similarity, "others": others}
+
+    def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
+        """Numbers in place of vectors, see `_relate`; `dimensions` has those of smaller vectors."""
+        if "others" not in predictions[0]:
+            return predictions
+        sizes = self.config.dimensions
+        rows, *smaller = (_relate(records, predictions, size) for size in (None, *sizes))
+        if not sizes:
+            return rows
+        return [
+            {**row, "dimensions": dict(zip(map(str, sizes), cut, strict=True))}
+            for row, *cut in zip(rows, *smaller, strict=True)
+        ]
+
+    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+        """With scores: Spearman's correlation of the cosine with the score, 0 if undefined. Without: of each text among
+        all `text_pair` and `negative` of the records, the mean reciprocal rank of the first of its documents, and
+        nDCG@10.
+
+        alignment: mean squared distance of similar pairs, and uniformity, both of unit vectors (Wang and Isola 2020).
+        """
+        return _scores(records, self.relate(records, predictions))
+
+    def breakdowns(
+        self, records: Sequence[Record], predictions: Sequence[Prediction]
+    ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """The scores of vectors cut to each of `dimensions`."""
+        rows = self.relate(records, predictions)
+        sizes = self.config.dimensions
+        cut = {size: [row["dimensions"][str(size)] for row in rows] for size in sizes}
+        return {"dimensions": [{"dimension": size, **_scores(records, cut[size])} for size in sizes]} if sizes else {}
+
+    def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
+        """Whether all texts have nearly the same vector."""
+        return self.scores(records, predictions)["uniformity"] > math.log(_COLLAPSED)
+
+    def rows(self, record: Record, prediction: Prediction) -> Sequence[tuple[Mapping[str, Any], Prediction]]:
+        shown = {key: value for key, value in prediction.items() if key not in ("others", "dimensions")}
+        return [(record.values, shown)]
+
+    def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
+        """With scores: how far the rank of the similarity is from that of the score, as a share of the rows. Without:
+        1 − 1 / rank of the document."""
+        rows = self.relate(records, predictions)
+        if "rank" in rows[0]:
+            return np.array([1 - 1 / row["rank"] for row in rows])
+        similarity, scores = [row["similarity"] for row in rows], [_score(record) for record in records]
+        return np.asarray(np.abs(rankdata(similarity) - rankdata(scores)) / len(rows))
+
+    def library_files(self, model: PreTrainedModel, max_seq_length: int) -> Mapping[str, Any]:
+        steps = {"Transformer": "", "Pooling": "1_Pooling"} | (
+            {"Normalize": "2_Normalize"} if self.config.normalize else {}
+        )
+        return {
+            "modules.json": [
+                {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{step}"}
+                for number, (step, path) in enumerate(steps.items())
+            ],
+            "sentence_bert_config.json": {"max_seq_length": max_seq_length, "do_lower_case": False},
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": model.config.get_text_config().hidden_size,
+                "pooling_mode_cls_token": self.config.pooling == "cls",
+                "pooling_mode_mean_tokens": self.config.pooling == "mean",
+            },
+        }
+
+
+def in_batch_negatives_loss(texts_ND: Tensor, candidates_MD: Tensor, excluded_NM: Tensor, scale: float) -> Tensor:
+    """Cross-entropy of a text's own document, which has the number of the text, among all candidates (Henderson et al.
+    2017, "Efficient Natural Language Response Suggestion for Smart Reply"). Vectors are unit vectors.
+
+    excluded_NM: candidates that do not count for a text.
+    """
+    scores_NM = scale * texts_ND @ candidates_MD.T
+    return F.cross_entropy(
+        scores_NM.masked_fill(excluded_NM, -math.inf), torch.arange(len(scores_NM), device=scores_NM.device)
+    )
+
+
+def cosent_loss(texts_ND: Tensor, others_ND: Tensor, scores_N: Tensor, scale: float) -> Tensor:
+    """log(1 + Σ exp(scale · (cosine of i − cosine of j))) over all pairs i, j of which j has the higher score (Huang et
+    al. 2024, "CoSENT: Consistent Sentence Embedding via Similarity Ranking"). Vectors are unit vectors."""
+    cosines_N = scale * (texts_ND * others_ND).sum(dim=1)
+    differences_NN = cosines_N[:, None] - cosines_N
+    wrong = differences_NN[scores_N[:, None] < scores_N]
+    return torch.cat([wrong.new_zeros(1), wrong]).logsumexp(dim=0)
+
+
+def _score(record: Record) -> float | None:
+    score: float | None = record.values.get("score")
+    return score
+
+
+def _others(record: Record) -> list[str]:
+    """The other text of a record, and its negatives; scored records need none."""
+    if "text_pair" not in record.values:
+        return []
+    return [record.values["text_pair"], *(record.values.get("negative", ()) if _score(record) is None else ())]
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
+
+
+def _relate(records: Sequence[Record], predictions: Sequence[Prediction], size: int | None) -> list[dict[str, Any]]:
+    """Of each record: `similarity`; without scores, `rank` of its document among all `text_pair` and `negative`.
+
+    Of each text, with the first record that has it and None with others: `potential` (see `potentials`); without
+    scores, `reciprocal_rank` of the first of its documents, and `ndcg@10`. size: of vectors; None: as they are.
+    """
+    texts_ND = _unit(np.array([each["embedding"][:size] for each in predictions], dtype=np.float32))
+    others = [_unit(np.array(each["others"], dtype=np.float32)[:, :size]) for each in predictions]
+    similarity_N = (texts_ND * np.stack([vectors[0] for vectors in others])).sum(axis=1, dtype=float)
+    rows: list[dict[str, Any]] = [{"similarity": each, "potential": None} for each in similarity_N.tolist()]
+    first = _first_places([record.values["text"] for record in records])
+    for number, potential in zip(first.values(), potentials(texts_ND[list(first.values())]).tolist(), strict=True):
+        rows[number]["potential"] = potential
+    if _score(records[0]) is not None:
+        return rows
+    documents = _first_places([text for record in records for text in _others(record)])
+    numbers = {text: number for number, text in enumerate(documents)}
+    own_N = np.array([numbers[record.values["text_pair"]] for record in records])
+    ranks = document_ranks(texts_ND, np.concatenate(others)[list(documents.values())], own_N)
+    by_text: dict[str, dict[str, int]] = {}
+    for record, row, rank in zip(records, rows, ranks, strict=True):
+        row |= {"rank": rank, "reciprocal_rank": None, "ndcg@10": None}
+        by_text.setdefault(record.values["text"], {})[record.values["text_pair"]] = rank
+    for text, number in first.items():
+        found = list(by_text[text].values())
+        rows[number] |= {"reciprocal_rank": 1 / min(found), "ndcg@10": ndcg(found)}
+    return rows
+
+
+def _first_places(texts: Sequence[str]) -> dict[str, int]:
+    """Where each text occurs first."""
+    places: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, place)
+    return places
+
+
+def _scores(records: Sequence[Record], rows: Sequence[Prediction]) -> dict[str, float]:
+    """The metrics of numbers that `Kind.relate` gives."""
+    similarity = np.array([row["similarity"] for row in rows])
+    scores = np.array([_score(record) for record in records], dtype=float)
+    if "rank" in rows[0]:
+        found = {"mrr": _mean(rows, "reciprocal_rank"), "ndcg@10": _mean(rows, "ndcg@10")}
+        similar = similarity
+    else:
+        constant = np.ptp(scores) == 0 or np.ptp(similarity) == 0
+        found = {"spearman": 0.0 if constant else float(spearmanr(scores, similarity).statistic)}
+        similar = similarity[scores >= scores.min() + _SIMILAR * np.ptp(scores)]
+    alignment = float(np.mean(2 - 2 * similar))
+    return {**found, "alignment": alignment, "uniformity": math.log(_mean(rows, "potential"))}
+
+
+def _mean(rows: Sequence[Prediction], name: str) -> float:
+    return float(np.mean([row[name] for row in rows if row[name] is not None]))
