@@ -6,7 +6,7 @@
     run = deepcloze.pretrain("my-run.yaml", {"optimizer.lr": 1e-3}, num_gpus=2)
     scores = deepcloze.evaluate(run, ["corpora/books-heldout"])
 
-`run` is the command itself. Both import their own packages, whatever else on Python's path has their names.
+`deepcloze:run` is the command. Both import their own packages, whatever else on Python's path has their names.
 """
 
 import importlib

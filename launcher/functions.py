@@ -39,6 +39,8 @@ Overrides = Mapping[str, Any]
 
 OptionsT = TypeVar("OptionsT", bound=Section)
 
+_NOT_FOR_FUNCTIONS = {"detach", "dry_run", "inspect", "verify"}  # flags with which there is no result
+
 
 def build_corpus(
     source: str | Path | Sequence[str | Path],
@@ -65,9 +67,11 @@ def build_corpus(
         corpus = deepcloze.build_corpus("books/*.txt", "tokenizer", "corpora/books", holdout=1000)
         print(corpus.documents, corpus.tokens)
     """
-    sources = source if isinstance(source, str | Path) else list(source)
-    flags |= {"source": sources, "tokenizer": tokenizer, "output": output}
-    options = _options(CorpusOptions, "build_corpus", flags, holdout=holdout, limit=limit, workers=workers)
+    flags |= {"source": source, "tokenizer": tokenizer, "output": output}
+    flags |= {"holdout": holdout, "limit": limit, "workers": workers}
+    options = _options(CorpusOptions, "build_corpus", flags)
+    if options.engine == "slurm":
+        raise UserError("build_corpus: 'engine': expected 'local' or 'ray'; tasks of SLURM run `deepcloze corpus`")
     from pretrain.corpus import build, reader
 
     with _as_a_command():
@@ -100,13 +104,11 @@ def pretrain(
     """
     if isinstance(config, Mapping) and hostfile is not None:
         raise UserError("pretrain: 'config': with a hostfile, expected a file, which the other hosts read too")
-    if "detach" in flags:
-        raise UserError("pretrain: 'detach': expected no such argument; run `deepcloze pretrain --detach`")
     from launcher.launch import launch_pretraining
 
     with _config_file(config, PretrainConfig, overrides) as file, _as_a_command():
-        flags |= {"config": file, "overrides": _as_text(overrides)}
-        options = _options(PretrainOptions, "pretrain", flags, num_gpus=num_gpus, hostfile=hostfile)
+        flags |= {"config": file, "overrides": _as_text(overrides), "num_gpus": num_gpus, "hostfile": hostfile}
+        options = _options(PretrainOptions, "pretrain", flags)
         launch_pretraining(options)
         return Path(load_config(PretrainConfig, options.config, options.overrides).run.dir)
 
@@ -201,11 +203,12 @@ def read_metrics(run: str | Path) -> list[Event]:
     return read_events(path)
 
 
-def _options(options_type: type[OptionsT], function: str, values: Mapping[str, Any], **optional: Any) -> OptionsT:
-    """The options of a command, without those that are None. Raises UserError."""
-    given = {**values, **{name: value for name, value in optional.items() if value is not None}}
+def _options(options_type: type[OptionsT], function: str, values: Mapping[str, Any]) -> OptionsT:
+    """The options of a command. Raises UserError."""
+    if others := _NOT_FOR_FUNCTIONS & values.keys():
+        raise UserError(f"{function}: '{min(others)}': only the command has this flag")
     try:
-        return build_config(options_type, _as_json(given), origin=function)
+        return build_config(options_type, _as_json(values), origin=function)
     except UserError as error:
         raise UserError(str(error).replace("unknown config key", "unknown argument")) from None
 

@@ -44,8 +44,8 @@ def worker_pool(
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Keep processes that start in the block from importing the main module, because a script that builds a corpus would
-    build it again, and files in the working directory that have the names of our packages."""
+    """Let processes that start in the block import neither the main module, because a script that builds a corpus would
+    build it again, nor files in the working directory that have the names of our packages."""
     main, safe_path = sys.modules["__main__"], os.environ.get("PYTHONSAFEPATH", "")  # which is off if it is empty
     sys.modules["__main__"], os.environ["PYTHONSAFEPATH"] = ModuleType("__main__"), "1"
     try:

@@ -56,6 +56,7 @@ def imported(*folders: str) -> set[str]:
     own = {
         *PRODUCT,
         "benchmarks",
+        "deepcloze",
         "_typeshed",
         *(path.stem for path in (ROOT / "tests").rglob("*") if path.is_dir() or path.suffix == ".py"),
     }

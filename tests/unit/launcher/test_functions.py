@@ -1,4 +1,4 @@
-"""The functions of the module `deepcloze`, without training anything. Their examples run in test_documented_commands.py."""
+"""The functions of the module `deepcloze`, without training. Their examples run in test_documented_commands.py."""
 
 import inspect
 import shutil
@@ -35,7 +35,7 @@ def run_script(file: Path, code: str) -> "subprocess.CompletedProcess[str]":
 
 def test_an_import_imports_nothing_else(tmp_path: Path) -> None:
     """Catches an import that takes seconds before anything is called."""
-    code = "import sys; import deepcloze; dir(deepcloze); print({'numpy', 'pydantic', 'torch', 'launcher'} & set(sys.modules))"
+    code = "import sys, deepcloze; dir(deepcloze); print({'numpy', 'pydantic', 'torch', 'launcher'} & set(sys.modules))"
     assert run_script(tmp_path / "script.py", code).stdout == "set()\n"
 
 
@@ -88,6 +88,14 @@ def test_unknown_names_are_rejected() -> None:
             "--source text.txt: no such file or folder",
         ),
         (
+            lambda: deepcloze.build_corpus("text.txt", "tokenizer", "corpus", engine="slurm"),
+            "build_corpus: 'engine': expected 'local' or 'ray'; tasks of SLURM run `deepcloze corpus`",
+        ),
+        (
+            lambda: deepcloze.compare(COMPARISON, dry_run=True),
+            "compare: 'dry_run': only the command has this flag",
+        ),
+        (
             lambda: deepcloze.pretrain(RUN | {"batch": {"sequence": 64}}),
             "config: unknown config key 'batch.sequence'; did you mean 'batch.sequences'?",
         ),
@@ -108,8 +116,8 @@ def test_unknown_names_are_rejected() -> None:
             "pretrain: 'config': with a hostfile, expected a file, which the other hosts read too",
         ),
         (
-            lambda: deepcloze.pretrain("my-run.yaml", detach=True),
-            "pretrain: 'detach': expected no such argument; run `deepcloze pretrain --detach`",
+            lambda: deepcloze.pretrain("pretrain/demo", detach=True),
+            "pretrain: 'detach': only the command has this flag",
         ),
         (
             lambda: deepcloze.read_metrics("runs/mine"),
