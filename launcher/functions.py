@@ -174,7 +174,7 @@ def compare(config: Config, overrides: Overrides | None = None, **flags: Any) ->
 
     Example:
         scores = deepcloze.compare("encoders.yaml")
-        print(scores["bert"]["my-task"]["mean"])
+        print(scores["MiniLM"]["sst2"]["mean"])
     """
     with fast_imports():
         from launcher.compare import run_comparison

@@ -173,6 +173,8 @@ def python_examples() -> list[str]:
 @pytest.mark.parametrize("slow", [False, *soak(True)])
 def test_python_examples_run(slow: bool, workplace: Workplace) -> None:
     """Catches an example that does not work."""
+    for command in COMMANDS["docs/comparing.md"] if slow else ():  # which has the files of the comparison
+        workplace.run(command)
     shutil.rmtree(workplace.folder / "runs/mine", ignore_errors=True)
     shutil.rmtree(workplace.folder / "runs/my-task", ignore_errors=True)
     names: dict[str, object] = {"deepcloze": deepcloze}

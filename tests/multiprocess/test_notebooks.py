@@ -24,14 +24,16 @@ def test_notebooks_are_saved_without_outputs(file: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a cell that fails, and progress of ranks that a notebook does not show."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on busy cores, threads wait for each other
     printed = ""
     for name in ("first_run.ipynb", "compare_checkpoints.ipynb"):
         notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-        NotebookClient(notebook, timeout=800, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
         outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
         printed += "".join(output.text for output in outputs if output.output_type == "stream")
     assert "step 400/400 · loss " in printed
