@@ -36,8 +36,6 @@ def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
         outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
         printed += "".join(output.text for output in outputs if output.output_type == "stream")
-    assert "step 400/400 · loss " in printed
-    assert "perplexity" in printed
+    assert "step 200: docs loss " in printed, "from a rank"
     comparison = parse_json((tmp_path / "runs/comparison/compare.json").read_bytes())
-    early, late = (comparison[row]["package"]["mean"] for row in ("step 100", "step 400"))
-    assert early < late
+    assert all(comparison[row]["package"]["mean"] > 1 / 3 for row in ("step 100", "step 400")), "there are six labels"
