@@ -1,27 +1,87 @@
-"""The `deepcloze` command. It imports its own packages, whatever else on Python's path has their names."""
+"""Distributed pretraining of masked language models: the `deepcloze` commands as functions. See docs/python.md.
 
+    import deepcloze
+
+    deepcloze.build_corpus("books/*.txt", "tokenizer", "corpora/books", holdout=1000)
+    run = deepcloze.pretrain("my-run.yaml", {"optimizer.lr": 1e-3}, num_gpus=2)
+    scores = deepcloze.evaluate(run, ["corpora/books-heldout"])
+
+`deepcloze:run` is the command. Both import their own packages, whatever else on Python's path has their names.
+"""
+
+import importlib
 import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from experiment.errors import StoppedError, UserError
+    from finetune.predictor import Predictor
+    from launcher.functions import build_corpus, compare, evaluate, finetune, pretrain, read_metrics
+    from pretrain.corpus.reader import open_corpus
+
+__all__ = [
+    "Predictor",
+    "StoppedError",
+    "UserError",
+    "build_corpus",
+    "compare",
+    "evaluate",
+    "finetune",
+    "open_corpus",
+    "pretrain",
+    "read_metrics",
+]
+
+_MODULES = {
+    "Predictor": "finetune.predictor",
+    "StoppedError": "experiment.errors",
+    "UserError": "experiment.errors",
+    "open_corpus": "pretrain.corpus.reader",
+}
+"""Where public names are defined; default: launcher.functions."""
 
 _PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 _ROOT = Path(__file__).resolve().parent
 
 
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module 'deepcloze' has no attribute '{name}'")
+    _put_own_packages_first()
+    value = getattr(importlib.import_module(_MODULES.get(name, "launcher.functions")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code."""
-    if any(_location(name) != _ROOT / name for name in _PACKAGES):
-        sys.path.insert(0, str(_ROOT))
-        from experiment.own_process import own_environment
-
-        os.environ.update(own_environment())  # for worker processes
+    _put_own_packages_first()
     try:
         from launcher.__main__ import run as run_launcher
     except KeyboardInterrupt:
         sys.exit(130)
     run_launcher()
+
+
+def _put_own_packages_first() -> None:
+    """Raises ImportError if another module with the name of a package has been imported."""
+    hidden = [name for name in _PACKAGES if _location(name) != _ROOT / name]
+    if not hidden:
+        return
+    if imported := [name for name in hidden if name in sys.modules]:
+        raise ImportError(f"{_location(imported[0])} hides the package '{imported[0]}' of deepcloze; rename it")
+    sys.path.insert(0, str(_ROOT))
+    from experiment.own_process import own_environment
+
+    os.environ.update(own_environment())  # for worker processes
 
 
 def _location(name: str) -> Path:

@@ -12,7 +12,7 @@ from finetune.encoding.encoder import load_task_tokenizer
 from finetune.encoding.examples import Example, Split, encode_split
 from finetune.inference import Inference, Outputs, decode
 from finetune.loaded_model import LoadedModel, load_model
-from finetune.saved_task import SavedTask, read_saved_task
+from finetune.saved_task import SavedTask, find_model, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 
 
@@ -28,16 +28,21 @@ class Predictor:
     @classmethod
     def load(
         cls,
-        folder: Path,
+        folder: str | Path,
         precision: str = "auto",
         batch_size: int = 128,
         task: SavedTask | None = None,
     ) -> Self:
-        """Load a model folder.
+        """Load a model folder, or the best model of a fine-tuning run.
 
-        precision: as in the training config. batch_size: examples that are computed at once. task: default: the one
-        that is saved in the folder. Raises UserError for a folder that is not usable.
+        precision: as in the training config. batch_size: examples that are computed at once. task: of a model folder;
+        default: the one that is saved there. Raises UserError for a folder that is not usable.
+
+        Example:
+            predictor = deepcloze.Predictor.load("runs/my-task")
+            (prediction,) = predictor.predict([{"text": "A great film."}])
         """
+        folder = Path(folder) if task else find_model(Path(folder))[0]
         task = task or read_saved_task(folder)
         return cls.of(
             load_model(folder, load_task_tokenizer(folder, task.kind.config), task, precision), task, batch_size
@@ -59,6 +64,8 @@ class Predictor:
         Raises UserError for a record that lacks a role, has an unknown one or another type of value, and if there is no
         temperature.
         """
+        if isinstance(records, str | Mapping):
+            raise UserError(f"expected a list of records, found one: [{records!r}]")
         checked = [self.record(f"record {number}", values) for number, values in enumerate(records, 1)]
         return self.predict_records(checked, calibrated)
 
@@ -98,6 +105,8 @@ class Predictor:
     def record(self, place: str, values: Mapping[str, Any]) -> Record:
         """A record of values by role. place: what messages call it. Raises UserError as `predict`."""
         roles = self.kind.config.columns.without_targets().cell_types()
+        if not isinstance(values, Mapping):
+            raise UserError(f"{place}: expected a mapping of {', '.join(roles)} to values, found {values!r}")
         if set(values) != set(roles):
             raise UserError(f"{place}: expected {', '.join(roles)}; found {', '.join(values) or 'nothing'}")
         return Record(place, {role: read_value(values[role], roles[role], place, role) for role in roles})

@@ -1,6 +1,7 @@
 """The `deepcloze` commands. Each imports what it runs when it is called, so that `--help` stays fast."""
 
 import importlib.metadata
+import json
 import select
 import shutil
 import sys
@@ -350,15 +351,26 @@ def report(options: ReportOptions) -> None:
 
 
 def config(options: ConfigOptions) -> None:
-    """Explain the keys of a config: meaning, type and default.
+    """Explain the keys of a config: meaning, type and default; or write a config, or a JSON Schema for editors.
+
+    Editors that read the `yaml-language-server` line, which --new and `deepcloze recipes cp` write, complete and check
+    the keys of a config. See docs/editors.md.
 
     Example:
         deepcloze config pretrain optimizer.lr
     """
+    from experiment.config.json_schema import json_schema
     from experiment.config.reference import as_text, config_reference, find_keys
+    from launcher.new_config import write_new_config
     from launcher.reference import CONFIGS
 
     config_type = CONFIGS[options.kind]
+    if options.schema_:
+        print(json.dumps(json_schema(config_type), indent=2))
+        return
+    if options.new is not None:
+        write_new_config(options.new, options.kind)
+        return
     sections = find_keys(config_type, options.key) if options.key else config_reference(config_type)
     print("\n\n".join(as_text(section, _terminal_width()) for section in sections))
 
@@ -372,7 +384,7 @@ def recipes(options: RecipesOptions) -> None:
     Example:
         deepcloze recipes cp roberta-base roberta.yaml
     """
-    from launcher.reference import recipes_command
+    from launcher.new_config import recipes_command
 
     recipes_command(options)
 

@@ -1,11 +1,11 @@
 """The flags of the commands, except those that make corpora (pretrain/corpus/options.py)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from experiment.config import Metavar, Positional, Section
-from experiment.config.field_types import LocalPath, PathText
+from experiment.config.field_types import LocalPath, PathName, PathText
 from experiment.recipes import find_config
 from launcher.ranks.placement import Launcher, PlacementOptions
 
@@ -237,3 +237,15 @@ class ConfigOptions(Section):
 
     key: Annotated[str | None, Positional("KEY")] = None
     """A key such as optimizer.lr, or a section such as optimizer; default: all keys."""
+
+    schema_: Annotated[bool, Field(alias="schema")] = False
+    """Print the JSON Schema of the config instead."""
+
+    new: Annotated[PathName | None, Metavar("FILE")] = None
+    """Write a config with the required keys instead, and its JSON Schema in .deepcloze beside it."""
+
+    @model_validator(mode="after")
+    def _one_output(self) -> Self:
+        if len(self.model_fields_set) > 2:
+            raise ValueError("KEY, --schema and --new exclude each other")
+        return self

@@ -1,4 +1,4 @@
-"""Commands, config keys and recipes, described for a terminal, a shell and the docs.
+"""Commands and config keys, described for a shell and the docs.
 
 `python -m launcher.reference config > docs/config.md` and `python -m launcher.reference commands > docs/commands.md`
 write the pages of the docs.
@@ -7,19 +7,15 @@ write the pages of the docs.
 import sys
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from experiment.config import Section
 from experiment.config.reference import as_markdown, config_reference
-from experiment.errors import UserError
-from experiment.files import write_text
 from experiment.formatting import markdown_table
-from experiment.recipes import Recipe, all_recipes, find_recipe
+from experiment.recipes import all_recipes
 from finetune.config import FinetuneConfig
 from launcher.command_line import Command, describe_command, flags_of, options_of
 from launcher.compare_config import CompareConfig
-from launcher.options import RecipesOptions
 from pretrain.cleaning.config import CleanConfig
 from pretrain.config import PretrainConfig
 
@@ -84,43 +80,6 @@ All commands, in the order of their use. `deepcloze COMMAND --help` prints the s
 Flags are written `--flag value` or `--flag=value`; in their names, `-` and `_` are the same. Commands that take a
 config also take any of its keys as `--section.key=value`, see [config.md](config.md).
 """
-
-
-def recipes_command(options: RecipesOptions) -> None:
-    """Raises UserError for a missing or unknown name, and for a target that exists."""
-    if options.action == "ls":
-        print(_recipe_table())
-        return
-    if options.name is None:
-        raise UserError(f"recipes {options.action}: missing: NAME, see `deepcloze recipes`")
-    recipe = find_recipe(options.name)
-    text = recipe.path.read_text(encoding="utf-8")
-    if options.action == "show":
-        print(text, end="")
-        return
-    target = Path(options.target or recipe.path.name)
-    if target.is_dir():
-        target = target / recipe.path.name
-    if target.exists():
-        raise UserError(f"recipes cp: {target} exists already; name another file")
-    write_text(target, text)
-    print(f"{target}: edit it, then run: deepcloze {recipe.kind} --config {target}")
-
-
-def _recipe_table() -> str:
-    recipes = all_recipes()
-    width = max(len(recipe.name) for recipe in recipes)
-    lines = []
-    for kind in dict.fromkeys(recipe.kind for recipe in recipes):
-        lines += ["", f"deepcloze {kind} --config NAME"]
-        lines += [_recipe_row(recipe, width) for recipe in recipes if recipe.kind == kind]
-    return "\n".join(lines[1:])
-
-
-def _recipe_row(recipe: Recipe, width: int) -> str:
-    indent = " " * (width + 4)
-    name = f"  {recipe.name}".ljust(width + 4)
-    return textwrap.fill(recipe.summary, 100, initial_indent=name, subsequent_indent=indent)
 
 
 def completion_script(shell: Shell, commands: Mapping[str, Command]) -> str:

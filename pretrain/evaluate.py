@@ -7,7 +7,7 @@ the microbatch size or the step, so they are comparable within a run and between
 import json as json_format
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,7 +144,12 @@ def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.dev
 
 
 def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
-    """Score a checkpoint, a run's newest checkpoint or any Hugging Face folder on corpora (comma-separated folders).
+    """Print the scores on comma-separated corpora. Raises UserError as `evaluate`."""
+    _print(evaluate(checkpoint, list(filter(None, corpus.split(","))), show_progress=not json), as_json=json)
+
+
+def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool = True) -> dict[str, Scores]:
+    """The scores of a checkpoint, a run's newest checkpoint or any Hugging Face folder, by name of the corpus.
 
     A checkpoint is scored with its run's seed, masking and sequence length; any other folder with the defaults.
     Raises UserError.
@@ -155,8 +160,8 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
     vocabulary = build_vocabulary(tokenizer)
     model_config = ModelConfig(init_from=str(folder))
     config = resolve_model_config(model_config, tokenizer)
-    corpora = _open_all(corpus, tokenizer_fingerprint(tokenizer), folder)
-    for _ in verified_shards(corpora.values(), show_progress=not json):
+    corpora = _open_all(corpus_folders, tokenizer_fingerprint(tokenizer), folder)
+    for _ in verified_shards(corpora.values(), show_progress=show_progress):
         pass
 
     built = build_model(model_config, config, settings.seed, new_head=False)
@@ -176,8 +181,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
             name: open_held_out(corpus, held_out, World(), Path(index_folder)) for name, corpus in corpora.items()
         }
     # The folder of the opened indexes is gone already: nothing would remove it if the process were killed.
-    scores = HeldOutEvaluator(opened).evaluate(predict, device, show_progress=not json)
-    _print(scores, as_json=json)
+    return HeldOutEvaluator(opened).evaluate(predict, device, show_progress)
 
 
 @dataclass(frozen=True)
@@ -196,9 +200,9 @@ def _settings(folder: Path) -> _Settings:
     return _Settings(seed, length, masking_policy(masking))
 
 
-def _open_all(names: str, fingerprint: str, folder: Path) -> dict[str, Corpus]:
+def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str, Corpus]:
     opened: dict[str, Corpus] = {}
-    for name in map(expand_home, filter(None, names.split(","))):
+    for name in map(expand_home, names):
         corpus = open_local(name)
         if corpus.tokenizer_fingerprint != fingerprint:
             raise UserError(f"the corpus {name} was built with another tokenizer than the one in {folder}")

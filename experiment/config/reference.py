@@ -135,7 +135,7 @@ def _keys_of_field(section: type[BaseModel], name: str, prefix: str) -> Iterator
     if is_section(field.annotation):
         yield from _keys(field.annotation, f"{prefix}{name}.")
         return
-    yield ConfigKey(prefix + name, describe_field(field), _default(field), _meaning(section, name))
+    yield ConfigKey(prefix + name, describe_field(field), _default(field), find_meaning(section, name))
     for optional in _sections_in(field.annotation):
         yield from _keys(optional, f"{prefix}{name}.")
     for below, containers in ((f"{name}[].", (list, tuple)), (f"{name}.NAME.", (dict, Mapping))):
@@ -160,10 +160,12 @@ def _default(field: FieldInfo) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _meaning(section: type[BaseModel], name: str) -> str:
-    """The docstring of a field, perhaps that of a base class."""
+def find_meaning(section: type[BaseModel], name: str) -> str:
+    """The docstring of a field, perhaps that of a base class, or of the section that it holds."""
     fields = [kind.model_fields[name] for kind in section.__mro__ if is_section(kind) and name in kind.model_fields]
-    return next((_one_line(field.description) for field in fields if field.description), "")
+    found = next((_one_line(field.description) for field in fields if field.description), "")
+    annotation = section.model_fields[name].annotation
+    return found or (_one_line(annotation.__doc__) if is_section(annotation) else "")
 
 
 def _one_line(docstring: str | None) -> str:

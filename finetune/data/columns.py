@@ -185,7 +185,7 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Name = Annotated[str, BeforeValidator(_number_as_text), Field(min_length=1)]
+Name = Annotated[str, BeforeValidator(_number_as_text, json_schema_input_type=str | int), Field(min_length=1)]
 
 TextColumn = Annotated[Name, TEXT]
 ContextColumn = Annotated[Name, CONTEXT]  # a random validation split keeps the rows on one context together

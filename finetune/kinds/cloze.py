@@ -73,12 +73,10 @@ class Config(TaskConfig):
 
 # transformers does not fill blanks: this needs deepcloze.
 _USAGE = """
-from pathlib import Path
-
-from finetune.predictor import Predictor  # of deepcloze
+import deepcloze
 
 $model
-predictor = Predictor.load(Path(model))
+predictor = deepcloze.Predictor.load(model)
 print(predictor.predict([{"article": "A _ text.", "options": [["short", "long"]]}]))
 """
 

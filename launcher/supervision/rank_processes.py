@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder
@@ -132,9 +132,11 @@ def is_noise(line: bytes) -> bool:
 @contextmanager
 def filtered_output(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     """Print what a process writes to its pipes, line by line, until it has ended."""
-    pairs = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+    pairs = ((process.stdout, sys.stdout, 1), (process.stderr, sys.stderr, 2))
     threads = [
-        threading.Thread(target=_copy, args=(source, target.buffer), daemon=True) for source, target in pairs if source
+        threading.Thread(target=_copy, args=(source, _binary(stream, descriptor)), daemon=True)
+        for source, stream, descriptor in pairs
+        if source
     ]
     for thread in threads:
         thread.start()
@@ -143,6 +145,11 @@ def filtered_output(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     finally:
         for thread in threads:
             thread.join()
+
+
+def _binary(stream: TextIO, descriptor: int) -> IO[bytes]:
+    """The stream for bytes. That of a notebook takes none, but the notebook shows what goes to its descriptor."""
+    return stream.buffer if hasattr(stream, "buffer") else open(descriptor, "wb", closefd=False)
 
 
 def _copy(source: IO[bytes], target: IO[bytes]) -> None:

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
+from types import ModuleType
 from typing import TypeVarTuple
 
 from experiment.errors import StoppedError
@@ -29,7 +31,8 @@ def worker_pool(
     closed_to_stop, stop = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _start, (closed_to_stop, initializer, initargs))
     try:
-        yield pool
+        with _isolated():
+            yield pool
     except BrokenProcessPool:
         raise StoppedError(f"a worker process was killed, perhaps because memory ran out; {advice}") from None
     except KeyboardInterrupt:
@@ -37,6 +40,18 @@ def worker_pool(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Let processes that start in the block import neither the main module, because a script that builds a corpus would
+    build it again, nor files in the working directory that have the names of our packages."""
+    main, safe_path = sys.modules["__main__"], os.environ.get("PYTHONSAFEPATH", "")  # which is off if it is empty
+    sys.modules["__main__"], os.environ["PYTHONSAFEPATH"] = ModuleType("__main__"), "1"
+    try:
+        yield
+    finally:
+        sys.modules["__main__"], os.environ["PYTHONSAFEPATH"] = main, safe_path
 
 
 def _start(

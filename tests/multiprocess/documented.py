@@ -163,14 +163,24 @@ class Terminal:
     def run(self, command: Command) -> None:
         """Run a command. Raises AssertionError if it fails, or does not fail with the message that the page shows."""
         text = replaced(command.text, self._replace)
-        few_resamples = mock.patch("launcher.compare.RESAMPLES", 20)
-        with contextlib.chdir(self._folder), mock.patch.dict(os.environ, self._environment), few_resamples:
+        with self._inside():
             if text.startswith(_SERVERS):
                 self._serve(text)
             elif text.startswith("deepcloze "):
                 self._deepcloze(text, command.message)
             else:
                 self._shell(text)
+
+    def execute(self, code: str, names: dict[str, Any]) -> None:
+        """Execute Python code in this process. `names`: what it can use, and what it has defined."""
+        with self._inside():
+            exec(code, names)
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        few_resamples = mock.patch("launcher.compare.RESAMPLES", 20)
+        with contextlib.chdir(self._folder), mock.patch.dict(os.environ, self._environment), few_resamples:
+            yield
 
     def close(self) -> None:
         """Stop the server, if one is running."""

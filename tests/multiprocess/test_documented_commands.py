@@ -4,14 +4,17 @@ A command that cannot run here carries a mark for readers: `# needs a GPU`, `# n
 tutorials run in test_tutorials.py and test_cluster_tutorial.py, each in a folder of its own.
 """
 
+import inspect
 import re
 import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+import deepcloze
 from documented import (
     CLUSTER_TUTORIAL,
     PAGES,
@@ -30,6 +33,7 @@ from documented import (
 )
 from documented_files import CHINESE, write_lines, write_model, write_public_tasks, write_task, write_texts
 from rank_pool import ForkServer
+from runs import soak
 
 OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, CLUSTER_TUTORIAL)]
 # What takes long runs in `make soak` only.
@@ -159,6 +163,28 @@ def test_commands_run(page: str, slow: bool, workplace: Workplace) -> None:
     workplace.terminal.close()
     if missing:
         pytest.skip(f"not installed: {', '.join(sorted(missing))}")
+
+
+def python_examples() -> list[str]:
+    """The code in docs/python.md, and the examples in the docstrings of the functions."""
+    docstrings = [inspect.getdoc(getattr(deepcloze, name)) or "" for name in deepcloze.__all__]
+    docstrings.append(inspect.getdoc(deepcloze.Predictor.load) or "")
+    examples = [textwrap.dedent(text.partition("Example:\n")[2]) for text in docstrings]
+    return [*re.findall(r"```python\n(.*?)```", read_page("docs/python.md"), re.DOTALL), *examples]
+
+
+@pytest.mark.parametrize("slow", [False, *soak(True)])
+def test_python_examples_run(slow: bool, workplace: Workplace) -> None:
+    """Catches an example that does not work."""
+    for command in COMMANDS["docs/comparing.md"] if slow else ():  # which has the files of the comparison
+        workplace.run(command)
+    shutil.rmtree(workplace.folder / "runs/mine", ignore_errors=True)
+    shutil.rmtree(workplace.folder / "runs/my-task", ignore_errors=True)
+    names: dict[str, object] = {"deepcloze": deepcloze}
+    for example in python_examples():
+        if slow or "compare(" not in example:
+            workplace.terminal.execute(example, names)
+    assert {"corpus", "run", "scores", "results", "predictor", "losses"} <= names.keys()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -16,12 +16,13 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PRODUCT = ("launcher", "pretrain", "finetune", "experiment")
 # Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate,
 # starlette's test client httpx2, and its forms python-multipart; torch.onnx needs onnxscript; datatrove's URL filter
-# needs fasteners and pyahocorasick, trafilatura lxml_html_clean. A test asks pytest for schemathesis; moto's server is
-# started as a process.
+# needs fasteners and pyahocorasick, trafilatura lxml_html_clean. A test asks pytest for schemathesis; moto's server and
+# ipykernel are started as processes.
 NOT_IMPORTED = {
     "accelerate",
     "fasteners",
     "httpx2",
+    "ipykernel",
     "lxml-html-clean",
     "moto",
     "mypy",
@@ -55,6 +56,7 @@ def imported(*folders: str) -> set[str]:
     own = {
         *PRODUCT,
         "benchmarks",
+        "deepcloze",
         "_typeshed",
         *(path.stem for path in (ROOT / "tests").rglob("*") if path.is_dir() or path.suffix == ".py"),
     }

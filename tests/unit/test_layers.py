@@ -78,6 +78,12 @@ def test_packages_import_only_lower_packages(package: str, others: tuple[str, ..
     assert found == []
 
 
+def test_nothing_imports_the_public_functions() -> None:
+    """Catches code that starts commands from below, rather than calling what they call."""
+    public = {"deepcloze", "launcher.functions"}
+    assert [module for module, imported in IMPORTS.items() if public & set(imported)] == []
+
+
 def test_pretraining_imports_only_lower_layers() -> None:
     """Catches a module that imports from a higher layer."""
 

@@ -89,6 +89,10 @@ def test_a_record_with_other_roles_is_rejected(model: Path) -> None:
         predictor.predict([{"text": "word1"}, {"text": "word1", "text_pair": "word2"}])
     with pytest.raises(UserError, match="record 1: expected text; found nothing"):
         predictor.predict([{}])
+    with pytest.raises(UserError, match=r"expected a list of records, found one: \['word1'\]"):
+        predictor.predict("word1")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="record 1: expected a mapping of text to values, found 'word1'"):
+        predictor.predict(["word1"])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,10 @@ def test_a_recipe_is_copied_once(
     assert "deepcloze finetune --config my-task.yaml" in capsys.readouterr().out
     copied = (tmp_path / "my-task.yaml").read_text(encoding="utf-8")
     assert main(["recipes", "show", "cola"]) == 0
-    assert capsys.readouterr().out == copied
+    line, _, recipe = copied.partition("\n")
+    assert line == "# yaml-language-server: $schema=.deepcloze/finetune.schema.json"
+    assert (tmp_path / ".deepcloze/finetune.schema.json").is_file()
+    assert capsys.readouterr().out == recipe
     assert main(["recipes", "cp", "cola", "my-task.yaml"]) == 2
     assert "my-task.yaml exists already" in capsys.readouterr().err
     assert main(["recipes", "cp", "cola"]) == 0

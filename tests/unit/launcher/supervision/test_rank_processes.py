@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import shutil
@@ -242,8 +243,14 @@ def test_only_what_tells_nothing_is_removed(line: bytes, noise: bool) -> None:
     assert is_noise(line) == noise
 
 
-def test_both_streams_are_printed(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """Catches lost or reordered output, and a last line without its end."""
+@pytest.mark.parametrize("notebook", [False, True])
+def test_both_streams_are_printed(
+    notebook: bool, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches lost or reordered output, a last line without its end, and a notebook, whose streams take no bytes."""
+    if notebook:
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
     code = "import sys; print('a'); print('b', file=sys.stderr); print('c', end='')"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with filtered_output(process):

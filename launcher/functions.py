@@ -1,0 +1,255 @@
+"""The commands as functions of the module `deepcloze`, for scripts and notebooks.
+
+They take what the commands take, print the same progress, and return results. Each raises UserError for bad input and
+StoppedError for work that was stopped and that the same call resumes, RuntimeError if a run failed.
+"""
+
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from experiment.config import Section, build_config, load_config
+from experiment.config.field_types import expand_home
+from experiment.config.yaml_dialect import write_yaml
+from experiment.errors import UserError
+from experiment.fast_imports import fast_imports
+from experiment.files import parse_json, write_text
+from experiment.run_folder import RunFolder
+from experiment.signals import STOP_SIGNALS, handle_stop_signals, interrupt
+from experiment.tracking.jsonl import Event, read_events
+from launcher.options import CompareOptions, FinetuneOptions, PretrainOptions
+from pretrain.config import PretrainConfig
+from pretrain.corpus.options import CorpusOptions
+
+if TYPE_CHECKING:
+    from pretrain.corpus.reader import Corpus
+    from pretrain.evaluate import Scores
+
+Config = str | Path | Mapping[str, Any]
+"""A YAML file, the name of a recipe, or the content of a file."""
+
+Overrides = Mapping[str, Any]
+"""Dotted config key -> value. Text is read as on the command line."""
+
+OptionsT = TypeVar("OptionsT", bound=Section)
+
+_NOT_FOR_FUNCTIONS = {"detach", "dry_run", "inspect", "verify"}  # flags with which there is no result
+
+
+def build_corpus(
+    source: str | Path | Sequence[str | Path],
+    tokenizer: str | Path,
+    output: str | Path,
+    *,
+    holdout: int | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+    **flags: Any,
+) -> "Corpus":
+    """Build a tokenized corpus from raw text, as `deepcloze corpus`, and open it.
+
+    Args:
+        source: files, folders, globs and URLs of text.
+        tokenizer: a Hugging Face tokenizer folder.
+        output: the corpus folder to write. If it holds the same corpus already, that is kept.
+        holdout: put so many documents, drawn at random, into the corpus OUTPUT-heldout instead.
+        limit: keep only so many documents, drawn at random.
+        workers: number of processes; default: one per core.
+        flags: any other flag of `deepcloze corpus`, such as `document="blank_line"`.
+
+    Example:
+        corpus = deepcloze.build_corpus("books/*.txt", "tokenizer", "corpora/books", holdout=1000)
+        print(corpus.documents, corpus.tokens)
+    """
+    flags |= {"source": source, "tokenizer": tokenizer, "output": output}
+    flags |= {"holdout": holdout, "limit": limit, "workers": workers}
+    options = _options(CorpusOptions, "build_corpus", flags)
+    if options.engine == "slurm":
+        raise UserError("build_corpus: 'engine': expected 'local' or 'ray'; tasks of SLURM run `deepcloze corpus`")
+    from pretrain.corpus import build, reader
+
+    with _as_a_command():
+        build.build_corpus(options)
+    return reader.open_corpus(output)
+
+
+def pretrain(
+    config: Config,
+    overrides: Overrides | None = None,
+    *,
+    num_gpus: int | None = None,
+    hostfile: str | Path | None = None,
+    **flags: Any,
+) -> Path:
+    """Pretrain an encoder, one process per GPU, as `deepcloze pretrain`. Returns the run folder.
+
+    The same call resumes from the last checkpoint. An interrupt makes the run save a checkpoint and raises
+    StoppedError.
+
+    Args:
+        config: as a mapping, on this machine only.
+        overrides: such as `{"optimizer.lr": 1e-4}`.
+        num_gpus: ranks per machine; default: one per GPU, or 1 on a CPU.
+        hostfile: machines to run on, one `NAME slots=N` per line.
+        flags: any other flag of `deepcloze pretrain`, such as `max_restarts=3`.
+
+    Example:
+        run = deepcloze.pretrain("my-run.yaml", {"optimizer.lr": 1e-3}, num_gpus=2)
+    """
+    if isinstance(config, Mapping) and hostfile is not None:
+        raise UserError("pretrain: 'config': with a hostfile, expected a file, which the other hosts read too")
+    from launcher.launch import launch_pretraining
+
+    with _config_file(config, PretrainConfig, overrides) as file, _as_a_command():
+        flags |= {"config": file, "overrides": _as_text(overrides), "num_gpus": num_gpus, "hostfile": hostfile}
+        options = _options(PretrainOptions, "pretrain", flags)
+        launch_pretraining(options)
+        return Path(load_config(PretrainConfig, options.config, options.overrides).run.dir)
+
+
+def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str, "Scores"]:
+    """Measure held-out loss, perplexity and masked-token accuracy, as `deepcloze evaluate`.
+
+    The masks are fixed by a seed, so the scores of two checkpoints are comparable.
+
+    Args:
+        checkpoint: a checkpoint, a run (its newest checkpoint), or a Hugging Face folder with a masked-LM head.
+        corpora: folders that were built with the model's tokenizer.
+
+    Example:
+        scores = deepcloze.evaluate("runs/mine", ["corpora/books-heldout"])
+        print(scores["books-heldout"].loss)
+    """
+    if isinstance(corpora, str | Path):
+        raise UserError(f"evaluate: 'corpora': expected a list of folders, found one: [{str(corpora)!r}]")
+    from launcher.hosts.machine import inspect_machine, select_accelerator
+
+    select_accelerator(inspect_machine().devices)
+    with fast_imports():
+        from pretrain.evaluate import evaluate as evaluate_corpora
+
+    return evaluate_corpora(str(checkpoint), list(map(str, corpora)))
+
+
+def finetune(config: Config, overrides: Overrides | None = None) -> dict[str, Any]:
+    """Fine-tune an encoder on one task, with one or more seeds, as `deepcloze finetune`.
+
+    Returns the content of RUN/results.json, see docs/finetuning.md. The same call trains the seeds that are missing.
+
+    Args:
+        overrides: such as `{"model.init_from": "runs/mine", "training.seeds": [1, 2, 3]}`.
+
+    Example:
+        results = deepcloze.finetune("my-task.yaml", {"model.init_from": run})
+        print(results["splits"]["test"]["accuracy"]["mean"])
+    """
+    from finetune.config import FinetuneConfig
+
+    with _config_file(config, FinetuneConfig, overrides) as file, _as_a_command(), handle_stop_signals(interrupt):
+        flags = {"config": file, "overrides": _as_text(overrides)}
+        options = _options(FinetuneOptions, "finetune", flags)
+        load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
+        with fast_imports():
+            from finetune.resolve import load_run_config
+            from finetune.run import run
+
+        return run(load_run_config(options.config, options.overrides))
+
+
+def compare(config: Config, overrides: Overrides | None = None, **flags: Any) -> dict[str, Any]:
+    """Compare initializations over tasks and seeds, as `deepcloze compare`.
+
+    Returns the content of DIR/compare.json, see docs/comparing.md: row -> task -> scores. The same call runs the cells
+    that are missing.
+
+    Args:
+        overrides: such as `{"seeds": [1, 2]}`.
+        flags: any flag of `deepcloze compare`.
+
+    Example:
+        scores = deepcloze.compare("encoders.yaml")
+        print(scores["MiniLM"]["sst2"]["mean"])
+    """
+    with fast_imports():
+        from launcher.compare import run_comparison
+        from launcher.compare_config import CompareConfig
+        from launcher.compare_plan import plan_comparison
+
+    with _config_file(config, CompareConfig, overrides) as file, _as_a_command(), handle_stop_signals(interrupt):
+        flags |= {"file": file, "overrides": _as_text(overrides)}
+        plan = plan_comparison(_options(CompareOptions, "compare", flags))
+        run_comparison(plan)
+        scores: dict[str, Any] = parse_json((plan.runs.folder.path / "compare.json").read_bytes())
+        return scores
+
+
+def read_metrics(run: str | Path) -> list[Event]:
+    """The events that a run has logged, in the order of training: a mapping with `step`, `loss` and others for each.
+
+    The run may be active. See docs/tracking.md for the metrics.
+
+    Example:
+        losses = {event["step"]: event["loss"] for event in deepcloze.read_metrics("runs/mine") if "loss" in event}
+    """
+    path = RunFolder(Path(expand_home(str(run)))).metrics
+    if not path.is_file():
+        raise UserError(f"read_metrics: {path} does not exist; expected the folder of a run that has started")
+    return read_events(path)
+
+
+def _options(options_type: type[OptionsT], function: str, values: Mapping[str, Any]) -> OptionsT:
+    """The options of a command. Raises UserError."""
+    if others := _NOT_FOR_FUNCTIONS & values.keys():
+        raise UserError(f"{function}: '{min(others)}': only the command has this flag")
+    try:
+        return build_config(options_type, _as_json(values), origin=function)
+    except UserError as error:
+        raise UserError(str(error).replace("unknown config key", "unknown argument")) from None
+
+
+def _as_json(value: Any) -> Any:
+    """Paths as text, tuples as lists."""
+    return json.loads(json.dumps(value, default=os.fspath))
+
+
+def _as_text(overrides: Overrides | None) -> dict[str, str]:
+    """Overrides as on a command line."""
+    plain = _as_json(overrides or {})
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in plain.items()}
+
+
+@contextmanager
+def _config_file(config: Config, config_type: type[Section], overrides: Overrides | None) -> Iterator[str]:
+    """The file of a config; a temporary one for a mapping. Raises UserError for a mapping that is not valid."""
+    if not isinstance(config, Mapping):
+        yield str(config)
+        return
+    tree = _as_json(config)
+    build_config(config_type, tree, _as_text(overrides))
+    with tempfile.TemporaryDirectory(prefix="deepcloze-") as folder:
+        file = Path(folder, "config.yaml")
+        write_text(file, write_yaml(tree))
+        yield str(file)
+
+
+@contextmanager
+def _as_a_command() -> Iterator[None]:
+    """Raise RuntimeError or UserError in place of the end of the process, and restore the handlers of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("call deepcloze in the main thread, which gets the signals that stop a run")
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGHUP)}
+    try:
+        yield
+    except SystemExit as ending:
+        if ending.code == 2:
+            raise UserError("the run was rejected, for the reason that is printed above") from None
+        raise RuntimeError(str(ending.code).removeprefix("deepcloze: ")) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

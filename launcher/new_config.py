@@ -1,0 +1,77 @@
+"""Recipes and new configs, to edit. Editors complete and check their keys by the JSON Schema beside them."""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from experiment.config.field_types import is_section
+from experiment.config.json_schema import json_schema
+from experiment.config.reference import find_meaning
+from experiment.errors import UserError
+from experiment.files import write_json, write_text
+from experiment.recipes import Recipe, all_recipes, find_recipe
+from launcher.options import RecipesOptions
+from launcher.reference import CONFIGS
+
+
+def recipes_command(options: RecipesOptions) -> None:
+    """Raises UserError for a missing or unknown name, and for a target that exists."""
+    if options.action == "ls":
+        print(_recipe_table())
+        return
+    if options.name is None:
+        raise UserError(f"recipes {options.action}: missing: NAME, see `deepcloze recipes`")
+    recipe = find_recipe(options.name)
+    text = recipe.path.read_text(encoding="utf-8")
+    if options.action == "show":
+        print(text, end="")
+        return
+    target = Path(options.target or recipe.path.name)
+    if target.is_dir():
+        target = target / recipe.path.name
+    _write_config(target, text, recipe.kind)
+
+
+def write_new_config(file: Path, kind: str) -> None:
+    """Write a config with the required keys, without values. Raises UserError for a file that exists."""
+    keys = _required_keys(CONFIGS[kind].specialize({"task": {}}))
+    _write_config(file, "".join(f"{line}\n" for line in keys), kind)
+
+
+def _write_config(file: Path, text: str, kind: str) -> None:
+    """Write a config and, in .deepcloze beside it, its schema, which its first line names."""
+    if file.exists():
+        raise UserError(f"{file} exists already; name another file")
+    schema = f".deepcloze/{kind}.schema.json"
+    write_json(file.parent / schema, json_schema(CONFIGS[kind]))
+    write_text(file, f"# yaml-language-server: $schema={schema}\n{text}")
+    flag = "" if kind == "compare" else "--config "
+    print(f"{file}: edit it, then run: deepcloze {kind} {flag}{file}")
+
+
+def _required_keys(section: type[BaseModel], indent: str = "") -> Iterator[str]:
+    """A line for each required key, with its meaning as a comment."""
+    for name, field in section.model_fields.items():
+        if field.is_required():
+            meaning = find_meaning(section, name).partition(". ")[0].removesuffix(".")
+            yield f"{indent}{name}:  # {meaning}"
+            if is_section(field.annotation):
+                yield from _required_keys(field.annotation, indent + "  ")
+
+
+def _recipe_table() -> str:
+    recipes = all_recipes()
+    width = max(len(recipe.name) for recipe in recipes)
+    lines = []
+    for kind in dict.fromkeys(recipe.kind for recipe in recipes):
+        lines += ["", f"deepcloze {kind} --config NAME"]
+        lines += [_recipe_row(recipe, width) for recipe in recipes if recipe.kind == kind]
+    return "\n".join(lines[1:])
+
+
+def _recipe_row(recipe: Recipe, width: int) -> str:
+    indent = " " * (width + 4)
+    name = f"  {recipe.name}".ljust(width + 4)
+    return textwrap.fill(recipe.summary, 100, initial_indent=name, subsequent_indent=indent)

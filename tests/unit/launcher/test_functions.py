@@ -1,0 +1,208 @@
+"""The functions of the module `deepcloze`, without training. Their examples run in test_documented_commands.py."""
+
+import inspect
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import deepcloze
+from deepcloze import UserError
+from experiment.signals import ignore_stop_signals
+from launcher.options import PretrainOptions
+
+RUN = {
+    "run": {"dir": "runs/mine"},
+    "model": {"config": {"model_type": "bert"}},
+    "corpus": {"train": "corpora/books"},
+    "schedule": {"steps": 10},
+}
+TASK = {"run": {"dir": "runs/task"}, "task": {"train": "train.csv"}, "model": {"init_from": "model"}}
+COMPARISON = {"run": {"dir": "runs/comparison"}, "rows": {"a": {"init_from": "model"}}, "tasks": ["task.yaml"]}
+
+
+def run_script(file: Path, code: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script as a user does, with its folder first on Python's path."""
+    file.write_text(code, encoding="utf-8")
+    return subprocess.run([sys.executable, file.name], cwd=file.parent, capture_output=True, text=True, check=False)
+
+
+def test_an_import_imports_nothing_else(tmp_path: Path) -> None:
+    """Catches an import that takes seconds before anything is called."""
+    code = "import sys, deepcloze; dir(deepcloze); print({'numpy', 'pydantic', 'torch', 'launcher'} & set(sys.modules))"
+    assert run_script(tmp_path / "script.py", code).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("name", deepcloze.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    """Catches a name that cannot be imported, and one without types or docs."""
+    value = getattr(deepcloze, name)
+    assert inspect.getdoc(value)
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        parameters = signature.parameters.values()
+        assert inspect.Parameter.empty not in (signature.return_annotation, *(each.annotation for each in parameters))
+
+
+def test_unknown_names_are_rejected() -> None:
+    """Catches a misspelled name that is found to be something else, such as a package."""
+    with pytest.raises(AttributeError, match="module 'deepcloze' has no attribute 'launcher'"):
+        deepcloze.launcher  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: deepcloze.evaluate("runs/mine", "corpora/books"),
+            "evaluate: 'corpora': expected a list of folders, found one: ['corpora/books']",
+        ),
+        (
+            lambda: deepcloze.evaluate("runs/mine", Path("corpora/books")),
+            "evaluate: 'corpora': expected a list of folders, found one: ['corpora/books']",
+        ),
+        (
+            lambda: deepcloze.finetune(TASK | {"training": {"seeds": 42}}),
+            "config: 'training.seeds': expected a list, found a whole number (42)",
+        ),
+        (
+            lambda: deepcloze.compare(COMPARISON | {"tasks": "task.yaml"}),
+            """config: 'tasks': expected a list, found text ("task.yaml")""",
+        ),
+        (
+            lambda: deepcloze.compare(COMPARISON, rows=1),
+            "compare: unknown argument 'rows'",
+        ),
+        (
+            lambda: deepcloze.build_corpus("text.txt", "tokenizer", Path("corpus"), worker=2),
+            "build_corpus: unknown argument 'worker'; did you mean 'workers'?",
+        ),
+        (
+            lambda: deepcloze.build_corpus([Path("text.txt")], "tokenizer", "corpus"),
+            "--source text.txt: no such file or folder",
+        ),
+        (
+            lambda: deepcloze.build_corpus("text.txt", "tokenizer", "corpus", engine="slurm"),
+            "build_corpus: 'engine': expected 'local' or 'ray'; tasks of SLURM run `deepcloze corpus`",
+        ),
+        (
+            lambda: deepcloze.compare(COMPARISON, dry_run=True),
+            "compare: 'dry_run': only the command has this flag",
+        ),
+        (
+            lambda: deepcloze.pretrain(RUN | {"batch": {"sequence": 64}}),
+            "config: unknown config key 'batch.sequence'; did you mean 'batch.sequences'?",
+        ),
+        (
+            lambda: deepcloze.pretrain(RUN, {"optimizer.lr": "fast"}),
+            """command line: 'optimizer.lr': expected a number, found text ("fast")""",
+        ),
+        (
+            lambda: deepcloze.pretrain("my-run.yaml", num_gpus="two"),  # type: ignore[arg-type]
+            """pretrain: 'num_gpus': expected a whole number or null, found text ("two")""",
+        ),
+        (
+            lambda: deepcloze.pretrain(Path("my-run.yaml")),
+            "cannot read the config file my-run.yaml: No such file or directory",
+        ),
+        (
+            lambda: deepcloze.pretrain(RUN, hostfile="hosts"),
+            "pretrain: 'config': with a hostfile, expected a file, which the other hosts read too",
+        ),
+        (
+            lambda: deepcloze.pretrain("pretrain/demo", detach=True),
+            "pretrain: 'detach': only the command has this flag",
+        ),
+        (
+            lambda: deepcloze.read_metrics("runs/mine"),
+            "read_metrics: runs/mine/metrics.jsonl does not exist; expected the folder of a run that has started",
+        ),
+        (
+            lambda: deepcloze.Predictor.load("runs/mine"),
+            "runs/mine is not a folder: expected a model folder, such as RUN/seed-1/model, or a finished run",
+        ),
+    ],
+)
+def test_mistakes_get_one_line(
+    call: Callable[[], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback of pydantic, and a text that is taken for a list of its characters."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        call()
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        (SystemExit("deepcloze: the run failed: a rank was killed"), RuntimeError("the run failed: a rank was killed")),
+        (SystemExit(2), UserError("the run was rejected, for the reason that is printed above")),
+        (KeyboardInterrupt(), KeyboardInterrupt()),
+    ],
+)
+def test_the_caller_survives_a_failed_run(
+    ending: BaseException, expected: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a notebook that ends with a run, or that cannot be interrupted after the first interrupt."""
+    received: list[PretrainOptions] = []
+
+    def launch(options: PretrainOptions) -> None:
+        received.append(options)
+        ignore_stop_signals()
+        raise ending
+
+    monkeypatch.setattr("launcher.launch.launch_pretraining", launch)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.raises(type(expected)) as error:
+        deepcloze.pretrain(RUN, {"optimizer.lr": 1e-5, "run.dir": Path("runs/other")}, num_gpus=2, oversubscribe=True)
+    assert str(error.value) == str(expected)
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert received[0].overrides == {"optimizer.lr": "1e-05", "run.dir": "runs/other"}
+    assert (received[0].num_gpus, received[0].oversubscribe) == (2, True)
+    assert not Path(received[0].config).exists(), "a temporary file"
+
+
+def test_another_thread_is_rejected() -> None:
+    """Catches the error of Python about signals."""
+    errors: list[str] = []
+
+    def call() -> None:
+        try:
+            deepcloze.pretrain(RUN)
+        except UserError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert errors == ["call deepcloze in the main thread, which gets the signals that stop a run"]
+
+
+def test_a_script_may_have_the_name_of_a_package(tmp_path: Path, wordpiece: Path, text_file: Path) -> None:
+    """Catches workers that execute the script, as main module or as `pretrain`, which would build the corpus again."""
+    for name in ("a.txt", "b.txt"):  # one for each worker
+        shutil.copy(text_file, tmp_path / name)
+    code = f"""print("executed")
+import deepcloze
+corpus = deepcloze.build_corpus(["a.txt", "b.txt"], {str(wordpiece)!r}, "corpus", workers=2)
+print(corpus.documents)"""
+    done = run_script(tmp_path / "pretrain.py", code)
+    assert done.stdout.count("executed") == 1, done.stderr
+    assert done.stdout.endswith("\n1280\n")
+
+
+def test_a_module_that_hides_a_package_is_named(tmp_path: Path) -> None:
+    """Catches an error about a module in our packages that does not exist."""
+    (tmp_path / "finetune.py").touch()
+    done = run_script(tmp_path / "script.py", "import finetune, deepcloze; deepcloze.pretrain('demo')")
+    message = f"ImportError: {tmp_path}/finetune.py hides the package 'finetune' of deepcloze; rename it"
+    assert done.stderr.splitlines()[-1] == message
