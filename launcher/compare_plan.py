@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoints import find_model_folder
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import checksum
-from experiment.mirror import local_model
+from experiment.model_names import local_model, record_model
 from experiment.own_process import module_command
 from experiment.run_folder import COMPARISON_RECORD, RunFolder, folder_name
 from finetune.config import FinetuneConfig
@@ -76,15 +75,15 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
 
 
 def _find_encoders(config: CompareConfig, file: str) -> CompareConfig:
-    """The config with the Hugging Face folder that each `init_from` refers to now: all cells of a row start from the
+    """The config with the model that each `init_from` refers to now: all cells of a row start from the
     same checkpoint, although a run may save newer ones meanwhile. Raises UserError."""
     rows = {}
     for name, row in config.rows.items():
         try:
-            folder = find_model_folder(local_model(row.init_from)).absolute()
+            model = record_model(row.init_from)
         except UserError as error:
             raise UserError(f"{file}: rows.{name}.init_from: {error}") from None
-        rows[name] = row.model_copy(update={"init_from": str(folder)})
+        rows[name] = row.model_copy(update={"init_from": model})
     return config.model_copy(update={"rows": rows})
 
 
@@ -143,7 +142,7 @@ def _plan_cells(
     config: CompareConfig,
 ) -> dict[str, PlannedRun]:
     """The runs of a row by task. Their configs have the checksums of all files that they read."""
-    files = model_files(Path(row.init_from), weights=row.weights == "pretrained")
+    files = model_files(local_model(row.init_from), weights=row.weights == "pretrained")
     origin: dict[str, object] = {f"encoder.{path.name}": checksum(path) for path in files}
     seeds = ",".join(map(str, config.seeds))
     now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from hub_server import HubServer, hub_server
 from rank_pool import ForkServer, RankPool
 from s3_server import environment, moto_server, new_bucket
 from small_disk import SmallDisk, mounted_small_disk
@@ -216,3 +217,31 @@ def bucket(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3fs.S3FileSystem.clear_instance_cache()  # of another test's server
     yield new_bucket()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server in place of the Hugging Face Hub, with an empty cache, for this process and those that it starts."""
+    from huggingface_hub import constants
+
+    from experiment import storage
+
+    cache = tmp_path / "hub-cache"
+    monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
+    with hub_server() as server:
+        values = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_CACHE": str(cache),
+            "HF_TOKEN_PATH": str(cache / "token"),
+            "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for name, value in values.items():  # the library reads the environment when it is imported
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server

@@ -6,7 +6,7 @@ from pathlib import Path
 from experiment.checkpoints import find_model_folder, unlisted_files
 from experiment.errors import UserError, describe_disk_error, reason
 from experiment.files import created_parents, removed_on_error
-from experiment.mirror import local_model
+from experiment.model_names import local_model
 from experiment.output_folder import is_free
 from experiment.results.exported_card import write_card
 from finetune.onnx_model import holds_onnx_model, require_packages
