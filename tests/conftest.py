@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from hub_server import HubServer, hub_server
+from hub_server import HubServer, hub_server, use_hub
 from rank_pool import ForkServer, RankPool
 from s3_server import environment, moto_server, new_bucket
 from small_disk import SmallDisk, mounted_small_disk
@@ -23,6 +23,7 @@ from triton_interpreter import interpret_kernels
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that no folder has may be one on the Hub
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Drawing an example, or running a test with it, can be slow on a busy machine.
@@ -221,27 +222,10 @@ def bucket(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A server in place of the Hugging Face Hub, with an empty cache, for this process and those that it starts."""
-    from huggingface_hub import constants
-
+    """A server in place of the Hugging Face Hub, with an empty cache, for this process."""
     from experiment import storage
 
-    cache = tmp_path / "hub-cache"
     monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
     with hub_server() as server:
-        values = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-            "HF_HUB_CACHE": str(cache),
-            "HF_TOKEN_PATH": str(cache / "token"),
-            "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-        }
-        for name, value in values.items():  # the library reads the environment when it is imported
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_HUB_CACHE", str(cache))
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        use_hub(monkeypatch, server.url, tmp_path / "hub-cache")
         yield server

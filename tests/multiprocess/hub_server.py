@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 Fault = Callable[["Handler"], bool]
 """Answers a request in place of the server, or returns False."""
 
@@ -59,7 +61,7 @@ class Repository:
 
     def push_folder(self, folder: Path, branch: str = "main", **more: bytes) -> str:
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        return self.push({**files, **{name.replace("__", "/"): content for name, content in more.items()}}, branch)
+        return self.push({**files, **{name.replace("__", "."): content for name, content in more.items()}}, branch)
 
     def find(self, revision: str) -> str | None:
         """The commit of a revision."""
@@ -281,3 +283,22 @@ def hub_server() -> Iterator[HubServer]:
         yield handler.hub
         server.shutdown()
         thread.join()
+
+
+def use_hub(patch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """Let huggingface_hub in this process use a server and a cache folder. It reads its environment when it is
+    imported."""
+    from huggingface_hub import constants
+
+    values = {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_TOKEN_PATH": str(cache / "token"),
+        "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }
+    for name, value in values.items():
+        patch.setattr(constants, name, value)
+    patch.delenv("HF_TOKEN", raising=False)
