@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from experiment.config import did_you_mean
 from experiment.errors import UserError, describe_disk_error, first_line, notify
 from experiment.hub_names import HubName
+from experiment.progress import terminal
 from experiment.storage import retry
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ Kind = Literal["model", "dataset"]
 
 _CONFIG_AND_TOKENIZER = ("*.json", "*.txt", "*.model")
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _CANDIDATES = 50  # repositories to compare a misspelt name with
 
 
@@ -38,7 +39,7 @@ def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
         found = HfApi().resolve_revision(name.repository, revision=name.revision, repo_type=kind)
         return HubName(name.repository, found.resolved)
 
-    return _call(name, kind, resolve)
+    return call_hub(name, kind, resolve)
 
 
 def download_model(name: HubName, weights: bool = True, on_progress: Callable[[], None] = lambda: None) -> Path:
@@ -55,7 +56,7 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
     folder = _cached(pinned, weights)
     if folder is None:
         notify(f"downloading {pinned} from the Hugging Face Hub")
-        folder = _call(name, "model", lambda: _download(pinned, weights, on_progress))
+        folder = call_hub(name, "model", lambda: _download(pinned, weights, on_progress))
     if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():
         raise UserError(
             f"{name}: there is neither a config.json nor a tokenizer of transformers on the Hugging Face Hub"
@@ -106,13 +107,9 @@ def _patterns(weights: bool) -> list[str]:
 
 
 def _bar(on_progress: Callable[[], None]) -> type[Any]:
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+    from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.setdefault("disable", None)  # unless stderr is a terminal
-            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
-
         def update(self, n: float | None = 1) -> Any:
             on_progress()
             return super().update(n)
@@ -120,9 +117,13 @@ def _bar(on_progress: Callable[[], None]) -> type[Any]:
     return Bar
 
 
-def _call(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
+def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
     """Call `function`, which uses the Hub, again after transient errors. Raises UserError."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not terminal().is_interactive:
+        disable_progress_bars()
 
     def call() -> T:
         try:
@@ -156,16 +157,18 @@ def _explain(name: HubName, kind: Kind, error: Exception) -> UserError:
         return UserError(f"{name}: cannot write {constants.HF_HUB_CACHE}: {problem}")
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name.repository}"
-        return UserError(f"{name}: access is restricted: accept the conditions at {page}, then {_LOG_IN}")
+        return UserError(f"{name}: access is restricted: accept the conditions at {page}, then {LOG_IN}")
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"{name}: there is no revision '{name.revision}'{_other_revisions(name, kind)}")
     if isinstance(error, errors.RepositoryNotFoundError):
         return UserError(
             f"{name}: no such folder, and no such {kind} on the Hugging Face Hub{_similar_name(name, kind)}; for a "
-            f"private one, {_LOG_IN}"
+            f"private one, {LOG_IN}"
         )
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 403:
+        return UserError(f"{name}: the token does not allow this: {LOG_IN} to one that does")
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
-        return UserError(f"{name}: the Hugging Face Hub rejects the token: {_LOG_IN} to another one")
+        return UserError(f"{name}: the Hugging Face Hub rejects the token: {LOG_IN} to another one")
     return UserError(f"{name}: the Hugging Face Hub: {first_line(error)}")
 
 

@@ -108,3 +108,13 @@ class ExportOptions(Section):
     int8: bool = False
     """With --format onnx: weights in int8, which is a quarter of the size and often faster; predictions change a
     little."""
+
+    push: Annotated[str | None, Metavar("OWNER/NAME")] = None
+    """Then upload the folder to this repository of the Hugging Face Hub, with the token of `hf auth login` or
+    HF_TOKEN. It is created if it does not exist; a model of the same run in it is replaced."""
+
+    private: bool = False
+    """With --push: create a private repository."""
+
+    overwrite: bool = False
+    """With --push: replace another model in the repository."""
