@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiment.config import load_config
+from yaml import YAMLError
+
+from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.files import checksum
+from experiment.hub_data import PREFIX, HubData
 from experiment.model_names import local_model, record_model
 from experiment.progress import terminal
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig
 from finetune.data.records import Table
+from finetune.data.task_config import TaskConfig
 from finetune.data_report import data_warnings, describe_example, print_lengths
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
@@ -53,8 +57,9 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     overrides: dotted keys to raw text. Raises UserError, also if init_from refers to no usable model.
     """
     config = load_config(FinetuneConfig, file, overrides)
-    files = {split: str(Path(path).absolute()) for split, path in config.task.files().items()}
     folder = RunFolder(Path(config.run.dir).absolute())
+    earlier = _recorded(folder)
+    files = _record_data(config.task, earlier)
     splits = {split: files.pop(split, None) for split in ("train", "validation")}
     tests = files if isinstance(config.task.test, Mapping) else files.get("test")
     name = config.task.name or Path(file).stem
@@ -62,19 +67,39 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
         update={
             "run": config.run.model_copy(update={"dir": str(folder.path)}),
             "task": config.task.model_copy(update={**splits, "test": tests, "name": name}),
-            "model": config.model.model_copy(update={"init_from": _record_model(config.model.init_from, folder)}),
+            "model": config.model.model_copy(update={"init_from": _record_model(config.model.init_from, earlier)}),
         }
     )
 
 
-def _record_model(init_from: str, folder: RunFolder) -> str:
-    """The name to record, of a model that is on this machine then. A run that has begun keeps the commit of a model of
-    the Hub."""
-    earlier = None
-    with suppress(OSError, ValueError, TypeError, KeyError):  # no run has begun
-        earlier = read_yaml(folder.config.read_text(encoding="utf-8"))["model"]["init_from"]
+def _recorded(folder: RunFolder) -> Mapping[str, Any]:
+    """The flat config with which a run has begun: it keeps the commits of models and data of the Hub. Empty if none has
+    begun."""
+    with suppress(OSError, ValueError, AttributeError, YAMLError):
+        return flatten(read_yaml(folder.config.read_text(encoding="utf-8")))
+    return {}
+
+
+def _record_data(task: TaskConfig, earlier: Mapping[str, Any]) -> dict[str, str]:
+    """Split -> absolute path, or the name of a data set of the Hub with its commit."""
+    known = [HubData.parse(str(value)) for value in earlier.values() if str(value).startswith(PREFIX)]
+    files = {}
+    for split, path in task.files().items():
+        if path.startswith(PREFIX):
+            try:
+                known.append(HubData.parse(path).pinned(known))
+            except UserError as error:
+                raise UserError(f"task.{split}: {error}") from None
+            files[split] = str(known[-1])
+        else:
+            files[split] = str(Path(path).absolute())
+    return files
+
+
+def _record_model(init_from: str, earlier: Mapping[str, Any]) -> str:
+    """The name to record, of a model that is on this machine then."""
     try:
-        recorded = record_model(init_from, earlier)
+        recorded = record_model(init_from, earlier.get("model.init_from"))
         local_model(recorded)
         return recorded
     except UserError as error:

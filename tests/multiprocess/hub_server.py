@@ -167,15 +167,18 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file} for file in repository.commits.get(commit, {})]
             self.answer_json({"_id": name, "id": name, "sha": commit, "tags": [], "siblings": siblings})
 
-    def tree(self, kind: str, name: str, revision: str) -> None:
+    def tree(self, kind: str, name: str, revision: str, folder: str | None = None) -> None:
+        """Of repositories without folders."""
+        if folder:
+            self.refuse(404, "EntryNotFound")
+        elif found := self._find(f"{kind}/{name}", revision):
+            self.answer_json(_describe(found[0].commits.get(found[1], {})))
+
+    def paths(self, kind: str, name: str, revision: str) -> None:
         if found := self._find(f"{kind}/{name}", revision):
-            repository, commit = found
-            self.answer_json(
-                [
-                    {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                    for path, content in repository.commits.get(commit, {}).items()
-                ]
-            )
+            wanted = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
+            files = found[0].commits.get(found[1], {})
+            self.answer_json(_describe({path: content for path, content in files.items() if path in wanted}))
 
     def refs(self, kind: str, name: str) -> None:
         if found := self._find(f"{kind}/{name}"):
@@ -256,10 +259,18 @@ class Handler(BaseHTTPRequestHandler):
         self.answer_json({"errors": [], "warnings": []})
 
 
+def _describe(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    return [
+        {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        for path, content in files.items()
+    ]
+
+
 _ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"GET /api/(models|datasets)", Handler.search),
     (r"GET /api/(models|datasets)/(.+)/revision/(.+)", Handler.info),
-    (r"GET /api/(models|datasets)/(.+)/tree/([^/]+)", Handler.tree),
+    (r"GET /api/(models|datasets)/(.+)/tree/([^/]+)(?:/(.+))?", Handler.tree),
+    (r"POST /api/(models|datasets)/(.+)/paths-info/([^/]+)", Handler.paths),
     (r"GET /api/(models|datasets)/(.+)/refs", Handler.refs),
     (r"POST /api/models/(.+)/preupload/main", Handler.preupload),
     (r"POST /api/models/(.+)/commit/main", Handler.commit),
@@ -302,3 +313,19 @@ def use_hub(patch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
     for name, value in values.items():
         patch.setattr(constants, name, value)
     patch.delenv("HF_TOKEN", raising=False)
+
+
+def use_hub_for_data(patch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """As `use_hub`, for the library datasets."""
+    import datasets
+    from huggingface_hub import HfFileSystem
+
+    values = {
+        "HF_ENDPOINT": url,
+        "HUB_DATASETS_URL": f"{url}/datasets/{{repo_id}}/resolve/{{revision}}/{{path}}",
+        "HF_DATASETS_CACHE": cache,
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in values.items():
+        patch.setattr(datasets.config, name, value)
+    HfFileSystem.clear_instance_cache()  # of another test's server
