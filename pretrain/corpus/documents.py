@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, Literal
 
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
@@ -27,9 +27,6 @@ from pretrain.corpus.formats import (
 )
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_selected, is_skipped, report_skipped
-
-if TYPE_CHECKING:
-    import datasets
 
 Archives = Mapping[str, Members]
 
@@ -165,13 +162,12 @@ def tar_compression(name: str) -> str:
     return {"gz": "gz", "tgz": "gz", "zst": "zst"}.get(name.lower().rsplit(".", 1)[-1], "")
 
 
-def hub_rows(source: Source) -> "datasets.Dataset":
-    """Raises UserError if they cannot be loaded."""
-    return load_rows(HubData(source.name, source.version or None, source.selection))
+def hub_data(source: Source) -> HubData:
+    return HubData(source.name, source.version or None, source.selection)
 
 
 def _read_hub(source: Source, options: TextOptions, part: Range) -> Iterator[Document]:
-    rows, columns = hub_rows(source), list(options.columns)
+    rows, columns = load_rows(hub_data(source)), list(options.columns)
     for column, option in options.columns.items():
         if column not in rows.column_names:
             raise missing_column(f"hub:{source.name}", column, rows.column_names, option)
