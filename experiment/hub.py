@@ -56,7 +56,7 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
     folder = _cached(pinned, weights)
     if folder is None:
         notify(f"downloading {pinned} from the Hugging Face Hub")
-        folder = call_hub(name, "model", lambda: _download(pinned, weights, on_progress))
+        folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, tqdm_class=_bar(on_progress)))
     if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():
         raise UserError(
             f"{name}: there is neither a config.json nor a tokenizer of transformers on the Hugging Face Hub"
@@ -71,39 +71,27 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
 
 def _cached(name: HubName, weights: bool) -> Path | None:
     """The folder, if all its files are known to be there. Does not access the network."""
-    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
     try:
         get_cached_repo_tree(name.repository, revision=name.revision)
-        return Path(
-            snapshot_download(
-                name.repository,
-                revision=name.revision,
-                allow_patterns=_patterns(weights),
-                ignore_patterns=["*/*"],
-                local_files_only=True,
-            )
-        )
+        return _snapshot(name, weights, local_files_only=True)
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         return None
 
 
-def _download(name: HubName, weights: bool, on_progress: Callable[[], None]) -> Path:
+def _snapshot(name: HubName, weights: bool, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    folder = snapshot_download(
+    folder: str = snapshot_download(
         name.repository,
         revision=name.revision,
-        allow_patterns=_patterns(weights),
+        allow_patterns=[*_CONFIG_AND_TOKENIZER, *(_WEIGHTS if weights else ())],
         ignore_patterns=["*/*"],  # files of other formats, and of modules of other libraries
-        tqdm_class=_bar(on_progress),
+        **options,
     )
     return Path(folder)
-
-
-def _patterns(weights: bool) -> list[str]:
-    return [*_CONFIG_AND_TOKENIZER, *(_WEIGHTS if weights else ())]
 
 
 def _bar(on_progress: Callable[[], None]) -> type[Any]:
@@ -134,7 +122,7 @@ def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
                 raise _unreachable(name, kind, cause or error) from None
             raise cause or error from None
 
-    return retry(f"{name}", call, lambda _, error: _explain(name, kind, error))
+    return retry(str(name), call, lambda _, error: _explain(name, kind, error))
 
 
 def _unreachable(name: HubName, kind: Kind, error: BaseException) -> UserError:
@@ -142,11 +130,11 @@ def _unreachable(name: HubName, kind: Kind, error: BaseException) -> UserError:
 
     revision = "" if name.revision is None else f" --revision {name.revision}"
     command = f"hf download {name.repository}{revision}{' --repo-type dataset' if kind == 'dataset' else ''}"
-    why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"cannot reach {constants.ENDPOINT}"
-    detail = "" if constants.is_offline_mode() else f" ({first_line(error)})"
+    why = f"cannot reach {constants.ENDPOINT} ({first_line(error)})"
     return UserError(
-        f"{name}: no such folder, and no such {kind} in {constants.HF_HUB_CACHE}; {why}{detail}: download it on a "
-        f"machine with network, with `{command}`"
+        f"{name}: no such folder, and no such {kind} in {constants.HF_HUB_CACHE}; "
+        f"{'HF_HUB_OFFLINE is set' if constants.is_offline_mode() else why}: download it on a machine with network, "
+        f"with `{command}`"
     )
 
 
