@@ -14,7 +14,6 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import checksum, fsync_tree, json_digest, parse_json, write_json, write_text
-from experiment.hub_names import download_hint
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +100,7 @@ def find_checkpoint(path: Path) -> Path:
         )
     if path.exists():
         raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
-    raise UserError(
-        f"{path} does not exist: expected a Hugging Face folder, a checkpoint or a run{download_hint(path)}"
-    )
+    raise UserError(f"{path} does not exist: expected a Hugging Face folder, a checkpoint or a run")
 
 
 def checkpoint_candidates(path: Path) -> list[Path]:

@@ -1,11 +1,47 @@
-"""Names of models on the Hugging Face Hub, in paths of its cache and of users."""
+"""Names on the Hugging Face Hub, as users write them and as paths of its cache contain them."""
 
 import re
 from pathlib import Path
+from typing import NamedTuple, Self
 
 HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots(?:/|$)")
 """In the path of a model in transformers' cache: its organization and name, or its name alone."""
-_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)(/[\w.-]+)?")
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubName(NamedTuple):
+    """A repository of the Hub, written NAME or NAME@REVISION."""
+
+    repository: str
+    revision: str | None = None  # branch, tag or commit; None: the default branch
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """None for a text that cannot be such a name."""
+        found = _NAME.fullmatch(text)
+        return cls(found[1], found[2]) if found else None
+
+    @classmethod
+    def of_model(cls, text: str) -> Self | None:
+        """As `parse`; None also for a path: what exists, or is missing in a folder that exists."""
+        name, path = cls.parse(text), Path(text)
+        is_path = path.exists() or (path.parent != Path() and path.parent.exists())
+        return None if is_path else name
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether the revision is a commit, so that the name always means the same files."""
+        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+
+    def may_mean(self, pinned: str | None) -> bool:
+        """Whether a run that was started with this name may have recorded `pinned`, the name with a commit."""
+        other = None if pinned is None else HubName.parse(pinned)
+        same_revision = not self.is_commit or other is None or self.revision == other.revision
+        return other is not None and other.is_commit and other.repository == self.repository and same_revision
+
+    def __str__(self) -> str:
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
 
 
 def hub_name(folder: str) -> str | None:
@@ -18,10 +54,3 @@ def public_name(folder: str) -> str:
     """The name of a folder; in transformers' cache with the folders above it that name the model."""
     found = HUB_CACHE.search(folder)
     return folder[found.start() :] if found else Path(folder).name
-
-
-def download_hint(path: Path) -> str:
-    """The end of a message about a path that does not exist, if it may be the name of a model on the Hub."""
-    if not _NAME.fullmatch(str(path)) or (path.parent != Path() and path.parent.exists()):
-        return ""
-    return f"; to use a model of the Hugging Face Hub, download it: `hf download {path} --local-dir FOLDER`"

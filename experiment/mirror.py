@@ -28,7 +28,6 @@ from experiment.storage import (
     delete,
     download_files,
     exists,
-    is_url,
     join,
     list_files,
     list_folders,
@@ -146,11 +145,11 @@ def fetch(
     write_text(folder / COMPLETE, marker.decode("utf-8"))
 
 
-def local_model(name: str) -> Path:
-    """The path of a model. For the URL of a checkpoint, or of a mirror, whose newest one is meant, it is a copy in the
-    user's cache folder, without the state of the optimizer. Raises UserError."""
-    if not is_url(name):
-        return Path(name)
+def local_checkpoint(name: str) -> Path:
+    """A copy of a model in the user's cache folder, without the state of the optimizer.
+
+    name: URL of a checkpoint, or of a mirror, whose newest one is meant. Raises UserError.
+    """
     url = name.rstrip("/").removesuffix("/hf")
     if not exists(join(url, COMPLETE)):
         names = list(Mirror(url).complete())

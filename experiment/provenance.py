@@ -21,7 +21,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import parse_json, sha256, write_json
-from experiment.hub_names import public_name
+from experiment.hub_names import hub_name, public_name
 from experiment.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -106,12 +106,16 @@ def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
     """The ancestors of a run that starts from the weights in a Hugging Face folder, oldest first.
 
     relation: of the run to the last ancestor, "init_from" (weights only) or "fork" (full state). A model that was not
-    written by deepcloze is identified by its folder and the SHA-256 of its weight files, which model hubs show too.
+    written by deepcloze is identified by its folder and the SHA-256 of its weight files, which model hubs show too; one
+    of the Hub also by name and commit.
     """
     origin = read_origin(model)
     if origin is None:
         weights = {path.name: sha256(path) for path in sorted(model.iterdir()) if path.suffix in _WEIGHTS}
-        return [{"relation": relation, "folder": str(model.absolute()), "name": model.name, "weights": weights}]
+        folder = str(model.absolute())
+        name = hub_name(folder)
+        known = {"name": model.name} if name is None else {"name": name, "commit": model.name}
+        return [{"relation": relation, "folder": folder, **known, "weights": weights}]
     return [*origin.pop("ancestors"), {"relation": relation, **origin}]
 
 

@@ -316,7 +316,7 @@ class _Reader(io.RawIOBase):
         self._url = url
         self._file: Any = None
         self._position = 0
-        self._size: int = _retry(url, lambda: self._open().size)
+        self._size: int = retry(url, lambda: self._open().size)
         if self._size is None:
             raise _without_size(url)
 
@@ -336,7 +336,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if self._position >= self._size:
             return 0
-        block = _retry(self._url, lambda: self._read(len(buffer)))
+        block = retry(self._url, lambda: self._read(len(buffer)))
         buffer[: len(block)] = block
         self._position += len(block)
         return len(block)
@@ -400,26 +400,30 @@ def _call(url: str, function: Callable[[Any, str], T]) -> T:
         fs.invalidate_cache()
         return function(fs, path)
 
-    return _retry(url, call)
+    return retry(url, call)
 
 
-def _retry(url: str, function: Callable[[], T]) -> T:
-    """Call `function`, again after transient errors. Raises StorageError."""
+def retry(name: str, function: Callable[[], T], explain: Callable[[str, Exception], UserError] | None = None) -> T:
+    """Call `function`, again after transient errors.
+
+    `name`: of what it accesses, for messages. `explain`: makes the UserError to raise for other errors; default: makes
+    a StorageError.
+    """
     waits = list(_WAITS)
     while True:
         try:
             return function()
-        except StorageError:
+        except UserError:
             raise
         except Exception as raised:
             error = _error_of_server(raised)
             if not _is_transient(error):
-                raise _storage_error(url, error) from error
+                raise (explain or _storage_error)(name, error) from error
             if not waits:
                 attempts = len(_WAITS) + 1
-                raise StorageError(f"{url}: no success in {attempts} attempts: {first_line(error)}") from error
+                raise StorageError(f"{name}: no success in {attempts} attempts: {first_line(error)}") from error
             seconds = waits.pop(0) * random.uniform(0.75, 1.25)  # hosts that failed together try again one by one
-            log.warning("%s: %s; trying again in %.0f s", url, first_line(error), seconds)
+            log.warning("%s: %s; trying again in %.0f s", name, first_line(error), seconds)
             time.sleep(seconds)
 
 

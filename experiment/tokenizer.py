@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError, reason
 from experiment.files import fsync_tree, json_digest, parse_json
-from experiment.hub_names import download_hint
 from experiment.transformers_models import check_label_count, quiet_transformers
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
         problem = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(
             f"tokenizer: {folder} {problem}; expected a Hugging Face folder, or one with a vocab.txt; "
-            f"`deepcloze tokenizer` makes one{download_hint(folder)}"
+            "`deepcloze tokenizer` makes one"
         )
     tokenizer = _load_bare_vocabulary(folder) if _is_bare_vocabulary(folder) else _load_folder(folder)
     vocabulary = tokenizer.get_vocab()

@@ -41,7 +41,8 @@ class ModelConfig(Section):
     """The encoder to fine-tune."""
 
     init_from: PathText
-    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one."""
+    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one; or NAME[@REVISION] of a
+    model on the Hugging Face Hub. See docs/hub.md."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` keeps the architecture and initializes the weights randomly, as a baseline."""

@@ -14,7 +14,7 @@ from experiment.config.field_types import LocalPath, PathText
 class PredictOptions(Section):
     model: Annotated[PathText, Metavar("DIR")]
     """Model folder, such as RUN/seed-1/model; or a run: then the model of its best seed on validation. Also a
-    sequence classifier of transformers."""
+    sequence classifier of transformers, or NAME[@REVISION] of one on the Hugging Face Hub."""
 
     input: Annotated[PathText, Metavar("FILE")]
     """Rows to predict for, in any format that training reads."""
@@ -54,7 +54,8 @@ class PredictOptions(Section):
 class ServeOptions(Section):
     model: Annotated[PathText, Metavar("DIR")]
     """Model folder, such as RUN/seed-1/model; or a run: then the model of its best seed on validation. Also a folder of
-    transformers with a head for sequence classification, token classification, multiple choice or masked LM."""
+    transformers with a head for sequence classification, token classification, multiple choice or masked LM, or
+    NAME[@REVISION] of one on the Hugging Face Hub."""
 
     host: Annotated[str, Metavar("ADDRESS")] = "127.0.0.1"
     """Address to listen on: only this machine can reach the default; 0.0.0.0 is any address of this machine."""
@@ -96,7 +97,7 @@ class ServeOptions(Section):
 class ExportOptions(Section):
     checkpoint: Annotated[PathText, Metavar("DIR")]
     """Model to export: a checkpoint of a pretraining, or a run (its newest checkpoint); a fine-tuned model folder, or a
-    run (its best seed on validation); or a folder of transformers."""
+    run (its best seed on validation); or a folder of transformers, or NAME[@REVISION] of a model on the Hub."""
 
     output: Annotated[LocalPath, Metavar("DIR")]
     """Folder to write, which must not exist or be empty."""
@@ -108,3 +109,13 @@ class ExportOptions(Section):
     int8: bool = False
     """With --format onnx: weights in int8, which is a quarter of the size and often faster; predictions change a
     little."""
+
+    push: Annotated[str | None, Metavar("OWNER/NAME")] = None
+    """Then upload the folder to this repository of the Hugging Face Hub, with the token of `hf auth login` or
+    HF_TOKEN. It is created if it does not exist; a model of the same run in it is replaced."""
+
+    private: bool = False
+    """With --push: create a private repository."""
+
+    overwrite: bool = False
+    """With --push: replace another model in the repository."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiment.errors import UserError, disk_errors_as
 from experiment.files import created_parents, write_json
+from experiment.model_names import local_model
 from experiment.progress import progress, terminal
 from finetune.data.formats import read_rows
 from finetune.data.records import Record, TurnJoiner, read_records
@@ -77,7 +78,7 @@ def predict_command(options: PredictOptions) -> None:
         _check_writable(written)
     if source.exists() and not source.is_file() and not source.is_dir():
         raise UserError(f"--input: {source} is not a regular file; it is read twice, which a pipe cannot be")
-    folder, description = find_model(Path(options.model))
+    folder, description = find_model(local_model(options.model))
     task = read_saved_task(folder, _overrides(options))
     if options.calibrated and task.temperature is None:
         raise missing_temperature(folder)

@@ -5,20 +5,25 @@ trained. What follows takes the typed result.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiment.checkpoints import find_model_folder
-from experiment.config import load_config
+from yaml import YAMLError
+
+from experiment.config import flatten, load_config
+from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.files import checksum
-from experiment.mirror import local_model
+from experiment.hub_data import PREFIX, HubData
+from experiment.model_names import local_model, record_model
 from experiment.progress import terminal
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig
 from finetune.data.records import Table
+from finetune.data.task_config import TaskConfig
 from finetune.data_report import data_warnings, describe_example, print_lengths
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
@@ -47,27 +52,56 @@ class ResolvedRun:
 
 
 def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
-    """The config of a file with absolute paths, the Hugging Face folder that init_from refers to, and a task name.
+    """The config of a file with absolute paths, the model that init_from refers to, and a task name.
 
     overrides: dotted keys to raw text. Raises UserError, also if init_from refers to no usable model.
     """
     config = load_config(FinetuneConfig, file, overrides)
-    files = {split: str(Path(path).absolute()) for split, path in config.task.files().items()}
+    folder = RunFolder(Path(config.run.dir).absolute())
+    earlier = _recorded(folder)
+    files = _record_data(config.task, earlier)
     splits = {split: files.pop(split, None) for split in ("train", "validation")}
     tests = files if isinstance(config.task.test, Mapping) else files.get("test")
     name = config.task.name or Path(file).stem
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute())}),
+            "run": config.run.model_copy(update={"dir": str(folder.path)}),
             "task": config.task.model_copy(update={**splits, "test": tests, "name": name}),
-            "model": config.model.model_copy(update={"init_from": str(_find_model(config.model.init_from))}),
+            "model": config.model.model_copy(update={"init_from": _record_model(config.model.init_from, earlier)}),
         }
     )
 
 
-def _find_model(init_from: str) -> Path:
+def _recorded(folder: RunFolder) -> Mapping[str, Any]:
+    """The flat config with which a run has begun: it keeps the commits of models and data of the Hub. Empty if none has
+    begun."""
+    with suppress(OSError, ValueError, AttributeError, YAMLError):
+        return flatten(read_yaml(folder.config.read_text(encoding="utf-8")))
+    return {}
+
+
+def _record_data(task: TaskConfig, earlier: Mapping[str, Any]) -> dict[str, str]:
+    """Split -> absolute path, or the name of a data set of the Hub with its commit."""
+    known = [HubData.parse(str(value)) for value in earlier.values() if str(value).startswith(PREFIX)]
+    files = {}
+    for split, path in task.files().items():
+        if path.startswith(PREFIX):
+            try:
+                known.append(HubData.parse(path).pinned(known))
+            except UserError as error:
+                raise UserError(f"task.{split}: {error}") from None
+            files[split] = str(known[-1])
+        else:
+            files[split] = str(Path(path).absolute())
+    return files
+
+
+def _record_model(init_from: str, earlier: Mapping[str, Any]) -> str:
+    """The name to record, of a model that is on this machine then."""
     try:
-        return find_model_folder(local_model(init_from)).absolute()
+        recorded = record_model(init_from, earlier.get("model.init_from"))
+        local_model(recorded)
+        return recorded
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
 
@@ -82,7 +116,7 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     check_run_folder(folder, "fine-tuning run")
     check_tracking(config.tracking)
     device = choose_device(training.precision)
-    tables = read_splits(config.task, Path(config.model.init_from), training.fit_on)
+    tables = read_splits(config.task, local_model(config.model.init_from), training.fit_on)
     kind = make_kind(config.task, tables)
     model = _model_spec(config.model, kind)
     rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
@@ -123,7 +157,7 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
 
 def check_data(config: FinetuneConfig) -> None:
     """Read and encode the splits of a config, which shows mistakes in the data. Raises UserError."""
-    tables = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)
+    tables = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)
     kind = make_kind(config.task, tables)
     make_task(kind, tables, _model_spec(config.model, kind), config.model.max_seq_length, config.training)
 
@@ -135,7 +169,7 @@ def print_lines(lines: Sequence[str]) -> None:
 
 def _model_spec(config: ModelConfig, kind: TaskKind[Any]) -> ModelSpec:
     return ModelSpec(
-        folder=Path(config.init_from),
+        folder=local_model(config.init_from),
         pretrained=config.weights == "pretrained",
         auto_model=kind.auto_model,
         head=kind.head,

@@ -22,7 +22,6 @@ from experiment.config import Section, build_config
 from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
 from experiment.files import checksum, parse_json, write_json
-from experiment.hub_names import download_hint
 from experiment.model_folder import load_config
 from experiment.transformers_models import has_masked_lm_head
 from finetune.data.task_config import TaskConfig
@@ -172,8 +171,7 @@ def _no_model(path: Path) -> UserError:
             f"`deepcloze serve` fills masks with {checkpoints[-1] / 'hf'}"
         )
     problem = "holds neither config.json nor results.json" if path.is_dir() else "is not a folder"
-    hint = "" if path.exists() else download_hint(path)
-    return UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run{hint}")
+    return UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run")
 
 
 def _best_seed(run: Path) -> tuple[Path, str]:

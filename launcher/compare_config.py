@@ -21,7 +21,8 @@ class RowConfig(Section):
     """One row of the table: where the models come from."""
 
     init_from: PathText
-    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one."""
+    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one; or NAME[@REVISION] of a
+    model on the Hugging Face Hub."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` keeps the architecture and initializes the weights randomly, as a baseline."""

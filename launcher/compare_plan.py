@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoints import find_model_folder
 from experiment.config import load_config
 from experiment.errors import UserError
 from experiment.files import checksum
-from experiment.mirror import local_model
+from experiment.model_names import local_model
 from experiment.own_process import module_command
 from experiment.run_folder import COMPARISON_RECORD, RunFolder, folder_name
 from finetune.config import FinetuneConfig
@@ -18,7 +17,7 @@ from finetune.model import model_files
 from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet
+from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set
 from launcher.sweep import grid_points, parse_grid
 from launcher.validate import validate_finetuning, validate_pretraining
 
@@ -60,7 +59,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     row_folders = _folders("rows", list(config.rows))
     if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
         raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
-    config = _find_encoders(config, options.file)
+    config = _find_encoders(config, options.file, folder.path / COMPARISON_RECORD)
     tasks = _read_tasks(config)
     runs: list[PlannedRun] = []
     cells: dict[str, dict[str, PlannedRun]] = {}
@@ -75,16 +74,16 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     return ComparePlan(run_set, cells, config.grid is not None)
 
 
-def _find_encoders(config: CompareConfig, file: str) -> CompareConfig:
-    """The config with the Hugging Face folder that each `init_from` refers to now: all cells of a row start from the
+def _find_encoders(config: CompareConfig, file: str, record: Path) -> CompareConfig:
+    """The config with the model that each `init_from` refers to now: all cells of a row start from the
     same checkpoint, although a run may save newer ones meanwhile. Raises UserError."""
     rows = {}
     for name, row in config.rows.items():
         try:
-            folder = find_model_folder(local_model(row.init_from)).absolute()
+            model = record_model_of_set(row.init_from, record)
         except UserError as error:
             raise UserError(f"{file}: rows.{name}.init_from: {error}") from None
-        rows[name] = row.model_copy(update={"init_from": str(folder)})
+        rows[name] = row.model_copy(update={"init_from": model})
     return config.model_copy(update={"rows": rows})
 
 
@@ -143,7 +142,7 @@ def _plan_cells(
     config: CompareConfig,
 ) -> dict[str, PlannedRun]:
     """The runs of a row by task. Their configs have the checksums of all files that they read."""
-    files = model_files(Path(row.init_from), weights=row.weights == "pretrained")
+    files = model_files(local_model(row.init_from), weights=row.weights == "pretrained")
     origin: dict[str, object] = {f"encoder.{path.name}": checksum(path) for path in files}
     seeds = ",".join(map(str, config.seeds))
     now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}

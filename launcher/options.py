@@ -159,7 +159,7 @@ class WatchOptions(Section):
 
 class EvaluateOptions(Section):
     checkpoint: Annotated[PathText, Metavar("DIR")]
-    """Checkpoint of a run, or any Hugging Face folder with a masked-LM head."""
+    """Checkpoint of a run, or any Hugging Face folder with a masked-LM head, or NAME[@REVISION] of one on the Hub."""
 
     corpus: Annotated[str, Metavar("DIR[,DIR…]")]
     """Folders built by `deepcloze corpus` with the model's tokenizer."""

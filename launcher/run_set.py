@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from experiment.config import with_defaults
 from experiment.errors import StoppedError, UserError, notify, reason, stopped_by_disk_errors
 from experiment.files import parse_json, write_json
+from experiment.hub_names import HubName
+from experiment.model_names import record_model
 from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.own_process import own_environment
 from experiment.run_folder import RunFolder, open_run_folder
@@ -145,6 +148,18 @@ class RunSet:
             if run.values:
                 records[run.name]["values"] = run.values
         return records
+
+
+def record_model_of_set(init_from: str, record: Path) -> str:
+    """The model that runs of a set start from, as `record_model` gives it: all that name the same one of the Hub get
+    the commit that the first of them began with. record: of the set, if it has begun. Raises UserError."""
+    name, recorded = HubName.of_model(init_from), list[str]()
+    with suppress(OSError, ValueError):  # not begun, or damaged, which `RunSet.opened` rejects
+        content = parse_json(record.read_text(encoding="utf-8"))
+        runs = content.get("runs", content).values()
+        recorded = [str(run["config"].get("model.init_from")) for run in runs]
+    earlier = next((model for model in recorded if name is not None and name.may_mean(model)), None)
+    return record_model(init_from, earlier)
 
 
 def _is_finished(folder: RunFolder, state: str | None) -> bool:

@@ -13,6 +13,7 @@ from typing import Self
 
 from experiment.config import did_you_mean, load_config
 from experiment.errors import UserError
+from experiment.hub_names import HubName
 from experiment.own_process import module_command
 from experiment.results.sweep_summary import (
     SweepResult,
@@ -24,8 +25,9 @@ from experiment.results.sweep_summary import (
 )
 from experiment.run_folder import SWEEP_RECORD, RunFolder
 from experiment.signals import handle_stop_signals, interrupt
+from finetune.config import FinetuneConfig
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet
+from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set
 from launcher.validate import is_finetuning, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
@@ -108,6 +110,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
             if output is None:
                 output = f"{_run_dir(config, overrides, finetuning)}-sweep"
             overrides["run.dir"] = str(Path(output).absolute() / name)
+            overrides |= _model_of_hub(config, overrides, finetuning, Path(output) / SWEEP_RECORD)
             validated = validate(overrides)
         except UserError as error:
             raise UserError(f"sweep: {name}: {error}") from None
@@ -123,6 +126,21 @@ def _run_dir(config: str, overrides: dict[str, str], finetuning: bool) -> str:
     if finetuning:
         return str(validate_finetuning(config)(overrides)["run.dir"])
     return load_config(PretrainConfig, config, overrides).run.dir
+
+
+def _model_of_hub(config: str, overrides: dict[str, str], finetuning: bool, record: Path) -> dict[str, str]:
+    """An override with the commit of a model of the Hub, so that all points start from the same one. Empty if the
+    config names no such model."""
+    if finetuning:
+        name: str | None = load_config(FinetuneConfig, config, overrides).model.init_from
+    else:
+        name = load_config(PretrainConfig, config, overrides).model.init_from
+    if name is None or HubName.of_model(name) is None:
+        return {}
+    try:
+        return {"model.init_from": record_model_of_set(name, record)}
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
 
 
 def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:

@@ -71,8 +71,8 @@ class ModelConfig(Section):
     are filled in from the corpus's tokenizer. With `init_from`, single fields to change, such as dropout."""
 
     init_from: PathText | None = None
-    """Pretrained weights to start from, at step 0: a Hugging Face folder, a checkpoint or a run. See
-    docs/continued_pretraining.md."""
+    """Pretrained weights to start from, at step 0: a Hugging Face folder, a checkpoint or a run; or NAME[@REVISION] of
+    a model on the Hugging Face Hub. See docs/continued_pretraining.md and docs/hub.md."""
 
     freeze: tuple[str, ...] = ()
     """Modules to freeze for the first `freeze_steps` steps: one or more whole, consecutive parts of parameter names,

@@ -22,7 +22,7 @@ from experiment.config import build_config
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.formatting import format_perplexity
-from experiment.mirror import local_model
+from experiment.model_names import local_model
 from experiment.progress import track
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.transformers_models import max_positions

@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from experiment.checkpoints import complete_checkpoints
+from experiment.checkpoints import complete_checkpoints, verify_descriptions
 from experiment.errors import UserError
+from experiment.hub_names import HubName
 from experiment.mirror import Mirror
+from experiment.model_names import local_model
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.storage import is_url
 from experiment.tracking.rank_logs import set_up_logging
@@ -22,6 +24,7 @@ from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emu
 from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, choose_rows
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
+from pretrain.resume import find_resume_candidates, locate_model
 from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
@@ -46,6 +49,7 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparatio
     group.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
     restore_from_mirror(config, world, group)
     copies = copy_corpora_to_hosts(config.corpus, world, group)
+    download_model_to_hosts(config, world, group)
     verify = partial(verify_together, group, world)
     run = group.call(lambda: resolve(config, world.size, group.from_rank0, verify, copies))
     group.call(lambda: check_device_support(run.deepspeed))
@@ -87,6 +91,27 @@ def copy_corpora_to_hosts(config: CorpusConfig, world: World, group: CpuGroup) -
         return cache.locate(sources) if world.local_rank == 0 else {}
 
     return _call_slow(locate, group)[world.rank - world.local_rank]
+
+
+def download_model_to_hosts(config: PretrainConfig, world: World, group: CpuGroup) -> None:
+    """Download the model that `model.init_from` names on one rank of each host, if it is one of the Hub and the run
+    does not resume with the copy in its checkpoint. Collective; raises AgreedError."""
+
+    def find() -> str:
+        if config.model.init_from is None or HubName.of_model(config.model.init_from) is None:
+            return ""
+        folder = RunFolder(Path(config.run.dir).absolute())
+        point = find_resume_candidates(config.run, folder).choose(verify_descriptions)
+        return locate_model(config.model, point)[1].init_from or ""
+
+    name = group.call(lambda: group.from_rank0(find))
+
+    def download(on_progress: Callable[[], None]) -> None:
+        if world.local_rank == 0:
+            local_model(name, on_progress)
+
+    if HubName.parse(name) is not None:  # not a path, which is absolute
+        _call_slow(download, group)
 
 
 def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -> None:

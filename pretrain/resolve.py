@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.checkpoints import Verify, read_state, verify_descriptions
 from experiment.errors import UserError
+from experiment.model_names import local_model
 from experiment.run_folder import RunFolder
 from experiment.storage import is_url
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -108,7 +109,7 @@ def resolve(
     folder = RunFolder(Path(config.run.dir))
     point = decide(lambda: find_resume_candidates(config.run, folder)).choose(verify)
     located, model_source = decide(lambda: locate_model(config.model, point))
-    config = config.model_copy(update={"model": located})
+    config, model_source = config.model_copy(update={"model": located}), _on_this_host(model_source)
     corpora, held_out = _open_corpora(config.corpus, copies)
     train = corpora[0].corpus
     check_tokenizer(model_source, train.tokenizer_fingerprint, train.path)
@@ -134,7 +135,7 @@ def resolve(
         num_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         stages=config.stages,
         identity=identity,
-        resume_plan=decide(lambda: _plan_resume(config, point, identity, corpora)),
+        resume_plan=decide(lambda: _plan_resume(config, model_source, point, identity, corpora)),
     )
 
 
@@ -162,6 +163,16 @@ def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainCon
         "engine": config.engine.model_copy(update={"ds_config": str(ds_config)}),
     }
     return config.model_copy(update=sections)
+
+
+def _on_this_host(model: ModelConfig) -> ModelConfig:
+    """The section `model` with a folder in place of the name of a model of the Hub."""
+    if model.init_from is None:
+        return model
+    try:
+        return model.model_copy(update={"init_from": str(local_model(model.init_from))})
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
 
 
 def _absolute(path: str) -> str:
@@ -267,12 +278,16 @@ def _check_batches(config: PretrainConfig, positions: int | None, vocabulary: Vo
 
 
 def _plan_resume(
-    config: PretrainConfig, point: ResumePoint | None, identity: Mapping[str, Any], corpora: Sequence[TrainingCorpus]
+    config: PretrainConfig,
+    model_source: ModelConfig,
+    point: ResumePoint | None,
+    identity: Mapping[str, Any],
+    corpora: Sequence[TrainingCorpus],
 ) -> ResumePlan:
     plan = plan_resume(point, identity)
     _check_fork(plan, config, corpora[0].corpus)
-    if plan.checkpoint is None and config.model.init_from is not None:
-        _warn_of_same_seed(config, corpora, Path(config.model.init_from))
+    if plan.checkpoint is None and model_source.init_from is not None:
+        _warn_of_same_seed(config, corpora, Path(model_source.init_from))
     return plan
 
 

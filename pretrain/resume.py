@@ -15,7 +15,6 @@ from experiment.checkpoints import (
     checkpoint_candidates,
     checkpoint_step,
     complete_checkpoints,
-    find_model_folder,
     incomplete_checkpoints,
     last_usable,
     names_model_folder,
@@ -23,6 +22,8 @@ from experiment.checkpoints import (
 )
 from experiment.config import flatten, with_defaults
 from experiment.errors import UserError
+from experiment.hub_names import HubName
+from experiment.model_names import record_model
 from experiment.provenance import read_origin, read_provenance
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.storage import is_url
@@ -124,7 +125,7 @@ def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:
 
 
 def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelConfig, ModelConfig]:
-    """The section `model` with the folder that `init_from` refers to, and the section to build the model from.
+    """The section `model` with the model that `init_from` refers to, and the section to build the model from.
 
     They are the same, unless the checkpoint was written with the same options: then the model is built from its copy in
     the checkpoint, and `init_from` stays the folder that the run began with. Raises UserError for an `init_from` that
@@ -148,10 +149,9 @@ def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelCo
             f"`deepcloze export --checkpoint {model.init_from} --output FOLDER`"
         )
     try:
-        folder = find_model_folder(Path(model.init_from)).absolute()
+        located = model.model_copy(update={"init_from": record_model(model.init_from)})
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
-    located = model.model_copy(update={"init_from": str(folder)})
     return located, located
 
 
@@ -159,8 +159,9 @@ def _is_same_model(model: ModelConfig, saved: Mapping[str, Any]) -> bool:
     """`saved`: the section `model` of a checkpoint. What `init_from` names may be gone."""
     if model.init_from is None or saved["init_from"] is None:
         return False
-    now = model.model_dump(mode="json")
-    return names_model_folder(Path(model.init_from), Path(saved["init_from"])) and all(
+    now, hub = model.model_dump(mode="json"), HubName.of_model(model.init_from)
+    is_same_name = names_model_folder(Path(model.init_from), Path(saved["init_from"]))
+    return (is_same_name or (hub is not None and hub.may_mean(saved["init_from"]))) and all(
         now[key] == saved[key] for key in ("config", "added_tokens", "max_positions")
     )
 

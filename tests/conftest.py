@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from hub_server import HubServer, hub_server, use_hub
 from rank_pool import ForkServer, RankPool
 from s3_server import environment, moto_server, new_bucket
 from small_disk import SmallDisk, mounted_small_disk
@@ -22,6 +23,7 @@ from triton_interpreter import interpret_kernels
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that no folder has may be one on the Hub
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Drawing an example, or running a test with it, can be slow on a busy machine.
@@ -216,3 +218,14 @@ def bucket(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3fs.S3FileSystem.clear_instance_cache()  # of another test's server
     yield new_bucket()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A server in place of the Hugging Face Hub, with an empty cache, for this process."""
+    from experiment import storage
+
+    monkeypatch.setattr(storage, "_WAITS", (0.01, 0.02))
+    with hub_server() as server:
+        use_hub(monkeypatch, server.url, tmp_path / "hub-cache")
+        yield server

@@ -17,6 +17,7 @@ import pyarrow.parquet
 from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, text_lines, warn_once
 from experiment.errors import UserError
 from experiment.files import parse_json
+from experiment.hub_data import PREFIX, HubData, load_rows, read_cells
 from experiment.parquet import parquet_rows
 
 FormatName = Literal["csv", "jsonl", "json", "parquet", "conll"]
@@ -66,10 +67,12 @@ class FileFormat:
 
 
 def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
-    """The rows of a file, perhaps compressed (.gz), or of all .json files of a folder.
+    """The rows of a file, perhaps compressed (.gz), of all .json files of a folder, or of a data set of the Hub.
 
     Raises UserError with file and line.
     """
+    if str(path).startswith(PREFIX):
+        return read_hub(HubData.parse(str(path)).pinned())
     if path.is_dir():
         return read_json_folder(path)
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
@@ -89,6 +92,14 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
         f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); "
         f"for another name, set the format, as {file_format.csv.option('format', 'csv')}"
     )
+
+
+def read_hub(data: HubData) -> Iterator[Row]:
+    """The rows of a data set of the Hub. Labels have their names."""
+    rows = load_rows(data)
+    names = rows.column_names
+    for number, cells in enumerate(read_cells(rows, names), start=1):
+        yield Row(f"{data}:{number}", names, cells, str(data))
 
 
 def read_delimited(path: Path, csv_format: CsvFormat) -> Iterator[Row]:

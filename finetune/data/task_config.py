@@ -12,6 +12,7 @@ from experiment.config.field_types import PathText, Seed
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
 from experiment.files import checksum, json_digest
+from experiment.hub_data import PREFIX, HubData
 from finetune.data.columns import Columns, GroupColumn, IdColumn, Name, TextsColumn
 from finetune.data.formats import FileFormat
 
@@ -83,7 +84,8 @@ class TaskConfig(Section):
 
     train: PathText | None = None
     """Training split, needed by all kinds that are trained: a .csv, .tsv, .txt (tab-separated), .jsonl, .json, .parquet
-    or .conll file, or a folder of .json files; all but Parquet plain or .gz. See docs/task_data.md."""
+    or .conll file, or a folder of .json files; all but Parquet plain or .gz. Or a data set of the Hugging Face Hub, as
+    hub:NAME[/CONFIGURATION][@REVISION][:SPLIT]. See docs/task_data.md."""
 
     validation: PathText | None = None
     """Validation split, which decides which epoch is kept; default: a share of the training split."""
@@ -177,11 +179,14 @@ class TaskConfig(Section):
 
 
 def data_checksums(task: TaskConfig) -> dict[str, str]:
-    """Split -> checksum of its file, or of the files in its folder. Raises UserError if one does not exist."""
+    """Split -> checksum of its file, of the files in its folder, or of the name and commit of a data set of the Hub.
+    Raises UserError if one does not exist."""
     return {split: _checksum(f"task.{split}", Path(path)) for split, path in task.files().items()}
 
 
 def _checksum(key: str, path: Path) -> str:
+    if str(path).startswith(PREFIX):
+        return json_digest(str(HubData.parse(str(path)).pinned()))
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return json_digest({str(file.relative_to(path)): checksum(file) for file in files})

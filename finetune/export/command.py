@@ -6,9 +6,10 @@ from pathlib import Path
 from experiment.checkpoints import find_model_folder, unlisted_files
 from experiment.errors import UserError, describe_disk_error, reason
 from experiment.files import created_parents, removed_on_error
-from experiment.mirror import local_model
+from experiment.model_names import local_model
 from experiment.output_folder import is_free
 from experiment.results.exported_card import write_card
+from finetune.export.push import check_target, parse_target, push_folder
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
 from finetune.saved_task import FILE, RESULTS, find_model, read_saved_task
@@ -18,9 +19,14 @@ def export_command(options: ExportOptions) -> None:
     """Run the command. The output is complete or does not exist. Raises UserError."""
     if options.int8 and options.format != "onnx":
         raise UserError("--int8 needs --format onnx: a Hugging Face folder has fp32 weights")
+    if options.push is None and (options.private or options.overwrite):
+        raise UserError("--private and --overwrite need --push OWNER/NAME")
+    repository = None if options.push is None else parse_target(options.push)
     source = _find_source(local_model(options.checkpoint))
     target = Path(options.output).absolute()
     _check_output(source, target)
+    if repository is not None:
+        check_target(repository, source, options.private, options.overwrite)
     aside = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -31,7 +37,9 @@ def export_command(options: ExportOptions) -> None:
             aside.rename(target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {describe_disk_error(error) or reason(error)}") from None
-    print("\n".join([f"{source} -> {target}", *lines]))
+    print("\n".join([f"{source} -> {target}", *lines]), flush=True)
+    if repository is not None:
+        print(f"{target} -> {push_folder(target, repository, options.private)}")
 
 
 def _find_source(path: Path) -> Path:

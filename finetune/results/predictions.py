@@ -18,6 +18,7 @@ import numpy as np
 from experiment.config import load_config
 from experiment.errors import UserError, reason
 from experiment.files import atomic_write, parse_json, write_text
+from experiment.model_names import local_model
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record
@@ -201,7 +202,7 @@ class ScoredSplit:
 def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> ScoredSplit:
     """labels: as in the results of the run. Raises UserError if the data or the predictions are not as they were."""
     config = load_config(FinetuneConfig, folder.config)
-    table = read_splits(config.task, Path(config.model.init_from), config.training.fit_on)[split]
+    table = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)[split]
     kind = find_kind(config.task.kind)(config.task, tuple(labels))
     paths = [folder.path / f"seed-{seed}" / f"predictions-{split}.jsonl" for seed in config.training.seeds]
     predictions = [read_predictions(path) for path in paths]

@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from experiment.errors import UserError, reason
 from experiment.hardware import keep_freed_memory
+from experiment.model_names import local_model
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
 from finetune.serve.limits import Limits, allowed_hosts
 from finetune.serve.monitoring import log_as_json, log_event
-from finetune.serve.served_model import load_served_model
+from finetune.serve.served_model import ServedModel, load_served_model
 from finetune.serve.serving import Serving
 
 TOKEN_VARIABLE = "DEEPCLOZE_SERVE_TOKEN"
@@ -42,8 +42,11 @@ def serve_command(options: ServeOptions) -> None:
         raise UserError(f"--max_queue: {options.max_queue} is less than the texts of one request, {options.max_texts}")
     wanted: list[int] = []  # signals that came before the server could reload; the default is to end the process
     signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
+
+    def load() -> ServedModel:
+        return load_served_model(local_model(options.model), options.precision)
+
     with bind(options.host, options.port) as listener:
-        load = partial(load_served_model, Path(options.model), options.precision)
         keep_freed_memory()
         first = load()
         log_as_json()

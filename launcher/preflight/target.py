@@ -108,7 +108,7 @@ def _required_files(config: PretrainConfig) -> tuple[Path, ...]:
     """The files that stand for all that the ranks read: manifests of corpora have the checksums of the shards."""
     files = [Path(source) / "manifest.json" for source in config.corpus.sources if not is_url(source)]
     files.append(Path(config.engine.ds_config))
-    if config.model.init_from is not None:
+    if config.model.init_from is not None and Path(config.model.init_from).is_absolute():  # hosts download others
         files.append(Path(config.model.init_from) / "config.json")
     if config.model.added_tokens is not None:
         files.append(Path(config.model.added_tokens) / "tokenizer.json")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from experiment.errors import UserError, disk_errors_as, reason
 from experiment.files import created_parents
+from experiment.model_names import local_tokenizer
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from pretrain.corpus.train_tokenizer import check_output_folder
 
@@ -28,7 +29,7 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     one token.
     """
     check_output_folder(output)
-    old, words = load_tokenizer(extend), _read_words(added)
+    old, words = load_tokenizer(local_tokenizer(str(extend))), _read_words(added)
     if vocabulary_size(old) != len(old.get_vocab()):
         raise UserError(f"--extend: {extend} has unused ids, which the new tokens would get")
     state = json.loads(old.backend_tokenizer.to_str())

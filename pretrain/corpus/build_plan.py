@@ -12,7 +12,7 @@ from typing import Literal
 
 from experiment.errors import UserError
 from experiment.files import fsync_tree, json_digest
-from experiment.storage import is_url, local_folder
+from experiment.model_names import local_tokenizer
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
@@ -27,7 +27,6 @@ MAIN: Part = "main"
 HELDOUT: Part = "heldout"
 PART_CODES: tuple[Part | None, ...] = (None, MAIN, HELDOUT)
 """What the bytes of `Sampling.parts_of` stand for."""
-_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")  # that may be in the folder of a tokenizer
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ class BuildTokenizer:
 
 
 def load_build_tokenizer(name: str, segmenter: str | None) -> BuildTokenizer:
-    """Load a tokenizer folder, given as a path or URL, without importing torch. Raises UserError as `load_tokenizer`,
-    and StoppedError if a worker process is killed."""
-    path = local_folder(name, _WEIGHTS) if is_url(name) else Path(name)
+    """Load a tokenizer, by a name that `local_tokenizer` takes, without importing torch. Raises UserError as
+    `load_tokenizer`, and StoppedError if a worker process is killed."""
+    path = local_tokenizer(name)
     if "transformers" in sys.modules:
         return _load(path, segmenter)
     with worker_pool(1, "free some, and run the same command again") as pool:

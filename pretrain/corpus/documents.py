@@ -6,13 +6,12 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, Literal
 
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
-from experiment.progress import progress, terminal
+from experiment.hub_data import HubData, load_rows, read_cells
+from experiment.progress import progress
 from experiment.storage import open_file
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import (
@@ -28,9 +27,6 @@ from pretrain.corpus.formats import (
 )
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_selected, is_skipped, report_skipped
-
-if TYPE_CHECKING:
-    import datasets
 
 Archives = Mapping[str, Members]
 
@@ -166,33 +162,14 @@ def tar_compression(name: str) -> str:
     return {"gz": "gz", "tgz": "gz", "zst": "zst"}.get(name.lower().rsplit(".", 1)[-1], "")
 
 
-@cache
-def load_hub_rows(name: str, selection: str) -> "datasets.Dataset":
-    """Load what `datasets.load_dataset` loads: `owner/name`, `owner/name/configuration`, or a local folder.
-
-    Raises UserError if it cannot be loaded.
-    """
-    import datasets
-
-    origin, configuration = f"hub:{name}:{selection}", None
-    if name.count("/") == 2 and not Path(name).exists():
-        name, _, configuration = name.rpartition("/")
-    if not terminal().is_interactive:
-        datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(name, configuration, split=selection)
-    except Exception as error:  # each cause (network, name, split, bad file) has its own exception
-        raise UserError(f"{origin}: datasets cannot load it: {error}") from None
+def hub_data(source: Source) -> HubData:
+    return HubData(source.name, source.version or None, source.selection)
 
 
 def _read_hub(source: Source, options: TextOptions, part: Range) -> Iterator[Document]:
-    rows, columns = load_hub_rows(source.name, source.selection), list(options.columns)
+    rows, columns = load_rows(hub_data(source)), list(options.columns)
     for column, option in options.columns.items():
         if column not in rows.column_names:
             raise missing_column(f"hub:{source.name}", column, rows.column_names, option)
-    stop = len(rows) if part.stop is None else part.stop
-    row = part.start
-    for batch in rows.select_columns(columns).select(range(part.start, stop)).iter(batch_size=1000):
-        for cells in zip(*(batch[column] for column in columns), strict=True):
-            row += 1
-            yield row_document(cells, f"hub:{source.name}:{source.selection}", row, columns)
+    for row, cells in enumerate(read_cells(rows, columns, slice(part.start, part.stop)), start=part.start + 1):
+        yield row_document(cells, f"hub:{source.name}:{source.selection}", row, columns)

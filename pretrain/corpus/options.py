@@ -13,8 +13,8 @@ from experiment.config import Metavar, Section
 from experiment.config.field_types import PathName, PathOrUrl
 
 SourceName = str | Path | tuple[str | Path, ...]
-"""What to read: a path, URL, glob, archive::members, hub:NAME[:SPLIT] or python-docs; several in a tuple or with
-commas."""
+"""What to read: a path, URL, glob, archive::members, hub:NAME[@REVISION][:SPLIT] or python-docs; several in a tuple or
+with commas."""
 
 
 def _regular_expression(pattern: str) -> str:
@@ -115,7 +115,7 @@ class TokenizerOptions(TextOptions):
     """Lowercase the text."""
 
     extend: Annotated[PathName | None, Metavar("DIR")] = None
-    """Instead of training: the tokenizer folder to add tokens to."""
+    """Instead of training: the tokenizer folder to add tokens to, or NAME[@REVISION] of a model on the Hub."""
 
     added: Annotated[PathName | None, Metavar("FILE")] = None
     """The words to add, one per line; for WordPiece also continuations such as ##itis."""
@@ -138,10 +138,11 @@ class CorpusOptions(TextOptions):
 
     source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
     """Files, folders, globs and URLs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members
-    of an archive as a.zip::*.txt; hub:NAME[:SPLIT]; or python-docs."""
+    of an archive as a.zip::*.txt; hub:NAME[@REVISION][:SPLIT]; or python-docs."""
 
     tokenizer: Annotated[PathOrUrl | None, Metavar("DIR")] = None
-    """Hugging Face tokenizer folder, or a folder with just a vocab.txt; or its URL."""
+    """Hugging Face tokenizer folder, or a folder with just a vocab.txt; its URL; or NAME[@REVISION] of a model on the
+    Hugging Face Hub."""
 
     output: Annotated[PathName | None, Metavar("PATH")] = None
     """Corpus folder to write; with --inspect, the page, by default DIR-inspect.html beside the corpus."""

@@ -18,6 +18,7 @@ from experiment.config.field_types import expand_home
 from experiment.decontamination import CLEAN_PAGE, is_clean_summary
 from experiment.errors import UserError
 from experiment.files import json_digest
+from experiment.hub_data import PREFIX, HubData
 from experiment.storage import FileInfo, is_url, join, list_files, stat_file
 from pretrain.corpus.formats import WHOLE, Range, check_is_read, detect_format
 from pretrain.corpus.options import SourceName
@@ -59,12 +60,12 @@ class _Finder:
         if item == PYTHON_DOCS:
             installed = sorted((found.name, found.version) for found in importlib.metadata.distributions())
             return [Source(PYTHON_DOCS, PYTHON_DOCS, version=json_digest([sys.version, installed]))]
-        if item.startswith("hub:"):
-            # NAME may be a local folder, but not one with a colon.
-            name, _, split = item.removeprefix("hub:").partition(":")
-            if not name:
-                raise UserError(f"{self.key} {item}: expected hub:NAME or hub:NAME:SPLIT")
-            return [Source("hub", name, split or "train")]
+        if item.startswith(PREFIX):
+            try:
+                data = HubData.parse(item).pinned()
+            except UserError as error:
+                raise UserError(f"{self.key} {error}") from None
+            return [Source("hub", data.name, data.split, version=data.revision or "")]
         if "::" in item:
             archive, _, members = item.partition("::")
             return [self._archive(archive, members or "*")]

@@ -23,9 +23,10 @@ from typing import IO
 import xxhash
 
 from experiment.errors import UserError
+from experiment.hub_data import load_rows
 from experiment.storage import open_file
 from pretrain.corpus.compression import estimate_content_bytes, has_several_members
-from pretrain.corpus.documents import load_hub_rows, tar_compression
+from pretrain.corpus.documents import hub_data, tar_compression
 from pretrain.corpus.formats import WHOLE, Range, Unit, detect_format, explain_read_errors
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import Source, Span
@@ -91,7 +92,7 @@ def _split(spans: Sequence[Span], parts: int = 1) -> Split:
 
 def _divide(source: Source, options: TextOptions, size: int, opened: int) -> list[Range]:
     if source.kind == "hub":
-        rows = len(load_hub_rows(source.name, source.selection))
+        rows = len(load_rows(hub_data(source)))
         return _ranges("rows", rows, max(_HUB_ROWS, -(-rows // _SPLITS)))
     if source.bytes is None or source.bytes <= size:
         return [WHOLE]

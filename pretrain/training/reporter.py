@@ -76,7 +76,7 @@ def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:
     """The models that the run's first weights came from; None for a resumed run, which has recorded them."""
     if run.resume_plan.checkpoint is not None:
         return ancestors_of(run.resume_plan.checkpoint / "hf", "fork") if run.resume_plan.fork else None
-    init_from = run.config.model.init_from
+    init_from = run.model_source.init_from
     return ancestors_of(Path(init_from), "init_from") if init_from else []
 
 

@@ -33,7 +33,7 @@ ONLY_IN = {
     "onnx": ("finetune.export",),
     "onnxruntime": ("finetune.export", "finetune.onnx_model"),
     "fsspec": ("experiment.storage",),
-    "datasets": ("pretrain.corpus", "finetune.data"),
+    "datasets": ("experiment.hub_data",),
     "datatrove": ("pretrain.cleaning",),
 }
 

@@ -18,7 +18,9 @@ from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
 from finetune.kinds.classification import Kind
 from finetune.predictor import Predictor
+from finetune.resolve import load_run_config
 from finetune.run import finetune
+from hub_server import HubServer, use_hub_for_data
 from launcher.cli import main
 
 ROOT = Path(__file__).parents[3]
@@ -415,3 +417,59 @@ def test_a_model_folder_is_no_run_folder(config_file: Path, encoder: Path) -> No
     with pytest.raises(UserError, match=r"run\.dir: .* holds a model"):
         finetune(config_file, {"run.dir": str(encoder)})
     assert sorted(encoder.iterdir()) == before
+
+
+def test_a_model_of_the_hub(
+    hub: HubServer, config_file: Path, encoder: Path, tmp_path: Path, seeds_trained: list[int]
+) -> None:
+    """Catches seeds that start from different commits, or that are trained again, because someone has pushed to the
+    Hub, and a later commit that cannot be chosen."""
+    commit = hub.repository("org/tiny").push_folder(encoder)
+    overrides = {"model.init_from": "org/tiny", "training.epochs": "1"}
+    finetune(config_file, {**overrides, "training.seeds": "1"})
+    model = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]
+    assert model["init_from"] == f"org/tiny@{commit}"
+    (ancestor,) = json.loads((tmp_path / "run" / "provenance.json").read_text())["ancestors"]
+    assert (ancestor["name"], ancestor["commit"]) == ("org/tiny", commit)
+    assert "base_model: org/tiny\n" in (tmp_path / "run" / "seed-1" / "model" / "README.md").read_text()
+
+    new = hub.repository("org/tiny").push_folder(encoder, notes__txt=b"new")
+    finetune(config_file, {**overrides, "training.seeds": "1,2"})
+    assert seeds_trained == [1, 2]
+    assert load_run_config(config_file, overrides).model.init_from == f"org/tiny@{commit}"
+    changed = load_run_config(config_file, {**overrides, "model.init_from": "org/tiny@main"})
+    assert changed.model.init_from == f"org/tiny@{new}"
+
+
+def test_data_of_the_hub(
+    hub: HubServer, config_file: Path, tmp_path: Path, seeds_trained: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches splits or seeds of different commits because someone has pushed to the Hub, and labels as numbers."""
+    use_hub_for_data(monkeypatch, hub.url, tmp_path / "data-cache")
+    card = "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n"
+    card += "  - {name: label, dtype: {class_label: {names: {'0': low, '1': high}}}}\n---\n"
+
+    def push(words: str) -> str:
+        rows = [{"text": f"word{number % 20 + 20 * (number % 2)} {words}", "label": number % 2} for number in range(40)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        files = {"README.md": card.encode(), "train.jsonl": lines, "test.jsonl": lines}
+        return hub.repository("org/reviews", "dataset").push(files)
+
+    commit = push("word1")
+    overrides = {"task.train": "hub:org/reviews", "task.validation": "hub:org/reviews:test", "task.test": "null"}
+    overrides |= {"training.epochs": "1"}
+    finetune(config_file, {**overrides, "training.seeds": "1"})
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"]
+    assert recorded["train"] == f"hub:org/reviews@{commit}:train"
+    assert recorded["validation"] == f"hub:org/reviews@{commit}:test"
+    assert {row["label"] for row in read_csv(tmp_path / "run" / "seed-1" / "predictions-validation.csv")} == {
+        "low",
+        "high",
+    }
+    push("word2")
+    finetune(config_file, {**overrides, "training.seeds": "1,2"})
+    assert seeds_trained == [1, 2]
+    with pytest.raises(
+        UserError, match=r"^task\.train: hub:org/reviws:train: org/reviws: no such folder, .*'org/reviews'"
+    ):
+        load_run_config(config_file, {"task.train": "hub:org/reviws"})

@@ -252,7 +252,7 @@ def test_cells_are_not_changed(trained_run: Path, tmp_path: Path) -> None:
         ("in.csv", "text\nword1\n", ("--task.metric=a",), "unknown flag '--task.metric'"),
         ("in.csv", "text\nword1\n", ("--output=out.xls",), "expected a file that ends in .csv, .tsv, .jsonl"),
         ("in.csv", "text\nword1\n", ("--output=in.csv",), "in.csv is the input"),
-        ("in.csv", "text\nword1\n", ("--model=nowhere",), "nowhere is not a folder: expected a model folder"),
+        ("in.csv", "text\nword1\n", ("--model=nowhere",), "nowhere: no such folder, and no such model in "),
         ("in.csv", "text\nword1\n", ("--model=.",), "holds neither config.json nor results.json"),
     ],
 )

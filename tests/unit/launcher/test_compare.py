@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import StoppedError
+from hub_server import HubServer
 from launcher import compare, run_set
 from launcher.cli import main
 from launcher.run_set import DONE, ChildRun
@@ -347,3 +348,17 @@ def test_dry_run_prints_the_commands(
     assert "--training.seeds=1,2" in first
     assert not started
     assert not (tmp_path / "compare").exists()
+
+
+def test_rows_of_the_hub_keep_their_commit(
+    hub: HubServer, encoder: Path, write_files: Callable[..., Path], started: list[str], tmp_path: Path
+) -> None:
+    """Catches a comparison that is refused, or mixes models, because someone has pushed to the Hub since it began."""
+    commit = hub.repository("org/tiny").push_folder(encoder)
+    file = write_files(rows={"hub": {"init_from": "org/tiny", "weights": "random"}}, seeds=[1])
+    assert main(["compare", str(file)]) == 0
+    record = json.loads((tmp_path / "compare" / "runs.json").read_text())
+    assert record["hub/toy"]["config"]["model.init_from"] == f"org/tiny@{commit}"
+    hub.repository("org/tiny").push_folder(encoder, notes__txt=b"new")
+    assert main(["compare", str(file)]) == 0
+    assert started == ["hub/toy"]

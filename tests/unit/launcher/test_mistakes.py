@@ -313,11 +313,11 @@ FOLDERS = {
     ),
     "model of the Hub": Mistake(
         "pretrain --config run.yaml --run.dir=new --model.config=null --model.init_from=bert-base-uncased",
-        r"model.init_from: bert-base-uncased does not exist.* `hf download bert-base-uncased --local-dir FOLDER`",
+        r"model.init_from: bert-base-uncased: no such folder, .*; HF_HUB_OFFLINE is set: .* `hf download bert-base-un",
     ),
     "encoder of the Hub": Mistake(
         "finetune --config task.yaml --model.init_from=google-bert/bert-base-uncased",
-        r"model.init_from: .* `hf download google-bert/bert-base-uncased --local-dir FOLDER`",
+        r"model.init_from: .* `hf download google-bert/bert-base-uncased`",
     ),
     "tokenizer of the Hub": Mistake(
         "corpus --source text.txt --tokenizer bert-base-uncased --output new", r"`hf download bert-base-uncased"
@@ -341,8 +341,8 @@ FOLDERS = {
         "predict --model run --input test.csv --output a.csv",
         r"run is a pretraining run: expected a finished run of `deepcloze finetune`",
     ),
-    "nothing to serve": Mistake("serve --model no", r"no is not a folder"),
-    "nothing to export": Mistake("export --checkpoint no --output new", r"no does not exist"),
+    "nothing to serve": Mistake("serve --model no", r"no: no such folder, and no such model"),
+    "nothing to export": Mistake("export --checkpoint no --output new", r"no: no such folder, and no such model"),
     "existing export": Mistake("export --checkpoint run --output task", r"task already exists; choose another"),
     "export to a file": Mistake("export --checkpoint run --output text.txt", r"text.txt already exists"),
     "int8 without ONNX": Mistake("export --checkpoint run --output new --int8", r"--int8 needs --format onnx"),
@@ -361,7 +361,7 @@ FOLDERS = {
     "home of a fork": Mistake("pretrain --config run.yaml --run.dir=new --run.resume=~/no", r"'/home-of-user/no'"),
     "home of a preset": Mistake("pretrain --config run.yaml --engine.ds_config=~/no.json", r"'/home-of-user/no.json'"),
     "row of no model": Mistake(
-        "compare compare.yaml --rows.ours.init_from=no", r"rows.ours.init_from: no does not exist"
+        "compare compare.yaml --rows.ours.init_from=no", r"rows.ours.init_from: no: no such folder, and no such model"
     ),
     "task of a comparison": Mistake("compare compare.yaml --tasks=no.yaml", r"cannot read the config file no.yaml"),
     "seeds of a comparison": Mistake(
@@ -477,7 +477,7 @@ DATA = {
         "predict --model task --input a.csv --output b.csv", r"a.csv.*'text'", {"a.csv": "sentence\nba\n"}
     ),
     "format of the output": Mistake("predict --model task --input test.csv --output a.xlsx", r"a.xlsx"),
-    "output in a new folder": Mistake("predict --model no --input test.csv --output a/b.csv", r"no is not a folder"),
+    "output in a new folder": Mistake("predict --model no --input test.csv --output a/b.csv", r"no: no such folder"),
     "input as output": Mistake("predict --model task --input test.csv --output test.csv", r"test.csv is the input"),
     "nothing to score": Mistake(
         "predict --model task --input a.csv --output b.csv --score", r"'label'", {"a.csv": "text\nba\n"}

@@ -22,6 +22,7 @@ from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
 from finetune.kinds.classification import Kind
 from finetune.task_kind import Direction
+from hub_server import HubServer
 from launcher import run_set
 from launcher import sweep as sweep_module
 from launcher.cli import main
@@ -156,7 +157,7 @@ def test_launch_flags_are_rejected_for_fine_tuning(tmp_path: Path, capsys: pytes
     assert main([*arguments, "--num_gpus", "2"]) == 2
     assert "--num_gpus applies to pretraining only" in capsys.readouterr().err
     assert main(arguments) == 2
-    assert "lr=1e-5: model.init_from: none does not exist" in capsys.readouterr().err
+    assert "lr=1e-5: model.init_from: none: no such folder, and no such model in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -420,3 +421,26 @@ def test_a_full_disk_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run_sweep(sweep)
     lines = (tmp_path / "lr=1e-4" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2, "the finished run is skipped"
+
+
+def test_all_points_start_from_one_commit(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches runs of one table whose models differ because someone has pushed to the Hub between them."""
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    commit = hub.repository("org/model").push(files)
+    config = tmp_path / "task.yaml"
+    tree = {"run": {"dir": str(tmp_path / "run")}, "task": {"train": "t.csv"}, "model": {"init_from": "org/model"}}
+    config.write_text(yaml.safe_dump(tree))
+
+    def models(grid: str) -> list[str]:
+        assert main(["sweep", "--config", str(config), "--grid", grid, "--dry_run"]) == 0
+        commands = map(shlex.split, capsys.readouterr().out.splitlines())
+        return [argument for command in commands for argument in command if "init_from" in argument]
+
+    pinned = f"--model.init_from=org/model@{commit}"
+    assert models("training.lr=1e-5,2e-5") == [pinned] * 2
+    recorded = {"lr=1e-5": {"config": {"model.init_from": f"org/model@{commit}"}}}
+    write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": recorded})
+    new = hub.repository("org/model").push({**files, "vocab.txt": b""})
+    assert models("training.lr=1e-5,2e-5") == [pinned] * 2
+    (tmp_path / "run-sweep" / "sweep.json").unlink()
+    assert models("training.lr=1e-5") == [f"--model.init_from=org/model@{new}"]

@@ -30,7 +30,7 @@ def taken_port() -> int:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "nowhere"], "nowhere is not a folder: expected a model folder"),
+        (["--model", "nowhere"], "nowhere: no such folder, and no such model in "),
         (["--model", "."], ". holds neither config.json nor results.json"),
         (["--model", "{encoder}", "--precision", "fp16"], "--precision: fp16 needs a CUDA device"),
         (["--model", "{encoder}", "--port", "70000"], "--port: expected"),

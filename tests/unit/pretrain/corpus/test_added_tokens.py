@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from hub_server import HubServer
 from launcher.cli import main
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.added_tokens import check_extends, extend_tokenizer, old_pieces
@@ -157,3 +158,26 @@ def test_other_tokenizer_does_not_extend(wordpiece: Path, byte_level: Path) -> N
     """Catches a tokenizer in which existing ids stand for other tokens."""
     with pytest.raises(UserError, match="to have id"):
         check_extends(load_tokenizer(byte_level), load_tokenizer(wordpiece))
+
+
+def test_a_tokenizer_of_the_hub(
+    hub: HubServer, wordpiece: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches commands that take folders only, that download the weights of a model, or that print more than a line
+    for a misspelt name."""
+    hub.repository("org/tiny").push_folder(wordpiece, model__safetensors=b"weights", config__json=b"{}")
+    (tmp_path / "words.txt").write_text("zedwilmar\n")
+    added = ["--added", str(tmp_path / "words.txt"), "--output", str(tmp_path / "extended")]
+    assert main(["tokenizer", "--extend", "org/tiny", *added]) == 0
+    check_extends(load_tokenizer(tmp_path / "extended"), load_tokenizer(wordpiece))
+    build = ["corpus", "--source", str(text_file), "--workers", "1", "--limit", "20"]
+    for name, tokenizer in {"hub": "org/tiny@main", "folder": str(wordpiece)}.items():
+        assert main([*build, "--tokenizer", tokenizer, "--output", str(tmp_path / name)]) == 0
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("hub", "folder")]
+    assert manifests[0] == manifests[1]
+    assert not any("safetensors" in request for request in hub.requests)
+
+    capsys.readouterr()
+    assert main([*build, "--tokenizer", "org/tny", "--output", str(tmp_path / "none")]) == 2
+    message = "org/tny: no such folder, and no such model on the Hugging Face Hub; did you mean 'org/tiny'?"
+    assert capsys.readouterr().err.startswith(f"deepcloze: {message}")

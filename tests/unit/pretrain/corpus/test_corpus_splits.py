@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment.errors import UserError
-from pretrain.corpus import documents, splits
+from experiment.hub_data import load_rows
+from pretrain.corpus import splits
 from pretrain.corpus.documents import locate_lines, read_documents
 from pretrain.corpus.formats import Document, Range, ReadStats, parse_documents
 from pretrain.corpus.options import TextOptions
@@ -183,7 +184,7 @@ def test_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows of a data set that are lost or repeated."""
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(50)))
     monkeypatch.setattr(splits, "_HUB_ROWS", 7)
-    documents.load_hub_rows.cache_clear()
+    load_rows.cache_clear()
     planned = plan_splits(find_sources(f"hub:{tmp_path}"), TextOptions())
     found = [list(read_documents(split.spans, TextOptions(), ReadStats())) for split in planned]
     assert len(found) == 8

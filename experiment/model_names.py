@@ -1,0 +1,62 @@
+"""Models and tokenizers by the names that users give: a path, the URL of a checkpoint, or a name on the Hub.
+
+Configs record `record_model(name)`; what computes with a model reads `local_model(name)`. Both accept what the other
+returns.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from experiment.checkpoints import find_model_folder
+from experiment.hub import download_model, resolve_commit
+from experiment.hub_names import HubName
+from experiment.mirror import local_checkpoint
+from experiment.storage import is_url, local_folder
+
+log = logging.getLogger(__name__)
+
+# Files that may be in the folder of a tokenizer.
+_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")
+
+
+def record_model(name: str, earlier: str | None = None) -> str:
+    """What a config records: the absolute path of a Hugging Face folder, or NAME@COMMIT of a model of the Hub.
+
+    earlier: what the run has recorded when it began, if it did. For a name without a revision, it determines the
+    commit. Raises UserError if there is no such model.
+    """
+    hub = HubName.of_model(name)
+    if hub is None:
+        return str(find_model_folder(local_model(name)).absolute())
+    if earlier is not None and hub.revision is None and hub.may_mean(earlier):
+        return earlier
+    return str(resolve_commit(hub))
+
+
+def local_model(name: str, on_progress: Callable[[], None] = lambda: None) -> Path:
+    """The path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub is
+    copied to the user's cache folder first. Raises UserError.
+
+    on_progress: called when something has been received from the Hub.
+    """
+    if is_url(name):
+        return local_checkpoint(name)
+    _say_if_folder(name)
+    hub = HubName.of_model(name)
+    return Path(name) if hub is None else download_model(hub, on_progress=on_progress)
+
+
+def local_tokenizer(name: str) -> Path:
+    """As `local_model`, for the folder of a tokenizer, which is copied without the weights of a model."""
+    if is_url(name):
+        return local_folder(name, _WEIGHTS)
+    _say_if_folder(name)
+    hub = HubName.of_model(name)
+    return Path(name) if hub is None else download_model(hub, weights=False)
+
+
+def _say_if_folder(name: str) -> None:
+    """Say what is used if a folder with the files of a model has a name that a model of the Hub may have too."""
+    if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
+        log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)
