@@ -361,8 +361,8 @@ def config(options: ConfigOptions) -> None:
     """
     from experiment.config.json_schema import json_schema
     from experiment.config.reference import as_text, config_reference, find_keys
+    from launcher.configs import CONFIGS
     from launcher.new_config import write_new_config
-    from launcher.reference import CONFIGS
 
     config_type = CONFIGS[options.kind]
     if options.schema_:

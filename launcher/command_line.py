@@ -180,7 +180,7 @@ def _plain_keys(command: str) -> list[str]:
     """The keys without a section in the config of the command, such as `seeds` of a comparison."""
     if command not in ("compare", "clean"):
         return []
-    from launcher.reference import CONFIGS  # takes a while to import
+    from launcher.configs import CONFIGS  # takes a while to import
 
     return [name for name, field in CONFIGS[command].model_fields.items() if not is_section(field.annotation)]
 
@@ -213,7 +213,7 @@ def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_t
     """The config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps; else the
     most similar flag."""
     if _overrides_field(options_type) is not None:
-        from launcher.reference import CONFIGS  # takes a while to import
+        from launcher.configs import CONFIGS  # takes a while to import
 
         configs = [CONFIGS[command]] if command in CONFIGS else CONFIGS.values()
         keys = [key for config in configs for key in known_keys(config) if "." in key]

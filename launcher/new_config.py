@@ -12,8 +12,8 @@ from experiment.config.reference import find_meaning
 from experiment.errors import UserError
 from experiment.files import write_json, write_text
 from experiment.recipes import Recipe, all_recipes, find_recipe
+from launcher.configs import CONFIGS
 from launcher.options import RecipesOptions
-from launcher.reference import CONFIGS
 
 
 def recipes_command(options: RecipesOptions) -> None:

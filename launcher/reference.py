@@ -9,23 +9,11 @@ import textwrap
 from collections.abc import Mapping
 from typing import Literal
 
-from experiment.config import Section
 from experiment.config.reference import as_markdown, config_reference
 from experiment.formatting import markdown_table
 from experiment.recipes import all_recipes
-from finetune.config import FinetuneConfig
 from launcher.command_line import Command, describe_command, flags_of, options_of
-from launcher.compare_config import CompareConfig
-from pretrain.cleaning.config import CleanConfig
-from pretrain.config import PretrainConfig
-
-CONFIGS: dict[str, type[Section]] = {
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-    "compare": CompareConfig,
-    "clean": CleanConfig,
-}
-"""Configs by the command that reads them."""
+from launcher.configs import CONFIGS
 
 Shell = Literal["bash", "zsh", "fish"]
 

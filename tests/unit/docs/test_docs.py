@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel
 
 from launcher.cli import COMMANDS, main
-from launcher.reference import CONFIGS, commands_page
+from launcher.configs import CONFIGS
+from launcher.reference import commands_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGES = sorted(

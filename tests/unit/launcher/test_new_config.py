@@ -16,7 +16,7 @@ from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.recipes import all_recipes
 from launcher.cli import main
-from launcher.reference import CONFIGS
+from launcher.configs import CONFIGS
 
 SECTIONS = {"corpus": "pretrain", "task": "finetune", "rows": "compare", "steps": "clean"}
 DOCUMENTED = [

@@ -13,7 +13,8 @@ from experiment.errors import UserError
 from experiment.recipes import all_recipes, find_config, find_recipe
 from launcher.cli import COMMANDS, main
 from launcher.command_line import flags_of, options_of
-from launcher.reference import CONFIGS, completion_script, config_page
+from launcher.configs import CONFIGS
+from launcher.reference import completion_script, config_page
 from pretrain.ds_configs import find_ds_config
 
 ROOT = Path(__file__).parents[3]
