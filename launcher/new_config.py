@@ -45,8 +45,8 @@ def _write_config(file: Path, text: str, kind: str) -> None:
     if file.exists():
         raise UserError(f"{file} exists already; name another file")
     schema = f".deepcloze/{kind}.schema.json"
-    write_json(file.parent / schema, json_schema(CONFIGS[kind]))
     write_text(file, f"# yaml-language-server: $schema={schema}\n{text}")
+    write_json(file.parent / schema, json_schema(CONFIGS[kind]))
     flag = "" if kind == "compare" else "--config "
     print(f"{file}: edit it, then run: deepcloze {kind} {flag}{file}")
 
