@@ -33,7 +33,6 @@ from documented import (
 )
 from documented_files import CHINESE, write_lines, write_model, write_public_tasks, write_task, write_texts
 from rank_pool import ForkServer
-from runs import soak
 
 OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, CLUSTER_TUTORIAL)]
 # What takes long runs in `make soak` only.
@@ -49,6 +48,7 @@ SLOW = (
     "--tracking.tensorboard",
     "deepcloze preflight",
     "--segmenter",
+    "my-embedding",
 )
 
 
@@ -173,17 +173,16 @@ def python_examples() -> list[str]:
     return [*re.findall(r"```python\n(.*?)```", read_page("docs/python.md"), re.DOTALL), *examples]
 
 
-@pytest.mark.parametrize("slow", [False, *soak(True)])
-def test_python_examples_run(slow: bool, workplace: Workplace) -> None:
+@pytest.mark.soak
+def test_python_examples_run(workplace: Workplace) -> None:
     """Catches an example that does not work."""
-    for command in COMMANDS["docs/comparing.md"] if slow else ():  # which has the files of the comparison
+    for command in COMMANDS["docs/comparing.md"]:  # which has the files of the comparison
         workplace.run(command)
     shutil.rmtree(workplace.folder / "runs/mine", ignore_errors=True)
     shutil.rmtree(workplace.folder / "runs/my-task", ignore_errors=True)
     names: dict[str, object] = {"deepcloze": deepcloze}
     for example in python_examples():
-        if slow or "compare(" not in example:
-            workplace.terminal.execute(example, names)
+        workplace.terminal.execute(example, names)
     assert {"corpus", "run", "scores", "results", "predictor", "losses"} <= names.keys()
 
 

@@ -386,6 +386,7 @@ def test_a_server_gives_the_same_vectors(model: Path) -> None:
     assert (mean - cls).abs().max() > 0.1
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("model", [MEAN], ids=["mean"], indirect=True)
 def test_onnx_gives_the_same_vectors(model: Path, export_onnx: Callable[..., Path]) -> None:
     """Catches a graph that needs a head."""
