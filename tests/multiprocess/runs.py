@@ -188,7 +188,8 @@ def events_without_timing(folder: Path) -> list[Tree]:
 
 
 def _events(folder: Path) -> list[Tree]:
-    lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
+    """Without the end of the file, if it is a part of a line: a run may be writing it, or was killed meanwhile."""
+    *lines, _ = RunFolder(folder).metrics.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines]
 
 

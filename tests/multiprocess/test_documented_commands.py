@@ -52,10 +52,6 @@ SLOW = (
 )
 
 
-def is_slow(command: Command) -> bool:
-    return any(text in command.text for text in SLOW)
-
-
 def is_run_here(command: Command) -> bool:
     """`make` runs the tests; the demo, which `make soak` runs, is compared with the README in test_demo.py."""
     return command.mark is None and "runs/demo/" not in command.text and not command.text.startswith("make ")
@@ -70,12 +66,25 @@ def commands_to_run(page: str) -> list[Command]:
     return [command for command in found if command.text not in explained]
 
 
+def slow_commands(found: list[Command]) -> set[str]:
+    """The texts of those that take long, and of requests to a server that does."""
+    slow: set[str] = set()
+    server = ""
+    for command in found:
+        if is_server(command):
+            server = command.text
+        if any(text in command.text for text in SLOW) or (command.text.startswith("curl ") and server in slow):
+            slow.add(command.text)
+    return slow
+
+
 COMMANDS = {page: commands_to_run(page) for page in OTHER_PAGES}
+SLOW_COMMANDS = {page: slow_commands(found) for page, found in COMMANDS.items()}
 CASES = [
     pytest.param(page, slow, id=f"{page}-slow" if slow else page, marks=[pytest.mark.soak] if slow else [])
     for page in OTHER_PAGES
     for slow in (False, True)
-    if any(is_slow(command) == slow for command in COMMANDS[page])
+    if any((command.text in SLOW_COMMANDS[page]) == slow for command in COMMANDS[page])
 ]
 
 
@@ -158,7 +167,7 @@ def test_commands_run(page: str, slow: bool, workplace: Workplace) -> None:
         program = command.text.split()[0].replace("export", "bash")  # a builtin
         if not is_installed(program):
             missing.add(program)
-        elif slow or not is_slow(command):
+        elif slow or command.text not in SLOW_COMMANDS[page]:
             workplace.run(command)
     workplace.terminal.close()
     if missing:
