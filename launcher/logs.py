@@ -6,13 +6,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import IO
 
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder
-from experiment.run_lock import may_be_in_use
+from experiment.run_lock import Owner
 from launcher.options import LogsOptions
 from launcher.status import find_run
 
@@ -28,7 +27,7 @@ def print_logs(options: LogsOptions) -> None:
     try:
         with log_file(folder, options.rank).open("rb") as file:
             if options.follow:
-                follow(file, partial(may_be_in_use, folder))
+                follow(file, Owner(folder).is_alive)
             else:
                 shutil.copyfileobj(file, sys.stdout.buffer)
                 sys.stdout.flush()
