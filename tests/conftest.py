@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -20,6 +21,7 @@ from s3_server import environment, moto_server, new_bucket
 from small_disk import SmallDisk, mounted_small_disk
 from triton_interpreter import interpret_kernels
 
+_CPU_TIMES = psutil.cpu_times()
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
@@ -56,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the total by folder below the slowest tests, so that growth is seen."""
+    """Print the total by folder below the slowest tests, and whether tests compute or wait, so that growth is seen."""
     if config.option.durations is None:
         return
     seconds: Counter[str] = Counter()
@@ -68,6 +70,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("seconds by folder")
     for folder, total in seconds.most_common():
         terminalreporter.write_line(f"{total:8.1f}s {folder}")
+    times = psutil.cpu_times()
+    idle = (times.idle - _CPU_TIMES.idle) / (sum(times) - sum(_CPU_TIMES))
+    terminalreporter.write_line(f"the cores were idle for {idle:.0%} of the time")
 
 
 @pytest.fixture(autouse=True)
