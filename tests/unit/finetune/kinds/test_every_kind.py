@@ -33,6 +33,7 @@ from finetune.run import run
 from finetune.splits import make_kind, read_splits
 from finetune.task_kind import find_kind
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 LOW, HIGH = [f"word{n}" for n in range(20)], [f"word{n}" for n in range(20, 40)]
 Row = dict[str, Any]
 
