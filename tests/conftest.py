@@ -21,6 +21,7 @@ from s3_server import environment, moto_server, new_bucket
 from small_disk import SmallDisk, mounted_small_disk
 from triton_interpreter import interpret_kernels
 
+_TESTS = Path(__file__).parent
 _CPU_TIMES = psutil.cpu_times()
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
@@ -50,11 +51,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect soak tests unless `-m` names them."""
+    """Deselect soak tests unless `-m` names them. Order the files so that there are always some to compute with."""
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
+    _interleave(items)
+
+
+def _interleave(items: list[pytest.Item]) -> None:
+    """Spread the files of tests that wait for processes evenly among the unit tests, which compute: otherwise all test
+    processes wait in the first half of the time, and all compete for the cores in the second."""
+    computing: dict[Path, int] = {}
+    waiting: dict[Path, int] = {}
+    for item in items:
+        files = computing if "unit" in item.path.relative_to(_TESTS).parts else waiting
+        files.setdefault(item.path, len(files))
+    places = {path: 0.9 * number / len(waiting) for path, number in waiting.items()}  # the last ones are short
+    places |= {path: number / len(computing) for path, number in computing.items()}
+    items.sort(key=lambda item: places[item.path])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
