@@ -49,6 +49,8 @@ SLOW = (
     "deepcloze preflight",
     "--segmenter",
     "my-embedding",
+    "deepspeed ",  # as test_launches.py starts it
+    "--model.added_tokens",
 )
 
 

@@ -1,8 +1,10 @@
 """Whole runs, from the config to the last file."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,8 +17,10 @@ from pretrain.batching.sequences import open_index
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
+from pretrain.training import training_progress
+from pretrain.world import World
 from rank_pool import RankPool
-from runs import evaluation_events, events_without_timing, logged, pretrain_case, run_config, step_events
+from runs import Tree, evaluation_events, events_without_timing, logged, pretrain_case, run_config, step_events
 
 MODERN = {
     "model_type": "modernbert",
@@ -112,6 +116,15 @@ def test_checkpoints_by_the_clock(pools: dict[int, RankPool], wordpiece_corpus: 
     assert len(complete_checkpoints(tmp_path / "checkpoints")) == 3
 
 
+def timed_case(world: World, tree: Tree, stop_after: int | None = None) -> str:
+    """A run with clocks that show 0.1 s more at each look, and that of rank 1 a second more."""
+    looks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(looks) * (0.1 + world.rank))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_progress, "time", clock)
+        return pretrain_case(world, tree, stop_after)
+
+
 def test_a_time_budget_spans_attempts(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
@@ -119,14 +132,14 @@ def test_a_time_budget_spans_attempts(
     minimum, and an end without an evaluation or a checkpoint."""
     tree = run_config(tmp_path, wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
     tree["schedule"] = {"budget": "3s", "warmup_steps": 2, "min_lr_ratio": 0.1}
-    assert set(pools[2].run(pretrain_case, tree, 5)) == {"stopped"}
+    assert set(pools[2].run(timed_case, tree, 5)) == {"stopped"}
     stopped = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
     assert (stopped["step"], 0.0 < stopped["seconds"] < 3.0) == (5, True)
-    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert set(pools[2].run(timed_case, tree)) == {"done"}
 
     ended = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
     rates = logged(tmp_path, "lr")
-    assert 3.0 <= ended["seconds"] < 4.5
+    assert 3.0 <= ended["seconds"] < 3.5
     assert len(rates) == ended["step"] > 5
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] == pytest.approx(0.1 * 3e-3)
@@ -136,7 +149,7 @@ def test_a_time_budget_spans_attempts(
     assert events_without_timing(tmp_path)[-1]["step"] == ended["step"]
 
     before = RunFolder(tmp_path).metrics.read_text(encoding="utf-8")
-    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert set(pools[2].run(timed_case, tree)) == {"done"}
     assert RunFolder(tmp_path).metrics.read_text(encoding="utf-8") == before
 
 

@@ -70,7 +70,7 @@ def finished() -> dict[str, Path]:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str, Path]) -> list[str]:
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str, Path], no_figures: None) -> list[str]:
     """The names of the runs that were started, in order. They run in this process."""
     names: list[str] = []
 
