@@ -9,6 +9,7 @@
 
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,6 +134,15 @@ def attempt_start() -> float:
     return created
 
 
+def compile_seconds() -> float:
+    """How long this process has compiled code with `torch.compile` so far: 0 until something is compiled."""
+    if "torch._dynamo.utils" not in sys.modules:  # importing it takes seconds
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent
+
+    return calculate_time_spent().get("total_wall_time", 0.0)
+
+
 class Doing(NamedTuple):
     """What a rank does, see `ActivityTimer.doing`."""
 
@@ -147,7 +157,7 @@ class ActivityTimer:
     def __init__(
         self,
         start: float,
-        compile_seconds: Callable[[], float] = lambda: 0.0,
+        compile_seconds: Callable[[], float] = compile_seconds,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:

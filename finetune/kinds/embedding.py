@@ -17,9 +17,9 @@ from experiment.errors import UserError
 from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, ScoreColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.embedding_metrics import Vectors, document_ranks, ndcg, potentials
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding
+from finetune.metrics import Vectors, document_ranks, ndcg, potentials
 from finetune.pooling import Pooling, pool
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 

@@ -13,6 +13,7 @@ It is written to a temporary folder, synced, checksummed, marked complete and re
 world size, stage and precision. Saving needs no collective on tensors.
 """
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.checkpoints import checkpoint_step, mark_complete, read_state, write_best
 from experiment.errors import UserError
 from experiment.files import checksum, fsync, write_json
 from experiment.retention import Retention, apply_retention, discard
 from experiment.tensor_files import save_tensors
+from experiment.tokenizer import save_tokenizer
+from experiment.transformers_models import limit_tokenizer
 from pretrain.engine.engine import Engine
 
 # Kinds of tensors that are saved of a parameter, besides the optimizer's own (exp_avg, exp_avg_sq, step).
@@ -117,6 +121,33 @@ def complete_checkpoint(
         write_model(reader.read_all(AVERAGE), checkpoint / "hf-ema")
     write_json(checkpoint / "state.json", state, indent=1)
     mark_complete(checkpoint, {name: digest for share in shares for name, digest in share.checksums.items()})
+
+
+def write_hugging_face_folder(
+    weights: dict[str, Tensor], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Write a folder that transformers opens without deepcloze: safetensors, config and tokenizer.
+
+    `weights`: fp32, by the model's own parameter names, tied ones once. Buffers that it lacks are those of `model`.
+    """
+    folder.mkdir(parents=True)
+    save_tensors(persistent_buffers(model) | weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    limit_tokenizer(tokenizer, model)
+    save_tokenizer(tokenizer, folder)
+
+
+def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of the buffers that belong to the weights of a model, on the host."""
+    persistent = model.state_dict().keys()
+    return {
+        name: buffer.detach().to("cpu", copy=True).contiguous()
+        for name, buffer in model.named_buffers()
+        if name in persistent
+    }
 
 
 def publish(partial: Path, final: Path, keep: Retention) -> None:

@@ -28,11 +28,15 @@ from experiment.retention import Retention
 from experiment.tracking.alerts import Alert
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
-from pretrain.export import persistent_buffers, write_hugging_face_folder
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import ResumePlan
 from pretrain.training.background_save import BackgroundSave, Snapshot, UnwritableError, on_all_ranks
-from pretrain.training.checkpoint_tensors import HostMemory, load_checkpoint
+from pretrain.training.checkpoint_tensors import (
+    HostMemory,
+    load_checkpoint,
+    persistent_buffers,
+    write_hugging_face_folder,
+)
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.mirror_uploads import MirrorUploads
