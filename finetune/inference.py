@@ -16,7 +16,7 @@ from experiment.errors import is_out_of_memory
 from experiment.model_folder import first_use
 from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
-from finetune.encoding.examples import Batch, Example, Padding, Split, collate
+from finetune.encoding.examples import Batch, Example, Padding, Split, pad_sequences
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
@@ -27,6 +27,13 @@ _EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
 
 _EXAMPLES = 4
 _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than what padding changes if it counts
+
+
+def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, device: torch.device) -> Batch:
+    """A batch of all sequences of the examples, padded to the longest of them."""
+    inputs = pad_sequences([tokens for example in examples for tokens in example.sequences], padding, device)
+    targets = None if any(example.target is None for example in examples) else kind.targets(examples, padding)
+    return Batch(tuple(examples), inputs, None if targets is None else targets.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)

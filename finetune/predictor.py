@@ -9,10 +9,11 @@ from experiment.errors import UserError
 from finetune.data.records import Record, Table, read_value
 from finetune.device import Microbatch
 from finetune.encoding.encoder import load_task_tokenizer
-from finetune.encoding.examples import Example, Split, encode_split
+from finetune.encoding.examples import Example, Split
 from finetune.inference import Inference, Outputs, decode
 from finetune.loaded_model import LoadedModel, load_model
 from finetune.saved_task import SavedTask, find_model, read_saved_task
+from finetune.splits import encode_split
 from finetune.task_kind import Prediction, TaskKind
 
 

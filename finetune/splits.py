@@ -1,7 +1,7 @@
 """The splits of a task: read, or drawn from the training split; then encoded for one model."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from finetune.data.columns import CONTEXT, LABEL, Columns
 from finetune.data.records import Record, Table, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
-from finetune.encoding.examples import Padding, Split, encode_split
+from finetune.encoding.examples import Padding, Split
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions, TaskKind, find_kind
 
@@ -109,6 +109,23 @@ def make_task(
         label_weights=kind.label_weights(splits["train"].examples) if training.class_weights == "balanced" else None,
         label_smoothing=training.label_smoothing,
         positions=inputs.max_length,
+    )
+
+
+def encode_split(
+    table: Table,
+    kind: TaskKind[Any],
+    encoder: Encoder,
+    training: bool,
+    progress: Callable[[Sequence[Record]], Iterable[Record]] = iter,
+) -> Split:
+    """The examples of all records. progress: shows the progress of an iteration. Raises UserError for an invalid
+    target."""
+    expanded = [kind.expand(record, encoder, training) for record in progress(table.records)]
+    return Split(
+        table,
+        examples=tuple(example for examples in expanded for example in examples),
+        record_of=tuple(index for index, examples in enumerate(expanded) for _ in examples),
     )
 
 

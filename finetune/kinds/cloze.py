@@ -5,7 +5,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from experiment.errors import UserError
 from finetune.data.columns import ClozeAnswersColumn, Columns, Name, OptionsColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.encoding.encoder import Context, Encoder, Surroundings, surroundings
+from finetune.encoding.encoder import Encoder, window_around, windows
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multiple_choice import choice_loss
 from finetune.metrics import Classified, Interval, accuracy_interval, is_constant, pad_probabilities, scale
@@ -31,6 +32,8 @@ _MODELS = {
     "binary": "AutoModelForSequenceClassification",
     "zero_shot": "AutoModelForMaskedLM",
 }
+
+Context = Literal["article", "around", "between"]
 
 
 class ClozeColumns(Columns):
@@ -96,6 +99,14 @@ class _Blank:
     masked: tuple[_Masked, ...] = ()  # of each sequence; zero-shot only
 
 
+class _Surroundings(NamedTuple):
+    """The tokens before and after a blank."""
+
+    left: list[int]
+    right: list[int]
+    cut: int  # tokens that are left out
+
+
 class Kind(TaskKind[Config]):
     """A prediction has `answers`, a letter for each blank, and `probabilities`, a list for each blank with one for each
     option.
@@ -147,7 +158,7 @@ class Kind(TaskKind[Config]):
         examples = []
         for blank, ids in enumerate(option_ids):
             size = room - max(map(len, ids))
-            for shown in surroundings(segment_ids, fillings, blank, self.config.context, size):
+            for shown in _surroundings(segment_ids, fillings, blank, self.config.context, size):
                 target = None if answers is None else answers[blank]
                 examples.append(self._example(blank, ids, shown, target, encoder))
         return examples
@@ -207,7 +218,7 @@ class Kind(TaskKind[Config]):
         return [[_mask_id(encoder)] for _ in option_ids]
 
     def _example(
-        self, blank: int, options: Sequence[list[int]], shown: Surroundings, target: int | None, encoder: Encoder
+        self, blank: int, options: Sequence[list[int]], shown: _Surroundings, target: int | None, encoder: Encoder
     ) -> Example:
         lengths = tuple(map(len, options))
         if self.config.scoring != "zero_shot":
@@ -376,3 +387,32 @@ def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list
 def _accuracy_row(name: str, number: int, right: Sequence[bool]) -> dict[str, Any]:
     low, high = accuracy_interval(right, range(len(right)))
     return {name: number, "blanks": len(right), "accuracy": float(np.mean(right)), "low": low, "high": high}
+
+
+def _surroundings(
+    segments: Sequence[list[int]], fillings: Sequence[list[int]], blank: int, context: Context, size: int
+) -> list[_Surroundings]:
+    """What is shown around a blank, once for each sequence that shows it. At most `size` tokens each.
+
+    segments: the tokens between the blanks of an article, one list more than blanks. fillings: the tokens in each
+    blank; that of `blank` itself does not count. context: "article" gives all windows over the article that show
+    tokens on both sides of the blank, "around" one that is cut around it, "between" what is between the neighbouring
+    blanks.
+    """
+    before, after = segments[blank], segments[blank + 1]
+    if context != "between":
+        parts = [part for pair in zip(segments, fillings, strict=False) for part in pair]
+        before = list(chain(*parts[: 2 * blank + 1]))
+        after = list(chain(*parts[2 * blank + 2 :], segments[-1]))
+    position, length = len(before), len(before) + len(after)
+    if context == "article":
+        shown = [window for window in windows(length, size) if _shows(window, position, length)]
+    else:
+        shown = [window_around(position, length, size)]
+    cut = 0 if context == "article" else length - len(shown[0])
+    return [_Surroundings(before[window.start :], after[: window.stop - position], cut) for window in shown]
+
+
+def _shows(window: range, position: int, length: int) -> bool:
+    """Whether a window shows tokens before and after a position, if there are any."""
+    return (window.start < position or window.start == 0) and (window.stop > position or window.stop == length)

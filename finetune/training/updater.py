@@ -13,7 +13,8 @@ from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
 from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
-from finetune.encoding.examples import Batch, Example, collate
+from finetune.encoding.examples import Batch, Example
+from finetune.inference import collate
 from finetune.splits import Task
 from finetune.task_kind import Loss
 
