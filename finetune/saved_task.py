@@ -24,7 +24,6 @@ from experiment.errors import UserError
 from experiment.files import checksum, parse_json, write_json
 from experiment.model_folder import load_config
 from experiment.transformers_models import has_masked_lm_head
-from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
 from finetune.task_kind import TaskKind, find_kind
 
@@ -64,8 +63,9 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
     """Call when the model and its tokenizer are in the folder. Of the data files, only the names are written: the
     folder may be published."""
     config = task.kind.config
+    names = {split: Path(path).name for split, path in config.files().items()}
     value = {
-        "task": config.model_copy(update=_file_names(config)).model_dump(mode="json"),
+        "task": config.with_files(names).model_dump(mode="json"),
         "labels": list(task.kind.labels),
         "max_seq_length": task.max_seq_length,
         "padded": task.padded,
@@ -73,13 +73,6 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
         "checksums": {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
     write_json(folder / FILE, value)
-
-
-def _file_names(task: TaskConfig) -> dict[str, Any]:
-    """The keys of the data files, without their folders."""
-    names = {split: Path(path).name for split, path in task.files().items()}
-    of_task = {split: names.pop(split, None) for split in ("train", "validation")}
-    return {**of_task, "test": names if isinstance(task.test, Mapping) else names.get("test")}
 
 
 def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) -> SavedTask:

@@ -146,6 +146,13 @@ class TaskConfig(Section):
         splits = {"train": self.train, "validation": self.validation, **tests}
         return {split: path for split, path in splits.items() if path is not None}
 
+    def with_files(self, files: Mapping[str, str]) -> Self:
+        """The same task with other files. files: as `files` returns them."""
+        train, validation = files.get("train"), files.get("validation")
+        tests = {split: path for split, path in files.items() if split not in ("train", "validation")}
+        test = tests if isinstance(self.test, Mapping) else tests.get("test")
+        return self.model_copy(update={"train": train, "validation": validation, "test": test})
+
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:
         if self.header is None:
