@@ -32,7 +32,7 @@ def print_run_plan(options: PlanOptions) -> None:
     if options.device is not None:
         device = Device(options.device, None, None)
     plan = plan_run(
-        resolve(config, ranks, copies=copy_urls(config.corpus)),
+        resolve(config, ranks, copy_corpora=copy_urls),
         hosts=len(slots),
         ranks=ranks,
         device=Device(
