@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from experiment.errors import UserError
 from finetune.data.records import Record
@@ -92,7 +92,13 @@ def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None =
     handle_errors(app)
     permitted = require_host(require_token(read_as_json(app, _JSON_PATHS), token), hosts, only_own_pages=token is None)
     limited = limit_time(stop_without_client(limit_size(permitted, serving.limits)), serving.limits)
-    return observe(limited, serving.metrics)
+    observed = observe(limited, serving.metrics)
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        # The start and the end of the server are no requests.
+        await (observed if scope["type"] == "http" else app)(scope, receive, send)
+
+    return route
 
 
 def _serving(request: Request) -> Serving:

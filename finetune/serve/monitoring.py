@@ -102,9 +102,6 @@ def observe(app: ASGIApp, metrics: Metrics) -> ASGIApp:
     """Log and count each request, and log the errors of the application."""
 
     async def observed(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
         start, status = time.perf_counter(), _GONE
 
         async def note_status(event: Message) -> None:
