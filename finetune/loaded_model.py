@@ -1,4 +1,4 @@
-"""A model folder, loaded to compute with: what prediction, mask filling and embeddings share; and embeddings."""
+"""A loaded model folder, for prediction, mask filling and embeddings; and embeddings."""
 
 import logging
 import threading
@@ -48,7 +48,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, with what encodes texts for it. Threads may share it."""
+    """A model on its device, and the encoder of its texts. Threads may share it."""
 
     folder: Path
     model: PreTrainedModel | OnnxModel

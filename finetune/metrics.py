@@ -40,7 +40,7 @@ def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, floa
     """All classification metrics, each in [0, 1] except matthews in [-1, 1].
 
     F1 is averaged over the labels that occur in either array, as scikit-learn does by default; uar, the unweighted
-    average recall (balanced accuracy), over those in `gold`. matthews is the correlation coefficient of Matthews
+    average recall (balanced accuracy), over the labels in `gold`. matthews is the correlation coefficient of Matthews
     (1975), extended to more than two labels by Gorodkin (2004); 0 if undefined.
     """
     # Imported here: it takes a second, and every kind of task imports this module.
@@ -209,7 +209,7 @@ def pad_probabilities(predictions: Sequence[Mapping[str, Any]]) -> NDArray[np.fl
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the score of one model is above that of another."""
+    """The difference of the scores of two models."""
 
     mean: float
     interval: tuple[float, float]  # 95 %
@@ -258,7 +258,7 @@ def percentile_interval(scores: Scores) -> Interval:
 def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
     """The interval of an accuracy, for other questions of the same kind.
 
-    groups: what each question is about. If each has its own, Wilson's (1927) interval. Otherwise the percentiles of a
+    groups: the subject of each question. If each has its own, Wilson's (1927) interval. Otherwise the percentiles of a
     bootstrap over groups (Davison and Hinkley 1997, section 3.8): questions about one text are not independent, and an
     interval that ignores it is too narrow. If all or none are right, a bootstrap has no width: Wilson's interval of as
     many questions as there are groups.

@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.5  # reads the end of a file for each seed
 @dataclass
 class _SeedProcess:
     seed: int
-    slot: int  # among those that run at a time
+    slot: int  # among the seeds that run at a time
     process: "subprocess.Popen[bytes]"
 
 
@@ -185,4 +185,4 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a normal exit takes a second to take apart what was imported
+    os._exit(code)  # a normal exit takes a second to clean up imported modules

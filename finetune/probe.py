@@ -1,4 +1,4 @@
-"""A linear probe: how well a linear classifier separates the labels by what a frozen encoder computes.
+"""A linear probe: how well a linear classifier separates the labels by the outputs of a frozen encoder.
 
 It takes seconds where fine-tuning takes minutes, for `deepcloze watch`. The features of a text are the mean of the last
 hidden states over its tokens, special tokens included. They are standardized with the mean and standard deviation of

@@ -1,7 +1,7 @@
 """Resolve a run: config -> everything that is known before it trains.
 
 `resolve` reads the data, finds the labels, tokenizes and inspects the model: bad input is rejected before anything is
-trained. What follows takes the typed result.
+trained. The code below takes the typed result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ from finetune.training.updater import total_steps
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """What all seeds of a run share."""
+    """Everything that the seeds of a run share."""
 
     folder: RunFolder
     keep: Literal["best", "all", "none"]  # models to save

@@ -61,12 +61,12 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
 
 
 def check(config: str | Path, overrides: Mapping[str, str] | None = None) -> None:
-    """Raise UserError for what would keep `finetune` from training. Prints what is notable about the data."""
+    """Raise UserError for anything that would keep `finetune` from training. Prints warnings about the data."""
     resolve(load_run_config(config, overrides))
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
-    """Train and score what a config of `load_run_config` describes. Returns the content of results.json.
+    """Train and score the run of a config of `load_run_config`. Returns the content of results.json.
 
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
@@ -109,7 +109,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
 
 
 def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:
-    """The seeds of a run, and those that it no longer has but has logged. What is logged keeps its place."""
+    """The seeds of a run, and seeds that it no longer has but has logged. Logged seeds keep their places."""
     logged = (event["seed"] for event in read_events(folder.metrics) if isinstance(event.get("seed"), int))
     return list(dict.fromkeys([*logged, *seeds]))
 

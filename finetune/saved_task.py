@@ -39,7 +39,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class SavedTask:
-    """What a model was trained for."""
+    """The task that a model was trained for."""
 
     kind: TaskKind[Any]
     max_seq_length: int | None  # None: as many tokens as the model has positions
@@ -79,7 +79,7 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     """The task of a model folder. overrides: dotted keys of the `task` section -> raw text, such as `columns.text`.
 
     Raises UserError for a damaged file, or one that is not as training wrote it, for a folder without the file whose
-    model has no head that says what it was trained for, and for an unknown key.
+    model has no head that shows its task, and for an unknown key.
     """
     path = folder / FILE
     try:
@@ -127,7 +127,7 @@ def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTas
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))
     single_label = config.problem_type in (None, "single_label_classification")
     if kind_name == "multiple_choice":
-        labels = ()  # those of the config mean nothing: choices are named by their texts
+        labels = ()  # the labels of the config mean nothing: choices are named by their texts
     elif kind_name is None or not single_label or len(set(labels)) < 2:
         raise UserError(
             f"{folder} has no {FILE} and is not a sequence classifier with two or more labels, nor a model for token "

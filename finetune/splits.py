@@ -49,9 +49,9 @@ class Task:
 
 
 def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[str, Table]:
-    """The rows of each split; those of `validation` are drawn from `train` if they have no file.
+    """The rows of each split; `validation` is drawn from `train` if it has no file.
 
-    model: the folder whose tokenizer says what separates the turns of a dialogue. fit_on: as in the training config;
+    model: the folder whose tokenizer has the separator of the turns of a dialogue. fit_on: as in the training config;
     with "train+validation", the former has the rows of both.
 
     Raises UserError with file and line.
@@ -135,7 +135,7 @@ def _show_progress(split: str, records: Sequence[Record]) -> Iterable[Record]:
 
 
 def describe_task(task: Task) -> list[str]:
-    """Lines on the training split and on what may surprise the user in any split."""
+    """Lines on the training split, and on surprises in any split."""
     lines = task.kind.describe(task.splits["train"].table) if "train" in task.splits else []
     unlabelled = [name for name, split in task.splits.items() if not split.table.labelled]
     return lines + [f"{name}: no labels, so it is predicted but not scored" for name in unlabelled]

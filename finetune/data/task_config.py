@@ -136,7 +136,7 @@ class TaskConfig(Section):
     """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
 
     def file_format(self, as_flags: bool = False) -> FileFormat:
-        """How to read the files. as_flags: whether messages call the options as those of `deepcloze predict`."""
+        """How to read the files. as_flags: whether messages name the flags of `deepcloze predict`."""
         csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, as_flags, self.on_bad_lines)
         return FileFormat(None if self.format == "auto" else self.format, csv_format)
 

@@ -33,7 +33,7 @@ _FRAME_KEYS = ("input_ids", "token_type_ids", "special_tokens_mask")
 
 
 class _Frame(NamedTuple):
-    """What surrounds the texts of a sequence: special tokens as (ids, token types), and the types of the texts."""
+    """The special tokens around the texts of a sequence, as (ids, token types), and the types of the texts."""
 
     specials: tuple[tuple[list[int], list[int]], ...]  # before, between and after the texts
     text_types: tuple[int, ...]
@@ -60,7 +60,7 @@ class Encoder:
         """Tokens of a sequence of maximum length before it was cut, if it was."""
         if text_pair is not None or not self.tokenizer.is_fast:
             return len(self._tokenize(text, text_pair)["input_ids"])
-        # What was cut off is kept, in sequences with special tokens: no need to tokenize a long text again.
+        # The rest of the text is kept, in sequences with special tokens: no need to tokenize a long text again.
         added: int = self.tokenizer.num_special_tokens_to_add(pair=False)
         assert encoded.encodings is not None
         return self.max_length + sum(len(part) - added for part in encoded.encodings[0].overflowing)
@@ -193,7 +193,7 @@ def window_around(position: int, length: int, size: int) -> range:
 
 
 def most_context(found: Sequence[range], position: int) -> int:
-    """Which of the windows shows most of what surrounds a position: the one whose nearer end is farthest."""
+    """Which of the windows shows the most context of a position: the one whose nearer end is farthest."""
 
     def margin(window: range) -> int:
         return min(position - window.start, window.stop - 1 - position)

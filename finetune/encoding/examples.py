@@ -19,7 +19,7 @@ from finetune.encoding.encoder import Tokens
 
 @dataclass(frozen=True)
 class Example:
-    """What training draws: usually one sequence, or several that share a loss."""
+    """A unit that training draws: usually one sequence, or several that share a loss."""
 
     sequences: tuple[Tokens, ...]
     target: Any = None  # None if the split has no targets

@@ -63,7 +63,7 @@ class Config(TaskConfig):
 
     context: Context = "article"
     """Context shown around a blank: the whole article, in overlapping windows if it is too long; the article cut around
-    the blank; or what is between the neighbouring blanks."""
+    the blank; or the text between the neighbouring blanks."""
 
     other_blanks: Literal["filled", "masked", "dropped"] = "filled"
     """Content of the other blanks that are shown: the right option, in training only, and otherwise a mask; always
@@ -147,7 +147,7 @@ class Kind(TaskKind[Config]):
         self._parse(record)
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        """Those of each blank: one for each window that shows it."""
+        """Examples of each blank: one for each window that shows it."""
         segments, options, answers = self._parse(record)
         room = encoder.room()
         segment_ids = encoder.ids_of_texts([segment.rstrip() for segment in segments])
@@ -178,11 +178,11 @@ class Kind(TaskKind[Config]):
         return self.expand(Record("", {"article": "a _", "options": [["b", "c"]]}), encoder, training=False)[0]
 
     def segments(self, record: Record) -> list[str]:
-        """What is before, between and behind the blanks of a record."""
+        """The text before, between and behind the blanks of a record."""
         return list(record.values["article"].split(_BLANK))
 
     def _parse(self, record: Record) -> tuple[list[str], list[list[str]], list[int] | None]:
-        """What is between the blanks, the options, and the index of each right option if the record has them.
+        """The text between the blanks, the options, and the index of each right option if the record has them.
 
         Raises UserError for another number of blanks, options and answers, and for an unknown letter.
         """
@@ -204,13 +204,13 @@ class Kind(TaskKind[Config]):
         return segments, options, [self._names(len(row)).index(letter) for row, letter in found]
 
     def _names(self, count: int) -> list[str]:
-        """Of the options of a blank in `answers`: numbers from 1 for those that have no letter."""
+        """Names of the options of a blank in `answers`: numbers from 1 for options without a letter."""
         return [*self._letters[:count], *(str(number + 1) for number in range(len(self._letters), count))]
 
     def _fillings(
         self, option_ids: Sequence[Sequence[list[int]]], answers: Sequence[int] | None, encoder: Encoder
     ) -> list[list[int]]:
-        """What stands in each blank while another one is asked for. answers: None if they must not be shown."""
+        """The tokens in each blank while another one is asked for. answers: None if they must not be shown."""
         if self.config.other_blanks == "filled" and answers is not None:
             return [row[answer] for row, answer in zip(option_ids, answers, strict=True)]
         if self.config.other_blanks == "dropped":
@@ -392,11 +392,11 @@ def _accuracy_row(name: str, number: int, right: Sequence[bool]) -> dict[str, An
 def _surroundings(
     segments: Sequence[list[int]], fillings: Sequence[list[int]], blank: int, context: Context, size: int
 ) -> list[_Surroundings]:
-    """What is shown around a blank, once for each sequence that shows it. At most `size` tokens each.
+    """The context around a blank, once for each sequence that shows it. At most `size` tokens each.
 
     segments: the tokens between the blanks of an article, one list more than blanks. fillings: the tokens in each
-    blank; that of `blank` itself does not count. context: "article" gives all windows over the article that show
-    tokens on both sides of the blank, "around" one that is cut around it, "between" what is between the neighbouring
+    blank; `blank` itself does not count. context: "article" gives all windows over the article that show
+    tokens on both sides of the blank, "around" one that is cut around it, "between" the text between the neighbouring
     blanks.
     """
     before, after = segments[blank], segments[blank + 1]

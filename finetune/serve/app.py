@@ -175,7 +175,7 @@ async def model_prediction(serving: State, request: Request) -> Response:
 
 @api.get("/model", response_model=ModelInfo)
 async def model(serving: State) -> ModelInfo:
-    """The model, and what it accepts."""
+    """The model, and the requests that it accepts."""
     return serving.served.info
 
 
@@ -229,7 +229,7 @@ async def _read_json_or_form(request: Request) -> Any:
 
 
 def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Record]:
-    """Raises UserError for what the model does not accept, HTTPException if it does not predict."""
+    """Raises UserError for input that the model does not accept, HTTPException if it does not predict."""
     predictor = _predicting(served)
     if asked.records:
         return [predictor.record(f"records[{index}]", values) for index, values in enumerate(asked.records)]
@@ -245,7 +245,7 @@ def _predicting(served: ServedModel) -> Predictor:
 
 
 def _text_records(rows: Sequence[Sequence[str]], served: ServedModel) -> list[Record]:
-    """Records of single texts or of pairs. Raises UserError for what the model does not accept."""
+    """Records of single texts or of pairs. Raises UserError for input that the model does not accept."""
     _predicting(served)
     asked, name = ("texts", "text") if len(rows[0]) == 1 else ("pairs", "pair")
     if asked not in served.info.accepts:

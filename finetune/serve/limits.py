@@ -1,4 +1,4 @@
-"""What a client may ask for: size, time, a host and a token that permit to ask at all, and the number of texts.
+"""Limits of requests: size, time, host, token and number of texts.
 
 All but the last wrap an ASGI application for HTTP requests, see https://asgi.readthedocs.io.
 """
@@ -27,7 +27,7 @@ _DISCARD_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may be, and how long it may take."""
+    """The size of a request, and the time that it may take."""
 
     max_texts: int  # of one request
     max_bytes: int  # of one request
@@ -90,7 +90,7 @@ class Admission:
 
 def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: bool) -> ASGIApp:
     """Answer 421 to requests for another host, whose name may have been pointed at this machine (DNS rebinding), and
-    403 to those that a page of another site sends, except for pages without data and probes.
+    403 to requests from pages of other sites, except for pages without data and probes.
 
     Args:
         hosts: names in lower case; None: any.
@@ -203,7 +203,7 @@ async def _discard(receive: Receive) -> None:
 
 
 def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
-    """Answer 408 to requests that do not arrive in time, and 503 to those that are not answered in time. Drop clients
+    """Answer 408 to a request that does not arrive in time, 503 to one that is not answered in time. Drop clients
     that do not take their answer in time."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
