@@ -145,7 +145,7 @@ class CorpusConfig(Section):
 
     @property
     def all_sources(self) -> tuple[str, ...]:
-        """The folders and URLs of the training corpora, then of those in `eval`."""
+        """The folders and URLs of the training corpora, then of the corpora in `eval`."""
         train = (self.train,) if isinstance(self.train, str) else tuple(given.path for given in self.train)
         return (*train, *self.eval.values())
 

@@ -28,7 +28,7 @@ from pretrain.world import World
 
 
 class Preparation(NamedTuple):
-    """What training needs, apart from the engine."""
+    """Everything that training needs apart from the engine."""
 
     run: ResolvedRun
     model: BuiltModel
@@ -70,7 +70,7 @@ def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
     """The rows of all ranks: windows unless every rank, whose GPU may be of another type, can compute flat ones.
     Collective.
 
-    Rows decide which sequences of a batch a rank takes. `rows`: what this rank would choose.
+    Rows decide which sequences of a batch a rank takes. `rows`: the choice of this rank alone.
     """
     (flat,) = group.all_reduce_sum([int(rows == "flat")])
     return "windows" if rows == "flat" and flat < world.size else rows

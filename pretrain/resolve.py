@@ -1,7 +1,7 @@
 """Resolve a run: config -> everything that is known before a device is used.
 
-`resolve` opens what the config names, checks that it fits together, and decides which checkpoint the run starts from.
-The launcher, every rank, `--dry_run` and sweeps call it. What follows takes the typed result.
+`resolve` opens the files that the config names, checks that they fit together, and decides which checkpoint the run
+starts from. The launcher, every rank, `--dry_run` and sweeps call it. The code below takes the typed result.
 """
 
 import logging
@@ -64,7 +64,7 @@ class ResolvedRun:
     held_out: Mapping[str, Corpus]  # by name
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
-    model_source: ModelConfig  # what the model is built from: section `model`, or the checkpoint to continue from
+    model_source: ModelConfig  # source of the model: section `model`, or the checkpoint to continue from
     model_config: PreTrainedConfig
     num_parameters: int
     stages: tuple[Stage, ...]
@@ -100,7 +100,7 @@ def resolve(
     Args:
         decide: ranks pass `CpuGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears
             or disappears at this moment.
-        verify: says what is wrong with a checkpoint. Ranks, which load it, read all of it.
+        verify: returns the problem of a checkpoint. Ranks, which load it, read all of it.
         find_model: the folder of a model by its name. Ranks download one of the Hub once on each host.
         copy_corpora: makes copies of the corpora, and returns their folders by the names in the config. The documents
             of a URL without a copy cannot be read.
@@ -310,7 +310,8 @@ def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None
 
 
 def _warn_of_same_seed(config: PretrainConfig, corpora: Sequence[TrainingCorpus], model: Path) -> None:
-    """Order and masks follow from seed and corpus: with both unchanged, a run repeats those of the model's own run."""
+    """Order and masks follow from seed and corpus: with both unchanged, a run repeats the batches of the model's own
+    run."""
     if not (model.parent / "state.json").is_file():
         return
     before = read_state(model.parent)["identity"]

@@ -194,7 +194,7 @@ def _timeout(config: PretrainConfig) -> datetime.timedelta:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported: collections skip it, such as those that DeepSpeed makes while it starts
+    gc.freeze()  # imported objects: garbage collections skip them, such as the ones of DeepSpeed while it starts
     gc.enable()
     wait_at_gate()
     main(sys.argv[1:])

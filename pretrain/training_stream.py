@@ -67,7 +67,7 @@ class StageData:
         )
 
     def order(self, schedule: ScheduleConfig, seed: int) -> ShuffledOrder:
-        """The order of the stage. Its sequences are not those of the previous stage, so it starts new epochs."""
+        """The order of the stage. It has other sequences than the previous stage, so it starts new epochs."""
         streams = tuple(
             CorpusStream(len(index), make_key(("order", seed, given.corpus.fingerprint, self.number)))
             for given, index in zip(self.corpora, self.indexes, strict=True)
@@ -82,7 +82,7 @@ class StageData:
 
 
 def open_stage(run: ResolvedRun, number: int) -> StageData:
-    """Open the sequence indexes of stage `number`; those that do not exist are built."""
+    """Open the sequence indexes of stage `number`; missing ones are built."""
     stage = run.stages[number]
     capacity = stage.max_seq_length - run.vocabulary.num_special_tokens
     indexes = tuple(open_index(given.corpus, capacity, run.folder.path / "index") for given in run.corpora)
@@ -132,7 +132,7 @@ def open_stream(
     """The stream of a run.
 
     Args:
-        rows, first_position: what the model needs, see MicrobatchLayout.
+        rows, first_position: of the model, see MicrobatchLayout.
         attention_ratio: from which windows get their width, see `with_best_row_width`; None: the longest sequence's.
 
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.

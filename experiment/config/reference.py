@@ -29,7 +29,7 @@ class ConfigKey:
 
 @dataclass(frozen=True)
 class ConfigSection:
-    """A section and its keys, those of the sections in it included."""
+    """A section and its keys, including the keys of sections in it."""
 
     name: str
     meaning: str
@@ -40,7 +40,7 @@ class ConfigSection:
 def config_reference(config_type: type[Section]) -> tuple[ConfigSection, ...]:
     """All sections of a config, in the order of the fields.
 
-    If the config has variants, a section is followed by what each variant adds to it or changes.
+    If the config has variants, a section is followed by the additions and changes of each variant.
     """
     variants = {name: _sections(kind) for name, kind in config_type.variants().items()}
     found: list[ConfigSection] = []
@@ -108,7 +108,7 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
 
 
 def _keys_of_field(section: type[BaseModel], name: str, prefix: str) -> Iterator[ConfigKey]:
-    """A field and the keys below it; those of a mapping's values as `rows.NAME.init_from`."""
+    """A field and the keys below it; keys of a mapping's values as `rows.NAME.init_from`."""
     field = section.model_fields[name]
     if is_section(field.annotation):
         yield from _keys(field.annotation, f"{prefix}{name}.")
@@ -139,7 +139,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def find_meaning(section: type[BaseModel], name: str) -> str:
-    """The docstring of a field, perhaps that of a base class, or of the section that it holds."""
+    """The docstring of a field, perhaps of a base class, or of the section that it holds."""
     fields = [kind.model_fields[name] for kind in section.__mro__ if is_section(kind) and name in kind.model_fields]
     found = next((_one_line(field.description) for field in fields if field.description), "")
     annotation = section.model_fields[name].annotation

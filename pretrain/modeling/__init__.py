@@ -1,7 +1,7 @@
 """transformers' own masked-LM models, and how they are computed here.
 
 - model_config: the `model` section of a config -> transformers config
-- build: config or Hugging Face folder -> model, which rows it is fed, what it does not use; resize: more tokens or
+- build: config or Hugging Face folder -> model, its rows, its unused parameters; resize: more tokens or
   positions
 - random_model: a model from a config alone, and which fields of the config it uses
 - packability: whether a model can be packed

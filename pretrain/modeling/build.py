@@ -82,7 +82,7 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
 
 
 def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
-    with quiet_transformers():  # _check_names reports what is missing, in one line
+    with quiet_transformers():  # _check_names reports missing weights, in one line
         try:
             model, report = AutoModelForMaskedLM.from_pretrained(
                 folder,
@@ -167,8 +167,8 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def attention_ratio(flops: FlopsModel | None) -> float | None:
-    """What the width of windows is chosen from. None on CUDA, where no width has been measured: theirs is that of the
-    longest sequence."""
+    """The ratio from which the width of windows is chosen. None on CUDA, where no width has been measured: windows are
+    as wide as the longest sequence."""
     return None if flops is None or torch.cuda.is_available() else flops.attention_ratio
 
 

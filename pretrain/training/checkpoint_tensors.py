@@ -44,7 +44,7 @@ WriteModel = Callable[[dict[str, Tensor], Path], None]
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank contributes to a checkpoint, in host memory."""
+    """The part of a checkpoint that a rank writes, in host memory."""
 
     rank: int
     tensors: dict[str, Tensor]  # by name in the file
@@ -128,7 +128,7 @@ def write_hugging_face_folder(
 ) -> None:
     """Write a folder that transformers opens without deepcloze: safetensors, config and tokenizer.
 
-    `weights`: fp32, by the model's own parameter names, tied ones once. Buffers that it lacks are those of `model`.
+    `weights`: fp32, by the model's own parameter names, tied ones once. Missing buffers are taken from `model`.
     """
     folder.mkdir(parents=True)
     save_tensors(persistent_buffers(model) | weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -151,7 +151,7 @@ def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def publish(partial: Path, final: Path, keep: Retention) -> None:
-    """Give a complete checkpoint its name, and delete those that need not be kept."""
+    """Give a complete checkpoint its name, and delete the ones that need not be kept."""
     if final.exists():  # incomplete or damaged: a good one is never written again
         discard(final)
     partial.rename(final)
@@ -162,7 +162,7 @@ def publish(partial: Path, final: Path, keep: Retention) -> None:
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:
-    """Overwrite the engine's weights and optimizer state with those of a verified checkpoint. Collective.
+    """Load the engine's weights and optimizer state from a verified checkpoint. Collective.
 
     `load_optimizer_state`: False if the checkpoint was written with another optimizer.
 
@@ -207,7 +207,7 @@ class FragmentReader:
         return tuple(self._index[name]["shape"])
 
     def kinds(self, name: str) -> list[str]:
-        """What is saved of a parameter: the fp32 master, optimizer states, the average."""
+        """The saved tensors of a parameter: the fp32 master, optimizer states, the average."""
         return list(self._index[name]["kinds"])
 
     def has_averages(self) -> bool:

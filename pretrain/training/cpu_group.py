@@ -155,7 +155,7 @@ class CpuGroup:
 
     def from_all_ranks_slowly(self, function: Callable[[Callable[[], None]], T]) -> list[T]:
         """As `from_all_ranks`, for a function that may take longer than the timeout of a collective. `function` gets
-        what it must call when it makes progress, see `wait_for_all`."""
+        a callback for its progress, see `wait_for_all`."""
         self._raise_any(None)
         progressed = threading.Event()
         thread = ThreadPoolExecutor(1, "slow part")
