@@ -28,7 +28,8 @@ from launcher.supervision.attempt import Layout, run_attempt
 from launcher.supervision.launch_result import LaunchResult, begin_attempt
 from launcher.supervision.rank_processes import polled
 from launcher.supervision.stop_signals import StopSignals
-from pretrain.config import PretrainConfig, ScheduleConfig, StageConfig
+from pretrain.config import PretrainConfig
+from pretrain.schedule_config import ScheduleConfig, StageConfig
 
 LIMIT_SECONDS = 120.0
 """Of all trials together, with the time that their ranks take to start."""

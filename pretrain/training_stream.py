@@ -21,9 +21,10 @@ from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.batching.sequences import SequenceIndex, open_index
 from pretrain.batching.vocabulary import Vocabulary
-from pretrain.config import MaskingConfig, ScheduleConfig, Stage
+from pretrain.config import MaskingConfig, Stage
 from pretrain.resolve import ResolvedRun, TrainingCorpus
 from pretrain.resume import check_fork_length
+from pretrain.schedule_config import ScheduleConfig
 from pretrain.world import World
 
 

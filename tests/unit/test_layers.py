@@ -21,7 +21,13 @@ PRETRAIN_LAYERS = (
     ("pretrain.batching",),
     ("pretrain.cleaning",),
     ("pretrain.corpus", "pretrain.config"),
-    ("pretrain.world", "pretrain.rank_heartbeat", "pretrain.ds_configs", "pretrain.optimizer_config"),
+    (
+        "pretrain.world",
+        "pretrain.rank_heartbeat",
+        "pretrain.ds_configs",
+        "pretrain.optimizer_config",
+        "pretrain.schedule_config",
+    ),
 )
 
 ONLY_IN = {
