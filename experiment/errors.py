@@ -91,7 +91,7 @@ def disk_errors_as(error_type: type[Exception], where: str = "", advice: str = "
 
 
 @contextmanager
-def stopped_by_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
+def stopped_by_disk_errors(where: str = "") -> Iterator[None]:
     """Raise StoppedError in place of an error of the disk that may pass, such as a full one: the same command resumes.
     UserError in place of the others: it would fail again."""
     try:
@@ -101,7 +101,7 @@ def stopped_by_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
         if line is None:
             raise
         if _errno(error) in _MAY_PASS:
-            raise StoppedError(f"{where}{line}{advice}") from None
+            raise StoppedError(f"{where}{line}; the same command resumes") from None
         raise UserError(f"{where}{line}") from None
 
 

@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     config, seed = argv[0], int(argv[1])
     lock_until_exit(RunFolder(Path(config).parent))  # the next command waits, if its parent was killed
     try:
-        with handle_stop_signals(interrupt), stopped_by_disk_errors(advice="; the same command resumes"):
+        with handle_stop_signals(interrupt), stopped_by_disk_errors():
             threading.Thread(target=_stop_with_parent, daemon=True).start()
             run = resolve(load_run_config(config))
             started = state_file(seed, run).steps

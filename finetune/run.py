@@ -37,8 +37,6 @@ from finetune.results.tables import print_results
 from finetune.seed_run import finished_seeds, state_file, train_seed
 from finetune.training.fit import Log
 
-_RESUME = "; the same command resumes"
-
 
 def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry_run: bool = False) -> None:
     """Run the command. config: a YAML file; overrides: dotted keys to raw text. Raises UserError.
@@ -102,7 +100,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
     records |= _train_seeds(missing, resolved, tracker, logs)
-    with stopped_by_disk_errors(advice=_RESUME):
+    with stopped_by_disk_errors():
         records = {seed: records[seed] for seed in seeds}
         add_seed_scores(folder.path, records)
         return write_results(resolved, records)
@@ -123,7 +121,7 @@ def _train_seeds(
     """
     records, outcome = {}, Outcome.FAILED
     try:
-        with stopped_by_disk_errors(advice=_RESUME):
+        with stopped_by_disk_errors():
             if _in_parallel(missing, resolved):
                 records = train_seeds_in_parallel(resolved, logs)
             else:

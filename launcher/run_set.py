@@ -84,7 +84,7 @@ class RunSet:
         At the end, raises SystemExit if runs failed. Raises UserError if another process uses the folder, or if runs
         were started with another config; StoppedError in place of errors of the disk that may pass.
         """
-        resumable = stopped_by_disk_errors(f"{self.command}: ", "; the same command resumes")
+        resumable = stopped_by_disk_errors(f"{self.command}: ")
         with _locked(self.folder, self.option), recorded_outcome(self.folder), resumable:
             records = self._read()
             self.save(records)

@@ -52,7 +52,7 @@ def watch_run(options: WatchOptions) -> None:
         announcement = make_announcement(options.on_result, options.mail)
         task = read_watched_task(options.task, options.probe)
         folder = open_run_folder(run.downstream / task.name)
-        with lock_run(folder), stopped_by_disk_errors("watch: ", "; the same command resumes"):
+        with lock_run(folder), stopped_by_disk_errors("watch: "):
             failed = Watch(run, config, task, announcement).finish()
     if failed:
         sys.exit(f"deepcloze: watch: {task.name}: could not score step {', '.join(map(str, failed))}")
