@@ -1,4 +1,4 @@
-"""What a corpus was decontaminated against: digests of evaluation texts, in clean.json and in manifests."""
+"""The tasks that a corpus was decontaminated against: digests of evaluation texts, in clean.json and in manifests."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -50,10 +50,10 @@ def read_decontamination(
 def common_decontamination(
     folders: Iterable[str | None], read: Callable[[str], Mapping[str, Any] | None] = read_clean_summary
 ) -> dict[str, str] | None:
-    """What documents from several folders were all decontaminated against: for the manifest of a corpus of them, under
-    the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
+    """The tasks against which documents from several folders were all decontaminated: for the manifest of a corpus of
+    them, under the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
 
-    folders: those that the source files are in; None for a source that is not a file. read: gives their clean.json.
+    folders: the folders of the source files; None for a source that is not a file. read: gives their clean.json.
     """
     found = [None if folder is None else read_decontamination(folder, read) for folder in set(folders)]
     if all(tasks is None for tasks in found):
@@ -78,7 +78,7 @@ def decontamination_of(model: Path) -> dict[str, Mapping[str, str]]:
 
 
 def _recorded(corpus: Path) -> Mapping[str, str] | None:
-    """What the manifest of a corpus says; None if nothing is known."""
+    """The tasks in the manifest of a corpus; None if nothing is known."""
     try:
         found = parse_json((corpus / "manifest.json").read_bytes())["decontaminated"]
     except (OSError, ValueError, KeyError, TypeError):

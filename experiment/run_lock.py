@@ -48,7 +48,7 @@ def lock_run(
     Ranks that a dead launch has left get some time to end.
 
     Takes as long as `_DEAD_SECONDS` after a process on another machine, or before a reboot of this one, that did not
-    end properly, unless `dead` is what `check_unlocked` has returned. `on_lost` is called in a thread if another
+    end properly, unless `dead` was returned by `check_unlocked`. `on_lost` is called in a thread if another
     machine takes the lock because this one has lost the disk for so long.
     """
     lock = filelock.FileLock(folder.lock)

@@ -65,7 +65,7 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a cell. A list of words, such as those of a tagged sentence, is one text."""
+    """The texts in a cell. A list of words, such as a tagged sentence, is one text."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list) and all(isinstance(part, str) for part in value):

@@ -9,10 +9,11 @@ from experiment.errors import UserError
 from finetune.data.records import Record, Table, read_value
 from finetune.device import Microbatch
 from finetune.encoding.encoder import load_task_tokenizer
-from finetune.encoding.examples import Example, Split, encode_split
+from finetune.encoding.examples import Example, Split
 from finetune.inference import Inference, Outputs, decode
 from finetune.loaded_model import LoadedModel, load_model
 from finetune.saved_task import SavedTask, find_model, read_saved_task
+from finetune.splits import encode_split
 from finetune.task_kind import Prediction, TaskKind
 
 
@@ -103,7 +104,7 @@ class Predictor:
             raise missing_temperature(self.folder)
 
     def record(self, place: str, values: Mapping[str, Any]) -> Record:
-        """A record of values by role. place: what messages call it. Raises UserError as `predict`."""
+        """A record of values by role. place: its name in messages. Raises UserError as `predict`."""
         roles = self.kind.config.columns.without_targets().cell_types()
         if not isinstance(values, Mapping):
             raise UserError(f"{place}: expected a mapping of {', '.join(roles)} to values, found {values!r}")

@@ -408,7 +408,7 @@ def completion(options: CompletionOptions) -> None:
     Example:
         deepcloze completion bash
     """
-    from launcher.reference import completion_script
+    from launcher.completion import completion_script
 
     print(completion_script(options.shell, COMMANDS), end="")
 

@@ -23,7 +23,7 @@ from launcher.validate import validate_finetuning, validate_pretraining
 
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
-_PRETRAINING = "pretrain"  # folder, beside those of the tasks
+_PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
 # Beside the folders of the rows.
 _USED = ("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", COMPARISON_RECORD)
 

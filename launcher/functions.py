@@ -1,7 +1,7 @@
 """The commands as functions of the module `deepcloze`, for scripts and notebooks.
 
-They take what the commands take, print the same progress, and return results. Each raises UserError for bad input and
-StoppedError for work that was stopped and that the same call resumes, RuntimeError if a run failed.
+They take the arguments of the commands, print the same progress, and return results. Each raises UserError for bad
+input, StoppedError for work that was stopped and that the same call resumes, and RuntimeError if a run failed.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The flags of the commands, except those that make corpora (pretrain/corpus/options.py)."""
+"""The flags of the commands. pretrain/corpus/options.py has the flags of commands that make corpora."""
 
 from typing import Annotated, Literal, Self
 
@@ -16,7 +16,7 @@ ConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "
 
 class CleanOptions(Section):
     config: Annotated[PathText, Metavar("FILE")]
-    """What to read, the steps and where to write, as YAML; see docs/cleaning.md."""
+    """Sources, steps and output as YAML; see docs/cleaning.md."""
 
     workers: PositiveInt | None = None
     """Number of worker processes; default: one per core."""
@@ -80,7 +80,7 @@ class PreflightOptions(HostOptions):
 
 
 class LaunchOptions(HostOptions):
-    """What happens if hosts or ranks fail."""
+    """The response to hosts or ranks that fail."""
 
     max_restarts: NonNegativeInt | None = None
     """Restarts within an hour after failures; default: 0 on one machine, 10 on several."""

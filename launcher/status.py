@@ -167,7 +167,7 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     for folder in folders:
         if not runs[folder]:
             notify(f"{folder} is skipped: it is not a run folder and contains none")
-    with ThreadPoolExecutor() as readers:  # those on other machines take seconds
+    with ThreadPoolExecutor() as readers:  # runs on other machines take seconds
         found = list(readers.map(read_status, chain.from_iterable(runs.values())))
     if as_json:
         print(json.dumps([asdict(status) for status in found], ensure_ascii=False))
@@ -178,7 +178,7 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
 
 
 def runs_in(folder: str) -> list[str]:
-    """A run, the runs of a sweep or comparison, or those of a folder with any of these.
+    """A run, the runs of a sweep or comparison, or of a folder with any of these.
 
     Raises UserError if the folder does not exist.
     """

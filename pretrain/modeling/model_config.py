@@ -93,7 +93,8 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
 
 
 def _default_config(model: ModelConfig) -> PreTrainedConfig:
-    """The config without the fields of `model.config`: the model type's defaults, or that of `model.init_from`."""
+    """The config without the fields of `model.config`: the model type's defaults, or the config of
+    `model.init_from`."""
     given = (model.config or {}).get("model_type")
     if model.init_from is not None:
         config = _read_config(Path(model.init_from))

@@ -1,4 +1,4 @@
-"""Plan one run: what it computes, and what memory, communication and time that takes."""
+"""Plan one run: its computation, and the memory, communication and time that it takes."""
 
 import functools
 import math
@@ -125,7 +125,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     if stream.steps is not None:
         cost = run_cost(known_flops, sent, ranks, rates, recomputes)
         steps = None
-    else:  # what the known stages leave of the budget is for the last one
+    else:  # the rest of the budget is for the last stage
         step_tokens, step_sent = stages[-1].batch.tokens, sent_per_step(counts, settings, stages[-1].batch.microbatches)
         before = run_cost(known_flops, sent, ranks, rates, recomputes)
         step = run_cost(None if by_stage is None else by_stage[-1] * step_tokens, step_sent, ranks, rates, recomputes)

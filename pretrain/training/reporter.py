@@ -49,7 +49,7 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
 def open_run_tracker(
     run: ResolvedRun, provenance: Mapping[str, Any], step: int, stream: TrainingStream, evaluates_first: bool
 ) -> Trackers:
-    """Log what the run will do, and open its trackers.
+    """Log the length of the run, and open its trackers.
 
     Args:
     step: finished steps when this attempt starts.
@@ -205,7 +205,7 @@ class Reporter:
         return self._interval.flops(self._flops) / seconds / (peak * self._engine.world.size)
 
     def _log_downstream(self, step: int) -> None:
-        """Log what `deepcloze watch` has scored since the last log event: events of earlier steps."""
+        """Log new scores of `deepcloze watch`, which are events of earlier steps."""
         if self._tracker is not None:
             for event in self._downstream.take_new(step):
                 self._tracker.log(event)

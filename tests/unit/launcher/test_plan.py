@@ -65,7 +65,7 @@ def test_warns_of_the_device_of_other_machines(
     hostfile = tmp_path / "hosts"
     hostfile.write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n", encoding="utf-8")
     remote = ("--hostfile", str(hostfile))
-    warning = "planned for this machine's device, cpu; name that of the hosts as --device"
+    warning = "planned for this machine's device, cpu; name the device of the hosts as --device"
     for flags, warns in ((remote, True), ((*remote, *H100), False), (("--num_gpus=2",), False)):
         assert main(["plan", "--config", str(config), "--json", *flags]) == 0
         assert (warning in capsys.readouterr().err) == warns, flags

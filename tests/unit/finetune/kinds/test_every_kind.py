@@ -22,15 +22,15 @@ from finetune.data.columns import TextColumns
 from finetune.data.records import read_table
 from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, collate, encode_split
-from finetune.inference import Inference, computes, decode
+from finetune.encoding.examples import Padding
+from finetune.inference import Inference, collate, computes, decode
 from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
 from finetune.predictor import Predictor
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_results
 from finetune.run import run
-from finetune.splits import make_kind, read_splits
+from finetune.splits import encode_split, make_kind, read_splits
 from finetune.task_kind import find_kind
 
 pytestmark = pytest.mark.usefixtures("no_figures")
