@@ -103,7 +103,7 @@ def read_origin(model: Path) -> dict[str, Any] | None:
     path = model / _ORIGIN
     try:
         origin = parse_json(path.read_text(encoding="utf-8"))
-        return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")} | origin
+        return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")} | dict(origin)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

@@ -60,8 +60,8 @@ def clean(options: CleanOptions) -> None:
 
     Reads the sources of a config, applies its steps in order, and writes the documents that are left as .jsonl.zst, for
     `deepcloze corpus`, with counts and examples by rule in clean.json and report.html. The same input gives the same
-    bytes with any number of workers. Run the same command again to resume. Needs `pip install 'deepcloze[clean]'`. See
-    docs/cleaning.md.
+    bytes with any number of workers and machines. Run the same command again to resume. Needs
+    `pip install 'deepcloze[clean]'`. See docs/cleaning.md.
 
     Example:
         deepcloze clean --config clean.yaml
