@@ -47,6 +47,10 @@ class Pass:
         except FileNotFoundError:
             return None
 
+    def empty(self, part: int) -> int:
+        """How many documents of a finished part had no text after their markup was removed."""
+        return int(self._finished(part)["empty"])
+
     def kept(self, part: int) -> int:
         """How many documents a finished part has."""
         return int(self._finished(part)["kept"])

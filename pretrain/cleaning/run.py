@@ -21,9 +21,9 @@ from experiment.errors import UserError, disk_errors_as
 from experiment.files import fsync_tree, json_digest, parse_json, write_json
 from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.parts import SUFFIX
+from pretrain.cleaning.parts import SUFFIX, Pass
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
-from pretrain.cleaning.report import SUMMARY, Summary, print_steps, read_summary, summarize, write_report
+from pretrain.cleaning.report import SUMMARY, Summary, describe_kept, print_steps, read_summary, summarize, write_report
 from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.corpus.engines import Engine, open_engine
@@ -62,7 +62,7 @@ def clean(
             print(f"{folder} already exists, of the same sources and steps")
         else:
             summary = _clean(config, sources, steps, recipe, folder, opened)
-    print(f"{config.output}: {summary['kept']:,} of {summary['read']:,} documents kept")
+    print(f"{config.output}: {describe_kept(summary)}")
     if summary["steps"]:
         print_steps(summary)
     return summary
@@ -107,11 +107,11 @@ def _clean(
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     _join(last, result)
-    kept, languages = 0, Counter[str]()
+    first, languages = Pass(unfinished / "pass-0"), Counter[str]()
+    empty, kept = (sum(map(count, range(last.parts))) for count in (first.empty, last.files.kept))
     for part in range(last.parts):
-        kept += last.files.kept(part)
         languages.update(last.files.languages(part))
-    summary = summarize(config, {"recipe": recipe, "source": last.source}, kept, languages, tallies, steps)
+    summary = summarize(config, {"recipe": recipe, "source": last.source}, empty, kept, languages, tallies, steps)
     write_report(result, summary)
     fsync_tree(result)
     if folder.exists():

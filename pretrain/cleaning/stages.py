@@ -175,9 +175,10 @@ def _process(stages: Sequence[Stage], part: _Part) -> int:
     check_shared(part.folder)
     stage, current = stages[part.stage], Pass(part.folder / f"pass-{part.stage}")
     if part.documents is None:
-        documents = Pass(part.folder / f"pass-{part.stage - 1}").read(part.number)
+        documents, empty = Pass(part.folder / f"pass-{part.stage - 1}").read(part.number), 0
     else:
         documents = _without_markup(part.documents)
+        empty = len(part.documents) - len(documents)
     read = len(documents)
     tallies = list[StepTally]()
     for step in stage.counted:
@@ -193,6 +194,7 @@ def _process(stages: Sequence[Stage], part: _Part) -> int:
     observed = {} if stage.observed is None else stage.observed.observe(documents)
     tally_json = {
         "digest": part.digest,
+        "empty": empty,
         "kept": len(documents),
         "languages": Counter(str(found) for document in documents if (found := document.metadata.get("language"))),
         "steps": [tally.as_json() for tally in tallies],

@@ -103,6 +103,17 @@ def test_duplicates_go_and_everything_is_counted(clean: Any, tmp_path: Path) -> 
     assert "second line of text" not in page
 
 
+def test_pages_without_text_are_counted(clean: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches pages that vanish because no text is found in them."""
+    (tmp_path / "pages").mkdir()
+    for name, body in (("a", "<p>A page about the sea and its animals.</p>"), ("b", ""), ("c", "<nav></nav>")):
+        (tmp_path / "pages" / f"{name}.html").write_text(f"<html><body>{body}</body></html>")
+    found = clean([], {"length": {}}, source=str(tmp_path / "pages"))
+    assert (found["read"], found["kept"], found["empty"]) == (1, 1, 2)
+    assert "1 of 1 documents kept, 2 pages without text" in capsys.readouterr().out
+    assert "without text" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_result_is_a_source_of_a_corpus(clean: Any, tmp_path: Path) -> None:
     """Catches clean.json being read as text."""
     clean(["one text"], {"exact_dedup": {}})
