@@ -55,6 +55,7 @@ def python_docs(options: PythonDocsOptions) -> None:
     write_python_docs(options.output, options.packages, options.files_per_package)
 
 
+@handle_stop_signals(interrupt)
 def clean(options: CleanOptions) -> None:
     """Clean raw documents: repair, filter, deduplicate, decontaminate.
 
@@ -92,6 +93,7 @@ def tokenizer(options: TokenizerOptions) -> None:
         train_tokenizer(options)
 
 
+@handle_stop_signals(interrupt)
 def corpus(options: CorpusOptions) -> None:
     """Build a tokenized corpus from raw text, verify corpora, or look at one.
 

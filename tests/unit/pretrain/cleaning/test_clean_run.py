@@ -18,6 +18,7 @@ from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents
 from pretrain.cleaning.reading import find_inputs
 from pretrain.corpus.sources import find_sources
+from small_disk import SmallDisk
 
 STEPS = [
     {"ftfy": {}},
@@ -120,6 +121,16 @@ def test_the_result_is_a_source_of_a_corpus(clean: Any, tmp_path: Path) -> None:
     assert [Path(source.name).name for source in find_sources(str(tmp_path / "out"))] == ["data-00000.jsonl.zst"]
 
 
+def test_a_full_disk(clean: Any, small_disk: SmallDisk) -> None:
+    """Catches a traceback for an array that does not fit; numpy's error has no number."""
+    lines, output = [" ".join(f"w{number}" for number in range(30_000))], str(small_disk.path / "out")
+    small_disk.fill(leave=1 << 16)
+    with pytest.raises(UserError, match=rf"^output {output}: .*ngrams\.npy: disk full; the same command resumes"):
+        clean(lines, {"minhash": {}}, output=output)
+    small_disk.free()
+    assert clean(lines, {"minhash": {}}, output=output)["kept"] == 1
+
+
 def test_languages_of_what_is_left_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches documents that are dropped by the last step and still counted, and parts that are not added up."""
     monkeypatch.setattr(stages, "_PART_DOCUMENTS", 2)
@@ -176,6 +187,18 @@ def test_an_unfinished_cleaning_of_another_text_is_refused(
     text = (tmp_path / "a.txt").read_text()
     (tmp_path / "a.txt").write_text(text.replace("a0", "z0"))
     with pytest.raises(UserError, match="the source changed"):
+        clean(config, tmp_path / "out")
+
+
+def test_a_damaged_part_is_one_message(config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback, and documents that are lost without a word."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_decide", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            clean(config, tmp_path / "out")
+    path = tmp_path / "out.partial" / "pass-0" / "000001.jsonl.zst"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"^{path} is damaged; delete {tmp_path}/out.partial to start over$"):
         clean(config, tmp_path / "out")
 
 
