@@ -34,7 +34,7 @@ def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
     """
     known = decontamination_of(model)
     digest = texts_digest(text.text for text in texts_of(task)) if known else ""
-    if corpora := [corpus for corpus, tasks in known.items() if digest not in tasks.values()]:
+    if corpora := dict.fromkeys(corpus for corpus, digests in known if digest not in digests):
         yield (
             f"the model was pretrained on {', '.join(corpora)}, which is not decontaminated against this task: its "
             "scores may be too high"

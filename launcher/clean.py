@@ -16,7 +16,7 @@ def clean_command(options: CleanOptions) -> None:
     config = load_config(CleanConfig, options.config, options.overrides)
     from pretrain.cleaning.run import clean
 
-    clean(config, read_task, options.workers)
+    clean(config, read_task, options.workers, options.engine, options.ray_address)
 
 
 def check_cleaning(config: str, overrides: Mapping[str, str]) -> None:

@@ -19,10 +19,22 @@ class CleanOptions(Section):
     """Sources, steps and output as YAML; see docs/cleaning.md."""
 
     workers: PositiveInt | None = None
-    """Number of worker processes; default: one per core."""
+    """Number of worker processes on this machine; default: one per core."""
+
+    engine: Literal["local", "ray"] = "local"
+    """Apply the steps in processes on this machine, or on a Ray cluster."""
+
+    ray_address: Annotated[str | None, Metavar("ADDRESS")] = None
+    """With --engine ray: address of the cluster; default: the one that runs on this machine, or RAY_ADDRESS."""
 
     overrides: dict[str, str] = {}
     """Any config key, for example --output=clean."""
+
+    @model_validator(mode="after")
+    def _an_address_is_that_of_ray(self) -> Self:
+        if self.ray_address is not None and self.engine != "ray":
+            raise ValueError("--ray_address needs --engine ray")
+        return self
 
 
 class PlanOptions(PlacementOptions):

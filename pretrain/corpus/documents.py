@@ -130,15 +130,10 @@ def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: Read
 
 
 def _zip_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
-    source, part = span
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist()[part.start : part.stop]:
+        for info in archive.infolist()[span.part.start : span.part.stop]:
             if not info.is_dir() and is_wanted(info.filename):
-                try:
-                    member = archive.open(info)
-                except (RuntimeError, NotImplementedError) as error:  # password, or unknown compression method
-                    raise UserError(f"{source.name}::{info.filename}: cannot be unpacked: {error}") from None
-                with member:
+                with archive.open(info) as member:
                     yield info.filename, member
 
 

@@ -364,5 +364,7 @@ def explain_read_errors(origin: str) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{origin} is damaged or truncated: {error}") from None
+    except RuntimeError as error:  # a member of a .zip needs a password, or has an unknown compression method
+        raise UserError(f"cannot read {origin}: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {origin}: {error.strerror or error}") from None

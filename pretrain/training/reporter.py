@@ -39,7 +39,9 @@ _SLOW_INTERVALS = 5  # in a row
 
 def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:
     """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
-    write_provenance(run.folder, collect_provenance(sys.argv, world_size, hosts), _ancestors(run))
+    tasks = {given.name: given.corpus.manifest.decontaminated for given in run.corpora}
+    known = {name: sorted(found.values()) for name, found in tasks.items() if found is not None}
+    write_provenance(run.folder, collect_provenance(sys.argv, world_size, hosts), _ancestors(run), known)
     write_text(run.folder.config, dump_config(run.config))
     provenance = read_provenance(run.folder)
     assert provenance is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiment.errors import UserError
 from launcher.cli import main
@@ -135,10 +136,16 @@ def test_environment_without_a_share(variables: dict[str, int]) -> None:
 @pytest.mark.soak
 @needs_ray
 def test_ray(tmp_path: Path, source: Path, vocabulary_folder: Path, whole: Path, ray_head: str) -> None:
-    """Catches a corpus of Ray's tasks with other bytes than one of this machine, and errors with Ray's traceback."""
+    """Catches corpora and clean documents of Ray's tasks with other bytes than of this machine, and errors with Ray's
+    traceback."""
     ray = ["--engine=ray", f"--ray_address={ray_head}"]
     assert main(flags(tmp_path / "c", source, vocabulary_folder, *ray)) == 0
     assert contents(tmp_path / "c") == contents(whole)
+    config = {"source": str(source), "output": str(tmp_path / "cleaned"), "steps": [{"ftfy": {}}, {"minhash": {}}]}
+    (tmp_path / "clean.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert main(["clean", "--config", str(tmp_path / "clean.yaml"), "--workers=1"]) == 0
+    assert main(["clean", "--config", str(tmp_path / "clean.yaml"), f"--output={tmp_path}/cleaned-by-ray", *ray]) == 0
+    assert contents(tmp_path / "cleaned-by-ray") == contents(tmp_path / "cleaned")
     (source / "2.txt").write_bytes(b"good\nba\xff\n")
     options: dict[str, Any] = {"source": source, "tokenizer": vocabulary_folder, "output": tmp_path / "d"}
     with pytest.raises(UserError, match=r"2\.txt:2: not UTF-8 text \(byte 0xff at column 3\)"):
@@ -174,6 +181,15 @@ def test_ray_is_not_installed(
     with pytest.raises(UserError, match=r"--engine ray needs Ray; install it with: pip install 'deepcloze\[ray\]'"):
         build_corpus(CorpusOptions(**options, engine="ray"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_folder_that_machines_do_not_share(tmp_path: Path, source: Path, vocabulary_folder: Path) -> None:
+    """Catches a build that waits for pieces on the disk of another machine for ever."""
+    plan = plan_build(CorpusOptions(source=source, tokenizer=str(vocabulary_folder), output=tmp_path / "c"))
+    with pytest.raises(
+        UserError, match=rf"{plan.partial} does not exist on .*; expected a disk that all machines share"
+    ):
+        tasks.tokenize_split(build.build_job(plan), records.SplitTask(plan.splits[0], b""))
 
 
 class _NoCluster:
