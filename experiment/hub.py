@@ -150,8 +150,8 @@ def _explain(name: HubName, kind: Kind, error: Exception) -> UserError:
         return UserError(f"{name}: there is no revision '{name.revision}'{_other_revisions(name, kind)}")
     if isinstance(error, errors.RepositoryNotFoundError):
         return UserError(
-            f"{name}: no such folder, and no such {kind} on the Hugging Face Hub{_similar_name(name, kind)}; for a "
-            f"private one, {LOG_IN}"
+            f"{name}: no such folder, and no such {kind} on the Hugging Face Hub (for a private one, {LOG_IN})"
+            f"{_similar_name(name, kind)}"
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 403:
         return UserError(f"{name}: the token does not allow this: {LOG_IN} to one that does")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from experiment.errors import UserError
+from experiment.model_names import local_model
 from finetune.data.records import Record, Table, read_value
 from finetune.device import Microbatch
 from finetune.encoding.encoder import load_task_tokenizer
@@ -29,21 +30,21 @@ class Predictor:
     @classmethod
     def load(
         cls,
-        folder: str | Path,
+        model: str | Path,
         precision: str = "auto",
         batch_size: int = 128,
         task: SavedTask | None = None,
     ) -> Self:
-        """Load a model folder, or the best model of a fine-tuning run.
+        """Load a model folder, the best model of a fine-tuning run, or a model of the Hub by its name.
 
         precision: as in the training config. batch_size: examples that are computed at once. task: of a model folder;
-        default: the one that is saved there. Raises UserError for a folder that is not usable.
+        default: the one that is saved there. Raises UserError for a model that is not usable.
 
         Example:
             predictor = deepcloze.Predictor.load("runs/my-task")
             (prediction,) = predictor.predict([{"text": "A great film."}])
         """
-        folder = Path(folder) if task else find_model(Path(folder))[0]
+        folder = Path(model) if task else find_model(local_model(str(model)))[0]
         task = task or read_saved_task(folder)
         return cls.of(
             load_model(folder, load_task_tokenizer(folder, task.kind.config), task, precision), task, batch_size

@@ -392,7 +392,7 @@ def recipes(options: RecipesOptions) -> None:
 
 
 def validate(options: ValidateOptions) -> None:
-    """Check the config of a pretraining, fine-tuning or cleaning, and the files that it names. Starts nothing.
+    """Check the config of a pretraining, fine-tuning, comparison or cleaning, and its files. Starts nothing.
 
     Example:
         deepcloze validate my-run.yaml

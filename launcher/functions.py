@@ -219,7 +219,9 @@ def _as_json(value: Any) -> Any:
 
 
 def _as_text(overrides: Overrides | None) -> dict[str, str]:
-    """Overrides as on a command line."""
+    """Overrides as on a command line. Raises UserError."""
+    if not isinstance(overrides, Mapping | None):
+        raise UserError(f"'overrides': expected a mapping, such as {{'optimizer.lr': 1e-4}}, found {overrides!r}")
     plain = _as_json(overrides or {})
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in plain.items()}
 

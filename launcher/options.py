@@ -194,7 +194,7 @@ class FinetuneOptions(Section):
 
 class ValidateOptions(Section):
     config: Annotated[ConfigName, Positional("FILE")]
-    """The config of a pretraining, fine-tuning or cleaning, or the name of a recipe."""
+    """The config of a pretraining, fine-tuning, comparison or cleaning, or the name of a recipe."""
 
     overrides: dict[str, str] = {}
     """Any config key, for example --optimizer.lr=1e-4."""

@@ -14,9 +14,12 @@ from finetune.config import FinetuneConfig
 from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
-from launcher.options import PretrainOptions, ValidateOptions
+from launcher.options import CompareOptions, PretrainOptions, ValidateOptions
 from launcher.run_set import FlatConfig
 from pretrain.config import PretrainConfig
+
+_COMMANDS = {"task": "finetune", "rows": "compare", "steps": "clean", "source": "clean", "output": "clean"}
+"""Section of a config -> the command that the config is for."""
 
 Validate = Callable[[dict[str, str]], FlatConfig]
 """Config overrides -> the config of the run. Raises UserError for anything that would keep the run from starting."""
@@ -24,17 +27,16 @@ Validate = Callable[[dict[str, str]], FlatConfig]
 
 def validate_command(options: ValidateOptions) -> None:
     """Raises UserError for anything that would keep the run from starting on this machine."""
-    command = (
-        "finetune"
-        if is_finetuning(options.config)
-        else "clean"
-        if _has_section(options.config, "steps", "source", "output")
-        else "pretrain"
-    )
+    command = _command_of(options.config)
     if command == "clean":
         from launcher.clean import check_cleaning
 
         check_cleaning(options.config, options.overrides)
+    elif command == "compare":
+        with fast_imports():
+            from launcher.compare_plan import plan_comparison
+
+        plan_comparison(CompareOptions(file=options.config, overrides=options.overrides))
     elif command == "finetune":
         load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
         with fast_imports():
@@ -51,15 +53,16 @@ def validate_command(options: ValidateOptions) -> None:
 
 def is_finetuning(config: str) -> bool:
     """Whether a config file is for fine-tuning. False for one that cannot be read."""
-    return _has_section(config, "task")
+    return _command_of(config) == "finetune"
 
 
-def _has_section(config: str, *sections: str) -> bool:
+def _command_of(config: str) -> str:
     try:
         tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # `load_config` raises it with a message
-    return isinstance(tree, dict) and not tree.keys().isdisjoint(sections)
+        tree = None  # `load_config` raises it with a message
+    sections = tree if isinstance(tree, dict) else {}
+    return next((command for section, command in _COMMANDS.items() if section in sections), "pretrain")
 
 
 def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
