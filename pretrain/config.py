@@ -74,6 +74,10 @@ class ModelConfig(Section):
     """Pretrained weights to start from, at step 0: a Hugging Face folder, a checkpoint or a run; or NAME[@REVISION] of
     a model on the Hugging Face Hub. See docs/continued_pretraining.md and docs/hub.md."""
 
+    output_bias: Literal["zero", "log_frequency"] = "zero"
+    """Initial bias of the decoder of a new model. log_frequency: the logarithm of the frequency of each token in the
+    corpus, so that the first steps need not learn it. See docs/pretraining.md."""
+
     freeze: tuple[str, ...] = ()
     """Modules to freeze for the first `freeze_steps` steps: one or more whole, consecutive parts of parameter names,
     such as embeddings, layer.0 or encoder. See docs/optimizers.md."""
@@ -105,6 +109,8 @@ class ModelConfig(Section):
         for key in ("added_tokens", "max_positions"):
             if getattr(self, key) is not None and self.init_from is None:
                 raise ValueError(f"'{key}' extends the model in 'init_from', which is missing")
+        if self.output_bias != "zero" and self.init_from is not None:
+            raise ValueError("'output_bias' is for a new model; that in 'init_from' has a bias")
         if bool(self.freeze) != bool(self.freeze_steps):
             raise ValueError("'freeze' and 'freeze_steps' must be set together")
         return self

@@ -19,6 +19,7 @@ from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
 from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, choose_rows
+from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.training.checkpointer import verify_together
@@ -56,7 +57,7 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparatio
     if world.rank == 0:
         warn_of_emulation(run.deepspeed)
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, group)
-    model = group.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
+    model = group.call(lambda: _build_model(run))
     rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, group)
     stream = group.call(
         lambda: open_stream(
@@ -64,6 +65,15 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparatio
         )
     )
     return Preparation(run, model, stream)
+
+
+def _build_model(run: ResolvedRun) -> BuiltModel:
+    """The model of the run; its weights are still to be loaded if the run resumes."""
+    model = build_model(run.model_source, run.model_config, run.config.run.seed)
+    if run.config.model.output_bias == "log_frequency" and run.resume_plan.checkpoint is None:
+        frequencies = token_frequencies([each.corpus for each in run.corpora], [each.weight for each in run.corpora])
+        set_output_bias(model.model, frequencies)
+    return model
 
 
 def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:

@@ -9,7 +9,7 @@ from experiment.tokenizer import load_tokenizer
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.origins import cleanings_of
 from pretrain.corpus.reader import open_corpus
-from pretrain.inspection.contents import count_lengths, count_tokens, script_shares
+from pretrain.inspection.contents import count_lengths, script_shares
 from pretrain.inspection.masked_documents import masked_documents
 from pretrain.inspection.near_duplicates import find_near_duplicates
 from pretrain.inspection.packing_efficiency import MAX_SEQ_LENGTHS, packing_efficiency
@@ -33,7 +33,7 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
     lengths, documents = count_lengths(corpus)
     millions = sample.share * corpus.tokens / 1e6
     with progress(f"counting the tokens of {corpus.name}", millions, "M") as advance:
-        tokens = count_tokens(sample, lambda done: advance(done / 1e6))
+        tokens = corpus.count_tokens(sample.shards, lambda done: advance(done / 1e6))
     with progress(f"looking for near-duplicates in {corpus.name}", millions, "M tokens") as advance:
         near_duplicates = find_near_duplicates(sample, lambda done: advance(done / 1e6))
     found = Inspection(

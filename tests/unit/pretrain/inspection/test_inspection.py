@@ -22,7 +22,7 @@ from pretrain.corpus.manifest import SourceShare, write_manifest
 from pretrain.corpus.origins import write_cleanings
 from pretrain.corpus.reader import Corpus
 from pretrain.inspection import sample
-from pretrain.inspection.contents import count_lengths, count_tokens, script_shares
+from pretrain.inspection.contents import count_lengths, script_shares
 from pretrain.inspection.masked_documents import masked_documents
 from pretrain.inspection.packing_efficiency import packing_efficiency
 from pretrain.inspection.sample import draw_sample, read_documents
@@ -49,7 +49,9 @@ def test_documents_and_tokens_of_all_shards_are_read(corpus: Corpus) -> None:
     assert np.repeat(lengths, counts).tolist() == sorted(len(document.ids) for document in documents)
     every = np.concatenate([document.ids for document in documents])
     counted: list[float] = []
-    assert (count_tokens(draw_sample(corpus, 1), counted.append) == np.bincount(every, minlength=1002)).all()
+    assert (
+        corpus.count_tokens(draw_sample(corpus, 1).shards, counted.append) == np.bincount(every, minlength=1002)
+    ).all()
     assert sum(counted) == len(every)
 
 
@@ -57,7 +59,7 @@ def test_a_token_outside_the_vocabulary_is_refused(make_corpus: MakeCorpus) -> N
     """Catches a traceback for a damaged shard."""
     corpus = make_corpus([[[5, 6], [60_000]]])
     with pytest.raises(UserError, match=r"data-00000-of-00001.arrow is damaged: it has a token with id 60000"):
-        count_tokens(draw_sample(corpus, 1), lambda _: None)
+        corpus.count_tokens(draw_sample(corpus, 1).shards)
 
 
 def test_large_corpora_are_sampled(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
