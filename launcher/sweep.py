@@ -28,7 +28,7 @@ from experiment.signals import handle_stop_signals, interrupt
 from finetune.config import FinetuneConfig
 from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set
-from launcher.validate import is_finetuning, validate_finetuning, validate_pretraining
+from launcher.run_validation import command_of, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
 Grid = Mapping[str, Sequence[str]]
@@ -92,7 +92,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
 
     Raises UserError for anything that would keep one of the runs from starting.
     """
-    config, finetuning = options.config, is_finetuning(options.config)
+    config, finetuning = options.config, command_of(options.config) == "finetune"
     placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
     if finetuning and placement:
         raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")
