@@ -4,6 +4,7 @@
 - build: config or Hugging Face folder -> model, its rows, its unused parameters; resize: more tokens or
   positions
 - random_model: a model from a config alone, and which fields of the config it uses
+- output_bias: the decoder's initial bias, from the frequencies of tokens
 - packability: whether a model can be packed
 - masked_lm: microbatch -> loss, with the head on predicted positions only; last_layer: and the encoder's last layer too
 - head: labels -> loss; fused_cross_entropy, cpu_cross_entropy: without logits [M, V], on a GPU and on a CPU
