@@ -142,7 +142,8 @@ def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
     compression = tar_compression(source.name)
     # "r|" streams: each member is read when it is reached, without seeking.
     mode: Literal["r|", "r:"] = "r|" if compression else "r:"
-    with tarfile.open(fileobj=decompress(file, compression), mode=mode) as archive:
+    content = decompress(file, compression)
+    with tarfile.open(fileobj=content, mode=mode, encoding="utf-8", errors="replace") as archive:  # of the names
         for info in archive:
             if part.stop is not None and info.offset >= part.stop:
                 return
