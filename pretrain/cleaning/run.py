@@ -100,7 +100,7 @@ def _clean(
         with opened(stages) as run:
             last, tallies = run_stages(stages, read_inputs(sources, config), unfinished, run)
     except UserError:
-        if not any(unfinished.glob("pass-*/*.json")):  # nothing to resume from
+        if not _holds_parts(unfinished):
             shutil.rmtree(unfinished)
         raise
     result = unfinished / "result"
@@ -130,13 +130,18 @@ def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
 def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
     """Raises UserError if the folder of an unfinished cleaning is of another one."""
     path = partial / _RECIPE
-    if path.exists() and parse_json(path.read_bytes()) != identity:
+    if path.exists() and _holds_parts(partial) and parse_json(path.read_bytes()) != identity:
         raise UserError(
             f"{partial} holds an unfinished cleaning with another config, or of other sources; use the same to resume "
             "it, or delete it to start over"
         )
     partial.mkdir(exist_ok=True)
     write_json(path, identity)
+
+
+def _holds_parts(partial: Path) -> bool:
+    """Whether there is something to resume from."""
+    return any(partial.glob("pass-*/*.json"))
 
 
 def _join(last: Done, result: Path) -> None:

@@ -20,7 +20,15 @@ from experiment.files import parse_json, write_json
 from experiment.progress import progress
 from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import Pass
-from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
+from pretrain.cleaning.step import (
+    CollectionStep,
+    Document,
+    DocumentStep,
+    DuplicateStep,
+    OpenedParts,
+    Step,
+    Verdict,
+)
 from pretrain.cleaning.tally import StepTally, merge_tallies
 from pretrain.corpus.engines import Engine, check_shared
 
@@ -266,8 +274,7 @@ def _decide(stage: Stage, before: Done, current: Pass) -> None:
     shutil.rmtree(current.folder)
     current.folder.mkdir()
     if before.parts:
-        observed = [before.files.observed(part) for part in range(before.parts)]
-        current.write_decisions(stage.decided.decide(observed))
+        current.write_decisions(stage.decided.decide(OpenedParts(before.files.observed, before.parts)))
     write_json(current.folder / _DECIDED, {})
 
 

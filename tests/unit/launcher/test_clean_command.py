@@ -45,7 +45,8 @@ def test_a_signal_to_stop(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert main(["clean", "--config", "clean.yaml", "--workers=1"]) == 75
     assert "interrupted; run the same command again to resume" in capsys.readouterr().err
     assert not list(folder.glob(".*"))
-    assert main(["clean", "--config", "clean.yaml", "--workers=1"]) == 0
+    # With another config: nothing was finished.
+    assert main(["clean", "--config", "clean.yaml", "--workers=1", "--document=file"]) == 0
 
 
 @pytest.mark.parametrize(

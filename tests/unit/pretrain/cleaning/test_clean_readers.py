@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -175,6 +176,20 @@ def test_moses_pairs(tmp_path: Path) -> None:
         read(make_zip(tmp_path / "c.zip", {**sides, "O.en-zh.ids": ids["O.en-zh.ids"] + "en/2\tzh/2\t2\t2\n"}))
 
 
+def test_names_of_members_that_are_not_unicode(tmp_path: Path) -> None:
+    """Catches a traceback when the name becomes a part of an id, or a name that zipfile cannot decode."""
+    with tarfile.open(tmp_path / "a.tar", "w", errors="surrogateescape") as archive:
+        for name in ("\udcff.txt", "\udcff.pdf"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"text"))
+    assert read(tmp_path / "a.tar") == {"a.tar::\ufffd.txt:1": "text"}
+    path = make_zip(tmp_path / "a.zip", {"\u00e9.txt": "text"})
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
+    with pytest.raises(UserError, match=r"a\.zip is damaged or truncated: 'utf-8' codec can't decode byte 0xff"):
+        read(path)
+
+
 def test_a_zip_with_a_password(tmp_path: Path) -> None:
     """Catches a traceback of zipfile."""
     archive = make_zip(tmp_path / "en.zip", {"xml/en/1.xml": FILM})
@@ -215,6 +230,11 @@ def test_metadata_of_tables(tmp_path: Path) -> None:
     assert (document.text, document.metadata) == ("one", {"url": "http://a.org"})
     with pytest.raises(UserError, match=r"a.jsonl:1: no column 'title'; found: text, url, more"):
         read(tmp_path, metadata=["title"])
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "url": ["\\ud800"]}\n')
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: expected Unicode text in 'metadata', found half of a surrogate pair"
+    ):
+        read(tmp_path, metadata=["url"])
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.zip"])

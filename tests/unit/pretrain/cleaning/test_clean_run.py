@@ -13,7 +13,7 @@ import pytest
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain.cleaning import run, stages
+from pretrain.cleaning import near_duplicates, run, stages, step
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents
 from pretrain.cleaning.reading import find_inputs
@@ -57,6 +57,23 @@ def clean(config: CleanConfig, folder: Path, workers: int = 1) -> dict[str, str]
 def test_worker_processes_write_the_same_bytes(config: CleanConfig, tmp_path: Path) -> None:
     """Catches results in the order of their arrival, and steps that cannot be sent to a process."""
     assert clean(config, tmp_path / "one", 1) == clean(config, tmp_path / "two", 2)
+
+
+def test_more_parts_than_memory_maps(config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a collection of 100 GB that fails because all of its arrays are memory-mapped at once."""
+    whole = texts_of(tmp_path / "whole") if clean(config, tmp_path / "whole") else []
+    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 5)
+    monkeypatch.setattr(step, "_OPENED", 3)
+    compare, mapped = near_duplicates._compare_band, list[int]()
+
+    def counted(*arguments: Any) -> None:
+        compare(*arguments)
+        mapped.append(Path("/proc/self/maps").read_text().count(".npy"))
+
+    monkeypatch.setattr(near_duplicates, "_compare_band", counted)
+    clean(config, tmp_path / "out")
+    assert max(mapped) <= 6 * 3
+    assert texts_of(tmp_path / "out") == whole
 
 
 def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
