@@ -79,5 +79,9 @@ def _read_summary(name: str) -> Mapping[str, Any] | None:
             summary = parse_json(file.read())
     except (OSError, StorageError, ValueError):
         return None
-    is_ours = isinstance(summary, dict) and {"recipe", "read", "kept", "steps"} <= summary.keys()
-    return summary if is_ours else None
+    return summary if is_summary(summary) else None
+
+
+def is_summary(found: object) -> bool:
+    """Whether this is what `deepcloze clean` writes to clean.json."""
+    return isinstance(found, dict) and {"recipe", "read", "kept", "steps"} <= found.keys()

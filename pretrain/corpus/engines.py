@@ -5,6 +5,7 @@ and of its own argument. It can be run again, on another machine too: Ray does s
 """
 
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -81,6 +82,7 @@ def _run_in_worker(function: Callable[[Any, T], R], task: T) -> R:
 
 @contextmanager
 def _ray(address: str | None, job: object) -> Iterator[Engine]:
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # by default Ray tries 20 times, of 40 s each, to connect
     try:
         import ray
     except ImportError:

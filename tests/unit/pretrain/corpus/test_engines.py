@@ -1,4 +1,3 @@
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from pretrain.corpus.build import build_corpus, complete_corpus
 from pretrain.corpus.build_plan import plan_build
 from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
+from s3_server import accepts, free_port
 from waiting import LIMIT, wait_until
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is not installed")
@@ -152,12 +152,21 @@ def test_ray(tmp_path: Path, source: Path, vocabulary_folder: Path, whole: Path,
         build_corpus(CorpusOptions(**options, engine="ray", ray_address=ray_head))
 
 
+@pytest.mark.soak
+@needs_ray
+def test_a_cluster_that_has_ended(
+    tmp_path: Path, source: Path, vocabulary_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a command that tries to connect for 14 minutes, as Ray does by default."""
+    address = f"--ray_address=127.0.0.1:{free_port()}"
+    assert main(flags(tmp_path / "c", source, vocabulary_folder, "--engine=ray", address)) == 2
+    assert f"{address.replace('=', ' ')}: no Ray cluster answers" in capsys.readouterr().err
+
+
 @pytest.fixture
 def ray_head() -> Iterator[str]:
     """The address of a Ray cluster of one node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = "ray start --head --block --include-dashboard=false --disable-usage-stats --object-store-memory=100000000"
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("ray")), *command.split()[1:], f"--port={port}", "--num-cpus=2"],
@@ -165,7 +174,7 @@ def ray_head() -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        wait_until(lambda: accepts(port), process)
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()

@@ -191,3 +191,16 @@ def test_mistakes(
     assert main(["corpus", *arguments]) == 2
     assert message in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
+
+
+def test_damaged_files(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback of pyarrow, or of a page about a cleaning."""
+    shard = corpus.path / corpus.manifest.shards[0].file
+    content = shard.read_bytes()
+    shard.write_bytes(bytes(len(content)))
+    assert main(["corpus", "--inspect", str(corpus.path)]) == 2
+    assert f"{shard} is damaged: its SHA-256 is " in capsys.readouterr().err
+    shard.write_bytes(content)
+    (corpus.path / "clean.json").write_text('[{"folder": ""}]')
+    assert main(["corpus", "--inspect", str(corpus.path)]) == 2
+    assert "clean.json is damaged: expected a list of cleanings" in capsys.readouterr().err
