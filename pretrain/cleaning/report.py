@@ -20,6 +20,7 @@ from experiment.results.page import (
     Fact,
     Heading,
     Headline,
+    Page,
     Table,
     Text,
     write_page,
@@ -100,7 +101,7 @@ def write_report(folder: Path, summary: Summary) -> None:
             Fact("dropped", f"{read - kept:,}", f"{(read - kept) / max(read, 1):.1%}"),
         ],
     )
-    write_page(folder / CLEAN_PAGE, "Cleaning", [Heading("Steps"), *summary_blocks(summary)], headline)
+    write_page(folder / CLEAN_PAGE, Page("Cleaning", [Heading("Steps"), *summary_blocks(summary)], headline))
 
 
 def summary_blocks(summary: Summary) -> list[Block]:
