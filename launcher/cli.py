@@ -342,12 +342,19 @@ def logs(options: LogsOptions) -> None:
 def report(options: ReportOptions) -> None:
     """Write the HTML report of a run, a sweep, a comparison or several runs: curves and tables.
 
+    With --follow, serve the page on this machine instead, and keep it current while runs train. See docs/tracking.md.
+
     Example:
         deepcloze report runs/mine runs/bert-base --output=runs/report
     """
-    from launcher.report import report_runs
+    if options.follow:
+        from experiment.results.report.page_server import follow_runs
 
-    print(report_runs(options.runs, options.output))
+        follow_runs(options.runs, options.port)
+    else:
+        from launcher.report import report_runs
+
+        print(report_runs(options.runs, options.output))
 
 
 def config(options: ConfigOptions) -> None:
