@@ -12,7 +12,7 @@ from typing import Literal
 from experiment.config.reference import as_markdown, config_reference
 from experiment.formatting import markdown_table
 from experiment.recipes import all_recipes
-from launcher.command_line import Command, describe_command, flags_of, options_of
+from launcher.command_line import ABOUT_QUIET, Command, describe_command, flags_of, options_of
 from launcher.configs import CONFIGS
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -24,7 +24,7 @@ _BASH = """\
 _deepcloze() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
     if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{commands} --help --version"
+        words="{commands} --help --version --quiet"
     elif [ "$before" = --config ]; then
         case "${{COMP_WORDS[1]}}" in
 {recipes}
@@ -58,7 +58,7 @@ Every key of a config file, with its type and default. Override any key on the c
 one key. Keys of list items are written `list[].key`.
 """
 
-_COMMANDS_HEAD = """\
+_COMMANDS_HEAD = f"""\
 <!-- Generated from the docstrings of the commands: python -m launcher.reference commands > docs/commands.md -->
 
 # Commands
@@ -66,7 +66,7 @@ _COMMANDS_HEAD = """\
 All commands, in the order of their use. `deepcloze COMMAND --help` prints the same in the terminal.
 
 Flags are written `--flag value` or `--flag=value`; in their names, `-` and `_` are the same. Commands that take a
-config also take any of its keys as `--section.key=value`, see [config.md](config.md).
+config also take any of its keys as `--section.key=value`, see [config.md](config.md). {ABOUT_QUIET}
 """
 
 
@@ -99,7 +99,7 @@ def _flags(name: str, command: Command) -> list[str]:
     if keys is not None and "overrides" in options.model_fields:
         names = dict.fromkeys(key.name for section in config_reference(keys) for key in section.keys)
         flags += [f"--{key}=" for key in names if "[" not in key and "<" not in key]
-    return [*flags, "--help"]
+    return [*flags, "--quiet", "--help"]
 
 
 def _recipe_names(name: str) -> list[str]:
