@@ -31,7 +31,8 @@ from experiment.formatting import describe_duration, format_perplexity
 from experiment.hardware import has_native_bf16
 from experiment.outcome_file import Outcome
 from experiment.results.charts import DotChart, DotCharts, Dots
-from experiment.results.page import PAGE, Block, Code, Heading, Table, Text, write_page
+from experiment.results.history import History
+from experiment.results.page import PAGE, Block, Code, Heading, Page, Table, Text, write_page
 from experiment.results.report.tasks import result_blocks
 from experiment.results.report.training import training_blocks
 from experiment.run_folder import RunFolder
@@ -201,7 +202,7 @@ def write_combined_page(
     rows = [Dots(label, found["values"], found["mean"]) for label, found in accuracy.items()]
     chart = DotChart("Task accuracy on test, one dot per seed", rows)
     blocks: list[Block] = [table, Text(description), DotCharts("task", [chart])]
-    blocks += training_blocks(run)
+    blocks += training_blocks(History.of(run))
     for weights, of in results.items():
         blocks += result_blocks(RunFolder(output / f"task-{weights}"), of)
     blocks += [
@@ -209,7 +210,7 @@ def write_combined_page(
         Code("pretraining", run.config.read_text(encoding="utf-8")),
         Code("task", RunFolder(output / "task-pretrained").config.read_text(encoding="utf-8")),
     ]
-    return write_page(directory / PAGE, "deepcloze demo", blocks)
+    return write_page(directory / PAGE, Page("deepcloze demo", blocks))
 
 
 def command(name: str, **flags: Any) -> list[str]:

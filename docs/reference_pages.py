@@ -13,7 +13,7 @@ from pathlib import PurePath
 from experiment.config.reference import REQUIRED, ConfigSection, config_reference
 from experiment.formatting import markdown_table
 from launcher.cli import COMMANDS
-from launcher.command_line import Command, describe_command
+from launcher.command_line import ABOUT_QUIET, Command, describe_command
 from launcher.configs import CONFIGS
 
 _CONFIG_HEAD = """\
@@ -26,7 +26,7 @@ Every key of a config file, with its type and default. Override any key on the c
 one key. Keys of list items are written `list[].key`.
 """
 
-_COMMANDS_HEAD = """\
+_COMMANDS_HEAD = f"""\
 <!-- Generated from the docstrings of the commands: python docs/reference_pages.py commands > docs/commands.md -->
 
 # Commands
@@ -34,7 +34,7 @@ _COMMANDS_HEAD = """\
 All commands, in the order of their use. `deepcloze COMMAND --help` prints the same in the terminal.
 
 Flags are written `--flag value` or `--flag=value`; in their names, `-` and `_` are the same. Commands that take a
-config also take any of its keys as `--section.key=value`, see [config.md](config.md).
+config also take any of its keys as `--section.key=value`, see [config.md](config.md). {ABOUT_QUIET}
 """
 
 

@@ -23,6 +23,10 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # other than 
 _QUOTED_BY_SHUTIL = re.compile(r"\[Errno (\d+)\]")
 
 
+QUIET_VARIABLE = "DEEPCLOZE_QUIET"
+"""Set for `--quiet`, also for the processes that a command starts: results, warnings and errors only."""
+
+
 class UserError(ValueError):
     """A mistake of the user: bad input, a bad config, a missing file.
 
@@ -53,6 +57,16 @@ class StoppedError(Exception):
 def notify(message: str) -> None:
     with suppress(OSError):  # the terminal may be closed
         print(f"deepcloze: {escaped(message)}", file=sys.stderr, flush=True)
+
+
+def inform(message: str) -> None:
+    """As `notify`, of what goes as expected: not with `--quiet`."""
+    if not is_quiet():
+        notify(message)
+
+
+def is_quiet() -> bool:
+    return QUIET_VARIABLE in os.environ
 
 
 def escaped(message: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from experiment.config import did_you_mean
-from experiment.errors import UserError, describe_disk_error, first_line, notify
+from experiment.errors import UserError, describe_disk_error, first_line, inform
 from experiment.hub_names import HubName
 from experiment.progress import terminal
 from experiment.storage import retry
@@ -55,7 +55,7 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
     pinned = resolve_commit(name)
     folder = _cached(pinned, weights)
     if folder is None:
-        notify(f"downloading {pinned} from the Hugging Face Hub")
+        inform(f"downloading {pinned} from the Hugging Face Hub")
         folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, tqdm_class=_bar(on_progress)))
     if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():
         raise UserError(

@@ -1,5 +1,6 @@
 """Progress of long work on stderr: a bar on a terminal, otherwise a plain line every ten seconds."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.errors import LiveError
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from experiment.errors import QUIET_VARIABLE, is_quiet
+
 T = TypeVar("T")
 
 _SECONDS_BEFORE_BAR = 1.0  # short work shows none
@@ -19,8 +22,22 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @cache
 def terminal() -> Console:
-    """The console on stderr; the progress bar and the log messages share it so as not to overwrite each other."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, force_interactive=sys.stderr.isatty())
+    """The console on stderr; the progress bar and the log messages share it so as not to overwrite each other. With
+    `--quiet`, it prints nothing."""
+    interactive = sys.stderr.isatty() and not is_quiet()
+    return Console(stderr=True, highlight=False, soft_wrap=True, force_interactive=interactive, quiet=is_quiet())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """In the block, and in the processes that it starts, print results, warnings and errors only."""
+    os.environ[QUIET_VARIABLE] = "1"
+    terminal.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ[QUIET_VARIABLE]
+        terminal.cache_clear()
 
 
 @contextmanager

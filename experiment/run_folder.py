@@ -161,6 +161,31 @@ def planned_folders(folder: Path) -> list[Path]:
     return []
 
 
+def is_run(folder: RunFolder) -> bool:
+    """Whether the folder has something that only a run has. Sweeps and comparisons have logs, too."""
+    known = (folder.config, folder.metrics, folder.launches)
+    return any(path.exists() for path in known) or (folder.logs.is_dir() and not planned_folders(folder.path))
+
+
+def runs_in(folder: str) -> list[str]:
+    """A run, the runs of a sweep or comparison, or those of a folder with any of these.
+
+    Raises UserError if the folder does not exist.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no run folder {Path(folder).absolute()}")
+    if found := _runs_in(Path(folder)):
+        return list(map(str, found))
+    children = sorted(path for path in Path(folder).iterdir() if path.is_dir())
+    return [str(run) for child in children for run in _runs_in(child)]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    if is_run(RunFolder(folder)):
+        return [folder]
+    return [run for planned in planned_folders(folder) for run in _runs_in(planned) or [planned]]
+
+
 def folder_name(text: str) -> str:
     """A name for a folder: letters, digits and any of _.+- of a text; empty if it has none."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from experiment.errors import StoppedError, UserError, notify, stopped_by_disk_errors
+from experiment.errors import StoppedError, UserError, inform, notify, stopped_by_disk_errors
 from experiment.outcome_file import Outcome
 from experiment.own_process import module_command, own_environment
 from experiment.progress import progress
@@ -90,7 +90,7 @@ def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
 
 
 def _start(seed: int, slot: int, slots: int, run: ResolvedRun) -> _SeedProcess:
-    notify(f"seed {seed}: training, see {_log_file(seed, run.folder)}")
+    inform(f"seed {seed}: training, see {_log_file(seed, run.folder)}")
     with _log_file(seed, run.folder).open("ab") as output:
         process = subprocess.Popen(
             [*module_command(__name__), str(run.folder.config), str(seed)],

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from statistics import harmonic_mean, median
 
-from experiment.errors import StoppedError, UserError, notify
+from experiment.errors import StoppedError, UserError, inform
 from experiment.outcome_file import Cause, Outcome, read_outcome, reserve_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import Renewal, lock_run
@@ -86,7 +86,7 @@ def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
     runner = TrialRunner(plan, time.monotonic() + LIMIT_SECONDS, is_enough)
     with handle_stop_signals(lambda _: runner.interrupt()), lock_run(folder, runner.interrupt, dead_owner):
         _remove_trials(folder)  # of a command that was killed
-        notify(f"autotune: trying microbatch sizes for at most {LIMIT_SECONDS:.0f} s")
+        inform(f"autotune: trying microbatch sizes for at most {LIMIT_SECONDS:.0f} s")
         try:
             sizes = range(-max_halvings(plan.config), max_doublings(plan.config, ranks) + 1)
             findings = find_fastest(runner.run, sizes)

@@ -11,7 +11,7 @@ from functools import partial
 import fire
 
 from experiment.config import load_config
-from experiment.errors import StoppedError, UserError, describe_disk_error, notify
+from experiment.errors import StoppedError, UserError, describe_disk_error, inform, notify
 from experiment.fast_imports import fast_imports
 from experiment.signals import handle_stop_signals, ignore_stop_signals, interrupt
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
@@ -165,7 +165,7 @@ def pretrain(options: PretrainOptions) -> None:
         deepcloze pretrain --config my-run.yaml --num_gpus 2
     """
     if sys.stderr.isatty() and not options.dry_run:
-        notify(f"reading {options.config}")  # imports take seconds
+        inform(f"reading {options.config}")  # imports take seconds
     if options.detach and not options.dry_run:
         from launcher.detach import launch_detached
 
@@ -344,12 +344,19 @@ def logs(options: LogsOptions) -> None:
 def report(options: ReportOptions) -> None:
     """Write the HTML report of a run, a sweep, a comparison or several runs: curves and tables.
 
+    With --follow, serve the page on this machine instead, and keep it current while runs train. See docs/tracking.md.
+
     Example:
         deepcloze report runs/mine runs/bert-base --output=runs/report
     """
-    from launcher.report import report_runs
+    if options.follow:
+        from experiment.results.report.page_server import follow_runs
 
-    print(report_runs(options.runs, options.output))
+        follow_runs(options.runs, options.port)
+    else:
+        from launcher.report import report_runs
+
+        print(report_runs(options.runs, options.output))
 
 
 def config(options: ConfigOptions) -> None:
@@ -443,14 +450,25 @@ COMMANDS: dict[str, Command] = {
     )
 }
 
+_QUIET = ("-q", "--quiet")
 _RESUMABLE = ("clean", "corpus", "pretrain", "finetune", "sweep", "compare", "watch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (without the program's name) and return the exit code: 0, 1, 2, 75, 130 or 141."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    argv = [argument for argument in given if argument not in _QUIET]
+    if argv == given:
+        return _run(argv)
+    from experiment.progress import quiet
+
+    with quiet():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
-        if argv == ["--version"]:
+        if list(argv) == ["--version"]:
             print(f"deepcloze {importlib.metadata.version('deepcloze')}")
         elif is_help_request(argv):
             print(help_text(argv, COMMANDS, ABOUT, width=_terminal_width()))

@@ -27,6 +27,8 @@ from experiment.errors import UserError
 _DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
 """Including characters that word processors and web pages put in place of two hyphens."""
 
+ABOUT_QUIET = "With `-q` or `--quiet`, every command prints results, warnings and errors only."
+
 _SYNONYMS = {"gpu": "device", "nproc_per_node": "num_gpus"}
 """Flag of another program -> ours, where the names are not similar."""
 
@@ -295,6 +297,7 @@ def _overview(commands: Mapping[str, Command], about: str, width: int) -> str:
             *("usage: deepcloze COMMAND [--flag=value …]", "", _filled(about, width), "", "commands:"),
             *_table(rows, width),
             *("", _filled("Run `deepcloze COMMAND --help` for the flags of a command and an example.", width)),
+            *("", _filled(ABOUT_QUIET, width)),
         ]
     )
 

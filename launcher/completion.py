@@ -17,7 +17,7 @@ _BASH = """\
 _deepcloze() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
     if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{commands} --help --version"
+        words="{commands} --help --version --quiet"
     elif [ "$before" = --config ]; then
         case "${{COMP_WORDS[1]}}" in
 {recipes}
@@ -71,7 +71,7 @@ def _flags(name: str, command: Command) -> list[str]:
     if keys is not None and "overrides" in options.model_fields:
         names = dict.fromkeys(key.name for section in config_reference(keys) for key in section.keys)
         flags += [f"--{key}=" for key in names if "[" not in key and "<" not in key]
-    return [*flags, "--help"]
+    return [*flags, "--quiet", "--help"]
 
 
 def _recipe_names(name: str) -> list[str]:

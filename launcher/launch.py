@@ -12,7 +12,7 @@ from statistics import fmean
 
 from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
 from experiment.config import dump_config, load_config
-from experiment.errors import StoppedError, UserError, end_line, notify
+from experiment.errors import StoppedError, UserError, end_line, inform, is_quiet, notify
 from experiment.formatting import describe_duration
 from experiment.outcome_file import Outcome
 from experiment.own_process import raise_limit_of_open_files
@@ -84,7 +84,8 @@ def _ranks_started_early(
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
     """The plan for the hosts that pass preflight. Raises UserError if one fails, unless `--allow_missing` is given."""
     report = check_hosts(plan.target, plan.machine, only_failed=True)
-    print(report.text, file=sys.stderr, flush=True)
+    if report.passed != plan.slots or not is_quiet():
+        print(report.text, file=sys.stderr, flush=True)
     passed = require_hosts(report, plan.target, plan.options.allow_missing)
     return (
         plan if passed == plan.slots else plan_launch(plan.options, plan.config, plan.machine, name_localhost(passed))
@@ -106,7 +107,7 @@ def launch(start: Launch, summary: str) -> None:
     """
     folder = open_run_folder(start.folder.path)
     step_before = last_step(folder)
-    notify(summary)
+    inform(summary)
     result = supervise(start)
     match result.outcome:
         case Outcome.DONE:
@@ -140,7 +141,7 @@ def announce_checks(config: str, slots: Slots) -> None:
     """config: its file."""
     ranks = sum(map(len, slots.values()))
     where = "this machine" if is_local(slots) else f"{len(slots)} host{'s' if len(slots) > 1 else ''}"
-    notify(f"checking {config} for {ranks} rank{'s' if ranks > 1 else ''} on {where}")
+    inform(f"checking {config} for {ranks} rank{'s' if ranks > 1 else ''} on {where}")
 
 
 def last_step(folder: RunFolder) -> int | None:
@@ -156,18 +157,18 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
         return
     path = folder.path
     if step == step_before:
-        notify(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
+        inform(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
         return
     losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]
     with_loss = f", loss {losses[-1]:.4f}" if losses else ""
-    notify(f"done: {step:,} steps{with_loss}, {describe_duration(seconds)} in this launch")
-    notify(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
+    inform(f"done: {step:,} steps{with_loss}, {describe_duration(seconds)} in this launch")
+    inform(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
     if has_diverged(losses):
         risen = f"the loss has risen from {losses[0]:.4f} to as much as {max(losses):.4f}"
         notify(f"warning: {risen}: lower optimizer.lr, and start in a new run.dir")
         return
     run = shlex.quote(str(path))
-    notify(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={run}")
+    inform(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={run}")
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
@@ -185,7 +186,7 @@ def announce_stop(folder: RunFolder, step_before: int | None) -> None:
     end_line()
     step = last_step(folder)
     if step is not None and step != step_before:
-        notify(f"stopped at step {step:,}, saved")
+        inform(f"stopped at step {step:,}, saved")
 
 
 def preflight_command(options: PreflightOptions) -> None:

@@ -218,10 +218,23 @@ class CompletionOptions(Section):
 
 class ReportOptions(Section):
     runs: Annotated[tuple[PathText, ...], Positional("RUN…")]
-    """Run folders, whose curves are drawn in the same charts, or the folder of a sweep or comparison."""
+    """Run folders, whose curves are drawn in the same charts; the folder of a sweep or comparison; or a folder of
+    these."""
 
     output: Annotated[LocalPath | None, Metavar("DIR")] = None
     """Folder for the page; default: RUN/report, for several runs `report` in the working directory."""
+
+    follow: bool = False
+    """Serve the page at http://127.0.0.1:PORT/, and keep it current. Ctrl-C ends it."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    """Port of --follow; 0: a free one."""
+
+    @model_validator(mode="after")
+    def _one_page(self) -> Self:
+        if self.follow and self.output is not None:
+            raise ValueError("--output and --follow exclude each other")
+        return self
 
 
 class StatusOptions(Section):

@@ -24,8 +24,8 @@ from experiment.results.fillings import (
     spread,
 )
 from experiment.results.report import open_folder, write_overlay, write_report
-from experiment.results.report.run_facts import read_run_config
-from experiment.run_folder import RunFolder
+from experiment.results.report.run import read_run_config
+from experiment.run_folder import RunFolder, is_run, planned_folders, runs_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,10 +45,21 @@ def report_runs(runs: Sequence[str], output: str | None) -> Path:
     its path. Raises UserError."""
     if output is not None and Path(output).is_file():
         raise UserError(f"--output: {output} is a file; expected a folder")
-    if len(runs) > 1:
-        return write_overlay(runs, Path(output or "report").absolute(), png=True)
-    fill_new_checkpoints(open_folder(runs[0]))
-    return write_report(runs[0], output, png=True)
+    folder = open_folder(runs[0])
+    if len(runs) == 1 and (is_run(folder) or planned_folders(folder.path) or not runs_in(runs[0])):
+        fill_new_checkpoints(folder)
+        return write_report(runs[0], output, png=True)
+    logged = [run for each in runs for run in _logged_runs(open_folder(each))]
+    return write_overlay(logged, Path(output or ("report" if len(runs) > 1 else folder.report)).absolute(), png=True)
+
+
+def _logged_runs(folder: RunFolder) -> list[str]:
+    """A run, or those in a folder that have logged something. Raises UserError without any."""
+    if is_run(folder):
+        return [str(folder.path)]
+    if logged := [run for run in runs_in(str(folder.path)) if RunFolder(Path(run)).metrics.exists()]:
+        return logged
+    raise UserError(f"{folder.path} has nothing to report: no run in it has logged anything")
 
 
 def print_report(command: str, folder: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from experiment.config import with_defaults
-from experiment.errors import StoppedError, UserError, notify, reason, stopped_by_disk_errors
+from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors
 from experiment.files import parse_json, write_json
 from experiment.hub_names import HubName
 from experiment.model_names import record_model
@@ -116,7 +116,7 @@ class RunSet:
         child = ChildRun(self.command, label, self.run_folder(run), run.argv)
         wait_for_other_process(child)
         if _is_finished(child.folder, state):
-            notify(f"{self.command}: {label}: already finished")
+            inform(f"{self.command}: {label}: already finished")
             return DONE
         return start(child)
 
@@ -227,7 +227,7 @@ def wait_for_other_process(run: ChildRun) -> None:
 
 def start(run: ChildRun) -> str:
     """Run the command. Returns `DONE`, `REJECTED` or how it failed. Raises StoppedError if it was stopped."""
-    notify(f"{run.command}: {run.name}: running")
+    inform(f"{run.command}: {run.name}: running")
     start_time = time.monotonic()
     exit_code = _run_command(run.argv)
     if exit_code not in (0, Outcome.STOPPED.exit_code) and is_locked(run.folder):
@@ -237,7 +237,7 @@ def start(run: ChildRun) -> str:
     if exit_code == Outcome.STOPPED.exit_code:
         raise _stopped(run)
     state = {0: DONE, 2: REJECTED}.get(exit_code, f"failed (exit code {exit_code})")
-    notify(f"{run.command}: {run.name}: {state} after {time.monotonic() - start_time:,.0f} s")
+    inform(f"{run.command}: {run.name}: {state} after {time.monotonic() - start_time:,.0f} s")
     return state
 
 

@@ -23,7 +23,7 @@ from experiment.errors import UserError, notify
 from experiment.files import parse_json
 from experiment.formatting import describe_duration
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
-from experiment.run_folder import RunFolder, planned_folders
+from experiment.run_folder import RunFolder, is_run, runs_in
 from experiment.run_life import State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import RATE_EVENTS
@@ -92,12 +92,6 @@ def read_status(run: str) -> RunStatus:
         goodput=add_up(attempts).share if attempts else None,
         restarts=max(0, max(count_attempts(folder), len(attempts)) - 1),
     )
-
-
-def is_run(folder: RunFolder) -> bool:
-    """Whether the folder has something that only a run has. Sweeps and comparisons have logs, too."""
-    known = (folder.config, folder.metrics, folder.launches)
-    return any(path.exists() for path in known) or (folder.logs.is_dir() and not planned_folders(folder.path))
 
 
 def find_run(run: str) -> RunFolder:
@@ -175,25 +169,6 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
         print(_list(found[0]))
     else:
         _print_table(found)
-
-
-def runs_in(folder: str) -> list[str]:
-    """A run, the runs of a sweep or comparison, or of a folder with any of these.
-
-    Raises UserError if the folder does not exist.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"there is no run folder {Path(folder).absolute()}")
-    if found := _runs_in(Path(folder)):
-        return list(map(str, found))
-    children = sorted(path for path in Path(folder).iterdir() if path.is_dir())
-    return [str(run) for child in children for run in _runs_in(child)]
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    if is_run(RunFolder(folder)):
-        return [folder]
-    return [run for planned in planned_folders(folder) for run in _runs_in(planned) or [planned]]
 
 
 def _list(status: RunStatus) -> str:

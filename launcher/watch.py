@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.config import load_config
-from experiment.errors import UserError, notify, stopped_by_disk_errors
+from experiment.errors import UserError, inform, notify, stopped_by_disk_errors
 from experiment.notification import Message, Service, mail_service
 from experiment.outcome_file import Outcome, read_outcome, read_rank_record
 from experiment.provenance import read_provenance
@@ -178,7 +178,7 @@ class Watch:
         self._scored[step], self._all_logged = weights, False
         self._waiting.discard(step)
         self._failures.pop((step, weights), None)
-        notify(f"watch: {name}: step {step}: {result.metric} {result.value:.4f} on validation, {result.seconds:,.0f} s")
+        inform(f"watch: {name}: step {step}: {result.metric} {result.value:.4f} on validation, {result.seconds:,.0f} s")
         self._announcement.send(self._run, result)
 
     def _log_results(self) -> bool:

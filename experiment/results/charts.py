@@ -4,43 +4,76 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experiment.tracking.jsonl import Event
+from experiment.results.curves import MAX_POINTS, Curve, Points
+from experiment.results.history import NO_AXIS, Axis
 
 # Okabe & Ito (2008), "Color universal design": distinguishable with any kind of color vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 INK = "#1d2430"
 
-MAX_POINTS = 2000  # of a curve
 _DASHES = ("", "7 3", "2 3")  # for more lines than colors
-_AXES = ("step", "tokens", "seconds")
+LOOKS = len(COLORS) * len(_DASHES)
 
-Axis = Mapping[str, Sequence[float]]
-"""Tokens and seconds of training at some steps of a run; empty where not known."""
+_CHART_POINTS = 20_000  # of all curves in a chart; browsers draw them in less than 0.1 s
+_FEWEST_POINTS = 100  # of a curve
+_FEWEST_SMOOTHED = 20  # points
+_DIGITS = 6  # of a y
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. Points whose y is None are left out.
+    """One curve.
 
     smoothed: draw a pale line behind its moving average, for noisy values. marked: show the points, for sparse values.
     """
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float | None]
+    curve: Curve
     smoothed: bool = False
     marked: bool = False
     dashed: bool = False
-    color: str | None = None  # default: the next of COLORS
-    run: int = 0  # which of the runs that a page shows it is of
+    color: str | None = None  # default: that of `look`
+    look: int | None = None  # default: the number of the line in its chart, among those without a color
+    run: int = 0  # which of the axes of its charts it has
     seed: str = ""  # tells lines of one label apart
+
+    @property
+    def has_average(self) -> bool:
+        """Whether its moving average is drawn."""
+        return self.smoothed and len(self.curve) >= _FEWEST_SMOOTHED
+
+
+@dataclass(frozen=True)
+class DrawnLine:
+    """A line as a chart of a page shows it. Equal ones have the same data."""
+
+    line: Line
+    points: int  # that its curve has
+    limit: int  # of the points that are shown
+    color: str
+    dash: str
+
+    @property
+    def name(self) -> str:
+        """Differs from those of the other lines of a chart."""
+        return f"{self.line.label}, {self.line.seed}" if self.line.seed else self.line.label
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """As `page.js` describes; JSON."""
+        line = self.line
+        known = {"label": line.label, "seed": line.seed, "run": line.run, "dots": line.marked}
+        average = _as_json(line.curve.average(self.limit)) if line.has_average else None
+        look = {"color": self.color, "dash": self.dash}
+        return {**known, **look, **_as_json(line.curve.points(self.limit)), "average": average}
 
 
 @dataclass(frozen=True)
@@ -52,6 +85,25 @@ class Panel:
     scale: Literal["linear", "log"] = "linear"
     percent: bool = False  # y is a fraction
     from_zero: bool = False  # the y axis starts at 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As `page.js` describes; JSON."""
+        return {"log": self.scale == "log", "percent": self.percent, "zero": self.from_zero}
+
+    @property
+    def drawn(self) -> list[DrawnLine]:
+        """The lines that have points. Of many, fewer points are shown."""
+        limit = max(_FEWEST_POINTS, min(MAX_POINTS, _CHART_POINTS // max(len(self.lines), 1)))
+        numbers, drawn = count(), []
+        for line in self.lines:
+            if line.color is None:
+                color, dash = look(next(numbers) if line.look is None else line.look)
+            else:
+                color, dash = _style(line.color), _DASHES[int(line.dashed)]
+            if len(line.curve):
+                drawn.append(DrawnLine(line, len(line.curve), limit, color, dash))
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -84,10 +136,14 @@ class Charts:
         return [title for plot in self.plots for title, _ in plot.panels]
 
     @property
+    def panels(self) -> list[Panel]:
+        return [panel for plot in self.plots for _, panel in plot.panels]
+
+    @property
     def data(self) -> dict[str, Any]:
         """As `page.js` describes; JSON."""
-        shared = {"axes": list(self.axes) or [x_axis([])], "marks": [vars(mark) for mark in self.marks]}
-        return {**shared, "charts": [_chart(panel) for plot in self.plots for _, panel in plot.panels]}
+        charts = [panel.options | {"lines": [line.data for line in panel.drawn]} for panel in self.panels]
+        return {"axes": list(self.axes) or [NO_AXIS], "marks": [vars(mark) for mark in self.marks], "charts": charts}
 
 
 @dataclass(frozen=True)
@@ -135,93 +191,30 @@ class DotCharts:
 def charts_block(plots: Sequence[Plot], axes: Sequence[Axis] = (), marks: Sequence[Mark] = ()) -> list[Charts]:
     """The panels that have data, as one block; empty if none has."""
     filled = [
-        Plot(plot.name, [found for found in plot.panels if any(line.x for line in found[1].lines)]) for plot in plots
+        Plot(plot.name, [found for found in plot.panels if any(len(line.curve) for line in found[1].lines)])
+        for plot in plots
     ]
     shown = [plot for plot in filled if plot.panels]
     return [Charts(shown, axes, marks)] if shown else []
 
 
-def x_axis(events: Sequence[Event]) -> Axis:
-    """Tokens and time of training by step. The time is that of the log events: evaluations and checkpoints are no
-    part of it, nor is what was lost by a crash."""
-    trained = [event for event in events if _number(event.get("tokens")) and _number(event.get("tokens_per_second"))]
-    if not trained:
-        return {name: [] for name in _AXES}
-    tokens = np.array([event["tokens"] for event in trained], dtype=np.float64)
-    speeds = np.array([event["tokens_per_second"] for event in trained], dtype=np.float64)
-    taken = np.maximum(np.diff(tokens, prepend=0.0), 0.0)
-    seconds = np.cumsum(np.divide(taken, speeds, out=np.zeros_like(taken), where=speeds > 0))
-    kept = np.unique(np.linspace(0, len(trained) - 1, min(len(trained), MAX_POINTS)).round().astype(np.int64))
-    steps = [trained[index]["step"] for index in kept]
-    return {"step": [0, *steps], "tokens": [0, *tokens[kept].tolist()], "seconds": [0, *_rounded(seconds[kept])]}
+def look(number: int) -> tuple[str, str]:
+    """The color, as a style sheet calls it, and the dashes of the line of this number; `LOOKS` of them differ."""
+    return _style(COLORS[number % len(COLORS)]), _DASHES[number // len(COLORS) % len(_DASHES)]
 
 
-def _chart(panel: Panel) -> dict[str, Any]:
-    plain = [line for line in panel.lines if line.color is None]
-    return {
-        "lines": [
-            _line(line, plain.index(line) if line.color is None else None)
-            for line in panel.lines
-            if any(value is not None for value in line.y)
-        ],
-        "log": panel.scale == "log",
-        "percent": panel.percent,
-        "zero": panel.from_zero,
-    }
+def _style(color: str) -> str:
+    return "var(--ink)" if color in (INK, COLORS[-1]) else f"var(--series-{COLORS.index(color)})"
 
 
-def _line(line: Line, number: int | None) -> dict[str, Any]:
-    """number: among the lines that have no color of their own."""
-    points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
-    x, y = np.array([point[0] for point in points]), np.array([point[1] for point in points], dtype=np.float64)
-    smoothed = line.smoothed and len(y) >= 20
-    average = np.array(moving_average(y.tolist(), len(y) // 20)) if smoothed else None
-    kept = thin(y)
-    color = line.color or COLORS[(number or 0) % len(COLORS)]
-    dash = _DASHES[int(line.dashed) if number is None else number // len(COLORS) % len(_DASHES)]
-    return {
-        "label": line.label,
-        "seed": line.seed,
-        "color": "var(--ink)" if color in (INK, COLORS[-1]) else f"var(--series-{COLORS.index(color)})",
-        "dash": dash,
-        "run": line.run,
-        "dots": line.marked,
-        "x": x[kept].tolist(),
-        "y": _rounded(y[kept]),
-        "average": None if average is None else _rounded(average[kept]),
-    }
+def _as_json(points: Points) -> dict[str, list[float]]:
+    x, y = points
+    return {"x": x.tolist(), "y": _rounded(y).tolist()}
 
 
-def moving_average(values: Sequence[float], radius: int) -> list[float]:
-    """The mean of each value and up to `radius` neighbours on each side.
-
-    Near the start the neighbourhood is symmetric, so that the average follows a loss that falls fast. Near the end it
-    is not: it keeps all values on the left, so that the curve does not end in the noise of a single value.
-    """
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-    index = np.arange(len(values))
-    near = np.minimum(radius, index)
-    first, end = index - near, np.minimum(index + near + 1, len(values))
-    means: list[float] = ((sums[end] - sums[first]) / (end - first)).tolist()
-    return means
-
-
-def thin(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Which of the values to show: all, or the lowest and the highest of each of MAX_POINTS / 2 equal parts, and the
-    ends. So no outlier is lost."""
-    if len(values) <= MAX_POINTS:
-        return np.arange(len(values))
-    edges = np.linspace(0, len(values), MAX_POINTS // 2).astype(np.int64)
-    kept = {0, len(values) - 1}
-    for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        part = values[first:end]
-        kept |= {first + int(part.argmin()), first + int(part.argmax())}
-    return np.array(sorted(kept), dtype=np.int64)
-
-
-def _rounded(values: NDArray[np.float64]) -> list[float]:
-    return [float(f"{value:.6g}") for value in values.tolist()]
-
-
-def _number(value: object) -> bool:
-    return type(value) in (int, float)
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """To six significant digits."""
+    with np.errstate(divide="ignore"):
+        places = np.clip(_DIGITS - 1 - np.floor(np.log10(np.abs(values))), -300, 300)
+    up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)  # powers of ten that are exact
+    return np.asarray(np.round(values * up / down) * down / up)

@@ -1,17 +1,20 @@
 """A page of results: a list of blocks becomes one HTML file that needs nothing else.
 
-The markup is in `page.html.j2`, which names the fields of the blocks below, the style in `page.css`, and the script
-that draws the charts in `page.js`.
+The markup is in `page.html.j2` and `blocks.html.j2`, which names the fields of the blocks below, the style in
+`page.css`, and the script that draws the charts in `page.js`.
 """
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic_core import to_json
 
 from experiment.files import write_text
 from experiment.results.charts import Charts, DotCharts
@@ -19,7 +22,7 @@ from experiment.results.charts import Charts, DotCharts
 Tone = Literal["good", "busy", "warn", "bad", "plain"]
 
 PAGE = "index.html"  # in the folder of a report
-TEMPLATE, STYLE, SCRIPT = "page.html.j2", "page.css", "page.js"
+TEMPLATE, BLOCKS, STYLE, SCRIPT = "page.html.j2", "blocks.html.j2", "page.css", "page.js"
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,58 @@ class SeenTexts:
     texts: Sequence[SeenText]
 
 
-Block = Heading | Text | Table | ConfusionMatrix | Code | Charts | DotCharts | BarCharts | Fillings | SeenTexts
+@dataclass(frozen=True)
+class Links:
+    """(text, target)."""
+
+    title: str
+    links: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a run. value: to sort by; None: not known."""
+
+    text: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run in the charts below the table. link: its own page."""
+
+    name: str
+    link: str | None
+    state: str
+    tone: "Tone"
+    color: str  # of its curves, as their dash
+    dash: str
+    shown: bool  # whether its curves are drawn at first
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A table of runs that can be sorted and filtered, and chooses those that the charts below show."""
+
+    columns: Sequence[str]
+    rows: Sequence[RunRow]
+
+
+Block = (
+    Heading
+    | Text
+    | Links
+    | Table
+    | Runs
+    | ConfusionMatrix
+    | Code
+    | Charts
+    | DotCharts
+    | BarCharts
+    | Fillings
+    | SeenTexts
+)
 
 
 @dataclass(frozen=True)
@@ -138,29 +192,74 @@ class Headline:
     facts: Sequence[Fact]
 
 
-def write_page(path: Path, title: str, blocks: Sequence[Block], headline: Headline | None = None) -> Path:
+@dataclass(frozen=True)
+class Page:
+    title: str
+    blocks: Sequence[Block]
+    headline: Headline | None = None
+    home: str | None = None  # link to the page that this one was opened from
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of a page as HTML."""
+
+    key: str  # the same as long as its element can be kept
+    html: str
+    charts: Charts | None = None  # whose data the script draws
+
+
+def write_page(path: Path, page: Page) -> Path:
     """Write the page to `path` and return it."""
-    folder = Path(__file__).parent
+    parts = [(part, None if part.charts is None else to_json(part.charts.data)) for part in render_parts(page)]
+    write_text(path, render_page(page.title, parts))
+    return path
+
+
+def render_parts(page: Page) -> Iterator[Part]:
+    """The header, and the blocks."""
+    render = _environment().get_template(BLOCKS).module.render  # type: ignore[attr-defined]
+    yield Part("header", str(render("Header", page)))
+    seen = Counter[str]()
+    for block in page.blocks:
+        kind = type(block).__name__
+        html = str(render(kind, block))
+        name = kind if isinstance(block, Runs) else hashlib.sha256(html.encode()).hexdigest()[:12]
+        seen[name] += 1
+        yield Part(f"{name}-{seen[name]}", html, block if isinstance(block, Charts) else None)
+
+
+def render_page(title: str, parts: Sequence[tuple[Part, bytes | None]], version: int | None = None) -> str:
+    """The HTML of a page. parts: with the JSON of their charts. version: of these, if a server keeps them current."""
+    style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
+    # The only script that browsers run, should text of the user ever end up as markup.
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
+    template = _environment().get_template(TEMPLATE)
+    return template.render(
+        title=title,
+        policy=policy if version is None else f"{policy}; connect-src 'self'",
+        version=version,
+        style=style,
+        script=script,
+        parts=[(part, None if data is None else _without_markup(data)) for part, data in parts],
+    )
+
+
+def _without_markup(data: bytes) -> str:
+    """The same JSON, but nothing in it ends the element that it is in."""
+    return data.decode().replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    style = (folder / STYLE).read_text(encoding="utf-8")
-    script = (folder / SCRIPT).read_text(encoding="utf-8")
-    # The only script that browsers run, should text of the user ever end up as markup.
-    digest = hashlib.sha256(f"\n{script}".encode()).digest()
-    text = environment.get_template(TEMPLATE).render(
-        title=title,
-        headline=headline,
-        blocks=[(type(block).__name__, block) for block in blocks],
-        style=style,
-        script=script,
-        zip=zip,
-        script_hash=f"sha256-{base64.b64encode(digest).decode()}",
-    )
-    write_text(path, text)
-    return path
+    environment.globals["zip"] = zip
+    return environment

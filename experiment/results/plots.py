@@ -22,7 +22,7 @@ from matplotlib.ticker import (
 )
 
 from experiment.files import atomic_write
-from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, Line, Panel, moving_average
+from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, Line, Panel
 
 GREY = "#596579"
 
@@ -99,8 +99,8 @@ def draw_dots(path: Path, charts: Sequence[DotChart]) -> None:
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     colors = iter(_colors(len(panel.lines)))
     for line in panel.lines:
-        _draw_line(axes, line, line.color or next(colors))
-    if panel.scale == "log" and any(value is not None and value > 0 for line in panel.lines for value in line.y):
+        _draw_line(axes, line, line.color or (next(colors) if line.look is None else COLORS[line.look % len(COLORS)]))
+    if panel.scale == "log" and any(len(line.curve) and line.curve.highest[1] > 0 for line in panel.lines):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -117,13 +117,12 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def _draw_line(axes: Axes, line: Line, color: str) -> None:
-    points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]
-    if not points:
+    if not len(line.curve):
         return
-    x, y = [point[0] for point in points], [point[1] for point in points]
-    if line.smoothed and len(y) >= 20:
+    x, y = line.curve.points()
+    if line.has_average:
         axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
-        y = moving_average(y, len(y) // 20)
+        x, y = line.curve.average()
     marker, style = "o" if line.marked or len(y) == 1 else None, "--" if line.dashed else "-"
     axes.plot(x, y, style, color=color, linewidth=1.8, marker=marker, markersize=4.5, label=line.label)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from experiment.files import parse_json, write_text
 from experiment.results.charts import Line, Panel
+from experiment.results.curves import Curve
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import read_events
 
@@ -99,7 +100,7 @@ def _plot(results: Sequence[SweepResult], keys: Sequence[str], metric: str, path
     panel = Panel(
         metric,
         [
-            Line(label, [x for x, _ in sorted(points)], [y for _, y in sorted(points)], marked=True)
+            Line(label, Curve.of(*zip(*sorted(points), strict=True)), marked=True)
             for label, points in sorted(lines.items())
         ],
         scale="log" if _spans_decades([value for _, value in measured]) else "linear",

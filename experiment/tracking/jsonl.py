@@ -7,16 +7,19 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from experiment.files import parse_json, write_text
+from pydantic_core import from_json
+
+from experiment.files import write_text
 from experiment.outcome_file import Outcome
 
 _TAIL_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 20  # read at a time: no other thread runs while they are parsed
+_COMPARED_BYTES = 1 << 10
 
 Metrics = Mapping[str, int | float | str | None]
 """An event: flat keys, null where a value is unknown. Every event has `step`, the number of finished steps."""
@@ -70,10 +73,9 @@ def is_evaluation(names: Iterable[str]) -> bool:
 def read_events(path: Path) -> list[Event]:
     """The events in the file; empty if there is no file. Skips a line that a killed process left incomplete."""
     try:
-        lines = path.read_bytes().split(b"\n")  # not str.splitlines, which also splits at U+2028 and others
+        return _parse(path.read_bytes())
     except FileNotFoundError:
         return []
-    return [event for event in map(_event, lines) if event is not None]
 
 
 def read_last_events(path: Path) -> list[Event]:
@@ -81,23 +83,49 @@ def read_last_events(path: Path) -> list[Event]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
+            return _parse(file.read())
     except FileNotFoundError:
         return []
-    return [event for event in map(_event, lines) if event is not None]
 
 
-def split_by_seed(events: Sequence[Event]) -> dict[int | None, Sequence[Event]]:
-    """The events of each seed of a fine-tuning run, counting steps from the start of the seed; None: without seeds.
+class EventReader:
+    """Reads the events in a file that grows, each once."""
 
-    In the file, the steps continue from one seed to the next. All seeds log at the same steps of their own.
-    """
-    runs = [(seed, list(found)) for seed, found in groupby(events, key=lambda event: last_number([event], "seed"))]
-    offsets = [found[0]["step"] - events[0]["step"] for _, found in runs]
-    return {
-        seed: [{**event, "step": event["step"] - offset} for event in found]
-        for (seed, found), offset in zip(runs, offsets, strict=True)
-    }
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._end = 0  # of the lines that were read
+        self._before_end = b""  # what the file must still have there
+        self._size: int | None = None  # of the file; None: not known yet
+
+    @property
+    def unread(self) -> float:
+        """The share of the file that is not read, such as an incomplete line."""
+        if self._size is None:
+            return 1.0
+        return 1.0 - self._end / self._size if self._size else 0.0
+
+    def read_new(self) -> Iterator[list[Event] | None]:
+        """Yields the events of complete lines that are new, in blocks; None before them if the file was rewritten or is
+        gone: what was read before is no longer valid. Raises OSError."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            if self._end:
+                yield None
+            self._end, self._before_end, self._size = 0, b"", 0
+            return
+        with file:
+            self._size = os.fstat(file.fileno()).st_size
+            file.seek(self._end - len(self._before_end))
+            if file.read(len(self._before_end)) != self._before_end:
+                yield None
+                self._end, self._before_end = file.seek(0), b""
+            read = b""
+            while block := file.read(_BLOCK_BYTES):
+                lines, newline, read = (read + block).rpartition(b"\n")
+                self._end += len(lines) + len(newline)
+                self._before_end = (self._before_end + lines + newline)[-_COMPARED_BYTES:]
+                yield _parse(lines)
 
 
 def last_number(events: Sequence[Event], key: str) -> Any:
@@ -106,12 +134,21 @@ def last_number(events: Sequence[Event], key: str) -> Any:
     return next((value for value in values if type(value) in (int, float)), None)
 
 
-def _event(line: bytes) -> Event | None:
+def _parse(lines: bytes) -> list[Event]:
+    """Skips lines that are no events."""
+    complete, _, last = lines.rpartition(b"\n")  # not str.splitlines, which also splits at U+2028 and others
     try:
-        event = parse_json(line)
+        found = from_json(b"[" + complete.strip(b"\n").replace(b"\n", b",") + b"]")
+    except ValueError:  # one of them is damaged
+        found = [_value(line) for line in complete.split(b"\n")]
+    return [event for event in (*found, _value(last)) if isinstance(event, dict) and isinstance(event.get("step"), int)]
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return from_json(line)
     except ValueError:
         return None
-    return event if isinstance(event, dict) and isinstance(event.get("step"), int) else None
 
 
 def _line(metrics: Metrics) -> str:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from rich.console import Console
 from rich.text import Text
 
 from experiment.progress import terminal
@@ -91,6 +92,9 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            terminal().print(Text(prefix + self.format(record), COLORS.get(record.levelno, "")))
+            console = terminal()
+            if console.quiet and record.levelno >= logging.WARNING:  # nothing else is there
+                console = Console(stderr=True, soft_wrap=True)
+            console.print(Text(prefix + self.format(record), COLORS.get(record.levelno, "")))
         except Exception:
             self.handleError(record)

@@ -5,18 +5,18 @@ All but the last wrap an ASGI application for HTTP requests, see https://asgi.re
 
 import asyncio
 import hmac
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from experiment.local_server import LOCAL_HOSTS, host_name
+
 _OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")  # pages without data, and probes
-_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 FORM = "application/x-www-form-urlencoded"
 _CANDIDATES_PER_TEXT = 100  # on average, of as many texts as a request may have
 _RETRY_SECONDS = "1"
@@ -96,7 +96,7 @@ def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: boo
         hosts: names in lower case; None: any.
         only_own_pages: False if clients need a token, which pages of other sites lack.
     """
-    proxied = (hosts or frozenset()) - _LOCAL_HOSTS  # a proxy may change `Host`, but not `Origin`
+    proxied = (hosts or frozenset()) - LOCAL_HOSTS  # a proxy may change `Host`, but not `Origin`
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in _OPEN:
@@ -105,30 +105,15 @@ def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: boo
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
         origin = headers.get("origin", f"http://{host}").lower().partition("://")[2]
-        if hosts is not None and _name(host) not in hosts:
+        if hosts is not None and host_name(host) not in hosts:
             message = "this server does not answer to this name; `deepcloze serve --allowed_hosts` sets its names"
             await error_response(421, message)(scope, receive, send)
-        elif only_own_pages and origin != host and _name(origin) not in proxied:
+        elif only_own_pages and origin != host and host_name(origin) not in proxied:
             await error_response(403, "requests from pages of other sites are not answered")(scope, receive, send)
         else:
             await app(scope, receive, send)
 
     return checked
-
-
-def allowed_hosts(names: Sequence[str] | None, address: str) -> frozenset[str] | None:
-    """The hosts that `require_host` takes. names: of the option; if there are none, this machine's own where only it
-    can reach the `address` to listen on."""
-    if names:
-        return frozenset(name.lower() for name in names)
-    return _LOCAL_HOSTS | {address} if ip_address(address).is_loopback else None
-
-
-def _name(host: str) -> str:
-    """A `Host` without its port, an IPv6 address without its brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
 
 
 def read_as_json(app: ASGIApp, paths: Collection[str]) -> ASGIApp:

@@ -18,10 +18,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from experiment.errors import UserError, reason
 from experiment.hardware import keep_freed_memory
+from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.model_names import local_model
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
-from finetune.serve.limits import Limits, allowed_hosts
+from finetune.serve.limits import Limits
 from finetune.serve.monitoring import log_as_json, log_event
 from finetune.serve.served_model import ServedModel, load_served_model
 from finetune.serve.serving import Serving
@@ -162,24 +163,6 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but does not listen yet. Raises UserError for an address that cannot be used."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--host: cannot listen on '{host}': {error}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise _unusable(host, port, error) from None
-    return listener
-
-
 def run_server(
     app: ASGIApp,
     listener: socket.socket,
@@ -205,8 +188,4 @@ def run_server(
     try:
         _Server(config, on_started, on_reload).run([listener])
     except OSError as error:
-        raise _unusable(host, port, error) from None
-
-
-def _unusable(host: str, port: int, error: OSError) -> UserError:
-    return UserError(f"--port: cannot listen on {host}:{port}: {error.strerror}")
+        raise unusable(host, port, error) from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from experiment.errors import UserError, notify
+from experiment.errors import UserError, is_quiet, notify
 from experiment.files import temporary_folder, write_text
 from experiment.provenance import LIBRARIES
 from experiment.run_folder import RunFolder, open_run_folder
@@ -99,7 +99,8 @@ def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measuremen
     ranks = sum(map(len, slots.values()))
     if ranks < 2:
         return None, None
-    print(f"preflight: timing an all-reduce over {ranks} ranks", file=sys.stderr, flush=True)
+    if not is_quiet():
+        print(f"preflight: timing an all-reduce over {ranks} ranks", file=sys.stderr, flush=True)
     try:
         return measure(name_localhost(slots), machine, target), None
     except MeasurementError as error:

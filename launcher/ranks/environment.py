@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from experiment.errors import UserError
+from experiment.errors import QUIET_VARIABLE, UserError
 from experiment.own_process import LAUNCH_VARIABLE, python_path
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
@@ -14,6 +14,7 @@ from launcher.ranks.placement import Launcher
 _FORWARDED = (
     *("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON"),
     *("DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_", "DEEPCLOZE_APPRISE_"),  # of alerts
+    QUIET_VARIABLE,
 )
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
 _DEVICE = "DS_ACCELERATOR"  # if the user sets it, for all hosts

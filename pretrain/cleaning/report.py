@@ -20,6 +20,7 @@ from experiment.results.page import (
     Fact,
     Heading,
     Headline,
+    Page,
     Table,
     Text,
     write_page,
@@ -107,7 +108,7 @@ def write_report(folder: Path, summary: Summary) -> None:
             *([Fact("without text", f"{summary['empty']:,}", "not read")] if "empty" in summary else []),
         ],
     )
-    write_page(folder / CLEAN_PAGE, "Cleaning", [Heading("Steps"), *summary_blocks(summary)], headline)
+    write_page(folder / CLEAN_PAGE, Page("Cleaning", [Heading("Steps"), *summary_blocks(summary)], headline))
 
 
 def summary_blocks(summary: Summary) -> list[Block]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 
-from experiment.errors import UserError
+from experiment.errors import UserError, is_quiet
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats, detect_format
 from pretrain.corpus.options import TextOptions
@@ -20,13 +20,8 @@ _SENTENCE_ENDS = tuple(".!?…:;\"'”’)]。！？；：”")
 
 def announce_sources(sources: Sequence[Source], options: TextOptions) -> None:
     """List the sources; warn if the first file looks as if its lines were parts of paragraphs."""
-    size = sum(source.bytes or 0 for source in sources)
-    total = f", {size / 1e6:,.1f} MB" if size else ""
-    print(f"reading {len(sources):,} source{'s' if len(sources) > 1 else ''}{total}:")
-    for source in sources[:_LISTED]:
-        print(f"  {source.name}{f'::{source.selection}' if source.selection else ''}")
-    if len(sources) > _LISTED:
-        print(f"  … and {len(sources) - _LISTED:,} more")
+    if not is_quiet():
+        _list(sources)
     if _reads_lines(sources[0], options) and is_hard_wrapped(_first_documents(sources[0], options)):
         print(
             f"warning: the lines of {sources[0].name} look like parts of paragraphs; with `--document line` each is "
@@ -34,6 +29,16 @@ def announce_sources(sources: Sequence[Source], options: TextOptions) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _list(sources: Sequence[Source]) -> None:
+    size = sum(source.bytes or 0 for source in sources)
+    total = f", {size / 1e6:,.1f} MB" if size else ""
+    print(f"reading {len(sources):,} source{'s' if len(sources) > 1 else ''}{total}:")
+    for source in sources[:_LISTED]:
+        print(f"  {source.name}{f'::{source.selection}' if source.selection else ''}")
+    if len(sources) > _LISTED:
+        print(f"  … and {len(sources) - _LISTED:,} more")
 
 
 def is_hard_wrapped(lines: Sequence[str]) -> bool:

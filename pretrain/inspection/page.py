@@ -17,6 +17,7 @@ from experiment.results.page import (
     Fact,
     Heading,
     Headline,
+    Page,
     SeenText,
     SeenTexts,
     Table,
@@ -74,7 +75,7 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
         *origin_blocks(found.manifest, found.cleanings),
         *_manifest_blocks(found.manifest),
     ]
-    write_page(path, found.sample.corpus.name, blocks, _headline(found))
+    write_page(path, Page(found.sample.corpus.name, blocks, _headline(found)))
 
 
 def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:

@@ -6,22 +6,16 @@ from pathlib import Path
 from experiment.errors import UserError
 from experiment.goodput import read_goodput
 from experiment.outcome_file import Outcome
-from experiment.results.charts import x_axis
 from experiment.results.fillings import filling_blocks
-from experiment.results.page import PAGE, Block, Code, Heading, Headline, write_page
-from experiment.results.report.run_facts import (
-    goodput_blocks,
-    pretraining_headline,
-    provenance_blocks,
-    read_run_config,
-    task_headline,
-)
-from experiment.results.report.several_runs import compare_blocks, name_runs, open_runs, overlay_blocks, sweep_blocks
-from experiment.results.report.tasks import downstream_blocks, read_task_results, result_blocks
+from experiment.results.history import NO_AXIS
+from experiment.results.page import PAGE, Block, Code, Heading, Page, write_page
+from experiment.results.report.run import OpenRuns, Run, open_run, open_runs
+from experiment.results.report.run_facts import goodput_blocks, provenance_blocks, task_headline, training_headline
+from experiment.results.report.several_runs import compare_blocks, name_runs, overlay_blocks, sweep_blocks
+from experiment.results.report.tasks import downstream_blocks, result_blocks
 from experiment.results.report.training import read_marks, training_blocks
 from experiment.run_folder import RunFolder
-from experiment.run_life import Life, read_life
-from experiment.tracking.jsonl import read_events
+from experiment.run_life import Life
 
 
 def write_report(
@@ -35,41 +29,36 @@ def write_report(
     Raises UserError if the folder is not that of a run, sweep or comparison, or nothing has been logged yet.
     """
     folder = open_folder(run)
-    directory = folder.report if output is None else Path(output).absolute()
-    headline, blocks = _run_page(folder, outcome)
-    if not blocks:
-        raise UserError(
-            f"{folder.path} has nothing to report: neither results.json, sweep.json, compare.json nor an event in "
-            f"{folder.metrics.name}"
-        )
-    page = write_page(directory / PAGE, folder.path.name, [*blocks, *provenance_blocks(folder)], headline)
-    return _with_charts(page, blocks, png)
+    life = None if outcome is None else Life(outcome.value)
+    page = set_page(folder, open_runs)
+    if page is None:
+        opened = open_run(folder.path.name, folder, life)
+        blocks = run_blocks(opened)
+        if not blocks:
+            raise UserError(
+                f"{folder.path} has nothing to report: neither results.json, sweep.json, compare.json nor an event in "
+                f"{folder.metrics.name}"
+            )
+        page = run_page(opened, blocks)
+    return _write(folder.report if output is None else Path(output).absolute(), page, png)
 
 
 def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False) -> Path:
     """Write a page about several runs to `directory`; return its path. Raises UserError as `write_report`."""
     opened = open_runs(name_runs([open_folder(run).path for run in dict.fromkeys(runs)]))
     for run in opened:
-        if not run.events:
+        if not run.history.seeds:
             raise UserError(f"{run.folder.path} has nothing to report: no event in {run.folder.metrics.name}")
-    blocks = overlay_blocks(opened)
-    configs: list[Block] = [
-        Heading("Configs"),
-        *(
-            Code(f"{run.name}: config.yaml", run.folder.config.read_text(encoding="utf-8", errors="replace"))
-            for run in opened
-            if run.folder.config.is_file()
-        ),
-    ]
-    return _with_charts(write_page(directory / PAGE, f"{len(opened)} runs", [*blocks, *configs]), blocks, png)
+    return _write(directory, overlay_page(opened), png)
 
 
-def _with_charts(page: Path, blocks: Sequence[Block], png: bool) -> Path:
+def _write(directory: Path, page: Page, png: bool) -> Path:
+    path = write_page(directory / PAGE, page)
     if png:
         from experiment.results.plots import draw_charts  # imports matplotlib
 
-        draw_charts(page.parent, blocks)
-    return page
+        draw_charts(directory, page.blocks)
+    return path
 
 
 def open_folder(run: str | Path) -> RunFolder:
@@ -80,21 +69,44 @@ def open_folder(run: str | Path) -> RunFolder:
     return folder
 
 
-def _run_page(folder: RunFolder, outcome: Outcome | None) -> tuple[Headline | None, list[Block]]:
-    """Without blocks if there is nothing to report."""
-    together = [*compare_blocks(folder), *sweep_blocks(folder)]
-    if together:
-        return None, together
-    results, events, goodput = read_task_results(folder), read_events(folder.metrics), read_goodput(folder)
+def set_page(folder: RunFolder, open_runs: OpenRuns) -> Page | None:
+    """The page of a sweep or comparison; None for another folder. Raises UserError for damaged files."""
+    blocks = [*compare_blocks(folder, open_runs), *sweep_blocks(folder, open_runs)]
+    return Page(folder.path.name, [*blocks, *provenance_blocks(folder)]) if blocks else None
+
+
+def run_blocks(run: Run) -> list[Block]:
+    """Empty if there is nothing to report yet."""
     blocks: list[Block] = []
-    if results is not None:
-        blocks += result_blocks(folder, results)
-    marks = read_marks(folder, read_run_config(folder))
+    if run.results is not None:
+        blocks += result_blocks(run.folder, run.results)
     # Of fine-tuning, the results show the evaluations of each seed.
-    blocks += training_blocks(folder, held_out=results is None, marks=marks)
-    blocks += downstream_blocks(folder, x_axis(events))
-    blocks += [*filling_blocks(folder), *goodput_blocks(goodput)]
-    if results is not None:
-        return task_headline(results), blocks
-    life = read_life(folder) if outcome is None else Life(outcome.value)
-    return pretraining_headline(folder, events, goodput, life), blocks
+    held_out = run.results is None
+    blocks += training_blocks(run.history, held_out, read_marks(run.folder, run.config))
+    axis = next((seed.axis for seed in run.history.seeds.values()), NO_AXIS)
+    return [
+        *blocks,
+        *downstream_blocks(run.folder, axis),
+        *filling_blocks(run.folder),
+        *goodput_blocks(read_goodput(run.folder)),
+    ]
+
+
+def run_page(run: Run, blocks: Sequence[Block], home: str | None = None) -> Page:
+    """blocks: of `run_blocks`. home: link to the page of all runs."""
+    if run.results is None or (run.life is not None and run.life.state == "running"):
+        headline = training_headline(run, read_goodput(run.folder))
+    else:
+        headline = task_headline(run.results)
+    return Page(run.folder.path.name, [*blocks, *provenance_blocks(run.folder)], headline, home)
+
+
+def overlay_page(runs: Sequence[Run]) -> Page:
+    """The page of several runs."""
+    configs = [
+        Code(f"{run.name}: config.yaml", run.folder.config.read_text(encoding="utf-8", errors="replace"))
+        for run in runs
+        if run.folder.config.is_file()
+    ]
+    blocks = [*overlay_blocks(runs), Heading("Configs"), *configs]
+    return Page(f"{len(runs)} runs", blocks)

@@ -1,24 +1,24 @@
 """The headline of a report: the state and figures of a run. And the sections on its time, machines and config."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
-from experiment.checkpoints import checkpoint_step, complete_checkpoints, named_best, read_state
-from experiment.config.yaml_dialect import read_yaml
+from experiment.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints, named_best, read_state
 from experiment.errors import UserError
 from experiment.formatting import describe_duration
 from experiment.goodput import Goodput, last_lines, read_attempt_times
 from experiment.provenance import describe_commit, describe_devices, read_provenance
+from experiment.results.history import History
 from experiment.results.page import Block, Code, Fact, Heading, Headline, Table, Text, Tone
-from experiment.results.report.training import UNKNOWN, best_loss, evaluated_corpora
+from experiment.results.report.run import Run
+from experiment.results.report.training import UNKNOWN
 from experiment.run_folder import RunFolder
-from experiment.run_life import Life, State
-from experiment.tracking.jsonl import Event, last_number
+from experiment.run_life import State
 from experiment.transformers_models import count_parameters
 
 _TONES: Mapping[State, Tone] = {
@@ -36,19 +36,20 @@ _LIBRARIES = ("torch", "deepspeed", "transformers")
 _ATTEMPT_COLUMNS = ("started", "host", "ranks", "commit", "device", *_LIBRARIES)
 
 
-def pretraining_headline(folder: RunFolder, events: Sequence[Event], goodput: Goodput | None, life: Life) -> Headline:
-    """What is not known is left out."""
-    state = _newest_state(folder)
+def training_headline(run: Run, goodput: Goodput | None) -> Headline:
+    """Of a pretraining, or of a fine-tuning that is not done. What is not known is left out."""
+    state = _newest_state(run.folder)
     facts = [
-        *_parameters(folder),
-        *_progress(folder, events),
-        *_tokens(events, state),
-        *_losses(events),
-        *_best_checkpoint(folder),
+        *_parameters(run.folder),
+        *_seeds(run),
+        *_progress(run),
+        *_tokens(run.history, state),
+        *_losses(run.history),
+        *_checkpoints(run.folder),
         *_device_facts(state),
         *_time_facts(goodput),
     ]
-    return Headline(describe_state(life), _TONES[life.state], life.message, facts)
+    return Headline(*describe_state(run), "" if run.life is None else run.life.message, facts)
 
 
 def task_headline(results: Mapping[str, Any]) -> Headline:
@@ -64,12 +65,17 @@ def task_headline(results: Mapping[str, Any]) -> Headline:
     return Headline("done", "good", "", facts)
 
 
-def describe_state(life: Life) -> str:
-    """'running on node-1, as of 2026-11-20 09:20 UTC'. The time is shown because the page is not updated."""
+def describe_state(run: Run) -> tuple[str, Tone]:
+    """'running on node-1, as of 2026-11-20 09:20 UTC', and its tone. A page that is followed shows the time
+    elsewhere."""
+    life = run.life
+    if life is None:
+        return "not known yet", "plain"
     if life.state != "running":
-        return life.state
+        return life.state, _TONES[life.state]
     host = f" on {life.host}" if life.host else ""
-    return f"running{host}, as of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    time = f", as of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC" if not run.followed else ""
+    return f"running{host}{time}", _TONES["running"]
 
 
 def _newest_state(folder: RunFolder) -> dict[str, Any]:
@@ -93,17 +99,24 @@ def _parameters(folder: RunFolder) -> Iterator[Fact]:
             return
 
 
-def _progress(folder: RunFolder, events: Sequence[Event]) -> Iterator[Fact]:
-    attempts = last_lines(read_attempt_times(folder))
+def _seeds(run: Run) -> Iterator[Fact]:
+    """Of a fine-tuning."""
+    with suppress(KeyError, TypeError):
+        seeds = run.config["training"]["seeds"]
+        yield Fact("Seeds", f"{len(run.folder.finished_seeds)}", f"finished of {len(seeds)}")
+
+
+def _progress(run: Run) -> Iterator[Fact]:
+    attempts = last_lines(read_attempt_times(run.folder))
     total = attempts[-1].total_steps if attempts else None
-    step = max((event["step"] for event in events), default=None)
-    if step is not None:
+    if run.history.seeds:
+        step = run.history.step
         note = "" if not total else f"of {total:,}, {step / total:.0%}"
         yield Fact("Steps", f"{step:,}", note)
 
 
-def _tokens(events: Sequence[Event], state: Mapping[str, Any]) -> Iterator[Fact]:
-    tokens = last_number(events, "tokens")
+def _tokens(history: History, state: Mapping[str, Any]) -> Iterator[Fact]:
+    tokens = history.last("tokens")
     if tokens is None:
         return
     yield Fact("Tokens", scaled(tokens), f"{tokens:,.0f}")
@@ -117,22 +130,25 @@ def _tokens(events: Sequence[Event], state: Mapping[str, Any]) -> Iterator[Fact]
         return
 
 
-def _losses(events: Sequence[Event]) -> Iterator[Fact]:
-    for corpus in evaluated_corpora(events)[:1]:
-        if best := best_loss(events, corpus):
+def _losses(history: History) -> Iterator[Fact]:
+    for corpus in history.corpora[:1]:
+        if best := history.best_loss(corpus):
             yield Fact("Best held-out loss", f"{best[0]:.4f}", f"{corpus}, step {best[1]:,}")
-    loss = last_number(events, "loss")
+    loss = history.last("loss")
     if loss is not None:
         yield Fact("Training loss", f"{loss:.4f}", "last log event")
 
 
-def _best_checkpoint(folder: RunFolder) -> Iterator[Fact]:
-    try:
+def _checkpoints(folder: RunFolder) -> Iterator[Fact]:
+    """The last one, and the best one."""
+    with suppress(OSError, ValueError, IndexError):  # being copied or deleted; IndexError: there is none
+        last = complete_checkpoints(folder.checkpoints)[-1]
+        saved = datetime.fromtimestamp((last / COMPLETE).stat().st_mtime, UTC)
+        yield Fact("Last checkpoint", f"{checkpoint_step(last):,}", f"step, {saved:%Y-%m-%d %H:%M} UTC")
+    with suppress(OSError, ValueError):
         best = named_best(folder.checkpoints)
         if best is not None:
             yield Fact("Best checkpoint", f"{checkpoint_step(best):,}", "step")
-    except (OSError, ValueError):
-        return
 
 
 def _device_facts(state: Mapping[str, Any]) -> Iterator[Fact]:
@@ -186,15 +202,6 @@ def provenance_blocks(folder: RunFolder) -> list[Block]:
     if folder.config.is_file():
         blocks += [Heading("Config"), Code("config.yaml", folder.config.read_text(encoding="utf-8", errors="replace"))]
     return blocks
-
-
-def read_run_config(folder: RunFolder) -> dict[str, Any]:
-    """RUN/config.yaml as nested values; empty if it cannot be read."""
-    try:
-        config = read_yaml(folder.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _attempt_row(attempt: Mapping[str, Any]) -> list[str]:

@@ -2,57 +2,38 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import parse_json
-from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, Dots, Line, Panel, Plot, charts_block, x_axis
-from experiment.results.comparison import comparison_blocks
-from experiment.results.page import Block, Heading, Table, Text
-from experiment.results.report.run_facts import describe_state, read_run_config
-from experiment.results.report.tasks import main_score, read_task_results
-from experiment.results.report.training import (
-    NORM,
-    RATE,
-    SPEED,
-    UNKNOWN,
-    WAIT,
-    best_loss,
-    curve,
-    evaluated_corpora,
-    median,
-    read_own_steps,
-    show,
-    without_empty_columns,
+from experiment.results.charts import (
+    LOOKS,
+    Charts,
+    DotChart,
+    DotCharts,
+    Dots,
+    Line,
+    Panel,
+    Plot,
+    charts_block,
+    look,
 )
+from experiment.results.comparison import comparison_blocks
+from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, Text
+from experiment.results.report.run import OpenRuns, Run
+from experiment.results.report.run_facts import describe_state, scaled
+from experiment.results.report.tasks import main_score
+from experiment.results.report.training import NORM, RATE, SPEED, UNKNOWN, WAIT, show
 from experiment.results.sweep_summary import SweepResult, metric_title, sort_results
-from experiment.run_folder import SWEEP_RECORD, RunFolder
-from experiment.run_life import read_life
-from experiment.tracking.jsonl import Event, last_number, split_by_seed
+from experiment.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
 _PRETRAINING = "pretrain"  # folder of a row, beside those of its tasks
-
-
-@dataclass(frozen=True)
-class NamedRun:
-    """A run as it is called in an overlay."""
-
-    name: str
-    folder: RunFolder
-    events: Sequence[Event]
-    seed: str = ""  # of its curves, if there are several
-    color: str | None = None  # of its curves; default: the next of COLORS
-
-
-def open_runs(folders: Mapping[str, RunFolder]) -> list[NamedRun]:
-    """folders: by name."""
-    return [NamedRun(name, folder, read_own_steps(folder)) for name, folder in folders.items()]
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
@@ -61,88 +42,95 @@ def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
     return {str(path.relative_to(shared)): RunFolder(path) for path in folders}
 
 
-def overlay_blocks(runs: Sequence[NamedRun]) -> list[Block]:
-    """A table of the runs, the differences of their configs, and charts."""
-    blocks: list[Block] = [runs_table(runs), *difference_blocks(runs)]
-    charts = overlay_charts(runs)
-    return [*blocks, Heading("Curves"), *charts] if charts else blocks
+def overlay_blocks(runs: Sequence[Run]) -> list[Block]:
+    """A table of the runs, charts, and the differences of their configs."""
+    return [runs_table(runs), *overlay_charts(runs), *difference_blocks(runs)]
 
 
-def overlay_charts(runs: Sequence[NamedRun]) -> list[Charts]:
-    seeds = _split_by_seed(runs)
-    return charts_block(list(_plots(seeds)), [x_axis(run.events) for run in seeds])
-
-
-def _split_by_seed(runs: Sequence[NamedRun]) -> list[NamedRun]:
-    """A run for each seed, in the color of the run; the runs themselves if none has several seeds."""
-    by_run = [(run, split_by_seed(run.events)) for run in runs]
-    if all(len(seeds) <= 1 for _, seeds in by_run):
-        return list(runs)
-    return [
-        NamedRun(run.name, run.folder, events, "" if seed is None else f"seed {seed}", COLORS[number % len(COLORS)])
-        for number, (run, seeds) in enumerate(by_run)
-        for seed, events in seeds.items()
-    ]
-
-
-def _plots(runs: Sequence[NamedRun]) -> Iterator[Plot]:
-    yield Plot("loss", [("Training loss", Panel("loss", _lines(runs, "loss", smoothed=True)))])
-    for number, corpus in enumerate(dict.fromkeys(name for run in runs for name in evaluated_corpora(run.events))):
-        loss = Panel("loss", _lines(runs, f"eval/{corpus}/loss", marked=True))
-        accuracy = Panel("accuracy", _lines(runs, f"eval/{corpus}/accuracy", marked=True), percent=True)
-        yield Plot(f"held-out-{number + 1}", [(f"Loss on {corpus}", loss), (f"Accuracy on {corpus}", accuracy)])
-    yield Plot("learning-rate", [(RATE, Panel("learning rate", _lines(runs, "lr")))])
-    yield Plot("gradient-norm", [(NORM, Panel("gradient norm", _lines(runs, "grad_norm", smoothed=True), "log"))])
-    speed = Panel("tokens/s", _lines(runs, "tokens_per_second", smoothed=True), from_zero=True)
-    wait = Panel("data wait", _lines(runs, "data_wait", smoothed=True), percent=True, from_zero=True)
-    yield Plot("throughput", [(SPEED, speed), (WAIT, wait)])
-
-
-def _lines(runs: Sequence[NamedRun], key: str, smoothed: bool = False, marked: bool = False) -> list[Line]:
-    return [
-        Line(
-            run.name,
-            *curve(run.events, key),
-            smoothed=smoothed,
-            marked=marked,
-            color=run.color,
-            run=number,
-            seed=run.seed,
-        )
+def overlay_charts(runs: Sequence[Run]) -> list[Charts]:
+    several = any(len(run.history.seeds) > 1 for run in runs)
+    seeds = [
+        (number, run.name, f"seed {seed}" if several and seed is not None else "", history)
         for number, run in enumerate(runs)
+        for seed, history in run.history.seeds.items()
     ]
 
+    def panel(key: str, y_label: str, smoothed: bool = False, marked: bool = False, **options: Any) -> Panel:
+        lines = [
+            Line(name, history.curve(key), smoothed=smoothed, marked=marked, look=number, run=axis, seed=seed)
+            for axis, (number, name, seed, history) in enumerate(seeds)
+        ]
+        return Panel(y_label, lines, **options)
 
-def runs_table(runs: Sequence[NamedRun]) -> Table:
-    """How far each run is, and its best figures."""
-    corpora = list(dict.fromkeys(name for run in runs for name in evaluated_corpora(run.events)))
-    columns = ["run", "state", "steps", "tokens", "training loss", *(f"best loss, {name}" for name in corpora)]
-    rows = [_run_row(run, corpora) for run in runs]
-    return without_empty_columns([*columns, "score", "tokens/s"], rows, labels=2)
+    plots = [Plot("loss", [("Training loss", panel("loss", "loss", smoothed=True))])]
+    for number, corpus in enumerate(_corpora(runs), start=1):
+        loss = panel(f"eval/{corpus}/loss", "loss", marked=True)
+        accuracy = panel(f"eval/{corpus}/accuracy", "accuracy", marked=True, percent=True)
+        plots.append(Plot(f"held-out-{number}", [(f"Loss on {corpus}", loss), (f"Accuracy on {corpus}", accuracy)]))
+    speed = panel("tokens_per_second", "tokens/s", smoothed=True, from_zero=True)
+    wait = panel("data_wait", "data wait", smoothed=True, percent=True, from_zero=True)
+    plots += [
+        Plot("learning-rate", [(RATE, panel("lr", "learning rate"))]),
+        Plot("gradient-norm", [(NORM, panel("grad_norm", "gradient norm", smoothed=True, scale="log"))]),
+        Plot("throughput", [(SPEED, speed), (WAIT, wait)]),
+    ]
+    return charts_block(plots, [history.axis for *_, history in seeds])
 
 
-def _run_row(run: NamedRun, corpora: Sequence[str]) -> list[str]:
-    events, results = run.events, read_task_results(run.folder)
-    best = [best_loss(events, corpus) for corpus in corpora]
+def _corpora(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.history.corpora))
+
+
+def runs_table(runs: Sequence[Run]) -> Runs:
+    """How far each run is, and its best figures. At first, the charts show the runs that were started last, as many as
+    have lines that differ; they come first."""
+    corpora = _corpora(runs)
+    columns = ["steps", "tokens", "training loss", *(f"best loss, {name}" for name in corpora), "score", "tokens/s"]
+    cells = [_cells(run, corpora) for run in runs]
+    known = [at for at in range(len(columns)) if any(row[at].value is not None for row in cells)]
+    newest = sorted(range(len(runs)), key=lambda number: runs[number].started)[-LOOKS:]
+    rows = [
+        RunRow(run.name, run.link, *describe_state(run), *look(number), number in newest, [row[at] for at in known])
+        for number, (run, row) in enumerate(zip(runs, cells, strict=True))
+    ]
+    return Runs([columns[at] for at in known], sorted(rows, key=lambda row: not row.shown))
+
+
+def _cells(run: Run, corpora: Sequence[str]) -> list[Cell]:
+    history = run.history
+    step, tokens = history.step if history.seeds else None, history.last("tokens")
+    best = [history.best_loss(corpus) for corpus in corpora]
+    score = None if run.results is None else main_score(run.results)
     return [
-        run.name,
-        "done" if results is not None else describe_state(read_life(run.folder)),
-        show(max((event["step"] for event in events), default=None), ",.0f"),
-        show(last_number(events, "tokens"), ",.0f"),
-        show(last_number(events, "loss"), ".4f"),
-        *(f"{found[0]:.4f} at {found[1]:,}" if found else UNKNOWN for found in best),
-        UNKNOWN if results is None else main_score(results),
-        show(median(events, "tokens_per_second"), ",.0f"),
+        Cell(UNKNOWN if step is None else f"{step:,}{_of_total(step, run.config)}", step),
+        Cell(UNKNOWN if tokens is None else scaled(tokens), tokens),
+        _cell(history.last("loss"), ".4f"),
+        *(Cell(f"{found[0]:.4f} at {found[1]:,}", found[0]) if found else _cell(None, "") for found in best),
+        _cell(None, "") if score is None else Cell(*score),
+        _cell(history.median("tokens_per_second"), ",.0f"),
     ]
 
 
-def difference_blocks(runs: Sequence[NamedRun]) -> list[Block]:
+def _cell(value: float | None, spec: str) -> Cell:
+    return Cell(show(value, spec), value)
+
+
+def _of_total(step: int, config: Mapping[str, Any]) -> str:
+    with suppress(KeyError, TypeError):
+        if (total := config["schedule"]["steps"]) > step:
+            return f" of {total:,}"
+    return ""
+
+
+def difference_blocks(runs: Sequence[Run]) -> list[Block]:
     """The config keys whose values differ: a row each, or a column each if there are more runs than keys."""
-    configs = {run.name: flatten(read_run_config(run.folder)) for run in runs}
+    if len(runs) < 2:
+        return []
+    configs = {run.name: flatten(run.config) for run in runs}
     differing = differing_keys(list(configs.values()))
     if not differing:
         return [Text("The configs of these runs do not differ.")]
-    cells = {name: [_cell(config, key) for key in differing] for name, config in configs.items()}
+    cells = {name: [_value(config, key) for key in differing] for name, config in configs.items()}
     if len(configs) > len(differing):
         table = Table(["run", *differing], [[name, *values] for name, values in cells.items()], _DIFFERENCES)
     else:
@@ -160,11 +148,11 @@ def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key, found in values.items() if any(value != found[0] for value in found)]
 
 
-def _cell(config: Mapping[str, Any], key: str) -> str:
+def _value(config: Mapping[str, Any], key: str) -> str:
     return UNKNOWN if key not in config else "null" if config[key] is None else str(config[key])
 
 
-def sweep_blocks(folder: RunFolder) -> list[Block]:
+def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
     """The runs of a sweep, best first, from DIR/sweep.json; empty if there is none. Raises UserError if damaged."""
     path = folder.path / SWEEP_RECORD
     try:
@@ -203,33 +191,47 @@ def _sweep_table(best_first: list[SweepResult], metric: str) -> Table:
     return Table(["run", "state", *keys, metric], rows, "Best first", labels=2)
 
 
-def compare_blocks(folder: RunFolder) -> list[Block]:
-    """The tables of a comparison, and the curves of its runs by task, from DIR/compare.json; empty if there is none.
+def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
+    """The tables of a comparison, from DIR/compare.json, and its runs by task; empty for another folder.
 
-    Raises UserError for a damaged one.
+    Raises UserError for a damaged file.
     """
     path = folder.path / "compare.json"
     try:
         comparison = parse_json(path.read_text(encoding="utf-8"))
         blocks, groups = comparison_blocks(comparison), _groups(folder, comparison)
-    except FileNotFoundError:
-        return []
+    except FileNotFoundError:  # not done
+        blocks, groups = (
+            [Heading("Comparison"), Text("The scores are compared when all runs are done.")],
+            _planned(folder),
+        )
+        if not groups:
+            return []
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected scores by row and task") from None
     for title, runs in groups.items():
-        blocks += [Heading(title), *difference_blocks(runs), *overlay_charts(runs)]
+        if any(run.metrics.is_file() for run in runs.values()):
+            blocks += [Heading(f"Training: {title}"), *overlay_blocks(open_runs(runs))]
     return blocks
 
 
-def _groups(folder: RunFolder, comparison: Mapping[str, Mapping[str, Any]]) -> dict[str, list[NamedRun]]:
-    """The runs whose curves belong together, by title: the pretrainings, and those of each task."""
+def _groups(folder: RunFolder, comparison: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, RunFolder]]:
+    """The runs whose curves belong together, by title: the pretrainings, and those of each task, by row."""
     groups: dict[str, dict[str, RunFolder]] = {}
     for row, cells in comparison.items():
         for column, cell in cells.items():
-            run = RunFolder(folder.path / cell["folder"])
+            groups.setdefault(column, {})[row] = RunFolder(folder.path / cell["folder"])
             pretraining = RunFolder(folder.path / Path(cell["folder"]).parts[0] / _PRETRAINING)
-            groups.setdefault(column, {})[row] = run
             if pretraining.metrics.is_file():
                 groups.setdefault(_PRETRAINING, {})[row] = pretraining
-    logged = {name: runs for name, runs in groups.items() if any(run.metrics.is_file() for run in runs.values())}
-    return {f"Training: {name}": open_runs(runs) for name, runs in logged.items()}
+    return groups
+
+
+def _planned(folder: RunFolder) -> dict[str, dict[str, RunFolder]]:
+    """As `_groups`, of a comparison that is not done, with all points of a grid."""
+    groups: dict[str, dict[str, RunFolder]] = {}
+    if (folder.path / COMPARISON_RECORD).is_file():
+        for path in planned_folders(folder.path):
+            points = {f"{path.parent.name}/{point.name}": RunFolder(point) for point in planned_folders(path)}
+            groups.setdefault(path.name, {}).update(points or {path.parent.name: RunFolder(path)})
+    return groups

@@ -10,9 +10,11 @@ import numpy as np
 
 from experiment.errors import UserError
 from experiment.files import parse_json
-from experiment.results.charts import COLORS, Axis, Line, Panel, Plot, charts_block
+from experiment.results.charts import COLORS, Line, Panel, Plot, charts_block
+from experiment.results.curves import Curve
+from experiment.results.history import Axis
 from experiment.results.page import Block, ConfusionMatrix, Heading, Table, Text
-from experiment.results.report.training import UNKNOWN, show
+from experiment.results.report.training import show
 from experiment.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, read_results
 
@@ -42,13 +44,13 @@ def result_blocks(folder: RunFolder, results: Mapping[str, Any]) -> list[Block]:
     return [*blocks, *confusion_matrix(folder, results), *worst_rows(folder, list(results["splits"]))]
 
 
-def main_score(results: Mapping[str, Any]) -> str:
-    """'0.8512 ± 0.0071 on test': the primary metric on the last split that has it."""
-    metric, found = results.get("metric"), UNKNOWN
+def main_score(results: Mapping[str, Any]) -> tuple[str, float] | None:
+    """'0.8512 ± 0.0071 on test', and the number: the primary metric on the last split that has it."""
+    metric, found = results.get("metric"), None
     for split, scores in results["splits"].items():
         if metric in scores:
-            spread = "" if scores[metric]["std"] is None else f" ± {scores[metric]['std']:.4f}"
-            found = f"{scores[metric]['mean']:.4f}{spread} on {split}"
+            mean, std = scores[metric]["mean"], scores[metric]["std"]
+            found = f"{mean:.4f}{'' if std is None else f' ± {std:.4f}'} on {split}", mean
     return found
 
 
@@ -105,24 +107,24 @@ def _seed_plots(folder: RunFolder, metric: str) -> list[Plot]:
     losses, scores = [], []
     for number, (seed, rows) in enumerate(seeds.items()):
         color = COLORS[number % len(COLORS)]
-        losses.append(Line(f"{seed}, train", *_columns(rows, "train_loss"), dashed=True, color=color))
-        losses.append(Line(f"{seed}, validation", *_columns(rows, "validation_loss"), marked=True, color=color))
-        scores.append(Line(seed, *_columns(rows, metric), marked=True, color=color))
+        losses.append(Line(f"{seed}, train", _curve(rows, "train_loss"), dashed=True, color=color))
+        losses.append(Line(f"{seed}, validation", _curve(rows, "validation_loss"), marked=True, color=color))
+        scores.append(Line(seed, _curve(rows, metric), marked=True, color=color))
     return [
         Plot("seed-losses", [("Loss by seed", Panel("loss", losses))]),
         Plot("seed-scores", [(f"{metric} on validation, by seed", Panel(metric, scores))]),
     ]
 
 
-def _columns(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of the rows in which both are numbers."""
+def _curve(rows: Sequence[Mapping[str, str]], name: str) -> Curve:
+    """By steps, of the rows in which both are numbers."""
     found = []
     for row in rows:
         try:
             found.append((float(row["steps"]), float(row[name])))
         except (KeyError, TypeError, ValueError):  # no validation split, or the row is cut off
             continue
-    return [step for step, _ in found], [value for _, value in found]
+    return Curve.of([step for step, _ in found], [value for _, value in found])
 
 
 def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[ConfusionMatrix]:
@@ -181,7 +183,8 @@ def downstream_blocks(folder: RunFolder, axis: Axis) -> list[Block]:
 
 
 def _task_line(task: str, results: Sequence[DownstreamResult]) -> Line:
-    return Line(task, [result.step for result in results], [result.value for result in results], marked=True)
+    curve = Curve.of([result.step for result in results], [result.value for result in results])
+    return Line(task, curve, marked=True)
 
 
 def _downstream_row(task: str, results: Sequence[DownstreamResult]) -> list[str]:

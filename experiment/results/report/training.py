@@ -1,53 +1,43 @@
-"""The sections of a report about one training run: tables and charts from its metrics.jsonl, and the marks in them."""
+"""The sections of a report about one training run: tables and charts of what it has logged, and the marks in them."""
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import chain, groupby, pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from experiment.checkpoints import checkpoint_step, named_best
 from experiment.files import parse_json
 from experiment.formatting import format_perplexity
 from experiment.goodput import read_attempt_times
-from experiment.results.charts import COLORS, INK, Line, Mark, Panel, Plot, charts_block, x_axis
+from experiment.results.charts import COLORS, INK, Line, Mark, Panel, Plot, charts_block
+from experiment.results.history import History, SeedHistory
 from experiment.results.page import Block, Heading, Table
 from experiment.run_folder import RunFolder
-from experiment.tracking.jsonl import Event, last_number, read_events, split_by_seed
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"
 UNKNOWN = "–"
 
 
-def training_blocks(folder: RunFolder, held_out: bool = True, marks: Sequence[Mark] = ()) -> list[Block]:
-    """Final metrics and curves from RUN/metrics.jsonl; empty without events.
+def training_blocks(history: History, held_out: bool = True, marks: Sequence[Mark] = ()) -> list[Block]:
+    """Final metrics and curves; empty without events.
 
     held_out: whether to show evaluations too.
     """
-    events = read_own_steps(folder)
-    if not events:
+    if not history.seeds:
         return []
-    corpora = evaluated_corpora(events) if held_out else []
+    corpora = history.corpora if held_out else []
     blocks: list[Block] = [Heading("Training")]
-    reached = max(event["step"] for event in events)
-    shown = [mark for mark in marks if mark.step <= reached]  # later stages are in the config already
-    seeds = split_by_seed(events)
-    axes = [x_axis(found) for found in seeds.values()]
-    blocks += charts_block(training_plots(seeds, corpora), axes, shown)
+    shown = [mark for mark in marks if mark.step <= history.step]  # later stages are in the config already
+    axes = [seed.axis for seed in history.seeds.values()]
+    blocks += charts_block(training_plots(history.seeds, corpora), axes, shown)
     if corpora:
-        blocks += [Heading("Held-out text"), held_out_table(events, corpora)]
-    return [*blocks, Heading("Speed and memory"), training_table(events)]
+        blocks += [Heading("Held-out text"), held_out_table(history, corpora)]
+    return [*blocks, Heading("Speed and memory"), training_table(history)]
 
 
-def read_own_steps(folder: RunFolder) -> list[Event]:
-    """The events in RUN/metrics.jsonl, with the steps of a fine-tuning run counted from the start of each seed."""
-    return list(chain.from_iterable(split_by_seed(read_events(folder.metrics)).values()))
-
-
-def training_plots(seeds: Mapping[int | None, Sequence[Event]], corpora: Sequence[str]) -> list[Plot]:
-    """seeds: of `split_by_seed`."""
+def training_plots(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[str]) -> list[Plot]:
     loss = [*_training_lines(seeds, "loss", INK), *_held_out_lines(seeds, corpora, "loss")]
     perplexity = Panel("perplexity", _held_out_lines(seeds, corpora, "perplexity"), "log")
     accuracy = Panel("accuracy", _held_out_lines(seeds, corpora, "accuracy"), percent=True)
@@ -66,37 +56,37 @@ def training_plots(seeds: Mapping[int | None, Sequence[Event]], corpora: Sequenc
 
 
 def _training_lines(
-    seeds: Mapping[int | None, Sequence[Event]], key: str, color: str | None = None, smoothed: bool = True
+    seeds: Mapping[int | None, SeedHistory], key: str, color: str | None = None, smoothed: bool = True
 ) -> list[Line]:
     """color: of a run with one seed; by default, and for several, the next of COLORS."""
     if len(seeds) == 1:
-        return [Line("training", *curve(events, key), smoothed=smoothed, color=color) for events in seeds.values()]
+        return [Line("training", history.curve(key), smoothed=smoothed, color=color) for history in seeds.values()]
     return [
-        Line(f"seed {seed}", *curve(events, key), smoothed=smoothed, run=number, color=COLORS[number % len(COLORS)])
-        for number, (seed, events) in enumerate(seeds.items())
+        Line(f"seed {seed}", history.curve(key), smoothed=smoothed, run=number, color=COLORS[number % len(COLORS)])
+        for number, (seed, history) in enumerate(seeds.items())
     ]
 
 
-def _held_out_lines(seeds: Mapping[int | None, Sequence[Event]], corpora: Sequence[str], metric: str) -> list[Line]:
+def _held_out_lines(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[str], metric: str) -> list[Line]:
     return [
         Line(
             corpus if len(seeds) == 1 else f"seed {seed}, {corpus}",
-            *curve(events, f"eval/{corpus}/{metric}"),
+            history.curve(f"eval/{corpus}/{metric}"),
             marked=True,
             run=number,
             color=None if len(seeds) == 1 else COLORS[number % len(COLORS)],
         )
-        for number, (seed, events) in enumerate(seeds.items())
+        for number, (seed, history) in enumerate(seeds.items())
         for corpus in corpora
     ]
 
 
-def held_out_table(events: Sequence[Event], corpora: Sequence[str]) -> Table:
+def held_out_table(history: History, corpora: Sequence[str]) -> Table:
     """One row per corpus: loss, perplexity and accuracy at the last evaluation, and the best loss with its step."""
     rows = []
     for corpus in corpora:
-        found = [last_number(events, f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
-        best = best_loss(events, corpus)
+        found = [history.last(f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
+        best = history.best_loss(corpus)
         rows.append(
             [corpus, show(found[0], ".4f"), format_perplexity(found[1]), show(found[2], ".1%")]
             + ([f"{best[0]:.4f}", f"{best[1]:,}"] if best else [UNKNOWN, UNKNOWN])
@@ -104,16 +94,16 @@ def held_out_table(events: Sequence[Event], corpora: Sequence[str]) -> Table:
     return without_empty_columns(["corpus", "loss", "perplexity", "accuracy", "best loss", "at step"], rows)
 
 
-def training_table(events: Sequence[Event]) -> Table:
+def training_table(history: History) -> Table:
     """One row: steps, tokens, loss, speed and memory. Speed, MFU and data wait are medians over the log events."""
-    memory = max(curve(events, "memory")[1], default=None)
+    memory = history.highest("memory")
     row = [
-        f"{max(event['step'] for event in events):,}",
-        show(last_number(events, "tokens"), ",.0f"),
-        show(last_number(events, "loss"), ".4f"),
-        show(median(events, "tokens_per_second"), ",.0f"),
-        show(median(events, "mfu"), ".1%"),
-        show(median(events, "data_wait"), ".1%"),
+        f"{history.step:,}",
+        show(history.last("tokens"), ",.0f"),
+        show(history.last("loss"), ".4f"),
+        show(history.median("tokens_per_second"), ",.0f"),
+        show(history.median("mfu"), ".1%"),
+        show(history.median("data_wait"), ".1%"),
         UNKNOWN if memory is None else f"{memory / 2**30:.2f} GiB",
     ]
     return without_empty_columns(["steps", "tokens", "last loss", "tokens/s", "MFU", "data wait", "peak memory"], [row])
@@ -124,31 +114,8 @@ def without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]],
     return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows], labels=labels)
 
 
-def curve(events: Sequence[Event], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the events in which `key` is a number."""
-    points = [(event["step"], event[key]) for event in events if type(event.get(key)) in (int, float)]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def median(events: Sequence[Event], key: str) -> float | None:
-    values = curve(events, key)[1]
-    return statistics.median(values) if values else None
-
-
 def show(value: float | None, spec: str) -> str:
     return UNKNOWN if value is None else format(value, spec)
-
-
-def evaluated_corpora(events: Sequence[Event]) -> list[str]:
-    """Names of the held-out corpora, in the order of their first evaluation."""
-    keys = [key for event in events for key in event if key.startswith("eval/")]
-    return list(dict.fromkeys(key.removeprefix("eval/").rsplit("/", 1)[0] for key in keys))
-
-
-def best_loss(events: Sequence[Event], corpus: str) -> tuple[float, int] | None:
-    """The lowest loss on a held-out corpus, and its step; None without any."""
-    steps, losses = curve(events, f"eval/{corpus}/loss")
-    return min(zip(losses, steps, strict=True), default=None)
 
 
 def read_marks(folder: RunFolder, config: Mapping[str, Any]) -> list[Mark]:

@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from experiment.errors import StoppedError, UserError
+from experiment.errors import QUIET_VARIABLE, StoppedError, UserError, inform, is_quiet, notify
+from experiment.progress import terminal
 from launcher.cli import COMMANDS, main
 from launcher.command_line import flags_of, options_of, parse_command_line
 from launcher.hosts.machine import Devices
@@ -107,6 +108,31 @@ def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]
         program, *example = shlex.split(page.partition("\nexample:\n")[2])
         assert program == "deepcloze"
         assert parse_command_line(example, COMMANDS)[0] == name
+
+
+@pytest.mark.parametrize("argv", ["-q report a", "report --quiet a", "report a -q"])
+def test_quiet_commands(
+    argv: str, report_stand_in: Callable[[Callable[..., object]], None], capsys: pytest.CaptureFixture[str]
+):
+    """Catches progress that is shown with --quiet, in this process or in those that it starts; results, warnings and
+    errors that are not; and a later command that is quiet, too."""
+
+    def command(*_: object) -> str:
+        inform("as expected")
+        terminal().print("progress")
+        inherited = subprocess.run(["sh", "-c", f"echo ${QUIET_VARIABLE}"], capture_output=True, text=True, check=True)
+        assert inherited.stdout.strip() == ("1" if is_quiet() else "")
+        notify("warning: unexpected")
+        return "the result"
+
+    report_stand_in(command)
+    assert main(argv.split()) == 0
+    assert capsys.readouterr() == ("the result\n", "deepcloze: warning: unexpected\n")
+    assert main(["report", "a"]) == 0
+    assert "as expected" in capsys.readouterr().err
+    report_stand_in(lambda *_: (_ for _ in ()).throw(UserError("a mistake")))
+    assert main(argv.split()) == 2
+    assert capsys.readouterr() == ("", "deepcloze: a mistake\n")
 
 
 @pytest.mark.parametrize("name", ["serving", "state", "_fail", "main"])

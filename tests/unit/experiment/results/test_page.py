@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from experiment.results.charts import Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
+from experiment.results.curves import Curve
 from experiment.results.page import (
     Bar,
     BarChart,
@@ -17,6 +18,7 @@ from experiment.results.page import (
     Fillings,
     Heading,
     Headline,
+    Page,
     SeenText,
     SeenTexts,
     SeenToken,
@@ -30,7 +32,7 @@ BLOCKS: list[Block] = [
     Text("Loss < 3 & falling."),
     Table(["corpus", "loss"], [["a<b>", "1.0"], ["news", "2.0"]], caption="Held out"),
     ConfusionMatrix(["<joy>", "fear"], [[3000, 1], [0, 0]], "<test>"),
-    Charts([Plot("loss", [("Loss <1>", Panel("loss", [Line("</script><b>", [1], [2.0])]))])]),
+    Charts([Plot("loss", [("Loss <1>", Panel("loss", [Line("</script><b>", Curve.of([1], [2.0]))]))])]),
     DotCharts("scores", [DotChart("F1 <%>", [Dots("<row>", [0.25, 0.75], 0.5, (0.0, 1.0))])]),
     Fillings([Filling("a <i>", "<b>", " c", [("step 1", [("<u>", "9.0%")])])]),
     BarCharts([BarChart("Tokens <%>", [Bar("<of>", 0.2), Bar("the", 0.1)])]),
@@ -62,7 +64,7 @@ class Outline(HTMLParser):
 
 def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
     """Catches text that is not escaped, tags that do not nest, and missing blocks."""
-    path = write_page(tmp_path / "new" / "index.html", "Run {1}", BLOCKS, HEADLINE)
+    path = write_page(tmp_path / "new" / "index.html", Page("Run {1}", BLOCKS, HEADLINE))
     assert path == tmp_path / "new" / "index.html"
     outline = Outline()
     outline.feed(path.read_text(encoding="utf-8"))
@@ -109,7 +111,7 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
 
 def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     """Catches scripts, fonts or styles from the network: clusters often have no access."""
-    text = write_page(tmp_path / "page.html", "Run", BLOCKS).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", Page("Run", BLOCKS)).read_text(encoding="utf-8")
     text = text.replace("http://www.w3.org/2000/svg", "")  # a name, which is not opened
     assert not re.search(r"https?:|src=\"/|<link|@import|url\(['\"]", text)
 
@@ -117,7 +119,7 @@ def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
 def test_a_page_runs_its_own_script_only(tmp_path: Path) -> None:
     """Catches a policy that another script passes, or that keeps the page's own one from running; and data that end
     their element."""
-    text = write_page(tmp_path / "page.html", "Run", BLOCKS).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", Page("Run", BLOCKS)).read_text(encoding="utf-8")
     data, script = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
     assert r"\u003c/script\u003e" in data
     allowed = re.search(r"default-src 'none'; script-src 'sha256-([^']+)'", text)
@@ -129,7 +131,7 @@ def test_a_matrix_of_many_labels_has_colors_only(tmp_path: Path) -> None:
     """Catches a matrix whose numbers are too small to read, and a page of megabytes."""
     counts = [[int(row == column) for column in range(200)] for row in range(200)]
     matrix = ConfusionMatrix([f"label-{number}" for number in range(200)], counts, "test")
-    text = write_page(tmp_path / "page.html", "Run", [matrix]).read_text(encoding="utf-8")
+    text = write_page(tmp_path / "page.html", Page("Run", [matrix])).read_text(encoding="utf-8")
     assert text.count("<td") == 200 * 200
     assert text.count('style="--share:1"') == 200
     assert "label-7" not in text

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from experiment.results import plots as figures
 from experiment.results.charts import Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
+from experiment.results.curves import Curve
 from experiment.results.plots import draw_charts, draw_panels, save_figure
 
 
@@ -34,11 +35,12 @@ def inked(path: Path) -> float:
 def test_panels_show_every_line_and_a_legend_where_there_are_several(tmp_path: Path, canvases: list[Figure]) -> None:
     """Catches missing curves, null values drawn as zero, and an ignored color."""
     loss = [
-        Line("training", [1, 2, 3], [3.0, None, 1.0], color="#000000"),
-        Line("wiki", [1, 3], [4.0, 2.0], marked=True),
+        Line("training", Curve.of([1, 2, 3], [3.0, None, 1.0]), color="#000000"),
+        Line("wiki", Curve.of([1, 3], [4.0, 2.0]), marked=True),
     ]
     draw_panels(
-        tmp_path / "a" / "loss.png", [Panel("loss", loss), Panel("lr", [Line("lr", [1, 2, 3], [0.1, 0.2, 0.3])])]
+        tmp_path / "a" / "loss.png",
+        [Panel("loss", loss), Panel("lr", [Line("lr", Curve.of([1, 2, 3], [0.1, 0.2, 0.3]))])],
     )
     upper, lower = canvases[0].axes
     assert [line.get_label() for line in upper.lines] == ["training", "wiki"]
@@ -53,7 +55,7 @@ def test_panels_show_every_line_and_a_legend_where_there_are_several(tmp_path: P
 
 def test_charts_of_one_name_are_files_of_their_own(tmp_path: Path, canvases: list[Figure]) -> None:
     """Catches charts of one task that overwrite those of another, and a block of a page that is no chart."""
-    panels = [(title, Panel(title, [Line("a", [1, 2], [1.0, 2.0])])) for title in ("speed", "wait")]
+    panels = [(title, Panel(title, [Line("a", Curve.of([1, 2], [1.0, 2.0]))])) for title in ("speed", "wait")]
     draw_charts(tmp_path, [Charts([Plot("speed", panels)]), "text", Charts([Plot("speed", panels[:1])])])
     assert {path.name for path in tmp_path.iterdir()} == {"speed.png", "speed-2.png"}
     assert [len(canvas.axes) for canvas in canvases] == [2, 1]
@@ -61,8 +63,8 @@ def test_charts_of_one_name_are_files_of_their_own(tmp_path: Path, canvases: lis
 
 def test_scales_and_limits(tmp_path: Path, canvases: list[Figure]) -> None:
     """Catches a linear axis for perplexities up to 30,000, and an axis that exaggerates a difference."""
-    line = Line("a", [1, 2], [10.0, 30000.0])
-    speed = Panel("s", [Line("a", [1, 2], [0.5, 0.6])], percent=True, from_zero=True)
+    line = Line("a", Curve.of([1, 2], [10.0, 30000.0]))
+    speed = Panel("s", [Line("a", Curve.of([1, 2], [0.5, 0.6]))], percent=True, from_zero=True)
     draw_panels(tmp_path / "f.png", [Panel("p", [line], "log"), speed])
     upper, lower = canvases[0].axes
     assert upper.get_yscale() == "log"
@@ -73,7 +75,7 @@ def test_scales_and_limits(tmp_path: Path, canvases: list[Figure]) -> None:
 @pytest.mark.parametrize("y", [[], [None, None], [1.0], [2.0] * 50])
 def test_odd_curves_are_drawn(tmp_path: Path, y: list[float | None]) -> None:
     """Catches a report that fails for a run with few events or without gradient norms."""
-    panel = Panel("y", [Line("a", list(range(len(y))), y, smoothed=True), Line("b", [1, 2], [1.0, 2.0])])
+    panel = Panel("y", [Line("a", Curve.of(range(len(y)), y), smoothed=True), Line("b", Curve.of([1, 2], [1.0, 2.0]))])
     draw_panels(tmp_path / "f.png", [panel])
     assert inked(tmp_path / "f.png") > 0.0
 

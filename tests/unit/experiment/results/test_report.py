@@ -11,7 +11,8 @@ from experiment.files import write_json
 from experiment.goodput import EVALUATING, ActivityTimer
 from experiment.outcome_file import Outcome
 from experiment.provenance import write_provenance
-from experiment.results.charts import Charts, Mark, x_axis
+from experiment.results.charts import Charts, Mark
+from experiment.results.history import NO_AXIS, History
 from experiment.results.page import Heading, Table
 from experiment.results.report import write_overlay, write_report
 from experiment.results.report.tasks import confusion_matrix, downstream_blocks, result_blocks
@@ -20,7 +21,6 @@ from experiment.results.report.training import (
     RATE,
     SPEED,
     WAIT,
-    evaluated_corpora,
     held_out_table,
     training_blocks,
     training_table,
@@ -72,7 +72,7 @@ def test_downstream_tasks(tmp_path: Path) -> None:
     for step, accuracy, error in ((300, 0.8, 0.5), (100, 0.9, 0.7), (200, 0.7, 0.2)):
         for task, metric, value, lower in (("sst2", "accuracy", accuracy, False), ("stsb", "error", error, True)):
             write_result(folder, DownstreamResult(step, task, metric, lower, {metric: value}, "w", "c", 1.0))
-    _, charts, table = downstream_blocks(folder, x_axis([]))
+    _, charts, table = downstream_blocks(folder, NO_AXIS)
     assert isinstance(charts, Charts)
     assert charts.titles == ["accuracy", "error"]
     assert [line["x"] for chart in charts.data["charts"] for line in chart["lines"]] == [[100, 200, 300]] * 2
@@ -116,15 +116,15 @@ def test_the_report_of_a_pretraining_run(tmp_path: Path) -> None:
         assert expected in text
 
 
-def test_the_tables_say_what_the_events_say() -> None:
+def test_the_tables_say_what_the_events_say(tmp_path: Path) -> None:
     """Catches the first value instead of the last, a best loss at the wrong step, and nulls that count as values."""
-    corpora = evaluated_corpora(EVENTS)
-    assert corpora == ["wiki", "a/b"]
-    assert held_out_table(EVENTS, corpora).rows == [
+    history = History.of(run_with(tmp_path, EVENTS))
+    assert history.corpora == ["wiki", "a/b"]
+    assert held_out_table(history, history.corpora).rows == [
         ["wiki", "3.0000", "8.000", "50.0%", "2.0000", "3"],
         ["a/b", "3.5000", "11.31", "50.0%", "3.5000", "5"],
     ]
-    table = training_table(EVENTS)
+    table = training_table(history)
     assert table.columns == ["steps", "tokens", "last loss", "tokens/s", "data wait", "peak memory"], "MFU is unknown"
     assert table.rows == [["5", "5,000", "2.0000", "300", "1.0%", "1.00 GiB"]]
 
@@ -140,7 +140,7 @@ def test_what_is_to_come_is_not_marked(tmp_path: Path) -> None:
     """Catches a legend with a stage that the run has not reached."""
     folder = run_with(tmp_path, [training(1), training(5)])
     marks = [Mark("stage", 5, "now"), Mark("stage", 6, "later")]
-    (charts,) = [block for block in training_blocks(folder, marks=marks) if isinstance(block, Charts)]
+    (charts,) = [block for block in training_blocks(History.of(folder), marks=marks) if isinstance(block, Charts)]
     assert charts.data["marks"] == [{"kind": "stage", "step": 5, "text": "now"}]
 
 

@@ -3,11 +3,11 @@
 import base64
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from page_view import View
 from sample_run import MARKUP, make_run
 
 from experiment.results.page import (
@@ -15,41 +15,13 @@ from experiment.results.page import (
     BarChart,
     BarCharts,
     ConfusionMatrix,
+    Page,
     SeenText,
     SeenTexts,
     SeenToken,
     write_page,
 )
 from experiment.results.report import write_overlay, write_report
-from headless_chromium import start_browser
-
-# The lowest contrast of a text with the background of the nearest element that has one, by WCAG 2.1.
-_CONTRAST = """
-    const scale = color => (color.startsWith("color(srgb") ? [255, 255, 255, 1] : [1, 1, 1, 1]);
-    const parse = color => color.match(/[\\d.]+/g).map((value, index) => value * scale(color)[index]);
-    const light = ([red, green, blue]) => [red, green, blue].map(value => value / 255)
-        .map(value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
-    let lowest = [99, ""];
-    for (const element of document.querySelectorAll("main *")) {
-        const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
-        if (!own || !element.getClientRects().length || element.closest("noscript, script")) continue;
-        let behind = element;
-        while (behind && (parse(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) behind = behind.parentElement;
-        const style = getComputedStyle(element), text = element instanceof SVGElement ? style.fill : style.color;
-        const pair = [text, getComputedStyle(behind || document.body).backgroundColor].map(parse).map(light);
-        const contrast = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-        if (contrast < lowest[0]) lowest = [contrast, element.outerHTML.slice(0, 200)];
-    }
-    return lowest;
-"""
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    driver = start_browser()
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -57,55 +29,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     runs = [make_run(folder / name, lr=lr).path for name, lr in (("base", 4e-4), ("<b>high", 8e-4))]
     return {"run": write_report(runs[0]), "overlay": write_overlay(runs, folder / "report")}
-
-
-class View:
-    """An open page."""
-
-    def __init__(self, driver: Any, page: Path, width: int = 1280, scheme: str = "light", media: str = "") -> None:
-        self.driver = driver
-        driver.get("about:blank")
-        for kind in ("browser", "performance"):
-            driver.get_log(kind)  # of the previous page
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        driver.get(page.as_uri())
-
-    def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def texts(self, selector: str) -> list[str]:
-        return self.run("return [...document.querySelectorAll(arguments[0])].map(found => found.textContent)", selector)
-
-    def click(self, text: str, selector: str = "button") -> None:
-        find = "return [...document.querySelectorAll(arguments[0])].find(found => found.textContent === arguments[1])"
-        self.run(f"{find.replace('return', 'const found =')}; found.click()", selector, text)
-
-    def hover(self, chart: int, share: float) -> str:
-        """Move the pointer over a chart, to a share of its width; returns the text of the box with values."""
-        place = """
-            const svg = document.querySelectorAll(".plot svg")[arguments[0]], box = svg.getBoundingClientRect();
-            const at = {clientX: box.left + box.width * arguments[1], clientY: box.top + 100, bubbles: true};
-            svg.dispatchEvent(new PointerEvent("pointermove", at));
-            return document.querySelectorAll(".tip")[arguments[0]].innerText"""
-        return str(self.run(place, chart, share))
-
-    def x_ticks(self) -> list[str]:
-        script = """return [...document.querySelector(".plot svg").querySelectorAll("text[text-anchor=middle]")]
-            .map(text => text.textContent)"""
-        return list(self.run(script))
-
-    def check(self) -> None:
-        """No message in the console, no request but for the page, and nothing wider than the window."""
-        assert self.driver.get_log("browser") == []
-        for entry in self.driver.get_log("performance"):
-            event = json.loads(entry["message"])["message"]
-            if event["method"] == "Network.requestWillBeSent":
-                assert event["params"]["request"]["url"].split(":")[0] in ("data", "file", "about")
-                assert not event["params"]["request"]["url"].endswith(".png")
-        assert self.run("return document.documentElement.scrollWidth - innerWidth") <= 0
 
 
 def test_the_pointer_shows_values(driver: Any, pages: dict[str, Path]) -> None:
@@ -187,8 +110,7 @@ def test_texts_have_contrast(driver: Any, pages: dict[str, Path], scheme: str) -
     view = View(driver, pages["run"], scheme=scheme)
     background = view.run("return getComputedStyle(document.body).backgroundColor")
     assert (int(re.findall(r"\d+", background)[0]) < 60) == (scheme == "dark")
-    contrast, where = view.run(_CONTRAST)
-    assert contrast >= 4.5, where
+    view.check_contrast()
     view.check()
 
 
@@ -199,9 +121,8 @@ def test_a_confusion_matrix_can_be_read(driver: Any, tmp_path: Path, labels: int
     phone."""
     counts = [[9000 if row == column else row for column in range(labels)] for row in range(labels)]
     matrix = ConfusionMatrix([f"label {number}" for number in range(labels)], counts, "test")
-    view = View(driver, write_page(tmp_path / "page.html", "Run", [matrix]), 390, scheme)
-    contrast, where = view.run(_CONTRAST)
-    assert contrast >= 4.5, where
+    view = View(driver, write_page(tmp_path / "page.html", Page("Run", [matrix])), 390, scheme)
+    view.check_contrast()
     colors = "return [...document.querySelectorAll('td')].map(cell => getComputedStyle(cell).backgroundColor)"
     first, second, *_ = view.run(colors)
     assert first != second
@@ -216,7 +137,7 @@ def test_bars_and_tokens_can_be_read(driver: Any, tmp_path: Path, scheme: str) -
     """Catches bars without a width, tokens that stick out of a phone or are broken, and answers that cover tokens."""
     bars = BarCharts([BarChart("Tokens", [Bar("the", 0.2), Bar("of", 0.1)])])
     tokens = [SeenToken("[MASK]", "grateful") if number % 3 else SeenToken(f"word{number}") for number in range(60)]
-    page = write_page(tmp_path / "page.html", "Corpus", [bars, SeenTexts([SeenText("document 1", tokens)])])
+    page = write_page(tmp_path / "page.html", Page("Corpus", [bars, SeenTexts([SeenText("document 1", tokens)])]))
     view = View(driver, page, 390, scheme)
     widths = view.run("return [...document.querySelectorAll('.bars i')].map(bar => bar.getBoundingClientRect().width)")
     assert widths[0] == pytest.approx(2 * widths[1], rel=0.01)
@@ -225,8 +146,7 @@ def test_bars_and_tokens_can_be_read(driver: Any, tmp_path: Path, scheme: str) -
         "return [...document.querySelectorAll('.tokens b')].map(token => token.getBoundingClientRect().height)"
     )
     assert max(heights) == min(heights) < 60
-    contrast, where = view.run(_CONTRAST)
-    assert contrast >= 4.5, where
+    view.check_contrast()
     view.check()
 
 
@@ -269,8 +189,7 @@ def test_a_comparison(driver: Any, tmp_path: Path, width: int) -> None:
             .filter(box => box.left < chart.left || box.right > chart.right || box.bottom > chart.bottom).length"""
     assert view.run(outside) == 0
     assert view.texts(".dots small") == ["0.0500 to 0.5000", "0.5500 to 1.0000"]
-    contrast, where = view.run(_CONTRAST)
-    assert contrast >= 4.5, where
+    view.check_contrast()
     view.check()
 
 

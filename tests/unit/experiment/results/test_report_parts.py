@@ -14,13 +14,13 @@ from experiment.goodput import read_goodput
 from experiment.results.charts import Charts
 from experiment.results.page import Table
 from experiment.results.report import write_overlay, write_report
-from experiment.results.report.run_facts import pretraining_headline, scaled, task_headline
+from experiment.results.report.run import open_run, open_runs
+from experiment.results.report.run_facts import scaled, task_headline, training_headline
 from experiment.results.report.several_runs import (
     compare_blocks,
     difference_blocks,
     differing_keys,
     name_runs,
-    open_runs,
     overlay_blocks,
     runs_table,
     sweep_blocks,
@@ -28,8 +28,6 @@ from experiment.results.report.several_runs import (
 from experiment.results.report.tasks import worst_rows
 from experiment.results.report.training import read_marks, training_blocks
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_life import read_life
-from experiment.tracking.jsonl import read_events
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +86,7 @@ def test_files_that_are_damaged_mark_nothing(tmp_path: Path, config: dict[str, A
 
 def test_the_headline(run: RunFolder) -> None:
     """Catches figures of another event, and a run that is done but does not say so."""
-    headline = pretraining_headline(run, read_events(run.metrics), read_goodput(run), read_life(run))
+    headline = training_headline(open_run("base", run), read_goodput(run))
     assert (headline.state, headline.tone) == ("done", "good")
     facts = {fact.name: (fact.value, fact.note) for fact in headline.facts}
     assert facts["Parameters"] == ("64k", "64,000")
@@ -104,7 +102,8 @@ def test_the_headline(run: RunFolder) -> None:
 def test_a_headline_without_files(tmp_path: Path) -> None:
     """Catches a report that fails where only the metrics have been copied so far."""
     folder = open_run_folder(tmp_path)
-    headline = pretraining_headline(folder, [{"step": 3, "loss": 1.0}], None, read_life(folder))
+    folder.metrics.write_text('{"step": 3, "loss": 1.0}\n')
+    headline = training_headline(open_run("run", folder), None)
     assert [(fact.name, fact.value) for fact in headline.facts] == [("Steps", "3"), ("Training loss", "1.0000")]
 
 
@@ -142,7 +141,8 @@ def test_the_table_of_differences_fits_the_runs(tmp_path: Path) -> None:
     assert table.columns == ["run", "optimizer.lr"]
     assert table.rows == [["0", "0"], ["1", "1"], ["2", "2"], ["3", "3"]]
     runs[0].folder.config.write_text("optimizer:\n  lr: null\n")
-    (table,) = [block for block in difference_blocks(runs[:2]) if isinstance(block, Table)]
+    runs = open_runs(name_runs([tmp_path / "0", tmp_path / "1"]))
+    (table,) = [block for block in difference_blocks(runs) if isinstance(block, Table)]
     assert table.rows == [["optimizer.lr", "null", "1"], ["run.seed", "–", "1"]]
 
 
@@ -176,7 +176,7 @@ def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
         for name, state, value in (("lr=1", "done", 2.0), ("lr=2", "done", 1.0), ("lr=3", "failed", None))
     }
     write_json(tmp_path / "sweep.json", {"metric": "loss", "lower_is_better": True, "runs": runs})
-    _, table, *_ = sweep_blocks(RunFolder(tmp_path))
+    _, table, *_ = sweep_blocks(RunFolder(tmp_path), open_runs)
     assert isinstance(table, Table)
     rows = [["lr=2", "done", "2", "1.0000"], ["lr=1", "done", "1", "2.0000"], ["lr=3", "failed", "3", "–"]]
     assert table.rows == rows
@@ -196,14 +196,14 @@ def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
     cell = {"metric": "accuracy", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0}
     cells = {row: {"sst2": {**cell, "folder": f"{row}/sst2", "chosen": {}, "against": {}}} for row in ("a", "b")}
     write_json(tmp_path / "compare.json", cells)
-    blocks = compare_blocks(RunFolder(tmp_path))
+    blocks = compare_blocks(RunFolder(tmp_path), open_runs)
     found = [
         [line["label"] for line in block.data["charts"][0]["lines"]] for block in blocks if isinstance(block, Charts)
     ]
     assert found == [["a", "b"], ["b"]]
     for row in ("a", "b"):
         (tmp_path / row / "sst2" / "config.yaml").write_text(f"model: {{init_from: {row}}}\nrun: {{dir: {row}}}\n")
-    blocks = compare_blocks(RunFolder(tmp_path))
+    blocks = compare_blocks(RunFolder(tmp_path), open_runs)
     assert [["a", "a"], ["b", "b"]] in [block.rows for block in blocks if isinstance(block, Table)]
 
 
@@ -223,8 +223,9 @@ def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
     assert lines[0]["color"] == lines[1]["color"] != lines[2]["color"]
     assert len(charts.data["axes"]) == 3
     table = runs_table(runs)
-    assert [row[table.columns.index("steps")] for row in table.rows] == ["20", "20"]
-    (charts,) = [block for block in training_blocks(runs[0].folder) if isinstance(block, Charts)]
+    assert [row.cells[table.columns.index("steps")].text for row in table.rows] == ["20", "20"]
+    assert [row.color for row in table.rows] == [lines[0]["color"], lines[2]["color"]]
+    (charts,) = [block for block in training_blocks(runs[0].history) if isinstance(block, Charts)]
     for chart in charts.data["charts"]:
         assert [(line["label"], line["x"]) for line in chart["lines"]] == [("seed 1", [10, 20]), ("seed 2", [10, 20])]
 

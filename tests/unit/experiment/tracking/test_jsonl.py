@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiment.outcome_file import Outcome
-from experiment.tracking.jsonl import AppendFile, JsonlTracker, read_events, read_last_events, split_by_seed
+from experiment.tracking.jsonl import AppendFile, JsonlTracker, read_events, read_last_events
 
 
 def steps(path: Path) -> list[int]:
@@ -134,18 +134,6 @@ def test_a_full_disk_leaves_no_half_record(
         appended.append(b"written\n")
         expected.append(b"written")
         assert path.read_bytes().splitlines() == expected
-
-
-def test_each_seed_has_its_own_steps() -> None:
-    """Catches seeds joined end to end, steps that depend on when a seed stopped early, and a first event at step 0."""
-    joined = [(7, 10, 3.0), (7, 20, 2.0), (7, 30, 1.0), (8, 60, 3.5), (8, 70, 2.5), (9, 110, 4.0)]
-    events = [{"seed": seed, "step": step, "loss": loss} for seed, step, loss in joined]
-    found = split_by_seed(events)
-    steps = {seed: [(event["step"], event["loss"]) for event in own] for seed, own in found.items()}
-    assert steps == {7: [(10, 3.0), (20, 2.0), (30, 1.0)], 8: [(10, 3.5), (20, 2.5)], 9: [(10, 4.0)]}
-    pretraining = [{"step": 0, "loss": 9.0}, {"step": 5, "loss": 8.0}]
-    assert split_by_seed(pretraining) == {None: pretraining}
-    assert split_by_seed([]) == {}
 
 
 def test_a_failed_close_leaves_no_half_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from experiment.outcome_file import Outcome
+from experiment.progress import quiet
 from experiment.run_folder import RunFolder
 from experiment.tracking import rank_logs
 from experiment.tracking.progress_line import ConsoleTracker
@@ -26,6 +27,20 @@ def restored_logging() -> Iterator[None]:
         handler.close()
     root.setLevel(level)
     logging.captureWarnings(False)
+
+
+def test_a_quiet_run_prints_warnings_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches progress of a rank that is to be quiet, a warning that is lost, and a log file without its lines."""
+    with quiet():
+        set_up_logging(RunFolder(tmp_path), 0)
+        logging.getLogger("pretrain.training").info("saved")
+        tracker = ConsoleTracker(10)
+        tracker.log({"step": 1, "loss": 2.0})
+        tracker.close(Outcome.DONE)
+        logging.getLogger("pretrain.training").warning("careful")
+    assert capsys.readouterr() == ("", "warning: careful\n")
+    written = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
+    assert all(text in written for text in ("saved", "step 1/10 · loss 2.0000", "careful"))
 
 
 def test_rank_0_prints_our_messages_and_all_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,13 +13,13 @@ import pytest
 from serving_clients import Connect
 from starlette.testclient import TestClient
 
+from experiment.local_server import allowed_hosts
 from finetune.inference import Inference
 from finetune.kinds import cloze
 from finetune.predictor import Predictor
 from finetune.saved_task import SavedTask, write_saved_task
 from finetune.serve import serving
 from finetune.serve.app import make_app
-from finetune.serve.limits import allowed_hosts
 from finetune.serve.monitoring import JsonFormatter
 
 JSON = {"Content-Type": "application/json"}

@@ -1,0 +1,331 @@
+"""Pages of runs that are kept current: what the runs have logged is read when a page is asked for, and an answer has
+what has changed since the one before.
+
+Runs are read by threads, so that a disk that does not answer holds up nothing else: a page shows what is known.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from pydantic_core import to_json
+
+from experiment.errors import UserError, describe_disk_error
+from experiment.results.charts import Charts
+from experiment.results.history import NO_AXIS, History
+from experiment.results.page import Block, Headline, Links, Page, Part, Text, render_page, render_parts
+from experiment.results.report import run_blocks, run_page, set_page
+from experiment.results.report.run import OpenRuns, Run, last_start, read_run_config
+from experiment.results.report.several_runs import overlay_blocks
+from experiment.results.report.tasks import read_task_results
+from experiment.run_folder import RunFolder, is_run, planned_folders, runs_in
+from experiment.run_life import Life, read_life
+
+_WAIT = 1.0  # seconds for runs that are read; then a page shows what is known
+_PAGE_WAIT = 1.5  # seconds for a page
+_READERS = 2  # more would need more memory, and slow down the answers
+_STUCK = 5.0  # seconds without progress after which readers count as waiting for their disks
+
+
+class Task:
+    """Work in a thread of its own, once at a time."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._lock = threading.Lock()
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def ask(self) -> threading.Event:
+        """Start the work, unless it is under way. Returns the event that it has ended."""
+        with self._lock:
+            if self._idle.is_set():
+                self._idle.clear()
+                threading.Thread(target=self._run, daemon=True).start()
+        return self._idle
+
+    @property
+    def is_active(self) -> bool:
+        return not self._idle.is_set()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._idle.set()
+
+
+class Readers:
+    """Lets few threads read at a time, but more if these wait for their disks."""
+
+    def __init__(self) -> None:
+        self._free = threading.BoundedSemaphore(_READERS)
+        self._progress = time.monotonic()  # the last
+
+    def note_progress(self) -> None:
+        self._progress = time.monotonic()
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        while not (found := self._free.acquire(timeout=_STUCK)):
+            if time.monotonic() - self._progress > _STUCK:
+                break
+        try:
+            yield
+        finally:
+            self.note_progress()
+            if found:
+                self._free.release()
+
+
+class FollowedRun:
+    """What is known about a run."""
+
+    def __init__(self, folder: RunFolder, readers: Readers) -> None:
+        self._folder = folder
+        self._readers = readers
+        self._history = History(folder)
+        self._life: Life | None = None
+        self._problem = ""
+        self._values: dict[Path, tuple[object, Any]] = {}  # file -> its stamp, and what was read from it
+        self._reading, self._observing = Task(self._read), Task(self._observe)
+        self.read_at = time.time()  # when what is known was true
+
+    @property
+    def unread(self) -> float:
+        """The share of the metrics that is still to be read."""
+        return self._history.unread if self._reading.is_active else 0.0
+
+    def ask(self) -> list[threading.Event]:
+        """Start reading. Returns the events to wait for."""
+        observed = self._observing.ask()  # takes seconds for a run on another machine
+        return [self._reading.ask(), *([observed] if self._life is None else [])]
+
+    def known(self, name: str, link: str | None) -> Run:
+        config, results = (self._values.get(path, (None, None))[1] for path in (self._folder.config, self._results))
+        life = replace(self._life, message=self._problem or self._life.message) if self._life else None
+        started = last_start(self._folder)
+        return Run(name, self._folder, self._history, config or {}, results, life, started, link, followed=True)
+
+    @property
+    def _results(self) -> Path:
+        return self._folder.path / "results.json"
+
+    def _read(self) -> None:
+        with self._readers.slot():
+            now = time.time()
+            try:
+                self._history.read(self._readers.note_progress)
+                self.read_at = now
+                self._read_changed(self._folder.config, read_run_config)
+                self._read_changed(self._results, read_task_results)
+                self._problem = ""
+            except (UserError, OSError) as error:
+                self._problem = describe_disk_error(error) or str(error)
+
+    def _read_changed(self, path: Path, read: Callable[[RunFolder], object]) -> None:
+        try:
+            stamp: object = (path.stat().st_mtime_ns, path.stat().st_size)
+        except OSError:
+            stamp = None
+        if self._values.get(path, ("",))[0] != stamp:
+            self._values[path] = stamp, read(self._folder)
+
+    def _observe(self) -> None:
+        self._life = read_life(self._folder)
+
+
+class _Versioned(NamedTuple):
+    """JSON, and the version of the page since which it is the same."""
+
+    version: int
+    json: bytes
+    source: object  # equal ones give the same JSON
+
+
+class _ChartsData:
+    """The data of charts, as `page.js` describes them, in pieces that change independently."""
+
+    def __init__(self, charts: Charts, before: "_ChartsData | None", version: int) -> None:
+        self._charts = [(panel.options, panel.drawn) for panel in charts.panels]
+        self._axes = list(charts.axes) or [NO_AXIS]
+        self._pieces: dict[object, _Versioned] = {}
+        known = before._pieces if before else {}
+
+        def add(name: object, source: object, make: Callable[[], object]) -> None:
+            piece = known.get(name)
+            if piece is None or piece.source != source:
+                json = to_json(make())
+                piece = _Versioned(piece.version if piece and piece.json == json else version, json, source)
+            self._pieces[name] = piece
+
+        marks = [vars(mark) for mark in charts.marks]
+        add("marks", (marks, [[line.name for line in drawn] for _, drawn in self._charts]), lambda: marks)
+        for number, axis in enumerate(self._axes):
+            add(number, axis, partial(dict, axis))
+        for number, (_, drawn) in enumerate(self._charts):
+            for line in drawn:
+                add((number, line.name), line, partial(getattr, line, "data"))
+
+    def changes(self, since: int) -> bytes | None:
+        """What has changed; None: nothing."""
+        if all(piece.version <= since for piece in self._pieces.values()):
+            return None
+
+        def json(name: object, otherwise: str | None = None) -> bytes:
+            piece = self._pieces[name]
+            return piece.json if piece.version > since else to_json(otherwise)
+
+        axes = b",".join(json(number) for number in range(len(self._axes)))
+        charts = [
+            to_json(options)[:-1]
+            + b',"lines":['
+            + b",".join(json((number, line.name), line.name) for line in drawn)
+            + b"]}"
+            for number, (options, drawn) in enumerate(self._charts)
+        ]
+        marks = self._pieces["marks"].json
+        return b'{"axes":[' + axes + b'],"marks":' + marks + b',"charts":[' + b",".join(charts) + b"]}"
+
+
+class _FollowedPart(NamedTuple):
+    part: Part
+    version: int  # of its HTML
+    data: _ChartsData | None  # of its charts
+
+    def changes(self, since: int) -> bytes:
+        """JSON of an object: the key, and what has changed."""
+        found = {"key": self.part.key, **({"html": self.part.html} if self.version > since else {})}
+        data = None if self.data is None else self.data.changes(since)
+        return to_json(found)[:-1] + (b"" if data is None else b',"data":' + data) + b"}"
+
+
+class _State(NamedTuple):
+    """A page at a time."""
+
+    version: int
+    title: str
+    parts: Sequence[_FollowedPart]
+    time: float  # at which it was true, as time.time()
+    unread: float  # share of the metrics that is not read yet
+    cost: float  # seconds of the processor
+
+
+class FollowedPage:
+    """A page that is made again whenever it is asked for, of `make`: a page, and the runs on it."""
+
+    def __init__(self, make: Callable[[], tuple[Page, Sequence[FollowedRun]]]) -> None:
+        self._make = make
+        self._making = Task(self._make_again)
+        (header,) = render_parts(Page("report", [], Headline("reading", "plain", "", [])))
+        self._state = _State(0, "report", [_FollowedPart(header, 0, None)], time.time(), 1.0, 0.0)
+
+    def html(self) -> bytes:
+        state = self.update()
+        parts = [(each.part, None if each.data is None else each.data.changes(-1)) for each in state.parts]
+        return render_page(state.title, parts, state.version).encode()
+
+    def changes(self, since: int) -> bytes:
+        """What `page.js` takes over, as JSON. since: the version that a browser has."""
+        state = self.update()
+        about = {"version": state.version, "title": state.title, "unread": state.unread}
+        times = {"time": round(state.time * 1000), "cost": round(state.cost * 1000)}
+        parts = b",".join(part.changes(since) for part in state.parts)
+        return to_json(about | times)[:-1] + b',"parts":[' + parts + b"]}"
+
+    def update(self) -> _State:
+        """Make the page again, or show the one before if that takes long."""
+        self._making.ask().wait(_PAGE_WAIT)
+        return self._state
+
+    def _make_again(self) -> None:
+        start, before = time.thread_time(), self._state
+        page, runs = self._make()
+        version = max(before.version + 1, time.time_ns() // 1000)  # grows, also if the server is restarted
+        known = {each.part.key: each for each in before.parts}
+        parts = []
+        for part in render_parts(page):
+            old = known.get(part.key)
+            data = None if part.charts is None else _ChartsData(part.charts, old.data if old else None, version)
+            parts.append(_FollowedPart(part, old.version if old and old.part.html == part.html else version, data))
+        read_at = min((run.read_at for run in runs), default=time.time())
+        unread = sum(run.unread for run in runs) / max(len(runs), 1)
+        self._state = _State(version, page.title, parts, read_at, unread, time.thread_time() - start)
+
+
+class FollowedPages:
+    """The pages of a server: the first one, and those of the runs, sweeps and comparisons that pages link to."""
+
+    def __init__(self, folders: Sequence[RunFolder]) -> None:
+        """folders: of runs, sweeps and comparisons, or of folders of these."""
+        self._folders = folders
+        self._base = folders[0].path if len(folders) == 1 else Path(os.path.commonpath([each.path for each in folders]))
+        self._linked: dict[str, RunFolder] = {}  # by name: the path below `_base`
+        self._runs: dict[Path, FollowedRun] = {}
+        self._readers = Readers()
+        self._pages = {"": FollowedPage(partial(self._make, ""))}
+
+    def page(self, name: str) -> FollowedPage | None:
+        """name: '' for the first page, otherwise as in a link. None if no page has such a link."""
+        if name and name not in self._linked:  # the address is from before a restart of the server
+            self._pages[""].update()
+        if name in self._linked and name not in self._pages:
+            self._pages[name] = FollowedPage(partial(self._make, name))
+        return self._pages.get(name)
+
+    def _make(self, name: str) -> tuple[Page, Sequence[FollowedRun]]:
+        opened: list[FollowedRun] = []
+        folders, is_first = ([self._linked[name]], False) if name else (self._folders, True)
+        try:
+            return self._page(folders, partial(self._open, opened, is_first), is_first), opened
+        except (UserError, OSError) as error:
+            headline = Headline("cannot be read", "bad", describe_disk_error(error) or str(error), [])
+            return Page(folders[0].path.name, [], headline, None if is_first else "../"), opened
+
+    def _page(self, folders: Sequence[RunFolder], open_runs: OpenRuns, is_first: bool) -> Page:
+        home = None if is_first else "../"
+        if len(folders) == 1:
+            (folder,) = folders
+            if page := set_page(folder, open_runs):
+                return replace(page, home=home)
+            if is_run(folder):
+                (run,) = open_runs({folder.path.name: folder})
+                return run_page(run, run_blocks(run), home)
+        runs = {self._name(path): RunFolder(Path(path)) for each in folders for path in runs_in(str(each.path))}
+        blocks: list[Block] = []
+        if sets := [path for each in folders for path in sorted(each.path.iterdir()) if planned_folders(path)]:
+            links = [(self._name(path), self._link(RunFolder(path), is_first)) for path in sets]
+            blocks.append(Links("Sweeps and comparisons", links))
+        blocks += overlay_blocks(open_runs(runs)) if runs else [Text("There are no runs yet.")]
+        return Page(folders[0].path.name if len(folders) == 1 else f"{len(runs)} runs", blocks, home=home)
+
+    def _open(self, opened: list[FollowedRun], is_first: bool, folders: Mapping[str, RunFolder]) -> list[Run]:
+        """What is known about the runs after a short time of reading. is_first: whether it is the first page."""
+        for folder in folders.values():
+            if folder.path not in self._runs:
+                self._runs[folder.path] = FollowedRun(folder, self._readers)
+        found = [self._runs[folder.path] for folder in folders.values()]
+        opened += found
+        deadline = time.monotonic() + _WAIT
+        for event in [event for run in found for event in run.ask()]:
+            event.wait(max(0.0, deadline - time.monotonic()))
+        return [
+            run.known(name, self._link(folder, is_first) if folder.path.is_dir() else None)
+            for run, (name, folder) in zip(found, folders.items(), strict=True)
+        ]
+
+    def _name(self, path: str | Path) -> str:
+        return os.path.relpath(path, self._base)
+
+    def _link(self, folder: RunFolder, is_first: bool) -> str:
+        """To the page of a folder, relative to the page that has the link."""
+        name = self._name(folder.path)
+        self._linked[name] = folder
+        return f"{'run/' if is_first else ''}{quote(name, safe='')}"

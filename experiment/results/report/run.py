@@ -1,0 +1,60 @@
+"""What reports say about a run: values that are read from its folder, once, or again and again while it is followed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from experiment.config.yaml_dialect import read_yaml
+from experiment.results.history import History
+from experiment.results.report.tasks import read_task_results
+from experiment.run_folder import RunFolder
+from experiment.run_life import Life, read_life
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, which may not have started."""
+
+    name: str
+    folder: RunFolder
+    history: History
+    config: Mapping[str, Any]  # of config.yaml; empty if it cannot be read
+    results: Mapping[str, Any] | None  # of results.json
+    life: Life | None  # None: not known yet
+    started: float = 0.0  # when it was, or was resumed, as time.time()
+    link: str | None = None  # to its own page
+    followed: bool = False  # whether a server keeps the page current
+
+
+OpenRuns = Callable[[Mapping[str, RunFolder]], Sequence[Run]]
+"""Opens runs by name."""
+
+
+def open_run(name: str, folder: RunFolder, life: Life | None = None) -> Run:
+    """Read a run. life: as known, if the run calls this. Raises OSError, and UserError for damaged results."""
+    history, config, results = History.of(folder), read_run_config(folder), read_task_results(folder)
+    return Run(name, folder, history, config, results, life or read_life(folder), last_start(folder))
+
+
+def open_runs(folders: Mapping[str, RunFolder]) -> list[Run]:
+    with ThreadPoolExecutor() as readers:  # those on other machines take seconds
+        return list(readers.map(open_run, folders, folders.values()))
+
+
+def read_run_config(folder: RunFolder) -> dict[str, Any]:
+    """RUN/config.yaml as nested values; empty if it cannot be read."""
+    try:
+        config = read_yaml(folder.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def last_start(folder: RunFolder) -> float:
+    with suppress(OSError):
+        return folder.config.stat().st_mtime
+    return 0.0
