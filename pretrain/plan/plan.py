@@ -56,6 +56,11 @@ class RunPlan:
     cost: Cost | None
 
     @property
+    def budget_tokens(self) -> int | None:
+        """About how many tokens a time budget lasts for."""
+        return None if self.budget_steps is None else sum(_tokens_by_stage(self.stages, self.budget_steps))
+
+    @property
     def zero_stage(self) -> int:
         return self.run.deepspeed.zero_stage
 
@@ -199,14 +204,19 @@ def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], ra
     ]
 
 
-def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budget_steps: int | None) -> float:
+def _tokens_by_stage(stages: tuple[StageWork, ...], budget_steps: int | None) -> list[int]:
     """`budget_steps`: the length of a run with a time budget; None if unknown."""
-    tokens = [
+    return [
         ((budget_steps or stage.first_step + 1) - stage.first_step) * stage.batch.tokens
         if stage.tokens is None
         else stage.tokens
         for stage in stages
     ]
+
+
+def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budget_steps: int | None) -> float:
+    """`budget_steps`: as for `_tokens_by_stage`."""
+    tokens = _tokens_by_stage(stages, budget_steps)
     return sum(each * count for each, count in zip(by_stage, tokens, strict=True)) / max(1, sum(tokens))
 
 

@@ -39,6 +39,7 @@ TUTORIALS = [  # each runs in a folder of its own, in test_tutorials.py
     "docs/compare_on_your_task.md",
     "docs/corpora_at_scale.md",
 ]
+CHOOSING = "docs/choosing.md"  # test_choosing.py compares its figures
 CLUSTER_TUTORIAL = "docs/pretrain_on_a_cluster.md"  # runs on two hosts, in test_cluster_tutorial.py
 # In a block without a language, which may also show output, a line is a command if it starts with `$ ` or one of these.
 _PROGRAMS = (

@@ -84,6 +84,21 @@ def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]
         assert expected in printed
 
 
+def test_a_time_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan that does not say how far a budget reaches, and a table that is wider than a terminal."""
+    flags = ("--schedule.epochs=null", "--schedule.budget=1h", "--num_gpus=8", *H100)
+    found = plan(capsys, config, *flags)
+    assert found["steps"] is found["tokens"] is None
+    assert found["cost"]["seconds"] == pytest.approx(3600)
+    assert found["budget_tokens"] == found["budget_steps"] * found["stages"][0]["batch"]["tokens"] > 0
+    assert main(["plan", "--config", str(config), *flags]) == 0
+    printed = capsys.readouterr().out
+    steps, tokens = found["budget_steps"], float(f"{found['budget_tokens']:.3g}")
+    assert f"in all about {steps:,} steps, {tokens:,.0f} tokens, in 1h" in printed
+    _, _, table = printed.partition("ranks build the model\n")
+    assert max(map(len, table.partition("communication")[0].splitlines())) < 80
+
+
 def test_says_what_does_not_fit(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a run that is said to fit into memory that it exceeds."""
     found = plan(capsys, config, "--num_gpus=8", "--device=H100", "--memory_gib=3.3")
