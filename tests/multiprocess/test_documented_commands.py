@@ -1,8 +1,8 @@
 """Each command line that README and docs show runs as it is written, in a folder with the files that they name.
 
 A command that cannot run here carries a mark for readers: `# needs a GPU`, `# needs a cluster`, `# on node-2`. The
-tutorials run in test_tutorials.py and test_cluster_tutorial.py, each in a folder of its own, and test_choosing.py compares the figures
-of docs/choosing.md.
+tutorials run in test_tutorials.py and test_cluster_tutorial.py, each in a folder of its own, and test_choosing.py
+compares the figures of docs/choosing.md.
 """
 
 import inspect

@@ -22,7 +22,8 @@ const link = document.querySelector(".md-search-result__link");
 return link && new URL(link.href).pathname.slice(1)"""
 # Tables, which the theme puts into boxes that scroll sideways.
 TOO_WIDE = """
-const boxes = [...document.querySelectorAll(".md-content table")].map(table => table.closest(".md-typeset__scrollwrap"));
+const tables = [...document.querySelectorAll(".md-content table")];
+const boxes = tables.map(table => table.closest(".md-typeset__scrollwrap"));
 return boxes.filter(box => box.scrollWidth > box.clientWidth).map(box => box.innerText.slice(0, 100))"""
 
 
