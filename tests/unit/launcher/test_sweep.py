@@ -307,7 +307,7 @@ def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.M
             assert is_locked(sweep.runs.folder), "a comparison waits for the sweep that a killed one has left"
             refused.append(message)
 
-    monkeypatch.setattr(run_set, "notify", notify)
+    monkeypatch.setattr(run_set, "inform", notify)
     run_sweep(sweep)
     assert len(refused) == 1
     run_sweep(sweep)
