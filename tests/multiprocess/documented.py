@@ -52,7 +52,7 @@ _WITH_FLAG = re.compile(r"(?!\w+: ).+ --?\w.*")
 _MARK = re.compile(
     r"# ((?:needs (?:a GPU|two GPUs|a cluster|the network|Docker|a W&B account)|on (?:every host|node-\d))\b.*)"
 )
-_SERVERS = ("deepcloze serve ", "tensorboard ")
+_SERVER = re.compile(r"deepcloze serve |tensorboard |deepcloze report .*--follow")
 # The numbers of long runs in commands and configs, and those of the runs here.
 _SCALED = {
     "step-00050000": "step-00000003",
@@ -164,7 +164,7 @@ class Terminal:
         """Run a command. Raises AssertionError if it fails, or does not fail with the message that the page shows."""
         text = replaced(command.text, self._replace)
         with self._inside():
-            if text.startswith(_SERVERS):
+            if _SERVER.match(text):
                 self._serve(text)
             elif text.startswith("deepcloze "):
                 self._deepcloze(text, command.message)
@@ -228,7 +228,7 @@ class Terminal:
 
 
 def is_server(command: Command) -> bool:
-    return command.text.startswith(_SERVERS)
+    return _SERVER.match(command.text) is not None
 
 
 def is_installed(program: str) -> bool:
