@@ -64,7 +64,7 @@ compat: $(TEST_READY) packages
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html"
 
 # BUILD_FLAGS: more flags of `docker build`, such as --build-arg TORCH_INDEX=…

@@ -23,7 +23,7 @@ BEST = "best"
 _STATE = "state.json"
 
 Verify = Callable[[Path], str | None]
-"""Says what is wrong with a complete checkpoint; None if nothing is."""
+"""Returns the problem of a complete checkpoint; None without one."""
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -141,9 +141,9 @@ def last_usable(candidates: Sequence[Path], verify: Verify) -> Path:
 
 def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list) -> str | None:
     """Compare a checkpoint with its checksums, and its step with its name. Returns None if it is complete and
-    undamaged, else what is wrong.
+    undamaged, else the problem.
 
-    `choose`: those of its files to read, from their sorted paths in the checkpoint; default: all.
+    `choose`: selects the files to read, from their sorted paths in the checkpoint; default: all.
     """
     try:
         checksums: dict[str, str] = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list
 
 
 def verify_name(checkpoint: Path) -> str | None:
-    """What is wrong if a checkpoint has the name of another step; None if nothing is, or its step is unknown."""
+    """The problem if a checkpoint has the name of another step; None without one, or if its step is unknown."""
     try:
         step = read_state(checkpoint)["step"]
     except (OSError, ValueError, KeyError, TypeError):  # not among the files that were to be read
@@ -248,8 +248,8 @@ def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
 
 
 def mark_complete(checkpoint: Path, known: Mapping[str, str] | None = None) -> None:
-    """Make a folder a complete checkpoint: fsync everything in it, then write its checksums. `known`: those of files
-    that need not be read again, by path in the checkpoint."""
+    """Make a folder a complete checkpoint: fsync everything in it, then write its checksums. `known`: checksums of
+    files that need not be read again, by path in the checkpoint."""
     files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     fsync_tree(checkpoint)
     known = known or {}

@@ -1,6 +1,6 @@
 """Read CSV and JSON lines strictly and row by row: a malformed row raises UserError with file and line.
 
-`origin` is what messages call the file: its path, or archive::member. Lines are counted from 1.
+`origin` is the name of the file in messages: its path, or archive::member. Lines are counted from 1.
 """
 
 import csv
@@ -176,7 +176,7 @@ def column_index(names: Sequence[str], column: str, place: str, key: str, csv_fo
 
 
 def header_advice(names: Sequence[str], csv_format: CsvFormat | None) -> str:
-    """What to set, if the names are those of a header but look like data; otherwise empty."""
+    """Advice if the names come from a header but look like data; otherwise empty."""
     if csv_format is None or not csv_format.header or looks_like_header(names):
         return ""
     option = csv_format.option("header", "null")

@@ -1,15 +1,14 @@
-"""What a corpus was decontaminated against: digests of evaluation texts, in clean.json and in manifests."""
+"""The tasks that a corpus was decontaminated against: digests of evaluation texts, in clean.json, in manifests, and in
+the deepcloze.json of models."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
-import yaml
 
-from experiment.config.yaml_dialect import read_yaml
 from experiment.files import parse_json
-from experiment.run_folder import RunFolder
+from experiment.provenance import read_origin
 from experiment.storage import StorageError, join, open_file
 
 CLEAN_SUMMARY = "clean.json"
@@ -50,10 +49,10 @@ def read_decontamination(
 def common_decontamination(
     folders: Iterable[str | None], read: Callable[[str], Mapping[str, Any] | None] = read_clean_summary
 ) -> dict[str, str] | None:
-    """What documents from several folders were all decontaminated against: for the manifest of a corpus of them, under
-    the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
+    """The tasks against which documents from several folders were all decontaminated: for the manifest of a corpus of
+    them, under the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
 
-    folders: those that the source files are in; None for a source that is not a file. read: gives their clean.json.
+    folders: the folders of the source files; None for a source that is not a file. read: gives their clean.json.
     """
     found = [None if folder is None else read_decontamination(folder, read) for folder in set(folders)]
     if all(tasks is None for tasks in found):
@@ -62,28 +61,15 @@ def common_decontamination(
     return {name: digest for tasks in found for name, digest in (tasks or {}).items() if digest in shared}
 
 
-def decontamination_of(model: Path) -> dict[str, Mapping[str, str]]:
-    """Corpus -> task -> digest of its texts, of the corpora that a model was pretrained on and whose manifest says it.
+def decontamination_of(model: Path) -> list[tuple[str, Sequence[str]]]:
+    """(corpus, digests of the texts of tasks) for all corpora of which that is known, and on which a model or the
+    models that it came from were pretrained.
 
-    model: a Hugging Face folder; nothing is known if it is not in a checkpoint of a run with its config and corpora.
+    model: a Hugging Face folder. Raises UserError if its deepcloze.json is damaged.
     """
-    run = RunFolder(model.resolve().parents[2]) if len(model.resolve().parents) > 2 else None
-    try:
-        config = {} if run is None else read_yaml(run.config.read_text(encoding="utf-8"))
-        trained_on = config["corpus"]["train"]
-        names = [trained_on] if isinstance(trained_on, str) else [str(part["path"]) for part in trained_on]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return {}
-    return {name: tasks for name in names if (tasks := _recorded(Path(name))) is not None}
-
-
-def _recorded(corpus: Path) -> Mapping[str, str] | None:
-    """What the manifest of a corpus says; None if nothing is known."""
-    try:
-        found = parse_json((corpus / "manifest.json").read_bytes())["decontaminated"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, dict) else None
+    origin = read_origin(model)
+    runs = [] if origin is None else [*origin["ancestors"], origin]
+    return [corpus for run in runs for corpus in run.get("decontaminated", {}).items()]
 
 
 def _read_summary(name: str) -> Mapping[str, Any] | None:
@@ -93,5 +79,9 @@ def _read_summary(name: str) -> Mapping[str, Any] | None:
             summary = parse_json(file.read())
     except (OSError, StorageError, ValueError):
         return None
-    is_ours = isinstance(summary, dict) and {"recipe", "read", "kept", "steps"} <= summary.keys()
-    return summary if is_ours else None
+    return summary if is_summary(summary) else None
+
+
+def is_summary(found: object) -> bool:
+    """Whether this is what `deepcloze clean` writes to clean.json."""
+    return isinstance(found, dict) and {"recipe", "read", "kept", "steps"} <= found.keys()

@@ -30,7 +30,7 @@ QUIET_VARIABLE = "DEEPCLOZE_QUIET"
 class UserError(ValueError):
     """A mistake of the user: bad input, a bad config, a missing file.
 
-    The message is complete: it names the file, line or key, the value found and what was expected. `deepcloze` prints
+    The message is complete: it names the file, line or key, the value found and the expected one. `deepcloze` prints
     it to stderr without a traceback and exits 2.
     """
 
@@ -70,7 +70,7 @@ def is_quiet() -> bool:
 
 
 def escaped(message: str) -> str:
-    """The message without control characters, which would change the terminal: those of a file that it quotes."""
+    """The message without control characters, which would change the terminal, such as those of a quoted file."""
     return _CONTROL_CHARACTER.sub(lambda found: f"\\x{ord(found[0]):02x}", message)
 
 
@@ -82,7 +82,7 @@ def end_line() -> None:
 
 
 def describe_disk_error(error: BaseException) -> str | None:
-    """What the disk refused, with the file if it is known; None for an error of another kind."""
+    """The error of a disk, with the file if it is known; None for an error of another kind."""
     number = _errno(error)
     if number not in _REFUSALS:
         return None
@@ -105,7 +105,7 @@ def disk_errors_as(error_type: type[Exception], where: str = "", advice: str = "
 
 
 @contextmanager
-def stopped_by_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
+def stopped_by_disk_errors(where: str = "") -> Iterator[None]:
     """Raise StoppedError in place of an error of the disk that may pass, such as a full one: the same command resumes.
     UserError in place of the others: it would fail again."""
     try:
@@ -115,13 +115,13 @@ def stopped_by_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
         if line is None:
             raise
         if _errno(error) in _MAY_PASS:
-            raise StoppedError(f"{where}{line}{advice}") from None
+            raise StoppedError(f"{where}{line}; the same command resumes") from None
         raise UserError(f"{where}{line}") from None
 
 
 def _errno(error: BaseException) -> int | None:
     """The system's number for an error that a disk may have given."""
-    if isinstance(error, UserError | StoppedError):  # says itself what is wrong
+    if isinstance(error, UserError | StoppedError):  # has a message of its own
         return None
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error.errno if error.filename is not None or error.errno in _OF_DISKS_ONLY else None
@@ -136,7 +136,7 @@ def disk_error_number(error: BaseException) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a device, or that of the host, does not suffice. For the latter torch has no type."""
+    """Whether the memory of a device, or of the host, does not suffice. For the host torch has no type."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

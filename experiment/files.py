@@ -30,7 +30,7 @@ _of_thread = _ThreadLocal()
 
 @contextmanager
 def created_parents(path: Path) -> Iterator[None]:
-    """Create the missing folders above `path`, and remove those that are empty when the block ends. Raises OSError."""
+    """Create the missing folders above `path`, and remove empty ones when the block ends. Raises OSError."""
     missing = list(takewhile(lambda folder: not folder.exists(), path.absolute().parents))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def created_parents(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Replace the file `path` with what is written to the temporary path that this yields.
+    """Replace the file `path` by the temporary file that the block writes, whose path this yields.
 
     After a crash or a power cut, `path` holds the old content or the new, never a part of it. Missing folders are
     created. If the block raises, `path` stays as it was; an OSError of the write names `path`. Without `durable` it
@@ -216,7 +216,7 @@ def checksum(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder of what deepcloze may delete and make again: `deepcloze` in XDG_CACHE_HOME, by default `~/.cache`. It
-    may not exist, nor be writable."""
+    """The folder of files that deepcloze may delete and make again: `deepcloze` in XDG_CACHE_HOME, by default
+    `~/.cache`. It may not exist, nor be writable."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (never raises)
     return Path(home) / "deepcloze"

@@ -1,14 +1,15 @@
 """How a run has spent its hours, over all its attempts. The useful share of them is its goodput.
 
-1. Rank 0 times what it does, `ActivityTimer`, and adds a line to RUN/logs/goodput.jsonl at each log event and around
+1. Rank 0 times its activities, `ActivityTimer`, and adds a line to RUN/logs/goodput.jsonl at each log event and around
    each evaluation and checkpoint: the seconds of its attempt so far, by activity.
 2. The last complete line of an attempt stands for it. A kill loses the time since that line.
 3. The launcher adds a line when all processes of an attempt have ended, if the last one says that it was ending.
-4. `add_up` sums the attempts. What is missing to the wall clock from the first start to the last line was `DOWN`.
+4. `add_up` sums the attempts. The rest of the wall clock from the first start to the last line was `DOWN`.
 """
 
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,7 +107,7 @@ def _attempt_time(line: bytes) -> AttemptTime | None:
 
 
 def record_end(folder: RunFolder, start: float, now: Callable[[], float] = time.time) -> None:
-    """Add a line for an attempt whose processes have ended. What it did since its last line is known only if it was
+    """Add a line for an attempt whose processes have ended. Its activity since its last line is known only if it was
     ending, or starting, then. `start`: as in its lines."""
     with suppress(OSError):
         for last in last_lines(read_attempt_times(folder)):
@@ -118,7 +119,7 @@ def record_end(folder: RunFolder, start: float, now: Callable[[], float] = time.
 
 def process_start() -> float:
     """When this process started, in seconds as time.time(). `exec` keeps the start: with `sh -c 'prepare && exec
-    deepcloze pretrain'` it is that of the shell. `psutil.Process.create_time` alone is off by up to a second."""
+    deepcloze pretrain'` it is the start of the shell. `psutil.Process.create_time` alone is off by up to a second."""
     since_boot: float = psutil.Process().create_time() - psutil.boot_time()
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot  # first: time that passes between is no earlier start
     return time.time() - age
@@ -133,8 +134,17 @@ def attempt_start() -> float:
     return created
 
 
+def compile_seconds() -> float:
+    """How long this process has compiled code with `torch.compile` so far: 0 until something is compiled."""
+    if "torch._dynamo.utils" not in sys.modules:  # importing it takes seconds
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent
+
+    return calculate_time_spent().get("total_wall_time", 0.0)
+
+
 class Doing(NamedTuple):
-    """What a rank does, see `ActivityTimer.doing`."""
+    """The activity of a rank, see `ActivityTimer.doing`."""
 
     step: int  # finished steps
     activity: str
@@ -147,7 +157,7 @@ class ActivityTimer:
     def __init__(
         self,
         start: float,
-        compile_seconds: Callable[[], float] = lambda: 0.0,
+        compile_seconds: Callable[[], float] = compile_seconds,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -206,11 +216,11 @@ class ActivityTimer:
             self._switch(before, recorded)
 
     def begin_training(self) -> None:
-        """What follows is training, apart from what `during` counts."""
+        """Count the time from now on as training, apart from blocks of `during`."""
         self._switch(TRAINING, recorded=True)
 
     def end_training(self) -> None:
-        """What follows is the end of the attempt."""
+        """Count the time from now on as the end of the attempt."""
         self._switch(STARTING, recorded=True)
 
     def finish_step(self, step: int) -> None:
@@ -233,7 +243,7 @@ class ActivityTimer:
             self._rewrite()
 
     def _rewrite(self) -> None:
-        """Leave one line of each earlier attempt, and those of this one that `_lines` has."""
+        """Leave one line of each earlier attempt, and the lines of this one in `_lines`."""
         assert self._folder is not None
         with suppress(OSError):
             text = b"\n".join(map(_json, [*self._earlier, *self._lines])).decode()

@@ -1,4 +1,4 @@
-"""What devices can do, and how this process uses memory."""
+"""Capabilities of devices, and the memory of this process."""
 
 import ctypes
 import re

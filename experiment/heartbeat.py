@@ -1,4 +1,4 @@
-"""Signs of life of the ranks, RUN/logs/rank-N.beat: what each one does, and for how long without progress.
+"""Signs of life of the ranks, RUN/logs/rank-N.beat: the activity of each one, and its time without progress.
 
 A thread of the rank writes them (`pretrain.rank_heartbeat`); the launcher reads them and ends a run that hangs
 (`launcher.supervision.hang_watch`). Imports little: guards use it, too.

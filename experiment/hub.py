@@ -2,8 +2,8 @@
 
 A name is resolved to a commit once, and everything is read from that commit, so that a push to the Hub between two
 files, or between two starts of a run, changes nothing. Only files of known formats are downloaded: never pickles, and
-never code. Functions raise UserError with one line: for what the Hub does not have or does not give, without a network,
-and for a full disk. They retry transient errors.
+never code. Functions raise UserError with one line: for missing or restricted repositories and files, without a
+network, and for a full disk. They retry transient errors.
 """
 
 import difflib
@@ -45,7 +45,7 @@ def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
 def download_model(name: HubName, weights: bool = True, on_progress: Callable[[], None] = lambda: None) -> Path:
     """The folder with a model's config and tokenizer, and its weights in safetensors.
 
-    What is cached is not downloaded again; another process that downloads the same is waited for. Shows a progress bar
+    Cached files are not downloaded again; waits for another process that downloads the same. Shows a progress bar
     on a terminal.
 
     Args:
@@ -150,8 +150,8 @@ def _explain(name: HubName, kind: Kind, error: Exception) -> UserError:
         return UserError(f"{name}: there is no revision '{name.revision}'{_other_revisions(name, kind)}")
     if isinstance(error, errors.RepositoryNotFoundError):
         return UserError(
-            f"{name}: no such folder, and no such {kind} on the Hugging Face Hub{_similar_name(name, kind)}; for a "
-            f"private one, {LOG_IN}"
+            f"{name}: no such folder, and no such {kind} on the Hugging Face Hub (for a private one, {LOG_IN})"
+            f"{_similar_name(name, kind)}"
         )
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 403:
         return UserError(f"{name}: the token does not allow this: {LOG_IN} to one that does")
@@ -178,7 +178,7 @@ def _similar_name(name: HubName, kind: Kind) -> str:
 
     owner, _, last = name.repository.rpartition("/")
     middle = len(last) // 2
-    candidates: dict[str, str] = {}  # what to compare -> whole name
+    candidates: dict[str, str] = {}  # compared text -> whole name
     with suppress(Exception):  # it only improves a message
         search = HfApi().list_models if kind == "model" else HfApi().list_datasets
         for part in (last, last[:middle], last[middle:]):

@@ -24,7 +24,7 @@ class HubName(NamedTuple):
 
     @classmethod
     def of_model(cls, text: str) -> Self | None:
-        """As `parse`; None also for a path: what exists, or is missing in a folder that exists."""
+        """As `parse`; None also for a path, which exists, or is missing in a folder that exists."""
         name, path = cls.parse(text), Path(text)
         is_path = path.exists() or (path.parent != Path() and path.parent.exists())
         return None if is_path else name

@@ -103,7 +103,8 @@ def _check_indexes(weights: Path) -> None:
 
 
 def _check_size(model: PreTrainedModel, weights: Path, origin: str) -> None:
-    """Raise UserError for a model with far more elements than its weights have bytes: those of int8 have one each."""
+    """Raise UserError for a model with far more elements than its weights have bytes: elements of int8 have one
+    each."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     size = _weights_bytes(weights)
     if size and sum(tensor.numel() for tensor in tensors.values()) > 2 * size + _SPARE:
@@ -135,5 +136,5 @@ def has_weights(folder: Path) -> bool:
 
 
 def _weights_bytes(folder: Path) -> int:
-    """Those of ONNX models count too: they are built from their config to find out what they accept."""
+    """ONNX files count too: these models are built from their config to find their inputs."""
     return sum(path.stat().st_size for pattern in (*WEIGHT_FILES, "*.onnx*") for path in folder.glob(pattern))

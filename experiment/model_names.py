@@ -1,7 +1,7 @@
 """Models and tokenizers by the names that users give: a path, the URL of a checkpoint, or a name on the Hub.
 
-Configs record `record_model(name)`; what computes with a model reads `local_model(name)`. Both accept what the other
-returns.
+Configs record `record_model(name)`; code that computes with a model reads `local_model(name)`. Both accept names that
+the other returns.
 """
 
 import logging
@@ -21,9 +21,9 @@ _WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")
 
 
 def record_model(name: str, earlier: str | None = None) -> str:
-    """What a config records: the absolute path of a Hugging Face folder, or NAME@COMMIT of a model of the Hub.
+    """The name to record in a config: the absolute path of a Hugging Face folder, or NAME@COMMIT of a model of the Hub.
 
-    earlier: what the run has recorded when it began, if it did. For a name without a revision, it determines the
+    earlier: the name that the run recorded when it began, if it did. For a name without a revision, it determines the
     commit. Raises UserError if there is no such model.
     """
     hub = HubName.of_model(name)
@@ -57,6 +57,6 @@ def local_tokenizer(name: str) -> Path:
 
 
 def _say_if_folder(name: str) -> None:
-    """Say what is used if a folder with the files of a model has a name that a model of the Hub may have too."""
+    """Log the choice if a folder with the files of a model has a name that a model of the Hub may have too."""
     if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
         log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)

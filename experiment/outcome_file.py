@@ -48,7 +48,7 @@ class Cause(StrEnum):
 
 
 class ReportedOutcome(NamedTuple):
-    """What the ranks reported."""
+    """The outcome that the ranks reported."""
 
     outcome: Outcome
     message: str
@@ -104,7 +104,7 @@ def recorded_outcome(folder: RunFolder) -> Iterator[None]:
 
 
 def read_outcome(folder: RunFolder) -> ReportedOutcome | None:
-    """What the ranks reported; None if the file is missing or damaged."""
+    """The outcome that the ranks reported; None if the file is missing or damaged."""
     try:
         found = parse_json(folder.outcome.read_text(encoding="utf-8"))
         cause = None if found["cause"] is None else Cause(found["cause"])

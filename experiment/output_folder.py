@@ -21,7 +21,7 @@ def is_free(folder: Path) -> bool:
 
 def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
     """Whether the folder has a result of this kind, and so this file; False if it is free. Raises UserError for
-    anything else. key: what names the folder, for messages."""
+    anything else. key: of the folder, for messages."""
     if is_free(folder):
         return False
     if not (folder / file).is_file():
@@ -32,7 +32,9 @@ def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
 @contextmanager
 def lock_output(folder: Path, key: str) -> Iterator[None]:
     """Allow one process at a time to write a folder, whose missing parents are created. Raises LockedError if another
-    one does. key: what names the folder, for messages."""
+    one does, and UserError for `/`. key: of the folder, for messages."""
+    if not folder.name:
+        raise UserError(f"{key} {folder}: expected a folder that can be created")
     path = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(path)
     with created_parents(folder):

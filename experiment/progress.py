@@ -52,7 +52,7 @@ def progress(
     """Show progress while the block runs. Yields a function to call with the amount that has been done since.
 
     Args:
-        label: what is done, such as 'verifying wiki'.
+        label: of the work, such as 'verifying wiki'.
         total: None if it is not known.
         unit: of the total and the amounts, in the plural.
         clock: returns seconds.

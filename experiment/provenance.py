@@ -5,6 +5,8 @@
 Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
 It is copied along with the folder, so a run that starts from the model can record all of its ancestors. Such folders
 are published: their `folder`s are names, not paths of this machine.
+
+Both also have `decontaminated`, {corpus: digests of the evaluation texts of tasks}, if that is known of a corpus.
 """
 
 import importlib.metadata
@@ -17,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experiment.errors import UserError
@@ -47,7 +50,10 @@ def collect_provenance(command: Sequence[str], world_size: int = 1, hosts: int =
 
 
 def write_provenance(
-    folder: RunFolder, attempt: Mapping[str, Any], ancestors: Sequence[Mapping[str, Any]] | None = None
+    folder: RunFolder,
+    attempt: Mapping[str, Any],
+    ancestors: Sequence[Mapping[str, Any]] | None = None,
+    decontaminated: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
     """Add an attempt to RUN/provenance.json. Returns the run's id, which is drawn at random at the first attempt.
 
@@ -57,6 +63,8 @@ def write_provenance(
     record = read_provenance(folder) or {"run_id": secrets.token_hex(8), "ancestors": [], "attempts": []}
     if ancestors is not None:
         record["ancestors"] = list(ancestors)
+    if decontaminated:
+        record["decontaminated"] = dict(decontaminated)
     write_json(folder.provenance, {**record, "attempts": [*record["attempts"], dict(attempt)]})
     run_id: str = record["run_id"]
     return run_id
@@ -83,19 +91,19 @@ def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
 def write_origin(model: Path, folder: RunFolder, record: Mapping[str, Any], step: int) -> None:
     """Write deepcloze.json into a model folder of a run. record: the run's provenance."""
     ancestors = [{**ancestor, "folder": public_name(ancestor["folder"])} for ancestor in record["ancestors"]]
-    run = {"run_id": record["run_id"], "folder": folder.path.name, "step": step}
-    write_json(model / _ORIGIN, run | {"ancestors": ancestors})
+    run = {"run_id": record["run_id"], "folder": folder.path.name, "step": step, "ancestors": ancestors}
+    write_json(model / _ORIGIN, run | {key: record[key] for key in ("decontaminated",) if key in record})
 
 
 def read_origin(model: Path) -> dict[str, Any] | None:
-    """deepcloze.json of a model folder: {run_id, folder, step, ancestors}; None if it was not written by deepcloze.
+    """deepcloze.json of a model folder: {run_id, folder, step, ancestors, …}; None if it was not written by deepcloze.
 
     Raises UserError if the file is damaged.
     """
     path = model / _ORIGIN
     try:
         origin = parse_json(path.read_text(encoding="utf-8"))
-        return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")}
+        return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")} | dict(origin)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

@@ -21,7 +21,7 @@ class Retention:
     uploading: int | None = None  # also keep the one that is being copied to the mirror
 
     def superseded(self, steps: Collection[int], newest: int) -> list[int]:
-        """The steps whose checkpoints need not be kept, of those that a run has.
+        """The steps of a run whose checkpoints need not be kept.
 
         newest: step of the checkpoint just saved. Checkpoints of later steps are damaged, or the run would have resumed
         from them; they are left alone and do not count towards `keep_last`.
@@ -36,8 +36,8 @@ class Retention:
 def apply_retention(checkpoints: Path, keep: Retention, newest: int) -> None:
     """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves and deletions.
 
-    newest: step of the checkpoint just saved, see `Retention.superseded`. Warns about what cannot be deleted (open on a
-    network file system, immutable); the next call tries again.
+    newest: step of the checkpoint just saved, see `Retention.superseded`. Warns about checkpoints that cannot be
+    deleted (open on a network file system, immutable); the next call tries again.
     """
     remove_leftovers(checkpoints)
     best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
@@ -48,15 +48,15 @@ def apply_retention(checkpoints: Path, keep: Retention, newest: int) -> None:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what interrupted saves and deletions have left."""
+    """Delete leftovers of interrupted saves and deletions."""
     for leftover in checkpoints.glob(".step-*.partial"):
         _delete(leftover)
 
 
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint, complete or not. Warns if it cannot be deleted; `apply_retention` tries again."""
-    # Rename first: a kill while deleting must not leave a folder that looks complete. The name differs from that of a
-    # save in progress, which what cannot be deleted must not block.
+    # Rename first: a kill while deleting must not leave a folder that looks complete. The name differs from the name of
+    # a save in progress, which a folder that cannot be deleted must not block.
     doomed = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.deleted.partial")
     try:
         checkpoint.rename(doomed)

@@ -22,7 +22,7 @@ _CONTENTS = {
     "checkpoints": "pretraining run",
     "seed-*/COMPLETE": "fine-tuning run",
 }
-"""Files and folders -> what a folder with them holds."""
+"""Files and folders -> the kind of a folder with them."""
 _SEED = re.compile(r"seed-(0|[1-9][0-9]*)")
 
 
@@ -77,12 +77,12 @@ class RunFolder:
 
     @property
     def fillings(self) -> Path:
-        """What checkpoints fill into held-out sentences, see `results.fillings`."""
+        """Tokens that checkpoints fill into held-out sentences, see `results.fillings`."""
         return self.logs / "fillings.jsonl"
 
     @property
     def launch_output(self) -> Path:
-        """What the last launch has printed, if it was in the background."""
+        """The output of the last launch, if it was in the background."""
         return self.logs / "launch.log"
 
     @property
@@ -148,7 +148,7 @@ class RunFolder:
         return self.logs / f"rank-{rank}.json"
 
     def heartbeat(self, rank: int) -> Path:
-        """What a rank does, see `heartbeat.Heartbeat`."""
+        """The activity of a rank, see `heartbeat.Heartbeat`."""
         return self.logs / f"rank-{rank}.beat"
 
 

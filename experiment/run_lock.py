@@ -48,7 +48,7 @@ def lock_run(
     Ranks that a dead launch has left get some time to end.
 
     Takes as long as `_DEAD_SECONDS` after a process on another machine, or before a reboot of this one, that did not
-    end properly, unless `dead` is what `check_unlocked` has returned. `on_lost` is called in a thread if another
+    end properly, unless `dead` was returned by `check_unlocked`. `on_lost` is called in a thread if another
     machine takes the lock because this one has lost the disk for so long.
     """
     lock = filelock.FileLock(folder.lock)
@@ -153,10 +153,24 @@ def folder_use(folder: RunFolder) -> FolderUse:
     return FolderUse(None, host, max(0.0, time.time() - (renewed or 0) / 1e9))
 
 
-def may_be_in_use(folder: RunFolder) -> bool:
-    """As `folder_use`, at once: true for a process of another machine that has not ended properly."""
-    owner = _owner(folder.owner)
-    return owner is not None and (_other_owner(folder) is not None or psutil.pid_exists(owner["pid"]))
+class Owner:
+    """The process that uses a run folder, as `folder_use`, but at once: one of another machine that has not ended
+    properly counts as alive. One of this machine is alive until it ends: it prints how the run ended after it has
+    released the folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._process: psutil.Process | None = None
+
+    def is_alive(self) -> bool:
+        owner = _owner(self._folder.owner)
+        if owner is not None and _other_owner(self._folder) is not None:
+            return True
+        with suppress(psutil.NoSuchProcess):
+            if owner is not None:
+                self._process = psutil.Process(owner["pid"])
+            return self._process is not None and self._process.status() != psutil.STATUS_ZOMBIE
+        return False
 
 
 def _used(folder: RunFolder) -> UserError:

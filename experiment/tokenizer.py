@@ -33,7 +33,7 @@ ROBERTA_TOKENS = {
     "mask_token": "<mask>",
 }
 _PRETRAINING_NEEDS = ("cls_token", "sep_token", "pad_token", "mask_token")
-# What transformers writes about where a tokenizer was loaded from.
+# Keys with which transformers records the origin of a tokenizer.
 _SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
@@ -203,7 +203,7 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Ids of all special tokens: those with a role, such as the padding token, and those that are only marked as
+    """Ids of all special tokens: tokens with a role, such as the padding token, and tokens that are only marked as
     special in tokenizer.json."""
     marked = {identifier for identifier, token in tokenizer.added_tokens_decoder.items() if token.special}
     return marked | set(tokenizer.all_special_ids)

@@ -21,7 +21,7 @@ _NUMBERED = re.compile(r"\.\d+\.")
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars; the caller reports what matters in its own words."""
+    """Silence transformers' warnings and progress bars; the caller reports problems in its own words."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -48,7 +48,7 @@ def check_label_count(folder: Path) -> None:
 
 
 def _label_counts(value: Any) -> Iterator[float]:
-    """The values of `num_labels` in a config, also in those of its parts."""
+    """The values of `num_labels` in a config and in its parts."""
     for key, child in value.items() if isinstance(value, dict) else ():
         if key == "num_labels" and isinstance(child, int | float):
             yield child

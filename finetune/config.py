@@ -1,6 +1,6 @@
 """The config of a fine-tuning run, checked when it is built.
 
-The keys of `task` depend on its kind: `FinetuneConfig` has those that all kinds share, and `load_config` builds one of
+The keys of `task` depend on its kind: `FinetuneConfig` has the shared ones, and `load_config` builds one of
 its variants. The string literal below each field documents it; docs/config.md is generated from them.
 `finetune/recipes/*.yaml` are complete examples.
 """
@@ -33,7 +33,7 @@ class RunConfig(Section):
     """Run folder; see docs/finetuning.md for its contents."""
 
     keep: Literal["best", "all", "none"] = "best"
-    """Models to keep: `best` saves the best one of each seed, `all` those of its other evaluations too, in
+    """Models to keep: `best` saves the best one of each seed, `all` also the models of its other evaluations, in
     RUN/seed-N/evaluations; `none` saves predictions and scores only."""
 
 

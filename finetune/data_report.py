@@ -1,4 +1,4 @@
-"""What is printed about the data of a task before training: oddities, and lengths in tokens."""
+"""Prints oddities in the data of a task, and lengths in tokens, before training."""
 
 import math
 from collections import Counter
@@ -93,7 +93,7 @@ def _shared(tables: Mapping[str, Table], targets: Sequence[str]) -> Iterator[str
 
 
 def _inputs(record: Record, targets: Sequence[str]) -> str:
-    """What a model sees of a record, as a key."""
+    """The inputs of a record, as a key."""
     values: dict[str, Any] = {role: value for role, value in record.values.items() if role not in targets}
     return repr(values)
 

@@ -39,7 +39,7 @@ class Device:
 def choose_device(precision: str, key: str = "training.precision") -> Device:
     """CUDA if available, else the CPU. Precision "auto" is bf16 if the device supports it natively, else fp32.
 
-    key: what messages call the precision. Raises UserError for a precision that the device does not support.
+    key: the name of the precision in messages. Raises UserError for a precision that the device does not support.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = has_native_bf16(device.type)

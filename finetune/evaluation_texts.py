@@ -34,7 +34,7 @@ def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
     """
     known = decontamination_of(model)
     digest = texts_digest(text.text for text in texts_of(task)) if known else ""
-    if corpora := [corpus for corpus, tasks in known.items() if digest not in tasks.values()]:
+    if corpora := dict.fromkeys(corpus for corpus, digests in known if digest not in digests):
         yield (
             f"the model was pretrained on {', '.join(corpora)}, which is not decontaminated against this task: its "
             "scores may be too high"
@@ -65,7 +65,7 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a cell. A list of words, such as those of a tagged sentence, is one text."""
+    """The texts in a cell. A list of words, such as a tagged sentence, is one text."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list) and all(isinstance(part, str) for part in value):

@@ -1,6 +1,6 @@
 """Compute the outputs of examples in batches of similar length, decode and score them: in training and in `predictor`.
 
-What a model can compute is found out before training on a few examples.
+A few examples show before training which precision a model can compute in, and whether padding changes its outputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,24 @@ from experiment.errors import is_out_of_memory
 from experiment.model_folder import first_use
 from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
-from finetune.encoding.examples import Batch, Example, Padding, Split, collate
+from finetune.encoding.examples import Batch, Example, Padding, Split, pad_sequences
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 Outputs = list[list[NDArray[np.float32]]]
-"""What a model computes for each example: one array per sequence."""
+"""The outputs of a model for each example: one array per sequence."""
 
 _EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
 
 _EXAMPLES = 4
 _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than what padding changes if it counts
+
+
+def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, device: torch.device) -> Batch:
+    """A batch of all sequences of the examples, padded to the longest of them."""
+    inputs = pad_sequences([tokens for example in examples for tokens in example.sequences], padding, device)
+    targets = None if any(example.target is None for example in examples) else kind.targets(examples, padding)
+    return Batch(tuple(examples), inputs, None if targets is None else targets.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Inference:
     microbatch: Microbatch
 
     def compute(self, examples: Sequence[Example], options: LossOptions | None = None) -> tuple[Outputs, Loss | None]:
-        """The outputs of every example, and the loss of those that have targets; None if none has.
+        """The outputs of every example, and the loss of the examples with targets; None without any.
 
         Microbatches consist of examples of similar length. options: None to compute no loss.
         """
@@ -154,7 +161,7 @@ def _ignores_padding(model: nn.Module, task: Task, examples: Sequence[Example]) 
 
 
 def _outputs(model: nn.Module, task: Task, examples: Sequence[Example]) -> Tensor:
-    """In fp32 on the CPU. The first dimension is that of the sequences."""
+    """In fp32 on the CPU. The first dimension: sequences."""
     return task.kind.forward(model, collate(task.kind, examples, task.padding, torch.device("cpu"))).float()
 
 

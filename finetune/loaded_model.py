@@ -1,4 +1,4 @@
-"""A model folder, loaded to compute with: what prediction, mask filling and embeddings share; and embeddings."""
+"""A loaded model folder, for prediction, mask filling and embeddings; and embeddings."""
 
 import logging
 import threading
@@ -16,8 +16,8 @@ from experiment.fast_linear import use_fast_linear
 from experiment.model_folder import first_use
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder, Tokens
-from finetune.encoding.examples import Batch, Padding, collate, pad_sequences
-from finetune.inference import computes
+from finetune.encoding.examples import Batch, Padding, pad_sequences
+from finetune.inference import collate, computes
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.onnx_model import OnnxModel, holds_onnx_model
 from finetune.pooling import Pooling, pool
@@ -48,7 +48,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, with what encodes texts for it. Threads may share it."""
+    """A model on its device, and the encoder of its texts. Threads may share it."""
 
     folder: Path
     model: PreTrainedModel | OnnxModel

@@ -86,7 +86,7 @@ class MaskFiller:
         return [self.describe(candidates) for candidates in self.compute(masked)]
 
     def encode(self, text: str, place: str, top_k: int) -> MaskedText:
-        """The first step of `fill`. place: what messages call the text."""
+        """The first step of `fill`. place: the name of the text in messages."""
         with self.loaded.encoding:
             tokens = self.loaded.encoder.encode(text)
         positions = (tokens.input_ids == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
@@ -122,14 +122,14 @@ class MaskFiller:
         ]
 
     def split(self, text: str, place: str) -> list[str]:
-        """What is before, between and behind the masks of a text. Raises UserError if there is none."""
+        """The text before, between and behind the masks. Raises UserError if there is none."""
         segments = text.split(self.mask)
         if len(segments) == 1:
             raise UserError(f"{place}: no {self.mask} to fill")
         return segments
 
     def option_record(self, text: str, options: Sequence[Sequence[str]], place: str) -> Record:
-        """What `ranking` predicts for. options: of each mask, two or more. Raises UserError for another number."""
+        """A record for `ranking`. options: of each mask, two or more. Raises UserError for another number."""
         segments = self.split(text, place)
         if len(segments) != len(options) + 1:
             raise UserError(f"{place}: {len(segments) - 1} {self.mask}, but {len(options)} lists of options")

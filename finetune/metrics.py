@@ -15,9 +15,15 @@ _TEMPERATURES = (0.05, 20.0)
 _TINY = 1e-37  # least probability: its logarithm is finite
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
 _RESAMPLES = 10_000
+_ROWS = 256  # of a matrix of similarities that are computed at once
+
+# Shape suffixes: C labels; N texts or queries, M documents, R rows of a part, D hidden.
 
 LabelIds = NDArray[np.int64]  # N
 Confusion = NDArray[np.int64]  # CC counts: rows by label, columns by predicted label
+
+Vectors = NDArray[np.float32]
+"""Of length 1, so that products are cosines."""
 
 LabelScores = Mapping[str, Mapping[str, float]]
 """Label -> precision, recall, f1 and support (how often it occurs)."""
@@ -34,7 +40,7 @@ def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, floa
     """All classification metrics, each in [0, 1] except matthews in [-1, 1].
 
     F1 is averaged over the labels that occur in either array, as scikit-learn does by default; uar, the unweighted
-    average recall (balanced accuracy), over those in `gold`. matthews is the correlation coefficient of Matthews
+    average recall (balanced accuracy), over the labels in `gold`. matthews is the correlation coefficient of Matthews
     (1975), extended to more than two labels by Gorodkin (2004); 0 if undefined.
     """
     # Imported here: it takes a second, and every kind of task imports this module.
@@ -203,7 +209,7 @@ def pad_probabilities(predictions: Sequence[Mapping[str, Any]]) -> NDArray[np.fl
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the score of one model is above that of another."""
+    """The difference of the scores of two models."""
 
     mean: float
     interval: tuple[float, float]  # 95 %
@@ -252,7 +258,7 @@ def percentile_interval(scores: Scores) -> Interval:
 def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
     """The interval of an accuracy, for other questions of the same kind.
 
-    groups: what each question is about. If each has its own, Wilson's (1927) interval. Otherwise the percentiles of a
+    groups: the subject of each question. If each has its own, Wilson's (1927) interval. Otherwise the percentiles of a
     bootstrap over groups (Davison and Hinkley 1997, section 3.8): questions about one text are not independent, and an
     interval that ignores it is too narrow. If all or none are right, a bootstrap has no width: Wilson's interval of as
     many questions as there are groups.
@@ -270,3 +276,45 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
     draw = np.random.default_rng(0)
     drawn = draw.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=_RESAMPLES)
     return percentile_interval(drawn @ hits / (drawn @ counts))
+
+
+def document_ranks(queries_ND: Vectors, documents_MD: Vectors, own_N: NDArray[np.int64]) -> list[int]:
+    """The rank of each query's own document among all documents, from 1. own_N: its number.
+
+    Of documents that are equally similar, all have the last of their ranks, so that a model that gives all texts the
+    same vector finds nothing.
+    """
+    ranks: list[int] = []
+    for start in range(0, len(queries_ND), _ROWS):
+        similarity_RM = queries_ND[start : start + _ROWS] @ documents_MD.T
+        own_R1 = np.take_along_axis(similarity_RM, own_N[start : start + _ROWS, None], axis=1)
+        ranks += (similarity_RM >= own_R1).sum(axis=1).tolist()
+    return ranks
+
+
+def ndcg(ranks: Sequence[int], cutoff: int = 10) -> float:
+    """Normalized discounted cumulative gain of the first documents of a query (Järvelin and Kekäläinen 2002).
+
+    ranks: of all its relevant documents, which have the same gain.
+    """
+    ideal = range(1, min(len(ranks), cutoff) + 1)
+    return _discounted([rank for rank in ranks if rank <= cutoff]) / _discounted(ideal)
+
+
+def _discounted(ranks: Sequence[int]) -> float:
+    return float((1 / np.log2(1 + np.asarray(ranks, dtype=float))).sum())
+
+
+def potentials(vectors_ND: Vectors) -> NDArray[np.float64]:
+    """N, the mean of exp(−2 ‖x − y‖²) over the other vectors y of a vector x.
+
+    The logarithm of their mean is the uniformity of Wang and Isola (2020), https://arxiv.org/abs/2005.10242: 0 if all
+    vectors are equal, down to −4 in the limit of vectors spread over the sphere.
+    """
+    if len(vectors_ND) < 2:
+        return np.ones(len(vectors_ND))
+    sums = [
+        np.exp(-4 * (1 - vectors_ND[start : start + _ROWS] @ vectors_ND.T)).sum(axis=1, dtype=np.float64)
+        for start in range(0, len(vectors_ND), _ROWS)
+    ]
+    return np.asarray((np.concatenate(sums) - 1) / (len(vectors_ND) - 1))  # a vector's own distance is 0

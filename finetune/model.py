@@ -32,7 +32,7 @@ _TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What to build a model from."""
+    """The source of a model: its folder and its head."""
 
     folder: Path  # Hugging Face folder
     pretrained: bool  # False: its architecture, with random weights
@@ -52,7 +52,7 @@ class BuiltModel:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model accepts."""
+    """The inputs that a model accepts."""
 
     max_length: int | None  # tokens; None: no limit
     token_types: bool  # whether it tells the two texts of a pair apart by token_type_ids
@@ -90,7 +90,7 @@ def _has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def build_model(spec: ModelSpec) -> BuiltModel:
-    """The model; torch's global generator draws what is new in it.
+    """The model; torch's global generator draws its new weights.
 
     A head in the folder is kept if it is of the same class and its labels have the same names in the same order.
 
@@ -180,7 +180,8 @@ def _renew_head(model: PreTrainedModel, spec: ModelSpec) -> set[str]:
 
 def _build_from_config(spec: ModelSpec) -> PreTrainedModel:
     auto_model, config = getattr(transformers, spec.auto_model), load_config(spec.folder, **spec.head)
-    if type(config) not in (supported := auto_model._model_mapping.keys()):
+    supported = auto_model._model_mapping
+    if type(config) not in supported:  # its keys take 0.3 s: they are imported from 200 modules
         head = spec.auto_model.removeprefix("AutoModelFor")
         known = ", ".join(sorted({config_type.model_type for config_type in supported}))
         raise UserError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FILE = "model.onnx"
 HIDDEN = "last_hidden_state"
-"""The output with the hidden states of the encoder; the others are those of the head."""
+"""The output with the hidden states of the encoder; the others belong to the head."""
 
 PRECISION = "precision"
 """The key in the metadata of the file: fp32 or int8."""

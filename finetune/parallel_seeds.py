@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.5  # reads the end of a file for each seed
 @dataclass
 class _SeedProcess:
     seed: int
-    slot: int  # among those that run at a time
+    slot: int  # among the seeds that run at a time
     process: "subprocess.Popen[bytes]"
 
 
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     config, seed = argv[0], int(argv[1])
     lock_until_exit(RunFolder(Path(config).parent))  # the next command waits, if its parent was killed
     try:
-        with handle_stop_signals(interrupt), stopped_by_disk_errors(advice="; the same command resumes"):
+        with handle_stop_signals(interrupt), stopped_by_disk_errors():
             threading.Thread(target=_stop_with_parent, daemon=True).start()
             run = resolve(load_run_config(config))
             started = state_file(seed, run).steps
@@ -185,4 +185,4 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # a normal exit takes a second to take apart what was imported
+    os._exit(code)  # a normal exit takes a second to clean up imported modules

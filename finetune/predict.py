@@ -61,7 +61,7 @@ class Input:
 
 @dataclass
 class Scored:
-    """What scores are computed from."""
+    """Rows and predictions to score."""
 
     records: list[Record] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
@@ -119,7 +119,7 @@ def _overrides(options: PredictOptions) -> Mapping[str, str]:
 
 
 def _write(output: Path, predictor: Predictor, rows: Input, count: int, options: PredictOptions) -> Scored | None:
-    """Predict in chunks, and write each. Returns what is to be scored, if anything."""
+    """Predict in chunks, and write each. Returns rows and predictions to score, if any."""
     scored = Scored() if options.score else None
     done = 0
     with open_row_file(output) as write, progress("predicting", count, "rows") as advance:

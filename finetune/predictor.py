@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from experiment.errors import UserError
+from experiment.model_names import local_model
 from finetune.data.records import Record, Table, read_value
 from finetune.device import Microbatch
 from finetune.encoding.encoder import load_task_tokenizer
-from finetune.encoding.examples import Example, Split, encode_split
+from finetune.encoding.examples import Example, Split
 from finetune.inference import Inference, Outputs, decode
 from finetune.loaded_model import LoadedModel, load_model
 from finetune.saved_task import SavedTask, find_model, read_saved_task
+from finetune.splits import encode_split
 from finetune.task_kind import Prediction, TaskKind
 
 
@@ -28,21 +30,21 @@ class Predictor:
     @classmethod
     def load(
         cls,
-        folder: str | Path,
+        model: str | Path,
         precision: str = "auto",
         batch_size: int = 128,
         task: SavedTask | None = None,
     ) -> Self:
-        """Load a model folder, or the best model of a fine-tuning run.
+        """Load a model folder, the best model of a fine-tuning run, or a model of the Hub by its name.
 
         precision: as in the training config. batch_size: examples that are computed at once. task: of a model folder;
-        default: the one that is saved there. Raises UserError for a folder that is not usable.
+        default: the one that is saved there. Raises UserError for a model that is not usable.
 
         Example:
             predictor = deepcloze.Predictor.load("runs/my-task")
             (prediction,) = predictor.predict([{"text": "A great film."}])
         """
-        folder = Path(folder) if task else find_model(Path(folder))[0]
+        folder = Path(model) if task else find_model(local_model(str(model)))[0]
         task = task or read_saved_task(folder)
         return cls.of(
             load_model(folder, load_task_tokenizer(folder, task.kind.config), task, precision), task, batch_size
@@ -103,7 +105,7 @@ class Predictor:
             raise missing_temperature(self.folder)
 
     def record(self, place: str, values: Mapping[str, Any]) -> Record:
-        """A record of values by role. place: what messages call it. Raises UserError as `predict`."""
+        """A record of values by role. place: its name in messages. Raises UserError as `predict`."""
         roles = self.kind.config.columns.without_targets().cell_types()
         if not isinstance(values, Mapping):
             raise UserError(f"{place}: expected a mapping of {', '.join(roles)} to values, found {values!r}")

@@ -1,4 +1,4 @@
-"""A linear probe: how well a linear classifier separates the labels by what a frozen encoder computes.
+"""A linear probe: how well a linear classifier separates the labels by the outputs of a frozen encoder.
 
 It takes seconds where fine-tuning takes minutes, for `deepcloze watch`. The features of a text are the mean of the last
 hidden states over its tokens, special tokens included. They are standardized with the mean and standard deviation of
@@ -30,13 +30,14 @@ from experiment.files import write_json
 from finetune.encoding.examples import Split
 from finetune.inference import Inference, evaluation_microbatch
 from finetune.model import build_model
+from finetune.pooling import pool
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.task_kind import TaskKind
 
 _C = 1.0
 _ITERATIONS = 1000
 
-# Shape suffixes: N examples, S sequences of a batch, T tokens, D hidden.
+# Shape suffixes: N examples, S sequences of a batch, D hidden.
 
 
 class MeanPooled(nn.Module):
@@ -48,9 +49,7 @@ class MeanPooled(nn.Module):
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
         """logits: SD."""
-        hidden = self.encoder(**inputs)[0].float()  # STD
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
-        return SequenceClassifierOutput(logits=(hidden * mask).sum(dim=1) / mask.sum(dim=1))
+        return SequenceClassifierOutput(logits=pool(self.encoder(**inputs)[0], inputs["attention_mask"], "mean"))
 
 
 def probe(run: ResolvedRun) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Resolve a run: config -> everything that is known before it trains.
 
 `resolve` reads the data, finds the labels, tokenizes and inspects the model: bad input is rejected before anything is
-trained. What follows takes the typed result.
+trained. The code below takes the typed result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ from finetune.training.updater import total_steps
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """What all seeds of a run share."""
+    """Everything that the seeds of a run share."""
 
     folder: RunFolder
     keep: Literal["best", "all", "none"]  # models to save
@@ -59,14 +59,11 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     config = load_config(FinetuneConfig, file, overrides)
     folder = RunFolder(Path(config.run.dir).absolute())
     earlier = _recorded(folder)
-    files = _record_data(config.task, earlier)
-    splits = {split: files.pop(split, None) for split in ("train", "validation")}
-    tests = files if isinstance(config.task.test, Mapping) else files.get("test")
-    name = config.task.name or Path(file).stem
+    task = config.task.with_files(_record_data(config.task, earlier))
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder.path)}),
-            "task": config.task.model_copy(update={**splits, "test": tests, "name": name}),
+            "task": task.model_copy(update={"name": task.name or Path(file).stem}),
             "model": config.model.model_copy(update={"init_from": _record_model(config.model.init_from, earlier)}),
         }
     )
@@ -116,9 +113,10 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     check_run_folder(folder, "fine-tuning run")
     check_tracking(config.tracking)
     device = choose_device(training.precision)
-    tables = read_splits(config.task, local_model(config.model.init_from), training.fit_on)
+    model_folder = local_model(config.model.init_from)
+    tables = read_splits(config.task, model_folder, training.fit_on)
     kind = make_kind(config.task, tables)
-    model = _model_spec(config.model, kind)
+    model = _model_spec(config.model, model_folder, kind)
     rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
     print_lines(
         [
@@ -157,9 +155,11 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
 
 def check_data(config: FinetuneConfig) -> None:
     """Read and encode the splits of a config, which shows mistakes in the data. Raises UserError."""
-    tables = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)
+    model_folder = local_model(config.model.init_from)
+    tables = read_splits(config.task, model_folder, config.training.fit_on)
     kind = make_kind(config.task, tables)
-    make_task(kind, tables, _model_spec(config.model, kind), config.model.max_seq_length, config.training)
+    spec = _model_spec(config.model, model_folder, kind)
+    make_task(kind, tables, spec, config.model.max_seq_length, config.training)
 
 
 def print_lines(lines: Sequence[str]) -> None:
@@ -167,9 +167,9 @@ def print_lines(lines: Sequence[str]) -> None:
         terminal().print(line, markup=False, emoji=False)
 
 
-def _model_spec(config: ModelConfig, kind: TaskKind[Any]) -> ModelSpec:
+def _model_spec(config: ModelConfig, folder: Path, kind: TaskKind[Any]) -> ModelSpec:
     return ModelSpec(
-        folder=local_model(config.init_from),
+        folder=folder,
         pretrained=config.weights == "pretrained",
         auto_model=kind.auto_model,
         head=kind.head,

@@ -37,8 +37,6 @@ from finetune.results.tables import print_results
 from finetune.seed_run import finished_seeds, state_file, train_seed
 from finetune.training.fit import Log
 
-_RESUME = "; the same command resumes"
-
 
 def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry_run: bool = False) -> None:
     """Run the command. config: a YAML file; overrides: dotted keys to raw text. Raises UserError.
@@ -61,12 +59,12 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
 
 
 def check(config: str | Path, overrides: Mapping[str, str] | None = None) -> None:
-    """Raise UserError for what would keep `finetune` from training. Prints what is notable about the data."""
+    """Raise UserError for anything that would keep `finetune` from training. Prints warnings about the data."""
     resolve(load_run_config(config, overrides))
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
-    """Train and score what a config of `load_run_config` describes. Returns the content of results.json.
+    """Train and score the run of a config of `load_run_config`. Returns the content of results.json.
 
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
@@ -102,14 +100,14 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
     records |= _train_seeds(missing, resolved, tracker, logs)
-    with stopped_by_disk_errors(advice=_RESUME):
+    with stopped_by_disk_errors():
         records = {seed: records[seed] for seed in seeds}
         add_seed_scores(folder.path, records)
         return write_results(resolved, records)
 
 
 def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:
-    """The seeds of a run, and those that it no longer has but has logged. What is logged keeps its place."""
+    """The seeds of a run, and seeds that it no longer has but has logged. Logged seeds keep their places."""
     logged = (event["seed"] for event in read_events(folder.metrics) if isinstance(event.get("seed"), int))
     return list(dict.fromkeys([*logged, *seeds]))
 
@@ -123,7 +121,7 @@ def _train_seeds(
     """
     records, outcome = {}, Outcome.FAILED
     try:
-        with stopped_by_disk_errors(advice=_RESUME):
+        with stopped_by_disk_errors():
             if _in_parallel(missing, resolved):
                 records = train_seeds_in_parallel(resolved, logs)
             else:

@@ -24,7 +24,6 @@ from experiment.errors import UserError
 from experiment.files import checksum, parse_json, write_json
 from experiment.model_folder import load_config
 from experiment.transformers_models import has_masked_lm_head
-from finetune.data.task_config import TaskConfig
 from finetune.kinds import kind_names
 from finetune.task_kind import TaskKind, find_kind
 
@@ -40,7 +39,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class SavedTask:
-    """What a model was trained for."""
+    """The task that a model was trained for."""
 
     kind: TaskKind[Any]
     max_seq_length: int | None  # None: as many tokens as the model has positions
@@ -64,8 +63,9 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
     """Call when the model and its tokenizer are in the folder. Of the data files, only the names are written: the
     folder may be published."""
     config = task.kind.config
+    names = {split: Path(path).name for split, path in config.files().items()}
     value = {
-        "task": config.model_copy(update=_file_names(config)).model_dump(mode="json"),
+        "task": config.with_files(names).model_dump(mode="json"),
         "labels": list(task.kind.labels),
         "max_seq_length": task.max_seq_length,
         "padded": task.padded,
@@ -75,18 +75,11 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
     write_json(folder / FILE, value)
 
 
-def _file_names(task: TaskConfig) -> dict[str, Any]:
-    """The keys of the data files, without their folders."""
-    names = {split: Path(path).name for split, path in task.files().items()}
-    of_task = {split: names.pop(split, None) for split in ("train", "validation")}
-    return {**of_task, "test": names if isinstance(task.test, Mapping) else names.get("test")}
-
-
 def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) -> SavedTask:
     """The task of a model folder. overrides: dotted keys of the `task` section -> raw text, such as `columns.text`.
 
     Raises UserError for a damaged file, or one that is not as training wrote it, for a folder without the file whose
-    model has no head that says what it was trained for, and for an unknown key.
+    model has no head that shows its task, and for an unknown key.
     """
     path = folder / FILE
     try:
@@ -134,7 +127,7 @@ def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTas
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))
     single_label = config.problem_type in (None, "single_label_classification")
     if kind_name == "multiple_choice":
-        labels = ()  # those of the config mean nothing: choices are named by their texts
+        labels = ()  # the labels of the config mean nothing: choices are named by their texts
     elif kind_name is None or not single_label or len(set(labels)) < 2:
         raise UserError(
             f"{folder} has no {FILE} and is not a sequence classifier with two or more labels, nor a model for token "

@@ -58,7 +58,7 @@ def _check_settings(seed_folder: Path, settings: Mapping[str, Any], recorded: Ma
 
 
 def state_file(seed: int, run: ResolvedRun) -> StateFile:
-    """What an interrupted training with this seed resumes from."""
+    """The state from which an interrupted training with this seed resumes."""
     return StateFile(_working_folder(seed, run.folder) / "state.pt", run.settings)
 
 
@@ -100,7 +100,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
 
 
 def print_seed(seed: int, record: SeedRecord, run: ResolvedRun) -> None:
-    """Print the epochs of a finished seed, and what to change if it has collapsed."""
+    """Print the epochs of a finished seed, and advice if it has collapsed."""
     if record.epochs:
         print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
     if record.collapsed:
@@ -112,9 +112,9 @@ def print_seed(seed: int, record: SeedRecord, run: ResolvedRun) -> None:
 
 
 def _advice_for_collapsed(run: ResolvedRun) -> str:
-    """What to change: the learning rate if it is unusual for the size of the model, else the length of the training.
+    """Advice: change the learning rate if it is unusual for the size of the model, else the length of the training.
 
-    The ranges are those of docs/finetuning.md, which has their sources.
+    The ranges are from docs/finetuning.md, which has their sources.
     """
     lr, is_small = run.training.lr, run.parameters < _SMALL_MODEL or not run.model.pretrained
     low, high = ("1e-4", "1e-3") if is_small else ("1e-5", "5e-5")
@@ -146,7 +146,7 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
 def _write_seed(
     folder: Path, seed: int, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, run: ResolvedRun
 ) -> None:
-    """Write what RUN/seed-N holds to `folder`, which will be renamed to that."""
+    """Write the content of RUN/seed-N to `folder`, which will be renamed to it."""
     if run.keep != "none":
         _write_model(folder / "model", model, run, record.temperature)
         if provenance := read_provenance(run.folder):

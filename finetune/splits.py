@@ -1,7 +1,7 @@
 """The splits of a task: read, or drawn from the training split; then encoded for one model."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from finetune.data.columns import CONTEXT, LABEL, Columns
 from finetune.data.records import Record, Table, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
-from finetune.encoding.examples import Padding, Split, encode_split
+from finetune.encoding.examples import Padding, Split
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions, TaskKind, find_kind
 
@@ -49,9 +49,9 @@ class Task:
 
 
 def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[str, Table]:
-    """The rows of each split; those of `validation` are drawn from `train` if they have no file.
+    """The rows of each split; `validation` is drawn from `train` if it has no file.
 
-    model: the folder whose tokenizer says what separates the turns of a dialogue. fit_on: as in the training config;
+    model: the folder whose tokenizer has the separator of the turns of a dialogue. fit_on: as in the training config;
     with "train+validation", the former has the rows of both.
 
     Raises UserError with file and line.
@@ -112,13 +112,30 @@ def make_task(
     )
 
 
+def encode_split(
+    table: Table,
+    kind: TaskKind[Any],
+    encoder: Encoder,
+    training: bool,
+    progress: Callable[[Sequence[Record]], Iterable[Record]] = iter,
+) -> Split:
+    """The examples of all records. progress: shows the progress of an iteration. Raises UserError for an invalid
+    target."""
+    expanded = [kind.expand(record, encoder, training) for record in progress(table.records)]
+    return Split(
+        table,
+        examples=tuple(example for examples in expanded for example in examples),
+        record_of=tuple(index for index, examples in enumerate(expanded) for _ in examples),
+    )
+
+
 def _show_progress(split: str, records: Sequence[Record]) -> Iterable[Record]:
     """Iterate over the records of a split, and show the progress."""
     return track(records, f"tokenizing {split}", len(records), "rows")
 
 
 def describe_task(task: Task) -> list[str]:
-    """Lines on the training split and on what may surprise the user in any split."""
+    """Lines on the training split, and on surprises in any split."""
     lines = task.kind.describe(task.splits["train"].table) if "train" in task.splits else []
     unlabelled = [name for name, split in task.splits.items() if not split.table.labelled]
     return lines + [f"{name}: no labels, so it is predicted but not scored" for name in unlabelled]

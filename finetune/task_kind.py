@@ -1,4 +1,4 @@
-"""What a kind of task declares. Each file in finetune/kinds defines one, as a class called `Kind`.
+"""The declaration of a kind of task. Each file in finetune/kinds defines one, as a class called `Kind`.
 
 From its declaration follow reading, tokenizing, training, scoring, the predictions file, `deepcloze predict` and the
 reference of its config keys. To add a kind, add a file.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them, C labels.
 
 Prediction = Mapping[str, Any]
-"""What is predicted for a record: the answer and perhaps probabilities, as in JSON."""
+"""A prediction for a record: the answer and perhaps probabilities, as in JSON."""
 
 ConfigT = TypeVar("ConfigT", bound=TaskConfig)
 
@@ -55,7 +55,7 @@ class LossOptions:
 class Loss:
     """Loss of a batch: `sum` over its parts, and the weight of these, so that sum / weight is their mean.
 
-    Sums and weights of several batches add up to those of all of them. `weight` does not depend on label weights:
+    Sums and weights of several batches add up to the loss of all of them. `weight` does not depend on label weights:
     dividing by it gives every label its share of the loss in the long run, however few examples a batch has.
     """
 
@@ -167,7 +167,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return 0
 
     def probe(self, encoder: "Encoder") -> "Example":
-        """A small example without targets, to find out what a model can compute."""
+        """A small example without targets, to try a model."""
         from finetune.encoding.examples import Example
 
         return Example((encoder.encode("a"),) * 2)
@@ -198,8 +198,8 @@ class TaskKind(ABC, Generic[ConfigT]):
         """The prediction for a record. outputs: one for each sequence of its examples, in order."""
 
     def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
-        """The predictions for all records of a split with targets, as they are kept: with what depends on the other
-        records, such as ranks. `scores` takes both."""
+        """The predictions for all records of a split with targets, as they are kept: with values that depend on the
+        other records, such as ranks. `scores` takes both."""
         return predictions
 
     @abstractmethod
@@ -225,7 +225,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return {}
 
     def rows(self, record: Record, prediction: Prediction) -> Sequence[tuple[Mapping[str, Any], Prediction]]:
-        """What the predictions file says: usually one row with the values of the record and its prediction."""
+        """Rows of the predictions file: usually one row with the values of the record and its prediction."""
         return [(record.values, prediction)]
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified | None:

@@ -28,7 +28,8 @@ from launcher.supervision.attempt import Layout, run_attempt
 from launcher.supervision.launch_result import LaunchResult, begin_attempt
 from launcher.supervision.rank_processes import polled
 from launcher.supervision.stop_signals import StopSignals
-from pretrain.config import PretrainConfig, ScheduleConfig, StageConfig
+from pretrain.config import PretrainConfig
+from pretrain.schedule_config import ScheduleConfig, StageConfig
 
 LIMIT_SECONDS = 120.0
 """Of all trials together, with the time that their ranks take to start."""
@@ -44,7 +45,7 @@ _MEMORY_CAUSES = (Cause.OUT_OF_MEMORY, Cause.KILLED)  # the system kills ranks t
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured with one size."""
+    """The measurements of one size."""
 
     tokens_per_second: float  # over all ranks
     memory: int  # peak of rank 0 so far, in bytes
@@ -52,8 +53,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """The sizes that were measured, as doublings of the configured microbatch, and what ended the ranks before all
-    were; None: the trial itself."""
+    """The sizes that were measured, as doublings of the configured microbatch, and the result that ended the
+    ranks before all were; None: the trial ended them."""
 
     speeds: Mapping[int, Speed]
     failure: LaunchResult | None = None
@@ -61,7 +62,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the trials found. Sizes are doublings of the configured microbatch."""
+    """The findings of the trials. Sizes are doublings of the configured microbatch."""
 
     choice: int
     speeds: Mapping[int, Speed] = field(default_factory=dict)
@@ -75,7 +76,7 @@ class TrialsFailedError(Exception):
 def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
     """The plan with the microbatch that trials found to be the fastest. Prints a table of the trials.
 
-    `dead_owner`: what `check_unlocked` has returned.
+    `dead_owner`: as `check_unlocked` returns it.
 
     Raises StoppedError for a signal, and UserError or SystemExit if the ranks rejected the run, or failed with every
     size.

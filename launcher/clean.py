@@ -16,7 +16,7 @@ def clean_command(options: CleanOptions) -> None:
     config = load_config(CleanConfig, options.config, options.overrides)
     from pretrain.cleaning.run import clean
 
-    clean(config, read_task, options.workers)
+    clean(config, read_task, options.workers, options.engine, options.ray_address)
 
 
 def check_cleaning(config: str, overrides: Mapping[str, str]) -> None:
@@ -27,7 +27,7 @@ def check_cleaning(config: str, overrides: Mapping[str, str]) -> None:
 
 
 def read_task(name: str) -> Sequence[EvaluationText]:
-    """The texts of the validation and test splits of a fine-tuning config, named by its path or that of a recipe."""
+    """The texts of the validation and test splits of a fine-tuning config, named by its path or as a recipe."""
     with fast_imports():
         from finetune.evaluation_texts import evaluation_texts
 

@@ -55,13 +55,14 @@ def python_docs(options: PythonDocsOptions) -> None:
     write_python_docs(options.output, options.packages, options.files_per_package)
 
 
+@handle_stop_signals(interrupt)
 def clean(options: CleanOptions) -> None:
     """Clean raw documents: repair, filter, deduplicate, decontaminate.
 
     Reads the sources of a config, applies its steps in order, and writes the documents that are left as .jsonl.zst, for
     `deepcloze corpus`, with counts and examples by rule in clean.json and report.html. The same input gives the same
-    bytes with any number of workers. Run the same command again to resume. Needs `pip install 'deepcloze[clean]'`. See
-    docs/cleaning.md.
+    bytes with any number of workers and machines. Run the same command again to resume. Needs
+    `pip install 'deepcloze[clean]'`. See docs/cleaning.md.
 
     Example:
         deepcloze clean --config clean.yaml
@@ -92,6 +93,7 @@ def tokenizer(options: TokenizerOptions) -> None:
         train_tokenizer(options)
 
 
+@handle_stop_signals(interrupt)
 def corpus(options: CorpusOptions) -> None:
     """Build a tokenized corpus from raw text, verify corpora, or look at one.
 
@@ -397,7 +399,7 @@ def recipes(options: RecipesOptions) -> None:
 
 
 def validate(options: ValidateOptions) -> None:
-    """Check the config of a pretraining, fine-tuning or cleaning, and the files that it names. Starts nothing.
+    """Check the config of a pretraining, fine-tuning, comparison or cleaning, and its files. Starts nothing.
 
     Example:
         deepcloze validate my-run.yaml
@@ -415,7 +417,7 @@ def completion(options: CompletionOptions) -> None:
     Example:
         deepcloze completion bash
     """
-    from launcher.reference import completion_script
+    from launcher.completion import completion_script
 
     print(completion_script(options.shell, COMMANDS), end="")
 

@@ -25,7 +25,7 @@ from experiment.config.field_types import describe_field, is_section, known_keys
 from experiment.errors import UserError
 
 _DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
-"""With those that word processors and web pages put in place of two hyphens."""
+"""Including characters that word processors and web pages put in place of two hyphens."""
 
 ABOUT_QUIET = "With `-q` or `--quiet`, every command prints results, warnings and errors only."
 
@@ -41,7 +41,7 @@ class Flag:
     """One flag of a command."""
 
     name: str
-    types: tuple[Any, ...]  # what its values may be
+    types: tuple[Any, ...]  # of its values
     positional: bool
     required: bool
     default: Any

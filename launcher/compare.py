@@ -32,7 +32,7 @@ RESAMPLES = 1000
 _FITTED_ON = ("train", "validation")
 
 ScoresByRow = Mapping[str, Sequence["CellScores"]]
-"""Row -> its cells; those that failed are left out."""
+"""Row -> its cells, without the failed ones."""
 
 Tests = Mapping[tuple[str, str], Mapping[str, Any]]
 """(column, row) -> the `interval` of its score, and `against`: another row -> difference of the scores, interval, p."""
@@ -90,7 +90,7 @@ def run_comparison(plan: ComparePlan) -> None:
 def read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
     """The scores of a finished cell for each labelled test split; on validation if there is none.
 
-    grid: whether the folder is that of a sweep. Raises UserError for a damaged file.
+    grid: whether the folder holds a sweep. Raises UserError for a damaged file.
     """
     chosen: Mapping[str, str] = {}
     try:

@@ -18,12 +18,12 @@ from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set
+from launcher.run_validation import validate_finetuning, validate_pretraining
 from launcher.sweep import grid_points, parse_grid
-from launcher.validate import validate_finetuning, validate_pretraining
 
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
-_PRETRAINING = "pretrain"  # folder, beside those of the tasks
+_PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
 # Beside the folders of the rows.
 _USED = ("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", COMPARISON_RECORD)
 

@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.2
 
 
 def launch_detached(options: PretrainOptions) -> None:
-    """Start the launch, show what it prints until rank 0 trains, and leave it to itself.
+    """Start the launch, show its output until rank 0 trains, and leave it to itself.
 
     Raises UserError for a config that is not valid and a run that is active, SystemExit with the exit code of a launch
     that ends before.
@@ -74,7 +74,7 @@ def _trains(folder: RunFolder, before: RankRecord | None) -> bool:
 
 
 def _show(printed: IO[bytes]) -> None:
-    """Print what has been added to the file."""
+    """Print new content of the file."""
     with suppress(OSError):  # the terminal may be closed
         sys.stderr.buffer.write(printed.read())
         sys.stderr.flush()

@@ -1,7 +1,7 @@
 """The commands as functions of the module `deepcloze`, for scripts and notebooks.
 
-They take what the commands take, print the same progress, and return results. Each raises UserError for bad input and
-StoppedError for work that was stopped and that the same call resumes, RuntimeError if a run failed.
+They take the arguments of the commands, print the same progress, and return results. Each raises UserError for bad
+input, StoppedError for work that was stopped and that the same call resumes, and RuntimeError if a run failed.
 """
 
 import json
@@ -219,7 +219,9 @@ def _as_json(value: Any) -> Any:
 
 
 def _as_text(overrides: Overrides | None) -> dict[str, str]:
-    """Overrides as on a command line."""
+    """Overrides as on a command line. Raises UserError."""
+    if not isinstance(overrides, Mapping | None):
+        raise UserError(f"'overrides': expected a mapping, such as {{'optimizer.lr': 1e-4}}, found {overrides!r}")
     plain = _as_json(overrides or {})
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in plain.items()}
 

@@ -1,4 +1,4 @@
-"""What a launch would start: the config, the hosts and the command, worked out without starting anything."""
+"""The plan of a launch: config, hosts and command, worked out without starting anything."""
 
 import re
 import sys
@@ -43,9 +43,9 @@ class LaunchPlan:
     slots: Slots
     machine: Machine
     added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
-    target: Target  # what preflight checks the hosts for
+    target: Target  # requirements for preflight
     summary: str = ""  # model and engine, in words
-    config_changed: bool = False  # whether `config` is no longer what the options say
+    config_changed: bool = False  # whether `config` differs from the options
 
     @property
     def local(self) -> bool:
@@ -95,10 +95,10 @@ def plan_launch(
     """Resolve the config and decide which ranks run where. Reads files; writes and starts nothing.
 
     Args:
-        options: what the user asked for; `dry_run` is ignored.
-        config: what `options.config` and `options.overrides` say.
+        options: `dry_run` is ignored.
+        config: as `options.config` and `options.overrides` say.
         machine: the machine to launch from; call `select_accelerator` for its devices first.
-        slots: those to use; default: those that the options select.
+        slots: default: those that the options select.
 
     Raises UserError for anything that would keep the run from starting.
     """

@@ -6,13 +6,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import IO
 
 from experiment.errors import UserError
 from experiment.run_folder import RunFolder
-from experiment.run_lock import may_be_in_use
+from experiment.run_lock import Owner
 from launcher.options import LogsOptions
 from launcher.status import find_run
 
@@ -28,14 +27,14 @@ def print_logs(options: LogsOptions) -> None:
     try:
         with log_file(folder, options.rank).open("rb") as file:
             if options.follow:
-                follow(file, partial(may_be_in_use, folder))
+                follow(file, Owner(folder).is_alive)
             else:
                 shutil.copyfileobj(file, sys.stdout.buffer)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         return
     except BrokenPipeError:  # of a pager that was closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the output of Python when it exits
 
 
 def log_file(folder: RunFolder, rank: int | None) -> Path:
@@ -45,13 +44,13 @@ def log_file(folder: RunFolder, rank: int | None) -> Path:
     path = folder.rank_log(rank or 0)
     if not path.is_file():
         found = sorted(int(match[1]) for path in folder.logs.glob("*") if (match := _RANK_LOG.fullmatch(path.name)))
-        known = f"there are those of ranks {', '.join(map(str, found))}" if found else "there are none"
+        known = f"there are logs of ranks {', '.join(map(str, found))}" if found else "there are none"
         raise UserError(f"{folder.path} has no log of rank {rank or 0}: {known}")
     return path
 
 
 def follow(file: IO[bytes], may_grow: Callable[[], bool]) -> None:
-    """Print the last lines of a file, and what is added to it until it cannot grow any more."""
+    """Print the last lines of a file, and new ones until it cannot grow any more."""
     file.seek(-min(_TAIL_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
     new = b"".join(file.read().splitlines(keepends=True)[-_LAST_LINES:])
     has_ended = False

@@ -1,4 +1,4 @@
-"""The flags of the commands, except those that make corpora (pretrain/corpus/options.py)."""
+"""The flags of the commands. pretrain/corpus/options.py has the flags of commands that make corpora."""
 
 from typing import Annotated, Literal, Self
 
@@ -16,13 +16,25 @@ ConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "
 
 class CleanOptions(Section):
     config: Annotated[PathText, Metavar("FILE")]
-    """What to read, the steps and where to write, as YAML; see docs/cleaning.md."""
+    """Sources, steps and output as YAML; see docs/cleaning.md."""
 
     workers: PositiveInt | None = None
-    """Number of worker processes; default: one per core."""
+    """Number of worker processes on this machine; default: one per core."""
+
+    engine: Literal["local", "ray"] = "local"
+    """Apply the steps in processes on this machine, or on a Ray cluster."""
+
+    ray_address: Annotated[str | None, Metavar("ADDRESS")] = None
+    """With --engine ray: address of the cluster; default: the one that runs on this machine, or RAY_ADDRESS."""
 
     overrides: dict[str, str] = {}
     """Any config key, for example --output=clean."""
+
+    @model_validator(mode="after")
+    def _an_address_is_that_of_ray(self) -> Self:
+        if self.ray_address is not None and self.engine != "ray":
+            raise ValueError("--ray_address needs --engine ray")
+        return self
 
 
 class PlanOptions(PlacementOptions):
@@ -80,7 +92,7 @@ class PreflightOptions(HostOptions):
 
 
 class LaunchOptions(HostOptions):
-    """What happens if hosts or ranks fail."""
+    """The response to hosts or ranks that fail."""
 
     max_restarts: NonNegativeInt | None = None
     """Restarts within an hour after failures; default: 0 on one machine, 10 on several."""
@@ -182,7 +194,7 @@ class FinetuneOptions(Section):
 
 class ValidateOptions(Section):
     config: Annotated[ConfigName, Positional("FILE")]
-    """The config of a pretraining, fine-tuning or cleaning, or the name of a recipe."""
+    """The config of a pretraining, fine-tuning, comparison or cleaning, or the name of a recipe."""
 
     overrides: dict[str, str] = {}
     """Any config key, for example --optimizer.lr=1e-4."""

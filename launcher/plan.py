@@ -1,4 +1,4 @@
-"""`deepcloze plan`: what a run needs, without starting it."""
+"""`deepcloze plan`: the needs of a run, without starting it."""
 
 import json
 
@@ -13,7 +13,7 @@ from pretrain.config import PretrainConfig
 
 
 def print_run_plan(options: PlanOptions) -> None:
-    """Print the plan of a run, or one JSON object. Raises UserError for what `deepcloze pretrain` would reject."""
+    """Print the plan of a run, or one JSON object. Raises UserError for a config that `deepcloze pretrain` rejects."""
     config = load_config(PretrainConfig, options.config, options.overrides)
     machine = inspect_machine()
     slots = _planned_slots(options, machine)
@@ -32,7 +32,7 @@ def print_run_plan(options: PlanOptions) -> None:
     if options.device is not None:
         device = Device(options.device, None, None)
     plan = plan_run(
-        resolve(config, ranks, copies=copy_urls(config.corpus)),
+        resolve(config, ranks, copy_corpora=copy_urls),
         hosts=len(slots),
         ranks=ranks,
         device=Device(
@@ -47,7 +47,9 @@ def print_run_plan(options: PlanOptions) -> None:
         ),
     )
     if options.device is None and not is_local(slots):
-        notify(f"warning: planned for this machine's device, {plan.device.name}; name that of the hosts as --device")
+        notify(
+            f"warning: planned for this machine's device, {plan.device.name}; name the device of the hosts as --device"
+        )
     if options.json_output:
         print(json.dumps(as_json(plan)))
     else:
@@ -55,7 +57,7 @@ def print_run_plan(options: PlanOptions) -> None:
 
 
 def _planned_slots(options: PlanOptions, machine: Machine) -> Slots:
-    """As for a launch, but `--num_gpus` without a hostfile may exceed what this machine has."""
+    """As for a launch, but `--num_gpus` without a hostfile may exceed this machine's devices."""
     hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
     if hosts is None and options.num_gpus is not None:
         return {"localhost": tuple(range(options.num_gpus))}

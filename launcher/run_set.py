@@ -1,7 +1,7 @@
 """Sets of runs: commands that are started one after the other, each with a run folder of its own.
 
 `deepcloze sweep` and `compare` plan a `RunSet` and finish it; `deepcloze watch` starts single runs. A record in the
-folder of the set keeps the config of each run and how it ended, so that a restarted command runs what is missing and
+folder of the set keeps the config of each run and how it ended, so that a restarted command runs the missing ones and
 does not mix in runs of another config. A run that a killed command has left is waited for.
 """
 
@@ -84,7 +84,7 @@ class RunSet:
         At the end, raises SystemExit if runs failed. Raises UserError if another process uses the folder, or if runs
         were started with another config; StoppedError in place of errors of the disk that may pass.
         """
-        resumable = stopped_by_disk_errors(f"{self.command}: ", "; the same command resumes")
+        resumable = stopped_by_disk_errors(f"{self.command}: ")
         with _locked(self.folder, self.option), recorded_outcome(self.folder), resumable:
             records = self._read()
             self.save(records)
@@ -94,7 +94,7 @@ class RunSet:
                 sys.exit(f"deepcloze: {self.command}: {len(failed)} of {len(self.runs)} runs failed: {names}")
 
     def finish(self, records: dict[str, RunRecord], measure: Callable[[RunFolder], float | None] | None = None) -> None:
-        """Run what is not done, and note how it ended. Raises StoppedError if a run was stopped.
+        """Run what is missing, and record how each run ended. Raises StoppedError if a run was stopped.
 
         measure: reads the value of a run that is done.
         """

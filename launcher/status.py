@@ -161,7 +161,7 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     for folder in folders:
         if not runs[folder]:
             notify(f"{folder} is skipped: it is not a run folder and contains none")
-    with ThreadPoolExecutor() as readers:  # those on other machines take seconds
+    with ThreadPoolExecutor() as readers:  # runs on other machines take seconds
         found = list(readers.map(read_status, chain.from_iterable(runs.values())))
     if as_json:
         print(json.dumps([asdict(status) for status in found], ensure_ascii=False))

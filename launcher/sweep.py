@@ -28,7 +28,7 @@ from experiment.signals import handle_stop_signals, interrupt
 from finetune.config import FinetuneConfig
 from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set
-from launcher.validate import is_finetuning, validate_finetuning, validate_pretraining
+from launcher.run_validation import command_of, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
 Grid = Mapping[str, Sequence[str]]
@@ -68,7 +68,7 @@ def launch_sweep(options: SweepOptions) -> None:
 
 
 def run_sweep(plan: SweepPlan) -> None:
-    """Run what is not finished, then write OUTPUT/sweep.{json,csv,png} and print the table.
+    """Run what is missing, then write OUTPUT/sweep.{json,csv,png} and print the table.
 
     Raises UserError if OUTPUT is in use or has runs of other configs, StoppedError if a signal, a run's own STOP file
     or a full disk stops it early, and SystemExit if runs failed, after all others have been run.
@@ -92,7 +92,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
 
     Raises UserError for anything that would keep one of the runs from starting.
     """
-    config, finetuning = options.config, is_finetuning(options.config)
+    config, finetuning = options.config, command_of(options.config) == "finetune"
     placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
     if finetuning and placement:
         raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")

@@ -1,40 +1,27 @@
-"""Validation of configs without starting anything: `deepcloze validate`, and the runs of sweeps and comparisons."""
+"""`deepcloze validate`: check a config without starting anything."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
-import yaml
-
-from experiment.config import flatten, load_config
-from experiment.config.yaml_dialect import read_yaml
+from experiment.config import load_config
 from experiment.errors import notify
 from experiment.fast_imports import fast_imports
 from finetune.config import FinetuneConfig
-from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
-from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
-from launcher.options import PretrainOptions, ValidateOptions
-from launcher.run_set import FlatConfig
+from launcher.options import CompareOptions, PretrainOptions, ValidateOptions
+from launcher.run_validation import command_of, launch_machine
 from pretrain.config import PretrainConfig
-
-Validate = Callable[[dict[str, str]], FlatConfig]
-"""Config overrides -> the config of the run. Raises UserError for anything that would keep the run from starting."""
 
 
 def validate_command(options: ValidateOptions) -> None:
     """Raises UserError for anything that would keep the run from starting on this machine."""
-    command = (
-        "finetune"
-        if is_finetuning(options.config)
-        else "clean"
-        if _has_section(options.config, "steps", "source", "output")
-        else "pretrain"
-    )
+    command = command_of(options.config)
     if command == "clean":
         from launcher.clean import check_cleaning
 
         check_cleaning(options.config, options.overrides)
+    elif command == "compare":
+        with fast_imports():
+            from launcher.compare_plan import plan_comparison
+
+        plan_comparison(CompareOptions(file=options.config, overrides=options.overrides))
     elif command == "finetune":
         load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
         with fast_imports():
@@ -42,51 +29,8 @@ def validate_command(options: ValidateOptions) -> None:
 
         check(options.config, options.overrides)
     else:
-        config, machine = load_config(PretrainConfig, options.config, options.overrides), _machine()
+        config, machine = load_config(PretrainConfig, options.config, options.overrides), launch_machine()
         plan_launch(PretrainOptions(config=options.config, overrides=options.overrides), config, machine)
         for warning in config.warnings(config.schedule.known_steps):
             notify(f"warning: {warning}")
     print(f"{options.config}: valid, for deepcloze {command}")
-
-
-def is_finetuning(config: str) -> bool:
-    """Whether a config file is for fine-tuning. False for one that cannot be read."""
-    return _has_section(config, "task")
-
-
-def _has_section(config: str, *sections: str) -> bool:
-    try:
-        tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # `load_config` raises it with a message
-    return isinstance(tree, dict) and not tree.keys().isdisjoint(sections)
-
-
-def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
-    """Validation of pretraining runs of a config file. placement: of `LaunchOptions`."""
-    machine = _machine()
-
-    def validate(overrides: dict[str, str]) -> FlatConfig:
-        point = load_config(PretrainConfig, config, overrides)
-        with warnings_left_to_rank0():
-            plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), point, machine)
-        return flatten(point)  # not the resolved one, whose model.init_from may be a newer checkpoint after a restart
-
-    return validate
-
-
-def validate_finetuning(config: str) -> Validate:
-    """Validation of fine-tuning runs of a config file."""
-    with fast_imports():
-        from finetune.resolve import load_run_config
-
-    def validate(overrides: dict[str, str]) -> FlatConfig:
-        return flatten(load_run_config(config, overrides))
-
-    return validate
-
-
-def _machine() -> Machine:
-    machine = inspect_machine()
-    select_accelerator(machine.devices)
-    return machine

@@ -52,7 +52,7 @@ def watch_run(options: WatchOptions) -> None:
         announcement = make_announcement(options.on_result, options.mail)
         task = read_watched_task(options.task, options.probe)
         folder = open_run_folder(run.downstream / task.name)
-        with lock_run(folder), stopped_by_disk_errors("watch: ", "; the same command resumes"):
+        with lock_run(folder), stopped_by_disk_errors("watch: "):
             failed = Watch(run, config, task, announcement).finish()
     if failed:
         sys.exit(f"deepcloze: watch: {task.name}: could not score step {', '.join(map(str, failed))}")
@@ -120,7 +120,7 @@ class Watch:
         self._all_logged = False
 
     def finish(self) -> list[int]:
-        """Return when the run is done and its checkpoints are scored: the steps of those that could not be."""
+        """Return when the run is done and its checkpoints are scored: returns the steps of the others."""
         while True:
             done = is_done(self._run)  # before looking: a run that is done saves no more
             if (due := self._next_checkpoint(done)) is not None:
@@ -182,7 +182,7 @@ class Watch:
         self._announcement.send(self._run, result)
 
     def _log_results(self) -> bool:
-        """Log what is missing in metrics.jsonl if the run has ended. Returns whether nothing is missing."""
+        """Add missing results to metrics.jsonl if the run has ended. Returns whether none is missing."""
         if not self._all_logged:
             self._all_logged = not DownstreamLog(self._run).take_new(sys.maxsize) or self._log_missing()
         return self._all_logged

@@ -4,7 +4,6 @@ The string literal below each field documents it; docs/config.md is generated fr
 complete examples.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -24,6 +23,7 @@ from experiment.storage import is_url
 from experiment.tracking.config import TrackingConfig
 from pretrain.ds_configs import DsConfig
 from pretrain.optimizer_config import OptimizerConfig
+from pretrain.schedule_config import ScheduleConfig, StageConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 _HIGH_LR = 0.1  # even for small models and LAMB
@@ -74,6 +74,10 @@ class ModelConfig(Section):
     """Pretrained weights to start from, at step 0: a Hugging Face folder, a checkpoint or a run; or NAME[@REVISION] of
     a model on the Hugging Face Hub. See docs/continued_pretraining.md and docs/hub.md."""
 
+    output_bias: Literal["zero", "log_frequency"] = "zero"
+    """Initial bias of the decoder of a new model. log_frequency: the logarithm of the frequency of each token in the
+    corpus, so that the first steps need not learn it. See docs/pretraining.md."""
+
     freeze: tuple[str, ...] = ()
     """Modules to freeze for the first `freeze_steps` steps: one or more whole, consecutive parts of parameter names,
     such as embeddings, layer.0 or encoder. See docs/optimizers.md."""
@@ -105,6 +109,8 @@ class ModelConfig(Section):
         for key in ("added_tokens", "max_positions"):
             if getattr(self, key) is not None and self.init_from is None:
                 raise ValueError(f"'{key}' extends the model in 'init_from', which is missing")
+        if self.output_bias != "zero" and self.init_from is not None:
+            raise ValueError("'output_bias' is for a new model; that in 'init_from' has a bias")
         if bool(self.freeze) != bool(self.freeze_steps):
             raise ValueError("'freeze' and 'freeze_steps' must be set together")
         return self
@@ -145,7 +151,7 @@ class CorpusConfig(Section):
 
     @property
     def all_sources(self) -> tuple[str, ...]:
-        """The folders and URLs of the training corpora, then of those in `eval`."""
+        """The folders and URLs of the training corpora, then of the corpora in `eval`."""
         train = (self.train,) if isinstance(self.train, str) else tuple(given.path for given in self.train)
         return (*train, *self.eval.values())
 
@@ -235,123 +241,6 @@ class MaskingConfig(Section):
                 + ("a single rate" if self.schedule == "constant" else "at least two rates, such as [0.3, 0.15]")
             )
         return self
-
-
-class StageConfig(Section):
-    """A part of a run. Missing values are taken from `batch`."""
-
-    steps: PositiveInt | None = None
-    """Length of the stage. Only the last stage may omit it; it then takes the rest of the run."""
-
-    max_seq_length: SequenceLength | None = None
-    """As `batch.max_seq_length`."""
-
-    sequences: PositiveInt | None = None
-    """As `batch.sequences`."""
-
-    microbatch_tokens: PositiveInt | None = None
-    """As `batch.microbatch_tokens`."""
-
-
-class ScheduleConfig(Section):
-    """The learning-rate schedule and the length of the run. Set exactly one of `steps`, `epochs`, `tokens` and
-    `budget`. See docs/schedules.md."""
-
-    name: Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"] = "linear"
-    """Shape of the decay after the warmup. `wsd` is warmup-stable-decay."""
-
-    warmup_steps: NonNegativeInt = 100
-    """Steps of linear warmup to `optimizer.lr`."""
-
-    steps: PositiveInt | None = None
-    """Train for this many steps (global batches)."""
-
-    epochs: PositiveFloat | None = None
-    """Train for this many epochs, such as 0.5 or 3. For a single corpus, without stages."""
-
-    tokens: PositiveFloat | None = None
-    """Train for about this many tokens, special tokens included and padding excluded."""
-
-    budget: str | None = None
-    """Train for this much time, such as 30m, 24h or 1d12h, summed over restarts."""
-
-    min_lr_ratio: Fraction = 0.0
-    """Minimum learning rate, as a fraction of `optimizer.lr`."""
-
-    decay_steps: PositiveInt | None = None
-    """Length of the final decay of `wsd`; null: a tenth of the run."""
-
-    power: PositiveFloat = 2.0
-    """Exponent of `polynomial`; 1 is linear."""
-
-    batch_warmup_steps: NonNegativeInt = 0
-    """Steps over which the global batch grows to `batch.sequences`."""
-
-    stages: tuple[StageConfig, ...] = ()
-    """Consecutive parts of the run, each with its own sequence length and batch size."""
-
-    @property
-    def budget_seconds(self) -> float | None:
-        return None if self.budget is None else _seconds(self.budget)
-
-    @property
-    def known_steps(self) -> int | None:
-        """The length of the run, if the config gives it in steps."""
-        if self.steps is None and self.stages and self.stages[-1].steps is not None:
-            return sum(stage.steps or 0 for stage in self.stages)
-        return self.steps
-
-    def warnings(self, steps: int) -> Iterator[str]:
-        """Settings that have no effect in a run of this many steps."""
-        for key in ("warmup_steps", "batch_warmup_steps"):
-            if getattr(self, key) >= steps:
-                yield f"schedule.{key} is {getattr(self, key):,}, but the run has only {steps:,} steps"
-        if self.decay_steps is not None and self.decay_steps > steps:
-            yield f"schedule.decay_steps is {self.decay_steps:,}, but the run has only {steps:,} steps"
-
-    @field_validator("budget")
-    @classmethod
-    def _readable(cls, budget: str | None) -> str | None:
-        if budget is not None:
-            _seconds(budget)
-        return budget
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        lengths = [key for key in ("steps", "epochs", "tokens", "budget") if getattr(self, key) is not None]
-        if len(lengths) > 1 or not (lengths or self.stages):
-            raise ValueError(
-                "needs exactly one of 'steps', 'epochs', 'tokens' and 'budget'"
-                + (f", found {' and '.join(map(repr, lengths))}" if lengths else "")
-            )
-        if self.decay_steps is not None and (self.name != "wsd" or self.budget is not None):
-            raise ValueError("'decay_steps' belongs to the schedule 'wsd' with a length in steps, epochs or tokens")
-        if self.name == "inverse_sqrt" and self.warmup_steps == 0:
-            raise ValueError("'inverse_sqrt' is lr * sqrt(warmup_steps / step), so 'warmup_steps' must not be 0")
-        if self.stages:
-            self._check_stages()
-        if self.decay_steps is not None and self.known_steps is not None and self.decay_steps > self.known_steps:
-            raise ValueError(f"'decay_steps' is {self.decay_steps}, longer than the run of {self.known_steps} steps")
-        return self
-
-    def _check_stages(self) -> None:
-        if self.epochs is not None:
-            raise ValueError("'stages' cannot be combined with 'epochs': every stage starts new epochs")
-        *others, last = self.stages
-        if any(stage.steps is None for stage in others):
-            raise ValueError("'stages': only the last one may omit 'steps'")
-        total = sum(stage.steps or 0 for stage in self.stages)
-        if last.steps is None:
-            if self.steps is None and self.tokens is None and self.budget is None:
-                raise ValueError("'stages': the last one omits 'steps', so set 'steps', 'tokens' or 'budget'")
-            if self.steps is not None and total >= self.steps:
-                raise ValueError(
-                    f"'stages' take {total} steps, which leaves none of the run's {self.steps} for the last one"
-                )
-        elif self.steps not in (None, total) or self.tokens is not None or self.budget is not None:
-            raise ValueError(
-                f"'stages' take {total} steps, which is not the length of the run; omit 'steps' of the last one"
-            )
 
 
 class EvaluationConfig(Section):
@@ -512,13 +401,3 @@ class PretrainConfig(Section):
                 + (did_you_mean(metric, known) if known else "; corpus.eval is empty")
             )
         return self
-
-
-def _seconds(text: str) -> float:
-    """The seconds of a duration such as 90s, 30m, 24h or 1d12h. Raises ValueError."""
-    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
-    seconds = sum(float(number) * units[unit] for number, unit in parts)
-    if seconds <= 0 or "".join(number + unit for number, unit in parts) != text:
-        raise ValueError(f"'{text}' is not a duration such as 90s, 30m, 24h or 1d12h")
-    return seconds

@@ -55,7 +55,7 @@ class Scores(NamedTuple):
     masked_tokens: int
 
     def finite(self) -> dict[str, float | int | None]:
-        """Values by name; None for those that are not finite, which JSON cannot express."""
+        """Values by name; None for values that are not finite, which JSON cannot express."""
         return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 
@@ -113,7 +113,7 @@ class HeldOutEvaluator:
 def open_evaluator(run: ResolvedRun, rows: Rows, first_position: int, world: World) -> HeldOutEvaluator:
     """The evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable.
 
-    `rows`, `first_position`: what the model needs, see MicrobatchLayout.
+    `rows`, `first_position`: of the model, see MicrobatchLayout.
     """
     batch = run.config.batch
     layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position)

@@ -1,19 +1,16 @@
 """Prepare a run on all ranks: everything that may be refused, before the engine takes the device."""
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from experiment.checkpoints import complete_checkpoints, verify_descriptions
+from experiment.checkpoints import complete_checkpoints
 from experiment.errors import UserError
 from experiment.hub_names import HubName
 from experiment.mirror import Mirror
 from experiment.model_names import local_model
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.storage import is_url
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.packing import Rows
 from pretrain.config import CorpusConfig, PretrainConfig
@@ -22,19 +19,17 @@ from pretrain.corpus.reader import Corpus
 from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
 from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, choose_rows
+from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
-from pretrain.resume import find_resume_candidates, locate_model
 from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 
-T = TypeVar("T")
-
 
 class Preparation(NamedTuple):
-    """What training needs, apart from the engine."""
+    """Everything that training needs apart from the engine."""
 
     run: ResolvedRun
     model: BuiltModel
@@ -48,15 +43,21 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparatio
     """
     group.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
     restore_from_mirror(config, world, group)
-    copies = copy_corpora_to_hosts(config.corpus, world, group)
-    download_model_to_hosts(config, world, group)
-    verify = partial(verify_together, group, world)
-    run = group.call(lambda: resolve(config, world.size, group.from_rank0, verify, copies))
+    run = group.call(
+        lambda: resolve(
+            config,
+            world.size,
+            decide=group.from_rank0,
+            verify=partial(verify_together, group, world),
+            find_model=partial(download_model_to_hosts, world, group),
+            copy_corpora=partial(copy_corpora_to_hosts, world, group),
+        )
+    )
     group.call(lambda: check_device_support(run.deepspeed))
     if world.rank == 0:
         warn_of_emulation(run.deepspeed)
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, group)
-    model = group.call(lambda: build_model(run.model_source, run.model_config, run.config.run.seed))
+    model = group.call(lambda: _build_model(run))
     rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, group)
     stream = group.call(
         lambda: open_stream(
@@ -66,52 +67,54 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparatio
     return Preparation(run, model, stream)
 
 
+def _build_model(run: ResolvedRun) -> BuiltModel:
+    """The model of the run; its weights are still to be loaded if the run resumes."""
+    model = build_model(run.model_source, run.model_config, run.config.run.seed)
+    if run.config.model.output_bias == "log_frequency" and run.resume_plan.checkpoint is None:
+        frequencies = token_frequencies([each.corpus for each in run.corpora], [each.weight for each in run.corpora])
+        set_output_bias(model.model, frequencies)
+    return model
+
+
 def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
     """The rows of all ranks: windows unless every rank, whose GPU may be of another type, can compute flat ones.
     Collective.
 
-    Rows decide which sequences of a batch a rank takes. `rows`: what this rank would choose.
+    Rows decide which sequences of a batch a rank takes. `rows`: the choice of this rank alone.
     """
     (flat,) = group.all_reduce_sum([int(rows == "flat")])
     return "windows" if rows == "flat" and flat < world.size else rows
 
 
-def copy_corpora_to_hosts(config: CorpusConfig, world: World, group: CpuGroup) -> dict[str, Path]:
+def copy_corpora_to_hosts(world: World, group: CpuGroup, config: CorpusConfig) -> Mapping[str, Path]:
     """Copy the corpora to `corpus.cache` on one rank of each host. Collective; raises AgreedError.
 
     Returns the folder of each corpus, as `CorpusCache.locate` does on the host; nothing without a cache.
     """
     if config.cache is None:
         return {}
-    sources = [name if is_url(name) else str(Path(name).absolute()) for name in config.sources]
-    folder = Path(config.cache).absolute()
+    folder = Path(config.cache)
 
     def locate(on_progress: Callable[[], None]) -> dict[str, Path]:
         cache = CorpusCache(folder, config.cache_bytes, on_progress, show_progress=world.rank == 0)
-        return cache.locate(sources) if world.local_rank == 0 else {}
+        return cache.locate(config.sources) if world.local_rank == 0 else {}
 
-    return _call_slow(locate, group)[world.rank - world.local_rank]
+    return group.from_all_ranks_slowly(locate)[world.rank - world.local_rank]
 
 
-def download_model_to_hosts(config: PretrainConfig, world: World, group: CpuGroup) -> None:
-    """Download the model that `model.init_from` names on one rank of each host, if it is one of the Hub and the run
-    does not resume with the copy in its checkpoint. Collective; raises AgreedError."""
+def download_model_to_hosts(world: World, group: CpuGroup, name: str) -> Path:
+    """As `local_model`; a model of the Hub is downloaded on one rank of each host. Collective; raises AgreedError.
 
-    def find() -> str:
-        if config.model.init_from is None or HubName.of_model(config.model.init_from) is None:
-            return ""
-        folder = RunFolder(Path(config.run.dir).absolute())
-        point = find_resume_candidates(config.run, folder).choose(verify_descriptions)
-        return locate_model(config.model, point)[1].init_from or ""
-
-    name = group.call(lambda: group.from_rank0(find))
+    name: absolute if it is a path.
+    """
 
     def download(on_progress: Callable[[], None]) -> None:
         if world.local_rank == 0:
             local_model(name, on_progress)
 
-    if HubName.parse(name) is not None:  # not a path, which is absolute
-        _call_slow(download, group)
+    if HubName.parse(name) is not None:
+        group.from_all_ranks_slowly(download)
+    return local_model(name)
 
 
 def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -> None:
@@ -131,24 +134,7 @@ def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -
             )
         mirror.restore(folder, on_progress, show_progress=True)
 
-    _call_slow(restore, group)
-
-
-def _call_slow(function: Callable[[Callable[[], None]], T], group: CpuGroup) -> list[T]:
-    """Call a function on all ranks that may take longer than the timeout of a collective. Collective; raises
-    AgreedError. `function` gets what it must call when it makes progress. Returns the results by rank."""
-    progressed = threading.Event()
-    thread = ThreadPoolExecutor(1, "preparation")
-    part = thread.submit(function, progressed.set)
-    thread.shutdown(wait=False)
-
-    def made_progress() -> bool:
-        made = progressed.is_set()
-        progressed.clear()
-        return made
-
-    group.wait_for_all(part, made_progress)
-    return group.from_all_ranks(part.result)
+    group.from_all_ranks_slowly(restore)
 
 
 def verify_on_each_host(corpora: Sequence[Corpus], world: World, group: CpuGroup) -> None:

@@ -1,4 +1,4 @@
-"""The process of a rank: what it records for the launcher, what ends it, and its exit code."""
+"""The process of a rank: its records for the launcher, its end and its exit code."""
 
 import logging
 import os
@@ -73,7 +73,7 @@ class RankRecorder:
 
 
 def run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> NoReturn:
-    """Call `train` and end the process with the exit code of its outcome, or of what it raises."""
+    """Call `train` and end the process with the exit code of its outcome, or of its exception."""
     raise_limit_of_open_files()
     # On several hosts the launcher ends all ranks at once: others would wait for one that ends alone.
     stop_file = recorder.folder.stop if recorder.rank == 0 and LAUNCH_VARIABLE not in os.environ else None
@@ -130,7 +130,7 @@ def _call(train: Callable[[], Outcome], recorder: RankRecorder) -> ReportedOutco
 
 
 def cause_of(error: BaseException) -> Cause:
-    """What an exception that ends a rank means for a restart."""
+    """The meaning of an exception that ends a rank for a restart."""
     if is_out_of_memory(error):
         return Cause.OUT_OF_MEMORY
     if isinstance(error, dist.DistError | LostRankError) or any(words in str(error) for words in _GLOO_ERRORS):

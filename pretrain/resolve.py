@@ -1,14 +1,13 @@
 """Resolve a run: config -> everything that is known before a device is used.
 
-`resolve` opens what the config names, checks that it fits together, and decides which checkpoint the run starts from.
-The launcher, every rank, `--dry_run` and sweeps call it. What follows takes the typed result.
+`resolve` opens the files that the config names, checks that they fit together, and decides which checkpoint the run
+starts from. The launcher, every rank, `--dry_run` and sweeps call it. The code below takes the typed result.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -65,7 +64,7 @@ class ResolvedRun:
     held_out: Mapping[str, Corpus]  # by name
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
-    model_source: ModelConfig  # what the model is built from: section `model`, or the checkpoint to continue from
+    model_source: ModelConfig  # source of the model: section `model`, or the checkpoint to continue from
     model_config: PreTrainedConfig
     num_parameters: int
     stages: tuple[Stage, ...]
@@ -93,15 +92,18 @@ def resolve(
     world_size: int,
     decide: Decide = _decide_locally,
     verify: Verify = verify_descriptions,
-    copies: Mapping[str, Path] = MappingProxyType({}),
+    find_model: Callable[[str], Path] = local_model,
+    copy_corpora: Callable[[CorpusConfig], Mapping[str, Path]] = lambda config: {},
 ) -> ResolvedRun:
     """Resolve and check a run. Raises UserError for the first thing that would keep it from starting.
 
     Args:
         decide: ranks pass `CpuGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears
             or disappears at this moment.
-        verify: says what is wrong with a checkpoint. Ranks, which load it, read all of it.
-        copies: folders to open instead of corpora that the config names. Documents of other URLs cannot be read.
+        verify: returns the problem of a checkpoint. Ranks, which load it, read all of it.
+        find_model: the folder of a model by its name. Ranks download one of the Hub once on each host.
+        copy_corpora: makes copies of the corpora, and returns their folders by the names in the config. The documents
+            of a URL without a copy cannot be read.
     """
     deepspeed = load_settings(config.engine.ds_config)
     config = _with_absolute_paths(config, deepspeed.path)
@@ -109,8 +111,8 @@ def resolve(
     folder = RunFolder(Path(config.run.dir))
     point = decide(lambda: find_resume_candidates(config.run, folder)).choose(verify)
     located, model_source = decide(lambda: locate_model(config.model, point))
-    config, model_source = config.model_copy(update={"model": located}), _on_this_host(model_source)
-    corpora, held_out = _open_corpora(config.corpus, copies)
+    config, model_source = config.model_copy(update={"model": located}), _with_folder(model_source, find_model)
+    corpora, held_out = _open_corpora(config.corpus, copy_corpora(config.corpus))
     train = corpora[0].corpus
     check_tokenizer(model_source, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
@@ -165,12 +167,12 @@ def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainCon
     return config.model_copy(update=sections)
 
 
-def _on_this_host(model: ModelConfig) -> ModelConfig:
+def _with_folder(model: ModelConfig, find_model: Callable[[str], Path]) -> ModelConfig:
     """The section `model` with a folder in place of the name of a model of the Hub."""
     if model.init_from is None:
         return model
     try:
-        return model.model_copy(update={"init_from": str(local_model(model.init_from))})
+        return model.model_copy(update={"init_from": str(find_model(model.init_from))})
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
 
@@ -308,7 +310,8 @@ def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None
 
 
 def _warn_of_same_seed(config: PretrainConfig, corpora: Sequence[TrainingCorpus], model: Path) -> None:
-    """Order and masks follow from seed and corpus: with both unchanged, a run repeats those of the model's own run."""
+    """Order and masks follow from seed and corpus: with both unchanged, a run repeats the batches of the model's own
+    run."""
     if not (model.parent / "state.json").is_file():
         return
     before = read_state(model.parent)["identity"]

@@ -48,7 +48,7 @@ _LAYOUT = ("model.activation_checkpointing",)
 _NO_EFFECT = {"model.use_cache"}
 # Keys that determine masks if the masking rate is a function of the run's length.
 _LENGTH = ("schedule.steps", "schedule.epochs", "schedule.tokens")
-# Keys that name paths, or that `run_identity` replaces by what they resolve to.
+# Keys that name paths, or that `run_identity` resolves.
 _BY_CONTENT = (
     "run.dir",
     "run.resume",
@@ -59,7 +59,7 @@ _BY_CONTENT = (
     "corpus.train",
     "schedule.stages",
 )
-# Keys that say how a model is trained, as opposed to what it is: a fork may change them.
+# Keys about the training of a model, not its architecture: a fork may change them.
 _MODEL_TRAINING = tuple(f"model.{field}" for field in ModelConfig.model_fields)
 
 
@@ -73,9 +73,9 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """What a run starts from."""
+    """The state that a run starts from."""
 
-    checkpoint: Path | None = None  # None: step 0, with new weights or those of model.init_from
+    checkpoint: Path | None = None  # None: step 0, with new weights or weights of model.init_from
     fork: bool = False  # the checkpoint is another run's
     changes: tuple[str, ...] = ()  # keys whose value differs from the checkpoint's, a line each
     load_optimizer_state: bool = True  # False: the checkpoint was written with another optimizer
@@ -95,7 +95,7 @@ class ResumeCandidates:
 
 
 def find_resume_candidates(run: RunConfig, folder: RunFolder) -> ResumeCandidates:
-    """What `run.resume` means for a run folder.
+    """The checkpoints that `run.resume` means for a run folder.
 
     A fork that has saved a checkpoint resumes from it; one that has not forks again.
 
@@ -156,7 +156,7 @@ def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelCo
 
 
 def _is_same_model(model: ModelConfig, saved: Mapping[str, Any]) -> bool:
-    """`saved`: the section `model` of a checkpoint. What `init_from` names may be gone."""
+    """`saved`: the section `model` of a checkpoint. The model that `init_from` names may be gone."""
     if model.init_from is None or saved["init_from"] is None:
         return False
     now, hub = model.model_dump(mode="json"), HubName.of_model(model.init_from)
@@ -248,7 +248,7 @@ def check_fork_length(plan: ResumePlan, steps: int | None) -> None:
 def run_identity(
     config: PretrainConfig, model_config: Mapping[str, Any], corpora: Sequence[tuple[str, float]]
 ) -> dict[str, Any]:
-    """What identifies a run: its config, with model, corpora and stages replaced by what they resolve to.
+    """The identity of a run: its config, with model, corpora and stages as they resolve.
 
     `corpora`: fingerprint and weight of each training corpus.
     """

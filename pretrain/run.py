@@ -46,7 +46,6 @@ from pretrain.batching.loader import DataWorkerError
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.process_group import connect, deadline, disconnect
-from pretrain.modeling.compile_time import compile_seconds
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.preparation import prepare
 from pretrain.rank_heartbeat import RankHeartbeat
@@ -73,7 +72,7 @@ def pretrain(
 
     times: of this attempt; default: it starts now.
     """
-    times = times or ActivityTimer(time.time(), compile_seconds)
+    times = times or ActivityTimer(time.time())
     recorder = recorder or _recorder(config, world.rank)
     with deadline(_timeout(config), partial(give_up, recorder, "the ranks did not connect to each other's hosts")):
         group = CpuGroup(_timeout(config), times.make_progress)
@@ -181,7 +180,7 @@ def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder) -> Out
     heartbeat.start()
     world = connect(_timeout(config), partial(give_up, recorder))
     stop_request = partial(StopRequest, end_process=partial(stop_at_once, recorder))
-    times = ActivityTimer(attempt_start(), compile_seconds)
+    times = ActivityTimer(attempt_start())
     heartbeat.follow(times)
     ending = pretrain(config, world, stop_request, recorder=recorder, times=times)
     recorder.agree(ending)
@@ -195,7 +194,7 @@ def _timeout(config: PretrainConfig) -> datetime.timedelta:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported: collections skip it, such as those that DeepSpeed makes while it starts
+    gc.freeze()  # imported objects: garbage collections skip them, such as the ones of DeepSpeed while it starts
     gc.enable()
     wait_at_gate()
     main(sys.argv[1:])

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -20,6 +21,8 @@ from s3_server import environment, moto_server, new_bucket
 from small_disk import SmallDisk, mounted_small_disk
 from triton_interpreter import interpret_kernels
 
+_TESTS = Path(__file__).parent
+_CPU_TIMES = psutil.cpu_times()
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
@@ -48,15 +51,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect soak tests unless `-m` names them."""
+    """Deselect soak tests unless `-m` names them. Order the files so that there are always some to compute with."""
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
+    _interleave(items)
+
+
+def _interleave(items: list[pytest.Item]) -> None:
+    """Spread the files of tests that wait for processes evenly among the unit tests, which compute: otherwise all test
+    processes wait in the first half of the time, and all compete for the cores in the second."""
+    computing: dict[Path, int] = {}
+    waiting: dict[Path, int] = {}
+    for item in items:
+        files = computing if "unit" in item.path.relative_to(_TESTS).parts else waiting
+        files.setdefault(item.path, len(files))
+    places = {path: 0.9 * number / len(waiting) for path, number in waiting.items()}  # the last ones are short
+    places |= {path: number / len(computing) for path, number in computing.items()}
+    items.sort(key=lambda item: places[item.path])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the total by folder below the slowest tests, so that growth is seen."""
+    """Print the total by folder below the slowest tests, and whether tests compute or wait, so that growth is seen."""
     if config.option.durations is None:
         return
     seconds: Counter[str] = Counter()
@@ -68,6 +85,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("seconds by folder")
     for folder, total in seconds.most_common():
         terminalreporter.write_line(f"{total:8.1f}s {folder}")
+    times = psutil.cpu_times()
+    idle = (times.idle - _CPU_TIMES.idle) / (sum(times) - sum(_CPU_TIMES))
+    terminalreporter.write_line(f"the cores were idle for {idle:.0%} of the time")
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +208,15 @@ def handed_over(request: pytest.FixtureRequest) -> Mapping[str, str]:
     if request.node.get_closest_marker("real_start"):
         return {}
     return request.getfixturevalue("fork_server").environment()
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning in this process leaves empty figures: to draw them takes a quarter of the time of a tiny run."""
+    from finetune.results import seed_summary
+
+    for name in ("draw_confusion", "draw_curves"):
+        monkeypatch.setattr(seed_summary, name, lambda path, *_: path.touch())
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Types of config fields: what is below a key, which value raw text stands for, and how to describe a type."""
+"""Types of config fields: the keys below a key, the value of raw text, and descriptions of types."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from experiment.config.yaml_dialect import Loader, read_yaml
 
 @dataclass(frozen=True)
 class Metavar:
-    """What the help shows for the value of a flag, such as FILE: `config: Annotated[str, Metavar("FILE")]`."""
+    """The placeholder for the value of a flag in the help, such as FILE: `config: Annotated[str, Metavar("FILE")]`."""
 
     name: str
 

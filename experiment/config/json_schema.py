@@ -12,7 +12,7 @@ from experiment.config.reference import find_meaning
 def json_schema(config_type: type[Section]) -> dict[str, Any]:
     """The JSON Schema of a config, draft 2020-12. If the config has variants, `task.kind` decides which one applies.
 
-    It accepts what `load_config` accepts, and configs that break a rule about several keys.
+    It accepts all configs that `load_config` accepts, and configs that break a rule about several keys.
     """
     models = list(config_type.variants().values()) or [config_type]
     inputs = [(model, "validation") for model in models]

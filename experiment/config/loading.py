@@ -1,7 +1,7 @@
 """YAML file + dotted overrides -> strict typed config.
 
 A config is a tree of `Section`s. Values are checked strictly: a value of the wrong type and an unknown key are rejected
-with a message that names the line, the key, the value and what was expected.
+with a message that names the line, the key, the value and the expected ones.
 """
 
 import copy
@@ -208,7 +208,7 @@ _KINDS = {
     "rows": ("a comparison", "compare"),
     "steps": ("a cleaning", "clean"),
 }
-"""Section -> what a config with it is of, and the command that takes it."""
+"""Section -> the subject of a config with it, and the command that takes it."""
 
 
 def check_kind(tree: Mapping[str, Any], section: str) -> None:

@@ -1,11 +1,9 @@
-"""The reference of config keys: `deepcloze config` and docs/config.md, from the docstrings of the fields."""
+"""The reference of config keys, from the docstrings of the fields: `deepcloze config` shows it, and docs/config.md."""
 
 import json
-import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -15,7 +13,6 @@ from experiment.config.field_types import describe_field, is_section, union_memb
 from experiment.config.loading import Section
 from experiment.config.validation_errors import explain_unknown_key
 from experiment.errors import UserError
-from experiment.formatting import markdown_table
 
 REQUIRED = "required"
 
@@ -32,7 +29,7 @@ class ConfigKey:
 
 @dataclass(frozen=True)
 class ConfigSection:
-    """A section and its keys, those of the sections in it included."""
+    """A section and its keys, including the keys of sections in it."""
 
     name: str
     meaning: str
@@ -43,7 +40,7 @@ class ConfigSection:
 def config_reference(config_type: type[Section]) -> tuple[ConfigSection, ...]:
     """All sections of a config, in the order of the fields.
 
-    If the config has variants, a section is followed by what each variant adds to it or changes.
+    If the config has variants, a section is followed by the additions and changes of each variant.
     """
     variants = {name: _sections(kind) for name, kind in config_type.variants().items()}
     found: list[ConfigSection] = []
@@ -105,32 +102,13 @@ def as_text(section: ConfigSection, width: int) -> str:
     return "\n\n".join(paragraphs)
 
 
-def as_markdown(reference: Sequence[ConfigSection]) -> str:
-    """A heading and a table for each section."""
-    parts = []
-    for section in reference:
-        rows = [
-            [
-                f"`{key.name}`",
-                key.type,
-                f"`{key.default}`" if key.default != REQUIRED else REQUIRED,
-                _linked(key.meaning),
-            ]
-            for key in section.keys
-        ]
-        table = markdown_table(["key", "type", "default", "meaning"], rows)
-        title = f"`{section.name}`, {section.variant}" if section.variant else f"`{section.name}`"
-        parts.append("\n\n".join(filter(None, [f"### {title}", _linked(section.meaning), table])))
-    return "\n".join(parts)
-
-
 def _keys(section: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
     for name in section.model_fields:
         yield from _keys_of_field(section, name, prefix)
 
 
 def _keys_of_field(section: type[BaseModel], name: str, prefix: str) -> Iterator[ConfigKey]:
-    """A field and the keys below it; those of a mapping's values as `rows.NAME.init_from`."""
+    """A field and the keys below it; keys of a mapping's values as `rows.NAME.init_from`."""
     field = section.model_fields[name]
     if is_section(field.annotation):
         yield from _keys(field.annotation, f"{prefix}{name}.")
@@ -161,7 +139,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def find_meaning(section: type[BaseModel], name: str) -> str:
-    """The docstring of a field, perhaps that of a base class, or of the section that it holds."""
+    """The docstring of a field, perhaps of a base class, or of the section that it holds."""
     fields = [kind.model_fields[name] for kind in section.__mro__ if is_section(kind) and name in kind.model_fields]
     found = next((_one_line(field.description) for field in fields if field.description), "")
     annotation = section.model_fields[name].annotation
@@ -170,13 +148,3 @@ def find_meaning(section: type[BaseModel], name: str) -> str:
 
 def _one_line(docstring: str | None) -> str:
     return " ".join((docstring or "").split())
-
-
-def _linked(text: str) -> str:
-    """Paths of pages as links from docs/config.md."""
-
-    def link(match: re.Match[str]) -> str:
-        path = PurePath(match[0])
-        return f"[{path.name}]({path.name})" if path.parts[0] == "docs" else f"[{path}](../{path})"
-
-    return re.sub(r"\b[\w/]+\.md\b", link, text)

@@ -1,4 +1,4 @@
-"""Messages about invalid configs: what pydantic reports, in terms of keys, values and what was expected."""
+"""Messages about invalid configs: the errors of pydantic, in terms of keys, values and expected values."""
 
 import difflib
 import json
@@ -26,7 +26,7 @@ def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iter
     missing = [key for key, details in found if _is_missing(details)]
     for key, details in found:
         if details["type"] == "too_short" and details["input"]:
-            continue  # what is wrong with its items is an error too
+            continue  # mistakes in its items are errors too
         siblings = [other for other in missing if other[:-1] == key[:-1]] if _is_missing(details) else [key]
         if len(siblings) == 1:
             yield key, _explain(config_type, key, details)
@@ -92,7 +92,7 @@ def _explain(config_type: type[BaseModel], key: KeyPath, details: ErrorDetails) 
 def _without_other_branches(
     config_type: type[BaseModel], errors: Sequence[ErrorDetails]
 ) -> list[tuple[KeyPath, ErrorDetails]]:
-    """(key, error) for each error of pydantic, without those of union branches that the user did not mean.
+    """(key, error) for each error of pydantic, except in union branches that the user did not mean.
 
     For a list with a bad item in `str | list[Source]`, pydantic also reports that the list is not text.
     """

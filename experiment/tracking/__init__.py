@@ -1,4 +1,4 @@
-"""What a run reports: metrics to trackers, messages to logs."""
+"""Reports of a run: metrics to trackers, messages to logs."""
 
 from experiment.tracking.tracker import TrackedRun, Tracker, Trackers, check_tracking, open_trackers
 

@@ -1,6 +1,7 @@
 """Alerts: messages to people about a run, by mail, webhook, Apprise and Weights & Biases.
 
-They are sent from a thread of their own: sending neither blocks nor fails the run. What cannot be sent is a warning.
+They are sent from a thread of their own: sending neither blocks nor fails the run. An alert that cannot be sent is a
+warning.
 """
 
 import json
@@ -85,7 +86,7 @@ class Messenger:
         Args:
             folder: of the run.
             warn: shows why an alert could not be sent.
-            others: name -> what else sends an alert; an OSError is tried again.
+            others: name -> another way to send an alert; it is tried again after an OSError.
         """
         self._run = folder.path
         self._channels = [_Channel(name, send, warn) for name, send in others.items()]

@@ -44,7 +44,7 @@ def require_tensorboard() -> None:
 class TensorBoardTracker:
     """Writes the numbers of each event by step, see `tag_of`.
 
-    Each attempt starts a new file in `folder` with what it does not log again of the one before, see `is_kept`.
+    Each attempt starts a new file in `folder` with the events before that it does not log again, see `is_kept`.
     """
 
     def __init__(self, folder: Path, resumed_step: int, evaluates_again: bool = False) -> None:
@@ -55,7 +55,7 @@ class TensorBoardTracker:
         path = folder / f"{_PREFIX}{_next_number(earlier):020d}.{platform.node()}"
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             file.write(_record(file_version="brain.Event:2"))
-            file.write(_record(session_log=SessionLog(status=SessionLog.START)))  # forget what was read before
+            file.write(_record(session_log=SessionLog(status=SessionLog.START)))  # forget earlier content
             file.writelines(_kept_records(earlier, resumed_step, evaluates_again))
         for replaced in earlier:
             replaced.unlink()
@@ -98,7 +98,7 @@ class SeedsTensorBoardTracker:
 
 
 def tag_of(name: str) -> str:
-    """The tag of a metric. TensorBoard groups tags by what is before the first slash."""
+    """The tag of a metric. TensorBoard groups tags by the part before the first slash."""
     return name if "/" in name else f"{'speed' if name in _SPEED else 'train'}/{name}"
 
 

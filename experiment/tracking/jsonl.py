@@ -34,7 +34,7 @@ SLOW_RATIO = 1.5
 class JsonlTracker:
     """Appends each event to `path` immediately.
 
-    Drops first what a resume logs again, see `kept_events`.
+    First drops events that a resumed run logs again, see `kept_events`.
     """
 
     def __init__(self, path: Path, resumed_step: int, evaluates_again: bool = False) -> None:

@@ -53,7 +53,7 @@ def _remove_own_handlers() -> None:
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _RankLog | _Terminal)]:
         root.removeHandler(handler)
-        with suppress(OSError):  # what it could not write to a full disk is lost
+        with suppress(OSError):  # messages that did not fit on a full disk are lost
             handler.close()
 
 
@@ -70,12 +70,12 @@ class _RankLog(logging.FileHandler):
     """A rank's log file; a class of its own so that a second set-up can replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Leave out empty messages, such as those with which DeepSpeed frames its tables."""
+        """Leave out empty messages, with which DeepSpeed frames its tables."""
         if str(record.msg).strip():
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Drop what does not fit on a full disk: logging would print a traceback for each message."""
+        """Drop messages that do not fit on a full disk: logging would print a traceback for each message."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 

@@ -36,7 +36,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What trackers know of a run."""
+    """Facts about a run for its trackers."""
 
     run_id: str  # the same for all attempts
     parameters: Mapping[str, object]  # the resolved config
@@ -44,7 +44,7 @@ class TrackedRun:
     resumed_step: int  # finished steps of the checkpoint it resumes from, -1 for a new run; later events are dropped
     evaluates_again: bool = False  # the evaluation of `resumed_step` is dropped too: the checkpoint lacks it
     seed_steps: int | None = None  # of each seed of a fine-tuning run
-    unit: str = "step"  # what the console calls a step
+    unit: str = "step"  # name of a step on the console
 
 
 def check_tracking(config: TrackingConfig) -> None:

@@ -3,9 +3,9 @@
 All calls to W&B are made in one daemon thread that reads a queue: `log` never blocks the training loop, and `close` has
 a timeout.
 
-W&B ignores a row whose W&B step is not larger than that of the row before, also after a resume. So each event gets a
-number that is the same if it is logged again, and nothing appears twice; and what an earlier attempt has not delivered
-is sent from metrics.jsonl, so nothing is missing.
+W&B ignores a row whose W&B step is not larger than the one before, also after a resume. So each event gets a
+number that is the same if it is logged again, and nothing appears twice; and rows that an earlier attempt has not
+delivered is sent from metrics.jsonl, so nothing is missing.
 """
 
 import json
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 INIT_SECONDS = 20.0  # timeout for reaching the server; the run is then logged offline
 FINISH_SECONDS = 30.0  # timeout for uploading the rest when the run ends
 _UPLOAD_SHARE = 0.7  # of it, after which W&B gives up uploading and completes its local file
-# The format of W&B's local files is that of LevelDB's log, with a header of its own and plain CRC-32:
+# W&B's local files have the format of LevelDB's log, with a header of its own and plain CRC-32:
 # https://github.com/google/leveldb/blob/main/doc/log_format.md
 _FILE_HEADER = 7  # bytes
 _BLOCK = 32768
@@ -155,7 +155,7 @@ class WandbTracker:
     def _write_report(self, outcome: Outcome) -> Path | None:
         """The page; None if it cannot be written."""
         try:
-            from experiment.results.report import write_report  # reads what trackers write, too
+            from experiment.results.report import write_report  # reads the files of trackers, too
 
             return write_report(self._folder.path, outcome=outcome)
         except Exception as error:
@@ -192,7 +192,7 @@ class _Rows:
 
     def log(self, event: Metrics) -> None:
         number, is_late = self._next(event)
-        # What is late now may not have been when the rows before `first_number` were logged.
+        # A row that is late now may not have been late when the rows before `first_number` were logged.
         if is_late or number >= self._first_number:
             self._log(event, number)
 

@@ -1,4 +1,4 @@
-"""Types of the columns of a task: what their cells hold, and how a cell is read.
+"""Types of the columns of a task: the content of their cells, and how a cell is read.
 
 A kind of task declares its columns as the fields of a `Columns` section, each of one of the types below. The name of a
 field is the role that its column plays. Reading, messages and docs/config.md follow from the declaration.
@@ -20,12 +20,12 @@ _LARGEST = 1e18  # of the numbers to predict
 
 @dataclass(frozen=True, eq=False)  # types that hold the same, such as TEXT and CONTEXT, are different types
 class CellType:
-    """What the cells of a column hold."""
+    """The content of the cells of a column."""
 
     description: str  # as in "expected …"
     read: Callable[[object], Any]
     """The value of a cell, None if it is empty. Raises ValueError if it holds something else, perhaps with a hint."""
-    target: bool = False  # what is to be predicted: a test split may lack it
+    target: bool = False  # to be predicted: a test split may lack it
     encoded: bool = False  # a target that the model reads too, such as the other text of a pair to embed
     optional: bool = False  # a target that any split may lack, and rows too if it is encoded
 
@@ -164,7 +164,7 @@ def _is_answer(value: Any) -> bool:
 def _parse_json(cell: object) -> object:
     """The list or object that a text is in JSON; any other cell as it is.
 
-    Raises ValueError for what is nearly JSON: pandas writes lists to CSV files as Python prints them.
+    Raises ValueError for text that is nearly JSON: pandas writes lists to CSV files as Python prints them.
     """
     if isinstance(cell, str) and cell.startswith(("[", "{")):
         try:
@@ -220,7 +220,7 @@ class Columns(Section):
         return () if names is None else names if isinstance(names, tuple) else (names,)
 
     def cell_types(self) -> dict[str, CellType]:
-        """Role -> what its cells hold, of the columns that are given."""
+        """Role -> type of its cells, for the columns that are given."""
         return {
             role: cell_type
             for role, field in type(self).model_fields.items()

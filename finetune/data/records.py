@@ -18,11 +18,11 @@ _MISSING = (None, "-1", -1.0)  # targets of a test split that has none; the data
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a split: what a task predicts something for."""
+    """One row of a split, for which a task predicts something."""
 
     place: str  # file and line, for messages
     values: Mapping[str, Any]  # role -> value; the target is absent if the split has none
-    group: str | None = None  # of a dialogue: what belongs together
+    group: str | None = None  # the dialogue that it belongs to
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def read_records(
 ) -> Iterator[Record]:
     """The rows as records; their targets may be empty. They are read one by one, but all at once with a joiner.
 
-    key: what messages call the names of the columns. Raises UserError with file and line.
+    key: the name of the columns in messages. Raises UserError with file and line.
     """
     if joiner is None:
         return _records(rows, columns, targets_required, key)
@@ -174,7 +174,7 @@ def _find_columns(
 def _reject_targets_as_inputs(
     row: Row, types: Mapping[str, CellType], found: Mapping[str, list[int]], key: str
 ) -> None:
-    """Raises UserError if a target and an input are the same column: the model would be shown what it predicts."""
+    """Raises UserError if a target and an input are the same column: the model would see its targets."""
     targets = [role for role in found if types[role].target]
     inputs = [role for role in found if not types[role].target]
     for target in targets:

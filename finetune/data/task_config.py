@@ -136,7 +136,7 @@ class TaskConfig(Section):
     """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
 
     def file_format(self, as_flags: bool = False) -> FileFormat:
-        """How to read the files. as_flags: whether messages call the options as those of `deepcloze predict`."""
+        """How to read the files. as_flags: whether messages name the flags of `deepcloze predict`."""
         csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, as_flags, self.on_bad_lines)
         return FileFormat(None if self.format == "auto" else self.format, csv_format)
 
@@ -145,6 +145,13 @@ class TaskConfig(Section):
         tests = self.test if isinstance(self.test, Mapping) else {"test": self.test}
         splits = {"train": self.train, "validation": self.validation, **tests}
         return {split: path for split, path in splits.items() if path is not None}
+
+    def with_files(self, files: Mapping[str, str]) -> Self:
+        """The same task with other files. files: as `files` returns them."""
+        train, validation = files.get("train"), files.get("validation")
+        tests = {split: path for split, path in files.items() if split not in ("train", "validation")}
+        test = tests if isinstance(self.test, Mapping) else tests.get("test")
+        return self.model_copy(update={"train": train, "validation": validation, "test": test})
 
     @model_validator(mode="after")
     def _columns_are_numbers_without_header(self) -> Self:

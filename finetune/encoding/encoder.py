@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from experiment.errors import UserError
 from experiment.tokenizer import load_any_tokenizer
 from finetune.data.records import TurnJoiner
 from finetune.data.task_config import TaskConfig
-
-Context = Literal["article", "around", "between"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ _FRAME_KEYS = ("input_ids", "token_type_ids", "special_tokens_mask")
 
 
 class _Frame(NamedTuple):
-    """What surrounds the texts of a sequence: special tokens as (ids, token types), and the types of the texts."""
+    """The special tokens around the texts of a sequence, as (ids, token types), and the types of the texts."""
 
     specials: tuple[tuple[list[int], list[int]], ...]  # before, between and after the texts
     text_types: tuple[int, ...]
@@ -63,7 +60,7 @@ class Encoder:
         """Tokens of a sequence of maximum length before it was cut, if it was."""
         if text_pair is not None or not self.tokenizer.is_fast:
             return len(self._tokenize(text, text_pair)["input_ids"])
-        # What was cut off is kept, in sequences with special tokens: no need to tokenize a long text again.
+        # The rest of the text is kept, in sequences with special tokens: no need to tokenize a long text again.
         added: int = self.tokenizer.num_special_tokens_to_add(pair=False)
         assert encoded.encodings is not None
         return self.max_length + sum(len(part) - added for part in encoded.encodings[0].overflowing)
@@ -196,46 +193,9 @@ def window_around(position: int, length: int, size: int) -> range:
 
 
 def most_context(found: Sequence[range], position: int) -> int:
-    """Which of the windows shows most of what surrounds a position: the one whose nearer end is farthest."""
+    """Which of the windows shows the most context of a position: the one whose nearer end is farthest."""
 
     def margin(window: range) -> int:
         return min(position - window.start, window.stop - 1 - position)
 
     return max(range(len(found)), key=lambda index: margin(found[index]))
-
-
-class Surroundings(NamedTuple):
-    """The tokens before and after a blank."""
-
-    left: list[int]
-    right: list[int]
-    cut: int  # tokens that are left out
-
-
-def surroundings(
-    segments: Sequence[list[int]], fillings: Sequence[list[int]], blank: int, context: Context, size: int
-) -> list[Surroundings]:
-    """What is shown around a blank, once for each sequence that shows it. At most `size` tokens each.
-
-    segments: the tokens between the blanks of an article, one list more than blanks. fillings: the tokens in each
-    blank; that of `blank` itself does not count. context: "article" gives all windows over the article that show
-    tokens on both sides of the blank, "around" one that is cut around it, "between" what is between the neighbouring
-    blanks.
-    """
-    before, after = segments[blank], segments[blank + 1]
-    if context != "between":
-        parts = [part for pair in zip(segments, fillings, strict=False) for part in pair]
-        before = list(chain(*parts[: 2 * blank + 1]))
-        after = list(chain(*parts[2 * blank + 2 :], segments[-1]))
-    position, length = len(before), len(before) + len(after)
-    if context == "article":
-        shown = [window for window in windows(length, size) if _shows(window, position, length)]
-    else:
-        shown = [window_around(position, length, size)]
-    cut = 0 if context == "article" else length - len(shown[0])
-    return [Surroundings(before[window.start :], after[: window.stop - position], cut) for window in shown]
-
-
-def _shows(window: range, position: int, length: int) -> bool:
-    """Whether a window shows tokens before and after a position, if there are any."""
-    return (window.start < position or window.start == 0) and (window.stop > position or window.stop == length)

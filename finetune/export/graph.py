@@ -21,7 +21,7 @@ from finetune.loaded_model import LoadedModel
 from finetune.onnx_model import HIDDEN, PRECISION
 
 _HEADS = ("logits", "start_logits", "end_logits")
-"""What transformers calls the outputs of heads."""
+"""Names of the outputs of heads in transformers."""
 
 # Sizes of the example. torch.export takes sizes of 0 and 1, and equal ones, for constants.
 _BATCH, _CHOICES, _TOKENS = 2, 3, 5
@@ -30,7 +30,7 @@ _LARGEST = 127  # int8
 
 
 class ModelGraph(nn.Module):
-    """A model as a function of tensors. Its outputs are those of the head, and the hidden states of the encoder."""
+    """A model as a function of tensors. It returns the outputs of the head, and the hidden states of the encoder."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def takes_choices(model: PreTrainedModel) -> bool:
 
 
 def write_graph(loaded: LoadedModel, path: Path) -> None:
-    """Write a model, on the CPU in fp32, with its weights; those of more than 2 GB to a file beside.
+    """Write a model, on the CPU in fp32, with its weights, which go to a file beside it above 2 GB.
 
     Raises UserError for a model that torch.onnx cannot export.
     """
@@ -101,7 +101,7 @@ def _example_inputs(loaded: LoadedModel) -> tuple[dict[str, Tensor], dict[int, s
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what torch.onnx and onnxruntime.quantization log and print, such as the graph of a failed export."""
+    """Silence torch.onnx and onnxruntime.quantization, which print the graph of a failed export, among others."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     nowhere = io.StringIO()

@@ -5,7 +5,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from experiment.errors import UserError
 from finetune.data.columns import ClozeAnswersColumn, Columns, Name, OptionsColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.encoding.encoder import Context, Encoder, Surroundings, surroundings
+from finetune.encoding.encoder import Encoder, window_around, windows
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multiple_choice import choice_loss
 from finetune.metrics import Classified, Interval, accuracy_interval, is_constant, pad_probabilities, scale
@@ -31,6 +32,8 @@ _MODELS = {
     "binary": "AutoModelForSequenceClassification",
     "zero_shot": "AutoModelForMaskedLM",
 }
+
+Context = Literal["article", "around", "between"]
 
 
 class ClozeColumns(Columns):
@@ -60,7 +63,7 @@ class Config(TaskConfig):
 
     context: Context = "article"
     """Context shown around a blank: the whole article, in overlapping windows if it is too long; the article cut around
-    the blank; or what is between the neighbouring blanks."""
+    the blank; or the text between the neighbouring blanks."""
 
     other_blanks: Literal["filled", "masked", "dropped"] = "filled"
     """Content of the other blanks that are shown: the right option, in training only, and otherwise a mask; always
@@ -94,6 +97,14 @@ class _Blank:
     index: int  # in the article
     lengths: tuple[int, ...]  # of its options, in tokens
     masked: tuple[_Masked, ...] = ()  # of each sequence; zero-shot only
+
+
+class _Surroundings(NamedTuple):
+    """The tokens before and after a blank."""
+
+    left: list[int]
+    right: list[int]
+    cut: int  # tokens that are left out
 
 
 class Kind(TaskKind[Config]):
@@ -136,7 +147,7 @@ class Kind(TaskKind[Config]):
         self._parse(record)
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        """Those of each blank: one for each window that shows it."""
+        """Examples of each blank: one for each window that shows it."""
         segments, options, answers = self._parse(record)
         room = encoder.room()
         segment_ids = encoder.ids_of_texts([segment.rstrip() for segment in segments])
@@ -147,7 +158,7 @@ class Kind(TaskKind[Config]):
         examples = []
         for blank, ids in enumerate(option_ids):
             size = room - max(map(len, ids))
-            for shown in surroundings(segment_ids, fillings, blank, self.config.context, size):
+            for shown in _surroundings(segment_ids, fillings, blank, self.config.context, size):
                 target = None if answers is None else answers[blank]
                 examples.append(self._example(blank, ids, shown, target, encoder))
         return examples
@@ -167,11 +178,11 @@ class Kind(TaskKind[Config]):
         return self.expand(Record("", {"article": "a _", "options": [["b", "c"]]}), encoder, training=False)[0]
 
     def segments(self, record: Record) -> list[str]:
-        """What is before, between and behind the blanks of a record."""
+        """The text before, between and behind the blanks of a record."""
         return list(record.values["article"].split(_BLANK))
 
     def _parse(self, record: Record) -> tuple[list[str], list[list[str]], list[int] | None]:
-        """What is between the blanks, the options, and the index of each right option if the record has them.
+        """The text between the blanks, the options, and the index of each right option if the record has them.
 
         Raises UserError for another number of blanks, options and answers, and for an unknown letter.
         """
@@ -193,13 +204,13 @@ class Kind(TaskKind[Config]):
         return segments, options, [self._names(len(row)).index(letter) for row, letter in found]
 
     def _names(self, count: int) -> list[str]:
-        """Of the options of a blank in `answers`: numbers from 1 for those that have no letter."""
+        """Names of the options of a blank in `answers`: numbers from 1 for options without a letter."""
         return [*self._letters[:count], *(str(number + 1) for number in range(len(self._letters), count))]
 
     def _fillings(
         self, option_ids: Sequence[Sequence[list[int]]], answers: Sequence[int] | None, encoder: Encoder
     ) -> list[list[int]]:
-        """What stands in each blank while another one is asked for. answers: None if they must not be shown."""
+        """The tokens in each blank while another one is asked for. answers: None if they must not be shown."""
         if self.config.other_blanks == "filled" and answers is not None:
             return [row[answer] for row, answer in zip(option_ids, answers, strict=True)]
         if self.config.other_blanks == "dropped":
@@ -207,7 +218,7 @@ class Kind(TaskKind[Config]):
         return [[_mask_id(encoder)] for _ in option_ids]
 
     def _example(
-        self, blank: int, options: Sequence[list[int]], shown: Surroundings, target: int | None, encoder: Encoder
+        self, blank: int, options: Sequence[list[int]], shown: _Surroundings, target: int | None, encoder: Encoder
     ) -> Example:
         lengths = tuple(map(len, options))
         if self.config.scoring != "zero_shot":
@@ -376,3 +387,32 @@ def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list
 def _accuracy_row(name: str, number: int, right: Sequence[bool]) -> dict[str, Any]:
     low, high = accuracy_interval(right, range(len(right)))
     return {name: number, "blanks": len(right), "accuracy": float(np.mean(right)), "low": low, "high": high}
+
+
+def _surroundings(
+    segments: Sequence[list[int]], fillings: Sequence[list[int]], blank: int, context: Context, size: int
+) -> list[_Surroundings]:
+    """The context around a blank, once for each sequence that shows it. At most `size` tokens each.
+
+    segments: the tokens between the blanks of an article, one list more than blanks. fillings: the tokens in each
+    blank; `blank` itself does not count. context: "article" gives all windows over the article that show
+    tokens on both sides of the blank, "around" one that is cut around it, "between" the text between the neighbouring
+    blanks.
+    """
+    before, after = segments[blank], segments[blank + 1]
+    if context != "between":
+        parts = [part for pair in zip(segments, fillings, strict=False) for part in pair]
+        before = list(chain(*parts[: 2 * blank + 1]))
+        after = list(chain(*parts[2 * blank + 2 :], segments[-1]))
+    position, length = len(before), len(before) + len(after)
+    if context == "article":
+        shown = [window for window in windows(length, size) if _shows(window, position, length)]
+    else:
+        shown = [window_around(position, length, size)]
+    cut = 0 if context == "article" else length - len(shown[0])
+    return [_Surroundings(before[window.start :], after[: window.stop - position], cut) for window in shown]
+
+
+def _shows(window: range, position: int, length: int) -> bool:
+    """Whether a window shows tokens before and after a position, if there are any."""
+    return (window.start < position or window.start == 0) and (window.stop > position or window.stop == length)

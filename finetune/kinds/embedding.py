@@ -1,4 +1,4 @@
-"""Embedding: a vector for a text, which is close to those of similar texts, or of the documents that answer a query."""
+"""Embedding: a vector for a text, close to the vectors of similar texts, or of documents that answer a query."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from experiment.errors import UserError
 from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, ScoreColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.embedding_metrics import Vectors, document_ranks, ndcg, potentials
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding
+from finetune.metrics import Vectors, document_ranks, ndcg, potentials
 from finetune.pooling import Pooling, pool
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
@@ -169,7 +169,7 @@ class Kind(TaskKind[Config]):
         return {"embedding": vectors[0].tolist(), "similarity": similarity, "others": others}
 
     def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
-        """Numbers in place of vectors, see `_relate`; `dimensions` has those of smaller vectors."""
+        """Numbers in place of vectors, see `_relate`; `dimensions` has the numbers of smaller vectors."""
         if "others" not in predictions[0]:
             return predictions
         sizes = self.config.dimensions
@@ -208,7 +208,7 @@ class Kind(TaskKind[Config]):
         return [(record.values, shown)]
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """With scores: how far the rank of the similarity is from that of the score, as a share of the rows. Without:
+        """With scores: distance between the ranks of similarity and score, as a share of the rows. Without:
         1 − 1 / rank of the document."""
         rows = self.relate(records, predictions)
         if "rank" in rows[0]:

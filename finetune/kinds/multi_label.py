@@ -47,7 +47,7 @@ class Config(TaskConfig):
 
 
 class Kind(TaskKind[Config]):
-    """A prediction has `labels`, those with a probability of 0.5 or more, and `probabilities`, by label."""
+    """A prediction has `labels`, whose probability is 0.5 or more, and `probabilities`, by label."""
 
     config_type = Config
     metrics = dict.fromkeys(("micro_f1", "macro_f1", "weighted_f1", "accuracy"), Direction.HIGHER)

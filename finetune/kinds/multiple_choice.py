@@ -86,7 +86,7 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """What the file calls the first, second, … choice; () if labels are the texts of the choices."""
+        """Names of the first, second, … choice in the file; () if labels are the texts of the choices."""
         if config.labels is not None:
             return config.labels
         most = max(len(record.values["choices"]) for record in train.records)
@@ -147,7 +147,7 @@ class Kind(TaskKind[Config]):
         return names.index(label)
 
     def _names(self, choices: Sequence[str], place: str) -> list[str]:
-        """What the file calls the choices of a row."""
+        """The names of the choices of a row in the file."""
         if self.labels and len(choices) > len(self.labels):
             raise UserError(f"{place}: {len(choices)} choices, but only {len(self.labels)} labels: {self.labels}")
         return list(self.labels[: len(choices)] or choices)

@@ -1,7 +1,7 @@
 """Files of rows, in a format that the name says: .csv, .tsv, .jsonl or .parquet; and predictions, which are such rows.
 
-Cells are written as they are, also those that begin with `=`, `+`, `-` or `@`, which spreadsheets run as formulas: a
-file is read again by programs, and what escapes a formula would also change texts and negative numbers.
+Cells are written as they are, even if they begin with `=`, `+`, `-` or `@`, which spreadsheets run as formulas: a
+file is read again by programs, and escaping formulas would also change texts and negative numbers.
 """
 
 import csv
@@ -139,7 +139,7 @@ def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """What `save_predictions` has written. Raises UserError for a missing or damaged file."""
+    """The predictions in a file of `save_predictions`. Raises UserError for a missing or damaged file."""
     try:
         return [parse_json(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
@@ -187,7 +187,7 @@ def write_worst_rows(
 
 @dataclass(frozen=True)
 class ScoredSplit:
-    """Records with targets, and what the model of each seed predicts for them."""
+    """Records with targets, and the predictions of the model of each seed."""
 
     kind: TaskKind[Any]
     records: Sequence[Record]

@@ -1,4 +1,4 @@
-"""What is printed on the terminal: the epochs of a seed; scores, mistakes, calibration and collapsed seeds of a run."""
+"""Tables on the terminal: the epochs of a seed; scores, mistakes, calibration and collapsed seeds of a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from experiment.errors import UserError
 from finetune.data.records import Record
@@ -92,7 +92,13 @@ def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None =
     handle_errors(app)
     permitted = require_host(require_token(read_as_json(app, _JSON_PATHS), token), hosts, only_own_pages=token is None)
     limited = limit_time(stop_without_client(limit_size(permitted, serving.limits)), serving.limits)
-    return observe(limited, serving.metrics)
+    observed = observe(limited, serving.metrics)
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        # The start and the end of the server are no requests.
+        await (observed if scope["type"] == "http" else app)(scope, receive, send)
+
+    return route
 
 
 def _serving(request: Request) -> Serving:
@@ -169,7 +175,7 @@ async def model_prediction(serving: State, request: Request) -> Response:
 
 @api.get("/model", response_model=ModelInfo)
 async def model(serving: State) -> ModelInfo:
-    """The model, and what it accepts."""
+    """The model, and the requests that it accepts."""
     return serving.served.info
 
 
@@ -223,7 +229,7 @@ async def _read_json_or_form(request: Request) -> Any:
 
 
 def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Record]:
-    """Raises UserError for what the model does not accept, HTTPException if it does not predict."""
+    """Raises UserError for input that the model does not accept, HTTPException if it does not predict."""
     predictor = _predicting(served)
     if asked.records:
         return [predictor.record(f"records[{index}]", values) for index, values in enumerate(asked.records)]
@@ -239,7 +245,7 @@ def _predicting(served: ServedModel) -> Predictor:
 
 
 def _text_records(rows: Sequence[Sequence[str]], served: ServedModel) -> list[Record]:
-    """Records of single texts or of pairs. Raises UserError for what the model does not accept."""
+    """Records of single texts or of pairs. Raises UserError for input that the model does not accept."""
     _predicting(served)
     asked, name = ("texts", "text") if len(rows[0]) == 1 else ("pairs", "pair")
     if asked not in served.info.accepts:

@@ -17,7 +17,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Size:
-    """What an item costs."""
+    """The cost of an item."""
 
     sequences: int
     longest: int  # tokens of its longest sequence
@@ -109,7 +109,7 @@ class Batcher(Generic[ItemT, ResultT]):
     async def submit(self, items: Sequence[ItemT], sizes: Sequence[Size]) -> list[ResultT]:
         """The results of items, in order. If the caller is cancelled, items that wait are dropped.
 
-        Raises what `compute` raises for them.
+        Raises the errors of `compute` for them.
         """
         if not items:
             return []
@@ -123,7 +123,7 @@ class Batcher(Generic[ItemT, ResultT]):
         return [job.results[index] for index in range(len(items))]
 
     async def close(self) -> None:
-        """Compute what waits, then stop."""
+        """Compute the items that wait, then stop."""
         while unfinished := [job.done for job in self._jobs if not job.done.done()]:
             await asyncio.wait(unfinished)
         self._task.cancel()
@@ -154,7 +154,7 @@ class Batcher(Generic[ItemT, ResultT]):
                 yield job, index
 
     async def _compute_batch(self, parts: Sequence[_Part[ItemT, ResultT]]) -> None:
-        """Compute items together; if that fails, those of each job on their own, so that only some of them fail."""
+        """Compute items together; if that fails, the items of each job on their own, so that only some fail."""
         parts = [(job, index) for job, index in parts if not job.done.done()]
         if not parts:
             return

@@ -1,6 +1,6 @@
-"""What a client may ask for: size, time, a host and a token that permit to ask at all, and the number of texts.
+"""Limits of requests: size, time, host, token and number of texts.
 
-All but the last wrap an ASGI application, see https://asgi.readthedocs.io.
+All but the last wrap an ASGI application for HTTP requests, see https://asgi.readthedocs.io.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _DISCARD_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may be, and how long it may take."""
+    """The size of a request, and the time that it may take."""
 
     max_texts: int  # of one request
     max_bytes: int  # of one request
@@ -90,7 +90,7 @@ class Admission:
 
 def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: bool) -> ASGIApp:
     """Answer 421 to requests for another host, whose name may have been pointed at this machine (DNS rebinding), and
-    403 to those that a page of another site sends, except for pages without data and probes.
+    403 to requests from pages of other sites, except for pages without data and probes.
 
     Args:
         hosts: names in lower case; None: any.
@@ -99,7 +99,7 @@ def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: boo
     proxied = (hosts or frozenset()) - LOCAL_HOSTS  # a proxy may change `Host`, but not `Origin`
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN:
+        if scope["path"] in _OPEN:
             await app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -120,7 +120,7 @@ def read_as_json(app: ASGIApp, paths: Collection[str]) -> ASGIApp:
     """Let bodies without a type be read as JSON at these paths; also forms, as which `curl -d` sends them."""
 
     async def changed(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in paths:
+        if scope["path"] in paths:
             headers = MutableHeaders(scope=scope)
             if headers.get("content-type", FORM).partition(";")[0].strip().lower() == FORM:
                 headers["content-type"] = "application/json"
@@ -136,8 +136,8 @@ def require_token(app: ASGIApp, token: str | None) -> ASGIApp:
     expected = f"Bearer {token}".encode()
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope).get("authorization", "").encode("latin-1") if scope["type"] == "http" else b""
-        if scope["type"] != "http" or scope["path"] in _OPEN or hmac.compare_digest(given, expected):
+        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+        if scope["path"] in _OPEN or hmac.compare_digest(given, expected):
             await app(scope, receive, send)
         else:
             message = "expected the header `Authorization: Bearer TOKEN` with the token of this server"
@@ -150,9 +150,6 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
     """Answer 413 to requests that are too large, before they are read or parsed."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
         message = f"the request is larger than {limits.max_bytes // 1024:,} KiB"
         headers = Headers(scope=scope)
         announced = headers.get("content-length", "0")
@@ -191,13 +188,10 @@ async def _discard(receive: Receive) -> None:
 
 
 def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
-    """Answer 408 to requests that do not arrive in time, and 503 to those that are not answered in time. Drop clients
+    """Answer 408 to a request that does not arrive in time, 503 to one that is not answered in time. Drop clients
     that do not take their answer in time."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
         arrived = started = False
 
         async def note_arrival() -> Message:
@@ -225,9 +219,6 @@ def stop_without_client(app: ASGIApp) -> ASGIApp:
     """Cancel the work for a request whose client has gone."""
 
     async def stoppable(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
         answering = asyncio.current_task()
         assert answering is not None
         gone, watching = False, None

@@ -1,4 +1,4 @@
-"""Logs and metrics of a server. None holds text of a client: not its texts, its query, nor what an exception says about
+"""Logs and metrics of a server. None holds text of a client: not its texts, its query, nor exception messages about
 them. docs/serving.md describes both.
 """
 
@@ -29,7 +29,7 @@ _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 log = logging.getLogger("finetune.serve")
 
 _GONE = 499  # as nginx logs it: the client has gone before its answer
-_FIELDS = "fields"  # of a record: what to write besides its message
+_FIELDS = "fields"  # of a record, to write with its message
 
 
 class Metrics:
@@ -102,9 +102,6 @@ def observe(app: ASGIApp, metrics: Metrics) -> ASGIApp:
     """Log and count each request, and log the errors of the application."""
 
     async def observed(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
         start, status = time.perf_counter(), _GONE
 
         async def note_status(event: Message) -> None:

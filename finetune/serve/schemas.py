@@ -1,4 +1,4 @@
-"""What clients send and get, from which the OpenAPI schema is made."""
+"""Requests and answers, from which the OpenAPI schema is made."""
 
 from typing import Annotated, Self
 
@@ -24,7 +24,7 @@ class _Request(BaseModel):
 
 
 class PredictRequest(_Request):
-    """What to predict for, given in one of three ways."""
+    """Texts, pairs or records to predict for."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -26,7 +26,7 @@ _MULTIPLE = 32  # of rows
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What answers requests: a predictor or a mask filler, and an embedder of the same model."""
+    """The parts that answer requests: a predictor or a mask filler, and an embedder of the same model."""
 
     info: ModelInfo
     embedder: Embedder
@@ -58,8 +58,8 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
 
 
 def _own_weights(model: nn.Module) -> None:
-    """Copy the weights: those on a CPU may be mapped from their file. If that is overwritten, for a reload, the old
-    model would change, and reading what is missing ends the process."""
+    """Copy the weights: on a CPU they may be mapped from their file. If that is overwritten, for a reload, the old
+    model would change, and reading missing parts ends the process."""
     for weights in chain(model.parameters(), model.buffers()):
         if weights.device.type == "cpu":
             weights.data = weights.data.clone()
@@ -109,7 +109,7 @@ def pack_linear_layers(model: nn.Module, device: Device) -> None:
 def padded_rows(count: int) -> int:
     """How many rows to compute for `count` of them: a power of two, or a multiple of 32.
 
-    oneDNN generates code for each number of rows, and keeps that of about a thousand shapes: with any number, a server
+    oneDNN generates code for each number of rows, and keeps it for about a thousand shapes: with any number, a server
     grows by some hundred MiB, and is slower by a fifth.
     """
     return 1 << (count - 1).bit_length() if count < _MULTIPLE else count + -count % _MULTIPLE

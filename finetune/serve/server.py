@@ -144,7 +144,7 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
-        """Accept nothing more, and finish what was accepted; the second time, do not wait for it."""
+        """Accept nothing more, and finish accepted requests; the second time, do not wait for them."""
         if self._drained_at is not None:
             self.force_exit = self.should_exit = True
             return

@@ -1,4 +1,4 @@
-"""The state of a server: the model that answers, and what counts and limits requests.
+"""The state of a server: the model that answers, and counts and limits of requests.
 
 Texts are encoded in threads, computed in batches in one thread, and decoded. Each model has batchers of its own. A
 reload puts another `Services` in place; requests that began with the old one are answered by it.

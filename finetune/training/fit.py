@@ -43,7 +43,7 @@ class StateFile:
         with atomic_write(self.path) as temporary, temporary.open("wb") as file:
             try:
                 torch.save({"settings": self.settings, "state": state}, file)
-            except RuntimeError as error:  # of torch's writer, which hides what the disk says
+            except RuntimeError as error:  # of torch's writer, which hides the error of the disk
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def load(self) -> State | None:
@@ -296,7 +296,7 @@ class _Fitting:
         return evaluate(self._model, self._task, self._task.splits[split], self._evaluated_at_once, self._device)
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` needs. The best weights are left out if they are the present ones."""
+        """State for `load_state`. The best weights are left out if they are the present ones."""
         return {
             "updater": self._updater.state(),
             "losses": self._meter.sums,

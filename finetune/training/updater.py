@@ -13,7 +13,8 @@ from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
 from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
-from finetune.encoding.examples import Batch, Example, collate
+from finetune.encoding.examples import Batch, Example
+from finetune.inference import collate
 from finetune.splits import Task
 from finetune.task_kind import Loss
 
@@ -45,7 +46,7 @@ class Updater:
     def step(self, examples: Sequence[Example]) -> Loss:
         """Update the model on these examples.
 
-        The gradient is that of their mean loss. If they are fewer than a batch, as at the end of an epoch, it is scaled
+        It is the gradient of their mean loss. If they are fewer than a batch, as at the end of an epoch, it is scaled
         down by their number, so that every example of an epoch counts the same.
         """
         for group in self._optimizer.param_groups:
@@ -60,7 +61,7 @@ class Updater:
         return loss
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` needs to continue exactly: the weights, and everything that the next updates depend on."""
+        """State for `load_state` to continue exactly: the weights, and everything that the next updates depend on."""
         return {
             "steps": self.steps,
             "model": self._model.state_dict(),

@@ -1,6 +1,6 @@
 """The launcher's side of the guards: one ssh connection to each host, which tells when a host is lost.
 
-See `host_guard` for what runs there.
+See `host_guard` for the other side.
 """
 
 import json
@@ -47,7 +47,7 @@ class Reply:
 class GuardedHosts:
     """Guards on all hosts of a launch, from `start` to `close`.
 
-    `replies`: of the hosts whose guard has started. `lost`: host -> why, for those that could not be reached or do not
+    `replies`: of the hosts whose guard has started. `lost`: host -> why, if it could not be reached or does not
     answer any more. `processes`: host -> number of processes of the launch, from when it has any.
     """
 
@@ -124,7 +124,7 @@ class GuardedHosts:
         self.close()
 
     def _follow(self, host: str) -> None:
-        """Read what a guard sends, until it ends or is lost."""
+        """Read the lines of a guard, until it ends or is lost."""
         connection = self._connections[host]
         try:
             self._read_guard(host, connection)
@@ -201,7 +201,7 @@ class _Connection:
         return time.monotonic() - self._heard
 
     def request(self, data: bytes) -> None:
-        """Send what the guard reads first. Blocks while ssh does not read more than fits into a pipe."""
+        """Send the first line of the guard's input. Blocks while ssh does not read more than fits into a pipe."""
         self._send(data)
         self._requested = True
 

@@ -63,7 +63,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
         lines: from the launcher; `_LEAVE` if this process is asked to end.
     """
     run, _, _ = launch.partition("-")
-    # What an earlier launch of the run has left. Another name of this host may have a guard of this launch.
+    # Leftovers of an earlier launch of the run. Another name of this host may have a guard of this launch.
     _end_launches(f"{run}-", keep=launch)
     try:
         _write_environment(environment_file(launch), environment)

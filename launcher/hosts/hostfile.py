@@ -74,7 +74,7 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
     """Parse the text of a hostfile: one `NAME slots=N` per line; blank lines and `# comments` are skipped.
 
     Raises UserError for any other line, a duplicate host, a host without slots and a text without hosts. The message
-    names `origin`, the line number and what was found.
+    names `origin`, the line number and its content.
     """
     hosts: dict[str, Host] = {}
     line_of: dict[str, int] = {}

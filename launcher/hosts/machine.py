@@ -14,7 +14,7 @@ from launcher.hosts.probe import cpu_cores
 
 DeviceKind = Literal["cuda", "cpu"]
 
-# Names in /dev: NVIDIA's GPUs, also those of Jetson boards; AMD's; those of Windows under WSL.
+# Names in /dev: GPUs of NVIDIA, of Jetson boards, of AMD, and of Windows under WSL.
 _GPU_DEVICES = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
 
 
@@ -94,7 +94,7 @@ def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> De
 
 
 def select_accelerator(devices: Devices) -> None:
-    """Make DeepSpeed, if imported later in this process, use what the ranks will compute on, instead of detecting it.
+    """Make DeepSpeed, if imported later in this process, use the device of the ranks, instead of detecting one.
 
     Sets DS_ACCELERATOR in this process's environment.
     """

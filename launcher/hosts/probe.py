@@ -104,7 +104,7 @@ def _free_bytes(folder: str) -> int | None:
 
 
 def _cache_bytes(cache: str | None, kept: Sequence[str]) -> int | None:
-    """What is free on the disk of the cache, and the sizes of the files that are kept or replaced there."""
+    """Free bytes on the disk of the cache, and the sizes of the files that are kept or replaced there."""
     if cache is None:
         return None
     existing = next(folder for folder in (Path(cache), *Path(cache).parents) if folder.exists())

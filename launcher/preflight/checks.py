@@ -1,4 +1,4 @@
-"""Compare the facts of hosts with what a run needs. Pure, and linear in the number of hosts."""
+"""Compare the facts of hosts with the needs of a run. Pure, and linear in the number of hosts."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -31,7 +31,7 @@ class Problem:
     """Why a host cannot take part in a run."""
 
     check: Check
-    text: str  # what was found, and expected
+    text: str  # found and expected
     fix: str  # a command
 
 
@@ -117,9 +117,9 @@ def _file_problems(host: str, facts: HostFacts, own: HostFacts) -> Iterator[Prob
 def _disk_problems(host: str, facts: HostFacts, target: Target, seen: bool) -> Iterator[Problem]:
     folder = shlex.quote(str(target.folder))
     if not facts.shared or (facts.write_error is None and not seen):
-        unseen = "what the host writes there is not seen on this machine"
+        unseen = "files that the host writes there are not seen on this machine"
         if not facts.shared:
-            unseen = "what this machine writes there is not seen on the host"
+            unseen = "files that this machine writes there are not seen on the host"
         fix = f"ssh {host} df -h {folder}    # mount the disk of this machine, or choose another run.dir"
         yield Problem("run folder", f"{target.folder} is not shared: {unseen}", fix)
     elif facts.write_error is not None:

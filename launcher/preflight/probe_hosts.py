@@ -219,7 +219,7 @@ def _why_unreachable(host: str, exit_code: int | None, error: str) -> Unreachabl
     return Unreachable(f"ssh failed: {_last_line(error)}", f"ssh -v {host} true")
 
 
-# A part of ssh's message, what it means, a command.
+# A part of ssh's message, its meaning, a command.
 _SSH_ERRORS = (
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",

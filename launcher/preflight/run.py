@@ -45,7 +45,7 @@ class Report:
 
 
 def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> Report:
-    """Check all hosts of a launch in parallel, then measure those that passed.
+    """Check all hosts of a launch in parallel, then measure the ones that passed.
 
     Writes to the run folder, and removes it again if it made it. `only_failed`: report hosts with problems only.
     Raises UserError if this machine cannot write there.
@@ -65,7 +65,7 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
 def passing_hosts(target: Target, printed: dict[str, str], hosts: Collection[str]) -> set[str]:
     """Which of these hosts of the target pass the checks. Measures nothing.
 
-    Prints why a host that answers does not pass, unless it is in `printed`: host -> what was printed last.
+    Prints why a host that answers does not pass, unless it is in `printed`: host -> the last printed reason.
     """
     subset = replace(target, slots={host: target.slots[host] for host in hosts})
     try:
@@ -175,11 +175,11 @@ def preflight_table(
     measured: Measurement | None,
     only_failed: bool,
 ) -> str:
-    """A table with a row for each host and a column for each check, then the problems with what fixes them, then what
-    was measured.
+    """A table with a row for each host and a column for each check, then the problems with their fixes, then the
+    measurements.
 
     Args:
-        slots: those that were measured.
+        slots: the measured ones.
         measured: None if nothing was.
         only_failed: leave out the hosts without problems.
     """

@@ -24,7 +24,7 @@ _AVERAGE_BYTES = 2 * 4  # in engine/ and hf-ema/
 
 @dataclass(frozen=True)
 class CacheNeeds:
-    """What hosts must copy to `corpus.cache`: corpora whose names are URLs. Of others, a host can read the original."""
+    """Copies that hosts must make in `corpus.cache`: of corpora given as URLs. Hosts can read others where they are."""
 
     folder: str
     limit: float | None  # bytes of all copies
@@ -36,7 +36,7 @@ class CacheNeeds:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The folders whose files take no more space: copies that are there, and with a limit those that it deletes."""
+        """The folders whose files take no more space: existing copies, and with a limit the whole cache."""
         return tuple(self.copies) if self.limit is None else (self.folder,)
 
 
@@ -117,7 +117,7 @@ def _required_files(config: PretrainConfig) -> tuple[Path, ...]:
 
 def _checkpoint_bytes(config: PretrainConfig, num_parameters: int, folder: RunFolder) -> int:
     """Bytes of the checkpoints that a run will still write: those it keeps, and one that is being written while they
-    are there, less those that it has.
+    are there, less the ones that it has.
 
     Each holds the weights and the two moments of Adam in fp32 and a Hugging Face folder; with `model.ema_decay`, the
     averaged weights in both.

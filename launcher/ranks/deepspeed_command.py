@@ -20,7 +20,7 @@ from launcher.ranks.environment import (
 )
 from launcher.ranks.placement import Launcher
 
-# DeepSpeed would log a stopped rank as an error; the ranks and `deepcloze` report what happened.
+# DeepSpeed would log a stopped rank as an error; the ranks and `deepcloze` report how it ended.
 _LOG_LEVEL = "--log_level=critical"
 _MODULE = "launcher.ranks.start_rank"
 _FILE = str(REPOSITORY / "launcher" / "ranks" / "start_rank.py")
@@ -34,7 +34,7 @@ class DeepSpeedCommand:
     arguments: tuple[str, ...]  # of each rank
     port: int  # at which the ranks meet, without a rendezvous
     hostfile: Path | None = None  # absolute; None: all slots are on this machine
-    launcher: Launcher = "pdsh"  # what starts the ranks on other hosts
+    launcher: Launcher = "pdsh"  # starts the ranks on other hosts
     rendezvous: Rendezvous | None = None  # None: unknown, or all ranks run on this machine
 
     @property

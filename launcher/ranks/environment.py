@@ -32,7 +32,7 @@ def launch_environment(environ: Mapping[str, str], device: DeviceKind | None, ro
 
     Args:
         environ: the launcher's own environment.
-        device: what the ranks compute on if all run on this machine; None: DeepSpeed finds out on each host.
+        device: of the ranks if all run on this machine; None: DeepSpeed detects it on each host.
         root: the repository, which becomes the first entry of PYTHONPATH.
     """
     wanted = {"TOKENIZERS_PARALLELISM": "false"} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
@@ -41,13 +41,13 @@ def launch_environment(environ: Mapping[str, str], device: DeviceKind | None, ro
 
 
 def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:
-    """The variables that a rank adds on its host. Those that are set are not changed.
+    """The variables that a rank adds on its host. Variables that are set are not changed.
 
     Args:
         environ: the environment that the rank was started with.
         cores: CPU cores of the host.
         ranks: ranks on the host, which share its cores.
-        device: what they compute on.
+        device: of the ranks.
     """
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     if device == "cpu":
@@ -70,7 +70,7 @@ def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) 
 def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """The variables of this process that ranks on other hosts get too. They may be secret: see `host_guard`.
 
-    Those of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA, MLflow, Python and alerts, and those that the user names; not
+    Variables of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA, MLflow, Python and alerts, and named ones; not
     PYTHONPATH, which the launch extends and DeepSpeed exports. Raises UserError for a named one that is not set.
     """
     for name in names:
@@ -81,7 +81,7 @@ def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> d
 
 
 def exported_variables(added: Mapping[str, str], rendezvous: Rendezvous | None, launcher: Launcher) -> dict[str, str]:
-    """The variables that DeepSpeed's launcher exports on other hosts: those that the launch adds, and its name."""
+    """The variables that DeepSpeed's launcher exports on other hosts: the added ones, and the name of the launch."""
     if rendezvous is None:
         return dict(added)
     exported = {**added, LAUNCH_VARIABLE: rendezvous.launch}
@@ -115,7 +115,7 @@ def network_interface(environ: Mapping[str, str], addresses: Mapping[str, Sequen
     """The settings that make gloo and NCCL use the interface through which a host reaches the first one.
 
     Args:
-        environ: the environment of the rank; what is set there is not changed.
+        environ: the environment of the rank; variables that are set are not changed.
         addresses: interface -> its addresses, of the host.
         own: the address that the host uses for connections to the first one.
     """

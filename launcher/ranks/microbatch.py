@@ -14,7 +14,7 @@ def max_halvings(config: PretrainConfig) -> int:
 
 
 def max_doublings(config: PretrainConfig, ranks: int) -> int:
-    """How often doubling changes what is computed: until a microbatch holds a rank's share of each global batch."""
+    """How often doubling changes the computation: until a microbatch holds a rank's share of each global batch."""
     shares = (
         math.ceil(stage.sequences / ranks) * stage.max_seq_length / stage.microbatch_tokens for stage in config.stages
     )

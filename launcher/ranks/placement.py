@@ -42,7 +42,7 @@ def place_ranks(devices: Devices, options: PlacementOptions, hosts: Sequence[Hos
 
     Without hosts (or if the only host is this machine) the slots are this machine's, under the name `localhost`. The
     default is all its GPUs, or one rank on a CPU, where slot numbers have no meaning beyond their count. With hosts,
-    the slots are those of the hostfile. `options.num_gpus` takes the first N slots of each host.
+    the slots are taken from the hostfile. `options.num_gpus` takes the first N slots of each host.
 
     Raises UserError for more ranks than devices, unless `options.oversubscribe` is set (CPU only: NCCL does not support
     two ranks on one GPU), and for filters and counts that contradict each other.

@@ -2,7 +2,7 @@
 with `--measure` a rank of the timed all-reduce of preflight.
 
 DeepSpeed's launcher, or MPI or SLURM for it, runs this module once for each rank. The devices, cores and networks of
-the host may differ from those of the machine that the launch was started on. glibc reads its settings when a program
+the host may differ from the machine that the launch was started on. glibc reads its settings when a program
 starts, hence the exec, which keeps process id, exit code and signals. Imports no torch, to start at once.
 """
 
@@ -71,7 +71,7 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE of a rank that Open MPI, MVAPICH, MPICH, Intel MPI or srun has
     started; nothing for one that has them, because DeepSpeed's launcher started it.
 
-    In a job of SLURM, its variables are those of the job unless srun has started the process: MPI comes first.
+    In a job of SLURM, its variables describe the job unless srun has started the process: MPI comes first.
     """
     if "RANK" in environ:
         return {}

@@ -44,7 +44,7 @@ _STOPPED_EARLY = LaunchResult(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where ranks run, and with what share of the configured microbatch."""
+    """Where ranks run, and with which share of the configured microbatch."""
 
     slots: Slots
     microbatch_halvings: int = 0
@@ -67,8 +67,8 @@ class Launch:
     max_halvings: int = 0  # of the microbatch
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # for alerts
     hang_seconds: float = 600.0  # as `health.hang_seconds`
-    quiet: bool = False  # do not print what the ranks print
-    passing_hosts: Callable[[Collection[str]], Collection[str]] = lambda hosts: hosts  # those that pass preflight
+    quiet: bool = False  # do not print the output of the ranks
+    passing_hosts: Callable[[Collection[str]], Collection[str]] = lambda hosts: hosts  # the ones that pass preflight
     checked_at: float = field(default_factory=time.time)  # when deepcloze began to check the launch
     dead_owner: Renewal | None = None  # of the run folder, as `check_unlocked` found it
     held: HeldRanks | None = None  # the ranks of the first attempt, if they have been started already
@@ -157,9 +157,9 @@ def _result(
         return LaunchResult(Outcome.FAILED, hung, Cause.HUNG)
     if left is not None:
         if reported is None:
-            message = f"the processes on {left} ended, and those on other hosts did not"
+            message = f"the processes on {left} ended, and the ones on other hosts did not"
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
-        exit_code = 1  # that of DeepSpeed's launcher says only that `processes` killed it
+        exit_code = 1  # the exit code of DeepSpeed's launcher says only that `processes` killed it
     if reported is None and stop.requested and not has_begun(launch.folder):
         return _STOPPED_EARLY  # DeepSpeed's launcher exits with 1 if it gets the signal too
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)

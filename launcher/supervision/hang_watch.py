@@ -1,7 +1,7 @@
 """Finds the rank for which a run hangs: it has stopped, or makes no progress while others wait for it.
 
 The ranks write heartbeats to the run folder, which all hosts share (`experiment.heartbeat`). A rank whose heartbeat
-does not change has stopped, or its host or disk has. If some rank makes no progress, those that do not wait for others
+does not change has stopped, or its host or disk has. If some rank makes no progress, ranks that do not wait for others
 are the cause. The stack of a rank is in its log.
 """
 
@@ -39,7 +39,7 @@ def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[Rank
     silent = [life for life in lives if life.silent_seconds >= limit]
     if silent:
         return silent
-    # A rank that has not started is named by those that try to connect to it.
+    # A rank that has not started is named by the ranks that try to connect to it.
     if len(lives) < ranks or all(life.beat.stuck_seconds < limit for life in lives):
         return []
     busy = [life for life in lives if not life.beat.waits]
@@ -47,7 +47,7 @@ def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[Rank
 
 
 def _is_stuck(life: RankLife, limit: float) -> bool:
-    """Those that wait for a rank may have begun to do so before it was stuck."""
+    """Ranks that wait for another one may have begun to do so before it was stuck."""
     return life.beat.stuck_seconds >= limit / 2
 
 

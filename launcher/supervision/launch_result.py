@@ -35,7 +35,7 @@ class LaunchResult:
 
 
 def clear_reports(folder: RunFolder) -> None:
-    """Remove what the ranks of an earlier launch left."""
+    """Remove the reports of ranks of an earlier launch."""
     for path in (folder.outcome, *rank_records(folder), *folder.logs.glob("rank-*.beat")):
         path.unlink(missing_ok=True)
 
@@ -205,7 +205,7 @@ def count_attempts(folder: RunFolder) -> int:
 
 
 def _read(folder: RunFolder) -> list[dict[str, object]]:
-    """The attempts so far. Skips what a full disk or a power cut left of a line, and says so."""
+    """The attempts so far. Skips truncated lines, after a full disk or a power cut, with a message."""
     attempts = _read_lines(folder)
     if damaged := attempts.count(None):
         notify(f"{folder.launches} is damaged: removed {damaged} of its {len(attempts)} lines")

@@ -131,7 +131,7 @@ def is_noise(line: bytes) -> bool:
 
 @contextmanager
 def filtered_output(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Print what a process writes to its pipes, line by line, until it has ended."""
+    """Print the output of a process, line by line, until it has ended."""
     pairs = ((process.stdout, sys.stdout, 1), (process.stderr, sys.stderr, 2))
     threads = [
         threading.Thread(target=_copy, args=(source, _binary(stream, descriptor)), daemon=True)
@@ -148,7 +148,7 @@ def filtered_output(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def _binary(stream: TextIO, descriptor: int) -> IO[bytes]:
-    """The stream for bytes. That of a notebook takes none, but the notebook shows what goes to its descriptor."""
+    """The stream for bytes. In a notebook, it takes none, but the notebook shows output to its descriptor."""
     return stream.buffer if hasattr(stream, "buffer") else open(descriptor, "wb", closefd=False)
 
 

@@ -48,7 +48,7 @@ def supervise(launch: Launch) -> LaunchResult:
         with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
             result = _Supervisor(launch, stop, alerts).run()
         if not stop.abandoned:
-            with suppress(OSError):  # what the ranks have reported may be less than the launcher knows
+            with suppress(OSError):  # the ranks may have reported less than the launcher knows
                 write_outcome(folder, result.outcome, result.message, result.cause)
         return result
 
@@ -74,7 +74,7 @@ class LaunchAlerts:
         self._messenger = Messenger(config.alerts, folder, lambda message: notify(f"warning: {message}"), others)
 
     def report(self, result: LaunchResult, restarting: str = "") -> None:
-        """Send an alert if an attempt has failed. `restarting`: what follows; empty if the launch ends."""
+        """Send an alert if an attempt has failed. `restarting`: the next step; empty if the launch ends."""
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return
         event: AlertEvent = "stall" if result.cause is Cause.HUNG else "crash"
@@ -189,7 +189,7 @@ class _Supervisor:
         self._alerts.report(attempt.result, f"restarting{when}{smaller}")
 
     def _usable_slots(self, trusted: Collection[str]) -> Slots:
-        """The slots of the hosts that answer. Those that are not `trusted` must pass preflight too: a host that is back
+        """The slots of the hosts that answer. Hosts that are not `trusted` must pass preflight too: a host that is back
         may lack its GPUs or disks."""
         wanted = self._launch.slots
         if self._launch.local:
@@ -249,7 +249,7 @@ def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
 
 
 def remove_earlier_output(folder: RunFolder) -> None:
-    """Remove what an earlier launch in the background has printed, unless this process prints there."""
+    """Remove the output of an earlier launch in the background, unless this process prints there."""
     with suppress(OSError):
         if not os.path.samestat(folder.launch_output.stat(), os.fstat(2)):
             folder.launch_output.unlink()

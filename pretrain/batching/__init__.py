@@ -2,8 +2,8 @@
 
 - sequences: split documents into sequences without losing a token
 - order: which sequences make up global batch k; batch_sizes: how many; counter_rng: random numbers and permutations
-- vocabulary: what batching needs from a tokenizer
-- masking: which of their tokens are predicted, and what the model sees in their place
+- vocabulary: facts about a tokenizer
+- masking: which of their tokens are predicted, and the inputs in their place
 - packing: sequences -> (rank, microbatch, row), packed or dealt; row_width: how wide packed rows are
 - batch: the tensors of a microbatch; batch_maker: all of the above for one rank and step, as tensors
 - loader: batches prefetched in worker processes

@@ -118,7 +118,7 @@ def _half_bits(n: int) -> tuple[int, int]:
 
 @functools.lru_cache(_KEPT_TABLES)
 def _rounds(seed: int, epoch: int, half_bits: tuple[int, int]) -> list[_Round]:
-    """The rounds of a permutation's network. They are kept: those of the next batch are the same."""
+    """The rounds of a permutation's network. They are kept: the next batch has the same."""
     keys = _round_keys(seed, epoch)
     if max(half_bits) > _TABLE_BITS:
         return [functools.partial(_mixed, key, number, half_bits) for number, key in enumerate(keys)]
@@ -126,7 +126,7 @@ def _rounds(seed: int, epoch: int, half_bits: tuple[int, int]) -> list[_Round]:
 
 
 def _mixed(key: U64 | int, number: int, half_bits: tuple[int, int], half: _I64) -> _I64:
-    """What round `number` changes in the low half for each high half if it is odd, else the other way round."""
+    """The change of the low half in round `number` for each high half if it is odd, else the other way round."""
     mask = (1 << half_bits[1 - number % 2]) - 1
     return (fold_in(key, half) & np.uint64(mask)).view(np.int64)
 

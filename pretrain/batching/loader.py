@@ -180,7 +180,7 @@ def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: C
 
 
 def batch_message(batch: RankBatch) -> tuple[Any, ...]:
-    """What a worker sends: one array, and what rebuilds the batch from it."""
+    """The message of a worker: one array, and the layout that rebuilds the batch from it."""
     flat = flatten_batch(batch)
     return flat.data.numpy(), flat.fields, flat.batch
 
@@ -202,7 +202,7 @@ def _receive_batches(
 
 
 def _receive(pipe: Connection, device: int | None) -> _Received:
-    """What a worker sends, pinned for `device`."""
+    """The message of a worker, pinned for `device`."""
     try:
         message = pipe.recv_bytes()
         if message == _STARTED:

@@ -1,4 +1,4 @@
-"""Which tokens are predicted, and what the model sees in their place.
+"""Which tokens are predicted, and the inputs of the model in their place.
 
 Every sequence draws from a counter-based generator keyed by (seed, corpus, stage, epoch, sequence), so its masks do not
 depend on rank, microbatch or restarts, and are new in each epoch. The masking unit is a token (Devlin et al. 2019,
@@ -37,12 +37,12 @@ _SPAN_END_PROBABILITY = 0.2  # that a span shorter than the maximum ends after t
 
 @dataclass(frozen=True)
 class MaskingPolicy:
-    """What share of the tokens is predicted, and how the model sees those."""
+    """The share of tokens that are predicted, and the inputs in their place."""
 
     rate: float  # share of the text tokens that are predicted
     mask_share: float  # share of the predicted tokens that the model sees as the mask token
     random_share: float  # share of the predicted tokens that it sees as a random token; the rest is unchanged
-    unit: Literal["token", "word", "span"] = "token"  # what is chosen as a whole
+    unit: Literal["token", "word", "span"] = "token"  # the unit that is chosen as a whole
 
 
 def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
@@ -86,7 +86,7 @@ class _TokenStreams(NamedTuple):
         return random_bits(self.keys[tokens], 2 * self.positions[tokens])
 
     def replacement_bits(self, tokens: NDArray[np.int64]) -> U64:
-        """Random words that decide what the model sees in place of these tokens."""
+        """Random words that decide the inputs in place of these tokens."""
         return random_bits(self.keys[tokens], 2 * self.positions[tokens] + 1)
 
 
@@ -136,8 +136,9 @@ class Masker:
         indices = units.indices()
         maskable = ~self.vocabulary.unmaskable[tokens[indices]]
         indices = indices[maskable]
-        # The high bits decide what happens to a token, a hash of the bits which id replaces it. In a span, all tokens
-        # share the decision for the first (SpanBERT, section 3.1); BERT's whole-word masking decides for each token.
+        # The high bits decide between mask, random and unchanged, a hash of the bits selects a random id. In a span,
+        # all tokens share the decision for the first (SpanBERT, section 3.1); BERT's whole-word masking decides for
+        # each token.
         bits = streams.replacement_bits(indices)
         action = uniform(bits)
         if self.policy.unit == "span":
@@ -173,7 +174,7 @@ class Masker:
     def _replace(
         self, tokens: NDArray[np.int64], indices: NDArray[np.int64], action: NDArray[np.float64], bits: U64
     ) -> NDArray[np.int64]:
-        """What the model sees [T]. `action` [M] in [0, 1) decides between mask, random and unchanged."""
+        """The inputs of the model [T]. `action` [M] in [0, 1) decides between mask, random and unchanged."""
         mask_share, random_share = self.policy.mask_share, self.policy.random_share
         inputs = tokens.copy()
         inputs[indices[action < mask_share]] = self.vocabulary.mask_id

@@ -105,7 +105,7 @@ def pack(lengths: NDArray[np.int64], width: int) -> PackedRows:
 
 _Fill = tuple[int, int, int, int, int]
 """Sequences of one length that were placed in rows with the same number of free slots: free slots in each of these rows
-before, length, rows, sequences in each of these rows, and those in the last one."""
+before, length, rows, sequences in each of these rows, and in the last one."""
 
 
 class _OpenRows:

@@ -40,7 +40,7 @@ class SequenceIndex:
 def split_documents(document_lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     """Lengths of the sequences into which documents of these lengths are split, in order.
 
-    Each is at most `capacity`; those of one document differ by at most one token and add up to its length.
+    Each is at most `capacity`; sequences of one document differ by at most one token and add up to its length.
     """
     counts = -(-document_lengths // capacity)
     first = np.cumsum(counts) - counts
@@ -83,7 +83,7 @@ def _read_or_build(corpus: Corpus, capacity: int, path: Path) -> SequenceIndex:
 
 
 def _read(path: Path, capacity: int, tokens: int) -> tuple[SequenceIndex | None, str]:
-    """(index, "") if the file holds a valid one, (None, what is wrong) if not, (None, "") if there is no file."""
+    """(index, "") if the file holds a valid one, (None, the problem) if not, (None, "") if there is no file."""
     try:
         starts = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
@@ -95,7 +95,7 @@ def _read(path: Path, capacity: int, tokens: int) -> tuple[SequenceIndex | None,
 
 
 def _find_damage(starts: NDArray[np.int64], capacity: int, tokens: int) -> str:
-    """What contradicts the invariants of an index, "" if nothing does. Reads the whole file, block by block."""
+    """A contradiction to the invariants of an index, "" without one. Reads the whole file, block by block."""
     if starts.dtype != np.int64 or starts.ndim != 1 or len(starts) == 0:
         return f"an array of type {starts.dtype} and shape {starts.shape}"
     if starts[0] != 0 or starts[-1] != tokens:

@@ -1,4 +1,4 @@
-"""What batching needs from a tokenizer: special ids around a sequence, ids never masked, ids for random replacement."""
+"""Facts about a tokenizer for batching: special ids around a sequence, ids never masked, ids for random replacement."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Vocabulary:
     pad_id: int
     mask_id: int
     unmaskable: NDArray[np.bool_]  # [largest id + 1] True for special tokens, including the unknown token
-    replacements: NDArray[np.int64]  # ids for random replacement: those of real tokens that are not special
+    replacements: NDArray[np.int64]  # ids for random replacement: real tokens that are not special
     word_boundaries: WordBoundaries | None = None  # None: the tokenizer does not mark where words begin
 
     @property

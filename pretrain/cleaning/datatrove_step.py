@@ -1,8 +1,7 @@
 """Steps that are filters of datatrove, which keeps the rules of Gopher, C4 and FineWeb."""
 
-from abc import abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.cleaning.step import ConfigT, Document, DocumentStep, Verdict
 from pretrain.cleaning.words import sentences, tokens
@@ -17,9 +16,13 @@ class FilterStep(DocumentStep[ConfigT]):
 
     packages: ClassVar[tuple[str, ...]] = ("datatrove",)
 
-    @abstractmethod
+    filter_name: ClassVar[str]
+    """Its class in `datatrove.pipeline.filters`. The keys of the step are its arguments."""
+
     def make_filter(self) -> "BaseFilter":
-        """The filter. Imports it: this takes seconds."""
+        from datatrove.pipeline import filters  # takes seconds
+
+        return getattr(filters, self.filter_name)(**self.config.model_dump(), language=word_tokenizer())
 
     @cached_property
     def filter(self) -> "BaseFilter":
@@ -63,8 +66,3 @@ def word_tokenizer() -> "WordTokenizer":
 
     tokenizer: WordTokenizer = Words()
     return tokenizer
-
-
-def keys_of(config: Any) -> dict[str, Any]:
-    """The keys of a config as arguments of a filter."""
-    return dict(config.model_dump())

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pretrain.cleaning.minhash import NgramSets, jaccard
-from pretrain.cleaning.step import first_of_equal
+from pretrain.cleaning.step import first_of_equal, joined
 from pretrain.cleaning.words import normalized_words
 
 _MEMBERS = 32  # representatives of a band's bucket that a document is compared with
@@ -37,7 +37,7 @@ def choose_duplicates(
     """
     similarity = _Similarity(sets, threshold)
     for band in range(bands[0].shape[0] if bands else 0):
-        _compare_band(np.concatenate([part[band] for part in bands]), similarity)
+        _compare_band(joined(part[band] for part in bands), similarity)
     kept = np.full(similarity.count, -1, np.int64)
     for later, earlier in similarity.similar_pairs():
         if kept[later] >= 0:

@@ -14,6 +14,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from experiment.errors import UserError
 from experiment.files import atomic_write, write_json
 from pretrain.cleaning.step import Arrays, Document
 from pretrain.cleaning.tally import StepTally
@@ -32,7 +33,15 @@ class Pass:
         return self.folder / f"{part:06d}{SUFFIX}"
 
     def read(self, part: int) -> list[Document]:
-        return list(read_documents(self.documents(part)))
+        """The documents of a finished part. Raises UserError for a file that is damaged."""
+        path = self.documents(part)
+        try:
+            found = list(read_documents(path))
+        except (ValueError, zstandard.ZstdError):
+            found = []
+        if len(found) != self.kept(part):
+            raise UserError(f"{path} is damaged; delete {self.folder.parent} to start over")
+        return found
 
     def write(self, part: int, documents: Sequence[Document], observed: Arrays, tally: dict[str, Any]) -> None:
         for name, values in observed.items():
@@ -46,6 +55,10 @@ class Pass:
             return dict(json.loads(self._tally(part).read_bytes()))
         except FileNotFoundError:
             return None
+
+    def empty(self, part: int) -> int:
+        """How many documents of a finished part had no text after their markup was removed."""
+        return int(self._finished(part)["empty"])
 
     def kept(self, part: int) -> int:
         """How many documents a finished part has."""
@@ -112,5 +125,7 @@ def _row(document: Document) -> dict[str, Any]:
 
 
 def _save(path: Path, values: NDArray[Any]) -> None:
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.save(file, values, allow_pickle=False)
+    content = io.BytesIO()  # to a file, numpy writes without saying that the disk is full
+    np.save(content, values, allow_pickle=False)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getbuffer())

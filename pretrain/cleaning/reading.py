@@ -1,5 +1,6 @@
 """The documents of all sources, in order, each with an id that no other one has."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pretrain.cleaning.step import Document, check_installed
 from pretrain.corpus.documents import check_read, read_documents
 from pretrain.corpus.formats import Document as RawDocument
 from pretrain.corpus.formats import ReadStats, explain_read_errors
-from pretrain.corpus.sources import Source, Span, find_sources
+from pretrain.corpus.sources import Source, Span, find_sources, is_unicode
 
 
 def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
@@ -41,6 +42,8 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
             if raw.text and not raw.text.isspace():
                 raw.utf8()
                 metadata = {key: raw.metadata[key] for key in config.metadata if key in raw.metadata}
+                if not is_unicode(json.dumps(metadata, ensure_ascii=False, default=str)):
+                    raise UserError(f"{raw.place}: expected Unicode text in 'metadata', found half of a surrogate pair")
                 yield Document(raw.place, raw.origin, raw.text, metadata, raw.markup)
     check_read(sources, config, stats.start_matches, stats.archives)
 

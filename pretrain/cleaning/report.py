@@ -43,14 +43,20 @@ Summary = Mapping[str, Any]
 def summarize(
     config: "CleanConfig",
     identity: Mapping[str, str],
+    empty: int,
     kept: int,
     languages: Counter[str],
     tallies: Sequence["StepTally"],
     steps: Sequence["Step[Any]"],
 ) -> Summary:
-    """The content of clean.json. identity: digests of config and documents; kept, languages: documents."""
+    """The content of clean.json.
+
+    identity: digests of config and documents. empty: documents whose markup held no text, which no step reads. kept,
+    languages: documents.
+    """
     return {
         **identity,
+        **({"empty": empty} if empty else {}),
         "read": tallies[0].read if tallies else kept,
         "kept": kept,
         **({"languages": dict(languages.most_common(_LANGUAGES))} if languages else {}),
@@ -99,6 +105,7 @@ def write_report(folder: Path, summary: Summary) -> None:
             Fact("read", f"{read:,}", "documents"),
             Fact("kept", f"{kept:,}", f"{kept / max(read, 1):.1%}"),
             Fact("dropped", f"{read - kept:,}", f"{(read - kept) / max(read, 1):.1%}"),
+            *([Fact("without text", f"{summary['empty']:,}", "not read")] if "empty" in summary else []),
         ],
     )
     write_page(folder / CLEAN_PAGE, Page("Cleaning", [Heading("Steps"), *summary_blocks(summary)], headline))
@@ -116,8 +123,12 @@ def summary_blocks(summary: Summary) -> list[Block]:
 def describe(summary: Summary) -> str:
     """What is left, and what each step dropped, in a line."""
     dropped = ", ".join(f"{step['name']} {step['dropped']:,}" for step in summary["steps"] if step["dropped"])
-    line = f"{summary['kept']:,} of {summary['read']:,} documents kept"
-    return f"{line}; dropped: {dropped}" if dropped else line
+    return f"{describe_kept(summary)}; dropped: {dropped}" if dropped else describe_kept(summary)
+
+
+def describe_kept(summary: Summary) -> str:
+    empty = f", {summary['empty']:,} pages without text" if "empty" in summary else ""
+    return f"{summary['kept']:,} of {summary['read']:,} documents kept{empty}"
 
 
 _COLUMNS = ("step", "rule", "read", "dropped", "share", "changed")

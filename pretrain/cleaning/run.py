@@ -11,7 +11,9 @@ on workers, time or interruptions.
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +21,32 @@ from experiment.errors import UserError, disk_errors_as
 from experiment.files import fsync_tree, json_digest, parse_json, write_json
 from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.parts import SUFFIX
+from pretrain.cleaning.parts import SUFFIX, Pass
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
-from pretrain.cleaning.report import SUMMARY, Summary, print_steps, read_summary, summarize, write_report
+from pretrain.cleaning.report import SUMMARY, Summary, describe_kept, print_steps, read_summary, summarize, write_report
 from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages
 from pretrain.cleaning.step import ReadTask, Step, check_installed
-from pretrain.corpus.engines import open_engine
+from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.sources import Source
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
 _RECIPE = "recipe.json"
 
 
-def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) -> Summary:
-    """Write the folder `config.output`, and print what each step did.
+def clean(
+    config: CleanConfig,
+    read_task: ReadTask,
+    workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+) -> Summary:
+    """Write the folder `config.output`, and print what each step did. `engine` and so on: as `open_engine`.
 
     An existing result of the same config and sources is kept. Raises UserError for bad input, naming file and place,
     and for an output folder that holds something else; StoppedError if a worker is killed.
     """
     folder = Path(config.output).absolute()
-    workers = workers or len(os.sched_getaffinity(0))
+    opened = partial(open_engine, workers or len(os.sched_getaffinity(0)), engine=engine, ray_address=ray_address)
     advice = "; the same command resumes from the finished parts"
     with disk_errors_as(UserError, f"output {folder}: ", advice), lock_output(folder, "output"):
         sources = find_inputs(config)
@@ -53,8 +61,8 @@ def clean(config: CleanConfig, read_task: ReadTask, workers: int | None = None) 
                 )
             print(f"{folder} already exists, of the same sources and steps")
         else:
-            summary = _clean(config, sources, steps, recipe, folder, workers)
-    print(f"{config.output}: {summary['kept']:,} of {summary['read']:,} documents kept")
+            summary = _clean(config, sources, steps, recipe, folder, opened)
+    print(f"{config.output}: {describe_kept(summary)}")
     if summary["steps"]:
         print_steps(summary)
     return summary
@@ -78,33 +86,38 @@ def _prepare_steps(config: CleanConfig, read_task: ReadTask) -> list[Step[Any]]:
 
 
 def _clean(
-    config: CleanConfig, sources: Sequence[Source], steps: Sequence[Step[Any]], recipe: str, folder: Path, workers: int
+    config: CleanConfig,
+    sources: Sequence[Source],
+    steps: Sequence[Step[Any]],
+    recipe: str,
+    folder: Path,
+    opened: Callable[[object], AbstractContextManager[Engine]],
 ) -> Summary:
-    partial = folder.with_name(f"{folder.name}.partial")
-    _check_unfinished(partial, {"recipe": recipe, "sources": identity_of(sources)})
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    _check_unfinished(unfinished, {"recipe": recipe, "sources": identity_of(sources)})
     stages = plan_stages(steps)
     try:
-        with open_engine(workers, stages) as run:
-            last, tallies = run_stages(stages, read_inputs(sources, config), partial, run)
+        with opened(stages) as run:
+            last, tallies = run_stages(stages, read_inputs(sources, config), unfinished, run)
     except UserError:
-        if not any(partial.glob("pass-*/*.json")):  # nothing to resume from
-            shutil.rmtree(partial)
+        if not _holds_parts(unfinished):
+            shutil.rmtree(unfinished)
         raise
-    result = partial / "result"
+    result = unfinished / "result"
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     _join(last, result)
-    kept, languages = 0, Counter[str]()
+    first, languages = Pass(unfinished / "pass-0"), Counter[str]()
+    empty, kept = (sum(map(count, range(last.parts))) for count in (first.empty, last.files.kept))
     for part in range(last.parts):
-        kept += last.files.kept(part)
         languages.update(last.files.languages(part))
-    summary = summarize(config, {"recipe": recipe, "source": last.source}, kept, languages, tallies, steps)
+    summary = summarize(config, {"recipe": recipe, "source": last.source}, empty, kept, languages, tallies, steps)
     write_report(result, summary)
     fsync_tree(result)
     if folder.exists():
         folder.rmdir()  # empty
     result.rename(folder)
-    shutil.rmtree(partial)
+    shutil.rmtree(unfinished)
     return summary
 
 
@@ -117,13 +130,18 @@ def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
 def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
     """Raises UserError if the folder of an unfinished cleaning is of another one."""
     path = partial / _RECIPE
-    if path.exists() and parse_json(path.read_bytes()) != identity:
+    if path.exists() and _holds_parts(partial) and parse_json(path.read_bytes()) != identity:
         raise UserError(
             f"{partial} holds an unfinished cleaning with another config, or of other sources; use the same to resume "
             "it, or delete it to start over"
         )
     partial.mkdir(exist_ok=True)
     write_json(path, identity)
+
+
+def _holds_parts(partial: Path) -> bool:
+    """Whether there is something to resume from."""
+    return any(partial.glob("pass-*/*.json"))
 
 
 def _join(last: Done, result: Path) -> None:

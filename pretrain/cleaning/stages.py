@@ -20,9 +20,17 @@ from experiment.files import parse_json, write_json
 from experiment.progress import progress
 from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import Pass
-from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, Step, Verdict
+from pretrain.cleaning.step import (
+    CollectionStep,
+    Document,
+    DocumentStep,
+    DuplicateStep,
+    OpenedParts,
+    Step,
+    Verdict,
+)
 from pretrain.cleaning.tally import StepTally, merge_tallies
-from pretrain.corpus.engines import Engine
+from pretrain.corpus.engines import Engine, check_shared
 
 _PART_CHARACTERS = 1 << 22
 _PART_DOCUMENTS = 20_000
@@ -172,11 +180,13 @@ def _merged(stage: Stage, files: Pass, parts: int) -> tuple[StepTally, ...]:
 
 def _process(stages: Sequence[Stage], part: _Part) -> int:
     """Handle one part, in a worker. Returns how many documents were read."""
+    check_shared(part.folder)
     stage, current = stages[part.stage], Pass(part.folder / f"pass-{part.stage}")
     if part.documents is None:
-        documents = Pass(part.folder / f"pass-{part.stage - 1}").read(part.number)
+        documents, empty = Pass(part.folder / f"pass-{part.stage - 1}").read(part.number), 0
     else:
         documents = _without_markup(part.documents)
+        empty = len(part.documents) - len(documents)
     read = len(documents)
     tallies = list[StepTally]()
     for step in stage.counted:
@@ -192,6 +202,7 @@ def _process(stages: Sequence[Stage], part: _Part) -> int:
     observed = {} if stage.observed is None else stage.observed.observe(documents)
     tally_json = {
         "digest": part.digest,
+        "empty": empty,
         "kept": len(documents),
         "languages": Counter(str(found) for document in documents if (found := document.metadata.get("language"))),
         "steps": [tally.as_json() for tally in tallies],
@@ -263,8 +274,7 @@ def _decide(stage: Stage, before: Done, current: Pass) -> None:
     shutil.rmtree(current.folder)
     current.folder.mkdir()
     if before.parts:
-        observed = [before.files.observed(part) for part in range(before.parts)]
-        current.write_decisions(stage.decided.decide(observed))
+        current.write_decisions(stage.decided.decide(OpenedParts(before.files.observed, before.parts)))
     write_json(current.folder / _DECIDED, {})
 
 

@@ -6,8 +6,9 @@ From its declaration follow its config keys, their reference, and its place in t
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from experiment.config import Section
 from experiment.errors import UserError
 from pretrain.cleaning import steps
 
+T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -53,6 +55,23 @@ class EvaluationText(NamedTuple):
 
 ReadTask = Callable[[str], Sequence[EvaluationText]]
 """Name or path of a fine-tuning config -> the texts of its validation and test splits. Raises UserError."""
+
+
+_OPENED = 8_000  # parts: Linux allows a process 65,530 memory maps, and `minhash` has up to six of a part
+
+
+class OpenedParts(Sequence[T]):
+    """Something of each part that is memory-mapped when it is used: there may be more parts than memory maps."""
+
+    def __init__(self, open_part: Callable[[int], T], parts: int) -> None:
+        self._open = lru_cache(_OPENED)(open_part)
+        self._parts = range(parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, part: Any) -> Any:
+        return self._open(self._parts[part])
 
 
 class Step(ABC, Generic[ConfigT]):
@@ -114,8 +133,8 @@ class CollectionStep(Step[ConfigT]):
         """What `decide` needs to know about the documents of a part."""
 
     @abstractmethod
-    def decide(self, observed: Sequence[Arrays]) -> list[NDArray[Any]]:
-        """Decisions for each part. observed: of each part, memory-mapped."""
+    def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:
+        """Decisions for each part."""
 
     @abstractmethod
     def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:
@@ -128,6 +147,11 @@ class DuplicateStep(CollectionStep[ConfigT]):
 
     def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:
         return [None if kept < 0 else Verdict("duplicate", detail=f"#{kept}") for kept in decisions.tolist()]
+
+
+def joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """The arrays of all parts in memory, one after another."""
+    return np.concatenate([np.array(part) for part in parts])
 
 
 def split_by_part(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[Any]]:

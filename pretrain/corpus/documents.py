@@ -67,9 +67,7 @@ def reading_progress(label: str, sources: Sequence[Source]) -> Iterator[Callable
     documents, text_bytes, bytes_read, started = 0, 0, 0, time.monotonic()
 
     def describe(done: float) -> str:
-        share, megabytes = f"{done / total:.0%}, " if total else "", text_bytes / 1e6
-        speed = megabytes / max(time.monotonic() - started, 1e-9)
-        return f"{share}{documents:,} documents, {megabytes:,.1f} MB of text, {speed:.1f} MB/s"
+        return describe_reading(done, total, documents, text_bytes, time.monotonic() - started)
 
     def advance(stats: ReadStats, size: int) -> None:
         nonlocal documents, text_bytes, bytes_read
@@ -80,6 +78,12 @@ def reading_progress(label: str, sources: Sequence[Source]) -> Iterator[Callable
 
     with progress(label, total, describe=describe) as show:
         yield advance
+
+
+def describe_reading(done: float, total: float | None, documents: int, text_bytes: int, seconds: float) -> str:
+    """How much has been read, `done` of `total` bytes on disk, and how fast."""
+    share, megabytes = f"{done / total:.0%}, " if total else "", text_bytes / 1e6
+    return f"{share}{documents:,} documents, {megabytes:,.1f} MB of text, {megabytes / max(seconds, 1e-9):.1f} MB/s"
 
 
 def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[Document]:
@@ -130,15 +134,10 @@ def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: Read
 
 
 def _zip_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
-    source, part = span
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist()[part.start : part.stop]:
+        for info in archive.infolist()[span.part.start : span.part.stop]:
             if not info.is_dir() and is_wanted(info.filename):
-                try:
-                    member = archive.open(info)
-                except (RuntimeError, NotImplementedError) as error:  # password, or unknown compression method
-                    raise UserError(f"{source.name}::{info.filename}: cannot be unpacked: {error}") from None
-                with member:
+                with archive.open(info) as member:
                     yield info.filename, member
 
 
@@ -147,7 +146,8 @@ def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
     compression = tar_compression(source.name)
     # "r|" streams: each member is read when it is reached, without seeking.
     mode: Literal["r|", "r:"] = "r|" if compression else "r:"
-    with tarfile.open(fileobj=decompress(file, compression), mode=mode) as archive:
+    content = decompress(file, compression)
+    with tarfile.open(fileobj=content, mode=mode, encoding="utf-8", errors="replace") as archive:  # of the names
         for info in archive:
             if part.stop is not None and info.offset >= part.stop:
                 return

@@ -5,10 +5,14 @@ and of its own argument. It can be run again, on another machine too: Ray does s
 """
 
 import logging
+import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from experiment.errors import UserError, first_line
@@ -78,6 +82,7 @@ def _run_in_worker(function: Callable[[Any, T], R], task: T) -> R:
 
 @contextmanager
 def _ray(address: str | None, job: object) -> Iterator[Engine]:
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # by default Ray tries 20 times, of 40 s each, to connect
     try:
         import ray
     except ImportError:
@@ -89,7 +94,7 @@ def _ray(address: str | None, job: object) -> Iterator[Engine]:
             f"--ray_address {address or 'auto'}: no Ray cluster answers ({first_line(error)}); "
             "start one with `ray start --head`"
         ) from None
-    shared = ray.put(job)
+    shared = [ray.put(job)]  # Ray would give each task a new copy of a reference that is an argument of its own
     # A task is repeated as often as it is lost with its node. If it raises an error, that is the result.
     remote = ray.remote(max_retries=-1)(_outcome)
 
@@ -113,9 +118,23 @@ def _ray(address: str | None, job: object) -> Iterator[Engine]:
         ray.shutdown()
 
 
-def _outcome(job: object, function: Callable[[Any, T], R], task: T) -> R | Exception:
+@lru_cache(maxsize=1)
+def _fetched(job: Any) -> object:
+    """The job, which the tasks of a worker share: it keeps models and lists that take long to load."""
+    import ray
+
+    return ray.get(job)
+
+
+def check_shared(folder: Path) -> None:
+    """Raises UserError if a task does not see a folder that its main process has made."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist on {platform.node()}; expected a disk that all machines share")
+
+
+def _outcome(shared: list[Any], function: Callable[[Any, T], R], task: T) -> R | Exception:
     """What the task returns, or the error of the user or of a disk that it raises."""
     try:
-        return function(job, task)
+        return function(_fetched(*shared), task)
     except (UserError, OSError) as error:
         return error

@@ -6,6 +6,7 @@ UTF-8 are rejected, naming the line.
 
 import io
 import itertools
+import lzma
 import shutil
 import tarfile
 import tempfile
@@ -52,6 +53,11 @@ _CONVERSIONS = {
     "convert it to .csv, for instance with LibreOffice": "ods xls xlsx",
     "decompress it": "7z br bz2 lz4 rar xz",
 }
+# UnicodeDecodeError: of the name of a member of a .zip.
+_DAMAGE = (
+    *(EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
+    *(zipfile.BadZipFile, tarfile.TarError, UnicodeDecodeError),
+)
 _CONVERSION_OF = {suffix: advice for advice, suffixes in _CONVERSIONS.items() for suffix in suffixes.split()}
 _FORMAT_OF = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
@@ -362,7 +368,9 @@ def explain_read_errors(origin: str) -> Iterator[None]:
     """Turn read, decompression and archive errors into a UserError that names the file."""
     try:
         yield
-    except (EOFError, zlib.error, zstandard.ZstdError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{origin} is damaged or truncated: {error}") from None
+    except RuntimeError as error:  # a member of a .zip needs a password, or has an unknown compression method
+        raise UserError(f"cannot read {origin}: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {origin}: {error.strerror or error}") from None

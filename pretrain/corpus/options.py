@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from experiment.config import Metavar, Section
-from experiment.config.field_types import PathName, PathOrUrl
+from experiment.config.field_types import LocalPath, PathName, PathOrUrl
 
 SourceName = str | Path | tuple[str | Path, ...]
 """What to read: a path, URL, glob, archive::members, hub:NAME[@REVISION][:SPLIT] or python-docs; several in a tuple or
@@ -168,7 +168,7 @@ class CorpusOptions(TextOptions):
     segmenter: Literal["jieba"] | None = None
     """Find the words of Chinese text for whole-word and span masking; needs `pip install 'deepcloze[chinese]'`."""
 
-    verify: Annotated[str | None, Metavar("DIR[,DIR…]")] = None
+    verify: Annotated[LocalPath | None, Metavar("DIR[,DIR…]")] = None
     """Instead of building: corpus folders to compare with their checksums."""
 
     inspect: Annotated[PathName | None, Metavar("DIR")] = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from posixpath import dirname
 from typing import Any
 
-from experiment.decontamination import CLEAN_SUMMARY, common_decontamination, read_clean_summary
+from experiment.decontamination import CLEAN_SUMMARY, common_decontamination, is_summary, read_clean_summary
 from experiment.errors import UserError
 from experiment.files import parse_json, write_json
 from pretrain.corpus.manifest import SourceShare
@@ -61,8 +61,8 @@ def cleanings_of(corpus: Path) -> list[Cleaning]:
     path = corpus / CLEAN_SUMMARY
     try:
         found = parse_json(path.read_bytes())
-        if not isinstance(found, list):
-            raise ValueError("expected a list")
+        if not isinstance(found, list) or not all(map(is_summary, found)):
+            raise ValueError("expected a list of cleanings")
     except FileNotFoundError:
         return []
     except ValueError as error:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from experiment.progress import progress
 from pretrain.corpus.build_plan import BuildPlan
+from pretrain.corpus.documents import describe_reading
 from pretrain.corpus.engines import Engine
 from pretrain.corpus.records import SplitCount, SplitRecord, SplitTask, read_counts, read_finished, write_count
 from pretrain.corpus.source_digest import SourceDigest
@@ -69,9 +70,7 @@ def _with_progress(label: str, results: Iterator[R], splits: Sequence[Split]) ->
     size, documents, text_bytes, started = sum(sizes.values()) or None, 0, 0, time.monotonic()
 
     def describe(done: float) -> str:
-        share, megabytes = f"{done / size:.0%}, " if size else "", text_bytes / 1e6
-        speed = megabytes / max(time.monotonic() - started, 1e-9)
-        return f"{share}{documents:,} documents, {megabytes:,.1f} MB of text, {speed:.1f} MB/s"
+        return describe_reading(done, size, documents, text_bytes, time.monotonic() - started)
 
     with progress(label, size, describe=describe) as advance:
         for result in results:

@@ -1,7 +1,7 @@
 """Read a finished corpus through memory maps."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,8 @@ from experiment.files import sha256
 from pretrain.corpus.manifest import TOKENIZER, Manifest, Shard, read_manifest
 from pretrain.corpus.shards import MappedShard, map_shard, row_lengths
 from pretrain.corpus.words import BoolArray
+
+_BLOCK = 2**20  # tokens that are counted at once
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,32 @@ class Corpus:
             out[at : at + end - begin] = bits[begin % 8 :][: end - begin]
             at += end - begin
         return out
+
+    def count_tokens(
+        self, shards: Iterable[int], advance: Callable[[float], None] = lambda _: None
+    ) -> npt.NDArray[np.int64]:
+        """Count how often each token of the vocabulary occurs in some shards: [V].
+
+        Args:
+            shards: indices in the manifest.
+            advance: called with the number of tokens counted since the last call.
+
+        Raises UserError if a shard has a token that is not in the vocabulary.
+        """
+        counts = np.zeros(self.manifest.vocabulary_size, dtype=np.int64)
+        for index in shards:
+            path = self.path / self.manifest.shards[index].file
+            ids = map_shard(path).ids
+            for start in range(0, len(ids), _BLOCK):
+                block = ids[start : start + _BLOCK]
+                found = np.bincount(block, minlength=len(counts))
+                if len(found) > len(counts):
+                    raise UserError(
+                        f"{path} is damaged: it has a token with id {len(found) - 1}, expected less than {len(counts)}"
+                    )
+                counts += found
+                advance(len(block))
+        return counts
 
     def _locate(
         self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]

@@ -19,6 +19,7 @@ from experiment.files import checksum, sha256, write_json
 from experiment.storage import stat_file
 from pretrain.corpus.build_plan import MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
+from pretrain.corpus.engines import check_shared
 from pretrain.corpus.formats import Document, ReadStats, explain_read_errors
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.records import (
@@ -144,6 +145,7 @@ def changed_source(name: str) -> UserError:
 
 
 def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
+    check_shared(job.folder)
     stats, digest, text_bytes = ReadStats(), SourceDigest(), 0
     batches = {part: _Batch(job, split, part) for part in PART_CODES if part is not None}
     for document, text in _read(job, split, stats):

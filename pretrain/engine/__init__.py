@@ -8,6 +8,6 @@
 - partitions: which slice of which parameter this rank owns, and where DeepSpeed keeps it
 - zero_optimizers: gradients and updates under ZeRO without offload, in place of DeepSpeed's
 - optimizers: AdamW, LAMB, StableAdamW, averaged weights; muon: Muon
-- parameter_groups: what an optimizer updates, and how
+- parameter_groups: groups of parameters with options of their own
 - phases: parts of a step in profiles, and the time of forward passes
 """

@@ -3,7 +3,7 @@
 DeepSpeed keeps the fp32 masters, moments and gradients of a sharded model in attributes of its optimizers and
 parameters. This package reads these, and replaces methods that let the host wait for the device or reduce whole
 gradients. A release of DeepSpeed may rename any of them: import them from here only, and list attributes in `_USED`.
-`check_deepspeed` then says what is missing before a device is used.
+`check_deepspeed` then names the missing parts before a device is used.
 """
 
 import functools
@@ -76,7 +76,7 @@ _USED: dict[Any, str] = {
     "single_partition_of_fp32_groups step update_lp_params",
     tensor_fragment: "hp_fragment_address lp_fragment_address optim_fragment",
     fragment_address: "numel start",
-    # ZeRO 3. What begins with `ds_` or `all_gather` are attributes of parameters.
+    # ZeRO 3. Names that begin with `ds_` or `all_gather` are attributes of parameters.
     DeepSpeedZeroOptimizer_Stage3: f"{_FLAT} _get_param_partition_rank _optimizer_states_and_gradient_swap_in "
     "_optimizer_states_and_gradient_swap_out _optimizer_step _overflow_clean_up _partition_all_parameters _post_step "
     "_pre_step _prepare_sub_group _reassign_or_swap_out_partitioned_parameters _release_sub_group "
@@ -103,7 +103,8 @@ def check_deepspeed() -> None:
 
 
 def _names(owner: Any) -> Iterator[str]:
-    """What a class or module of DeepSpeed defines, and the names in its code, where instances get their attributes."""
+    """Names that a class or module of DeepSpeed defines, and names in its code, where instances get their
+    attributes."""
     yield from vars(owner)
     for member in vars(owner).values():
         function = member.fget if isinstance(member, property) else member

@@ -54,7 +54,7 @@ _PROFILERS = ("wall_clock_breakdown", "flops_profiler")  # they report from Deep
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """What a DeepSpeed JSON says, checked."""
+    """The settings of a DeepSpeed JSON, checked."""
 
     path: Path
     precision: Precision  # of weights and activations
@@ -84,7 +84,7 @@ class DeepSpeedSettings:
         return self.nvme_path / f"deepcloze-{xxh64_hexdigest(str(run).encode())}"
 
     def engine_config(self, grad_clip: float, swap_folder: Path | None = None) -> dict[str, Any]:
-        """The config for `deepspeed.initialize`: the JSON and what deepcloze decides.
+        """The config for `deepspeed.initialize`: the JSON and the settings of deepcloze.
 
         `swap_folder`: this rank's folder for NVMe offload.
         """
@@ -123,7 +123,7 @@ def load_settings(name: str) -> DeepSpeedSettings:
     """Find, read and check a DeepSpeed JSON.
 
     Raises UserError that names the file and the key, also for values that DeepSpeed's own parser rejects, and for a
-    release of DeepSpeed that lacks what this package uses.
+    release of DeepSpeed that lacks parts that this package uses.
     """
     check_deepspeed()
     try:
@@ -159,7 +159,8 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
 
 
 def check_device_support(settings: DeepSpeedSettings) -> None:
-    """Raises UserError where this machine lacks the precision or what NVMe offload needs, naming the file to use."""
+    """Raises UserError where this machine lacks the precision, or a requirement of NVMe offload, naming the file to
+    use."""
     accelerator = get_accelerator()
     supported: dict[Precision, bool] = {
         "bf16": accelerator.is_bf16_supported(),
@@ -258,7 +259,7 @@ def _offload_device(zero: Mapping[str, Any], key: str) -> OffloadDevice:
 
 
 def _nvme_paths(zero: Mapping[str, Any]) -> list[str]:
-    """The values of `nvme_path` of what is offloaded to NVMe."""
+    """The values of `nvme_path` of the parts that are offloaded to NVMe."""
     sections = [zero[key] for key in ("offload_optimizer", "offload_param") if _offload_device(zero, key) == "nvme"]
     return [section["nvme_path"] for section in sections if section.get("nvme_path") is not None]
 

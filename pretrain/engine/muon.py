@@ -32,13 +32,13 @@ from pretrain.optimizer_config import MuonConfig
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _EPSILON = 1e-7
-_MATCHED_RMS = 0.2  # of the elements of an update, about that of AdamW's
+_MATCHED_RMS = 0.2  # of the elements of an update, about as for AdamW
 
 
 @torch.no_grad()
 def orthogonalize(matrix: Tensor) -> Tensor:
     """Newton–Schulz iterations, in the dtype of `matrix`. Returns a new tensor [rows, columns] whose singular values
-    are between about 0.7 and 1.2, except those that were close to zero."""
+    are between about 0.7 and 1.2, except values that were close to zero."""
     a, b, c = _COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
@@ -92,7 +92,7 @@ class _Transfer(NamedTuple):
 
 
 class _Exchange(NamedTuple):
-    own: list[_Transfer]  # those of this rank; both ranks of a transfer have them in the same order
+    own: list[_Transfer]  # of this rank; both ranks of a transfer have them in the same order
     leaves_ranks: bool  # whether any rank sends something to another one
 
 
@@ -125,7 +125,7 @@ class Muon(AdamW):
         self._plans: dict[tuple[int, ...], _Plan] = {}
 
     def attach(self, flats: Sequence[Tensor], fragments: Iterable[Fragment], device: torch.device) -> None:
-        """Register what the optimizer's tensors hold. Collective.
+        """Register the parameters in the optimizer's tensors. Collective.
 
         flats: this rank's tensors. Tensor n holds slices of the same parameters on every rank.
         device: that orthogonalizes.
@@ -191,7 +191,7 @@ class Muon(AdamW):
         self._transfer(plan.results, read_result, apply_result)
 
     def _advance(self, tensor: Tensor) -> Tensor:
-        """Update the momentum. Returns what to orthogonalize, flat; overwrites the gradient."""
+        """Update the momentum. Returns the matrices to orthogonalize, flat; overwrites the gradient."""
         assert tensor.grad is not None
         state: dict[str, Tensor] = self.state[tensor]
         if not state:

@@ -74,7 +74,8 @@ class PerParameterOptimizer(GatedOptimizer):
     def attach(
         self, fragments: Iterable[Fragment], names: Sequence[str], sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
-        """Register what this rank's tensors hold. `names`: of all parameters, in the same order on all ranks."""
+        """Register the parameters in this rank's tensors. `names`: of all parameters, in the same order on all
+        ranks."""
         numbers = {name: number for number, name in enumerate(names)}
         held: dict[Tensor, list[Fragment]] = {}
         for fragment in fragments:
@@ -135,7 +136,8 @@ class Lamb(PerParameterOptimizer):
     """LAMB: You et al. 2020, arXiv 1904.00962, algorithm 2.
 
     With bias correction; weight decay is part of the update that the trust ratio scales; phi is the identity. As in the
-    authors' code, parameters without weight decay (biases and norms) are not scaled, nor those with a norm of zero.
+    authors' code, parameters without weight decay (biases and norms) are not scaled, nor are parameters with a norm of
+    zero.
     """
 
     measures = 2

@@ -1,6 +1,6 @@
 """The parameter groups of an optimizer, and the optimizer itself, from the config.
 
-A parameter group has these keys besides those of torch's optimizers:
+A parameter group has these keys besides the keys of torch's optimizers:
 
     decays          its parameters are weights, not biases or norms
     matrices        its parameters are hidden matrices, which Muon orthogonalizes
@@ -26,7 +26,7 @@ def parameter_groups(
     model: PreTrainedModel, config: OptimizerConfig, freeze: ModelConfig, unused: Collection[str] = ()
 ) -> list[Group]:
     """Weights decay; biases, norms and parameters that the model does not use do not. A layer's rate is `layer_decay`
-    times that of the layer above it.
+    times the rate of the layer above it.
 
     With `layer_decay` 1 and nothing frozen there are two groups, with and without weight decay; for Muon a third one
     holds the hidden matrices.

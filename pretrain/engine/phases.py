@@ -21,7 +21,7 @@ def phase(name: Phase) -> record_function:
 
 
 def collective(name: str) -> record_function:
-    """A context or decorator whose time a profile counts as communication, as that of torch's own collectives."""
+    """A context or decorator whose time a profile counts as communication, like torch's own collectives."""
     return record_function(COLLECTIVE_PREFIX + name)
 
 
@@ -42,7 +42,7 @@ class ForwardTimer:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Time what the block computes."""
+        """Time the computation of the block."""
         if not self.enabled:
             yield
         elif self._on_gpu:
@@ -57,7 +57,7 @@ class ForwardTimer:
             self._seconds += time.perf_counter() - started
 
     def take(self) -> float:
-        """Seconds since the last call. What a GPU has not finished counts at the next one."""
+        """Seconds since the last call. Unfinished work of a GPU counts at the next one."""
         while self._pending and self._pending[0][1].query():  # type: ignore[no-untyped-call]
             start, end = self._pending.popleft()
             self._seconds += start.elapsed_time(end) / 1000

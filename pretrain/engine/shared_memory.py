@@ -37,7 +37,7 @@ class SharedMemory:
     def reduce_scatter(self, parts: Sequence[Tensor], total: Tensor) -> None:
         """`total` becomes the sum of the flat tensors that the ranks have for this one, as `sum_in_order`.
 
-        parts: [ranks], what this rank has for each of them.
+        parts: [ranks], tensors of this rank for each of them.
         """
         ranks, numel, dtype = len(parts), total.numel(), parts[0].dtype
         length = BUFFER_BYTES // dtype.itemsize // (ranks - 1)
@@ -75,7 +75,7 @@ class SharedMemory:
 
 
 def _slot(sender: int, receiver: int) -> int:
-    """Where the buffer of one rank has what it sends to another."""
+    """The place in the buffer of one rank of the data for another."""
     return receiver - (receiver > sender)
 
 
@@ -140,7 +140,7 @@ def _describe(file: int) -> _Buffer | None:
 
 
 def _map(found: Sequence[_Buffer]) -> list[Tensor]:
-    """The buffers that are what they should be; none if they are on several machines or in several containers."""
+    """The buffers that belong to these ranks; none if they are on several machines or in several containers."""
     buffers = []
     if len({buffer.processes for buffer in found}) == 1:
         for expected in found:

@@ -72,7 +72,7 @@ class Zero1Optimizer(_FlatOptimizer):
 
     communication_dtype: torch.dtype  # in which gradients are sent and summed
     _sums: list[Tensor]  # fp32, over this rank's microbatches; one per parameter group, in the layout of the weights
-    _partitions: list[Tensor]  # of the sums, those that this rank reduces: views
+    _partitions: list[Tensor]  # of the sums, the parts that this rank reduces: views
     _parts: list[list[Tensor]]  # of the sums, [group][parameter]
     _received: list[list[bool]]  # which parts hold a gradient of this step
 
@@ -139,7 +139,7 @@ class Zero2Optimizer(_FlatOptimizer):
         self.zero_grad()
 
     def _take_gradient(self, group: int) -> Tensor:
-        """This rank's part of a group's averaged gradient, flat and in fp32. Frees what it is made of."""
+        """This rank's part of a group's averaged gradient, flat and in fp32. Frees its parts."""
         gradient = self._get_preflattened_grad_partition(group)
         if gradient is None:
             gradient = self.flatten_dense_tensors_aligned(self.averaged_gradients[group], self.partition_size[group])

@@ -3,13 +3,15 @@
 import os
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from experiment.errors import UserError, disk_errors_as
 from experiment.progress import progress
 from experiment.tokenizer import load_tokenizer
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.origins import cleanings_of
-from pretrain.corpus.reader import open_corpus
-from pretrain.inspection.contents import count_lengths, count_tokens, script_shares
+from pretrain.corpus.reader import Corpus, open_corpus
+from pretrain.inspection.contents import count_lengths, script_shares
 from pretrain.inspection.masked_documents import masked_documents
 from pretrain.inspection.near_duplicates import find_near_duplicates
 from pretrain.inspection.packing_efficiency import MAX_SEQ_LENGTHS, packing_efficiency
@@ -21,22 +23,39 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
     """Print a summary of a corpus, write a page about it, and return its path: `output`, by default FOLDER-inspect.html
     beside the corpus, or in the working directory if that cannot be written.
 
-    The corpus is only read. Raises UserError for a folder that is not a corpus, or an output that cannot be written.
+    The corpus is only read. Raises UserError for a folder that is not a corpus, a damaged one, or an output that cannot
+    be written.
     """
     corpus = open_corpus(folder)
     path = _default_output(corpus.path) if output is None else output
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; expected a file")
     tokenizer = load_tokenizer(corpus.tokenizer_path)
+    try:
+        found = _inspect(corpus, tokenizer, seed)
+    except UserError:
+        raise
+    except Exception:  # of numpy or pyarrow
+        if damage := next(filter(None, map(corpus.find_damage, corpus.manifest.shards)), None):
+            raise UserError(damage) from None
+        raise
+    print(describe(found, tokenizer))
+    with disk_errors_as(UserError, "--output: "):
+        write_inspection(path, found, tokenizer)
+    print(f"  page: {path}")
+    return path
+
+
+def _inspect(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, seed: int) -> Inspection:
     special_tokens = build_vocabulary(tokenizer).num_special_tokens
     sample = draw_sample(corpus, seed)
     lengths, documents = count_lengths(corpus)
     millions = sample.share * corpus.tokens / 1e6
     with progress(f"counting the tokens of {corpus.name}", millions, "M") as advance:
-        tokens = count_tokens(sample, lambda done: advance(done / 1e6))
+        tokens = corpus.count_tokens(sample.shards, lambda done: advance(done / 1e6))
     with progress(f"looking for near-duplicates in {corpus.name}", millions, "M tokens") as advance:
         near_duplicates = find_near_duplicates(sample, lambda done: advance(done / 1e6))
-    found = Inspection(
+    return Inspection(
         sample=sample,
         lengths=lengths,
         documents=documents,
@@ -47,11 +66,6 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
         masked=masked_documents(sample, tokenizer),
         cleanings=cleanings_of(corpus.path),
     )
-    print(describe(found, tokenizer))
-    with disk_errors_as(UserError, "--output: "):
-        write_inspection(path, found, tokenizer)
-    print(f"  page: {path}")
-    return path
 
 
 def _default_output(corpus: Path) -> Path:

@@ -1,21 +1,18 @@
-"""Lengths of documents, frequencies of tokens, and scripts of letters."""
+"""Lengths of documents, and scripts of letters."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import regex
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from experiment.errors import UserError
 from pretrain.corpus.reader import Corpus
-from pretrain.corpus.shards import map_shard
-from pretrain.inspection.sample import Document, Sample
+from pretrain.inspection.sample import Document
 
 SCRIPT_TOKENS = 256  # of a document whose letters are counted
 _OTHER, _RARE = "other", 0.001
-_BLOCK = 2**20  # tokens that are counted at once
 
 # Unicode's names of scripts (https://www.unicode.org/Public/UNIDATA/Scripts.txt) in which much text is written.
 _SCRIPTS = (
@@ -37,27 +34,6 @@ def count_lengths(corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64]]
         counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
     lengths, times = np.array(sorted(counts.items()), dtype=np.int64).T
     return lengths, times
-
-
-def count_tokens(sample: Sample, advance: Callable[[float], None]) -> NDArray[np.int64]:
-    """How often each token occurs in the shards of the sample, [V]. `advance` is called with tokens counted.
-
-    Raises UserError if a shard has a token that is not in the vocabulary.
-    """
-    corpus, size = sample.corpus, sample.corpus.manifest.vocabulary_size
-    counts = np.zeros(size, dtype=np.int64)
-    for index in sample.shards:
-        path = corpus.path / corpus.manifest.shards[index].file
-        ids = map_shard(path).ids
-        for start in range(0, len(ids), _BLOCK):
-            found = np.bincount(ids[start : start + _BLOCK], minlength=size)
-            if len(found) > size:
-                raise UserError(
-                    f"{path} is damaged: it has a token with id {len(found) - 1}, expected less than {size}"
-                )
-            counts += found
-            advance(min(_BLOCK, len(ids) - start))
-    return counts
 
 
 def script_shares(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:

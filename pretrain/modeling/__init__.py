@@ -1,14 +1,16 @@
 """transformers' own masked-LM models, and how they are computed here.
 
 - model_config: the `model` section of a config -> transformers config
-- build: config or Hugging Face folder -> model, and which rows it is fed; resize: more tokens or positions
+- build: config or Hugging Face folder -> model, its rows, its unused parameters; resize: more tokens or
+  positions
 - random_model: a model from a config alone, and which fields of the config it uses
-- packability: whether a model can be packed; unused_parameters: what of it the logits do not depend on
+- output_bias: the decoder's initial bias, from the frequencies of tokens
+- packability: whether a model can be packed
 - masked_lm: microbatch -> loss, with the head on predicted positions only; last_layer: and the encoder's last layer too
 - head: labels -> loss; fused_cross_entropy, cpu_cross_entropy: without logits [M, V], on a GPU and on a CPU
 - logit_chunks: how many logits a GPU computes at once
 - attention: packed sequences do not attend to each other
 - small_embeddings: gradients of tables of a few rows
 - structure: the repeated layers, the layer of each parameter, FLOPs of a step
-- compiled_layers: `torch.compile` of the layers; compile_time: how long that has taken
+- compiled_layers: `torch.compile` of the layers
 """

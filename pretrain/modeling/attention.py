@@ -167,7 +167,7 @@ def choose_kernel(
 
 
 def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -> bool:
-    """Whether torch's FlashAttention-2 can train on a device of this capability. The limits are those of torch's
+    """Whether torch's FlashAttention-2 can train on a device of this capability. These are the limits of torch's
     `sdp_utils.cpp` and `flash_api.cpp`."""
     small_shared_memory = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
     return (
@@ -209,8 +209,8 @@ def use_flash_attention_3(config: PreTrainedConfig) -> None:
 
 
 def _try_flash_attention() -> None:
-    """Run a forward and a backward pass on a few slots, with a window and without. Raises what the extension raises, of
-    which some releases have no backward pass."""
+    """Run a forward and a backward pass on a few slots, with a window and without. Raises the errors of the extension,
+    of which some releases have no backward pass."""
     segments = torch.ones(1, 16, dtype=torch.int32, device="cuda")
     packing = Packing(segments, torch.tensor([0, 9, 16], dtype=torch.int32, device="cuda"))
     for sliding_window in (None, 4):

@@ -6,8 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
@@ -19,13 +21,14 @@ from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
 from pretrain.modeling.attention import use_flash_attention_3, uses_flash
 from pretrain.modeling.model_config import source_config
-from pretrain.modeling.packability import ignores_padding, why_not_packed
+from pretrain.modeling.packability import evaluation_mode, ignores_padding, packed_inputs, why_not_packed
 from pretrain.modeling.random_model import random_model
 from pretrain.modeling.resize import resize_model
 from pretrain.modeling.structure import FlopsModel, flops_model
-from pretrain.modeling.unused_parameters import unused_parameters
 
 log = logging.getLogger(__name__)
+
+_PROBE_LENGTH = 8  # tokens of the forward pass that finds unused parameters
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
 
 
 def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
-    with quiet_transformers():  # _check_names reports what is missing, in one line
+    with quiet_transformers():  # _check_names reports missing weights, in one line
         try:
             model, report = AutoModelForMaskedLM.from_pretrained(
                 folder,
@@ -125,6 +128,34 @@ def _report_missing_head(folder: Path, missing: Collection[str], new_head: bool)
     log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, names)
 
 
+def unused_parameters(model: PreTrainedModel, packed: bool, first_position: int) -> frozenset[str]:
+    """The names of the parameters from which no path of autograd leads to the logits, such as a pooler's or
+    Longformer's global attention. The model is on the CPU.
+
+    Weight decay must not shrink them: ZeRO gives every parameter a gradient, zeros if there is none.
+
+    Empty where autograd cannot tell: a function written in Python, as in Reformer's reversible layers, may use
+    parameters that are not its arguments. `first_position`: position id of a sequence's first token.
+    """
+    ids = torch.arange(3, 3 + _PROBE_LENGTH) % model.config.get_text_config().vocab_size
+    inputs: dict[str, Any] = {"input_ids": ids[None], "attention_mask": torch.ones(1, _PROBE_LENGTH, dtype=torch.int64)}
+    if packed:
+        inputs = packed_inputs(ids, (_PROBE_LENGTH,), _PROBE_LENGTH, first_position)
+    with torch.enable_grad(), evaluation_mode(model), quiet_transformers():
+        nodes = [model(**inputs).logits.grad_fn]
+    seen, used = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, BackwardCFunction):
+            return frozenset()
+        if hasattr(node, "variable"):
+            used.add(id(node.variable))
+        found = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= found
+        nodes += found
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in used)
+
+
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the input of each layer for the backward pass, which recomputes the rest (Chen et al. 2016).
 
@@ -136,8 +167,8 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def attention_ratio(flops: FlopsModel | None) -> float | None:
-    """What the width of windows is chosen from. None on CUDA, where no width has been measured: theirs is that of the
-    longest sequence."""
+    """The ratio from which the width of windows is chosen. None on CUDA, where no width has been measured: windows are
+    as wide as the longest sequence."""
     return None if flops is None or torch.cuda.is_available() else flops.attention_ratio
 
 

@@ -2,7 +2,7 @@
 
 In the forward pass a few rows at a time, which stay in the CPU's cache, are reduced to their losses and overwritten
 with the gradients, softmax minus one at the label. torch's `cross_entropy` writes four more tensors of that size to
-memory. The idea is that of Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.
+memory. The idea is from Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.
 
 Shapes: M rows, D hidden, V vocabulary.
 """
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _weight_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
-    # In fp32 oneDNN copies what is transposed on the left: [V, M] here. Below, [D, M] and the result, [V, D].
+    # In fp32 oneDNN copies a transposed left operand: [V, M] here. Below, [D, M] and the result, [V, D].
     if gradient.dtype != torch.float32 or gradient.shape[0] <= hidden.shape[1]:
         return weight_gradient(gradient, hidden)
     return multiply(hidden.t(), gradient.t()).t().contiguous()

@@ -3,8 +3,8 @@
 Method: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3. A chunk of rows at a time, the logits are
 computed, reduced to losses and overwritten with their gradients, of which two more products make the gradients of the
 inputs. All this happens in the forward pass, so the logits are computed once and never kept; the backward pass scales
-the gradients. Unlike there, the gradients of the inputs are accumulated in fp32, and those of fp16 logits are scaled
-before they are rounded, because a probability of one in 50,000 is among fp16's subnormal numbers.
+the gradients. Unlike there, the gradients of the inputs are accumulated in fp32, and gradients of fp16 logits are
+scaled before they are rounded, because a probability of one in 50,000 is among fp16's subnormal numbers.
 
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernel on a CPU.
 
@@ -120,7 +120,7 @@ def _reduce(
 def _accumulate(
     gradients: list[Tensor | None], chunk: slice, logits_gradient: Tensor, hidden: Tensor, weight: Tensor
 ) -> None:
-    """Add what a chunk contributes to the fp32 gradients of hidden [M, D], weight [V, D] and bias [V]."""
+    """Add the contribution of a chunk to the fp32 gradients of hidden [M, D], weight [V, D] and bias [V]."""
     of_hidden, of_weight, of_bias = gradients
     if of_hidden is not None:
         _add_product(of_hidden[chunk], logits_gradient, weight)

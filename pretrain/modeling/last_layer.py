@@ -1,7 +1,7 @@
 """The encoder's last layer, computed for predicted positions only: the head needs no others.
 
 After attention, a layer computes each position on its own. So the last layer runs twice: with all positions until it
-has computed its attention, and then with the predicted ones, for which attention returns what the first run computed.
+has computed its attention, and then with the predicted ones, for which attention returns the results of the first run.
 That needs no code per architecture. The second run computes queries, keys and values that are not used, for 15 % of the
 positions and without a backward pass.
 

@@ -69,7 +69,8 @@ class MaskedLanguageModel(nn.Module):
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     packing = Packing(segments, cu_seqlens, min(width, self._max_length or width), predicted)
                     if not uses_flash(self.model.config, packing.capability, self.model.dtype):
-                        # Not in the first layer: if it is compiled, its graph would differ from that of the others.
+                        # Not in the first layer: if it is compiled, its graph would differ from the graph of the
+                        # others.
                         for window in self._windows:
                             packing.bias(window, self.model.dtype)
                     output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)

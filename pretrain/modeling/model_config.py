@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError, first_line
@@ -92,7 +93,8 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
 
 
 def _default_config(model: ModelConfig) -> PreTrainedConfig:
-    """The config without the fields of `model.config`: the model type's defaults, or that of `model.init_from`."""
+    """The config without the fields of `model.config`: the model type's defaults, or the config of
+    `model.init_from`."""
     given = (model.config or {}).get("model_type")
     if model.init_from is not None:
         config = _read_config(Path(model.init_from))
@@ -104,9 +106,8 @@ def _default_config(model: ModelConfig) -> PreTrainedConfig:
         return config
     model_type = str(given)
     if model_type not in CONFIG_MAPPING:
-        raise UserError(
-            f"model.config.model_type: unknown model type '{model_type}'{did_you_mean(model_type, _masked_lm_types())}"
-        )
+        nearest = did_you_mean(model_type, MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+        raise UserError(f"model.config.model_type: unknown model type '{model_type}'{nearest}")
     return AutoConfig.for_model(model_type)
 
 
@@ -194,7 +195,3 @@ def _load_tokenizer(key: str, folder: str) -> PreTrainedTokenizerFast:
         return load_tokenizer(folder)
     except UserError as error:
         raise UserError(f"model.{key}: {error}") from None
-
-
-def _masked_lm_types() -> list[str]:
-    return [name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_MASKED_LM_MAPPING]

@@ -31,7 +31,7 @@ from experiment.errors import UserError
 from experiment.model_folder import build_from_config
 from experiment.transformers_models import quiet_transformers
 
-# What a pretrained model may be fine-tuned as, with fields of its own.
+# Tasks that a pretrained model may be fine-tuned for, with fields of their own.
 _FINE_TUNING_HEADS = (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
@@ -92,7 +92,7 @@ def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], Pre
 
 
 def _other_fields(config: PreTrainedConfig, field: str) -> dict[str, Any]:
-    """What is set besides `field`. Private attributes are transformers' own, such as the attention implementation."""
+    """The other fields that are set. Private attributes are transformers' own, such as the attention implementation."""
     return {name: value for name, value in vars(config).items() if name != field and not name.startswith("_")}
 
 

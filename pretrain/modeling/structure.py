@@ -4,7 +4,7 @@ Floating-point operations (FLOPs) of a training step, forward and backward, per 
 
     6 N_encoder  +  12 h sum over layers of s_eff  +  6 r (V h + h^2)
 
-N_encoder: parameters outside the embeddings and the head, those that layers share (ALBERT) once for each layer;
+N_encoder: parameters outside the embeddings and the head, shared ones (ALBERT) once for each layer;
 s_eff = sum(s^2) / sum(s) over the sequences, at most the local window where a layer has one; r: the fraction of tokens
 that are predicted; h: hidden size; V: vocabulary size.
 (Kaplan et al. 2020, section 2.1, with attention inside each sequence only.)
@@ -64,7 +64,7 @@ def layer_ids(model: PreTrainedModel) -> dict[str, int]:
 
 
 def hidden_matrices(model: PreTrainedModel) -> list[str]:
-    """Names of the weights that hidden states are multiplied by: those of linear layers, except the decoder, also where
+    """Names of the weights that hidden states are multiplied by: of linear layers, except the decoder, also where
     it is tied to the embeddings."""
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     decoder = model.get_output_embeddings()
@@ -118,7 +118,7 @@ def count_parameters(model: PreTrainedModel) -> ParameterCounts:
 
 @dataclass(frozen=True)
 class FlopsModel:
-    """What the FLOPs of a step depend on, besides its tokens."""
+    """Factors of the FLOPs of a step, besides its tokens."""
 
     encoder_parameters: int
     hidden_size: int
@@ -127,7 +127,7 @@ class FlopsModel:
 
     @property
     def attention_ratio(self) -> float:
-        """FLOPs of comparing two slots in attention, relative to those of a slot's linear layers. Kernels that compare
+        """FLOPs of comparing two slots in attention, relative to a slot's linear layers. Kernels that compare
         all slots of a row do so in layers with a local window too."""
         return 2.0 * self.hidden_size * len(self.windows) / self.encoder_parameters
 

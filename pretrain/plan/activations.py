@@ -1,7 +1,7 @@
 """The memory of one microbatch, found by running it on torch's meta device, where tensors have shapes but no data.
 
 The model's own forward and backward run, so that the figures hold for every architecture that transformers has.
-`Allocations` sees each operator's results and when they are freed. What a kernel allocates and frees inside one
+`Allocations` sees each operator's results and when they are freed. Memory that a kernel allocates and frees inside one
 operator is not seen.
 
 On a GPU other kernels run than on a CPU. `_use_gpu_kernels` replaces the two that keep other tensors for the backward
@@ -89,7 +89,7 @@ def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computatio
 
 
 def _move_gradient(parameter: Tensor) -> None:
-    """What DeepSpeed does with a gradient when it is complete: a copy in fp32 goes to a buffer."""
+    """Copy a complete gradient in fp32 to a buffer, as DeepSpeed does."""
     assert parameter.grad is not None
     parameter.grad.to(torch.float32)
     parameter.grad = None
@@ -136,7 +136,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._logits = logits
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        self._alive: dict[int, tuple[int, str]] = {}  # storage -> bytes, what it holds
+        self._alive: dict[int, tuple[int, str]] = {}  # storage -> bytes, content
         self._bytes = {"activations": 0, "logits": 0, "gradients": 0}
         self._total = 0
         self.peak = MicrobatchMemory(**self._bytes)
@@ -203,7 +203,7 @@ def _gpu_attention(
     predicted: Predicted | None = None,
     **__: Any,
 ) -> Any:
-    """Attention output [B, W, H, D] of query, key and value [B, H, W, D], or what is selected of it."""
+    """Attention output [B, W, H, D] of query, key and value [B, H, W, D], or a selection of it."""
     output = _GpuAttention.apply(query, key, value).transpose(1, 2)  # type: ignore[no-untyped-call]
     return output if predicted is None else predicted.select(output), None
 
@@ -244,7 +244,7 @@ def _gpu_losses(decoder: nn.Linear, values: Tensor) -> Tensor:
 
 
 class GpuCrossEntropy(torch.autograd.Function):
-    """Allocates what `pretrain.modeling.fused_cross_entropy` does, without Triton."""
+    """Allocates as `pretrain.modeling.fused_cross_entropy`, without Triton."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

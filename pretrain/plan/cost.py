@@ -17,7 +17,7 @@ _RESERVED_BYTES = 3 * _GIB // 2, 3 * _GIB
 
 @dataclass(frozen=True)
 class Device:
-    """What a rank computes on. None: unknown."""
+    """The device of a rank. None: unknown."""
 
     name: str  # 'cpu', or as `torch.cuda.get_device_name` gives it
     memory: int | None  # bytes
@@ -57,7 +57,7 @@ def local_cpu(ranks: int) -> Device:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the user states, or its default. None: unknown."""
+    """Rates that the user states, or defaults. None: unknown."""
 
     peak_flops: float | None  # of a device, dense, at the run's precision
     mfu: float  # share of the peak that is reached while computing
@@ -68,7 +68,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole run costs."""
+    """The cost of a whole run."""
 
     computing: float  # seconds
     communicating: float  # seconds, counted as not overlapping with computation

@@ -49,7 +49,7 @@ class Parts:
     optimizer: int = 0
     activations: int = 0
     logits: int = 0
-    buffers: int = 0  # DeepSpeed's buckets, gathered weights (ZeRO 3), what ranks exchange, copies, and a CPU's kernels
+    buffers: int = 0  # DeepSpeed's buckets, gathered weights (ZeRO 3), exchanged data, copies, and a CPU's kernels
 
     @property
     def total(self) -> int:
@@ -65,7 +65,7 @@ class RankMemory:
 
     zero_stage: int
     moments: Mapping[str, Parts]  # of the run -> bytes on the device
-    host: int  # host memory of a rank on a GPU during training: what is offloaded
+    host: int  # host memory of a rank on a GPU during training: offloaded parts
     disk: int  # NVMe offload
 
     @property
@@ -80,7 +80,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What the memory of a rank depends on, besides parameters and microbatches."""
+    """Settings that the memory of a rank depends on, besides parameters and microbatches."""
 
     zero_stage: int
     hosts: int
@@ -149,7 +149,7 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
             buffers=_backward_buffers(counts, settings) + _prefetched(counts, settings),
         )
     moments["start"] = _start(counts, settings, resident)
-    if not settings.on_gpu:  # each rank copies what it owns, and rank 0 the whole model
+    if not settings.on_gpu:  # each rank copies its own part, and rank 0 the whole model
         moments["checkpoint"] = resident + Parts(buffers=resident.optimizer + _FP32 * counts.total)
     host = _offloaded(counts, settings)
     swapped = 2 * _FP32 * counts.total + _moments(counts, settings)  # masters, gradients and moments
@@ -158,7 +158,7 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
 
 
 def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
-    """What is allocated all the time. Without a GPU, what is offloaded to the host is in the same memory."""
+    """Permanent allocations. Without a GPU, parts that are offloaded to the host are in the same memory."""
     total, share, size = counts.total, -(-counts.total // settings.ranks), settings.weight_bytes
     averages = _FP32 if settings.averaged else 0
     if settings.offload != "none":
@@ -187,7 +187,7 @@ def _shares_memory(settings: MemorySettings) -> bool:
 
 
 def _resident_gradients(total: int, share: int, settings: MemorySettings) -> int:
-    """Those that are not in `parameter.grad`."""
+    """Gradients that are not in `parameter.grad`."""
     return _FP32 * (share if settings.zero_stage >= 2 else total)
 
 
@@ -262,7 +262,7 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
 
 def _temporary(counts: ParameterCounts, share: int, settings: MemorySettings) -> int:
     """Tensors of the optimizer during an update. Muon's: the matrices that this rank orthogonalizes, and, with several
-    ranks, what it sends and receives."""
+    ranks, the data that it sends and receives."""
     if settings.optimizer == "muon":
         copies = 1 if settings.ranks == 1 else 3
         return copies * settings.orthogonalization_bytes * counts.hidden_matrices // settings.ranks
@@ -270,8 +270,8 @@ def _temporary(counts: ParameterCounts, share: int, settings: MemorySettings) ->
 
 
 def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """What ZeRO 3 has gathered ahead in one flat tensor, from which it copies each weight; it is freed when the last of
-    them is used, for a small model in the head."""
+    """The flat tensor of weights that ZeRO 3 gathers ahead and copies each weight from; it is freed when the last one
+    is used, for a small model in the head."""
     kept = sum(size for size in counts.sizes if size <= settings.persistence_threshold)
     return settings.weight_bytes * min(counts.total - kept, settings.prefetch_bucket)
 

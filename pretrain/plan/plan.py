@@ -1,4 +1,4 @@
-"""Plan one run: what it computes, and what memory, communication and time that takes."""
+"""Plan one run: its computation, and the memory, communication and time that it takes."""
 
 import functools
 import math
@@ -54,6 +54,11 @@ class RunPlan:
     tokens: int | None  # exact; None: a time budget
     epochs: float | None  # None: a time budget or a mixture
     cost: Cost | None
+
+    @property
+    def budget_tokens(self) -> int | None:
+        """About how many tokens a time budget lasts for."""
+        return None if self.budget_steps is None else sum(_tokens_by_stage(self.stages, self.budget_steps))
 
     @property
     def zero_stage(self) -> int:
@@ -125,7 +130,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     if stream.steps is not None:
         cost = run_cost(known_flops, sent, ranks, rates, recomputes)
         steps = None
-    else:  # what the known stages leave of the budget is for the last one
+    else:  # the rest of the budget is for the last stage
         step_tokens, step_sent = stages[-1].batch.tokens, sent_per_step(counts, settings, stages[-1].batch.microbatches)
         before = run_cost(known_flops, sent, ranks, rates, recomputes)
         step = run_cost(None if by_stage is None else by_stage[-1] * step_tokens, step_sent, ranks, rates, recomputes)
@@ -199,14 +204,19 @@ def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], ra
     ]
 
 
-def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budget_steps: int | None) -> float:
+def _tokens_by_stage(stages: tuple[StageWork, ...], budget_steps: int | None) -> list[int]:
     """`budget_steps`: the length of a run with a time budget; None if unknown."""
-    tokens = [
+    return [
         ((budget_steps or stage.first_step + 1) - stage.first_step) * stage.batch.tokens
         if stage.tokens is None
         else stage.tokens
         for stage in stages
     ]
+
+
+def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budget_steps: int | None) -> float:
+    """`budget_steps`: as for `_tokens_by_stage`."""
+    tokens = _tokens_by_stage(stages, budget_steps)
     return sum(each * count for each, count in zip(by_stage, tokens, strict=True)) / max(1, sum(tokens))
 
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from experiment.formatting import describe_duration, format_epochs
 from pretrain.plan.plan import RunPlan
 
-_WIDTH = 118  # of the memory table
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total")
 
 _SMALL_MICROBATCH = 4096  # slots; a GPU's matrix units idle below, whatever the model
@@ -22,7 +21,6 @@ _LARGE_BUFFERS = 1 << 30  # bytes
 
 def print_plan(plan: RunPlan) -> None:
     console = Console(highlight=False)
-    console.width = max(console.width, _WIDTH)
     for heading, lines in _sections(plan):
         console.print(f"[bold]{heading}[/bold]")
         for line in lines:
@@ -46,6 +44,7 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         "steps": plan.steps,
         "budget_steps": plan.budget_steps,
         "tokens": plan.tokens,
+        "budget_tokens": plan.budget_tokens,
         "epochs": plan.epochs,
         "stages": [asdict(stage) for stage in plan.stages],
         "zero_stage": plan.zero_stage,
@@ -112,7 +111,8 @@ def _work(plan: RunPlan) -> list[str]:
         epochs = "" if plan.epochs is None else f", {format_epochs(plan.epochs)} epochs"
         lines.append(f"in all {_count(plan.steps, 'step')}, {plan.tokens:,} tokens{epochs}")
     elif plan.budget_steps is not None:
-        lines.append(f"in all about {_count(plan.budget_steps, 'step')} in {plan.run.config.schedule.budget}")
+        steps, tokens = _count(plan.budget_steps, "step"), float(f"{plan.budget_tokens:.3g}")
+        lines.append(f"in all about {steps}, {tokens:,.0f} tokens, in {plan.run.config.schedule.budget}")
     return lines
 
 
@@ -141,21 +141,15 @@ def _memory(plan: RunPlan) -> list[str]:
 
 
 def _memory_table(plan: RunPlan) -> Table:
-    table = Table("  ZeRO", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
+    for stage in plan.zero:
+        table.add_column(f"ZeRO {stage}{' *' if stage == plan.zero_stage else ''}", justify="right", no_wrap=True)
     for part in _PARTS:
-        table.add_column(part, justify="right", no_wrap=True)
+        table.add_row(f"  {part}", *(_gib(getattr(each.memory.parts, part)) for each in plan.zero.values()))
     if plan.device.is_gpu:
-        table.add_column("with reserve", justify="right", no_wrap=True)
-    table.add_column("at the", no_wrap=True)
-    table.add_column("fits")
-    for stage, each in plan.zero.items():
-        table.add_row(
-            f"  {stage}{' *' if stage == plan.zero_stage else ''}",
-            *(_gib(getattr(each.memory.parts, part)) for part in _PARTS),
-            *(["–".join(map(_gib, plan.needed_at(stage)))] if plan.device.is_gpu else []),
-            each.memory.peak,
-            {True: "yes", False: "no", None: "?"}[plan.fits_at(stage)],
-        )
+        table.add_row("  with reserve", *("–".join(map(_gib, plan.needed_at(stage))) for stage in plan.zero))
+    table.add_row("  peak at", *(each.memory.peak for each in plan.zero.values()))
+    table.add_row("  fits", *({True: "yes", False: "no", None: "?"}[plan.fits_at(stage)] for stage in plan.zero))
     return table
 
 

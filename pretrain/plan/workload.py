@@ -1,4 +1,4 @@
-"""What a run computes: steps, tokens and microbatches of each stage, from the run's own stream of batches.
+"""The computation of a run: steps, tokens and microbatches of each stage, from the run's own stream of batches.
 
 Steps and tokens are exact. The shape of microbatches is the largest in a sample of each stage's batches.
 """

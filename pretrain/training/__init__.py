@@ -1,10 +1,11 @@
 """The training loop and its parts.
 
 - trainer: take a batch, train, respond to a bad one, count, report, evaluate, save; training_progress: how far a run is
-- batch_feed: batches, taken one step ahead; step_agreement: one all-reduce per step of what ranks decide together
+- batch_feed: batches, taken one step ahead; step_agreement: one all-reduce per step, for joint decisions
 - reporter: metrics, alerts, slow ranks; log_interval: losses and pace since the last log event
 - evaluation: held-out scores, best step, early stopping, overfitting; learning_rate: a function of the step
-- checkpointer: when to save and what; checkpoint_tensors: its files; background_save: write while training continues
+- checkpointer: when to save, and the content; checkpoint_tensors: its files; background_save: write while training
+  continues
 - mirror_uploads: copies of checkpoints in object storage
 - health: find bad batches, write them to the run folder, decide: stop, skip or rewind
 - replicas: do the ranks still agree; cpu_group: collectives on the CPU; device_sums: sums of whole numbers on GPUs

@@ -57,7 +57,7 @@ class UnwritableError(Exception):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the checkpoint of a step contains, and what to do when it is written."""
+    """The content of the checkpoint of a step, and functions to call when it is written."""
 
     step: int
     share: Share  # of this rank
@@ -104,7 +104,7 @@ class BackgroundSave:
         saved_step: int | None,
         uploads: MirrorUploads | None = None,
     ) -> None:
-        """Collective. Deletes what interrupted saves have left.
+        """Collective. Deletes leftovers of interrupted saves.
 
         Args:
             checkpoints: folder of the run.
@@ -193,7 +193,7 @@ class BackgroundSave:
 def on_all_ranks(group: CpuGroup, write: Callable[[], T]) -> list[T]:
     """Call `write` on every rank and return the results by rank. It fails on all ranks if it fails on one. Collective.
 
-    Raises UnwritableError if what failed is writing. Any other error is raised on its rank, RuntimeError on the others.
+    Raises UnwritableError if writing failed. Any other error is raised on its rank, RuntimeError on the others.
     """
     result, raised = None, None
     try:

@@ -86,7 +86,7 @@ class BatchFeed:
         return batch, totals
 
     def wait_for_votes(self) -> StepTotals:
-        """What the ranks agreed on while the step was computed. Collective."""
+        """The agreement of the ranks that was made while the step was computed. Collective."""
         assert self._upcoming is not None, "a batch was taken"
         with phase("wait for ranks"):
             return self._upcoming.agreement.wait()

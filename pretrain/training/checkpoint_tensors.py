@@ -13,6 +13,7 @@ It is written to a temporary folder, synced, checksummed, marked complete and re
 world size, stage and precision. Saving needs no collective on tensors.
 """
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.checkpoints import checkpoint_step, mark_complete, read_state, write_best
 from experiment.errors import UserError
 from experiment.files import checksum, fsync, write_json
 from experiment.retention import Retention, apply_retention, discard
 from experiment.tensor_files import save_tensors
+from experiment.tokenizer import save_tokenizer
+from experiment.transformers_models import limit_tokenizer
 from pretrain.engine.engine import Engine
 
 # Kinds of tensors that are saved of a parameter, besides the optimizer's own (exp_avg, exp_avg_sq, step).
@@ -40,7 +44,7 @@ WriteModel = Callable[[dict[str, Tensor], Path], None]
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank contributes to a checkpoint, in host memory."""
+    """The part of a checkpoint that a rank writes, in host memory."""
 
     rank: int
     tensors: dict[str, Tensor]  # by name in the file
@@ -119,8 +123,35 @@ def complete_checkpoint(
     mark_complete(checkpoint, {name: digest for share in shares for name, digest in share.checksums.items()})
 
 
+def write_hugging_face_folder(
+    weights: dict[str, Tensor], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Write a folder that transformers opens without deepcloze: safetensors, config and tokenizer.
+
+    `weights`: fp32, by the model's own parameter names, tied ones once. Missing buffers are taken from `model`.
+    """
+    folder.mkdir(parents=True)
+    save_tensors(persistent_buffers(model) | weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    limit_tokenizer(tokenizer, model)
+    save_tokenizer(tokenizer, folder)
+
+
+def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of the buffers that belong to the weights of a model, on the host."""
+    persistent = model.state_dict().keys()
+    return {
+        name: buffer.detach().to("cpu", copy=True).contiguous()
+        for name, buffer in model.named_buffers()
+        if name in persistent
+    }
+
+
 def publish(partial: Path, final: Path, keep: Retention) -> None:
-    """Give a complete checkpoint its name, and delete those that need not be kept."""
+    """Give a complete checkpoint its name, and delete the ones that need not be kept."""
     if final.exists():  # incomplete or damaged: a good one is never written again
         discard(final)
     partial.rename(final)
@@ -131,7 +162,7 @@ def publish(partial: Path, final: Path, keep: Retention) -> None:
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:
-    """Overwrite the engine's weights and optimizer state with those of a verified checkpoint. Collective.
+    """Load the engine's weights and optimizer state from a verified checkpoint. Collective.
 
     `load_optimizer_state`: False if the checkpoint was written with another optimizer.
 
@@ -176,7 +207,7 @@ class FragmentReader:
         return tuple(self._index[name]["shape"])
 
     def kinds(self, name: str) -> list[str]:
-        """What is saved of a parameter: the fp32 master, optimizer states, the average."""
+        """The saved tensors of a parameter: the fp32 master, optimizer states, the average."""
         return list(self._index[name]["kinds"])
 
     def has_averages(self) -> bool:

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: when to save one, what it contains, verifying and loading one."""
+"""The checkpoints of one run: when to save one, its content, verifying and loading one."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -28,11 +28,15 @@ from experiment.retention import Retention
 from experiment.tracking.alerts import Alert
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
-from pretrain.export import persistent_buffers, write_hugging_face_folder
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import ResumePlan
 from pretrain.training.background_save import BackgroundSave, Snapshot, UnwritableError, on_all_ranks
-from pretrain.training.checkpoint_tensors import HostMemory, load_checkpoint
+from pretrain.training.checkpoint_tensors import (
+    HostMemory,
+    load_checkpoint,
+    persistent_buffers,
+    write_hugging_face_folder,
+)
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.mirror_uploads import MirrorUploads
@@ -170,7 +174,7 @@ class Checkpointer:
         self._clock.restart_save_timer()
 
     def save_at_start(self, progress: TrainingProgress, finished: bool, evaluated: bool) -> None:
-        """Save what is due before the next step: a checkpoint to rewind to, the best step, the end. Collective.
+        """Save if it is due before the next step: a checkpoint to rewind to, the best step, the end. Collective.
 
         `evaluated`: an evaluation that was left to this attempt was just made; it is added to the checkpoint of its
         step. Raises UnwritableError like `save_if_due`.
@@ -281,7 +285,7 @@ def _name_best(checkpoints: Path, progress: TrainingProgress) -> None:
 
 
 def _describe_corpora(run: ResolvedRun) -> dict[str, list[dict[str, Any]]]:
-    """What model cards say about the data: the corpora may be gone when a checkpoint is exported."""
+    """Facts about the data for model cards: the corpora may be gone when a checkpoint is exported."""
     train = [{"name": given.name, "weight": given.weight, **_describe(given.corpus)} for given in run.corpora]
     return {"train": train, "held_out": [{"name": name, **_describe(corpus)} for name, corpus in run.held_out.items()]}
 

@@ -3,8 +3,9 @@
 import datetime
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -119,8 +120,8 @@ class CpuGroup:
         """Call `function` on every rank and return its result. A UserError, or an error of the disk, on any rank is an
         AgreedError on all.
 
-        `function` may call `from_rank0` and `from_all_ranks`, the same number of times on each rank, but no other
-        collective: there the other ranks learn of a rank that has failed.
+        `function` may call `from_rank0`, `from_all_ranks` and `from_all_ranks_slowly`, the same number of times on each
+        rank, but no other collective: there the other ranks learn of a rank that has failed.
         """
         try:
             with disk_errors_as(UserError):
@@ -151,6 +152,23 @@ class CpuGroup:
         if problem := next((text for _, text in gathered if text is not None), None):
             raise AgreedError(problem)
         return [of_rank for of_rank, _ in gathered]
+
+    def from_all_ranks_slowly(self, function: Callable[[Callable[[], None]], T]) -> list[T]:
+        """As `from_all_ranks`, for a function that may take longer than the timeout of a collective. `function` gets
+        a callback for its progress, see `wait_for_all`."""
+        self._raise_any(None)
+        progressed = threading.Event()
+        thread = ThreadPoolExecutor(1, "slow part")
+        part = thread.submit(function, progressed.set)
+        thread.shutdown(wait=False)
+
+        def made_progress() -> bool:
+            made = progressed.is_set()
+            progressed.clear()
+            return made
+
+        self.wait_for_all(part, made_progress)
+        return self.from_all_ranks(part.result)
 
     def first_message(self, message: str | None, always_name_rank: bool = False) -> str | None:
         """The message of the first rank that has one, with its host and rank unless all have one; None if none has.

@@ -1,12 +1,12 @@
-"""Find bad batches, write them to the run folder for people to look at, and decide what follows.
+"""Find bad batches, write them to the run folder for people to look at, and decide how to continue.
 
 A batch is bad if its loss or gradient is not finite, or if its gradient norm is more than `spike_factor` times the
-median of the recent norms. The norm is that of the gradient reduced over all ranks, and a loss that is not finite makes
+median of the recent norms. It is the norm of the gradient reduced over all ranks, and a loss that is not finite makes
 it NaN (see `Engine.accumulate`): every rank decides the same, within the step, and the update is never applied.
 
 RUN/health/step-00000107/
-    fault.json          what was wrong, with figures
-    rank-00000.jsonl    the sequences of each rank's share: their origin, their text, what the model saw
+    fault.json          the fault, with figures
+    rank-00000.jsonl    the sequences of each rank's share: their origin, their text, the inputs of the model
 """
 
 import enum
@@ -57,7 +57,7 @@ class UnhealthyError(AgreedFailureError):
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a step. Its update was not applied."""
+    """The fault of a step. Its update was not applied."""
 
     step: int  # as in metrics.jsonl: counted from 1
     loss: float  # mean over the masked tokens of the global batch
@@ -91,7 +91,7 @@ def append_norm(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:
 
 
 def diagnose(step: int, loss: float, grad_norm: float, norms: Sequence[float], scaled: bool) -> Fault | None:
-    """What is wrong with a step whose update was not applied; None for an ordinary fp16 overflow.
+    """The fault of a step whose update was not applied; None for an ordinary fp16 overflow.
 
     `scaled`: the loss is scaled dynamically, so that gradients overflow now and then although the loss is finite.
     """
@@ -124,7 +124,7 @@ class Recovery:
         self._saved_step: int | None = None  # of that checkpoint
 
     def respond(self, fault: Fault, dumped: Path, bad_steps: Sequence[int], saved_step: int | None) -> Response:
-        """What to do about a bad batch. Raises UnhealthyError if a limit is reached.
+        """Decide the response to a bad batch. Raises UnhealthyError if a limit is reached.
 
         Args:
             dumped: folder of the bad batch.

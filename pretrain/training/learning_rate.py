@@ -5,7 +5,7 @@ Batch warmup is in `pretrain/batching/order.py`, stages in `pretrain/training_st
 
 import math
 
-from pretrain.config import ScheduleConfig
+from pretrain.schedule_config import ScheduleConfig
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int | None, seconds: float) -> float:

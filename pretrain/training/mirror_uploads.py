@@ -87,7 +87,7 @@ class MirrorUploads:
             self.uploading = None
 
     def _upload(self, keep: Retention) -> None:
-        """Copy what the mirror lacks, the newest checkpoint first."""
+        """Copy the missing checkpoints, the newest one first."""
         if self._known is None:
             self._known = self._mirror.complete()
         known = self._known
@@ -104,7 +104,7 @@ class MirrorUploads:
             del known[name]
 
     def _upload_one(self, checkpoint: Path, known: dict[str, bytes]) -> None:
-        """Copy a checkpoint unless the mirror has it. `known`: what it has, which this updates."""
+        """Copy a checkpoint unless the mirror has it. `known`: its content, which this updates."""
         name, start = checkpoint.name, time.monotonic()
         try:
             if known.get(name) != (checkpoint / COMPLETE).read_bytes():

@@ -128,7 +128,7 @@ def _step_times(finished: Any, on_gpu: bool) -> StepTimes:
 
 
 def _gpu_phases(events: Sequence[Any], phases: Sequence[Any]) -> dict[str, float]:
-    """Microseconds of the kernels that were launched in each phase, on any thread: autograd launches those of the
+    """Microseconds of the kernels that were launched in each phase, on any thread: autograd launches kernels of the
     backward pass on a thread of its own, so they are not part of the phase's own `device_time_total`."""
     annotations = {event.name for event in events if event.is_user_annotation}
     ordered = sorted(phases, key=lambda phase: phase.time_range.start)
@@ -152,7 +152,7 @@ def _gpu_communication(events: Sequence[Any]) -> float:
 
 
 def _is_on_gpu(event: Any) -> bool:
-    """Whether this is a kernel, copy or fill: not what launched it on the CPU, nor an annotation around several."""
+    """Whether this is a kernel, copy or fill: not its launch on the CPU, nor an annotation around several."""
     return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 

@@ -1,8 +1,8 @@
 """Check that all ranks still hold and do the same: a broken device or network shows in the weights before the loss.
 
 Compared are the weights that every rank holds in full, the position in the data, the sequences of the batch and the
-learning rate. What ZeRO shards (masters and optimizer state from stage 1, nearly all weights at stage 3) exists once
-and cannot be compared.
+learning rate. Data that ZeRO shards (masters and optimizer state from stage 1, nearly all weights at stage 3) exists
+once and cannot be compared.
 """
 
 import struct
@@ -66,7 +66,7 @@ def _join(ranks: Sequence[int]) -> str:
 
 
 def _hash_weights(engine: Engine) -> dict[str, int]:
-    """Hashes of the bits, by what they are called in messages. One wait for the device."""
+    """Hashes of the bits, by their name in messages. One wait for the device."""
     weights = dict(engine.replicated_weights())
     hashes = [hash_bits(tensor).to(engine.device) for tensor in weights.values()]
     values = torch.stack(hashes).tolist() if hashes else []

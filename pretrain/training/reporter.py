@@ -39,7 +39,9 @@ _SLOW_INTERVALS = 5  # in a row
 
 def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:
     """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
-    write_provenance(run.folder, collect_provenance(sys.argv, world_size, hosts), _ancestors(run))
+    tasks = {given.name: given.corpus.manifest.decontaminated for given in run.corpora}
+    known = {name: sorted(found.values()) for name, found in tasks.items() if found is not None}
+    write_provenance(run.folder, collect_provenance(sys.argv, world_size, hosts), _ancestors(run), known)
     write_text(run.folder.config, dump_config(run.config))
     provenance = read_provenance(run.folder)
     assert provenance is not None
@@ -49,7 +51,7 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
 def open_run_tracker(
     run: ResolvedRun, provenance: Mapping[str, Any], step: int, stream: TrainingStream, evaluates_first: bool
 ) -> Trackers:
-    """Log what the run will do, and open its trackers.
+    """Log the length of the run, and open its trackers.
 
     Args:
     step: finished steps when this attempt starts.
@@ -205,7 +207,7 @@ class Reporter:
         return self._interval.flops(self._flops) / seconds / (peak * self._engine.world.size)
 
     def _log_downstream(self, step: int) -> None:
-        """Log what `deepcloze watch` has scored since the last log event: events of earlier steps."""
+        """Log new scores of `deepcloze watch`, which are events of earlier steps."""
         if self._tracker is not None:
             for event in self._downstream.take_new(step):
                 self._tracker.log(event)

@@ -1,4 +1,4 @@
-"""What all ranks agree on in each step: the next batch's token counts, whether all ranks have their share of it,
+"""The agreement of all ranks in each step: the next batch's token counts, whether all ranks have their share of it,
 requests to stop or save, how many ranks have finished their part of a save, the time, and how long each rank has
 worked.
 
@@ -42,7 +42,7 @@ class StepTotals(NamedTuple):
         return [number for value in self for number in (value if isinstance(value, tuple) else (value,))]
 
     def unflatten(self, numbers: Sequence[int]) -> "StepTotals":
-        """The totals whose fields are as long as those of `self`, and which flatten to `numbers`."""
+        """The totals with fields as long as in `self` that flatten to `numbers`."""
         rest = iter(numbers)
         fields: dict[str, Any] = {
             name: tuple(islice(rest, len(value))) if isinstance(value, tuple) else next(rest)
@@ -73,7 +73,7 @@ class StepAgreement:
         """Collective; call before a step is computed.
 
         Args:
-            share: of the global batch after that of the step: this rank's, or why it has none; None: the stream ends.
+            share: of the global batch of the next step: this rank's, or why it has none; None: the stream ends.
             stop_requested: of this rank.
             part_done: whether this rank has done its part of a save in flight.
             work_seconds: how long this rank has worked without waiting for others since it last said so; 0: unknown.

@@ -4,7 +4,8 @@ During training a rank finishes its step and `step_agreement` tells the others; 
 nothing can be lost, and a rank ends within a second.
 
 Only one thread of the rank receives these signals. The others block them, and with them all processes that they start,
-such as compilers and W&B: a signal to all processes of a job must not end what the rank needs for its last step.
+such as compilers and W&B: a signal to all processes of a job must not end processes that the rank needs for its last
+step.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""How far a run has come: what a checkpoint holds besides tensors, and the clock of its training."""
+"""How far a run has come: the content of a checkpoint besides tensors, and the clock of its training."""
 
 import time
 from dataclasses import asdict, dataclass, field

@@ -39,8 +39,8 @@ def build_corpora(text: Path, folder: Path) -> Path:
 
 
 def recorded_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **changes: Any) -> Tree:
-    """As when the runs were recorded: three rows a microbatch, on which the dropout masks depend."""
-    return run_config(folder, corpus, ds_config, batch__microbatch_tokens=130, **changes)
+    """As when the runs were recorded: two layers, and three rows a microbatch, on which the dropout masks depend."""
+    return run_config(folder, corpus, ds_config, **{"model__config": TINY, "batch__microbatch_tokens": 130} | changes)
 
 
 def fp32(folder: Path, corpora: Path) -> Tree:

@@ -123,6 +123,9 @@ class Handler(BaseHTTPRequestHandler):
             self.body = self._read_chunks()
         url = urlsplit(self.path)
         path, self.query = unquote(url.path), {name: values[0] for name, values in parse_qs(url.query).items()}
+        if path == "/api/agent-harnesses":  # huggingface_hub asks once a day, before the first request of a process
+            self.refuse(404, "EntryNotFound")
+            return
         self.hub.requests.append(f"{self.command} {path}")
         self.hub.on_request(path)
         if token := self.headers.get("Authorization"):

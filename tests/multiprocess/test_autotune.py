@@ -83,6 +83,7 @@ def test_a_resumed_run_with_stages_is_tuned(
     assert resumed["batch"]["microbatch_tokens"] == 2 * sizes[0]
 
 
+@pytest.mark.real_start  # forked ranks outlive the kill of their group for a moment, and write to their folder
 def test_a_signal_ends_the_trials(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches ranks of a trial that outlive the command, a run that starts nevertheless, and a wrong exit code."""
     config = config_file(tmp_path, wordpiece_corpus, batch__microbatch_tokens=130)

@@ -50,7 +50,7 @@ def test_a_bad_batch_under_each_policy(
             wordpiece_corpus,
             ds_config,
             run__log_every=2,
-            schedule__steps=8,
+            schedule__steps=6,
             checkpoint__every_steps=3,
             health__policy=policy,
         )
@@ -59,15 +59,15 @@ def test_a_bad_batch_under_each_policy(
     bad = {5: POISONS[poison]}
     assert pools[2].run(poisoned_case, trees["skip"], bad) == ["done", "done"]
     assert saved_progress(tmp_path / "skip", 3)["skipped"] == []
-    assert saved_progress(tmp_path / "skip", 8)["skipped"] == [5]
-    assert logged(tmp_path / "skip", "step") == [2, 4, 6, 8]
+    assert saved_progress(tmp_path / "skip", 6)["skipped"] == [5]
+    assert logged(tmp_path / "skip", "step") == [2, 4, 6]
     assert None not in logged(tmp_path / "skip")
 
     assert pools[2].run(poisoned_case, trees["rewind"], bad) == ["done", "done"]
     log = RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
     assert "rewound to step 3" in log
     assert "OVERFLOW" not in log  # DeepSpeed's message
-    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 8)
+    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 6)
 
     messages = pools[2].run(poisoned_case, trees["stop"], bad)
     assert messages[0] == messages[1]
@@ -76,7 +76,7 @@ def test_a_bad_batch_under_each_policy(
     assert complete_checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == "step-00000004"
     again = trees["stop"] | {"health": {"policy": "skip"}}
     assert pools[2].run(poisoned_case, again, bad) == ["done", "done"]
-    assert_same_run(tmp_path / "skip", tmp_path / "stop", 8)
+    assert_same_run(tmp_path / "skip", tmp_path / "stop", 6)
 
 
 @pytest.mark.parametrize("ds_config", ["fp32_zero1", *soak("bf16_zero1", "bf16_zero2", "bf16_zero3")])

@@ -69,7 +69,7 @@ class _Killer:
 
 def killed_saves_case(world: World, tree: Tree, folder: Path, every: int) -> int:
     """Save step 2 repeatedly, killed at every `every`-th change to the disk. Returns the changes of one save."""
-    from pretrain.export import write_hugging_face_folder
+    from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 
     tokenizer = load_tokenizer(Path(tree["corpus"]["train"]) / "tokenizer")
     engine, model = build_engine(world, tree, seed=1)

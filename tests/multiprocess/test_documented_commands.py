@@ -1,7 +1,8 @@
 """Each command line that README and docs show runs as it is written, in a folder with the files that they name.
 
 A command that cannot run here carries a mark for readers: `# needs a GPU`, `# needs a cluster`, `# on node-2`. The
-tutorials run in test_tutorials.py and test_cluster_tutorial.py, each in a folder of its own.
+tutorials run in test_tutorials.py and test_cluster_tutorial.py, each in a folder of its own, and test_choosing.py
+compares the figures of docs/choosing.md.
 """
 
 import inspect
@@ -16,6 +17,7 @@ import pytest
 
 import deepcloze
 from documented import (
+    CHOOSING,
     CLUSTER_TUTORIAL,
     PAGES,
     REPOSITORY,
@@ -34,7 +36,7 @@ from documented import (
 from documented_files import CHINESE, write_lines, write_model, write_public_tasks, write_task, write_texts
 from rank_pool import ForkServer
 
-OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, CLUSTER_TUTORIAL)]
+OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, CLUSTER_TUTORIAL, CHOOSING)]
 # What takes long runs in `make soak` only.
 SLOW = (
     "python_docs",
@@ -49,6 +51,8 @@ SLOW = (
     "deepcloze preflight",
     "--segmenter",
     "my-embedding",
+    "deepspeed ",  # as test_launches.py starts it
+    "--model.added_tokens",
 )
 
 

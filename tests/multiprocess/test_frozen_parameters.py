@@ -118,7 +118,10 @@ def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(
 ) -> None:
     """Catches freeze_steps counted from the resume, optimizer state that a resume gives to frozen parameters, and an
     optimizer that confuses a frozen group with one that ZeRO 3 has emptied."""
-    trees = {name: run_config(tmp_path / name, wordpiece_corpus, ds_config) for name in ("uninterrupted", "resumed")}
+    trees = {
+        name: run_config(tmp_path / name, wordpiece_corpus, ds_config, model__config=TINY)
+        for name in ("uninterrupted", "resumed")
+    }
     for tree in trees.values():
         tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 4}
         tree["optimizer"] |= {"layer_decay": 0.7, "name": optimizer}
@@ -188,7 +191,7 @@ def test_a_rewind_to_before_unfreezing(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
     """Catches moments, step counters and averages that survive a rewind to before they existed, or leak memory."""
-    tree = run_config(tmp_path, wordpiece_corpus, ds_config)
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config, model__config=TINY)
     tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 1, "ema_decay": 0.9}
     pools[2].run(rewind_case, tree, tmp_path)
     first, second, back, again = (saved_tensors(checkpoint_path(tmp_path, name)) for name in (1, 2, 3, 4))

@@ -9,15 +9,15 @@ from experiment.checkpoints import checkpoint_path
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, build_engine, microbatch, run_config, sampled, save_engine, saved_tensors
+from runs import NO_DROPOUT, SHALLOW, Tree, build_engine, microbatch, run_config, sampled, save_engine, saved_tensors
 
-MANY = 400  # more than the 256 values that bf16 has between a number and its double: a sum in bf16 stops growing
+MANY = 24  # a sum of so many equal gradients is off by 0.1 % or more in bf16 and fp16, which have 8 and 11 bits
 PRESETS = [
     f"{precision}_zero{kind}"
     for precision in ("bf16", "fp16")
     for kind in ("1", "2", "3", "2_cpu_offload", "3_cpu_offload")
 ]
-SMALL = TINY | NO_DROPOUT | {"num_hidden_layers": 1}
+SMALL = SHALLOW | NO_DROPOUT
 
 
 def accumulation_case(world: World, tree: Tree, folder: Path, microbatches: int) -> None:
@@ -39,7 +39,7 @@ def accumulation_case(world: World, tree: Tree, folder: Path, microbatches: int)
 def test_gradients_are_accumulated_in_fp32(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches 16-bit accumulation, which rounds later microbatches away: 400 equal gradients would add up to 256."""
+    """Catches 16-bit accumulation, which rounds each sum: of 400 equal gradients, 256 would be left."""
     first: dict[int, torch.Tensor] = {}
     for count in (1, MANY):
         folder = tmp_path / str(count)

@@ -67,6 +67,26 @@ def test_a_mistake_on_one_rank_is_raised_on_all(
         assert read_outcome(RunFolder(tmp_path / "run"))[:2] == (Outcome.REFUSED, errors[0])
 
 
+def slow_part_case(world: World) -> str:
+    """Call a function that fails on rank 1 before a slow part of all ranks, and return the error."""
+    group = CpuGroup(timedelta(seconds=LIMIT))
+
+    def call() -> list[int]:
+        if world.rank == 1:
+            raise UserError("no folder")
+        return group.from_all_ranks_slowly(lambda on_progress: world.rank)
+
+    try:
+        return str(group.call(call))
+    except UserError as error:
+        return str(error)
+
+
+def test_a_rank_that_fails_before_a_slow_part_is_reported(pools: dict[int, RankPool]) -> None:
+    """Catches ranks that copy a corpus, or download a model, and then wait for one that has failed before."""
+    assert pools[3].run(slow_part_case) == [f"{platform.node()}, rank 1: no folder"] * 3
+
+
 def fp16_case(world: World, tree: Tree, lacking: int) -> str:
     """Run on devices with fp16, except that of the rank `lacking`."""
     from deepspeed.accelerator import get_accelerator

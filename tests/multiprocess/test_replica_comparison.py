@@ -9,7 +9,7 @@ import torch
 
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import pretrain_case, run_config, soak
+from runs import TINY, pretrain_case, run_config, soak
 
 
 def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> str:
@@ -56,7 +56,7 @@ def test_a_flipped_bit_is_reported(
 ) -> None:
     """Catches silent corruption, a wrong rank in the message, and a comparison that only some ranks reach, so that the
     others hang."""
-    tree = run_config(tmp_path, wordpiece_corpus, ds_config, health__compare_every=2)
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config, model__config=TINY, health__compare_every=2)
     messages = pools[world_size].run(flipped_case, tree, 1)
     who = "rank 1 differs from the others" if world_size == 3 else "ranks 0 and 1 differ from each other"
     what = f"step 4: {who} in the weights of bert.encoder.layer.1.attention.output.dense.weight"

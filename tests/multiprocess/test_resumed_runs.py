@@ -60,6 +60,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
             tmp_path / name,
             wordpiece_corpus,
             ds_config,
+            model__config=TINY,
             run__log_every=3,
             schedule__steps=8,
             corpus__eval={"held": str(heldout_corpus)},
@@ -170,7 +171,7 @@ def test_layer_decay_can_change_on_resume(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
     """Catches moments and step counters that are restored by parameter group instead of by parameter."""
-    tree = run_config(tmp_path, wordpiece_corpus, ds_config)
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config, model__config=TINY)
     made, moved = tmp_path / "made", tmp_path / "moved"
     assert pools[2].run(step_or_load_case, tree, made, None) == [2, 2]
     tree["optimizer"] |= {"layer_decay": 0.8}

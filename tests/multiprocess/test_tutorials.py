@@ -14,7 +14,7 @@ from documented_files import CHINESE, write_chinese_text, write_lines, write_mod
 from experiment.files import parse_json
 from experiment.storage import upload
 from rank_pool import RankPool
-from runs import TINY, pretrain_case, run_config, sampled
+from runs import SHALLOW, pretrain_case, run_config, sampled
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def own_text(folder: Path, given: Given) -> None:
 def own_task(folder: Path, given: Given) -> None:
     write_model(folder / "bert-base-uncased", given.tokenizer)
     write_task(folder, given.texts, word="ba")
-    changes = {"model__config": TINY | {"max_position_embeddings": 512}, "checkpoint__every_steps": 3}
+    changes = {"model__config": SHALLOW | {"max_position_embeddings": 512}, "checkpoint__every_steps": 3}
     given.pool.run(pretrain_case, run_config(folder / "runs/mine", given.corpus, **changes))
 
 

@@ -1,8 +1,11 @@
 """Whole runs, from the config to the last file."""
 
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,8 +18,10 @@ from pretrain.batching.sequences import open_index
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
+from pretrain.training import training_progress
+from pretrain.world import World
 from rank_pool import RankPool
-from runs import evaluation_events, events_without_timing, logged, pretrain_case, run_config, step_events
+from runs import Tree, evaluation_events, events_without_timing, logged, pretrain_case, run_config, step_events
 
 MODERN = {
     "model_type": "modernbert",
@@ -104,12 +109,37 @@ def test_a_padded_model_trains_too(pools: dict[int, RankPool], wordpiece_corpus:
     assert "'mpnet' trains padded" in RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
 
 
+def test_a_run_begins_with_the_frequencies_of_tokens(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches an output bias that does not reach the engine, and one that is set again when a run resumes."""
+    resumed, undisturbed = (
+        run_config(tmp_path / name, wordpiece_corpus, "fp32_zero3", model__output_bias="log_frequency")
+        for name in ("resumed", "undisturbed")
+    )
+    assert pools[2].run(pretrain_case, resumed, 2) == ["stopped", "stopped"]
+    assert pools[2].run(pretrain_case, resumed) == ["done", "done"]
+    assert pools[2].run(pretrain_case, undisturbed) == ["done", "done"]
+    assert logged(tmp_path / "resumed") == logged(tmp_path / "undisturbed")
+    uniform = math.log(open_corpus(wordpiece_corpus).manifest.vocabulary_size)
+    assert logged(tmp_path / "resumed")[0] < uniform - 0.5
+
+
 def test_checkpoints_by_the_clock(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches ranks that go by their own clocks, so that one would save alone and hang."""
     tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=3)
     tree["checkpoint"] = {"every_steps": None, "every_minutes": 1e-9, "keep_last": 9}
     pools[3].run(pretrain_case, tree)
     assert len(complete_checkpoints(tmp_path / "checkpoints")) == 3
+
+
+def timed_case(world: World, tree: Tree, stop_after: int | None = None) -> str:
+    """A run with clocks that show 0.1 s more at each look, and that of rank 1 a second more."""
+    looks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: next(looks) * (0.1 + world.rank))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_progress, "time", clock)
+        return pretrain_case(world, tree, stop_after)
 
 
 def test_a_time_budget_spans_attempts(
@@ -119,14 +149,14 @@ def test_a_time_budget_spans_attempts(
     minimum, and an end without an evaluation or a checkpoint."""
     tree = run_config(tmp_path, wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
     tree["schedule"] = {"budget": "3s", "warmup_steps": 2, "min_lr_ratio": 0.1}
-    assert set(pools[2].run(pretrain_case, tree, 5)) == {"stopped"}
+    assert set(pools[2].run(timed_case, tree, 5)) == {"stopped"}
     stopped = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
     assert (stopped["step"], 0.0 < stopped["seconds"] < 3.0) == (5, True)
-    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert set(pools[2].run(timed_case, tree)) == {"done"}
 
     ended = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
     rates = logged(tmp_path, "lr")
-    assert 3.0 <= ended["seconds"] < 4.5
+    assert 3.0 <= ended["seconds"] < 3.5
     assert len(rates) == ended["step"] > 5
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] == pytest.approx(0.1 * 3e-3)
@@ -136,7 +166,7 @@ def test_a_time_budget_spans_attempts(
     assert events_without_timing(tmp_path)[-1]["step"] == ended["step"]
 
     before = RunFolder(tmp_path).metrics.read_text(encoding="utf-8")
-    assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+    assert set(pools[2].run(timed_case, tree)) == {"done"}
     assert RunFolder(tmp_path).metrics.read_text(encoding="utf-8") == before
 
 

@@ -15,14 +15,19 @@ PRETRAIN_LAYERS = (
     ("pretrain.rank_process", "pretrain.preparation", "pretrain.plan"),
     ("pretrain.training",),
     ("pretrain.training_stream", "pretrain.evaluate"),
-    ("pretrain.stage_data",),
     ("pretrain.resolve",),
     ("pretrain.engine", "pretrain.resume"),
     ("pretrain.modeling", "pretrain.inspection"),
-    ("pretrain.batching", "pretrain.export"),
+    ("pretrain.batching",),
     ("pretrain.cleaning",),
     ("pretrain.corpus", "pretrain.config"),
-    ("pretrain.world", "pretrain.rank_heartbeat", "pretrain.ds_configs", "pretrain.optimizer_config"),
+    (
+        "pretrain.world",
+        "pretrain.rank_heartbeat",
+        "pretrain.ds_configs",
+        "pretrain.optimizer_config",
+        "pretrain.schedule_config",
+    ),
 )
 
 ONLY_IN = {

@@ -57,11 +57,11 @@ def open_members(name: str, is_wanted: Callable[[str], object]) -> Iterator[tupl
 
 @lru_cache(maxsize=16)
 def zip_members(name: str) -> tuple[str, ...]:
-    """The names of the files in a zip; none if the file is not a zip, or damaged."""
+    """The names of the files in a zip; none if the file is not a zip, or damaged, which reading it will tell."""
     if not name.lower().endswith(".zip"):
         return ()
     try:
         with open_file(name) as file, zipfile.ZipFile(file) as archive:
             return tuple(info.filename for info in archive.infolist() if not info.is_dir())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return ()

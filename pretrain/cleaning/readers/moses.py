@@ -3,7 +3,6 @@
 Both sides are read as text of their language. Sentences of one film or book, which the ids name, are one document.
 """
 
-import io
 import itertools
 import re
 import zipfile
@@ -32,10 +31,11 @@ def read(name: str) -> Iterator[Document]:
             origin, language = f"{name}::{member}", _language(member)
             ids = member.removesuffix(f".{language}") + ".ids"
             column = 0 if language == _pair(member)[0] else 1
-            films = _films(archive, ids, column, name) if ids in members else itertools.count()
             with archive.open(member) as content:
                 lines = (line.rstrip("\r\n") for line in text_lines(content, origin))
-                numbered = enumerate(zip(films, lines, strict=False), 1)
+                films = _films(archive, ids, column, name) if ids in members else None
+                pairs = enumerate(lines) if films is None else _paired(films, lines, origin)
+                numbered = enumerate(pairs, 1)
                 for _, group in itertools.groupby(numbered, key=lambda entry: entry[1][0]):
                     first, *others = group
                     text = "\n".join(line for _, (_, line) in (first, *others))
@@ -54,11 +54,19 @@ def _language(name: str) -> str:
 
 
 def _films(archive: zipfile.ZipFile, name: str, column: int, path: str) -> Iterator[str]:
+    origin = f"{path}::{name}"
     with archive.open(name) as file:
-        for number, line in enumerate(io.TextIOWrapper(file, "utf-8"), 1):
+        for number, line in enumerate(text_lines(file, origin), 1):
             cells = line.split("\t")
             if len(cells) < 2:
-                raise UserError(
-                    f"{path}::{name}:{number}: expected the ids of two documents, found {line.strip()[:60]}"
-                )
+                raise UserError(f"{origin}:{number}: expected the ids of two documents, found {line.strip()[:60]}")
             yield cells[column]
+
+
+def _paired(films: Iterator[str], lines: Iterator[str], origin: str) -> Iterator[tuple[str, str]]:
+    for number, (film, line) in enumerate(itertools.zip_longest(films, lines), 1):
+        if film is None or line is None:
+            raise UserError(
+                f"{origin}: expected as many lines as in its .ids file; only one of them has line {number:,}"
+            )
+        yield film, line

@@ -6,7 +6,8 @@ from typing import IO, TYPE_CHECKING
 from experiment.errors import UserError, first_line
 from experiment.storage import open_file
 from pretrain.cleaning.readers import has_suffix
-from pretrain.corpus.compression import decompress
+from pretrain.cleaning.readers.html import decode_page
+from pretrain.corpus.compression import MemberReader
 from pretrain.corpus.formats import Document, explain_read_errors
 
 if TYPE_CHECKING:
@@ -26,28 +27,30 @@ def read(name: str) -> Iterator[Document]:
     """One document for each page, with its `url`; records of other kinds are skipped."""
     from warcio.archiveiterator import WARCIterator
 
-    number = 0
     with open_file(name) as file:
-        records = WARCIterator(_Content(file, name))
+        content = _Content(file, name)
+        records = WARCIterator(content)
         try:
-            for number, record in enumerate(records, 1):
+            while (record := next(records, None)) is not None:
                 if not (record.rec_headers.get_header("Content-Length") or "").isdigit():
-                    raise _damaged(name, number, "its header has no Content-Length")
-                content = record.content_stream().read()
+                    raise _damaged(content, "its header has no Content-Length")
+                payload = record.content_stream().read()
                 if record.raw_stream.limit > 0:
-                    raise _damaged(name, number, f"the record lacks {record.raw_stream.limit:,} bytes")
+                    raise _damaged(content, f"it lacks {record.raw_stream.limit:,} bytes")
                 url = record.rec_headers.get_header("WARC-Target-URI") or ""
                 if record.rec_type == "conversion":
-                    yield Document(content.decode("utf-8", "replace"), name, number, {"url": url})
-                elif record.rec_type == "response" and _is_page(record):
-                    yield Document(_decode(content, record), name, number, {"url": url}, "html")
+                    yield Document(payload.decode("utf-8", "replace"), name, content.record, {"url": url})
+                elif record.rec_type == "response" and (content_type := _content_type(record)).startswith(_PAGES):
+                    charset = content_type.partition("charset=")[2].partition(";")[0].strip(" \"'")
+                    yield Document(decode_page(payload, charset), name, content.record, {"url": url}, "html")
+                content.record += 1
         except UserError:
             raise
         except Exception as error:  # warcio takes missing headers for granted
-            raise _damaged(name, number + 1, first_line(error)[:_QUOTED]) from None
+            raise _damaged(content, first_line(error)[:_QUOTED]) from None
         if records.next_line:  # warcio takes a record whose headers are truncated for the end
-            raise _damaged(name, number + 1, "its headers have no end")
-        if number == 0:
+            raise _damaged(content, "its headers have no end")
+        if content.record == 1:
             raise UserError(f"{name}: expected a WARC file, found no record")
 
 
@@ -55,26 +58,25 @@ class _Content:
     """The decompressed content of a file. warcio takes a truncated file for one that ends there."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
-        self._stream, self._name = decompress(file, name.lower().rpartition(".")[2]), name
+        compression = name.lower().rpartition(".")[2]
+        # Not `decompress`, which reads ahead: the record of an error would not be known.
+        self._stream = MemberReader(file, compression) if compression in ("gz", "zst") else file
+        self._name = name
+        self.record = 1  # that is read
+
+    @property
+    def place(self) -> str:
+        return f"{self._name}: record {self.record:,}"
 
     def read(self, size: int = -1) -> bytes:
-        with explain_read_errors(self._name):
-            return self._stream.read(size)
+        with explain_read_errors(self.place):
+            return self._stream.read(size) or b""
 
 
-def _is_page(record: "ArcWarcRecord") -> bool:
+def _content_type(record: "ArcWarcRecord") -> str:
     headers = record.http_headers
-    return headers is not None and (headers.get_header("Content-Type") or "").lower().startswith(_PAGES)
+    return "" if headers is None else (headers.get_header("Content-Type") or "").lower()
 
 
-def _decode(content: bytes, record: "ArcWarcRecord") -> str:
-    content_type = record.http_headers.get_header("Content-Type") or ""
-    charset = content_type.lower().partition("charset=")[2].partition(";")[0].strip(" \"'") or "utf-8"
-    try:
-        return content.decode(charset, "replace")
-    except LookupError:  # an unknown name
-        return content.decode("utf-8", "replace")
-
-
-def _damaged(name: str, number: int, problem: str) -> UserError:
-    return UserError(f"{name}: record {number:,} is damaged or truncated: {problem}")
+def _damaged(content: _Content, problem: str) -> UserError:
+    return UserError(f"{content.place} is damaged or truncated: {problem}")

@@ -1,14 +1,9 @@
 """The rules of C4 (Raffel et al. 2020, section 2.2), of datatrove."""
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from experiment.config import Section
-from pretrain.cleaning.datatrove_step import FilterStep, keys_of, word_tokenizer
-
-if TYPE_CHECKING:
-    from datatrove.pipeline.filters.base_filter import BaseFilter
+from pretrain.cleaning.datatrove_step import FilterStep
 
 
 class Config(Section):
@@ -47,8 +42,4 @@ class Config(Section):
 
 class Step(FilterStep[Config]):
     config_type = Config
-
-    def make_filter(self) -> "BaseFilter":
-        from datatrove.pipeline.filters import C4QualityFilter
-
-        return C4QualityFilter(**keys_of(self.config), language=word_tokenizer())
+    filter_name = "C4QualityFilter"

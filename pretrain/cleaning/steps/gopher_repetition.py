@@ -1,15 +1,10 @@
 """Gopher's repetition rules (Rae et al. 2021, table A1), of datatrove."""
 
-from typing import TYPE_CHECKING
-
 from pydantic import PositiveInt
 
 from experiment.config import Section
 from experiment.config.field_types import Fraction
-from pretrain.cleaning.datatrove_step import FilterStep, keys_of, word_tokenizer
-
-if TYPE_CHECKING:
-    from datatrove.pipeline.filters.base_filter import BaseFilter
+from pretrain.cleaning.datatrove_step import FilterStep
 
 
 class Config(Section):
@@ -43,8 +38,4 @@ class Config(Section):
 
 class Step(FilterStep[Config]):
     config_type = Config
-
-    def make_filter(self) -> "BaseFilter":
-        from datatrove.pipeline.filters import GopherRepetitionFilter
-
-        return GopherRepetitionFilter(**keys_of(self.config), language=word_tokenizer())
+    filter_name = "GopherRepetitionFilter"

@@ -9,7 +9,16 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt
 
 from experiment.config import Section
-from pretrain.cleaning.step import Arrays, CollectionStep, Document, Verdict, first_of_equal, split_by_part
+from pretrain.cleaning.step import (
+    Arrays,
+    CollectionStep,
+    Document,
+    OpenedParts,
+    Verdict,
+    first_of_equal,
+    joined,
+    split_by_part,
+)
 
 _SEPARATORS = {"line": "\n", "paragraph": "\n\n"}
 
@@ -40,8 +49,8 @@ class Step(CollectionStep[Config]):
         ]
         return {"hashes": np.array(hashes, np.uint64)}
 
-    def decide(self, observed: Sequence[Arrays]) -> list[NDArray[Any]]:
-        hashes = np.concatenate([arrays["hashes"] for arrays in observed])
+    def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:
+        hashes = joined(arrays["hashes"] for arrays in observed)
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
         occurrence = np.arange(len(order)) - first_of_equal(ordered)

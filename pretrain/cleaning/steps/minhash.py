@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from experiment.config import Section
 from pretrain.cleaning.minhash import Bands, NgramSets, choose_bands, sketch
 from pretrain.cleaning.near_duplicates import choose_duplicates, hash_ngrams
-from pretrain.cleaning.step import Arrays, Document, DuplicateStep, split_by_part
+from pretrain.cleaning.step import Arrays, Document, DuplicateStep, OpenedParts, split_by_part
 
 
 class Config(Section):
@@ -34,7 +34,8 @@ class Step(DuplicateStep[Config]):
         sets = NgramSets.of([hash_ngrams(document.text, self.config.ngram) for document in documents])
         return {"bands": sketch(sets, self.bands), "ngrams": sets.ngrams, "ends": sets.ends}
 
-    def decide(self, observed: Sequence[Arrays]) -> list[NDArray[Any]]:
-        sets = [NgramSets(arrays["ngrams"], arrays["ends"]) for arrays in observed]
-        kept = choose_duplicates([arrays["bands"] for arrays in observed], sets, self.config.threshold)
+    def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:
+        bands = OpenedParts(lambda part: observed[part]["bands"], len(observed))
+        sets = OpenedParts(lambda part: NgramSets(observed[part]["ngrams"], observed[part]["ends"]), len(observed))
+        kept = choose_duplicates(bands, sets, self.config.threshold)
         return split_by_part(kept, [len(part.ends) for part in sets])

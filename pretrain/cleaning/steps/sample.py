@@ -57,6 +57,6 @@ class Step(DocumentStep[Config]):
 
 def _number(document: Document, column: str) -> float:
     value = document.metadata.get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         raise unexpected_cell(document.id, column, value, "a number >= 0")
     return float(value)

@@ -7,6 +7,7 @@ from pydantic import PositiveInt
 
 from experiment.config import Section
 from experiment.config.field_types import PathText
+from experiment.csv_and_jsonl import unexpected_cell
 from experiment.errors import UserError, reason
 from pretrain.cleaning.datatrove_step import FilterStep
 from pretrain.cleaning.step import Document, ReadTask, Verdict
@@ -60,8 +61,11 @@ class Step(FilterStep[Config]):
         return url_filter
 
     def apply(self, document: Document) -> Verdict | None:
-        if not document.metadata.get("url"):
+        url = document.metadata.get("url")
+        if not url:
             return Verdict("no_url")
+        if not isinstance(url, str):
+            raise unexpected_cell(document.id, "url", url)
         return super().apply(document)
 
 

@@ -1,6 +1,7 @@
 """Links, commands and config keys in the documentation."""
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,9 +11,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from launcher.cli import COMMANDS, main
+from launcher.cli import main
 from launcher.configs import CONFIGS
-from launcher.reference import commands_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PAGES = sorted(
@@ -40,10 +40,12 @@ def test_the_site_has_all_pages() -> None:
     assert sorted(nav) == sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
 
 
-def test_the_page_of_commands_is_up_to_date() -> None:
-    """docs/commands.md drifts from the docstrings of commands and flags."""
-    page = (REPOSITORY / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert page == commands_page(COMMANDS), "python -m launcher.reference commands > docs/commands.md"
+@pytest.mark.parametrize("name", ["config", "commands"])
+def test_a_generated_page_is_up_to_date(name: str) -> None:
+    """docs/config.md or docs/commands.md drifts from the docstrings of config fields, commands and flags."""
+    write_page = runpy.run_path(str(REPOSITORY / "docs" / "reference_pages.py"))["PAGES"][name]
+    page = (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert page == write_page(), f"python docs/reference_pages.py {name} > docs/{name}.md"
 
 
 @each_page

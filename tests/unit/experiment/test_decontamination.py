@@ -10,6 +10,8 @@ from experiment.decontamination import (
     read_decontamination,
     texts_digest,
 )
+from experiment.provenance import ancestors_of, write_origin
+from experiment.run_folder import RunFolder
 
 
 def test_tasks_of_all_steps_are_read(tmp_path: Path) -> None:
@@ -46,16 +48,14 @@ def test_a_corpus_of_several_folders_has_what_they_share(tmp_path: Path) -> None
     assert common_decontamination([f"{tmp_path}/c"]) is None
 
 
-def test_the_corpora_of_a_checkpoint_are_looked_up(tmp_path: Path) -> None:
-    """Catches a warning about models and corpora of which nothing is known, and one that is missing."""
-    model = tmp_path / "run" / "checkpoints" / "step-1" / "hf"
-    model.mkdir(parents=True)
-    for name, manifest in (("a", {"decontaminated": {"sst2": "1"}}), ("b", {"decontaminated": {}}), ("c", {})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
-    assert decontamination_of(model) == {}
-    trained_on = ", ".join(f"{{path: {tmp_path / name}}}" for name in "abcd")
-    (tmp_path / "run" / "config.yaml").write_text(f"corpus: {{train: [{trained_on}]}}\n")
-    assert decontamination_of(model) == {str(tmp_path / "a"): {"sst2": "1"}, str(tmp_path / "b"): {}}
-    (tmp_path / "run" / "config.yaml").write_text(f"corpus: {{train: {tmp_path / 'a'}}}\n")
-    assert decontamination_of(model) == {str(tmp_path / "a"): {"sst2": "1"}}
+def test_the_corpora_of_a_model_and_of_its_ancestors_are_known(tmp_path: Path) -> None:
+    """Catches a model that was copied, exported, or trained further, of which nothing is known any more."""
+    first, second, public = (tmp_path / name for name in ("first", "second", "public"))
+    for folder in (first, second, public):
+        folder.mkdir()
+    write_origin(first, RunFolder(first), {"run_id": "1", "ancestors": [], "decontaminated": {"books": ["1"]}}, 4)
+    ancestors = ancestors_of(first, "init_from")
+    write_origin(second, RunFolder(second), {"run_id": "2", "ancestors": ancestors, "decontaminated": {"web": []}}, 8)
+    assert decontamination_of(second) == [("books", ["1"]), ("web", [])]
+    write_origin(second, RunFolder(second), {"run_id": "3", "ancestors": ancestors_of(public, "init_from")}, 8)
+    assert decontamination_of(second) == decontamination_of(public) == []

@@ -194,8 +194,10 @@ def test_a_model_that_does_not_exist(hub: HubServer, commit: str, name: str, sug
     """Catches a message about a misspelt name without the right one, and a far-fetched suggestion."""
     message = refusal(name)
     suggestion = f"; did you mean '{suggested}'?" if suggested else ""
-    assert message.startswith(f"{name}: no such folder, and no such model on the Hugging Face Hub{suggestion}")
-    assert message.endswith("for a private one, log in with `hf auth login`, or set HF_TOKEN")
+    assert message == (
+        f"{name}: no such folder, and no such model on the Hugging Face Hub (for a private one, log in with "
+        f"`hf auth login`, or set HF_TOKEN){suggestion}"
+    )
 
 
 def test_a_revision_that_does_not_exist(hub: HubServer, commit: str) -> None:

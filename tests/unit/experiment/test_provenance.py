@@ -84,6 +84,8 @@ def test_the_first_attempt_is_kept_and_the_id_stays(tmp_path: Path) -> None:
     assert read_provenance(folder) == record
     assert list(record) == list(json.loads(folder.provenance.read_text()))
     assert write_provenance(open_run_folder(tmp_path / "other"), {}) != run_id
+    write_provenance(folder, {"date": 3}, decontaminated={"books": ["1"]})
+    assert (read_provenance(folder) or {})["decontaminated"] == {"books": ["1"]}
 
 
 @pytest.mark.parametrize(

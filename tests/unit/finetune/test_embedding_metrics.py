@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.metrics import ndcg_score
 
-from finetune.embedding_metrics import document_ranks, ndcg, potentials
+from finetune.metrics import document_ranks, ndcg, potentials
 
 
 def unit_vectors(count: int, seed: int) -> np.ndarray:

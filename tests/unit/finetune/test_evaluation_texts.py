@@ -1,6 +1,5 @@
 """The texts that pretraining text is decontaminated against."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,8 @@ import pytest
 from experiment.config import load_config
 from experiment.decontamination import texts_digest
 from experiment.errors import UserError
+from experiment.provenance import write_origin
+from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.evaluation_texts import contamination_warnings, evaluation_texts
 
@@ -52,18 +53,15 @@ def test_without_a_validation_file_the_drawn_part_counts(tmp_path: Path) -> None
 
 def test_a_corpus_that_was_not_decontaminated_is_named(tmp_path: Path) -> None:
     """Catches a warning without a reason, and none although the texts of the task have changed since."""
-    model = tmp_path / "run" / "checkpoints" / "step-1" / "hf"
-    model.mkdir(parents=True)
-    write(tmp_path / "run", "config.yaml", f"corpus: {{train: {tmp_path}}}")
     write(tmp_path, "test.tsv", "a\tb", "t one\tt two")
     task = load_config(FinetuneConfig, config(tmp_path, "test")).task
-    manifest = {"decontaminated": {"task": texts_digest(["t one", "t two"])}}
-    assert list(contamination_warnings(task, model)) == []
-    write(tmp_path, "manifest.json", json.dumps(manifest))
-    assert list(contamination_warnings(task, model)) == []
+    assert list(contamination_warnings(task, tmp_path)) == []
+    record = {"run_id": "1", "ancestors": [], "decontaminated": {"books": [texts_digest(["t one", "t two"])]}}
+    write_origin(tmp_path, RunFolder(tmp_path), record, step=3)
+    assert list(contamination_warnings(task, tmp_path)) == []
     write(tmp_path, "test.tsv", "a\tb", "t one\tt three")
-    (line,) = contamination_warnings(task, model)
-    assert line.startswith(f"the model was pretrained on {tmp_path}, which is not decontaminated against this task")
+    (line,) = contamination_warnings(task, tmp_path)
+    assert line.startswith("the model was pretrained on books, which is not decontaminated against this task")
 
 
 def test_a_task_without_evaluation_texts(tmp_path: Path) -> None:

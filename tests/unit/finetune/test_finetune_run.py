@@ -24,6 +24,7 @@ from hub_server import HubServer, use_hub_for_data
 from launcher.cli import main
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_run_leaves_what_it_promises(
-    config_file: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path, encoder: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a file or key that scripts rely on being renamed or lost, and predictions that contradict the scores."""
     finetune(config_file, {"training.epochs": "6"})
@@ -51,7 +52,7 @@ def test_a_run_leaves_what_it_promises(
             assert set(score) == {"values", "mean", "std", "median"}
             assert len(score["values"]) == 2
     for picture in ("confusion.png", "curves.png"):
-        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+        assert (trained_run / picture).read_bytes().startswith(b"\x89PNG")
     for place, seed in enumerate((1, 2)):
         rows = read_csv(run / f"seed-{seed}" / "predictions-test.csv")
         assert list(rows[0]) == ["row", "text", "label", "predicted", "probability_high", "probability_low"]

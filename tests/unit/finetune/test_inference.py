@@ -11,8 +11,8 @@ from transformers import DebertaConfig, DebertaForSequenceClassification
 from finetune.data.records import Record, Table
 from finetune.device import Device
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding, Split, collate
-from finetune.inference import adapt_to_model
+from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import adapt_to_model, collate
 from finetune.kinds.classification import Config, Kind
 from finetune.kinds.regression import Config as RegressionConfig
 from finetune.kinds.regression import Kind as Regression

@@ -12,11 +12,11 @@ from experiment.tokenizer import load_any_tokenizer
 from finetune.data.records import Record, Table
 from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, encode_split
+from finetune.encoding.examples import Padding
 from finetune.inference import evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, read_model_inputs, save_model
-from finetune.splits import Task
+from finetune.splits import Task, encode_split
 
 KIND = Kind(Config(train="f", validation="f"), ("a", "b"))
 SPECIALS = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>"]

@@ -12,6 +12,7 @@ from transformers.models.bert.modeling_bert import BertPooler
 from experiment.errors import UserError
 from finetune.predictor import Predictor
 from finetune.saved_task import FILE, read_saved_task
+from hub_server import HubServer
 
 SAVED = {"labels": ["a", "b"], "max_seq_length": 8, "padded": False, "temperature": None}
 LONG = [f"word{number} " * 200 for number in range(40)]  # longer than the 16 tokens of the model
@@ -154,6 +155,13 @@ def test_a_classifier_of_transformers_works(classifier: Path) -> None:
     (prediction,) = predictor.predict([{"text": "word1 " * 500}])
     assert list(prediction["probabilities"]) == ["no", "yes"]
     assert prediction["label"] in ("no", "yes")
+
+
+def test_a_model_of_the_hub(hub: HubServer, classifier: Path) -> None:
+    """Catches a name that `deepcloze predict` takes and a script does not."""
+    hub.repository("org/tiny").push_folder(classifier)
+    (found,) = Predictor.load("org/tiny", "fp32").predict([{"text": "word1"}])
+    assert [found] == Predictor.load(classifier, "fp32").predict([{"text": "word1"}])
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from small_disk import SmallDisk
 from waiting import LIMIT
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("no_figures")
 FinetuneUntilSignal = Callable[[signal.Signals, list[str]], subprocess.CompletedProcess[str]]
 
 

@@ -1,11 +1,14 @@
 """`deepcloze clean` and `validate` on its configs: evaluation texts come from fine-tuning configs, keys from flags."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from launcher.cli import main
+from pretrain.cleaning import stages
 
 TASK = """\
 run: {dir: r}
@@ -33,6 +36,17 @@ def test_texts_of_a_task_are_removed(folder: Path) -> None:
     assert (found["read"], found["kept"]) == (2, 1)
     assert found["steps"][0]["matches"][0]["match"].startswith("task.yaml test, test.tsv:2: the film was long")
     assert not (folder / "out").exists()
+
+
+def test_a_signal_to_stop(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a batch system that ends a cleaning without a message, and leaves its lock."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_process", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(["clean", "--config", "clean.yaml", "--workers=1"]) == 75
+    assert "interrupted; run the same command again to resume" in capsys.readouterr().err
+    assert not list(folder.glob(".*"))
+    # With another config: nothing was finished.
+    assert main(["clean", "--config", "clean.yaml", "--workers=1", "--document=file"]) == 0
 
 
 @pytest.mark.parametrize(

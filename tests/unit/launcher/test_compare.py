@@ -70,7 +70,7 @@ def finished() -> dict[str, Path]:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str, Path]) -> list[str]:
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str, Path], no_figures: None) -> list[str]:
     """The names of the runs that were started, in order. They run in this process."""
     names: list[str] = []
 
@@ -94,6 +94,20 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str,
 
 def read_tables(folder: Path) -> dict[str, dict[str, dict]]:
     return json.loads((folder / "compare.json").read_text())
+
+
+def test_a_comparison_is_validated(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches `deepcloze validate` that takes a comparison for a pretraining, and mistakes that it does not find."""
+    file = str(write_files())
+    assert main(["validate", file]) == 0
+    assert capsys.readouterr().out == f"{file}: valid, for deepcloze compare\n"
+    (tmp_path / "train.csv").write_text("text\nba\n")
+    assert main(["validate", file]) == 2
+    assert "train.csv:1: no column 'label'" in capsys.readouterr().err
+    assert not started
+    assert not (tmp_path / "compare").exists()
 
 
 def test_rows_and_tasks_and_seeds(

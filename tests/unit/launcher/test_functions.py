@@ -104,6 +104,10 @@ def test_unknown_names_are_rejected() -> None:
             """command line: 'optimizer.lr': expected a number, found text ("fast")""",
         ),
         (
+            lambda: deepcloze.pretrain(RUN, "optimizer.lr=1e-3"),  # type: ignore[arg-type]
+            "'overrides': expected a mapping, such as {'optimizer.lr': 1e-4}, found 'optimizer.lr=1e-3'",
+        ),
+        (
             lambda: deepcloze.pretrain("my-run.yaml", num_gpus="two"),  # type: ignore[arg-type]
             """pretrain: 'num_gpus': expected a whole number or null, found text ("two")""",
         ),
@@ -125,7 +129,7 @@ def test_unknown_names_are_rejected() -> None:
         ),
         (
             lambda: deepcloze.Predictor.load("runs/mine"),
-            "runs/mine is not a folder: expected a model folder, such as RUN/seed-1/model, or a finished run",
+            "runs/mine: no such folder, and no such model in ",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 from experiment import run_lock
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import lock_run, may_be_in_use
+from experiment.run_lock import Owner, lock_run, this_machine
 from launcher import logs
 from launcher.cli import main
 
@@ -42,7 +42,7 @@ def test_which_log_is_shown(logged: RunFolder, capsys: pytest.CaptureFixture[str
 def test_a_log_that_does_not_exist(logged: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a traceback, or a message that does not say which logs there are."""
     assert main(["logs", str(logged.path), "--rank=2"]) == 2
-    assert "has no log of rank 2: there are those of ranks 0, 1, 10" in capsys.readouterr().err
+    assert "has no log of rank 2: there are logs of ranks 0, 1, 10" in capsys.readouterr().err
     empty = open_run_folder(tmp_path / "empty")
     assert main(["logs", str(empty.path)]) == 2
     assert "has no log of rank 0: there are none" in capsys.readouterr().err
@@ -100,10 +100,23 @@ def test_a_pager_may_be_closed(logged: RunFolder) -> None:
     assert process.wait() == 0
 
 
-def test_when_a_run_may_be_in_use(logged: RunFolder) -> None:
-    """Catches a run on another machine that is not followed, and a lock that is taken to find out."""
-    assert not may_be_in_use(logged)
+def test_the_owner_of_a_run(logged: RunFolder) -> None:
+    """Catches a run on another machine that is not followed, and the last line of a run, which is printed after its
+    folder was released, that is missed."""
+    owner = Owner(logged)
+    assert not owner.is_alive()
     with lock_run(logged):
-        assert may_be_in_use(logged)
+        assert owner.is_alive()
+    assert owner.is_alive()  # this process
+    assert not Owner(logged).is_alive()
     logged.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": os.getpid()}))
-    assert may_be_in_use(logged)
+    assert Owner(logged).is_alive()
+
+
+def test_an_owner_that_has_ended(logged: RunFolder) -> None:
+    """Catches logs that are followed for ever after a launch was killed."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        logged.owner.write_text(json.dumps({**this_machine(), "pid": process.pid}))
+        owner = Owner(logged)
+        assert owner.is_alive()
+    assert not owner.is_alive()

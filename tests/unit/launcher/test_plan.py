@@ -65,7 +65,7 @@ def test_warns_of_the_device_of_other_machines(
     hostfile = tmp_path / "hosts"
     hostfile.write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n", encoding="utf-8")
     remote = ("--hostfile", str(hostfile))
-    warning = "planned for this machine's device, cpu; name that of the hosts as --device"
+    warning = "planned for this machine's device, cpu; name the device of the hosts as --device"
     for flags, warns in ((remote, True), ((*remote, *H100), False), (("--num_gpus=2",), False)):
         assert main(["plan", "--config", str(config), "--json", *flags]) == 0
         assert (warning in capsys.readouterr().err) == warns, flags
@@ -82,6 +82,21 @@ def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     for expected in ("8 × H100", "MFU 40%", "25 GB/s", "989.5 TFLOP/s", "it fits", "energy unknown (--watts)"):
         assert expected in printed
+
+
+def test_a_time_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan that does not say how far a budget reaches, and a table that is wider than a terminal."""
+    flags = ("--schedule.epochs=null", "--schedule.budget=1h", "--num_gpus=8", *H100)
+    found = plan(capsys, config, *flags)
+    assert found["steps"] is found["tokens"] is None
+    assert found["cost"]["seconds"] == pytest.approx(3600)
+    assert found["budget_tokens"] == found["budget_steps"] * found["stages"][0]["batch"]["tokens"] > 0
+    assert main(["plan", "--config", str(config), *flags]) == 0
+    printed = capsys.readouterr().out
+    steps, tokens = found["budget_steps"], float(f"{found['budget_tokens']:.3g}")
+    assert f"in all about {steps:,} steps, {tokens:,.0f} tokens, in 1h" in printed
+    _, _, table = printed.partition("ranks build the model\n")
+    assert max(map(len, table.partition("communication")[0].splitlines())) < 80
 
 
 def test_says_what_does_not_fit(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """Names that users rely on, and how commands, config keys and recipes are described to a reader and a shell."""
 
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,11 +12,9 @@ from experiment.errors import UserError
 from experiment.recipes import all_recipes, find_config, find_recipe
 from launcher.cli import COMMANDS, main
 from launcher.command_line import flags_of, options_of
+from launcher.completion import completion_script
 from launcher.configs import CONFIGS
-from launcher.reference import completion_script, config_page
 from pretrain.ds_configs import find_ds_config
-
-ROOT = Path(__file__).parents[3]
 
 
 def public_names() -> Iterator[str]:
@@ -38,14 +35,6 @@ def test_no_name_changes_by_accident() -> None:
     After an intended change, edit public_names.txt and name the change in CHANGELOG.md.
     """
     assert list(public_names()) == (Path(__file__).parent / "public_names.txt").read_text().splitlines()
-
-
-def test_the_config_page_is_up_to_date() -> None:
-    """Catches docs/config.md drifting from the docstrings of the fields, and a link to a page that does not exist."""
-    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == config_page(), "python -m launcher.reference config > docs/config.md"
-    for link in re.findall(r"\]\(([^)]+)\)", page):
-        assert (ROOT / "docs" / link).is_file(), link
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

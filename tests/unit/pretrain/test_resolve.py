@@ -9,9 +9,9 @@ from experiment.config import build_config
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
-from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import build_model
 from pretrain.resolve import resolve
+from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 
 TINY = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 

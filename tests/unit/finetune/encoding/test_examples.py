@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from experiment.tokenizer import load_tokenizer
 from finetune.data.records import Record, Table
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, Split, collate, encode_split
-from finetune.inference import evaluation_batches
+from finetune.encoding.examples import Padding, Split
+from finetune.inference import collate, evaluation_batches
 from finetune.kinds.classification import Config, Kind
+from finetune.splits import encode_split
 from finetune.training.updater import training_batches
 
 KIND = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))

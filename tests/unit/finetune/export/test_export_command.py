@@ -18,7 +18,7 @@ from finetune import onnx_model
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from launcher.cli import main
-from pretrain.export import write_hugging_face_folder
+from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
 

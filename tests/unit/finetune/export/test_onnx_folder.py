@@ -30,6 +30,7 @@ from finetune.saved_task import SavedTask, write_saved_task
 from finetune.serve.served_model import load_served_model
 from finetune.task_kind import find_kind
 from launcher.cli import main
+from runs import sampled
 from tiny_models import tiny_fields
 
 WORDS = [f"word{number}" for number in range(40)]  # of the fixture `encoder`
@@ -101,12 +102,7 @@ def predictions(folder: Path, records: Records) -> Any:
     return Predictor.load(folder, "fp32", batch_size=5).predict(records)
 
 
-QUICK = ("token_classification", "multiple_choice")  # inputs of two and of three dimensions
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.soak) for name in CASES]
-)
+@pytest.mark.parametrize("name", sampled(CASES, ["multiple_choice"]))  # inputs of two dimensions: `exported`
 def test_every_kind_predicts_the_same(
     name: str,
     encoder: Path,
@@ -153,9 +149,7 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=() if name == "modernbert" else pytest.mark.soak) for name in TYPES]
-)
+@pytest.mark.parametrize("model_type", sampled(TYPES, ["modernbert"]))
 def test_other_architectures(model_type: str, encoder: Path, export_onnx: ExportOnnx, tmp_path: Path) -> None:
     """Catches positions, windows and relative distances that the graph has only for the length of the example."""
     torch.manual_seed(0)

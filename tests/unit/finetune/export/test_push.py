@@ -68,6 +68,16 @@ def test_the_repository_has_the_folder(
     assert "added_tokens.json" in repository.files
 
 
+@pytest.mark.soak
+def test_an_onnx_model_is_pushed(hub: HubServer, push: Push, model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Catches an ONNX model that is left out, or weights of PyTorch beside it."""
+    push(model("a"), "--format", "onnx")
+    files = hub.repository(NAME).files
+    assert files == contents(tmp_path / "out")
+    assert {"README.md", "config.json", "model.onnx"} <= files.keys()
+    assert "model.safetensors" not in files
+
+
 def test_another_model_is_kept(hub: HubServer, push: Push, model: Callable[[str], Path], tmp_path: Path) -> None:
     """Catches a model that is overwritten by a typing mistake, and work before it is refused."""
     repository = hub.repository(NAME)

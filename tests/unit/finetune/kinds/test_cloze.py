@@ -18,7 +18,8 @@ from experiment.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record, read_table
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Example, Padding, collate
+from finetune.encoding.examples import Example, Padding
+from finetune.inference import collate
 from finetune.kinds.cloze import Config, Kind
 from finetune.predictor import Predictor
 from finetune.run import finetune, run

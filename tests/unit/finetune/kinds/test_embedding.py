@@ -20,8 +20,9 @@ from finetune.config import FinetuneConfig, TrainingConfig
 from finetune.data.records import Record, Table, read_table
 from finetune.device import Device
 from finetune.encoding.encoder import Encoder, Tokens
-from finetune.encoding.examples import Batch, Example, Padding, Split, collate
+from finetune.encoding.examples import Batch, Example, Padding, Split
 from finetune.evaluation_texts import texts_of
+from finetune.inference import collate
 from finetune.kinds.embedding import Config, EmbeddingColumns, Kind
 from finetune.model import ModelSpec, build_model
 from finetune.options import PredictOptions

@@ -22,17 +22,18 @@ from finetune.data.columns import TextColumns
 from finetune.data.records import read_table
 from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, collate, encode_split
-from finetune.inference import Inference, computes, decode
+from finetune.encoding.examples import Padding
+from finetune.inference import Inference, collate, computes, decode
 from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
 from finetune.predictor import Predictor
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_results
 from finetune.run import run
-from finetune.splits import make_kind, read_splits
+from finetune.splits import encode_split, make_kind, read_splits
 from finetune.task_kind import find_kind
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 LOW, HIGH = [f"word{n}" for n in range(20)], [f"word{n}" for n in range(20, 40)]
 Row = dict[str, Any]
 
@@ -43,7 +44,8 @@ class TinyTask:
 
     row: Callable[[random.Random], Row]
     chance: float  # score of guessing
-    epochs: int = 8
+    epochs: int = 3
+    lr: float = 1e-2
     task: dict[str, Any] = field(default_factory=dict)  # keys of its config
 
 
@@ -122,7 +124,7 @@ TASKS = {
     "multi_label": TinyTask(multi_label, chance=0.6),
     "token_classification": TinyTask(token_classification, chance=0.8),
     "question_answering": TinyTask(question_answering, chance=0.5),
-    "cloze": TinyTask(cloze, chance=0.4, epochs=2),  # a row has many examples
+    "cloze": TinyTask(cloze, chance=0.4, epochs=1, lr=5e-3),  # a row has many examples
     "multiple_choice": TinyTask(multiple_choice, chance=0.5),
     "embedding": TinyTask(embedding, chance=0.4, task={"columns": {"score": "score"}}),
 }
@@ -143,7 +145,7 @@ def config_of(name: str, encoder: Path, folder: Path, **training: Any) -> Finetu
         "run": {"dir": str(folder / "run")},
         "task": {"name": name, "kind": name, **files, **tiny.task},
         "model": {"init_from": str(encoder), "max_seq_length": 24},
-        "training": {"lr": 3e-3, "epochs": tiny.epochs, "batch_size": 16, "precision": "fp32", **training},
+        "training": {"lr": tiny.lr, "epochs": tiny.epochs, "batch_size": 16, "precision": "fp32", **training},
     }
     return build_config(FinetuneConfig, tree, {})
 

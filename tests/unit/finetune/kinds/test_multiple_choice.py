@@ -13,7 +13,8 @@ from finetune.config import FinetuneConfig
 from finetune.data.records import Record, Table
 from finetune.data_report import data_warnings
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Padding, collate
+from finetune.encoding.examples import Padding
+from finetune.inference import collate
 from finetune.kinds.multiple_choice import Config, Kind, MultipleChoiceColumns
 from finetune.model import ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions

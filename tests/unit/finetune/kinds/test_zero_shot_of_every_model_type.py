@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 from finetune.data.records import Record, Table
 from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Tokens
-from finetune.encoding.examples import Example, Padding, Split, collate
-from finetune.inference import Inference, adapt_to_model
+from finetune.encoding.examples import Example, Padding, Split
+from finetune.inference import Inference, adapt_to_model, collate
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
 from finetune.splits import Task
 from tiny_models import tiny_fields

@@ -115,7 +115,7 @@ def test_a_lost_host_explains_failures_of_ranks_only(
 @pytest.mark.parametrize(
     ("reported", "expected"),
     [
-        ("", (Outcome.FAILED, "the processes on node-2 ended, and those on other hosts did not", Cause.KILLED)),
+        ("", (Outcome.FAILED, "the processes on node-2 ended, and the ones on other hosts did not", Cause.KILLED)),
         (
             "write_outcome(folder, Outcome.STOPPED, 'found STOP', Cause.SIGNAL);",
             (Outcome.STOPPED, "found STOP", Cause.SIGNAL),

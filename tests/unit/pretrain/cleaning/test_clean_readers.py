@@ -3,8 +3,9 @@
 import bz2
 import gzip
 import io
+import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,14 @@ def make_zip(path: Path, members: Mapping[str, str]) -> Path:
     return path
 
 
-def warc(path: Path, kind: str = "response") -> Path:
+def warc(path: Path, kind: str = "response", pages: Sequence[bytes] = (HTML.encode(),) * 2) -> Path:
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
 
     with path.open("wb") as file:
         writer = WARCWriter(file, gzip=path.suffix == ".gz")
-        for number in range(2):
-            content = io.BytesIO((HTML if kind == "response" else f"Text {number}").encode())
+        for number, page in enumerate(pages):
+            content = io.BytesIO(page if kind == "response" else f"Text {number}".encode())
             headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
             http = headers if kind == "response" else None
             writer.write_record(
@@ -78,8 +79,8 @@ def test_web_archives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "cut", "message"),
     [
-        ("a.warc.gz", 60, "a.warc.gz is damaged or truncated"),
-        ("a.warc", 100, "a.warc: record 2 is damaged or truncated: the record lacks 96 bytes"),
+        ("a.warc.gz", 60, "a.warc.gz: record 2 is damaged or truncated: its last part has no end"),
+        ("a.warc", 100, "a.warc: record 2 is damaged or truncated: it lacks 96 bytes"),
     ],
 )
 def test_a_truncated_web_archive(tmp_path: Path, name: str, cut: int, message: str) -> None:
@@ -103,6 +104,31 @@ def test_a_web_archive_that_ends_anywhere(tmp_path: Path) -> None:
         elif end > first:
             with pytest.raises(UserError, match=r"a\.warc: record 2 is damaged"):
                 read(path)
+
+
+@pytest.mark.parametrize("suffix", [".html", ".warc"])
+@pytest.mark.parametrize(
+    ("encoding", "head"),
+    [
+        ("gb18030", '<meta charset="gb2312">'),
+        ("cp1252", '<META http-equiv="Content-Type" content="text/html; charset=iso-8859-1">'),
+        ("utf-8", "<meta charset=x-unknown>"),
+        ("utf-8", '<meta charset="utf-8">'),
+        ("utf-16", ""),
+    ],
+)
+def test_encodings_of_pages(tmp_path: Path, suffix: str, encoding: str, head: str) -> None:
+    """Catches pages that are read as UTF-8 although neither they nor their server say so, and one bad byte that makes a
+    guess of the encoding."""
+    sentence = (
+        "Les pêcheurs préfèrent l’été à l’hiver. " if encoding == "cp1252" else "龙虾生活在海里，人们喜欢吃它。朱镕基。"
+    )
+    page = HTML.replace("<body>", f"<head>{head}</head><body>").replace(PARAGRAPH, sentence)
+    content = page.encode(encoding) + (b"\xff" if "utf-8" in head else b"")
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content) if suffix == ".html" else warc(path, pages=[content])
+    (text,) = read(path).values()
+    assert sentence.strip() in text
 
 
 def test_another_format_read_as_a_web_archive(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +172,33 @@ def test_moses_pairs(tmp_path: Path) -> None:
     found = read(make_zip(tmp_path / "a.zip", {**sides, **ids}))
     assert list(found.values()) == ["a\nb", "c", "甲\n乙", "丙"]
     assert len(read(make_zip(tmp_path / "b.zip", sides))) == 6
+    with pytest.raises(UserError, match=r"c\.zip::O\.en-zh\.en: expected as many lines .* only one .* has line 4"):
+        read(make_zip(tmp_path / "c.zip", {**sides, "O.en-zh.ids": ids["O.en-zh.ids"] + "en/2\tzh/2\t2\t2\n"}))
+
+
+def test_names_of_members_that_are_not_unicode(tmp_path: Path) -> None:
+    """Catches a traceback when the name becomes a part of an id, or a name that zipfile cannot decode."""
+    with tarfile.open(tmp_path / "a.tar", "w", errors="surrogateescape") as archive:
+        for name in ("\udcff.txt", "\udcff.pdf"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"text"))
+    assert read(tmp_path / "a.tar") == {"a.tar::\ufffd.txt:1": "text"}
+    path = make_zip(tmp_path / "a.zip", {"\u00e9.txt": "text"})
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
+    with pytest.raises(UserError, match=r"a\.zip is damaged or truncated: 'utf-8' codec can't decode byte 0xff"):
+        read(path)
+
+
+def test_a_zip_with_a_password(tmp_path: Path) -> None:
+    """Catches a traceback of zipfile."""
+    archive = make_zip(tmp_path / "en.zip", {"xml/en/1.xml": FILM})
+    content = bytearray(archive.read_bytes())
+    for place in (6, content.index(b"PK\x01\x02") + 8):
+        content[place] |= 1  # the member is encrypted
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read .*en\.zip: File 'xml/en/1\.xml' is encrypted, password required"):
+        read(archive)
 
 
 def test_dialogues(tmp_path: Path) -> None:
@@ -177,6 +230,11 @@ def test_metadata_of_tables(tmp_path: Path) -> None:
     assert (document.text, document.metadata) == ("one", {"url": "http://a.org"})
     with pytest.raises(UserError, match=r"a.jsonl:1: no column 'title'; found: text, url, more"):
         read(tmp_path, metadata=["title"])
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "url": ["\\ud800"]}\n')
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: expected Unicode text in 'metadata', found half of a surrogate pair"
+    ):
+        read(tmp_path, metadata=["url"])
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.zip"])

@@ -13,11 +13,12 @@ import pytest
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain.cleaning import run, stages
+from pretrain.cleaning import near_duplicates, run, stages, step
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents
 from pretrain.cleaning.reading import find_inputs
 from pretrain.corpus.sources import find_sources
+from small_disk import SmallDisk
 
 STEPS = [
     {"ftfy": {}},
@@ -56,6 +57,23 @@ def clean(config: CleanConfig, folder: Path, workers: int = 1) -> dict[str, str]
 def test_worker_processes_write_the_same_bytes(config: CleanConfig, tmp_path: Path) -> None:
     """Catches results in the order of their arrival, and steps that cannot be sent to a process."""
     assert clean(config, tmp_path / "one", 1) == clean(config, tmp_path / "two", 2)
+
+
+def test_more_parts_than_memory_maps(clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a collection of 100 GB that fails because all of its arrays are memory-mapped at once."""
+    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 1)
+    monkeypatch.setattr(step, "_OPENED", 1)
+    compare, mapped = near_duplicates._compare_band, list[int]()
+
+    def counted(*arguments: Any) -> None:
+        compare(*arguments)
+        mapped.append(Path("/proc/self/maps").read_text().count(".npy"))
+
+    monkeypatch.setattr(near_duplicates, "_compare_band", counted)
+    lines = [" ".join(f"{word}{number % 8}" for word in "abcdefgh") for number in range(10)]
+    assert clean(lines, {"minhash": {}})["kept"] == 8
+    assert max(mapped) <= 6
+    assert texts_of(tmp_path / "out") == lines[:8]
 
 
 def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
@@ -103,10 +121,31 @@ def test_duplicates_go_and_everything_is_counted(clean: Any, tmp_path: Path) -> 
     assert "second line of text" not in page
 
 
+def test_pages_without_text_are_counted(clean: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches pages that vanish because no text is found in them."""
+    (tmp_path / "pages").mkdir()
+    for name, body in (("a", "<p>A page about the sea and its animals.</p>"), ("b", ""), ("c", "<nav></nav>")):
+        (tmp_path / "pages" / f"{name}.html").write_text(f"<html><body>{body}</body></html>")
+    found = clean([], {"length": {}}, source=str(tmp_path / "pages"))
+    assert (found["read"], found["kept"], found["empty"]) == (1, 1, 2)
+    assert "1 of 1 documents kept, 2 pages without text" in capsys.readouterr().out
+    assert "without text" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_result_is_a_source_of_a_corpus(clean: Any, tmp_path: Path) -> None:
     """Catches clean.json being read as text."""
     clean(["one text"], {"exact_dedup": {}})
     assert [Path(source.name).name for source in find_sources(str(tmp_path / "out"))] == ["data-00000.jsonl.zst"]
+
+
+def test_a_full_disk(clean: Any, small_disk: SmallDisk) -> None:
+    """Catches a traceback for an array that does not fit; numpy's error has no number."""
+    lines, output = [" ".join(f"w{number}" for number in range(30_000))], str(small_disk.path / "out")
+    small_disk.fill(leave=1 << 16)
+    with pytest.raises(UserError, match=rf"^output {output}: .*ngrams\.npy: disk full; the same command resumes"):
+        clean(lines, {"minhash": {}}, output=output)
+    small_disk.free()
+    assert clean(lines, {"minhash": {}}, output=output)["kept"] == 1
 
 
 def test_languages_of_what_is_left_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +204,18 @@ def test_an_unfinished_cleaning_of_another_text_is_refused(
     text = (tmp_path / "a.txt").read_text()
     (tmp_path / "a.txt").write_text(text.replace("a0", "z0"))
     with pytest.raises(UserError, match="the source changed"):
+        clean(config, tmp_path / "out")
+
+
+def test_a_damaged_part_is_one_message(config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback, and documents that are lost without a word."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_decide", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            clean(config, tmp_path / "out")
+    path = tmp_path / "out.partial" / "pass-0" / "000001.jsonl.zst"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"^{path} is damaged; delete {tmp_path}/out.partial to start over$"):
         clean(config, tmp_path / "out")
 
 

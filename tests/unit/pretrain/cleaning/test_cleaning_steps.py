@@ -95,6 +95,8 @@ def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch
         for url in ("http://www.spam.co.uk/x", "http://good.org/casino/1", "http://good.org/", "")
     }
     assert list(rules.values()) == ["domain", "hard_blacklisted", "", "no_url"]
+    with pytest.raises(UserError, match=r"in.txt:1: expected text in 'url', found 5"):
+        apply("url_filter", "a", {"url": 5}, **keys)
 
 
 def test_samples_by_weight_and_source_have_their_size() -> None:
@@ -109,6 +111,8 @@ def test_samples_by_weight_and_source_have_their_size() -> None:
     assert 430 < kept["b"] < 570
     with pytest.raises(UserError, match=r"a:1: expected a number >= 0 in 'score', found \"high\""):
         step.apply(Document("a:1", "a", "", {"score": "high"}))
+    with pytest.raises(UserError, match=r"a:1: expected a number >= 0 in 'score', found NaN"):
+        step.apply(Document("a:1", "a", "", {"score": float("nan")}))
 
 
 def train_language_model(text: Path, model: Path) -> None:

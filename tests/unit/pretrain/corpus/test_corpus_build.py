@@ -378,6 +378,8 @@ def test_output_folder_with_other_files(corpus: Build, tmp_path: Path) -> None:
     assert contents(tmp_path / "c") == {"thesis.tex": b"years of work"}
     (tmp_path / "empty").mkdir()
     assert corpus("empty").documents == 300
+    with pytest.raises(UserError, match=r"^--output /: expected a folder that can be created$"):
+        corpus("/")
 
 
 def test_concurrent_builds(corpus: Build, tmp_path: Path) -> None:

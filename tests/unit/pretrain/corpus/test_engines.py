@@ -1,4 +1,3 @@
-import socket
 import subprocess
 import sys
 import threading
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiment.errors import UserError
 from launcher.cli import main
@@ -17,6 +17,7 @@ from pretrain.corpus.build import build_corpus, complete_corpus
 from pretrain.corpus.build_plan import plan_build
 from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
+from s3_server import accepts, free_port
 from waiting import LIMIT, wait_until
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is not installed")
@@ -135,22 +136,37 @@ def test_environment_without_a_share(variables: dict[str, int]) -> None:
 @pytest.mark.soak
 @needs_ray
 def test_ray(tmp_path: Path, source: Path, vocabulary_folder: Path, whole: Path, ray_head: str) -> None:
-    """Catches a corpus of Ray's tasks with other bytes than one of this machine, and errors with Ray's traceback."""
+    """Catches corpora and clean documents of Ray's tasks with other bytes than of this machine, and errors with Ray's
+    traceback."""
     ray = ["--engine=ray", f"--ray_address={ray_head}"]
     assert main(flags(tmp_path / "c", source, vocabulary_folder, *ray)) == 0
     assert contents(tmp_path / "c") == contents(whole)
+    config = {"source": str(source), "output": str(tmp_path / "cleaned"), "steps": [{"ftfy": {}}, {"minhash": {}}]}
+    (tmp_path / "clean.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert main(["clean", "--config", str(tmp_path / "clean.yaml"), "--workers=1"]) == 0
+    assert main(["clean", "--config", str(tmp_path / "clean.yaml"), f"--output={tmp_path}/cleaned-by-ray", *ray]) == 0
+    assert contents(tmp_path / "cleaned-by-ray") == contents(tmp_path / "cleaned")
     (source / "2.txt").write_bytes(b"good\nba\xff\n")
     options: dict[str, Any] = {"source": source, "tokenizer": vocabulary_folder, "output": tmp_path / "d"}
     with pytest.raises(UserError, match=r"2\.txt:2: not UTF-8 text \(byte 0xff at column 3\)"):
         build_corpus(CorpusOptions(**options, engine="ray", ray_address=ray_head))
 
 
+@pytest.mark.soak
+@needs_ray
+def test_a_cluster_that_has_ended(
+    tmp_path: Path, source: Path, vocabulary_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a command that tries to connect for 14 minutes, as Ray does by default."""
+    address = f"--ray_address=127.0.0.1:{free_port()}"
+    assert main(flags(tmp_path / "c", source, vocabulary_folder, "--engine=ray", address)) == 2
+    assert f"{address.replace('=', ' ')}: no Ray cluster answers" in capsys.readouterr().err
+
+
 @pytest.fixture
 def ray_head() -> Iterator[str]:
     """The address of a Ray cluster of one node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = "ray start --head --block --include-dashboard=false --disable-usage-stats --object-store-memory=100000000"
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("ray")), *command.split()[1:], f"--port={port}", "--num-cpus=2"],
@@ -158,7 +174,7 @@ def ray_head() -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        wait_until(lambda: accepts(port), process)
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -174,6 +190,15 @@ def test_ray_is_not_installed(
     with pytest.raises(UserError, match=r"--engine ray needs Ray; install it with: pip install 'deepcloze\[ray\]'"):
         build_corpus(CorpusOptions(**options, engine="ray"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_folder_that_machines_do_not_share(tmp_path: Path, source: Path, vocabulary_folder: Path) -> None:
+    """Catches a build that waits for pieces on the disk of another machine for ever."""
+    plan = plan_build(CorpusOptions(source=source, tokenizer=str(vocabulary_folder), output=tmp_path / "c"))
+    with pytest.raises(
+        UserError, match=rf"{plan.partial} does not exist on .*; expected a disk that all machines share"
+    ):
+        tasks.tokenize_split(build.build_job(plan), records.SplitTask(plan.splits[0], b""))
 
 
 class _NoCluster:

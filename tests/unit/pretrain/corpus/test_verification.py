@@ -194,6 +194,7 @@ def test_the_command_verifies_always(corpus: Path, built: Path, capsys: pytest.C
         ("corpus --source a.txt --output c", "missing: --tokenizer ("),
         ("corpus", "expected --source, --tokenizer and --output to build a corpus, --verify"),
         ("corpus --verify c --workers 2", "--verify builds nothing; expected no other flag"),
+        ("corpus --verify s3://b/c", "--verify: expected a path on a disk, found the URL s3://b/c"),
     ],
 )
 def test_flags_either_build_or_verify(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from pretrain.corpus.manifest import SourceShare, write_manifest
 from pretrain.corpus.origins import write_cleanings
 from pretrain.corpus.reader import Corpus
 from pretrain.inspection import sample
-from pretrain.inspection.contents import count_lengths, count_tokens, script_shares
+from pretrain.inspection.contents import count_lengths, script_shares
 from pretrain.inspection.masked_documents import masked_documents
 from pretrain.inspection.packing_efficiency import packing_efficiency
 from pretrain.inspection.sample import draw_sample, read_documents
@@ -49,7 +49,9 @@ def test_documents_and_tokens_of_all_shards_are_read(corpus: Corpus) -> None:
     assert np.repeat(lengths, counts).tolist() == sorted(len(document.ids) for document in documents)
     every = np.concatenate([document.ids for document in documents])
     counted: list[float] = []
-    assert (count_tokens(draw_sample(corpus, 1), counted.append) == np.bincount(every, minlength=1002)).all()
+    assert (
+        corpus.count_tokens(draw_sample(corpus, 1).shards, counted.append) == np.bincount(every, minlength=1002)
+    ).all()
     assert sum(counted) == len(every)
 
 
@@ -57,7 +59,7 @@ def test_a_token_outside_the_vocabulary_is_refused(make_corpus: MakeCorpus) -> N
     """Catches a traceback for a damaged shard."""
     corpus = make_corpus([[[5, 6], [60_000]]])
     with pytest.raises(UserError, match=r"data-00000-of-00001.arrow is damaged: it has a token with id 60000"):
-        count_tokens(draw_sample(corpus, 1), lambda _: None)
+        corpus.count_tokens(draw_sample(corpus, 1).shards)
 
 
 def test_large_corpora_are_sampled(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +150,7 @@ def test_sources_and_cleanings_are_shown(corpus: Corpus, capsys: pytest.CaptureF
         tally.count(Document(f"a.txt:{number}", "a.txt", "<b>short"), "<b>short", verdict, False)
     config = build_config(CleanConfig, {"source": "a", "output": "b", "steps": [{"length": {"min_words": 3}}]})
     steps = [item.make() for item in config.steps]
-    summary = summarize(config, {"recipe": "", "source": ""}, 1, Counter({"en": 1}), [tally], steps)
+    summary = summarize(config, {"recipe": "", "source": ""}, 0, 1, Counter({"en": 1}), [tally], steps)
     write_cleanings(corpus.path, [{"folder": "", **summary}])
     main(["corpus", "--inspect", str(corpus.path)])
     out = capsys.readouterr().out
@@ -189,3 +191,16 @@ def test_mistakes(
     assert main(["corpus", *arguments]) == 2
     assert message in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
+
+
+def test_damaged_files(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback of pyarrow, or of a page about a cleaning."""
+    shard = corpus.path / corpus.manifest.shards[0].file
+    content = shard.read_bytes()
+    shard.write_bytes(bytes(len(content)))
+    assert main(["corpus", "--inspect", str(corpus.path)]) == 2
+    assert f"{shard} is damaged: its SHA-256 is " in capsys.readouterr().err
+    shard.write_bytes(content)
+    (corpus.path / "clean.json").write_text('[{"folder": ""}]')
+    assert main(["corpus", "--inspect", str(corpus.path)]) == 2
+    assert "clean.json is damaged: expected a list of cleanings" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The fused cross-entropy against torch's, in Triton's interpreter; and its kernel compiled for several devices."""
 
 import gc
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,28 @@ def compare_with_torch(
             assert (one.grad - other.grad).norm() <= TOLERANCE[dtype] * other.grad.norm()
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("bias", [True, False])
+SHAPES = {"one chunk": ((37, 12, 101), 2**26), "one row": ((1, 8, 2), 1), "two chunks": ((130, 7, 65), 1)}
+
+
 @pytest.mark.parametrize(
-    ("shape", "chunk_logits"),
-    [((37, 12, 101), 2**26), ((1, 8, 2), 1), ((130, 7, 65), 1)],  # one chunk; one row; two chunks
+    ("dtype", "bias", "shape"),
+    sampled(
+        itertools.product(TOLERANCE, (True, False), SHAPES),
+        [
+            (torch.float32, False, "one chunk"),
+            (torch.float32, True, "one row"),
+            (torch.float16, True, "two chunks"),
+            (torch.bfloat16, False, "two chunks"),
+        ],
+    ),
 )
 def test_values_and_gradients_are_those_of_torch(
-    interpreting_pools: dict[int, RankPool],
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    bias: bool,
-    chunk_logits: int,
+    interpreting_pools: dict[int, RankPool], dtype: torch.dtype, bias: bool, shape: str
 ) -> None:
     """Catches odd sizes that are read or written past their end, a chunk that overwrites another one, the gradient of
     fp16 that is not scaled back, and rows that do not count but have a gradient."""
-    interpreting_pools[1].run(compare_with_torch, shape, dtype, bias, slice(2, None, 5), chunk_logits)
+    sizes, chunk_logits = SHAPES[shape]
+    interpreting_pools[1].run(compare_with_torch, sizes, dtype, bias, slice(2, None, 5), chunk_logits)
 
 
 def test_a_vocabulary_of_several_blocks(interpreting_pools: dict[int, RankPool]) -> None:

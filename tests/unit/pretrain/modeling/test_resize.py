@@ -12,10 +12,10 @@ from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_finge
 from experiment.transformers_models import max_positions
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces
-from pretrain.export import write_hugging_face_folder
 from pretrain.modeling.build import build_model
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
+from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 
 MODEL_TYPES = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
 WORDS = ("zedwilmar", "##zzed", "q")

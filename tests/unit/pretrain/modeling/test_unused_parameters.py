@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from experiment.transformers_models import first_position
+from pretrain.modeling.build import unused_parameters
 from pretrain.modeling.packability import why_not_packed
-from pretrain.modeling.unused_parameters import unused_parameters
 from tiny_models import tiny_fields
 
 

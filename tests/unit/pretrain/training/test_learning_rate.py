@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import ScheduleConfig
+from pretrain.schedule_config import ScheduleConfig
 from pretrain.training.learning_rate import learning_rate
 
 NAMES = ["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"]

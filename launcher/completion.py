@@ -1,18 +1,11 @@
-"""Commands and config keys, described for a shell and the docs.
+"""Scripts with which shells complete commands, flags, config keys and the names of recipes."""
 
-`python -m launcher.reference config > docs/config.md` and `python -m launcher.reference commands > docs/commands.md`
-write the pages of the docs.
-"""
-
-import sys
-import textwrap
 from collections.abc import Mapping
 from typing import Literal
 
-from experiment.config.reference import as_markdown, config_reference
-from experiment.formatting import markdown_table
+from experiment.config.reference import config_reference
 from experiment.recipes import all_recipes
-from launcher.command_line import ABOUT_QUIET, Command, describe_command, flags_of, options_of
+from launcher.command_line import Command, flags_of, options_of
 from launcher.configs import CONFIGS
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -46,27 +39,6 @@ _ZSH = """\
 # deepcloze, zsh: deepcloze completion zsh > ~/.deepcloze.zsh, and in ~/.zshrc: . ~/.deepcloze.zsh
 autoload -U +X compinit && compinit
 autoload -U +X bashcompinit && bashcompinit
-"""
-
-_CONFIG_HEAD = """\
-<!-- Generated from the docstrings of the config fields: python -m launcher.reference config > docs/config.md -->
-
-# Config reference
-
-Every key of a config file, with its type and default. Override any key on the command line as `--section.key=value`.
-`deepcloze config pretrain [KEY]`, and the same with `finetune`, `compare` or `clean`, shows all keys, one section or
-one key. Keys of list items are written `list[].key`.
-"""
-
-_COMMANDS_HEAD = f"""\
-<!-- Generated from the docstrings of the commands: python -m launcher.reference commands > docs/commands.md -->
-
-# Commands
-
-All commands, in the order of their use. `deepcloze COMMAND --help` prints the same in the terminal.
-
-Flags are written `--flag value` or `--flag=value`; in their names, `-` and `_` are the same. Commands that take a
-config also take any of its keys as `--section.key=value`, see [config.md](config.md). {ABOUT_QUIET}
 """
 
 
@@ -104,32 +76,3 @@ def _flags(name: str, command: Command) -> list[str]:
 
 def _recipe_names(name: str) -> list[str]:
     return [recipe.name for recipe in all_recipes() if recipe.kind == name]
-
-
-def config_page() -> str:
-    """The Markdown of docs/config.md."""
-    titles = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "compare": "Comparisons", "clean": "Cleaning"}
-    sections = [f"## {titles[kind]}\n\n{as_markdown(config_reference(config))}" for kind, config in CONFIGS.items()]
-    return "\n".join([_CONFIG_HEAD, *sections])
-
-
-def commands_page(commands: Mapping[str, Command]) -> str:
-    """The Markdown of docs/commands.md."""
-    return "\n".join([_COMMANDS_HEAD, *(_command_section(name, command) for name, command in commands.items())])
-
-
-def _command_section(name: str, command: Command) -> str:
-    found = describe_command(name, command)
-    table = markdown_table(["flag", "meaning"], [[_cell(f"`{flag}`"), _cell(meaning)] for flag, meaning in found.flags])
-    usage, example = (textwrap.indent(text, "    ") for text in (found.usage, found.example))
-    return f"## deepcloze {name}\n\n{usage}\n\n{found.text}\n\n{table}\nExample:\n\n{example}\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
-
-
-if __name__ == "__main__":
-    from launcher.cli import COMMANDS
-
-    print(config_page() if sys.argv[1] == "config" else commands_page(COMMANDS), end="")

@@ -2,7 +2,7 @@ import time
 
 import torch
 
-from pretrain.modeling.compile_time import compile_seconds
+from experiment.goodput import compile_seconds
 
 
 def test_compiling_is_timed_once() -> None:

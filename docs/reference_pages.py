@@ -1,0 +1,96 @@
+"""Writes docs/config.md and docs/commands.md from the docstrings of config fields, commands and flags.
+
+python docs/reference_pages.py config > docs/config.md
+python docs/reference_pages.py commands > docs/commands.md
+"""
+
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from experiment.config.reference import REQUIRED, ConfigSection, config_reference
+from experiment.formatting import markdown_table
+from launcher.cli import COMMANDS
+from launcher.command_line import ABOUT_QUIET, Command, describe_command
+from launcher.configs import CONFIGS
+
+_CONFIG_HEAD = """\
+<!-- Generated from the docstrings of the config fields: python docs/reference_pages.py config > docs/config.md -->
+
+# Config reference
+
+Every key of a config file, with its type and default. Override any key on the command line as `--section.key=value`.
+`deepcloze config pretrain [KEY]`, and the same with `finetune`, `compare` or `clean`, shows all keys, one section or
+one key. Keys of list items are written `list[].key`.
+"""
+
+_COMMANDS_HEAD = f"""\
+<!-- Generated from the docstrings of the commands: python docs/reference_pages.py commands > docs/commands.md -->
+
+# Commands
+
+All commands, in the order of their use. `deepcloze COMMAND --help` prints the same in the terminal.
+
+Flags are written `--flag value` or `--flag=value`; in their names, `-` and `_` are the same. Commands that take a
+config also take any of its keys as `--section.key=value`, see [config.md](config.md). {ABOUT_QUIET}
+"""
+
+
+def config_page() -> str:
+    """The Markdown of docs/config.md."""
+    titles = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "compare": "Comparisons", "clean": "Cleaning"}
+    sections = [f"## {titles[kind]}\n\n{_tables(config_reference(config))}" for kind, config in CONFIGS.items()]
+    return "\n".join([_CONFIG_HEAD, *sections])
+
+
+def _tables(reference: Sequence[ConfigSection]) -> str:
+    """A heading and a table for each section."""
+    parts = []
+    for section in reference:
+        rows = [
+            [
+                f"`{key.name}`",
+                key.type,
+                f"`{key.default}`" if key.default != REQUIRED else REQUIRED,
+                _linked(key.meaning),
+            ]
+            for key in section.keys
+        ]
+        table = markdown_table(["key", "type", "default", "meaning"], rows)
+        title = f"`{section.name}`, {section.variant}" if section.variant else f"`{section.name}`"
+        parts.append("\n\n".join(filter(None, [f"### {title}", _linked(section.meaning), table])))
+    return "\n".join(parts)
+
+
+def _linked(text: str) -> str:
+    """Paths of pages as links from docs/config.md."""
+
+    def link(match: re.Match[str]) -> str:
+        path = PurePath(match[0])
+        return f"[{path.name}]({path.name})" if path.parts[0] == "docs" else f"[{path}](../{path})"
+
+    return re.sub(r"\b[\w/]+\.md\b", link, text)
+
+
+def commands_page() -> str:
+    """The Markdown of docs/commands.md."""
+    return "\n".join([_COMMANDS_HEAD, *(_command_section(name, command) for name, command in COMMANDS.items())])
+
+
+def _command_section(name: str, command: Command) -> str:
+    found = describe_command(name, command)
+    table = markdown_table(["flag", "meaning"], [[_cell(f"`{flag}`"), _cell(meaning)] for flag, meaning in found.flags])
+    usage, example = (textwrap.indent(text, "    ") for text in (found.usage, found.example))
+    return f"## deepcloze {name}\n\n{usage}\n\n{found.text}\n\n{table}\nExample:\n\n{example}\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+PAGES = {"config": config_page, "commands": commands_page}
+
+if __name__ == "__main__":
+    print(PAGES[sys.argv[1]](), end="")

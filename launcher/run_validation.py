@@ -1,0 +1,64 @@
+"""Validation of runs without starting them: which command a config is for, and the runs of sweeps and comparisons."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiment.config import flatten, load_config
+from experiment.config.yaml_dialect import read_yaml
+from experiment.fast_imports import fast_imports
+from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
+from launcher.launch import warnings_left_to_rank0
+from launcher.launch_plan import plan_launch
+from launcher.options import PretrainOptions
+from launcher.run_set import FlatConfig
+from pretrain.config import PretrainConfig
+
+_COMMANDS = {"task": "finetune", "rows": "compare", "steps": "clean", "source": "clean", "output": "clean"}
+"""Section of a config -> the command that the config is for."""
+
+Validate = Callable[[dict[str, str]], FlatConfig]
+"""Config overrides -> the config of the run. Raises UserError for anything that would keep the run from starting."""
+
+
+def command_of(config: str) -> str:
+    """The command that a config file is for; `pretrain` for one that cannot be read."""
+    try:
+        tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = None  # `load_config` raises it with a message
+    sections = tree if isinstance(tree, dict) else {}
+    return next((command for section, command in _COMMANDS.items() if section in sections), "pretrain")
+
+
+def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
+    """Validation of pretraining runs of a config file. placement: of `LaunchOptions`."""
+    machine = launch_machine()
+
+    def validate(overrides: dict[str, str]) -> FlatConfig:
+        point = load_config(PretrainConfig, config, overrides)
+        with warnings_left_to_rank0():
+            plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), point, machine)
+        return flatten(point)  # not the resolved one, whose model.init_from may be a newer checkpoint after a restart
+
+    return validate
+
+
+def validate_finetuning(config: str) -> Validate:
+    """Validation of fine-tuning runs of a config file."""
+    with fast_imports():
+        from finetune.resolve import load_run_config
+
+    def validate(overrides: dict[str, str]) -> FlatConfig:
+        return flatten(load_run_config(config, overrides))
+
+    return validate
+
+
+def launch_machine() -> Machine:
+    """This machine, to plan launches from."""
+    machine = inspect_machine()
+    select_accelerator(machine.devices)
+    return machine

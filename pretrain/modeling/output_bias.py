@@ -1,0 +1,51 @@
+"""The initial bias of the decoder: the logarithm of the frequency of each token.
+
+A new model predicts all tokens alike, and learns their frequencies first. With this bias it begins with them, as
+Karpathy 2019, "A Recipe for Training Neural Networks" (section 2, "init well"), recommends for final layers.
+
+Shapes: V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from experiment.errors import UserError
+from pretrain.corpus.reader import Corpus
+
+_SHARDS = 4  # of at most 32 Mi tokens: 128 Mi tokens are enough for the frequencies
+
+
+def token_frequencies(corpora: Sequence[Corpus], weights: Sequence[float]) -> NDArray[np.float64]:
+    """The share of each token in a mixture of corpora: [V]. Every token counts once more than it occurs, so that no
+    share is 0. Reads up to four shards of each corpus.
+
+    weights: share of the tokens of each corpus in the mixture, relative to each other.
+    """
+    shares = np.stack([_frequencies(corpus) for corpus in corpora])
+    return np.average(shares, axis=0, weights=weights)
+
+
+def _frequencies(corpus: Corpus) -> NDArray[np.float64]:
+    shards = np.unique(np.linspace(0, len(corpus.manifest.shards) - 1, _SHARDS).astype(int)).tolist()
+    counts = corpus.count_tokens(shards) + 1
+    return counts / float(counts.sum())
+
+
+def set_output_bias(model: PreTrainedModel, frequencies: NDArray[np.float64]) -> None:
+    """Set the bias of the decoder to the logarithm of `frequencies`, [V].
+
+    Rows of the decoder that no token has, of a padded vocabulary, get the bias of the rarest one. Raises UserError if
+    the decoder has no bias.
+    """
+    decoder = model.get_output_embeddings()
+    if decoder is None or getattr(decoder, "bias", None) is None:
+        raise UserError(f"model.output_bias: the decoder of '{model.config.model_type}' has no bias with this config")
+    logarithms = np.log(frequencies)
+    padding = (0, decoder.bias.numel() - len(logarithms))
+    bias = np.pad(logarithms, padding, constant_values=logarithms.min())
+    with torch.no_grad():
+        decoder.bias.copy_(torch.from_numpy(bias))
