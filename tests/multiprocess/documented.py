@@ -55,7 +55,7 @@ _MARK = re.compile(
     r"# ((?:needs (?:a GPU|two GPUs|a cluster|the network|Docker|a W&B account)|on (?:every host|node-\d))\b.*)"
 )
 _EXTRA = re.compile(r"pip install 'deepcloze\[(\w+)\]'")
-_SERVERS = ("deepcloze serve ", "tensorboard ")
+_SERVER = re.compile(r"deepcloze serve |tensorboard |deepcloze report .*--follow")
 # The numbers of long runs in commands and configs, and those of the runs here.
 _SCALED = {
     "step-00050000": "step-00000003",
@@ -168,7 +168,7 @@ class Terminal:
         with self._inside():
             if extra := _EXTRA.fullmatch(command.text):  # pip would take two seconds
                 assert extra[1] in metadata("deepcloze").get_all("Provides-Extra", []), text
-            elif text.startswith(_SERVERS):
+            elif _SERVER.match(text):
                 self._serve(text)
             elif text.startswith("deepcloze "):
                 self._deepcloze(text, command.message)
@@ -231,7 +231,7 @@ class Terminal:
 
 
 def is_server(command: Command) -> bool:
-    return command.text.startswith(_SERVERS)
+    return _SERVER.match(command.text) is not None
 
 
 def is_installed(program: str) -> bool:

@@ -111,8 +111,11 @@ class FollowedRun:
     def known(self, name: str, link: str | None) -> Run:
         config, results = (self._values.get(path, (None, None))[1] for path in (self._folder.config, self._results))
         life = replace(self._life, message=self._problem or self._life.message) if self._life else None
-        started = last_start(self._folder)
-        return Run(name, self._folder, self._history, config or {}, results, life, started, link, followed=True)
+        return Run(name, self._folder, self._history, config or {}, results, life, self.started, link, followed=True)
+
+    @property
+    def started(self) -> float:
+        return last_start(self._folder)
 
     @property
     def _results(self) -> Path:
@@ -314,7 +317,8 @@ class FollowedPages:
         found = [self._runs[folder.path] for folder in folders.values()]
         opened += found
         deadline = time.monotonic() + _WAIT
-        for event in [event for run in found for event in run.ask()]:
+        newest_first = sorted(found, key=lambda run: run.started, reverse=True)  # the charts show these
+        for event in [event for run in newest_first for event in run.ask()]:
             event.wait(max(0.0, deadline - time.monotonic()))
         return [
             run.known(name, self._link(folder, is_first) if folder.path.is_dir() else None)

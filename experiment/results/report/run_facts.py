@@ -144,7 +144,7 @@ def _checkpoints(folder: RunFolder) -> Iterator[Fact]:
     with suppress(OSError, ValueError, IndexError):  # being copied or deleted; IndexError: there is none
         last = complete_checkpoints(folder.checkpoints)[-1]
         saved = datetime.fromtimestamp((last / COMPLETE).stat().st_mtime, UTC)
-        yield Fact("Last checkpoint", f"{checkpoint_step(last):,}", f"step, {saved:%Y-%m-%d %H:%M} UTC")
+        yield Fact("Last checkpoint", f"{checkpoint_step(last):,}", f"{saved:%Y-%m-%d %H:%M} UTC")
     with suppress(OSError, ValueError):
         best = named_best(folder.checkpoints)
         if best is not None:

@@ -134,3 +134,22 @@ def test_sentences_can_be_put_together_again(corpus: str, request: pytest.Fixtur
         assert any(tokenizer.decode(text.tolist()).startswith(whole) for text in texts)
         assert not sentence.before or sentence.before[-1:] == " "
         assert not sentence.after[:1].isalnum()
+
+
+def test_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `report runs` that fails for a run that has not started, or counts its own page as a run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        open_run_folder(Path("runs") / name).metrics.write_text('{"step": 10, "loss": 3.0}\n')
+    open_run_folder(Path("runs/new"))
+    for _ in range(2):
+        page = report_runs(["runs"], None)
+        assert page == tmp_path / "runs/report/index.html"
+        text = page.read_text(encoding="utf-8")
+        assert "<h1>2 runs</h1>" in text
+        assert 'data-run="a"' in text
+        assert 'data-run="new"' not in text
+    assert report_runs(["runs", "runs/a"], None) == tmp_path / "report/index.html"
+    open_run_folder(Path("none/new"))
+    with pytest.raises(UserError, match="none has nothing to report: no run in it has logged anything"):
+        report_runs(["none"], None)

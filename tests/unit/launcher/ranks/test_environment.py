@@ -98,8 +98,9 @@ def test_variables_for_other_hosts():
     alerts that rank 0 cannot send from another host."""
     alerts = {f"DEEPCLOZE_{name}": "secret" for name in ("SMTP_PASSWORD", "WEBHOOK_URL", "APPRISE_URLS")}
     environ = {"GLOO_SOCKET_IFNAME": "eth1", "CUDA_VISIBLE_DEVICES": "3", "WANDB_API_KEY": "secret", "MINE": "a b"}
-    environ |= {**alerts, "DEEPCLOZE_LAUNCH": "of another launch"}
+    environ |= {**alerts, "DEEPCLOZE_QUIET": "1", "DEEPCLOZE_LAUNCH": "of another launch"}
     assert forwarded_environment(environ | {"HOME": "/home"}, ["MINE"]) == {
+        "DEEPCLOZE_QUIET": "1",
         "GLOO_SOCKET_IFNAME": "eth1",
         "MINE": "a b",
         "WANDB_API_KEY": "secret",
