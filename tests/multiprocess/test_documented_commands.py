@@ -178,12 +178,15 @@ def test_commands_run(page: str, slow: bool, workplace: Workplace) -> None:
         pytest.skip(f"not installed: {', '.join(sorted(missing))}")
 
 
-def python_examples() -> list[str]:
-    """The code in docs/python.md, and the examples in the docstrings of the functions."""
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", read_page(page), re.DOTALL)
+
+
+def docstring_examples() -> list[str]:
+    """The examples in the docstrings of the functions."""
     docstrings = [inspect.getdoc(getattr(deepcloze, name)) or "" for name in deepcloze.__all__]
     docstrings.append(inspect.getdoc(deepcloze.Predictor.load) or "")
-    examples = [textwrap.dedent(text.partition("Example:\n")[2]) for text in docstrings]
-    return [*re.findall(r"```python\n(.*?)```", read_page("docs/python.md"), re.DOTALL), *examples]
+    return [textwrap.dedent(text.partition("Example:\n")[2]) for text in docstrings]
 
 
 @pytest.mark.soak
@@ -194,9 +197,20 @@ def test_python_examples_run(workplace: Workplace) -> None:
     shutil.rmtree(workplace.folder / "runs/mine", ignore_errors=True)
     shutil.rmtree(workplace.folder / "runs/my-task", ignore_errors=True)
     names: dict[str, object] = {"deepcloze": deepcloze}
-    for example in python_examples():
+    for example in (*python_blocks("docs/python.md"), *docstring_examples()):
         workplace.terminal.execute(example, names)
     assert {"corpus", "run", "scores", "results", "predictor", "losses"} <= names.keys()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("page", [page for page in OTHER_PAGES if python_blocks(page) and page != "docs/python.md"])
+def test_python_beside_commands_runs(page: str, workplace: Workplace) -> None:
+    """Catches an example for the result of a page's commands that does not work."""
+    for command in COMMANDS[page]:
+        if is_installed(command.text.split()[0]):
+            workplace.run(command)
+    for block in python_blocks(page):
+        workplace.terminal.execute(block, {})
 
 
 @pytest.mark.parametrize("page", PAGES)
