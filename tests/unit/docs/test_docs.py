@@ -36,8 +36,11 @@ def test_there_are_pages() -> None:
 
 def test_the_site_has_all_pages() -> None:
     """A new page is missing in the navigation of the site, or a removed one is still there."""
-    nav = re.findall(r"[\w]+\.md", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(nav) == sorted(path.name for path in (REPOSITORY / "docs").glob("*.md"))
+    nav = re.findall(r"[\w/]+\.md", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
+    pages = {path.name for path in (REPOSITORY / "docs").glob("*.md")}
+    assert len(nav) == len(set(nav))
+    assert pages <= set(nav)
+    assert [name for name in nav if name not in pages and not (REPOSITORY / name).is_file()] == []
 
 
 @pytest.mark.parametrize("name", ["config", "commands"])
