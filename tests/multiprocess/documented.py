@@ -108,10 +108,10 @@ def write_configs(page: str, folder: Path, replace: Mapping[str, str] | None = N
 
 
 def validate_configs(page: str, folder: Path) -> None:
-    """Validate the configs of a page as they are written, with the files in a folder that they name."""
+    """Validate the configs of a page, not scaled down, with the files in a folder that they name."""
     with contextlib.chdir(folder):
         for name, text in configs(page).items():
-            Path("as-written.yaml").write_text(text, encoding="utf-8")
+            Path("as-written.yaml").write_text(replaced(text, _SCALED), encoding="utf-8")
             folder_of_run = [] if "steps:\n" in text else ["--run.dir=as-written"]  # not of a cleaning
             assert main(["validate", "as-written.yaml", *folder_of_run]) == 0, name
 
