@@ -54,9 +54,16 @@ class StoppedError(Exception):
     """The run was stopped early and can be resumed (signal, STOP file, time limit). `deepcloze` exits 75."""
 
 
-def notify(message: str) -> None:
+def notify(message: str, bar_rows: int = 0) -> None:
+    """Print a message for the user to stderr.
+
+    bar_rows: of a progress bar that another process may show on the same terminal. The message then begins a new line,
+    since the last one may have the bar or ^C, and is followed by empty ones, which the bar erases in its place. All is
+    one write, so that the bar is not drawn in between.
+    """
     with suppress(OSError):  # the terminal may be closed
-        print(f"deepcloze: {escaped(message)}", file=sys.stderr, flush=True)
+        before, after = ("\n", "\n" * (bar_rows - 1)) if bar_rows and sys.stderr.isatty() else ("", "")
+        print(f"{before}deepcloze: {escaped(message)}\n{after}", end="", file=sys.stderr, flush=True)
 
 
 def inform(message: str) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from experiment.errors import describe_disk_error, end_line, notify
+from experiment.errors import describe_disk_error, notify
 from experiment.outcome_file import RankRecord
 from experiment.run_folder import RunFolder
 from experiment.signals import SignalHistory, handle_stop_signals
@@ -63,7 +63,7 @@ class StopSignals:
     def kill_ranks(self, reason: str = "") -> None:
         """Kill the ranks at once. They can resume from the last complete checkpoint."""
         if reason:
-            notify(f"killing the ranks: {reason}")
+            notify(f"killing the ranks: {reason}", _BAR_LINES)
         self.killed = True
         self._kill()
 
@@ -88,8 +88,6 @@ class StopSignals:
 
     def _on_signal(self, number: int) -> None:
         is_second, name = self._signals.is_second(number), signal.Signals(number).name
-        if not self._requested or is_second:
-            end_line()
         if not self._requested:
             self._request(name)
         elif is_second:
@@ -105,12 +103,10 @@ class StopSignals:
                 self.kill_ranks(str(reason))
             else:
                 self._requested = False
-                notify(f"cannot create STOP: {reason}; send the signal again")
+                notify(f"cannot create STOP: {reason}; send the signal again", _BAR_LINES)
         else:
             self._signal_name = name
-            notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them")
-            for _ in range(_BAR_LINES - 1):
-                end_line()
+            notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them", _BAR_LINES)
 
 
 def _kill_nothing() -> None:
