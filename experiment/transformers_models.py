@@ -103,6 +103,15 @@ def limit_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
         tokenizer.model_max_length = limit
 
 
+def keep_fixed(model: "PreTrainedModel", new: "PreTrainedModel") -> None:
+    """Let the parameters that a new model of the same config does not train, such as RoFormer's sinusoidal positions,
+    stay as they are: those that transformers has loaded from a folder all require a gradient."""
+    fixed = {name for name, parameter in new.named_parameters() if not parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name in fixed:
+            parameter.requires_grad_(False)
+
+
 def is_in_module(parameter: str, module: str) -> bool:
     """Whether `module` is one part, or several consecutive dotted parts, of the parameter's name."""
     return f".{module}." in f".{parameter}."

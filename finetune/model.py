@@ -19,6 +19,7 @@ from experiment.transformers_models import (
     check_freeze,
     describe_unused_layers,
     is_in_module,
+    keep_fixed,
     limit_tokenizer,
     max_positions,
     quiet_transformers,
@@ -102,7 +103,8 @@ def build_model(spec: ModelSpec) -> BuiltModel:
         model = _build_from_config(spec)
         built = BuiltModel(model, tuple(name for name, _ in model.named_parameters()))
     for name, parameter in built.model.named_parameters():
-        parameter.requires_grad_(not any(is_in_module(name, module) for module in spec.freeze))
+        if any(is_in_module(name, module) for module in spec.freeze):
+            parameter.requires_grad_(False)
     return built
 
 
@@ -149,6 +151,8 @@ def _load(spec: ModelSpec) -> BuiltModel:
         raise UserError(f"{spec.folder}: its weights do not fit its config: no {', '.join(encoder[:3])}{more}")
     if not _fits_head(model, spec):
         new |= _renew_head(model, spec)
+    with torch.device("meta"):
+        keep_fixed(model, _build_from_config(spec))
     return BuiltModel(model, tuple(sorted(new)), tuple(sorted(report["unexpected_keys"])))
 
 

@@ -15,14 +15,14 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, first_line
 from experiment.tokenizer import load_tokenizer
-from experiment.transformers_models import describe_unused_layers, first_position, quiet_transformers
+from experiment.transformers_models import describe_unused_layers, first_position, keep_fixed, quiet_transformers
 from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
 from pretrain.modeling.attention import use_flash_attention_3, uses_flash
 from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import evaluation_mode, ignores_padding, packed_inputs, why_not_packed
-from pretrain.modeling.random_model import random_model
+from pretrain.modeling.random_model import meta_model, random_model
 from pretrain.modeling.resize import resize_model
 from pretrain.modeling.structure import FlopsModel, flops_model
 
@@ -104,6 +104,7 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedM
     _check_names(folder, f"{model.base_model_prefix}.", report["missing_keys"], report["unexpected_keys"])
     if report["missing_keys"]:
         _report_missing_head(folder, report["missing_keys"], new_head)
+    keep_fixed(model, meta_model(config))
     return model
 
 

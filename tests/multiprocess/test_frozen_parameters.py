@@ -139,8 +139,8 @@ def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(
 def test_unused_parameters_stay_as_they_are(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
 ) -> None:
-    """Catches weights that decay although the model does not use them. RoFormer looks its positions up outside of
-    autograd; loading them from a folder makes them require a gradient."""
+    """Catches weights that change although the model does not train them. RoFormer's sinusoidal positions require a
+    gradient when transformers has loaded them from a folder."""
     tokenizer = load_tokenizer(wordpiece_corpus / "tokenizer")
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     start = AutoModelForMaskedLM.from_config(AutoConfig.for_model("roformer", **tiny_fields("roformer") | tokens))

@@ -12,6 +12,8 @@ from transformers import (
     BertForTokenClassification,
     RobertaConfig,
     RobertaForMaskedLM,
+    RoFormerConfig,
+    RoFormerForMaskedLM,
 )
 from transformers.utils import logging
 
@@ -124,6 +126,18 @@ def test_frozen_modules_are_not_trained(encoder: Path) -> None:
     for freeze, message in ((("layers.0",), "did you mean 'layer.0'"), (("bert", "classifier"), "whole model")):
         with pytest.raises(UserError, match=rf"^model\.freeze: .*{message}"):
             read_model_inputs(replace(spec, freeze=freeze), load_tokenizer(encoder))
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_sinusoidal_positions_are_not_trained(tmp_path: Path, pretrained: bool) -> None:
+    """Catches positions that change because transformers lets all parameters in a folder require a gradient."""
+    config = RoFormerConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    RoFormerForMaskedLM(config).save_pretrained(tmp_path)
+    model = build_model(start(tmp_path, pretrained)).model
+    fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert fixed == ["roformer.encoder.embed_positions.weight"]
 
 
 def test_weights_that_lack_a_layer_are_rejected(copied: Path) -> None:
