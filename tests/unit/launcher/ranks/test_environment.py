@@ -26,11 +26,12 @@ def test_ranks_share_the_cores(cores: int, ranks: int, threads: str):
     assert host_environment({}, cores, ranks, "cpu")["OMP_NUM_THREADS"] == threads
 
 
-def test_a_cpu_run_sets_the_allocator_and_the_device():
-    """Catches a missing allocator setting on CPUs, or one that slows down the hosts of GPU runs."""
+def test_a_cpu_run_sets_the_allocator_the_waiting_and_the_device():
+    """Catches a missing setting on CPUs, or one that slows down the hosts of GPU runs."""
     cpu, gpu = (host_environment({}, 2, 2, device) for device in ("cpu", "cuda"))
     assert cpu["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=4294967296:")
-    assert "GLIBC_TUNABLES" not in gpu
+    assert int(cpu["GOMP_SPINCOUNT"]) < 300_000  # the default
+    assert gpu.keys() == {"OMP_NUM_THREADS"}
     assert launch_environment({}, "cpu", ROOT)["DS_ACCELERATOR"] == "cpu"
 
 
@@ -62,6 +63,7 @@ def test_user_settings_are_kept():
     own = {
         "GLIBC_TUNABLES": "glibc.malloc.check=1",
         "OMP_NUM_THREADS": "7",
+        "OMP_WAIT_POLICY": "active",
         "TOKENIZERS_PARALLELISM": "true",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
