@@ -1,74 +1,325 @@
-"""Speed of a command beside other busy processes, with settings of its threads.
+"""Speed of commands beside other busy processes, with settings of their threads.
 
-    python -m benchmarks.busy_machine "deepcloze finetune --config task.yaml --run.dir={folder}" \\
-        [--beside 0,1,2] [--settings "OMP_NUM_THREADS=1;GOMP_SPINCOUNT=2000"] [--rounds 3]
+    python -m benchmarks.busy_machine [--beside 0,1,2,4] [--seconds 1.2] [--rounds 3] [--commands finetune,serve]
 
-`{folder}` stands for a new folder. The command is timed from start to end, with the environment as it is and with each
-of the settings, in turn; it should take much longer than its imports. Each busy process is an endless loop in Python.
-Prints medians in seconds, and the speed compared with the idle machine and the environment as it is.
+A small model is fine-tuned, pretrained by one rank and by as many as there are cores, evaluated, predicts and serves.
+Each command runs once with each setting; all but one are stopped. In windows of `seconds` that alternate between the
+settings, one of them continues beside so many endless loops in Python, each in a session of its own, as if other users
+had started them. Start-up is not measured. Prints the medians of units per second (updates, batches or requests), and
+the speed compared with torch's defaults on the idle machine. Takes 15 minutes on two cores.
 """
 
+import http.client
+import itertools
+import json
 import os
-import shlex
+import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import fire
+import psutil
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import describe_machine
+from benchmarks.measuring import deepcloze, describe_machine, write_small_run
+from experiment.hardware import waiting_variables
+from experiment.own_process import module_command, own_environment
+from launcher.hosts.probe import cpu_cores
 
-_AS_IT_IS = "as it is"
+CORES = cpu_cores()
+TORCH = "torch's defaults"
+SETTINGS: dict[str, dict[str, str]] = {
+    TORCH: {"GOMP_SPINCOUNT": "300000"},  # of GNU's OpenMP
+    "as deepcloze sets them": {},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=4000": {"GOMP_SPINCOUNT": "4000"},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    "one thread less": {"OMP_NUM_THREADS": str(max(1, CORES - 1))},
+}
+_FOREVER = 1_000_000_000  # steps
+_TEXTS = 8  # of a request
+_WARM_UP = 5  # units
+_SETTLE_SECONDS = 0.1
+_PATIENCE_SECONDS = 2.0  # for a unit that takes longer than a window
 
 
-def busy_machine(command: str, *, beside: str = "0,1,2", settings: str = "", rounds: int = 3) -> None:
-    """Measure all and print a table. beside: numbers of busy processes. settings: variables, separated by spaces; those
-    of several settings by semicolons."""
+Start = Callable[[Path, Mapping[str, str]], "subprocess.Popen[bytes]"]
+"""Starts a command, with a new folder and more environment variables."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that runs for ever, and appends a line to files for each unit of its work."""
+
+    start: Start
+    files: str  # a pattern in the folder
+
+
+class Inputs:
+    """The files that the commands read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pretraining, self.task, self.rows = (folder / name for name in ("endless.yaml", "task.yaml", "rows.csv"))
+        self.pretrained, self.finetuned = folder / "pretrained", folder / "finetuned"
+
+
+def busy_machine(
+    beside: str = "0,1,2,4", seconds: float = 1.2, rounds: int = 3, commands: str = "", settings: str = ""
+) -> None:
+    """Measure and print a table for each command.
+
+    Args:
+        beside: numbers of busy processes.
+        seconds: of a window.
+        rounds: windows of each setting beside each number of busy processes.
+        commands: of finetune, pretrain-1 (one rank), pretrain-2 (as many as cores), predict, evaluate, serve.
+        settings: more of them, as VARIABLE=VALUE, separated by spaces within one and by semicolons.
+    """
     numbers = [int(number) for number in str(beside).strip("()").split(",")]
-    environments = {_AS_IT_IS: dict[str, str]()}
-    for text in filter(None, map(str.strip, settings.split(";"))):
-        environments[text] = dict(variable.split("=", 1) for variable in text.split())
-    seconds: dict[tuple[str, int], list[float]] = {}
-    for _ in range(rounds):
-        for number in numbers:
-            for name, variables in environments.items():
-                with _busy_processes(number):
-                    seconds.setdefault((name, number), []).append(_run(command, variables))
-    medians = {case: statistics.median(found) for case, found in seconds.items()}
-    table = Table(title=command, caption=describe_machine())
-    table.add_column("setting")
-    for number in numbers:
-        table.add_column(f"beside {number}", justify="right")
-    for name in environments:
-        cells = [f"{medians[name, n]:.1f} s, {medians[_AS_IT_IS, numbers[0]] / medians[name, n]:.0%}" for n in numbers]
-        table.add_row(name, *cells)
-    Console().print(table)
+    more = {text: dict(pair.split("=", 1) for pair in text.split()) for text in filter(None, settings.split(";"))}
+    chosen = [name.strip() for name in str(commands).strip("()").replace("'", "").split(",") if name.strip()]
+    print(describe_machine(), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not to leave processes behind
+    with tempfile.TemporaryDirectory(prefix="deepcloze-busy-") as folder, busy_processes(max(numbers)) as busy:
+        inputs = _write_inputs(Path(folder))
+        for name, command in _commands(inputs).items():
+            if not chosen or name in chosen:
+                one_thread = name == f"pretrain-{CORES}"  # of each rank: they do not wait for threads
+                tried = dict(itertools.islice(SETTINGS.items(), 2)) if one_thread else {**SETTINGS, **more}
+                rates = _measure(command, Path(folder, name), tried, numbers, seconds, rounds, busy)
+                _print_table(name, rates, list(tried), numbers)
+
+
+def _write_inputs(folder: Path) -> Inputs:
+    """A corpus, a pretrained and a fine-tuned model, and configs of endless runs."""
+    inputs = Inputs(folder)
+    config = write_small_run(folder)
+    deepcloze("pretrain", "--config", str(config), f"--run.dir={inputs.pretrained}")
+    endless = {"schedule": {"steps": _FOREVER}, "checkpoint": {"every_steps": _FOREVER}}
+    endless["health"] = {"hang_seconds": 1_000_000}
+    inputs.pretraining.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **endless}))
+    draw = random.Random(2)
+    words = (folder / "text.txt").read_text().split()
+    rows = [f"{draw.choice('ab')},{' '.join(draw.choices(words, k=draw.randint(5, 40)))}" for _ in range(2000)]
+    inputs.rows.write_text("\n".join(["label,text", *rows]))
+    task = {
+        "run": {"keep": "none"},
+        "task": {"train": str(inputs.rows), "columns": {"label": "label", "text": "text"}},
+        "model": {"init_from": str(inputs.pretrained), "max_seq_length": 64},
+        "training": {"batch_size": 16, "steps": _FOREVER, "evaluate_every": _FOREVER, "seeds": [1]},
+    }
+    inputs.task.write_text(yaml.safe_dump(task))
+    short = ("--training.steps=2", f"--run.dir={inputs.finetuned}", "--run.keep=best")
+    deepcloze("finetune", "--config", str(inputs.task), *short)
+    return inputs
+
+
+def _commands(inputs: Inputs) -> dict[str, Command]:
+    pretrain = ("pretrain", "--config", str(inputs.pretraining), "--oversubscribe")
+    model = ("--model", str(inputs.finetuned))
+    evaluate = ("--checkpoint", str(inputs.pretrained), "--corpus", str(inputs.folder / "corpus"))
+    return {
+        "finetune": Command(_repeated("finetune", "--config", str(inputs.task)), "units"),
+        "pretrain-1": Command(_in_folder(*pretrain, "--num_gpus=1"), "run/metrics.jsonl"),
+        f"pretrain-{CORES}": Command(_in_folder(*pretrain, f"--num_gpus={CORES}"), "run/metrics.jsonl"),
+        "predict": Command(_repeated("predict", *model, "--input", str(inputs.rows)), "units"),
+        "evaluate": Command(_repeated("evaluate", *evaluate), "units"),
+        "serve": Command(_served("serve", *model, "--port", "0"), "units"),
+    }
+
+
+def _in_folder(*arguments: str) -> Start:
+    return lambda folder, variables: _start((*_DEEPCLOZE, *arguments, f"--run.dir={folder / 'run'}"), folder, variables)
+
+
+def _repeated(*arguments: str) -> Start:
+    """A command again and again, in one process."""
+    work = (*module_command("benchmarks.busy_machine"), "--work")
+    return lambda folder, variables: _start((*work, str(folder), *arguments), folder, variables)
+
+
+def _served(*arguments: str) -> Start:
+    """A server, and a client in this process that waits for each answer."""
+
+    def start(folder: Path, variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        process = _start((*_DEEPCLOZE, *arguments), folder, variables)
+        output = folder / "output"
+        while not (line := output.read_text().partition("\n")[0]).startswith("http"):
+            assert process.poll() is None, output.read_text()
+            time.sleep(0.05)
+        port = int(line.split()[0].rpartition(":")[2])
+        threading.Thread(target=_ask, args=(port, folder / "units"), daemon=True).start()
+        return process
+
+    return start
+
+
+def _ask(port: int, units: Path) -> None:
+    draw = random.Random(3)
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    with suppress(OSError, http.client.HTTPException), units.open("a", buffering=1) as file:  # until it is killed
+        while True:
+            texts = [" ".join(draw.choices("aeioulnrst", k=draw.randint(5, 40))) for _ in range(_TEXTS)]
+            connection.request(
+                "POST", "/v1/predict", json.dumps({"texts": texts}), {"Content-Type": "application/json"}
+            )
+            answer = connection.getresponse()
+            answer.read()
+            if answer.status == 200:  # not 503, of a request that was stopped with the server
+                file.write("\n")
+
+
+_DEEPCLOZE = module_command("launcher")
+
+
+def _start(argv: Sequence[str], folder: Path, variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    folder.mkdir(parents=True)
+    environment = {**own_environment(), **variables}
+    with (folder / "output").open("wb") as output:
+        return subprocess.Popen(argv, env=environment, stdout=output, stderr=output, start_new_session=True)
+
+
+def work(folder: str, *arguments: str) -> None:
+    """Run a command for ever, and append a line for each batch."""
+    os.environ.update(waiting_variables(os.environ))  # as the command sets them, before torch is imported
+    from finetune.inference import Inference
+    from finetune.training.updater import Updater
+    from launcher.cli import main
+    from pretrain.modeling.masked_lm import MaskedLanguageModel
+
+    output = {"predict": (f"--output={folder}/labels.csv",), "finetune": (f"--run.dir={folder}/run",)}
+    with Path(folder, "units").open("a", buffering=1) as units:
+        for owner, name in ((Updater, "step"), (Inference, "_compute_batch"), (MaskedLanguageModel, "forward")):
+            setattr(owner, name, _counted(getattr(owner, name), units.write))
+        while main([*arguments, *output.get(arguments[0], ())]) == 0:
+            pass
+    sys.exit("the command failed")
+
+
+def _counted(function: Callable[..., object], write: Callable[[str], object]) -> Callable[..., object]:
+    def counted(*args: object, **kwargs: object) -> object:
+        result = function(*args, **kwargs)
+        write("\n")
+        return result
+
+    return counted
 
 
 @contextmanager
-def _busy_processes(number: int) -> Iterator[None]:
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
-    try:
-        yield
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+def busy_processes(number: int) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Endless loops, which are stopped at first."""
+    with ExitStack() as started:
+        processes = []
+        for _ in range(number):
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+            started.callback(process.wait)
+            started.callback(process.kill)
+            process.send_signal(signal.SIGSTOP)
+            processes.append(process)
+        yield processes
 
 
-def _run(command: str, variables: dict[str, str]) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        words = [word.replace("{folder}", f"{folder}/run") for word in shlex.split(command)]
-        start = time.perf_counter()
-        subprocess.run(words, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, check=True)
-        return time.perf_counter() - start
+def _measure(
+    command: Command,
+    folder: Path,
+    settings: Mapping[str, Mapping[str, str]],
+    numbers: Sequence[int],
+    seconds: float,
+    rounds: int,
+    busy: Sequence["subprocess.Popen[bytes]"],
+) -> dict[tuple[str, int], list[float]]:
+    """Units per second in each window, by setting and number of busy processes."""
+    rates: dict[tuple[str, int], list[float]] = {}
+    with ExitStack() as started:
+        processes = {}
+        for place, (name, variables) in enumerate(settings.items()):
+            of_setting = folder / str(place)
+            process = command.start(of_setting, variables)
+            started.callback(_kill, process)
+            while sum(path.read_bytes().count(b"\n") for path in of_setting.glob(command.files)) < _WARM_UP:
+                assert process.poll() is None, (of_setting / "output").read_text()
+                time.sleep(0.05)
+            processes[name] = (process, of_setting)
+            _signal(process, signal.SIGSTOP)
+        for number, round_number in itertools.product(numbers, range(rounds)):
+            names = list(processes)[:: 1 if round_number % 2 else -1]
+            for each in busy[:number]:
+                each.send_signal(signal.SIGCONT)
+            for name in names:
+                process, of_setting = processes[name]
+                _signal(process, signal.SIGCONT)
+                try:
+                    rate = sum(_rate(path, seconds) for path in of_setting.glob(command.files))
+                finally:
+                    _signal(process, signal.SIGSTOP)
+                rates.setdefault((name, number), []).append(rate)
+            for each in busy[:number]:
+                each.send_signal(signal.SIGSTOP)
+    return rates
+
+
+def _rate(path: Path, seconds: float) -> float:
+    """Lines per second that are appended to a file."""
+    time.sleep(_SETTLE_SECONDS)
+    end = time.time() + seconds
+    first = _next_line(path, path.stat().st_size, end + _PATIENCE_SECONDS)
+    time.sleep(max(0.0, end - time.time()))
+    last = _next_line(path, first.st_size, end + _PATIENCE_SECONDS)
+    with path.open("rb") as file:
+        file.seek(first.st_size)
+        lines = file.read(last.st_size - first.st_size).count(b"\n")
+    return lines / ((last.st_mtime_ns - first.st_mtime_ns) / 1e9) if lines else 1 / _PATIENCE_SECONDS  # or less
+
+
+def _next_line(path: Path, size: int, end: float) -> os.stat_result:
+    """The state of a file when it is larger, or at the end."""
+    while (found := path.stat()).st_size <= size and time.time() < end:
+        time.sleep(0.002)
+    return found
+
+
+def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """To a process and all that it has started."""
+    for each in [root := psutil.Process(process.pid), *root.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(number)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(psutil.NoSuchProcess):
+        _signal(process, signal.SIGKILL)
+    process.wait()
+
+
+def _print_table(
+    name: str, rates: Mapping[tuple[str, int], Sequence[float]], settings: Sequence[str], numbers: Sequence[int]
+) -> None:
+    medians = {case: statistics.median(found) for case, found in rates.items()}
+    title = f"{name} on {CORES} cores: units/s, and speed compared with {TORCH} beside {numbers[0]} busy processes"
+    table = Table(title=title)
+    table.add_column("setting")
+    for number in numbers:
+        table.add_column(f"beside {number}", justify="right")
+    for setting in settings:
+        found = [medians[setting, number] for number in numbers]
+        table.add_row(setting, *(f"{rate:.1f}, {rate / medians[TORCH, numbers[0]]:.0%}" for rate in found))
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
-    fire.Fire(busy_machine)
+    if sys.argv[1:2] == ["--work"]:
+        work(*sys.argv[2:])
+    else:
+        fire.Fire(busy_machine)

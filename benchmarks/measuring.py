@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import signal
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import yaml
 
 from experiment.formatting import describe_duration
 from launcher.ranks.environment import GLIBC_TUNABLES
@@ -43,6 +45,38 @@ def run_module(
 
 def _variables(threads: int | None, environment: Mapping[str, str] | None) -> dict[str, str]:
     return {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(environment or {})}
+
+
+_SMALL_RUN = {
+    "run": {"log_every": 1},
+    "model": {
+        "config": {
+            "model_type": "bert",
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+        }
+    },
+    "batch": {"sequences": 32, "max_seq_length": 128, "microbatch_tokens": 4096},
+    "schedule": {"steps": 3},
+    "engine": {"ds_config": "ds_configs/bf16_zero1.json"},
+}
+
+
+def write_small_run(folder: Path) -> Path:
+    """Write text, tokenizer, corpus and the config of a run of three steps. Returns the path of the config."""
+    words = random.Random(1)
+    vocabulary = ["".join(words.choices("aeioulnrst", k=words.randint(2, 9))) for _ in range(5000)]
+    lines = (" ".join(words.choices(vocabulary, k=100)) for _ in range(5000))
+    (folder / "text.txt").write_text("\n".join(lines))
+    source = ("--source", str(folder / "text.txt"))
+    tokenizer, corpus = str(folder / "tokenizer"), str(folder / "corpus")
+    deepcloze("tokenizer", *source, "--output", tokenizer, "--vocab_size", "8000")
+    deepcloze("corpus", *source, "--tokenizer", tokenizer, "--output", corpus)
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump({**_SMALL_RUN, "corpus": {"train": corpus}}))
+    return config
 
 
 class PeakMemory:

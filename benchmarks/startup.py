@@ -6,7 +6,6 @@ Builds a small corpus, then starts runs of three steps with one rank and with tw
 system's cache after the first, untimed run. Peak memory is summed over all processes, shared pages counted once.
 """
 
-import random
 import subprocess
 import sys
 import tempfile
@@ -19,30 +18,14 @@ from typing import NamedTuple
 
 import fire
 import psutil
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import PeakMemory, deepcloze, describe_machine, spread
+from benchmarks.measuring import PeakMemory, describe_machine, spread, write_small_run
 from experiment.outcome_file import read_rank_record
 from experiment.run_folder import RunFolder
 
 _POLL_SECONDS = 0.005
-_CONFIG = {
-    "run": {"log_every": 1},
-    "model": {
-        "config": {
-            "model_type": "bert",
-            "hidden_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 1024,
-        }
-    },
-    "batch": {"sequences": 32, "max_seq_length": 128, "microbatch_tokens": 4096},
-    "schedule": {"steps": 3},
-    "engine": {"ds_config": "ds_configs/bf16_zero1.json"},
-}
 _PHASES = (
     "launcher",
     "DeepSpeed starts ranks",
@@ -66,7 +49,7 @@ def startup(rounds: int = 5) -> None:
     """
     print(describe_machine())
     with tempfile.TemporaryDirectory(prefix="deepcloze-startup-") as folder:
-        config = _write_inputs(Path(folder))
+        config = write_small_run(Path(folder))
         _seconds_by_phase(config, 1, Path(folder) / "first")
         measured: dict[int, list[Measured]] = {1: [], 2: []}
         for number in range(rounds):
@@ -75,21 +58,6 @@ def startup(rounds: int = 5) -> None:
                     seconds = _seconds_by_phase(config, ranks, Path(folder) / f"run-{ranks}-{number}")
                 runs.append(Measured(seconds, memory.bytes))
     Console().print(_table(measured))
-
-
-def _write_inputs(folder: Path) -> Path:
-    """Write text, tokenizer, corpus and config. Returns the path of the config."""
-    words = random.Random(1)
-    vocabulary = ["".join(words.choices("aeioulnrst", k=words.randint(2, 9))) for _ in range(5000)]
-    lines = (" ".join(words.choices(vocabulary, k=100)) for _ in range(5000))
-    (folder / "text.txt").write_text("\n".join(lines))
-    source = ("--source", str(folder / "text.txt"))
-    tokenizer, corpus = str(folder / "tokenizer"), str(folder / "corpus")
-    deepcloze("tokenizer", *source, "--output", tokenizer, "--vocab_size", "8000")
-    deepcloze("corpus", *source, "--tokenizer", tokenizer, "--output", corpus)
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump({**_CONFIG, "corpus": {"train": corpus}}))
-    return config
 
 
 def _seconds_by_phase(config: Path, ranks: int, run: Path) -> list[float]:
