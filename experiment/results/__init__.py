@@ -1,1 +1,1 @@
-"""What comes of runs: report pages, figures, sweeps."""
+"""Report pages, charts, summaries of sweeps, and model cards."""

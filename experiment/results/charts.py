@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
@@ -13,19 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.results.curves import MAX_POINTS, Curve, Points
-from experiment.results.history import NO_AXIS, Axis
+from experiment.results.history import Axis
 
 # Okabe & Ito (2008), "Color universal design": distinguishable with any kind of color vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 INK = "#1d2430"
 
-_DASHES = ("", "7 3", "2 3")  # for more lines than colors
+_DASHES = ("", "7 3", "2 3")  # for more lines than colors; lengths of dashes and gaps
+_DASHED = "7 3 2 3"
 LOOKS = len(COLORS) * len(_DASHES)
 
 _CHART_POINTS = 20_000  # of all curves in a chart; browsers draw them in less than 0.1 s
 _FEWEST_POINTS = 100  # of a curve
 _FEWEST_SMOOTHED = 20  # points
 _DIGITS = 6  # of a y
+_LEAST_SPREAD = 1e-6  # of values on an axis, compared with the largest
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Line:
     """One curve.
 
     smoothed: draw a pale line behind its moving average, for noisy values. marked: show the points, for sparse values.
+    dashed: tells it from a line of the same look.
     """
 
     label: str
@@ -41,7 +44,7 @@ class Line:
     marked: bool = False
     dashed: bool = False
     color: str | None = None  # default: that of `look`
-    look: int | None = None  # default: the number of the line in its chart, among those without a color
+    look: int | None = None  # default: the number of the line in its chart, among those without a color or a look
     run: int = 0  # which of the axes of its charts it has
     seed: str = ""  # tells lines of one label apart
 
@@ -72,8 +75,8 @@ class DrawnLine:
         line = self.line
         known = {"label": line.label, "seed": line.seed, "run": line.run, "dots": line.marked}
         average = _as_json(line.curve.average(self.limit)) if line.has_average else None
-        look = {"color": self.color, "dash": self.dash}
-        return {**known, **look, **_as_json(line.curve.points(self.limit)), "average": average}
+        drawn = {"color": style(self.color), "dash": self.dash}
+        return {**known, **drawn, **_as_json(line.curve.points(self.limit)), "average": average}
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,17 @@ class Panel:
     def drawn(self) -> list[DrawnLine]:
         """The lines that have points. Of many, fewer points are shown."""
         limit = max(_FEWEST_POINTS, min(MAX_POINTS, _CHART_POINTS // max(len(self.lines), 1)))
-        numbers, drawn = count(), []
+        looks = zip(self.lines, self._looks(), strict=True)
+        return [DrawnLine(line, len(line.curve), limit, *found) for line, found in looks if len(line.curve)]
+
+    def _looks(self) -> Iterator[tuple[str, str]]:
+        numbers = count()
         for line in self.lines:
             if line.color is None:
                 color, dash = look(next(numbers) if line.look is None else line.look)
             else:
-                color, dash = _style(line.color), _DASHES[int(line.dashed)]
-            if len(line.curve):
-                drawn.append(DrawnLine(line, len(line.curve), limit, color, dash))
-        return drawn
+                color, dash = line.color, ""
+            yield color, _DASHED if line.dashed else dash
 
 
 @dataclass(frozen=True)
@@ -139,12 +144,6 @@ class Charts:
     def panels(self) -> list[Panel]:
         return [panel for plot in self.plots for _, panel in plot.panels]
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """As `page.js` describes; JSON."""
-        charts = [panel.options | {"lines": [line.data for line in panel.drawn]} for panel in self.panels]
-        return {"axes": list(self.axes) or [NO_AXIS], "marks": [vars(mark) for mark in self.marks], "charts": charts}
-
 
 @dataclass(frozen=True)
 class Dots:
@@ -168,7 +167,9 @@ class DotChart:
         """Round numbers, the first and last of which are the ends of the axis."""
         shown = [value for row in self.rows for value in (*row.values, row.mean, *(row.interval or ()))]
         low, high = min(shown), max(shown)
-        least = (high - low or abs(high) or 1.0) / 4
+        size = max(abs(low), abs(high))
+        spread = high - low if high - low > _LEAST_SPREAD * size else 0.0  # means of equal values differ by rounding
+        least = (spread or size or 1.0) / 4
         power = 10.0 ** math.floor(math.log10(least))
         step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -199,11 +200,12 @@ def charts_block(plots: Sequence[Plot], axes: Sequence[Axis] = (), marks: Sequen
 
 
 def look(number: int) -> tuple[str, str]:
-    """The color, as a style sheet calls it, and the dashes of the line of this number; `LOOKS` of them differ."""
-    return _style(COLORS[number % len(COLORS)]), _DASHES[number // len(COLORS) % len(_DASHES)]
+    """The color and the dashes of the line of this number; `LOOKS` of them differ."""
+    return COLORS[number % len(COLORS)], _DASHES[number // len(COLORS) % len(_DASHES)]
 
 
-def _style(color: str) -> str:
+def style(color: str) -> str:
+    """What the style sheet of a page calls the color."""
     return "var(--ink)" if color in (INK, COLORS[-1]) else f"var(--series-{COLORS.index(color)})"
 
 
@@ -216,5 +218,5 @@ def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """To six significant digits."""
     with np.errstate(divide="ignore"):
         places = np.clip(_DIGITS - 1 - np.floor(np.log10(np.abs(values))), -300, 300)
-    up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)  # powers of ten that are exact
+    up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)  # exact up to 1e22
     return np.asarray(np.round(values * up / down) * down / up)

@@ -58,7 +58,7 @@ class Curve:
         return len(full) * size + len(rest)
 
     def points(self, limit: int = MAX_POINTS) -> Points:
-        """All points, or the four of each bucket if there are more than `limit`."""
+        """The first, lowest, highest and last point of each bucket, at most `limit`: all points of a short curve."""
         corners = self._buckets(limit)[:, :8].reshape(-1, 4, 2)
         by_x = np.take_along_axis(corners, corners[:, :, :1].argsort(axis=1, kind="stable"), axis=1).reshape(-1, 2)
         kept = np.ones(len(by_x), dtype=np.bool_)
@@ -75,8 +75,9 @@ class Curve:
         radius, index = len(buckets) // (2 * _WINDOW), np.arange(len(buckets))
         near = np.minimum(radius, index)
         first, end = index - near, np.minimum(index + near + 1, len(buckets))
-        sums = np.concatenate([np.zeros((1, 2)), np.cumsum(buckets[:, _SUMS], axis=0)])
-        total, count = (sums[end] - sums[first]).T
+        # Each window on its own: in the differences of a cumulative sum, the rounding of one huge value would stay.
+        padded = np.concatenate([buckets[:, _SUMS], np.zeros((1, 2))])
+        total, count = np.add.reduceat(padded, np.stack([first, end], axis=1).ravel())[::2].T
         return (buckets[:, 0] + buckets[:, 6]) / 2, total / count
 
     @property

@@ -1,5 +1,6 @@
 """What a run has logged so far: curves by seed and key, of bounded size. Only new lines of its files are read."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,8 @@ class SeedHistory:
 
     step: int = 0  # the last one
     curves: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # by key; no other ones are kept
-    _tokens: Curve = field(default_factory=Curve)  # at the events that have a speed, as the seconds
-    _seconds: Curve = field(default_factory=Curve)
+    # Tokens and seconds at the events that have a speed. Replaced together: another thread may read.
+    _time: tuple[Curve, Curve] = field(default_factory=lambda: (Curve(), Curve()))
 
     def extend(self, events: Sequence[Event], first_step: int) -> None:
         """first_step: where the seed starts in the file."""
@@ -54,11 +55,13 @@ class SeedHistory:
         if not known.any():
             return
         steps, tokens, speeds = steps[known], tokens[known], speeds[known]
-        before, seconds = (self._tokens.last[1], self._seconds.last[1]) if len(self._tokens) else (0.0, 0.0)
+        of_tokens, of_seconds = map(copy.copy, self._time)
+        before, start = (curve.last[1] if len(curve) else 0.0 for curve in self._time)
         taken = np.maximum(np.diff(tokens, prepend=before), 0.0)
         spent = np.cumsum(np.divide(taken, speeds, out=np.zeros_like(taken), where=speeds > 0))
-        self._tokens.extend(steps, tokens)
-        self._seconds.extend(steps, seconds + spent)
+        of_tokens.extend(steps, tokens)
+        of_seconds.extend(steps, start + spent)
+        self._time = of_tokens, of_seconds
 
     def curve(self, key: str) -> Curve:
         """Empty if there are no numbers with this key."""
@@ -68,7 +71,7 @@ class SeedHistory:
     def axis(self) -> Axis:
         """The time is that of the log events: evaluations and checkpoints are no part of it, nor is what was lost by a
         crash."""
-        (steps, tokens), (_, seconds) = self._tokens.ends, self._seconds.ends
+        (steps, tokens), (_, seconds) = (curve.ends for curve in self._time)
         start = [0.0] if len(steps) else []
         found = {"step": steps, "tokens": tokens, "seconds": seconds}
         return {name: [*start, *values.tolist()] for name, values in found.items()}
@@ -91,11 +94,12 @@ class History:
 
     def read(self, on_progress: Callable[[], object] = lambda: None) -> None:
         """Read what is new. Raises OSError. on_progress: called often."""
-        self._logged.read(on_progress)
         paths = sorted(self._folder.logs.glob("seed-*.jsonl"))
-        self._unfinished = {path: self._unfinished.get(path) or _File(path) for path in paths}
-        for file in self._unfinished.values():
+        unfinished = {path: self._unfinished.get(path) or _File(path) for path in paths}
+        for file in unfinished.values():
             file.read(on_progress)
+        self._logged.read(on_progress)  # last: a seed that ends is moved to it
+        self._unfinished = unfinished
 
     @property
     def unread(self) -> float:

@@ -14,6 +14,7 @@ const MOST_LEGENDS = 8, MOST_VALUES = 12, FEWEST_FILTERED = 6;  // runs that a t
 const POLL = 2000, SHARE = 10, TIMEOUT = 30000;  // milliseconds; updates take at most 1 / SHARE of the time
 const TIMES = [[86400, "days"], [3600, "hours"], [60, "minutes"], [1, "seconds"]];
 const MARKS = {restart: "restart", bad: "bad batch", stage: "stage", best: "best checkpoint"};
+const HEADER = "header";  // key of the part that changes
 const parts = new Map();  // by key: {element, section or null, table or null}
 const sections = () => [...parts.values()].map(part => part.section).filter(Boolean);
 
@@ -106,7 +107,7 @@ function swatch(parent, line) {
 
 class Chart {
   constructor(section, figure) {
-    Object.assign(this, {section, figure, lines: [], hidden: new Set(), labels: "", isStale: false, pointed: null});
+    Object.assign(this, {section, figure, lines: [], hidden: new Set(), looks: "", isStale: false, pointed: null});
     this.title = figure.querySelector("figcaption").textContent;
     this.legend = add(figure, "div", {class: "legend"});
     this.plot = add(figure, "div", {class: "plot"});
@@ -136,12 +137,14 @@ class Chart {
   drawLegend() {
     let labels = [...new Set(this.lines.map(line => line.label))].filter(label => this.section.shows(label));
     if (labels.length < 2 || (this.section.table && labels.length > MOST_LEGENDS)) labels = [];
-    if (labels.join("\n") === this.labels) return;
-    this.labels = labels.join("\n");
+    const first = label => this.lines.find(line => line.label === label);
+    const looks = labels.map(label => `${label} ${first(label).color} ${first(label).dash}`).join("\n");
+    if (looks === this.looks) return;
+    this.looks = looks;
     this.legend.textContent = "";
     for (const label of labels) {
       const button = add(this.legend, "button", {type: "button", "aria-pressed": String(!this.hidden.has(label)), class: "series"});
-      swatch(button, this.lines.find(line => line.label === label));
+      swatch(button, first(label));
       add(button, "span", {}, label);
       button.onclick = () => {
         this.hidden.has(label) ? this.hidden.delete(label) : this.hidden.add(label);
@@ -575,7 +578,7 @@ function takeOver(answer) {
       continue;
     }
     if (html && known.table) known.table.update(parsed(html).querySelector("table"));
-    else if (html) known.element.replaceChildren(parsed(html));
+    else if (html && key === HEADER) known.element.replaceChildren(parsed(html));  // other keys change with the HTML
     if (data) known.section.update(data);
     if (known.element !== next) main.insertBefore(known.element, next);
     else do next = next.nextElementSibling; while (next && next.id === "units");

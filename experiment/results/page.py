@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from pydantic_core import to_json
 
 from experiment.files import write_text
+from experiment.results.chart_data import ChartsData
 from experiment.results.charts import Charts, DotCharts
 
 Tone = Literal["good", "busy", "warn", "bad", "plain"]
@@ -211,7 +211,7 @@ class Part:
 
 def write_page(path: Path, page: Page) -> Path:
     """Write the page to `path` and return it."""
-    parts = [(part, None if part.charts is None else to_json(part.charts.data)) for part in render_parts(page)]
+    parts = [(part, None if part.charts is None else ChartsData(part.charts).changes()) for part in render_parts(page)]
     write_text(path, render_page(page.title, parts))
     return path
 

@@ -22,9 +22,10 @@ from matplotlib.ticker import (
 )
 
 from experiment.files import atomic_write
-from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, Line, Panel
+from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, DrawnLine, Panel
 
 GREY = "#596579"
+_WIDTH = 1.8  # of a line, in points, as which matplotlib counts the lengths of dashes
 
 # Fonts that have what matplotlib's own lacks: Chinese, Japanese and Korean.
 _CJK_FONTS = (
@@ -50,13 +51,13 @@ def draw_charts(directory: Path, blocks: Sequence[object]) -> None:
                 draw_panels(path, [panel for _, panel in plot.panels])
 
 
-def draw_panels(path: Path, panels: Sequence[Panel], x_label: str = "step") -> None:
+def draw_panels(path: Path, panels: Sequence[Panel]) -> None:
     """Draw panels below each other with a shared x axis, and save them as a PNG."""
     canvas = Canvas(figsize=(9, 1.0 + 3.2 * len(panels)), dpi=144, layout="constrained")
     column = canvas.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(column, panels, strict=True):
         _draw_panel(axes, panel)
-    column[-1].set_xlabel(x_label, color=GREY)
+    column[-1].set_xlabel("step", color=GREY)
     column[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
     column[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
     save_figure(canvas, path)
@@ -97,10 +98,9 @@ def draw_dots(path: Path, charts: Sequence[DotChart]) -> None:
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    colors = iter(_colors(len(panel.lines)))
-    for line in panel.lines:
-        _draw_line(axes, line, line.color or (next(colors) if line.look is None else COLORS[line.look % len(COLORS)]))
-    if panel.scale == "log" and any(len(line.curve) and line.curve.highest[1] > 0 for line in panel.lines):
+    for drawn in panel.drawn:
+        _draw_line(axes, drawn)
+    if panel.scale == "log" and any(drawn.line.curve.highest[1] > 0 for drawn in panel.drawn):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -116,19 +116,15 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     _tidy(axes, grid="both")
 
 
-def _draw_line(axes: Axes, line: Line, color: str) -> None:
-    if not len(line.curve):
-        return
+def _draw_line(axes: Axes, drawn: DrawnLine) -> None:
+    line, color = drawn.line, drawn.color
     x, y = line.curve.points()
     if line.has_average:
         axes.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
         x, y = line.curve.average()
-    marker, style = "o" if line.marked or len(y) == 1 else None, "--" if line.dashed else "-"
-    axes.plot(x, y, style, color=color, linewidth=1.8, marker=marker, markersize=4.5, label=line.label)
-
-
-def _colors(count: int) -> list[str]:
-    return [COLORS[index % len(COLORS)] for index in range(count)]
+    marker = "o" if line.marked or len(y) == 1 else None
+    style = (0, [float(length) / _WIDTH for length in drawn.dash.split()]) if drawn.dash else "-"
+    axes.plot(x, y, linestyle=style, color=color, lw=_WIDTH, marker=marker, markersize=4.5, label=line.label)
 
 
 def _tidy(axes: Axes, grid: Literal["x", "both"]) -> None:

@@ -18,8 +18,8 @@ from urllib.parse import quote
 from pydantic_core import to_json
 
 from experiment.errors import UserError, describe_disk_error
-from experiment.results.charts import Charts
-from experiment.results.history import NO_AXIS, History
+from experiment.results.chart_data import ChartsData
+from experiment.results.history import History
 from experiment.results.page import Block, Headline, Links, Page, Part, Text, render_page, render_parts
 from experiment.results.report import run_blocks, run_page, set_page
 from experiment.results.report.run import OpenRuns, Run, last_start, read_run_config
@@ -29,6 +29,7 @@ from experiment.run_folder import RunFolder, is_run, planned_folders, runs_in
 from experiment.run_life import Life, read_life
 
 _WAIT = 1.0  # seconds for runs that are read; then a page shows what is known
+_LOCATE_WAIT = 0.2  # seconds of them until it is known which runs are the newest
 _PAGE_WAIT = 1.5  # seconds for a page
 _READERS = 2  # more would need more memory, and slow down the answers
 _STUCK = 5.0  # seconds without progress after which readers count as waiting for their disks
@@ -40,26 +41,29 @@ class Task:
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
         self._lock = threading.Lock()
-        self._idle = threading.Event()
-        self._idle.set()
+        self.ended = threading.Event()
+        self.ended.set()
 
     def ask(self) -> threading.Event:
         """Start the work, unless it is under way. Returns the event that it has ended."""
         with self._lock:
-            if self._idle.is_set():
-                self._idle.clear()
-                threading.Thread(target=self._run, daemon=True).start()
-        return self._idle
+            if self.ended.is_set():
+                self.ended.clear()
+                try:
+                    threading.Thread(target=self._run, daemon=True).start()
+                except RuntimeError:  # there are too many; asked for again by the next page
+                    self.ended.set()
+        return self.ended
 
     @property
     def is_active(self) -> bool:
-        return not self._idle.is_set()
+        return not self.ended.is_set()
 
     def _run(self) -> None:
         try:
             self._work()
         finally:
-            self._idle.set()
+            self.ended.set()
 
 
 class Readers:
@@ -93,6 +97,9 @@ class FollowedRun:
         self._readers = readers
         self._history = History(folder)
         self._life: Life | None = None
+        self._exists = False
+        self.started = 0.0  # when it was, or was resumed, as time.time()
+        self._located = threading.Event()
         self._problem = ""
         self._values: dict[Path, tuple[object, Any]] = {}  # file -> its stamp, and what was read from it
         self._reading, self._observing = Task(self._read), Task(self._observe)
@@ -103,19 +110,21 @@ class FollowedRun:
         """The share of the metrics that is still to be read."""
         return self._history.unread if self._reading.is_active else 0.0
 
+    def locate(self) -> threading.Event:
+        """Find out when the run was started, and whether it is alive. Returns the event that the former is known."""
+        self._located.clear()
+        self._observing.ask()  # takes seconds for a run on another machine
+        return self._located
+
     def ask(self) -> list[threading.Event]:
         """Start reading. Returns the events to wait for."""
-        observed = self._observing.ask()  # takes seconds for a run on another machine
-        return [self._reading.ask(), *([observed] if self._life is None else [])]
+        return [self._reading.ask(), *([self._observing.ended] if self._life is None else [])]
 
-    def known(self, name: str, link: str | None) -> Run:
+    def known(self, name: str, link: str) -> Run:
         config, results = (self._values.get(path, (None, None))[1] for path in (self._folder.config, self._results))
         life = replace(self._life, message=self._problem or self._life.message) if self._life else None
-        return Run(name, self._folder, self._history, config or {}, results, life, self.started, link, followed=True)
-
-    @property
-    def started(self) -> float:
-        return last_start(self._folder)
+        shown = link if self._exists else None
+        return Run(name, self._folder, self._history, config or {}, results, life, self.started, shown, followed=True)
 
     @property
     def _results(self) -> Path:
@@ -142,66 +151,15 @@ class FollowedRun:
             self._values[path] = stamp, read(self._folder)
 
     def _observe(self) -> None:
+        self.started, self._exists = last_start(self._folder), self._folder.path.is_dir()
+        self._located.set()
         self._life = read_life(self._folder)
-
-
-class _Versioned(NamedTuple):
-    """JSON, and the version of the page since which it is the same."""
-
-    version: int
-    json: bytes
-    source: object  # equal ones give the same JSON
-
-
-class _ChartsData:
-    """The data of charts, as `page.js` describes them, in pieces that change independently."""
-
-    def __init__(self, charts: Charts, before: "_ChartsData | None", version: int) -> None:
-        self._charts = [(panel.options, panel.drawn) for panel in charts.panels]
-        self._axes = list(charts.axes) or [NO_AXIS]
-        self._pieces: dict[object, _Versioned] = {}
-        known = before._pieces if before else {}
-
-        def add(name: object, source: object, make: Callable[[], object]) -> None:
-            piece = known.get(name)
-            if piece is None or piece.source != source:
-                json = to_json(make())
-                piece = _Versioned(piece.version if piece and piece.json == json else version, json, source)
-            self._pieces[name] = piece
-
-        marks = [vars(mark) for mark in charts.marks]
-        add("marks", (marks, [[line.name for line in drawn] for _, drawn in self._charts]), lambda: marks)
-        for number, axis in enumerate(self._axes):
-            add(number, axis, partial(dict, axis))
-        for number, (_, drawn) in enumerate(self._charts):
-            for line in drawn:
-                add((number, line.name), line, partial(getattr, line, "data"))
-
-    def changes(self, since: int) -> bytes | None:
-        """What has changed; None: nothing."""
-        if all(piece.version <= since for piece in self._pieces.values()):
-            return None
-
-        def json(name: object, otherwise: str | None = None) -> bytes:
-            piece = self._pieces[name]
-            return piece.json if piece.version > since else to_json(otherwise)
-
-        axes = b",".join(json(number) for number in range(len(self._axes)))
-        charts = [
-            to_json(options)[:-1]
-            + b',"lines":['
-            + b",".join(json((number, line.name), line.name) for line in drawn)
-            + b"]}"
-            for number, (options, drawn) in enumerate(self._charts)
-        ]
-        marks = self._pieces["marks"].json
-        return b'{"axes":[' + axes + b'],"marks":' + marks + b',"charts":[' + b",".join(charts) + b"]}"
 
 
 class _FollowedPart(NamedTuple):
     part: Part
     version: int  # of its HTML
-    data: _ChartsData | None  # of its charts
+    data: ChartsData | None  # of its charts
 
     def changes(self, since: int) -> bytes:
         """JSON of an object: the key, and what has changed."""
@@ -256,7 +214,7 @@ class FollowedPage:
         parts = []
         for part in render_parts(page):
             old = known.get(part.key)
-            data = None if part.charts is None else _ChartsData(part.charts, old.data if old else None, version)
+            data = None if part.charts is None else ChartsData(part.charts, old.data if old else None, version)
             parts.append(_FollowedPart(part, old.version if old and old.part.html == part.html else version, data))
         read_at = min((run.read_at for run in runs), default=time.time())
         unread = sum(run.unread for run in runs) / max(len(runs), 1)
@@ -317,11 +275,13 @@ class FollowedPages:
         found = [self._runs[folder.path] for folder in folders.values()]
         opened += found
         deadline = time.monotonic() + _WAIT
+        for located in [run.locate() for run in found]:
+            located.wait(max(0.0, deadline - _WAIT + _LOCATE_WAIT - time.monotonic()))
         newest_first = sorted(found, key=lambda run: run.started, reverse=True)  # the charts show these
         for event in [event for run in newest_first for event in run.ask()]:
             event.wait(max(0.0, deadline - time.monotonic()))
         return [
-            run.known(name, self._link(folder, is_first) if folder.path.is_dir() else None)
+            run.known(name, self._link(folder, is_first))
             for run, (name, folder) in zip(found, folders.items(), strict=True)
         ]
 

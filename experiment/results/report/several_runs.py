@@ -21,6 +21,7 @@ from experiment.results.charts import (
     Plot,
     charts_block,
     look,
+    style,
 )
 from experiment.results.comparison import comparison_blocks
 from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, Text
@@ -89,10 +90,10 @@ def runs_table(runs: Sequence[Run]) -> Runs:
     cells = [_cells(run, corpora) for run in runs]
     known = [at for at in range(len(columns)) if any(row[at].value is not None for row in cells)]
     newest = sorted(range(len(runs)), key=lambda number: runs[number].started)[-LOOKS:]
-    rows = [
-        RunRow(run.name, run.link, *describe_state(run), *look(number), number in newest, [row[at] for at in known])
-        for number, (run, row) in enumerate(zip(runs, cells, strict=True))
-    ]
+    rows = []
+    for number, (run, row) in enumerate(zip(runs, cells, strict=True)):
+        (color, dash), shown = look(number), [row[at] for at in known]
+        rows.append(RunRow(run.name, run.link, *describe_state(run), style(color), dash, number in newest, shown))
     return Runs([columns[at] for at in known], sorted(rows, key=lambda row: not row.shown))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiment.errors import UserError
 from experiment.files import parse_json
-from experiment.results.charts import COLORS, Line, Panel, Plot, charts_block
+from experiment.results.charts import Line, Panel, Plot, charts_block
 from experiment.results.curves import Curve
 from experiment.results.history import Axis
 from experiment.results.page import Block, ConfusionMatrix, Heading, Table, Text
@@ -103,13 +103,12 @@ def label_tables(results: Mapping[str, Any]) -> list[Block]:
 
 def _seed_plots(folder: RunFolder, metric: str) -> list[Plot]:
     """Losses and the metric on validation at each evaluation, from the epochs.csv of the seeds."""
-    seeds = {path.parent.name: _read_table(path) for path in sorted(folder.path.glob("seed-*/epochs.csv"))}
     losses, scores = [], []
-    for number, (seed, rows) in enumerate(seeds.items()):
-        color = COLORS[number % len(COLORS)]
-        losses.append(Line(f"{seed}, train", _curve(rows, "train_loss"), dashed=True, color=color))
-        losses.append(Line(f"{seed}, validation", _curve(rows, "validation_loss"), marked=True, color=color))
-        scores.append(Line(seed, _curve(rows, metric), marked=True, color=color))
+    for number, path in enumerate(_seed_folders(folder)):
+        rows, seed = _read_table(path / "epochs.csv"), path.name
+        losses.append(Line(f"{seed}, train", _curve(rows, "train_loss"), dashed=True, look=number))
+        losses.append(Line(f"{seed}, validation", _curve(rows, "validation_loss"), marked=True, look=number))
+        scores.append(Line(seed, _curve(rows, metric), marked=True, look=number))
     return [
         Plot("seed-losses", [("Loss by seed", Panel("loss", losses))]),
         Plot("seed-scores", [(f"{metric} on validation, by seed", Panel(metric, scores))]),
@@ -140,7 +139,7 @@ def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[Conf
 
 def worst_rows(folder: RunFolder, splits: Sequence[str]) -> Iterator[Table]:
     """The rows with the highest loss of the first seed, on the last split that has them."""
-    seeds = sorted(folder.path.glob("seed-*"), key=lambda path: (len(path.name), path.name))
+    seeds = _seed_folders(folder)
     files = [path for split in reversed(splits) for seed in seeds if (path := seed / f"worst-{split}.csv").is_file()]
     for path in files[:1]:
         rows = _read_table(path)[:_WORST]
@@ -149,6 +148,10 @@ def worst_rows(folder: RunFolder, splits: Sequence[str]) -> Iterator[Table]:
             caption = f"Highest losses on {path.stem.removeprefix('worst-')}, {path.parent.name}"
             cells = [[_shortened(row[name] or "") for name in columns] for row in rows]
             yield Table(columns, cells, caption, labels=len(columns))
+
+
+def _seed_folders(folder: RunFolder) -> list[Path]:
+    return sorted(folder.path.glob("seed-*"), key=lambda path: (len(path.name), path.name))
 
 
 def _shortened(text: str) -> str:

@@ -10,7 +10,7 @@ from experiment.checkpoints import checkpoint_step, named_best
 from experiment.files import parse_json
 from experiment.formatting import format_perplexity
 from experiment.goodput import read_attempt_times
-from experiment.results.charts import COLORS, INK, Line, Mark, Panel, Plot, charts_block
+from experiment.results.charts import INK, Line, Mark, Panel, Plot, charts_block
 from experiment.results.history import History, SeedHistory
 from experiment.results.page import Block, Heading, Table
 from experiment.run_folder import RunFolder
@@ -18,6 +18,8 @@ from experiment.run_folder import RunFolder
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"
 UNKNOWN = "–"
+
+_TRAINING = "training"  # the line of a run with one seed
 
 
 def training_blocks(history: History, held_out: bool = True, marks: Sequence[Mark] = ()) -> list[Block]:
@@ -58,11 +60,11 @@ def training_plots(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[st
 def _training_lines(
     seeds: Mapping[int | None, SeedHistory], key: str, color: str | None = None, smoothed: bool = True
 ) -> list[Line]:
-    """color: of a run with one seed; by default, and for several, the next of COLORS."""
+    """color: of a run with one seed."""
     if len(seeds) == 1:
-        return [Line("training", history.curve(key), smoothed=smoothed, color=color) for history in seeds.values()]
+        return [Line(_TRAINING, history.curve(key), smoothed=smoothed, color=color) for history in seeds.values()]
     return [
-        Line(f"seed {seed}", history.curve(key), smoothed=smoothed, run=number, color=COLORS[number % len(COLORS)])
+        Line(f"seed {seed}", history.curve(key), smoothed=smoothed, run=number, look=number)
         for number, (seed, history) in enumerate(seeds.items())
     ]
 
@@ -70,11 +72,11 @@ def _training_lines(
 def _held_out_lines(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[str], metric: str) -> list[Line]:
     return [
         Line(
-            corpus if len(seeds) == 1 else f"seed {seed}, {corpus}",
+            f"{corpus} (held-out)" if corpus == _TRAINING else corpus if len(seeds) == 1 else f"seed {seed}, {corpus}",
             history.curve(f"eval/{corpus}/{metric}"),
             marked=True,
             run=number,
-            color=None if len(seeds) == 1 else COLORS[number % len(COLORS)],
+            look=None if len(seeds) == 1 else number,
         )
         for number, (seed, history) in enumerate(seeds.items())
         for corpus in corpora
@@ -109,9 +111,9 @@ def training_table(history: History) -> Table:
     return without_empty_columns(["steps", "tokens", "last loss", "tokens/s", "MFU", "data wait", "peak memory"], [row])
 
 
-def without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> Table:
+def without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     shown = [index for index in range(len(columns)) if any(row[index] != UNKNOWN for row in rows)]
-    return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows], labels=labels)
+    return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
 
 def show(value: float | None, spec: str) -> str:

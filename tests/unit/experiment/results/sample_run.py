@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 from experiment.checkpoints import mark_complete, write_best
 from experiment.files import write_json, write_text
 from experiment.provenance import write_provenance
+from experiment.results.chart_data import ChartsData
+from experiment.results.charts import Charts
 from experiment.results.fillings import CheckpointFillings, FilledSentence, MaskedSentence, add_fillings
 from experiment.run_folder import RunFolder, open_run_folder
 
@@ -38,6 +40,11 @@ schedule:
     max_seq_length: 512
     sequences: 64
 """
+
+
+def data_of(charts: Charts) -> Any:
+    """What a page has of them, as `page.js` describes."""
+    return json.loads(ChartsData(charts).changes() or "null")
 
 
 def make_run(path: Path, steps: int = 1000, lr: float = 5e-4, seed: int = 1) -> RunFolder:

@@ -59,6 +59,14 @@ def test_the_moving_average_follows_a_start_and_smooths_an_end() -> None:
     assert average[-2:] == pytest.approx([3.0, 3.0])
 
 
+def test_the_moving_average_after_an_outlier() -> None:
+    """Catches one exploding value whose rounding stays in the average of all values after it."""
+    y = np.ones(400)
+    y[30] = 1e20
+    _, average = Curve.of(np.arange(400), y).average()
+    assert average[100:] == pytest.approx(1.0)
+
+
 def test_the_moving_average_of_a_long_curve() -> None:
     """Catches an average of the points that are shown, most of which are extremes."""
     y = noise(100_000) ** 8  # mean 1/9, and between the extremes 1/2

@@ -14,7 +14,7 @@ from experiment.files import write_json
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.results.history import History
 from experiment.results.report import followed_pages
-from experiment.results.report.followed_pages import FollowedPage, FollowedPages, Readers
+from experiment.results.report.followed_pages import FollowedPage, FollowedPages, Readers, Task
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_life import Life
 from experiment.run_lock import lock_run
@@ -248,6 +248,21 @@ def test_a_page_that_takes_long_is_shown_later(
     held.set()
     wait_until(lambda: browser.ask() and "training" in browser.lines)
     assert browser.title == "slow"
+
+
+def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches work that is never done, because too many threads were running when it was asked for first."""
+    done: list[int] = []
+    task = Task(lambda: done.append(1))
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(threading.Thread, "start", refuse)
+        assert task.ask().is_set()
+    task.ask()
+    wait_until(lambda: done == [1])
 
 
 def test_readers_take_turns_unless_they_are_stuck(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,23 @@ def test_seeds_that_are_trained_in_parallel(tmp_path: Path) -> None:
     assert history.unread == 0
 
 
+def test_a_seed_that_ends_while_it_is_read(tmp_path: Path) -> None:
+    """Catches a seed that is neither among those in training nor in metrics.jsonl, because it was moved in between."""
+    folder = logged(tmp_path / "run", {"step": 1, "seed": 1, "loss": 0.5})
+    folder.logs.mkdir(exist_ok=True)
+    training = folder.logs / "seed-2.jsonl"
+    append(training, {"step": 1, "seed": 2, "loss": 0.6})
+
+    def move() -> None:
+        if training.exists():
+            append(folder.metrics, {"step": 2, "seed": 2, "loss": 0.6})
+            training.unlink()
+
+    history = History(folder)
+    history.read(move)
+    assert points(history) == {1: [(1, 0.5)], 2: [(1, 0.6)]}
+
+
 @pytest.mark.parametrize("torn", [b'{"step": 3, "loss"', b'{"step": 3, "loss": 3.0}'])
 def test_an_incomplete_line_is_read_when_it_is_complete(tmp_path: Path, torn: bytes) -> None:
     """Catches a line that is lost because its first half was read before it was complete, and one that is never

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_run import data_of
 
 from experiment.errors import UserError
 from experiment.files import write_json
@@ -75,7 +76,7 @@ def test_downstream_tasks(tmp_path: Path) -> None:
     _, charts, table = downstream_blocks(folder, NO_AXIS)
     assert isinstance(charts, Charts)
     assert charts.titles == ["accuracy", "error"]
-    assert [line["x"] for chart in charts.data["charts"] for line in chart["lines"]] == [[100, 200, 300]] * 2
+    assert [line["x"] for chart in data_of(charts)["charts"] for line in chart["lines"]] == [[100, 200, 300]] * 2
     assert isinstance(table, Table)
     assert table.rows == [
         ["sst2", "accuracy", "0.8000", "300", "0.9000", "100"],
@@ -141,7 +142,7 @@ def test_what_is_to_come_is_not_marked(tmp_path: Path) -> None:
     folder = run_with(tmp_path, [training(1), training(5)])
     marks = [Mark("stage", 5, "now"), Mark("stage", 6, "later")]
     (charts,) = [block for block in training_blocks(History.of(folder), marks=marks) if isinstance(block, Charts)]
-    assert charts.data["marks"] == [{"kind": "stage", "step": 5, "text": "now"}]
+    assert data_of(charts)["marks"] == [{"kind": "stage", "step": 5, "text": "now"}]
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
@@ -249,15 +250,19 @@ def test_sections_of_tasks_have_names(tmp_path: Path) -> None:
 
 
 def test_the_curves_of_the_seeds_of_a_task(tmp_path: Path) -> None:
-    """Catches a report that fails for an epochs.csv whose last line is cut off, and missing curves."""
+    """Catches a report that fails for an epochs.csv whose last line is cut off, missing curves, and seeds in the order
+    of their names, which has other colors than that of the training curves."""
     folder = open_run_folder(tmp_path / "task")
-    (folder.path / "seed-1").mkdir()
     epochs = "epoch,steps,train_loss,accuracy\n1,10,2.0,0.5\n2,20,1.0,0.7\n3,30"
-    (folder.path / "seed-1" / "epochs.csv").write_text(epochs)
+    for seed in (10, 9):
+        (folder.path / f"seed-{seed}").mkdir()
+        (folder.path / f"seed-{seed}" / "epochs.csv").write_text(epochs)
     (charts,) = [block for block in result_blocks(folder, RESULTS) if isinstance(block, Charts)]
     assert charts.titles == ["Loss by seed", "accuracy on validation, by seed"]
-    lines = [(line["label"], line["x"], line["y"]) for chart in charts.data["charts"] for line in chart["lines"]]
-    assert lines == [("seed-1, train", [10, 20], [2.0, 1.0]), ("seed-1", [10, 20], [0.5, 0.7])]
+    lines = [(line["label"], line["x"], line["y"]) for chart in data_of(charts)["charts"] for line in chart["lines"]]
+    losses, scores = [2.0, 1.0], [0.5, 0.7]
+    expected = [("seed-9, train", losses), ("seed-10, train", losses), ("seed-9", scores), ("seed-10", scores)]
+    assert lines == [(label, [10, 20], y) for label, y in expected]
 
 
 def test_the_report_says_how_the_time_was_spent(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_run import make_run
+from sample_run import data_of, make_run
 
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.goodput import read_goodput
 from experiment.results.charts import Charts
+from experiment.results.history import History
 from experiment.results.page import Table
 from experiment.results.report import write_overlay, write_report
 from experiment.results.report.run import open_run, open_runs
@@ -154,8 +155,8 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
         open_run_folder(path).metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events))
     blocks = overlay_blocks(open_runs(name_runs(folders)))
     (charts,) = [block for block in blocks if isinstance(block, Charts)]
-    assert [axis["tokens"] for axis in charts.data["axes"]] == [[0, 1, 2], [0, 2, 4]]
-    assert [(line["label"], line["run"]) for line in charts.data["charts"][0]["lines"]] == [
+    assert [axis["tokens"] for axis in data_of(charts)["axes"]] == [[0, 1, 2], [0, 2, 4]]
+    assert [(line["label"], line["run"]) for line in data_of(charts)["charts"][0]["lines"]] == [
         ("a/base", 0),
         ("b/base", 1),
     ]
@@ -198,7 +199,9 @@ def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
     write_json(tmp_path / "compare.json", cells)
     blocks = compare_blocks(RunFolder(tmp_path), open_runs)
     found = [
-        [line["label"] for line in block.data["charts"][0]["lines"]] for block in blocks if isinstance(block, Charts)
+        [line["label"] for line in data_of(block)["charts"][0]["lines"]]
+        for block in blocks
+        if isinstance(block, Charts)
     ]
     assert found == [["a", "b"], ["b"]]
     for row in ("a", "b"):
@@ -216,18 +219,28 @@ def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
         open_run_folder(tmp_path / name).metrics.write_text("".join(f"{json.dumps(event)}\n" for event in events))
     runs = open_runs(name_runs([tmp_path / "a", tmp_path / "b"]))
     (charts,) = [block for block in overlay_blocks(runs) if isinstance(block, Charts)]
-    for chart in charts.data["charts"]:
+    for chart in data_of(charts)["charts"]:
         assert [line["x"] for line in chart["lines"]] == [[10, 20]] * 3
-    lines = charts.data["charts"][0]["lines"]
+    lines = data_of(charts)["charts"][0]["lines"]
     assert [(line["label"], line["seed"]) for line in lines] == [("a", "seed 1"), ("a", "seed 2"), ("b", "seed 1")]
     assert lines[0]["color"] == lines[1]["color"] != lines[2]["color"]
-    assert len(charts.data["axes"]) == 3
+    assert len(data_of(charts)["axes"]) == 3
     table = runs_table(runs)
     assert [row.cells[table.columns.index("steps")].text for row in table.rows] == ["20", "20"]
     assert [row.color for row in table.rows] == [lines[0]["color"], lines[2]["color"]]
     (charts,) = [block for block in training_blocks(runs[0].history) if isinstance(block, Charts)]
-    for chart in charts.data["charts"]:
+    for chart in data_of(charts)["charts"]:
         assert [(line["label"], line["x"]) for line in chart["lines"]] == [("seed 1", [10, 20]), ("seed 2", [10, 20])]
+
+
+def test_a_held_out_corpus_called_training(tmp_path: Path) -> None:
+    """Catches two lines of one name, of which a page that is followed would draw one twice."""
+    event = {"step": 1, "loss": 3.0, "eval/training/loss": 2.0, "eval/wiki/loss": 1.0}
+    folder = open_run_folder(tmp_path / "run")
+    folder.metrics.write_text(json.dumps(event) + "\n")
+    charts = next(block for block in training_blocks(History.of(folder)) if isinstance(block, Charts))
+    lines = {line["label"]: line["y"] for line in data_of(charts)["charts"][0]["lines"]}
+    assert lines == {"training": [3.0], "training (held-out)": [2.0], "wiki": [1.0]}
 
 
 def test_the_worst_rows_of_a_task(tmp_path: Path) -> None:
