@@ -5,7 +5,7 @@
     pool.run(case, *args)       # case(world, *args) on every rank -> [result of rank 0, result of rank 1]
 
 A case is a module-level function with picklable arguments and result, and builds all that it uses. If a case fails or
-hangs, the ranks are killed and the next case gets new ones.
+hangs, or leaves large ranks, they are killed and the next case gets new ones.
 """
 
 import faulthandler
@@ -31,6 +31,7 @@ from waiting import LIMIT
 
 COLLECTIVE_SECONDS = 300  # timeout of collectives
 REPORT_SECONDS = 5  # for the other ranks to report after one has failed
+LARGEST_RANK = 1 << 30  # bytes; malloc keeps what a case has freed
 
 
 class RankError(Exception):
@@ -161,6 +162,8 @@ class RankPool:
         if failures:
             self.kill()
             raise RankError("\n".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())))
+        if max(map(resident_memory, self._pids)) > LARGEST_RANK:
+            self.kill()
         return results
 
     def kill(self) -> None:
@@ -183,6 +186,11 @@ class RankPool:
             self._pids = self._starter.fork(self.size, str(listener.address), free_port())
             connections = [listener.accept() for _ in range(self.size)]
             self._connections = [connection for _, connection in sorted((c.recv(), c) for c in connections)]
+
+
+def resident_memory(pid: int) -> int:
+    """Bytes of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_port() -> int:

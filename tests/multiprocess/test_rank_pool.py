@@ -6,6 +6,7 @@ from multiprocessing import get_context
 
 import pytest
 
+import rank_pool
 from pretrain.world import World
 from rank_pool import ForkServer, RankError, RankPool, RankSpawner, RankStarter
 from runs import soak
@@ -21,6 +22,19 @@ def pid_case(_: World) -> int:
 
 def hanging_case(_: World) -> None:
     threading.Event().wait()
+
+
+def test_large_ranks_are_replaced(fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that keep the memory of a large model for the rest of the session."""
+    pool = RankPool(fork_server, 1)
+    try:
+        first = pool.run(pid_case)
+        assert pool.run(pid_case) == first
+        monkeypatch.setattr(rank_pool, "LARGEST_RANK", 0)
+        assert pool.run(pid_case) == first
+        assert pool.run(pid_case) != first
+    finally:
+        pool.close()
 
 
 @pytest.mark.parametrize("spawned", [False, *soak(True)])

@@ -129,7 +129,7 @@ def assert_snippet_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(folder)
     exec(code, {})
-    assert "logits (" in capsys.readouterr().out  # "start_logits" of question answering too
+    assert re.search(r"(logits|last_hidden_state) \(", capsys.readouterr().out)  # "start_logits" too
 
 
 TYPES = {
