@@ -100,7 +100,7 @@ def find_checkpoint(path: Path) -> Path:
         )
     if path.exists():
         raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
-    raise UserError(f"{path} does not exist: expected a Hugging Face folder, a checkpoint or a run")
+    raise UserError(f"{path} does not exist: expected a Hugging Face folder, a checkpoint, a run or a model on the Hub")
 
 
 def checkpoint_candidates(path: Path) -> list[Path]:

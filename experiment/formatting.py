@@ -22,6 +22,11 @@ def format_perplexity(value: float | None) -> str:
     return f"{value:,.0f}" if 999.95 <= value < 1e7 else f"{value:#.4g}"
 
 
+def format_parameters(count: int) -> str:
+    """'110.0 M parameters', '42,674 parameters'."""
+    return f"{count / 1e6:,.1f} M parameters" if count >= 1e5 else f"{count:,} parameters"
+
+
 def format_epochs(value: float) -> str:
     """With three digits or more: '0.0213', '1.5' or '8,832'."""
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"

@@ -30,10 +30,13 @@ _CANDIDATES = 50  # repositories to compare a misspelt name with
 
 def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
     """The name with the commit that its revision is now; if the Hub cannot be reached, the one that is cached."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import logging
 
     if name.is_commit:
         return name
+    if constants.is_offline_mode():
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # not to warn that the Hub cannot be reached
 
     def resolve() -> HubName:
         found = HfApi().resolve_revision(name.repository, revision=name.revision, repo_type=kind)

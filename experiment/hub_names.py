@@ -8,6 +8,7 @@ HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots(?:/|$)")
 """In the path of a model in transformers' cache: its organization and name, or its name alone."""
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_OTHER_FORM = re.compile(r"(?:hub:|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)([\w.-]+/[\w.-]+)/?")
 
 
 class HubName(NamedTuple):
@@ -42,6 +43,12 @@ class HubName(NamedTuple):
 
     def __str__(self) -> str:
         return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+def meant_name(text: str) -> str | None:
+    """The name of the model whose page on the Hub has this address, or that is written like data, as hub:NAME."""
+    found = _OTHER_FORM.fullmatch(text)
+    return found[1] if found else None
 
 
 def hub_name(folder: str) -> str | None:

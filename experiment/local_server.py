@@ -31,7 +31,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def unusable(host: str, port: int, error: OSError) -> UserError:
-    return UserError(f"--port: cannot listen on {host}:{port}: {error.strerror}")
+    return UserError(f"--port: cannot listen on {host}:{port}: {error.strerror}; --port 0 chooses a free one")
 
 
 def allowed_hosts(names: Sequence[str] | None, address: str) -> frozenset[str] | None:

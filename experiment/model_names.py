@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiment.checkpoints import find_model_folder
+from experiment.errors import UserError
 from experiment.hub import download_model, resolve_commit
-from experiment.hub_names import HubName
+from experiment.hub_names import HubName, meant_name
 from experiment.mirror import local_checkpoint
 from experiment.storage import is_url, local_folder
 
@@ -26,6 +27,7 @@ def record_model(name: str, earlier: str | None = None) -> str:
     earlier: the name that the run recorded when it began, if it did. For a name without a revision, it determines the
     commit. Raises UserError if there is no such model.
     """
+    _check_form(name)
     hub = HubName.of_model(name)
     if hub is None:
         return str(find_model_folder(local_model(name)).absolute())
@@ -40,6 +42,7 @@ def local_model(name: str, on_progress: Callable[[], None] = lambda: None) -> Pa
 
     on_progress: called when something has been received from the Hub.
     """
+    _check_form(name)
     if is_url(name):
         return local_checkpoint(name)
     _say_if_folder(name)
@@ -49,11 +52,17 @@ def local_model(name: str, on_progress: Callable[[], None] = lambda: None) -> Pa
 
 def local_tokenizer(name: str) -> Path:
     """As `local_model`, for the folder of a tokenizer, which is copied without the weights of a model."""
+    _check_form(name)
     if is_url(name):
         return local_folder(name, _WEIGHTS)
     _say_if_folder(name)
     hub = HubName.of_model(name)
     return Path(name) if hub is None else download_model(hub, weights=False)
+
+
+def _check_form(name: str) -> None:
+    if (meant := meant_name(name)) is not None:
+        raise UserError(f"{name}: did you mean '{meant}', the name of the model?")
 
 
 def _say_if_folder(name: str) -> None:

@@ -41,6 +41,8 @@ def choose_device(precision: str, key: str = "training.precision") -> Device:
 
     key: the name of the precision in messages. Raises UserError for a precision that the device does not support.
     """
+    if precision not in ("auto", *_DTYPES):
+        raise UserError(f"{key}: expected auto, {', '.join(_DTYPES)}, found {precision!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = has_native_bf16(device.type)
     if precision == "fp16" and device.type == "cpu":

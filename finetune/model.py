@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
+from experiment.formatting import format_parameters
 from experiment.model_folder import WEIGHT_FILES, build_from_config, load_config
 from experiment.tensor_files import share_tensors
 from experiment.tokenizer import save_tokenizer, vocabulary_size
@@ -111,9 +112,9 @@ def build_model(spec: ModelSpec) -> BuiltModel:
 def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
     """Lines on the size of a model and where its weights come from."""
     parameters = list(built.model.parameters())
-    size = f"{built.model.config.model_type}, {sum(map(torch.Tensor.numel, parameters)) / 1e6:.1f} M parameters"
+    size = f"{built.model.config.model_type}, {format_parameters(sum(map(torch.Tensor.numel, parameters)))}"
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-    size += f" ({frozen / 1e6:.1f} M frozen)" if frozen else ""
+    size += f" ({frozen / sum(map(torch.Tensor.numel, parameters)):.1%} frozen)" if frozen else ""
     if not spec.pretrained:
         return [f"{size}, randomly initialized"]
     origin = f"{size}, from {spec.folder}"

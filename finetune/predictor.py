@@ -44,6 +44,8 @@ class Predictor:
             predictor = deepcloze.Predictor.load("runs/my-task")
             (prediction,) = predictor.predict([{"text": "A great film."}])
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size: expected at least 1, found {batch_size}")
         folder = Path(model) if task else find_model(local_model(str(model)))[0]
         task = task or read_saved_task(folder)
         return cls.of(
@@ -59,6 +61,9 @@ class Predictor:
     @property
     def folder(self) -> Path:
         return self.loaded.folder
+
+    def __repr__(self) -> str:
+        return f"Predictor({str(self.folder)!r}, {self.kind.config.kind})"
 
     def predict(self, records: Sequence[Mapping[str, Any]], calibrated: bool = False) -> list[Prediction]:
         """The predictions for records, in order. A record maps the roles of columns, such as `text`, to values.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from experiment.errors import UserError
 from experiment.files import parse_json, removed_on_error, write_json
+from experiment.formatting import format_parameters
 from experiment.progress import terminal
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
@@ -120,7 +121,7 @@ def _advice_for_collapsed(run: ResolvedRun) -> str:
     low, high = ("1e-4", "1e-3") if is_small else ("1e-5", "5e-5")
     if float(low) <= lr <= float(high):
         return f"; train longer than {run.steps:,} updates (training.epochs)"
-    weights = f"{run.parameters / 1e6:.1f} M {'' if run.model.pretrained else 'random '}parameters"
+    weights = f"{'' if run.model.pretrained else 'a random model of '}{format_parameters(run.parameters)}"
     return f"; {'raise' if lr < float(low) else 'lower'} training.lr: {low} to {high} are usual for {weights}"
 
 

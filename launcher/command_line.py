@@ -343,7 +343,10 @@ def _usage(flag: Flag) -> str:
 def _meaning(flag: Flag) -> str:
     if flag.required:
         return f"{flag.meaning} (required)"
-    return flag.meaning if flag.default is None or flag.is_switch else f"{flag.meaning} (default: {flag.default})"
+    if flag.default is None or flag.is_switch:
+        return flag.meaning
+    default = " ".join(map(str, flag.default)) if isinstance(flag.default, tuple) else flag.default
+    return f"{flag.meaning} (default: {default})"
 
 
 def _description(command: Command) -> str:

@@ -10,10 +10,11 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from experiment import progress
 from experiment.config import Section, build_config, load_config
 from experiment.config.field_types import expand_home
 from experiment.config.yaml_dialect import write_yaml
@@ -50,6 +51,7 @@ def build_corpus(
     holdout: int | None = None,
     limit: int | None = None,
     workers: int | None = None,
+    quiet: bool = False,
     **flags: Any,
 ) -> "Corpus":
     """Build a tokenized corpus from raw text, as `deepcloze corpus`, and open it.
@@ -61,6 +63,7 @@ def build_corpus(
         holdout: put so many documents, drawn at random, into the corpus OUTPUT-heldout instead.
         limit: keep only so many documents, drawn at random.
         workers: number of processes; default: one per core.
+        quiet: print warnings only.
         flags: any other flag of `deepcloze corpus`, such as `document="blank_line"`.
 
     Example:
@@ -74,7 +77,7 @@ def build_corpus(
         raise UserError("build_corpus: 'engine': expected 'local' or 'ray'; tasks of SLURM run `deepcloze corpus`")
     from pretrain.corpus import build, reader
 
-    with _as_a_command():
+    with _as_a_command(quiet):
         build.build_corpus(options)
     return reader.open_corpus(output)
 
@@ -85,6 +88,7 @@ def pretrain(
     *,
     num_gpus: int | None = None,
     hostfile: str | Path | None = None,
+    quiet: bool = False,
     **flags: Any,
 ) -> Path:
     """Pretrain an encoder, one process per GPU, as `deepcloze pretrain`. Returns the run folder.
@@ -93,10 +97,11 @@ def pretrain(
     StoppedError.
 
     Args:
-        config: as a mapping, on this machine only.
+        config: a YAML file, the name of a recipe, or the content of a file as a mapping, on this machine only.
         overrides: such as `{"optimizer.lr": 1e-4}`.
         num_gpus: ranks per machine; default: one per GPU, or 1 on a CPU.
         hostfile: machines to run on, one `NAME slots=N` per line.
+        quiet: print warnings and errors only.
         flags: any other flag of `deepcloze pretrain`, such as `max_restarts=3`.
 
     Example:
@@ -106,7 +111,7 @@ def pretrain(
         raise UserError("pretrain: 'config': with a hostfile, expected a file, which the other hosts read too")
     from launcher.launch import launch_pretraining
 
-    with _config_file(config, PretrainConfig, overrides) as file, _as_a_command():
+    with _config_file(config, PretrainConfig, overrides) as file, _as_a_command(quiet):
         flags |= {"config": file, "overrides": _as_text(overrides), "num_gpus": num_gpus, "hostfile": hostfile}
         options = _options(PretrainOptions, "pretrain", flags)
         launch_pretraining(options)
@@ -137,13 +142,15 @@ def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str,
     return evaluate_corpora(str(checkpoint), list(map(str, corpora)))
 
 
-def finetune(config: Config, overrides: Overrides | None = None) -> dict[str, Any]:
+def finetune(config: Config, overrides: Overrides | None = None, *, quiet: bool = False) -> dict[str, Any]:
     """Fine-tune an encoder on one task, with one or more seeds, as `deepcloze finetune`.
 
     Returns the content of RUN/results.json, see docs/finetuning.md. The same call trains the seeds that are missing.
 
     Args:
+        config: a YAML file, the name of a recipe, or the content of a file as a mapping.
         overrides: such as `{"model.init_from": "runs/mine", "training.seeds": [1, 2, 3]}`.
+        quiet: print results, warnings and errors only.
 
     Example:
         results = deepcloze.finetune("my-task.yaml", {"model.init_from": run})
@@ -151,7 +158,7 @@ def finetune(config: Config, overrides: Overrides | None = None) -> dict[str, An
     """
     from finetune.config import FinetuneConfig
 
-    with _config_file(config, FinetuneConfig, overrides) as file, _as_a_command(), handle_stop_signals(interrupt):
+    with _config_file(config, FinetuneConfig, overrides) as file, _as_a_command(quiet), handle_stop_signals(interrupt):
         flags = {"config": file, "overrides": _as_text(overrides)}
         options = _options(FinetuneOptions, "finetune", flags)
         load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
@@ -162,14 +169,16 @@ def finetune(config: Config, overrides: Overrides | None = None) -> dict[str, An
         return run(load_run_config(options.config, options.overrides))
 
 
-def compare(config: Config, overrides: Overrides | None = None, **flags: Any) -> dict[str, Any]:
+def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool = False, **flags: Any) -> dict[str, Any]:
     """Compare initializations over tasks and seeds, as `deepcloze compare`.
 
     Returns the content of DIR/compare.json, see docs/comparing.md: row -> task -> scores. The same call runs the cells
     that are missing.
 
     Args:
+        config: a YAML file, or its content as a mapping; the tasks in it are files or names of recipes.
         overrides: such as `{"seeds": [1, 2]}`.
+        quiet: print results, warnings and errors only.
         flags: any flag of `deepcloze compare`.
 
     Example:
@@ -181,7 +190,7 @@ def compare(config: Config, overrides: Overrides | None = None, **flags: Any) ->
         from launcher.compare_config import CompareConfig
         from launcher.compare_plan import plan_comparison
 
-    with _config_file(config, CompareConfig, overrides) as file, _as_a_command(), handle_stop_signals(interrupt):
+    with _config_file(config, CompareConfig, overrides) as file, _as_a_command(quiet), handle_stop_signals(interrupt):
         flags |= {"file": file, "overrides": _as_text(overrides)}
         plan = plan_comparison(_options(CompareOptions, "compare", flags))
         run_comparison(plan)
@@ -229,25 +238,29 @@ def _as_text(overrides: Overrides | None) -> dict[str, str]:
 @contextmanager
 def _config_file(config: Config, config_type: type[Section], overrides: Overrides | None) -> Iterator[str]:
     """The file of a config; a temporary one for a mapping. Raises UserError for a mapping that is not valid."""
-    if not isinstance(config, Mapping):
+    if isinstance(config, str | Path):
         yield str(config)
         return
-    tree = _as_json(config)
-    build_config(config_type, tree, _as_text(overrides))
+    if not isinstance(config, Mapping):
+        raise UserError(f"'config': expected a file, the name of a recipe or a mapping, found {config!r}")
+    tree, text = _as_json(config), _as_text(overrides)
+    build_config(config_type, tree, text)
+    run = text.get("run.dir") or (tree.get("run") or {}).get("dir") or "config"
     with tempfile.TemporaryDirectory(prefix="deepcloze-") as folder:
-        file = Path(folder, "config.yaml")
+        file = Path(folder, f"{Path(run).name}.yaml")  # a task without a name has that of its file
         write_text(file, write_yaml(tree))
         yield str(file)
 
 
 @contextmanager
-def _as_a_command() -> Iterator[None]:
+def _as_a_command(quiet: bool) -> Iterator[None]:
     """Raise RuntimeError or UserError in place of the end of the process, and restore the handlers of signals."""
     if threading.current_thread() is not threading.main_thread():
         raise UserError("call deepcloze in the main thread, which gets the signals that stop a run")
     handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGHUP)}
     try:
-        yield
+        with progress.quiet() if quiet else nullcontext():
+            yield
     except SystemExit as ending:
         if ending.code == 2:
             raise UserError("the run was rejected, for the reason that is printed above") from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from experiment.config import dump_config
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
+from experiment.formatting import format_parameters
 from experiment.run_folder import RunFolder
 from experiment.storage import is_url
 from launcher.hosts.guarded_hosts import Rendezvous
@@ -139,7 +140,7 @@ def local_command(options: PretrainOptions, slots: Slots, machine: Machine, adde
 def _summary(run: "ResolvedRun") -> str:
     sequences = run.config.batch.sequences
     return (
-        f"{run.num_parameters / 1e6:,.1f} M parameters, {run.deepspeed.precision}, ZeRO stage "
+        f"{format_parameters(run.num_parameters)}, {run.deepspeed.precision}, ZeRO stage "
         f"{run.deepspeed.zero_stage}, {sequences:,} sequences per step"
     )
 

@@ -29,6 +29,8 @@ def recipes_command(options: RecipesOptions) -> None:
         print(text, end="")
         return
     target = Path(options.target or recipe.path.name)
+    if str(options.target).endswith("/") and not target.is_dir():
+        raise UserError(f"recipes cp: there is no folder {options.target}")
     if target.is_dir():
         target = target / recipe.path.name
     _write_config(target, text, recipe.kind)

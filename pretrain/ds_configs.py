@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from experiment.config import did_you_mean
 from experiment.config.field_types import PathText
@@ -12,12 +12,16 @@ from experiment.provenance import REPOSITORY
 
 def find_ds_config(name: str) -> Path:
     """`name` as a path from the working directory, else from the repository, else a preset. Raises ValueError."""
-    presets = {path.stem: path for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))}
+    presets = _presets()
     for path in (Path(name).absolute(), REPOSITORY / name, presets.get(name)):
         if path is not None and path.is_file():
             return path
     known = did_you_mean(Path(name).stem, [preset for preset in presets if "offload" not in preset])
     raise ValueError(f"there is no file and no preset '{name}'{known}")
+
+
+def _presets() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))}
 
 
 def _check_preset(name: str) -> str:
@@ -27,5 +31,5 @@ def _check_preset(name: str) -> str:
     return name
 
 
-DsConfig = Annotated[PathText, AfterValidator(_check_preset)]
-"""A DeepSpeed JSON, in a config."""
+DsConfig = Annotated[PathText, AfterValidator(_check_preset), Field(examples=list(_presets()))]
+"""A DeepSpeed JSON, in a config. Editors complete the names of presets."""

@@ -22,7 +22,7 @@ from experiment.checkpoints import (
 )
 from experiment.config import flatten, with_defaults
 from experiment.errors import UserError
-from experiment.hub_names import HubName
+from experiment.hub_names import HubName, meant_name
 from experiment.model_names import record_model
 from experiment.provenance import read_origin, read_provenance
 from experiment.run_folder import RunFolder, check_run_folder
@@ -143,7 +143,7 @@ def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelCo
                 "max_positions": None,
             }
             return model.model_copy(update={"init_from": saved["init_from"]}), model.model_copy(update=copy)
-    if is_url(model.init_from):
+    if is_url(model.init_from) and meant_name(model.init_from) is None:
         raise UserError(
             f"model.init_from: {model.init_from} is a URL: copy it to a disk that the hosts share, with "
             f"`deepcloze export --checkpoint {model.init_from} --output FOLDER`"

@@ -22,7 +22,7 @@ def json_schema(config_type: type[Section]) -> dict[str, Any]:
         return schema | references[config_type, "validation"]
     default = _kind(config_type).default
     kinds = {get_args(_kind(model).annotation)[0]: references[model, "validation"] for model in models}
-    cases: list[dict[str, Any]] = [_task({"kind": {"enum": list(kinds)}})]
+    cases = [_task({"kind": {"enum": list(kinds)}})]
     for kind, reference in kinds.items():
         required = {} if kind == default else {"required": ["kind"]}
         cases.append({"if": _task({"kind": {"const": kind}}, **required), "then": reference})
@@ -50,4 +50,4 @@ def _kind(config_type: type[Section]) -> Any:
 
 
 def _task(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"properties": {"task": {"properties": properties, **more}}}
+    return {"required": ["task"], "properties": {"task": {"type": "object", "properties": properties, **more}}}

@@ -53,6 +53,11 @@ def write_card(source: Path, folder: Path, title: str, usage: str | None = None,
     write_text(folder / FILE, text if usage is None else replace_usage(text, usage, library))
 
 
+def name_model(folder: Path, name: str) -> None:
+    """Let the snippets in the card of a folder name the model as the Hub does, not as the folder that has the card."""
+    write_text(folder / FILE, _read_card(folder / FILE).replace(MODEL, f'model = "{name}"'))
+
+
 def _read_card(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

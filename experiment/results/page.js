@@ -30,15 +30,16 @@ function add(parent, name, attributes = {}, text = "") {
 
 const X_NAMES = {step: "step", tokens: "tokens", seconds: "time"};
 
-const compact = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 4});
+const round = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 12});
 const exact = new Intl.NumberFormat("en", {maximumSignificantDigits: 5});
 const whole = new Intl.NumberFormat("en", {maximumFractionDigits: 0});
 
 const isExtreme = value => value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e15);
 
+/** A tick is a round number, of which no digit is left out: its neighbor may differ in the last one. */
 function tickText(value, percent) {
-  if (percent) return `${exact.format(value * 100)}%`;
-  return isExtreme(value) ? value.toExponential().replace(/(\.\d\d)\d+/, "$1") : compact.format(value);
+  if (percent) return `${round.format(value * 100)}%`;
+  return isExtreme(value) ? value.toExponential() : round.format(value);
 }
 
 function valueText(value, percent) {

@@ -6,9 +6,10 @@ from pathlib import Path
 from experiment.checkpoints import find_model_folder, unlisted_files
 from experiment.errors import UserError, describe_disk_error, reason
 from experiment.files import created_parents, removed_on_error
+from experiment.hub_names import HubName
 from experiment.model_names import local_model
 from experiment.output_folder import is_free
-from experiment.results.exported_card import write_card
+from experiment.results.exported_card import name_model, write_card
 from finetune.export.push import check_target, parse_target, push_folder
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
@@ -31,7 +32,9 @@ def export_command(options: ExportOptions) -> None:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         with created_parents(aside), removed_on_error(aside):
-            lines = _write(source, aside, options)
+            lines = _write(source, aside, options, repository)
+            if repository is not None:
+                name_model(aside, repository.repository)
             if target.exists():
                 target.rmdir()
             aside.rename(target)
@@ -55,11 +58,11 @@ def _check_output(source: Path, target: Path) -> None:
         raise UserError(f"{target} is in the folder that is exported; choose another --output")
 
 
-def _write(source: Path, folder: Path, options: ExportOptions) -> list[str]:
+def _write(source: Path, folder: Path, options: ExportOptions, repository: HubName | None) -> list[str]:
     """Write the folder with its model card. Returns lines about it."""
     if holds_onnx_model(source):
         raise UserError(f"{source} holds an ONNX model already; export the folder that it was made from")
-    title = Path(options.output).name
+    title = Path(options.output).name if repository is None else repository.repository
     if options.format == "hf":
         if (source / FILE).is_file():
             read_saved_task(source)  # refuses damaged files, as the export to ONNX does

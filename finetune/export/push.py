@@ -23,9 +23,11 @@ def parse_target(text: str) -> HubName:
 def check_target(name: HubName, source: Path, private: bool, overwrite: bool) -> None:
     """Raise UserError without a token, for a repository that holds another model unless `overwrite`, and for a public
     one if `private`. source: the model folder; models of the same run may replace each other."""
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    if constants.is_offline_mode():
+        raise UserError(f"--push {name}: HF_HUB_OFFLINE is set")
     if get_token() is None:
         raise UserError(f"--push {name}: there is no token: {LOG_IN}")
 

@@ -23,7 +23,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.predictor import Predictor
-from finetune.serve.limits import (
+from finetune.serve.monitoring import observe
+from finetune.serve.request_checks import (
     FORM,
     busy,
     error_response,
@@ -34,7 +35,6 @@ from finetune.serve.limits import (
     require_token,
     stop_without_client,
 )
-from finetune.serve.monitoring import observe
 from finetune.serve.schemas import (
     EmbedRequest,
     EmbedResponse,

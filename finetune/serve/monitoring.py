@@ -21,7 +21,7 @@ from prometheus_client import (
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.serve.batching import BatchSize
-from finetune.serve.limits import Admission
+from finetune.serve.request_checks import Admission
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -22,8 +22,8 @@ from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.model_names import local_model
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
-from finetune.serve.limits import Limits
 from finetune.serve.monitoring import log_as_json, log_event
+from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel, load_served_model
 from finetune.serve.serving import Serving
 

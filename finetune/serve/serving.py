@@ -24,8 +24,8 @@ from finetune.mask_filler import Candidates, MaskedText, MaskFiller
 from finetune.pooling import Pooling
 from finetune.predictor import Predictor
 from finetune.serve.batching import Batcher, BatchLimits, BatchSize, Size
-from finetune.serve.limits import Admission, Limits
 from finetune.serve.monitoring import Metrics, log, log_event
+from finetune.serve.request_checks import Admission, Limits
 from finetune.serve.served_model import ServedModel
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}

@@ -25,6 +25,9 @@ class Corpus:
     path: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        return f"Corpus({str(self.path)!r}, {self.documents:,} documents, {self.tokens:,} tokens)"
+
     @property
     def name(self) -> str:
         return self.path.name

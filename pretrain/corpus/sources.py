@@ -19,6 +19,7 @@ from experiment.decontamination import CLEAN_PAGE, is_clean_summary
 from experiment.errors import UserError
 from experiment.files import json_digest
 from experiment.hub_data import PREFIX, HubData
+from experiment.hub_names import HubName
 from experiment.storage import FileInfo, is_url, join, list_files, stat_file
 from pretrain.corpus.formats import WHOLE, Range, check_is_read, detect_format
 from pretrain.corpus.options import SourceName
@@ -82,7 +83,9 @@ class _Finder:
             if not found:
                 raise UserError(f"{self.key} {item}: no file matches")
             return [self._file(name) for name in found]
-        raise UserError(f"{self.key} {item}: no such file or folder")
+        is_name = "/" in item and HubName.parse(item) is not None
+        hint = f"; a data set of the Hugging Face Hub is {PREFIX}{item}" if is_name else ""
+        raise UserError(f"{self.key} {item}: no such file or folder{hint}")
 
     def _below_url(self, url: str) -> list[Source]:
         if "?" in url and url.startswith("http"):

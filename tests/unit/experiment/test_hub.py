@@ -150,8 +150,11 @@ def test_a_server_that_stays_down(hub: HubServer, commit: str) -> None:
     assert refusal(str(NAME)).startswith(f"{NAME}: no success in 3 attempts: Server error '500 Internal Server Error'")
 
 
-def test_a_cached_model_needs_no_server(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a start that fails without a network although all files are there."""
+def test_a_cached_model_needs_no_server(
+    hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a start that fails without a network although all files are there, and one that is to be offline and
+    warns that it is."""
     folder = download_model(NAME)
     hub.fault("/api/", *[status(503)] * 3)
     assert download_model(NAME) == folder
@@ -159,7 +162,9 @@ def test_a_cached_model_needs_no_server(hub: HubServer, commit: str, monkeypatch
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert download_model(NAME) == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    capfd.readouterr()
     assert download_model(NAME) == folder
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_a_network(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_frozen_modules_are_not_trained(encoder: Path) -> None:
     built = build_model(spec)
     frozen = {name for name, parameter in built.model.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in built.model.named_parameters() if "embeddings" in name or "layer.0" in name}
-    assert "M frozen)" in describe_model(built, spec)[0]
+    assert "% frozen)" in describe_model(built, spec)[0]
     for freeze, message in ((("layers.0",), "did you mean 'layer.0'"), (("bert", "classifier"), "whole model")):
         with pytest.raises(UserError, match=rf"^model\.freeze: .*{message}"):
             read_model_inputs(replace(spec, freeze=freeze), load_tokenizer(encoder))

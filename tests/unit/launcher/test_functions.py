@@ -88,6 +88,10 @@ def test_unknown_names_are_rejected() -> None:
             "--source text.txt: no such file or folder",
         ),
         (
+            lambda: deepcloze.build_corpus("org/reviews", "tokenizer", "corpus"),
+            "--source org/reviews: no such file or folder; a data set of the Hugging Face Hub is hub:org/reviews",
+        ),
+        (
             lambda: deepcloze.build_corpus("text.txt", "tokenizer", "corpus", engine="slurm"),
             "build_corpus: 'engine': expected 'local' or 'ray'; tasks of SLURM run `deepcloze corpus`",
         ),
@@ -116,6 +120,10 @@ def test_unknown_names_are_rejected() -> None:
             "cannot read the config file my-run.yaml: No such file or directory",
         ),
         (
+            lambda: deepcloze.pretrain([RUN]),  # type: ignore[arg-type]
+            "'config': expected a file, the name of a recipe or a mapping, found [{'run': ",
+        ),
+        (
             lambda: deepcloze.pretrain(RUN, hostfile="hosts"),
             "pretrain: 'config': with a hostfile, expected a file, which the other hosts read too",
         ),
@@ -130,6 +138,14 @@ def test_unknown_names_are_rejected() -> None:
         (
             lambda: deepcloze.Predictor.load("runs/mine"),
             "runs/mine: no such folder, and no such model in ",
+        ),
+        (
+            lambda: deepcloze.Predictor.load("https://huggingface.co/org/tiny"),
+            "https://huggingface.co/org/tiny: did you mean 'org/tiny', the name of the model?",
+        ),
+        (
+            lambda: deepcloze.Predictor.load("runs/mine", batch_size=0),
+            "batch_size: expected at least 1, found 0",
         ),
     ],
 )

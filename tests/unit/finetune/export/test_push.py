@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from hub_server import HubServer, status
 from launcher.cli import main
@@ -52,14 +53,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_repository_has_the_folder(
     hub: HubServer, push: Push, model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Catches files that are missing or left from before, a private model that is published, and a later model of a run
-    that is refused."""
+    """Catches files that are missing or left from before, a private model that is published, a later model of a run
+    that is refused, and a card for a folder of this machine."""
     out = tmp_path / "out"
     assert push(model("a"), "--private").splitlines()[-1] == f"{out} -> {hub.url}/{NAME}"
     repository = hub.repository(NAME)
     assert repository.private
     assert repository.files == contents(out)
     assert {"README.md", "config.json", "model.safetensors", "vocab.txt"} <= repository.files.keys()
+    card = repository.files["README.md"].decode()
+    assert f"# {NAME}\n" in card
+    assert f'model = "{NAME}"\n' in card
 
     repository.push({**repository.files, "old.onnx": b"left from before"})
     (model("a") / "added_tokens.json").write_text("{}")
@@ -117,5 +121,7 @@ def test_mistakes(push: Push, model: Callable[[str], Path], monkeypatch: pytest.
     monkeypatch.delenv("HF_TOKEN")
     assert push(folder) == f"--push {NAME}: there is no token: log in with `hf auth login`, or set HF_TOKEN"
     assert push(folder, "--push", "encoder").startswith("--push encoder: expected OWNER/NAME")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert push(folder) == f"--push {NAME}: HF_HUB_OFFLINE is set"
     assert not (tmp_path / "out").exists()
     assert main(["export", "--checkpoint", str(folder), "--output", str(tmp_path / "out"), "--private"]) == 2

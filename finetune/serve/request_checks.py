@@ -1,4 +1,4 @@
-"""Limits of requests: size, time, host, token and number of texts.
+"""Which requests a server accepts: by size, time, host, origin, token and number of texts.
 
 All but the last wrap an ASGI application for HTTP requests, see https://asgi.readthedocs.io.
 """
