@@ -216,7 +216,7 @@ def test_a_precision_that_the_model_cannot_compute_in(
     (found,) = Predictor.load(model, "bf16").predict(records)
     assert found["probabilities"] == pytest.approx(expected["probabilities"])
     assert "bert cannot compute in bf16 on cpu: predicting in fp32" in caplog.text
-    with pytest.raises(UserError, match="--precision: expected auto, fp32, .*, found 'fp8'"):
+    with pytest.raises(UserError, match=r"--precision: expected auto, fp32, .*, found 'fp8'"):
         Predictor.load(model, "fp8")
 
 
