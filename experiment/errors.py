@@ -100,15 +100,15 @@ def describe_disk_error(error: BaseException) -> str | None:
 
 
 @contextmanager
-def disk_errors_as(error_type: type[Exception], where: str = "", advice: str = "") -> Iterator[None]:
-    """Raise `error_type` in place of an error of the disk. `where` and `advice` go before and after its message."""
+def readable_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
+    """Raise UserError in place of an error of the disk. `where` and `advice` go before and after its message."""
     try:
         yield
     except Exception as error:
         line = describe_disk_error(error)
         if line is None:
             raise
-        raise error_type(f"{where}{line}{advice}") from None
+        raise UserError(f"{where}{line}{advice}") from None
 
 
 @contextmanager

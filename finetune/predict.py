@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from experiment.errors import UserError, disk_errors_as
+from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, write_json
 from experiment.model_names import local_model
 from experiment.progress import progress, terminal
@@ -86,7 +86,7 @@ def predict_command(options: PredictOptions) -> None:
     count = rows.count()
     terminal().print(f"model: {description}", markup=False)
     predictor = Predictor.load(folder, options.precision, options.batch_size, task)
-    with disk_errors_as(UserError):
+    with readable_disk_errors():
         scored = _write(output, predictor, rows, count, options)
         terminal().print(f"{output}: {count:,} rows", markup=False)
         if scored is not None:

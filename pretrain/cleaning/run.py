@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import UserError, disk_errors_as
+from experiment.errors import UserError, readable_disk_errors
 from experiment.files import fsync_tree, json_digest, parse_json, write_json
 from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
@@ -48,7 +48,7 @@ def clean(
     folder = Path(config.output).absolute()
     opened = partial(open_engine, workers or len(os.sched_getaffinity(0)), engine=engine, ray_address=ray_address)
     advice = "; the same command resumes from the finished parts"
-    with disk_errors_as(UserError, f"output {folder}: ", advice), lock_output(folder, "output"):
+    with readable_disk_errors(f"output {folder}: ", advice), lock_output(folder, "output"):
         sources = find_inputs(config)
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)

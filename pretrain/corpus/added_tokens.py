@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from experiment.errors import UserError, disk_errors_as, reason
+from experiment.errors import UserError, readable_disk_errors, reason
 from experiment.files import created_parents
 from experiment.model_names import local_tokenizer
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
@@ -42,7 +42,7 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
         state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
     state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
     with (
-        disk_errors_as(UserError, f"--output {output}: "),
+        readable_disk_errors(f"--output {output}: "),
         created_parents(output),
         tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary,
     ):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from experiment.errors import UserError, disk_errors_as, notify
+from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import fsync
 from experiment.output_folder import holds_result, lock_output
 from pretrain.corpus import shards, tasks
@@ -72,7 +72,7 @@ def complete_corpus(plan: BuildPlan) -> None:
 def _open_build(plan: BuildPlan) -> Iterator[Engine]:
     advice = "; the same command resumes from what is finished"
     with (
-        disk_errors_as(UserError, f"--output {plan.folder}: ", advice),
+        readable_disk_errors(f"--output {plan.folder}: ", advice),
         lock_output(plan.folder, "--output"),
         open_engine(plan.workers, build_job(plan), plan.engine, plan.ray_address) as run,
     ):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from experiment.errors import UserError, disk_errors_as
+from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents
 from experiment.output_folder import LockedError
 from pretrain.corpus.build import build_job, complete_corpus, existing_manifests, holds_corpus, shard_tasks
@@ -39,7 +39,7 @@ def build_share(options: CorpusOptions) -> None:
         print(f"{plan.folder} already exists")
         return
     advice = "; submit the same array again to resume from what is finished"
-    with disk_errors_as(UserError, f"--output {plan.folder}: ", advice), created_parents(plan.folder):
+    with readable_disk_errors(f"--output {plan.folder}: ", advice), created_parents(plan.folder):
         open_partial(plan.partial, plan.arguments)
         with open_engine(plan.workers, build_job(plan)) as run:
             is_last = _build_share(plan, run, slice(index, None, tasks))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from experiment.errors import UserError, disk_errors_as
+from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, removed_on_error
 from experiment.output_folder import is_free
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
@@ -64,7 +64,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     partial = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with (
-        disk_errors_as(UserError, f"--output {options.output}: "),
+        readable_disk_errors(f"--output {options.output}: "),
         created_parents(options.output),
         removed_on_error(partial),
     ):

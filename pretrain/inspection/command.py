@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from experiment.errors import UserError, disk_errors_as
+from experiment.errors import UserError, readable_disk_errors
 from experiment.progress import progress
 from experiment.tokenizer import load_tokenizer
 from pretrain.batching.vocabulary import build_vocabulary
@@ -40,7 +40,7 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
             raise UserError(damage) from None
         raise
     print(describe(found, tokenizer))
-    with disk_errors_as(UserError, "--output: "):
+    with readable_disk_errors("--output: "):
         write_inspection(path, found, tokenizer)
     print(f"  page: {path}")
     return path

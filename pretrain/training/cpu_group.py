@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from experiment.errors import UserError, disk_errors_as
+from experiment.errors import UserError, readable_disk_errors
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ class CpuGroup:
         rank, but no other collective: there the other ranks learn of a rank that has failed.
         """
         try:
-            with disk_errors_as(UserError):
+            with readable_disk_errors():
                 result = function()
         except AgreedError:
             raise
@@ -198,7 +198,7 @@ def _do_nothing() -> None:
 def _call(function: Callable[[], object]) -> list[Any]:
     """[result, None], or [None, message] of a UserError or an error of the disk."""
     try:
-        with disk_errors_as(UserError):
+        with readable_disk_errors():
             return [function(), None]
     except UserError as error:
         return [None, str(error)]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiment.errors import StoppedError, UserError, describe_disk_error, disk_errors_as, stopped_by_disk_errors
+from experiment.errors import StoppedError, UserError, describe_disk_error, readable_disk_errors, stopped_by_disk_errors
 
 RUST = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/config.yaml")
@@ -39,10 +39,10 @@ def test_errors_of_the_disk_are_described(error: Exception, expected: str | None
 
 def test_other_errors_pass() -> None:
     """Catches a bug that is hidden behind a message, and a message that loses its context."""
-    with pytest.raises(KeyError), disk_errors_as(UserError):
+    with pytest.raises(KeyError), readable_disk_errors():
         raise KeyError("x")
     expected = r"^--output o: /runs/a/config\.yaml: disk full; try again$"
-    with pytest.raises(UserError, match=expected) as caught, disk_errors_as(UserError, "--output o: ", "; try again"):
+    with pytest.raises(UserError, match=expected) as caught, readable_disk_errors("--output o: ", "; try again"):
         raise FULL
     assert caught.value.__suppress_context__
 
@@ -60,7 +60,7 @@ def test_only_an_error_that_may_pass_can_be_resumed(number: int, expected: type[
 
 def test_the_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Catches a bug that looks like an error of the disk, and leaves no trace of where it is."""
-    with caplog.at_level(logging.DEBUG), pytest.raises(UserError), disk_errors_as(UserError):
+    with caplog.at_level(logging.DEBUG), pytest.raises(UserError), readable_disk_errors():
         raise FULL
     assert "test_the_traceback_is_logged" in caplog.text.partition("Traceback")[2]
 
