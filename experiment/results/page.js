@@ -9,7 +9,7 @@
 //           average: {x, y} or null}; lines of one label share a legend entry
 // In an answer of the server an axis or a line that has not changed is null or its name, see `lineName`.
 
-const HEIGHT = 250, LEFT = 58, RIGHT = 12, TOP = 12, BOTTOM = 38, PRINTED = 430;
+const HEIGHT = 250, LEFT = 58, RIGHT = 12, TOP = 12, BOTTOM = 38, PRINTED = 430, DOT = 3;
 const MOST_LEGENDS = 8, MOST_VALUES = 12, FEWEST_FILTERED = 6;  // runs that a table names too; values at the pointer; runs
 const POLL = 2000, SHARE = 10, TIMEOUT = 30000;  // milliseconds; updates take at most 1 / SHARE of the time
 const TIMES = [[86400, "days"], [3600, "hours"], [60, "minutes"], [1, "seconds"]];
@@ -199,7 +199,7 @@ class Chart {
     svg.setAttribute("aria-label", `${this.title} by ${X_NAMES[this.section.unit]}: ${lines.map(line => this.lastValue(line)).join("; ")}`);
     this.drawAxes(svg, y);
     const clip = this.clip ||= `clip-${Chart.count = (Chart.count || 0) + 1}`;
-    add(add(svg, "clipPath", {id: clip}), "rect", {x: LEFT, y: 0, width: width - LEFT - RIGHT, height: HEIGHT});
+    add(add(svg, "clipPath", {id: clip}), "rect", {x: LEFT - DOT, y: 0, width: width - LEFT - RIGHT + 2 * DOT, height: HEIGHT});
     const area = add(svg, "g", {"clip-path": `url(#${clip})`});
     this.drawMarks(area);
     for (const line of lines) this.drawLine(area, line);
@@ -242,7 +242,7 @@ class Chart {
     if (line.dots || line.y.length === 1)
       line.y.forEach((value, index) => {
         if (!this.log || value > 0)
-          add(area, "circle", {cx: this.px(line.at[index]), cy: this.py(value), r: line.y.length > 60 ? 1.5 : 3, style: `fill:${line.color}`});
+          add(area, "circle", {cx: this.px(line.at[index]), cy: this.py(value), r: line.y.length > 60 ? DOT / 2 : DOT, style: `fill:${line.color}`});
       });
   }
 
