@@ -31,12 +31,14 @@ def terminal() -> Console:
 @contextmanager
 def quiet() -> Iterator[None]:
     """In the block, and in the processes that it starts, print results, warnings and errors only."""
+    before = os.environ.get(QUIET_VARIABLE)
     os.environ[QUIET_VARIABLE] = "1"
     terminal.cache_clear()
     try:
         yield
     finally:
-        del os.environ[QUIET_VARIABLE]
+        if before is None:
+            del os.environ[QUIET_VARIABLE]
         terminal.cache_clear()
 
 

@@ -112,9 +112,10 @@ def build_model(spec: ModelSpec) -> BuiltModel:
 def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
     """Lines on the size of a model and where its weights come from."""
     parameters = list(built.model.parameters())
-    size = f"{built.model.config.model_type}, {format_parameters(sum(map(torch.Tensor.numel, parameters)))}"
+    count = sum(map(torch.Tensor.numel, parameters))
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-    size += f" ({frozen / sum(map(torch.Tensor.numel, parameters)):.1%} frozen)" if frozen else ""
+    size = f"{built.model.config.model_type}, {format_parameters(count)}"
+    size += f" ({frozen / count:.1%} frozen)" if frozen else ""
     if not spec.pretrained:
         return [f"{size}, randomly initialized"]
     origin = f"{size}, from {spec.folder}"
