@@ -14,6 +14,8 @@ import pytest
 
 import deepcloze
 from deepcloze import UserError
+from experiment import progress
+from experiment.errors import is_quiet
 from experiment.signals import ignore_stop_signals
 from launcher.options import PretrainOptions
 
@@ -189,6 +191,25 @@ def test_the_caller_survives_a_failed_run(
     assert received[0].overrides == {"optimizer.lr": "1e-05", "run.dir": "runs/other"}
     assert (received[0].num_gpus, received[0].oversubscribe) == (2, True)
     assert not Path(received[0].config).exists(), "a temporary file"
+
+
+def test_a_quiet_call_ends_with_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a call that prints its progress although it is quiet, or after which the notebook is quiet, or no longer;
+    and a task that is called 'config' because its config is a mapping."""
+    names, modes = [], []
+
+    def launch(options: PretrainOptions) -> None:
+        names.append(Path(options.config).name)
+        modes.append(is_quiet())
+
+    monkeypatch.setattr("launcher.launch.launch_pretraining", launch)
+    for quiet in (True, False):
+        deepcloze.pretrain(RUN, {"run.dir": "runs/other"}, quiet=quiet)
+        assert not is_quiet()
+    with progress.quiet():
+        deepcloze.pretrain(RUN, {"run.dir": "runs/other"}, quiet=True)
+        assert is_quiet()
+    assert (names, modes) == (3 * ["other.yaml"], [True, False, True])
 
 
 def test_another_thread_is_rejected() -> None:

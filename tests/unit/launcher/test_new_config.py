@@ -57,6 +57,23 @@ def test_recipes_are_valid(recipe: Any) -> None:
     validator(recipe.kind).validate(read_yaml(recipe.path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.parametrize(("task", "validators"), [({}, ["required"]), ({"task": None}, ["type"])])
+def test_a_task_that_is_not_written_yet_is_one_mistake(task: dict[str, None], validators: list[str]) -> None:
+    """Catches an editor that marks it once for each kind of task."""
+    config = {key: value for key, value in MINIMAL["finetune"].items() if key != "task"} | task
+    assert [error.validator for error in validator("finetune").iter_errors(config)] == validators
+
+
+def test_editors_complete_presets() -> None:
+    """Catches a key whose names are known to no editor."""
+    (examples,) = [
+        section["properties"]["ds_config"]["examples"]
+        for section in json_schema(CONFIGS["pretrain"])["$defs"].values()
+        if "ds_config" in section.get("properties", {})
+    ]
+    assert "bf16_zero1" in examples
+
+
 @pytest.mark.parametrize("text", DOCUMENTED)
 def test_configs_in_the_docs_are_valid(text: str) -> None:
     """Catches an editor that marks mistakes in an example."""

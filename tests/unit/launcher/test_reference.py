@@ -140,6 +140,9 @@ def test_a_recipe_is_copied_once(
     assert main(["recipes", "cp", "cola"]) == 0
     assert (tmp_path / "cola.yaml").read_text(encoding="utf-8") == copied
     assert main(["recipes", "cp"]) == 2
+    capsys.readouterr()
+    assert main(["recipes", "cp", "cola", "missing/"]) == 2
+    assert "there is no folder missing/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["bf16_zero1", "ds_configs/bf16_zero1.json"])
