@@ -6,7 +6,7 @@
 - initialization: start DeepSpeed; dynamic loss scaling for fp16
 - process_group: join and leave; shared_memory: collectives of CPU ranks on one host
 - partitions: which slice of which parameter this rank owns, and where DeepSpeed keeps it
-- zero_optimizers: gradients and updates under ZeRO without offload, in place of DeepSpeed's
+- zero_step: gradients and updates under ZeRO without offload, in place of DeepSpeed's
 - optimizers: AdamW, LAMB, StableAdamW, averaged weights; muon: Muon
 - parameter_groups: groups of parameters with options of their own
 - phases: parts of a step in profiles, and the time of forward passes

@@ -30,7 +30,7 @@ from pretrain.engine.optimizers import ExponentialMovingAverage, PerParameterOpt
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
 from pretrain.engine.phases import ForwardTimer, phase
-from pretrain.engine.zero_optimizers import Zero1Optimizer, install_zero_optimizer, sum_of_squares, unscale_and_clip
+from pretrain.engine.zero_step import Zero1Optimizer, install_zero_optimizer, sum_of_squares, unscale_and_clip
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.optimizer_config import OptimizerConfig
 from pretrain.world import World

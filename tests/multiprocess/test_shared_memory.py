@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pretrain.engine import shared_memory as module
 from pretrain.engine.shared_memory import SharedMemory, open_shared_memory
-from pretrain.engine.zero_optimizers import sum_over_ranks
+from pretrain.engine.zero_step import sum_over_ranks
 from pretrain.world import World
 from rank_pool import RankPool
 

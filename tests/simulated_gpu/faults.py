@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from pretrain.batching.batch import Microbatch
-from pretrain.engine import zero_optimizers
+from pretrain.engine import zero_step
 from pretrain.engine.engine import Engine
 from pretrain.modeling import attention
 from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -78,7 +78,7 @@ def loss_read_in_a_microbatch(patch: pytest.MonkeyPatch) -> None:
 
 def gathers_that_do_not_wait(patch: pytest.MonkeyPatch) -> None:
     """For the update, at ZeRO 3."""
-    patch.setattr(zero_optimizers, "_let_gathers_wait", lambda _: None)
+    patch.setattr(zero_step, "_let_gathers_wait", lambda _: None)
 
 
 def copies_that_are_not_awaited(patch: pytest.MonkeyPatch) -> None:
@@ -112,21 +112,21 @@ def checkpoint_that_is_not_awaited(patch: pytest.MonkeyPatch) -> None:
 
 def gathered_on_another_stream(patch: pytest.MonkeyPatch) -> None:
     """The small weights, after the update at ZeRO 3."""
-    gather = zero_optimizers._gather
+    gather = zero_step._gather
 
     def gathered(parameters: Any) -> None:
         with get_accelerator().stream(get_accelerator().Stream()):
             gather(parameters)
 
-    patch.setattr(zero_optimizers, "_gather", gathered)
+    patch.setattr(zero_step, "_gather", gathered)
 
 
 def reduced_gradients_not_awaited(patch: pytest.MonkeyPatch) -> None:
     """At ZeRO 3, after each backward pass."""
-    install = zero_optimizers._let_streams_wait
+    install = zero_step._let_streams_wait
 
     def installed(optimizer: Any) -> None:
         install(optimizer)
         optimizer.reduce_and_partition_stream.synchronize = lambda: None
 
-    patch.setattr(zero_optimizers, "_let_streams_wait", installed)
+    patch.setattr(zero_step, "_let_streams_wait", installed)

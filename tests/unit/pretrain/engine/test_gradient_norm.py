@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pretrain.engine.zero_optimizers import sum_of_squares, unscale_and_clip
+from pretrain.engine.zero_step import sum_of_squares, unscale_and_clip
 
 
 @pytest.mark.parametrize("sizes", [(20_000_000,), (12_000_001, 7_999_999), (0, 20_000_000)])

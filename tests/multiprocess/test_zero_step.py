@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.engine.zero_optimizers import Zero1Optimizer, sum_over_ranks
+from pretrain.engine.zero_step import Zero1Optimizer, sum_over_ranks
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import Tree, build_engine, microbatch, run_config
