@@ -13,7 +13,7 @@ def test_the_first_checkpoint_that_reaches_a_loss_counts(loss: float, minutes: f
     assert _minutes_to(loss, saved, lambda folder: losses[folder.name]) == minutes
 
 
-def test_a_round_that_does_not_reach_the_loss_is_named() -> None:
-    """Catches a median of the rounds that went well only."""
+def test_a_run_that_does_not_reach_the_loss_is_named() -> None:
+    """Catches a median of the runs that went well only."""
     assert _compare([2.0, 4.0, 2.5], 10.0) == ("2.50 (2.00 – 4.00)", "4.0 (2.5 – 5.0)")
-    assert _compare([2.0, None, 2.5], 10.0) == ("not reached in 1 of 3 rounds", "")
+    assert _compare([2.0, None, 2.5], 10.0) == ("not reached in 1 of 3 runs", "")
