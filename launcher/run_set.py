@@ -248,7 +248,7 @@ def _stopped(run: ChildRun) -> StoppedError:
 def _run_command(argv: Sequence[str]) -> int:
     """Run a command, forward stop signals to it and return its exit code.
 
-    A command that fails after a forwarded signal counts as stopped.
+    After a forwarded signal it counts as stopped, even if it had finished: the signal is for this process too.
     """
     process: subprocess.Popen[bytes] | None = None
     signals: list[int] = []
@@ -264,4 +264,4 @@ def _run_command(argv: Sequence[str]) -> int:
         if signals:  # since the start
             process.send_signal(signals[0])
         exit_code = process.wait()
-    return Outcome.STOPPED.exit_code if signals and exit_code != 0 else exit_code
+    return Outcome.STOPPED.exit_code if signals else exit_code

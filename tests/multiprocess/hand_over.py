@@ -85,8 +85,15 @@ def _hand_over(folder_of_server: str, module: str | None, argv: list[str], unbuf
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             server.close()
             return
+
+        def pass_on(number: int, _frame: object) -> None:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:  # it has just ended, and its status follows
+                return
+
         for number in passed_on - set(ignored):
-            signal.signal(number, lambda number, _: os.kill(pid, number))
+            signal.signal(number, pass_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
         status = int(answers.readline() or signal.SIGKILL)
     if os.WIFSIGNALED(status):

@@ -31,8 +31,12 @@ def patched(tmp_path: Path, code: str) -> dict[str, str]:
 
 
 def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """The exit code and the output."""
-    output, _ = process.communicate(timeout=LIMIT)
+    """The exit code and the output. Fails with the output if the process does not end."""
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"did not end in {LIMIT:.0f} s:\n{process.communicate()[0]}") from None
     return process.returncode, output
 
 

@@ -1,12 +1,13 @@
 """Commands that a command starts, with stand-ins for them."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import filelock
 import pytest
 
-from experiment.errors import UserError
+from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.run_folder import open_run_folder
@@ -36,6 +37,19 @@ def test_a_state_tells_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.Monke
     codes = [code]
     monkeypatch.setattr(run_set, "_run_command", lambda argv: codes.pop(0))
     assert start(ChildRun("compare", "a/b", open_run_folder(tmp_path / "run"), ())) == state
+
+
+def test_a_signal_to_a_run_that_finishes_anyway(tmp_path: Path) -> None:
+    """Catches a sweep that goes on after Ctrl-C because its run had nothing left to do."""
+    finishing = """if True:
+        import os, signal, time
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+    """
+    run = ChildRun("sweep", "[1/2] a/b", open_run_folder(tmp_path / "run"), (sys.executable, "-c", finishing))
+    with pytest.raises(StoppedError, match=r"stopped at \[1/2\] a/b"):
+        start(run)
 
 
 def finish(folder: Path, config: FlatConfig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
