@@ -1,16 +1,16 @@
 """Minutes until deepcloze reaches the held-out loss that the transformers `run_mlm` recipe has after some minutes.
 
-    python -m benchmarks.time_to_loss --source FILE --held_out FILE --tokenizer DIR [--minutes 10] [--rounds 3]
+    python -m benchmarks.time_to_loss --source FILE --held_out FILE --tokenizer DIR [--minutes 10] [--seeds 3]
 
-Both train the same model on the same text with the same real tokens per update, update rule and learning rates. The
-rate is constant after the warmup, so that the loss at any time equals the final loss of a run that ends then. The
-recipe is trained with default settings, and with the allocator setting that `deepcloze pretrain` gives its ranks. Its
-clock starts with its first step. The clock of deepcloze starts with the command, so that start-up and checkpoints
-count. deepcloze runs without compiled layers, with a cold compile cache, and with a warm one. They alternate. Corpora
-are built before. Peak memory is summed over all processes, shared pages counted once.
+All train the same model on the same text. `run_mlm` trains for `--minutes`, with default settings and with the
+allocator setting that `deepcloze pretrain` gives its ranks; its clock starts with its first step. deepcloze trains with
+the update rule, learning rates and real tokens per update of `run_mlm`, and with `pretrain/recipes/speedrun.yaml`, for
+each seed; its clock starts with the command, so that start-up and checkpoints count. The learning rate is constant
+after the warmup, so that the loss at any time equals the final loss of a run that ends then. Corpora are built before.
+Peak memory is summed over all processes, shared pages counted once.
 
-Both sides are scored by `deepcloze evaluate`, with the same masks. A run of deepcloze saves checkpoints at intervals:
-the first one whose loss is not above the recipe's counts. `run_mlm` trains on blocks of concatenated lines (with
+All are scored by `deepcloze evaluate`, with the same masks of 15 %. A run of deepcloze saves checkpoints at intervals:
+the first one whose loss is not above that of `run_mlm` counts. `run_mlm` trains on blocks of concatenated lines (with
 --lines: on one line per example), deepcloze on lines, and lines are scored.
 """
 
@@ -28,33 +28,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fire
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, describe_machine, run_module, spread
-from benchmarks.pretraining_runs import MODELS, RunSettings, build_corpus, mean_length, pretrain
+from benchmarks.pretraining_runs import MODELS, Config, RunSettings, build_corpus, mean_length, pretrain
 from benchmarks.run_mlm_peer import BATCH, LimitedPeerSettings
 from experiment.checkpoints import complete_checkpoints
+from experiment.recipes import find_recipe
 from pretrain.optimizer_config import OptimizerConfig
 
 _LENGTH = 128  # longest sequence, in tokens: the default of `deepcloze evaluate` for a folder without a run
 _ALL = 1_000_000  # checkpoints to keep
 _PEERS = {"default settings": DEFAULT_ALLOCATOR, "with our allocator setting": OUR_ALLOCATOR}
-_RUNS = {  # whether layers are compiled, and the cache folder
-    "deepcloze": (False, "cache"),
-    "deepcloze, compiled, cold cache": (True, "cache-of-compiled"),
-    "deepcloze, compiled, warm cache": (True, "cache-of-compiled"),
-}
+_RUNS = {"deepcloze, settings of run_mlm": False, "deepcloze, speedrun.yaml": True}  # whether with the recipe
 
 
 @dataclass(frozen=True)
 class Budget:
     """Time limits and devices of the runs."""
 
-    minutes: float  # of the recipe
+    minutes: float  # of run_mlm
     limit: float  # minutes of a run of deepcloze
     checkpoint_seconds: float
-    warmup: int  # steps
+    warmup: int  # steps, unless the recipe sets them
     ranks: int
     threads: int
 
@@ -66,10 +64,18 @@ class Saved(NamedTuple):
     minutes: float  # from the command to the end of its writing
 
 
-class Round(NamedTuple):
-    losses: dict[str, float]  # of the recipe, by its settings
-    minutes: dict[str, dict[str, float | None]]  # of each run of deepcloze to each of these losses; None: not reached
-    memory: dict[str, int]  # peak bytes of each contestant
+class Peer(NamedTuple):
+    """The result of run_mlm with some settings."""
+
+    loss: float
+    bytes: int  # peak memory
+
+
+class Run(NamedTuple):
+    """The result of a run of deepcloze."""
+
+    minutes: dict[str, float | None]  # to the loss of run_mlm, by its settings; None: not reached
+    bytes: int  # peak memory
 
 
 def time_to_loss(
@@ -79,31 +85,31 @@ def time_to_loss(
     *,
     minutes: float = 10.0,
     limit: float | None = None,
-    checkpoint_seconds: float = 10.0,
+    checkpoint_seconds: float = 5.0,
     lines: bool = False,
     precision: str = "bf16",
     model: str = "small",
     update_tokens: int = 4096,
     warmup: int = 100,
     ranks: int = 1,
-    rounds: int = 1,
+    seeds: int = 1,
 ) -> None:
-    """Train both and print a table.
+    """Train all and print a table.
 
     Args:
         source: text file, one document per line
         held_out: text file to evaluate on
         tokenizer: Hugging Face folder, or one with a vocab.txt
-        minutes: for which the recipe is trained
+        minutes: for which run_mlm is trained
         limit: minutes for which deepcloze is trained; default: half of `minutes`
         checkpoint_seconds: between checkpoints of deepcloze
-        lines: one line per example for the recipe, as run_mlm's --line_by_line; otherwise blocks
+        lines: one line per example for run_mlm, as its --line_by_line; otherwise blocks
         precision: bf16 or fp32
         model: small (4 layers x 256) or base (12 x 768)
-        update_tokens: real tokens of an update, about
-        warmup: steps of linear warmup
+        update_tokens: real tokens of an update, about; speedrun.yaml has a number of its own
+        warmup: steps of linear warmup; speedrun.yaml has a number of its own
         ranks: of deepcloze, which share the cores
-        rounds: how often each contestant runs
+        seeds: how often deepcloze runs, each time with another seed
     """
     threads = len(os.sched_getaffinity(0))
     budget = Budget(minutes, limit or minutes / 2, checkpoint_seconds, warmup, ranks, threads)
@@ -112,16 +118,25 @@ def time_to_loss(
         corpus = build_corpus(source, tokenizer, work / "corpus")
         settings = RunSettings(corpus, MODELS[model], precision, _LENGTH, update_tokens)
         score = functools.cache(functools.partial(_score, corpus=build_corpus(held_out, tokenizer, work / "held_out")))
-        peer = _peer(source, tokenizer, lines, settings, budget)
-        done = [_round(peer, settings, budget, score, work / f"round-{number}") for number in range(rounds)]
+        peers = {
+            name: _peer(_peer_settings(source, tokenizer, lines, settings, budget), name, score, work)
+            for name in _PEERS
+        }
+        runs: dict[str, list[Run]] = {name: [] for name in _RUNS}
+        for seed in range(1, seeds + 1):
+            for name, with_recipe in _RUNS.items():
+                config = _recipe_config(settings) if with_recipe else _plain_config(settings, budget)
+                runs[name].append(_run(config, seed, budget, peers, score, work / f"run-{seed}-{with_recipe}"))
     shape = "one line per example" if lines else f"blocks of {_LENGTH}"
     about = f"{model} model, {precision}, {threads} threads, {update_tokens:,} tokens per update, {shape}"
     about += f"; deepcloze: {ranks} ranks" if ranks > 1 else ""
-    _print(done, minutes, f"{Path(source).name}, {about}; median (min – max)")
+    _print(peers, runs, minutes, f"{Path(source).name}, {about}; median (min – max)")
 
 
-def _peer(source: str, tokenizer: str, lines: bool, settings: RunSettings, budget: Budget) -> LimitedPeerSettings:
-    """The recipe with deepcloze's update rule; the folder is still missing."""
+def _peer_settings(
+    source: str, tokenizer: str, lines: bool, settings: RunSettings, budget: Budget
+) -> LimitedPeerSettings:
+    """run_mlm with deepcloze's update rule; the folder is still missing."""
     rule = OptimizerConfig()
     example = mean_length(settings.corpus, _LENGTH) if lines else _LENGTH
     return LimitedPeerSettings(
@@ -148,47 +163,45 @@ def _peer(source: str, tokenizer: str, lines: bool, settings: RunSettings, budge
     )
 
 
-def _round(
-    peer: LimitedPeerSettings, settings: RunSettings, budget: Budget, score: Callable[[Path], float], work: Path
-) -> Round:
-    """Train each contestant once. `work`: a new folder, so that compile caches are cold at first."""
-    work.mkdir()
-    losses: dict[str, float] = {}
-    minutes: dict[str, dict[str, float | None]] = {}
-    memory: dict[str, int] = {}
-    for name in _PEERS:
-        with PeakMemory() as peak:
-            folder = _train_peer(peer, name, work)
-        losses[name], memory[name] = score(folder), peak.bytes
-    for name, choice in _RUNS.items():
-        with PeakMemory() as peak:
-            saved = _train(settings, budget, work, *choice)
-        minutes[name] = {recipe: _minutes_to(loss, saved, score) for recipe, loss in losses.items()}
-        memory[name] = peak.bytes
-    return Round(losses, minutes, memory)
-
-
-def _train_peer(peer: LimitedPeerSettings, name: str, work: Path) -> Path:
-    """The Hugging Face folder of the trained model."""
-    settings = replace(peer, folder=str(work / name.replace(" ", "-")))
-    done = run_module("benchmarks.run_mlm_peer", asdict(settings), peer.threads, _PEERS[name])
+def _peer(settings: LimitedPeerSettings, name: str, score: Callable[[Path], float], work: Path) -> Peer:
+    folder = work / name.replace(" ", "-")
+    with PeakMemory() as peak:
+        own = asdict(replace(settings, folder=str(folder)))
+        done = run_module("benchmarks.run_mlm_peer", own, settings.threads, _PEERS[name])
     print(f"run_mlm, {name}: {done['updates']:,} updates", file=sys.stderr)
-    return Path(settings.folder)
+    return Peer(score(folder), peak.bytes)
 
 
-def _train(settings: RunSettings, budget: Budget, work: Path, compiled: bool, cache: str) -> list[Saved]:
-    """The checkpoints of a run of deepcloze, oldest first."""
-    folder = work / f"{cache}-{time.monotonic_ns()}"
-    config = settings.config(
-        schedule={"name": "constant", "warmup_steps": budget.warmup, "budget": f"{round(60 * budget.limit)}s"},
-        checkpoint={"every_minutes": budget.checkpoint_seconds / 60, "keep_last": _ALL},
-        engine={"compile": compiled},
-    )
+def _plain_config(settings: RunSettings, budget: Budget) -> Config:
+    """The update rule, learning rates and batch size of run_mlm."""
+    return settings.config(schedule={"name": "constant", "warmup_steps": budget.warmup})
+
+
+def _recipe_config(settings: RunSettings) -> Config:
+    """speedrun.yaml with the model, corpus and precision of the others."""
+    recipe: Config = yaml.safe_load(find_recipe("speedrun").path.read_text(encoding="utf-8"))
+    recipe["model"]["config"] |= settings.model
+    recipe["corpus"] = {"train": str(settings.corpus)}
+    recipe["engine"]["ds_config"] = f"{settings.precision}_zero1"
+    return recipe
+
+
+def _run(
+    config: Config, seed: int, budget: Budget, peers: dict[str, Peer], score: Callable[[Path], float], folder: Path
+) -> Run:
+    config["run"]["seed"] = seed
+    config["schedule"]["budget"] = f"{round(60 * budget.limit)}s"
+    config["checkpoint"] = {
+        "every_steps": None,
+        "every_minutes": budget.checkpoint_seconds / 60,
+        "keep_last": _ALL,
+    }
     start = time.time()
-    environment = {"XDG_CACHE_HOME": str(work / cache)}
-    pretrain(config, folder, ranks=budget.ranks, threads=budget.threads, environment=environment)
+    with PeakMemory() as peak:
+        pretrain(config, folder, ranks=budget.ranks, threads=budget.threads)
     found = complete_checkpoints(folder / "checkpoints")
-    return [Saved(path, (path.stat().st_mtime - start) / 60) for path in found]
+    saved = [Saved(path, (path.stat().st_mtime - start) / 60) for path in found]
+    return Run({name: _minutes_to(peer.loss, saved, score) for name, peer in peers.items()}, peak.bytes)
 
 
 def _minutes_to(loss: float, saved: Sequence[Saved], score: Callable[[Path], float]) -> float | None:
@@ -206,33 +219,28 @@ def _score(model: Path, corpus: Path) -> float:
     return float(scores["loss"])
 
 
-def _print(rounds: Sequence[Round], minutes: float, title: str) -> None:
+def _print(peers: dict[str, Peer], runs: dict[str, list[Run]], minutes: float, title: str) -> None:
     table = Table("contestant", title=title)
-    for peer in _PEERS:
-        loss = spread([done.losses[peer] for done in rounds], ".3f")
-        table.add_column(f"minutes to {loss}: run_mlm, {peer}")
+    for name, peer in peers.items():
+        table.add_column(f"minutes to {peer.loss:.3f}: run_mlm, {name}")
         table.add_column("faster by")
     table.add_column("peak memory, GB")
-    for name in _PEERS:
-        own = [cell for peer in _PEERS for cell in (f"{minutes:g}" if peer == name else "", "")]
-        table.add_row(f"run_mlm, {name}", *own, _peak(rounds, name))
-    for name in _RUNS:
-        cells = [cell for peer in _PEERS for cell in _compare([done.minutes[name][peer] for done in rounds], minutes)]
-        table.add_row(name, *cells, _peak(rounds, name))
+    for name, peer in peers.items():
+        own = [cell for other in peers for cell in (f"{minutes:g}" if other == name else "", "")]
+        table.add_row(f"run_mlm, {name}", *own, f"{peer.bytes / 1e9:.2f}")
+    for name, done in runs.items():
+        cells = [cell for peer in peers for cell in _compare([run.minutes[peer] for run in done], minutes)]
+        table.add_row(name, *cells, f"{max(run.bytes for run in done) / 1e9:.2f}")
     Console(width=150).print(table)
     print(describe_machine())
 
 
 def _compare(reached: Sequence[float | None], minutes: float) -> tuple[str, str]:
-    """The minutes to the loss of the recipe after `minutes`, and the speedup."""
+    """The minutes to the loss of run_mlm after `minutes`, and the speedup."""
     found = [each for each in reached if each is not None]
     if len(found) < len(reached):
-        return f"not reached in {len(reached) - len(found)} of {len(reached)} rounds", ""
+        return f"not reached in {len(reached) - len(found)} of {len(reached)} runs", ""
     return spread(found, ".2f"), spread([minutes / each for each in found], ".1f")
-
-
-def _peak(rounds: Sequence[Round], name: str) -> str:
-    return f"{max(done.memory[name] for done in rounds) / 1e9:.2f}"
 
 
 if __name__ == "__main__":
