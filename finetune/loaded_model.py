@@ -15,8 +15,8 @@ from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
 from experiment.model_folder import first_use
 from finetune.device import Device, choose_device
-from finetune.encoding.encoder import Encoder, Tokens
-from finetune.encoding.examples import Batch, Padding, pad_sequences
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, Example, Padding, pad_sequences
 from finetune.inference import collate, computes
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.onnx_model import OnnxModel, holds_onnx_model
@@ -28,22 +28,6 @@ log = logging.getLogger(__name__)
 
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
 _MASKED_LM = "AutoModelForMaskedLM"
-
-
-@dataclass(frozen=True)
-class EncodedText:
-    """A text as one sequence, ready to be batched with others."""
-
-    tokens: Tokens
-
-    @property
-    def longest(self) -> int:
-        """Tokens, special ones included."""
-        return len(self.tokens)
-
-    @property
-    def sequences(self) -> tuple[Tokens, ...]:
-        return (self.tokens,)
 
 
 @dataclass(frozen=True)
@@ -123,13 +107,6 @@ def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch,
 
 
 @dataclass(frozen=True)
-class EmbeddedText(EncodedText):
-    """A text to embed."""
-
-    pooling: Pooling
-
-
-@dataclass(frozen=True)
 class Embedder:
     """The encoder of a loaded model, without its head. Threads may share it."""
 
@@ -137,18 +114,18 @@ class Embedder:
     pooling: Pooling = "mean"
     normalize: bool = False  # to length 1
 
-    def encode(self, texts: Sequence[str], pooling: Pooling | None = None) -> list[EmbeddedText]:
-        """Texts that are too long are cut."""
+    def encode(self, texts: Sequence[str], pooling: Pooling | None = None) -> list[Example]:
+        """Texts that are too long are cut. `details`: the pooling."""
         with self.loaded.encoding:
-            return [EmbeddedText(self.loaded.encoder.encode(text), pooling or self.pooling) for text in texts]
+            return [Example((self.loaded.encoder.encode(text),), details=pooling or self.pooling) for text in texts]
 
-    def compute(self, texts: Sequence[EmbeddedText]) -> list[list[float]]:
-        """The vectors of texts, D numbers each: hidden states of the last layer, pooled."""
-        inputs = pad_sequences([text.tokens for text in texts], self.loaded.padding, self.loaded.device.device)
+    def compute(self, texts: Sequence[Example]) -> list[list[float]]:
+        """The vectors of encoded texts, D numbers each: hidden states of the last layer, pooled."""
+        inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
             hidden_STD = self.loaded.model.base_model(**inputs).last_hidden_state
         mask_ST = inputs["attention_mask"]
-        by_pooling = {pooling: pool(hidden_STD, mask_ST, pooling) for pooling in {text.pooling for text in texts}}
-        vectors_SD = torch.stack([by_pooling[text.pooling][number] for number, text in enumerate(texts)])
+        by_pooling = {pooling: pool(hidden_STD, mask_ST, pooling) for pooling in {text.details for text in texts}}
+        vectors_SD = torch.stack([by_pooling[text.details][number] for number, text in enumerate(texts)])
         vectors: list[list[float]] = (F.normalize(vectors_SD, dim=-1) if self.normalize else vectors_SD).tolist()
         return vectors

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from finetune.data.records import Record
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, pad_sequences
 from finetune.kinds import cloze
-from finetune.loaded_model import EncodedText, LoadedModel, load_model
+from finetune.loaded_model import LoadedModel, load_model
 from finetune.predictor import Predictor
 from finetune.saved_task import SavedTask
 
@@ -23,11 +23,10 @@ Candidates = list[list[tuple[int, float]]]
 """Of each mask of a text: (token id, probability) of its candidates, the most probable first."""
 
 
-@dataclass(frozen=True)
-class MaskedText(EncodedText):
-    """A text with one or more masks."""
+class Masks(NamedTuple):
+    """The `details` of an encoded text."""
 
-    positions: tuple[int, ...]  # of the masks
+    positions: tuple[int, ...]
     top_k: int  # candidates for each
 
 
@@ -85,33 +84,34 @@ class MaskFiller:
         masked = [self.encode(text, f"text {number}", top_k) for number, text in enumerate(texts, 1)]
         return [self.describe(candidates) for candidates in self.compute(masked)]
 
-    def encode(self, text: str, place: str, top_k: int) -> MaskedText:
-        """The first step of `fill`. place: the name of the text in messages."""
+    def encode(self, text: str, place: str, top_k: int) -> Example:
+        """The first step of `fill`; `details`: its masks. place: the name of the text in messages."""
         with self.loaded.encoding:
             tokens = self.loaded.encoder.encode(text)
         positions = (tokens.input_ids == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
         if len(positions) < len(self.split(text, place)) - 1:
             raise UserError(f"{place}: a {self.mask} is beyond the first {self.loaded.encoder.max_length} tokens")
-        return MaskedText(tokens, tuple(positions), min(top_k, len(self.tokenizer)))
+        return Example((tokens,), details=Masks(tuple(positions), min(top_k, len(self.tokenizer))))
 
-    def compute(self, texts: Sequence[MaskedText]) -> list[Candidates]:
+    def compute(self, texts: Sequence[Example]) -> list[Candidates]:
         """The second step, for any texts together."""
-        rows = [row for row, text in enumerate(texts) for _ in text.positions]
-        positions = [position for text in texts for position in text.positions]
-        inputs = pad_sequences([text.tokens for text in texts], self.loaded.padding, self.loaded.device.device)
+        masks: list[Masks] = [text.details for text in texts]
+        rows = [row for row, found in enumerate(masks) for _ in found.positions]
+        positions = [position for found in masks for position in found.positions]
+        inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
             logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
         # Some vocabularies are padded: the last scores are not of tokens.
         probabilities_MV = logits_MV.softmax(-1)[:, : len(self.tokenizer)]
-        found = probabilities_MV.topk(max(text.top_k for text in texts))
+        found = probabilities_MV.topk(max(each.top_k for each in masks))
         best = [
             list(zip(ids, probabilities, strict=True))
             for ids, probabilities in zip(found.indices.tolist(), found.values.tolist(), strict=True)
         ]
-        ends = torch.tensor([0, *(len(text.positions) for text in texts)]).cumsum(0).tolist()
+        ends = torch.tensor([0, *(len(each.positions) for each in masks)]).cumsum(0).tolist()
         return [
-            [mask[: text.top_k] for mask in best[start:stop]]
-            for text, (start, stop) in zip(texts, pairwise(ends), strict=True)
+            [mask[: each.top_k] for mask in best[start:stop]]
+            for each, (start, stop) in zip(masks, pairwise(ends), strict=True)
         ]
 
     def describe(self, candidates: Candidates) -> list[list[dict[str, Any]]]:

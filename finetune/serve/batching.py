@@ -17,7 +17,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Size:
-    """The cost of an item."""
+    """The cost of an item, or of a batch."""
 
     sequences: int
     longest: int  # tokens of its longest sequence
@@ -35,14 +35,6 @@ class BatchLimits:
     tokens: int  # with padding; a single item may have more
     delay: float  # seconds that the first item waits for others
     padding: int  # tokens of padding that cost about as much as another batch
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """The size of a batch, for metrics."""
-
-    sequences: int
-    padded_tokens: int
 
 
 def plan_batches(sizes: Sequence[Size], limits: BatchLimits) -> list[list[int]]:
@@ -97,7 +89,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self,
         compute: Callable[[list[ItemT]], Awaitable[Sequence[ResultT]]],
         limits: BatchLimits,
-        observe: Callable[[BatchSize], None] = lambda _: None,
+        observe: Callable[[Size], None] = lambda _: None,
     ) -> None:
         """compute: the results of a batch, in order; called for one batch at a time. observe: called for each batch."""
         self._compute, self._limits, self._observe = compute, limits, observe
@@ -160,7 +152,7 @@ class Batcher(Generic[ItemT, ResultT]):
             return
         sizes = [job.sizes[index] for job, index in parts]
         sequences = sum(size.sequences for size in sizes)
-        self._observe(BatchSize(sequences, sequences * max(size.longest for size in sizes)))
+        self._observe(Size(sequences, max(size.longest for size in sizes)))
         try:
             results = await self._compute([job.items[index] for job, index in parts])
             found = list(zip(parts, results, strict=True))

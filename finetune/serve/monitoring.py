@@ -20,7 +20,7 @@ from prometheus_client import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finetune.serve.batching import BatchSize
+from finetune.serve.batching import Size
 from finetune.serve.request_checks import Admission
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -59,9 +59,9 @@ class Metrics:
         self._seconds.labels(path).observe(seconds)
         self._texts.labels(path).inc(texts)
 
-    def observe_batch(self, size: BatchSize) -> None:
+    def observe_batch(self, size: Size) -> None:
         self._batches.observe(size.sequences)
-        self._tokens.inc(size.padded_tokens)
+        self._tokens.inc(size.tokens)
 
     def observe_reload(self, succeeded: bool) -> None:
         self._reloads.labels("success" if succeeded else "failure").inc()

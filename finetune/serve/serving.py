@@ -11,19 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from fastapi import HTTPException
 
 from experiment.errors import UserError
 from finetune.data.records import Record
-from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Split
-from finetune.loaded_model import EmbeddedText
-from finetune.mask_filler import Candidates, MaskedText, MaskFiller
+from finetune.mask_filler import Candidates, MaskFiller
 from finetune.pooling import Pooling
 from finetune.predictor import Predictor
-from finetune.serve.batching import Batcher, BatchLimits, BatchSize, Size
+from finetune.serve.batching import Batcher, BatchLimits, Size
 from finetune.serve.monitoring import Metrics, log, log_event
 from finetune.serve.request_checks import Admission, Limits
 from finetune.serve.served_model import ServedModel
@@ -34,15 +32,6 @@ _OPTION_TOKENS = 8 * _LARGEST_ITEM  # of the options of all texts
 _BATCH_COST = {"cpu": 64, "cuda": 4096}  # tokens that take as long to compute as the fixed costs of a batch
 
 
-class _Encoded(Protocol):
-    @property
-    def sequences(self) -> tuple[Tokens, ...]: ...
-
-    @property
-    def longest(self) -> int: ...
-
-
-ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
@@ -50,7 +39,7 @@ class Services:
     """A model that answers requests of many clients. Belongs to the running event loop."""
 
     def __init__(
-        self, served: ServedModel, limits: BatchLimits, thread: Executor, observe: Callable[[BatchSize], None]
+        self, served: ServedModel, limits: BatchLimits, thread: Executor, observe: Callable[[Size], None]
     ) -> None:
         """thread: the one that computes."""
         self.served = served
@@ -58,8 +47,8 @@ class Services:
         self._unused = asyncio.Event()
         self._padded = served.loaded.padding.length
 
-        def batcher(compute: Callable[[list[ItemT]], Sequence[ResultT]]) -> Batcher[ItemT, ResultT]:
-            async def in_thread(items: list[ItemT]) -> Sequence[ResultT]:
+        def batcher(compute: Callable[[list[Example]], Sequence[ResultT]]) -> Batcher[Example, ResultT]:
+            async def in_thread(items: list[Example]) -> Sequence[ResultT]:
                 return await asyncio.get_running_loop().run_in_executor(thread, compute, items)
 
             return Batcher(in_thread, limits, observe)
@@ -67,8 +56,8 @@ class Services:
         predictor = served.predictor if served.filler is None else served.filler.ranking
         assert predictor is not None, "a model predicts or fills masks"
         self._examples: Batcher[Example, Any] = batcher(predictor.compute)
-        self._embedded: Batcher[EmbeddedText, list[float]] = batcher(served.embedder.compute)
-        self._masked: Batcher[MaskedText, Candidates] | None = None
+        self._embedded: Batcher[Example, list[float]] = batcher(served.embedder.compute)
+        self._masked: Batcher[Example, Candidates] | None = None
         if served.filler is not None:
             self._masked = batcher(served.filler.compute)
 
@@ -139,7 +128,7 @@ class Services:
         outputs = await self._examples.submit(split.examples, self._sizes(split.examples))
         return await asyncio.to_thread(predictor.decode, split, outputs, calibrated)
 
-    def _sizes(self, items: Sequence[_Encoded]) -> list[Size]:
+    def _sizes(self, items: Sequence[Example]) -> list[Size]:
         """Raises HTTPException for an item that would take too long, or too much memory: it is computed at once."""
         sizes = [Size(len(item.sequences), self._padded or item.longest) for item in items]
         if (most := max((size.tokens for size in sizes), default=0)) > _LARGEST_ITEM:
@@ -148,7 +137,7 @@ class Services:
         return sizes
 
 
-def _encode_masked(filler: MaskFiller, texts: Sequence[str], top_k: int) -> list[MaskedText]:
+def _encode_masked(filler: MaskFiller, texts: Sequence[str], top_k: int) -> list[Example]:
     return [filler.encode(text, f"texts[{index}]", top_k) for index, text in enumerate(texts)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.serve.batching import Batcher, BatchLimits, BatchSize, Size, plan_batches
+from finetune.serve.batching import Batcher, BatchLimits, Size, plan_batches
 
 LIMITS = BatchLimits(tokens=100, delay=0.0, padding=20)
 
@@ -78,7 +78,7 @@ def test_what_waits_forms_the_next_batch() -> None:
     """Catches requests that are computed one by one while the model is busy."""
 
     async def test() -> None:
-        squares, sizes = Squares(open_from_start=False), list[BatchSize]()
+        squares, sizes = Squares(open_from_start=False), list[Size]()
         batcher = Batcher(squares, LIMITS, sizes.append)
         first = asyncio.create_task(batcher.submit([0], ones(1)))
         while not squares.batches:
@@ -88,7 +88,7 @@ def test_what_waits_forms_the_next_batch() -> None:
         squares.permitted.set()
         await asyncio.gather(first, *others)
         assert squares.batches == [[0], [1, 2, 3, 4, 5]]
-        assert sizes == [BatchSize(1, 10), BatchSize(5, 50)]
+        assert sizes == [Size(1, 10), Size(5, 10)]
         await batcher.close()
 
     run(test)
