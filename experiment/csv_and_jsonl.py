@@ -195,3 +195,15 @@ def listed(names: Iterable[object]) -> str:
 def unexpected_cell(place: str, column: str, value: object, expected: str = "text", hint: str = "") -> UserError:
     found = json.dumps(value, default=str, ensure_ascii=False)[:60]
     return UserError(f"{place}: expected {expected} in '{column}', found {found}{hint}")
+
+
+def is_unicode(value: Any) -> bool:
+    """False if a text has half of a surrogate pair, which JSON may escape, and with which Python
+    writes bytes of a file name that are not UTF-8: tokenizers and files refuse it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(map(is_unicode, parts))

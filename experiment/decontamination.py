@@ -1,9 +1,9 @@
 """The tasks that a corpus was decontaminated against: digests of evaluation texts, in clean.json, in manifests, and in
 the deepcloze.json of models."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -15,6 +15,14 @@ CLEAN_SUMMARY = "clean.json"
 """The file beside cleaned documents that says how they were cleaned."""
 CLEAN_PAGE = "report.html"
 """The same as a page."""
+
+
+class EvaluationText(NamedTuple):
+    """A text that a model is evaluated on."""
+
+    split: str
+    place: str  # file and row
+    text: str
 
 
 def texts_digest(texts: Iterable[str]) -> str:
@@ -35,26 +43,19 @@ def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
     return _read_summary(join(folder, CLEAN_SUMMARY))
 
 
-def read_decontamination(
-    folder: str, read: Callable[[str], Mapping[str, Any] | None] = read_clean_summary
-) -> dict[str, str] | None:
-    """Task -> digest of its texts, of all tasks that the documents in a folder of `deepcloze clean` were decontaminated
-    against; None if the folder, a path or URL, was not written by it."""
-    summary = read(folder)
-    if summary is None:
-        return None
-    return {name: str(digest) for step in summary["steps"] for name, digest in step.get("against", {}).items()}
+def common_decontamination(summaries: Iterable[Mapping[str, Any] | None]) -> dict[str, str] | None:
+    """Task -> digest of its texts, of the tasks against which documents from several folders were all decontaminated:
+    for the manifest of a corpus of them, under the key `decontaminated`. None if none of the folders was written by
+    `deepcloze clean`.
 
-
-def common_decontamination(
-    folders: Iterable[str | None], read: Callable[[str], Mapping[str, Any] | None] = read_clean_summary
-) -> dict[str, str] | None:
-    """The tasks against which documents from several folders were all decontaminated: for the manifest of a corpus of
-    them, under the key `decontaminated`. None if none of the folders was written by `deepcloze clean`.
-
-    folders: the folders of the source files; None for a source that is not a file. read: gives their clean.json.
+    summaries: the clean.json of each folder; None for another folder, or a source that is not a file.
     """
-    found = [None if folder is None else read_decontamination(folder, read) for folder in set(folders)]
+    found = [
+        None
+        if summary is None
+        else {name: str(digest) for step in summary["steps"] for name, digest in step.get("against", {}).items()}
+        for summary in summaries
+    ]
     if all(tasks is None for tasks in found):
         return None
     shared = set[str].intersection(*({*(tasks or {}).values()} for tasks in found))

@@ -3,11 +3,19 @@
 import re
 from collections.abc import Iterable, Sequence
 
+UNKNOWN = "–"
+"""In place of a value that is not known."""
+
+
+def show(value: float | None, spec: str) -> str:
+    """A number in a format such as ',.1f'; '–' for None."""
+    return UNKNOWN if value is None else format(value, spec)
+
 
 def describe_duration(seconds: float | None) -> str:
     """'1h05m', '2m10s' or '9s'; '–' for None."""
     if seconds is None:
-        return "–"
+        return UNKNOWN
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours:
@@ -18,7 +26,7 @@ def describe_duration(seconds: float | None) -> str:
 def format_perplexity(value: float | None) -> str:
     """With four digits or more: '8,448', '66.60' or '3.971'; '–' for None."""
     if value is None:
-        return "–"
+        return UNKNOWN
     return f"{value:,.0f}" if 999.95 <= value < 1e7 else f"{value:#.4g}"
 
 

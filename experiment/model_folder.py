@@ -4,18 +4,19 @@ Folders may come from untrusted sources: impossible sizes are rejected before me
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, first_line, is_out_of_memory
 from experiment.files import parse_json
-from experiment.transformers_models import check_label_count
+from experiment.transformers_models import check_label_count, quiet_transformers
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _MAX_LAYERS = 1000  # more are a mistake, and would be built one by one until the memory is full
@@ -36,6 +37,30 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder / 'config.json'}: 'architectures' is {names!r}; expected a list of names")
     return config
+
+
+def load_weights(
+    auto_model: Any, folder: Path, config: PreTrainedConfig
+) -> tuple[PreTrainedModel, Mapping[str, Collection[Any]]]:
+    """The model of a Hugging Face folder in fp32, and transformers' report of weights that are missing, unused or of
+    another shape, which are initialized. auto_model: a class such as AutoModelForMaskedLM.
+
+    Raises UserError if the weights cannot be loaded.
+    """
+    with quiet_transformers():
+        try:
+            model, report = auto_model.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers raises many types for values that make no model
+            raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
+    return model, report
 
 
 def build_from_config(

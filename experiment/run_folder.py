@@ -167,13 +167,20 @@ def is_run(folder: RunFolder) -> bool:
     return any(path.exists() for path in known) or (folder.logs.is_dir() and not planned_folders(folder.path))
 
 
+def open_folder(run: str | Path) -> RunFolder:
+    """Raises UserError if there is no such folder."""
+    folder = RunFolder(Path(run).absolute())
+    if not folder.path.is_dir():
+        raise UserError(f"there is no run folder {folder.path}")
+    return folder
+
+
 def runs_in(folder: str) -> list[str]:
     """A run, the runs of a sweep or comparison, or those of a folder with any of these.
 
     Raises UserError if the folder does not exist.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"there is no run folder {Path(folder).absolute()}")
+    open_folder(folder)
     if found := _runs_in(Path(folder)):
         return list(map(str, found))
     children = sorted(path for path in Path(folder).iterdir() if path.is_dir())

@@ -7,13 +7,12 @@ its variants. The string literal below each field documents it; docs/config.md i
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, create_model, model_validator
 
 from experiment.config import Section, did_you_mean, flatten, with_defaults
 from experiment.config.field_types import Fraction, LocalPath, PathText, Seed, SequenceLength
-from experiment.config.loading import check_kind
 from experiment.errors import UserError
 from experiment.tracking.config import TrackingConfig
 from finetune.data.task_config import TaskConfig
@@ -141,15 +140,13 @@ class TrainingConfig(Section):
 class FinetuneConfig(Section):
     """One fine-tuning run: one task, one or more seeds."""
 
+    own_section: ClassVar[str | None] = "task"
+
     run: RunConfig
     task: TaskConfig
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
-
-    @classmethod
-    def check_kind(cls, tree: Mapping[str, Any]) -> None:
-        check_kind(tree, "task")
 
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:

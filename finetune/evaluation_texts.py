@@ -2,21 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiment.config import load_config
-from experiment.decontamination import decontamination_of, texts_digest
+from experiment.decontamination import EvaluationText, decontamination_of, texts_digest
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.task_kind import find_kind
-
-
-class EvaluationText(NamedTuple):
-    split: str
-    place: str  # file and row
-    text: str
 
 
 def evaluation_texts(config: str) -> list[EvaluationText]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from experiment.formatting import format_parameters
-from experiment.model_folder import WEIGHT_FILES, build_from_config, load_config
+from experiment.model_folder import WEIGHT_FILES, build_from_config, load_config, load_weights
 from experiment.tensor_files import share_tensors
 from experiment.tokenizer import save_tokenizer, vocabulary_size
 from experiment.transformers_models import (
@@ -133,19 +132,8 @@ def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
 
 
 def _load(spec: ModelSpec) -> BuiltModel:
-    with quiet_transformers():
-        try:
-            model, report = getattr(transformers, spec.auto_model).from_pretrained(
-                spec.folder,
-                config=load_config(spec.folder, **spec.head),
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # a head for other labels is replaced; the encoder is checked below
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"cannot load the weights in {spec.folder}: {error}") from None
+    config = load_config(spec.folder, **spec.head)
+    model, report = load_weights(getattr(transformers, spec.auto_model), spec.folder, config)
     new = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     encoder = sorted(name for name in new if not _is_in_head(name, model) and "pooler" not in name)
     if encoder:

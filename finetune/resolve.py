@@ -5,15 +5,11 @@ trained. The code below takes the typed result.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from yaml import YAMLError
-
-from experiment.config import flatten, load_config
-from experiment.config.yaml_dialect import read_yaml
+from experiment.config import flatten, load_config, read_recorded
 from experiment.errors import UserError
 from experiment.files import checksum
 from experiment.hub_data import PREFIX, HubData
@@ -58,7 +54,7 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     """
     config = load_config(FinetuneConfig, file, overrides)
     folder = RunFolder(Path(config.run.dir).absolute())
-    earlier = _recorded(folder)
+    earlier = flatten(read_recorded(folder.config))  # with the commits of models and data of the Hub
     task = config.task.with_files(_record_data(config.task, earlier))
     return config.model_copy(
         update={
@@ -67,14 +63,6 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
             "model": config.model.model_copy(update={"init_from": _record_model(config.model.init_from, earlier)}),
         }
     )
-
-
-def _recorded(folder: RunFolder) -> Mapping[str, Any]:
-    """The flat config with which a run has begun: it keeps the commits of models and data of the Hub. Empty if none has
-    begun."""
-    with suppress(OSError, ValueError, AttributeError, YAMLError):
-        return flatten(read_yaml(folder.config.read_text(encoding="utf-8")))
-    return {}
 
 
 def _record_data(task: TaskConfig, earlier: Mapping[str, Any]) -> dict[str, str]:

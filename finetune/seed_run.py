@@ -1,8 +1,8 @@
 """Train one model per seed. A finished seed is a folder RUN/seed-N that is written aside and renamed."""
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.files import parse_json, removed_on_error, write_json
+from experiment.files import created_parents, parse_json, removed_on_error, write_json
 from experiment.formatting import format_parameters
 from experiment.progress import terminal
 from experiment.provenance import read_provenance, write_origin
@@ -90,13 +90,13 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     final = _seed_folder(seed, run.folder)
     for leftover in (output, final):
         shutil.rmtree(leftover, ignore_errors=True)
-    with _removed_if_empty(output.parent), removed_on_error(output):
-        output.mkdir(parents=True)
+    with created_parents(output), removed_on_error(output):
+        output.mkdir()
         _write_seed(output, seed, model, fitted, record, run)
         with suppress(FileNotFoundError):
             (output.parent / _EVALUATIONS).rename(output / _EVALUATIONS)
         output.rename(final)
-        state_file(seed, run).path.unlink(missing_ok=True)
+        shutil.rmtree(output.parent)  # with the state
     return record
 
 
@@ -133,15 +133,6 @@ def _seed_folder(seed: int, folder: RunFolder) -> Path:
 def _working_folder(seed: int, folder: RunFolder) -> Path:
     """Where a seed is until it is finished."""
     return folder.path / f".seed-{seed}"
-
-
-@contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            folder.rmdir()
 
 
 def _write_seed(

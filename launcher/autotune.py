@@ -83,7 +83,7 @@ def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
     """
     folder = open_run_folder(plan.folder.path)
     ranks = sum(map(len, plan.slots.values()))
-    runner = TrialRunner(plan, time.monotonic() + LIMIT_SECONDS, is_enough)
+    runner = TrialRunner(plan, time.monotonic() + LIMIT_SECONDS)
     with handle_stop_signals(lambda _: runner.interrupt()), lock_run(folder, runner.interrupt, dead_owner):
         _remove_trials(folder)  # of a command that was killed
         inform(f"autotune: trying microbatch sizes for at most {LIMIT_SECONDS:.0f} s")
@@ -238,14 +238,10 @@ def measured_speeds(events: Sequence[Event], sizes: Sequence[int], stages: int) 
 class TrialRunner:
     """Runs trials of a launch, one after the other."""
 
-    def __init__(self, plan: LaunchPlan, deadline: float, is_enough: Callable[[Sequence[Speed]], bool]) -> None:
-        """Args:
-        deadline: `time.monotonic()` when trials end.
-        is_enough: whether the measured sizes of a trial, in ascending order, make the larger ones unnecessary.
-        """
+    def __init__(self, plan: LaunchPlan, deadline: float) -> None:
+        """`deadline`: `time.monotonic()` when trials end."""
         self._plan = plan
         self._deadline = deadline
-        self._is_enough = is_enough
         self._stop: StopSignals | None = None
         self.interrupted = False
 
@@ -278,7 +274,7 @@ class TrialRunner:
 
         def is_settled() -> bool:
             speeds = _read_speeds(folder, sizes, stages)
-            if len(speeds) == len(sizes) or self._is_enough(list(speeds.values())) or self._time_is_up():
+            if len(speeds) == len(sizes) or is_enough(list(speeds.values())) or self._time_is_up():
                 ended.set()
             elif not _out_of_memory(folder):
                 return False

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from experiment.config import load_config
+from experiment.decontamination import EvaluationText
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
 from experiment.recipes import find_config
 from launcher.options import CleanOptions
 from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.step import EvaluationText
 
 
 def clean_command(options: CleanOptions) -> None:
@@ -32,6 +32,6 @@ def read_task(name: str) -> Sequence[EvaluationText]:
         from finetune.evaluation_texts import evaluation_texts
 
     try:
-        return [EvaluationText(name, *found) for found in evaluation_texts(find_config(name, "finetune"))]
+        return evaluation_texts(find_config(name, "finetune"))
     except UserError as error:
         raise UserError(f"decontaminate.against: {name}: {error}") from None

@@ -184,9 +184,9 @@ def evaluate(options: EvaluateOptions) -> None:
     Example:
         deepcloze evaluate --checkpoint runs/mine --corpus corpora/books-heldout
     """
-    from launcher.hosts.machine import inspect_machine, select_accelerator
+    from launcher.hosts.machine import launch_machine
 
-    select_accelerator(inspect_machine().devices)  # DeepSpeed would print to stdout that it found no GPU
+    launch_machine()  # otherwise DeepSpeed would print to stdout that it found no GPU
     with fast_imports():
         from pretrain.evaluate import evaluate_command
 
@@ -404,7 +404,7 @@ def validate(options: ValidateOptions) -> None:
     Example:
         deepcloze validate my-run.yaml
     """
-    from launcher.validate import validate_command
+    from launcher.run_validation import validate_command
 
     validate_command(options)
 

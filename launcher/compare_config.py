@@ -1,13 +1,12 @@
 """The file of `deepcloze compare`, checked when it is read."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import LocalPath, PathText, Seed
-from experiment.config.loading import check_kind
 
 
 class CompareRunConfig(Section):
@@ -41,6 +40,8 @@ class RowConfig(Section):
 class CompareConfig(Section):
     """Initializations × tasks × seeds."""
 
+    own_section: ClassVar[str | None] = "rows"
+
     run: CompareRunConfig
 
     rows: Annotated[Mapping[str, RowConfig], Field(min_length=1)]
@@ -56,7 +57,3 @@ class CompareConfig(Section):
     grid: str | None = None
     """Values of fine-tuning keys to try in each cell, as `deepcloze sweep --grid` takes them. The point that is best on
     validation is reported, with its test score."""
-
-    @classmethod
-    def check_kind(cls, tree: Mapping[str, Any]) -> None:
-        check_kind(tree, "rows")

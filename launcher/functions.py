@@ -133,9 +133,9 @@ def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str,
     """
     if isinstance(corpora, str | Path):
         raise UserError(f"evaluate: 'corpora': expected a list of folders, found one: [{str(corpora)!r}]")
-    from launcher.hosts.machine import inspect_machine, select_accelerator
+    from launcher.hosts.machine import launch_machine
 
-    select_accelerator(inspect_machine().devices)
+    launch_machine()
     with fast_imports():
         from pretrain.evaluate import evaluate as evaluate_corpora
 

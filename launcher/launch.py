@@ -22,12 +22,11 @@ from experiment.signals import handle_stop_signals, interrupt
 from experiment.tracking.jsonl import read_events
 from launcher.autotune import autotune
 from launcher.hosts.hostfile import Slots
-from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
+from launcher.hosts.machine import Machine, launch_machine
 from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch
 from launcher.options import PreflightOptions, PretrainOptions
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.preflight.target import Target, target_of_hosts
-from launcher.ranks.deepspeed_command import added_environment
 from launcher.ranks.placement import is_local, name_localhost
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks
@@ -50,8 +49,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
     raise_limit_of_open_files()
     with handle_stop_signals(interrupt):
         config = load_config(PretrainConfig, options.config, options.overrides)
-        machine = inspect_machine()
-        select_accelerator(machine.devices)
+        machine = launch_machine()
         if options.dry_run:
             print(describe_plan(plan_launch(options, config, machine)))
             return
@@ -78,7 +76,7 @@ def _ranks_started_early(
     """The ranks of a launch on this machine, which import their libraries while the launch is checked."""
     if not is_local(slots) or options.autotune:  # others depend on the plan
         return contextlib.nullcontext()
-    return held_ranks(local_command(options, slots, machine, added_environment(machine, local=True)))
+    return held_ranks(local_command(options, slots, machine))
 
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
@@ -197,8 +195,7 @@ def preflight_command(options: PreflightOptions) -> None:
     """
     raise_limit_of_open_files()
     with handle_stop_signals(interrupt):  # not to leave processes on other hosts
-        machine = inspect_machine()
-        select_accelerator(machine.devices)
+        machine = launch_machine()
         target = _target(options, machine)
         report = check_hosts(target, machine)
     print(report.text)

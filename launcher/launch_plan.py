@@ -43,7 +43,6 @@ class LaunchPlan:
     folder: RunFolder
     slots: Slots
     machine: Machine
-    added_environment: Mapping[str, str]  # variables that the launch adds for all ranks
     target: Target  # requirements for preflight
     summary: str = ""  # model and engine, in words
     config_changed: bool = False  # whether `config` differs from the options
@@ -52,6 +51,11 @@ class LaunchPlan:
     def local(self) -> bool:
         """Whether all ranks run on this machine."""
         return is_local(self.slots)
+
+    @property
+    def added_environment(self) -> Mapping[str, str]:
+        """The variables that the launch adds for all ranks."""
+        return added_environment(self.machine, self.local)
 
     def launch(self) -> Launch:
         """The settings with which the supervisor starts the ranks."""
@@ -74,7 +78,7 @@ class LaunchPlan:
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
         """How DeepSpeed starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
         if self.local and layout.microbatch_halvings == 0 and not self.config_changed:
-            return local_command(self.options, layout.slots, self.machine, self.added_environment)
+            return local_command(self.options, layout.slots, self.machine)
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
             slots=layout.slots,
@@ -85,7 +89,7 @@ class LaunchPlan:
             launcher=self.options.launcher,
             rendezvous=rendezvous,
         )
-        start = start_command(command, self.machine, self.added_environment, self.target.host_environment)
+        start = start_command(command, self.machine, self.target.host_environment)
         config = dump_config(scaled_microbatch(self.config, -layout.microbatch_halvings))
         return replace(start, files={**start.files, config_file: config})
 
@@ -98,7 +102,7 @@ def plan_launch(
     Args:
         options: `dry_run` is ignored.
         config: as `options.config` and `options.overrides` say.
-        machine: the machine to launch from; call `select_accelerator` for its devices first.
+        machine: the machine to launch from.
         slots: default: those that the options select.
 
     Raises UserError for anything that would keep the run from starting.
@@ -119,22 +123,18 @@ def plan_launch(
         _check_paths(run.folder)
     hosts = target_of_hosts(slots, machine, options.launcher, options.env, options.oversubscribe)
     target = target_of_run(hosts, run.config, run.num_parameters, run.folder, _cache_needs(run))
-    added = added_environment(machine, local)
-    return LaunchPlan(options, run.config, run.folder, slots, machine, added, target, _summary(run))
+    return LaunchPlan(options, run.config, run.folder, slots, machine, target, _summary(run))
 
 
-def local_command(options: PretrainOptions, slots: Slots, machine: Machine, added: Mapping[str, str]) -> Command:
-    """How DeepSpeed starts ranks on this machine that read the config of the options.
-
-    added: as `added_environment`.
-    """
+def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> Command:
+    """How DeepSpeed starts ranks on this machine that read the config of the options."""
     overrides = (f"--{key}={text}" for key, text in options.overrides.items())
     command = DeepSpeedCommand(
         slots=slots,
         arguments=("--config", str(Path(options.config).absolute()), *overrides),
         port=machine.find_port(),
     )
-    return start_command(command, machine, added, {})
+    return start_command(command, machine, {})
 
 
 def _summary(run: "ResolvedRun") -> str:

@@ -6,7 +6,7 @@ from experiment.config import load_config
 from experiment.errors import notify
 from experiment.fast_imports import fast_imports
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
-from launcher.hosts.machine import Machine, inspect_machine, select_accelerator
+from launcher.hosts.machine import Machine, launch_machine
 from launcher.options import PlanOptions
 from launcher.ranks.placement import is_local, place_ranks
 from pretrain.config import PretrainConfig
@@ -15,9 +15,8 @@ from pretrain.config import PretrainConfig
 def print_run_plan(options: PlanOptions) -> None:
     """Print the plan of a run, or one JSON object. Raises UserError for a config that `deepcloze pretrain` rejects."""
     config = load_config(PretrainConfig, options.config, options.overrides)
-    machine = inspect_machine()
+    machine = launch_machine()
     slots = _planned_slots(options, machine)
-    select_accelerator(machine.devices)
 
     with fast_imports():
         from pretrain.corpus.cache import copy_urls

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
+from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.results.fillings import (
     CheckpointFillings,
@@ -23,9 +24,8 @@ from experiment.results.fillings import (
     read_fillings,
     spread,
 )
-from experiment.results.report import open_folder, write_overlay, write_report
-from experiment.results.report.run import read_run_config
-from experiment.run_folder import RunFolder, is_run, planned_folders, runs_in
+from experiment.results.report import write_overlay, write_report
+from experiment.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +114,7 @@ def _sentences_of(folder: RunFolder) -> list[MaskedSentence]:
     from experiment.tokenizer import load_tokenizer
     from pretrain.corpus.cache import open_local
 
-    held_out = (read_run_config(folder).get("corpus") or {}).get("eval") or {}
+    held_out = (read_recorded(folder.config).get("corpus") or {}).get("eval") or {}
     for path in list(held_out.values())[:1]:
         corpus = open_local(path)
         lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)

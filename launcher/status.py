@@ -11,25 +11,22 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import cast
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints
-from experiment.config.yaml_dialect import read_yaml
+from experiment.config import read_recorded
 from experiment.errors import UserError, notify
 from experiment.files import parse_json
-from experiment.formatting import describe_duration
+from experiment.formatting import UNKNOWN, describe_duration, show
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
-from experiment.run_folder import RunFolder, is_run, runs_in
+from experiment.run_folder import RunFolder, is_run, open_folder, runs_in
 from experiment.run_life import State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import RATE_EVENTS
 from launcher.supervision.launch_result import count_attempts
 
-_UNKNOWN = "–"
 _WIDTH = 5000  # limit of a table in a pipe or file: no line is cut off
 _LEAST_IMPORTANT = ("restarts", "goodput", "bad batches", "tokens/s", "last checkpoint", "loss", "time left", "seeds")
 
@@ -96,9 +93,7 @@ def read_status(run: str) -> RunStatus:
 
 def find_run(run: str) -> RunFolder:
     """Raises UserError if there is no such run."""
-    folder = RunFolder(Path(run).absolute())
-    if not folder.path.is_dir():
-        raise UserError(f"there is no run folder {folder.path}")
+    folder = open_folder(run)
     if is_run(folder):
         return folder
     if runs := runs_in(run):
@@ -117,9 +112,8 @@ def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | No
 
 def _config_value(folder: RunFolder, section: str, key: str) -> object:
     """None if the file is missing, incomplete, or lacks the key."""
-    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return cast(object, read_yaml(folder.config.read_text(encoding="utf-8"))[section][key])
-    return None
+    values = read_recorded(folder.config).get(section)
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def _seeds(folder: RunFolder) -> int | None:
@@ -218,23 +212,19 @@ def _values(status: RunStatus) -> dict[str, str]:
     if status.seeds is not None:
         return {
             "seeds": f"{status.finished_seeds} of {status.seeds}",
-            "score": _UNKNOWN if status.score is None else f"{status.metric} {status.score:.4f}",
-            "step": _format(status.step, ","),
-            "loss": _format(status.loss, ".4f"),
-            "tokens/s": _format(status.tokens_per_second, ",.0f"),
+            "score": UNKNOWN if status.score is None else f"{status.metric} {status.score:.4f}",
+            "step": show(status.step, ","),
+            "loss": show(status.loss, ".4f"),
+            "tokens/s": show(status.tokens_per_second, ",.0f"),
         }
     age = None if status.checkpoint_age is None else f", {describe_duration(status.checkpoint_age)} ago"
     return {
-        "step": _format(status.step, ",") + ("" if status.total_steps is None else f" of {status.total_steps:,}"),
-        "loss": _format(status.loss, ".4f"),
-        "tokens/s": _format(status.tokens_per_second, ",.0f"),
+        "step": show(status.step, ",") + ("" if status.total_steps is None else f" of {status.total_steps:,}"),
+        "loss": show(status.loss, ".4f"),
+        "tokens/s": show(status.tokens_per_second, ",.0f"),
         "time left": describe_duration(status.seconds_left),
-        "last checkpoint": _UNKNOWN if status.checkpoint_step is None else f"{status.checkpoint_step:,}{age or ''}",
+        "last checkpoint": UNKNOWN if status.checkpoint_step is None else f"{status.checkpoint_step:,}{age or ''}",
         "bad batches": f"{status.bad_batches:,}",
-        "goodput": _format(status.goodput, ".1%"),
+        "goodput": show(status.goodput, ".1%"),
         "restarts": f"{status.restarts:,}",
     }
-
-
-def _format(value: float | None, spec: str) -> str:
-    return _UNKNOWN if value is None else format(value, spec)

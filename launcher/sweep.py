@@ -103,14 +103,16 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     command = [*module_command("launcher"), "finetune" if finetuning else "pretrain", "--config", config]
     command += [f"--{name}={value}" for name, value in placement.items()]
 
+    config_type: type[FinetuneConfig | PretrainConfig] = FinetuneConfig if finetuning else PretrainConfig
     output, runs = options.output, []
     for name, values in points.items():
         overrides = options.overrides | values
         try:
-            if output is None:
-                output = f"{_run_dir(config, overrides, finetuning)}-sweep"
+            if output is None:  # the folder that the config names may be in use: no run of the sweep writes to it
+                output = f"{load_config(config_type, config, overrides).run.dir}-sweep"
             overrides["run.dir"] = str(Path(output).absolute() / name)
-            overrides |= _model_of_hub(config, overrides, finetuning, Path(output) / SWEEP_RECORD)
+            init_from = load_config(config_type, config, overrides).model.init_from
+            overrides |= _model_of_hub(init_from, Path(output) / SWEEP_RECORD)
             validated = validate(overrides)
         except UserError as error:
             raise UserError(f"sweep: {name}: {error}") from None
@@ -121,20 +123,9 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better)
 
 
-def _run_dir(config: str, overrides: dict[str, str], finetuning: bool) -> str:
-    """The run folder named by the config. It may be in use: no run of the sweep writes to it."""
-    if finetuning:
-        return str(validate_finetuning(config)(overrides)["run.dir"])
-    return load_config(PretrainConfig, config, overrides).run.dir
-
-
-def _model_of_hub(config: str, overrides: dict[str, str], finetuning: bool, record: Path) -> dict[str, str]:
-    """An override with the commit of a model of the Hub, so that all points start from the same one. Empty if the
-    config names no such model."""
-    if finetuning:
-        name: str | None = load_config(FinetuneConfig, config, overrides).model.init_from
-    else:
-        name = load_config(PretrainConfig, config, overrides).model.init_from
+def _model_of_hub(name: str | None, record: Path) -> dict[str, str]:
+    """An override with the commit of a model of the Hub, so that all points start from the same one. Empty for
+    another `model.init_from`."""
     if name is None or HubName.of_model(name) is None:
         return {}
     try:

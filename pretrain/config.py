@@ -4,8 +4,8 @@ The string literal below each field documents it; docs/config.md is generated fr
 complete examples.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     Field,
@@ -18,7 +18,6 @@ from pydantic import (
 
 from experiment.config import Section, did_you_mean
 from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength, expand_home
-from experiment.config.loading import check_kind
 from experiment.storage import is_url
 from experiment.tracking.config import TrackingConfig
 from pretrain.ds_configs import DsConfig
@@ -337,6 +336,8 @@ class EngineConfig(Section):
 class PretrainConfig(Section):
     """One pretraining run."""
 
+    own_section: ClassVar[str | None] = "corpus"
+
     run: RunConfig
     model: ModelConfig
     corpus: CorpusConfig
@@ -372,10 +373,6 @@ class PretrainConfig(Section):
             )
             first_step += stage.steps or 0
         return tuple(resolved)
-
-    @classmethod
-    def check_kind(cls, tree: Mapping[str, Any]) -> None:
-        check_kind(tree, "corpus")
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

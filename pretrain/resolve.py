@@ -18,7 +18,7 @@ from experiment.model_names import local_model
 from experiment.run_folder import RunFolder
 from experiment.storage import is_url
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
-from experiment.tracking import check_tracking
+from experiment.tracking.tracker import check_tracking
 from experiment.transformers_models import check_freeze, max_positions
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, Stage, WeightedCorpus

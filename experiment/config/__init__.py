@@ -1,7 +1,15 @@
 """YAML file + `--section.key=value` overrides -> a strict, typed config."""
 
 from experiment.config.field_types import Metavar, Positional
-from experiment.config.loading import Section, build_config, dump_config, flatten, load_config, with_defaults
+from experiment.config.loading import (
+    Section,
+    build_config,
+    dump_config,
+    flatten,
+    load_config,
+    read_recorded,
+    with_defaults,
+)
 from experiment.config.validation_errors import did_you_mean
 
 __all__ = [
@@ -13,5 +21,6 @@ __all__ = [
     "dump_config",
     "flatten",
     "load_config",
+    "read_recorded",
     "with_defaults",
 ]

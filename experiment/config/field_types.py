@@ -223,9 +223,17 @@ def _check_local(path: str | Path) -> str | Path:
     return path
 
 
+def _read_separator(value: object) -> object:
+    separator = "\t" if value in (r"\t", "tab") else value
+    if isinstance(separator, str) and (len(separator) != 1 or separator in '\r\n"'):
+        raise ValueError(f"expected one character (\\t is a tab), found {value!r}")
+    return separator
+
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 SequenceLength = Annotated[int, Field(ge=8)]  # tokens, special tokens included
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch takes no larger ones
+Separator = Annotated[str, BeforeValidator(_read_separator)]  # of CSV files
 PathText = Annotated[str, AfterValidator(_check_path)]  # ~ becomes the home folder
 PathName = Annotated[  # text will do
     Path, Strict(False), AfterValidator(lambda path: Path(expand_home(str(path)))), BeforeValidator(_check_local)

@@ -8,7 +8,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,7 +23,7 @@ from experiment.config.field_types import (
     union_members,
 )
 from experiment.config.validation_errors import describe_value, explain_errors, explain_unknown_key
-from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml_with_lines, write_yaml
+from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml, read_yaml_with_lines, write_yaml
 from experiment.errors import UserError
 
 
@@ -43,6 +43,9 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    own_section: ClassVar[str | None] = None
+    """The key that tells this config from those of other commands, if it is the config of a command."""
+
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
         """The type to build from a tree of plain values: one of `variants`, if its fields depend on a value in it.
@@ -50,10 +53,6 @@ class Section(BaseModel):
         Raises UserError if that value is not valid.
         """
         return cls
-
-    @classmethod
-    def check_kind(cls, tree: Mapping[str, Any]) -> None:
-        """Raise UserError if the tree in a file is the config of another command."""
 
     @classmethod
     def variants(cls) -> Mapping[str, type[Self]]:
@@ -120,6 +119,15 @@ def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
     return leaves
 
 
+def read_recorded(path: Path) -> dict[str, Any]:
+    """The nested values of the config.yaml that a run has written; empty if it cannot be read."""
+    try:
+        config = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def with_defaults(flat: Mapping[str, Any], config_type: type[BaseModel], above: str = "") -> dict[str, Any]:
     """Fill in the defaults of keys that a flat config lacks, such as one that an earlier version has recorded.
 
@@ -153,7 +161,7 @@ def _build(
     for dotted in by_depth:
         _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
     try:
-        config_type.check_kind(merged)
+        _check_kind(merged, config_type.own_section)
         config_type = config_type.specialize(plain)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
@@ -211,9 +219,9 @@ _KINDS = {
 """Section -> the subject of a config with it, and the command that takes it."""
 
 
-def check_kind(tree: Mapping[str, Any], section: str) -> None:
+def _check_kind(tree: Mapping[str, Any], section: str | None) -> None:
     """Raise UserError for the config of another command: without `section`, and with the section of another one."""
     other = next((kind for name, kind in _KINDS.items() if name in tree), None)
-    if section not in tree and other is not None:
+    if section is not None and section not in tree and other is not None:
         what, command = other
         raise UserError(f"this is the config of {what}, for `deepcloze {command}`; expected one with '{section}'")

@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiment.formatting import escape, markdown_table
+from experiment.formatting import UNKNOWN, escape, markdown_table
 from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.page import Block, Heading, Table, Text
 
@@ -18,7 +18,6 @@ Comparison = Mapping[str, Mapping[str, Mapping[str, Any]]]
 Cells = list[list[str]]
 """Rows of a table, the first of which names its columns."""
 
-UNKNOWN = "–"
 SCORES = "Scores: mean ± standard deviation over the seeds"
 INTERVALS = "Scores: a dot for each seed, their mean and its 95 % interval"
 TESTS = "Differences: Multi-Bootstrap over seeds and records (Sellam et al. 2022), 95 % interval, two-sided p"

@@ -12,12 +12,11 @@ from experiment.checkpoints import state_around
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import parse_json, write_text
-from experiment.formatting import format_perplexity
+from experiment.formatting import UNKNOWN, format_perplexity
 from experiment.provenance import describe_devices, read_origin
 from experiment.results.model_card import (
     FILE,
     MODEL,
-    UNKNOWN,
     attempt_row,
     format_number,
     front_matter,

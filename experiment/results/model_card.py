@@ -12,14 +12,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiment.formatting import escape, markdown_table
+from experiment.formatting import UNKNOWN, escape, markdown_table, show
 from experiment.hub_names import hub_name
 from experiment.provenance import describe_commit
 
 FILE = "README.md"
 MODEL = 'model = "."  # this folder; elsewhere its path, or its name on the Hugging Face Hub'
 """First line of a snippet. Without a path, it stays right when the folder is renamed or copied."""
-UNKNOWN = "–"
 
 _LIBRARIES = ["deepcloze", "torch", "transformers", "deepspeed"]
 _HUB_METRICS = dict.fromkeys(("macro_f1", "micro_f1", "weighted_f1"), "f1") | {
@@ -152,9 +151,7 @@ def format_value(value: Any) -> str:
 
 def format_number(value: int | float | None, digits: int | None = None) -> str:
     """With thousands separators, or with this many digits after the point."""
-    if value is None:
-        return UNKNOWN
-    return f"{value:,}" if digits is None else f"{value:,.{digits}f}"
+    return show(value, "," if digits is None else f",.{digits}f")
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 1) -> str:

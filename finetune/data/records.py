@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.csv_and_jsonl import column_index, header_advice, listed, unexpected_cell, warn_once
+from experiment.csv_and_jsonl import column_index, header_advice, is_unicode, listed, unexpected_cell, warn_once
 from experiment.errors import UserError
 from experiment.files import json_digest
 from finetune.data.columns import CellType, Columns
@@ -201,17 +201,6 @@ def read_value(cell: object, cell_type: CellType, place: str, column: str) -> An
     if not is_unicode(value):
         raise UserError(f"{place}: expected Unicode text in '{column}', found half of a surrogate pair")
     return value
-
-
-def is_unicode(value: Any) -> bool:
-    """False if a text has half of a surrogate pair, which JSON may escape: tokenizers and files refuse it."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return False
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(map(is_unicode, parts))
 
 
 def join_turns(

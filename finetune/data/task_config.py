@@ -3,29 +3,18 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from experiment.config import Section
-from experiment.config.field_types import PathText, Seed
+from experiment.config.field_types import PathText, Seed, Separator
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
 from experiment.files import checksum, json_digest
 from experiment.hub_data import PREFIX, HubData
 from finetune.data.columns import Columns, GroupColumn, IdColumn, Name, TextsColumn
 from finetune.data.formats import FileFormat
-
-
-def _read_separator(value: Any) -> Any:
-    """One character; a tab as typed on a command line too."""
-    separator = "\t" if value == r"\t" else value
-    if isinstance(separator, str) and (len(separator) != 1 or separator in '\r\n"'):
-        raise ValueError(f"expected one character (\\t is a tab), found {value!r}")
-    return separator
-
-
-Separator = Annotated[str, BeforeValidator(_read_separator)]
 
 
 def _check_split_name(name: str) -> str:

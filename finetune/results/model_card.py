@@ -11,12 +11,11 @@ from typing import Any
 
 from experiment.config import flatten
 from experiment.files import write_text
-from experiment.formatting import escape, markdown_table
+from experiment.formatting import UNKNOWN, escape, markdown_table
 from experiment.provenance import describe_cpu
 from experiment.results.model_card import (
     FILE,
     MODEL,
-    UNKNOWN,
     attempt_row,
     format_number,
     format_value,

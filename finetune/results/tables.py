@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiment.results.report.training import UNKNOWN
+from experiment.formatting import UNKNOWN
 
 _LABELS = 30  # more are in results.json only
 _CONFUSIONS = 3

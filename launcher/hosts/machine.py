@@ -41,14 +41,21 @@ class Machine:
         return "\n".join(read_text(path, "the DeepSpeed environment file") for path in self.deepspeed_env_files)
 
 
-def inspect_machine() -> Machine:
-    """The current state of this machine and this process's environment."""
-    return Machine(
+def launch_machine() -> Machine:
+    """The current state of this machine and this process's environment.
+
+    Makes DeepSpeed, if imported later in this process, use the device of the ranks, instead of detecting one: sets
+    DS_ACCELERATOR.
+    """
+    machine = Machine(
         devices=find_devices(os.environ),
         environ=dict(os.environ),
         find_port=free_port,
         deepspeed_env_files=_find_deepspeed_env(os.environ.get("DS_ENV_FILE", ".deepspeed_env")),
     )
+    if machine.devices.kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    return machine
 
 
 def find_devices(environ: Mapping[str, str]) -> Devices:
@@ -91,15 +98,6 @@ def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> De
     if "DS_ACCELERATOR" in environ:
         return "cpu" if environ["DS_ACCELERATOR"] == "cpu" else "cuda"
     return "cuda" if any(any(devices.glob(name)) for name in _GPU_DEVICES) else "cpu"
-
-
-def select_accelerator(devices: Devices) -> None:
-    """Make DeepSpeed, if imported later in this process, use the device of the ranks, instead of detecting one.
-
-    Sets DS_ACCELERATOR in this process's environment.
-    """
-    if devices.kind == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def free_port() -> int:

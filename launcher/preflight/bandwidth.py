@@ -14,7 +14,7 @@ from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
-from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, added_environment, start_command
+from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, start_command
 from launcher.ranks.placement import is_local
 from launcher.ranks.start_rank import MEASURE
 from launcher.supervision.rank_processes import RankProcesses, started
@@ -86,8 +86,7 @@ def _command(
         launcher=target.launcher,
         rendezvous=rendezvous,
     )
-    added = added_environment(machine, local=rendezvous is None)
-    return start_command(command, machine, added, target.host_environment)
+    return start_command(command, machine, target.host_environment)
 
 
 def _check_lost(guards: GuardedHosts) -> None:

@@ -93,18 +93,16 @@ def added_environment(machine: Machine, local: bool) -> dict[str, str]:
     return launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
 
 
-def start_command(
-    command: DeepSpeedCommand, machine: Machine, added: Mapping[str, str], forwarded: Mapping[str, str]
-) -> Command:
+def start_command(command: DeepSpeedCommand, machine: Machine, forwarded: Mapping[str, str]) -> Command:
     """The command with its environment and, for ranks on other hosts, its hostfile and the variables to export, which
     are written to the folder of the hostfile.
 
     Args:
         machine: the machine that it is started on.
-        added: variables that the launch adds for its ranks.
         forwarded: variables that guards bring to other hosts.
     """
     argv = tuple(deepspeed_argv(command))
+    added = added_environment(machine, local=command.hostfile is None)
     if command.hostfile is None:
         return Command(argv, deepspeed_environment(machine.environ, added))
     exports = command.hostfile.with_name("worker.env")

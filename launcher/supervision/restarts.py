@@ -20,12 +20,7 @@ class Attempt:
     result: LaunchResult
     end_time: float  # seconds, of any clock
     saved: bool  # a checkpoint
-    joins_hosts: bool = False  # ended by the launcher itself, because hosts have returned
-
-    @property
-    def counts(self) -> bool:
-        """Whether a restart after this attempt is one of the `--max_restarts` that are allowed."""
-        return not self.joins_hosts
+    joins_hosts: bool = False  # ended by the launcher itself, because hosts have returned; not a failure
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,8 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
     halve = last.result.cause is Cause.OUT_OF_MEMORY
     if halve and not can_halve:
         return End("a microbatch is one sequence already; see docs/precision.md for what else saves memory")
-    recent = [attempt for attempt in attempts if attempt.counts and last.end_time - attempt.end_time < WINDOW_SECONDS]
+    failures = [attempt for attempt in attempts if not attempt.joins_hosts]
+    recent = [attempt for attempt in failures if last.end_time - attempt.end_time < WINDOW_SECONDS]
     if len(recent) > max_restarts:
         return End(_advice(max_restarts, halve))
     return Restart(_wait_seconds(attempts), halve)

@@ -10,7 +10,6 @@ from pydantic import Field, create_model, model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import LocalPath
-from experiment.config.loading import check_kind
 from pretrain.cleaning.readers import reader_names
 from pretrain.cleaning.step import Step, find_step
 from pretrain.cleaning.steps import step_names
@@ -53,6 +52,7 @@ class CleanConfig(TextOptions):
     """A cleaning: what is read, the steps in their order, and where the documents go."""
 
     are_flags: ClassVar[bool] = False
+    own_section: ClassVar[str | None] = "steps"
 
     source: str | tuple[str, ...]
     """What to read: files, folders and globs, as for `deepcloze corpus`, and the formats of docs/cleaning.md."""
@@ -73,10 +73,6 @@ class CleanConfig(TextOptions):
     @property
     def columns(self) -> Mapping[str, str]:
         return {**super().columns, **dict.fromkeys(self.metadata, "metadata")}
-
-    @classmethod
-    def check_kind(cls, tree: Mapping[str, Any]) -> None:
-        check_kind(tree, "steps")
 
     @model_validator(mode="after")
     def _steps_are_in_a_possible_order(self) -> Self:

@@ -6,21 +6,23 @@ A part is finished if its tally exists, which is written last. Parts are numbere
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from experiment.errors import UserError
 from experiment.files import atomic_write, write_json
 from pretrain.cleaning.step import Arrays, Document
-from pretrain.cleaning.tally import StepTally
+from pretrain.cleaning.tally import PartTally
 
 SUFFIX = ".jsonl.zst"
 _LEVEL = 3  # of Zstandard
+_PART_TALLY = TypeAdapter(PartTally)
 
 
 @dataclass(frozen=True)
@@ -39,43 +41,28 @@ class Pass:
             found = list(read_documents(path))
         except (ValueError, zstandard.ZstdError):
             found = []
-        if len(found) != self.kept(part):
+        if len(found) != self.tally(part).kept:
             raise UserError(f"{path} is damaged; delete {self.folder.parent} to start over")
         return found
 
-    def write(self, part: int, documents: Sequence[Document], observed: Arrays, tally: dict[str, Any]) -> None:
+    def write(self, part: int, documents: Sequence[Document], observed: Arrays, tally: PartTally) -> None:
         for name, values in observed.items():
             _save(self.folder / f"{part:06d}.{name}.npy", values)
         write_documents(self.documents(part), documents)
-        write_json(self._tally(part), {**tally, "observed": sorted(observed)})
+        write_json(self._tally(part), asdict(tally))
 
-    def tally(self, part: int) -> dict[str, Any] | None:
-        """What `write` was given; None if the part is not finished."""
-        try:
-            return dict(json.loads(self._tally(part).read_bytes()))
-        except FileNotFoundError:
-            return None
+    def is_finished(self, part: int) -> bool:
+        return self._tally(part).exists()
 
-    def empty(self, part: int) -> int:
-        """How many documents of a finished part had no text after their markup was removed."""
-        return int(self._finished(part)["empty"])
-
-    def kept(self, part: int) -> int:
-        """How many documents a finished part has."""
-        return int(self._finished(part)["kept"])
-
-    def languages(self, part: int) -> dict[str, int]:
-        """How many documents of a finished part have each language, if their metadata tells it."""
-        return dict(self._finished(part)["languages"])
-
-    def steps(self, part: int) -> list[StepTally]:
-        return [StepTally.from_json(step) for step in self._finished(part)["steps"]]
+    def tally(self, part: int) -> PartTally:
+        """Of a finished part."""
+        return _PART_TALLY.validate_json(self._tally(part).read_bytes())
 
     def observed(self, part: int) -> Arrays:
         """What was observed of a part, memory-mapped."""
         return {
             name: np.asarray(np.load(self.folder / f"{part:06d}.{name}.npy", mmap_mode="r"))
-            for name in self._finished(part)["observed"]
+            for name in self.tally(part).observed
         }
 
     def write_decisions(self, decisions: Sequence[NDArray[Any]]) -> None:
@@ -91,11 +78,6 @@ class Pass:
         for path in self.folder.iterdir():
             if path.suffix != ".json":
                 path.unlink()
-
-    def _finished(self, part: int) -> dict[str, Any]:
-        tally = self.tally(part)
-        assert tally is not None
-        return tally
 
     def _tally(self, part: int) -> Path:
         return self.folder / f"{part:06d}.json"

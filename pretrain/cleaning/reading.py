@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from experiment.csv_and_jsonl import is_unicode
 from experiment.errors import UserError
 from experiment.files import json_digest
 from pretrain.cleaning.config import CleanConfig
@@ -12,7 +13,7 @@ from pretrain.cleaning.step import Document, check_installed
 from pretrain.corpus.documents import check_read, read_documents
 from pretrain.corpus.formats import Document as RawDocument
 from pretrain.corpus.formats import ReadStats, explain_read_errors
-from pretrain.corpus.sources import Source, Span, find_sources, is_unicode
+from pretrain.corpus.sources import Source, Span, find_sources
 
 
 def find_inputs(config: CleanConfig) -> tuple[Source, ...]:

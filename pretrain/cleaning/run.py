@@ -107,10 +107,12 @@ def _clean(
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     _join(last, result)
-    first, languages = Pass(unfinished / "pass-0"), Counter[str]()
-    empty, kept = (sum(map(count, range(last.parts))) for count in (first.empty, last.files.kept))
+    first, empty, kept, languages = Pass(unfinished / "pass-0"), 0, 0, Counter[str]()
     for part in range(last.parts):
-        languages.update(last.files.languages(part))
+        tally = last.files.tally(part)
+        empty += first.tally(part).empty
+        kept += tally.kept
+        languages.update(tally.languages)
     summary = summarize(config, {"recipe": recipe, "source": last.source}, empty, kept, languages, tallies, steps)
     write_report(result, summary)
     fsync_tree(result)

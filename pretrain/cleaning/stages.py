@@ -6,14 +6,14 @@ applies the decisions. What a finished part or pass has written is kept if the c
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import xxhash
+from pydantic import TypeAdapter
 
 from experiment.errors import UserError
 from experiment.files import parse_json, write_json
@@ -29,9 +29,10 @@ from pretrain.cleaning.step import (
     Step,
     Verdict,
 )
-from pretrain.cleaning.tally import StepTally, merge_tallies
+from pretrain.cleaning.tally import PartTally, StepTally, merge_tallies
 from pretrain.corpus.engines import Engine, check_shared
 
+_STEP_TALLIES = TypeAdapter(list[StepTally])
 _PART_CHARACTERS = 1 << 22
 _PART_DOCUMENTS = 20_000
 _DONE, _DECIDED = "done.json", "decided.json"
@@ -81,10 +82,10 @@ class Done:
         if not path.exists():
             return None
         found = parse_json(path.read_bytes())
-        return cls(files, found["parts"], found["source"], tuple(map(StepTally.from_json, found["steps"])))
+        return cls(files, found["parts"], found["source"], tuple(_STEP_TALLIES.validate_python(found["steps"])))
 
     def write(self) -> None:
-        steps = [tally.as_json() for tally in self.tallies]
+        steps = [asdict(tally) for tally in self.tallies]
         write_json(self.files.folder / _DONE, {"parts": self.parts, "source": self.source, "steps": steps})
 
 
@@ -98,13 +99,6 @@ class _Part(NamedTuple):
     documents: list[Document] | None = None  # of the first pass; later ones read those of the pass before
 
 
-PartOf = Callable[..., _Part]
-"""Makes a part of a pass from its number and so on."""
-
-Handle = Callable[[Iterable[_Part]], None]
-"""Lets workers handle parts, and waits for them."""
-
-
 def run_stages(
     stages: Sequence[Stage], documents: Iterator[Document], folder: Path, run: Engine
 ) -> tuple[Done, list[StepTally]]:
@@ -113,22 +107,17 @@ def run_stages(
     Returns the last pass, and the tallies of all steps. Raises UserError.
     """
 
-    def handle(parts: Iterable[_Part]) -> None:
-        with progress(f"cleaning, pass {number + 1} of {len(stages)}", None, describe=_count) as advance:
-            for read in run(_process, parts):
-                advance(read)
-
     before, tallies = None, list[StepTally]()
     for number, stage in enumerate(stages):
         files = Pass(folder / f"pass-{number}")
         done = Done.read(files)
         if done is None:
             files.folder.mkdir(exist_ok=True)
-            part = partial(_Part, number, folder)
+            label = f"cleaning, pass {number + 1} of {len(stages)}"
             if before is None:
-                done = _first_pass(stage, documents, files, part, handle)
+                done = _first_pass(stage, documents, folder, run, label)
             else:
-                done = _next_pass(stage, before, files, part, handle)
+                done = _next_pass(number, stage, before, folder, run, label)
             done.write()
         if before is not None:
             before.files.remove_documents()
@@ -142,40 +131,47 @@ def digest_of(documents: Iterator[Document]) -> str:
     return _joined_digest(map(_digest, _chunks(documents)))
 
 
-def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, part: PartOf, handle: Handle) -> Done:
+def _first_pass(stage: Stage, documents: Iterator[Document], folder: Path, run: Engine, label: str) -> Done:
     """Divide the documents into parts, and handle those that are not finished."""
-    digests = list[str]()
+    files, digests = Pass(folder / "pass-0"), list[str]()
 
     def unfinished() -> Iterator[_Part]:
         for number, chunk in enumerate(_chunks(documents)):
             digests.append(_digest(chunk))
-            tally = files.tally(number)
-            if tally is None:
-                yield part(number, digests[-1], chunk)
-            elif tally["digest"] != digests[-1]:
+            if not files.is_finished(number):
+                yield _Part(0, folder, number, digests[-1], chunk)
+            elif files.tally(number).digest != digests[-1]:
                 raise UserError(
-                    f"{files.folder.parent} holds an unfinished cleaning of other documents: the source changed; "
+                    f"{folder} holds an unfinished cleaning of other documents: the source changed; "
                     "delete the folder to start over"
                 )
 
-    handle(unfinished())
+    _handle(run, label, unfinished())
     if not digests:
         raise UserError("source: it holds no documents with text")
     return Done(files, len(digests), _joined_digest(digests), _merged(stage, files, len(digests)))
 
 
-def _next_pass(stage: Stage, before: Done, files: Pass, part: PartOf, handle: Handle) -> Done:
+def _next_pass(number: int, stage: Stage, before: Done, folder: Path, run: Engine, label: str) -> Done:
     """Decide, and handle the parts that are not finished."""
+    files = Pass(folder / f"pass-{number}")
     _decide(stage, before, files)
-    handle(part(number) for number in range(before.parts) if files.tally(number) is None)
+    _handle(run, label, (_Part(number, folder, part) for part in range(before.parts) if not files.is_finished(part)))
     tallies = _merged(stage, files, before.parts)
     if isinstance(stage.decided, DuplicateStep):
         _name_kept(tallies[0], before)
     return Done(files, before.parts, before.source, tallies)
 
 
+def _handle(run: Engine, label: str, parts: Iterable[_Part]) -> None:
+    """Let workers handle parts, and wait for them."""
+    with progress(label, None, describe=_count) as advance:
+        for read in run(_process, parts):
+            advance(read)
+
+
 def _merged(stage: Stage, files: Pass, parts: int) -> tuple[StepTally, ...]:
-    return tuple(merge_tallies((files.steps(part) for part in range(parts)), len(stage.counted)))
+    return tuple(merge_tallies((files.tally(part).steps for part in range(parts)), len(stage.counted)))
 
 
 def _process(stages: Sequence[Stage], part: _Part) -> int:
@@ -193,21 +189,15 @@ def _process(stages: Sequence[Stage], part: _Part) -> int:
         texts = [document.text for document in documents]
         verdicts = _apply(step, documents, current, part.number)
         verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
-        tally = StepTally()
+        tallies.append(StepTally())
         for document, text, verdict in zip(documents, texts, verdicts, strict=True):
-            tally.count(document, text, verdict, step.lists_matches)
-        tallies.append(tally)
+            tallies[-1].count(document, text, verdict, step.lists_matches)
         pairs = zip(documents, verdicts, strict=True)
         documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
     observed = {} if stage.observed is None else stage.observed.observe(documents)
-    tally_json = {
-        "digest": part.digest,
-        "empty": empty,
-        "kept": len(documents),
-        "languages": Counter(str(found) for document in documents if (found := document.metadata.get("language"))),
-        "steps": [tally.as_json() for tally in tallies],
-    }
-    current.write(part.number, documents, observed, tally_json)
+    languages = Counter(str(found) for document in documents if (found := document.metadata.get("language")))
+    tally = PartTally(part.digest, empty, len(documents), dict(languages), tallies, sorted(observed))
+    current.write(part.number, documents, observed, tally)
     return read
 
 
@@ -283,7 +273,7 @@ def _name_kept(tally: StepTally, before: Done) -> None:
     wanted = {int(example.detail.removeprefix("#")) for rule in tally.rules.values() for example in rule.examples}
     names, start = dict[str, str](), 0
     for part in range(before.parts):
-        count = before.files.kept(part)
+        count = before.files.tally(part).kept
         if any(start <= index < start + count for index in wanted):
             ids = [document.id for document in before.files.read(part)]
             names |= {f"#{index}": f"of {ids[index - start]}" for index in wanted if start <= index < start + count}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.config import Section
+from experiment.decontamination import EvaluationText
 from experiment.errors import UserError
 from pretrain.cleaning import steps
 
@@ -42,15 +43,6 @@ class Verdict(NamedTuple):
     rule: str  # name of the rule, for counts and examples
     dropped: bool = True  # False: its text was changed
     detail: str = ""  # what the rule found, such as a matching n-gram
-
-
-class EvaluationText(NamedTuple):
-    """A text that a model is evaluated on."""
-
-    task: str
-    split: str
-    place: str  # file and row
-    text: str
 
 
 ReadTask = Callable[[str], Sequence[EvaluationText]]

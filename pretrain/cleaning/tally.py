@@ -1,9 +1,9 @@
 """Counts and examples of what each step did, which add up over parts in any order."""
 
 import heapq
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Self
 
 import xxhash
 
@@ -68,16 +68,17 @@ class StepTally:
             self.rules.setdefault(name, RuleTally()).merge(rule)
         self.matches = [*self.matches, *other.matches][:_MATCHES]
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Self:
-        rules = {
-            name: RuleTally(rule["dropped"], rule["changed"], [Example(**example) for example in rule["examples"]])
-            for name, rule in found["rules"].items()
-        }
-        return cls(found["read"], rules, found["matches"])
+@dataclass(frozen=True)
+class PartTally:
+    """What a pass did with one part."""
+
+    digest: str  # of the documents; empty after the first pass
+    empty: int  # documents without text after their markup was removed
+    kept: int  # documents
+    languages: dict[str, int]  # documents of each language, if their metadata tells it
+    steps: list[StepTally]
+    observed: list[str]  # names of the arrays
 
 
 def merge_tallies(parts: Iterable[list[StepTally]], steps: int) -> list[StepTally]:

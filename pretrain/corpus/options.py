@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from experiment.config import Metavar, Section
-from experiment.config.field_types import LocalPath, PathName, PathOrUrl
+from experiment.config.field_types import LocalPath, PathName, PathOrUrl, Separator
 
 SourceName = str | Path | tuple[str | Path, ...]
 """What to read: a path, URL, glob, archive::members, hub:NAME[@REVISION][:SPLIT] or python-docs; several in a tuple or
@@ -25,13 +25,6 @@ def _regular_expression(pattern: str) -> str:
     except regex.error as error:
         raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
     return pattern
-
-
-def _separator(text: object) -> object:
-    separator = "\t" if text in ("\\t", "tab") else text
-    if isinstance(separator, str) and (len(separator) != 1 or separator in '\r\n"'):
-        raise ValueError(f"expected one character (\\t is a tab), found {text!r}")
-    return separator
 
 
 def _lower_case(text: object) -> object:
@@ -53,7 +46,7 @@ class TextOptions(Section):
     column: Annotated[str, Metavar("NAME")] = "text"
     """Text column of .jsonl, .csv, .tsv and .parquet files."""
 
-    sep: Annotated[str | None, BeforeValidator(_separator), Metavar("CHARACTER")] = None
+    sep: Annotated[Separator | None, Metavar("CHARACTER")] = None
     """Separator of CSV files, as in pandas; default: a comma, in .tsv files a tab."""
 
     quoting: Literal[0, 1, 2, 3] = 0

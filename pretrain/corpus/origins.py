@@ -2,7 +2,6 @@
 
 import glob
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from posixpath import dirname
 from typing import Any
@@ -37,15 +36,15 @@ def source_shares(pieces: Iterable[tuple[Source, Sequence[Piece]]]) -> tuple[Sou
 def read_cleanings(sources: Iterable[Source]) -> tuple[list[Cleaning], dict[str, str] | None]:
     """How the folders of the sources were cleaned, and what all documents were decontaminated against; see
     `common_decontamination`. Reads a file in each of these folders."""
-    read = cache(read_clean_summary)
     folders = dict.fromkeys((dirname(source.name) or ".") if source.kind == "file" else None for source in sources)
-    found = {folder: summary for folder in folders if folder is not None and (summary := read(folder)) is not None}
+    summaries = {folder: None if folder is None else read_clean_summary(folder) for folder in folders}
+    found = {folder: summary for folder, summary in summaries.items() if folder is not None and summary is not None}
     names = short_names(list(found)) if len(found) > 1 else [""]
     examples = max(1, _EXAMPLES // max(1, len(found)))
     cleanings: list[Cleaning] = [
         {"folder": name, **_shortened(summary, examples)} for name, summary in zip(names, found.values(), strict=False)
     ]
-    return cleanings, common_decontamination(folders, read)
+    return cleanings, common_decontamination(summaries.values())
 
 
 def write_cleanings(folder: Path, cleanings: Sequence[Cleaning]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiment.config.field_types import expand_home
+from experiment.csv_and_jsonl import is_unicode
 from experiment.decontamination import CLEAN_PAGE, is_clean_summary
 from experiment.errors import UserError
 from experiment.files import json_digest
@@ -188,15 +189,6 @@ def _split_names(named: SourceName, key: str) -> list[str]:
     if not items:
         raise UserError(f"{key} is empty; expected files, folders or data sets to read")
     return items
-
-
-def is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, with which Python also writes bytes of a file name that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_hidden(name: str) -> bool:

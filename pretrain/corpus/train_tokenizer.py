@@ -41,7 +41,7 @@ class _TrainingText:
         with reading_progress(label, self.sources) as advance:
             for document in read_documents(map(Span, self.sources), self.options, stats):
                 self.documents += 1
-                advance(stats, len(document.text))
+                advance(stats, len(document.utf8()))
                 yield document.text
 
 

@@ -13,7 +13,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from experiment.errors import UserError, first_line
+from experiment.errors import UserError
+from experiment.model_folder import load_weights
 from experiment.tokenizer import load_tokenizer
 from experiment.transformers_models import describe_unused_layers, first_position, keep_fixed, quiet_transformers
 from pretrain.batching.packing import Rows
@@ -82,20 +83,10 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
 
 
 def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
-    with quiet_transformers():  # _check_names reports missing weights, in one line
-        try:
-            model, report = AutoModelForMaskedLM.from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # rejected below, with the name of the tensor
-            )
-        except Exception as error:  # transformers raises many types for values that make no model
-            raise UserError(f"model.init_from: cannot load the weights in {folder}: {first_line(error)}") from None
-    assert isinstance(model, PreTrainedModel)
+    try:
+        model, report = load_weights(AutoModelForMaskedLM, folder, config)
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise UserError(
             f"model.init_from: in {folder} the shape of {name} is {list(found)}, but the config makes it "

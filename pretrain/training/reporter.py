@@ -18,11 +18,10 @@ from experiment.goodput import ActivityTimer
 from experiment.hardware import peak_flops, peak_memory
 from experiment.outcome_file import Outcome
 from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
-from experiment.tracking import TrackedRun, Trackers, open_trackers
 from experiment.tracking.alerts import Alert
 from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
-from experiment.tracking.tracker import CLOSE_SECONDS
+from experiment.tracking.tracker import CLOSE_SECONDS, TrackedRun, Trackers, open_trackers
 from pretrain.engine.engine import Engine
 from pretrain.modeling.structure import FlopsModel
 from pretrain.resolve import ResolvedRun

@@ -19,7 +19,7 @@ from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer, read_good
 from experiment.heartbeat import main_stack
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.tracking import Trackers
+from experiment.tracking.tracker import Trackers
 from fork_server import PATCH
 from launches import Start, config_file, patched, wait_for_exit
 from pretrain.config import PretrainConfig

@@ -14,7 +14,7 @@ from experiment.results.report.run_facts import goodput_blocks, provenance_block
 from experiment.results.report.several_runs import compare_blocks, name_runs, overlay_blocks, sweep_blocks
 from experiment.results.report.tasks import downstream_blocks, result_blocks
 from experiment.results.report.training import read_marks, training_blocks
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, open_folder
 from experiment.run_life import Life
 
 
@@ -59,14 +59,6 @@ def _write(directory: Path, page: Page, png: bool) -> Path:
 
         draw_charts(directory, page.blocks)
     return path
-
-
-def open_folder(run: str | Path) -> RunFolder:
-    """Raises UserError if there is no such folder."""
-    folder = RunFolder(Path(run).absolute())
-    if not folder.path.is_dir():
-        raise UserError(f"there is no run folder {folder.path}")
-    return folder
 
 
 def set_page(folder: RunFolder, open_runs: OpenRuns) -> Page | None:

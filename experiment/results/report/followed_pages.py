@@ -17,12 +17,13 @@ from urllib.parse import quote
 
 from pydantic_core import to_json
 
+from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error
 from experiment.results.chart_data import ChartsData
 from experiment.results.history import History
 from experiment.results.page import Block, Headline, Links, Page, Part, Text, render_page, render_parts
 from experiment.results.report import run_blocks, run_page, set_page
-from experiment.results.report.run import OpenRuns, Run, last_start, read_run_config
+from experiment.results.report.run import OpenRuns, Run, last_start
 from experiment.results.report.several_runs import overlay_blocks
 from experiment.results.report.tasks import read_task_results
 from experiment.run_folder import RunFolder, is_run, planned_folders, runs_in
@@ -136,7 +137,7 @@ class FollowedRun:
             try:
                 self._history.read(self._readers.note_progress)
                 self.read_at = now
-                self._read_changed(self._folder.config, read_run_config)
+                self._read_changed(self._folder.config, lambda folder: read_recorded(folder.config))
                 self._read_changed(self._results, read_task_results)
                 self._problem = ""
             except (UserError, OSError) as error:

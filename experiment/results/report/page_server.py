@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from experiment.local_server import LOCAL_HOSTS, bind, host_name
-from experiment.results.report import open_folder
 from experiment.results.report.followed_pages import FollowedPage, FollowedPages
+from experiment.run_folder import open_folder
 from experiment.signals import handle_stop_signals, interrupt
 
 _ADDRESS = "127.0.0.1"

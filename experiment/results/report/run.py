@@ -6,9 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from experiment.config.yaml_dialect import read_yaml
+from experiment.config import read_recorded
 from experiment.results.history import History
 from experiment.results.report.tasks import read_task_results
 from experiment.run_folder import RunFolder
@@ -36,22 +34,13 @@ OpenRuns = Callable[[Mapping[str, RunFolder]], Sequence[Run]]
 
 def open_run(name: str, folder: RunFolder, life: Life | None = None) -> Run:
     """Read a run. life: as known, if the run calls this. Raises OSError, and UserError for damaged results."""
-    history, config, results = History.of(folder), read_run_config(folder), read_task_results(folder)
+    history, config, results = History.of(folder), read_recorded(folder.config), read_task_results(folder)
     return Run(name, folder, history, config, results, life or read_life(folder), last_start(folder))
 
 
 def open_runs(folders: Mapping[str, RunFolder]) -> list[Run]:
     with ThreadPoolExecutor() as readers:  # those on other machines take seconds
         return list(readers.map(open_run, folders, folders.values()))
-
-
-def read_run_config(folder: RunFolder) -> dict[str, Any]:
-    """RUN/config.yaml as nested values; empty if it cannot be read."""
-    try:
-        config = read_yaml(folder.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def last_start(folder: RunFolder) -> float:

@@ -10,13 +10,12 @@ from safetensors import SafetensorError
 
 from experiment.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints, named_best, read_state
 from experiment.errors import UserError
-from experiment.formatting import describe_duration
+from experiment.formatting import UNKNOWN, describe_duration
 from experiment.goodput import Goodput, last_lines, read_attempt_times
 from experiment.provenance import describe_commit, describe_devices, read_provenance
 from experiment.results.history import History
 from experiment.results.page import Block, Code, Fact, Heading, Headline, Table, Text, Tone
 from experiment.results.report.run import Run
-from experiment.results.report.training import UNKNOWN
 from experiment.run_folder import RunFolder
 from experiment.run_life import State
 from experiment.transformers_models import count_parameters

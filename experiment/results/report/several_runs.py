@@ -10,6 +10,7 @@ from typing import Any
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import parse_json
+from experiment.formatting import UNKNOWN, show
 from experiment.results.charts import (
     LOOKS,
     Charts,
@@ -28,7 +29,7 @@ from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, T
 from experiment.results.report.run import OpenRuns, Run
 from experiment.results.report.run_facts import describe_state, scaled
 from experiment.results.report.tasks import main_score
-from experiment.results.report.training import NORM, RATE, SPEED, UNKNOWN, WAIT, show
+from experiment.results.report.training import NORM, RATE, SPEED, WAIT
 from experiment.results.sweep_summary import SweepResult, metric_title, sort_results
 from experiment.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from experiment.errors import UserError
 from experiment.files import parse_json
+from experiment.formatting import show
 from experiment.results.charts import Line, Panel, Plot, charts_block
 from experiment.results.curves import Curve
 from experiment.results.history import Axis
 from experiment.results.page import Block, ConfusionMatrix, Heading, Table, Text
-from experiment.results.report.training import show
 from experiment.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, read_results
 

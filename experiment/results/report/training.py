@@ -8,7 +8,7 @@ from typing import Any
 
 from experiment.checkpoints import checkpoint_step, named_best
 from experiment.files import parse_json
-from experiment.formatting import format_perplexity
+from experiment.formatting import UNKNOWN, format_perplexity, show
 from experiment.goodput import read_attempt_times
 from experiment.results.charts import INK, Line, Mark, Panel, Plot, charts_block
 from experiment.results.history import History, SeedHistory
@@ -17,7 +17,6 @@ from experiment.run_folder import RunFolder
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"
-UNKNOWN = "–"
 
 _TRAINING = "training"  # the line of a run with one seed
 
@@ -114,10 +113,6 @@ def training_table(history: History) -> Table:
 def without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     shown = [index for index in range(len(columns)) if any(row[index] != UNKNOWN for row in rows)]
     return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
-
-
-def show(value: float | None, spec: str) -> str:
-    return UNKNOWN if value is None else format(value, spec)
 
 
 def read_marks(folder: RunFolder, config: Mapping[str, Any]) -> list[Mark]:

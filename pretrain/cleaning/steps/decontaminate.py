@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 
 from experiment.config import Section
 from experiment.decontamination import texts_digest
-from pretrain.cleaning.step import Document, DocumentStep, EvaluationText, ReadTask, Verdict
+from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
 from pretrain.cleaning.words import normalized_words, word_spans
 
 _SHOWN = 30  # words of a match
@@ -83,9 +83,9 @@ class Step(DocumentStep[Config]):
     def prepare(self, read_task: ReadTask) -> None:
         tasks = {name: read_task(name) for name in self.config.against}
         self._digests = {name: texts_digest(text.text for text in texts) for name, texts in tasks.items()}
-        texts: list[EvaluationText] = [text for found in tasks.values() for text in found]
-        self._places = [f"{text.task} {text.split}, {text.place}" for text in texts]
-        self._index = Index([text.text for text in texts], self.config.ngram, self.config.min_words)
+        self._places = [f"{name} {text.split}, {text.place}" for name, texts in tasks.items() for text in texts]
+        evaluated = [text.text for texts in tasks.values() for text in texts]
+        self._index = Index(evaluated, self.config.ngram, self.config.min_words)
 
     def facts(self) -> Mapping[str, Any]:
         return {"against": self._digests}

@@ -7,7 +7,7 @@ from experiment.decontamination import (
     common_decontamination,
     decontamination_of,
     is_clean_summary,
-    read_decontamination,
+    read_clean_summary,
     texts_digest,
 )
 from experiment.provenance import ancestors_of, write_origin
@@ -17,8 +17,8 @@ from experiment.run_folder import RunFolder
 def test_tasks_of_all_steps_are_read(tmp_path: Path) -> None:
     steps = [{"name": "a", "against": {"sst2": "1"}}, {"name": "b"}, {"name": "c", "against": {"cola": "2"}}]
     (tmp_path / "clean.json").write_text(json.dumps({"recipe": "r", "read": 2, "kept": 1, "steps": steps}))
-    assert read_decontamination(str(tmp_path)) == {"sst2": "1", "cola": "2"}
-    assert read_decontamination(str(tmp_path / "none")) is None
+    assert common_decontamination([read_clean_summary(str(tmp_path))]) == {"sst2": "1", "cola": "2"}
+    assert read_clean_summary(str(tmp_path / "none")) is None
 
 
 def test_a_users_file_of_the_same_name_is_text(tmp_path: Path) -> None:
@@ -41,11 +41,11 @@ def test_a_corpus_of_several_folders_has_what_they_share(tmp_path: Path) -> None
         if tasks is not None:
             summary = {"recipe": "", "read": 1, "kept": 1, "steps": [{"name": "decontaminate", "against": tasks}]}
             (tmp_path / name / "clean.json").write_text(json.dumps(summary))
-    assert common_decontamination([f"{tmp_path}/a"]) == {"sst2": "1", "cola": "2"}
-    assert set((common_decontamination([f"{tmp_path}/a", f"{tmp_path}/b"]) or {}).values()) == {"1"}
-    assert common_decontamination([f"{tmp_path}/a", f"{tmp_path}/c"]) == {}
-    assert common_decontamination([f"{tmp_path}/a", None]) == {}
-    assert common_decontamination([f"{tmp_path}/c"]) is None
+    a, b, c = (read_clean_summary(f"{tmp_path}/{name}") for name in "abc")
+    assert common_decontamination([a]) == {"sst2": "1", "cola": "2"}
+    assert set((common_decontamination([a, b]) or {}).values()) == {"1"}
+    assert common_decontamination([a, c]) == {}
+    assert common_decontamination([c]) is None
 
 
 def test_the_corpora_of_a_model_and_of_its_ancestors_are_known(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from experiment.errors import UserError
 from experiment.notification import Message, Service
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
-from experiment.tracking import TrackedRun, Trackers, alerts, check_tracking, open_trackers, tracker
+from experiment.tracking import alerts, tracker
 from experiment.tracking.alerts import REPEAT_SECONDS, Alert, AlertFilter, Messenger
 from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
 from experiment.tracking.jsonl import Metrics
+from experiment.tracking.tracker import TrackedRun, Trackers, check_tracking, open_trackers
 from webhook_server import webhook
 
 EVENTS: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "finish")

@@ -7,9 +7,10 @@ import pytest
 from experiment.errors import UserError
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder
-from experiment.tracking import TrackedRun, check_tracking, event_file, open_trackers, weights_and_biases
+from experiment.tracking import event_file, weights_and_biases
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, tag_of
+from experiment.tracking.tracker import TrackedRun, check_tracking, open_trackers
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:

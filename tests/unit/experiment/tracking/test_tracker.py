@@ -11,8 +11,9 @@ import pytest
 import experiment
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.tracking import TrackedRun, Tracker, open_trackers, tracker
+from experiment.tracking import tracker
 from experiment.tracking.config import TrackingConfig
+from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 
 REPOSITORY = Path(experiment.__file__).parents[1]
 

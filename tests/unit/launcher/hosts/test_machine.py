@@ -13,7 +13,7 @@ from launcher.hosts.machine import (
     find_devices,
     free_port,
     guess_device,
-    inspect_machine,
+    launch_machine,
 )
 from launcher.hosts.probe import cpu_cores
 from launcher.options import PlacementOptions
@@ -27,8 +27,9 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError
 
     monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr("pwd.getpwuid", unknown)
-    assert inspect_machine().deepspeed_env_text() == ""
+    assert launch_machine().deepspeed_env_text() == ""
 
 
 def test_recognizes_this_machine():
@@ -86,7 +87,7 @@ def test_gpus_without_numbers_do_not_concern_a_launch_over_other_hosts(monkeypat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     hosts = [Host("192.0.2.1", 2), Host("192.0.2.2", 2)]
-    assert place_ranks(inspect_machine().devices, PlacementOptions(), hosts) == {
+    assert place_ranks(launch_machine().devices, PlacementOptions(), hosts) == {
         "192.0.2.1": (0, 1),
         "192.0.2.2": (0, 1),
     }

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from experiment.config import build_config
+from experiment.decontamination import EvaluationText
 from pretrain.cleaning import run
 from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.step import EvaluationText
 
 Clean = Callable[..., dict[str, Any]]
 
@@ -24,7 +24,7 @@ def clean(tmp_path: Path) -> Clean:
         source = tmp_path / "in.txt"
         source.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         tree = {"source": str(source), "output": str(tmp_path / "out"), "steps": list(steps), **keys}
-        texts = [EvaluationText("task", "test", f"test.tsv:{number}", text) for number, text in enumerate(evaluated, 2)]
+        texts = [EvaluationText("test", f"test.tsv:{number}", text) for number, text in enumerate(evaluated, 2)]
         return dict(run.clean(build_config(CleanConfig, tree), lambda name: texts, 1))
 
     return call

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from experiment.decontamination import read_decontamination, texts_digest
+from experiment.decontamination import common_decontamination, read_clean_summary, texts_digest
 from experiment.errors import UserError
 from pretrain.cleaning.steps.decontaminate import Index
 
@@ -56,8 +56,9 @@ def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
             "match": "task test, test.tsv:3: a gorgeous witty and seductive movie that takes its time to say what",
         }
     ]
-    assert read_decontamination(f"{tmp_path}/out") == {"task": texts_digest([LONG, SHORT])}
-    assert read_decontamination(str(tmp_path)) is None
+    summary = read_clean_summary(f"{tmp_path}/out")
+    assert common_decontamination([summary]) == {"task": texts_digest([LONG, SHORT])}
+    assert read_clean_summary(str(tmp_path)) is None
 
 
 def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from experiment.outcome_file import Outcome
-from experiment.tracking import Trackers
 from experiment.tracking.progress_line import describe_training
-from experiment.tracking.tracker import CLOSE_SECONDS
+from experiment.tracking.tracker import CLOSE_SECONDS, Trackers
 from pretrain.training import reporter as reporter_module
 from pretrain.training.reporter import CheckpointAlarm, Reporter, SlowRanks
 
