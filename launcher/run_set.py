@@ -248,7 +248,7 @@ def _stopped(run: ChildRun) -> StoppedError:
 def _run_command(argv: Sequence[str]) -> int:
     """Run a command, forward stop signals to it and return its exit code.
 
-    After a forwarded signal it counts as stopped, even if it had finished: the signal is for this process too.
+    After a forwarded signal, returns the exit code of a stopped run, even if the command exits with 0.
     """
     process: subprocess.Popen[bytes] | None = None
     signals: list[int] = []

@@ -39,8 +39,8 @@ def test_a_state_tells_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.Monke
     assert start(ChildRun("compare", "a/b", open_run_folder(tmp_path / "run"), ())) == state
 
 
-def test_a_signal_to_a_run_that_finishes_anyway(tmp_path: Path) -> None:
-    """Catches a sweep that goes on after Ctrl-C because its run had nothing left to do."""
+def test_a_signal_to_a_run_that_exits_with_0(tmp_path: Path) -> None:
+    """Catches a stop signal that is ignored because the run exits with code 0."""
     finishing = """if True:
         import os, signal, time
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
