@@ -34,7 +34,7 @@ from pretrain.corpus.tasks import BuildJob, tokenize_split
 _CONTESTANTS = ("deepcloze, local", "datatrove, local", "deepcloze, ray", "datatrove, ray")
 
 
-def corpus_engines(source: str, tokenizer: str, workers: int = 0, rounds: int = 3, empty_tasks: int = 500) -> None:
+def corpus_engines(source: str, tokenizer: str, workers: int = 0, rounds: int = 3, empty_tasks: int = 50) -> None:
     """Measure and print a table.
 
     Args:
@@ -48,7 +48,7 @@ def corpus_engines(source: str, tokenizer: str, workers: int = 0, rounds: int = 
 
     workers = workers or len(os.sched_getaffinity(0))
     print(describe_machine())
-    cluster = ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    cluster = ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
     seconds: dict[str, dict[str, list[float]]] = {name: {"splits": [], "empty": []} for name in _CONTESTANTS}
     for _ in range(rounds):
         for name, found in seconds.items():
@@ -125,6 +125,8 @@ def _datatrove(engine: str, step: Any, tasks: int, workers: int, folder: str, ra
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1].startswith("{"):
-        print(json.dumps(run_contestant(**json.loads(sys.argv[1]))))
+        from benchmarks import corpus_engines as importable  # workers cannot import what __main__ defines
+
+        print(json.dumps(importable.run_contestant(**json.loads(sys.argv[1]))))
     else:
         fire.Fire(corpus_engines)
