@@ -1,25 +1,26 @@
 """manifest.json: the contents of a corpus folder, with checksums."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasPath, Field, TypeAdapter, ValidationError
 
 from experiment.errors import UserError
-from experiment.files import json_digest, parse_json, write_json
+from experiment.files import json_digest, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-_SHARD_NAME = re.compile(r"data-\d+-of-\d+\.arrow")
 
 
 @dataclass(frozen=True)
 class Shard:
     """One Arrow file of a corpus, made of whole documents."""
 
-    file: str  # name inside the corpus folder
+    file: Annotated[str, Field(pattern=r"^data-\d+-of-\d+\.arrow$")]  # name inside the corpus folder
     rows: int  # documents
     tokens: int
     unknown_tokens: int
@@ -57,7 +58,7 @@ class Manifest:
     """The contents of manifest.json. Lengths are in tokens, without special tokens."""
 
     recipe: Recipe
-    vocabulary_size: int
+    vocabulary_size: Annotated[int, Field(validation_alias=AliasPath("tokenizer", "vocabulary_size"))]
     token_type: str  # Arrow type of a token id: uint16 | uint32
     empty_documents: int  # dropped
     length_percentiles: dict[str, int]  # percentile -> document length in tokens
@@ -91,6 +92,18 @@ class Manifest:
         return json_digest(
             [self.recipe.tokenizer, *([shard.rows, shard.tokens, shard.content] for shard in self.shards)]
         )
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What is read of a manifest first."""
+
+    format: Any
+    fingerprint: str
+
+
+_HEAD = TypeAdapter(_Head)
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -134,30 +147,15 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(content: bytes, path: str) -> Manifest:
     """The manifest in the content of a file. Raises UserError, which names `path`, if it is damaged."""
     try:
-        found = parse_json(content.decode("utf-8"))
-        if found["format"] != FORMAT:
-            raise UserError(f"{path}: found corpus format {found['format']}, expected {FORMAT}; rebuild the corpus")
-        manifest = Manifest(
-            recipe=Recipe(**found["recipe"]),
-            vocabulary_size=found["tokenizer"]["vocabulary_size"],
-            token_type=found["token_type"],
-            empty_documents=found["empty_documents"],
-            length_percentiles=found["length_percentiles"],
-            shards=tuple(Shard(**shard) for shard in found["shards"]),
-            decontaminated=found.get("decontaminated"),
-            sources=tuple(SourceShare(**source) for source in found.get("sources", ())),
-        )
-        recorded = found["fingerprint"]
-        if not all(isinstance(shard.file, str) and isinstance(shard.bytes, int) for shard in manifest.shards):
-            raise TypeError("expected the name and size of each shard")
-        for shard in manifest.shards:
-            if not _SHARD_NAME.fullmatch(shard.file):
-                raise ValueError(f"not a shard name: {shard.file}")
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({error!r}); rebuild the corpus") from None
-    if manifest.fingerprint != recorded:
+        head = _HEAD.validate_json(content)
+        if head.format != FORMAT:
+            raise UserError(f"{path}: found corpus format {head.format}, expected {FORMAT}; rebuild the corpus")
+        manifest = _MANIFEST.validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged{place and f' at {place}'}: {first['msg']}; rebuild the corpus") from None
+    if manifest.fingerprint != head.fingerprint:
         raise UserError(f"{path} is damaged: its fingerprint does not match its shards; rebuild the corpus")
     return manifest
 

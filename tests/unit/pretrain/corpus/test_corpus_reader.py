@@ -107,6 +107,7 @@ def test_folders_that_are_not_a_corpus(folder: Path, tmp_path: Path) -> None:
         (text.replace('"format": 1', '"format": 99'), "format 99"),
         (text[: len(text) // 2], "damaged"),
         (text.replace('"rows": ', '"rows": 1'), "damaged"),
+        (text.replace('"words": ', '"words": 0.'), r"damaged at shards\.0\.words"),
         (text.replace('"data-', '"../data-'), "damaged"),
         (text.replace('"data-', '"\\u0000data-'), "damaged"),
     ]:
