@@ -4,12 +4,10 @@ import ctypes
 import re
 import resource
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1
-_SPIN_COUNT = 10_000
 
 
 def keep_freed_memory() -> None:
@@ -22,17 +20,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST)
-
-
-def waiting_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that make threads spin only briefly when they wait for each other; none if the user has
-    set how they wait. GNU's OpenMP, which torch's packages for Linux contain, reads them when torch is imported.
-
-    By default threads spin for milliseconds. If another process has taken the core of a thread, that one cannot move to
-    the core of a spinning one meanwhile: beside one busy process, training may be several times slower.
-    """
-    chosen = "GOMP_SPINCOUNT" in environ or "OMP_WAIT_POLICY" in environ
-    return {} if chosen else {"GOMP_SPINCOUNT": str(_SPIN_COUNT)}
 
 
 def peak_memory() -> int:

@@ -5,14 +5,12 @@ import os
 import sys
 from typing import NoReturn
 
-from experiment.hardware import waiting_variables
 from launcher.cli import main
 
 
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code, at once: to take apart all that was imported, as
     Python does at the end, takes a second after an import of torch."""
-    os.environ.update(waiting_variables(os.environ))
     try:
         code = main()
     except SystemExit as ending:

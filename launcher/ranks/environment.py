@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiment.errors import QUIET_VARIABLE, UserError
-from experiment.hardware import waiting_variables
 from experiment.own_process import LAUNCH_VARIABLE, python_path
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
@@ -52,7 +51,7 @@ def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device:
     """
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     if device == "cpu":
-        wanted |= {"GLIBC_TUNABLES": GLIBC_TUNABLES, **waiting_variables(environ)}
+        wanted["GLIBC_TUNABLES"] = GLIBC_TUNABLES
     return _missing(environ, wanted)
 
 

@@ -35,7 +35,6 @@ PADDING = "FORK_SERVER_PADDING"  # an argument and a variable: the room for thos
 _NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")
 # Libraries read these variables when they are imported: with other values, a command starts in the usual way.
 _READ_AT_IMPORT = ("DS_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "LD_", "GOMP_", "KMP_", "MKL_", "MPL")
-_ANY_VALUE = "GOMP_SPINCOUNT"  # launchers set it, for speed alone
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -200,7 +199,7 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _differs(name: str, value: str) -> bool:
-    return name.startswith(_READ_AT_IMPORT) and name != _ANY_VALUE and os.environ.get(name) != value
+    return name.startswith(_READ_AT_IMPORT) and os.environ.get(name) != value
 
 
 def _run_command(request: dict[str, Any], streams: list[int], client: socket.socket) -> NoReturn:

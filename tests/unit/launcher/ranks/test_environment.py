@@ -26,11 +26,10 @@ def test_ranks_share_the_cores(cores: int, ranks: int, threads: str):
     assert host_environment({}, cores, ranks, "cpu")["OMP_NUM_THREADS"] == threads
 
 
-def test_a_cpu_run_sets_the_allocator_the_waiting_and_the_device():
+def test_a_cpu_run_sets_the_allocator_and_the_device():
     """Catches a missing setting on CPUs, or one that slows down the hosts of GPU runs."""
     cpu, gpu = (host_environment({}, 2, 2, device) for device in ("cpu", "cuda"))
     assert cpu["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=4294967296:")
-    assert int(cpu["GOMP_SPINCOUNT"]) < 300_000  # the default
     assert gpu.keys() == {"OMP_NUM_THREADS"}
     assert launch_environment({}, "cpu", ROOT)["DS_ACCELERATOR"] == "cpu"
 
