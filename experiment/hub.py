@@ -119,6 +119,8 @@ def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
     def call() -> T:
         try:
             return function()
+        except OfflineModeIsEnabled as error:  # of some versions of huggingface_hub
+            raise _unreachable(name, kind, error) from None
         except (LocalEntryNotFoundError, RevisionResolutionError) as error:  # nothing is cached either
             cause = error.__cause__
             if isinstance(cause, OfflineModeIsEnabled) or type(cause).__name__ == "ConnectError":

@@ -37,7 +37,7 @@ class _Generator(GenerateJsonSchema):
 
     def model_schema(self, schema: ModelSchema) -> JsonSchemaValue:
         found = super().model_schema(schema)
-        del found["title"]
+        found.pop("title", None)  # some versions of pydantic set it
         for name, field in found.get("properties", {}).items():
             if meaning := find_meaning(schema["cls"], name):
                 field["description"] = meaning

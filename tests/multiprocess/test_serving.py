@@ -241,7 +241,7 @@ def test_a_large_request_is_answered_once_it_is_sent(chunked: bool, model: Path,
 
 
 @pytest.mark.parametrize(
-    "sent", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000]
+    "sent", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000], ids=range(3)
 )
 def test_what_is_not_http_gets_400(sent: bytes, model: Path, serve: Serve) -> None:
     """Catches a server that ends with, or waits for, a client that speaks another protocol."""
