@@ -9,15 +9,17 @@ each seed; its clock starts with the command, so that start-up and checkpoints c
 after the warmup, so that the loss at any time equals the final loss of a run that ends then. Corpora are built before.
 Peak memory is summed over all processes, shared pages counted once.
 
-All are scored by `deepcloze evaluate`, with the same masks of 15 %. A run of deepcloze saves checkpoints at intervals:
-the first one whose loss is not above that of `run_mlm` counts. `run_mlm` trains on blocks of concatenated lines (with
---lines: on one line per example), deepcloze on lines, and lines are scored.
+All are scored by `deepcloze evaluate`, with the same masks of 15 % and the same length, whatever they train with. A
+run of deepcloze saves checkpoints at intervals: the first one whose loss is not above that of `run_mlm` counts.
+`run_mlm` trains on blocks of concatenated lines (with --lines: on one line per example), deepcloze on lines, and lines
+are scored.
 """
 
 import bisect
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -212,8 +214,12 @@ def _minutes_to(loss: float, saved: Sequence[Saved], score: Callable[[Path], flo
 
 def _score(model: Path, corpus: Path) -> float:
     """The held-out loss of a checkpoint or a Hugging Face folder."""
-    command = [sys.executable, "-m", "launcher", "evaluate", "--checkpoint", str(model), "--corpus", str(corpus)]
-    finished = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model
+        if (model / "hf").is_dir():  # evaluated where it is, a checkpoint has the masks of its run
+            folder = shutil.copytree(model / "hf", Path(scratch) / "hf")
+        command = [sys.executable, "-m", "launcher", "evaluate", "--checkpoint", str(folder), "--corpus", str(corpus)]
+        finished = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
     (scores,) = json.loads(finished.stdout.splitlines()[-1]).values()
     print(f"{model.name}: {scores}", file=sys.stderr)
     return float(scores["loss"])
