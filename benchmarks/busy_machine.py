@@ -92,7 +92,7 @@ def busy_machine(
     print(describe_machine(), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not to leave processes behind
     with tempfile.TemporaryDirectory(prefix="deepcloze-busy-") as folder, busy_processes(max(numbers)) as busy:
-        inputs = _write_inputs(Path(folder))
+        inputs = write_inputs(Path(folder))
         for name, command in _commands(inputs).items():
             if not chosen or name in chosen:
                 one_thread = name == f"pretrain-{CORES}"  # of each rank: they do not wait for threads
@@ -101,7 +101,7 @@ def busy_machine(
                 _print_table(name, rates, list(tried), numbers)
 
 
-def _write_inputs(folder: Path) -> Inputs:
+def write_inputs(folder: Path) -> Inputs:
     """A corpus, a pretrained and a fine-tuned model, and configs of endless runs."""
     inputs = Inputs(folder)
     config = write_small_run(folder)

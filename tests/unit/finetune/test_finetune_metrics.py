@@ -140,6 +140,13 @@ def test_the_error_of_a_case_counted_by_hand() -> None:
     assert calibration_error(Classified(np.array([0, 0, 0]), probabilities)) == pytest.approx((0.82 + 0.4) / 3)
 
 
+def test_the_upper_end_of_a_bin_belongs_to_it() -> None:
+    """Catches 6/15, the end of the sixth of 15 bins, in the seventh. 0.4 and 0.36 share a bin, one of two is right."""
+    probabilities = np.array([[0.4, 0.3, 0.3], [0.36, 0.32, 0.32]])
+    expected = abs(0.4 + 0.36 - 1) / 2
+    assert calibration_error(Classified(np.array([0, 1]), probabilities)) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("confidence", [1.0, 0.5])
 def test_calibrated_probabilities_have_no_error(confidence: float) -> None:
     """Catches a confidence of 1, or one at the border of bins, that falls out of the bins."""

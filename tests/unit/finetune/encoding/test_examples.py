@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from finetune.encoding.examples import Padding, Split
 from finetune.inference import collate, evaluation_batches
 from finetune.kinds.classification import Config, Kind
 from finetune.splits import encode_split
-from finetune.training.updater import training_batches
+from finetune.training.updater import training_batches, training_order
 
 KIND = Kind(Config(train="f.csv", validation="f.csv"), ("a", "b"))
 
@@ -86,6 +87,16 @@ def test_an_epoch_visits_every_example_once(lengths: list[int], batch_size: int,
     for order in orders:
         assert sorted(place for batch in order for place in batch) == list(range(len(lengths)))
         assert len(order) == -(-len(lengths) // batch_size)
+
+
+def test_no_two_epochs_or_seeds_have_the_same_order() -> None:
+    """Catches seeds that share an order, so that their scores differ less than they should."""
+
+    def order(seed: int, epoch: int) -> list[int]:
+        updates = itertools.islice(training_order([1] * 64, batch_size=8, seed=seed, first=8 * epoch), 8)
+        return [index for _, indices in updates for index in indices]
+
+    assert len({tuple(order(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
 
 
 def test_training_batches_group_by_length_and_differ_by_epoch() -> None:

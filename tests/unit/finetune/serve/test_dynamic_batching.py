@@ -154,6 +154,41 @@ def test_items_of_a_cancelled_request_are_dropped() -> None:
     run(test)
 
 
+def test_items_of_a_request_cancelled_between_its_batches_are_dropped() -> None:
+    """Catches batches that were planned before a client left, and are computed for it."""
+
+    async def test() -> None:
+        computed = []
+
+        async def compute(items: Sequence[int]) -> Sequence[int]:
+            computed.append(items)
+            if len(computed) == 1:
+                gone.cancel()
+                await asyncio.sleep(0)
+            return items
+
+        batcher = Batcher(compute, BatchLimits(tokens=100, delay=0.0, padding=0))
+        kept = asyncio.create_task(batcher.submit([1], [Size(1, 50)]))
+        gone = asyncio.create_task(batcher.submit([2], [Size(1, 10)]))
+        assert await kept == [1]
+        await asyncio.sleep(0)
+        await batcher.close()
+        assert computed == [[1]]
+
+    run(test)
+
+
+def test_answers_are_in_the_order_of_the_items() -> None:
+    """Catches the order in which batches of other lengths are computed."""
+
+    async def test() -> None:
+        batcher = Batcher(Squares(), LIMITS)
+        assert await batcher.submit([1, 2, 3, 4], [Size(1, tokens) for tokens in (10, 60, 20, 90)]) == [1, 4, 9, 16]
+        await batcher.close()
+
+    run(test)
+
+
 def test_closing_answers_what_waits() -> None:
     """Catches a reload or shutdown that drops accepted requests, or waits forever."""
 

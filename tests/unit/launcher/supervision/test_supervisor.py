@@ -370,12 +370,15 @@ def test_an_attempt_whose_end_cannot_be_read_is_recorded(folder: RunFolder, monk
     assert result.message == launches(folder)[0]["message"] == f"{folder.path}: Input/output error"
 
 
-def test_checkpoints_that_cannot_be_listed_are_no_progress(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("times", [2, 1_000_000])  # 2: the disk answers again when the second attempt has ended
+def test_checkpoints_that_cannot_be_listed_are_no_progress(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
     """Catches restarts up to the limit after the same bug, because a disk error is taken for a new checkpoint."""
     checkpoint = folder.checkpoints / "step-00000007"
     checkpoint.mkdir(parents=True)
     (checkpoint / "COMPLETE").touch()
-    break_disk(monkeypatch, folder, checkpoints, "complete_checkpoints")
+    break_disk(monkeypatch, folder, checkpoints, "complete_checkpoints", times)
     body = "(folder.path / 'second').touch(); write_outcome(folder, Outcome.FAILED, 'KeyError', Cause.ERROR)"
     supervise(replace(one_launch(folder, body), max_restarts=5))
     assert len(launches(folder)) == 2
