@@ -110,4 +110,4 @@ def _save(path: Path, values: NDArray[Any]) -> None:
     content = io.BytesIO()  # to a file, numpy writes without saying that the disk is full
     np.save(content, values, allow_pickle=False)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        temporary.write_bytes(content.getvalue())  # not getbuffer: Python 3.12.1 crashes when it collects one
