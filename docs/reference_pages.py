@@ -12,8 +12,8 @@ from pathlib import PurePath
 
 from experiment.config.reference import REQUIRED, ConfigSection, config_reference
 from experiment.formatting import markdown_table
-from launcher.cli import COMMANDS
 from launcher.command_line import ABOUT_QUIET, Command, describe_command
+from launcher.commands import COMMANDS
 from launcher.configs import CONFIGS
 
 _CONFIG_HEAD = """\

@@ -11,6 +11,7 @@ report an unknown flag afterwards, and would read values as Python literals; so 
 
 import inspect
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,11 @@ def flags_of(options_type: type[Section]) -> dict[str, Flag]:
                 expected=describe_field(field).removesuffix(" or null"),
             )
     return flags
+
+
+def terminal_width() -> int:
+    """Columns of help and descriptions."""
+    return min(100, shutil.get_terminal_size().columns)
 
 
 def help_text(argv: Sequence[str], commands: Mapping[str, Command], about: str, width: int) -> str:

@@ -12,8 +12,9 @@ import pytest
 
 from experiment.errors import QUIET_VARIABLE, StoppedError, UserError, inform, is_quiet, notify
 from experiment.progress import terminal
-from launcher.cli import COMMANDS, main
+from launcher.cli import main
 from launcher.command_line import flags_of, options_of, parse_command_line
+from launcher.commands import COMMANDS
 from launcher.hosts.machine import Devices
 
 ROOT = Path(__file__).parents[3]
@@ -230,7 +231,7 @@ def test_an_interrupted_run_can_be_resumed(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("launcher.cli.load_config", lambda *_: None)
+    monkeypatch.setattr("launcher.commands.load_config", lambda *_: None)
     monkeypatch.setattr(function, interrupted)
     assert main([command, "--config", "x.yaml"]) == 75
     assert capsys.readouterr().err == "deepcloze: interrupted; run the same command again to resume\n"

@@ -127,6 +127,6 @@ def test_the_command_in_the_background_is_the_same() -> None:
         config="my run.yaml", detach=True, num_gpus=2, profile=True, max_restarts=3, overrides=overrides
     )
     argv = background_command(options)
-    from launcher.cli import COMMANDS
+    from launcher.commands import COMMANDS
 
     assert parse_command_line(argv[4:], COMMANDS) == ("pretrain", options.model_copy(update={"detach": False}))

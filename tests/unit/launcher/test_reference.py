@@ -10,8 +10,9 @@ import pytest
 from experiment.config.reference import config_reference
 from experiment.errors import UserError
 from experiment.recipes import all_recipes, find_config, find_recipe
-from launcher.cli import COMMANDS, main
+from launcher.cli import main
 from launcher.command_line import flags_of, options_of
+from launcher.commands import COMMANDS
 from launcher.completion import completion_script
 from launcher.configs import CONFIGS
 from pretrain.ds_configs import find_ds_config

@@ -16,8 +16,8 @@ from experiment.run_folder import RunFolder
 from experiment.tracking.config import TrackingConfig
 from finetune.config import FinetuneConfig
 from launcher import watched_task
-from launcher.cli import COMMANDS
 from launcher.command_line import parse_command_line
+from launcher.commands import COMMANDS
 from launcher.options import FinetuneOptions
 from launcher.run_set import DONE, ChildRun
 from launcher.watched_task import ScoringError, WatchedTask, read_watched_task, score_checkpoint

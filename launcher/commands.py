@@ -1,0 +1,439 @@
+"""The `deepcloze` commands. Each imports what it runs when it is called, so that `--help` stays fast."""
+
+import json
+import sys
+
+from experiment.config import load_config
+from experiment.errors import UserError, inform
+from experiment.fast_imports import fast_imports
+from experiment.signals import handle_stop_signals, interrupt
+from finetune.options import ExportOptions, PredictOptions, ServeOptions
+from launcher.command_line import Command, terminal_width
+from launcher.options import (
+    CleanOptions,
+    CompareOptions,
+    CompletionOptions,
+    ConfigOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    LogsOptions,
+    PlanOptions,
+    PreflightOptions,
+    PretrainOptions,
+    RecipesOptions,
+    ReportOptions,
+    StatusOptions,
+    SweepOptions,
+    ValidateOptions,
+    WatchOptions,
+)
+from pretrain.corpus.options import CorpusOptions, PythonDocsOptions, TokenizerOptions
+
+
+def python_docs(options: PythonDocsOptions) -> None:
+    """Write the documentation of Python and the installed packages as JSON Lines.
+
+    Each line has the fields `text`, `package` and `document`: real text for a first run, without a network.
+
+    Example:
+        deepcloze python_docs --output docs.jsonl
+    """
+    from pretrain.corpus.python_docs import write_python_docs
+
+    write_python_docs(options.output, options.packages, options.files_per_package)
+
+
+@handle_stop_signals(interrupt)
+def clean(options: CleanOptions) -> None:
+    """Clean raw documents: repair, filter, deduplicate, decontaminate.
+
+    Reads the sources of a config, applies its steps in order, and writes the documents that are left as .jsonl.zst, for
+    `deepcloze corpus`, with counts and examples by rule in clean.json and report.html. The same input gives the same
+    bytes with any number of workers and machines. Run the same command again to resume. Needs
+    `pip install 'deepcloze[clean]'`. See docs/cleaning.md.
+
+    Example:
+        deepcloze clean --config clean.yaml
+    """
+    from launcher.clean import clean_command
+
+    clean_command(options)
+
+
+def tokenizer(options: TokenizerOptions) -> None:
+    """Train a tokenizer on raw text, or add tokens to one.
+
+    The output is a Hugging Face tokenizer folder, for `deepcloze corpus` and transformers. To train, give --source and
+    --vocab_size. To add tokens to a model's tokenizer, give --extend and --added: each new word becomes one token at
+    the end of the vocabulary, and existing ids do not change. Name the result in model.added_tokens to pretrain with
+    it.
+
+    Example:
+        deepcloze tokenizer --source 'books/*.txt' --output tokenizer --vocab_size 30000 --lowercase
+    """
+    if options.extend is not None and options.added is not None:
+        from pretrain.corpus.added_tokens import extend_tokenizer
+
+        extend_tokenizer(options.extend, options.added, options.output)
+    else:
+        from pretrain.corpus.train_tokenizer import train_tokenizer
+
+        train_tokenizer(options)
+
+
+@handle_stop_signals(interrupt)
+def corpus(options: CorpusOptions) -> None:
+    """Build a tokenized corpus from raw text, verify corpora, or look at one.
+
+    To build, give --source, --tokenizer and --output. The corpus is sharded Arrow; `datasets.load_from_disk` opens it
+    too. The same input gives the same bytes with any number of workers and machines. Run the same command again to
+    resume an interrupted build. With --engine ray or slurm, several machines work on it. To verify, give --verify: all
+    shards are read and compared with their checksums. Training and evaluation do so once on each machine. To look at a
+    corpus before training, give --inspect.
+
+    Example:
+        deepcloze corpus --source 'books/*.txt' --tokenizer tokenizer --output corpora/books --holdout 1000
+    """
+    if options.verify is not None:
+        from pretrain.corpus.verification import verify_command
+
+        verify_command(options.verify)
+    elif options.inspect is not None:
+        from pretrain.inspection.command import inspect_corpus
+
+        inspect_corpus(options.inspect, options.output, options.seed)
+    elif options.engine == "slurm":
+        from pretrain.corpus.job_array import build_share
+
+        build_share(options)
+    else:
+        from pretrain.corpus.build import build_corpus
+
+        build_corpus(options)
+
+
+def plan(options: PlanOptions) -> None:
+    """Plan a pretraining run: memory, communication, steps, time and cost.
+
+    Prints parameters, FLOPs per token, the memory of a device by part at each ZeRO stage, communication per step, exact
+    steps and tokens, and time, energy and cost at a stated utilization and bandwidth; whether it fits; and warnings
+    about poor settings. Takes no device, and seconds even for thousands of GPUs. See docs/planning.md.
+
+    Example:
+        deepcloze plan --config my-run.yaml --hostfile hosts --device H100 --memory_gib 80
+    """
+    from launcher.plan import print_run_plan
+
+    print_run_plan(options)
+
+
+def preflight(options: PreflightOptions) -> None:
+    """Check whether hosts can run a pretraining.
+
+    Compares Python, packages, code and files of all hosts with this machine's, checks ssh, run folder, disk, devices,
+    clocks and network, and times an all-reduce. Prints a row for each host, and a fix for each failure; exits with 2 if
+    a host fails. `deepcloze pretrain` does so before it starts ranks on other hosts.
+
+    Example:
+        deepcloze preflight --hostfile hosts --config my-run.yaml
+    """
+    from launcher.launch import preflight_command
+
+    preflight_command(options)
+
+
+def pretrain(options: PretrainOptions) -> None:
+    """Pretrain an encoder, one process per GPU.
+
+    Checks the config and its files, and other hosts as `deepcloze preflight`, then starts the ranks with DeepSpeed and
+    waits for them. Run the same command again to resume from the last checkpoint. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or
+    a file RUN/STOP make the run save a checkpoint and exit with code 75.
+
+    Example:
+        deepcloze pretrain --config my-run.yaml --num_gpus 2
+    """
+    if sys.stderr.isatty() and not options.dry_run:
+        inform(f"reading {options.config}")  # imports take seconds
+    if options.detach and not options.dry_run:
+        from launcher.detach import launch_detached
+
+        launch_detached(options)
+    else:
+        from launcher.launch import launch_pretraining
+
+        launch_pretraining(options)
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Measure held-out loss, perplexity and masked-token accuracy.
+
+    The masks are fixed by a seed, so the scores of two checkpoints are comparable.
+
+    Example:
+        deepcloze evaluate --checkpoint runs/mine --corpus corpora/books-heldout
+    """
+    from launcher.hosts.machine import launch_machine
+
+    launch_machine()  # otherwise DeepSpeed would print to stdout that it found no GPU
+    with fast_imports():
+        from pretrain.evaluate import evaluate_command
+
+    evaluate_command(options.checkpoint, options.corpus, json=options.json_output)
+
+
+def export(options: ExportOptions) -> None:
+    """Write a model as a Hugging Face folder, or as ONNX.
+
+    By default, copies the Hugging Face folder of a checkpoint, or of a fine-tuned model. With --format onnx, the
+    outputs of ONNX Runtime are compared with those of PyTorch on texts of random tokens, and sizes and differences are
+    printed; if those in fp32 are more than 1e-4, nothing is written. `deepcloze predict` and `serve` run the folder.
+    Needs `pip install 'deepcloze[onnx]'`. To measure the effect of --int8, run `deepcloze predict --score` with both
+    folders. See docs/exporting.md.
+
+    Example:
+        deepcloze export --checkpoint runs/sst2 --output sst2-int8 --format onnx --int8
+    """
+    with fast_imports():
+        from finetune.export.command import export_command
+
+    export_command(options)
+
+
+def finetune(options: FinetuneOptions) -> None:
+    """Fine-tune an encoder on one task, with one or more seeds.
+
+    Writes results.json, predictions, a confusion matrix and curves to the run folder.
+
+    Example:
+        deepcloze finetune --config my-task.yaml --model.init_from=runs/mine
+    """
+    with handle_stop_signals(interrupt):
+        from finetune.config import FinetuneConfig
+
+        load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
+        with fast_imports():
+            from finetune.run import finetune as run_finetuning  # takes seconds
+
+        run_finetuning(options.config, options.overrides, options.dry_run)
+
+
+def predict(options: PredictOptions) -> None:
+    """Predict with a fine-tuned model for the rows of a file.
+
+    Writes a row for each row of the input, in its order: number, texts, prediction, probabilities. The columns of the
+    input are named as in training, labels are not needed; --columns.text=NAME and the like name others. The file is
+    read twice, first to check it; files larger than the memory are fine. See docs/prediction.md.
+
+    Example:
+        deepcloze predict --model runs/sst2 --input reviews.csv --output labels.csv --columns.text=review
+    """
+    with fast_imports():
+        from finetune.predict import predict_command
+
+    predict_command(options)
+
+
+def serve(options: ServeOptions) -> None:
+    """Answer requests over HTTP with a fine-tuned model, or fill masks with a pretrained one.
+
+    Texts of all requests are computed together in batches. POST /v1/predict, /v1/fill-mask and /v1/embed take JSON;
+    open / in a browser to try the model, and /docs for all routes. Only this machine can reach it unless --host says
+    otherwise. SIGTERM and Ctrl-C finish the requests that were accepted, SIGHUP reloads the model. Needs
+    `pip install 'deepcloze[serve]'`. See docs/serving.md.
+
+    Example:
+        deepcloze serve --model runs/sst2 --port 8000
+    """
+    try:
+        with fast_imports():
+            from finetune.serve.server import serve_command
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("launcher", "pretrain", "finetune", "experiment"):
+            raise
+        raise UserError(f"{error.name} is not installed; run: pip install 'deepcloze[serve]'") from None
+
+    serve_command(options)
+
+
+def sweep(options: SweepOptions) -> None:
+    """Run a pretraining or fine-tuning config at every point of a grid.
+
+    Checks every point before the first run starts, then runs them one after another, each in its own folder. A failed
+    run does not stop the others. Run the same command again to resume: finished runs are skipped. The results, best
+    first, are printed and written to sweep.csv, sweep.json and sweep.png.
+
+    Example:
+        deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 masking.rate=0.15,0.3"
+    """
+    from launcher.sweep import launch_sweep
+
+    launch_sweep(options)
+
+
+def compare(options: CompareOptions) -> None:
+    """Compare initializations: rows × tasks × seeds.
+
+    Fine-tunes each row of FILE on each of its tasks with each seed, after a pretraining on other text for rows that
+    ask for one, and prints test scores with the significance of their differences. Run the same command again to
+    resume: each cell runs once. Writes compare.json, .csv, .md, .png and a report. See docs/comparing.md.
+
+    Example:
+        deepcloze compare encoders.yaml
+    """
+    with fast_imports():
+        from launcher.compare import launch_comparison
+
+    launch_comparison(options)
+
+
+def watch(options: WatchOptions) -> None:
+    """Score every new checkpoint of a running pretraining on a task.
+
+    Fine-tunes each complete checkpoint once, oldest first, and logs its scores on validation by step, as
+    downstream/TASK/METRIC, to the metrics and trackers of the run. Ends when the run is done. Run the same command
+    again to resume. See docs/watching.md.
+
+    Example:
+        deepcloze watch runs/mine --task my-task.yaml --probe
+    """
+    from launcher.watch import watch_run
+
+    watch_run(options)
+
+
+def status(options: StatusOptions) -> None:
+    """Show how runs are doing: pretraining, fine-tuning, sweeps and comparisons.
+
+    Whether a run is alive, or how it ended; step, loss, speed, time left, last checkpoint, bad batches, goodput and
+    restarts, or seeds and score: a list for one run, a table for several. Reads their folders only. Takes five seconds
+    if a run is on another machine. See docs/tracking.md.
+
+    Example:
+        deepcloze status runs/*
+    """
+    from launcher.status import print_status
+
+    print_status(options.runs, as_json=options.json_output)
+
+
+def logs(options: LogsOptions) -> None:
+    """Show the output of a run.
+
+    See docs/tracking.md for which file that is.
+
+    Example:
+        deepcloze logs runs/mine --follow
+    """
+    from launcher.logs import print_logs
+
+    print_logs(options)
+
+
+def report(options: ReportOptions) -> None:
+    """Write the HTML report of a run, a sweep, a comparison or several runs: curves and tables.
+
+    With --follow, serve the page on this machine instead, and keep it current while runs train. See docs/tracking.md.
+
+    Example:
+        deepcloze report runs/mine runs/bert-base --output=runs/report
+    """
+    if options.follow:
+        from experiment.results.report.page_server import follow_runs
+
+        follow_runs(options.runs, options.port)
+    else:
+        from launcher.report import report_runs
+
+        print(report_runs(options.runs, options.output))
+
+
+def config(options: ConfigOptions) -> None:
+    """Explain the keys of a config: meaning, type and default; or write a config, or a JSON Schema for editors.
+
+    Editors that read the `yaml-language-server` line, which --new and `deepcloze recipes cp` write, complete and check
+    the keys of a config. See docs/editors.md.
+
+    Example:
+        deepcloze config pretrain optimizer.lr
+    """
+    from experiment.config.json_schema import json_schema
+    from experiment.config.reference import as_text, config_reference, find_keys
+    from launcher.configs import CONFIGS
+    from launcher.new_config import write_new_config
+
+    config_type = CONFIGS[options.kind]
+    if options.schema_:
+        print(json.dumps(json_schema(config_type), indent=2))
+        return
+    if options.new is not None:
+        write_new_config(options.new, options.kind)
+        return
+    sections = find_keys(config_type, options.key) if options.key else config_reference(config_type)
+    print("\n\n".join(as_text(section, terminal_width()) for section in sections))
+
+
+def recipes(options: RecipesOptions) -> None:
+    """List, print or copy the configs that come with deepcloze.
+
+    Each is complete but for its data: published pretraining recipes, and tasks in the format of their original files.
+    --config takes their names too.
+
+    Example:
+        deepcloze recipes cp roberta-base roberta.yaml
+    """
+    from launcher.new_config import recipes_command
+
+    recipes_command(options)
+
+
+def validate(options: ValidateOptions) -> None:
+    """Check the config of a pretraining, fine-tuning, comparison or cleaning, and its files. Starts nothing.
+
+    Example:
+        deepcloze validate my-run.yaml
+    """
+    from launcher.run_validation import validate_command
+
+    validate_command(options)
+
+
+def completion(options: CompletionOptions) -> None:
+    """Print a script with which a shell completes commands, flags and config keys.
+
+    The first line of the script says where to put it.
+
+    Example:
+        deepcloze completion bash
+    """
+    from launcher.completion import completion_script
+
+    print(completion_script(options.shell, COMMANDS), end="")
+
+
+COMMANDS: dict[str, Command] = {
+    command.__name__: command
+    for command in (
+        python_docs,
+        clean,
+        tokenizer,
+        corpus,
+        config,
+        recipes,
+        validate,
+        plan,
+        preflight,
+        pretrain,
+        evaluate,
+        export,
+        finetune,
+        predict,
+        serve,
+        sweep,
+        compare,
+        watch,
+        status,
+        logs,
+        report,
+        completion,
+    )
+}
