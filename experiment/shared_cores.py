@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 _SECONDS = 0.25  # between looks
-_BUSY, _IDLE = 0.1, 0.03  # seconds per second that the threads of this process wait for a core, all together
+_BUSY, _IDLE = 0.1, 0.03  # share of its time for which a thread waits for a core
 _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
@@ -25,85 +25,120 @@ def share_cores() -> None:
     """From now on, let threads spin only while no other process takes cores away from them.
 
     Starts a thread that looks how long the threads of this process wait for cores. Results do not depend on it. Does
-    nothing on a single core, where another OpenMP is used, where Linux does not count these times, and if the user has
-    set GOMP_SPINCOUNT or OMP_WAIT_POLICY. Call it after torch has been imported.
+    nothing with a GPU, with a single core or thread, where another OpenMP is used, where Linux does not count these
+    times, and if the user has set GOMP_SPINCOUNT or OMP_WAIT_POLICY.
     """
-    library = openmp_path()
-    if (
-        library
-        and len(os.sched_getaffinity(0)) > 1
-        and _nanoseconds_waited()
-        and not any(map(os.environ.get, _CHOICES))
-    ):
-        threading.Thread(target=_watch, args=(ctypes.CDLL(library),), name="share-cores", daemon=True).start()
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if torch.cuda.is_available() or min(cores, torch.get_num_threads()) == 1 or any(map(os.environ.get, _CHOICES)):
+        return
+    openmp = load_openmp()
+    if openmp is not None and _counts_times():
+        threading.Thread(target=_watch, args=(Spinning(openmp, cores),), name="share-cores", daemon=True).start()
 
 
-def openmp_path() -> str | None:
-    """The library that torch has loaded."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=share_cores.cache_clear)  # threads do not survive a fork
+
+
+def load_openmp() -> ctypes.CDLL | None:
+    """The GNU OpenMP library that torch uses; None if it uses none, or if that is uncertain."""
     with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            path = line.split(maxsplit=5)[-1]
-            if "/torch/lib/libgomp" in path:
-                return path
+        lines = Path("/proc/self/maps").read_bytes().splitlines()
+        loaded = {os.fsdecode(line.split(maxsplit=5)[-1]) for line in lines if b"/libgomp" in line}
+        own = {path for path in loaded if "/torch/lib/" in path or "/torch.libs/" in path}
+        if len(own or loaded) == 1:
+            return ctypes.CDLL((own or loaded).pop())
     return None
 
 
-def _nanoseconds_waited() -> dict[str, int]:
-    """How long each thread of this process has waited for a core, by thread id."""
+def _counts_times() -> bool:
+    with suppress(OSError):
+        return int(Path("/proc/self/schedstat").read_bytes().split()[0]) > 0  # nanoseconds on a core
+    return False
+
+
+def _nanoseconds_waited() -> dict[int, int]:
+    """How long each thread of this process has waited for a core, by thread id. Without those of lower priority."""
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)  # on Linux, of a thread
     found = {}
-    for path in Path("/proc/self/task").glob("*/schedstat"):
+    for folder in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # the thread has ended
-            found[path.parent.name] = int(path.read_text().split()[1])
+            if os.getpriority(os.PRIO_PROCESS, thread := int(folder.name)) <= niceness:
+                found[thread] = int((folder / "schedstat").read_bytes().split()[1])
     return found
 
 
-def _watch(openmp: ctypes.CDLL) -> None:
-    spinning = Spinning(openmp)
+def _watch(spinning: "Spinning") -> None:
     start, before = time.monotonic(), _nanoseconds_waited()
-    while True:
-        time.sleep(_SECONDS)
-        now, waited = time.monotonic(), _nanoseconds_waited()
-        spinning.adapt(waiting_share(before, waited, now - start))
-        start, before = now, waited
+    with suppress(RuntimeError):
+        while True:
+            time.sleep(_SECONDS)
+            now, waited = time.monotonic(), _nanoseconds_waited()
+            spinning.adapt(waiting_share(before, waited, now - start))
+            start, before = now, waited
 
 
-def waiting_share(before: Mapping[str, int], after: Mapping[str, int], seconds: float) -> float:
-    """Seconds per second that threads waited for a core, from nanoseconds by thread id."""
-    return sum(waited - before.get(thread, waited) for thread, waited in after.items()) / (1e9 * seconds)
+def waiting_share(before: Mapping[int, int], after: Mapping[int, int], seconds: float) -> float:
+    """The largest share of its time for which a thread waited for a core, from nanoseconds by thread id."""
+    return max(waited - before.get(thread, waited) for thread, waited in after.items()) / (1e9 * seconds)
 
 
 class Spinning:
     """How long threads of OpenMP spin: the default at first."""
 
-    def __init__(self, openmp: ctypes.CDLL) -> None:
+    def __init__(self, openmp: ctypes.CDLL, cores: int) -> None:
         self._openmp = openmp
+        self._threads = cores + 1  # of a team that lets others hardly spin
         self._team: _SleepingTeam | None = None
 
     def adapt(self, share: float) -> None:
-        """Shorten the spinning, or lengthen it again. share: as from `waiting_share`."""
+        """Shorten the spinning, or lengthen it again. share: as from `waiting_share`.
+
+        Raises RuntimeError if the system refuses more threads.
+        """
         if self._team is None and share > _BUSY:
-            self._team = _SleepingTeam(self._openmp)
+            self._team = _SleepingTeam(self._openmp, self._threads)
         elif self._team is not None and share < _IDLE:
             self._team.end()
             self._team = None
 
 
 class _SleepingTeam:
-    """More threads of OpenMP than there are cores, which sleep. As long as they exist, other threads hardly spin."""
+    """Threads of OpenMP that sleep."""
 
-    def __init__(self, openmp: ctypes.CDLL) -> None:
+    def __init__(self, openmp: ctypes.CDLL, threads: int) -> None:
+        """Raises RuntimeError if they cannot be started."""
+        _check_startable(threads)
         self._ended = threading.Event()
         ready = threading.Event()
-        self._thread = threading.Thread(target=self._hold, args=(openmp, ready), name="sleeping-team", daemon=True)
+        args = (openmp, threads, ready)
+        self._thread = threading.Thread(target=self._hold, args=args, name="sleeping-team", daemon=True)
         self._thread.start()
         ready.wait()
 
-    def _hold(self, openmp: ctypes.CDLL, ready: threading.Event) -> None:
+    def _hold(self, openmp: ctypes.CDLL, threads: int, ready: threading.Event) -> None:
         nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)  # a function that each thread calls once
-        openmp.GOMP_parallel(nothing, None, len(os.sched_getaffinity(0)) + 1, 0)
+        openmp.GOMP_parallel(nothing, None, threads, 0)
         ready.set()
         self._ended.wait()  # OpenMP ends the team with the thread that has started it
 
     def end(self) -> None:
         self._ended.set()
         self._thread.join()
+
+
+def _check_startable(count: int) -> None:
+    """Raise RuntimeError if the system refuses so many more threads: OpenMP would end the process."""
+    tried = threading.Event()
+    started = []
+    try:
+        for _ in range(count + 1):  # and the one that starts them
+            thread = threading.Thread(target=tried.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    finally:
+        tried.set()
+        for thread in started:
+            thread.join()

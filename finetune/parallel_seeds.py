@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from experiment.errors import StoppedError, UserError, inform, notify, stopped_by_disk_errors
+from experiment.hardware import prepare_process
 from experiment.outcome_file import Outcome
 from experiment.own_process import module_command, own_environment
 from experiment.progress import progress
@@ -159,6 +160,7 @@ def _stop_with_parent() -> None:
 def main(argv: Sequence[str]) -> int:
     """Train one seed. Returns an exit code."""
     config, seed = argv[0], int(argv[1])
+    prepare_process()
     lock_until_exit(RunFolder(Path(config).parent))  # the next command waits, if its parent was killed
     try:
         with handle_stop_signals(interrupt), stopped_by_disk_errors():

@@ -11,9 +11,9 @@ from typing import Any
 
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, write_json
+from experiment.hardware import prepare_process
 from experiment.model_names import local_model
 from experiment.progress import progress, terminal
-from experiment.shared_cores import share_cores
 from finetune.data.formats import read_rows
 from finetune.data.records import Record, TurnJoiner, read_records
 from finetune.encoding.encoder import turn_joiner
@@ -70,7 +70,7 @@ class Scored:
 
 def predict_command(options: PredictOptions) -> None:
     """Run the command. Raises UserError."""
-    share_cores()
+    prepare_process()
     output = Path(options.output)
     check_row_file(output)
     source = Path(options.input)

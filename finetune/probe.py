@@ -27,6 +27,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from experiment.errors import UserError
 from experiment.files import write_json
+from experiment.hardware import prepare_process
 from finetune.encoding.examples import Split
 from finetune.inference import Inference, evaluation_microbatch
 from finetune.model import build_model
@@ -83,6 +84,7 @@ def _score(kind: TaskKind[Any], split: Split, label_ids: NDArray[np.int64]) -> d
 def main(argv: Sequence[str]) -> int:
     """Probe an encoder, and write the metrics to results.json in run.dir as fine-tuning does. Returns an exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    prepare_process()
     file, overrides = argv[0], dict(argument.split("=", 1) for argument in argv[1:])
     torch.manual_seed(0)  # for the head, which is not used
     try:

@@ -20,12 +20,11 @@ from experiment.config import dump_config, flatten
 from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
 from experiment.formatting import describe_duration
-from experiment.hardware import keep_freed_memory
+from experiment.hardware import prepare_process
 from experiment.outcome_file import Outcome, recorded_outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import RunFolder, check_creatable, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
-from experiment.shared_cores import share_cores
 from experiment.tracking.jsonl import read_events
 from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
@@ -69,8 +68,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
-    keep_freed_memory()
-    share_cores()
+    prepare_process()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which warns without a choice
     folder = RunFolder(Path(config.run.dir))

@@ -20,7 +20,6 @@ from experiment.errors import UserError, reason
 from experiment.hardware import keep_freed_memory
 from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.model_names import local_model
-from experiment.shared_cores import share_cores
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import log_as_json, log_event
@@ -50,7 +49,6 @@ def serve_command(options: ServeOptions) -> None:
 
     with bind(options.host, options.port) as listener:
         keep_freed_memory()
-        share_cores()
         first = load()
         log_as_json()
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)

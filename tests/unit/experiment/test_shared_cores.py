@@ -1,23 +1,28 @@
 """Threads sleep instead of spinning while other processes use the cores."""
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from experiment.shared_cores import waiting_share
+from experiment.shared_cores import Spinning, waiting_share
 
-pytestmark = pytest.mark.skipif(
+needs_cores = pytest.mark.skipif(
     sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
 )
 
 CODE = """
-import ctypes, os, signal, subprocess, sys, time
+import os, subprocess, sys, threading, time
 import torch
-from experiment.shared_cores import Spinning, openmp_path, share_cores
+from experiment.shared_cores import Spinning, load_openmp, share_cores
 
+cores = len(os.sched_getaffinity(0))
 numbers = torch.zeros(1 << 18)
+threads = lambda: [thread.name for thread in threading.enumerate()]
 
 def spins():
     "Whether the other thread uses its core for a good part of pauses of 2 ms."
@@ -27,55 +32,130 @@ def spins():
         numbers.add_(1)
         time.sleep(0.002)
     return time.process_time() - start > 0.03
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 """
 
 
-def run(code: str, **variables: str) -> str:
+def run(code: str) -> str:
     """The output of Python with torch's default of waiting."""
     environ = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    environ |= {"OMP_NUM_THREADS": "2", **variables}
+    environ |= {"OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", CODE + code], env=environ, capture_output=True, text=True, check=True)
     return done.stdout
 
 
+@needs_cores
 def test_spinning_adapts_to_the_share_of_waiting() -> None:
     """Catches a team that does not stop the spinning or stays for ever, and a change at each look near one limit."""
     code = """
-spinning = Spinning(ctypes.CDLL(openmp_path()))
-for share in (0.0, 0.05, 0.5, 0.05, 0.0, 0.05):
+spinning = Spinning(load_openmp(), cores)
+for share, expected in (0.0, True), (0.05, True), (0.5, False), (0.05, False), (0.0, True), (0.05, True):
     spinning.adapt(share)
-    print(spins(), end=" ")
+    wait_until(lambda: spins() == expected)  # on a busy machine the other thread may not have been running
+    print(threads().count("sleeping-team"), end=" ")
 """
-    assert run(code).split() == ["True", "True", "False", "False", "True", "True"]
+    assert run(code).split() == ["0", "0", "1", "1", "0", "0"]
 
 
-BESIDE_OTHERS = """
+@needs_cores
+def test_threads_do_not_spin_beside_busy_processes() -> None:
+    """Catches times of waiting that are not found, and a watching thread that ends."""
+    code = """
 share_cores()
-busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
+busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * cores)]
 try:
-    end = time.monotonic() + 60
-    while (spinning := spins()) and time.monotonic() < end:
-        pass
-    print(spinning)
+    while "sleeping-team" not in threads():
+        numbers.add_(1)
 finally:
     for process in busy:
         process.kill()
 """
+    run(code)
 
 
-def test_threads_do_not_spin_beside_busy_processes() -> None:
-    """Catches times of waiting that are not found, and a watching thread that ends."""
-    assert run(BESIDE_OTHERS).splitlines()[-1] == "False"
+@needs_cores
+def test_which_processes_watch_themselves() -> None:
+    """Catches GOMP_SPINCOUNT without effect, a second thread that watches, one beside a single computing thread, and a
+    forked process without one because its parent has one."""
+    code = """
+def watching():
+    share_cores()
+    print(threads().count("share-cores"), end=" ", flush=True)
+
+os.environ["GOMP_SPINCOUNT"] = "300000"
+watching()
+del os.environ["GOMP_SPINCOUNT"]
+share_cores.cache_clear()
+torch.set_num_threads(1)
+watching()
+torch.set_num_threads(2)
+share_cores.cache_clear()
+watching()
+watching()
+if os.fork() == 0:
+    watching()
+    os._exit(0)
+os.wait()
+"""
+    assert run(code).split() == ["0", "0", "1", "1", "1"]
 
 
-def test_the_users_choice_stands() -> None:
-    """Catches GOMP_SPINCOUNT without effect, and a second thread that watches."""
-    code = "import threading\nshare_cores()\nshare_cores()\nprint(threading.active_count())\n"
-    assert (run(code), run(code, GOMP_SPINCOUNT="300000")) == ("2\n", "1\n")
+def test_too_few_threads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a call of OpenMP, which ends the process if a thread cannot be started."""
+    started: list[Any] = []
+
+    class Thread:
+        def __init__(self, target: Callable[[], object], **_: Any) -> None:
+            self.target = target
+
+        def start(self) -> None:
+            if len(started) == 3:
+                raise RuntimeError("can't start new thread")
+            started.append(self)
+
+        def join(self) -> None:
+            assert self.target()
+
+    monkeypatch.setattr("threading.Thread", Thread)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        Spinning(None, cores=3).adapt(1.0)  # type: ignore[arg-type]
+    assert len(started) == 3
 
 
 def test_the_share_of_waiting() -> None:
     """Catches a share that falls when a thread ends, and one that counts what a new thread waited before."""
-    before = {"1": 5_000_000_000, "2": 1_000_000_000, "3": 9_000_000_000}
-    after = {"1": 5_100_000_000, "2": 1_300_000_000, "4": 7_000_000_000}
+    before = {1: 5_000_000_000, 2: 1_000_000_000, 3: 9_000_000_000}
+    after = {1: 5_100_000_000, 2: 1_400_000_000, 4: 7_000_000_000}
     assert waiting_share(before, after, seconds=2.0) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        ("finetune.run", "run"),
+        ("finetune.parallel_seeds", "main"),
+        ("finetune.probe", "main"),
+        ("finetune.predict", "predict_command"),
+        ("pretrain.evaluate", "evaluate"),
+        ("pretrain.run", "_connect_and_pretrain"),
+    ],
+)
+def test_each_process_that_computes_is_prepared(module: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a command whose threads spin beside others, or whose memory is mapped again and again."""
+
+    class PreparedError(Exception):
+        pass
+
+    def prepare() -> None:
+        raise PreparedError
+
+    loaded = importlib.import_module(module)
+    monkeypatch.setattr(loaded, "prepare_process", prepare)
+    arguments = {"main": (["config.yaml", "1"],), "evaluate": ("", [])}.get(function, (None, None))
+    with pytest.raises(PreparedError):
+        getattr(loaded, function)(*arguments[: getattr(loaded, function).__code__.co_argcount])
