@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from experiment.errors import UserError, reason
-from experiment.hardware import keep_freed_memory
+from experiment.hardware import prepare_process
 from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.model_names import local_model
 from finetune.options import ServeOptions
@@ -45,10 +46,12 @@ def serve_command(options: ServeOptions) -> None:
     signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
 
     def load() -> ServedModel:
-        return load_served_model(local_model(options.model), options.precision)
+        """In a thread that ends, and its threads of OpenMP with it: while there are more than cores, none spins."""
+        with ThreadPoolExecutor(1, "load") as thread:
+            return thread.submit(load_served_model, local_model(options.model), options.precision).result()
 
     with bind(options.host, options.port) as listener:
-        keep_freed_memory()
+        prepare_process()
         first = load()
         log_as_json()
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from experiment.shared_cores import Spinning, waiting_share
+from finetune.options import ServeOptions
 
 needs_cores = pytest.mark.skipif(
     sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
@@ -141,6 +142,7 @@ def test_the_share_of_waiting() -> None:
         ("finetune.parallel_seeds", "main"),
         ("finetune.probe", "main"),
         ("finetune.predict", "predict_command"),
+        ("finetune.serve.server", "serve_command"),
         ("pretrain.evaluate", "evaluate"),
         ("pretrain.run", "_connect_and_pretrain"),
     ],
@@ -156,6 +158,8 @@ def test_each_process_that_computes_is_prepared(module: str, function: str, monk
 
     loaded = importlib.import_module(module)
     monkeypatch.setattr(loaded, "prepare_process", prepare)
-    arguments = {"main": (["config.yaml", "1"],), "evaluate": ("", [])}.get(function, (None, None))
+    options = ServeOptions(model="model", port=0)
+    arguments = {"main": (["config.yaml", "1"],), "evaluate": ("", []), "serve_command": (options,)}
+    given: tuple[Any, ...] = arguments.get(function, (None, None))
     with pytest.raises(PreparedError):
-        getattr(loaded, function)(*arguments[: getattr(loaded, function).__code__.co_argcount])
+        getattr(loaded, function)(*given[: getattr(loaded, function).__code__.co_argcount])

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,23 @@ def test_a_full_disk_keeps_no_server_from_starting(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(server, "run_server", lambda app, listener, timeout, announce, reload: announce())
     monkeypatch.setattr(sys, "stdout", Full())
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
+
+
+def test_the_thread_that_loads_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a second team of OpenMP's threads that stays, beside which the threads that answer never spin: a third
+    of the speed is lost."""
+    loading: list[threading.Thread] = []
+
+    def load(*_: object) -> Served:
+        loading.append(threading.current_thread())
+        raise UserError("no model")
+
+    monkeypatch.setattr(server, "load_served_model", load)
+    with pytest.raises(UserError, match="no model"):
+        server.serve_command(ServeOptions(model=str(tmp_path), port=0))
+    (thread,) = loading
+    assert thread is not threading.main_thread()
+    assert not thread.is_alive()
 
 
 def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
