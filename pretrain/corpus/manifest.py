@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
-from pydantic import AliasPath, Field, TypeAdapter, ValidationError
+from pydantic import AliasPath, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from experiment.errors import UserError
 from experiment.files import json_digest, write_json
@@ -15,18 +15,22 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
+_NO_OTHER_KEYS = ConfigDict(extra="forbid")
+
 
 @dataclass(frozen=True)
 class Shard:
     """One Arrow file of a corpus, made of whole documents."""
 
+    __pydantic_config__: ClassVar = _NO_OTHER_KEYS
+
     file: Annotated[str, Field(pattern=r"^data-\d+-of-\d+\.arrow$")]  # name inside the corpus folder
-    rows: int  # documents
-    tokens: int
-    unknown_tokens: int
-    words: int  # separated by whitespace
-    text_bytes: int  # UTF-8 bytes of the source documents
-    bytes: int  # file size
+    rows: NonNegativeInt  # documents
+    tokens: NonNegativeInt
+    unknown_tokens: NonNegativeInt
+    words: NonNegativeInt  # separated by whitespace
+    text_bytes: NonNegativeInt  # UTF-8 bytes of the source documents
+    bytes: NonNegativeInt  # file size
     sha256: str  # of the file
     content: str  # SHA-256 of document lengths, token ids and word starts, independent of the file layout
 
@@ -34,6 +38,8 @@ class Shard:
 @dataclass(frozen=True)
 class Recipe:
     """The inputs of a corpus. Equal recipes give equal corpora; paths, time and the number of workers do not matter."""
+
+    __pydantic_config__: ClassVar = _NO_OTHER_KEYS
 
     source: str  # digest of all documents read, in order
     tokenizer: str  # fingerprint
@@ -96,10 +102,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class _Head:
-    """What is read of a manifest first."""
+    """What is checked before the rest."""
 
-    format: Any
-    fingerprint: str
+    format: int
+    fingerprint: str = ""
 
 
 _HEAD = TypeAdapter(_Head)
@@ -147,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(content: bytes, path: str) -> Manifest:
     """The manifest in the content of a file. Raises UserError, which names `path`, if it is damaged."""
     try:
-        head = _HEAD.validate_json(content)
+        head = _HEAD.validate_json(content, strict=True)
         if head.format != FORMAT:
             raise UserError(f"{path}: found corpus format {head.format}, expected {FORMAT}; rebuild the corpus")
         manifest = _MANIFEST.validate_json(content, strict=True)
