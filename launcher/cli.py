@@ -19,7 +19,7 @@ ABOUT = (
 )
 
 _QUIET = ("-q", "--quiet")
-_RESUMABLE = ("clean", "corpus", "pretrain", "finetune", "sweep", "compare", "watch")
+RESUMABLE = ("clean", "corpus", "pretrain", "finetune", "sweep", "compare", "watch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def _run(argv: Sequence[str]) -> int:
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
         ignore_stop_signals()
-        if argv[0] in _RESUMABLE:
+        if argv[0] in RESUMABLE:
             return _fail("interrupted; run the same command again to resume", 75)
         return _fail("interrupted", 130)
     except BrokenPipeError:

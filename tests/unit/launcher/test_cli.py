@@ -12,7 +12,7 @@ import pytest
 
 from experiment.errors import QUIET_VARIABLE, StoppedError, UserError, inform, is_quiet, notify
 from experiment.progress import terminal
-from launcher.cli import main
+from launcher.cli import RESUMABLE, main
 from launcher.command_line import flags_of, options_of, parse_command_line
 from launcher.commands import COMMANDS
 from launcher.hosts.machine import Devices
@@ -244,3 +244,8 @@ def test_report_prints_the_path(
     report_stand_in(lambda runs, output: Path(runs[0]) / "report" / "index.html")
     assert main(["report", "2024_01"]) == 0
     assert capsys.readouterr().out == "2024_01/report/index.html\n"
+
+
+def test_every_resumable_command_exists() -> None:
+    """Catches a command that was renamed, and whose message after Ctrl-C no longer says how to resume."""
+    assert set(RESUMABLE) <= set(COMMANDS)
