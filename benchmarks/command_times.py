@@ -1,10 +1,10 @@
-"""Seconds from Enter to the first line of a command and to its end, for small work.
+"""Seconds from Enter to the first output of a command and to its end, for small work.
 
     python -m benchmarks.command_times [--rounds 5]
 
 Fine-tunes on 600 sentences for one epoch, predicts ten rows, evaluates 100 documents, and runs commands that only look.
-Beside them, Python and the libraries that the commands import. The files are in the system's cache after the first,
-untimed round; rounds alternate.
+Beside them, Python and the libraries that the commands import. Rounds alternate; the first is not
+counted, after which the files are in the system's cache.
 """
 
 import subprocess
@@ -39,7 +39,7 @@ def command_times(rounds: int = 5) -> None:
                 measured = _time(argv, Path(scratch) / f"output-{number}")
                 if number:
                     seconds[name].append(measured)
-    table = Table("command", "to the first line, s", "to the end, s")
+    table = Table("command", "to the first output, s", "to the end, s")
     for name, found in seconds.items():
         table.add_row(name, *(spread(column, ".2f") for column in zip(*found, strict=True)))
     Console(width=120).print(table)

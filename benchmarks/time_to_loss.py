@@ -216,7 +216,7 @@ def _score(model: Path, corpus: Path) -> float:
     """The held-out loss of a checkpoint or a Hugging Face folder."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = model
-        if (model / "hf").is_dir():  # evaluated where it is, a checkpoint has the masks of its run
+        if (model / "hf").is_dir():  # copied, because a checkpoint in a run is scored with the masks of the run
             folder = shutil.copytree(model / "hf", Path(scratch) / "hf")
         command = [sys.executable, "-m", "launcher", "evaluate", "--checkpoint", str(folder), "--corpus", str(corpus)]
         finished = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)

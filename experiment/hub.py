@@ -119,7 +119,7 @@ def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
     def call() -> T:
         try:
             return function()
-        except OfflineModeIsEnabled as error:  # of some versions of huggingface_hub
+        except OfflineModeIsEnabled as error:  # raised directly by huggingface_hub 1.31 to 2.0
             raise _unreachable(name, kind, error) from None
         except (LocalEntryNotFoundError, RevisionResolutionError) as error:  # nothing is cached either
             cause = error.__cause__
