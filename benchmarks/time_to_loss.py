@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,10 @@ from pretrain.optimizer_config import OptimizerConfig
 
 _LENGTH = 128  # longest sequence, in tokens: the default of `deepcloze evaluate` for a folder without a run
 _ALL = 1_000_000  # checkpoints to keep
-_PEERS = {"default settings": DEFAULT_ALLOCATOR, "with our allocator setting": OUR_ALLOCATOR}
+_PEERS = {
+    "default": ("default settings", DEFAULT_ALLOCATOR),
+    "ours": ("with our allocator setting", OUR_ALLOCATOR),
+}
 _RUNS = {"deepcloze, settings of run_mlm": False, "deepcloze, speedrun.yaml": True}  # whether with the recipe
 
 
@@ -95,6 +98,7 @@ def time_to_loss(
     warmup: int = 100,
     ranks: int = 1,
     seeds: int = 1,
+    peer: str | None = None,
 ) -> None:
     """Train all and print a table.
 
@@ -112,6 +116,7 @@ def time_to_loss(
         warmup: steps of linear warmup; speedrun.yaml has a number of its own
         ranks: of deepcloze, which share the cores
         seeds: how often deepcloze runs, each time with another seed
+        peer: settings of run_mlm, "default" or "ours" (with our allocator's); default: both, one after the other
     """
     threads = len(os.sched_getaffinity(0))
     budget = Budget(minutes, limit or minutes / 2, checkpoint_seconds, warmup, ranks, threads)
@@ -121,8 +126,9 @@ def time_to_loss(
         settings = RunSettings(corpus, MODELS[model], precision, _LENGTH, update_tokens)
         score = functools.cache(functools.partial(_score, corpus=build_corpus(held_out, tokenizer, work / "held_out")))
         peers = {
-            name: _peer(_peer_settings(source, tokenizer, lines, settings, budget), name, score, work)
-            for name in _PEERS
+            name: _peer(_peer_settings(source, tokenizer, lines, settings, budget), name, allocator, score, work)
+            for key, (name, allocator) in _PEERS.items()
+            if peer in (None, key)
         }
         runs: dict[str, list[Run]] = {name: [] for name in _RUNS}
         for seed in range(1, seeds + 1):
@@ -165,11 +171,13 @@ def _peer_settings(
     )
 
 
-def _peer(settings: LimitedPeerSettings, name: str, score: Callable[[Path], float], work: Path) -> Peer:
+def _peer(
+    settings: LimitedPeerSettings, name: str, allocator: Mapping[str, str], score: Callable[[Path], float], work: Path
+) -> Peer:
     folder = work / name.replace(" ", "-")
     with PeakMemory() as peak:
         own = asdict(replace(settings, folder=str(folder)))
-        done = run_module("benchmarks.run_mlm_peer", own, settings.threads, _PEERS[name])
+        done = run_module("benchmarks.run_mlm_peer", own, settings.threads, allocator)
     print(f"run_mlm, {name}: {done['updates']:,} updates", file=sys.stderr)
     return Peer(score(folder), peak.bytes)
 
