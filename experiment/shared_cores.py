@@ -55,7 +55,7 @@ def load_openmp() -> ctypes.CDLL | None:
 
 def _counts_times() -> bool:
     with suppress(OSError):
-        return int(Path("/proc/self/schedstat").read_bytes().split()[0]) > 0  # nanoseconds on a core
+        return int(Path("/proc/self/schedstat").read_bytes().split()[2]) > 0  # how often it got a core
     return False
 
 
