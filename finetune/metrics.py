@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 
 _BINS = 15  # of the calibration error
 _TEMPERATURES = (0.05, 20.0)
@@ -155,6 +154,8 @@ def fit_temperature(classified: Classified) -> float:
         scaled = scale(classified.probabilities, float(np.exp(log_temperature)))
         return float(Classified(classified.gold, scaled).losses.mean())
 
+    from scipy.optimize import minimize_scalar  # takes half a second, and every kind of task imports this module
+
     low, high = np.log(_TEMPERATURES)
     return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
 
@@ -263,7 +264,7 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
     interval that ignores it is too narrow. If all or none are right, a bootstrap has no width: Wilson's interval of as
     many questions as there are groups.
     """
-    from scipy.stats import binomtest  # takes a second, and every kind of task imports this module
+    from scipy.stats import binomtest  # takes a second
 
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     ids = np.array([numbers[group] for group in groups])

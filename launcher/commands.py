@@ -5,7 +5,7 @@ import sys
 
 from experiment.config import load_config
 from experiment.errors import UserError, inform
-from experiment.fast_imports import fast_imports
+from experiment.fast_imports import fast_imports, import_transformers_without_scipy
 from experiment.signals import handle_stop_signals, interrupt
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, terminal_width
@@ -174,8 +174,9 @@ def evaluate(options: EvaluateOptions) -> None:
     """
     from launcher.hosts.machine import launch_machine
 
-    launch_machine()  # otherwise DeepSpeed would print to stdout that it found no GPU
+    launch_machine()  # otherwise DeepSpeed, if anything imports it, would print to stdout that it found no GPU
     with fast_imports():
+        import_transformers_without_scipy()
         from pretrain.evaluate import evaluate_command
 
     evaluate_command(options.checkpoint, options.corpus, json=options.json_output)
@@ -211,8 +212,9 @@ def finetune(options: FinetuneOptions) -> None:
         from finetune.config import FinetuneConfig
 
         load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
-        with fast_imports():
-            from finetune.run import finetune as run_finetuning  # takes seconds
+        with fast_imports():  # takes seconds
+            import_transformers_without_scipy()
+            from finetune.run import finetune as run_finetuning
 
         run_finetuning(options.config, options.overrides, options.dry_run)
 
@@ -228,6 +230,7 @@ def predict(options: PredictOptions) -> None:
         deepcloze predict --model runs/sst2 --input reviews.csv --output labels.csv --columns.text=review
     """
     with fast_imports():
+        import_transformers_without_scipy()
         from finetune.predict import predict_command
 
     predict_command(options)
@@ -246,6 +249,7 @@ def serve(options: ServeOptions) -> None:
     """
     try:
         with fast_imports():
+            import_transformers_without_scipy()
             from finetune.serve.server import serve_command
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("launcher", "pretrain", "finetune", "experiment"):

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,10 @@ from pretrain.corpus.verification import verified_shards
 from pretrain.modeling.build import build_model, choose_rows
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
-from pretrain.resolve import ResolvedRun
 from pretrain.world import World
+
+if TYPE_CHECKING:  # imports DeepSpeed, which `deepcloze evaluate` does not need
+    from pretrain.resolve import ResolvedRun
 
 _SEQUENCES = 256  # per evaluation batch
 _DEFAULT_LENGTH = 128
@@ -111,7 +113,7 @@ class HeldOutEvaluator:
         }
 
 
-def open_evaluator(run: ResolvedRun, rows: Rows, first_position: int, world: World) -> HeldOutEvaluator:
+def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: World) -> HeldOutEvaluator:
     """The evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable.
 
     `rows`, `first_position`: of the model, see MicrobatchLayout.

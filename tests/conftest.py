@@ -213,10 +213,10 @@ def handed_over(request: pytest.FixtureRequest) -> Mapping[str, str]:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fine-tuning in this process leaves empty figures: to draw them takes a quarter of the time of a tiny run."""
-    from finetune.results import seed_summary
+    from finetune.results import figures
 
     for name in ("draw_confusion", "draw_curves"):
-        monkeypatch.setattr(seed_summary, name, lambda path, *_: path.touch())
+        monkeypatch.setattr(figures, name, lambda path, *_: path.touch())
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from experiment.files import write_json
 from finetune.metrics import LabelScores, summarize, top_confusions
 from finetune.resolve import ResolvedRun
-from finetune.results.figures import draw_confusion, draw_curves
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ def write_results(run: ResolvedRun, records: Mapping[int, SeedRecord]) -> dict[s
 
     The confusion matrix is summed over the seeds; it is of the test split, or of validation if test has no labels.
     """
+    from finetune.results.figures import draw_confusion, draw_curves  # matplotlib takes a quarter of a second
+
     folder, task, labels = run.folder.path, run.task.kind.config, run.task.kind.labels
     first = next(iter(records.values()))
     confusions = {

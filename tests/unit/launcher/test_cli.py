@@ -30,6 +30,10 @@ def deepcloze(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def imported(answer: subprocess.CompletedProcess[str]) -> set[str]:
+    return {line.rsplit("|", 1)[1].strip() for line in answer.stderr.splitlines() if line.startswith("import time:")}
+
+
 @pytest.fixture
 def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], None]:
     """Replaces the function that `deepcloze report` calls."""
@@ -50,12 +54,26 @@ def test_help_is_fast(argv: tuple[str, ...]):
     after = os.times()
     assert answer.returncode == 0
     assert answer.stdout.startswith("usage: deepcloze")
-    imported = {
-        line.rsplit("|", 1)[1].strip() for line in answer.stderr.splitlines() if line.startswith("import time:")
-    }
-    assert "launcher.cli" in imported
-    assert not imported & {"torch", "transformers", "datasets", "wandb", "numpy", "deepspeed"}
+    modules = imported(answer)
+    assert "launcher.cli" in modules
+    assert not modules & {"torch", "transformers", "datasets", "wandb", "numpy", "deepspeed"}
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2.0  # CPU
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("evaluate", "--checkpoint", "nowhere", "--corpus", "nowhere"),
+        ("predict", "--model", "nowhere", "--input", "{file}", "--output", "labels.csv"),
+    ],
+)
+def test_what_a_command_does_not_need_is_not_imported(argv: tuple[str, ...]):
+    """Catches libraries that take a second of the start of each command."""
+    answer = deepcloze(*(argument.format(file=__file__) for argument in argv))
+    assert answer.returncode == 2
+    modules = imported(answer)
+    assert "transformers" in modules
+    assert not modules & {"deepspeed", "scipy", "sklearn", "matplotlib", "datasets", "wandb", "pandas"}
 
 
 def test_a_start_is_announced_before_torch_is_imported(tmp_path: Path):
