@@ -13,7 +13,7 @@ _LARGEST = 2**31 - 1
 
 
 def prepare_process() -> None:
-    """Let this process use memory and cores well. Call it before it computes; results are the same."""
+    """Let this process of ours use memory and cores well on a CPU. Call it before it computes; results are the same."""
     keep_freed_memory()
     share_cores()
 

@@ -22,9 +22,9 @@ from experiment.config import build_config
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.formatting import format_perplexity
-from experiment.hardware import prepare_process
 from experiment.model_names import local_model
 from experiment.progress import track
+from experiment.shared_cores import share_cores
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.transformers_models import max_positions
 from pretrain.batching.batch import Microbatch
@@ -157,7 +157,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     A checkpoint is scored with its run's seed, masking and sequence length; any other folder with the defaults.
     Raises UserError.
     """
-    prepare_process()
+    share_cores()
     folder = find_model_folder(local_model(checkpoint))
     settings = _settings(folder)
     tokenizer = load_tokenizer(folder)

@@ -39,10 +39,10 @@ from experiment.config import load_config
 from experiment.errors import AgreedFailureError, UserError
 from experiment.files import cache_folder
 from experiment.goodput import ActivityTimer, attempt_start
-from experiment.hardware import prepare_process
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from experiment.own_process import wait_at_gate
 from experiment.run_folder import RunFolder
+from experiment.shared_cores import share_cores
 from pretrain.batching.loader import DataWorkerError
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.engine.engine import Engine
@@ -177,7 +177,7 @@ def _recorder(config: PretrainConfig, rank: int) -> RankRecorder:
 
 
 def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder) -> Outcome:
-    prepare_process()
+    share_cores()
     heartbeat = RankHeartbeat(recorder.folder, recorder.rank, config.health.hang_seconds)
     heartbeat.start()
     world = connect(_timeout(config), partial(give_up, recorder))

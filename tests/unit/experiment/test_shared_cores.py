@@ -70,7 +70,9 @@ def test_threads_do_not_spin_beside_busy_processes() -> None:
 share_cores()
 busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * cores)]
 try:
+    end = time.monotonic() + 60
     while "sleeping-team" not in threads():
+        assert time.monotonic() < end
         numbers.add_(1)
 finally:
     for process in busy:
@@ -136,18 +138,20 @@ def test_the_share_of_waiting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "function"),
+    ("module", "function", "preparation"),
     [
-        ("finetune.run", "run"),
-        ("finetune.parallel_seeds", "main"),
-        ("finetune.probe", "main"),
-        ("finetune.predict", "predict_command"),
-        ("finetune.serve.server", "serve_command"),
-        ("pretrain.evaluate", "evaluate"),
-        ("pretrain.run", "_connect_and_pretrain"),
+        ("finetune.run", "run", "prepare_process"),
+        ("finetune.parallel_seeds", "main", "prepare_process"),
+        ("finetune.probe", "main", "prepare_process"),
+        ("finetune.predict", "predict_command", "prepare_process"),
+        ("finetune.serve.server", "serve_command", "prepare_process"),
+        ("pretrain.evaluate", "evaluate", "share_cores"),
+        ("pretrain.run", "_connect_and_pretrain", "share_cores"),
     ],
 )
-def test_each_process_that_computes_is_prepared(module: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_that_computes_is_prepared(
+    module: str, function: str, preparation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a command whose threads spin beside others, or whose memory is mapped again and again."""
 
     class PreparedError(Exception):
@@ -157,7 +161,7 @@ def test_each_process_that_computes_is_prepared(module: str, function: str, monk
         raise PreparedError
 
     loaded = importlib.import_module(module)
-    monkeypatch.setattr(loaded, "prepare_process", prepare)
+    monkeypatch.setattr(loaded, preparation, prepare)
     options = ServeOptions(model="model", port=0)
     arguments = {"main": (["config.yaml", "1"],), "evaluate": ("", []), "serve_command": (options,)}
     given: tuple[Any, ...] = arguments.get(function, (None, None))
