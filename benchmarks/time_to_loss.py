@@ -127,8 +127,7 @@ def time_to_loss(
         score = functools.cache(functools.partial(_score, corpus=build_corpus(held_out, tokenizer, work / "held_out")))
         peers = {
             name: _peer(_peer_settings(source, tokenizer, lines, settings, budget), name, allocator, score, work)
-            for key, (name, allocator) in _PEERS.items()
-            if peer in (None, key)
+            for name, allocator in (_PEERS.values() if peer is None else [_PEERS[peer]])
         }
         runs: dict[str, list[Run]] = {name: [] for name in _RUNS}
         for seed in range(1, seeds + 1):
