@@ -179,7 +179,7 @@ def _split(
         if is_override:
             overrides[written] = value
         else:
-            texts[name] = [value]
+            texts[name] = [*texts.get(name, []), value] if flags[name].is_repeated else [value]
             positional = [other for other in positional if other != name]
     return texts, overrides
 

@@ -226,7 +226,13 @@ def test_an_argument_may_be_repeated() -> None:
         """List."""
 
     commands: dict[str, Command] = {"listed": listed}
-    for line, runs in (("listed a", ("a",)), ("listed a --json b c", ("a", "b", "c")), ("listed --runs=a", ("a",))):
+    lines = {
+        "listed a": ("a",),
+        "listed a --json b c": ("a", "b", "c"),
+        "listed --runs=a": ("a",),
+        "listed --runs=a --runs b": ("a", "b"),
+    }
+    for line, runs in lines.items():
         assert parse_command_line(line.split(), commands)[1] == ListOptions(runs=runs, json="--json" in line)
     with pytest.raises(UserError, match="missing: RUN…"):
         parse_command_line(["listed", "--json"], commands)
