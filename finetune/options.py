@@ -14,7 +14,8 @@ from experiment.config.field_types import LocalPath, PathText
 class PredictOptions(Section):
     model: Annotated[PathText, Metavar("DIR")]
     """Model folder, such as RUN/seed-1/model; or a run: then the model of its best seed on validation. Also a
-    sequence classifier of transformers, or NAME[@REVISION] of one on the Hugging Face Hub."""
+    model of transformers with a head for sequence classification, token classification or multiple choice, or
+    NAME[@REVISION] of one on the Hugging Face Hub."""
 
     input: Annotated[PathText, Metavar("FILE")]
     """Rows to predict for, in any format that training reads."""
@@ -96,8 +97,9 @@ class ServeOptions(Section):
 
 class ExportOptions(Section):
     checkpoint: Annotated[PathText, Metavar("DIR")]
-    """Model to export: a checkpoint of a pretraining, or a run (its newest checkpoint); a fine-tuned model folder, or a
-    run (its best seed on validation); or a folder of transformers, or NAME[@REVISION] of a model on the Hub."""
+    """Model to export: a checkpoint of a pretraining, or a run (its newest checkpoint), or the URL of one; a
+    fine-tuned model folder, or a run (its best seed on validation); or a folder of transformers, or NAME[@REVISION]
+    of a model on the Hub."""
 
     output: Annotated[LocalPath, Metavar("DIR")]
     """Folder to write, which must not exist or be empty."""

@@ -171,10 +171,11 @@ class WatchOptions(Section):
 
 class EvaluateOptions(Section):
     checkpoint: Annotated[PathText, Metavar("DIR")]
-    """Checkpoint of a run, or any Hugging Face folder with a masked-LM head, or NAME[@REVISION] of one on the Hub."""
+    """Checkpoint of a run, or its URL; or any Hugging Face folder with a masked-LM head, or NAME[@REVISION] of one on
+    the Hub."""
 
     corpus: Annotated[str, Metavar("DIR[,DIR…]")]
-    """Folders built by `deepcloze corpus` with the model's tokenizer."""
+    """Folders built by `deepcloze corpus` with the model's tokenizer, or their URLs."""
 
     json_output: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object on stdout: {corpus: {loss, perplexity, accuracy, masked_tokens}}."""

@@ -65,7 +65,7 @@ def _sections(config_type: type[Section]) -> list[ConfigSection]:
 
 def _difference(variant: ConfigSection, section: ConfigSection) -> tuple[ConfigKey, ...]:
     """The keys of a variant's section that another section has not, but for the key that names the variant."""
-    return tuple(key for key in variant.keys if key not in section.keys and key.type != f"'{key.default}'")
+    return tuple(key for key in variant.keys if key not in section.keys and not key.name.endswith(".kind"))
 
 
 def find_keys(config_type: type[Section], name: str) -> tuple[ConfigSection, ...]:
