@@ -6,13 +6,11 @@ library, and has to run on Python versions that the project does not support: an
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -30,8 +28,6 @@ FACTS_MARK = "deepcloze facts: "
 
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
-_SIOCGIFADDR = 0x8915  # see netdevice(7)
-_IF_INET6 = Path("/proc/net/if_inet6")
 
 
 def main(request: str) -> None:
@@ -43,11 +39,10 @@ def main(request: str) -> None:
 def collect(request: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that a `ProbeRequest`, as a dict, asks for."""
     shared, write_error = _exchange_tokens(request["token_folder"], request["token"])
-    interface, address, network_error = _route_to(request["peer"])
+    address, network_error = _way_to(request["peer"])
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in request["libraries"]},
-        "commit": _commit(request["project"]),
         "source": _source_digest(request["project"], request["packages"]),
         "checksums": {path: _checksum(path) for path in request["files"]},
         "missing_folders": [path for path in request["folders"] if not Path(path).is_dir()],
@@ -58,9 +53,7 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
         "time": time.time(),
         "gpu_memory_used": _gpu_memory_used(),
         "cores": cpu_cores(),
-        "port_free": _is_free(request["port"]),
         "interfaces": [name for _, name in socket.if_nameindex()],
-        "interface": interface,
         "address": address,
         "network_error": network_error,
         "machine": _machine(),
@@ -121,23 +114,6 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _commit(project: str | None) -> str | None:
-    """The commit of a git checkout; None if it is not one, or git is missing."""
-    if project is None:
-        return None
-    # As `experiment.provenance.git_state`.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment["GIT_CEILING_DIRECTORIES"] = str(Path(project).parent)
-    command = ["git", "-c", "safe.directory=*", "-C", project, "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=20, env=environment
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode().strip()
-
-
 def _source_digest(project: str | None, packages: Sequence[str]) -> str | None:
     """SHA-256 of the Python files of these packages, with their names; None if there are none."""
     if project is None:
@@ -184,19 +160,6 @@ def cpu_cores() -> int:
     return cores
 
 
-def _is_free(port: int | None) -> bool | None:
-    """Whether no process listens on this TCP port."""
-    if port is None:
-        return None
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
 def _machine() -> str | None:
     """Identifies the machine until it reboots and, because containers share its kernel, the container."""
     try:
@@ -207,15 +170,14 @@ def _machine() -> str | None:
         return None
 
 
-def _route_to(peer: str | None) -> tuple[str | None, str | None, str | None]:
-    """(the interface, the own address) of packets to a host, and why there are none."""
+def _way_to(peer: str | None) -> tuple[str | None, str | None]:
+    """(the own address of packets to a host, why there is none)."""
     if peer is None:
-        return None, None, None
+        return None, None
     try:
-        _, own = route_to(peer)
+        return route_to(peer)[1], None
     except OSError as error:
-        return None, None, error.strerror or str(error)
-    return interface_of(own), own, None
+        return None, error.strerror or str(error)
 
 
 def route_to(name: str) -> tuple[str, str]:
@@ -233,28 +195,3 @@ def route_to(name: str) -> tuple[str, str]:
         except OSError as error:
             failure = error
     raise failure
-
-
-def interface_of(address: str) -> str | None:
-    """The interface with this IPv4 or IPv6 address, None if unknown."""
-    return _interface_of_ipv6(address) if ":" in address else _interface_of_ipv4(address)
-
-
-def _interface_of_ipv4(address: str) -> str | None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
-    return None
-
-
-def _interface_of_ipv6(address: str) -> str | None:
-    own = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
-    with suppress(OSError):
-        for line in _IF_INET6.read_text().splitlines():
-            digits, _, _, _, _, name = line.split()
-            if digits == own:
-                return name
-    return None

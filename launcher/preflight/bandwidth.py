@@ -7,9 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
-from experiment.files import temporary_folder
+from experiment.files import parse_record, temporary_folder
 from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
@@ -70,7 +68,7 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
     for line in output.splitlines():
         _, mark, result = line.partition(RESULT_MARK)
         if mark:
-            return TypeAdapter(Measurement).validate_json(result)
+            return parse_record(Measurement, result)
     raise MeasurementError(f"the all-reduce over all ranks failed; the end of its output:\n{_tail(output)}")
 
 
@@ -81,7 +79,7 @@ def _command(
     command = DeepSpeedCommand(
         slots=slots,
         arguments=(MEASURE,),
-        port=target.port,
+        port=machine.find_port(),
         hostfile=folder / "hostfile" if rendezvous else None,
         launcher=target.launcher,
         rendezvous=rendezvous,

@@ -14,7 +14,7 @@ from launcher.preflight.probe_hosts import HostAnswer, HostFacts, Unreachable
 from launcher.preflight.target import CacheNeeds, Target
 
 Check = Literal[
-    "ssh", "Python", "packages", "code", "files", "run folder", "disk", "devices", "clock", "network", "port", "speed"
+    "ssh", "Python", "packages", "code", "files", "run folder", "disk", "devices", "clock", "network", "speed"
 ]
 
 _FOREIGN_SHELLS = ("csh", "tcsh")  # have no `export`
@@ -61,7 +61,6 @@ def find_problems(
             if machine is not None and (first := names.setdefault(machine, host)) != host:
                 text = f"it is the same machine as {first}"
                 problems[host].append(Problem("network", text, f"remove {host} or {first} from the hostfile"))
-    _check_port(answers, target, problems)
     return problems
 
 
@@ -97,9 +96,6 @@ def _software_problems(host: str, facts: HostFacts, own: HostFacts, target: Targ
     copy = f"rsync -a {shlex.quote(target.project)}/ {host}:{shlex.quote(target.project)}/"
     if facts.source is None:
         yield Problem("code", f"deepcloze is not at {target.project}", copy)
-    elif facts.commit and own.commit and facts.commit != own.commit:
-        text = f"commit {facts.commit[:12]} at {target.project}, expected {own.commit[:12]}"
-        yield Problem("code", text, copy)
     elif facts.source != own.source:
         yield Problem("code", f"other Python files at {target.project} than on this machine", copy)
 
@@ -172,21 +168,6 @@ def _network_problems(host: str, facts: HostFacts, target: Target) -> Iterator[P
             yield Problem(
                 "network", text, f"ssh {host} ip -br address    # set {variable} to interfaces that all hosts have"
             )
-
-
-def _check_port(
-    answers: Mapping[str, HostAnswer | Unreachable], target: Target, problems: Mapping[str, list[Problem]]
-) -> None:
-    """Add the problem of a port that is not free on the first host that has none."""
-    for host, answer in answers.items():
-        if problems[host] or isinstance(answer, Unreachable):
-            continue
-        if answer.facts.port_free is not False:
-            return
-        text = f"port {target.port}, at which the ranks would meet, is in use"
-        problems[host].append(
-            Problem("port", text, f"ssh {host} ss -ltnp 'sport = :{target.port}'    # the next try takes another port")
-        )
 
 
 def find_slow_hosts(slots: Slots, measured: Measurement) -> dict[str, list[Problem]]:

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -46,19 +46,28 @@ def _measure(world: World) -> dict[str, object]:
     """The fields of a `Measurement`."""
     device = torch.device("cuda", world.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
     compute = _compute_seconds(device)
-    leads = world.local_rank == 0
-    leaders = [rank for rank, row in enumerate(_gather([float(leads)], world, device)) if row[0]]
+    sizes = [int(row[0]) for row in _gather([float(os.environ["LOCAL_SIZE"])], world, device)]
+    hosts = _ranks_by_host(sizes)
+    leaders = [ranks[0] for ranks in hosts]
     link = _link_bandwidth(leaders, world, device)
     size, seconds = _all_reduce_seconds(device)
     rows = _gather([compute, link], world, device)
-    ends = [*leaders[1:], world.size]
     return {
         "ranks": world.size,
         "bytes": size,
         "seconds": seconds,
-        "compute_seconds": [max(row[0] for row in rows[start:end]) for start, end in zip(leaders, ends, strict=True)],
+        "compute_seconds": [max(rows[rank][0] for rank in ranks) for ranks in hosts],
         "link_bandwidths": [rows[leader][1] for leader in leaders] if len(leaders) > 1 else [],
     }
+
+
+def _ranks_by_host(sizes: Sequence[int]) -> list[range]:
+    """The ranks on each host, which follow each other. sizes: of each rank, how many its host has."""
+    hosts, start = list[range](), 0
+    while start < len(sizes):
+        hosts.append(range(start, start + sizes[start]))
+        start += sizes[start]
+    return hosts
 
 
 def _gather(values: list[float], world: World, device: torch.device) -> list[list[float]]:

@@ -48,7 +48,6 @@ class ProbeRequest:
     token: str = ""  # name of the file that this host writes there
     cache: str | None = None  # folder on a local disk
     kept: tuple[str, ...] = ()  # folders in the cache whose files are taken for free, or the cache itself
-    port: int | None = None
     peer: str | None = None  # another host
 
 
@@ -58,7 +57,6 @@ class HostFacts:
 
     python: str  # version
     versions: Mapping[str, str | None]  # library -> version; None: missing
-    commit: str | None  # None: no git checkout, or no git
     source: str | None  # digest of the project's Python files; None: there are none
     checksums: Mapping[str, str | None]  # file -> SHA-256; None: cannot be read
     missing_folders: tuple[str, ...]
@@ -69,10 +67,8 @@ class HostFacts:
     time: float  # `time.time()`
     gpu_memory_used: tuple[int, ...] | None  # bytes, by GPU; None: unknown
     cores: int
-    port_free: bool | None
     interfaces: tuple[str, ...]
-    interface: str | None  # the one towards the peer
-    address: str | None  # the own one on it
+    address: str | None  # the own one towards the peer
     network_error: str | None  # why there is no way to the peer
     machine: str | None = None  # the same only for another name of the machine, or of the container
     shell: str | None = None  # the login shell; None: not reached over ssh

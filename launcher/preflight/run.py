@@ -117,7 +117,6 @@ def _probe(
         packages=_PACKAGES,
         files=tuple(map(str, target.files)),
         folders=(str(Path.cwd()),),  # DeepSpeed changes to it on all hosts
-        port=target.port,
         cache=target.cache.folder if target.cache else None,
         kept=target.cache.kept if target.cache else (),
     )
@@ -213,8 +212,8 @@ def _values(answer: HostAnswer) -> dict[Check, str]:
         values["disk"] = _UNKNOWN if facts.free_bytes is None else f"{facts.free_bytes / 1e9:,.0f} GB"
     gpus = facts.gpu_memory_used
     values["devices"] = f"{len(gpus)} GPUs" if gpus else f"{facts.cores} cores"
-    if facts.interface is not None:
-        values["network"] = facts.interface
+    if facts.address is not None:
+        values["network"] = facts.address
     return values
 
 

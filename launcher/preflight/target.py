@@ -45,7 +45,6 @@ class Target:
     """A launch that is to be checked."""
 
     slots: Slots
-    port: int  # at which the ranks meet on the first host
     project: str  # folder of the packages, the same on all hosts
     interfaces: Mapping[str, tuple[str, ...]]  # variable -> network interfaces that it names
     launcher: Launcher = "pdsh"
@@ -74,7 +73,6 @@ def target_of_hosts(
     names = [name.strip() for name in (env or "").split(",") if name.strip()]
     return Target(
         slots=slots,
-        port=machine.find_port(),
         project=str(REPOSITORY),
         interfaces=_named_interfaces(machine.environ),
         launcher=launcher,

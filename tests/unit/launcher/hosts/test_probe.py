@@ -8,17 +8,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.hosts import probe
-from launcher.hosts.probe import interface_of, route_to
+from launcher.hosts.probe import route_to
 from launcher.preflight.probe_hosts import ProbeRequest, probe_program, probe_this_machine
 
 REPOSITORY = Path(__file__).parents[4]
 IPV4, IPV6 = ("127.0.0.1", 9), ("::1", 9, 0, 0)
 BROADCAST = ("255.255.255.255", 9)  # to which an ordinary socket cannot connect
 
-needs_ipv6 = pytest.mark.skipif(interface_of("::1") is None, reason="needs IPv6")
+ADDRESSES = {found.address for interface in psutil.net_if_addrs().values() for found in interface}
+needs_ipv6 = pytest.mark.skipif("::1" not in ADDRESSES, reason="needs IPv6")
 
 
 def facts(**request: Any) -> Any:
@@ -49,7 +51,7 @@ def test_the_space_of_a_cache_has_what_is_in_it(tmp_path: Path) -> None:
 
 
 def test_a_change_of_the_source_changes_its_digest(tmp_path: Path) -> None:
-    """Catches hosts with other code at the same commit, or without git."""
+    """Catches hosts with other code."""
     package = tmp_path / "package"
     package.mkdir()
     assert facts(project=str(tmp_path), packages=("package",)).source is None
@@ -60,17 +62,6 @@ def test_a_change_of_the_source_changes_its_digest(tmp_path: Path) -> None:
     assert len(digests) == 3
     (package / "notes.txt").touch()
     assert facts(project=str(tmp_path), packages=("package",)).source in digests
-
-
-def test_the_commit_of_the_project_not_of_its_parent(tmp_path: Path) -> None:
-    """Catches the commit of a home folder that is a checkout itself."""
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    (tmp_path / "project").mkdir()
-    assert facts(project=str(tmp_path / "project")).commit is None
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert facts(project=str(tmp_path)).commit == head
 
 
 def test_tokens_are_exchanged(tmp_path: Path) -> None:
@@ -97,17 +88,9 @@ def test_a_token_that_cannot_be_written(tmp_path: Path) -> None:
     assert (found.shared, found.write_error) == (True, "No such file or directory")
 
 
-def test_a_port_with_a_listener_is_not_free() -> None:
-    with socket.create_server(("", 0)) as listener:
-        port = listener.getsockname()[1]
-        assert facts(port=port).port_free is False
-    assert facts(port=port).port_free is True
-    assert facts().port_free is None
-
-
 def test_the_way_to_another_host() -> None:
     found = facts(peer="localhost")
-    assert (found.interface, found.address, found.network_error) == ("lo", "127.0.0.1", None)
+    assert (found.address, found.network_error) == ("127.0.0.1", None)
     assert "lo" in found.interfaces
     assert facts(peer="no-such-host.invalid").network_error
 
@@ -154,15 +137,3 @@ def test_a_host_without_a_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch, BROADCAST)
     with pytest.raises(OSError, match="Permission denied"):
         route_to("node-1")
-
-
-def test_interfaces_are_found_by_ipv4_addresses() -> None:
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("192.0.2.1") is None
-
-
-@needs_ipv6
-def test_interfaces_are_found_by_ipv6_addresses() -> None:
-    """Catches '?' in the table of preflight, and NCCL on a wrong network."""
-    assert interface_of("0:0::1") == "lo"
-    assert interface_of("2001:db8::1") is None

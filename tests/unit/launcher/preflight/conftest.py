@@ -10,7 +10,6 @@ from launcher.preflight.target import Target
 HEALTHY = HostFacts(
     python="3.11.7",
     versions={"torch": "2.13.0", "wandb": None},
-    commit="c0ffee" * 6,
     source="digest",
     checksums={"/corpora/wiki/manifest.json": "sum"},
     missing_folders=(),
@@ -21,9 +20,7 @@ HEALTHY = HostFacts(
     time=0.0,
     gpu_memory_used=(0, 0, 0, 0),
     cores=16,
-    port_free=True,
     interfaces=("lo", "eth0"),
-    interface="eth0",
     address="10.0.0.1",
     network_error=None,
 )
@@ -46,7 +43,6 @@ def target() -> Callable[..., Target]:
     def make(*hosts: str) -> Target:
         return Target(
             slots=dict.fromkeys(hosts, (0, 1)),
-            port=29500,
             project="/deepcloze",
             interfaces={"GLOO_SOCKET_IFNAME": ("eth0",)},
             python="/venv/bin/python",

@@ -9,7 +9,7 @@ import pytest
 from launcher.hosts.machine import Devices, Machine
 from launcher.preflight import bandwidth
 from launcher.preflight.bandwidth import RESULT_MARK, Measurement, MeasurementError, measure
-from launcher.preflight.measure import _rounds
+from launcher.preflight.measure import _ranks_by_host, _rounds
 from launcher.preflight.target import target_of_hosts
 from launcher.ranks import deepspeed_command
 from stand_in_hosts import install_ssh
@@ -71,3 +71,8 @@ def test_neighbours_are_measured_in_few_rounds(hosts: int) -> None:
         assert max(Counter(host for pair in pairs for host in pair).values()) == 1
     links = Counter(host for pairs in rounds for pair in pairs for host in pair)
     assert links == ({} if hosts == 1 else dict.fromkeys(range(hosts), 1 if hosts == 2 else 2))
+
+
+def test_ranks_are_told_apart_by_host() -> None:
+    """Catches hosts with different numbers of GPUs, on which the first rank has another local rank than 0."""
+    assert _ranks_by_host([3, 3, 3, 2, 2, 1]) == [range(3), range(3, 5), range(5, 6)]

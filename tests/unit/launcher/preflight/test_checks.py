@@ -8,7 +8,7 @@ import pytest
 
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.checks import find_problems, find_slow_hosts
-from launcher.preflight.probe_hosts import HostAnswer, Unreachable
+from launcher.preflight.probe_hosts import HostAnswer
 from launcher.preflight.target import CacheNeeds, Target
 
 Answers = Callable[..., HostAnswer]
@@ -33,14 +33,8 @@ GB = 10**9
         ),
         ({"shell": "/bin/tcsh"}, "ssh", "the login shell is /bin/tcsh", "ssh b chsh -s /bin/bash"),
         ({"versions": {"torch": None}}, "packages", "torch missing (expected 2.13.0)", "torch==2.13.0"),
-        (
-            {"commit": "bad" * 12},
-            "code",
-            "commit badbadbadbad at /deepcloze, expected c0ffeec0ffee",
-            "rsync -a /deepcloze/",
-        ),
-        ({"source": "changed"}, "code", "other Python files at /deepcloze", "rsync"),
-        ({"source": None, "commit": None}, "code", "deepcloze is not at /deepcloze", "rsync"),
+        ({"source": "changed"}, "code", "other Python files at /deepcloze", "rsync -a /deepcloze/"),
+        ({"source": None}, "code", "deepcloze is not at /deepcloze", "rsync"),
         (
             {"checksums": {"/corpora/wiki/manifest.json": None}},
             "files",
@@ -87,7 +81,6 @@ def test_a_difference_is_one_problem_of_its_host(
         {"clock_offset": 59.0},
         {"shell": "/usr/bin/fish"},
         {"versions": {"torch": "2.13.0", "wandb": "0.31"}},  # the launching machine has none
-        {"commit": None},  # no git there, and the same files
         {"gpu_memory_used": (0, 1 << 29, 0, 9 * GB)},  # GPU 3 is not needed
         {"gpu_memory_used": None, "cores": 1},  # of a maker that is not counted
     ],
@@ -107,15 +100,6 @@ def test_without_a_run_its_folder_and_disk_are_not_checked(answer: Answers, targ
     hosts = replace(target("a"), folder=None, checkpoint_bytes=0)
     facts = answer(shared=None, free_bytes=None)
     assert find_problems({"a": facts}, answer().facts, hosts, set()) == {"a": []}
-
-
-def test_the_port_matters_on_the_first_host_that_can_run(answer: Answers, target: Targets) -> None:
-    """Catches a busy port on a host where no rank listens, and a free one on a host that is left out."""
-    busy = answer(port_free=False)
-    answers = {"a": Unreachable("gone", "ping a"), "b": busy, "c": answer(), "d": busy}
-    problems = find_problems(answers, answer().facts, target(*answers), set(answers))
-    checks = {host: [problem.check for problem in found] for host, found in problems.items()}
-    assert checks == {"a": ["ssh"], "b": ["port"], "c": [], "d": []}
 
 
 def test_a_slow_host_is_told_from_its_neighbours() -> None:
