@@ -24,6 +24,8 @@ from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKin
 
 _NO_TAG = -100  # target of a token that carries none
 _SHOWN = 5  # words in a message
+# Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
+_LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
 
 
 class TokenClassificationColumns(Columns):
@@ -146,11 +148,11 @@ class Kind(TaskKind[Config]):
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """Precision, recall and F1 of whole entities, over all types (micro), as conlleval of CoNLL-2000 counts them;
-        accuracy of the tags. A tag without a prefix such as B- is an entity of one word."""
+        accuracy of the tags."""
         from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
         gold, predicted = _sides(records, predictions)
-        sides = ([[_with_prefix(tag) for tag in tags] for tags in side] for side in (gold, predicted))
+        sides = (_entity_tags(side, self.labels) for side in (gold, predicted))
         found = precision_recall_fscore_support(*sides, average="micro", zero_division=0)
         entities = dict(zip(("precision", "recall", "f1"), map(float, found[:3]), strict=True))
         right = [tag == other for pair in zip(gold, predicted, strict=True) for tag, other in zip(*pair, strict=True)]
@@ -185,11 +187,9 @@ class Kind(TaskKind[Config]):
         """Scores of each type of entities; an entity is right as a whole or not at all."""
         from seqeval.metrics.sequence_labeling import get_entities
 
-        gold, predicted = (
-            set(get_entities([[_with_prefix(tag) for tag in tags] for tags in side]))
-            for side in _sides(records, predictions)
-        )
-        types = sorted({_with_prefix(label)[2:] for label in self.labels if label != "O"})
+        gold, predicted = (set(get_entities(_entity_tags(side, self.labels))) for side in _sides(records, predictions))
+        (labels,) = _entity_tags([self.labels], self.labels)
+        types = sorted({label[2:] for label in labels if label != "O"})
         counts = [Counter(entity[0] for entity in found) for found in (gold & predicted, gold, predicted)]
         return scores_of_counts(types, *(np.array([count[name] for name in types]) for count in counts))
 
@@ -233,5 +233,23 @@ def _counted(texts: Sequence[str]) -> str:
     return f"{len(texts)} ({', '.join(texts[:_SHOWN])}{', …' if len(texts) > _SHOWN else ''})"
 
 
-def _with_prefix(tag: str) -> str:
-    return tag if tag == "O" or tag[:2] in ("B-", "I-", "E-", "S-") else f"B-{tag}"
+def _entity_tags(sentences: Sequence[Sequence[str]], labels: Sequence[str]) -> list[list[str]]:
+    """The tags of each sentence as seqeval reads them: B-, I-, E- or S- and a type.
+
+    Those of BMES and BILOU are translated, and so are letters alone, if no label has a type. Any other tag is an entity
+    of one word.
+    """
+    others = {label for label in labels if label != "O"}
+    untyped = "B" in others and others <= _LETTERS.keys()
+    has_prefixes = any(label.startswith("B-") for label in others)
+
+    def entity_tag(tag: str) -> str:
+        if tag == "O":
+            return tag
+        if untyped:
+            return f"{_LETTERS[tag]}-entity"
+        letter, dash, name = tag.partition("-")
+        is_prefix = dash and letter in _LETTERS and (has_prefixes or _LETTERS[letter] == letter)
+        return f"{_LETTERS[letter]}-{name}" if is_prefix else f"B-{tag}"
+
+    return [list(map(entity_tag, tags)) for tags in sentences]

@@ -101,6 +101,27 @@ def test_tags_without_a_prefix_are_entities() -> None:
     assert (found["precision"], found["recall"]) == (0.5, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("gold", "predicted"),
+    [
+        ("B-X M-X E-X O S-X", "B-X M-X E-X O O"),  # BMES, as in Chinese data sets
+        ("B-X I-X L-X O U-X", "B-X I-X L-X O O"),  # BILOU
+        ("B-X I-X E-X O S-X", "B-X I-X E-X O O"),  # IOBES
+        ("B-X I-X I-X O B-X", "B-X I-X I-X O O"),
+        ("B I I O B", "B I I O O"),
+        ("B M E O S", "B M E O O"),
+    ],
+)
+def test_every_scheme_of_tags_counts_the_same_entities(gold: str, predicted: str) -> None:
+    """Catches M-X taken for a type, so that a name of three characters counts as three entities."""
+    kind = Kind(CONFIG, tuple(sorted(set(gold.split()))))
+    records, predictions = [Record("f", {"tags": gold.split()})], [{"tags": predicted.split()}]
+    found = kind.scores(records, predictions)
+    assert (found["precision"], found["recall"], found["f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
+    (name,) = kind.label_scores(records, predictions)
+    assert name == ("X" if "-" in gold else "entity")
+
+
 def test_scores_of_each_type_of_entity() -> None:
     """Catches scores of single tags, types that only occur in another seed, and tags without a prefix."""
     kind = Kind(CONFIG, ("B-X", "I-X", "NOUN", "O", "S-Z"))
