@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from experiment.errors import UserError, first_line
+from experiment.errors import UserError, first_line, user_errors_in
 from experiment.hub import resolve_commit
 from experiment.hub_names import HubName
 from experiment.progress import terminal
@@ -48,6 +48,10 @@ class HubData(NamedTuple):
     def is_folder(self) -> bool:
         return Path(self.name).exists()
 
+    def absolute(self) -> Self:
+        """The same with the absolute path of a folder."""
+        return self._replace(name=str(Path(self.name).absolute()))
+
     def pinned(self, earlier: Iterable[Self] = ()) -> Self:
         """The same with the commit that its revision is now; without a revision, with the one that a data set of the
         same name has in `earlier`. Raises UserError."""
@@ -56,10 +60,8 @@ class HubData(NamedTuple):
         if self.revision is None and (same := [data for data in earlier if data.name == self.name]):
             return self._replace(revision=same[0].revision)
         name = HubName(self.repository[0], self.revision)
-        try:
+        with user_errors_in(str(self)):
             return self._replace(revision=resolve_commit(name, "dataset").revision)
-        except UserError as error:
-            raise UserError(f"{self}: {error}") from None
 
     def __str__(self) -> str:
         return f"{PREFIX}{self.name}{'' if self.revision is None else f'@{self.revision}'}:{self.split}"

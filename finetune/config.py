@@ -40,8 +40,9 @@ class ModelConfig(Section):
     """The encoder to fine-tune."""
 
     init_from: PathText
-    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one; or NAME[@REVISION] of a
-    model on the Hugging Face Hub. See docs/hub.md."""
+    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one; the URL of a
+    checkpoint or mirror; or NAME[@REVISION] of a model on the Hugging Face Hub. See docs/object_storage.md and
+    docs/hub.md."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` keeps the architecture and initializes the weights randomly, as a baseline."""
@@ -178,3 +179,12 @@ def changed_settings(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dic
     config_type = FinetuneConfig.specialize(now)
     old, new = with_defaults(flatten(recorded), config_type), with_defaults(flatten(now), config_type)
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+
+
+def check_validation(config: FinetuneConfig, use: str) -> None:
+    """Raise UserError unless there is a validation split that is not trained on. use: what it is needed for."""
+    task = config.task
+    if config.training.fit_on != "train":
+        raise UserError(f"training.fit_on: expected train, found {config.training.fit_on}: {use}")
+    if task.validation is None and not (task.train and find_kind(task.kind).is_trained(task)):
+        raise UserError(f"task.validation is missing: {use}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiment.config import flatten, load_config, read_recorded
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
 from experiment.hub_data import PREFIX, HubData
 from experiment.model_names import local_model, record_model
@@ -71,10 +71,9 @@ def _record_data(task: TaskConfig, earlier: Mapping[str, Any]) -> dict[str, str]
     files = {}
     for split, path in task.files().items():
         if path.startswith(PREFIX):
-            try:
-                known.append(HubData.parse(path).pinned(known))
-            except UserError as error:
-                raise UserError(f"task.{split}: {error}") from None
+            with user_errors_in(f"task.{split}"):
+                data = HubData.parse(path)
+                known.append(data.absolute() if data.is_folder else data.pinned(known))
             files[split] = str(known[-1])
         else:
             files[split] = str(Path(path).absolute())
@@ -83,12 +82,10 @@ def _record_data(task: TaskConfig, earlier: Mapping[str, Any]) -> dict[str, str]
 
 def _record_model(init_from: str, earlier: Mapping[str, Any]) -> str:
     """The name to record, of a model that is on this machine then."""
-    try:
+    with user_errors_in("model.init_from"):
         recorded = record_model(init_from, earlier.get("model.init_from"))
         local_model(recorded)
         return recorded
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
 
 
 def resolve(config: FinetuneConfig) -> ResolvedRun:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import LocalPath, PathText, Seed
+from launcher.options import FinetuneConfigName, PretrainConfigName
 
 
 class CompareRunConfig(Section):
@@ -20,15 +21,15 @@ class RowConfig(Section):
     """One row of the table: where the models come from."""
 
     init_from: PathText
-    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one; or NAME[@REVISION] of a
-    model on the Hugging Face Hub."""
+    """A Hugging Face folder, a pretraining run (its newest checkpoint), or a checkpoint of one; the URL of a
+    checkpoint or mirror; or NAME[@REVISION] of a model on the Hugging Face Hub."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` keeps the architecture and initializes the weights randomly, as a baseline."""
 
-    pretrain: PathText | None = None
-    """Config of a pretraining that continues from `init_from` before the tasks, such as on their own text; null:
-    none."""
+    pretrain: PretrainConfigName | None = None
+    """Config of a pretraining, or name of a recipe, that continues from `init_from` before the tasks, such as on their
+    own text; null: none."""
 
     @model_validator(mode="after")
     def _pretrained_weights_are_used(self) -> Self:
@@ -47,9 +48,9 @@ class CompareConfig(Section):
     rows: Annotated[Mapping[str, RowConfig], Field(min_length=1)]
     """Initializations by name, in the order of the table."""
 
-    tasks: Annotated[tuple[PathText, ...], Field(min_length=1)]
-    """Fine-tuning configs, one for each column. Their `model.init_from`, `model.weights`, `run.dir` and
-    `training.seeds` are replaced."""
+    tasks: Annotated[tuple[FinetuneConfigName, ...], Field(min_length=1)]
+    """Fine-tuning configs or names of recipes, one for each column. Their `model.init_from`, `model.weights`, `run.dir`
+    and `training.seeds` are replaced."""
 
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1, 2, 3)
     """Each cell is trained once with each of these seeds."""

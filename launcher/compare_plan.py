@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from experiment.config import load_config
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
 from experiment.model_names import local_model
 from experiment.own_process import module_command
 from experiment.run_folder import COMPARISON_RECORD, RunFolder, folder_name
-from finetune.config import FinetuneConfig
+from finetune.config import FinetuneConfig, check_validation
 from finetune.data.task_config import data_checksums
 from finetune.model import model_files
 from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set
+from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_data_of_set, record_model_of_set
 from launcher.run_validation import validate_finetuning, validate_pretraining
 from launcher.sweep import grid_points, parse_grid
+from pretrain.config import PretrainConfig
 
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
@@ -44,6 +45,7 @@ class _Task:
     name: str  # of its folders
     file: str
     data: FlatConfig  # data.SPLIT -> checksum
+    pinned: Mapping[str, str]  # overrides with the commits of data sets of the Hub
 
 
 def plan_comparison(options: CompareOptions) -> ComparePlan:
@@ -60,15 +62,13 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
         raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
     config = _find_encoders(config, options.file, folder.path / COMPARISON_RECORD)
-    tasks = _read_tasks(config)
+    tasks = _read_tasks(config, folder.path / COMPARISON_RECORD)
     runs: list[PlannedRun] = []
     cells: dict[str, dict[str, PlannedRun]] = {}
     for name, row in config.rows.items():
-        try:
+        with user_errors_in(f"{options.file}: rows.{name}"):
             pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
             cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config)
-        except UserError as error:
-            raise UserError(f"{options.file}: rows.{name}: {error}") from None
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
     run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs))
     return ComparePlan(run_set, cells, config.grid is not None)
@@ -79,10 +79,8 @@ def _find_encoders(config: CompareConfig, file: str, record: Path) -> CompareCon
     same checkpoint, although a run may save newer ones meanwhile. Raises UserError."""
     rows = {}
     for name, row in config.rows.items():
-        try:
+        with user_errors_in(f"{file}: rows.{name}.init_from"):
             model = record_model_of_set(row.init_from, record)
-        except UserError as error:
-            raise UserError(f"{file}: rows.{name}.init_from: {error}") from None
         rows[name] = row.model_copy(update={"init_from": model})
     return config.model_copy(update={"rows": rows})
 
@@ -98,7 +96,7 @@ def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
     return folders
 
 
-def _read_tasks(config: CompareConfig) -> list[_Task]:
+def _read_tasks(config: CompareConfig, record: Path) -> list[_Task]:
     """Raises UserError for data that are not valid, and if two tasks have the same name."""
     encoder = next(iter(config.rows.values())).init_from  # the data are valid for all encoders or for none
     replaced = {"run.dir": ".", "model.init_from": encoder}  # a file may leave them out
@@ -109,18 +107,18 @@ def _read_tasks(config: CompareConfig) -> list[_Task]:
             raise UserError(f"tasks: the name '{name}' is used twice; set task.name in one of the files")
     folders = _folders("tasks", names)
     return [
-        _Task(folders[name], file, _read_data(file, task))
+        _read_task(folders[name], file, task, record)
         for name, file, task in zip(names, config.tasks, loaded, strict=True)
     ]
 
 
-def _read_data(file: str, config: FinetuneConfig) -> FlatConfig:
-    """data.SPLIT -> checksum. Raises UserError for data that are not valid."""
-    try:
-        check_data(config)
-        return {f"data.{split}": found for split, found in data_checksums(config.task).items()}
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+def _read_task(folder: str, file: str, config: FinetuneConfig, record: Path) -> _Task:
+    """Raises UserError for data that are not valid."""
+    with user_errors_in(file):
+        task = record_data_of_set(config.task, record)
+        check_data(config.model_copy(update={"task": task}))
+        data = {f"data.{split}": found for split, found in data_checksums(task).items()}
+    return _Task(folder, file, data, task.hub_overrides())
 
 
 def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapping[str, Any]) -> PlannedRun | None:
@@ -128,6 +126,9 @@ def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapp
         return None
     name = f"{folder}/{_PRETRAINING}"
     overrides = {"model.init_from": row.init_from, "run.dir": str(parent / name)}
+    mirror = load_config(PretrainConfig, row.pretrain, overrides).checkpoint.mirror
+    if mirror is not None:
+        overrides["checkpoint.mirror"] = f"{mirror}/{name}"
     config = validate_pretraining(row.pretrain, placement)(overrides)
     flags = [f"--{key}={value}" for key, value in {**placement, **overrides}.items()]
     return PlannedRun(name, (*_COMMAND, "pretrain", "--config", row.pretrain, *flags), config)
@@ -153,8 +154,8 @@ def _plan_cells(
     cells = {}
     for task in tasks:
         name = f"{folder}/{task.name}"
-        checked = _check_cell(task.file, now, parent / name, config.grid)
-        argv = _cell_argv(task.file, then, parent / name, config.grid)
+        checked = _check_cell(task.file, {**now, **task.pinned}, parent / name, config.grid)
+        argv = _cell_argv(task.file, {**then, **task.pinned}, parent / name, config.grid)
         all_keys = {**checked, **task.data, **origin, **then}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
     return cells
@@ -164,7 +165,9 @@ def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str
     """The config of a cell, as flat keys. Raises UserError for one that is not valid, at any point of the grid."""
     validate = validate_finetuning(file)
     for point in grid_points(parse_grid(grid)).values() if grid is not None else ():
-        validate({**overrides, "run.dir": str(folder), **point})
+        keys = {**overrides, "run.dir": str(folder), **point}
+        check_validation(load_config(FinetuneConfig, file, keys), "the points of the grid are compared on validation")
+        validate(keys)
     config = validate({**overrides, "run.dir": str(folder)})
     return {**{key: value for key, value in config.items() if not key.startswith(_IRRELEVANT)}, "grid": grid}
 

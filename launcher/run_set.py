@@ -9,15 +9,24 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, TypeVar
 
 from experiment.config import with_defaults
-from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors
+from experiment.errors import (
+    StoppedError,
+    UserError,
+    inform,
+    notify,
+    reason,
+    stopped_by_disk_errors,
+    user_errors_in,
+)
 from experiment.files import parse_json, write_json
+from experiment.hub_data import PREFIX, HubData
 from experiment.hub_names import HubName
 from experiment.model_names import record_model
 from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
@@ -26,6 +35,7 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
+from finetune.data.task_config import TaskConfig
 from pretrain.config import PretrainConfig
 
 DONE = "done"
@@ -35,6 +45,8 @@ _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _OTHER_SEEDS = "started with other seeds"
 _IRRELEVANT = ("tracking.", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))  # beginnings of keys
 _POLL_SECONDS = 0.5
+
+TaskT = TypeVar("TaskT", bound=TaskConfig)
 
 FlatConfig = Mapping[str, object]
 """Dotted config key -> value."""
@@ -150,16 +162,38 @@ class RunSet:
         return records
 
 
+def recorded_configs(record: Path) -> dict[str, FlatConfig]:
+    """The config of each run in the record of a set. Empty if it has not begun, or the record is damaged, which
+    `RunSet.opened` rejects."""
+    with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        content = parse_json(record.read_text(encoding="utf-8"))
+        return {name: run["config"] for name, run in content.get("runs", content).items()}
+    return {}
+
+
 def record_model_of_set(init_from: str, record: Path) -> str:
     """The model that runs of a set start from, as `record_model` gives it: all that name the same one of the Hub get
-    the commit that the first of them began with. record: of the set, if it has begun. Raises UserError."""
-    name, recorded = HubName.of_model(init_from), list[str]()
-    with suppress(OSError, ValueError):  # not begun, or damaged, which `RunSet.opened` rejects
-        content = parse_json(record.read_text(encoding="utf-8"))
-        runs = content.get("runs", content).values()
-        recorded = [str(run["config"].get("model.init_from")) for run in runs]
+    the commit that the first of them began with. record: of the set. Raises UserError."""
+    name = HubName.of_model(init_from)
+    recorded = (str(config.get("model.init_from")) for config in recorded_configs(record).values())
     earlier = next((model for model in recorded if name is not None and name.may_mean(model)), None)
     return record_model(init_from, earlier)
+
+
+def record_data_of_set(task: TaskT, record: Path | None = None, earlier: Iterable[str] = ()) -> TaskT:
+    """The task with the commits of its data sets of the Hub, as `record_model_of_set`. Raises UserError.
+
+    earlier: names with commits of data sets that other runs of the set use.
+    """
+    configs = recorded_configs(record).values() if record is not None else ()
+    recorded = (str(value) for config in configs for key, value in config.items() if key.startswith("task."))
+    known, files = [HubData.parse(name) for name in (*recorded, *earlier) if name.startswith(PREFIX)], task.files()
+    for split, path in files.items():
+        if path.startswith(PREFIX) and not (data := HubData.parse(path)).is_folder:
+            with user_errors_in(f"task.{split}"):
+                known.append(data.pinned(known))
+            files[split] = str(known[-1])
+    return task.with_files(files)
 
 
 def _is_finished(folder: RunFolder, state: str | None) -> bool:

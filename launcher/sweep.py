@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+from experiment.checkpoints import names_model_folder
 from experiment.config import did_you_mean, load_config
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.hub_names import HubName
+from experiment.model_names import record_model
 from experiment.own_process import module_command
 from experiment.results.sweep_summary import (
     SweepResult,
@@ -25,9 +27,16 @@ from experiment.results.sweep_summary import (
 )
 from experiment.run_folder import SWEEP_RECORD, RunFolder
 from experiment.signals import handle_stop_signals, interrupt
-from finetune.config import FinetuneConfig
+from finetune.config import FinetuneConfig, check_validation
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set
+from launcher.run_set import (
+    FlatConfig,
+    PlannedRun,
+    RunSet,
+    record_data_of_set,
+    record_model_of_set,
+    recorded_configs,
+)
 from launcher.run_validation import command_of, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
@@ -104,34 +113,62 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     command += [f"--{name}={value}" for name, value in placement.items()]
 
     config_type: type[FinetuneConfig | PretrainConfig] = FinetuneConfig if finetuning else PretrainConfig
-    output, runs = options.output, []
+    output = options.output
+    if output is None:  # the folder that the config names may be in use: no run of the sweep writes to it
+        name, values = next(iter(points.items()))
+        with user_errors_in(f"sweep: {name}"):
+            output = f"{load_config(config_type, config, options.overrides | values).run.dir}-sweep"
+    pins, runs = _Pins(Path(output) / SWEEP_RECORD), []
     for name, values in points.items():
-        overrides = options.overrides | values
-        try:
-            if output is None:  # the folder that the config names may be in use: no run of the sweep writes to it
-                output = f"{load_config(config_type, config, overrides).run.dir}-sweep"
-            overrides["run.dir"] = str(Path(output).absolute() / name)
-            init_from = load_config(config_type, config, overrides).model.init_from
-            overrides |= _model_of_hub(init_from, Path(output) / SWEEP_RECORD)
+        overrides = options.overrides | values | {"run.dir": str(Path(output).absolute() / name)}
+        with user_errors_in(f"sweep: {name}"):
+            overrides |= pins.overrides(load_config(config_type, config, overrides), name, values)
             validated = validate(overrides)
-        except UserError as error:
-            raise UserError(f"sweep: {name}: {error}") from None
         argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
         runs.append(PlannedRun(name, argv, validated, values=values))
-    assert output is not None
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
     return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better)
 
 
-def _model_of_hub(name: str | None, record: Path) -> dict[str, str]:
-    """An override with the commit of a model of the Hub, so that all points start from the same one. Empty for
-    another `model.init_from`."""
-    if name is None or HubName.of_model(name) is None:
-        return {}
-    try:
-        return {"model.init_from": record_model_of_set(name, record)}
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
+class _Pins:
+    """What the points of a sweep share: the commits of a model and of data sets of the Hub and, for fine-tuning, the
+    checkpoint of a run, which may save newer ones. And what they must not share: a mirror."""
+
+    def __init__(self, record: Path) -> None:
+        """record: of the sweep, if it has begun."""
+        self._record = record
+        self._configs = recorded_configs(record)
+        self._models: dict[str, str] = {}  # `model.init_from` -> pinned
+        self._data: list[str] = []  # pinned
+
+    def overrides(
+        self, config: FinetuneConfig | PretrainConfig, point: str, values: Mapping[str, str]
+    ) -> dict[str, str]:
+        """The overrides of a point. config: without them. values: of the grid. Raises UserError."""
+        pinned, init_from = dict[str, str](), config.model.init_from
+        if isinstance(config, FinetuneConfig):
+            check_validation(config, "the points of a sweep are compared on validation")
+            task = record_data_of_set(config.task, self._record, self._data)
+            self._data += task.files().values()
+            pinned |= task.hub_overrides()
+        elif config.checkpoint.mirror is not None and "checkpoint.mirror" not in values:
+            pinned["checkpoint.mirror"] = f"{config.checkpoint.mirror}/{point}"
+        if init_from is not None and (isinstance(config, FinetuneConfig) or HubName.of_model(init_from) is not None):
+            if init_from not in self._models:
+                with user_errors_in("model.init_from"):
+                    self._models[init_from] = self._find_model(init_from, point, "model.init_from" in values)
+            pinned["model.init_from"] = self._models[init_from]
+        return pinned
+
+    def _find_model(self, init_from: str, point: str, varies: bool) -> str:
+        """varies: whether points differ in `model.init_from`."""
+        if HubName.of_model(init_from) is not None:
+            return record_model_of_set(init_from, self._record)
+        others = [] if varies else list(self._configs.values())
+        same = [self._configs[point]] if point in self._configs else others
+        began = {str(config.get("model.init_from")) for config in same}
+        kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
+        return kept[0] if len(kept) == 1 else record_model(init_from)
 
 
 def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from experiment.checkpoints import checkpoint_step, files_below, link_model, verify, verify_name
 from experiment.config import load_config
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest, parse_json, removed_on_error
 from experiment.own_process import module_command
 from experiment.run_folder import RunFolder, folder_name
 from experiment.run_lock import is_locked
 from experiment.tracking.downstream import DownstreamResult
-from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
+from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig, check_validation
 from finetune.data.task_config import data_checksums
 from finetune.task_kind import Direction, find_kind
-from launcher.run_set import DONE, REJECTED, ChildRun, start, wait_for_other_process
+from launcher.run_set import DONE, REJECTED, ChildRun, record_data_of_set, start, wait_for_other_process
 
 _PROBED_KIND = "classification"
 _REPLACED = {
@@ -55,13 +55,15 @@ class WatchedTask:
     metric: str  # the primary one
     lower_is_better: bool
     config: str  # identifies the settings and the data that the scores depend on
+    data: Mapping[str, str]  # overrides with the commits of data sets of the Hub
 
 
 def read_watched_task(file: str, probe: bool) -> WatchedTask:
     """Raises UserError for a config that cannot be scored on validation."""
     config = load_config(FinetuneConfig, file, {**_REPLACED, "run.dir": ".", "model.init_from": "."})
-    _check_validation(file, config)
-    task = config.task
+    with user_errors_in(file):
+        check_validation(config, "checkpoints are scored on validation")
+        task = record_data_of_set(config.task)
     if probe and task.kind != _PROBED_KIND:
         raise UserError(f"{file}: task.kind: --probe needs a task of kind '{_PROBED_KIND}', found '{task.kind}'")
     name = folder_name(task.name or Path(file).stem)
@@ -71,26 +73,15 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     for key in _NEWER_KEYS:
         if key in CHANGE_ROUNDING_ONLY or settings["training"][key] == TrainingConfig.model_fields[key].default:
             del settings["training"][key]
-    try:
+    with user_errors_in(file):
         settings["data"] = data_checksums(task)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
     if probe:
         name = f"{name}-probe"
         del settings["training"]
     direction = find_kind(task.kind).metrics[task.metric]
-    return WatchedTask(file, name, probe, task.metric, direction is Direction.LOWER, json_digest(settings))
-
-
-def _check_validation(file: str, config: FinetuneConfig) -> None:
-    """Raises UserError unless there is a validation split that is not trained on."""
-    task = config.task
-    if config.training.fit_on != "train":
-        raise UserError(
-            f"{file}: training.fit_on: expected train, found {config.training.fit_on}: validation is scored"
-        )
-    if task.validation is None and not (task.train and find_kind(task.kind).is_trained(task)):
-        raise UserError(f"{file}: task.validation is missing: checkpoints are scored on validation")
+    return WatchedTask(
+        file, name, probe, task.metric, direction is Direction.LOWER, json_digest(settings), task.hub_overrides()
+    )
 
 
 def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:
@@ -127,7 +118,7 @@ def _remove_leftovers(work: Path, kept: Path) -> None:
 
 
 def _argv(task: WatchedTask, folder: Path) -> tuple[str, ...]:
-    overrides = {**_REPLACED, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
+    overrides = {**_REPLACED, **task.data, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
     assignments = [f"{key}={value}" for key, value in overrides.items()]
     if task.probe:
         return (*module_command("finetune.probe"), task.file, *assignments)

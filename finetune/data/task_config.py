@@ -1,5 +1,6 @@
 """The `task` section of a fine-tuning config: the keys that all kinds of tasks share."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -135,6 +136,12 @@ class TaskConfig(Section):
         splits = {"train": self.train, "validation": self.validation, **tests}
         return {split: path for split, path in splits.items() if path is not None}
 
+    def hub_overrides(self) -> dict[str, str]:
+        """The keys of splits that are data sets of the Hub, as overrides."""
+        test = json.dumps(dict(self.test)) if isinstance(self.test, Mapping) else self.test
+        files = {"task.train": self.train, "task.validation": self.validation, "task.test": test}
+        return {key: text for key, text in files.items() if text is not None and PREFIX in text}
+
     def with_files(self, files: Mapping[str, str]) -> Self:
         """The same task with other files. files: as `files` returns them."""
         train, validation = files.get("train"), files.get("validation")
@@ -182,7 +189,10 @@ def data_checksums(task: TaskConfig) -> dict[str, str]:
 
 def _checksum(key: str, path: Path) -> str:
     if str(path).startswith(PREFIX):
-        return json_digest(str(HubData.parse(str(path)).pinned()))
+        data = HubData.parse(str(path))
+        if not data.is_folder:
+            return json_digest(str(data.pinned()))
+        path = Path(data.name)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return json_digest({str(file.relative_to(path)): checksum(file) for file in files})

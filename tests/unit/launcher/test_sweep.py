@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
 from experiment.run_folder import RunFolder
@@ -444,3 +445,91 @@ def test_all_points_start_from_one_commit(hub: HubServer, tmp_path: Path, capsys
     assert models("training.lr=1e-5,2e-5") == [pinned] * 2
     (tmp_path / "run-sweep" / "sweep.json").unlink()
     assert models("training.lr=1e-5") == [f"--model.init_from=org/model@{new}"]
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], config: Path, grid: str, *overrides: str) -> list[list[str]]:
+    """The flags of each run that set the model or the data."""
+    assert main(["sweep", "--config", str(config), "--grid", grid, "--dry_run", *overrides]) == 0
+    commands = map(shlex.split, capsys.readouterr().out.splitlines())
+    return [[flag for flag in command if flag.startswith(("--model.", "--task."))] for command in commands]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A fine-tuning config. Its data are not read."""
+    path = tmp_path / "task.yaml"
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    tree = {"run": {"dir": str(tmp_path / "run")}, "task": {"train": "t.csv"}, "model": {"init_from": str(model)}}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_all_points_read_one_commit_of_the_data(
+    hub: HubServer, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches runs of one table that are trained on other rows because someone has pushed to the Hub between them."""
+    data = hub.repository("org/reviews", "dataset")
+    commit = data.push({"train.csv": b"text,label"})
+    overrides = ("--task.train=hub:org/reviews", "--task.test={a: 'hub:org/reviews:test', b: t.csv}")
+    tests = json.dumps({"a": f"hub:org/reviews@{commit}:test", "b": "t.csv"})
+    pinned = [f"--task.train=hub:org/reviews@{commit}:train", f"--task.test={tests}"]
+    for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5", *overrides):
+        assert set(pinned) <= set(flags)
+    recorded = {"lr=1e-5": {"config": {"task.train": f"hub:org/reviews@{commit}:train"}}}
+    write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": recorded})
+    data.push({"train.csv": b"text,label,more"})
+    for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5,3e-5", *overrides):
+        assert set(pinned) <= set(flags)
+
+
+def test_all_points_start_from_one_checkpoint(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches points that start from the checkpoint that is the newest one when they begin, and a sweep that cannot be
+    resumed because its run has saved another one."""
+
+    def save(step: int) -> str:
+        checkpoint = checkpoint_path(tmp_path / "pretraining" / "checkpoints", step)
+        (checkpoint / "hf").mkdir(parents=True)
+        (checkpoint / "hf" / "config.json").write_text("{}")
+        mark_complete(checkpoint)
+        return f"{checkpoint}/hf"
+
+    def models(grid: str) -> list[str]:
+        found = dry_run(capsys, task, grid, f"--model.init_from={tmp_path}/pretraining")
+        return [flag.removeprefix("--model.init_from=") for flags in found for flag in flags if "init_from" in flag]
+
+    first = save(1)
+    assert models("training.lr=1e-5,2e-5") == [first] * 2
+    write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": {"lr=1e-5": {"config": {"model.init_from": first}}}})
+    second = save(2)
+    assert models("training.lr=1e-5,2e-5") == [first] * 2
+    (tmp_path / "run-sweep" / "sweep.json").unlink()
+    assert models("training.lr=1e-5") == [second]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--training.fit_on=train+validation"], "training.fit_on: expected train, found train+validation: the points"),
+        (["--task.kind=cloze", "--task.scoring=zero_shot", "--task.test=t.jsonl", "--task.train=null"], "is missing"),
+    ],
+)
+def test_points_that_cannot_be_compared_are_rejected(
+    task: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    """Catches a sweep that ends with a traceback after its first run has been trained."""
+    assert main(["sweep", "--config", str(task), "--grid", "model.max_seq_length=64,128", *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_each_point_has_a_mirror_of_its_own(
+    pretraining: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches points that are restored from the mirror of the first one, and are done with its result."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    arguments = ["--config", str(pretraining), "--checkpoint.mirror=s3://bucket/sweep", "--dry_run"]
+    assert main(["sweep", *arguments, "--grid", "optimizer.lr=1e-4,5e-4"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    mirrors = [flag for line in lines for flag in line if flag.startswith("--checkpoint.mirror=")]
+    assert mirrors == [f"--checkpoint.mirror=s3://bucket/sweep/lr={lr}" for lr in ("1e-4", "5e-4")]

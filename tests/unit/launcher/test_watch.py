@@ -25,7 +25,7 @@ from launcher.watch import Announcement, Watch, make_announcement, read_run_conf
 from launcher.watched_task import ScoringError, TaskRejectedError, WatchedTask
 
 RESULT = DownstreamResult(100, "toy", "accuracy", False, {"accuracy": 0.9}, "weights", "config", 2.0)
-TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config")
+TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config", {})
 
 Save = Callable[..., Path]
 End = Callable[..., None]

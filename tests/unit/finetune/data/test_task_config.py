@@ -28,6 +28,15 @@ def test_a_changed_file_changes_its_split_only(tmp_path: Path) -> None:
     assert data_checksums(task)["train"] != before["train"]
 
 
+def test_a_folder_that_is_read_as_a_data_set_counts_by_its_content(tmp_path: Path) -> None:
+    """Catches an edited label that is taken for the same data, because the name of the folder is the same."""
+    (tmp_path / "train.csv").write_text("label,text\na,b\n")
+    task = Config(train=f"hub:{tmp_path}")
+    before = data_checksums(task)
+    (tmp_path / "train.csv").write_text("label,text\na,c\n")
+    assert data_checksums(task) != before
+
+
 def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     """Catches a traceback, and a message that does not name the split."""
     with pytest.raises(UserError, match=r"task\.train: cannot read /nowhere\.csv: No such file"):
