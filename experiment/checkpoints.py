@@ -86,6 +86,8 @@ def find_checkpoint(path: Path) -> Path:
     skipped with a warning. Raises UserError if there is none, if all are damaged, or if the checkpoint that `path`
     names is damaged or incomplete.
     """
+    if (path / COMPLETE).is_file() and (path / "model" / "config.json").is_file():
+        raise UserError(f"{path} is a seed of `deepcloze finetune`: expected its model, {path / 'model'}")
     if candidates := checkpoint_candidates(path):
         return last_usable(candidates, verify)
     if (path / "hf" / "config.json").is_file():

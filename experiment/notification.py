@@ -20,6 +20,8 @@ from experiment.errors import UserError
 if TYPE_CHECKING:
     from apprise import Apprise
 
+log = logging.getLogger(__name__)
+
 _SMTP, _WEBHOOK, _APPRISE = "DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_URL", "DEEPCLOZE_APPRISE_URLS"
 _MAIL_TIMEOUT, _WEBHOOK_TIMEOUT = 30.0, 15.0  # seconds, of each reply of the server
 _PORT = 587  # submission, RFC 6409
@@ -109,7 +111,9 @@ def mail_service(to: str, environ: Mapping[str, str] = os.environ) -> Service:
                 if not isinstance(server.sock, ssl.SSLSocket):
                     raise OSError(f"{host} offers no TLS, without which the password is not sent")
                 server.login(user, password)
-            server.send_message(mail)
+            refused = server.send_message(mail)
+        if refused:  # others have got it
+            log.warning("mail was refused for %s", ", ".join(refused))
 
     return Service("mail", send)
 

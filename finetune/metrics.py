@@ -234,7 +234,8 @@ def bootstrap_scores(score: Score, seeds: int, records: NDArray[np.int64], strea
     """
     draw = np.random.default_rng([stream, seeds])
     scores = np.empty(len(records))
-    for resample, rows in enumerate(records.tolist()):
+    for resample, row in enumerate(records):
+        rows = row.tolist()  # one at a time: a number takes five times as much memory as in an array
         drawn, counts = np.unique(draw.integers(0, seeds, size=seeds), return_counts=True)
         scores[resample] = np.average([score(int(seed), rows) for seed in drawn], weights=counts)
     return scores

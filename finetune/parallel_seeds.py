@@ -5,6 +5,7 @@ output to RUN/logs/seed-N.log and its events to RUN/logs/seed-N.jsonl, from wher
 when the seed is finished. It ends when this process does, and saves its state.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from experiment.progress import progress
 from experiment.run_folder import RunFolder
 from experiment.run_lock import lock_until_exit
 from experiment.signals import handle_stop_signals, interrupt, uninterrupted
-from experiment.tracking.jsonl import JsonlTracker, kept_events, read_last_events
+from experiment.tracking.jsonl import Event, JsonlTracker, kept_events, read_events, read_last_events, write_events
 from experiment.tracking.progress_line import ConsoleTracker
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.results.seed_summary import SeedRecord
@@ -88,6 +89,29 @@ def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
         for event in events:
             log(event.pop("step"), event)
         path.unlink(missing_ok=True)
+
+
+def move_events_to_end(order: Sequence[int], missing: Sequence[int], run: ResolvedRun) -> None:
+    """Let the events of other seeds come before those of the missing ones in metrics.jsonl, which drops all events that
+    follow the step at which training continues.
+
+    Events of missing seeds go to the files from which `log_events_of_process` logs them again. order: of all seeds.
+    """
+    events, kept = read_events(run.folder.metrics), [seed for seed in order if seed not in missing]
+
+    def shifted(seed: int, places: int) -> list[Event]:
+        return [{**event, "step": event["step"] - run.steps * places} for event in events if event.get("seed") == seed]
+
+    for seed in missing:
+        path = _events_file(seed, run.folder)
+        later = read_events(path)
+        end = min(state_file(seed, run).steps, later[0]["step"] - 1 if later else math.inf)
+        earlier = [event for event in shifted(seed, order.index(seed)) if event["step"] <= end]
+        write_events(path, [*earlier, *later])
+    write_events(
+        run.folder.metrics,
+        [event for place, seed in enumerate(kept) for event in shifted(seed, order.index(seed) - place)],
+    )
 
 
 def _start(seed: int, slot: int, slots: int, run: ResolvedRun) -> _SeedProcess:

@@ -50,6 +50,7 @@ class Input:
         count = 0
         for record in self:
             count += 1
+            self.kind.check_input(record)
             if not self.labelled:
                 continue
             if empty := [role for role in targets if record.values.get(role) is None]:

@@ -29,7 +29,7 @@ from experiment.tracking.jsonl import read_events
 from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
-from finetune.parallel_seeds import log_events_of_process, train_seeds_in_parallel
+from finetune.parallel_seeds import log_events_of_process, move_events_to_end, train_seeds_in_parallel
 from finetune.resolve import ResolvedRun, load_run_config, print_lines, resolve
 from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
@@ -94,8 +94,12 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     started = state_file(missing[0], resolved).steps if missing else 0
     if started:
         print_lines([f"seed {missing[0]}: resuming after step {started:,}"])
+    kept = [seed for seed in order if seed not in missing]
+    if order[: len(kept)] != kept:
+        move_events_to_end(order, missing, resolved)
+        order, started = [*kept, *missing], 0  # their events are logged again
     steps = resolved.steps
-    resumed_step = steps * (order.index(missing[0]) if missing else len(order)) + started
+    resumed_step = steps * len(kept) + started
     tracked = TrackedRun(run_id, flatten(config), steps * len(order), resumed_step, seed_steps=steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}

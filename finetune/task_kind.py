@@ -155,6 +155,10 @@ class TaskKind(ABC, Generic[ConfigT]):
     def expand(self, record: Record, encoder: "Encoder", training: bool) -> list["Example"]:
         """The examples of a record, without targets if it has none. Raises UserError for an invalid target."""
 
+    def check_input(self, record: Record) -> None:
+        """Raises UserError for a record that cannot be predicted, as `expand` does: without a tokenizer, to find it
+        early."""
+
     def check_target(self, record: Record) -> None:
         """Raises UserError for an invalid target, as `expand` does: without a tokenizer, to find it early."""
 

@@ -38,7 +38,7 @@ class JsonlTracker:
     """
 
     def __init__(self, path: Path, resumed_step: int, evaluates_again: bool = False) -> None:
-        write_text(path, "".join(_line(event) for event in kept_events(path, resumed_step, evaluates_again)))
+        write_events(path, kept_events(path, resumed_step, evaluates_again))
         self._file = AppendFile(path)
 
     def log(self, metrics: Metrics) -> None:
@@ -76,6 +76,11 @@ def read_events(path: Path) -> list[Event]:
         return _parse(path.read_bytes())
     except FileNotFoundError:
         return []
+
+
+def write_events(path: Path, events: Iterable[Metrics]) -> None:
+    """Replace the file."""
+    write_text(path, "".join(map(_line, events)))
 
 
 def read_last_events(path: Path) -> list[Event]:

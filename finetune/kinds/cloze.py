@@ -143,7 +143,7 @@ class Kind(TaskKind[Config]):
     def describe(self, train: Table) -> list[str]:
         return [f"{sum(len(record.values['options']) for record in train.records):,} blanks in train"]
 
-    def check_target(self, record: Record) -> None:
+    def check_input(self, record: Record) -> None:
         self._parse(record)
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:

@@ -99,7 +99,7 @@ class Kind(TaskKind[Config]):
             tuple(string.ascii_lowercase[:most]),
         ]
         for record in train.records:
-            choices, label = record.values["choices"], record.values["label"]
+            choices, label = _stripped(record.values["choices"]), record.values["label"]
             fitting = [names for names in fitting if label in (names[: len(choices)] if names else choices)]
             if not fitting:
                 raise UserError(
@@ -123,9 +123,13 @@ class Kind(TaskKind[Config]):
     def count_options(self, record: Record) -> int:
         return len(record.values["choices"])
 
-    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+    def check_input(self, record: Record) -> None:
         if len(record.values["choices"]) < 2:
             raise UserError(f"{record.place}: expected two or more choices, found {record.values['choices']}")
+        self._names(record.values["choices"], record.place)
+
+    def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        self.check_input(record)
         texts = [record.values[role] for role in ("context", "question") if role in record.values]
         first, room = encoder.ids(texts[0]), encoder.room(2)
         seconds = [encoder.ids(" ".join([*texts[1:], choice])) for choice in record.values["choices"]]
@@ -150,7 +154,7 @@ class Kind(TaskKind[Config]):
         """The names of the choices of a row in the file."""
         if self.labels and len(choices) > len(self.labels):
             raise UserError(f"{place}: {len(choices)} choices, but only {len(self.labels)} labels: {self.labels}")
-        return list(self.labels[: len(choices)] or choices)
+        return list(self.labels[: len(choices)]) or _stripped(choices)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """S1 scores."""
@@ -198,6 +202,11 @@ def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list
     return [
         record.values["label"] == prediction["label"] for record, prediction in zip(records, predictions, strict=True)
     ]
+
+
+def _stripped(choices: Sequence[str]) -> list[str]:
+    """Choices as labels are read, without the space around them."""
+    return [choice.strip() for choice in choices]
 
 
 def _describe_names(names: tuple[str, ...]) -> str:

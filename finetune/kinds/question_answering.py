@@ -113,11 +113,27 @@ class Kind(TaskKind[Config]):
         none = sum(not record.values["answers"] for record in train.records)
         return [f"{none:,} of {len(train):,} questions in train have no answer"]
 
+    def check_input(self, record: Record) -> None:
+        if not record.values["context"].strip():
+            raise UserError(f"{record.place}: the context is empty")
+
+    def check_target(self, record: Record) -> None:
+        answers = record.values["answers"]
+        for answer in answers:
+            found = record.values["context"][answer["start"] :][: len(answer["text"])]
+            if found != answer["text"]:
+                raise UserError(
+                    f"{record.place}: the answer '{answer['text']}' is not at character {answer['start']} of the "
+                    f"context, found '{found}'"
+                )
+        if not answers and not self.config.no_answer:
+            raise UserError(f"{record.place}: no answer; if questions may have none, set task.no_answer: true")
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         asked = encoder.ids(record.values["question"])
         question = asked[: encoder.room(2) // 2]
         context, offsets = encoder.ids_and_offsets(record.values["context"])
-        if not context:
+        if not context:  # a tokenizer may drop characters
             raise UserError(f"{record.place}: the context is empty")
         answer = self._answer_tokens(record, np.array(offsets, dtype=np.int64).reshape(-1, 2))
         examples = []
@@ -130,19 +146,10 @@ class Kind(TaskKind[Config]):
 
     def _answer_tokens(self, record: Record, offsets_N2: NDArray[np.int64]) -> range | None:
         """The tokens of the context that cover the first answer; empty for no answer, None for an unlabelled record."""
-        answers = record.values.get("answers")
-        if answers is None:
+        if (answers := record.values.get("answers")) is None:
             return None
-        for answer in answers:
-            found = record.values["context"][answer["start"] :][: len(answer["text"])]
-            if found != answer["text"]:
-                raise UserError(
-                    f"{record.place}: the answer '{answer['text']}' is not at character {answer['start']} of the "
-                    f"context, found '{found}'"
-                )
+        self.check_target(record)
         if not answers:
-            if not self.config.no_answer:
-                raise UserError(f"{record.place}: no answer; if questions may have none, set task.no_answer: true")
             return range(0)
         start, stop = answers[0]["start"], answers[0]["start"] + len(answers[0]["text"])
         covering = np.flatnonzero((offsets_N2[:, 1] > start) & (offsets_N2[:, 0] < stop))

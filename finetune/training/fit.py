@@ -175,7 +175,7 @@ def fit(
         while not fitting.done:
             fitting.train_until_evaluation(log)
             fitting.evaluate(log)
-            if state_file is not None and not fitting.done:
+            if state_file is not None and fitting.has_more:
                 state_file.save(fitting.state())
         return fitting.predict()
     except KeyboardInterrupt:
@@ -229,6 +229,12 @@ class _Fitting:
         waited = 0 if self._best is None else len(self._epochs) - 1 - self._best.number
         stop_early = self._config.patience is not None and waited >= self._config.patience
         return stop_early or self._updater.steps >= self._updater.total_steps
+
+    @property
+    def has_more(self) -> bool:
+        """Whether to train, or to evaluate another split, which may take long."""
+        others = self._task.splits.keys() - {"train", "validation"}
+        return not self.done or self._config.score_train or bool(others)
 
     def _must_evaluate(self) -> bool:
         """Whether an evaluation is due after the last update."""

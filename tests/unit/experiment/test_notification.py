@@ -29,6 +29,9 @@ class Handler(socketserver.StreamRequestHandler):
             if command.upper() == "DATA":
                 self._say("354 end with a dot")
                 self.server.commands += [text.decode().rstrip("\r\n") for text in iter(self.rfile.readline, b".\r\n")]
+            if "unknown@" in command:
+                self._say("550 no such user")
+                continue
             self._say("250 " + ("AUTH PLAIN" if command.startswith("ehlo") else "ok"))
 
     def _say(self, line: str) -> None:
@@ -65,6 +68,13 @@ def test_a_message_arrives(mail_server: MailServer) -> None:
     assert any(line.lower().startswith("mail from:<runs@mail.example>") for line in sent)
     assert sum(line.lower().startswith("rcpt to:") for line in sent) == 2
     assert {"Subject: sst2 0.91", "step 100: 0.91"} <= set(sent)
+
+
+def test_a_receiver_that_is_refused_is_named(mail_server: MailServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches somebody who never gets an alert, because the server takes it for the others."""
+    mail_server.service("me@home.example, unknown@home.example").send(Message("subject", "the text"))
+    assert "the text" in mail_server.commands
+    assert "mail was refused for unknown@home.example" in caplog.text
 
 
 def test_a_password_is_not_sent_in_the_clear(mail_server: MailServer) -> None:

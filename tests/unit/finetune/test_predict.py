@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
+from experiment.errors import UserError
 from finetune import predict as predict_module
+from finetune.predict import Input
 from finetune.predictor import Predictor
 from finetune.saved_task import FILE
-from finetune.task_kind import Prediction
+from finetune.task_kind import Prediction, find_kind
 from launcher.cli import main
 
 Row = dict[str, str]
@@ -282,6 +285,30 @@ def test_an_unknown_label_is_found_before_the_model_is_loaded(
     (tmp_path / "in.csv").write_text("text,label\na,low\nb,lo\n")
     assert predict(trained_run, tmp_path / "in.csv", tmp_path / "out.csv", "--score") == 2
     assert "in.csv:3: unknown label 'lo'; did you mean 'low'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("question_answering", {"question": "a?", "context": " "}, "the context is empty"),
+        (
+            "question_answering",
+            {"question": "a?", "context": "b", "answers": {"text": ["b"], "answer_start": [7]}},
+            "the answer 'b' is not at character 7",
+        ),
+        ("multiple_choice", {"question": "a?", "choices": ["b"]}, "expected two or more choices"),
+        ("cloze", {"article": "a _ b _", "options": [["c", "d"]]}, "2 blanks '_' in the article, 1 lists of options"),
+    ],
+)
+def test_a_row_that_cannot_be_predicted_is_found_first(
+    name: str, row: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    """Catches hours of predictions that are lost to a bad row at the end of a file."""
+    kind = find_kind(name)
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    rows = Input(tmp_path / "in.jsonl", kind(kind.config_type(test="t"), ()), "answers" in row, None)
+    with pytest.raises(UserError, match=re.escape(message)):
+        rows.count()
 
 
 def test_scores_do_not_replace_the_input(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

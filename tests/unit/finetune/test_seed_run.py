@@ -277,6 +277,25 @@ def test_seeds_in_another_order_keep_their_events(
     assert steps == sorted(steps)
 
 
+@pytest.mark.parametrize("unfinished", ["removed", "stopped"])
+def test_a_seed_that_is_trained_after_a_later_one_keeps_the_events_of_both(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfinished: str
+) -> None:
+    """Catches curves of finished seeds that are lost because an earlier one is trained again, or continues."""
+    run = tmp_path / "run"
+    if unfinished == "removed":
+        finetune(config_file, {"training.seeds": "[1, 2]"})
+        shutil.rmtree(run / "seed-1")
+    else:
+        stop_at_the_first_evaluation(config_file, {"training.seeds": "[1]"}, monkeypatch)
+        finetune(config_file, {"training.seeds": "[2]"})
+    finetune(config_file, {"training.seeds": "[1, 2]"})
+    finetune(config_file, {"training.seeds": "[1, 2]", "run.dir": str(tmp_path / "other")})
+    assert losses_by_seed(run) == losses_by_seed(tmp_path / "other")
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+    assert steps == sorted(steps)
+
+
 def test_models_of_evaluations_are_kept_only_if_asked_for(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,13 @@ def test_labels_that_are_texts_are_not_odd() -> None:
     assert data_warnings(tables, MultipleChoiceColumns()) == []
 
 
+def test_space_around_a_choice_does_not_matter() -> None:
+    """Catches files that cannot be used because labels are read without the space around them."""
+    choices = ["yes ", " no"]
+    assert find("yes", "no", choices=choices) == ()
+    Kind(config(), ()).check_target(record(choices, label="yes"))
+
+
 def test_labels_may_name_the_choices() -> None:
     """Catches task.labels being ignored."""
     assert find("1", "2", labels=("1", "2", "3", "4")) == ("1", "2", "3", "4")
