@@ -8,7 +8,7 @@ A checkpoint is complete if it has a COMPLETE file, as on a disk.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -70,11 +70,25 @@ class Mirror:
         return marker
 
     def upload_run_files(self, folder: RunFolder) -> None:
-        """Copy the files that a resumed run continues, and the name of the best checkpoint."""
-        files = {join(self.url, _RUN, path.name): path for path in _run_files(folder)}
-        for url, path in {**files, join(self.url, BEST): folder.checkpoints / BEST}.items():
+        """Copy the files that a resumed run continues."""
+        self._upload_existing({join(self.url, _RUN, path.name): path for path in _run_files(folder)})
+
+    def upload_best(self, folder: RunFolder) -> None:
+        """Copy the name of the best checkpoint."""
+        self._upload_existing({join(self.url, BEST): folder.checkpoints / BEST})
+
+    def _upload_existing(self, files: Mapping[str, Path]) -> None:
+        for url, path in files.items():
             with suppress(FileNotFoundError):
                 upload(path, url)
+
+    def holds_fork(self) -> bool:
+        """Whether the run in the mirror began as a fork of another one."""
+        try:
+            ancestors = parse_json(read_bytes(join(self.url, _RUN, "provenance.json")))["ancestors"]
+            return bool(ancestors) and ancestors[-1]["relation"] == "fork"
+        except (MissingError, ValueError, KeyError, TypeError):
+            return False
 
     def delete(self, name: str) -> None:
         delete(join(self.url, name, COMPLETE))
@@ -91,10 +105,12 @@ class Mirror:
     def restore(self, folder: RunFolder, on_progress: Callable[[], None], show_progress: bool) -> Path | None:
         """Copy the newest undamaged checkpoint, and the best one, to a run folder without checkpoints.
 
-        Returns the newest; None if there are none. Raises UserError if all are damaged, and OSError.
+        Returns the newest; None if there are none. An interrupted copy leaves no checkpoint, so that it is repeated.
+        Raises UserError if all are damaged, and OSError.
         """
 
-        def restore_one(name: str) -> Path | None:
+        def copy(name: str) -> Path | None:
+            """The temporary folder with a copy; None if the checkpoint is damaged."""
             log.info("copying %s to %s", join(self.url, name), folder.checkpoints)
             partial = folder.checkpoints / f".{name}.partial"
             try:
@@ -103,23 +119,29 @@ class Mirror:
                 log.warning("skipping damaged checkpoint %s: %s", name, error)
                 return None
             fsync_tree(partial)
-            return partial.rename(folder.checkpoints / name)
+            return partial
 
         found = list(self.complete())
         if not found:
             return None
-        newest = next(filter(None, map(restore_one, reversed(found))), None)
-        if newest is None:
-            raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
-        with suppress(MissingError):
-            best = read_bytes(join(self.url, BEST)).decode().strip()
-            if best == newest.name or (best in found and restore_one(best)):
-                (folder.checkpoints / BEST).write_text(f"{best}\n", encoding="utf-8")
         for path in _run_files(folder):
             with suppress(MissingError):
                 if not path.exists():
                     write_text(path, read_bytes(join(self.url, _RUN, path.name)).decode())
-        return newest
+        newest = next(((name, copied) for name in reversed(found) if (copied := copy(name))), None)
+        if newest is None:
+            raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
+        copies = [newest]
+        best = None
+        with suppress(MissingError):
+            best = read_bytes(join(self.url, BEST)).decode().strip()
+            if best in found and best != newest[0] and (copied := copy(best)):
+                copies.append((best, copied))
+        for name, copied in copies:  # the newest one first
+            copied.rename(folder.checkpoints / name)
+        if best in dict(copies):
+            (folder.checkpoints / BEST).write_text(f"{best}\n", encoding="utf-8")
+        return folder.checkpoints / newest[0]
 
 
 def fetch(

@@ -212,7 +212,9 @@ def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder
             # The learning rate stays near 0, so that nothing diverges.
             "schedule": ScheduleConfig(warmup_steps=_MORE_STEPS * len(stages), stages=tuple(stages)),
             "evaluation": config.evaluation.model_copy(update={"best_metric": None, "patience": None}),
-            "checkpoint": config.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None}),
+            "checkpoint": config.checkpoint.model_copy(
+                update={"every_steps": None, "every_minutes": None, "mirror": None}
+            ),
             "health": config.health.model_copy(update={"policy": "stop", "compare_every": None}),
             "tracking": TrackingConfig(),
         }

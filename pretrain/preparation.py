@@ -1,5 +1,6 @@
 """Prepare a run on all ranks: everything that may be refused, before the engine takes the device."""
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -95,11 +96,13 @@ def copy_corpora_to_hosts(world: World, group: CpuGroup, config: CorpusConfig) -
         return {}
     folder = Path(config.cache)
 
-    def locate(on_progress: Callable[[], None]) -> dict[str, Path]:
+    def locate(on_progress: Callable[[], None]) -> tuple[str, dict[str, Path] | None]:
         cache = CorpusCache(folder, config.cache_bytes, on_progress, show_progress=world.rank == 0)
-        return cache.locate(config.sources) if world.local_rank == 0 else {}
+        return platform.node(), cache.locate(config.sources) if world.local_rank == 0 else None
 
-    return group.from_all_ranks_slowly(locate)[world.rank - world.local_rank]
+    # The rank with local rank 0 need not be the first one of its host: hosts may have different numbers of ranks.
+    located = group.from_all_ranks_slowly(locate)
+    return next(copies for host, copies in located if host == platform.node() and copies is not None)
 
 
 def download_model_to_hosts(world: World, group: CpuGroup, name: str) -> Path:
@@ -131,6 +134,10 @@ def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -
         if config.run.resume == "never" and mirror.complete():
             raise UserError(
                 f"run.resume is 'never', but {url} already holds checkpoints; choose another checkpoint.mirror"
+            )
+        if config.run.parent is not None and mirror.complete() and not mirror.holds_fork():
+            raise UserError(
+                f"{url} holds a run that is not a fork of {config.run.parent}; choose another checkpoint.mirror"
             )
         mirror.restore(folder, on_progress, show_progress=True)
 

@@ -95,11 +95,12 @@ class MirrorUploads:
         steps = [checkpoint_step(path) for path in checkpoints]
         newest = max(steps, default=0)
         superseded = keep.superseded(steps, newest)
+        self._mirror.upload_run_files(self._folder)  # first: a resumed run drops the events that follow its checkpoint
         for checkpoint, step in zip(reversed(checkpoints), reversed(steps), strict=True):
             if step not in superseded:
                 self.uploading = step
                 self._upload_one(checkpoint, known)
-        self._mirror.upload_run_files(self._folder)
+        self._mirror.upload_best(self._folder)
         for name in self._mirror.apply_retention(list(known), keep, newest):
             del known[name]
 

@@ -44,6 +44,7 @@ def mirror(bucket: str, run: RunFolder) -> Mirror:
     for checkpoint in complete_checkpoints(run.checkpoints):
         made.upload(checkpoint)
     made.upload_run_files(run)
+    made.upload_best(run)
     return made
 
 
@@ -62,6 +63,40 @@ def test_an_empty_run_folder_gets_the_newest_and_the_best(mirror: Mirror, tmp_pa
     assert folder.metrics.read_text() == '{"step": 1}\n'
     assert folder.provenance.exists()
     assert not list(folder.checkpoints.glob(".*"))
+
+
+@pytest.mark.parametrize("failing", ["best", "step-00000002", "step-00000004"])
+def test_an_interrupted_restore_is_repeated(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Catches a run that has its newest checkpoint, and for ever lacks its best one, its metrics or its identity."""
+    from experiment import mirror as module
+
+    read = module.read_bytes
+
+    def fail(url: str) -> bytes:
+        if failing in url:
+            raise OSError("the host is lost")
+        return read(url)
+
+    folder = RunFolder(tmp_path / "restored")
+    complete = mirror.complete()
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "complete", lambda: complete)
+        patch.setattr(module, "read_bytes", fail)
+        with pytest.raises(OSError, match="the host is lost"):
+            mirror.restore(folder, lambda: None, show_progress=False)
+    assert complete_checkpoints(folder.checkpoints) == []
+    mirror.restore(folder, lambda: None, show_progress=False)
+    assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 4)
+    assert folder.metrics.exists()
+
+
+def test_a_fork_is_told_from_another_run(mirror: Mirror, run: RunFolder) -> None:
+    assert not mirror.holds_fork()
+    run.provenance.write_text('{"ancestors": [{"relation": "fork", "run_id": "a"}]}')
+    mirror.upload_run_files(run)
+    assert mirror.holds_fork()
 
 
 def test_a_checkpoint_without_marker_does_not_exist(mirror: Mirror, run: RunFolder, tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def config(folder: Path, **changes: Any) -> PretrainConfig:
         "masking": {"rate": [0.3, 0.15], "schedule": "linear"},
         "schedule": {"name": "wsd", "steps": 100, "decay_steps": 50, "batch_warmup_steps": 50},
         "evaluation": {"best_metric": "eval/held_out/loss", "patience": 2},
-        "checkpoint": {"every_steps": 1, "every_minutes": 1},
+        "checkpoint": {"every_steps": 1, "every_minutes": 1, "mirror": "s3://bucket/run"},
         "health": {"policy": "rewind"},
         "tracking": {"wandb": "online"},
     }
@@ -253,7 +253,8 @@ def test_a_trial_is_a_valid_run_that_writes_nothing(tmp_path: Path, changes: dic
     assert (trial.run.dir, trial.run.resume, trial.run.log_every) == (str(tmp_path / "trial"), "auto", 1)
     assert not trial.run.profile
     assert (trial.corpus.eval, trial.evaluation.best_metric) == ({}, None)
-    assert (trial.checkpoint.every_steps, trial.checkpoint.every_minutes, trial.health.policy) == (None, None, "stop")
+    assert (trial.checkpoint.every_steps, trial.checkpoint.every_minutes, trial.checkpoint.mirror) == (None, None, None)
+    assert trial.health.policy == "stop"
     assert (trial.tracking.wandb, trial.model.freeze, trial.masking.rates) == ("disabled", (), (0.3,))
     assert [stage.microbatch_tokens for stage in trial.stages] == [200, 400, 800]
     assert [stage.first_step for stage in trial.stages] == [0, STEPS, 2 * STEPS]
