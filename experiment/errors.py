@@ -16,8 +16,11 @@ _MAY_PASS = {*_FULL, errno.EIO, errno.ESTALE}
 # Only a disk gives these. The others count only with the name of a file: a process may not be signalled either.
 _OF_DISKS_ONLY = {*_MAY_PASS, errno.EFBIG, errno.EROFS}
 _REFUSALS = {*_OF_DISKS_ONLY, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
-# torch's allocator on a CPU; oneDNN, which gives no reason; its mapping of files.
-_OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "unable to mmap", "Cannot allocate memory")
+# torch's allocator on a CPU; oneDNN, which gives no reason; its mapping of files; CUDA and Triton; cuBLAS; NCCL.
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "could not create a primitive", "unable to mmap", "Cannot allocate memory"),
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Failed to CUDA calloc"),
+)
 _QUOTED_BY_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise no OSError
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # other than a tab and a line break
 _QUOTED_BY_SHUTIL = re.compile(r"\[Errno (\d+)\]")
@@ -33,6 +36,15 @@ class UserError(ValueError):
     The message is complete: it names the file, line or key, the value found and the expected one. `deepcloze` prints
     it to stderr without a traceback and exits 2.
     """
+
+
+@contextmanager
+def user_errors_in(where: str) -> Iterator[None]:
+    """Put `where` and a colon before the message of a UserError that the block raises."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def reason(error: Exception) -> str:

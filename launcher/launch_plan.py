@@ -77,7 +77,10 @@ class LaunchPlan:
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
         """How DeepSpeed starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
-        if self.local and layout.microbatch_halvings == 0 and not self.config_changed:
+        config = scaled_microbatch(self.config, -layout.microbatch_halvings)
+        if layout.restarted and config.run.resume == "never":  # the folder is in use by this launch
+            config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+        if self.local and config == self.config and not self.config_changed:
             return local_command(self.options, layout.slots, self.machine)
         config_file = self.folder.logs / "launch.yaml"
         command = DeepSpeedCommand(
@@ -90,8 +93,7 @@ class LaunchPlan:
             rendezvous=rendezvous,
         )
         start = start_command(command, self.machine, self.target.host_environment)
-        config = dump_config(scaled_microbatch(self.config, -layout.microbatch_halvings))
-        return replace(start, files={**start.files, config_file: config})
+        return replace(start, files={**start.files, config_file: dump_config(config)})
 
 
 def plan_launch(
@@ -199,5 +201,5 @@ def chosen_slots(options: HostOptions, machine: Machine) -> Slots:
     hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
     slots = place_ranks(machine.devices, options, hosts)
     if not is_local(slots):
-        check_launcher(options.launcher, slots)
+        check_launcher(options.launcher, slots, machine.environ)
     return slots

@@ -16,7 +16,8 @@ from experiment.run_folder import RunFolder
 
 # Code in which the innermost frame of a rank that waits for others is.
 _COLLECTIVES = ("/torch/distributed/", "/pretrain/training/cpu_group.py", "/pretrain/training/device_sums.py")
-_COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/")
+# Code that is on the stack while torch compiles, and not while compiled code runs.
+_COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py")
 
 
 class RankHeartbeat:

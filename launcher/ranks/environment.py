@@ -122,4 +122,5 @@ def network_interface(environ: Mapping[str, str], addresses: Mapping[str, Sequen
     interface = next((name for name, found in addresses.items() if own in found), None)
     if interface is None:
         return {}
-    return _missing(environ, {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface})
+    # NCCL takes a name without '=' for a prefix: eth1 would also mean eth10.
+    return _missing(environ, {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"})

@@ -1,7 +1,7 @@
 """Which ranks run where: the slots of each host, from the devices, the hostfile and the launch options."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import PositiveInt
@@ -65,7 +65,7 @@ def is_local(slots: Slots) -> bool:
     return len(slots) == 1 and is_this_machine(next(iter(slots)))
 
 
-def check_launcher(launcher: Launcher, slots: Slots) -> None:
+def check_launcher(launcher: Launcher, slots: Slots, environ: Mapping[str, str]) -> None:
     """Raise UserError for slots that MPI or srun cannot start: they count ranks and do not choose GPUs."""
     if launcher == "pdsh":
         return
@@ -75,6 +75,11 @@ def check_launcher(launcher: Launcher, slots: Slots) -> None:
                 f"--launcher {launcher} uses the first GPUs of a host, not GPUs {', '.join(map(str, numbers))} of "
                 f"{host}; use --num_gpus, or --launcher pdsh"
             )
+    if launcher == "slurm" and environ.get("SLURM_GPUS_PER_TASK"):
+        raise UserError(
+            "--launcher slurm: this job has --gpus-per-task, so each rank would see one GPU, as number 0; use "
+            "--gpus-per-node, or --launcher pdsh"
+        )
     if launcher != "openmpi" and len(set(map(len, slots.values()))) > 1:
         raise UserError(f"--launcher {launcher} needs the same number of slots on every host; use --launcher pdsh")
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 import xxhash
@@ -29,6 +29,7 @@ from launcher.supervision.rank_processes import (
     HeldRanks,
     RankProcesses,
     RunningRanks,
+    SurvivingRanks,
     kill_group,
     polled,
     started,
@@ -36,6 +37,7 @@ from launcher.supervision.rank_processes import (
 from launcher.supervision.stop_signals import StopSignals, kill_on_early_stop
 
 _POLL_SECONDS = 0.2
+_SURVIVORS_SECONDS = 1.0
 _KILLED = LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
 _STOPPED_EARLY = LaunchResult(
     Outcome.STOPPED, "stopped before the first step; run the same command again", Cause.SIGNAL
@@ -48,6 +50,7 @@ class Layout:
 
     slots: Slots
     microbatch_halvings: int = 0
+    restarted: bool = False  # not the first attempt of its launch
 
     @property
     def ranks(self) -> int:
@@ -132,7 +135,9 @@ def _run(
     try:
         with ranks as process, polled(hang.is_settled, beat_seconds(launch.hang_seconds), "hang watch"):
             processes.started(process.pid)
-            with stop.killing(processes.kill):
+            survivors = SurvivingRanks(launch.folder, process.pid)
+            watched = polled(survivors.check, _SURVIVORS_SECONDS, "surviving ranks") if launch.local else nullcontext()
+            with stop.killing(processes.kill), watched:
                 exit_code = _wait(process, launch)
     finally:
         processes.ended()

@@ -7,17 +7,22 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
 
+import psutil
+
 from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder
 from experiment.goodput import process_start
 from experiment.heartbeat import Heartbeat, request_stack
+from experiment.outcome_file import RankRecord, rank_records
 from experiment.own_process import GATE_VARIABLE, START_VARIABLE
+from experiment.run_folder import RunFolder
 from experiment.signals import handle_stop_signals, interrupt, warnings_blocked
 from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.ranks.deepspeed_command import Command
@@ -29,7 +34,7 @@ _NOISE = re.compile(
 )
 _WATCHDOG_SECONDS = 0.5
 EXIT_TIMEOUT_SECONDS = 40.0
-"""DeepSpeed's launcher gives ranks 30 s to exit after one of them failed or it got a signal."""
+"""For the other ranks after one has failed: DeepSpeed's launcher gives each of them 30 s to exit, one after another."""
 
 RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
 """Lets ranks begin. In the block there is DeepSpeed's launcher, whose process group is killed at the end."""
@@ -123,6 +128,44 @@ class RankProcesses:
             if self._group is not None:
                 self.left = left
                 self.kill()
+
+
+class SurvivingRanks:
+    """Kills the ranks of a launch on this machine alone that are still there some time after one has failed.
+
+    A rank that waits for the failed one in a collective on a GPU does not react to the signal of DeepSpeed's launcher.
+    """
+
+    def __init__(self, folder: RunFolder, group: int) -> None:
+        self._folder = folder
+        self._group = group  # of the processes of the launch
+        self._deadline: float | None = None  # as time.monotonic()
+
+    def check(self) -> bool:
+        """Call now and then. Returns whether the ranks were killed."""
+        records = []
+        for path in rank_records(self._folder):
+            with suppress(OSError, ValueError):  # being written
+                records.append(RankRecord.read(path))
+        running = [record.pid for record in records if self._is_running(record.pid)]
+        failed = any(record.exit == 1 or (record.exit is None and record.pid not in running) for record in records)
+        if not failed:  # a rank that has just ended has not looked like one that was killed
+            self._deadline = None
+            return False
+        if self._deadline is None:
+            self._deadline = time.monotonic() + EXIT_TIMEOUT_SECONDS
+        if time.monotonic() < self._deadline:
+            return False
+        for pid in running:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return True
+
+    def _is_running(self, pid: int) -> bool:
+        """A process of another group has got the number of one that has ended."""
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            return os.getpgid(pid) == self._group and bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        return False
 
 
 def is_noise(line: bytes) -> bool:

@@ -120,7 +120,7 @@ class _Supervisor:
                     if self._stop_requested():
                         return _as_stop(attempt.result)
                     slots = self._usable_slots(layout.slots.keys() - attempt.result.lost)
-                    layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch)
+                    layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
 
     def _stop_requested(self) -> bool:
         """Whether a signal or a STOP file asks to stop. If the run folder cannot be read, only signals count."""

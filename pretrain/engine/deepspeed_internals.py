@@ -38,6 +38,7 @@ try:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    from deepspeed.utils.groups import _clone_world_group as clone_world_group
     from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
     from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 
@@ -53,6 +54,7 @@ __all__ = [
     "DeepSpeedZeroOptimizer_Stage3",
     "DynamicLossScaler",
     "ZeroParamStatus",
+    "clone_world_group",
     "compiler",
     "partition_parameters",
     "set_z3_leaf_module",

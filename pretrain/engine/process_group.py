@@ -13,6 +13,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from pretrain.engine.deepspeed_internals import clone_world_group
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -
             device_id=accelerator.device(world.local_rank) if backend == "nccl" and world.size > 1 else None,
         )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)  # uses the group
+        # ZeRO communicates in a copy of the group, which has the default timeout of torch.
+        dist.distributed_c10d._set_pg_timeout(timeout, clone_world_group())
     return world
 
 

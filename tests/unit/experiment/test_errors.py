@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-from experiment.errors import StoppedError, UserError, describe_disk_error, readable_disk_errors, stopped_by_disk_errors
+from experiment.errors import (
+    StoppedError,
+    UserError,
+    describe_disk_error,
+    is_out_of_memory,
+    readable_disk_errors,
+    stopped_by_disk_errors,
+)
 
 RUST = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/config.yaml")
@@ -92,3 +99,18 @@ def test_running_out_of_the_memory_of_a_limit_is_recognized() -> None:
     """Catches an error of the allocator or of oneDNN that ends a run instead of halving its microbatch."""
     done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=True)
     assert done.stdout == "True []\n"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+        "NCCL error in: …, unhandled cuda error: Failed to CUDA calloc 8388608 bytes",
+    ],
+)
+def test_running_out_of_the_memory_of_a_gpu_is_recognized(message: str) -> None:
+    """Catches an error of a library, which torch does not raise as OutOfMemoryError."""
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(ValueError(message))

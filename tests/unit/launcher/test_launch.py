@@ -350,6 +350,15 @@ def test_a_smaller_microbatch_reaches_the_ranks(config: str, launches: list[Laun
     assert [stage["microbatch_tokens"] for stage in sent["schedule"]["stages"]] == [64, 250]
 
 
+def test_a_restart_may_use_the_folder_of_its_launch(config: str, launches: list[Launch]) -> None:
+    """Catches `run.resume: never`, which keeps a launch from restarting after a failure."""
+    launch_pretraining(PretrainOptions(config=config, overrides={"run.resume": "never"}))
+    (started,) = launches
+    assert "--run.resume=never" in started.command(Layout(started.slots), None).argv
+    (text,) = started.command(Layout(started.slots, restarted=True), None).files.values()
+    assert yaml.safe_load(text)["run"]["resume"] == "auto"
+
+
 def test_a_profile_is_requested_from_the_ranks(config: str, launches: list[Launch]) -> None:
     """Catches a flag that the ranks do not get."""
     launch_pretraining(PretrainOptions(config=config, profile=True))

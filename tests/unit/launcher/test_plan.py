@@ -84,6 +84,15 @@ def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]
         assert expected in printed
 
 
+def test_a_time_budget_that_ends_before_the_last_stage(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan of all steps of the first stage, for which the time does not suffice."""
+    stages = "[{steps: 1000000}, {max_seq_length: 64}]"
+    flags = ("--schedule.epochs=null", "--num_gpus=8", f"--schedule.stages={stages}", *H100)
+    steps = [plan(capsys, config, *flags, f"--schedule.budget={budget}")["budget_steps"] for budget in ("1s", "2s")]
+    assert 0 < steps[0] < 1_000_000
+    assert steps[1] == pytest.approx(2 * steps[0], abs=1)
+
+
 def test_a_time_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a plan that does not say how far a budget reaches, and a table that is wider than a terminal."""
     flags = ("--schedule.epochs=null", "--schedule.budget=1h", "--num_gpus=8", *H100)

@@ -1,13 +1,15 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiment.heartbeat import Heartbeat, main_stack, read_heartbeat, request_stack
 from experiment.run_folder import RunFolder, open_run_folder
+from pretrain.rank_heartbeat import _compiles
 from waiting import wait_until
 
 # Stands for a rank: its main thread does what {body} says.
@@ -109,3 +111,20 @@ def test_a_rank_that_works_is_not_stuck(
     wait_until(lambda: last_beat(folder).number > 60, processes[0])  # 1.5 times the timeout
     assert last_beat(folder).stuck_seconds < 0.8
     assert main_stack(folder.rank_log(3), 0) == []
+
+
+def test_compiled_code_that_runs_is_not_being_compiled() -> None:
+    """Catches a rank that blocks in a compiled layer, and is taken for one that compiles for ever."""
+    seen = {}
+
+    def compile_graph(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        seen["compiling"] = _compiles(sys._getframe())
+
+        def run(*inputs: torch.Tensor) -> object:
+            seen["running"] = _compiles(sys._getframe())
+            return graph(*inputs)
+
+        return run
+
+    torch.compile(torch.nn.ReLU(), backend=compile_graph)(torch.ones(2))
+    assert seen == {"compiling": True, "running": False}

@@ -17,12 +17,13 @@ import psutil
 import pytest
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome
+from experiment.outcome_file import Outcome, RankRecord
 from experiment.own_process import GATE_VARIABLE
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.ranks.deepspeed_command import Command
+from launcher.supervision import rank_processes
 from launcher.supervision.attempt import Launch
-from launcher.supervision.rank_processes import filtered_output, held_ranks, is_noise
+from launcher.supervision.rank_processes import SurvivingRanks, filtered_output, held_ranks, is_noise
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
 
@@ -256,3 +257,27 @@ def test_both_streams_are_printed(
     with filtered_output(process):
         process.wait()
     assert capfdbinary.readouterr() == (b"a\nc", b"b\n")
+
+
+@pytest.mark.parametrize("failed", [1, None], ids=["failed", "killed"])
+def test_ranks_that_outlive_a_failed_one_are_killed(
+    failed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a launch that waits 30 s for each rank that hangs in a collective, and one that kills ranks that have not
+    failed, or the process that has the number of an ended rank by now."""
+    folder = open_run_folder(tmp_path / "run")
+    monkeypatch.setattr(rank_processes, "EXIT_TIMEOUT_SECONDS", 0.0)
+    survivor, other = (subprocess.Popen(["sleep", "1000"], start_new_session=True) for _ in range(2))
+    try:
+        RankRecord(0, "host", survivor.pid).write(folder)
+        RankRecord(1, "host", other.pid, exit=0).write(folder)  # not a process of this launch
+        survivors = SurvivingRanks(folder, survivor.pid)
+        assert not survivors.check()
+        RankRecord(1, "host", other.pid, exit=failed).write(folder)
+        assert survivors.check()
+        assert survivor.wait() == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        for process in (survivor, other):
+            process.kill()
+            process.wait()
