@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from experiment.errors import UserError
-from experiment.files import atomic_write, write_json
+from experiment.files import atomic_write, parse_record, write_json
 from pretrain.cleaning.step import Arrays, Document
 from pretrain.cleaning.tally import PartTally
 
 SUFFIX = ".jsonl.zst"
 _LEVEL = 3  # of Zstandard
-_PART_TALLY = TypeAdapter(PartTally)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Pass:
 
     def tally(self, part: int) -> PartTally:
         """Of a finished part."""
-        return _PART_TALLY.validate_json(self._tally(part).read_bytes())
+        return parse_record(PartTally, self._tally(part).read_bytes())
 
     def observed(self, part: int) -> Arrays:
         """What was observed of a part, memory-mapped."""

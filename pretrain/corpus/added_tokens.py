@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +127,11 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     if word.startswith("##") and prefix is None:
         raise UserError(f"{where}: '{word}': only WordPiece tokenizers have continuations")
     rest = word.removeprefix(prefix or "")
-    normal = backend.normalizer.normalize_str(rest) if backend.normalizer else rest
+    normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    normal = normalize(rest)
     if prefix is None:
         return normal, False
+    normal = normal.strip()  # BERT puts spaces around Chinese characters
     # If added tokens have ids after the vocabulary, `tokenizers` would renumber them when the vocabulary grows.
     can_grow = all(token["id"] < len(state["model"]["vocab"]) for token in state["added_tokens"])
     whole = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(normal)] == [normal]
@@ -138,7 +141,10 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
         raise UserError(
             f"{where}: '{word}': the tokenizer has added tokens after its vocabulary, so the vocabulary cannot grow"
         )
-    return (normal if rest == word else prefix + normal), whole and can_grow
+    if rest != word:
+        return prefix + normal, True
+    # The content of an added token is normalized again.
+    return (normal if whole or normalize(normal) == normal else rest), whole and can_grow
 
 
 def _is_one_token(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -153,12 +159,17 @@ def _added_token(token: str, identifier: int, state: dict[str, Any]) -> dict[str
     return {
         "id": identifier,
         "content": token,
-        "single_word": True,
+        "single_word": not any(_has_no_spaces(character) for character in (token[0], token[-1])),
         "lstrip": _continuation_prefix(state) is None,
         "rstrip": False,
         "normalized": True,
         "special": False,
     }
+
+
+def _has_no_spaces(character: str) -> bool:
+    """Whether words with this character stand side by side in a text: Han, Kana or Thai."""
+    return unicodedata.name(character, "").startswith(("CJK ", "HIRAGANA ", "KATAKANA ", "THAI "))
 
 
 def _check_new_tokens(

@@ -18,7 +18,7 @@ _MAGIC = {"gz": b"\x1f\x8b\x08", "zst": b"\x28\xb5\x2f\xfd"}
 _INPUT_BYTES = 1 << 13  # decompressed at once; they may become 10,000 times as many
 _BLOCK = 1 << 20  # searched at once for the start of a member
 _CHECKED_BYTES = 1 << 16  # of a member; random bytes that look like a start do not decompress so far
-_PROBED_BYTES = 1 << 20  # in which the first member ends if there are several small ones
+_PROBED_BYTES = 1 << 24  # in which the first member ends if there are several small ones
 _USUAL_RATIO = 4  # of text to its compressed size
 
 
@@ -145,10 +145,11 @@ def estimate_content_bytes(file: IO[bytes], compression: str, size: int) -> int:
     if compression == "gz" and size > 4:
         file.seek(size - 4)
         modulo = int.from_bytes(file.read(4), "little")  # of 2**32
-        return modulo + (max(0, _USUAL_RATIO * size - modulo) >> 32 << 32)
+        estimate = modulo + (max(0, _USUAL_RATIO * size - modulo) >> 32 << 32)
+        return estimate if estimate >= size else _USUAL_RATIO * size  # else it is of padding, or of a last small member
     if compression == "zst":
         file.seek(0)
         known = zstandard.get_frame_parameters(file.read(18)).content_size
-        if 0 < known < 2**63:
+        if size <= known < 2**63:
             return int(known)
     return size if compression == "" else _USUAL_RATIO * size

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO, Literal
+from typing import IO, Literal, Self
 
 from experiment.csv_and_jsonl import missing_column
 from experiment.errors import UserError
@@ -147,14 +147,27 @@ def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
     # "r|" streams: each member is read when it is reached, without seeking.
     mode: Literal["r|", "r:"] = "r|" if compression else "r:"
     content = decompress(file, compression)
-    with tarfile.open(fileobj=content, mode=mode, encoding="utf-8", errors="replace") as archive:  # of the names
+    # errors: of the names
+    with tarfile.open(fileobj=content, mode=mode, encoding="utf-8", errors="replace", tarinfo=_Member) as archive:
         for info in archive:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would grow with the archive
             if part.stop is not None and info.offset >= part.stop:
                 return
             if info.offset >= part.start and info.isfile() and is_wanted(info.name):
                 member = archive.extractfile(info)
                 assert member is not None
                 yield info.name, member
+
+
+class _Member(tarfile.TarInfo):
+    """Raises ReadError for a damaged header, which `tarfile` takes for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from None
 
 
 def tar_compression(name: str) -> str:

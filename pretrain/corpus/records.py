@@ -11,17 +11,15 @@ DIR.partial/main/                       becomes the corpus
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import xxhash
-from pydantic import TypeAdapter
 
 from experiment.errors import UserError
-from experiment.files import create_json, write_json
+from experiment.files import create_json, parse_record, write_json
 from pretrain.corpus.build_plan import Part
 from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import Shard
@@ -32,7 +30,6 @@ from pretrain.corpus.splits import Split
 T = TypeVar("T")
 
 _ARGUMENTS = "build.json"
-_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 
 class SplitTask(NamedTuple):
@@ -158,10 +155,9 @@ def forget_other_shards(folder: Path, tasks: Iterable[ShardTask]) -> bool:
 def read_record(path: Path, kind: type[T]) -> T | None:
     """Read a record. None if there is none, or a power cut has damaged it: records are not synced to the disk."""
     try:
-        found: T = _adapter(kind).validate_json(path.read_bytes())
+        return parse_record(kind, path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return found
 
 
 def parts_digest(parts: bytes) -> str:

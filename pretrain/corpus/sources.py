@@ -105,8 +105,10 @@ class _Finder:
         if self.output is not None and self.output.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{self.key} {folder}: the output {self.output} is in this folder; name one outside it")
         found = list[str]()
-        for directory, inside, names in os.walk(folder):
-            inside[:] = [name for name in inside if not name.startswith(".")]
+        seen = set[tuple[int, int]]()  # folders: links may make a circle
+        for directory, inside, names in os.walk(folder, followlinks=True):
+            visible = sorted(name for name in inside if not name.startswith("."))
+            inside[:] = [name for name in visible if _is_new(os.path.join(directory, name), seen)]  # noqa: PTH118
             paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")  # noqa: PTH118
             found += (path for path in paths if os.path.isfile(path))  # noqa: PTH113
         return self._known(str(folder), found, {})
@@ -191,8 +193,16 @@ def _split_names(named: SourceName, key: str) -> list[str]:
     return items
 
 
+def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
+    """Whether the folder is not in `seen`, to which this adds it."""
+    found = os.stat(folder)  # noqa: PTH116
+    before = len(seen)
+    seen.add((found.st_dev, found.st_ino))
+    return len(seen) > before
+
+
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part != ".." for part in name.split("/"))
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def is_selected(name: str, pattern: str) -> bool:

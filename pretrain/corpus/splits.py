@@ -152,7 +152,7 @@ def _ranges(unit: Unit, total: int, size: int) -> list[Range]:
 
 def _reread_ranges(content: int, size_on_disk: int, size: int) -> list[Range]:
     """Divide a content of about that many bytes into few ranges. The last one is open: the number is an estimate."""
-    count = min(_READ_TIMES, -(-size_on_disk // size))
+    count = min(_READ_TIMES, -(-size_on_disk // size), max(1, content))
     borders = [number * content // count for number in range(count)]
     return [Range("bytes", start, stop) for start, stop in itertools.zip_longest(borders, borders[1:])]
 

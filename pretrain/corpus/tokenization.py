@@ -140,7 +140,13 @@ def hide_special_tokens(tokenizer_json: str, special_ids: Container[int]) -> str
     """
     state = json.loads(tokenizer_json)
     model = state["model"]
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in special_ids]
+    pieces = {piece for piece, _ in model["vocab"]} if isinstance(model["vocab"], list) else model["vocab"].keys()
+    # `tokenizers` numbers added tokens that the vocabulary lacks in their order, so these keep their places.
+    state["added_tokens"] = [
+        {**token, "content": _hidden_name(token["id"]), "normalized": False} if token["id"] in special_ids else token
+        for token in state["added_tokens"]
+        if token["id"] not in special_ids or token["content"] not in pieces
+    ]
     if isinstance(model["vocab"], list):  # of Unigram: pieces with scores, by id
         model["vocab"] = [
             [_hidden_name(number) if number in special_ids else piece, score]

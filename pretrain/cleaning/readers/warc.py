@@ -20,7 +20,7 @@ PACKAGES: tuple[str, ...] = ("warcio", "trafilatura")
 
 
 def matches(name: str) -> bool:
-    return has_suffix(name, ".warc", ".wet")
+    return has_suffix(name, ".warc", ".wet", ".warc.zst", ".wet.zst")
 
 
 def read(name: str) -> Iterator[Document]:

@@ -1,5 +1,6 @@
 """Deduplication of lines and paragraphs, as in CCNet (Wenzek et al. 2020)."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from pretrain.cleaning.step import (
     split_by_part,
 )
 
-_SEPARATORS = {"line": "\n", "paragraph": "\n\n"}
+_SEPARATORS = {"line": r"(\r?\n)", "paragraph": r"(\r?\n(?:[^\S\n]*\r?\n)+)"}
 
 
 class Config(Section):
@@ -40,7 +41,7 @@ class Step(CollectionStep[Config]):
     config_type = Config
 
     def observe(self, documents: Sequence[Document]) -> Arrays:
-        units = [self._split(document.text) for document in documents]
+        units = [self._split(document.text)[::2] for document in documents]
         # Short lines get a number of their own, which is never compared.
         hashes = [
             0 if self._is_short(unit) else xxhash.xxh3_64_intdigest(unit.encode()) | 1
@@ -62,23 +63,25 @@ class Step(CollectionStep[Config]):
         verdicts: list[Verdict | None] = []
         start = 0
         for document in documents:
-            units = self._split(document.text)
+            parts = self._split(document.text)
+            units, separators = parts[::2], [*parts[1::2], ""]
             removed = decisions[start : start + len(units)]
             start += len(units)
             if not removed.any():
                 verdicts.append(None)
                 continue
             first = units[int(np.flatnonzero(removed)[0])].strip()
-            document.text = _SEPARATORS[self.config.unit].join(
-                unit for unit, is_removed in zip(units, removed, strict=True) if not is_removed
-            )
+            kept = [index for index in range(len(units)) if not removed[index]]
+            text = "".join(units[index] + separators[index] for index in kept)
+            document.text = text.removesuffix(separators[kept[-1]]) if kept else ""
             left = bool(document.text.strip())
             rule = f"recurring_{self.config.unit}s" if left else f"only_recurring_{self.config.unit}s"
             verdicts.append(Verdict(rule, not left, first))
         return verdicts
 
     def _split(self, text: str) -> list[str]:
-        return text.split(_SEPARATORS[self.config.unit])
+        """Units, and the separators between them."""
+        return re.split(_SEPARATORS[self.config.unit], text)
 
     def _is_short(self, unit: str) -> bool:
         return len(unit.strip()) < self.config.min_characters

@@ -1,5 +1,6 @@
 """Masking of personal data with datatrove."""
 
+import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,10 @@ class Step(DocumentStep[Config]):
     def formatter(self) -> "PIIFormatter":
         from datatrove.pipeline.formatters import PIIFormatter
 
-        return PIIFormatter(**self.config.model_dump())
+        formatter = PIIFormatter(**self.config.model_dump())
+        # For ASCII, a Chinese character is the border of a word.
+        formatter.emails_replacer.regex = re.compile(formatter.emails_replacer.regex.pattern, re.ASCII)
+        return formatter
 
     def apply(self, document: Document) -> Verdict | None:
         masked = self.formatter.format(document.text)

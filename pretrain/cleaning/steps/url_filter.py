@@ -1,5 +1,6 @@
 """Lists of domains, URLs and words in URLs, of datatrove."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ class Step(FilterStep[Config]):
 
     def prepare(self, read_task: ReadTask) -> None:
         self.lists = {
-            argument: _read_list(f"url_filter.{key}", path)
+            argument: _read_list(f"url_filter.{key}", path, of_words=key in ("words", "soft_words"))
             for key, argument in _LISTS.items()
             if (path := getattr(self.config, key)) is not None
         }
@@ -69,9 +70,13 @@ class Step(FilterStep[Config]):
         return super().apply(document)
 
 
-def _read_list(key: str, path: str) -> list[str]:
+def _read_list(key: str, path: str, of_words: bool) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"steps: {key}: cannot read {path}: {reason(error)}") from None
-    return [line.strip() for line in lines if line.strip()]
+    items = [line.strip() for line in lines if line.strip()]
+    for item in items if of_words else ():
+        if not re.search("[a-zA-Z0-9]", item) and not item.startswith("#"):  # datatrove drops all others
+            raise UserError(f"steps: {key}: {path}: '{item}' has no letters or digits of ASCII, the only ones in words")
+    return items

@@ -1,5 +1,6 @@
 """Each step on texts that it keeps, changes and drops."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("fineweb_quality", {}, PROSE, ("", PROSE)),
         ("fineweb_quality", {}, "\n".join(f"item number {number}" for number in range(9)), ("line_punct_ratio", "")),
         ("pii", {}, "Write to a.b@c.org now", ("masked", "Write to email@example.com now")),
+        ("pii", {}, "请发邮件到zhang.san@qq.com吧", ("masked", "请发邮件到email@example.com吧")),
         ("pii", {}, "at 8.8.8.8 and 10.0.0.1", ("masked", "at 192.0.2.1 and 10.0.0.1")),
         ("sample", {"rate": 1.0}, "a", ("", "a")),
         ("sample", {"by": "source", "rates": {"in": 0.0}}, "a", ("not_sampled", "")),
@@ -95,6 +97,10 @@ def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch
         for url in ("http://www.spam.co.uk/x", "http://good.org/casino/1", "http://good.org/", "")
     }
     assert list(rules.values()) == ["domain", "hard_blacklisted", "", "no_url"]
+    (tmp_path / "words").write_text("赌博\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"words: .*'赌博' has no letters or digits of ASCII"):
+        apply("url_filter", "a", {"url": "http://good.org/"}, **keys)
+    (tmp_path / "words").write_text("casino\n")
     with pytest.raises(UserError, match=r"in.txt:1: expected text in 'url', found 5"):
         apply("url_filter", "a", {"url": 5}, **keys)
 
@@ -157,6 +163,23 @@ def test_recurring_lines_go_except_the_first(clean: Any, tmp_path: Path) -> None
         f"{menu}\nThe text of page a is here.\nYes.",
         "The text of page b is here.\nYes.",
         "The text of page c is here.\nYes.",
+    ]
+
+
+def test_recurring_paragraphs_are_found_between_any_blank_lines(clean: Any, tmp_path: Path) -> None:
+    """Catches paragraphs that stay because their blank lines have spaces or Windows line ends, and lost blank lines."""
+    footer = "All rights reserved, see the imprint"
+    texts = [
+        f"The first page.\n\n{footer}",
+        f"The second page.\r\n\r\n{footer}\r\n\r\nIts end.",
+        f"The third.\n \n\n{footer}",
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    clean([], {"line_dedup": {"unit": "paragraph"}}, source=str(tmp_path / "in.jsonl"))
+    assert [document.text for document in read_documents(tmp_path / "out" / "data-00000.jsonl.zst")] == [
+        texts[0],
+        "The second page.\r\n\r\nIts end.",
+        "The third.",
     ]
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,30 @@ def test_add_words_to_other_tokenizers(kind: str, request: pytest.FixtureRequest
     assert plain == [*before, identifier, *after]
     for inside in ("inzedwilmar", "zedwilmarin", "zedwilmar2"):
         assert identifier not in new(inside, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_add_chinese_words(lowercase: bool, tmp_path: Path) -> None:
+    """Catches words that are never found: BERT's normalizer puts spaces around each character of text and word."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"研究新冠肺炎的"]
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    (tmp_path / "bert" / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lowercase}))
+    new = extend(tmp_path / "bert", tmp_path, "新冠", "㗎")
+    assert len(new) == len(vocabulary) + 2
+    ids = new("研究新冠肺炎㗎的", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 7
+    assert {number for number in ids if number >= len(vocabulary)} == {len(vocabulary), len(vocabulary) + 1}
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "unigram"])
+def test_chinese_words_are_found_between_other_characters(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Catches words that are found next to punctuation only, because text without spaces has letters around them."""
+    folder = request.getfixturevalue(kind)
+    new = extend(folder, tmp_path, "新冠")
+    assert new("研究新冠肺炎", add_special_tokens=False)["input_ids"].count(len(load_tokenizer(folder))) == 1
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "unigram"])

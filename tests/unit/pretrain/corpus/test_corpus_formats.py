@@ -275,6 +275,34 @@ def test_members_of_archives(tmp_path: Path) -> None:
         texts(tmp_path / "cut.zip")
 
 
+def test_archives_of_a_folder_name_their_members_with_a_dot(tmp_path: Path) -> None:
+    """Catches members that count as hidden files, as `tar cf a.tar .` names them."""
+    (tmp_path / "a.tar.gz").write_bytes(tar_of({"./a.txt": b"a\n", "./x/b.txt": b"b\n", "./.hidden.txt": b"no\n"}))
+    assert texts(tmp_path / "a.tar.gz") == ["a", "b"]
+
+
+def test_a_damaged_header_in_a_tar_is_not_its_end(tmp_path: Path) -> None:
+    """Catches documents that are lost in silence, because `tarfile` takes a damaged header for the end."""
+    whole = gzip.decompress(tar_of({"a.txt": b"a\n", "b.txt": b"b\n", "c.txt": b"c\n"}))
+    cut, flipped = whole[:1100], bytearray(whole)
+    flipped[1024 + 100] ^= 0xFF
+    for damaged in (cut, bytes(flipped)):
+        (tmp_path / "a.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged or truncated"):
+            texts(tmp_path / "a.tar")
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    """Catches a folder on another disk that is left out, one that is read twice, and a link to a folder above it."""
+    for name in ("data/a", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text(f"{name}\n")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "other")
+    (tmp_path / "data" / "c").symlink_to(tmp_path / "other")
+    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
+    assert sorted(texts(tmp_path / "data")) == ["data/a", "other"]
+
+
 def test_folders_and_globs_sorted_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches file-system order, hidden files that are read, and other formats skipped silently."""
     for name in ("b.txt", "a/z.jsonl", "c.csv", ".hidden.txt", "notes.doc"):

@@ -2,6 +2,7 @@ import gzip
 import io
 import itertools
 import json
+import random
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from experiment.errors import UserError
 from experiment.hub_data import load_rows
 from pretrain.corpus import splits
+from pretrain.corpus.compression import estimate_content_bytes
 from pretrain.corpus.documents import locate_lines, read_documents
 from pretrain.corpus.formats import Document, Range, ReadStats, parse_documents
 from pretrain.corpus.options import TextOptions
@@ -85,6 +87,7 @@ FILES: dict[str, bytes | Callable[[Path], None]] = {
     "a.csv": csv_text().encode(),
     "a.csv.gz": gzip.compress(csv_text().encode()),
     "one.txt.gz": gzip.compress(TEXT.encode()),
+    "padded.txt.gz": gzip.compress(TEXT.encode()) + b"\0" * 64,
     "members.txt.gz": gzip_members(TEXT.encode()),
     "members.jsonl.gz": gzip_members(JSON_LINES, 333),
     "one.txt.zst": zstandard.ZstdCompressor().compress(TEXT.encode()),
@@ -226,3 +229,11 @@ def test_a_member_inside_another_one(tmp_path: Path) -> None:
     part = Range("compressed", 0, len(first) + 5)
     with pytest.raises(UserError, match=r"a\.txt\.gz is damaged or truncated: cannot tell where its parts begin"):
         list(read_documents([Span(source, part)], TextOptions(), ReadStats()))
+
+
+@pytest.mark.parametrize("end", [b"\0" * 64, gzip.compress(b""), gzip.compress(b"last")])
+def test_what_follows_a_large_member_does_not_tell_its_size(end: bytes) -> None:
+    """Catches a first document that is read once for each split, and splits of which one has everything."""
+    content = random.Random(0).randbytes(1000)
+    file = gzip.compress(content) + end
+    assert estimate_content_bytes(io.BytesIO(file), "gz", len(file)) >= len(content)

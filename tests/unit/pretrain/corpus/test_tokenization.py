@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from experiment.tokenizer import load_tokenizer
 from pretrain.corpus.options import TokenizerOptions
-from pretrain.corpus.tokenization import DocumentEncoder, tokenizer_spec
+from pretrain.corpus.tokenization import DocumentEncoder, hide_special_tokens, tokenizer_spec
 from pretrain.corpus.train_tokenizer import train_tokenizer
 
 TEXT = "The river ran by the town .\nThe actor was born in the town by the river !\n" * 20 + "你好 世界 ünknown\n" * 3
@@ -68,3 +68,15 @@ def test_counts_per_document(vocabulary_folder: Path) -> None:
     assert encoded.lengths.tolist() == [0, 3, 0, 2, 0]
     assert encoded.unknown.tolist() == [0, 2, 0, 0, 0]
     assert encoded.words.tolist() == [1, 3, 1, 2, 0]
+
+
+def test_added_tokens_keep_their_ids_when_special_ones_are_hidden() -> None:
+    """Catches words of DeBERTa-v3 or ModernBERT that are stored with the ids of others: their special tokens are not in
+    the vocabulary, and `tokenizers` numbers added tokens in their order."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[UNK]", "[CLS]", "[MASK]"])
+    tokenizer.add_tokens(["word"])
+    hidden = Tokenizer.from_str(hide_special_tokens(tokenizer.to_str(), {2, 3}))
+    assert hidden.encode("a word").ids == tokenizer.encode("a word").ids == [1, 4]
+    assert not {2, 3} & set(hidden.encode("[CLS] [MASK]").ids)
