@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import psutil
 
-from experiment.files import parse_json, write_text
+from experiment.files import parse_record, write_text
 from experiment.own_process import START_VARIABLE
 from experiment.run_folder import RunFolder
 
@@ -94,16 +94,11 @@ def read_attempt_times(folder: RunFolder) -> list[AttemptTime]:
         lines = folder.goodput.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [line for line in map(_attempt_time, lines) if line is not None]
-
-
-def _attempt_time(line: bytes) -> AttemptTime | None:
-    try:
-        found = AttemptTime(**parse_json(line))
-        numbers = (found.start, found.time, found.step, found.reached, *found.seconds.values())
-        return found if all(isinstance(number, int | float) for number in numbers) else None
-    except (ValueError, TypeError, AttributeError):
-        return None
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(parse_record(AttemptTime, line))
+    return found
 
 
 def record_end(folder: RunFolder, start: float, now: Callable[[], float] = time.time) -> None:
@@ -181,10 +176,10 @@ class ActivityTimer:
     def open(self, folder: RunFolder, step: int, total_steps: int | None) -> None:
         """Record this attempt in the run folder, from now on. `step`: finished steps. Only rank 0 does."""
         self._folder, self._step, self._reached, self._total_steps = folder, step, step, total_steps
-        with suppress(OSError):
+        with suppress(OSError):  # a file that cannot be read now stays as it is
             self._earlier = last_lines(read_attempt_times(folder))
+            self._rewrite()
         self._reached = max([step, *(attempt.reached for attempt in self._earlier)])
-        self._rewrite()
         self.record()
 
     @property

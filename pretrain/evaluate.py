@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # imports DeepSpeed, which `deepcloze evaluate` does not need
 
 _SEQUENCES = 256  # per evaluation batch
 _DEFAULT_LENGTH = 128
+_MAX_LOSS = 700.0  # of which the exponential is a finite number
 
 
 class Scores(NamedTuple):
@@ -143,7 +144,7 @@ def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.dev
     if masked == 0:
         return Scores(math.nan, math.nan, math.nan, 0)
     loss = total_loss / masked
-    return Scores(loss, math.exp(min(loss, 700.0)), total_correct / masked, int(masked))
+    return Scores(loss, math.inf if loss > _MAX_LOSS else math.exp(loss), total_correct / masked, int(masked))
 
 
 def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:

@@ -118,27 +118,30 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         for each in _alternatives(settings)
     }
     by_stage = _flops_per_token(flops, stages, mean(run.config.masking.rates))
-    known = [stage for stage in stages if stage.steps is not None and stage.tokens is not None]
-    tokens = sum(stage.tokens or 0 for stage in known)
-    known_flops = (
-        None
-        if by_stage is None
-        else sum(each * (stage.tokens or 0) for each, stage in zip(by_stage, stages, strict=True))
-    )
-    sent = sum(sent_per_step(counts, settings, stage.batch.microbatches) * (stage.steps or 0) for stage in known)
     recomputes = run.config.model.activation_checkpointing
+
+    def cost_of(flops: float | None, sent: float) -> Cost | None:
+        return run_cost(flops, sent, ranks, rates, recomputes)
+
+    sent = [sent_per_step(counts, settings, stage.batch.microbatches) for stage in stages]
+    tokens = sum(stage.tokens or 0 for stage in stages)
+    steps, cost, budget = None, None, run.config.schedule.budget_seconds
     if stream.steps is not None:
-        cost = run_cost(known_flops, sent, ranks, rates, recomputes)
-        steps = None
-    else:  # the rest of the budget is for the last stage
-        step_tokens, step_sent = stages[-1].batch.tokens, sent_per_step(counts, settings, stages[-1].batch.microbatches)
-        before = run_cost(known_flops, sent, ranks, rates, recomputes)
-        step = run_cost(None if by_stage is None else by_stage[-1] * step_tokens, step_sent, ranks, rates, recomputes)
-        cost, steps = None, None
-        budget = run.config.schedule.budget_seconds
-        if before is not None and step is not None and budget is not None:
-            steps = stages[-1].first_step + max(0, int((budget - before.seconds) / step.seconds))
-            cost = budget_cost(step, budget, ranks, rates)
+        by_token = by_stage or [0.0] * len(stages)
+        flops_of_run = sum(each * (stage.tokens or 0) for each, stage in zip(by_token, stages, strict=True))
+        sent_of_run = sum(each * (stage.steps or 0) for each, stage in zip(sent, stages, strict=True))
+        cost = cost_of(None if by_stage is None else flops_of_run, sent_of_run)
+    elif budget is not None:
+        spent = 0.0
+        for number, stage in enumerate(stages):
+            step = cost_of(None if by_stage is None else by_stage[number] * stage.tokens_per_step(), sent[number])
+            if step is None:
+                break
+            left = int((budget - spent) / step.seconds)  # steps
+            if stage.steps is None or left < stage.steps:
+                steps, cost = stage.first_step + left, budget_cost(step, budget, ranks, rates)
+                break
+            spent += stage.steps * step.seconds
     return RunPlan(
         run=run,
         hosts=hosts,
@@ -207,9 +210,9 @@ def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], ra
 def _tokens_by_stage(stages: tuple[StageWork, ...], budget_steps: int | None) -> list[int]:
     """`budget_steps`: the length of a run with a time budget; None if unknown."""
     return [
-        ((budget_steps or stage.first_step + 1) - stage.first_step) * stage.batch.tokens
-        if stage.tokens is None
-        else stage.tokens
+        stage.tokens
+        if stage.tokens is not None and (budget_steps is None or stage.first_step + (stage.steps or 0) <= budget_steps)
+        else round(max(0, (budget_steps or stage.first_step + 1) - stage.first_step) * stage.tokens_per_step())
         for stage in stages
     ]
 
