@@ -9,11 +9,17 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+T = TypeVar("T")
 
 _BLOCK = 1 << 24  # bytes
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
@@ -151,6 +157,21 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_unique, parse_int=_whole_number)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def parse_record(kind: type[T], text: str | bytes) -> T:
+    """A JSON text as a dataclass of this type. Unknown keys are ignored. Raises ValueError."""
+    found: T = _adapter(kind).validate_json(text)
+    return found
+
+
+def _make_adapter(kind: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter  # host guards import this module and read no records
+
+    return TypeAdapter(kind)
+
+
+_adapter: "Callable[[Any], TypeAdapter[Any]]" = cache(_make_adapter)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
     if weights and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         raise UserError(
             f"{name}: there are no weights in safetensors (model.safetensors) on the Hugging Face Hub; others, such as "
-            "pytorch_model.bin, are not read: a pickle may run code"
+            "pytorch_model.bin, are not read: a pickle may run code. If you trust it, download it and name its folder"
         )
     return folder
 

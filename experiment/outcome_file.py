@@ -8,13 +8,13 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from experiment.errors import StoppedError, UserError
-from experiment.files import create_json, parse_json, write_json, write_text
+from experiment.files import create_json, parse_json, parse_record, write_json, write_text
 from experiment.run_folder import RunFolder
 
 _RESERVED_BYTES = 4096
@@ -138,9 +138,8 @@ class RankRecord:
     def read(cls, path: Path) -> Self:
         """Ignore unknown keys, which another version may write. Raises OSError, and ValueError for a damaged file."""
         try:
-            found = parse_json(path.read_text(encoding="utf-8"))
-            return cls(**{field.name: found[field.name] for field in fields(cls) if field.name in found})
-        except TypeError as error:
+            return parse_record(cls, path.read_bytes())
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from experiment.config import load_config
 from experiment.decontamination import EvaluationText
-from experiment.errors import UserError
+from experiment.errors import user_errors_in
 from experiment.fast_imports import fast_imports
 from experiment.recipes import find_config
 from launcher.options import CleanOptions
@@ -31,7 +31,5 @@ def read_task(name: str) -> Sequence[EvaluationText]:
     with fast_imports():
         from finetune.evaluation_texts import evaluation_texts
 
-    try:
+    with user_errors_in(f"decontaminate.against: {name}"):
         return evaluation_texts(find_config(name, "finetune"))
-    except UserError as error:
-        raise UserError(f"decontaminate.against: {name}: {error}") from None

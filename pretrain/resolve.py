@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.checkpoints import Verify, read_state, verify_descriptions
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.model_names import local_model
 from experiment.run_folder import RunFolder
 from experiment.storage import is_url
@@ -171,10 +171,8 @@ def _with_folder(model: ModelConfig, find_model: Callable[[str], Path]) -> Model
     """The section `model` with a folder in place of the name of a model of the Hub."""
     if model.init_from is None:
         return model
-    try:
+    with user_errors_in("model.init_from"):
         return model.model_copy(update={"init_from": str(find_model(model.init_from))})
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
 
 
 def _absolute(path: str) -> str:
@@ -221,10 +219,8 @@ def _open_mixture(train: str | Sequence[WeightedCorpus], copies: Mapping[str, Pa
 
 
 def _open_corpus(key: str, path: str, copies: Mapping[str, Path]) -> Corpus:
-    try:
+    with user_errors_in(key):
         return open_corpus(copies[path]) if path in copies else open_metadata(path)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
 
 
 def _unique_names(corpora: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from experiment.checkpoints import (
     read_state,
 )
 from experiment.config import flatten, with_defaults
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.hub_names import HubName, meant_name
 from experiment.model_names import record_model
 from experiment.provenance import read_origin, read_provenance
@@ -148,10 +148,8 @@ def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelCo
             f"model.init_from: {model.init_from} is a URL: copy it to a disk that the hosts share, with "
             f"`deepcloze export --checkpoint {model.init_from} --output FOLDER`"
         )
-    try:
+    with user_errors_in("model.init_from"):
         located = model.model_copy(update={"init_from": record_model(model.init_from)})
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
     return located, located
 
 

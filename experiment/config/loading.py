@@ -24,7 +24,7 @@ from experiment.config.field_types import (
 )
 from experiment.config.validation_errors import describe_value, explain_errors, explain_unknown_key
 from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml, read_yaml_with_lines, write_yaml
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 
 
 class Section(BaseModel):
@@ -160,11 +160,9 @@ def _build(
     plain = copy.deepcopy(merged)
     for dotted in by_depth:
         _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
-    try:
+    with user_errors_in(origin):
         _check_kind(merged, config_type.own_section)
         config_type = config_type.specialize(plain)
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
     for dotted in by_depth:
         _set_key(merged, dotted, parse_value(_annotation_of_override(config_type, dotted), overrides[dotted]))
     try:

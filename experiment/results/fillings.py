@@ -5,10 +5,11 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from experiment.files import parse_json
+from experiment.files import parse_record
 from experiment.results.page import Block, Filling, Fillings, Heading, Text
 from experiment.run_folder import RunFolder
 
@@ -52,23 +53,12 @@ def read_fillings(folder: RunFolder) -> list[CheckpointFillings]:
         lines = folder.fillings.read_bytes().split(b"\n")
     except OSError:
         return []
-    found = {line.step: line for line in map(_parse, lines) if line is not None}
+    found = {}
+    for line in lines:
+        with suppress(ValueError):
+            fillings = parse_record(CheckpointFillings, line)
+            found[fillings.step] = fillings
     return [found[step] for step in sorted(found)]
-
-
-def _parse(line: bytes) -> CheckpointFillings | None:
-    try:
-        values = parse_json(line)
-        sentences = tuple(
-            FilledSentence(
-                MaskedSentence(**{key: str(text) for key, text in entry["sentence"].items()}),
-                tuple((str(token), float(probability)) for token, probability in entry["top"]),
-            )
-            for entry in values["sentences"]
-        )
-        return CheckpointFillings(int(values["step"]), str(values["weights"]), sentences)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def filling_blocks(folder: RunFolder) -> list[Block]:

@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.model_folder import load_weights
 from experiment.tokenizer import load_tokenizer
 from experiment.transformers_models import describe_unused_layers, first_position, keep_fixed, quiet_transformers
@@ -83,10 +83,8 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
 
 
 def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
-    try:
+    with user_errors_in("model.init_from"):
         model, report = load_weights(AutoModelForMaskedLM, folder, config)
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise UserError(
             f"model.init_from: in {folder} the shape of {name} is {list(found)}, but the config makes it "

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from experiment.config import did_you_mean
-from experiment.errors import UserError, first_line
+from experiment.errors import UserError, first_line, user_errors_in
 from experiment.model_folder import build_from_config, load_config
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.transformers_models import quiet_transformers
@@ -80,10 +80,8 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
     folder, tokenizer = model.init_from, _load_tokenizer("init_from", model.init_from)
     if model.added_tokens is not None:
         folder, extended = model.added_tokens, _load_tokenizer("added_tokens", model.added_tokens)
-        try:
+        with user_errors_in(f"model.added_tokens: {folder}"):
             check_extends(extended, tokenizer)
-        except UserError as error:
-            raise UserError(f"model.added_tokens: {folder}: {error}") from None
         tokenizer = extended
     if tokenizer_fingerprint(tokenizer) != corpus_fingerprint:
         raise UserError(
@@ -184,14 +182,10 @@ def _resized_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> P
 def _read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.init_from: {folder} is not a Hugging Face folder: it has no config.json")
-    try:
+    with user_errors_in("model.init_from"):
         return load_config(folder)
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
 
 
 def _load_tokenizer(key: str, folder: str) -> PreTrainedTokenizerFast:
-    try:
+    with user_errors_in(f"model.{key}"):
         return load_tokenizer(folder)
-    except UserError as error:
-        raise UserError(f"model.{key}: {error}") from None
