@@ -30,7 +30,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY pyproject.toml README.md LICENSE /src/
 # What deepcloze needs, without its packages, which change more often.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install '/src[chinese,onnx,serve,tensorboard]' && pip uninstall --yes deepcloze
+    pip install '/src[chinese,onnx,s3,serve,tensorboard]' && pip uninstall --yes deepcloze
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-deps --no-index /wheel/*.whl
 
 # Any user may run the image: a user without a name or a home (`docker run --user 12345`) has these.

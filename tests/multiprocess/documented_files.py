@@ -88,7 +88,7 @@ def write_texts(folder: Path, texts: Sequence[str]) -> None:
 
 def write_chinese_text(folder: Path) -> list[str]:
     draw = random.Random(1)
-    texts = ["".join(draw.choices(CHINESE, k=20)) for _ in range(300)]
+    texts = ["".join(draw.choices(CHINESE, k=20)) for _ in range(1000)]
     for name in ("news.txt", "zh.txt"):
         write_lines(folder / name, texts)
     return texts
