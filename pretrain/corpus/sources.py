@@ -106,6 +106,7 @@ class _Finder:
             raise UserError(f"{self.key} {folder}: the output {self.output} is in this folder; name one outside it")
         found = list[str]()
         seen = set[tuple[int, int]]()  # folders: links may make a circle
+        _is_new(str(folder), seen)
         for directory, inside, names in os.walk(folder, followlinks=True):
             visible = sorted(name for name in inside if not name.startswith("."))
             inside[:] = [name for name in visible if _is_new(os.path.join(directory, name), seen)]  # noqa: PTH118

@@ -297,10 +297,11 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     for name in ("data/a", "other"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.txt").write_text(f"{name}\n")
+    (tmp_path / "data" / "z.txt").write_text("data\n")
     (tmp_path / "data" / "b").symlink_to(tmp_path / "other")
     (tmp_path / "data" / "c").symlink_to(tmp_path / "other")
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
-    assert sorted(texts(tmp_path / "data")) == ["data/a", "other"]
+    assert sorted(texts(tmp_path / "data")) == ["data", "data/a", "other"]
 
 
 def test_folders_and_globs_sorted_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
