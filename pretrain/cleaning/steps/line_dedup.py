@@ -1,7 +1,7 @@
 """Deduplication of lines and paragraphs, as in CCNet (Wenzek et al. 2020)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,10 @@ class Config(Section):
 class Step(CollectionStep[Config]):
     config_type = Config
 
+    def facts(self) -> Mapping[str, Any]:
+        """An unfinished cleaning that has split texts in another way is refused."""
+        return {"separator": _SEPARATORS[self.config.unit]}
+
     def observe(self, documents: Sequence[Document]) -> Arrays:
         units = [self._split(document.text)[::2] for document in documents]
         # Short lines get a number of their own, which is never compared.
@@ -71,9 +75,9 @@ class Step(CollectionStep[Config]):
                 verdicts.append(None)
                 continue
             first = units[int(np.flatnonzero(removed)[0])].strip()
-            kept = [index for index in range(len(units)) if not removed[index]]
-            text = "".join(units[index] + separators[index] for index in kept)
-            document.text = text.removesuffix(separators[kept[-1]]) if kept else ""
+            kept = [(unit, end) for unit, end, gone in zip(units, separators, removed, strict=True) if not gone]
+            text = "".join(unit + end for unit, end in kept)
+            document.text = text.removesuffix(kept[-1][1]) if kept else ""
             left = bool(document.text.strip())
             rule = f"recurring_{self.config.unit}s" if left else f"only_recurring_{self.config.unit}s"
             verdicts.append(Verdict(rule, not left, first))
