@@ -102,12 +102,12 @@ class _Finder:
 
     def _folder(self, folder: Path) -> list[Source]:
         """Return all files of a known format below `folder`, except hidden ones."""
-        if self.output is not None and self.output.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{self.key} {folder}: the output {self.output} is in this folder; name one outside it")
         found = list[str]()
         seen = set[tuple[int, int]]()  # folders: links may make a circle
         _is_new(str(folder), seen)
         for directory, inside, names in os.walk(folder, followlinks=True):
+            if self.output is not None and self.output.resolve().is_relative_to(Path(directory).resolve()):
+                raise UserError(f"{self.key} {folder}: the output {self.output} is in this folder; name one outside it")
             visible = sorted(name for name in inside if not name.startswith("."))
             inside[:] = [name for name in visible if _is_new(os.path.join(directory, name), seen)]  # noqa: PTH118
             paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")  # noqa: PTH118

@@ -302,6 +302,8 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     (tmp_path / "data" / "c").symlink_to(tmp_path / "other")
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
     assert sorted(texts(tmp_path / "data")) == ["data", "data/a", "other"]
+    with pytest.raises(UserError, match="is in this folder; name one outside it"):
+        find_sources(tmp_path / "data", output=tmp_path / "other" / "out")
 
 
 def test_folders_and_globs_sorted_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
