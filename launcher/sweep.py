@@ -122,7 +122,10 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     for name, values in points.items():
         overrides = options.overrides | values | {"run.dir": str(Path(output).absolute() / name)}
         with user_errors_in(f"sweep: {name}"):
-            overrides |= pins.overrides(load_config(config_type, config, overrides), name, values)
+            pinned = pins.overrides(load_config(config_type, config, overrides), name, values)
+            if "task.test" in pinned:  # it has all of them; a key below it would come after it
+                overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
+            overrides |= pinned
             validated = validate(overrides)
         argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
         runs.append(PlannedRun(name, argv, validated, values=values))

@@ -477,6 +477,9 @@ def test_all_points_read_one_commit_of_the_data(
     pinned = [f"--task.train=hub:org/reviews@{commit}:train", f"--task.test={tests}"]
     for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5", *overrides):
         assert set(pinned) <= set(flags)
+    for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5", "--task.test.a=hub:org/reviews:test"):
+        tests = json.dumps({"a": f"hub:org/reviews@{commit}:test"})
+        assert [flag for flag in flags if "task.test" in flag] == [f"--task.test={tests}"]
     recorded = {"lr=1e-5": {"config": {"task.train": f"hub:org/reviews@{commit}:train"}}}
     write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": recorded})
     data.push({"train.csv": b"text,label,more"})
