@@ -83,12 +83,12 @@ class Mirror:
                 upload(path, url)
 
     def holds_fork(self) -> bool:
-        """Whether the run in the mirror began as a fork of another one."""
+        """Whether the run in the mirror began as a fork of another one. True if its provenance is missing or damaged."""
         try:
-            ancestors = parse_json(read_bytes(join(self.url, _RUN, "provenance.json")))["ancestors"]
+            ancestors = parse_json(read_bytes(join(self.url, _RUN, "provenance.json"))).get("ancestors", [])
             return bool(ancestors) and ancestors[-1]["relation"] == "fork"
-        except (MissingError, ValueError, KeyError, TypeError):
-            return False
+        except (MissingError, ValueError, AttributeError, KeyError, TypeError):
+            return True
 
     def delete(self, name: str) -> None:
         delete(join(self.url, name, COMPLETE))
@@ -124,10 +124,6 @@ class Mirror:
         found = list(self.complete())
         if not found:
             return None
-        for path in _run_files(folder):
-            with suppress(MissingError):
-                if not path.exists():
-                    write_text(path, read_bytes(join(self.url, _RUN, path.name)).decode())
         newest = next(((name, copied) for name in reversed(found) if (copied := copy(name))), None)
         if newest is None:
             raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
@@ -137,6 +133,10 @@ class Mirror:
             best = read_bytes(join(self.url, BEST)).decode().strip()
             if best in found and best != newest[0] and (copied := copy(best)):
                 copies.append((best, copied))
+        for path in _run_files(folder):
+            with suppress(MissingError):
+                if not path.exists():
+                    write_text(path, read_bytes(join(self.url, _RUN, path.name)).decode())
         for name, copied in copies:  # the newest one first
             copied.rename(folder.checkpoints / name)
         if best in dict(copies):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiment.checkpoints import complete_checkpoints
 from experiment.config import dump_config
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
@@ -78,7 +79,8 @@ class LaunchPlan:
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
         """How DeepSpeed starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
         config = scaled_microbatch(self.config, -layout.microbatch_halvings)
-        if layout.restarted and config.run.resume == "never":  # the folder is in use by this launch
+        began = self.folder.metrics.exists() or complete_checkpoints(self.folder.checkpoints)
+        if layout.restarted and config.run.resume == "never" and began:  # by this launch
             config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
         if self.local and config == self.config and not self.config_changed:
             return local_command(self.options, layout.slots, self.machine)

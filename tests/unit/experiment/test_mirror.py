@@ -136,8 +136,11 @@ def test_damaged_checkpoints_are_skipped(mirror: Mirror, tmp_path: Path, caplog:
     assert f"step-00000004: {mirror.url}/step-00000004/hf/config.json is damaged: found checksum" in caplog.text
     for step in (1, 2, 3):
         write_bytes(f"{mirror.url}/step-{step:08d}/COMPLETE", b"{}")
+    again = RunFolder(tmp_path / "again")
     with pytest.raises(UserError, match=r"^all 4 checkpoints in .* are damaged$"):
-        mirror.restore(RunFolder(tmp_path / "again"), lambda: None, show_progress=False)
+        mirror.restore(again, lambda: None, show_progress=False)
+    assert not again.metrics.exists(), "another mirror may be named"
+    assert not again.provenance.exists()
 
 
 def test_a_damaged_best_checkpoint_is_not_needed(mirror: Mirror, tmp_path: Path) -> None:

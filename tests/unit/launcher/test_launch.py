@@ -355,7 +355,11 @@ def test_a_restart_may_use_the_folder_of_its_launch(config: str, launches: list[
     launch_pretraining(PretrainOptions(config=config, overrides={"run.resume": "never"}))
     (started,) = launches
     assert "--run.resume=never" in started.command(Layout(started.slots), None).argv
-    (text,) = started.command(Layout(started.slots, restarted=True), None).files.values()
+    again = Layout(started.slots, restarted=True)
+    assert "--run.resume=never" in started.command(again, None).argv, "nothing has begun: a mirror may hold another run"
+    started.folder.metrics.parent.mkdir(parents=True, exist_ok=True)
+    started.folder.metrics.touch()
+    (text,) = started.command(again, None).files.values()
     assert yaml.safe_load(text)["run"]["resume"] == "auto"
 
 
