@@ -83,7 +83,7 @@ class Mirror:
                 upload(path, url)
 
     def holds_fork(self) -> bool:
-        """Whether the run in the mirror began as a fork of another one. True if its provenance is missing or damaged."""
+        """Whether the run in the mirror began as a fork. True if its provenance is missing or damaged."""
         try:
             ancestors = parse_json(read_bytes(join(self.url, _RUN, "provenance.json"))).get("ancestors", [])
             return bool(ancestors) and ancestors[-1]["relation"] == "fork"
