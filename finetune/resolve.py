@@ -12,14 +12,12 @@ from typing import Any, Literal
 from experiment.config import flatten, load_config, read_recorded
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
-from experiment.hub_data import PREFIX, HubData
 from experiment.model_names import local_model, record_model
 from experiment.progress import terminal
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig
 from finetune.data.records import Table
-from finetune.data.task_config import TaskConfig
 from finetune.data_report import data_warnings, describe_example, print_lengths
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
@@ -55,7 +53,7 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     config = load_config(FinetuneConfig, file, overrides)
     folder = RunFolder(Path(config.run.dir).absolute())
     earlier = flatten(read_recorded(folder.config))  # with the commits of models and data of the Hub
-    task = config.task.with_files(_record_data(config.task, earlier))
+    task = config.task.pinned(map(str, earlier.values()))
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder.path)}),
@@ -63,21 +61,6 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
             "model": config.model.model_copy(update={"init_from": _record_model(config.model.init_from, earlier)}),
         }
     )
-
-
-def _record_data(task: TaskConfig, earlier: Mapping[str, Any]) -> dict[str, str]:
-    """Split -> absolute path, or the name of a data set of the Hub with its commit."""
-    known = [HubData.parse(str(value)) for value in earlier.values() if str(value).startswith(PREFIX)]
-    files = {}
-    for split, path in task.files().items():
-        if path.startswith(PREFIX):
-            with user_errors_in(f"task.{split}"):
-                data = HubData.parse(path)
-                known.append(data.absolute() if data.is_folder else data.pinned(known))
-            files[split] = str(known[-1])
-        else:
-            files[split] = str(Path(path).absolute())
-    return files
 
 
 def _record_model(init_from: str, earlier: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from finetune.model import model_files
 from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_data_of_set, record_model_of_set
+from launcher.run_set import FlatConfig, PlannedRun, RunSet, pin_data_of_set, record_model_of_set
 from launcher.run_validation import validate_finetuning, validate_pretraining
 from launcher.sweep import grid_points, parse_grid
 from pretrain.config import PretrainConfig
@@ -115,7 +115,7 @@ def _read_tasks(config: CompareConfig, record: Path) -> list[_Task]:
 def _read_task(folder: str, file: str, config: FinetuneConfig, record: Path) -> _Task:
     """Raises UserError for data that are not valid."""
     with user_errors_in(file):
-        task = record_data_of_set(config.task, record)
+        task = pin_data_of_set(config.task, record)
         check_data(config.model_copy(update={"task": task}))
         data = {f"data.{split}": found for split, found in data_checksums(task).items()}
     return _Task(folder, file, data, task.hub_overrides())

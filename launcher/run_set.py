@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict, TypeVar
+from typing import NotRequired, TypedDict
 
 from experiment.config import with_defaults
 from experiment.errors import (
@@ -23,10 +23,8 @@ from experiment.errors import (
     notify,
     reason,
     stopped_by_disk_errors,
-    user_errors_in,
 )
 from experiment.files import parse_json, write_json
-from experiment.hub_data import PREFIX, HubData
 from experiment.hub_names import HubName
 from experiment.model_names import record_model
 from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
@@ -45,8 +43,6 @@ _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _OTHER_SEEDS = "started with other seeds"
 _IRRELEVANT = ("tracking.", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))  # beginnings of keys
 _POLL_SECONDS = 0.5
-
-TaskT = TypeVar("TaskT", bound=TaskConfig)
 
 FlatConfig = Mapping[str, object]
 """Dotted config key -> value."""
@@ -180,20 +176,10 @@ def record_model_of_set(init_from: str, record: Path) -> str:
     return record_model(init_from, earlier)
 
 
-def record_data_of_set(task: TaskT, record: Path | None = None, earlier: Iterable[str] = ()) -> TaskT:
-    """The task with the commits of its data sets of the Hub, as `record_model_of_set`. Raises UserError.
-
-    earlier: names with commits of data sets that other runs of the set use.
-    """
-    configs = recorded_configs(record).values() if record is not None else ()
-    recorded = (str(value) for config in configs for key, value in config.items() if key.startswith("task."))
-    known, files = [HubData.parse(name) for name in (*recorded, *earlier) if name.startswith(PREFIX)], task.files()
-    for split, path in files.items():
-        if path.startswith(PREFIX) and not (data := HubData.parse(path)).is_folder:
-            with user_errors_in(f"task.{split}"):
-                known.append(data.pinned(known))
-            files[split] = str(known[-1])
-    return task.with_files(files)
+def pin_data_of_set(task: TaskConfig, record: Path, earlier: Iterable[str] = ()) -> TaskConfig:
+    """As `pinned`, with the commits that runs of the set began with. record: of the set. earlier: of other runs."""
+    recorded = (str(value) for config in recorded_configs(record).values() for value in config.values())
+    return task.pinned((*recorded, *earlier))
 
 
 def _is_finished(folder: RunFolder, state: str | None) -> bool:

@@ -33,7 +33,7 @@ from launcher.run_set import (
     FlatConfig,
     PlannedRun,
     RunSet,
-    record_data_of_set,
+    pin_data_of_set,
     record_model_of_set,
     recorded_configs,
 )
@@ -151,7 +151,7 @@ class _Pins:
         pinned, init_from = dict[str, str](), config.model.init_from
         if isinstance(config, FinetuneConfig):
             check_validation(config, "the points of a sweep are compared on validation")
-            task = record_data_of_set(config.task, self._record, self._data)
+            task = pin_data_of_set(config.task, self._record, self._data)
             self._data += task.files().values()
             pinned |= task.hub_overrides()
         elif config.checkpoint.mirror is not None and "checkpoint.mirror" not in values:

@@ -17,7 +17,7 @@ from experiment.tracking.downstream import DownstreamResult
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig, check_validation
 from finetune.data.task_config import data_checksums
 from finetune.task_kind import Direction, find_kind
-from launcher.run_set import DONE, REJECTED, ChildRun, record_data_of_set, start, wait_for_other_process
+from launcher.run_set import DONE, REJECTED, ChildRun, start, wait_for_other_process
 
 _PROBED_KIND = "classification"
 _REPLACED = {
@@ -63,7 +63,7 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     config = load_config(FinetuneConfig, file, {**_REPLACED, "run.dir": ".", "model.init_from": "."})
     with user_errors_in(file):
         check_validation(config, "checkpoints are scored on validation")
-        task = record_data_of_set(config.task)
+        task = config.task.pinned()
     if probe and task.kind != _PROBED_KIND:
         raise UserError(f"{file}: task.kind: --probe needs a task of kind '{_PROBED_KIND}', found '{task.kind}'")
     name = folder_name(task.name or Path(file).stem)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from experiment.config import Section
 from experiment.config.field_types import PathText, Seed, Separator
 from experiment.csv_and_jsonl import CsvFormat
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum, json_digest
 from experiment.hub_data import PREFIX, HubData
 from finetune.data.columns import Columns, GroupColumn, IdColumn, Name, TextsColumn
@@ -135,6 +135,22 @@ class TaskConfig(Section):
         tests = self.test if isinstance(self.test, Mapping) else {"test": self.test}
         splits = {"train": self.train, "validation": self.validation, **tests}
         return {split: path for split, path in splits.items() if path is not None}
+
+    def pinned(self, earlier: Iterable[str] = ()) -> Self:
+        """The same task with absolute paths, and with the commits of its data sets of the Hub. Raises UserError.
+
+        earlier: names; a data set without a revision gets the first commit that it has there.
+        """
+        known, files = [HubData.parse(name) for name in earlier if name.startswith(PREFIX)], self.files()
+        for split, path in files.items():
+            if not path.startswith(PREFIX):
+                files[split] = str(Path(path).absolute())
+                continue
+            with user_errors_in(f"task.{split}"):
+                data = HubData.parse(path)
+                known.append(data.absolute() if data.is_folder else data.pinned(known))
+            files[split] = str(known[-1])
+        return self.with_files(files)
 
     def hub_overrides(self) -> dict[str, str]:
         """The keys of splits that are data sets of the Hub, as overrides."""

@@ -473,7 +473,7 @@ def test_all_points_read_one_commit_of_the_data(
     data = hub.repository("org/reviews", "dataset")
     commit = data.push({"train.csv": b"text,label"})
     overrides = ("--task.train=hub:org/reviews", "--task.test={a: 'hub:org/reviews:test', b: t.csv}")
-    tests = json.dumps({"a": f"hub:org/reviews@{commit}:test", "b": "t.csv"})
+    tests = json.dumps({"a": f"hub:org/reviews@{commit}:test", "b": str(Path("t.csv").absolute())})
     pinned = [f"--task.train=hub:org/reviews@{commit}:train", f"--task.test={tests}"]
     for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5", *overrides):
         assert set(pinned) <= set(flags)
