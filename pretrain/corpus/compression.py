@@ -18,7 +18,7 @@ _MAGIC = {"gz": b"\x1f\x8b\x08", "zst": b"\x28\xb5\x2f\xfd"}
 _INPUT_BYTES = 1 << 13  # decompressed at once; they may become 10,000 times as many
 _BLOCK = 1 << 20  # searched at once for the start of a member
 _CHECKED_BYTES = 1 << 16  # of a member; random bytes that look like a start do not decompress so far
-_PROBED_BYTES = 1 << 24  # in which the first member ends if there are several small ones
+_PROBED_BYTES = 1 << 20  # in which the first member ends if there are several small ones
 _USUAL_RATIO = 4  # of text to its compressed size
 
 
