@@ -165,6 +165,15 @@ def parse_record(kind: type[T], text: str | bytes) -> T:
     return found
 
 
+def parse_records(kind: type[T], lines: bytes) -> list[T]:
+    """The lines of a file of records, as `parse_record`; without damaged ones, such as one that was cut off."""
+    found = []
+    for line in lines.split(b"\n"):  # not splitlines, which also splits at U+2028 and others
+        with suppress(ValueError):
+            found.append(parse_record(kind, line))
+    return found
+
+
 def _make_adapter(kind: Any) -> "TypeAdapter[Any]":
     from pydantic import TypeAdapter  # host guards import this module and read no records
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import psutil
 
-from experiment.files import parse_record, write_text
+from experiment.files import parse_records, write_text
 from experiment.own_process import START_VARIABLE
 from experiment.run_folder import RunFolder
 
@@ -91,14 +91,9 @@ def last_lines(lines: Sequence[AttemptTime]) -> list[AttemptTime]:
 def read_attempt_times(folder: RunFolder) -> list[AttemptTime]:
     """All lines; empty if there is no file. Skips damaged ones, such as one that a copy has cut off. Raises OSError."""
     try:
-        lines = folder.goodput.read_bytes().split(b"\n")
+        return parse_records(AttemptTime, folder.goodput.read_bytes())
     except FileNotFoundError:
         return []
-    found = []
-    for line in lines:
-        with suppress(ValueError):
-            found.append(parse_record(AttemptTime, line))
-    return found
 
 
 def record_end(folder: RunFolder, start: float, now: Callable[[], float] = time.time) -> None:

@@ -5,11 +5,10 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from experiment.files import parse_record
+from experiment.files import parse_records
 from experiment.results.page import Block, Filling, Fillings, Heading, Text
 from experiment.run_folder import RunFolder
 
@@ -50,14 +49,10 @@ def add_fillings(folder: RunFolder, fillings: CheckpointFillings) -> None:
 def read_fillings(folder: RunFolder) -> list[CheckpointFillings]:
     """By step; of a step that was trained twice, the last line. Empty if there is no file; skips damaged lines."""
     try:
-        lines = folder.fillings.read_bytes().split(b"\n")
+        lines = parse_records(CheckpointFillings, folder.fillings.read_bytes())
     except OSError:
         return []
-    found = {}
-    for line in lines:
-        with suppress(ValueError):
-            fillings = parse_record(CheckpointFillings, line)
-            found[fillings.step] = fillings
+    found = {line.step: line for line in lines}
     return [found[step] for step in sorted(found)]
 
 

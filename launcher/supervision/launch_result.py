@@ -53,13 +53,14 @@ def all_done(folder: RunFolder, ranks: int) -> bool:
     try:
         processes = [RankRecord.read(path) for path in rank_records(folder)]
         return len(processes) == ranks and all(
-            process.exit == 0 and not _is_running(process.pid) for process in processes
+            process.exit == 0 and not is_running(process.pid) for process in processes
         )
     except (OSError, ValueError):  # being written
         return False
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

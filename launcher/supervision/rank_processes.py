@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
 
-import psutil
-
 from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder
 from experiment.goodput import process_start
@@ -26,6 +24,7 @@ from experiment.run_folder import RunFolder
 from experiment.signals import handle_stop_signals, interrupt, warnings_blocked
 from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.ranks.deepspeed_command import Command
+from launcher.supervision.launch_result import is_running
 
 _NOISE = re.compile(
     rb"(\S+: )?("  # pdsh puts the host first
@@ -163,8 +162,8 @@ class SurvivingRanks:
 
     def _is_running(self, pid: int) -> bool:
         """A process of another group has got the number of one that has ended."""
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            return os.getpgid(pid) == self._group and bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        with suppress(ProcessLookupError):
+            return os.getpgid(pid) == self._group and is_running(pid)
         return False
 
 
