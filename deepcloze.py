@@ -6,7 +6,8 @@
     run = deepcloze.pretrain("my-run.yaml", {"optimizer.lr": 1e-3}, num_gpus=2)
     scores = deepcloze.evaluate(run, ["corpora/books-heldout"])
 
-`deepcloze:run` is the command. Both import their own packages, whatever else on Python's path has their names.
+`deepcloze:run` is the command, as is `python -m deepcloze`. All import their own packages, whatever else on Python's
+path has their names.
 """
 
 import importlib
@@ -92,3 +93,7 @@ def _location(name: str) -> Path:
     if spec.submodule_search_locations is not None:
         return Path(next(iter(spec.submodule_search_locations))).resolve()
     return Path(str(spec.origin)).resolve()
+
+
+if __name__ == "__main__":
+    run()

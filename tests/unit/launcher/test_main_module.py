@@ -1,8 +1,10 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).parents[3]
 CODE = """
 import atexit, launcher.__main__
 def main(): {body}
@@ -29,3 +31,11 @@ def test_the_command_ends_at_once_with_its_exit_code(body: str, code: int, error
     """Catches a second spent on taking apart what was imported, lost output and exit codes, skipped exit handlers."""
     done = subprocess.run([sys.executable, "-c", CODE.format(body=body)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "ended\n", error)
+
+
+def test_python_m_deepcloze_is_the_command(tmp_path: Path) -> None:
+    """Catches commands that do nothing and end with exit code 0."""
+    command = [sys.executable, "-m", "deepcloze", "logs", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 2
+    assert str(tmp_path / "run") in done.stderr
