@@ -26,115 +26,61 @@ _CONTENTS = {
 _SEED = re.compile(r"seed-(0|[1-9][0-9]*)")
 
 
+class _Below:
+    """A file or folder below the folder of the run."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: "RunFolder", owner: object) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of the files of a run. Creates nothing."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def provenance(self) -> Path:
-        return self.path / "provenance.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Event files of TensorBoard."""
-        return self.path / "tensorboard"
-
-    @property
-    def wandb(self) -> Path:
-        """Files of Weights & Biases."""
-        return self.path / "wandb"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def launches(self) -> Path:
-        return self.path / "launch.jsonl"
-
-    @property
-    def goodput(self) -> Path:
-        """How the attempts have spent their time, see `goodput`."""
-        return self.logs / "goodput.jsonl"
-
-    @property
-    def fillings(self) -> Path:
-        """Tokens that checkpoints fill into held-out sentences, see `results.fillings`."""
-        return self.logs / "fillings.jsonl"
-
-    @property
-    def launch_output(self) -> Path:
-        """The output of the last launch, if it was in the background."""
-        return self.logs / "launch.log"
-
-    @property
-    def downstream(self) -> Path:
-        """Scores of checkpoints on tasks, written by `deepcloze watch`, see `tracking.downstream`."""
-        return self.path / "downstream"
+    config = _Below("config.yaml")
+    provenance = _Below("provenance.json")
+    metrics = _Below("metrics.jsonl")
+    tensorboard = _Below("tensorboard")
+    wandb = _Below("wandb")
+    checkpoints = _Below("checkpoints")
+    report = _Below("report")
+    logs = _Below("logs")
+    launches = _Below("launch.jsonl")
+    goodput = _Below("logs/goodput.jsonl")
+    """How the attempts have spent their time, see `goodput`."""
+    fillings = _Below("logs/fillings.jsonl")
+    """Tokens that checkpoints fill into held-out sentences, see `results.fillings`."""
+    launch_output = _Below("logs/launch.log")
+    """The output of the last launch, if it was in the background."""
+    downstream = _Below("downstream")
+    """Scores of checkpoints on tasks, written by `deepcloze watch`, see `tracking.downstream`."""
+    stop = _Below("STOP")
+    """Created by the user, or by the launcher on a signal: save a checkpoint and stop."""
+    outcome = _Below("logs/outcome.json")
+    """How the run ended, see `outcome_file`."""
+    reserved_outcome = _Below("logs/.outcome.reserved")
+    """Space for `outcome`, in case the disk fills up."""
+    trials = _Below("logs/autotune")
+    """Where the trials of `--autotune` have their folders; removed at the end."""
+    profile = _Below("profile")
+    """Profile of a few steps, see `pretrain.training.profiler`."""
+    lock = _Below("logs/launch.lock")
+    """Locked by the process that writes to the folder, see `run_lock`."""
+    processes_lock = _Below("logs/processes.lock")
+    """Locked by the ranks of a launch, see `run_lock`."""
+    owner = _Below("logs/launch.owner")
+    """Renewed by the process that writes to the folder, for other machines, see `run_lock`."""
 
     @property
     def finished_seeds(self) -> dict[int, Path]:
         """Seed -> the file with which a finished seed of fine-tuning is complete. Copies of a seed do not count."""
         found = {path: _SEED.fullmatch(path.parent.name) for path in sorted(self.path.glob("seed-*/COMPLETE"))}
         return {int(name[1]): path for path, name in found.items() if name is not None}
-
-    @property
-    def stop(self) -> Path:
-        """Created by the user, or by the launcher on a signal: save a checkpoint and stop."""
-        return self.path / "STOP"
-
-    @property
-    def outcome(self) -> Path:
-        """How the run ended, see `outcome_file`."""
-        return self.path / "logs" / "outcome.json"
-
-    @property
-    def reserved_outcome(self) -> Path:
-        """Space for `outcome`, in case the disk fills up."""
-        return self.logs / ".outcome.reserved"
-
-    @property
-    def trials(self) -> Path:
-        """Where the trials of `--autotune` have their folders; removed at the end."""
-        return self.logs / "autotune"
-
-    @property
-    def profile(self) -> Path:
-        """Profile of a few steps, see `pretrain.training.profiler`."""
-        return self.path / "profile"
-
-    @property
-    def lock(self) -> Path:
-        """Locked by the process that writes to the folder, see `run_lock`."""
-        return self.path / "logs" / "launch.lock"
-
-    @property
-    def processes_lock(self) -> Path:
-        """Locked by the ranks of a launch, see `run_lock`."""
-        return self.logs / "processes.lock"
-
-    @property
-    def owner(self) -> Path:
-        """Renewed by the process that writes to the folder, for other machines, see `run_lock`."""
-        return self.logs / "launch.owner"
 
     def bad_batch(self, step: int) -> Path:
         """Folder with a dump of the bad batch of this step."""

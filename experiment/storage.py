@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from filelock import FileLock
 
@@ -67,14 +67,6 @@ _TRANSIENT_NUMBERS = {
     errno.ENETUNREACH,
     errno.ETIMEDOUT,
 }
-
-
-class Digest(Protocol):
-    """A checksum of hashlib or xxhash."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-    def hexdigest(self) -> str: ...
 
 
 class StorageError(UserError):
@@ -232,7 +224,7 @@ class Download(NamedTuple):
 def download_files(
     files: Sequence[Download],
     label: str,
-    algorithm: Callable[[], Digest] = hashlib.sha256,
+    algorithm: Callable[[], Any] = hashlib.sha256,
     on_progress: Callable[[], None] = lambda: None,
     show_progress: bool = True,
 ) -> None:
@@ -261,7 +253,7 @@ def download(
     path: Path,
     size: int,
     checksum: str | None = None,
-    algorithm: Callable[[], Digest] = hashlib.sha256,
+    algorithm: Callable[[], Any] = hashlib.sha256,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Copy a file to a local path, which is complete or does not exist. No other process may do so.
@@ -293,7 +285,7 @@ def download(
     raise DamagedError(f"{url} is damaged: found {problem}")
 
 
-def _copy_rest(url: str, partial: Path, size: int, digest: Digest, advance: Callable[[int], None]) -> tuple[int, str]:
+def _copy_rest(url: str, partial: Path, size: int, digest: Any, advance: Callable[[int], None]) -> tuple[int, str]:
     """Append what is missing. Returns the size and checksum of the result."""
     with partial.open("a+b") as file:
         file.seek(0)

@@ -1,9 +1,8 @@
 """The splits of a task: read, or drawn from the training split; then encoded for one model."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,9 @@ def make_task(
         )
     encoder = Encoder(tokenizer, length, inputs.token_types, kind.config.special_tokens_in_text)
     splits = {
-        split: encode_split(table, kind, encoder, split == "train", partial(_show_progress, split))
+        split: encode_split(
+            table, kind, encoder, split == "train", track(table.records, f"tokenizing {split}", len(table), "rows")
+        )
         for split, table in tables.items()
     }
     return Task(
@@ -117,21 +118,16 @@ def encode_split(
     kind: TaskKind[Any],
     encoder: Encoder,
     training: bool,
-    progress: Callable[[Sequence[Record]], Iterable[Record]] = iter,
+    records: Iterable[Record] | None = None,
 ) -> Split:
-    """The examples of all records. progress: shows the progress of an iteration. Raises UserError for an invalid
+    """The examples of all records. records: those of the table, with a progress bar. Raises UserError for an invalid
     target."""
-    expanded = [kind.expand(record, encoder, training) for record in progress(table.records)]
+    expanded = [kind.expand(record, encoder, training) for record in records or table.records]
     return Split(
         table,
         examples=tuple(example for examples in expanded for example in examples),
         record_of=tuple(index for index, examples in enumerate(expanded) for _ in examples),
     )
-
-
-def _show_progress(split: str, records: Sequence[Record]) -> Iterable[Record]:
-    """Iterate over the records of a split, and show the progress."""
-    return track(records, f"tokenizing {split}", len(records), "rows")
 
 
 def describe_task(task: Task) -> list[str]:

@@ -170,7 +170,7 @@ def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
         return Parts(weights=_FP32 * total, optimizer=_moments(counts, settings) + averages * total)
     return Parts(
         weights=size * (share if settings.zero_stage == 3 else total),
-        gradients=_resident_gradients(total, share, settings),
+        gradients=_FP32 * (share if settings.zero_stage >= 2 else total),  # outside `parameter.grad`
         optimizer=(_FP32 + averages) * share + _moments(counts, settings) // settings.ranks,
         buffers=BUFFER_BYTES if settings.zero_stage < 3 and _shares_memory(settings) else 0,
     )
@@ -184,11 +184,6 @@ def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
 def _shares_memory(settings: MemorySettings) -> bool:
     """Whether ranks exchange weights and gradients in memory, as CPU ranks of one host do."""
     return not settings.on_gpu and settings.hosts == 1 and settings.ranks > 1
-
-
-def _resident_gradients(total: int, share: int, settings: MemorySettings) -> int:
-    """Gradients that are not in `parameter.grad`."""
-    return _FP32 * (share if settings.zero_stage >= 2 else total)
 
 
 def _start(counts: ParameterCounts, settings: MemorySettings, resident: Parts) -> Parts:

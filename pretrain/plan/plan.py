@@ -242,9 +242,5 @@ def sent_per_step(counts: ParameterCounts, settings: MemorySettings, microbatche
         case 2:  # reduces after each microbatch
             return 2 * gradients * microbatches + weights
         case _:
-            return (gradients + _gathers(counts, settings) * weights) * microbatches
-
-
-def _gathers(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """How often ZeRO 3 gathers the weights for a microbatch: once if all stay until the backward pass."""
-    return 1 if 2 * counts.total <= settings.max_reuse_distance else 2
+            all_stay = 2 * counts.total <= settings.max_reuse_distance  # until the backward pass
+            return (gradients + (1 if all_stay else 2) * weights) * microbatches
