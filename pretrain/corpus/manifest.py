@@ -1,9 +1,7 @@
 """manifest.json: the contents of a corpus folder, with checksums."""
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -170,7 +168,15 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
 
 def percentiles(lengths: Iterable[tuple[int, int]]) -> dict[str, int]:
     """Return {percentile: document length}, by the nearest-rank definition, from (length, count) pairs."""
-    values, counts = zip(*sorted(lengths), strict=True)
-    seen = list(accumulate(counts))
-    ranks = {percentile: max(1, -(-percentile * seen[-1] // 100)) for percentile in PERCENTILES}
-    return {str(percentile): int(values[bisect_left(seen, rank)]) for percentile, rank in ranks.items()}
+    counts = sorted(lengths)
+    total = sum(count for _, count in counts)
+    found: dict[str, int] = {}
+    for percentile in PERCENTILES:
+        rank = max(1, -(-percentile * total // 100))
+        seen = 0
+        for length, count in counts:
+            seen += count
+            if seen >= rank:
+                found[str(percentile)] = int(length)
+                break
+    return found
