@@ -231,7 +231,9 @@ def test_a_member_inside_another_one(tmp_path: Path) -> None:
         list(read_documents([Span(source, part)], TextOptions(), ReadStats()))
 
 
-@pytest.mark.parametrize("end", [b"\0" * 64, gzip.compress(b""), gzip.compress(b"last")])
+@pytest.mark.parametrize(
+    "end", [b"\0" * 64, gzip.compress(b""), gzip.compress(b"last")], ids=["padding", "empty", "member"]
+)
 def test_what_follows_a_large_member_does_not_tell_its_size(end: bytes) -> None:
     """Catches a first document that is read once for each split, and splits of which one has everything."""
     content = random.Random(0).randbytes(1000)
