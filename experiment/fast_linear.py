@@ -1,18 +1,21 @@
 """Linear layers on a CPU, computed by oneDNN.
 
 In fp32 torch uses MKL, which has slower code for CPUs that are not Intel's: on an AMD EPYC with AVX-512, oneDNN is
-twice as fast. In bf16 torch uses oneDNN, but writes the bias to the output first, which oneDNN then reads and adds to:
-with a vocabulary as output that takes a quarter of the time. Results differ by rounding.
+twice as fast. Without AVX-512 they are equally fast, but for gradients of weights, whose operands are transposed, MKL
+is a third faster. In bf16 torch uses oneDNN, but writes the bias to the output first, which oneDNN then reads and adds
+to: with a vocabulary as output that takes a quarter of the time. Results differ by rounding.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.hardware import lacks_avx512
+
 _AVAILABLE = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_NO_AVX512 = lacks_avx512()
 _BF16 = _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 ONEDNN_DTYPES = ((torch.float32,) if _AVAILABLE else ()) + ((torch.bfloat16,) if _BF16 else ())
 """In which oneDNN computes on this CPU. For bf16 it needs AVX-512."""
@@ -63,16 +66,14 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """Of the rows of `multiply`, [N, K]. `gradient`: of its result, [N, M]."""
-    return _gradient_product(gradient.dtype)(gradient, weight.t())
+    product = multiply if gradient.dtype == torch.float32 else F.linear  # without bias, both use oneDNN in bf16
+    return product(gradient, weight.t())
 
 
 def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     """Of the weight of `multiply`, [M, K]. `gradient`: of its result, [N, M]."""
-    return _gradient_product(gradient.dtype)(gradient.t(), rows.t())
-
-
-def _gradient_product(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    return multiply if dtype == torch.float32 else F.linear  # without bias, both use oneDNN in bf16
+    product = multiply if gradient.dtype == torch.float32 and not _NO_AVX512 else F.linear
+    return product(gradient.t(), rows.t())
 
 
 def _computes(values: Tensor, weight: Tensor) -> bool:

@@ -52,6 +52,14 @@ def has_native_bf16(device_type: str) -> bool:
     return any(torch.cpu.get_capabilities().get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
 
 
+def lacks_avx512() -> bool:
+    """Whether this machine's CPU is an x86 one without AVX-512, which multiplies matrices at half the speed or less."""
+    import torch
+
+    features = torch.cpu.get_capabilities()
+    return features.get("architecture") == "x86_64" and not features.get("avx512_f", False)
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Peak FLOP/s of a device for dense matrices; None if unknown, as for every CPU.
 
