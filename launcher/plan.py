@@ -1,6 +1,7 @@
 """`deepcloze plan`: the needs of a run, without starting it."""
 
 import json
+from dataclasses import replace
 
 from experiment.config import load_config
 from experiment.errors import notify
@@ -34,9 +35,7 @@ def print_run_plan(options: PlanOptions) -> None:
         resolve(config, ranks, copy_corpora=copy_urls),
         hosts=len(slots),
         ranks=ranks,
-        device=Device(
-            device.name, device.memory if options.memory_gib is None else int(options.memory_gib * 2**30), device.watts
-        ),
+        device=device if options.memory_gib is None else replace(device, memory=int(options.memory_gib * 2**30)),
         rates=Rates(
             peak_flops=None if options.peak_tflops is None else options.peak_tflops * 1e12,
             mfu=options.mfu,

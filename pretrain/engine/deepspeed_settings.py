@@ -7,7 +7,7 @@ are rejected.
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -179,11 +179,15 @@ def check_device_support(settings: DeepSpeedSettings) -> None:
 
 def warn_of_emulation(settings: DeepSpeedSettings) -> None:
     """Log a warning if this device computes bf16 several times slower than fp32."""
-    if settings.precision == "bf16" and not has_native_bf16(get_accelerator().device_name()):
-        log.warning(
-            "this device only emulates bf16, several times slower than fp32: use --engine.ds_config=%s",
-            settings.preset("fp32", settings.offload),
-        )
+    for warning in emulation_warnings(settings, get_accelerator().device_name()):
+        log.warning(warning)
+
+
+def emulation_warnings(settings: DeepSpeedSettings, device_type: str) -> Iterator[str]:
+    """`device_type`: cpu or cuda, of this machine."""
+    if settings.precision == "bf16" and not has_native_bf16(device_type):
+        preset = settings.preset("fp32", settings.offload)
+        yield f"this device only emulates bf16, several times slower than fp32: use --engine.ds_config={preset}"
 
 
 def check_nvme(settings: DeepSpeedSettings) -> None:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiment.formatting import describe_duration, format_epochs
+from experiment.hardware import lacks_avx512
+from pretrain.engine.deepspeed_settings import emulation_warnings
 from pretrain.plan.plan import RunPlan
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total")
@@ -195,11 +197,19 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
 
 def warnings(plan: RunPlan) -> list[str]:
     return [
+        *_device_warnings(plan),
         *_memory_warnings(plan),
         *_batches_warnings(plan),
         *plan.run.config.warnings(plan.steps if plan.steps is not None else plan.budget_steps),
         *_communication_warnings(plan),
     ]
+
+
+def _device_warnings(plan: RunPlan) -> Iterator[str]:
+    if plan.device.of_this_machine:
+        yield from emulation_warnings(plan.run.deepspeed, "cuda" if plan.device.is_gpu else "cpu")
+        if not plan.device.is_gpu and lacks_avx512():
+            yield "this CPU has no AVX-512: training takes two to three times as long as with it (docs/performance.md)"
 
 
 def _memory_warnings(plan: RunPlan) -> Iterator[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from launcher.cli import main
@@ -69,6 +70,24 @@ def test_warns_of_the_device_of_other_machines(
     for flags, warns in ((remote, True), ((*remote, *H100), False), (("--num_gpus=2",), False)):
         assert main(["plan", "--config", str(config), "--json", *flags]) == 0
         assert (warning in capsys.readouterr().err) == warns, flags
+
+
+def test_warns_of_what_this_cpu_lacks(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a plan that does not say why this machine is slow, and one that says it of other devices."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for architecture, features, flags, expected in (
+        ("x86_64", ("avx512_f", "avx512_bf16"), (), []),
+        ("x86_64", (), (), ["only emulates bf16", "no AVX-512"]),
+        ("aarch64", (), (), ["only emulates bf16"]),
+        ("x86_64", (), ("--engine.ds_config=ds_configs/fp32_zero1.json",), ["no AVX-512"]),
+        ("x86_64", (), H100, []),
+    ):
+        capabilities = dict.fromkeys(features, True) | {"architecture": architecture}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        text = "\n".join(plan(capsys, config, "--num_gpus=1", *flags)["warnings"])
+        assert [part for part in ("only emulates bf16", "no AVX-512") if part in text] == expected
 
 
 def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
