@@ -22,7 +22,6 @@ class Device:
     name: str  # 'cpu', or as `torch.cuda.get_device_name` gives it
     memory: int | None  # bytes
     watts: float | None
-    of_this_machine: bool = False
 
     @property
     def is_gpu(self) -> bool:
@@ -46,14 +45,14 @@ def local_gpu() -> Device | None:
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True).stdout
         name, mebibytes, watts = listed.splitlines()[0].split(", ")
-        return Device(name, int(mebibytes) << 20, float(watts) if watts[0].isdigit() else None, True)
+        return Device(name, int(mebibytes) << 20, float(watts) if watts[0].isdigit() else None)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 
 
 def local_cpu(ranks: int) -> Device:
     """This machine's memory, shared by `ranks` ranks."""
-    return Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks, None, True)
+    return Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks, None)
 
 
 @dataclass(frozen=True)
