@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ from benchmarks.gpu_results import JobOutcome, write_results
 from benchmarks.gpu_wheels import prepare
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.signals import handle_stop_signals, interrupt
+from experiment.signals import handle_stop_signals, interrupt, uninterrupted
 from launcher.supervision.rank_processes import kill_group, watchdog
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -197,16 +197,19 @@ def _run_process(job: Job, folder: Path, log: IO[str]) -> int | None:
     """The exit code of a job; None if it ran into its limit. It ends with this process, whatever happens."""
     command = [argument.replace(RESULTS, str(folder)) for argument in job.command]
     variables = {"PYTHONFAULTHANDLER": "1", "WANDB_MODE": "disabled"}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=REPOSITORY,
-        env=os.environ | variables,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    with watchdog(process.pid):
+    with ExitStack() as job_ends:
+        with uninterrupted():  # a signal would leave the job
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=REPOSITORY,
+                env=os.environ | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            job_ends.enter_context(watchdog(process.pid))
+            job_ends.callback(_end, process)
         try:
             return process.wait(job.seconds)
         except subprocess.TimeoutExpired:
@@ -214,10 +217,13 @@ def _run_process(job: Job, folder: Path, log: IO[str]) -> int | None:
                 os.killpg(process.pid, signal.SIGABRT)
                 process.wait(_GRACE)
             return None
-        finally:
-            kill_group(process.pid)  # also what the job has left
-            with suppress(subprocess.TimeoutExpired):  # the driver may hold it for ever
-                process.wait(_GRACE)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a job, and what it has left."""
+    kill_group(process.pid)
+    with suppress(subprocess.TimeoutExpired):  # the driver may hold it for ever
+        process.wait(_GRACE)
 
 
 def _figures(output: str) -> Iterator[dict[str, Any]]:
