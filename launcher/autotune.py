@@ -278,7 +278,7 @@ class TrialRunner:
             speeds = _read_speeds(folder, sizes, stages)
             if len(speeds) == len(sizes) or is_enough(list(speeds.values())) or self._time_is_up():
                 ended.set()
-            elif not _out_of_memory(folder):
+            elif (reported := read_outcome(folder)) is None or reported.cause is not Cause.OUT_OF_MEMORY:
                 return False
             assert self._stop is not None
             self._stop.kill_ranks()
@@ -295,8 +295,3 @@ def _read_speeds(folder: RunFolder, sizes: Sequence[int], stages: int) -> dict[i
     with suppress(OSError):  # a network disk does not answer for a moment
         return measured_speeds(read_events(folder.metrics), sizes, stages)
     return {}
-
-
-def _out_of_memory(folder: RunFolder) -> bool:
-    reported = read_outcome(folder)
-    return reported is not None and reported.cause is Cause.OUT_OF_MEMORY

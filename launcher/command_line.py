@@ -194,10 +194,7 @@ def _plain_keys(command: str) -> list[str]:
 
 
 def _meant_flag(
-    argument: str,
-    options_type: type[Section],
-    texts: Mapping[str, Sequence[str]],
-    overrides: Mapping[str, str],
+    argument: str, options_type: type[Section], texts: Mapping[str, Sequence[str]], overrides: Mapping[str, str]
 ) -> str:
     """Suggest a correction of an argument that is no flag. texts, overrides: given before it."""
     given = [text for of_flag in texts.values() for text in of_flag] + list(overrides.values())
@@ -297,11 +294,11 @@ def _default_metavar(types: Sequence[Any]) -> str:
 
 
 def _overview(commands: Mapping[str, Command], about: str, width: int) -> str:
-    rows = [(name, _description(command).partition("\n")[0]) for name, command in commands.items()]
+    rows = [(name, inspect.cleandoc(command.__doc__ or "").partition("\n")[0]) for name, command in commands.items()]
     return "\n".join(
         [
             *("usage: deepcloze COMMAND [--flag=value …]", "", _filled(about, width), "", "commands:"),
-            *_table(rows, width),
+            *table(rows, width),
             *("", _filled("Run `deepcloze COMMAND --help` for the flags of a command and an example.", width)),
             *("", _filled(ABOUT_QUIET, width)),
         ]
@@ -330,7 +327,7 @@ def _command_help(name: str, command: Command, width: int) -> str:
     return "\n".join(
         [
             *(f"usage: {description.usage}", "", _filled(description.text, width), "", "flags:"),
-            *_table(description.flags, width),
+            *table(description.flags, width),
             *("", "example:", textwrap.indent(description.example, "  ")),
         ]
     )
@@ -355,15 +352,11 @@ def _meaning(flag: Flag) -> str:
     return f"{flag.meaning} (default: {default})"
 
 
-def _description(command: Command) -> str:
-    return inspect.cleandoc(command.__doc__ or "")
-
-
 def _filled(text: str, width: int) -> str:
     return "\n\n".join(textwrap.fill(" ".join(paragraph.split()), width) for paragraph in text.split("\n\n"))
 
 
-def _table(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
+def table(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
     """Two columns; the second one is wrapped."""
     column = max(len(left) for left, _ in rows) + 4
     return [

@@ -269,9 +269,14 @@ def sweep(options: SweepOptions) -> None:
     Example:
         deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 masking.rate=0.15,0.3"
     """
-    from launcher.sweep import launch_sweep
+    from launcher.sweep import plan_sweep, run_sweep
 
-    launch_sweep(options)
+    with handle_stop_signals(interrupt):
+        plan = plan_sweep(options)
+        if options.dry_run:
+            plan.runs.print_commands()
+        else:
+            run_sweep(plan)
 
 
 def compare(options: CompareOptions) -> None:
@@ -285,9 +290,15 @@ def compare(options: CompareOptions) -> None:
         deepcloze compare encoders.yaml
     """
     with fast_imports():
-        from launcher.compare import launch_comparison
+        from launcher.compare import run_comparison
+        from launcher.compare_plan import plan_comparison
 
-    launch_comparison(options)
+    with handle_stop_signals(interrupt):
+        plan = plan_comparison(options)
+        if options.dry_run:
+            plan.runs.print_commands()
+        else:
+            run_comparison(plan)
 
 
 def watch(options: WatchOptions) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,11 +18,9 @@ from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
 from experiment.results.plots import draw_dots
 from experiment.run_folder import SWEEP_RECORD, RunFolder
-from experiment.signals import handle_stop_signals, interrupt
 from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
 from finetune.results.predictions import ScoredSplit, read_scored_split
-from launcher.compare_plan import ComparePlan, plan_comparison
-from launcher.options import CompareOptions
+from launcher.compare_plan import ComparePlan
 from launcher.report import print_report
 from launcher.run_set import DONE
 
@@ -54,22 +51,12 @@ class CellScores:
     labels: tuple[str, ...]
 
 
-def launch_comparison(options: CompareOptions) -> None:
-    """Run all cells of a comparison and write its tables; or print the commands, for a dry run.
-
-    Raises UserError for anything that would keep a run from starting, StoppedError if a signal or a full disk stops
-    it early, KeyboardInterrupt for a signal while no run is running, and SystemExit if runs failed, after all others.
-    """
-    with handle_stop_signals(interrupt):
-        plan = plan_comparison(options)
-        if options.dry_run:
-            plan.runs.print_commands()
-        else:
-            run_comparison(plan)
-
-
 def run_comparison(plan: ComparePlan) -> None:
-    """Run a comparison whose plan has been checked. Raises as `launch_comparison`."""
+    """Run all cells of a comparison whose plan has been checked, and write its tables.
+
+    Raises UserError if the folder is in use or has runs of other configs, StoppedError if a signal or a full disk stops
+    it early, and SystemExit if runs failed, after all others.
+    """
     runs = plan.runs
     with runs.opened() as records:
         runs.finish(records)
@@ -95,20 +82,15 @@ def read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
     chosen: Mapping[str, str] = {}
     try:
         if grid:
-            folder, chosen = _best_run(folder.path)
+            sweep = parse_json((folder.path / SWEEP_RECORD).read_text(encoding="utf-8"))
+            best = sweep["best"]  # on validation
+            folder, chosen = RunFolder(folder.path / best), sweep["runs"][best]["values"]
         results = parse_json((folder.path / "results.json").read_text(encoding="utf-8"))
         splits = [split for split in results["splits"] if split not in _FITTED_ON] or ["validation"]
         columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}
         return [_scores(column, folder, split, chosen, results) for column, split in columns.items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the results in {folder.path} cannot be read: {type(error).__name__}: {error}") from None
-
-
-def _best_run(sweep: Path) -> tuple[RunFolder, Mapping[str, str]]:
-    """The folder and the grid point of the run of a sweep that is best on validation."""
-    runs = parse_json((sweep / SWEEP_RECORD).read_text(encoding="utf-8"))
-    name = runs["best"]
-    return RunFolder(sweep / name), runs["runs"][name]["values"]
 
 
 def _scores(

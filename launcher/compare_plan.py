@@ -105,20 +105,14 @@ def _read_tasks(config: CompareConfig, record: Path) -> list[_Task]:
     for name in names:
         if names.count(name) > 1 or name == _PRETRAINING:
             raise UserError(f"tasks: the name '{name}' is used twice; set task.name in one of the files")
-    folders = _folders("tasks", names)
-    return [
-        _read_task(folders[name], file, task, record)
-        for name, file, task in zip(names, config.tasks, loaded, strict=True)
-    ]
-
-
-def _read_task(folder: str, file: str, config: FinetuneConfig, record: Path) -> _Task:
-    """Raises UserError for data that are not valid."""
-    with user_errors_in(file):
-        task = pin_data_of_set(config.task, record)
-        check_data(config.model_copy(update={"task": task}))
-        data = {f"data.{split}": found for split, found in data_checksums(task).items()}
-    return _Task(folder, file, data, task.hub_overrides())
+    folders, tasks = _folders("tasks", names), []
+    for name, file, task_config in zip(names, config.tasks, loaded, strict=True):
+        with user_errors_in(file):
+            task = pin_data_of_set(task_config.task, record)
+            check_data(task_config.model_copy(update={"task": task}))
+            data = {f"data.{split}": found for split, found in data_checksums(task).items()}
+        tasks.append(_Task(folders[name], file, data, task.hub_overrides()))
+    return tasks
 
 
 def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapping[str, Any]) -> PlannedRun | None:

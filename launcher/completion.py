@@ -8,8 +8,6 @@ from experiment.recipes import all_recipes
 from launcher.command_line import Command, flags_of, options_of
 from launcher.configs import CONFIGS
 
-Shell = Literal["bash", "zsh", "fish"]
-
 _KEYS_OF = {"plan": "pretrain", "preflight": "pretrain"}  # commands that take the config of another one
 
 _BASH = """\
@@ -42,7 +40,7 @@ autoload -U +X bashcompinit && bashcompinit
 """
 
 
-def completion_script(shell: Shell, commands: Mapping[str, Command]) -> str:
+def completion_script(shell: Literal["bash", "zsh", "fish"], commands: Mapping[str, Command]) -> str:
     return _fish(commands) if shell == "fish" else (_ZSH if shell == "zsh" else "") + _bash(commands)
 
 

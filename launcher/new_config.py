@@ -1,6 +1,5 @@
 """Recipes and new configs, to edit. Editors complete and check their keys by the JSON Schema beside them."""
 
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from experiment.config.json_schema import json_schema
 from experiment.config.reference import find_meaning
 from experiment.errors import UserError
 from experiment.files import write_json, write_text
-from experiment.recipes import Recipe, all_recipes, find_recipe
+from experiment.recipes import all_recipes, find_recipe
+from launcher.command_line import table
 from launcher.configs import CONFIGS
 from launcher.options import RecipesOptions
 
@@ -65,15 +65,9 @@ def _required_keys(section: type[BaseModel], indent: str = "") -> Iterator[str]:
 
 def _recipe_table() -> str:
     recipes = all_recipes()
-    width = max(len(recipe.name) for recipe in recipes)
+    rows = table([(recipe.name, recipe.summary) for recipe in recipes], width=100)
     lines = []
     for kind in dict.fromkeys(recipe.kind for recipe in recipes):
         lines += ["", f"deepcloze {kind} --config NAME"]
-        lines += [_recipe_row(recipe, width) for recipe in recipes if recipe.kind == kind]
+        lines += [row for recipe, row in zip(recipes, rows, strict=True) if recipe.kind == kind]
     return "\n".join(lines[1:])
-
-
-def _recipe_row(recipe: Recipe, width: int) -> str:
-    indent = " " * (width + 4)
-    name = f"  {recipe.name}".ljust(width + 4)
-    return textwrap.fill(recipe.summary, 100, initial_indent=name, subsequent_indent=indent)

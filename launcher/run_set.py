@@ -16,14 +16,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from experiment.config import with_defaults
-from experiment.errors import (
-    StoppedError,
-    UserError,
-    inform,
-    notify,
-    reason,
-    stopped_by_disk_errors,
-)
+from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors
 from experiment.files import parse_json, write_json
 from experiment.hub_names import HubName
 from experiment.model_names import record_model

@@ -79,7 +79,4 @@ def validate_finetuning(config: str) -> Validate:
     with fast_imports():
         from finetune.resolve import load_run_config
 
-    def validate(overrides: dict[str, str]) -> FlatConfig:
-        return flatten(load_run_config(config, overrides))
-
-    return validate
+    return lambda overrides: flatten(load_run_config(config, overrides))

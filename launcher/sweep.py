@@ -26,22 +26,11 @@ from experiment.results.sweep_summary import (
     write_summary,
 )
 from experiment.run_folder import SWEEP_RECORD, RunFolder
-from experiment.signals import handle_stop_signals, interrupt
 from finetune.config import FinetuneConfig, check_validation
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_set import (
-    FlatConfig,
-    PlannedRun,
-    RunSet,
-    pin_data_of_set,
-    record_model_of_set,
-    recorded_configs,
-)
+from launcher.run_set import FlatConfig, PlannedRun, RunSet, pin_data_of_set, record_model_of_set, recorded_configs
 from launcher.run_validation import command_of, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
-
-Grid = Mapping[str, Sequence[str]]
-"""Dotted config key -> the raw texts of its values."""
 
 _CLOSING = {"[": "]", "{": "}"}
 _QUOTES = ("'", '"')
@@ -61,19 +50,6 @@ class SweepPlan:
         header = {"metric": metric, "lower_is_better": lower_is_better}
         run_set = RunSet("sweep", RunFolder(output), "--output", SWEEP_RECORD, runs, header)
         return cls(run_set, metric, lower_is_better)
-
-
-def launch_sweep(options: SweepOptions) -> None:
-    """Run a config at each point of a grid; or print the commands, for a dry run.
-
-    Raises as `plan_sweep` and `run_sweep`, and KeyboardInterrupt for a signal while no run is running.
-    """
-    with handle_stop_signals(interrupt):
-        plan = plan_sweep(options)
-        if options.dry_run:
-            plan.runs.print_commands()
-        else:
-            run_sweep(plan)
 
 
 def run_sweep(plan: SweepPlan) -> None:
@@ -216,8 +192,8 @@ def parse_grid(text: str) -> dict[str, tuple[str, ...]]:
     return grid
 
 
-def grid_points(grid: Grid) -> dict[str, dict[str, str]]:
-    """{readable unique name: {key: value}} for each point of the grid; the last key changes fastest."""
+def grid_points(grid: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
+    """{readable unique name: {key: value}} for each point of a grid, key -> values; the last key changes fastest."""
     labels = short_names(list(grid))
     points: dict[str, dict[str, str]] = {}
     for values in itertools.product(*grid.values()):

@@ -25,13 +25,7 @@ from experiment.tracking.config import AlertsConfig
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
 from experiment.tracking.tracker import TrackedRun, open_trackers
 from launcher.options import WatchOptions
-from launcher.watched_task import (
-    ScoringError,
-    TaskRejectedError,
-    WatchedTask,
-    read_watched_task,
-    score_checkpoint,
-)
+from launcher.watched_task import ScoringError, TaskRejectedError, WatchedTask, read_watched_task, score_checkpoint
 from pretrain.config import PretrainConfig
 
 _POLL_SECONDS = 3.0

@@ -127,24 +127,21 @@ class GuardedHosts:
         """Read the lines of a guard, until it ends or is lost."""
         connection = self._connections[host]
         try:
-            self._read_guard(host, connection)
+            connection.request(self._request)
+            for line in connection.lines():
+                if line == ENDED:
+                    break
+                if host in self.replies:
+                    self._count(host, int(line))
+                else:
+                    self.replies[host] = Reply(**json.loads(line))
+                    connection.started.set()
+            else:
+                self._lose(host, connection.last_output)
+                if host in self.replies and not connection.closed:
+                    self._end_launch(host)
         finally:
             connection.started.set()
-
-    def _read_guard(self, host: str, connection: "_Connection") -> None:
-        connection.request(self._request)
-        for line in connection.lines():
-            if line == ENDED:
-                break
-            if host in self.replies:
-                self._count(host, int(line))
-            else:
-                self.replies[host] = Reply(**json.loads(line))
-                connection.started.set()
-        else:
-            self._lose(host, connection.last_output())
-            if host in self.replies and not connection.closed:
-                self._end_launch(host)
 
     def _end_launch(self, host: str) -> None:
         """End the launch on a host whose guard was killed or connection failed: a new guard does only that."""
@@ -190,8 +187,8 @@ class _Connection:
                 start_new_session=True,  # Ctrl-C does not reach it
             )
         self._heard = time.monotonic()
-        self._last_output = "the connection was closed"
         self._requested = False
+        self.last_output = "the connection was closed"  # the last line that ssh printed: usually why
         self.closed = False  # by `close`
         self.started = threading.Event()
 
@@ -229,11 +226,7 @@ class _Connection:
                 self._heard = time.monotonic()
                 yield message
             elif text:
-                self._last_output = text
-
-    def last_output(self) -> str:
-        """The last line that ssh printed, usually why the connection was closed."""
-        return self._last_output
+                self.last_output = text
 
     def close(self) -> None:
         """End ssh, with the processes that it has started, such as a ProxyCommand: they have its output open."""

@@ -132,7 +132,9 @@ def _slurm_hosts(environ: Mapping[str, str]) -> tuple[Host, ...]:
     names = expand_nodelist(environ["SLURM_JOB_NODELIST"])
     gpus = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]
     if gpus and gpus != "0":
-        slots = [_number(gpus, "SLURM_GPUS_ON_NODE")] * len(names)
+        if not gpus.isdecimal():
+            raise UserError(f"SLURM_GPUS_ON_NODE={gpus}: expected a number")
+        slots = [int(gpus)] * len(names)
     else:
         slots = list(_expand_counts(environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")))
     if len(slots) != len(names):
@@ -172,12 +174,6 @@ def _expand_counts(counts: str) -> Iterator[int]:
         if match is None:
             raise UserError(f"SLURM_TASKS_PER_NODE={counts}: expected numbers such as 2(x3),1")
         yield from [int(match[1])] * int(match[2] or 1)
-
-
-def _number(text: str, name: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f"{name}={text}: expected a number")
-    return int(text)
 
 
 def _pbs_hosts(path: str) -> tuple[Host, ...]:

@@ -47,11 +47,13 @@ def launch_machine() -> Machine:
     Makes DeepSpeed, if imported later in this process, use the device of the ranks, instead of detecting one: sets
     DS_ACCELERATOR.
     """
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (never raises: a container's user may have no home)
     machine = Machine(
         devices=find_devices(os.environ),
         environ=dict(os.environ),
         find_port=free_port,
-        deepspeed_env_files=_find_deepspeed_env(os.environ.get("DS_ENV_FILE", ".deepspeed_env")),
+        deepspeed_env_files=tuple(path for path in (home / name, Path.cwd() / name) if path.is_file()),
     )
     if machine.devices.kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -106,9 +108,3 @@ def free_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def _find_deepspeed_env(name: str) -> tuple[Path, ...]:
-    """The files of that name in the folders where DeepSpeed looks for it."""
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (never raises: a container's user may have no home)
-    return tuple(path for path in (home / name, Path.cwd() / name) if path.is_file())

@@ -81,9 +81,7 @@ def _exchange_tokens(folder: str | None, token: str) -> tuple[bool | None, str |
 
 def _lists(folder: str, name: str) -> bool:
     try:
-        return any(
-            path.name == name for path in Path(folder).iterdir()
-        )  # a lookup by name may be answered from a cache
+        return Path(folder, name) in Path(folder).iterdir()  # a lookup by name may be answered from a cache
     except OSError:
         return False
 

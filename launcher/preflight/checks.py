@@ -10,7 +10,7 @@ from typing import Literal
 
 from launcher.hosts.hostfile import Slots
 from launcher.preflight.bandwidth import Measurement
-from launcher.preflight.probe_hosts import HostAnswer, HostFacts, Unreachable
+from launcher.preflight.probe_hosts import Answer, HostAnswer, HostFacts, Unreachable
 from launcher.preflight.target import CacheNeeds, Target
 
 Check = Literal[
@@ -40,7 +40,7 @@ Problems = Mapping[str, Sequence[Problem]]
 
 
 def find_problems(
-    answers: Mapping[str, HostAnswer | Unreachable], own: HostFacts, target: Target, tokens: Set[str]
+    answers: Mapping[str, Answer], own: HostFacts, target: Target, tokens: Set[str]
 ) -> dict[str, list[Problem]]:
     """The problems of each host, in the order of the hosts.
 
@@ -93,7 +93,7 @@ def _software_problems(host: str, facts: HostFacts, own: HostFacts, target: Targ
         found = ", ".join(f"{name} {facts.versions[name] or 'missing'} (expected {wrong[name]})" for name in wrong)
         needed = " ".join(f"{name}=={version}" for name, version in wrong.items())
         yield Problem("packages", found, f"ssh {host} {python} -m pip install {needed}")
-    copy = f"rsync -a {shlex.quote(target.project)}/ {host}:{shlex.quote(target.project)}/"
+    copy = _copy(Path(target.project), host)
     if facts.source is None:
         yield Problem("code", f"deepcloze is not at {target.project}", copy)
     elif facts.source != own.source:

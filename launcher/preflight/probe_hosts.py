@@ -1,7 +1,7 @@
 """Ask hosts for their facts, in parallel over ssh."""
 
 import asyncio
-import functools
+import inspect
 import json
 import shlex
 import signal
@@ -11,7 +11,6 @@ import time
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -161,12 +160,7 @@ async def _probe_all(requests: Mapping[str, ProbeRequest], show_progress: bool) 
 
 def probe_program(request: ProbeRequest) -> str:
     """The program that `PYTHON -` reads on a host. It prints the facts as one line."""
-    return _PROGRAM.format(source=_probe_source(), request=json.dumps(asdict(request)))
-
-
-@functools.cache
-def _probe_source() -> str:
-    return Path(probe.__file__).read_text(encoding="utf-8")
+    return _PROGRAM.format(source=inspect.getsource(probe), request=json.dumps(asdict(request)))
 
 
 async def _probe(host: str, program: str) -> Answer:

@@ -18,6 +18,7 @@ from launcher.hosts.probe import LAUNCHER_TOKEN
 from launcher.preflight.bandwidth import Measurement, MeasurementError, measure
 from launcher.preflight.checks import Check, Problems, find_problems, find_slow_hosts
 from launcher.preflight.probe_hosts import (
+    Answer,
     HostAnswer,
     HostFacts,
     ProbeRequest,
@@ -107,9 +108,7 @@ def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measuremen
         return None, str(error)
 
 
-def _probe(
-    target: Target, show_progress: bool = True
-) -> tuple[Mapping[str, HostAnswer | Unreachable], HostFacts, set[str]]:
+def _probe(target: Target, show_progress: bool = True) -> tuple[Mapping[str, Answer], HostFacts, set[str]]:
     """The answers of the hosts, the facts of this machine, and the hosts whose tokens are in the run folder."""
     request = ProbeRequest(
         libraries=LIBRARIES,
@@ -127,7 +126,7 @@ def _probe(
             host: replace(request, token=f"host-{number}", peer=target.peer_of(host))
             for number, host in enumerate(target.slots)
         }
-        answers: Mapping[str, HostAnswer | Unreachable]
+        answers: Mapping[str, Answer]
         if is_local(target.slots):
             answers = {host: probe_this_machine(requests[host]) for host in target.slots}
         else:
@@ -168,7 +167,7 @@ def _seen_tokens(folder: Path, expected: Mapping[str, str]) -> set[str]:
 
 
 def preflight_table(
-    answers: Mapping[str, HostAnswer | Unreachable],
+    answers: Mapping[str, Answer],
     problems: Problems,
     slots: Slots,
     measured: Measurement | None,
@@ -186,7 +185,9 @@ def preflight_table(
     shown = failed if only_failed else list(answers)
     rows = [_row(host, answers[host], problems) for host in shown]
     parts = [_aligned([["host", *_CHECKS], *rows])] if rows else []
-    parts += [_explain(host, problems) for host in failed]
+    for host in failed:
+        for problem in problems[host]:
+            parts += [f"{host}: {problem.check}: {problem.text}", f"    fix: {problem.fix}"]
     if measured is not None:
         parts.append(_describe(measured, slots))
     passed = len(answers) - len(failed)
@@ -194,7 +195,7 @@ def preflight_table(
     return "\n".join(parts)
 
 
-def _row(host: str, answer: HostAnswer | Unreachable, problems: Problems) -> list[str]:
+def _row(host: str, answer: Answer, problems: Problems) -> list[str]:
     failed = {problem.check for problem in problems[host]}
     if isinstance(answer, Unreachable):
         return [host, *(_FAILED if check in failed else _UNKNOWN for check in _CHECKS)]
@@ -220,13 +221,6 @@ def _values(answer: HostAnswer) -> dict[Check, str]:
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _explain(host: str, problems: Problems) -> str:
-    lines = []
-    for problem in problems[host]:
-        lines += [f"{host}: {problem.check}: {problem.text}", f"    fix: {problem.fix}"]
-    return "\n".join(lines)
 
 
 def _describe(measured: Measurement, slots: Slots) -> str:

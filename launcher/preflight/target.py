@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from experiment.checkpoints import complete_checkpoints
@@ -57,13 +56,9 @@ class Target:
     checkpoint_bytes: int = 0  # still to be written
     cache: CacheNeeds | None = None  # None: no corpus is a URL
 
-    @cached_property
-    def _first_two(self) -> tuple[str, ...]:
-        return tuple(self.slots)[:2]
-
     def peer_of(self, host: str) -> str | None:
         """The host that another one must reach: the first one, and for that the second."""
-        return next((peer for peer in self._first_two if peer != host), None)
+        return next((peer for peer in self.slots if peer != host), None)
 
 
 def target_of_hosts(

@@ -37,10 +37,6 @@ class DeepSpeedCommand:
     launcher: Launcher = "pdsh"  # starts the ranks on other hosts
     rendezvous: Rendezvous | None = None  # None: unknown, or all ranks run on this machine
 
-    @property
-    def master_port(self) -> int:
-        return self.rendezvous.port if self.rendezvous else self.port
-
 
 def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
     """The argv that starts one rank per slot, each running `launcher.ranks.start_rank ARGUMENT…`."""
@@ -57,16 +53,17 @@ def _local_launcher(command: DeepSpeedCommand) -> list[str]:
     return [
         *("deepspeed.launcher.launch", _LOG_LEVEL),
         f"--world_info={base64.urlsafe_b64encode(slots.encode()).decode()}",
-        *("--master_addr=127.0.0.1", f"--master_port={command.master_port}"),
+        *("--master_addr=127.0.0.1", f"--master_port={command.port}"),
         *("--module", _MODULE),
     ]
 
 
 def _hosts_launcher(command: DeepSpeedCommand) -> list[str]:
-    address = command.rendezvous and command.rendezvous.address
+    meeting = command.rendezvous
+    address, port = (meeting.address, meeting.port) if meeting else (None, command.port)
     include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in command.slots.items())
     return [
-        *("deepspeed.launcher.runner", _LOG_LEVEL, f"--master_port={command.master_port}"),
+        *("deepspeed.launcher.runner", _LOG_LEVEL, f"--master_port={port}"),
         *([f"--master_addr={address}"] if address else []),  # else DeepSpeed asks the first host
         f"--hostfile={command.hostfile}",
         # MPI launchers reject --include: their hostfile has just these slots.

@@ -36,8 +36,7 @@ def launch_environment(environ: Mapping[str, str], device: DeviceKind | None, ro
         root: the repository, which becomes the first entry of PYTHONPATH.
     """
     wanted = {"TOKENIZERS_PARALLELISM": "false"} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
-    added = _missing(environ, wanted)
-    return added | {"PYTHONPATH": python_path(environ, root), "PYTHONSAFEPATH": "1"}
+    return _missing(environ, wanted) | {"PYTHONPATH": python_path(environ, root), "PYTHONSAFEPATH": "1"}
 
 
 def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:

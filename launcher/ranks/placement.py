@@ -117,8 +117,7 @@ def _take_first(count: int | None, numbers: tuple[int, ...], available: str) -> 
 
 def _check_capacity(slots: tuple[int, ...], devices: Devices, oversubscribe: bool) -> None:
     if devices.kind == "cuda":
-        missing = [slot for slot in slots if slot not in devices.indices]
-        if missing:
+        if missing := [slot for slot in slots if slot not in devices.indices]:
             raise UserError(
                 f"no GPU {missing[0]} on this machine: {len(slots)} ranks need one GPU each, available: "
                 f"{', '.join(map(str, devices.indices))} (--oversubscribe shares CPU cores, not GPUs)"
@@ -155,11 +154,9 @@ def select_slots(available: Slots, include: str | None = None, exclude: str | No
     """
     if include is not None and exclude is not None:
         raise UserError("--include cannot be combined with --exclude")
-    if include is None and exclude is None:
+    flag, text = ("--exclude", exclude) if include is None else ("--include", include)
+    if text is None:
         return available
-    flag = "--include" if include is not None else "--exclude"
-    text = include if include is not None else exclude
-    assert text is not None
     named = {host: _matching_slots(host, slots, available, flag) for host, slots in parse_filter(text, flag).items()}
     if include is not None:
         chosen = {host: named[host] for host in available if host in named}
@@ -176,7 +173,6 @@ def select_slots(available: Slots, include: str | None = None, exclude: str | No
 def _matching_slots(host: str, slots: tuple[int, ...] | None, available: Slots, flag: str) -> tuple[int, ...]:
     if host not in available:
         raise UserError(f"{flag}: unknown host {host!r}; known: {', '.join(available)}")
-    missing = [slot for slot in slots or () if slot not in available[host]]
-    if missing:
+    if missing := [slot for slot in slots or () if slot not in available[host]]:
         raise UserError(f"{flag}: {host} has no slot {missing[0]}; it has {', '.join(map(str, available[host]))}")
     return available[host] if slots is None else slots

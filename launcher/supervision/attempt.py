@@ -93,7 +93,8 @@ def run_attempt(launch: Launch, layout: Layout, stop: StopSignals, record: Attem
 def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: AttemptRecord) -> LaunchResult:
     """Run the ranks on hosts that are guarded."""
     processes = RankProcesses()
-    guards = GuardedHosts(list(layout.slots), _launch_name(launch.folder), launch.host_environment, processes.check)
+    name = f"{xxhash.xxh3_64_hexdigest(os.fsencode(launch.folder.path))}-{os.urandom(8).hex()}"  # of this attempt
+    guards = GuardedHosts(list(layout.slots), name, launch.host_environment, processes.check)
     result = None
     with stop.killing(guards.cancel), kill_on_early_stop(launch.folder, stop) as stopped_early, guards:
         if not guards.lost and not stop.killed:
@@ -114,11 +115,6 @@ def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: Att
 
 def _is_explained_by_a_lost_host(result: LaunchResult) -> bool:
     return result.outcome is Outcome.FAILED and result.cause not in (Cause.AGREED, Cause.OUT_OF_MEMORY)
-
-
-def _launch_name(folder: RunFolder) -> str:
-    """A new name for an attempt, as `LAUNCH_VARIABLE` has it."""
-    return f"{xxhash.xxh3_64_hexdigest(os.fsencode(folder.path))}-{os.urandom(8).hex()}"
 
 
 def _run(

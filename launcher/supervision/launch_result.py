@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from experiment.errors import UserError, describe_disk_error, notify
-from experiment.files import parse_json, write_text
+from experiment.files import parse_records, write_text
 from experiment.heartbeat import read_heartbeat
 from experiment.outcome_file import Cause, Outcome, RankRecord, rank_records, read_outcome
 from experiment.run_folder import RunFolder
@@ -202,34 +202,25 @@ def begin_attempt(folder: RunFolder, slots: Slots, start_time: float) -> Attempt
 
 def count_attempts(folder: RunFolder) -> int:
     """How often the run was started. Raises UserError if the file cannot be read."""
-    return sum(attempt is not None for attempt in _read_lines(folder))
+    return len(parse_records(dict[str, object], _read_bytes(folder)))
 
 
 def _read(folder: RunFolder) -> list[dict[str, object]]:
     """The attempts so far. Skips truncated lines, after a full disk or a power cut, with a message."""
-    attempts = _read_lines(folder)
-    if damaged := attempts.count(None):
-        notify(f"{folder.launches} is damaged: removed {damaged} of its {len(attempts)} lines")
-    return [attempt for attempt in attempts if attempt is not None]
+    content = _read_bytes(folder)
+    attempts, lines = parse_records(dict[str, object], content), sum(map(bool, content.split(b"\n")))
+    if damaged := lines - len(attempts):
+        notify(f"{folder.launches} is damaged: removed {damaged} of its {lines} lines")
+    return attempts
 
 
-def _read_lines(folder: RunFolder) -> list[dict[str, object] | None]:
-    """The attempts so far; None for a damaged line."""
+def _read_bytes(folder: RunFolder) -> bytes:
     try:
-        lines = folder.launches.read_bytes().split(b"\n")  # not str.splitlines, which also splits at U+2028 and others
+        return folder.launches.read_bytes()
     except FileNotFoundError:
-        return []
+        return b""
     except OSError as error:
         raise UserError(f"run.dir: cannot read {folder.launches}: {error.strerror}") from None
-    return list(map(_attempt, filter(None, lines)))
-
-
-def _attempt(line: bytes) -> dict[str, object] | None:
-    try:
-        attempt = parse_json(line)
-    except ValueError:
-        return None
-    return attempt if isinstance(attempt, dict) else None
 
 
 def _write(folder: RunFolder, attempts: Sequence[Mapping[str, object]]) -> None:

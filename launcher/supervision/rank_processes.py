@@ -225,7 +225,9 @@ def started(
         gate: a file; the ranks wait for it before they begin.
     """
     for path, text in command.files.items():
-        _write_private(path, text)
+        with atomic_write(path) as temporary:
+            temporary.touch(mode=0o600)  # only the user can read it
+            temporary.write_text(text, encoding="utf-8")
     environment = {**command.environment, START_VARIABLE: str(start_time)}
     if gate is not None:
         environment[GATE_VARIABLE] = str(gate)
@@ -247,13 +249,6 @@ def started(
             process.wait()
 
 
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that only the user can read."""
-    with atomic_write(path) as temporary:
-        temporary.touch(mode=0o600)
-        temporary.write_text(text, encoding="utf-8")
-
-
 @contextmanager
 def held_ranks(command: Command) -> Iterator[HeldRanks]:
     """Start ranks that import their modules, which takes seconds, and wait until `begin` is called. They are killed at
@@ -262,10 +257,7 @@ def held_ranks(command: Command) -> Iterator[HeldRanks]:
     `begin` raises UserError if its temporary folder was removed or is full.
     """
     start_time = process_start()
-    with (
-        temporary_folder(Path(tempfile.gettempdir()), "deepcloze-launch-") as folder,
-        ExitStack() as held,
-    ):
+    with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-launch-") as folder, ExitStack() as held:
         gate = folder / "gate"
         signals: list[int] = []
         with handle_stop_signals(signals.append):  # an exception while they start would leave them running

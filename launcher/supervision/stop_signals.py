@@ -27,7 +27,7 @@ class StopSignals:
     def __init__(self, folder: RunFolder) -> None:
         self.killed = False
         self.abandoned = False
-        self._kill: Callable[[], None] = _kill_nothing
+        self._kill: Callable[[], None] = lambda: None  # no rank is running
         self._file = folder.stop
         self._signals = SignalHistory()
         self._requested = False  # by a signal
@@ -107,10 +107,6 @@ class StopSignals:
         else:
             self._signal_name = name
             notify("stopping: the ranks save a checkpoint and exit; press Ctrl-C again to kill them", _BAR_LINES)
-
-
-def _kill_nothing() -> None:
-    """Do nothing: no rank is running."""
 
 
 @contextmanager

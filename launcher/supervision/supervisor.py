@@ -3,13 +3,12 @@
 `attempt` runs the ranks once, `restarts` decides what follows.
 """
 
-import contextlib
 import os
 import shutil
 import signal
 import time
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,11 +40,11 @@ def supervise(launch: Launch) -> LaunchResult:
     folder, stop = launch.folder, StopSignals(launch.folder)
     taken_over = f"another machine has taken over {folder.path}"
     with (
-        contextlib.closing(LaunchAlerts(launch.tracking, folder)) as alerts,
+        closing(LaunchAlerts(launch.tracking, folder)) as alerts,
         lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=launch.dead_owner),
     ):
         remove_leftovers(folder, launch.checked_at)
-        with stop.handle(), contextlib.nullcontext() if launch.local else _ignored_suspension():
+        with stop.handle(), nullcontext() if launch.local else _ignored_suspension():
             result = _Supervisor(launch, stop, alerts).run()
         if not stop.abandoned:
             with suppress(OSError):  # the ranks may have reported less than the launcher knows
@@ -53,7 +52,7 @@ def supervise(launch: Launch) -> LaunchResult:
         return result
 
 
-@contextlib.contextmanager
+@contextmanager
 def _ignored_suspension() -> Iterator[None]:
     """Ignore Ctrl-Z: guards would consider a suspended launcher lost."""
     before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
@@ -110,7 +109,9 @@ class _Supervisor:
             can_halve = layout.microbatch_halvings < self._launch.max_halvings
             match decide(self._attempts, self._launch.max_restarts, can_halve):
                 case End(advice):
-                    result = attempt.result if self._stop_requested() else _with_advice(attempt.result, advice)
+                    result = attempt.result
+                    if advice and not self._stop_requested():
+                        result = replace(result, message=f"{result.message}\n{advice}")
                     self._alerts.report(result)
                     return result
                 case Restart() as restart:
@@ -124,7 +125,7 @@ class _Supervisor:
 
     def _stop_requested(self) -> bool:
         """Whether a signal or a STOP file asks to stop. If the run folder cannot be read, only signals count."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             list(self._folder.path.iterdir())  # else a network file system may remember that there was none
             if self._folder.stop.exists():
                 return True
@@ -135,7 +136,9 @@ class _Supervisor:
         because the ranks may have failed for the same reason."""
         saved = newest_checkpoint(self._folder.checkpoints)
         try:
-            record = self._begin(layout.slots)
+            clear_reports(self._folder)
+            reserve_outcome(self._folder)
+            record = begin_attempt(self._folder, layout.slots, self._start_time())
         except (OSError, UserError) as error:
             if not self._attempts:
                 raise
@@ -149,11 +152,6 @@ class _Supervisor:
             record.end(result)
             record_end(self._folder, record.start_time)
         return Attempt(result, time.monotonic(), self._has_saved_since(saved), joins_hosts)
-
-    def _begin(self, slots: Slots) -> AttemptRecord:
-        clear_reports(self._folder)
-        reserve_outcome(self._folder)
-        return begin_attempt(self._folder, slots, self._start_time())
 
     def _start_time(self) -> float:
         """When the current attempt started. The first attempt includes the time before the launch was checked."""
@@ -232,10 +230,6 @@ def _as_stop(result: LaunchResult) -> LaunchResult:
         return result
     message = f"{result.message}\nstopped instead of restarting; run the same command again to resume"
     return replace(result, outcome=Outcome.STOPPED, message=message)
-
-
-def _with_advice(result: LaunchResult, advice: str) -> LaunchResult:
-    return replace(result, message=f"{result.message}\n{advice}") if advice else result
 
 
 def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
