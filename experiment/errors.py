@@ -117,8 +117,7 @@ def readable_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = describe_disk_error(error)
-        if line is None:
+        if (line := describe_disk_error(error)) is None:
             raise
         raise UserError(f"{where}{line}{advice}") from None
 
@@ -130,8 +129,7 @@ def stopped_by_disk_errors(where: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = describe_disk_error(error)
-        if line is None:
+        if (line := describe_disk_error(error)) is None:
             raise
         if _errno(error) in _MAY_PASS:
             raise StoppedError(f"{where}{line}; the same command resumes") from None
@@ -144,11 +142,6 @@ def _errno(error: BaseException) -> int | None:
         return None
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return error.errno if error.filename is not None or error.errno in _OF_DISKS_ONLY else None
-    return disk_error_number(error)
-
-
-def disk_error_number(error: BaseException) -> int | None:
-    """The errno in the message of an error of safetensors, tokenizers or shutil; None if there is none."""
     quoted = _QUOTED_BY_SHUTIL if isinstance(error, shutil.Error) else _QUOTED_BY_RUST
     found = quoted.search(str(error))
     return int(found[1]) if found else None

@@ -131,7 +131,8 @@ def _check_size(model: PreTrainedModel, weights: Path, origin: str) -> None:
     """Raise UserError for a model with far more elements than its weights have bytes: elements of int8 have one
     each."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    size = _weights_bytes(weights)
+    # ONNX files count too: these models are built from their config to find their inputs.
+    size = sum(path.stat().st_size for pattern in (*WEIGHT_FILES, "*.onnx*") for path in weights.glob(pattern))
     if size and sum(tensor.numel() for tensor in tensors.values()) > 2 * size + _SPARE:
         name = max(tensors, key=lambda name: tensors[name].numel())
         raise UserError(
@@ -158,8 +159,3 @@ def first_use(model: nn.Module) -> Iterator[None]:
 def has_weights(folder: Path) -> bool:
     """Whether there are weights of PyTorch in a Hugging Face folder."""
     return any(path.is_file() for pattern in WEIGHT_FILES for path in folder.glob(pattern))
-
-
-def _weights_bytes(folder: Path) -> int:
-    """ONNX files count too: these models are built from their config to find their inputs."""
-    return sum(path.stat().st_size for pattern in (*WEIGHT_FILES, "*.onnx*") for path in folder.glob(pattern))

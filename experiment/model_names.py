@@ -36,36 +36,28 @@ def record_model(name: str, earlier: str | None = None) -> str:
     return str(resolve_commit(hub))
 
 
-def local_model(name: str, on_progress: Callable[[], None] = lambda: None) -> Path:
+def local_model(name: str, on_progress: Callable[[], None] = lambda: None, weights: bool = True) -> Path:
     """The path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub is
     copied to the user's cache folder first. Raises UserError.
 
-    on_progress: called when something has been received from the Hub.
+    on_progress: called when something has been received from the Hub. weights: whether to copy those of a model of the
+    Hub, too.
     """
     _check_form(name)
     if is_url(name):
         return local_checkpoint(name)
-    _say_if_folder(name)
+    if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
+        log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)
     hub = HubName.of_model(name)
-    return Path(name) if hub is None else download_model(hub, on_progress=on_progress)
+    return Path(name) if hub is None else download_model(hub, weights, on_progress)
 
 
 def local_tokenizer(name: str) -> Path:
     """As `local_model`, for the folder of a tokenizer, which is copied without the weights of a model."""
     _check_form(name)
-    if is_url(name):
-        return local_folder(name, _WEIGHTS)
-    _say_if_folder(name)
-    hub = HubName.of_model(name)
-    return Path(name) if hub is None else download_model(hub, weights=False)
+    return local_folder(name, _WEIGHTS) if is_url(name) else local_model(name, weights=False)
 
 
 def _check_form(name: str) -> None:
     if (meant := meant_name(name)) is not None:
         raise UserError(f"{name}: did you mean '{meant}', the name of the model?")
-
-
-def _say_if_folder(name: str) -> None:
-    """Log the choice if a folder with the files of a model has a name that a model of the Hub may have too."""
-    if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
-        log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)

@@ -54,10 +54,8 @@ def webhook_service(environ: Mapping[str, str] = os.environ) -> Service:
         raise UserError(f"tracking.alerts.webhook: set {_WEBHOOK} to a URL that begins with https:// or http://")
 
     def send(message: Message) -> None:
-        payload = {
-            "text": f"{message.title}\n{message.text}",
-            **message.fields,
-        }  # `text`: shown by Slack and Mattermost
+        # `text`: shown by Slack and Mattermost
+        payload = {"text": f"{message.title}\n{message.text}", **message.fields}
         request = urllib.request.Request(url, json.dumps(payload).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=_WEBHOOK_TIMEOUT) as reply:
             reply.read(1)

@@ -66,17 +66,19 @@ def write_outcome(folder: RunFolder, outcome: Outcome, message: str = "", cause:
     try:
         write_json(folder.outcome, reported._asdict())
     except OSError:
-        _fill_reserved(folder, reported)
+        short = json.dumps(reported._replace(message=message[:_SHORT_MESSAGE])._asdict()).encode()
+        with folder.reserved_outcome.open("r+b") as file:
+            file.write(short.ljust(_RESERVED_BYTES))
+        folder.reserved_outcome.replace(folder.outcome)
 
 
 def write_first_outcome(folder: RunFolder, outcome: Outcome, message: str, cause: Cause | None = None) -> None:
     """Write an outcome as `write_outcome` does, unless a rank has written one."""
-    reported = ReportedOutcome(outcome, message, cause)
     try:
-        create_json(folder.outcome, reported._asdict())
+        create_json(folder.outcome, ReportedOutcome(outcome, message, cause)._asdict())
     except OSError:
         if not folder.outcome.exists():
-            _fill_reserved(folder, reported)
+            write_outcome(folder, outcome, message, cause)
 
 
 @contextmanager
@@ -111,13 +113,6 @@ def read_outcome(folder: RunFolder) -> ReportedOutcome | None:
         return ReportedOutcome(Outcome(found["outcome"]), str(found["message"]), cause)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _fill_reserved(folder: RunFolder, reported: ReportedOutcome) -> None:
-    short = json.dumps(reported._replace(message=reported.message[:_SHORT_MESSAGE])._asdict()).encode()
-    with folder.reserved_outcome.open("r+b") as file:
-        file.write(short.ljust(_RESERVED_BYTES))
-    folder.reserved_outcome.replace(folder.outcome)
 
 
 @dataclass(frozen=True)

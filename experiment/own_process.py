@@ -32,8 +32,8 @@ def module_command(module: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module)
 
 
-def own_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    return {**environ, "PYTHONPATH": python_path(environ, REPOSITORY)}
+def own_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": python_path(os.environ, REPOSITORY)}
 
 
 def python_path(environ: Mapping[str, str], root: Path) -> str:

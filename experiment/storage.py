@@ -196,7 +196,7 @@ def delete(url: str) -> None:
         _call(url, lambda fs, path: fs.rm(path, recursive=True))
 
 
-def local_folder(url: str, left_out: Collection[str] = ()) -> Path:
+def local_folder(url: str, left_out: Collection[str]) -> Path:
     """A copy of a folder in the user's cache folder, which is made unless there is one of the same files.
 
     `left_out`: suffixes of files that are not copied. Raises StorageError.
@@ -317,9 +317,6 @@ class _Reader(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]

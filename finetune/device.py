@@ -74,12 +74,10 @@ class Microbatch:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if size < min(self.size, len(examples)):
-            self._shrink(size)
-
-    def _shrink(self, size: int) -> None:
-        if not self._warned:
-            log.warning("out of memory: computing %d examples at once, not %d; updates stay the same", size, self.size)
-        self.size, self._warned = size, True
+            if not self._warned:
+                message = "out of memory: computing %d examples at once, not %d; updates stay the same"
+                log.warning(message, size, self.size)
+            self.size, self._warned = size, True
 
 
 def _parts(examples: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -27,7 +27,6 @@ from finetune.task_kind import TaskKind
 log = logging.getLogger(__name__)
 
 _UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
-_MASKED_LM = "AutoModelForMaskedLM"
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTas
 def _build(spec: ModelSpec) -> PreTrainedModel:
     built = build_model(spec)
     if built.new:
-        problem = "has no masked-LM head" if spec.auto_model == _MASKED_LM else "is not fine-tuned"
+        problem = "has no masked-LM head" if spec.auto_model == "AutoModelForMaskedLM" else "is not fine-tuned"
         raise UserError(f"{spec.folder}: the model {problem}: its weights lack {', '.join(built.new[:3])}")
     return built.model
 

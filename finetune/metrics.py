@@ -160,9 +160,7 @@ def fit_temperature(classified: Classified) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
 
 
-def measure_calibration(
-    splits: Mapping[str, Classified | None],
-) -> tuple[float | None, dict[str, dict[str, float]]]:
+def measure_calibration(splits: Mapping[str, Classified | None]) -> tuple[float | None, dict[str, dict[str, float]]]:
     """The temperature that is best on validation, and {`ece`, `calibrated_ece`} of each split; None and {} if there is
     nothing to calibrate."""
     validation = splits.get("validation")

@@ -29,11 +29,7 @@ class Predictor:
 
     @classmethod
     def load(
-        cls,
-        model: str | Path,
-        precision: str = "auto",
-        batch_size: int = 128,
-        task: SavedTask | None = None,
+        cls, model: str | Path, precision: str = "auto", batch_size: int = 128, task: SavedTask | None = None
     ) -> Self:
         """Load a model folder, the best model of a fine-tuning run, or a model of the Hub by its name.
 

@@ -12,7 +12,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,6 @@ from finetune.inference import Inference, evaluation_microbatch
 from finetune.model import build_model
 from finetune.pooling import pool
 from finetune.resolve import ResolvedRun, load_run_config, resolve
-from finetune.task_kind import TaskKind
 
 _C = 1.0
 _ITERATIONS = 1000
@@ -66,7 +64,8 @@ def probe(run: ResolvedRun) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ConvergenceWarning)  # close enough after so many iterations
         classifier.fit(train, targets)
-    return _score(kind, splits["validation"], classifier.predict(validation))
+    predictions = [{"label": kind.labels[number]} for number in classifier.predict(validation)]
+    return kind.scores(splits["validation"].table.records, predictions)
 
 
 def features(model: MeanPooled, split: Split, run: ResolvedRun) -> NDArray[np.float32]:
@@ -75,10 +74,6 @@ def features(model: MeanPooled, split: Split, run: ResolvedRun) -> NDArray[np.fl
     inference = Inference(model, run.task.kind, run.task.padding, run.device, microbatch)
     outputs, _ = inference.compute(split.examples)
     return np.stack([rows[0] for rows in outputs])
-
-
-def _score(kind: TaskKind[Any], split: Split, label_ids: NDArray[np.int64]) -> dict[str, float]:
-    return kind.scores(split.table.records, [{"label": kind.labels[number]} for number in label_ids])
 
 
 def main(argv: Sequence[str]) -> int:

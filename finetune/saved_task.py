@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import PositiveFloat
-from transformers import PreTrainedConfig
 
 from experiment.checkpoints import complete_checkpoints, find_model_folder
 from experiment.config import Section, build_config
@@ -115,14 +114,10 @@ def is_masked_lm(folder: Path) -> bool:
     return has_masked_lm_head(load_config(folder).architectures) and not (folder / FILE).is_file()
 
 
-def _architecture(config: PreTrainedConfig) -> str:
-    return str((config.architectures or ["none"])[0])
-
-
 def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:
     """The task of a model that was trained elsewhere."""
     config = load_config(folder)
-    architecture = _architecture(config)
+    architecture = str((config.architectures or ["none"])[0])
     kind_name = next((kind for end, kind in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))
     single_label = config.problem_type in (None, "single_label_classification")

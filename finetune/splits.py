@@ -114,11 +114,7 @@ def make_task(
 
 
 def encode_split(
-    table: Table,
-    kind: TaskKind[Any],
-    encoder: Encoder,
-    training: bool,
-    records: Iterable[Record] | None = None,
+    table: Table, kind: TaskKind[Any], encoder: Encoder, training: bool, records: Iterable[Record] | None = None
 ) -> Split:
     """The examples of all records. records: those of the table, with a progress bar. Raises UserError for an invalid
     target."""

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import yaml
@@ -52,9 +53,7 @@ def explain_unknown_key(config_type: type[BaseModel], dotted: str) -> str:
     close = close or difflib.get_close_matches(dotted, peers, n=1, cutoff=0.8)
     if close:
         return f"unknown config key '{dotted}'; did you mean '{close[0]}'?"
-    annotation: Any = config_type
-    for part in above.split(".") if above else ():
-        annotation = annotation_below(annotation, part)
+    annotation = reduce(annotation_below, above.split(".") if above else (), config_type)
     siblings = [name for name in known_keys(annotation) if "." not in name]
     return f"unknown config key '{dotted}'{did_you_mean(last, siblings or list(config_type.model_fields))}"
 
@@ -72,9 +71,7 @@ def _explain(config_type: type[BaseModel], key: KeyPath, details: ErrorDetails) 
     if details["type"] == "extra_forbidden":
         return explain_unknown_key(config_type, dotted)
     if _is_mismatch(details):
-        annotation: Any = config_type
-        for part in key:
-            annotation = annotation_below(annotation, part)
+        annotation = reduce(annotation_below, key, config_type)
         quote = str in union_members(annotation) and isinstance(details["input"], int | float)
         hint = ": write it in quotes" if quote else _yaml_problem(details["input"], accepts(annotation, dict))
         return f"'{dotted}': expected {describe_type(annotation)}, found {describe_value(details['input'])}{hint}"
@@ -128,14 +125,10 @@ def _is_missing(details: ErrorDetails) -> bool:
 
 
 def _is_mismatch(details: ErrorDetails) -> bool:
-    """Whether the value has the wrong type for its field."""
+    """Whether the value has the wrong type, or number of items, for its field."""
     kind = details["type"]
-    return kind.endswith("_type") or kind == "literal_error" or _is_wrong_length(details)
-
-
-def _is_wrong_length(details: ErrorDetails) -> bool:
-    too_long = details["type"] == "too_long" and details["ctx"]["field_type"] == "Tuple"
-    return too_long or _is_short_tuple(details)
+    is_long_tuple = kind == "too_long" and details["ctx"]["field_type"] == "Tuple"
+    return kind.endswith("_type") or kind == "literal_error" or is_long_tuple or _is_short_tuple(details)
 
 
 def _is_short_tuple(details: ErrorDetails) -> bool:

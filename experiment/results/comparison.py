@@ -71,10 +71,8 @@ def as_csv(comparison: Comparison) -> str:
     writer.writerow(_CSV_COLUMNS)
     for row, cells in comparison.items():
         for column, cell in cells.items():
-            values, chosen = (
-                " ".join(map(str, cell["values"])),
-                " ".join(f"{k}={v}" for k, v in cell["chosen"].items()),
-            )
+            values = " ".join(map(str, cell["values"]))
+            chosen = " ".join(f"{k}={v}" for k, v in cell["chosen"].items())
             found = {**cell, "values": values, "chosen": chosen}
             writer.writerow([row, column, *(found[key] for key in _CSV_COLUMNS[2:])])
     return text.getvalue()

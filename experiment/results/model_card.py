@@ -50,12 +50,7 @@ def render_card(
         keep_trailing_newline=True,
     )
     environment.filters["escaped"] = escape
-    environment.globals |= {
-        "table": _table,
-        "settings": _settings,
-        "number": format_number,
-        "libraries": _LIBRARIES,
-    }
+    environment.globals |= {"table": _table, "settings": _settings, "number": format_number, "libraries": _LIBRARIES}
     values["hardware"] = list(dict.fromkeys(map(tuple, values["hardware"])))
     lineage = None if ancestors is None else [_lineage_row(ancestor) for ancestor in ancestors]
     return environment.get_template(template.name).render(title=title, usage=usage, lineage=lineage, **values)

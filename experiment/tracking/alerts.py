@@ -19,10 +19,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from experiment.notification import Message, Service, apprise_services, mail_service, webhook_service
+from experiment.outcome_file import Outcome
 from experiment.own_process import own_environment
 from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder
 from experiment.tracking.config import AlertEvent, AlertsConfig
+from experiment.tracking.jsonl import Metrics
 
 if TYPE_CHECKING:
     import wandb
@@ -72,7 +74,7 @@ class AlertFilter:
 
 
 class Messenger:
-    """Sends alerts as `config` says, and in other ways."""
+    """Sends alerts as `config` says, and in other ways. It is a tracker, too, which records no metrics."""
 
     def __init__(
         self,
@@ -93,13 +95,16 @@ class Messenger:
         for service in alert_services(config):
             self._channels.append(_Channel(service.name, partial(self._send, service), warn))
 
+    def log(self, metrics: Metrics) -> None:
+        """Metrics are not sent."""
+
     def alert(self, alert: Alert) -> None:
         for channel in self._channels:
             channel.send(alert)
 
-    def close(self, seconds: float = FLUSH_SECONDS) -> None:
-        """Wait until all alerts are sent, for at most `seconds`."""
-        end = time.monotonic() + seconds
+    def close(self, outcome: Outcome | None = None) -> None:
+        """Wait until all alerts are sent, for at most `FLUSH_SECONDS`."""
+        end = time.monotonic() + FLUSH_SECONDS
         for channel in self._channels:
             channel.finish()
         for channel in self._channels:

@@ -20,17 +20,9 @@ from experiment.outcome_file import Outcome
 from experiment.tracking.jsonl import AppendFile, Metrics, is_kept
 
 _PREFIX = "events.out.tfevents."  # by which TensorBoard recognises its files
-_SPEED = frozenset(
-    (
-        "tokens_per_second",
-        "mfu",
-        "data_wait",
-        "goodput",
-        "checkpoint_seconds",
-        "slowest_rank",
-        "slowest_rank_ratio",
-        "memory",
-    )
+_SPEED = (
+    *("tokens_per_second", "mfu", "data_wait", "goodput"),
+    *("checkpoint_seconds", "slowest_rank", "slowest_rank_ratio", "memory"),
 )
 _LENGTH, _CHECKSUM = 8, 4  # bytes: a record is its length, a checksum of that, the message, and a checksum of that
 

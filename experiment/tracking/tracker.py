@@ -14,7 +14,7 @@ from experiment.outcome_file import Outcome
 from experiment.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, alert_services
-from experiment.tracking.config import AlertEvent, AlertsConfig, TrackingConfig
+from experiment.tracking.config import AlertEvent, TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
 from experiment.tracking.progress_line import ConsoleTracker
@@ -59,10 +59,10 @@ def check_tracking(config: TrackingConfig) -> None:
 def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, console: bool = True) -> "Trackers":
     """Open the trackers that `config` enables, as one. console: whether the terminal is one of them."""
     resumed = run.resumed_step, run.evaluates_again
-    openers: dict[str, Callable[[], Tracker]] = {"metrics.jsonl": lambda: JsonlTracker(folder.metrics, *resumed)}
+    openers: dict[str, Callable[[], Tracker]] = {}
     if console:
-        shown = {"the console": lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.unit)}
-        openers = {**shown, **openers}
+        openers["the console"] = lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.unit)
+    openers["metrics.jsonl"] = lambda: JsonlTracker(folder.metrics, *resumed)
     if config.tensorboard and run.seed_steps:
         seeds = partial(SeedsTensorBoardTracker, folder.tensorboard, run.resumed_step, run.seed_steps)
         openers["TensorBoard"] = seeds
@@ -72,24 +72,8 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
         kept = partial(kept_events, folder.metrics, *resumed)
         openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters, kept())
     if config.alerts.webhook or config.alerts.apprise or config.alerts.email is not None:
-        openers["alerts"] = lambda: AlertTracker(config.alerts, folder)
+        openers["alerts"] = lambda: Messenger(config.alerts, folder, lambda message: logger.warning("%s", message))
     return Trackers(openers, config.alerts.events)
-
-
-class AlertTracker:
-    """Sends alerts."""
-
-    def __init__(self, config: AlertsConfig, folder: RunFolder) -> None:
-        self._messenger = Messenger(config, folder, lambda message: logger.warning("%s", message))
-
-    def log(self, metrics: Metrics) -> None:
-        """Metrics are not sent."""
-
-    def alert(self, alert: Alert) -> None:
-        self._messenger.alert(alert)
-
-    def close(self, outcome: Outcome) -> None:
-        self._messenger.close()
 
 
 class Trackers:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INIT_SECONDS = 20.0  # timeout for reaching the server; the run is then logged offline
+_INIT_SECONDS = 20.0  # timeout for reaching the server; the run is then logged offline
 FINISH_SECONDS = 30.0  # timeout for uploading the rest when the run ends
 _UPLOAD_SHARE = 0.7  # of it, after which W&B gives up uploading and completes its local file
 # W&B's local files have the format of LevelDB's log, with a header of its own and plain CRC-32:
@@ -60,7 +60,6 @@ class WandbTracker:
         run_id: str,
         parameters: Mapping[str, object],
         kept: Sequence[Event] = (),
-        init_seconds: float = INIT_SECONDS,
         finish_seconds: float = FINISH_SECONDS,
     ) -> None:
         """`kept`: the events of earlier attempts that are not logged again."""
@@ -80,7 +79,7 @@ class WandbTracker:
             "dir": str(folder.path),
         }
         self._settings: dict[str, Any] = {
-            "init_timeout": init_seconds,
+            "init_timeout": _INIT_SECONDS,
             "finish_timeout": _UPLOAD_SHARE * finish_seconds,
             "silent": True,
             "console": "off",  # the terminal belongs to the console tracker and the rank logs
@@ -112,7 +111,7 @@ class WandbTracker:
                 run, first_number = self._start()
             rows = _Rows(run, first_number)
             for earlier in kept:
-                rows.log_again(earlier)
+                rows.log(earlier, again=True)
             while not isinstance(event := self._events.get(), Outcome):
                 if isinstance(event, Alert):
                     send_by_wandb(run, event, self._folder.path.name)
@@ -190,17 +189,15 @@ class _Rows:
         self._step = -1  # of the training
         self._late = 0  # events of earlier steps since then
 
-    def log(self, event: Metrics) -> None:
+    def log(self, event: Metrics, again: bool = False) -> None:
+        """Log an event under its number, or the next one that W&B accepts. again: one of an earlier attempt, which is
+        logged only if it is missing."""
         number, is_late = self._next(event)
         # A row that is late now may not have been late when the rows before `first_number` were logged.
-        if is_late or number >= self._first_number:
-            self._log(event, number)
-
-    def log_again(self, event: Metrics) -> None:
-        """Log an event of an earlier attempt, if it is missing."""
-        number, _ = self._next(event)
-        if number >= self._first_number:
-            self._log(event, number)
+        if number >= self._first_number or (is_late and not again):
+            self._last_number = max(number, self._last_number + 1, self._first_number)
+            row = {key: value for key, value in event.items() if value is not None}
+            self._run.log(row, step=self._last_number, commit=True)
 
     def _next(self, event: Metrics) -> tuple[int, bool]:
         """The number of an event, and whether it is of an earlier step than the training."""
@@ -212,12 +209,6 @@ class _Rows:
         self._late += is_late
         slot = 1 + self._late if is_late else int(is_evaluation(event))
         return self._step * _ROWS_PER_STEP + slot, is_late
-
-    def _log(self, event: Metrics, number: int) -> None:
-        """Log an event under this number, or the next one that W&B accepts."""
-        self._last_number = max(number, self._last_number + 1, self._first_number)
-        row = {key: value for key, value in event.items() if value is not None}
-        self._run.log(row, step=self._last_number, commit=True)
 
 
 def _describe(error: Exception) -> str:
@@ -236,12 +227,9 @@ def last_step(folder: Path, run_id: str) -> int:
     for path in files:
         for data in _read_records(path.read_bytes()):
             record = Record.FromString(data)
-            steps += [json.loads(item.value_json) for item in record.history.item if _is_step(item)]
+            items = [item for item in record.history.item if "_step" in (item.key, *item.nested_key)]
+            steps += [json.loads(item.value_json) for item in items]
     return max(steps)
-
-
-def _is_step(item: object) -> bool:
-    return "_step" in (item.key, *item.nested_key)  # type: ignore[attr-defined]
 
 
 def _read_records(data: bytes) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, text_lines, warn_once
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.files import parse_json
 from experiment.hub_data import PREFIX, HubData, load_rows, read_cells
 from experiment.parquet import parquet_rows
@@ -55,7 +55,7 @@ def open_lines(path: Path) -> Iterator[Iterator[str]]:
             parts = raw_lines(cast(IO[bytes], file), str(path))
             yield text_lines((line for part in parts for line in part.splitlines(keepends=True)), str(path))
     except (OSError, EOFError, zlib.error) as error:  # also a .gz file that is damaged or not compressed
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
             for number, cells in enumerate(parquet_rows(file), 1):
                 yield Row(f"{path}, row {number}", names, cells, str(path))
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
 def read_conll(path: Path) -> Iterator[Row]:

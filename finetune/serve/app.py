@@ -1,12 +1,12 @@
 """The routes: each takes a typed request, and answers with JSON.
 
-From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `stop_without_client`, `limit_size`,
-`require_host`, `require_token`, `read_as_json`, and the FastAPI application. Every error of a client is answered with
+From outside to inside, a request passes `observe` (logs, metrics), `limit_time`, `limit_size`, `require_host`,
+`require_token`, `read_as_json`, and the FastAPI application. Every error of a client is answered with
 {"error": MESSAGE}.
 """
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
@@ -33,7 +33,6 @@ from finetune.serve.request_checks import (
     read_as_json,
     require_host,
     require_token,
-    stop_without_client,
 )
 from finetune.serve.schemas import (
     EmbedRequest,
@@ -91,7 +90,7 @@ def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None =
     app.include_router(site)
     handle_errors(app)
     permitted = require_host(require_token(read_as_json(app, _JSON_PATHS), token), hosts, only_own_pages=token is None)
-    limited = limit_time(stop_without_client(limit_size(permitted, serving.limits)), serving.limits)
+    limited = limit_time(limit_size(permitted, serving.limits), serving.limits)
     observed = observe(limited, serving.metrics)
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
@@ -253,12 +252,8 @@ def _text_records(rows: Sequence[Sequence[str]], served: ServedModel) -> list[Re
             f"{asked}: the model, of kind {served.info.kind}, accepts {' and '.join(served.info.accepts)}; see GET "
             "/v1/model"
         )
-    roles: Sequence[str] = ("text", "text_pair")
-
-    def values(row: Sequence[str]) -> Mapping[str, str]:
-        return dict(zip(roles, row, strict=False))
-
-    return [Record(f"{name} {index}", values(row)) for index, row in enumerate(rows)]
+    roles = ("text", "text_pair")
+    return [Record(f"{name} {index}", dict(zip(roles, row, strict=False))) for index, row in enumerate(rows)]
 
 
 def handle_errors(app: FastAPI) -> None:

@@ -189,39 +189,12 @@ async def _discard(receive: Receive) -> None:
 
 def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
     """Answer 408 to a request that does not arrive in time, 503 to one that is not answered in time. Drop clients
-    that do not take their answer in time."""
+    that do not take their answer in time. Cancel the work for a request whose client has gone."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
-        arrived = started = False
-
-        async def note_arrival() -> Message:
-            nonlocal arrived
-            event = await receive()
-            arrived = arrived or not event.get("more_body", False)
-            return event
-
-        async def note_start(event: Message) -> None:
-            nonlocal started
-            started = True
-            await send(event)
-
-        try:
-            async with asyncio.timeout(limits.timeout):
-                await app(scope, note_arrival, note_start)
-        except TimeoutError:
-            if not started:
-                await _timeout_response(arrived, limits.timeout)(scope, receive, send)
-
-    return limited
-
-
-def stop_without_client(app: ASGIApp) -> ASGIApp:
-    """Cancel the work for a request whose client has gone."""
-
-    async def stoppable(scope: Scope, receive: Receive, send: Send) -> None:
         answering = asyncio.current_task()
         assert answering is not None
-        gone, watching = False, None
+        started, gone, watching = False, False, None  # watching: since the request has arrived
 
         async def watch() -> None:
             nonlocal gone
@@ -238,12 +211,18 @@ def stop_without_client(app: ASGIApp) -> ASGIApp:
             return event
 
         async def note_start(event: Message) -> None:
+            nonlocal started
+            started = True
             if watching is not None:
                 watching.cancel()  # the end of an answer looks like a client that goes
             await send(event)
 
         try:
-            await app(scope, note_arrival, note_start)
+            async with asyncio.timeout(limits.timeout):
+                await app(scope, note_arrival, note_start)
+        except TimeoutError:
+            if not started:
+                await _timeout_response(watching is not None, limits.timeout)(scope, receive, note_start)
         except asyncio.CancelledError:
             if not gone:
                 raise
@@ -252,7 +231,7 @@ def stop_without_client(app: ASGIApp) -> ASGIApp:
             if watching is not None:
                 watching.cancel()
 
-    return stoppable
+    return limited
 
 
 def _timeout_response(arrived: bool, seconds: float) -> JSONResponse:

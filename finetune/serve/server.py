@@ -167,11 +167,7 @@ class _Server(uvicorn.Server):
 
 
 def run_server(
-    app: ASGIApp,
-    listener: socket.socket,
-    grace: float,
-    on_started: Callable[[], None],
-    on_reload: Callable[[], None],
+    app: ASGIApp, listener: socket.socket, grace: float, on_started: Callable[[], None], on_reload: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish the requests that were accepted, for at most `grace` seconds.
 

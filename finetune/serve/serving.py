@@ -18,7 +18,7 @@ from fastapi import HTTPException
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
-from finetune.mask_filler import Candidates, MaskFiller
+from finetune.mask_filler import Candidates
 from finetune.pooling import Pooling
 from finetune.predictor import Predictor
 from finetune.serve.batching import Batcher, BatchLimits, Size
@@ -90,7 +90,9 @@ class Services:
         """See `MaskFiller.fill`. The model must fill masks."""
         filler, batcher = self.served.filler, self._masked
         assert filler is not None and batcher is not None  # noqa: PT018
-        encoded = await asyncio.to_thread(_encode_masked, filler, texts, top_k)
+        encoded = await asyncio.to_thread(
+            lambda: [filler.encode(text, f"texts[{index}]", top_k) for index, text in enumerate(texts)]
+        )
         found = await batcher.submit(encoded, self._sizes(encoded))
         return await asyncio.to_thread(lambda: [filler.describe(candidates) for candidates in found])
 
@@ -135,10 +137,6 @@ class Services:
             message = f"a text whose options have {most:,} tokens; at most {_LARGEST_ITEM:,} are accepted"
             raise HTTPException(413, message)
         return sizes
-
-
-def _encode_masked(filler: MaskFiller, texts: Sequence[str], top_k: int) -> list[Example]:
-    return [filler.encode(text, f"texts[{index}]", top_k) for index, text in enumerate(texts)]
 
 
 class Serving:

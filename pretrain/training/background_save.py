@@ -24,10 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiment.checkpoints import checkpoint_path
+from experiment.checkpoints import Retention, checkpoint_path, discard, remove_leftovers
 from experiment.errors import describe_disk_error
 from experiment.files import call_after_syncs
-from experiment.retention import Retention, discard, remove_leftovers
 from pretrain.training.checkpoint_tensors import (
     Share,
     WriteModel,

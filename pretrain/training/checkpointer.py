@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiment.checkpoints import (
+    Retention,
     checkpoint_path,
     checkpoint_step,
     complete_checkpoints,
@@ -24,7 +25,6 @@ from experiment.checkpoints import (
 from experiment.goodput import CHECKPOINTING, ActivityTimer
 from experiment.mirror import Mirror
 from experiment.provenance import write_origin
-from experiment.retention import Retention
 from experiment.tracking.alerts import Alert
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
@@ -112,8 +112,7 @@ class Checkpointer:
         self._times = times
         self._provenance = provenance
         plan = run.resume_plan
-        resumed = plan.checkpoint is not None and not plan.fork
-        saved_step = checkpoint_step(plan.checkpoint) if plan.checkpoint is not None and resumed else None
+        saved_step = checkpoint_step(plan.checkpoint) if plan.checkpoint is not None and not plan.fork else None
         url = run.config.checkpoint.mirror
         self._uploads = MirrorUploads(Mirror(url), run.folder, alert) if url and engine.world.rank == 0 else None
         self._saves = BackgroundSave(run.folder.checkpoints, group, engine.world, saved_step, self._uploads)

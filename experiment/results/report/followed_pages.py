@@ -56,10 +56,6 @@ class Task:
                     self.ended.set()
         return self.ended
 
-    @property
-    def is_active(self) -> bool:
-        return not self.ended.is_set()
-
     def _run(self) -> None:
         try:
             self._work()
@@ -109,7 +105,7 @@ class FollowedRun:
     @property
     def unread(self) -> float:
         """The share of the metrics that is still to be read."""
-        return self._history.unread if self._reading.is_active else 0.0
+        return 0.0 if self._reading.ended.is_set() else self._history.unread
 
     def locate(self) -> threading.Event:
         """Find out when the run was started, and whether it is alive. Returns the event that the former is known."""

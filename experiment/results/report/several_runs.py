@@ -203,11 +203,8 @@ def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
         comparison = parse_json(path.read_text(encoding="utf-8"))
         blocks, groups = comparison_blocks(comparison), _groups(folder, comparison)
     except FileNotFoundError:  # not done
-        blocks, groups = (
-            [Heading("Comparison"), Text("The scores are compared when all runs are done.")],
-            _planned(folder),
-        )
-        if not groups:
+        blocks = [Heading("Comparison"), Text("The scores are compared when all runs are done.")]
+        if not (groups := _planned(folder)):
             return []
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected scores by row and task") from None

@@ -91,7 +91,8 @@ def test_a_server_that_does_not_answer_delays_nothing(
     messenger = Messenger(AlertsConfig(webhook=True, email="me@x"), RunFolder(tmp_path), warnings.append)
     for _ in range(100):
         messenger.alert(Alert("crash", "…"))
-    messenger.close(0.3)
+    monkeypatch.setattr(alerts, "FLUSH_SECONDS", 0.3)
+    messenger.close()
     never.set()
     assert len(mails) == 100
     assert warnings == ["alerts by webhook are given up: no answer in time"]
