@@ -7,14 +7,7 @@ complete examples.
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import (
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from experiment.config import Section, did_you_mean
 from experiment.config.field_types import Fraction, PathText, Seed, SequenceLength, expand_home

@@ -160,7 +160,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     """
     share_cores()
     folder = find_model_folder(local_model(checkpoint))
-    settings = _settings(folder)
+    policy, seed, max_length = _settings(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary = build_vocabulary(tokenizer)
     model_config = ModelConfig(init_from=str(folder))
@@ -169,8 +169,8 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     for _ in verified_shards(corpora.values(), show_progress=show_progress):
         pass
 
-    built = build_model(model_config, config, settings.seed, new_head=False)
-    length = min(settings.max_seq_length, max_positions(built.model) or settings.max_seq_length)
+    built = build_model(model_config, config, seed, new_head=False)
+    length = min(max_length, max_positions(built.model) or max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
     layout = MicrobatchLayout(length, max(8192, length), choose_rows(built, torch.float32), built.first_position)
@@ -181,7 +181,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         return predictions
 
     with tempfile.TemporaryDirectory() as index_folder:
-        held_out = HeldOutSettings(vocabulary, settings.policy, settings.seed, layout)
+        held_out = HeldOutSettings(vocabulary, policy, seed, layout)
         opened = {
             name: open_held_out(corpus, held_out, World(), Path(index_folder)) for name, corpus in corpora.items()
         }
@@ -189,20 +189,14 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     return HeldOutEvaluator(opened).evaluate(predict, device, show_progress)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    seed: int
-    max_seq_length: int
-    policy: MaskingPolicy
-
-
-def _settings(folder: Path) -> _Settings:
+def _settings(folder: Path) -> tuple[MaskingPolicy, int, int]:
+    """The masking policy, the seed, and the sequence length."""
     masking, seed, length = MaskingConfig(), 42, _DEFAULT_LENGTH
     if (folder.parent / "state.json").is_file():
         config: dict[str, Any] = read_state(folder.parent)["config"]
         masking = build_config(MaskingConfig, config["masking"])
         seed, length = config["run"]["seed"], config["batch"]["max_seq_length"]
-    return _Settings(seed, length, masking_policy(masking))
+    return masking_policy(masking), seed, length
 
 
 def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str, Corpus]:

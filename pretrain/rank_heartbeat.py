@@ -45,7 +45,8 @@ class RankHeartbeat:
     def _run(self) -> None:
         number, stuck, before, checked = 0, 0.0, None, time.monotonic()
         while True:
-            doing, frame = self._doing(), sys._current_frames().get(threading.main_thread().ident or 0)
+            doing = Doing(0, STARTING, 0) if self._times is None else self._times.doing
+            frame = sys._current_frames().get(threading.main_thread().ident or 0)
             now = time.monotonic()
             # A machine that was suspended has not hung: count a part of a long pause only.
             elapsed, checked = min(now - checked, self._limit / 4), now
@@ -53,8 +54,9 @@ class RankHeartbeat:
             # While the ranks connect, they find themselves which one is missing.
             measured = self._times is not None and (waits or doing.activity != STARTING) and not _compiles(frame)
             was_stuck, stuck = stuck, stuck + elapsed if doing == before and measured else 0.0
-            if was_stuck < self._limit <= stuck:
-                self._dump()
+            if was_stuck < self._limit <= stuck and self._log is not None:
+                with suppress(OSError):
+                    faulthandler.dump_traceback(self._log)
             number, before = number + 1, doing
             host, pid = platform.node(), os.getpid()
             with suppress(OSError):
@@ -64,14 +66,6 @@ class RankHeartbeat:
                 )
             del frame
             time.sleep(self._interval)
-
-    def _doing(self) -> Doing:
-        return Doing(0, STARTING, 0) if self._times is None else self._times.doing
-
-    def _dump(self) -> None:
-        if self._log is not None:
-            with suppress(OSError):
-                faulthandler.dump_traceback(self._log)
 
 
 def _is_in(frame: FrameType | None, code: tuple[str, ...]) -> bool:

@@ -161,13 +161,7 @@ def open_stream(
             with_best_row_width(maker, range(first, end), order.sizes.warmup_steps, attention_ratio)
             for maker, order, first, end in zip(makers, orders, first_steps, ends, strict=True)
         ]
-    return TrainingStream(
-        tuple(makers),
-        first_steps,
-        steps,
-        tuple(given.name for given in run.corpora),
-        rows,
-    )
+    return TrainingStream(tuple(makers), first_steps, steps, tuple(given.name for given in run.corpora), rows)
 
 
 def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule | None:

@@ -35,7 +35,6 @@ class RankBatch(NamedTuple):
     microbatches: list[Microbatch]
     masked_tokens: int
     tokens: int
-    sequences: int
     squared_lengths: int  # sum of the squared sequence lengths, for attention FLOPs
     corpus_tokens: Sequence[int]  # tokens by corpus of the mixture
     origins: BatchSequences  # this rank's sequences; entry n is segment n + 1 of its microbatches

@@ -104,7 +104,6 @@ class BatchMaker:
             microbatches=self._microbatches(slots, text),
             masked_tokens=len(text.masked),
             tokens=sum(tokens),
-            sequences=len(own.lengths),
             squared_lengths=int((own.lengths * own.lengths).sum()),
             corpus_tokens=tokens,
             origins=own.origins,

@@ -64,5 +64,4 @@ def word_tokenizer() -> "WordTokenizer":
                 start += len(sentence)
             return spans
 
-    tokenizer: WordTokenizer = Words()
-    return tokenizer
+    return Words()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from experiment.decontamination import CLEAN_PAGE, CLEAN_SUMMARY
-from experiment.files import parse_json, write_json
+from experiment.files import write_json
 from experiment.results.page import (
     Bar,
     BarChart,
@@ -87,10 +87,6 @@ def _step(name: str, tally: "StepTally", step: "Step[Any]") -> dict[str, Any]:
         **step.facts(),
         **({"matches": tally.matches} if step.lists_matches else {}),
     }
-
-
-def read_summary(folder: Path) -> Summary:
-    return dict(parse_json((folder / SUMMARY).read_bytes()))
 
 
 def write_report(folder: Path, summary: Summary) -> None:

@@ -23,7 +23,7 @@ from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX, Pass
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
-from pretrain.cleaning.report import SUMMARY, Summary, describe_kept, print_steps, read_summary, summarize, write_report
+from pretrain.cleaning.report import SUMMARY, Summary, describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.corpus.engines import Engine, open_engine
@@ -53,7 +53,7 @@ def clean(
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)
         if holds_result(folder, SUMMARY, "output", "cleaned documents"):
-            summary = read_summary(folder)
+            summary: Summary = parse_json((folder / SUMMARY).read_bytes())
             if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(sources, config)):
                 raise UserError(
                     f"output: {folder} already holds documents that were cleaned with another config, or of other "

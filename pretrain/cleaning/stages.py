@@ -20,16 +20,8 @@ from experiment.files import parse_json, write_json
 from experiment.progress import progress
 from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import Pass
-from pretrain.cleaning.step import (
-    CollectionStep,
-    Document,
-    DocumentStep,
-    DuplicateStep,
-    OpenedParts,
-    Step,
-    Verdict,
-)
-from pretrain.cleaning.tally import PartTally, StepTally, merge_tallies
+from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, OpenedParts, Step, Verdict
+from pretrain.cleaning.tally import PartTally, StepTally
 from pretrain.corpus.engines import Engine, check_shared
 
 _STEP_TALLIES = TypeAdapter(list[StepTally])
@@ -106,7 +98,6 @@ def run_stages(
 
     Returns the last pass, and the tallies of all steps. Raises UserError.
     """
-
     before, tallies = None, list[StepTally]()
     for number, stage in enumerate(stages):
         files = Pass(folder / f"pass-{number}")
@@ -165,13 +156,18 @@ def _next_pass(number: int, stage: Stage, before: Done, folder: Path, run: Engin
 
 def _handle(run: Engine, label: str, parts: Iterable[_Part]) -> None:
     """Let workers handle parts, and wait for them."""
-    with progress(label, None, describe=_count) as advance:
+    with progress(label, None, describe=lambda done: f"{done:,.0f} documents") as advance:
         for read in run(_process, parts):
             advance(read)
 
 
 def _merged(stage: Stage, files: Pass, parts: int) -> tuple[StepTally, ...]:
-    return tuple(merge_tallies((files.tally(part).steps for part in range(parts)), len(stage.counted)))
+    """The tallies of the steps that the pass counts, over all parts in order."""
+    totals = tuple(StepTally() for _ in stage.counted)
+    for part in range(parts):
+        for total, tally in zip(totals, files.tally(part).steps, strict=True):
+            total.merge(tally)
+    return totals
 
 
 def _process(stages: Sequence[Stage], part: _Part) -> int:
@@ -283,7 +279,3 @@ def _name_kept(tally: StepTally, before: Done) -> None:
             type(example)(example.priority, example.id, example.text, names[example.detail])
             for example in rule.examples
         ]
-
-
-def _count(done: float) -> str:
-    return f"{done:,.0f} documents"

@@ -1,7 +1,6 @@
 """Counts and examples of what each step did, which add up over parts in any order."""
 
 import heapq
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -45,10 +44,6 @@ class StepTally:
     rules: dict[str, RuleTally] = field(default_factory=dict)
     matches: list[dict[str, str]] = field(default_factory=list)  # the first ones, if the step lists them
 
-    @property
-    def dropped(self) -> int:
-        return sum(rule.dropped for rule in self.rules.values())
-
     def count(self, document: Document, text: str, verdict: Verdict | None, listed: bool) -> None:
         """Count a document. text: before the step. listed: whether the step lists its matches."""
         self.read += 1
@@ -79,12 +74,3 @@ class PartTally:
     languages: dict[str, int]  # documents of each language, if their metadata tells it
     steps: list[StepTally]
     observed: list[str]  # names of the arrays
-
-
-def merge_tallies(parts: Iterable[list[StepTally]], steps: int) -> list[StepTally]:
-    """The tallies of all steps, over all parts in order."""
-    totals = [StepTally() for _ in range(steps)]
-    for part in parts:
-        for total, tally in zip(totals, part, strict=True):
-            total.merge(tally)
-    return totals

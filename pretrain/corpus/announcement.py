@@ -22,9 +22,12 @@ def announce_sources(sources: Sequence[Source], options: TextOptions) -> None:
     """List the sources; warn if the first file looks as if its lines were parts of paragraphs."""
     if not is_quiet():
         _list(sources)
-    if _reads_lines(sources[0], options) and is_hard_wrapped(_first_documents(sources[0], options)):
+    first = sources[0]
+    is_text = first.kind == "file" and detect_format(first.name)[0] in ("text", None)
+    reads_lines = is_text and options.document == "line" and options.document_start is None
+    if reads_lines and is_hard_wrapped(_first_documents(first, options)):
         print(
-            f"warning: the lines of {sources[0].name} look like parts of paragraphs; with `--document line` each is "
+            f"warning: the lines of {first.name} look like parts of paragraphs; with `--document line` each is "
             "a document of its own; if blank lines separate paragraphs, use `--document blank_line`",
             file=sys.stderr,
             flush=True,
@@ -51,11 +54,6 @@ def is_hard_wrapped(lines: Sequence[str]) -> bool:
     full = [line for line in lines if len(line) >= 0.75 * width]
     open_ended = sum(not line.rstrip().endswith(_SENTENCE_ENDS) for line in full)
     return len(full) >= 0.6 * len(lines) and open_ended >= 0.7 * len(full)
-
-
-def _reads_lines(source: Source, options: TextOptions) -> bool:
-    is_text = source.kind == "file" and detect_format(source.name)[0] in ("text", None)
-    return is_text and options.document == "line" and options.document_start is None
 
 
 def _first_documents(source: Source, options: TextOptions) -> list[str]:

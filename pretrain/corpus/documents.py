@@ -59,31 +59,23 @@ def check_read(sources: Sequence[Source], options: TextOptions, start_matches: i
 
 
 @contextmanager
-def reading_progress(label: str, sources: Sequence[Source]) -> Iterator[Callable[[ReadStats, int], None]]:
-    """Show how many documents and megabytes of text have been read. Yields a function to call with each document's size
-    in bytes."""
-    sizes = [source.bytes for source in sources if source.bytes is not None]
-    total = sum(sizes) if len(sizes) == len(sources) else None
-    documents, text_bytes, bytes_read, started = 0, 0, 0, time.monotonic()
+def reading_progress(label: str, total: int | None) -> Iterator[Callable[[int, int, int], None]]:
+    """Show how many documents and megabytes of text have been read, and how fast. `total`: bytes on disk, if known.
+    Yields a function to call with the bytes on disk, documents and bytes of text that were read since."""
+    documents, text_bytes, started = 0, 0, time.monotonic()
 
     def describe(done: float) -> str:
-        return describe_reading(done, total, documents, text_bytes, time.monotonic() - started)
+        share, megabytes = f"{done / total:.0%}, " if total else "", text_bytes / 1e6
+        speed = megabytes / max(time.monotonic() - started, 1e-9)
+        return f"{share}{documents:,} documents, {megabytes:,.1f} MB of text, {speed:.1f} MB/s"
 
-    def advance(stats: ReadStats, size: int) -> None:
-        nonlocal documents, text_bytes, bytes_read
-        documents, text_bytes = documents + 1, text_bytes + size
-        if documents % 64 == 0:
-            show(stats.bytes_read - bytes_read)
-            bytes_read = stats.bytes_read
+    def advance(done: int, new_documents: int, new_text_bytes: int) -> None:
+        nonlocal documents, text_bytes
+        documents, text_bytes = documents + new_documents, text_bytes + new_text_bytes
+        show(done)
 
     with progress(label, total, describe=describe) as show:
         yield advance
-
-
-def describe_reading(done: float, total: float | None, documents: int, text_bytes: int, seconds: float) -> str:
-    """How much has been read, `done` of `total` bytes on disk, and how fast."""
-    share, megabytes = f"{done / total:.0%}, " if total else "", text_bytes / 1e6
-    return f"{share}{documents:,} documents, {megabytes:,.1f} MB of text, {megabytes / max(seconds, 1e-9):.1f} MB/s"
 
 
 def _read_span(span: Span, options: TextOptions, stats: ReadStats) -> Iterator[Document]:

@@ -98,9 +98,7 @@ class Range:
     unit: Unit = "bytes"  # bytes: of the decompressed content; compressed: of the file; members: of a .zip
     start: int = 0
     stop: int | None = None  # None: to the end
-    line_breaks: int | None = (
-        None  # before `start`, where known; without it, lines are counted from the start of the range
-    )
+    line_breaks: int | None = None  # before `start`; None: not known, lines are counted from the start of the range
 
 
 WHOLE = Range()
@@ -309,9 +307,7 @@ def _matches(pattern: regex.Pattern[str], line: str, place: str) -> bool:
 
 
 def _strip_line_end(line: str) -> str:
-    if line.endswith("\r\n"):
-        return line[:-2]
-    return line[:-1] if line.endswith("\n") else line
+    return line.removesuffix("\r\n").removesuffix("\n")  # of which a line has one at most
 
 
 def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:

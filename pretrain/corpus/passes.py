@@ -1,12 +1,10 @@
 """The passes of a build over its text: count the documents, then tokenize them. Each resumes from what is recorded."""
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from experiment.progress import progress
 from pretrain.corpus.build_plan import BuildPlan
-from pretrain.corpus.documents import describe_reading
+from pretrain.corpus.documents import reading_progress
 from pretrain.corpus.engines import Engine
 from pretrain.corpus.records import SplitCount, SplitRecord, SplitTask, read_counts, read_finished, write_count
 from pretrain.corpus.source_digest import SourceDigest
@@ -65,15 +63,8 @@ def total(digests: Iterable[SourceDigest]) -> SourceDigest:
 
 
 def _with_progress(label: str, results: Iterator[R], splits: Sequence[Split]) -> Iterator[R]:
-    """Show how many documents and megabytes of text have been read."""
     sizes = {split.key: split.bytes for split in splits}
-    size, documents, text_bytes, started = sum(sizes.values()) or None, 0, 0, time.monotonic()
-
-    def describe(done: float) -> str:
-        return describe_reading(done, size, documents, text_bytes, time.monotonic() - started)
-
-    with progress(label, size, describe=describe) as advance:
+    with reading_progress(label, sum(sizes.values()) or None) as advance:
         for result in results:
-            documents, text_bytes = documents + result.source.documents, text_bytes + result.text_bytes
-            advance(sizes[result.key])
+            advance(sizes[result.key], result.source.documents, result.text_bytes)
             yield result

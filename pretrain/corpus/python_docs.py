@@ -114,8 +114,7 @@ def _distributions() -> list[tuple[str, importlib.metadata.Distribution]]:
     """Return (normalized name, distribution), sorted by name. If a name is installed twice, the first one counts."""
     found: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
+        if name := distribution.metadata["Name"]:
             found.setdefault(_normalized(name), distribution)
     return sorted(found.items())
 
@@ -158,11 +157,8 @@ def _select_docs(package: str, files: Iterator[tuple[Path, str]]) -> Iterator[_D
         page = path.suffix in (".rst", ".md") or (path.suffix == ".txt" and path.stem.lower().startswith("readme"))
         if not (source or page) or _TESTS.search(name) or _LEGAL.search(path.stem) or ".dist-info/" in name:
             continue
-        yield _DocFile(str(path), package, _module_name(name) if source else name)
-
-
-def _module_name(name: str) -> str:
-    return name.rsplit(".", 1)[0].replace("/", ".").removesuffix(".__init__")
+        module = name.rsplit(".", 1)[0].replace("/", ".").removesuffix(".__init__")
+        yield _DocFile(str(path), package, module if source else name)
 
 
 _MIN_WORDS = 8

@@ -223,8 +223,3 @@ def map_shard(path: Path) -> MappedShard:
         np.frombuffer(offsets, dtype=np.int32, count=len(column) + 1),
         word_starts,
     )
-
-
-def row_lengths(path: Path) -> npt.NDArray[np.int32]:
-    """Return the tokens of each document of a shard, [rows]."""
-    return np.diff(map_shard(path).offsets)

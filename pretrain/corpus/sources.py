@@ -202,10 +202,6 @@ def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
     return len(seen) > before
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-
-
 def is_selected(name: str, pattern: str) -> bool:
     """Match an archive member. `*` matches `/` too; alone, it skips hidden files and unknown formats.
 
@@ -222,7 +218,8 @@ def is_skipped(name: str, pattern: str) -> bool:
 
 
 def _is_hidden_member(name: str) -> bool:
-    return _is_hidden(name) or name.startswith("__MACOSX/")
+    is_hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    return is_hidden or name.startswith("__MACOSX/")
 
 
 def report_skipped(where: str, count: int, example: str) -> None:

@@ -24,6 +24,7 @@ from pretrain.corpus.sources import Source, Span, find_sources
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_SHOWN_DOCUMENTS = 64  # between updates of the progress bar
 _SMALL_VOCABULARY = 1000  # tokens: most words become characters
 
 
@@ -38,10 +39,15 @@ class _TrainingText:
     def read(self, label: str) -> Iterator[str]:
         """Yield the text of each document. `label`: what the progress bar says."""
         stats, self.documents = ReadStats(), 0
-        with reading_progress(label, self.sources) as advance:
+        sizes = [source.bytes for source in self.sources if source.bytes is not None]
+        shown, text_bytes = 0, 0
+        with reading_progress(label, sum(sizes) if len(sizes) == len(self.sources) else None) as advance:
             for document in read_documents(map(Span, self.sources), self.options, stats):
                 self.documents += 1
-                advance(stats, len(document.utf8()))
+                text_bytes += len(document.utf8())
+                if self.documents % _SHOWN_DOCUMENTS == 0:
+                    advance(stats.bytes_read - shown, _SHOWN_DOCUMENTS, text_bytes)
+                    shown, text_bytes = stats.bytes_read, 0
                 yield document.text
 
 

@@ -38,7 +38,11 @@ def verified_shards(corpora: Iterable[Corpus], show_progress: bool) -> Iterator[
 
 def is_verified(corpus: Corpus) -> bool:
     """Whether this host has verified the corpus, and no shard has changed since."""
-    return _Record(corpus).holds()
+    path, content = _record(corpus)
+    try:
+        return bool(content == parse_json(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def verify_command(folders: str) -> None:
@@ -62,8 +66,9 @@ def verify_command(folders: str) -> None:
 
 def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[tuple[Path, str | None]]:
     """Yield each shard and what is wrong with it, None if nothing is. Records a corpus without damage."""
-    record, undamaged, shards = _Record(corpus), True, corpus.manifest.shards
-    record.delete()
+    (path, content), undamaged, shards = _record(corpus), True, corpus.manifest.shards
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
     megabytes = sum(shard.bytes for shard in shards) / 1e6
     bar = progress(f"verifying {corpus.name}", megabytes, "MB", show_progress)
     with ThreadPoolExecutor(_THREADS) as pool, bar as advance:
@@ -72,36 +77,19 @@ def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[tuple[Path, st
             advance(shard.bytes / 1e6)
             yield corpus.path / shard.file, damage
     if undamaged:
-        record.write()
-
-
-class _Record:
-    """That this host has verified a corpus, with its shards as they were when this object was made."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        name = json_digest([platform.node(), str(corpus.path)])
-        self._path = cache_folder() / "verified" / f"{name}.json"
-        stats = [(shard, (corpus.path / shard.file).stat()) for shard in corpus.manifest.shards]
-        self._content = {
-            "host": platform.node(),
-            "corpus": str(corpus.path),
-            "vocabulary_size": corpus.manifest.vocabulary_size,
-            "shards": [[shard.file, shard.sha256, stat.st_size, stat.st_mtime_ns] for shard, stat in stats],
-        }
-
-    def holds(self) -> bool:
         try:
-            found: object = parse_json(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return found == self._content
-
-    def write(self) -> None:
-        try:
-            write_json(self._path, self._content)
+            write_json(path, content)
         except OSError as error:
-            log.warning("cannot record in %s that a corpus is verified: %s", self._path.parent, error.strerror)
+            log.warning("cannot record in %s that a corpus is verified: %s", path.parent, error.strerror)
 
-    def delete(self) -> None:
-        with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+
+def _record(corpus: Corpus) -> tuple[Path, dict[str, object]]:
+    """The file that records that this host has verified a corpus, and its content, with the shards as they are now."""
+    name = json_digest([platform.node(), str(corpus.path)])
+    stats = [(shard, (corpus.path / shard.file).stat()) for shard in corpus.manifest.shards]
+    return cache_folder() / "verified" / f"{name}.json", {
+        "host": platform.node(),
+        "corpus": str(corpus.path),
+        "vocabulary_size": corpus.manifest.vocabulary_size,
+        "shards": [[shard.file, shard.sha256, stat.st_size, stat.st_mtime_ns] for shard, stat in stats],
+    }

@@ -242,10 +242,7 @@ class Muon(AdamW):
 
     @collective("all_to_all")
     def _transfer(
-        self,
-        exchange: _Exchange,
-        read: Callable[[str, _Slice], Tensor],
-        write: Callable[[str, _Slice, Tensor], None],
+        self, exchange: _Exchange, read: Callable[[str, _Slice], Tensor], write: Callable[[str, _Slice, Tensor], None]
     ) -> None:
         """`read` gives the flat values of a part at its source, `write` takes them at its target. Collective."""
         sent: list[list[Tensor]] = [[] for _ in range(self._ranks)]

@@ -238,18 +238,13 @@ def install_zero_optimizer(engine: DeepSpeedEngine) -> Zero1Optimizer | None:
 def _measure(optimizer: Any, gradients: list[Tensor]) -> float:
     """Unscaled norm of a gradient of which each rank holds some tensors. Stores the norm and whether gradients
     overflowed in DeepSpeed's optimizer, and updates the loss scale. Collective."""
-    norm = _global_norm(gradients) / float(optimizer.loss_scale)
+    squares = sum_of_squares(gradients)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(squares)
+    norm = math.sqrt(squares.item()) / float(optimizer.loss_scale)  # the only read from the device in a step
     optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
     optimizer._update_scale(optimizer.overflow)
     return norm
-
-
-def _global_norm(partitions: list[Tensor]) -> float:
-    """Norm of a gradient of which each rank holds partitions. Collective. The only read from the device in a step."""
-    squares = sum_of_squares(partitions)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(squares)
-    return math.sqrt(squares.item())
 
 
 def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,5 @@
 - near_duplicates: sampled documents that occur again, slightly changed
 - packing_efficiency: tokens per computed slot at several sequence lengths
 - masked_documents: documents as the model sees them
-- origins: sources and cleanings that the corpus records
 - page: the page and the summary
 """

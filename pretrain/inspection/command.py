@@ -27,7 +27,8 @@ def inspect_corpus(folder: Path, output: Path | None, seed: int) -> Path:
     be written.
     """
     corpus = open_corpus(folder)
-    path = _default_output(corpus.path) if output is None else output
+    beside = corpus.path.parent if os.access(corpus.path.parent, os.W_OK) else Path()
+    path = output or beside / f"{corpus.path.name}-inspect.html"
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; expected a file")
     tokenizer = load_tokenizer(corpus.tokenizer_path)
@@ -66,8 +67,3 @@ def _inspect(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, seed: int) -> I
         masked=masked_documents(sample, tokenizer),
         cleanings=cleanings_of(corpus.path),
     )
-
-
-def _default_output(corpus: Path) -> Path:
-    beside = corpus.parent if os.access(corpus.parent, os.W_OK) else Path()
-    return beside / f"{corpus.name}-inspect.html"

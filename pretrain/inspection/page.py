@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from experiment.decontamination import CLEAN_SUMMARY
 from experiment.results.fillings import spread
 from experiment.results.page import (
     Bar,
@@ -24,13 +25,14 @@ from experiment.results.page import (
     Text,
     write_page,
 )
+from pretrain.cleaning.report import describe as describe_cleaning
+from pretrain.cleaning.report import summary_blocks
 from pretrain.corpus.build import summary
 from pretrain.corpus.manifest import Manifest
 from pretrain.corpus.origins import Cleaning
 from pretrain.inspection.contents import SCRIPT_TOKENS
 from pretrain.inspection.masked_documents import MAX_SEQ_LENGTH, token_text
 from pretrain.inspection.near_duplicates import NGRAM, THRESHOLD, NearDuplicates
-from pretrain.inspection.origins import describe_cleanings, origin_blocks
 from pretrain.inspection.packing_efficiency import BATCH_TOKENS, BATCHES, PackingEfficiency
 from pretrain.inspection.sample import Document, Sample
 
@@ -38,6 +40,7 @@ _FREQUENT_TOKENS = 20
 _SUMMARY_TOKENS, _SUMMARY_SCRIPTS = 8, 5
 _PAIRS = 6
 _PAIR_TOKENS = 64  # of a document that are shown
+_CLEANINGS = 10  # folders whose cleaning is described
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
             "mask token, sometimes a random token or the same one."
         ),
         SeenTexts(found.masked),
-        *origin_blocks(found.manifest, found.cleanings),
+        *_origin_blocks(found.manifest, found.cleanings),
         *_manifest_blocks(found.manifest),
     ]
     write_page(path, Page(found.sample.corpus.name, blocks, _headline(found)))
@@ -94,14 +97,14 @@ def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
             f"  near-duplicates: {_duplicate_share(duplicates)} of {duplicates.documents:,} documents"
             f"{_where(found.sample)} ({_interval(duplicates)})",
             f"  slots filled by packing: {filled} tokens per sequence",
-            *describe_cleanings(found.cleanings),
+            *(f"  {_cleaning_title(each).lower()}: {describe_cleaning(each)}" for each in found.cleanings[:_CLEANINGS]),
         ]
     )
 
 
 def _headline(found: Inspection) -> Headline:
     manifest, duplicates = found.manifest, found.near_duplicates
-    shards = len(manifest.shards)
+    shards, mean = len(manifest.shards), f"mean {manifest.tokens / manifest.documents:,.1f}"
     facts = [
         Fact("Documents", f"{manifest.documents:,}", f"{manifest.empty_documents:,} empty ones were dropped"),
         Fact(
@@ -110,7 +113,7 @@ def _headline(found: Inspection) -> Headline:
         Fact("Bytes per token", _bytes_per_token(manifest), "of the text, in UTF-8"),
         Fact("Tokens per word", f"{manifest.tokens_per_word:.2f}"),
         Fact("Unknown tokens", f"{manifest.unknown_token_rate:.3%}"),
-        Fact("Median document", f"{manifest.length_percentiles['50']:,} tokens", _mean_length(manifest)),
+        Fact("Median document", f"{manifest.length_percentiles['50']:,} tokens", mean),
         Fact("Longest document", f"{manifest.length_percentiles['100']:,} tokens"),
         Fact("Vocabulary in use", f"{_used(found) / len(found.tokens):.1%}", f"of {len(found.tokens):,} tokens"),
         Fact("Near-duplicates", _duplicate_share(duplicates), _interval(duplicates)),
@@ -220,6 +223,34 @@ def _beginning(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:
     return f"{text} …" if len(document.ids) > _PAIR_TOKENS else text
 
 
+def _origin_blocks(manifest: Manifest, cleanings: Sequence[Cleaning]) -> list[Block]:
+    """Shares of sources, and what `deepcloze clean` did; none if nothing is recorded."""
+    blocks = list[Block]()
+    if manifest.sources:
+        charts = [
+            BarChart(title, [Bar(source.name, getattr(source, unit) / total) for source in manifest.sources])
+            for title, unit, total in (
+                ("Share of the documents", "documents", manifest.documents),
+                ("Share of the tokens", "tokens", manifest.tokens),
+            )
+        ]
+        rows = [[source.name, f"{source.documents:,}", f"{source.tokens:,}"] for source in manifest.sources]
+        blocks += [Heading("Sources"), BarCharts(charts), Table(["source", "documents", "tokens"], rows)]
+    for cleaning in cleanings[:_CLEANINGS]:
+        blocks += [
+            Heading(_cleaning_title(cleaning)),
+            Text(f"{describe_cleaning(cleaning)}."),
+            *summary_blocks(cleaning),
+        ]
+    if len(cleanings) > _CLEANINGS:
+        blocks.append(Text(f"{CLEAN_SUMMARY} describes {len(cleanings) - _CLEANINGS:,} more folders."))
+    return blocks
+
+
+def _cleaning_title(cleaning: Cleaning) -> str:
+    return f"Cleaning of {cleaning['folder']}" if cleaning["folder"] else "Cleaning"
+
+
 def _manifest_blocks(manifest: Manifest) -> list[Block]:
     recipe = manifest.recipe
     rows = [
@@ -239,10 +270,6 @@ def _manifest_blocks(manifest: Manifest) -> list[Block]:
 
 def _bytes_per_token(manifest: Manifest) -> str:
     return f"{manifest.text_bytes / manifest.tokens:.2f}"
-
-
-def _mean_length(manifest: Manifest) -> str:
-    return f"mean {manifest.tokens / manifest.documents:,.1f}"
 
 
 def _used(found: Inspection) -> int:

@@ -26,11 +26,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import (
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    restore_flash_attention_impl,
-)
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 from transformers import AttentionInterface, PreTrainedConfig
 
 from experiment.dropout import fast_dropout
@@ -284,12 +280,7 @@ def predicted_attention(
 
 
 def matmul_attention(
-    query_BHWD: Tensor,
-    key_BHWD: Tensor,
-    value_BHWD: Tensor,
-    bias: Tensor,
-    scaling: float,
-    dropout: float,
+    query_BHWD: Tensor, key_BHWD: Tensor, value_BHWD: Tensor, bias: Tensor, scaling: float, dropout: float
 ) -> Tensor:
     """[B, W, H, D]. `bias`: as from `Packing.bias`."""
     scores_BHWW = torch.matmul(query_BHWD * scaling, key_BHWD.transpose(-1, -2)).add_(bias)
@@ -300,12 +291,7 @@ def matmul_attention(
 
 
 def masked_attention(
-    query_BHWD: Tensor,
-    key_BHWD: Tensor,
-    value_BHWD: Tensor,
-    bias: Tensor,
-    scaling: float,
-    dropout: float,
+    query_BHWD: Tensor, key_BHWD: Tensor, value_BHWD: Tensor, bias: Tensor, scaling: float, dropout: float
 ) -> Tensor:
     """[B, W, H, D]. `bias`: as from `Packing.bias`; torch would turn a boolean mask into one in each layer."""
     output = F.scaled_dot_product_attention(query_BHWD, key_BHWD, value_BHWD, bias, dropout, scale=scaling)

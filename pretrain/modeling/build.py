@@ -112,10 +112,9 @@ def _check_names(folder: Path, encoder: str, missing: Collection[str], unexpecte
 
 
 def _report_missing_head(folder: Path, missing: Collection[str], new_head: bool) -> None:
-    names = ", ".join(sorted(missing))
     if not new_head:
         raise UserError(f"{folder} has no masked-LM head: its weights lack {min(missing)} and others")
-    log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, names)
+    log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, ", ".join(sorted(missing)))
 
 
 def unused_parameters(model: PreTrainedModel, packed: bool, first_position: int) -> frozenset[str]:

@@ -50,13 +50,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        chunk_logits: int,
-        needed: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int, needed: bool
     ) -> tuple[Tensor, Tensor]:
         wanted = [needed and wants for wants in ctx.needs_input_grad[:3]]
         gradients = [

@@ -85,10 +85,12 @@ def choose_head(model: PreTrainedModel, packed: bool) -> Head:
     return choose_fused_head(model, packed)
 
 
-def choose_fused_head(model: PreTrainedModel, packed: bool) -> Head:
-    """`fused_head`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
+def choose_fused_head(
+    model: PreTrainedModel, packed: bool, fused: Callable[..., AbstractContextManager[None]] = fused_head
+) -> Head:
+    """`fused`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
     decoder = find_linear_decoder(model, packed)
-    return logits_head if decoder is None else partial(fused_head, decoder)
+    return logits_head if decoder is None else partial(fused, decoder)
 
 
 def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | None:

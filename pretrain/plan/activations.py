@@ -26,7 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
-from pretrain.modeling.head import Head, choose_fused_head, find_linear_decoder, logits_head
+from pretrain.modeling.head import choose_fused_head, fused_head
 from pretrain.modeling.logit_chunks import chunk_rows, row_stride
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
@@ -99,7 +99,7 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     if computation.packed:
         register_packed_attention()
         model.set_attn_implementation(PACKED)
-    head = (_choose_gpu_head if computation.on_gpu else choose_fused_head)(model, computation.packed)
+    head = choose_fused_head(model, computation.packed, _gpu_head if computation.on_gpu else fused_head)
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
         _use_gpu_kernels(model)
@@ -220,11 +220,6 @@ class _GpuAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _choose_gpu_head(model: PreTrainedModel, packed: bool) -> Head:
-    decoder = find_linear_decoder(model, packed)
-    return logits_head if decoder is None else partial(_gpu_head, decoder)
 
 
 @contextmanager

@@ -173,9 +173,7 @@ def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
 
 
 def _largest_microbatch(
-    run: ResolvedRun,
-    stages: tuple[StageWork, ...],
-    computation: Computation,
+    run: ResolvedRun, stages: tuple[StageWork, ...], computation: Computation
 ) -> Callable[[bool], MicrobatchMemory]:
     """Returns the memory of the microbatch that takes the most, given whether gradients stay in place."""
     shapes = {(stage.batch.largest, stage.batch.microbatches > 1) for stage in stages}

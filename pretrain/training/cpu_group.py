@@ -95,7 +95,7 @@ class CpuGroup:
             is_idle = not is_done and not made_progress()
             idle_polls = idle_polls + 1 if is_idle else 0
             is_stuck = idle_polls * _POLL_SECONDS > self._timeout_seconds
-            on_progress = _do_nothing if is_idle else self._on_progress
+            on_progress = (lambda: None) if is_idle else self._on_progress  # an idle poll is no progress
             ranks_done, ranks_stuck = self._start_sum([int(is_done), int(is_stuck)], on_progress).wait()
             if ranks_stuck:
                 problem = f"no progress for {self._timeout_seconds:.0f} s" if is_stuck else None
@@ -189,10 +189,6 @@ class CpuGroup:
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
-
-
-def _do_nothing() -> None:
-    """The poll is no progress."""
 
 
 def _call(function: Callable[[], object]) -> list[Any]:

@@ -36,7 +36,7 @@ def compare_replicas(engine: Engine, group: CpuGroup, batch: RankBatch, learning
     own = {
         "the position in the data": batch.step,
         "the sequences of the batch": batch.fingerprint,
-        "the learning rate": _bits(learning_rate),
+        "the learning rate": int(struct.unpack("<q", struct.pack("<d", learning_rate))[0]),  # its bits
     } | _hash_weights(engine)
     difference = first_difference(own, group.all_gather(list(own.values())))
     if difference is not None:
@@ -94,7 +94,3 @@ def _hash_on_device(tensor: Tensor) -> Tensor:
             mixed = (mixed ^ (mixed >> shift & ((1 << (64 - shift)) - 1))) * factor
         total += mixed.sum()
     return total
-
-
-def _bits(number: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])

@@ -152,7 +152,8 @@ class Reporter:
             },
         )
         self._log_downstream(progress.step)
-        self._check_checkpoints(saved_step)
+        if (message := self._checkpoint_alarm.check(saved_step)) is not None:
+            self.alert(Alert("no_checkpoint", message))
         self._times.record()
         return interval.end(progress)
 
@@ -210,12 +211,6 @@ class Reporter:
         if self._tracker is not None:
             for event in self._downstream.take_new(step):
                 self._tracker.log(event)
-
-    def _check_checkpoints(self, saved_step: int | None) -> None:
-        """Send an alert if there has been no new one for too long."""
-        message = self._checkpoint_alarm.check(saved_step)
-        if message is not None:
-            self.alert(Alert("no_checkpoint", message))
 
 
 class SlowestRank(NamedTuple):

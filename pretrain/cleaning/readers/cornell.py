@@ -28,8 +28,8 @@ def matches(name: str) -> bool:
 def read(name: str) -> Iterator[Document]:
     if basename(name) == _LINES:
         return
-    turns = {cells[0]: cells[4] if len(cells) > 4 else "" for _, cells in _rows(name, _LINES, 4)}
-    for number, cells in _rows(name, _CONVERSATIONS, 4):
+    turns = {cells[0]: cells[4] if len(cells) > 4 else "" for _, cells in _rows(name, _LINES)}
+    for number, cells in _rows(name, _CONVERSATIONS):
         try:
             text = "\n".join(turns[line] for line in ast.literal_eval(cells[3]))
         except (ValueError, SyntaxError, KeyError, TypeError):
@@ -37,14 +37,12 @@ def read(name: str) -> Iterator[Document]:
         yield Document(text, name, number)
 
 
-def _rows(path: str, name: str, fewest: int) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:
     """The cells of each line. Raises UserError for a missing file, and for a line with too few cells."""
     for number, line in enumerate(io.StringIO(_content(path, name).decode("iso-8859-1")), 1):
         cells = line.rstrip("\r\n").split(_SEPARATOR)
-        if len(cells) < fewest:
-            raise UserError(
-                f"{path}: {name}:{number}: expected {fewest} cells with '{_SEPARATOR.strip()}' between them"
-            )
+        if len(cells) < 4:
+            raise UserError(f"{path}: {name}:{number}: expected 4 cells with '{_SEPARATOR.strip()}' between them")
         yield number, cells
 
 

@@ -30,7 +30,7 @@ def read(name: str) -> Iterator[Document]:
         for member in filter(_language, members):
             origin, language = f"{name}::{member}", _language(member)
             ids = member.removesuffix(f".{language}") + ".ids"
-            column = 0 if language == _pair(member)[0] else 1
+            column = 0 if member.rsplit(".", 2)[1].startswith(f"{language}-") else 1
             with archive.open(member) as content:
                 lines = (line.rstrip("\r\n") for line in text_lines(content, origin))
                 films = _films(archive, ids, column, name) if ids in members else None
@@ -40,11 +40,6 @@ def read(name: str) -> Iterator[Document]:
                     first, *others = group
                     text = "\n".join(line for _, (_, line) in (first, *others))
                     yield Document(text, origin, first[0], {"language": language})
-
-
-def _pair(name: str) -> tuple[str, str]:
-    found = _SIDE.search(name)
-    return (found[1], found[2]) if found else ("", "")
 
 
 def _language(name: str) -> str:

@@ -46,9 +46,10 @@ class Step(CollectionStep[Config]):
 
     def observe(self, documents: Sequence[Document]) -> Arrays:
         units = [self._split(document.text)[::2] for document in documents]
+        shortest = self.config.min_characters
         # Short lines get a number of their own, which is never compared.
         hashes = [
-            0 if self._is_short(unit) else xxhash.xxh3_64_intdigest(unit.encode()) | 1
+            xxhash.xxh3_64_intdigest(unit.encode()) | 1 if len(unit.strip()) >= shortest else 0
             for part in units
             for unit in part
         ]
@@ -86,6 +87,3 @@ class Step(CollectionStep[Config]):
     def _split(self, text: str) -> list[str]:
         """Units, and the separators between them."""
         return re.split(_SEPARATORS[self.config.unit], text)
-
-    def _is_short(self, unit: str) -> bool:
-        return len(unit.strip()) < self.config.min_characters

@@ -96,7 +96,7 @@ def test_stages_have_their_own_lengths_and_batch_sizes(open_run_stream: OpenStre
     assert [batch.microbatches[0].input_ids.shape[1] for batch in batches] == [16] * 6 + [32] * 5 + [64] * 5
     full = [50] * 6 + [29] * 5 + [9] * 5
     grown = [sequences * min(1.0, (step + 1) / 9) for step, sequences in enumerate(full)]
-    assert [batch.sequences for batch in batches] == pytest.approx(grown, abs=1)
+    assert [len(batch.origins.ids) for batch in batches] == pytest.approx(grown, abs=1)
 
 
 def test_each_stage_has_its_own_width_of_rows(open_run_stream: OpenStream) -> None:
@@ -190,7 +190,7 @@ def test_a_budget_has_no_last_step(open_run_stream: OpenStream) -> None:
     """Catches a stream that ends before its time budget."""
     stream = open_run_stream(schedule={"budget": "1m"})
     assert stream.steps is None
-    assert stream[10**9].sequences == 29
+    assert len(stream[10**9].origins.ids) == 29
 
 
 def test_the_masking_rate_follows_the_run(open_run_stream: OpenStream) -> None:
@@ -198,7 +198,7 @@ def test_the_masking_rate_follows_the_run(open_run_stream: OpenStream) -> None:
     stream = open_run_stream(**changing_batches(steps=100))
     shares = [
         np.sum([stream[step].masked_tokens for step in steps])
-        / np.sum([stream[step].tokens - 2 * stream[step].sequences for step in steps])
+        / np.sum([stream[step].tokens - 2 * len(stream[step].origins.ids) for step in steps])
         for steps in (range(12, 20), range(46, 54), range(92, 100))
     ]
     assert shares == pytest.approx([0.4 - 0.2 * 15.5 / 49.5, 0.2, 0.1 + 0.1 * 3.5 / 49.5], rel=0.1)

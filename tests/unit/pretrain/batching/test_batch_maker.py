@@ -174,7 +174,7 @@ def test_flat_shares_that_are_empty_or_small(maker, sequences):
     """Catches a rank without sequences that has no microbatch, or one of another shape than the others."""
     small = dataclasses.replace(flat(maker), order=dataclasses.replace(maker.order, sizes=BatchSizes(sequences)))
     share = [dataclasses.replace(small, world=World(rank, 40))[0] for rank in range(40)]
-    assert sum(batch.sequences for batch in share) == sequences
+    assert sum(len(batch.origins.ids) for batch in share) == sequences
     assert len({micro.input_ids.shape for batch in share for micro in batch.microbatches}) == 1
     assert {len(batch.microbatches) for batch in share} == {1}
 
@@ -194,7 +194,7 @@ def test_an_empty_share_still_has_its_microbatches(maker):
     """Catches a rank without sequences that skips backward and hangs the others in a collective."""
     small = dataclasses.replace(maker, order=dataclasses.replace(maker.order, sizes=BatchSizes(1)))
     share = [dataclasses.replace(small, world=World(rank, 3))[0] for rank in range(3)]
-    assert sorted(batch.sequences for batch in share) == [0, 0, 1]
+    assert sorted(len(batch.origins.ids) for batch in share) == [0, 0, 1]
     for batch in share:
         assert len(batch.microbatches) == 1
         assert batch.microbatches[0].labels.numel() > 0

@@ -38,7 +38,7 @@ class ManyMicrobatches:
         draw = np.random.default_rng(step)
         microbatches = [self._microbatch(draw) for _ in range(200)]
         origins = BatchSequences(*(np.arange(3) for _ in BatchSequences._fields))
-        return RankBatch(step, microbatches, 5, 60, 3, 1200, [40, 20], origins, fingerprint=7)
+        return RankBatch(step, microbatches, 5, 60, 1200, [40, 20], origins, fingerprint=7)
 
     def _microbatch(self, draw: np.random.Generator) -> Microbatch:
         width, masked = int(draw.integers(3, 9)), int(draw.integers(1, 4))
@@ -75,7 +75,7 @@ def large_batch(step: int) -> RankBatch:
     ones = torch.ones(4, 8192, dtype=torch.int32)
     microbatch = Microbatch(slots, slots, ones, torch.tensor([0, 4], dtype=torch.int32), slots[0], slots[1])
     origins = BatchSequences(*(np.arange(3) for _ in BatchSequences._fields))
-    return RankBatch(step, [microbatch] * 2, 5, 60, 3, 1200, [40, 20], origins, fingerprint=7)
+    return RankBatch(step, [microbatch] * 2, 5, 60, 1200, [40, 20], origins, fingerprint=7)
 
 
 class LargeBatches:

@@ -254,8 +254,8 @@ def test_sigkill_leaves_no_workers(tmp_path: Path, source: Path, vocabulary_fold
         "from pretrain.corpus import build, passes, shards, splits; shards.SHARD_TOKENS = 700\n"
         "splits.MIN_SPLIT_BYTES = 1300\n"
         "@contextmanager\n"
-        "def progress(*_, **__):\n    yield lambda _: print('split', flush=True) or sys.stdin.readline()\n"
-        "passes.progress = progress\n"
+        "def progress(*_, **__):\n    yield lambda *_: print('split', flush=True) or sys.stdin.readline()\n"
+        "passes.reading_progress = progress\n"
         "o = CorpusOptions(source=sys.argv[1], tokenizer=sys.argv[2], output=sys.argv[3], workers=2)\n"
         "if __name__ == '__main__': build.build_corpus(o)\n"
     )

@@ -30,7 +30,7 @@ class RecordedGroup:
 def rank_batch(masked: int, tokens: int, squared_lengths: int) -> RankBatch:
     nothing = np.zeros(0, dtype=np.int64)
     origins = BatchSequences(*[nothing] * len(BatchSequences._fields))
-    return RankBatch(0, [], masked, tokens, 1, squared_lengths, [tokens - 1, 1], origins, 0)
+    return RankBatch(0, [], masked, tokens, squared_lengths, [tokens - 1, 1], origins, 0)
 
 
 def agree(monkeypatch: pytest.MonkeyPatch, save_minutes: float | None, asked: tuple[str | None, ...]) -> StepTotals:
