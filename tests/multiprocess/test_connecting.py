@@ -15,7 +15,7 @@ from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import RunFolder
 from launches import Start, config_file, patched, rank_environment, wait_for_exit
 from pretrain.world import World
-from rank_pool import RankPool, free_port
+from rank_pool import COLLECTIVE_SECONDS, RankPool, free_port
 from waiting import LIMIT
 
 HOST = platform.node()
@@ -71,6 +71,22 @@ def listening_case(world: World) -> list[str]:
 def test_the_store_listens_on_one_address(pools: dict[int, RankPool]) -> None:
     """Catches a store that everyone in the networks of the machine can write to."""
     assert pools[2].run(listening_case) == [["127.0.0.1"], []]
+
+
+def timeouts_case(world: World) -> list[float]:
+    """Seconds that collectives wait for other ranks: of the default group and of ZeRO's."""
+    import torch
+    import torch.distributed as dist
+
+    from pretrain.engine.deepspeed_internals import clone_world_group
+
+    groups = (dist.group.WORLD, clone_world_group())
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_all_groups_have_the_timeout_of_the_run(pools: dict[int, RankPool]) -> None:
+    """Catches ranks that wait in a collective of ZeRO for half an hour, the default, instead of `hang_seconds`."""
+    assert pools[2].run(timeouts_case) == [[COLLECTIVE_SECONDS, COLLECTIVE_SECONDS]] * 2
 
 
 @pytest.mark.parametrize("address", ["localhost", "192.0.2.1"])
