@@ -160,7 +160,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_record(kind: type[T], text: str | bytes) -> T:
-    """A JSON text as a dataclass of this type. Unknown keys are ignored. Raises ValueError."""
+    """A JSON text as a value of this type. Unknown keys are ignored. Raises ValueError."""
     found: T = _adapter(kind).validate_json(text)
     return found
 

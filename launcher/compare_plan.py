@@ -105,7 +105,8 @@ def _read_tasks(config: CompareConfig, record: Path) -> list[_Task]:
     for name in names:
         if names.count(name) > 1 or name == _PRETRAINING:
             raise UserError(f"tasks: the name '{name}' is used twice; set task.name in one of the files")
-    folders, tasks = _folders("tasks", names), []
+    folders = _folders("tasks", names)
+    tasks = []
     for name, file, task_config in zip(names, config.tasks, loaded, strict=True):
         with user_errors_in(file):
             task = pin_data_of_set(task_config.task, record)

@@ -66,7 +66,8 @@ def verify_command(folders: str) -> None:
 
 def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[tuple[Path, str | None]]:
     """Yield each shard and what is wrong with it, None if nothing is. Records a corpus without damage."""
-    (path, content), undamaged, shards = _record(corpus), True, corpus.manifest.shards
+    path, content = _record(corpus)
+    undamaged, shards = True, corpus.manifest.shards
     with suppress(OSError):
         path.unlink(missing_ok=True)
     megabytes = sum(shard.bytes for shard in shards) / 1e6
