@@ -259,6 +259,7 @@ def serve(options: ServeOptions) -> None:
     serve_command(options)
 
 
+@handle_stop_signals(interrupt)
 def sweep(options: SweepOptions) -> None:
     """Run a pretraining or fine-tuning config at every point of a grid.
 
@@ -271,14 +272,14 @@ def sweep(options: SweepOptions) -> None:
     """
     from launcher.sweep import plan_sweep, run_sweep
 
-    with handle_stop_signals(interrupt):
-        plan = plan_sweep(options)
-        if options.dry_run:
-            plan.runs.print_commands()
-        else:
-            run_sweep(plan)
+    plan = plan_sweep(options)
+    if options.dry_run:
+        plan.runs.print_commands()
+    else:
+        run_sweep(plan)
 
 
+@handle_stop_signals(interrupt)
 def compare(options: CompareOptions) -> None:
     """Compare initializations: rows × tasks × seeds.
 
@@ -293,12 +294,11 @@ def compare(options: CompareOptions) -> None:
         from launcher.compare import run_comparison
         from launcher.compare_plan import plan_comparison
 
-    with handle_stop_signals(interrupt):
-        plan = plan_comparison(options)
-        if options.dry_run:
-            plan.runs.print_commands()
-        else:
-            run_comparison(plan)
+    plan = plan_comparison(options)
+    if options.dry_run:
+        plan.runs.print_commands()
+    else:
+        run_comparison(plan)
 
 
 def watch(options: WatchOptions) -> None:
