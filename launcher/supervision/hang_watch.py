@@ -42,8 +42,14 @@ def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[Rank
     # A rank that has not started is named by the ranks that try to connect to it.
     if len(lives) < ranks or all(life.beat.stuck_seconds < limit for life in lives):
         return []
+    silent = [life for life in lives if _is_silent(life, limit)]
     busy = [life for life in lives if not life.beat.waits]
-    return [life for life in busy if _is_stuck(life, limit)] or busy or list(lives)
+    return silent or [life for life in busy if _is_stuck(life, limit)] or busy or list(lives)
+
+
+def _is_silent(life: RankLife, limit: float) -> bool:
+    """Ranks that wait for another one may have begun to do so before it stopped."""
+    return life.silent_seconds >= limit / 2
 
 
 def _is_stuck(life: RankLife, limit: float) -> bool:
@@ -144,10 +150,12 @@ class HangWatch:
 
     def _describe(self, life: RankLife) -> str:
         beat = life.beat
-        silent = life.silent_seconds >= self._limit
         seconds = max(life.silent_seconds, beat.stuck_seconds)
-        what = f"no sign of life for {seconds:.0f} s" if silent else f"no progress for {seconds:.0f} s"
-        if not silent and not _is_stuck(life, self._limit):
+        if _is_silent(life, self._limit):
+            what = f"no sign of life for {seconds:.0f} s"
+        elif _is_stuck(life, self._limit):
+            what = f"no progress for {seconds:.0f} s"
+        else:
             what = "others wait for it"
         where = f"after step {beat.step}, {beat.activity}"
         return f"{beat.host}, rank {beat.rank} (process {beat.pid}) hangs: {what} ({where})"

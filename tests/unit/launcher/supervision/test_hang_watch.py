@@ -30,6 +30,8 @@ def life(rank: int, stuck: float = 0.0, silent: float = 0.0, waits: bool = False
         ([life(0, 79, 79), life(1, 79, waits=True)], []),
         ([life(0, 81, waits=True), life(1, silent=81)], [1]),
         ([life(0, 81, waits=True), life(1, 82)], [1]),
+        ([life(0, 81, waits=True), life(1, 1, silent=78), life(2, 5)], [1]),  # they waited for it before
+        ([life(0, 81, waits=True), life(1, 1, silent=78, waits=True)], [1]),
         ([life(0, 81, waits=True), life(1, 3)], [1]),  # it falls behind
         ([life(0, 81, waits=True), life(1, 78), life(2, 5)], [1]),  # they waited for it before
         ([life(0, 81, waits=True), life(1, 82, waits=True)], [0, 1]),  # a stuck collective
@@ -95,6 +97,17 @@ def test_a_rank_that_has_stopped_is_named_with_its_stack(folder: RunFolder, caps
     assert [line.split(" in ")[-1] for line in frames] == ["train", "main"]
     assert summary in capsys.readouterr().err
     assert read_outcome(folder) == (Outcome.FAILED, watched.watch.message, Cause.HUNG)
+
+
+def test_a_rank_that_stopped_while_others_waited_is_silent(folder: RunFolder) -> None:
+    """Catches a rank that is said to be slow although it gives no sign of life, because others waited before."""
+    watched = Watched(folder)
+    assert not watched.after(1, beat(0, 1, stuck=30, waits=True), beat(1, 1))
+    assert not watched.after(20, beat(0, 2, stuck=50, waits=True))
+    assert not watched.after(20, beat(0, 3, stuck=70, waits=True))
+    assert watched.after(11, beat(0, 4, stuck=81, waits=True))
+    assert watched.watch.message is not None
+    assert watched.watch.message.startswith("node-1, rank 1 (process 71) hangs: no sign of life for 51 s")
 
 
 def test_a_stack_that_a_rank_has_written_itself_is_used(folder: RunFolder) -> None:

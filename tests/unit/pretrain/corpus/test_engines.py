@@ -17,7 +17,7 @@ from pretrain.corpus.build import build_corpus, complete_corpus
 from pretrain.corpus.build_plan import plan_build
 from pretrain.corpus.job_array import array_share, build_share
 from pretrain.corpus.options import CorpusOptions
-from s3_server import accepts, free_port
+from s3_server import free_port
 from waiting import LIMIT, wait_until
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the package ray is not installed")
@@ -164,17 +164,18 @@ def test_a_cluster_that_has_ended(
 
 
 @pytest.fixture
-def ray_head() -> Iterator[str]:
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Ray cluster of one node."""
-    port = free_port()
+    port, output = free_port(), tmp_path_factory.mktemp("ray") / "output"
     command = "ray start --head --block --include-dashboard=false --disable-usage-stats --object-store-memory=100000000"
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("ray")), *command.split()[1:], f"--port={port}", "--num-cpus=2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ray")), *command.split()[1:], f"--port={port}", "--num-cpus=2"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        wait_until(lambda: accepts(port), process)
+        wait_until(lambda: "Ray runtime started" in output.read_text(), process)  # its port is open before
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
