@@ -13,7 +13,7 @@ from experiment.checkpoints import complete_checkpoints
 from experiment.outcome_file import Cause
 from fork_server import PATCH
 from hosts import Cluster, Host
-from launches import patched
+from launches import SLOW_STEPS, patched
 from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, pretrain_case, run_config, soak
 from test_cluster_launches import DEEPCLOZE, write_hostfile
@@ -32,8 +32,13 @@ class Run:
         self.hosts = hosts
         self.hostfile = write_hostfile(folder / "hostfile", hosts)
 
-    def start(self, host: Host, *flags: str, variables: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
-        command = ["env", "OMP_NUM_THREADS=1", *variables, *DEEPCLOZE, f"--hostfile={self.hostfile}", *flags]
+    def start(
+        self, host: Host, *flags: str, variables: tuple[str, ...] = (), patch: str = SLOW_STEPS
+    ) -> "subprocess.Popen[str]":
+        """`patch`: code that each process of deepcloze runs first."""
+        variables += tuple(f"{name}={value}" for name, value in patched(self.folder.parent, patch).items())
+        command = ["env", "OMP_NUM_THREADS=1", *variables, *DEEPCLOZE]
+        command += [f"--hostfile={self.hostfile}", f"--env={PATCH}", *flags]
         config = self.folder.with_suffix(".yaml")
         config.write_text(yaml.safe_dump(self.config(self.folder, 10**6)), encoding="utf-8")
         self.output, self.errors = (self.folder.with_name(f"{host.name}-{name}") for name in ("stdout", "stderr"))
@@ -135,12 +140,11 @@ def test_a_stop_while_ranks_wait_for_each_other_ends_all_hosts(
     """Catches ranks that wait for one that has stopped, longer than a batch system waits, and print a stack dump."""
     head, second, _ = cluster.hosts
     run = Run(tmp_path, wordpiece_corpus, [head, second])
-    patch = patched(
-        tmp_path,
+    patch = (
         "import os, sys, time\n"
-        f"if 'pretrain.run' in sys.orig_argv and os.uname().nodename == {second.name!r}: time.sleep(3600)\n",
+        f"if 'pretrain.run' in sys.orig_argv and os.uname().nodename == {second.name!r}: time.sleep(3600)\n"
     )
-    run.start(head, f"--env={PATCH}", variables=tuple(f"{name}={value}" for name, value in patch.items()))
+    run.start(head, patch=patch)
     wait_until((run.folder / "logs" / "rank-0.json").exists, run.process)
     _, errors = run.stop()
     assert errors.endswith("deepcloze: stopped before the first step; run the same command again\n")
@@ -171,13 +175,14 @@ def test_a_killed_launcher_leaves_nothing_and_its_secrets_stay_secret(
     """Catches orphans, a run that nobody can take over, and a password that other users of a host can read."""
     head, second, third = cluster.hosts
     run = Run(tmp_path, wordpiece_corpus, [head, second])
-    launcher = run.start(third, "--env=MY_SECRET", variables=(f"MY_SECRET={SECRET}", f"WANDB_API_KEY={SECRET}"))
+    variables = (f"MY_SECRET={SECRET}", f"WANDB_API_KEY={SECRET}")
+    launcher = run.start(third, f"--env={PATCH},MY_SECRET", variables=variables)
     run.wait_for_attempt(1)
     for host in (head, second):
         ranks = host.run("pgrep", "-f", "pretrain.run").stdout.split()
         for rank in ranks:
             environ = host.run("cat", f"/proc/{rank}/environ").stdout.split("\0")
-            assert {f"MY_SECRET={SECRET}", f"WANDB_API_KEY={SECRET}"} <= set(environ)
+            assert set(variables) <= set(environ)
     for host in cluster.hosts:
         assert not [line for line in host.processes() if KEYWORD in line]
         # Not the folders of this machine that are mounted there, such as this repository.

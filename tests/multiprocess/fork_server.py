@@ -199,7 +199,8 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _differs(name: str, value: str) -> bool:
-    return name.startswith(_READ_AT_IMPORT) and os.environ.get(name) != value
+    read_again = name == "DS_ENV_FILE"  # by deepspeed.launcher.runner, which is the program
+    return name.startswith(_READ_AT_IMPORT) and not read_again and os.environ.get(name) != value
 
 
 def _run_command(request: dict[str, Any], streams: list[int], client: socket.socket) -> NoReturn:

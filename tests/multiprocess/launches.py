@@ -14,6 +14,18 @@ from waiting import LIMIT, wait_until
 
 LONG = 5000  # steps: the test stops the run earlier
 
+# Code for `patched`, for runs that a test ends: others can compute meanwhile.
+SLOW_STEPS = """
+import sys, time
+if "pretrain.run" in sys.orig_argv:
+    from pretrain.engine.engine import Engine
+    begin_step = Engine.begin_step
+    def begin_slowly(*arguments):
+        time.sleep(0.1)
+        begin_step(*arguments)
+    Engine.begin_step = begin_slowly
+"""
+
 Start = Callable[..., subprocess.Popen[str]]
 
 

@@ -54,10 +54,10 @@ def test_recomputation_changes_no_bit(
     calls, kept = {}, {}
     for recompute in (False, True):
         folder = tmp_path / str(recompute)
-        tree = run_config(folder, wordpiece_corpus, ds_config, model__config=MODELS["packed"], schedule__steps=3)
+        tree = run_config(folder, wordpiece_corpus, ds_config, model__config=MODELS["packed"], schedule__steps=2)
         tree["model"]["activation_checkpointing"] = recompute
         (calls[recompute], _) = pools[2].run(counting_case, tree)
-        kept[recompute] = saved_tensors(checkpoint_path(folder / "checkpoints", 3))
+        kept[recompute] = saved_tensors(checkpoint_path(folder / "checkpoints", 2))
     assert calls[True] == 2 * calls[False] > 0
     assert logged(tmp_path / "True") == logged(tmp_path / "False")
     assert_same_tensors(kept[True], kept[False])
@@ -68,7 +68,8 @@ def test_recomputation_of_a_padded_model_changes_no_bit(
 ) -> None:
     """Catches the same in a model that does not use transformers' attention interface."""
     for recompute in (False, True):
-        tree = run_config(tmp_path / str(recompute), wordpiece_corpus, "fp32_zero3", model__config=MODELS["padded"])
+        changes = {"model__config": MODELS["padded"], "schedule__steps": 2}
+        tree = run_config(tmp_path / str(recompute), wordpiece_corpus, "fp32_zero3", **changes)
         tree["model"]["activation_checkpointing"] = recompute
         pools[2].run(pretrain_case, tree)
     assert logged(tmp_path / "True") == logged(tmp_path / "False")
@@ -79,9 +80,9 @@ def test_a_resumed_run_can_turn_it_on(pools: dict[int, RankPool], wordpiece_corp
     """Catches a run that ran out of memory and is not allowed to resume with less."""
     trees = {}
     for name in ("uninterrupted", "resumed"):
-        trees[name] = run_config(tmp_path / name, wordpiece_corpus, model__config=MODELS["packed"])
+        trees[name] = run_config(tmp_path / name, wordpiece_corpus, model__config=MODELS["packed"], schedule__steps=3)
     pools[2].run(pretrain_case, trees["uninterrupted"])
-    assert set(pools[2].run(pretrain_case, trees["resumed"], 3)) == {"stopped"}
+    assert set(pools[2].run(pretrain_case, trees["resumed"], 1)) == {"stopped"}
     trees["resumed"]["model"]["activation_checkpointing"] = True
     assert set(pools[2].run(pretrain_case, trees["resumed"])) == {"done"}
     assert logged(tmp_path / "resumed") == logged(tmp_path / "uninterrupted")

@@ -87,11 +87,11 @@ def test_a_resumed_run_with_stages_is_tuned(
 def test_a_signal_ends_the_trials(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches ranks of a trial that outlive the command, a run that starts nevertheless, and a wrong exit code."""
     config = config_file(tmp_path, wordpiece_corpus, batch__microbatch_tokens=130)
-    launch = start_autotune(start, tmp_path, config)
+    launch = start(sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=1", "--autotune")
     folder = RunFolder(tmp_path / "run")
     trial = RunFolder(folder.logs / "autotune" / "130")
-    wait_for_file(trial.rank_record(1), launch)
-    rank = psutil.Process(json.loads(trial.rank_record(1).read_text(encoding="utf-8"))["pid"])
+    wait_for_file(trial.rank_record(0), launch)
+    rank = psutil.Process(json.loads(trial.rank_record(0).read_text(encoding="utf-8"))["pid"])
     launch.send_signal(signal.SIGTERM)
     code, output = wait_for_exit(launch)
     assert code == 75, output

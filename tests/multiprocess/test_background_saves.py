@@ -30,6 +30,14 @@ from small_disk import SmallDisk
 from waiting import LIMIT, wait_until
 
 
+@pytest.fixture(scope="module")
+def undisturbed(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 6 steps."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert pools[2].run(pretrain_case, run_config(folder, wordpiece_corpus)) == ["done", "done"]
+    return folder
+
+
 @contextmanager
 def _patched(owner: Any, name: str, replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -111,11 +119,12 @@ def test_a_checkpoint_is_the_state_of_its_step(
     """Catches a save that training waits for, and one that contains later weights, averages or progress."""
 
     def tree(name: str) -> Tree:
-        return run_config(tmp_path / name, wordpiece_corpus, ds_config, checkpoint__every_steps=2, model__ema_decay=0.7)
+        changes = {"checkpoint__every_steps": 2, "schedule__steps": 4, "model__ema_decay": 0.7}
+        return run_config(tmp_path / name, wordpiece_corpus, ds_config, **changes)
 
     assert pools[2].run(held_case, tree("held")) == ["done", "done"]
     assert pools[2].run(synchronous_case, tree("synchronous")) == ["done", "done"]
-    for step in (2, 4, 6):
+    for step in (2, 4):
         held, synchronous = (checkpoint_path(tmp_path / name / "checkpoints", step) for name in ("held", "synchronous"))
         assert verify(held) is None
         assert _tensor_files(held) == _tensor_files(synchronous)
@@ -188,16 +197,14 @@ def full_disk_case(world: World, tree: Tree, disk: SmallDisk) -> str:
 
 
 def test_training_continues_while_the_disk_is_full(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, small_disk: SmallDisk
+    pools: dict[int, RankPool], wordpiece_corpus: Path, undisturbed: Path, small_disk: SmallDisk
 ) -> None:
     """Catches a run that a full disk stops or changes, and remains of a failed save."""
     run = small_disk.path / "run"
     tree = run_config(run, wordpiece_corpus, checkpoint__every_steps=4, schedule__steps=6)
     assert pools[2].run(full_disk_case, tree, small_disk) == ["done", "done"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
-    undisturbed = run_config(tmp_path, wordpiece_corpus)
-    assert pools[2].run(pretrain_case, undisturbed) == ["done", "done"]
-    saved = [saved_tensors(checkpoint_path(folder / "checkpoints", 6)) for folder in (run, tmp_path)]
+    saved = [saved_tensors(checkpoint_path(folder / "checkpoints", 6)) for folder in (run, undisturbed)]
     assert_same_tensors(*saved)
 
 
@@ -217,7 +224,7 @@ def read_only_case(world: World, tree: Tree, disk: SmallDisk) -> str:
 
 
 def test_training_continues_without_permission_to_write(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, small_disk: SmallDisk
+    pools: dict[int, RankPool], wordpiece_corpus: Path, undisturbed: Path, tmp_path: Path, small_disk: SmallDisk
 ) -> None:
     """Catches a run that ends because its checkpoints cannot be written for a while."""
     run = tmp_path / "run"
@@ -227,9 +234,7 @@ def test_training_continues_without_permission_to_write(
     assert pools[2].run(read_only_case, tree, small_disk) == ["done", "done"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert "Read-only file system" in RunFolder(run).rank_log(0).read_text(encoding="utf-8")
-    undisturbed = run_config(tmp_path / "undisturbed", wordpiece_corpus)
-    assert pools[2].run(pretrain_case, undisturbed) == ["done", "done"]
-    assert_same_run(run, tmp_path / "undisturbed", 6)
+    assert_same_run(run, undisturbed, 6)
 
 
 def removed_case(world: World, tree: Tree, checkpoints: Path) -> str:

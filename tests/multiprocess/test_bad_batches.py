@@ -49,34 +49,34 @@ def test_a_bad_batch_under_each_policy(
             tmp_path / policy,
             wordpiece_corpus,
             ds_config,
-            run__log_every=2,
-            schedule__steps=6,
-            checkpoint__every_steps=3,
+            run__log_every=3,
+            schedule__steps=5,
+            checkpoint__every_steps=2,
             health__policy=policy,
         )
         for policy in ("skip", "rewind", "stop")
     }
-    bad = {5: POISONS[poison]}
+    bad = {4: POISONS[poison]}
     assert pools[2].run(poisoned_case, trees["skip"], bad) == ["done", "done"]
-    assert saved_progress(tmp_path / "skip", 3)["skipped"] == []
-    assert saved_progress(tmp_path / "skip", 6)["skipped"] == [5]
-    assert logged(tmp_path / "skip", "step") == [2, 4, 6]
+    assert saved_progress(tmp_path / "skip", 2)["skipped"] == []
+    assert saved_progress(tmp_path / "skip", 5)["skipped"] == [4]
+    assert logged(tmp_path / "skip", "step") == [3, 5]
     assert None not in logged(tmp_path / "skip")
 
     assert pools[2].run(poisoned_case, trees["rewind"], bad) == ["done", "done"]
     log = RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
-    assert "rewound to step 3" in log
+    assert "rewound to step 2" in log
     assert "OVERFLOW" not in log  # DeepSpeed's message
-    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 6)
+    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 5)
 
     messages = pools[2].run(poisoned_case, trees["stop"], bad)
     assert messages[0] == messages[1]
-    assert messages[0].startswith("step 5: the ")
+    assert messages[0].startswith("step 4: the ")
     assert "--health.policy=skip" in messages[0]
-    assert complete_checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == "step-00000004"
+    assert complete_checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == "step-00000003"
     again = trees["stop"] | {"health": {"policy": "skip"}}
     assert pools[2].run(poisoned_case, again, bad) == ["done", "done"]
-    assert_same_run(tmp_path / "skip", tmp_path / "stop", 6)
+    assert_same_run(tmp_path / "skip", tmp_path / "stop", 5)
 
 
 @pytest.mark.parametrize("ds_config", ["fp32_zero1", *soak("bf16_zero1", "bf16_zero2", "bf16_zero3")])
@@ -90,13 +90,14 @@ def test_a_rewind_to_step_0(
             tmp_path / policy,
             wordpiece_corpus,
             ds_config,
+            schedule__steps=4,
             health__policy=policy,
             corpus__eval={"held": str(heldout_corpus)},
             evaluation__every_steps=2,
         )
-        assert pools[2].run(poisoned_case, tree, {4: Poison(NAN)}) == ["done", "done"]
+        assert pools[2].run(poisoned_case, tree, {3: Poison(NAN)}) == ["done", "done"]
     assert complete_checkpoints(tmp_path / "rewind" / "checkpoints")[0].name == "step-00000000"
-    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 6)
+    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 4)
 
 
 def test_bad_steps_survive_a_resume_before_them(
@@ -105,18 +106,18 @@ def test_bad_steps_survive_a_resume_before_them(
     """Catches a list of bad steps that is lost if a run rewinds and is stopped before it reaches the bad step again."""
     trees = [
         run_config(
-            tmp_path / policy, wordpiece_corpus, schedule__steps=8, checkpoint__every_steps=3, health__policy=policy
+            tmp_path / policy, wordpiece_corpus, schedule__steps=5, checkpoint__every_steps=2, health__policy=policy
         )
         for policy in ("skip", "rewind")
     ]
-    bad = {6: Poison(NAN)}
+    bad = {4: Poison(NAN)}
     assert set(pools[2].run(poisoned_case, trees[0], bad)) == {"done"}
-    # Steps 1 to 6, then 4 again, which is the seventh check for a stop request.
-    assert set(pools[2].run(poisoned_case, trees[1], bad, 7)) == {"stopped"}
-    assert complete_checkpoints(tmp_path / "rewind" / "checkpoints")[-1].name == "step-00000004"
-    assert saved_progress(tmp_path / "rewind", 4)["skipped"] == [6]
+    # Steps 1 to 4, then 3 again, which is the fifth check for a stop request.
+    assert set(pools[2].run(poisoned_case, trees[1], bad, 5)) == {"stopped"}
+    assert complete_checkpoints(tmp_path / "rewind" / "checkpoints")[-1].name == "step-00000003"
+    assert saved_progress(tmp_path / "rewind", 3)["skipped"] == [4]
     assert set(pools[2].run(poisoned_case, trees[1], {})) == {"done"}
-    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 8)
+    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 5)
 
 
 def test_the_bad_batch_is_dumped(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
@@ -190,9 +191,9 @@ def test_recent_gradient_norms_survive_a_resume(
         tree = run_config(
             tmp_path / name,
             wordpiece_corpus,
-            schedule__steps=9,
+            schedule__steps=7,
             corpus__eval={"held": str(heldout_corpus)},
-            evaluation__every_steps=2,
+            evaluation__every_steps=4,
             evaluation__best_metric="eval/held/accuracy",
             health__policy="skip",
         )
@@ -200,7 +201,7 @@ def test_recent_gradient_norms_survive_a_resume(
         assert len(set(pools[2].run(poisoned_case, tree, bad, stop_after))) == 1
         if stop_after is not None:
             assert set(pools[2].run(poisoned_case, tree, bad)) == {"done"}
-        runs[name] = saved_progress(tmp_path / name, 9)
+        runs[name] = saved_progress(tmp_path / name, 7)
     assert runs["uninterrupted"]["skipped"] == [3, 6]
-    assert len(runs["uninterrupted"]["norms"]) == 7
-    assert_same_run(tmp_path / "uninterrupted", tmp_path / "stopped", 9)
+    assert len(runs["uninterrupted"]["norms"]) == 5
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "stopped", 7)

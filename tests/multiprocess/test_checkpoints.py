@@ -21,7 +21,7 @@ from experiment.errors import UserError
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
 from pretrain.config import PretrainConfig
-from pretrain.resolve import resolve
+from pretrain.resume import find_resume_candidates
 from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
@@ -141,7 +141,7 @@ def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(("full_on", "where"), [(1, "engine"), (0, "engine"), (0, "hf")])
+@pytest.mark.parametrize(("full_on", "where"), [(1, "engine"), (0, "hf"), *soak((0, "engine"))])
 def test_a_full_disk_stops_all_ranks(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, full_on: int, where: str
 ) -> None:
@@ -185,7 +185,7 @@ def test_a_run_continues_when_a_full_disk_has_room_again(
 ) -> None:
     """Catches a save that damages the checkpoints before it, or leaves something that keeps the disk full."""
     run = small_disk.path / "run"
-    tree = run_config(run, wordpiece_corpus, checkpoint__every_steps=1)
+    tree = run_config(run, wordpiece_corpus, checkpoint__every_steps=1, schedule__steps=4)
     assert pools[2].run(pretrain_case, tree, 2) == ["stopped", "stopped"]
     small_disk.fill(leave=pages * 4096)
     assert pools[2].run(pretrain_case, tree) == ["stopped", "stopped"]
@@ -210,22 +210,22 @@ def test_a_full_disk_while_writing_best_stops_all_ranks(
 
 def test_resuming_skips_damaged_checkpoints(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a run that loads flipped bits, or falls back and then repeats steps in metrics.jsonl."""
-    tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=2)
+    tree = run_config(tmp_path, wordpiece_corpus, checkpoint__every_steps=1, schedule__steps=3)
     pools[2].run(pretrain_case, tree)
     checkpoints = tmp_path / "checkpoints"
-    before, losses = saved_tensors(checkpoint_path(checkpoints, 6)), logged(tmp_path)
-    damaged_files = {6: "engine/rank-00001.safetensors", 4: "hf/model.safetensors"}
+    before, losses = saved_tensors(checkpoint_path(checkpoints, 3)), logged(tmp_path)
+    damaged_files = {3: "engine/rank-00001.safetensors", 2: "hf/model.safetensors"}
     for step, file in damaged_files.items():
         flip_byte(checkpoint_path(checkpoints, step) / file)
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
-    assert f"resuming from {checkpoint_path(checkpoints, 2)}" in log
+    assert f"resuming from {checkpoint_path(checkpoints, 1)}" in log
     for step, file in damaged_files.items():
         assert f"skipping damaged checkpoint {checkpoint_path(checkpoints, step)}: {file} has checksum" in log
-    assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path, "step") == [1, 2, 3]
     assert logged(tmp_path) == losses
-    assert [verify(checkpoint_path(checkpoints, step)) for step in (2, 4, 6)] == [None, None, None]
-    after = saved_tensors(checkpoint_path(checkpoints, 6))
+    assert [verify(checkpoint_path(checkpoints, step)) for step in (1, 2, 3)] == [None, None, None]
+    after = saved_tensors(checkpoint_path(checkpoints, 3))
     assert all(bool((after[key] == before[key]).all()) for key in before)
 
 
@@ -237,13 +237,14 @@ def chosen_case(world: World, tree: Tree) -> tuple[str, str]:
     handler = logging.StreamHandler(logged)
     logging.getLogger().addHandler(handler)
     try:
-        run = resolve(config, world.size, decide=hosts.from_rank0, verify=partial(verify_together, hosts, world))
+        candidates = hosts.from_rank0(lambda: find_resume_candidates(config.run, RunFolder(Path(config.run.dir))))
+        point = candidates.choose(partial(verify_together, hosts, world))
     except UserError as error:
         return str(error), ""
     finally:
         logging.getLogger().removeHandler(handler)
-    assert run.resume_plan.checkpoint is not None
-    return run.resume_plan.checkpoint.name, logged.getvalue() if world.rank == 0 else ""
+    assert point is not None
+    return point.checkpoint.name, logged.getvalue() if world.rank == 0 else ""
 
 
 def damages(path: Path) -> Iterator[str]:

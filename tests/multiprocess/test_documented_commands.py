@@ -34,6 +34,7 @@ from documented import (
     write_configs,
 )
 from documented_files import CHINESE, write_lines, write_model, write_public_tasks, write_task, write_texts
+from finetune.results import figures
 from rank_pool import ForkServer
 
 OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, CLUSTER_TUTORIAL, CHOOSING)]
@@ -54,6 +55,9 @@ SLOW = (
     "deepspeed ",  # as test_launches.py starts it
     "--model.added_tokens",
 )
+# Pages whose commands other tests run with other files: test_watched_runs.py, tests/cluster, tests of reports and logs,
+# test_profile.py, test_forked_runs.py.
+SLOW_PAGES = ("docs/watching.md", "docs/cluster.md", "docs/tracking.md", "docs/performance.md", "docs/schedules.md")
 
 
 def is_run_here(command: Command) -> bool:
@@ -70,8 +74,10 @@ def commands_to_run(page: str) -> list[Command]:
     return [command for command in found if command.text not in explained]
 
 
-def slow_commands(found: list[Command]) -> set[str]:
+def slow_commands(page: str, found: list[Command]) -> set[str]:
     """The texts of those that take long, and of requests to a server that does."""
+    if page in SLOW_PAGES:
+        return {command.text for command in found}
     slow: set[str] = set()
     server = ""
     for command in found:
@@ -83,7 +89,7 @@ def slow_commands(found: list[Command]) -> set[str]:
 
 
 COMMANDS = {page: commands_to_run(page) for page in OTHER_PAGES}
-SLOW_COMMANDS = {page: slow_commands(found) for page, found in COMMANDS.items()}
+SLOW_COMMANDS = {page: slow_commands(page, found) for page, found in COMMANDS.items()}
 CASES = [
     pytest.param(page, slow, id=f"{page}-slow" if slow else page, marks=[pytest.mark.soak] if slow else [])
     for page in OTHER_PAGES
@@ -142,6 +148,9 @@ def workplace(
     shutil.copytree(byte_level, folder / "roberta-base")
     for page in OTHER_PAGES:
         write_configs(page, folder)
+    monkeypatch = pytest.MonkeyPatch()
+    for name in ("draw_confusion", "draw_curves"):  # as the fixture `no_figures`
+        monkeypatch.setattr(figures, name, lambda path, *_: path.touch())
     place = Workplace(folder, Terminal(folder, variables=fork_server.environment()))
     readme = COMMANDS["README.md"]
     needs_server = [command for command in readme if is_server(command) or command.text.startswith("curl ")]
@@ -154,6 +163,7 @@ def workplace(
     shutil.copytree(folder / "corpora/books-heldout", folder / "corpora/wiki-heldout")
     yield place
     place.terminal.close()
+    monkeypatch.undo()
 
 
 def test_own_data_in_the_readme_gives_labels(workplace: Workplace) -> None:

@@ -31,7 +31,7 @@ def tensors_of_kind(kept: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def ema_config(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
-    tree = run_config(folder, corpus, ds_config, checkpoint__every_steps=1, schedule__steps=4, **changes)
+    tree = run_config(folder, corpus, ds_config, checkpoint__every_steps=1, schedule__steps=3, **changes)
     tree["model"]["ema_decay"] = DECAY
     return tree
 
@@ -50,7 +50,7 @@ def test_ema_is_that_of_the_master_weights(
     """Catches an average of rounded weights, a decay and its complement swapped, a step too few or too many, fragments
     that are mixed up, and an hf-ema folder that holds the plain weights or does not open."""
     pools[world_size].run(pretrain_case, ema_config(tmp_path, wordpiece_corpus, ds_config))
-    kept = [saved_tensors(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2, 3, 4)]
+    kept = [saved_tensors(checkpoint_path(tmp_path / "checkpoints", step)) for step in (1, 2, 3)]
     expected = {name: tensor.double() for name, tensor in tensors_of_kind(kept[0], "ema").items()}
     for step in kept[1:]:
         for name, master in tensors_of_kind(step, "fp32").items():
@@ -60,7 +60,7 @@ def test_ema_is_that_of_the_master_weights(
     for name, tensor in found.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
-    folder = checkpoint_path(tmp_path / "checkpoints", 4)
+    folder = checkpoint_path(tmp_path / "checkpoints", 3)
     models = {which: AutoModelForMaskedLM.from_pretrained(folder / which) for which in ("hf", "hf-ema")}
     for which, kind in (("hf", "fp32"), ("hf-ema", "ema")):
         for name, parameter in models[which].named_parameters():
@@ -130,19 +130,19 @@ def test_ema_moves_between_layouts_bit_by_bit(
 def test_a_fork_can_start_or_end_ema(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a fork that is rejected, an average that does not start at the loaded weights, and one that a run without
     EMA loads into its optimizer."""
-    without_ema = run_config(tmp_path / "without", wordpiece_corpus, "fp32_zero1", schedule__steps=2)
+    without_ema = run_config(tmp_path / "without", wordpiece_corpus, "fp32_zero1", schedule__steps=1)
     with_ema = ema_config(tmp_path / "with", wordpiece_corpus, "fp32_zero1")
     pools[2].run(pretrain_case, without_ema)
-    parent = checkpoint_path(tmp_path / "without" / "checkpoints", 2)
+    parent = checkpoint_path(tmp_path / "without" / "checkpoints", 1)
     with_ema["run"]["resume"] = str(parent)
     assert set(pools[2].run(pretrain_case, with_ema)) == {"done"}
-    begun = saved_tensors(checkpoint_path(tmp_path / "with" / "checkpoints", 3))
+    begun = saved_tensors(checkpoint_path(tmp_path / "with" / "checkpoints", 2))
     before = tensors_of_kind(saved_tensors(parent), "fp32")
     for name, tensor in tensors_of_kind(begun, "ema").items():
         torch.testing.assert_close(tensor, DECAY * before[name] + (1 - DECAY) * begun[f"{name}/fp32"])
-    again = run_config(tmp_path / "again", wordpiece_corpus, "fp32_zero1", schedule__steps=5)
-    again["run"]["resume"] = str(checkpoint_path(tmp_path / "with" / "checkpoints", 4))
+    again = run_config(tmp_path / "again", wordpiece_corpus, "fp32_zero1", schedule__steps=4)
+    again["run"]["resume"] = str(checkpoint_path(tmp_path / "with" / "checkpoints", 3))
     assert set(pools[2].run(pretrain_case, again)) == {"done"}
-    ended = checkpoint_path(tmp_path / "again" / "checkpoints", 5)
+    ended = checkpoint_path(tmp_path / "again" / "checkpoints", 4)
     assert not any(key.endswith("/ema") for key in saved_tensors(ended))
     assert not (ended / "hf-ema").exists()

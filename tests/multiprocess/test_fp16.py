@@ -12,7 +12,7 @@ from experiment.checkpoints import checkpoint_path, read_state
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, sampled, saved_tensors, soak
+from runs import NO_DROPOUT, SHALLOW, Tree, logged, pretrain_case, run_config, sampled, saved_tensors, soak
 
 STAGES = sampled([1, 2, 3], [2])
 
@@ -52,7 +52,7 @@ def fp16_config(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any],
     from experiment.provenance import REPOSITORY
 
     preset = json.loads((REPOSITORY / "ds_configs" / f"fp16_zero{stage}.json").read_text())
-    tree = run_config(folder, corpus, model__config=TINY | NO_DROPOUT, **changes)
+    tree = run_config(folder, corpus, model__config=SHALLOW | NO_DROPOUT, **changes)
     folder.mkdir(exist_ok=True)
     own = folder / "ds.json"
     own.write_text(json.dumps(preset | {"fp16": preset["fp16"] | scaling}))
@@ -60,22 +60,26 @@ def fp16_config(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any],
     return tree
 
 
-def fp32_losses(pools: dict[int, RankPool], corpus: Path, folder: Path, **changes: Any) -> list[Any]:
-    tree = run_config(folder, corpus, "fp32_zero1", model__config=TINY | NO_DROPOUT, **changes)
-    pools[2].run(pretrain_case, tree)
-    return logged(folder)
+@pytest.fixture(scope="module")
+def in_fp32(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 6 steps."""
+    folder = tmp_path_factory.mktemp("fp32")
+    pools[2].run(pretrain_case, run_config(folder, wordpiece_corpus, model__config=SHALLOW | NO_DROPOUT))
+    return folder
 
 
 @pytest.mark.parametrize("stage", [1, 3, *soak(0, 2)])
-def test_fp16_follows_fp32(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stage: int) -> None:
+def test_fp16_follows_fp32(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, in_fp32: Path, tmp_path: Path, stage: int
+) -> None:
     """Catches gradients that are not unscaled, and a loss scale that is not logged."""
-    tree = fp16_config(tmp_path / "fp16", wordpiece_corpus, stage, {})
+    tree = fp16_config(tmp_path, wordpiece_corpus, stage, {})
     assert pools[2].run(fp16_case, tree) == ["done"] * 2
-    assert logged(tmp_path / "fp16") == pytest.approx(fp32_losses(pools, wordpiece_corpus, tmp_path / "fp32"), rel=1e-3)
-    assert logged(tmp_path / "fp16", "loss_scale") == [2.0**16] * 6
-    assert logged(tmp_path / "fp16", "skipped_steps") == logged(tmp_path / "fp16", "overflows") == [0] * 6
-    assert logged(tmp_path / "fp32", "skipped_steps") == [0] * 6
-    assert logged(tmp_path / "fp32", "overflows") == logged(tmp_path / "fp32", "loss_scale") == [None] * 6
+    assert logged(tmp_path) == pytest.approx(logged(in_fp32), rel=1e-3)
+    assert logged(tmp_path, "loss_scale") == [2.0**16] * 6
+    assert logged(tmp_path, "skipped_steps") == logged(tmp_path, "overflows") == [0] * 6
+    assert logged(in_fp32, "skipped_steps") == [0] * 6
+    assert logged(in_fp32, "overflows") == logged(in_fp32, "loss_scale") == [None] * 6
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -178,12 +182,12 @@ def test_the_loss_scale_is_not_carried_to_another_precision(
 ) -> None:
     """Catches the constant scale of 1 of another precision in fp16, where small gradients would underflow."""
     trees = [
-        run_config(tmp_path, wordpiece_corpus, ds_config, model__config=TINY | NO_DROPOUT)
+        run_config(tmp_path, wordpiece_corpus, ds_config, model__config=SHALLOW | NO_DROPOUT, schedule__steps=2)
         for ds_config in (first, then)
     ]
-    assert pools[2].run(fp16_case, trees[0], 3) == ["stopped"] * 2
+    assert pools[2].run(fp16_case, trees[0], 1) == ["stopped"] * 2
     assert pools[2].run(fp16_case, trees[1]) == ["done"] * 2
     scales = [2.0**16 if ds_config.startswith("fp16") else None for ds_config in (first, then)]
-    assert logged(tmp_path, "loss_scale") == [*[scales[0]] * 3, *[scales[1]] * 3]
-    kept = [read_state(checkpoint_path(tmp_path / "checkpoints", step))["loss_scaler"] for step in (3, 6)]
+    assert logged(tmp_path, "loss_scale") == scales
+    kept = [read_state(checkpoint_path(tmp_path / "checkpoints", step))["loss_scaler"] for step in (1, 2)]
     assert [bool(numbers) for numbers in kept] == [scale is not None for scale in scales]

@@ -44,8 +44,9 @@ def gradient_norm(kept: dict[str, Tensor], keys: list[str]) -> float:
     ("world_size", "ds_config"),
     [
         (2, "fp32_zero3"),
-        (3, "bf16_zero1"),
+        (2, "bf16_zero1"),
         *soak(
+            (3, "bf16_zero1"),
             (2, "fp32_zero0"),
             (2, "fp32_zero2"),
             (3, "fp32_zero1"),
@@ -119,17 +120,17 @@ def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(
     """Catches freeze_steps counted from the resume, optimizer state that a resume gives to frozen parameters, and an
     optimizer that confuses a frozen group with one that ZeRO 3 has emptied."""
     trees = {
-        name: run_config(tmp_path / name, wordpiece_corpus, ds_config, model__config=TINY)
+        name: run_config(tmp_path / name, wordpiece_corpus, ds_config, model__config=TINY, schedule__steps=4)
         for name in ("uninterrupted", "resumed")
     }
     for tree in trees.values():
-        tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 4}
+        tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 2}
         tree["optimizer"] |= {"layer_decay": 0.7, "name": optimizer}
     pools[world_size].run(pretrain_case, trees["uninterrupted"])
-    for steps in (3, 1):
-        assert pools[world_size].run(pretrain_case, trees["resumed"], steps)[0] == "stopped"
+    for _ in range(2):
+        assert pools[world_size].run(pretrain_case, trees["resumed"], 1)[0] == "stopped"
     pools[world_size].run(pretrain_case, trees["resumed"])
-    one, other = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 6)) for name in trees)
+    one, other = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 4)) for name in trees)
     assert {float(value) for key, value in one.items() if is_frozen(key) and key.endswith("/step")} == {2.0}
     assert_same_tensors(one, other)
     assert logged(tmp_path / "resumed", "grad_norm") == logged(tmp_path / "uninterrupted", "grad_norm")

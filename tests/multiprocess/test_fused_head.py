@@ -8,7 +8,7 @@ import pytest
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, build_engine, microbatch, run_config, sampled
+from runs import NO_DROPOUT, SHALLOW, Tree, build_engine, microbatch, run_config, sampled
 
 pytest.importorskip("triton")
 
@@ -41,7 +41,7 @@ def test_the_fused_head_trains_like_one_that_keeps_logits(
     interpreting_pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, precision: str, stage: int
 ) -> None:
     """Catches weights that ZeRO 3 has not gathered, and gradients of tied embeddings that are lost or counted twice."""
-    tree = run_config(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}", model__config=TINY | NO_DROPOUT)
+    tree = run_config(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}", model__config=SHALLOW | NO_DROPOUT)
     plain, fused = (interpreting_pools[2].run(steps_case, tree, choice) for choice in (False, True))
     for (losses, norms), (fused_losses, fused_norms) in zip(plain, fused, strict=True):
         assert precision == "fp16" or losses[0] != pytest.approx(losses[-1], rel=0.02), "it learns something"

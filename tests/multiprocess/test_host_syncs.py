@@ -88,7 +88,7 @@ def reads_case(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
         engine, _ = build_engine(world, tree)
     in_microbatches: list[str] = []
     in_steps: list[list[str]] = []
-    for step in range(WARMUP + 3):
+    for step in range(WARMUP + 1):
         engine.begin_step(step, 1e-4)
         with recorded_reads() as reads:
             for number in range(2):

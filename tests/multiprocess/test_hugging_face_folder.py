@@ -43,12 +43,11 @@ ours = [name for name in sys.modules if name.split(".")[0] in ("pretrain", "expe
 print(json.dumps({"found": found, "ours": ours}))
 """
 
+# `test_ema.py` compares the weights of `hf/` at other layouts.
 RUNS = [
     (1, "fp32_zero0", TINY),
-    (2, "fp32_zero1", TINY),
     (2, "bf16_zero2", TINY),
-    (3, "fp32_zero3", TINY),
-    (2, "bf16_zero3", TINY | {"tie_word_embeddings": False}),
+    (3, "fp32_zero3", TINY | {"tie_word_embeddings": False}),
     (
         2,
         "bf16_zero1",
@@ -64,9 +63,9 @@ def folders(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory
     made = []
     for world_size, ds_config, model in RUNS:
         folder = tmp_path_factory.mktemp("run")
-        tree = run_config(folder, wordpiece_corpus, ds_config, model__config=model, schedule__steps=2)
+        tree = run_config(folder, wordpiece_corpus, ds_config, model__config=model, schedule__steps=1)
         assert set(pools[world_size].run(pretrain_case, tree)) == {"done"}
-        made.append(checkpoint_path(folder / "checkpoints", 2))
+        made.append(checkpoint_path(folder / "checkpoints", 1))
     return made
 
 

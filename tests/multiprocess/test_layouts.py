@@ -27,7 +27,7 @@ from runs import (
 )
 
 LAYOUTS = list(itertools.product((1, 2, 3), (0, 1, 2, 3), (130, 700)))
-SAMPLE = [(1, 3, 130), (2, 0, 130), (2, 3, 130), (3, 1, 130), (3, 2, 700)]
+SAMPLE = [(2, 0, 130), (2, 3, 130), (3, 1, 130), (3, 2, 700)]
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +46,7 @@ def reference(
         model__config=TINY | NO_DROPOUT,
         batch__microbatch_tokens=8192,
         corpus__eval={"held": str(heldout_corpus)},
+        schedule__steps=4,
     )
     assert pools[1].run(pretrain_case, tree) == ["done"]
     return folder
@@ -70,9 +71,10 @@ def test_losses_and_evaluations_do_not_depend_on_the_layout(
         model__config=TINY | NO_DROPOUT,
         batch__microbatch_tokens=microbatch_tokens,
         corpus__eval={"held": str(heldout_corpus)},
+        schedule__steps=4,
     )
     assert set(pools[world_size].run(pretrain_case, tree)) == {"done"}
-    assert logged(tmp_path, "step") == [1, 2, 3, 4, 5, 6]
+    assert logged(tmp_path, "step") == [1, 2, 3, 4]
     assert logged(tmp_path) == pytest.approx(logged(reference), rel=1e-4)
     assert logged(tmp_path, "grad_norm") == pytest.approx(logged(reference, "grad_norm"), rel=1e-3)
     assert logged(tmp_path, "tokens") == logged(reference, "tokens")
@@ -80,7 +82,7 @@ def test_losses_and_evaluations_do_not_depend_on_the_layout(
 
     first, last = evaluation_events(tmp_path)
     expected_first, expected_last = evaluation_events(reference)
-    assert (first["step"], last["step"]) == (0, 6)
+    assert (first["step"], last["step"]) == (0, 4)
     assert first == pytest.approx(expected_first, rel=1e-5)
     assert last == pytest.approx(expected_last, rel=1e-4)
     assert last["eval/held/loss"] < first["eval/held/loss"]

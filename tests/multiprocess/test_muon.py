@@ -17,7 +17,7 @@ from pretrain.world import World
 from rank_pool import RankPool
 from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, sampled
 
-STEPS, LR, DECAY, CLIP = 6, 0.02, 0.1, 0.5
+STEPS, LR, DECAY, CLIP = 3, 0.02, 0.1, 0.5
 LAYOUTS = [(size, f"fp32_zero{stage}") for size in (1, 2, 3) for stage in range(4)]
 LAYOUTS += [(2, "fp32_zero2_cpu_offload"), (3, "fp32_zero3_cpu_offload")]
 SAMPLE = [(1, "fp32_zero0"), (2, "fp32_zero1"), (3, "fp32_zero2"), (2, "fp32_zero3"), (3, "fp32_zero3_cpu_offload")]

@@ -18,7 +18,7 @@ STAGES = [{"steps": 2, "max_seq_length": 24, "sequences": 12}, {}]
 
 @pytest.mark.parametrize(
     "schedule",
-    [{"epochs": 0.4}, {"tokens": 8000}, {"steps": 5, "stages": STAGES}],
+    [{"epochs": 0.15}, {"tokens": 2500}, {"steps": 4, "stages": STAGES}],
     ids=["epochs", "tokens", "stages"],
 )
 def test_a_run_takes_the_planned_steps_and_tokens(

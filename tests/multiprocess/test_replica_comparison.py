@@ -13,7 +13,7 @@ from runs import TINY, pretrain_case, run_config, soak
 
 
 def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> str:
-    """A run in which a bit of one rank's weights flips after step 4. Returns the message of UnhealthyError."""
+    """A run in which a bit of one rank's weights flips after step 2. Returns the message of UnhealthyError."""
     from pretrain.engine.engine import Engine
     from pretrain.training.health import UnhealthyError
 
@@ -23,7 +23,7 @@ def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> st
 
     def step(self: Engine, limit: float) -> Any:
         result = stepped(self, limit)
-        if steps[-1] == 4 and world.rank == flipped_rank:
+        if steps[-1] == 2 and world.rank == flipped_rank:
             weight = dict(self._deepspeed.module.named_parameters())[
                 "model.bert.encoder.layer.1.attention.output.dense.weight"
             ]
@@ -59,6 +59,6 @@ def test_a_flipped_bit_is_reported(
     tree = run_config(tmp_path, wordpiece_corpus, ds_config, model__config=TINY, health__compare_every=2)
     messages = pools[world_size].run(flipped_case, tree, 1)
     who = "rank 1 differs from the others" if world_size == 3 else "ranks 0 and 1 differ from each other"
-    what = f"step 4: {who} in the weights of bert.encoder.layer.1.attention.output.dense.weight"
+    what = f"step 2: {who} in the weights of bert.encoder.layer.1.attention.output.dense.weight"
     assert all(message.startswith(what) for message in messages)
     assert len(messages) == world_size

@@ -22,6 +22,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
+from rank_pool import ForkServer
 from runs import soak
 from waiting import LIMIT, wait_until
 
@@ -108,6 +109,15 @@ def serve(tmp_path: Path, handed_over: Mapping[str, str]) -> Iterator[Serve]:
         server.process.wait()
 
 
+@pytest.fixture(scope="module")
+def shared(model: Path, tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Iterator[Server]:
+    """A server of tests that leave it as it is."""
+    server = Server(tmp_path_factory.mktemp("shared"), model, (), fork_server.environment())
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, *soak(signal.SIGINT)])
 def test_a_signal_finishes_accepted_requests(number: int, model: Path, serve: Serve) -> None:
     """Catches requests that are dropped when a server stops, and another exit code than 0."""
@@ -183,9 +193,9 @@ def test_a_reload_drops_no_request(model: Path, tmp_path: Path, serve: Serve) ->
         return int(found[1]) if found else 0
 
     with ThreadPoolExecutor(8) as threads:
-        counts = [threads.submit(ask) for _ in range(8)]
+        counts = [threads.submit(ask) for _ in range(4)]
         wait_until(lambda: len(seen) > 50, server.process)
-        for number in range(1, 4):
+        for number in (1, 2):
             save_model(folder, (f"no{number}", f"yes{number}"))
             server.process.send_signal(signal.SIGHUP)
             wait_until(lambda number=number: reloads("success") == number, server.process)
@@ -229,9 +239,9 @@ def test_slow_clients_do_not_block_others(model: Path, serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_large_request_is_answered_once_it_is_sent(chunked: bool, model: Path, serve: Serve) -> None:
+def test_a_large_request_is_answered_once_it_is_sent(chunked: bool, shared: Server) -> None:
     """Catches a connection that is reset while the client still sends, and the answer lost with it."""
-    connection, body = serve(model).connect(), b" " * 20 * 2**20
+    connection, body = shared.connect(), b" " * 20 * 2**20
     sent = (body[start : start + 2**16] for start in range(0, len(body), 2**16)) if chunked else body
     headers = {"Content-Type": "application/json", "Connection": "close"}
     connection.request("POST", "/v1/predict", sent, headers, encode_chunked=chunked)
@@ -243,13 +253,12 @@ def test_a_large_request_is_answered_once_it_is_sent(chunked: bool, model: Path,
 @pytest.mark.parametrize(
     "sent", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000], ids=range(3)
 )
-def test_what_is_not_http_gets_400(sent: bytes, model: Path, serve: Serve) -> None:
+def test_what_is_not_http_gets_400(sent: bytes, shared: Server) -> None:
     """Catches a server that ends with, or waits for, a client that speaks another protocol."""
-    server = serve(model)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT) as client:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=LIMIT) as client:
         client.sendall(sent)
         assert client.recv(1000).startswith(b"HTTP/1.1 400 ")
-    assert post(server.connect())[0] == 200
+    assert post(shared.connect())[0] == 200
 
 
 def test_the_log_is_json_without_texts(model: Path, serve: Serve) -> None:
@@ -264,14 +273,13 @@ def test_the_log_is_json_without_texts(model: Path, serve: Serve) -> None:
     assert "secret" not in server.output()
 
 
-def test_two_servers_on_one_port(model: Path, serve: Serve, handed_over: Mapping[str, str]) -> None:
+def test_two_servers_on_one_port(model: Path, shared: Server, handed_over: Mapping[str, str]) -> None:
     """Catches a traceback, or a second server that takes the requests of the first."""
-    server = serve(model)
-    command = [sys.executable, "-m", "launcher", "serve", "--model", str(model), "--port", str(server.port)]
+    command = [sys.executable, "-m", "launcher", "serve", "--model", str(model), "--port", str(shared.port)]
     environ = os.environ | handed_over
     second = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environ)
     assert second.returncode == 2
-    taken = f"deepcloze: --port: cannot listen on 127.0.0.1:{server.port}: Address already in use"
+    taken = f"deepcloze: --port: cannot listen on 127.0.0.1:{shared.port}: Address already in use"
     assert second.stderr == f"{taken}; --port 0 chooses a free one\n"
 
 

@@ -52,19 +52,18 @@ def uninterrupted(
     return folder
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, *soak(5)])
 def test_a_run_resumes_exactly_in_any_stage(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,
     heldout_corpus: Path,
     uninterrupted: Path,
     tmp_path: Path,
-    stop_after: int,
 ) -> None:
     """Catches a position, stage, batch size, masking rate or token count that a resume loses: within the first stage,
     at its end, and within the second."""
     tree = changing_config(tmp_path, wordpiece_corpus, heldout_corpus)
-    assert set(pools[2].run(pretrain_case, tree, stop_after)) == {"stopped"}
+    for steps in (2, 2, 1):
+        assert set(pools[2].run(pretrain_case, tree, steps)) == {"stopped"}
     assert set(pools[2].run(pretrain_case, tree)) == {"done"}
     assert events_without_timing(tmp_path) == events_without_timing(uninterrupted)
     last, expected = (saved_tensors(checkpoint_path(folder / "checkpoints", 8)) for folder in (tmp_path, uninterrupted))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
+from launches import LONG, SLOW_STEPS, Start, config_file, patched, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer, RankPool
 from runs import logged, pretrain_case, run_config
 from small_disk import SmallDisk
@@ -137,7 +137,7 @@ def test_no_step_is_doubled_or_missing_after_a_kill(
     folder = tmp_path / "run"
     with wandb_server() as server:
         command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
-        killed = start(*command, **_variables(server.url, tmp_path))
+        killed = start(*command, **_variables(server.url, tmp_path), **patched(tmp_path, SLOW_STEPS))
         wait_until(lambda: len(server.history) > 20, killed)
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()

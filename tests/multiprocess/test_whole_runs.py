@@ -26,7 +26,7 @@ from runs import Tree, evaluation_events, events_without_timing, logged, pretrai
 MODERN = {
     "model_type": "modernbert",
     "hidden_size": 24,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 40,
     "local_attention": 12,
@@ -56,7 +56,8 @@ def test_one_epoch_trains_on_every_token_once(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches a short last batch that is dropped, filled up or miscounted."""
-    tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", batch__sequences=250) | {"schedule": {"epochs": 1.0}}
+    tree = run_config(tmp_path, wordpiece_corpus, "fp32_zero2", batch__sequences=250, batch__microbatch_tokens=2000)
+    tree["schedule"] = {"epochs": 1.0}
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     corpus = open_corpus(wordpiece_corpus)
     sequences = len(open_index(corpus, 38, tmp_path))
@@ -79,17 +80,17 @@ def test_init_from_and_evaluate_agree_with_the_run(
         wordpiece_corpus,
         "fp32_zero3",
         model__config=MODERN,
-        schedule__steps=3,
+        schedule__steps=2,
         corpus__eval={"held": str(heldout_corpus)},
     )
     pools[2].run(pretrain_case, first)
-    start = checkpoint_path(tmp_path / "first" / "checkpoints", 3) / "hf"
+    start = checkpoint_path(tmp_path / "first" / "checkpoints", 2) / "hf"
     second = run_config(
         tmp_path / "second", wordpiece_corpus, schedule__steps=1, corpus__eval={"held": str(heldout_corpus)}
     ) | {"model": {"init_from": str(start)}}
-    pools[3].run(pretrain_case, second)
+    pools[1].run(pretrain_case, second)
     last, first_event = evaluation_events(tmp_path / "first")[-1], evaluation_events(tmp_path / "second")[0]
-    assert (last["step"], first_event["step"]) == (3, 0)
+    assert (last["step"], first_event["step"]) == (2, 0)
     for metric in ("loss", "perplexity", "accuracy"):
         assert first_event[f"eval/held/{metric}"] == pytest.approx(last[f"eval/held/{metric}"], rel=1e-5)
 
@@ -113,11 +114,11 @@ def test_a_run_begins_with_the_frequencies_of_tokens(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches an output bias that does not reach the engine, and one that is set again when a run resumes."""
+    changes = {"model__output_bias": "log_frequency", "schedule__steps": 3}
     resumed, undisturbed = (
-        run_config(tmp_path / name, wordpiece_corpus, "fp32_zero3", model__output_bias="log_frequency")
-        for name in ("resumed", "undisturbed")
+        run_config(tmp_path / name, wordpiece_corpus, "fp32_zero3", **changes) for name in ("resumed", "undisturbed")
     )
-    assert pools[2].run(pretrain_case, resumed, 2) == ["stopped", "stopped"]
+    assert pools[2].run(pretrain_case, resumed, 1) == ["stopped", "stopped"]
     assert pools[2].run(pretrain_case, resumed) == ["done", "done"]
     assert pools[2].run(pretrain_case, undisturbed) == ["done", "done"]
     assert logged(tmp_path / "resumed") == logged(tmp_path / "undisturbed")
@@ -148,19 +149,19 @@ def test_a_time_budget_spans_attempts(
     """Catches ranks that go by their own clocks, time that a resume forgets, a learning rate that does not reach its
     minimum, and an end without an evaluation or a checkpoint."""
     tree = run_config(tmp_path, wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)})
-    tree["schedule"] = {"budget": "3s", "warmup_steps": 2, "min_lr_ratio": 0.1}
+    tree["schedule"] = {"budget": "2s", "warmup_steps": 2, "min_lr_ratio": 0.1}
     assert set(pools[2].run(timed_case, tree, 5)) == {"stopped"}
     stopped = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
-    assert (stopped["step"], 0.0 < stopped["seconds"] < 3.0) == (5, True)
+    assert (stopped["step"], 0.0 < stopped["seconds"] < 2.0) == (5, True)
     assert set(pools[2].run(timed_case, tree)) == {"done"}
 
     ended = read_state(complete_checkpoints(tmp_path / "checkpoints")[-1])["progress"]
     rates = logged(tmp_path, "lr")
-    assert 3.0 <= ended["seconds"] < 3.5
+    assert 2.0 <= ended["seconds"] < 2.5
     assert len(rates) == ended["step"] > 5
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] == pytest.approx(0.1 * 3e-3)
-    share = stopped["seconds"] / 3.0
+    share = stopped["seconds"] / 2.0
     assert 0.7 < rates[5] / (3e-3 * (1.0 - 0.9 * share)) <= 1.0, "the second attempt starts a new clock"
     assert events_without_timing(tmp_path)[-1].keys() > {"step", "eval/held/loss"}
     assert events_without_timing(tmp_path)[-1]["step"] == ended["step"]
@@ -186,7 +187,7 @@ def test_the_written_config_starts_the_same_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
     """Catches relative paths or missing keys in RUN/config.yaml, and metrics without the documented keys."""
-    tree = run_config(tmp_path / "first", wordpiece_corpus)
+    tree = run_config(tmp_path / "first", wordpiece_corpus, schedule__steps=3)
     pools[1].run(pretrain_case, tree)
     written = yaml.safe_load(RunFolder(tmp_path / "first").config.read_text(encoding="utf-8"))
     assert Path(written["engine"]["ds_config"]).is_absolute()

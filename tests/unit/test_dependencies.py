@@ -1,6 +1,7 @@
 """`pyproject.toml` declares what the code imports, and nothing else."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -51,6 +52,7 @@ def declared(*extras: str) -> set[str]:
     return {normalised(requirement) for requirements in lists for requirement in requirements}
 
 
+@functools.cache
 def imported(*folders: str) -> set[str]:
     """The distributions that these folders import, wherever in a file the import is."""
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]

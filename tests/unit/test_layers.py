@@ -1,7 +1,7 @@
 """Imports follow the layers in docs/architecture.md."""
 
 import ast
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 
 import pytest
@@ -43,8 +43,10 @@ ONLY_IN = {
 }
 
 
-def imports_by_module() -> Iterator[tuple[str, list[str]]]:
-    """Yields (module, modules that it imports, also inside functions)."""
+@functools.cache
+def imports_by_module() -> dict[str, list[str]]:
+    """The modules that each module imports, also inside functions."""
+    found = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -54,14 +56,12 @@ def imports_by_module() -> Iterator[tuple[str, list[str]]]:
                     imported += [alias.name for alias in node.names]
                 elif isinstance(node, ast.ImportFrom) and node.module:
                     imported.append(node.module)
-            yield module, imported
+            found[module] = imported
+    return found
 
 
 def is_within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
-
-
-IMPORTS = dict(imports_by_module())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_packages_import_only_lower_packages(package: str, others: tuple[str, ..
     """Catches a shared module that imports its users, and pretraining and fine-tuning that import each other."""
     found = [
         (module, name)
-        for module, imported in IMPORTS.items()
+        for module, imported in imports_by_module().items()
         for name in imported
         if is_within(module, package) and any(is_within(name, other) for other in others)
     ]
@@ -86,7 +86,7 @@ def test_packages_import_only_lower_packages(package: str, others: tuple[str, ..
 def test_nothing_imports_the_public_functions() -> None:
     """Catches code that starts commands from below, rather than calling what they call."""
     public = {"deepcloze", "launcher.functions"}
-    assert [module for module, imported in IMPORTS.items() if public & set(imported)] == []
+    assert [module for module, imported in imports_by_module().items() if public & set(imported)] == []
 
 
 def test_pretraining_imports_only_lower_layers() -> None:
@@ -97,10 +97,10 @@ def test_pretraining_imports_only_lower_layers() -> None:
             (n for n, layer in enumerate(PRETRAIN_LAYERS) if any(is_within(module, package) for package in layer)), None
         )
 
-    assert [module for module in IMPORTS if module.startswith("pretrain.") and layer(module) is None] == []
+    assert [module for module in imports_by_module() if module.startswith("pretrain.") and layer(module) is None] == []
     found = [
         (module, name)
-        for module, imported in IMPORTS.items()
+        for module, imported in imports_by_module().items()
         for name in imported
         if (here := layer(module)) is not None and (there := layer(name)) is not None and there < here
     ]
@@ -110,7 +110,9 @@ def test_pretraining_imports_only_lower_layers() -> None:
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_libraries_are_imported_only_in_their_packages(library: str) -> None:
     """Catches a library that is imported outside its packages, so that its API changes affect the whole tree."""
-    users = [module for module, imported in IMPORTS.items() if any(is_within(name, library) for name in imported)]
+    users = [
+        module for module, imported in imports_by_module().items() if any(is_within(name, library) for name in imported)
+    ]
     assert users, f"nothing imports {library}: were folders renamed?"
     assert [user for user in users if not any(is_within(user, package) for package in ONLY_IN[library])] == []
 

@@ -31,7 +31,8 @@ def test_no_call_trusts_the_code_of_a_folder() -> None:
     paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     sources = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
     assert sum(source.count(f".{name}(") for source in sources.values() for name in LOADERS) >= 7
-    assert [f"{path}:{line}" for path, source in sources.items() for line in unsafe_uses(source)] == []
+    users = {path: source for path, source in sources.items() if any(name in source for name in LOADERS)}
+    assert [f"{path}:{line}" for path, source in users.items() for line in unsafe_uses(source)] == []
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,8 @@ def test_results_of_tests_are_kept_although_pytest_dies(tmp_path: Path) -> None:
     """Catches messages that pytest would print at its end, and results that each process of xdist prints too."""
     tests = ["import os", "def test_a(): pass", "def test_b(): assert 1 == 2, 'one'"]
     (tmp_path / "test_three.py").write_text("\n".join([*tests, "def test_c(): os.kill(os.getppid(), 9)"]))
-    options = ("-n", "1", "-p", "benchmarks.gpu_test_reports", "-p", "no:cacheprovider", f"--rootdir={tmp_path}")
+    plugins = ("-p", "benchmarks.gpu_test_reports", "-p", "no:cacheprovider", "-p", "no:schemathesis")
+    options = ("-n", "1", *plugins, f"--rootdir={tmp_path}")
     command = ("-m", "pytest", str(tmp_path / "test_three.py"), *options)
     assert run_session(tmp_path, 90, lambda _: [Job("tests", 600, command, needs_gpu=False)]) == 1
     outcome = Session(tmp_path).outcomes["tests"]

@@ -64,31 +64,30 @@ def test_an_empty_run_folder_gets_the_newest_and_the_best(mirror: Mirror, tmp_pa
     assert not list(folder.checkpoints.glob(".*"))
 
 
-@pytest.mark.parametrize("failing", ["best", "step-00000002", "step-00000004"])
-def test_an_interrupted_restore_is_repeated(
-    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
+def test_an_interrupted_restore_is_repeated(mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run that has its newest checkpoint, and for ever lacks its best one, its metrics or its identity."""
     from experiment import mirror as module
 
     read = module.read_bytes
 
-    def fail(url: str) -> bytes:
-        if failing in url:
-            raise OSError("the host is lost")
-        return read(url)
-
-    folder = RunFolder(tmp_path / "restored")
     complete = mirror.complete()
-    with monkeypatch.context() as patch:
-        patch.setattr(mirror, "complete", lambda: complete)
-        patch.setattr(module, "read_bytes", fail)
-        with pytest.raises(OSError, match="the host is lost"):
-            mirror.restore(folder, lambda: None, show_progress=False)
-    assert complete_checkpoints(folder.checkpoints) == []
-    mirror.restore(folder, lambda: None, show_progress=False)
-    assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 4)
-    assert folder.metrics.exists()
+    for failing in ("best", *names(2, 4)):
+
+        def fail(url: str, failing: str = failing) -> bytes:
+            if failing in url:
+                raise OSError("the host is lost")
+            return read(url)
+
+        folder = RunFolder(tmp_path / failing)
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror, "complete", lambda: complete)
+            patch.setattr(module, "read_bytes", fail)
+            with pytest.raises(OSError, match="the host is lost"):
+                mirror.restore(folder, lambda: None, show_progress=False)
+        assert complete_checkpoints(folder.checkpoints) == [], failing
+        mirror.restore(folder, lambda: None, show_progress=False)
+        assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 4)
+        assert folder.metrics.exists()
 
 
 def test_a_fork_is_told_from_another_run(mirror: Mirror, run: RunFolder) -> None:

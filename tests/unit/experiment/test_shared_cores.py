@@ -4,7 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -42,16 +42,44 @@ def wait_until(condition):
 """
 
 
-def run(code: str) -> str:
-    """The output of Python with torch's default of waiting."""
+SERVER = """
+import os, sys, torch  # no threads yet: they would not be there after a fork
+for code in sys.stdin:
+    if (process := os.fork()) == 0:
+        exec(eval(code), {})
+        print(flush=True)
+        os._exit(0)
+    print("exit code", os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+Run = Callable[[str], list[str]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs code in a forked process of Python with torch's default of waiting; returns the words that it prints."""
     environ = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     environ |= {"OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", CODE + code], env=environ, capture_output=True, text=True, check=True)
-    return done.stdout
+    command, pipe = [sys.executable, "-c", SERVER], subprocess.PIPE
+    with subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, text=True) as server:
+        stdin, stdout = server.stdin, server.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def run_code(code: str) -> list[str]:
+            print(repr(CODE + code), file=stdin, flush=True)
+            words: list[str] = []
+            while words[-3:-1] != ["exit", "code"]:
+                line = stdout.readline()
+                assert line
+                words += line.split()
+            assert words[-1] == "0"
+            return words[:-3]
+
+        yield run_code
 
 
 @needs_cores
-def test_spinning_adapts_to_the_share_of_waiting() -> None:
+def test_spinning_adapts_to_the_share_of_waiting(run: Run) -> None:
     """Catches a team that does not stop the spinning or stays for ever, and a change at each look near one limit."""
     code = """
 spinning = Spinning(load_openmp(), cores)
@@ -60,11 +88,11 @@ for share, expected in (0.0, True), (0.05, True), (0.5, False), (0.05, False), (
     wait_until(lambda: spins() == expected)  # on a busy machine the other thread may not have been running
     print(threads().count("sleeping-team"), end=" ")
 """
-    assert run(code).split() == ["0", "0", "1", "1", "0", "0"]
+    assert run(code) == ["0", "0", "1", "1", "0", "0"]
 
 
 @needs_cores
-def test_threads_do_not_spin_beside_busy_processes() -> None:
+def test_threads_do_not_spin_beside_busy_processes(run: Run) -> None:
     """Catches times of waiting that are not found, and a watching thread that ends."""
     code = """
 share_cores()
@@ -82,7 +110,7 @@ finally:
 
 
 @needs_cores
-def test_which_processes_watch_themselves() -> None:
+def test_which_processes_watch_themselves(run: Run) -> None:
     """Catches GOMP_SPINCOUNT without effect, a second thread that watches, one beside a single computing thread, and a
     forked process without one because its parent has one."""
     code = """
@@ -105,7 +133,7 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
-    assert run(code).split() == ["0", "0", "1", "1", "1"]
+    assert run(code) == ["0", "0", "1", "1", "1"]
 
 
 def test_too_few_threads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiment.signals import handle_stop_signals
+from runs import soak
 from waiting import LIMIT
 
 REPOSITORY = Path(__file__).parents[3]
@@ -56,7 +57,7 @@ exit(cli.main(["pretrain", "--config", "x.yaml"]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *soak(signal.SIGUSR1)])
 def test_further_signals_change_nothing(number: signal.Signals) -> None:
     """Catches a second Ctrl-C that leaves processes on other hosts, or with another exit code than the first one."""
     process = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)

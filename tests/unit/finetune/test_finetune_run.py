@@ -40,7 +40,7 @@ def test_a_run_leaves_what_it_promises(
     config_file: Path, encoder: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a file or key that scripts rely on being renamed or lost, and predictions that contradict the scores."""
-    finetune(config_file, {"training.epochs": "6"})
+    finetune(config_file, {"training.epochs": "4"})
     run = tmp_path / "run"
     found = results(run)
     assert (found["task"], found["init"], found["metric"]) == ("toy", str(encoder), "macro_f1")
@@ -84,10 +84,9 @@ def test_seeds_are_curves_of_their_own_in_tensorboard(config_file: Path, tmp_pat
     assert max(event["step"] for event in events) == 2 * steps[-1]
 
 
-def test_the_model_folder_gives_the_predictions_without_our_code(config_file: Path, tmp_path: Path) -> None:
+def test_the_model_folder_gives_the_predictions_without_our_code(trained_run: Path) -> None:
     """Catches a saved model that is not the one that was scored, lacks its tokenizer, or has lost the label names."""
-    finetune(config_file, {"training.seeds": "[1]"})
-    folder = tmp_path / "run" / "seed-1"
+    folder = trained_run / "seed-1"
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     assert tokenizer.model_max_length == 64
@@ -98,12 +97,11 @@ def test_the_model_folder_gives_the_predictions_without_our_code(config_file: Pa
         assert probabilities[0].item() == pytest.approx(float(row["probability_high"]), abs=1e-4)
 
 
-def test_the_pipeline_of_the_docs_works_for_long_texts(config_file: Path, tmp_path: Path) -> None:
+def test_the_pipeline_of_the_docs_works_for_long_texts(trained_run: Path) -> None:
     """Catches a saved tokenizer without a length limit: a long text then needs more positions than the model has."""
-    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
     docs = (Path(__file__).parents[3] / "docs" / "finetuning.md").read_text(encoding="utf-8")
     line = next(line.strip() for line in docs.splitlines() if line.strip().startswith("transformers.pipeline("))
-    classify = eval(line.replace("RUN/seed-42", str(tmp_path / "run" / "seed-1")), {"transformers": transformers})
+    classify = eval(line.replace("RUN/seed-42", str(trained_run / "seed-1")), {"transformers": transformers})
     (found,) = classify("word1 " * 2000)
     assert found["label"] in ("high", "low")
 
@@ -112,10 +110,10 @@ def test_a_collapsed_seed_is_reported(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a seed that predicts one label for everything and lowers the mean unnoticed."""
-    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "4"})
+    finetune(config_file, {"training.seeds": "[1]"})
     answer = {"label": "low", "probabilities": {"high": 0.1, "low": 0.9}}
     monkeypatch.setattr(Kind, "decode", lambda *_: answer)
-    finetune(config_file, {"training.epochs": "4"})
+    finetune(config_file)
     assert results(tmp_path / "run")["collapsed"] == [2]
     captured = capsys.readouterr()
     assert "seed 2 has collapsed: it predicts the same for every row of validation, test; " in captured.err
@@ -136,17 +134,21 @@ def test_a_collapsed_seed_is_reported(
 )
 def test_what_to_change_after_a_collapse(
     config_file: Path,
+    encoder: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     overrides: dict[str, str],
     advice: str,
 ) -> None:
-    """Catches the advice to predict with a model that predicts one label, and to lower a rate that is too low."""
+    """Catches the advice to predict with a model that predicts one label, and to lower a rate that is too low; and a
+    table in which the untrained baseline carries the pretrained model's name."""
     monkeypatch.setattr(Kind, "decode", lambda *_: {"label": "low", "probabilities": {"high": 0.1, "low": 0.9}})
     finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1", **overrides})
     error = capsys.readouterr().err
     assert re.search(f"seed 1 has collapsed: .*; {advice}", error)
     assert "next:" not in error
+    assert results(tmp_path / "run")["init"] == overrides.get("model.weights", str(encoder))
 
 
 def test_an_unusual_learning_rate_is_named(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,23 +183,17 @@ def test_the_worst_rows_are_listed(trained_run: Path) -> None:
     assert all({**rows[row["row"]], "loss": row["loss"]} == row for row in worst)
 
 
-def test_the_epochs_are_printed(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a training that shows no loss, score and time of its epochs together."""
+def test_the_epochs_are_printed(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a training that shows no loss, score and time of its epochs together; and with one seed "± 0.0000", which
+    claims that the seeds agree."""
     finetune(config_file, {"training.seeds": "[7]", "training.epochs": "2"})
     captured = capsys.readouterr()
     *_, first, second, done, following = (line.split()[:2] for line in captured.err.splitlines())
     assert [first, second, following] == [["1", "10"], ["2", "20"], ["next:", "deepcloze"]]
     assert done[0] == "done:"
     assert "calibration error on test: 0." in captured.out
-
-
-def test_one_seed_has_no_standard_deviation(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Catches "± 0.0000", which claims that the seeds agree though there is only one."""
-    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
     assert results(tmp_path / "run")["splits"]["test"]["accuracy"]["std"] is None
-    assert re.search(r"accuracy +│ \d\.\d{4} ± – ", capsys.readouterr().out)
+    assert re.search(r"accuracy +│ \d\.\d{4} ± – ", captured.out)
 
 
 def test_the_model_of_each_evaluation_can_be_kept(config_file: Path, tmp_path: Path) -> None:
@@ -212,15 +208,6 @@ def test_the_model_of_each_evaluation_can_be_kept(config_file: Path, tmp_path: P
     equal = [all(torch.equal(each[name], kept[name]) for name in kept) for each in weights]
     assert equal == [number == best for number in (1, 2, 3)]
     assert Predictor.load(folders[0]).predict([{"text": "word1 word2"}])
-
-
-def test_training_scores_are_in_tables_and_curves(config_file: Path, tmp_path: Path) -> None:
-    """Catches `training.score_train` that reaches the log only."""
-    finetune(config_file, {"training.score_train": "true", "training.epochs": "2", "training.seeds": "[1]"})
-    found = results(tmp_path / "run")
-    assert list(found["splits"]) == ["train", "validation", "test"]
-    rows = list(csv.DictReader((tmp_path / "run" / "seed-1" / "epochs.csv").open()))
-    assert all(0 <= float(row[f"train_{found['metric']}"]) <= 1 for row in rows)
 
 
 def test_models_need_not_be_kept(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +246,7 @@ def test_the_resolved_config_starts_the_same_run(
     config_file: Path, tmp_path: Path, seeds_trained: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches relative paths or a lost task name in RUN/config.yaml, which make it another run."""
-    relative = {"run.dir": "run", "training.seeds": "[1]", "task.train": "train.tsv"}
+    relative = {"run.dir": "run", "training.seeds": "[1]", "training.epochs": "1", "task.train": "train.tsv"}
     monkeypatch.chdir(tmp_path)
     finetune(config_file, relative)
     before = results(tmp_path / "run")
@@ -267,12 +254,6 @@ def test_the_resolved_config_starts_the_same_run(
     finetune(tmp_path / "run" / "config.yaml")
     assert seeds_trained == [1]
     assert results(tmp_path / "run") == before
-
-
-def test_random_initialisation_is_named(config_file: Path, tmp_path: Path) -> None:
-    """Catches a table in which the untrained baseline carries the pretrained model's name."""
-    finetune(config_file, {"model.weights": "random", "training.seeds": "[1]", "training.epochs": "1"})
-    assert results(tmp_path / "run")["init"] == "random"
 
 
 def test_an_unlabelled_test_split_is_only_predicted(
@@ -316,12 +297,17 @@ def test_dialogues_keep_their_last_turn(config_file: Path, tmp_path: Path, task_
     assert [row["text"] for row in read_csv(output)] == [row["text"] for row in rows]
 
 
-def test_several_test_splits_have_names(config_file: Path, tmp_path: Path, task_files: dict[str, str]) -> None:
-    """Catches one of MNLI's two test sets left out, or both under one name; and a relative path in config.yaml."""
+def test_scores_of_several_splits(config_file: Path, tmp_path: Path, task_files: dict[str, str]) -> None:
+    """Catches one of MNLI's two test sets left out, or both under one name; a relative path in config.yaml; and
+    `training.score_train` that reaches the log only."""
     tests = f"{{matched: {task_files['test']}, mismatched: {task_files['validation']}}}"
-    finetune(config_file, {"task.test": tests, "training.seeds": "[1]", "training.epochs": "1"})
-    scores = results(tmp_path / "run")["splits"]
-    assert set(scores) == {"validation", "matched", "mismatched"}
+    flags = {"training.score_train": "true", "training.seeds": "[1]", "training.epochs": "2"}
+    finetune(config_file, {"task.test": tests, **flags})
+    found = results(tmp_path / "run")
+    scores = found["splits"]
+    assert list(scores) == ["train", "validation", "matched", "mismatched"]
+    rows = read_csv(tmp_path / "run" / "seed-1" / "epochs.csv")
+    assert all(0 <= float(row[f"train_{found['metric']}"]) <= 1 for row in rows)
     assert scores["mismatched"] == scores["validation"]
     assert len(read_csv(tmp_path / "run" / "seed-1" / "predictions-matched.csv")) == 30
     tests = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"]["test"]

@@ -7,11 +7,10 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from finetune.data.records import Record, Table
@@ -24,11 +23,7 @@ from finetune.splits import Task
 from finetune.task_kind import find_kind
 from tiny_models import tiny_fields
 
-TYPES = [
-    name
-    for name, config in CONFIG_MAPPING.items()
-    if config in MODEL_FOR_MASKED_LM_MAPPING and config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-]
+TYPES = [name for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES]
 PADDED = {"convbert", "fnet", "nystromformer", "yoso"}  # their outputs depend on padding
 MASKS = {"deberta", "xmod"}  # cannot compute in bf16 on a CPU
 BEGIN, END, PAD = 0, 2, 1

@@ -17,6 +17,7 @@ from experiment.run_lock import is_locked, lock_run
 from finetune.parallel_seeds import _share, log_events_of_process
 from finetune.run import finetune
 from launcher.cli import main
+from launches import patched
 from runs import soak
 from waiting import wait_until
 
@@ -24,10 +25,16 @@ ROOT = Path(__file__).resolve().parents[3]
 FLAGS = {"training.seeds": "[1, 2, 3]", "training.epochs": "3", "training.evaluate_every": "4"}
 
 
+NO_FIGURES = """
+from finetune.results import figures
+figures.draw_confusion = figures.draw_curves = lambda path, *_: path.touch()
+"""
+
+
 @pytest.fixture(autouse=True)
-def forked(handed_over: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def forked(handed_over: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> None:
     """Commands, and the processes that they start, are forked from one that has imported their modules."""
-    for name, value in handed_over.items():
+    for name, value in {**handed_over, **patched(tmp_path, NO_FIGURES)}.items():
         monkeypatch.setenv(name, value)
 
 

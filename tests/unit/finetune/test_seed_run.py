@@ -30,7 +30,7 @@ from waiting import LIMIT
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("no_figures")
-FinetuneUntilSignal = Callable[[signal.Signals, list[str]], subprocess.CompletedProcess[str]]
+RunPatched = Callable[[str, list[str]], subprocess.CompletedProcess[str]]
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_one_process_at_a_time_uses_a_run_folder(
 
 
 def test_a_killed_seed_is_trained_again_and_agrees(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_file: Path, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches an incomplete seed folder counted as a result, and a repeated seed with other weights."""
     save = seed_run.save_predictions
@@ -84,8 +84,8 @@ def test_a_killed_seed_is_trained_again_and_agrees(
     assert not (tmp_path / "run" / "results.json").exists()
     monkeypatch.setattr(seed_run, "save_predictions", save)
     finetune(config_file, {"training.seeds": "[1]"})
-    finetune(config_file, {"training.seeds": "[1]", "run.dir": str(tmp_path / "other")})
-    once, again = (load_file(tmp_path / name / "seed-1" / "model" / "model.safetensors") for name in ("run", "other"))
+    runs = (tmp_path / "run", trained_run)
+    once, again = (load_file(run / "seed-1" / "model" / "model.safetensors") for run in runs)
     assert all(torch.equal(once[key], again[key]) for key in once)
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -167,11 +167,11 @@ def run_files(run: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def finetune_until_signal(config_file: Path, tmp_path: Path, handed_over: Mapping[str, str]) -> FinetuneUntilSignal:
-    """Run the command with these flags, which gets a signal after its second evaluation."""
+def run_patched(config_file: Path, tmp_path: Path, handed_over: Mapping[str, str]) -> RunPatched:
+    """Runs the command with these flags, which runs this code first."""
 
-    def run(number: signal.Signals, flags: list[str]) -> subprocess.CompletedProcess[str]:
-        variables = {"OMP_NUM_THREADS": "1", **handed_over, **patched(tmp_path, SEND_SIGNAL.format(number=int(number)))}
+    def run(code: str, flags: list[str]) -> subprocess.CompletedProcess[str]:
+        variables = {"OMP_NUM_THREADS": "1", **handed_over, **patched(tmp_path, code)}
         command = [sys.executable, "-m", "launcher", "finetune", "--config", str(config_file), *flags]
         return subprocess.run(
             command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=LIMIT
@@ -181,12 +181,12 @@ def finetune_until_signal(config_file: Path, tmp_path: Path, handed_over: Mappin
 
 
 def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(
-    finetune_until_signal: FinetuneUntilSignal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_patched: RunPatched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches SIGTERM that ends a run without a word, with an exit code that queue systems count as a failure, and a
     status or log that does not tell about it."""
     flags = ["--training.seeds=1", "--training.epochs=4", "--training.evaluate_every=7"]
-    stopped = finetune_until_signal(signal.SIGTERM, flags)
+    stopped = run_patched(SEND_SIGNAL.format(number=int(signal.SIGTERM)), flags)
     assert stopped.returncode == 75, stopped.stderr
     message = "stopped: seed 1 at step 14, saved; run the same command again to resume\n"
     assert stopped.stderr.endswith(f"deepcloze: {message}")
@@ -200,34 +200,33 @@ def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(
     assert "INFO experiment.progress: step 14/" in capsys.readouterr().out
 
 
+# The command runs this first: it gets a signal while it imports a module, which the fork server has imported.
 SEND_SIGNAL_DURING_IMPORTS = """
 import os, signal, sys
-from launcher.cli import main
 class Finder:
     def find_spec(self, name, *_):
         if name == "finetune.run":
             os.kill(os.getpid(), signal.SIGTERM)
+del sys.modules["finetune.run"]
 sys.meta_path.insert(0, Finder())
-sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_stop_signal_during_the_imports_ends_with_a_message(config_file: Path) -> None:
+def test_a_stop_signal_during_the_imports_ends_with_a_message(run_patched: RunPatched) -> None:
     """Catches SIGTERM in the first seconds, while torch is imported, that ends the command without a word."""
-    script = [sys.executable, "-c", SEND_SIGNAL_DURING_IMPORTS, "finetune", "--config", str(config_file)]
-    stopped = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    stopped = run_patched(SEND_SIGNAL_DURING_IMPORTS, [])
     assert stopped.returncode == 75, stopped.stderr
     assert stopped.stderr == "deepcloze: interrupted; run the same command again to resume\n"
 
 
 def test_a_killed_run_resumes_within_a_seed(
-    finetune_until_signal: FinetuneUntilSignal, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_patched: RunPatched, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a kill that costs a whole seed, and a resume whose files differ: by order, dropout, or the best weights.
     Also the files of two runs with the same seed that differ."""
-    overrides = {"training.seeds": "[1]", "training.epochs": "4", "training.evaluate_every": "7"}
+    overrides = {"training.seeds": "[1]", "training.epochs": "3", "training.evaluate_every": "7"}
     flags = [f"--{key}={value}" for key, value in overrides.items()]
-    killed = finetune_until_signal(signal.SIGKILL, flags)
+    killed = run_patched(SEND_SIGNAL.format(number=int(signal.SIGKILL)), flags)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run, other = tmp_path / "run", tmp_path / "other"
     assert not (run / "seed-1").exists()
@@ -264,22 +263,22 @@ def losses_by_seed(run: Path) -> dict[int, list[float]]:
 
 
 def test_seeds_in_another_order_keep_their_events(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_file: Path, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a curve that lacks its beginning, or is missing, after seeds were added before an unfinished one, or
     were left out."""
     stop_at_the_first_evaluation(config_file, {"training.seeds": "[1]"}, monkeypatch)
     finetune(config_file, {"training.seeds": "[3, 1]"})
     finetune(config_file, {"training.seeds": "[2, 3]"})
-    finetune(config_file, {"training.seeds": "[1, 2, 3]", "run.dir": str(tmp_path / "other")})
-    assert losses_by_seed(tmp_path / "run") == losses_by_seed(tmp_path / "other")
+    finetune(config_file, {"training.seeds": "[3]", "run.dir": str(tmp_path / "other")})
+    assert losses_by_seed(tmp_path / "run") == losses_by_seed(trained_run) | losses_by_seed(tmp_path / "other")
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
     assert steps == sorted(steps)
 
 
 @pytest.mark.parametrize("unfinished", ["removed", "stopped"])
 def test_a_seed_that_is_trained_after_a_later_one_keeps_the_events_of_both(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfinished: str
+    config_file: Path, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfinished: str
 ) -> None:
     """Catches curves of finished seeds that are lost because an earlier one is trained again, or continues."""
     run = tmp_path / "run"
@@ -290,8 +289,7 @@ def test_a_seed_that_is_trained_after_a_later_one_keeps_the_events_of_both(
         stop_at_the_first_evaluation(config_file, {"training.seeds": "[1]"}, monkeypatch)
         finetune(config_file, {"training.seeds": "[2]"})
     finetune(config_file, {"training.seeds": "[1, 2]"})
-    finetune(config_file, {"training.seeds": "[1, 2]", "run.dir": str(tmp_path / "other")})
-    assert losses_by_seed(run) == losses_by_seed(tmp_path / "other")
+    assert losses_by_seed(run) == losses_by_seed(trained_run)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     assert steps == sorted(steps)
 

@@ -36,19 +36,6 @@ def test_reading_a_shard_takes_no_pandas(tmp_path: Path) -> None:
     assert printed_by(code) == "[0, 1, 2, 3, 4] [0, 2, 5] 31 False"
 
 
-@pytest.mark.skipif(Version(version("deepspeed")) < Version("0.19.8"), reason="DeepSpeed before 0.19.8 imports it")
-def test_an_engine_takes_no_compiler() -> None:
-    """Catches torch's inductor, which takes a second to import, for an optimizer of DeepSpeed that is not used."""
-    code = (
-        "import sys; from deepspeed.runtime import compiler; from pretrain.engine import initialization\n"
-        "before = compiler.compile\n"
-        "initialization._import_muon()\n"
-        "modules = ('deepspeed.runtime.zero.muon.muon_optimizer', 'torch._inductor.compile_fx')\n"
-        "print([name in sys.modules for name in modules], compiler.compile is before)"
-    )
-    assert printed_by(code) == "[True, False] True"
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "change",
@@ -74,22 +61,29 @@ def test_an_engine_starts_with_another_muon(change: str) -> None:
 
 @pytest.fixture(scope="module")
 def started_rank() -> dict[str, Any]:
-    """What a rank has done until it reads its config, on the CPU of a machine with GPUs."""
+    """What a rank has done until it reads its config, on the CPU of a machine with GPUs; then what DeepSpeed's Muon,
+    which each engine imports, has added."""
     code = (
         "import gc, json, os, runpy, sys\n"
         "collections = []\n"
         "gc.callbacks.append(lambda phase, info: collections.append(info['generation']))\n"
         "def show(_):\n"
+        "    global found\n"
         "    found = {'collections': collections.count(2), 'enabled': gc.isenabled()}\n"
         "    found |= {'frozen': gc.get_freeze_count(), 'modules': list(sys.modules)}\n"
         "    found |= {'visible': os.environ['CUDA_VISIBLE_DEVICES']}\n"
-        "    print(json.dumps(found))\n"
         "os._exit = show\n"
         "gc.collect()\n"
         "collections.clear()\n"
         "sys.argv = ['run', '--config', 'missing.yaml']\n"
         "try: runpy.run_module('pretrain.run', run_name='__main__')\n"
         "except BaseException: pass\n"
+        "from deepspeed.runtime import compiler; from pretrain.engine import initialization\n"
+        "before = compiler.compile\n"
+        "initialization._import_muon()\n"
+        "muon = 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules\n"
+        "compiles = 'torch._inductor.compile_fx' in sys.modules or compiler.compile is not before\n"
+        "print(json.dumps(found | {'muon': muon, 'compiles': compiles}))\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
@@ -110,6 +104,12 @@ def test_a_rank_imports_no_scipy(started_rank: dict[str, Any]) -> None:
     imported = {name.partition(".")[0] for name in started_rank["modules"]}
     assert "torch" in imported
     assert "scipy" not in imported
+
+
+@pytest.mark.skipif(Version(version("deepspeed")) < Version("0.19.8"), reason="DeepSpeed before 0.19.8 imports it")
+def test_an_engine_takes_no_compiler(started_rank: dict[str, Any]) -> None:
+    """Catches torch's inductor, which takes a second to import, for an optimizer of DeepSpeed that is not used."""
+    assert (started_rank["muon"], started_rank["compiles"]) == (True, False)
 
 
 def test_a_rank_on_the_cpu_sees_no_gpus(started_rank: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from experiment.results.report import page_server
 from experiment.results.report.followed_pages import FollowedPages
 from experiment.results.report.page_server import PageServer
 from experiment.run_folder import RunFolder, open_run_folder
+from runs import soak
 from waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -189,10 +190,17 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_fifty_runs(driver: Any, serve: Serve, many: Path) -> None:
+@pytest.fixture(scope="module")
+def url_of_many(many: Path) -> Iterator[str]:
+    """Of a server that reads `many` once."""
+    with served(many) as url:
+        yield url
+
+
+def test_fifty_runs(driver: Any, url_of_many: str, many: Path) -> None:
     """Catches a first picture without runs or curves, one that takes seconds, and an update that sends everything."""
-    url, start = serve(many), time.process_time()
-    view = View(driver, url)
+    start = time.process_time()
+    view = View(driver, url_of_many)
     assert time.process_time() - start < 2.0, "seconds of the processor"
     assert len(names(view)) == 50
     assert lines(view) == 2 * 21, "with their averages"
@@ -208,10 +216,10 @@ def test_fifty_runs(driver: Any, serve: Serve, many: Path) -> None:
     view.check()
 
 
-def test_a_table_of_runs(driver: Any, serve: Serve, many: Path) -> None:
+def test_a_table_of_runs(driver: Any, url_of_many: str, many: Path) -> None:
     """Catches rows that are sorted as text, a filter that shows others, boxes that change other lines, and an update
     that undoes what the user has chosen."""
-    view = View(driver, serve(many))
+    view = View(driver, url_of_many)
     view.click("training loss", "th button")
     assert names(view)[:3] == ["run-0", "run-1", "run-2"]
     view.click("training loss", "th button")
@@ -242,9 +250,9 @@ def test_a_table_of_runs(driver: Any, serve: Serve, many: Path) -> None:
     view.check()
 
 
-def test_the_keyboard(driver: Any, serve: Serve, many: Path) -> None:
+def test_the_keyboard(driver: Any, url_of_many: str, many: Path) -> None:
     """Catches what only a mouse can do, a chart that swallows keys of the browser, and a focus that an update moves."""
-    view = View(driver, serve(many))
+    view = View(driver, url_of_many)
     focused = "return document.activeElement.getAttribute('aria-label') || document.activeElement.textContent"
     press(view, "Tab", "8")
     assert len(names(view)) == 5
@@ -275,8 +283,7 @@ def test_the_keyboard(driver: Any, serve: Serve, many: Path) -> None:
     view.check()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark"), *soak((390, "dark"), (1280, "light"))])
 def test_layouts(driver: Any, serve: Serve, tmp_path: Path, width: int, scheme: str) -> None:
     """Catches a page that is wider than a phone, texts that cannot be read in one of the schemes, and charts that are
     far below a long table."""

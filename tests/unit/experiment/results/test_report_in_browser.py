@@ -22,6 +22,7 @@ from experiment.results.page import (
     write_page,
 )
 from experiment.results.report import write_overlay, write_report
+from runs import soak
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +115,10 @@ def test_texts_have_contrast(driver: Any, pages: dict[str, Path], scheme: str) -
     view.check()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("labels", [2, 20, 60])
+@pytest.mark.parametrize(
+    ("labels", "scheme"),
+    [(2, "light"), (20, "dark"), (60, "light"), *soak((2, "dark"), (20, "light"), (60, "dark"))],
+)
 def test_a_confusion_matrix_can_be_read(driver: Any, tmp_path: Path, labels: int, scheme: str) -> None:
     """Catches text that is tiny, or has the color of its cell; cells without a color; and a page that is wider than a
     phone."""

@@ -121,7 +121,7 @@ def embedding(draw: random.Random) -> Row:
 TASKS = {
     "classification": TinyTask(classification, chance=0.6),
     "regression": TinyTask(regression, chance=0.3),
-    "multi_label": TinyTask(multi_label, chance=0.6),
+    "multi_label": TinyTask(multi_label, chance=0.6, epochs=5),
     "token_classification": TinyTask(token_classification, chance=0.8),
     "question_answering": TinyTask(question_answering, chance=0.5),
     "cloze": TinyTask(cloze, chance=0.4, epochs=1, lr=5e-3),  # a row has many examples
@@ -137,7 +137,7 @@ def config_of(name: str, encoder: Path, folder: Path, **training: Any) -> Finetu
     """The config of a run on a tiny task, whose files are written to the folder."""
     tiny = TASKS[name]
     files = {}
-    for seed, (split, count) in enumerate({"train": 320, "validation": 40, "test": 40}.items()):
+    for seed, (split, count) in enumerate({"train": 160, "validation": 40, "test": 40}.items()):
         draw = random.Random(seed)
         files[split] = str(folder / f"{split}.jsonl")
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(tiny.row(draw)) + "\n" for _ in range(count)))

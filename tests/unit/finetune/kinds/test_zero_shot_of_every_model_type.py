@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from finetune.data.records import Record, Table
 from finetune.device import Device, Microbatch
@@ -15,14 +16,11 @@ from finetune.encoding.examples import Example, Padding, Split
 from finetune.inference import Inference, adapt_to_model, collate
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
 from finetune.splits import Task
+from runs import sampled
 from tiny_models import tiny_fields
 
 QUICK = ("bert", "mobilebert", "perceiver")  # the latter two have no module for the output layer that is called
-TYPES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.soak)
-    for name, config in CONFIG_MAPPING.items()
-    if config in MODEL_FOR_MASKED_LM_MAPPING
-]
+TYPES = sampled(MODEL_FOR_MASKED_LM_MAPPING_NAMES, QUICK)
 PADDED = {"convbert", "fnet", "funnel", "nystromformer", "yoso"}  # their outputs depend on padding
 IDS = {"vocab_size": 100, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 MASK = 3

@@ -1,6 +1,8 @@
+import ctypes
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pretrain.batching import loader
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.loader import DataWorkerError, _describe_state, load_batches
 from pretrain.batching.order import BatchSequences
+from rank_pool import RankPool
 from waiting import LIMIT, wait_until
 
 
@@ -304,41 +307,39 @@ def test_the_state_of_a_worker_is_described(number, expected):
         worker.join()
 
 
-SMALL_SHARED_MEMORY = """
-import os
-from test_loader import LargeBatches
-from pretrain.batching.loader import load_batches
-size = os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
-assert size <= 1 << 16, f"/dev/shm has {size} bytes"
-print([batch.step for batch in load_batches(LargeBatches(), 0, 5, workers=2, timeout=500)])
-"""
+def small_shared_memory_case(_):
+    """The steps of batches where /dev/shm has 64 KB; None if it cannot be mounted. Changes what the process sees."""
+    mount = "mount --make-rprivate / && mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    clone_newns = 0x20000  # os.CLONE_NEWNS of Python 3.12
+    if ctypes.CDLL(None).unshare(clone_newns) or subprocess.run(["sh", "-c", mount], capture_output=True).returncode:
+        return None
+    size = os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize
+    assert size <= 1 << 16, f"/dev/shm has {size} bytes"
+    return [batch.step for batch in load_batches(LargeBatches(), 0, 5, workers=2, timeout=500)]
 
 
-def test_batches_need_no_shared_memory(tmp_path):
+def few_descriptors_case(_):
+    """The steps of batches, all of which are kept, with the limit of `ulimit -n 64`. Changes the process."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    kept = list(load_batches(ManyMicrobatches(), 0, 12, workers=2))
+    return [batch.step for batch in kept]
+
+
+def run_in_new_process(case, fork_server):
+    pool = RankPool(fork_server, 1)
+    (found,) = pool.run(case)
+    pool.kill()
+    return found
+
+
+def test_batches_need_no_shared_memory(fork_server):
     """Catches a worker that cannot send its batch, and a rank that waits for it, where /dev/shm is small."""
-    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode != 0:
+    found = run_in_new_process(small_shared_memory_case, fork_server)
+    if found is None:
         pytest.skip("cannot mount in a namespace of its own")
-    code = f"import sys; sys.path[:] = {sys.path}\n{SMALL_SHARED_MEMORY}"
-    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(list(range(5)))
+    assert found == list(range(5))
 
 
-FEW_DESCRIPTORS = """
-import resource
-from test_loader import ManyMicrobatches
-from pretrain.batching.loader import load_batches
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-kept = list(load_batches(ManyMicrobatches(), 0, 12, workers=2))
-print([batch.step for batch in kept])
-"""
-
-
-def test_many_microbatches_take_few_file_descriptors(tmp_path):
+def test_many_microbatches_take_few_file_descriptors(fork_server):
     """Catches a descriptor for each tensor: at `ulimit -n 1024` a rank with 35 microbatches died or hung."""
-    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path}\n{FEW_DESCRIPTORS}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(list(range(12)))
+    assert run_in_new_process(few_descriptors_case, fork_server) == list(range(12))

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from experiment.errors import UserError
 from pretrain.batching.batch import Microbatch
@@ -18,7 +19,7 @@ from pretrain.modeling.structure import hidden_matrices
 from runs import sampled
 from tiny_models import tiny_fields
 
-TYPES = [name for name, config in CONFIG_MAPPING.items() if config in MODEL_FOR_MASKED_LM_MAPPING]
+TYPES = list(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 WHOLE = ("albert", "xmod")  # packed, but the last layer computes all positions: one for all, and inputs per row
 
 
