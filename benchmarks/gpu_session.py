@@ -208,8 +208,8 @@ def _run_process(job: Job, folder: Path, log: IO[str]) -> int | None:
                 stderr=log,
                 start_new_session=True,
             )
-            job_ends.enter_context(watchdog(process.pid))
             job_ends.callback(_end, process)
+            job_ends.enter_context(watchdog(process.pid))
         try:
             return process.wait(job.seconds)
         except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -165,6 +166,21 @@ def test_all_steps_of_a_session_exist() -> None:
         module = one.command[1].replace(".", "/") + ".py"
         files = [argument for argument in one.command if argument.startswith("tests/")]
         assert all((ROOT / file).exists() for file in (files or [module])), one
+
+
+def test_a_job_without_a_watchdog_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a job that runs on where no more processes can be started."""
+    started = []
+
+    def watchdog(group: int) -> NoReturn:
+        started.append(psutil.Process(group))
+        raise OSError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(gpu_session, "watchdog", watchdog)
+    monkeypatch.setattr(gpu_session, "ENVIRONMENT", job("environment", HANG))
+    with pytest.raises(OSError, match="unavailable"):
+        run_session(tmp_path, 9, lambda _: [])
+    assert not any(process.is_running() for process in started)
 
 
 def test_results_of_tests_are_kept_although_pytest_dies(tmp_path: Path) -> None:
