@@ -13,6 +13,7 @@ from experiment.provenance import ancestors_of, read_origin
 from experiment.run_folder import RunFolder
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
+from launcher.cli import main
 from rank_pool import RankPool
 from runs import TINY, Tree, assert_same_tensors, evaluation_events, logged, pretrain_case, run_config, saved_tensors
 
@@ -58,6 +59,18 @@ def test_a_fork_with_the_same_config_repeats_its_parent(
     assert provenance(tmp_path)["ancestors"] == [
         {"relation": "fork", "run_id": provenance(parent)["run_id"], "folder": parent.name, "step": 2}
     ]
+
+
+def test_a_plan_names_the_steps_of_the_parent(
+    wordpiece_corpus: Path, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the time of a whole run that is taken for what a fork has left."""
+    config = tmp_path / "fork.yaml"
+    config.write_text(yaml.safe_dump(fork(tmp_path / "run", wordpiece_corpus, parent, step=4)), encoding="utf-8")
+    assert main(["plan", "--config", str(config)]) == 0
+    assert "  4 steps of the run that it forks are done, and are counted here and below\n" in capsys.readouterr().out
+    assert main(["plan", "--config", str(config), "--run.resume=never", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["first_step"] == 0
 
 
 def test_a_fork_can_change_all_but_the_model(
