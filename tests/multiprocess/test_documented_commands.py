@@ -55,9 +55,8 @@ SLOW = (
     "deepspeed ",  # as test_launches.py starts it
     "--model.added_tokens",
 )
-# Pages whose commands other tests run with other files: test_watched_runs.py, tests/cluster, tests of reports and logs,
-# test_profile.py, test_forked_runs.py.
-SLOW_PAGES = ("docs/watching.md", "docs/cluster.md", "docs/tracking.md", "docs/performance.md", "docs/schedules.md")
+# Pages whose commands other tests run with other files: test_watched_runs.py, tests/cluster, tests of reports and logs.
+SLOW_PAGES = ("docs/watching.md", "docs/cluster.md", "docs/tracking.md")
 
 
 def is_run_here(command: Command) -> bool:

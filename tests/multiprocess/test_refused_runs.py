@@ -50,7 +50,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ("mistake", "failing"),
     sampled(
         [(mistake, failing) for mistake in MISTAKES for failing in (0, 2)],
-        [("settings", 0), ("stream", 0), *((mistake, 2) for mistake in MISTAKES)],
+        [("run folder", 0), ("stream", 0), *((mistake, 2) for mistake in MISTAKES)],
     ),
 )
 def test_a_mistake_on_one_rank_is_raised_on_all(

@@ -264,17 +264,19 @@ def test_use_cache_does_not_matter() -> None:
     assert check_fork(old, identity(), "a checkpoint") == []
 
 
-def test_a_resume_takes_the_model_from_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions", [80, None])
+def test_a_resume_takes_the_model_from_its_checkpoint(tmp_path: Path, positions: int | None) -> None:
     """Catches a resume that needs the model that it was initialized from, by any of its names, or that continues with
     the newest checkpoint of another run."""
     parent = make_run(tmp_path / "parent", (2, 4))
     (parent / "checkpoints" / "best").write_text("step-00000004\n")
     checkpoint = checkpoint_path(parent / "checkpoints", 4)
     (checkpoint / "hf" / "config.json").touch()
-    began_with = ModelConfig(init_from=str(checkpoint / "hf"), max_positions=80, freeze=("embeddings",), freeze_steps=5)
+    frozen: dict[str, Any] = {"freeze": ("embeddings",), "freeze_steps": 5}
+    began_with = ModelConfig(init_from=str(checkpoint / "hf"), max_positions=positions, **frozen)
     run = make_run(tmp_path / "run", (6,), model=began_with)
     point = ResumePoint(checkpoint_path(run / "checkpoints", 6), fork=False)
-    own = ModelConfig(init_from=str(point.checkpoint / "hf"), freeze=("embeddings",), freeze_steps=5)
+    own = ModelConfig(init_from=str(point.checkpoint / "hf"), **frozen)
     for state in ("there", "gone"):
         for name in (parent, parent / "checkpoints" / "best", checkpoint, checkpoint / "hf"):
             named = began_with.model_copy(update={"init_from": str(name)})

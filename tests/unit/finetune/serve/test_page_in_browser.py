@@ -232,7 +232,8 @@ def test_the_page_asks_for_the_token(folders: dict[str, Path], start: Start, ope
 
 # Answers are shown as bars, tags or JSON.
 @pytest.mark.parametrize(
-    "kind", sampled(RECORDS, ["classification", "multiple_choice", "token_classification", "embedding"])
+    "kind",
+    sampled(RECORDS, ["classification", "multiple_choice", "token_classification", "question_answering", "embedding"]),
 )
 def test_every_kind_of_task(kind: str, tasks: Callable[[str], Path], start: Start, open_page: Open) -> None:
     """Catches a kind whose fields cannot be filled by hand, answers that are not shown, labels and texts that are read
