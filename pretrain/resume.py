@@ -75,7 +75,8 @@ class ResumePoint:
 class ResumePlan:
     """The state that a run starts from."""
 
-    checkpoint: Path | None = None  # None: step 0, with new weights or weights of model.init_from
+    checkpoint: Path | None = None  # None: new weights, or weights of model.init_from
+    step: int = 0  # steps that the checkpoint has trained
     fork: bool = False  # the checkpoint is another run's
     changes: tuple[str, ...] = ()  # keys whose value differs from the checkpoint's, a line each
     load_optimizer_state: bool = True  # False: the checkpoint was written with another optimizer
@@ -168,12 +169,14 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
     """How the run continues from there. Raises UserError for a checkpoint that it can neither resume nor fork."""
     if point is None:
         return ResumePlan()
-    before = read_state(point.checkpoint)["identity"]
+    state = read_state(point.checkpoint)
+    before = state["identity"]
     compare = check_fork if point.fork else check_resume
     lines = compare(before, identity, str(point.checkpoint))
     changed = _changes(before, identity)
     return ResumePlan(
         point.checkpoint,
+        step=state["progress"]["step"],
         fork=point.fork,
         changes=tuple(lines),
         load_optimizer_state="optimizer.name" not in changed,
@@ -233,13 +236,10 @@ def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
 
 def check_fork_length(plan: ResumePlan, steps: int | None) -> None:
     """Raises UserError for a fork that has nothing left to train. `steps`: in the whole run; None if unknown."""
-    if plan.checkpoint is None or not plan.fork or steps is None:
-        return
-    step = read_state(plan.checkpoint)["progress"]["step"]
-    if step >= steps:
+    if plan.fork and steps is not None and plan.step >= steps:
         raise UserError(
             f"the run has {steps} steps, but a fork continues its parent's step count, and {plan.checkpoint} is at "
-            f"step {step} already"
+            f"step {plan.step} already"
         )
 
 

@@ -36,11 +36,9 @@ def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[Rank
         lives: of the ranks that have started, and not ended.
         limit: in seconds.
     """
-    silent = [life for life in lives if life.silent_seconds >= limit]
-    if silent:
-        return silent
     # A rank that has not started is named by the ranks that try to connect to it.
-    if len(lives) < ranks or all(life.beat.stuck_seconds < limit for life in lives):
+    stuck = len(lives) == ranks and any(life.beat.stuck_seconds >= limit for life in lives)
+    if not stuck and all(life.silent_seconds < limit for life in lives):
         return []
     silent = [life for life in lives if _is_silent(life, limit)]
     busy = [life for life in lives if not life.beat.waits]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import NamedTuple
 
-from experiment.checkpoints import checkpoint_step
 from experiment.hardware import peak_flops
 from experiment.transformers_models import first_position
 from pretrain.batching.packing import Rows
@@ -55,12 +54,6 @@ class RunPlan:
     tokens: int | None  # exact; None: a time budget
     epochs: float | None  # None: a time budget or a mixture
     cost: Cost | None
-
-    @property
-    def first_step(self) -> int:
-        """Steps that are done: the run resumes or forks a checkpoint."""
-        checkpoint = self.run.resume_plan.checkpoint
-        return 0 if checkpoint is None else checkpoint_step(checkpoint)
 
     @property
     def budget_tokens(self) -> int | None:

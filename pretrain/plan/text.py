@@ -43,7 +43,7 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         "packed": plan.packed,
         "parameters": {k: v for k, v in asdict(plan.parameters).items() if k != "sizes"},
         "flops_per_token": plan.flops_per_token,
-        "first_step": plan.first_step,
+        "steps_done": plan.run.resume_plan.step,
         "steps": plan.steps,
         "budget_steps": plan.budget_steps,
         "tokens": plan.tokens,
@@ -116,9 +116,10 @@ def _work(plan: RunPlan) -> list[str]:
     elif plan.budget_steps is not None:
         steps, tokens = _count(plan.budget_steps, "step"), float(f"{plan.budget_tokens:.3g}")
         lines.append(f"in all about {steps}, {tokens:,.0f} tokens, in {plan.run.config.schedule.budget}")
-    if plan.first_step:
-        origin = "of the run that it forks" if plan.run.resume_plan.fork else "of this run"
-        lines.append(f"{_count(plan.first_step, 'step')} {origin} are done, and are counted here and below")
+    resumed = plan.run.resume_plan
+    if resumed.step:
+        origin = "of the run that it forks" if resumed.fork else "of this run"
+        lines.append(f"done: {_count(resumed.step, 'step')} {origin}, which these figures include")
     return lines
 
 

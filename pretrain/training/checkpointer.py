@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from experiment.checkpoints import (
     Retention,
     checkpoint_path,
-    checkpoint_step,
     complete_checkpoints,
     last_usable,
     read_state,
@@ -112,7 +111,7 @@ class Checkpointer:
         self._times = times
         self._provenance = provenance
         plan = run.resume_plan
-        saved_step = checkpoint_step(plan.checkpoint) if plan.checkpoint is not None and not plan.fork else None
+        saved_step = plan.step if plan.checkpoint is not None and not plan.fork else None
         url = run.config.checkpoint.mirror
         self._uploads = MirrorUploads(Mirror(url), run.folder, alert) if url and engine.world.rank == 0 else None
         self._saves = BackgroundSave(run.folder.checkpoints, group, engine.world, saved_step, self._uploads)

@@ -64,13 +64,17 @@ def test_a_fork_with_the_same_config_repeats_its_parent(
 def test_a_plan_names_the_steps_of_the_parent(
     wordpiece_corpus: Path, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches the time of a whole run that is taken for what a fork has left."""
+    """Catches the time of a whole run that is taken for what a fork has left, and a copied checkpoint whose name has no
+    step."""
     config = tmp_path / "fork.yaml"
-    config.write_text(yaml.safe_dump(fork(tmp_path / "run", wordpiece_corpus, parent, step=4)), encoding="utf-8")
+    tree = fork(tmp_path / "run", wordpiece_corpus, parent)
+    tree["run"]["resume"] = str(tmp_path / "kept")
+    shutil.copytree(checkpoint_path(parent / "checkpoints", 4), tmp_path / "kept")
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     assert main(["plan", "--config", str(config)]) == 0
-    assert "  4 steps of the run that it forks are done, and are counted here and below\n" in capsys.readouterr().out
+    assert "  done: 4 steps of the run that it forks, which these figures include\n" in capsys.readouterr().out
     assert main(["plan", "--config", str(config), "--run.resume=never", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["first_step"] == 0
+    assert json.loads(capsys.readouterr().out)["steps_done"] == 0
 
 
 def test_a_fork_can_change_all_but_the_model(

@@ -178,7 +178,8 @@ def make_run(
         checkpoint = checkpoint_path(folder.checkpoints, step)
         (checkpoint / "hf").mkdir(parents=True)
         write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
-        state = {"identity": identity(), "config": {"model": model.model_dump(mode="json")}}
+        config = {"model": model.model_dump(mode="json")}
+        state = {"identity": identity(), "config": config, "progress": {"step": step}}
         (checkpoint / "state.json").write_text(json.dumps(state))
         mark_complete(checkpoint)
     return path
@@ -221,7 +222,7 @@ def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
         tmp_path / "link": 2,
     }
     for name, step in names.items():
-        assert plan(new, str(name)) == ResumePlan(checkpoint_path(parent / "checkpoints", step), fork=True)
+        assert plan(new, str(name)) == ResumePlan(checkpoint_path(parent / "checkpoints", step), step, fork=True)
     (checkpoint_path(parent / "checkpoints", 4) / "state.json").write_text("{}")
     assert plan(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
     with pytest.raises(UserError, match=r"step-00000004 is damaged: state\.json"):
@@ -232,7 +233,7 @@ def test_a_fork_resumes_and_no_other_run_is_overwritten(tmp_path: Path) -> None:
     """Catches a fork that forks again after its first checkpoint, and one into the folder of another run."""
     parent, other = make_run(tmp_path / "parent", (2, 4)), make_run(tmp_path / "other", (4,))
     fork = make_run(tmp_path / "fork", (6,), "fork", parent)
-    own = ResumePlan(checkpoint_path(fork / "checkpoints", 6))
+    own = ResumePlan(checkpoint_path(fork / "checkpoints", 6), 6)
     assert plan(fork, str(parent)) == plan(fork, "auto") == own
     assert plan(fork, str(tmp_path / "deleted")) == own, "the parent is no longer needed"
     for run in (other, parent, make_run(tmp_path / "continued", (6,), "init_from", parent)):

@@ -1,7 +1,6 @@
 """The stream of a run: stages, batch warmup, a mixture and a scheduled masking rate, together."""
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -275,8 +274,7 @@ def test_a_fork_ends_after_its_parents_step(
     assert steps is not None
 
     def open_fork(step: int) -> TrainingStream:
-        (tmp_path / "state.json").write_text(json.dumps({"progress": {"step": step}}))
-        fork = dataclasses.replace(run, resume_plan=ResumePlan(tmp_path, fork=True))
+        fork = dataclasses.replace(run, resume_plan=ResumePlan(tmp_path, step, fork=True))
         return open_stream(fork, World(), rows="windows", first_position=0)
 
     assert open_fork(steps - 1).steps == steps
