@@ -1,6 +1,7 @@
 """A rank's signs of life, which the launcher watches, and the stacks of its threads when it hangs or crashes."""
 
 import faulthandler
+import gc
 import os
 import platform
 import sys
@@ -46,7 +47,7 @@ class RankHeartbeat:
         number, stuck, before, checked = 0, 0.0, None, time.monotonic()
         while True:
             doing = Doing(0, STARTING, 0) if self._times is None else self._times.doing
-            frame = sys._current_frames().get(threading.main_thread().ident or 0)
+            frame = _main_frame()
             now = time.monotonic()
             # A machine that was suspended has not hung: count a part of a long pause only.
             elapsed, checked = min(now - checked, self._limit / 4), now
@@ -66,6 +67,21 @@ class RankHeartbeat:
                 )
             del frame
             time.sleep(self._interval)
+
+
+def _main_frame() -> FrameType | None:
+    """The innermost frame of the main thread.
+
+    Python before 3.11.9 deadlocks if it collects garbage meanwhile (https://github.com/python/cpython/issues/106883).
+    """
+    collects = gc.isenabled()
+    if collects:  # else the main thread may enable it now, and it would stay disabled
+        gc.disable()
+    try:
+        return sys._current_frames().get(threading.main_thread().ident or 0)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _is_in(frame: FrameType | None, code: tuple[str, ...]) -> bool:

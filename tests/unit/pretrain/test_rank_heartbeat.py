@@ -10,7 +10,7 @@ import torch
 from experiment.heartbeat import Heartbeat, main_stack, read_heartbeat, request_stack
 from experiment.run_folder import RunFolder, open_run_folder
 from pretrain.rank_heartbeat import _compiles
-from waiting import wait_until
+from waiting import LIMIT, wait_until
 
 # Stands for a rank: its main thread does what {body} says.
 RANK = """
@@ -128,3 +128,24 @@ def test_compiled_code_that_runs_is_not_being_compiled() -> None:
 
     torch.compile(torch.nn.ReLU(), backend=compile_graph)(torch.ones(2))
     assert seen == {"compiling": True, "running": False}
+
+
+def test_looking_at_the_main_thread_stops_no_other() -> None:
+    """Catches a deadlock of Python 3.11.0 to 3.11.8, if garbage is collected while the heartbeat looks at the frames of
+    all threads and the main thread starts another one."""
+    code = """
+import gc, threading, time
+from pretrain.rank_heartbeat import _main_frame
+def watch():
+    while True:
+        assert _main_frame() is not None
+gc.callbacks.append(lambda *_: time.sleep(0))  # as a finalizer: other threads run
+gc.set_threshold(1)
+threading.Thread(target=watch, daemon=True).start()
+for _ in range(300):
+    started = threading.Thread(target=int)
+    started.start()
+    started.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stderr) == (0, "")
