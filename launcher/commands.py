@@ -407,9 +407,30 @@ def validate(options: ValidateOptions) -> None:
     Example:
         deepcloze validate my-run.yaml
     """
-    from launcher.run_validation import validate_command
+    from launcher.run_validation import check_pretraining, command_of
 
-    validate_command(options)
+    file, overrides = options.config, options.overrides
+    command = command_of(file)
+    if command == "clean":
+        from launcher.clean import check_cleaning
+
+        check_cleaning(file, overrides)
+    elif command == "compare":
+        with fast_imports():
+            from launcher.compare_plan import plan_comparison
+
+        plan_comparison(CompareOptions(file=file, overrides=overrides))
+    elif command == "finetune":
+        from finetune.config import FinetuneConfig
+
+        load_config(FinetuneConfig, file, overrides)  # before the imports, which take seconds
+        with fast_imports():
+            from finetune.run import check
+
+        check(file, overrides)
+    else:
+        check_pretraining(file, overrides)
+    print(f"{file}: valid, for deepcloze {command}")
 
 
 def completion(options: CompletionOptions) -> None:

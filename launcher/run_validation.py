@@ -1,4 +1,4 @@
-"""`deepcloze validate`: check a config without starting anything; the same for the runs of sweeps and comparisons."""
+"""Validation of runs that are not started: which command a config is for, and the config of the run."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,11 +10,10 @@ from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify
 from experiment.fast_imports import fast_imports
-from finetune.config import FinetuneConfig
 from launcher.hosts.machine import launch_machine
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
-from launcher.options import CompareOptions, PretrainOptions, ValidateOptions
+from launcher.options import PretrainOptions
 from launcher.run_set import FlatConfig
 from pretrain.config import PretrainConfig
 
@@ -35,30 +34,12 @@ def command_of(config: str) -> str:
     return next((command for section, command in _COMMANDS.items() if section in sections), "pretrain")
 
 
-def validate_command(options: ValidateOptions) -> None:
-    """Raises UserError for anything that would keep the run from starting on this machine."""
-    command = command_of(options.config)
-    if command == "clean":
-        from launcher.clean import check_cleaning
-
-        check_cleaning(options.config, options.overrides)
-    elif command == "compare":
-        with fast_imports():
-            from launcher.compare_plan import plan_comparison
-
-        plan_comparison(CompareOptions(file=options.config, overrides=options.overrides))
-    elif command == "finetune":
-        load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
-        with fast_imports():
-            from finetune.run import check
-
-        check(options.config, options.overrides)
-    else:
-        config, machine = load_config(PretrainConfig, options.config, options.overrides), launch_machine()
-        plan_launch(PretrainOptions(config=options.config, overrides=options.overrides), config, machine)
-        for warning in config.warnings(config.schedule.known_steps):
-            notify(f"warning: {warning}")
-    print(f"{options.config}: valid, for deepcloze {command}")
+def check_pretraining(config: str, overrides: dict[str, str]) -> None:
+    """Print warnings. Raises UserError for anything that would keep the run from starting on this machine."""
+    loaded = load_config(PretrainConfig, config, overrides)
+    plan_launch(PretrainOptions(config=config, overrides=overrides), loaded, launch_machine())
+    for warning in loaded.warnings(loaded.schedule.known_steps):
+        notify(f"warning: {warning}")
 
 
 def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:

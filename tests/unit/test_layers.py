@@ -2,6 +2,7 @@
 
 import ast
 import functools
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,12 @@ def imports_by_module() -> dict[str, list[str]]:
                     imported.append(node.module)
             found[module] = imported
     return found
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Catches a circle of imports, also of imports inside functions."""
+    known = imports_by_module()
+    TopologicalSorter({module: known.keys() & set(names) for module, names in known.items()}).prepare()  # CycleError
 
 
 def is_within(module: str, package: str) -> bool:
