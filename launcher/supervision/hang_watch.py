@@ -40,18 +40,17 @@ def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[Rank
     stuck = len(lives) == ranks and any(life.beat.stuck_seconds >= limit for life in lives)
     if not stuck and all(life.silent_seconds < limit for life in lives):
         return []
+    # Ranks that wait for another one may have begun to do so before it stopped or was stuck.
     silent = [life for life in lives if _is_silent(life, limit)]
     busy = [life for life in lives if not life.beat.waits]
     return silent or [life for life in busy if _is_stuck(life, limit)] or busy or list(lives)
 
 
 def _is_silent(life: RankLife, limit: float) -> bool:
-    """Ranks that wait for another one may have begun to do so before it stopped."""
     return life.silent_seconds >= limit / 2
 
 
 def _is_stuck(life: RankLife, limit: float) -> bool:
-    """Ranks that wait for another one may have begun to do so before it was stuck."""
     return life.beat.stuck_seconds >= limit / 2
 
 
@@ -148,11 +147,10 @@ class HangWatch:
 
     def _describe(self, life: RankLife) -> str:
         beat = life.beat
-        seconds = max(life.silent_seconds, beat.stuck_seconds)
         if _is_silent(life, self._limit):
-            what = f"no sign of life for {seconds:.0f} s"
+            what = f"no sign of life for {life.silent_seconds:.0f} s"
         elif _is_stuck(life, self._limit):
-            what = f"no progress for {seconds:.0f} s"
+            what = f"no progress for {beat.stuck_seconds:.0f} s"
         else:
             what = "others wait for it"
         where = f"after step {beat.step}, {beat.activity}"

@@ -36,6 +36,10 @@ def life(rank: int, stuck: float = 0.0, silent: float = 0.0, waits: bool = False
         ([life(0, 81, waits=True), life(1, 78), life(2, 5)], [1]),  # they waited for it before
         ([life(0, 81, waits=True), life(1, 82, waits=True)], [0, 1]),  # a stuck collective
         ([life(0, 81), life(1, 82)], [0, 1]),
+        (
+            [life(0, silent=81), life(1, silent=41), life(2, 1)],
+            [0, 1],
+        ),  # a host is gone; its ranks wrote at different times
         ([life(0, silent=300)], [0]),  # rank 1 has not started
         ([life(0, 300, waits=True)], []),
     ],
@@ -102,7 +106,7 @@ def test_a_rank_that_has_stopped_is_named_with_its_stack(folder: RunFolder, caps
 def test_a_rank_that_stopped_while_others_waited_is_silent(folder: RunFolder) -> None:
     """Catches a rank that is said to be slow although it gives no sign of life, because others waited before."""
     watched = Watched(folder)
-    assert not watched.after(1, beat(0, 1, stuck=30, waits=True), beat(1, 1))
+    assert not watched.after(1, beat(0, 1, stuck=30, waits=True), beat(1, 1, stuck=60))
     assert not watched.after(20, beat(0, 2, stuck=50, waits=True))
     assert not watched.after(20, beat(0, 3, stuck=70, waits=True))
     assert watched.after(11, beat(0, 4, stuck=81, waits=True))
