@@ -72,7 +72,7 @@ class RankHeartbeat:
 def _main_frame() -> FrameType | None:
     """The innermost frame of the main thread.
 
-    Python before 3.11.9 deadlocks if it collects garbage meanwhile (https://github.com/python/cpython/issues/106883).
+    Python 3.11 before 3.11.12 deadlocks if it collects garbage meanwhile (https://github.com/python/cpython/issues/106883).
     """
     collects = gc.isenabled()
     if collects:  # else the main thread may enable it now, and it would stay disabled

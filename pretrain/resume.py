@@ -76,7 +76,7 @@ class ResumePlan:
     """The state that a run starts from."""
 
     checkpoint: Path | None = None  # None: new weights, or weights of model.init_from
-    step: int = 0  # steps that the checkpoint has trained
+    step: int = 0  # finished steps
     fork: bool = False  # the checkpoint is another run's
     changes: tuple[str, ...] = ()  # keys whose value differs from the checkpoint's, a line each
     load_optimizer_state: bool = True  # False: the checkpoint was written with another optimizer

@@ -132,16 +132,18 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         sent_of_run = sum(each * (stage.steps or 0) for each, stage in zip(sent, stages, strict=True))
         cost = cost_of(None if by_stage is None else flops_of_run, sent_of_run)
     elif budget is not None:
-        spent = 0.0
+        # The clock of a fork starts over.
+        spent, done = 0.0, run.resume_plan.step if run.resume_plan.fork else 0
         for number, stage in enumerate(stages):
             step = cost_of(None if by_stage is None else by_stage[number] * stage.tokens_per_step(), sent[number])
             if step is None:
                 break
-            left = int((budget - spent) / step.seconds)  # steps
-            if stage.steps is None or left < stage.steps:
-                steps, cost = stage.first_step + left, budget_cost(step, budget, ranks, rates)
+            first = max(done, stage.first_step)
+            last = first + int((budget - spent) / step.seconds)
+            if stage.steps is None or last < stage.first_step + stage.steps:
+                steps, cost = last, budget_cost(step, budget, ranks, rates)
                 break
-            spent += stage.steps * step.seconds
+            spent += max(0, stage.first_step + stage.steps - first) * step.seconds
     return RunPlan(
         run=run,
         hosts=hosts,

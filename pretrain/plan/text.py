@@ -116,10 +116,11 @@ def _work(plan: RunPlan) -> list[str]:
     elif plan.budget_steps is not None:
         steps, tokens = _count(plan.budget_steps, "step"), float(f"{plan.budget_tokens:.3g}")
         lines.append(f"in all about {steps}, {tokens:,.0f} tokens, in {plan.run.config.schedule.budget}")
-    resumed = plan.run.resume_plan
-    if resumed.step:
-        origin = "of the run that it forks" if resumed.fork else "of this run"
-        lines.append(f"done: {_count(resumed.step, 'step')} {origin}, which these figures include")
+    start, total = plan.run.resume_plan, plan.steps or plan.budget_steps
+    if start.step:
+        origin = "of the run that it forks" if start.fork else "of this run"
+        included = "" if total is None or total < start.step else ", which these figures include"
+        lines.append(f"done: {_count(start.step, 'step')} {origin}{included}")
     return lines
 
 
@@ -174,7 +175,8 @@ def _cost(plan: RunPlan) -> list[str]:
     ]
     if cost is None:
         return [*lines, "unknown: state the device's peak as --peak_tflops"]
-    steps = plan.steps or plan.budget_steps
+    start = plan.run.resume_plan
+    steps = plan.steps or (plan.budget_steps or 0) - (start.step if start.fork else 0)  # a fork has a budget of its own
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
     duration = describe_duration(cost.seconds) if cost.seconds >= 10 else f"{cost.seconds:.3g} s"
     lines.append(

@@ -73,8 +73,16 @@ def test_a_plan_names_the_steps_of_the_parent(
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     assert main(["plan", "--config", str(config)]) == 0
     assert "  done: 4 steps of the run that it forks, which these figures include\n" in capsys.readouterr().out
-    assert main(["plan", "--config", str(config), "--run.resume=never", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["steps_done"] == 0
+    budget = ["--schedule.steps=null", "--schedule.budget=1h", "--peak_tflops=1", "--json"]
+    planned = [["--json"], ["--run.resume=never", "--json"], budget, ["--run.resume=never", *budget]]
+    found = []
+    for flags in planned:
+        assert main(["plan", "--config", str(config), *flags]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [plan["steps_done"] for plan in found] == [4, 0, 4, 0]
+    assert found[2]["budget_steps"] == found[3]["budget_steps"] + 4  # its clock starts over
+    assert main(["plan", "--config", str(RunFolder(parent).config)]) == 0
+    assert "  done: 6 steps of this run, which these figures include\n" in capsys.readouterr().out
 
 
 def test_a_fork_can_change_all_but_the_model(

@@ -131,8 +131,8 @@ def test_compiled_code_that_runs_is_not_being_compiled() -> None:
 
 
 def test_looking_at_the_main_thread_stops_no_other() -> None:
-    """Catches a deadlock of Python 3.11.0 to 3.11.8, if garbage is collected while the heartbeat looks at the frames of
-    all threads and the main thread starts another one."""
+    """Catches a deadlock of Python 3.11.0 to 3.11.11, if garbage is collected while the heartbeat looks at the frames
+    of all threads and the main thread starts another one."""
     code = """
 import gc, threading, time
 from pretrain.rank_heartbeat import _main_frame
