@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,9 +16,11 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import StoppedError
+from experiment.run_folder import RunFolder
 from hub_server import HubServer
 from launcher import compare, run_set
 from launcher.cli import main
+from launcher.compare import CellScores
 from launcher.run_set import DONE, ChildRun
 
 LOW, HIGH = "ba de fi go lu mar", "pol rin sta ter ud ven"
@@ -151,6 +154,22 @@ def test_rows_and_tasks_and_seeds(
     assert main(["compare", str(file)]) == 0
     assert len(started) == 2
     assert read_tables(folder) == table
+
+
+def test_differences_have_the_sign_of_their_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows that are swapped: the interval of a difference would exclude it."""
+    drawn = {"good": np.linspace(0.85, 0.95, 100), "bad": np.linspace(0.45, 0.55, 100)}
+    monkeypatch.setattr(compare, "_resample", lambda *_: drawn)
+    means = {"good": 0.9, "bad": 0.5}
+    cells = {
+        row: [CellScores("toy", RunFolder(tmp_path), "test", {}, "accuracy", (mean,), mean, None, 0, ())]
+        for row, mean in means.items()
+    }
+    tests = compare.test_rows(cells)
+    against = tests["toy", "good"]["against"]["bad"]
+    assert against["difference"] == pytest.approx(0.4)
+    assert against["interval"] == pytest.approx((0.4, 0.4))
+    assert tests["toy", "bad"]["interval"] == pytest.approx((0.4525, 0.5475))
 
 
 def test_a_stopped_comparison_runs_each_cell_once(

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from experiment.config import build_config
@@ -226,6 +228,18 @@ def test_int8_predicts_about_the_same(int8: Path, trained_run: Path, tmp_path: P
     tensors = onnx.load(int8 / FILE).graph.initializer
     in_fp32 = [each.name for each in tensors if each.data_type == onnx.TensorProto.FLOAT and min([*each.dims, 1]) > 1]
     assert [name for name in in_fp32 if not re.search("pooler|classifier", name)] == []
+
+
+def test_embeddings_are_rounded_by_half_a_step_at_most(int8: Path, trained_run: Path) -> None:
+    """Catches the largest element of a row that overflows."""
+    weights = load_file(trained_run / "seed-1" / "model" / "model.safetensors")
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(int8 / FILE).graph.initializer}
+    tables = {name.removesuffix("_int8") for name in stored if name.endswith("_int8")}
+    assert len(tables) > 1
+    for name in tables:
+        scale = stored[f"{name}_scale"]
+        restored = stored[f"{name}_int8"] * scale
+        assert (np.abs(restored - weights[name.removeprefix("model.")].numpy()) <= 0.501 * scale).all(), name
 
 
 def test_the_server_says_that_it_computes_in_int8(int8: Path) -> None:
