@@ -113,7 +113,7 @@ def demo(output: Path, minutes: float = MINUTES) -> None:
     scores = json.loads(deepcloze("evaluate", checkpoint=run.path, corpus=held_out, json=True))
 
     stopwatch.begin("Fine-tuning from random and from pretrained weights, three seeds each")
-    results = {weights: finetune(output, run, weights) for weights in ("random", "pretrained")}
+    results = finetune(output, run)
 
     stopwatch.begin("Report")
     table = comparison(run, scores[held_out.name], results)
@@ -162,14 +162,27 @@ def has_stepped(run: RunFolder) -> bool:
     return any(event["step"] > 0 for event in read_events(run.metrics))
 
 
-def finetune(output: Path, run: RunFolder, weights: str) -> dict[str, Any]:
-    """Fine-tune on the task; return the content of results.json."""
-    folder = output / f"task-{weights}"
+def finetune(output: Path, run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Fine-tune on the task from random and from pretrained weights; return the contents of results.json.
+
+    At the same time, with one thread each: a model as small as this keeps one core busy, not two.
+    """
     files = {f"task.{split}": output / "task-data" / f"{split}.jsonl" for split in EXAMPLES}
-    flags: dict[str, Any] = {"config": TASK, "run.dir": folder, "model.init_from": run.path, "model.weights": weights}
-    deepcloze("finetune", **flags, **files)
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return results
+    shared = {"config": TASK, "model.init_from": run.path, **files}
+    folders = {weights: output / f"task-{weights}" for weights in ("random", "pretrained")}
+    log, one_thread = output / "task-random.log", {**environment(), "OMP_NUM_THREADS": "1"}
+    say(f"both at the same time, with one thread each; output of the first goes to {log}")
+    started = []
+    with log.open("wb") as file:
+        for weights, shown in (("random", file), ("pretrained", None)):
+            argv = command("finetune", **{"run.dir": folders[weights], "model.weights": weights, **shared})
+            started.append(subprocess.Popen(argv, env=one_thread, stdout=shown, stderr=shown))
+        for process in started:
+            process.wait()
+    for process in started:
+        check("finetune", process.returncode)
+    results = {weights: (folder / "results.json").read_text(encoding="utf-8") for weights, folder in folders.items()}
+    return {weights: json.loads(text) for weights, text in results.items()}
 
 
 def comparison(run: RunFolder, scores: dict[str, float], results: dict[str, dict[str, Any]]) -> Table:
@@ -225,12 +238,16 @@ def deepcloze(name: str, **flags: Any) -> str:
     kept = subprocess.PIPE if flags.get("json") else None
     argv = command(name, **flags)
     finished = subprocess.run(argv, env=environment(), stdout=kept, text=True, check=False)
-    if finished.returncode:
-        say(f"demo: deepcloze {name} failed with exit code {finished.returncode}")
-        raise SystemExit(finished.returncode)
+    check(name, finished.returncode)
     if kept:
         print(finished.stdout, end="", flush=True)
     return finished.stdout or ""
+
+
+def check(name: str, code: int) -> None:
+    if code:
+        say(f"demo: deepcloze {name} failed with exit code {code}")
+        raise SystemExit(code)
 
 
 def environment() -> dict[str, str]:

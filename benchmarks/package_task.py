@@ -141,6 +141,7 @@ def _names_package(sentence: str, package: str) -> bool:
 
 
 def _is_example(sentence: str) -> bool:
+    if not (sentence[0].isupper() and sentence.endswith(".") and sentence.count(" ") + 1 in _WORDS):
+        return False
     letters = sum(character.isalpha() or character == " " for character in sentence)
-    whole = sentence[0].isupper() and sentence.endswith(".")
-    return whole and sentence.count(" ") + 1 in _WORDS and letters >= _MIN_LETTERS * len(sentence)
+    return letters >= _MIN_LETTERS * len(sentence)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,18 @@ def test_the_readme_shows_the_commands_of_the_demo(monkeypatch: pytest.MonkeyPat
 
     def deepcloze(name: str, **flags: Any) -> str:
         run.append({"deepcloze", *benchmarks.demo.command(name, **flags)[1:]})
-        if name == "finetune":
-            flags["run.dir"].mkdir()
-            (flags["run.dir"] / "results.json").write_text("{}", encoding="utf-8")
         return '{"corpus-heldout": {}}'
 
+    def start(argv: list[str], **_: Any) -> subprocess.Popen[bytes]:
+        run.append({"deepcloze", *argv[1:]})
+        folder = next(Path(flag.removeprefix("--run.dir=")) for flag in argv if flag.startswith("--run.dir="))
+        folder.mkdir()
+        (folder / "results.json").write_text("{}", encoding="utf-8")
+        return start_process(["true"])
+
+    start_process = subprocess.Popen
     monkeypatch.setattr(benchmarks.demo, "deepcloze", deepcloze)
+    monkeypatch.setattr(benchmarks.demo.subprocess, "Popen", start)
     for name in ("write_task", "pretrain_for", "comparison", "write_combined_page", "show"):
         monkeypatch.setattr(benchmarks.demo, name, lambda *_: None)
     monkeypatch.chdir(tmp_path)
