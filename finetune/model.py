@@ -127,7 +127,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
     if layers := describe_unused_layers(spec.folder, built.unused):
         return [*lines, layers]
     if built.unused:
-        lines.append(f"{spec.folder}: the model does not use {len(built.unused)} tensors ({built.unused[0]} …)")
+        lines.append(f"{spec.folder}: tensors that the model does not use: {', '.join(built.unused)}")
     return lines
 
 
