@@ -66,6 +66,7 @@ class RankMemory:
     zero_stage: int
     moments: Mapping[str, Parts]  # of the run -> bytes on the device
     host: int  # host memory of a rank on a GPU during training: offloaded parts
+    checkpoint: int  # host memory of the first machine with GPUs for checkpoints, see docs/checkpoints.md
     disk: int  # NVMe offload
 
     @property
@@ -149,12 +150,13 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
             buffers=_backward_buffers(counts, settings) + _prefetched(counts, settings),
         )
     moments["start"] = _start(counts, settings, resident)
-    if not settings.on_gpu:  # each rank copies its own part, and rank 0 the whole model
-        moments["checkpoint"] = resident + Parts(buffers=resident.optimizer + _FP32 * counts.total)
+    if not settings.on_gpu:
+        moments["checkpoint"] = resident + Parts(buffers=_copied(counts, settings, settings.ranks))
     host = _offloaded(counts, settings)
     swapped = 2 * _FP32 * counts.total + _moments(counts, settings)  # masters, gradients and moments
     disk = swapped // settings.ranks if settings.offload == "nvme" else 0
-    return RankMemory(settings.zero_stage, moments, host if settings.on_gpu else 0, disk)
+    checkpoint = _copied(counts, settings, settings.hosts) if settings.on_gpu else 0
+    return RankMemory(settings.zero_stage, moments, host if settings.on_gpu else 0, checkpoint, disk)
 
 
 def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
@@ -179,6 +181,14 @@ def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
 def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
     """Bytes on all ranks together. Muon has no second moment of hidden matrices."""
     return 2 * _FP32 * counts.total - (_FP32 * counts.hidden_matrices if settings.optimizer == "muon" else 0)
+
+
+def _copied(counts: ParameterCounts, settings: MemorySettings, owners: int) -> int:
+    """Bytes of the first of so many ranks or machines for a checkpoint: each copies its part of masters, moments and
+    averages, at ZeRO 0 only the first; rank 0 the whole model, too."""
+    averages = _FP32 if settings.averaged else 0
+    states = (_FP32 + averages) * counts.total + _moments(counts, settings)
+    return (states if settings.zero_stage == 0 else -(-states // owners)) + _FP32 * counts.total
 
 
 def _shares_memory(settings: MemorySettings) -> bool:

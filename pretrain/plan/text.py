@@ -56,6 +56,7 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
                 "memory": asdict(each.memory.parts) | {"total": each.memory.parts.total},
                 "moment": each.memory.peak,
                 "host_memory": each.memory.host,
+                "checkpoint_memory": each.memory.checkpoint,
                 "disk": each.memory.disk,
                 "sent_per_step": each.sent_per_step,
                 "with_reserve": plan.needed_at(stage),
@@ -138,6 +139,7 @@ def _memory(plan: RunPlan) -> list[str]:
         lines.append(
             f"host memory: {_gib(per_host * 4 * plan.parameters.total)} GiB per machine while its ranks build the model"
             + (f", {_gib(per_host * chosen.host)} GiB for what is offloaded" if chosen.host else "")
+            + f", {_gib(chosen.checkpoint)} GiB on the first one for checkpoints"
         )
     else:
         lines.append(

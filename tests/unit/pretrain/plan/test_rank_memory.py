@@ -76,6 +76,16 @@ def test_averages_and_offload() -> None:
     assert rank_memory(COUNTS, NOTHING, replace(offloaded, zero_stage=3, offload="nvme")).disk == 16 * N // 8
 
 
+def test_checkpoints_are_copied_to_the_host() -> None:
+    """Catches pinned memory that is missing in a plan, and copies that all ranks make although rank 0 alone writes."""
+    two_machines = replace(BF16, hosts=2, averaged=True)
+    assert rank_memory(COUNTS, NOTHING, two_machines).checkpoint == (16 // 2 + 4) * N
+    assert rank_memory(COUNTS, NOTHING, replace(two_machines, zero_stage=0, precision="fp32")).checkpoint == 20 * N
+    on_cpu = rank_memory(COUNTS, NOTHING, replace(BF16, on_gpu=False))
+    assert on_cpu.checkpoint == 0
+    assert on_cpu.moments["checkpoint"].buffers - on_cpu.moments["update"].buffers == (12 / 8 + 4) * N
+
+
 def test_more_ranks_and_higher_stages_need_less() -> None:
     """Catches a share that grows with the ranks."""
     for stage in (1, 2, 3):
