@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError, reason
-from experiment.files import checksum, fsync_tree, json_digest, parse_json, write_json, write_text
+from experiment.files import checksum, fsync_tree, json_digest, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list
     `choose`: selects the files to read, from their sorted paths in the checkpoint; default: all.
     """
     try:
-        checksums: dict[str, str] = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        checksums: dict[str, str] = read_json(checkpoint / COMPLETE)
     except (OSError, ValueError) as error:
         return f"its {COMPLETE} file cannot be read: {error}"
     if not isinstance(checksums, dict) or not checksums:
@@ -188,7 +188,7 @@ def verify_descriptions(checkpoint: Path) -> str | None:
 def weights_digest(checkpoint: Path) -> str:
     """Identifies the contents of a complete checkpoint's Hugging Face folder. Raises OSError or ValueError if its
     COMPLETE file cannot be read, as after the checkpoint was deleted."""
-    checksums = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    checksums = read_json(checkpoint / COMPLETE)
     if not isinstance(checksums, dict):
         raise ValueError(f"its {COMPLETE} file lists no checksums")
     return json_digest({name: value for name, value in checksums.items() if name.startswith("hf/")})
@@ -199,7 +199,7 @@ def unlisted_files(model: Path) -> set[Path]:
     of it. Empty for a folder that is in no checkpoint."""
     folder = model.resolve()
     try:
-        listed = parse_json((folder.parent / COMPLETE).read_text(encoding="utf-8"))
+        listed = read_json(folder.parent / COMPLETE)
     except (OSError, ValueError):
         return set()
     files = [folder.parent / name for name in files_below(folder.name)(list(listed))]
@@ -227,7 +227,7 @@ def link_model(checkpoint: Path, folder: Path) -> None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json: everything in a checkpoint that is not a tensor."""
-    state: dict[str, Any] = parse_json((checkpoint / _STATE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = read_json(checkpoint / _STATE)
     return state
 
 
@@ -244,7 +244,7 @@ def state_around(model: Path) -> dict[str, Any]:
 
 def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Replace state.json of a complete checkpoint, which is usable at every moment."""
-    checksums: dict[str, str] = parse_json((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    checksums: dict[str, str] = read_json(checkpoint / COMPLETE)
     write_json(checkpoint / COMPLETE, {name: checksums[name] for name in checksums if name != _STATE}, indent=1)
     write_json(checkpoint / _STATE, state, indent=1)
     write_json(checkpoint / COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)

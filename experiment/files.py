@@ -159,6 +159,11 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises OSError, and ValueError as `parse_json`."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
 def parse_record(kind: type[T], text: str | bytes) -> T:
     """A JSON text as a value of this type. Unknown keys are ignored. Raises ValueError."""
     found: T = _adapter(kind).validate_json(text)

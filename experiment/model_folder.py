@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, first_line, is_out_of_memory
-from experiment.files import parse_json
+from experiment.files import read_json
 from experiment.transformers_models import check_label_count, quiet_transformers
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -118,7 +118,7 @@ def _check_indexes(weights: Path) -> None:
     read it."""
     for index in (path for pattern in WEIGHT_FILES if pattern.endswith(".json") for path in weights.glob(pattern)):
         try:
-            files = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = set(read_json(index)["weight_map"].values())
             parts = {file: Path(file).parts for file in files}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{index}: expected 'weight_map', which names a file for each tensor") from None

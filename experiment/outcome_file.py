@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from experiment.errors import StoppedError, UserError
-from experiment.files import create_json, parse_json, parse_record, write_json, write_text
+from experiment.files import create_json, parse_record, read_json, write_json, write_text
 from experiment.run_folder import RunFolder
 
 _RESERVED_BYTES = 4096
@@ -108,7 +108,7 @@ def recorded_outcome(folder: RunFolder) -> Iterator[None]:
 def read_outcome(folder: RunFolder) -> ReportedOutcome | None:
     """The outcome that the ranks reported; None if the file is missing or damaged."""
     try:
-        found = parse_json(folder.outcome.read_text(encoding="utf-8"))
+        found = read_json(folder.outcome)
         cause = None if found["cause"] is None else Cause(found["cause"])
         return ReportedOutcome(Outcome(found["outcome"]), str(found["message"]), cause)
     except (OSError, ValueError, KeyError, TypeError):

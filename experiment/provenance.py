@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.files import parse_json, sha256, write_json
+from experiment.files import read_json, sha256, write_json
 from experiment.hub_names import hub_name, public_name
 from experiment.run_folder import RunFolder
 
@@ -73,7 +73,7 @@ def write_provenance(
 def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
     """RUN/provenance.json, None if the run was never started. Raises UserError if the file is damaged."""
     try:
-        record = parse_json(folder.provenance.read_text(encoding="utf-8"))
+        record = read_json(folder.provenance)
         attempts, ancestors = record["attempts"], record["ancestors"]
         if not (isinstance(record["run_id"], str) and isinstance(attempts, list) and isinstance(ancestors, list)):
             raise TypeError
@@ -102,7 +102,7 @@ def read_origin(model: Path) -> dict[str, Any] | None:
     """
     path = model / _ORIGIN
     try:
-        origin = parse_json(path.read_text(encoding="utf-8"))
+        origin = read_json(path)
         return {key: origin[key] for key in ("run_id", "folder", "step", "ancestors")} | dict(origin)
     except FileNotFoundError:
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiment.errors import UserError
-from experiment.files import created_parents, parse_json
+from experiment.files import created_parents, read_json
 
 RunKind = Literal["pretraining run", "fine-tuning run"]
 
@@ -45,6 +45,8 @@ class RunFolder:
     config = _Below("config.yaml")
     provenance = _Below("provenance.json")
     metrics = _Below("metrics.jsonl")
+    results = _Below("results.json")
+    """The scores of a fine-tuning."""
     tensorboard = _Below("tensorboard")
     wandb = _Below("wandb")
     checkpoints = _Below("checkpoints")
@@ -102,7 +104,7 @@ def planned_folders(folder: Path) -> list[Path]:
     """The run folders of a sweep or comparison, also of runs that have not started; empty if it is none."""
     for name in (SWEEP_RECORD, COMPARISON_RECORD):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            content = parse_json((folder / name).read_text(encoding="utf-8"))
+            content = read_json(folder / name)
             return [folder / run for run in (content["runs"] if name == SWEEP_RECORD else content)]
     return []
 

@@ -22,7 +22,7 @@ import filelock
 import psutil
 
 from experiment.errors import UserError, notify
-from experiment.files import parse_json, write_json
+from experiment.files import read_json, write_json
 from experiment.outcome_file import RankRecord, rank_records
 from experiment.run_folder import RunFolder
 
@@ -241,7 +241,7 @@ def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
 def _owner(path: Path) -> dict[str, object] | None:
     """Read the file of the owner; None if there is none, or it is damaged."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None

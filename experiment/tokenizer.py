@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError, reason
-from experiment.files import fsync_tree, json_digest, parse_json
+from experiment.files import fsync_tree, json_digest, read_json
 from experiment.transformers_models import check_label_count, quiet_transformers
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no file."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
-from experiment.files import parse_json
+from experiment.files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +40,7 @@ def check_label_count(folder: Path) -> None:
     config, which it also does to load a tokenizer. A config that is missing or damaged is left to the caller."""
     path = folder / "config.json"
     try:
-        largest = max(_label_counts(parse_json(path.read_text(encoding="utf-8"))), default=0)
+        largest = max(_label_counts(read_json(path)), default=0)
     except (OSError, ValueError, RecursionError):
         return
     if largest > _MAX_LABELS:

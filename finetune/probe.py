@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"deepcloze: {error}", file=sys.stderr)
         return 2
     name = run.task.kind.config.name
-    write_json(run.folder.path / "results.json", {"task": name, "splits": {"validation": scores}})
+    write_json(run.folder.results, {"task": name, "splits": {"validation": scores}})
     return 0
 
 

@@ -48,12 +48,12 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
         print(f"# config\n{dump_config(loaded)}")
         print(_describe_training(resolve(loaded)))
     else:
-        folder, start = Path(loaded.run.dir), time.monotonic()
+        folder, start = RunFolder(Path(loaded.run.dir)), time.monotonic()
         results = run(loaded)
-        print_results(results, folder / "results.json")
+        print_results(results, folder.results)
         print_lines([f"done: {describe_duration(time.monotonic() - start)} in this command"])
-        if any(folder.glob("seed-*/model")) and results["collapsed"] != results["seeds"]:
-            model = shlex.quote(str(folder))
+        if any(folder.path.glob("seed-*/model")) and results["collapsed"] != results["seeds"]:
+            model = shlex.quote(str(folder.path))
             commands = f"deepcloze predict --model {model} --input FILE --output FILE; deepcloze serve --model {model}"
             print_lines([f"next: {commands}"])
 

@@ -20,8 +20,9 @@ from experiment.checkpoints import complete_checkpoints, find_model_folder
 from experiment.config import Section, build_config
 from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
-from experiment.files import checksum, parse_json, write_json
+from experiment.files import checksum, read_json, write_json
 from experiment.model_folder import load_config
+from experiment.run_folder import RunFolder
 from experiment.transformers_models import has_masked_lm_head
 from finetune.kinds import kind_names
 from finetune.task_kind import TaskKind, find_kind
@@ -32,8 +33,6 @@ _FOREIGN_KINDS = {"ForSequenceClassification": "classification"} | {
     "ForMultipleChoice": "multiple_choice",
 }
 """How the names of classes of transformers end -> the kind of task that they were made for."""
-
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     """
     path = folder / FILE
     try:
-        tree = parse_json(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
     except FileNotFoundError:
         return _read_foreign(folder, overrides)
     except (OSError, ValueError) as error:
@@ -145,7 +144,7 @@ def find_model(path: Path) -> tuple[Path, str]:
         folder, description = path, str(path)
     elif (path / "model" / "config.json").is_file():
         folder, description = path / "model", str(path / "model")
-    elif (path / RESULTS).is_file():
+    elif RunFolder(path).results.is_file():
         folder, description = _best_seed(path)
     else:
         raise _no_model(path)
@@ -164,9 +163,9 @@ def _no_model(path: Path) -> UserError:
 
 def _best_seed(run: Path) -> tuple[Path, str]:
     """The first of the best seeds whose model was kept."""
-    path = run / RESULTS
+    path = RunFolder(run).results
     try:
-        results = parse_json(path.read_text(encoding="utf-8"))
+        results = read_json(path)
         metric, seeds, validation = results["metric"], results["seeds"], results["splits"].get("validation")
         values = dict(zip(seeds, validation[metric]["values"], strict=True)) if validation else {}
         direction = find_kind(results["kind"]).metrics[metric]

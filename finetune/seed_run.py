@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.files import created_parents, parse_json, removed_on_error, write_json
+from experiment.files import created_parents, read_json, removed_on_error, write_json
 from experiment.formatting import format_parameters
 from experiment.progress import terminal
 from experiment.provenance import read_provenance, write_origin
@@ -41,7 +41,7 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
     records = {}
     for seed, path in folder.finished_seeds.items():
         try:
-            record = SeedRecord(**parse_json(path.read_text(encoding="utf-8")))
+            record = SeedRecord(**read_json(path))
         except (OSError, ValueError, TypeError):
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         _check_settings(path.parent, settings, record.settings)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiment.errors import UserError
-from experiment.files import parse_json, write_json, write_text
+from experiment.files import read_json, write_json, write_text
 from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
 from experiment.results.plots import draw_dots
@@ -82,10 +82,10 @@ def read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
     chosen: Mapping[str, str] = {}
     try:
         if grid:
-            sweep = parse_json((folder.path / SWEEP_RECORD).read_text(encoding="utf-8"))
+            sweep = read_json(folder.path / SWEEP_RECORD)
             best = sweep["best"]  # on validation
             folder, chosen = RunFolder(folder.path / best), sweep["runs"][best]["values"]
-        results = parse_json((folder.path / "results.json").read_text(encoding="utf-8"))
+        results = read_json(folder.results)
         splits = [split for split in results["splits"] if split not in _FITTED_ON] or ["validation"]
         columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}
         return [_scores(column, folder, split, chosen, results) for column, split in columns.items()]

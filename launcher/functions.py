@@ -20,7 +20,7 @@ from experiment.config.field_types import expand_home
 from experiment.config.yaml_dialect import write_yaml
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
-from experiment.files import parse_json, write_text
+from experiment.files import read_json, write_text
 from experiment.run_folder import RunFolder
 from experiment.signals import STOP_SIGNALS, handle_stop_signals, interrupt
 from experiment.tracking.jsonl import Event, read_events
@@ -194,7 +194,7 @@ def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool =
         flags |= {"file": file, "overrides": _as_text(overrides)}
         plan = plan_comparison(_options(CompareOptions, "compare", flags))
         run_comparison(plan)
-        scores: dict[str, Any] = parse_json((plan.runs.folder.path / "compare.json").read_bytes())
+        scores: dict[str, Any] = read_json(plan.runs.folder.path / "compare.json")
         return scores
 
 

@@ -17,7 +17,7 @@ from typing import NotRequired, TypedDict
 
 from experiment.config import with_defaults
 from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors
-from experiment.files import parse_json, write_json
+from experiment.files import read_json, write_json
 from experiment.hub_names import HubName
 from experiment.model_names import record_model
 from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
@@ -129,7 +129,7 @@ class RunSet:
         path = self.folder.path / self.record
         records: dict[str, RunRecord] = {}
         try:
-            content = parse_json(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             records = content if self.header is None else content["runs"]
         except FileNotFoundError:
             pass
@@ -155,7 +155,7 @@ def recorded_configs(record: Path) -> dict[str, FlatConfig]:
     """The config of each run in the record of a set. Empty if it has not begun, or the record is damaged, which
     `RunSet.opened` rejects."""
     with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
-        content = parse_json(record.read_text(encoding="utf-8"))
+        content = read_json(record)
         return {name: run["config"] for name, run in content.get("runs", content).items()}
     return {}
 

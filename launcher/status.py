@@ -18,7 +18,7 @@ from rich.table import Table
 from experiment.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.config import read_recorded
 from experiment.errors import UserError, notify
-from experiment.files import parse_json
+from experiment.files import read_json
 from experiment.formatting import UNKNOWN, describe_duration, show
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
 from experiment.run_folder import RunFolder, is_run, open_folder, runs_in
@@ -125,7 +125,7 @@ def _seeds(folder: RunFolder) -> int | None:
 def _score(folder: RunFolder) -> tuple[str | None, float | None]:
     """The metric of a fine-tuning, and its mean on the last split: test, or validation without one."""
     with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        results = parse_json((folder.path / "results.json").read_text(encoding="utf-8"))
+        results = read_json(folder.results)
         metric = results["metric"]
         return metric, float(list(results["splits"].values())[-1][metric]["mean"])
     return None, None

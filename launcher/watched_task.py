@@ -9,7 +9,7 @@ from pathlib import Path
 from experiment.checkpoints import checkpoint_step, files_below, link_model, verify, verify_name
 from experiment.config import load_config
 from experiment.errors import UserError, user_errors_in
-from experiment.files import json_digest, parse_json, removed_on_error
+from experiment.files import json_digest, read_json, removed_on_error
 from experiment.own_process import module_command
 from experiment.run_folder import RunFolder, folder_name
 from experiment.run_lock import is_locked
@@ -104,7 +104,7 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     state = start(child)
     if state != DONE:
         raise TaskRejectedError(state) if state == REJECTED else ScoringError(state)
-    metrics = _read_metrics(folder / "run" / "results.json")
+    metrics = _read_metrics(child.folder.results)
     shutil.rmtree(folder, ignore_errors=True)
     seconds = round(time.monotonic() - start_time, 1)
     return DownstreamResult(step, task.name, task.metric, task.lower_is_better, metrics, weights, task.config, seconds)
@@ -129,7 +129,7 @@ def _argv(task: WatchedTask, folder: Path) -> tuple[str, ...]:
 def _read_metrics(path: Path) -> dict[str, float]:
     """Metric -> its mean over the seeds on validation. Raises ScoringError."""
     try:
-        splits: Mapping[str, Mapping[str, Mapping[str, float]]] = parse_json(path.read_text("utf-8"))["splits"]
+        splits: Mapping[str, Mapping[str, Mapping[str, float]]] = read_json(path)["splits"]
         return {metric: scores["mean"] for metric, scores in splits["validation"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         raise ScoringError(f"{path} has no scores on validation; has the split labels?") from None

@@ -11,7 +11,7 @@ from typing import Any
 from experiment.checkpoints import state_around
 from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.files import parse_json, write_text
+from experiment.files import read_json, write_text
 from experiment.formatting import UNKNOWN, format_perplexity
 from experiment.provenance import describe_devices, read_origin
 from experiment.results.model_card import (
@@ -95,7 +95,7 @@ def _read_config(source: Path) -> dict[str, Any]:
     """The config of the transformers model. Raises UserError if it is damaged."""
     path = source / "config.json"
     try:
-        return dict(parse_json(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (ValueError, TypeError):
         raise UserError(f"{path} is damaged: expected a JSON object") from None
 

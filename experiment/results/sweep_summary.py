@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.files import parse_json, write_text
+from experiment.files import read_json, write_text
 from experiment.results.charts import Line, Panel
 from experiment.results.curves import Curve
 from experiment.run_folder import RunFolder
@@ -26,9 +26,8 @@ class SweepResult:
 
 def read_metric(folder: RunFolder, metric: str) -> float | None:
     """The metric of a finished run: on validation in results.json, or its last value in metrics.jsonl."""
-    results = folder.path / "results.json"
-    if results.is_file():
-        scores = parse_json(results.read_text(encoding="utf-8"))["splits"]["validation"]
+    if folder.results.is_file():
+        scores = read_json(folder.results)["splits"]["validation"]
         return float(scores[metric]["mean"]) if metric in scores else None
     values = [event[metric] for event in read_events(folder.metrics) if event.get(metric) is not None]
     return float(values[-1]) if values else None

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.files import parse_json, write_json
+from experiment.files import read_json, write_json
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Metrics, read_events
 
@@ -108,7 +108,7 @@ def _step(path: Path) -> int:
 
 def _read(path: Path) -> DownstreamResult | None:
     try:
-        return DownstreamResult(**parse_json(path.read_text(encoding="utf-8")))
+        return DownstreamResult(**read_json(path))
     except (OSError, ValueError, TypeError) as error:
         log.warning("skipping the damaged result %s: %s", path, error)
         return None

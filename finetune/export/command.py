@@ -10,10 +10,11 @@ from experiment.hub_names import HubName
 from experiment.model_names import local_model
 from experiment.output_folder import is_free
 from experiment.results.exported_card import name_model, write_card
+from experiment.run_folder import RunFolder
 from finetune.export.push import check_target, parse_target, push_folder
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
-from finetune.saved_task import FILE, RESULTS, find_model, read_saved_task
+from finetune.saved_task import FILE, find_model, read_saved_task
 
 
 def export_command(options: ExportOptions) -> None:
@@ -47,7 +48,7 @@ def export_command(options: ExportOptions) -> None:
 
 def _find_source(path: Path) -> Path:
     """The model folder that `path` refers to: itself, or the one of a checkpoint or a run of either kind."""
-    is_finetuned = (path / RESULTS).is_file() or (path / "model" / "config.json").is_file()
+    is_finetuned = RunFolder(path).results.is_file() or (path / "model" / "config.json").is_file()
     return find_model(path)[0] if is_finetuned else find_model_folder(path)
 
 

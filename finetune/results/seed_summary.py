@@ -49,7 +49,7 @@ def write_results(run: ResolvedRun, records: Mapping[int, SeedRecord]) -> dict[s
     best = {seed: record.best_epoch for seed, record in records.items()}
     if any(curves.values()):
         draw_curves(folder / "curves.png", curves, best, task.metric)
-    write_json(folder / "results.json", results)
+    write_json(run.folder.results, results)
     return results
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError, readable_disk_errors
-from experiment.files import fsync_tree, json_digest, parse_json, write_json
+from experiment.files import fsync_tree, json_digest, read_json, write_json
 from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX, Pass
@@ -53,7 +53,7 @@ def clean(
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)
         if holds_result(folder, SUMMARY, "output", "cleaned documents"):
-            summary: Summary = parse_json((folder / SUMMARY).read_bytes())
+            summary: Summary = read_json(folder / SUMMARY)
             if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(sources, config)):
                 raise UserError(
                     f"output: {folder} already holds documents that were cleaned with another config, or of other "
@@ -132,7 +132,7 @@ def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
 def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
     """Raises UserError if the folder of an unfinished cleaning is of another one."""
     path = partial / _RECIPE
-    if path.exists() and _holds_parts(partial) and parse_json(path.read_bytes()) != identity:
+    if path.exists() and _holds_parts(partial) and read_json(path) != identity:
         raise UserError(
             f"{partial} holds an unfinished cleaning with another config, or of other sources; use the same to resume "
             "it, or delete it to start over"

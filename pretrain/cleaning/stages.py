@@ -16,7 +16,7 @@ import xxhash
 from pydantic import TypeAdapter
 
 from experiment.errors import UserError
-from experiment.files import parse_json, write_json
+from experiment.files import read_json, write_json
 from experiment.progress import progress
 from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import Pass
@@ -73,7 +73,7 @@ class Done:
         path = files.folder / _DONE
         if not path.exists():
             return None
-        found = parse_json(path.read_bytes())
+        found = read_json(path)
         return cls(files, found["parts"], found["source"], tuple(_STEP_TALLIES.validate_python(found["steps"])))
 
     def write(self) -> None:

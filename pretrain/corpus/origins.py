@@ -8,7 +8,7 @@ from typing import Any
 
 from experiment.decontamination import CLEAN_SUMMARY, common_decontamination, is_summary, read_clean_summary
 from experiment.errors import UserError
-from experiment.files import parse_json, write_json
+from experiment.files import read_json, write_json
 from pretrain.corpus.manifest import SourceShare
 from pretrain.corpus.shards import Piece
 from pretrain.corpus.sources import Source
@@ -59,7 +59,7 @@ def cleanings_of(corpus: Path) -> list[Cleaning]:
     """What `write_cleanings` has written; empty if nothing. Raises UserError if it is damaged."""
     path = corpus / CLEAN_SUMMARY
     try:
-        found = parse_json(path.read_bytes())
+        found = read_json(path)
         if not isinstance(found, list) or not all(map(is_summary, found)):
             raise ValueError("expected a list of cleanings")
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
-from experiment.files import cache_folder, json_digest, parse_json, write_json
+from experiment.files import cache_folder, json_digest, read_json, write_json
 from experiment.progress import progress
 from pretrain.corpus.reader import Corpus, open_corpus
 
@@ -40,7 +40,7 @@ def is_verified(corpus: Corpus) -> bool:
     """Whether this host has verified the corpus, and no shard has changed since."""
     path, content = _record(corpus)
     try:
-        return bool(content == parse_json(path.read_text(encoding="utf-8")))
+        return bool(content == read_json(path))
     except (OSError, ValueError):
         return False
 

@@ -20,7 +20,7 @@ from xxhash import xxh64_hexdigest
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError, reason
-from experiment.files import parse_json
+from experiment.files import read_json
 from experiment.hardware import has_native_bf16
 from pretrain.ds_configs import find_ds_config
 from pretrain.engine.deepspeed_internals import check_deepspeed
@@ -214,7 +214,7 @@ def _usable_stage(requested: int, precision: Precision, offload: OffloadDevice) 
 
 def _read_json(path: Path) -> Any:
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
     except (OSError, ValueError) as error:

@@ -118,14 +118,12 @@ class FollowedRun:
         return [self._reading.ask(), *([self._observing.ended] if self._life is None else [])]
 
     def known(self, name: str, link: str) -> Run:
-        config, results = (self._values.get(path, (None, None))[1] for path in (self._folder.config, self._results))
+        config, results = (
+            self._values.get(path, (None, None))[1] for path in (self._folder.config, self._folder.results)
+        )
         life = replace(self._life, message=self._problem or self._life.message) if self._life else None
         shown = link if self._exists else None
         return Run(name, self._folder, self._history, config or {}, results, life, self.started, shown, followed=True)
-
-    @property
-    def _results(self) -> Path:
-        return self._folder.path / "results.json"
 
     def _read(self) -> None:
         with self._readers.slot():
@@ -134,7 +132,7 @@ class FollowedRun:
                 self._history.read(self._readers.note_progress)
                 self.read_at = now
                 self._read_changed(self._folder.config, lambda folder: read_recorded(folder.config))
-                self._read_changed(self._results, read_task_results)
+                self._read_changed(self._folder.results, read_task_results)
                 self._problem = ""
             except (UserError, OSError) as error:
                 self._problem = describe_disk_error(error) or str(error)

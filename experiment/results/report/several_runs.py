@@ -9,7 +9,7 @@ from typing import Any
 
 from experiment.config import flatten
 from experiment.errors import UserError
-from experiment.files import parse_json
+from experiment.files import read_json
 from experiment.formatting import UNKNOWN, show
 from experiment.results.charts import (
     LOOKS,
@@ -158,7 +158,7 @@ def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
     """The runs of a sweep, best first, from DIR/sweep.json; empty if there is none. Raises UserError if damaged."""
     path = folder.path / SWEEP_RECORD
     try:
-        record = parse_json(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         lower, results = bool(record.get("lower_is_better", True)), _results(record["runs"])
         best_first = sort_results(results, lower)
         configs = [run.get("config", {}) for run in record["runs"].values()]
@@ -200,7 +200,7 @@ def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
     """
     path = folder.path / "compare.json"
     try:
-        comparison = parse_json(path.read_text(encoding="utf-8"))
+        comparison = read_json(path)
         blocks, groups = comparison_blocks(comparison), _groups(folder, comparison)
     except FileNotFoundError:  # not done
         blocks = [Heading("Comparison"), Text("The scores are compared when all runs are done.")]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiment.errors import UserError
-from experiment.files import parse_json
+from experiment.files import read_json
 from experiment.formatting import show
 from experiment.results.charts import Line, Panel, Plot, charts_block
 from experiment.results.curves import Curve
@@ -26,9 +26,9 @@ _PROBABILITIES = "probability_"  # columns that are left out: one for each label
 
 def read_task_results(folder: RunFolder) -> dict[str, Any] | None:
     """RUN/results.json; None if there is none. Raises UserError for a damaged file."""
-    path = folder.path / "results.json"
+    path = folder.results
     try:
-        results = dict(parse_json(path.read_text(encoding="utf-8")))
+        results = dict(read_json(path))
         _score_blocks(results)
         return results
     except FileNotFoundError:
@@ -129,7 +129,7 @@ def _curve(rows: Sequence[Mapping[str, str]], name: str) -> Curve:
 def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[ConfusionMatrix]:
     """Of all seeds together, on the last split that has one; empty if there is none, as for regression."""
     try:
-        records = [parse_json((folder.path / f"seed-{seed}/COMPLETE").read_text("utf-8")) for seed in results["seeds"]]
+        records = [read_json(folder.path / f"seed-{seed}/COMPLETE") for seed in results["seeds"]]
         split = list(records[0]["confusion"])[-1]
         counts: list[list[int]] = np.array([record["confusion"][split] for record in records]).sum(axis=0).tolist()
     except (OSError, ValueError, LookupError, TypeError):  # the folder is being copied

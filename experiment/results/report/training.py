@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from experiment.checkpoints import checkpoint_step, named_best
-from experiment.files import parse_json
+from experiment.files import read_json
 from experiment.formatting import UNKNOWN, format_perplexity, show
 from experiment.goodput import read_attempt_times
 from experiment.results.charts import INK, Line, Mark, Panel, Plot, charts_block
@@ -136,7 +136,7 @@ def _restarts(folder: RunFolder) -> Iterator[Mark]:
 def _bad_batches(folder: RunFolder) -> Iterator[Mark]:
     for path in sorted(folder.bad_batch(0).parent.glob("step-*/fault.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            fault = parse_json(path.read_text(encoding="utf-8"))
+            fault = read_json(path)
             yield Mark("bad", int(fault["step"]), str(fault["what"]))
 
 

@@ -124,7 +124,7 @@ def test_a_time_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     steps, tokens = found["budget_steps"], float(f"{found['budget_tokens']:.3g}")
     assert f"in all about {steps:,} steps, {tokens:,.0f} tokens, in 1h" in printed
-    _, _, table = printed.partition("ranks build the model\n")
+    _, _, table = printed.partition("for checkpoints\n")
     assert max(map(len, table.partition("communication")[0].splitlines())) < 80
 
 
