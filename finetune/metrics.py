@@ -13,7 +13,7 @@ _BINS = 15  # of the calibration error
 _TEMPERATURES = (0.05, 20.0)
 _TINY = 1e-37  # least probability: its logarithm is finite
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
-_RESAMPLES = 10_000
+_ALIKE = 1e-9  # questions
 _ROWS = 256  # of a matrix of similarities that are computed at once
 
 # Shape suffixes: C labels; N texts or queries, M documents, R rows of a part, D hidden.
@@ -211,7 +211,7 @@ class Difference:
     """The difference of the scores of two models."""
 
     mean: float
-    interval: tuple[float, float]  # 95 %
+    interval: Interval
     p: float  # two-sided, of no difference
 
 
@@ -239,14 +239,25 @@ def bootstrap_scores(score: Score, seeds: int, records: NDArray[np.int64], strea
     return scores
 
 
-def compare_scores(observed: float, first: Scores, second: Scores) -> Difference:
-    """observed: the difference of the two scores as measured.
+def compare_scores(
+    first: Sequence[float], second: Sequence[float], first_drawn: Scores, second_drawn: Scores
+) -> Difference:
+    """The difference of the mean scores over seeds. first, second: scores by seed; drawn: as from `bootstrap_scores`.
 
-    The p-value counts the resamples on the other side of zero, twice; it is at least 2 / (R + 1).
+    The p-value of the bootstrap counts the resamples on the other side of zero, twice; it is at least 2 / (R + 1).
+    From few seeds a bootstrap finds differences where there are none: n draws of n seeds vary less than n new seeds.
+    So the result is the more cautious one of the bootstrap and of Welch's (1947) test of the scores by seed.
     """
-    differences = first - second
+    differences = first_drawn - second_drawn
     opposite = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    return Difference(observed, percentile_interval(differences), min(1.0, 2 * (opposite + 1) / (len(differences) + 1)))
+    (low, high), p = percentile_interval(differences), min(1.0, 2 * (opposite + 1) / (len(differences) + 1))
+    if min(len(first), len(second)) > 1 and np.ptp(first) + np.ptp(second) > 0:
+        from scipy.stats import ttest_ind  # takes a second
+
+        welch = ttest_ind(first, second, equal_var=False)
+        by_seed = welch.confidence_interval()
+        low, high, p = min(low, by_seed.low), max(high, by_seed.high), max(p, welch.pvalue)
+    return Difference(float(np.mean(first) - np.mean(second)), (float(low), float(high)), float(p))
 
 
 def percentile_interval(scores: Scores) -> Interval:
@@ -258,28 +269,40 @@ def percentile_interval(scores: Scores) -> Interval:
 def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
     """The interval of an accuracy, for other questions of the same kind.
 
-    groups: the subject of each question. If each has its own, Wilson's (1927) interval. Otherwise the percentiles of a
-    bootstrap over groups (Davison and Hinkley 1997, section 3.8): questions about one text are not independent, and an
-    interval that ignores it is too narrow. If all or none are right, a bootstrap has no width: Wilson's interval of as
-    many questions as there are groups.
+    groups: the subject of each question. If each has its own, Wilson's (1927) interval. Otherwise Student's interval
+    of a ratio over groups (Cochran 1977, sections 6.3 and 9A.2): questions about one text are not independent, and an
+    interval that ignores it is too narrow. If all groups are alike, it has no width: Wilson's interval of as many
+    questions as there are groups.
     """
-    from scipy.stats import binomtest  # takes a second
+    from scipy.special import stdtrit
 
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     ids = np.array([numbers[group] for group in groups])
-    counts = np.bincount(ids)
-    accuracy = float(np.mean(right))
-    if len(counts) == len(right) or accuracy in (0.0, 1.0):
-        found = binomtest(round(accuracy * len(counts)), len(counts)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-    hits = np.bincount(ids, weights=np.asarray(right, dtype=float))
-    draw = np.random.default_rng(0)
-    drawn = draw.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=_RESAMPLES)
-    return percentile_interval(drawn @ hits / (drawn @ counts))
+    counts, hits = np.bincount(ids), np.bincount(ids, weights=np.asarray(right, dtype=float))
+    accuracy, drawn = float(np.mean(right)), len(counts)
+    residuals = hits - accuracy * counts
+    if drawn == len(right) or np.abs(residuals).max() < _ALIKE:
+        return _wilson(accuracy, drawn)
+    error = np.sqrt((residuals**2).sum() * drawn / (drawn - 1)) / len(right)
+    half = float(stdtrit(drawn - 1, 0.975) * error)
+    return max(0.0, accuracy - half), min(1.0, accuracy + half)
 
 
-def document_ranks(queries_ND: Vectors, documents_MD: Vectors, own_N: NDArray[np.int64]) -> list[int]:
-    """The rank of each query's own document among all documents, from 1. own_N: its number.
+def _wilson(share: float, count: int) -> Interval:
+    """Wilson's interval of a share of so many independent draws."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * float(np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))) / (1 + z**2 / count)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def document_ranks(
+    queries_ND: Vectors, documents_MD: Vectors, own_N: NDArray[np.int64], left_out_N: NDArray[np.int64]
+) -> list[int]:
+    """The rank of each query's own document among all documents, from 1.
+
+    own_N: its number. left_out_N: the number of a document that does not count, such as the query's own text; the
+    query's own document always counts.
 
     Of documents that are equally similar, all have the last of their ranks, so that a model that gives all texts the
     same vector finds nothing.
@@ -287,8 +310,10 @@ def document_ranks(queries_ND: Vectors, documents_MD: Vectors, own_N: NDArray[np
     ranks: list[int] = []
     for start in range(0, len(queries_ND), _ROWS):
         similarity_RM = queries_ND[start : start + _ROWS] @ documents_MD.T
-        own_R1 = np.take_along_axis(similarity_RM, own_N[start : start + _ROWS, None], axis=1)
-        ranks += (similarity_RM >= own_R1).sum(axis=1).tolist()
+        own_R1, other_R1 = own_N[start : start + _ROWS, None], left_out_N[start : start + _ROWS, None]
+        least_R1 = np.take_along_axis(similarity_RM, own_R1, axis=1)
+        too_many_R1 = (np.take_along_axis(similarity_RM, other_R1, axis=1) >= least_R1) & (other_R1 != own_R1)
+        ranks += ((similarity_RM >= least_R1).sum(axis=1) - too_many_R1[:, 0]).tolist()
     return ranks
 
 

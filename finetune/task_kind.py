@@ -47,7 +47,7 @@ class Direction(IntEnum):
 class LossOptions:
     """How the training config changes the loss of a task."""
 
-    label_weights: "Tensor | None" = None  # C; their mean over the examples of the training split is 1
+    label_weights: "Tensor | None" = None  # as from `TaskKind.label_weights`; 1 on average over the training split
     label_smoothing: float = 0.0  # see `TaskKind.smooths_labels`
 
 

@@ -117,7 +117,7 @@ def test_rows(cells: ScoresByRow) -> Tests:
         for row, drawn in resampled.items():
             found[column, row] = {"interval": percentile_interval(drawn), "against": {}}
         for a, b in combinations(resampled, 2):
-            test = compare_scores(by_row[a].mean - by_row[b].mean, resampled[a], resampled[b])
+            test = compare_scores(by_row[a].values, by_row[b].values, resampled[a], resampled[b])
             found[column, a]["against"][b] = {"difference": test.mean, "interval": test.interval, "p": test.p}
     return found
 

@@ -95,14 +95,7 @@ class Kind(TaskKind[Config]):
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
         """Cross-entropy, weighted by label."""
         assert batch.targets is not None
-        losses = F.cross_entropy(
-            outputs.float(),
-            batch.targets,
-            weight=options.label_weights,
-            label_smoothing=options.label_smoothing,
-            reduction="sum",
-        )
-        return Loss.of(losses, len(batch.targets))
+        return Loss.of(weighted_cross_entropy(outputs, batch.targets, options), len(batch.targets))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         probabilities = torch.softmax(torch.from_numpy(outputs[0]), dim=-1).tolist()
@@ -126,6 +119,18 @@ class Kind(TaskKind[Config]):
         ids = {label: number for number, label in enumerate(self.labels)}
         gold = np.array([ids[record.values["label"]] for record in records])
         return gold, np.array([ids[prediction["label"]] for prediction in predictions])
+
+
+def weighted_cross_entropy(outputs: Tensor, targets: Tensor, options: LossOptions, ignored: int = -100) -> Tensor:
+    """The sum of cross-entropies, each weighted by its own label. outputs: NC; targets: N, some may be `ignored`.
+
+    torch's own weights would multiply the smoothed share of every other label by the weight of that label, so that
+    frequent labels have rare ones as their target.
+    """
+    losses = F.cross_entropy(
+        outputs.float(), targets, label_smoothing=options.label_smoothing, ignore_index=ignored, reduction="none"
+    )
+    return (losses if options.label_weights is None else losses * options.label_weights[targets.clamp(min=0)]).sum()
 
 
 def balanced_weights(targets: Sequence[int], labels: int) -> tuple[float, ...]:

@@ -125,13 +125,13 @@ class Kind(TaskKind[Config]):
         return [Example(tuple(map(encoder.encode, [text, *others])), target, details=text)]
 
     def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
-        """N scores; or, of pairs without scores, NM: whether a candidate is another document of the text, or the same
-        as its own, so that it is no negative. The candidates are the N documents, then all negatives."""
+        """N scores; or, of pairs without scores, NM: whether a candidate is no negative, because it is the text itself,
+        another document of it, or the same as its own. The candidates are the N documents, then all negatives."""
         if isinstance(examples[0].target, float):
             return torch.tensor([example.target for example in examples])
         documents: dict[str, set[str]] = {}
         for example in examples:
-            documents.setdefault(example.details, set()).add(example.target[0])
+            documents.setdefault(example.details, {example.details}).add(example.target[0])
         candidates = [example.target[0] for example in examples]
         candidates += [negative for example in examples for negative in example.target[1:]]
         same = torch.tensor([[each in documents[example.details] for each in candidates] for example in examples])
@@ -183,8 +183,8 @@ class Kind(TaskKind[Config]):
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """With scores: Spearman's correlation of the cosine with the score, 0 if undefined. Without: of each text among
-        all `text_pair` and `negative` of the records, the mean reciprocal rank of the first of its documents, and
-        nDCG@10.
+        all `text_pair` and `negative` of the records but the text itself, the mean reciprocal rank of the first of its
+        documents, and nDCG@10.
 
         alignment: mean squared distance of similar pairs, and uniformity, both of unit vectors (Wang and Isola 2020).
         """
@@ -288,8 +288,10 @@ def _relate(records: Sequence[Record], predictions: Sequence[Prediction], size: 
         return rows
     documents = _first_places([text for record in records for text in _others(record)])
     numbers = {text: number for number, text in enumerate(documents)}
-    own_N = np.array([numbers[record.values["text_pair"]] for record in records])
-    ranks = document_ranks(texts_ND, np.concatenate(others)[list(documents.values())], own_N)
+    own = [numbers[record.values["text_pair"]] for record in records]
+    itself = [numbers.get(record.values["text"], number) for record, number in zip(records, own, strict=True)]
+    documents_MD = np.concatenate(others)[list(documents.values())]
+    ranks = document_ranks(texts_ND, documents_MD, np.array(own), np.array(itself))
     by_text: dict[str, dict[str, int]] = {}
     for record, row, rank in zip(records, rows, ranks, strict=True):
         row |= {"rank": rank, "reciprocal_rank": None, "ndcg@10": None}

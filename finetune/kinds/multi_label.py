@@ -95,20 +95,25 @@ class Kind(TaskKind[Config]):
         return torch.tensor([example.target for example in examples], dtype=torch.float32)
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
-        """Weights of positive examples that give a label's positive and negative ones the same share of its loss.
-
-        1 for a label that has only one of them.
+        """The weight of each label where it is present, then of each where it is absent: N / (2 · count), so that all
+        labels have the same share of the loss, half of it where they are present. 1 for a label that is always
+        present, or never.
         """
-        positive = np.sum([example.target for example in examples], axis=0)
-        balanced = (len(examples) - positive) / np.maximum(positive, 1)
-        return tuple(np.where((positive == 0) | (balanced == 0), 1.0, balanced).tolist())
+        present = np.sum([example.target for example in examples], axis=0)
+        counts = np.stack([present, len(examples) - present])
+        balanced = len(examples) / (2 * np.maximum(counts, 1))
+        return tuple(np.where((counts == 0).any(axis=0), 1.0, balanced).flatten().tolist())
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
         """Binary cross-entropy, mean over the labels."""
         assert batch.targets is not None
-        losses = F.binary_cross_entropy_with_logits(
-            outputs.float(), batch.targets, pos_weight=options.label_weights, reduction="none"
-        ).mean(dim=-1)
+        weights = None
+        if options.label_weights is not None:
+            present, absent = options.label_weights.chunk(2)
+            weights = torch.where(batch.targets > 0, present, absent)
+        losses = F.binary_cross_entropy_with_logits(outputs.float(), batch.targets, weights, reduction="none").mean(
+            dim=-1
+        )
         return Loss.of(losses.sum(), len(losses))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:

@@ -176,7 +176,9 @@ class Kind(TaskKind[Config]):
         nothing = [scores[window.nothing] for window, scores in zip(windows, outputs, strict=True)]
         # There is no answer only if no window shows one.
         least = min(float(scores.sum()) for scores in nothing)
-        candidates = np.concatenate([*shown, np.stack(nothing)] if self.config.no_answer else shown)
+        candidates = _best_scores(windows, shown)
+        if self.config.no_answer:
+            candidates = np.concatenate([candidates, nothing[np.argmin(np.sum(nothing, axis=1))][None]])
         log_total = float(torch.logsumexp(torch.from_numpy(candidates), dim=0).sum())
         if self.config.no_answer and least >= spans[best].score:
             return {"answer": "", "start": None, "score": float(np.exp(least - log_total))}
@@ -227,6 +229,15 @@ def _target(window: _Window, shown: range, answer: range) -> list[int]:
     if not answer or answer.start < shown.start or answer.stop > shown.stop:
         return [window.nothing, window.nothing]
     return [window.start + answer.start - shown.start, window.start + answer.stop - 1 - shown.start]
+
+
+def _best_scores(windows: Sequence[_Window], shown: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """T2 start and end scores of the tokens of a context, each from the window that gives it the highest."""
+    best: dict[tuple[int, int], NDArray[np.float32]] = {}
+    for window, scores_T2 in zip(windows, shown, strict=True):
+        for place, scores_2 in zip(window.offsets, scores_T2, strict=True):
+            best[place] = np.maximum(best.get(place, scores_2), scores_2)
+    return np.stack(list(best.values()))
 
 
 def _best_span(scores_T2: NDArray[np.float32], max_tokens: int) -> _Span:

@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -18,7 +17,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, Example, Padding, padding_last
-from finetune.kinds.classification import balanced_weights
+from finetune.kinds.classification import balanced_weights, weighted_cross_entropy
 from finetune.metrics import LabelScores, confidence_losses, confusion_matrix, is_constant, scores_of_counts
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
@@ -127,14 +126,8 @@ class Kind(TaskKind[Config]):
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
         """Cross-entropy, weighted by tag; its mean is over words."""
         assert batch.targets is not None
-        losses = F.cross_entropy(
-            outputs[:, : batch.targets.shape[1]].flatten(0, 1).float(),
-            batch.targets.flatten(),
-            weight=options.label_weights,
-            label_smoothing=options.label_smoothing,
-            ignore_index=_NO_TAG,
-            reduction="sum",
-        )
+        scores_NC = outputs[:, : batch.targets.shape[1]].flatten(0, 1)
+        losses = weighted_cross_entropy(scores_NC, batch.targets.flatten(), options, ignored=_NO_TAG)
         return Loss(losses, (batch.targets != _NO_TAG).sum().float())
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:

@@ -212,7 +212,7 @@ def compare(first: np.ndarray, second: np.ndarray, resamples: int = 2000) -> Dif
     scores = [
         bootstrap_scores(accuracy(right), len(right), records, stream) for stream, right in enumerate((first, second))
     ]
-    return compare_scores(float(first.mean() - second.mean()), *scores)
+    return compare_scores(first.mean(axis=1), second.mean(axis=1), *scores)
 
 
 def answers(share: float, seeds: int, seed: int) -> np.ndarray:
@@ -234,6 +234,15 @@ def test_a_large_difference_is_found_and_has_a_sign() -> None:
     assert 0.2 < found.interval[0] < found.mean < found.interval[1] < 0.4
     assert swapped.mean == -found.mean
     assert found.p == swapped.p == pytest.approx(2 / 2001)
+
+
+def test_three_seeds_are_not_sure() -> None:
+    """Catches a bootstrap alone, which calls the order of six seeds certain: by chance it is in 1 of 10 cases."""
+    values = [0.800, 0.801, 0.802], [0.797, 0.798, 0.799]
+    drawn = [np.random.default_rng(seed).choice(scores, (2000, 3)).mean(axis=1) for seed, scores in enumerate(values)]
+    found = compare_scores(*values, *drawn)
+    assert found.p == pytest.approx(0.0213, abs=1e-3)  # of Welch's test
+    assert found.interval[0] < 0.001
 
 
 def test_one_seed_gives_the_paired_bootstrap() -> None:
@@ -267,13 +276,24 @@ def test_independent_questions_have_wilsons_interval() -> None:
 
 
 def test_questions_on_one_text_widen_the_interval() -> None:
-    """Catches a bootstrap over questions: 50 texts of 20 questions, all right or all wrong, are 50 draws."""
+    """Catches an interval of single questions: 50 texts of 20 questions, all right or all wrong, are 50 draws."""
     right = np.repeat(np.arange(50) % 2 == 0, 20).tolist()
     groups = np.repeat(np.arange(50), 20).tolist()
     low, high = accuracy_interval(right, [f"text {group}" for group in groups])
-    spread = 1.96 * np.sqrt(0.25 / 50)
-    assert (low, high) == pytest.approx((0.5 - spread, 0.5 + spread), abs=0.015)
-    assert accuracy_interval(right, [f"text {group}" for group in groups]) == (low, high)
+    spread = 2.0096 * np.sqrt(0.25 / 49)
+    assert (low, high) == pytest.approx((0.5 - spread, 0.5 + spread), abs=1e-4)
+
+
+@pytest.mark.parametrize("texts", [2, 3, 5, 10, 30])
+def test_intervals_of_few_texts_hold(texts: int) -> None:
+    """Catches an interval that is certain of an article, or too narrow for few."""
+    draw = np.random.default_rng(texts)
+    groups, held = np.repeat(np.arange(texts), 20), 0
+    for _ in range(300):
+        low, high = accuracy_interval((draw.random((texts, 20)) < draw.beta(7, 3, (texts, 1))).flatten(), groups)
+        held += low <= 0.7 <= high
+    assert held > 0.9 * 300
+    assert accuracy_interval([True] * 35 + [False] * 15, [0] * 50)[0] < 0.2  # one text says little
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -94,13 +94,13 @@ def test_calibration_of_each_label() -> None:
 
 
 def test_balanced_weights_reach_the_loss() -> None:
-    """Catches weights of the wrong side: a label that is rare weighs more where it is present."""
+    """Catches weights of the wrong side, and labels that do not have the same share of the loss."""
     examples = [Example(TOKENS, target) for target in ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0])]
     weights = KIND.label_weights(examples)
-    assert weights == pytest.approx([1.0, 2.0, 1.0])
+    assert weights == pytest.approx([1.0, 1.5, 1.0, 1.0, 0.75, 1.0])
     targets = torch.tensor([example.target for example in examples])
     loss = KIND.loss(torch.zeros(3, 3), Batch(tuple(examples), {}, targets), LossOptions(torch.tensor(weights)))
-    assert loss.sum.item() == pytest.approx(torch.log(torch.tensor(2.0)).item() * (9 + 1) / 3)
+    assert loss.sum.item() == pytest.approx(torch.log(torch.tensor(2.0)).item() * 3)
     assert loss.weight.item() == 3
 
 

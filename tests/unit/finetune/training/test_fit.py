@@ -357,6 +357,13 @@ def test_label_smoothing_spreads_the_target(gradients: list[torch.Tensor]) -> No
     torch.testing.assert_close(gradients[0], torch.tensor([0.5 - 0.9, 0.5 - 0.1]))
 
 
+def test_smoothing_with_weights_keeps_the_labels_balanced(gradients: list[torch.Tensor]) -> None:
+    """Catches rare labels that are the target of frequent ones. At equal probabilities, balanced labels cancel."""
+    ready = replace(of_targets([0] * 9 + [1], ("a", "b"), balanced=True), label_smoothing=0.2)
+    fit(Bias(2), ready, TrainingConfig(lr=1e-12, epochs=1, batch_size=10, grad_clip=0), 1, CPU, ignore)
+    assert gradients[0].abs().max() < 1e-6
+
+
 def test_evaluation_every_few_steps() -> None:
     """Catches evaluations at wrong steps, none after the last step, and training losses that overlap."""
     config = TrainingConfig(lr=0.01, steps=13, batch_size=16, evaluate_every=3)
