@@ -215,13 +215,22 @@ class Difference:
     p: float  # two-sided, of no difference
 
 
-def draw_records(count: int, resamples: int) -> NDArray[np.int64]:
-    """R × count numbers of records, to be used for all models."""
-    return np.random.default_rng(0).integers(0, count, size=(resamples, count))
+def draw_records(units: Sequence[Sequence[int]], resamples: int) -> list[NDArray[np.int64]]:
+    """R samples of numbers of records, to be used for all models.
+
+    units: numbers of records that are drawn together, because they are not independent.
+    """
+    numbers, sizes = np.concatenate(units), np.array([len(unit) for unit in units])
+    starts = sizes.cumsum() - sizes
+    samples = []
+    for drawn in np.random.default_rng(0).integers(0, len(units), size=(resamples, len(units))):
+        ends = sizes[drawn].cumsum()
+        samples.append(numbers[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + sizes[drawn], sizes[drawn])])
+    return samples
 
 
-def bootstrap_scores(score: Score, seeds: int, records: NDArray[np.int64], stream: int) -> Scores:
-    """The score, as a mean over drawn seeds, for each row of `records`.
+def bootstrap_scores(score: Score, seeds: int, samples: Sequence[NDArray[np.int64]], stream: int) -> Scores:
+    """The score, as a mean over drawn seeds, for each sample of records.
 
     This is the Multi-Bootstrap of Sellam et al. (2022), https://arxiv.org/abs/2106.16163. A score varies with the seed
     and with the records of the test split. Both are drawn with replacement: the records once for all models, which
@@ -231,9 +240,9 @@ def bootstrap_scores(score: Score, seeds: int, records: NDArray[np.int64], strea
     stream: another number for each model, so that its seeds are drawn separately.
     """
     draw = np.random.default_rng([stream, seeds])
-    scores = np.empty(len(records))
-    for resample, row in enumerate(records):
-        rows = row.tolist()  # one at a time: a number takes five times as much memory as in an array
+    scores = np.empty(len(samples))
+    for resample, sample in enumerate(samples):
+        rows = sample.tolist()  # one at a time: a number takes five times as much memory as in an array
         drawn, counts = np.unique(draw.integers(0, seeds, size=seeds), return_counts=True)
         scores[resample] = np.average([score(int(seed), rows) for seed in drawn], weights=counts)
     return scores

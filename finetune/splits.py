@@ -141,11 +141,8 @@ def split_off(table: Table, columns: Columns, share: float, seed: int) -> tuple[
     context (a column of type CONTEXT), such as the questions on a text, stay together. Raises UserError if the table is
     too small.
     """
-    shared, labelled = columns.roles(CONTEXT), columns.roles(LABEL)
-    units: dict[Hashable, list[int]] = {}
-    for index, record in enumerate(table.records):
-        units.setdefault(record.group or _values(record, shared) or index, []).append(index)
-    in_order = list(units.values())
+    labelled = columns.roles(LABEL)
+    in_order = related_records(table.records, columns)
     shuffled = [in_order[index] for index in np.random.default_rng(seed).permutation(len(in_order))]
     labels = [_values(table.records[unit[0]], labelled) for unit in shuffled]
     counts = Counter(labels)
@@ -159,6 +156,16 @@ def split_off(table: Table, columns: Columns, share: float, seed: int) -> tuple[
     return replace(table, records=rest), replace(
         table, records=tuple(table.records[index] for index in sorted(indices))
     )
+
+
+def related_records(records: Sequence[Record], columns: Columns) -> list[list[int]]:
+    """The numbers of records that belong together, in order: turns of a dialogue, and records with the same context (a
+    column of type CONTEXT), such as the questions on a text. Any other record is alone."""
+    shared = columns.roles(CONTEXT)
+    units: dict[Hashable, list[int]] = {}
+    for index, record in enumerate(records):
+        units.setdefault(record.group or _values(record, shared) or index, []).append(index)
+    return list(units.values())
 
 
 def _too_small(table: Table, columns: Columns, once: int) -> UserError:

@@ -128,12 +128,12 @@ def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]
     (count, *others) = {len(split.records) for split in splits.values()}
     if others:
         raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
-    records = draw_records(count, RESAMPLES)
+    samples = draw_records(next(iter(splits.values())).units, RESAMPLES)
     shown = track(enumerate(splits.items()), f"{column}: bootstrap", len(splits), "rows")
     scores: dict[str, Scores] = {}
     for stream, (row, split) in shown:
         score = partial(ScoredSplit.score, split, cells[row].metric)
-        scores[row] = bootstrap_scores(score, len(split.predictions), records, stream)
+        scores[row] = bootstrap_scores(score, len(split.predictions), samples, stream)
     return scores
 
 

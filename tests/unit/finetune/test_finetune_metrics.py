@@ -208,7 +208,7 @@ def accuracy(right: np.ndarray) -> Score:
 
 
 def compare(first: np.ndarray, second: np.ndarray, resamples: int = 2000) -> Difference:
-    records = draw_records(first.shape[1], resamples)
+    records = draw_records([[number] for number in range(first.shape[1])], resamples)
     scores = [
         bootstrap_scores(accuracy(right), len(right), records, stream) for stream, right in enumerate((first, second))
     ]
@@ -234,6 +234,17 @@ def test_a_large_difference_is_found_and_has_a_sign() -> None:
     assert 0.2 < found.interval[0] < found.mean < found.interval[1] < 0.4
     assert swapped.mean == -found.mean
     assert found.p == swapped.p == pytest.approx(2 / 2001)
+
+
+def test_related_records_are_drawn_together() -> None:
+    """Catches questions on one text that count as independent ones: p would be small too often."""
+    units = [[0, 3], [1], [2, 4, 5]]
+    samples = draw_records(units, 50)
+    for sample in samples:
+        counts = np.bincount(sample, minlength=6)
+        assert all(len({counts[number] for number in unit}) == 1 for unit in units)
+        assert sum(counts[unit[0]] for unit in units) == len(units)
+    assert len({tuple(sorted(sample)) for sample in samples}) > 5
 
 
 def test_three_seeds_are_not_sure() -> None:
