@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from filelock import FileLock
@@ -81,13 +82,13 @@ class Mirror:
             with suppress(FileNotFoundError):
                 upload(path, url)
 
-    def holds_fork(self) -> bool:
-        """Whether the run in the mirror began as a fork. True if its provenance is missing or damaged."""
+    def ancestors(self) -> list[dict[str, Any]] | None:
+        """Of the run in the mirror, see `provenance.ancestors_of`. None if its provenance is missing or damaged."""
         try:
-            ancestors = parse_json(read_bytes(join(self.url, _RUN, "provenance.json"))).get("ancestors", [])
-            return bool(ancestors) and ancestors[-1]["relation"] == "fork"
-        except (MissingError, ValueError, AttributeError, KeyError, TypeError):
-            return True
+            found = parse_json(read_bytes(join(self.url, _RUN, "provenance.json"))).get("ancestors", [])
+            return [dict(ancestor) for ancestor in found]
+        except (MissingError, ValueError, AttributeError, TypeError):
+            return None
 
     def delete(self, name: str) -> None:
         delete(join(self.url, name, COMPLETE))

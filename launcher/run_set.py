@@ -131,9 +131,11 @@ class RunSet:
         try:
             content = read_json(path)
             records = content if self.header is None else content["runs"]
+            if not all(isinstance(record["config"], dict) for record in records.values()):
+                raise ValueError("expected a config for each run")
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.option}: cannot read {path}: {reason(error)}") from None
         for run in self.runs:
             folder, new = self.run_folder(run).path, RunRecord(config=run.config)
@@ -156,7 +158,7 @@ def recorded_configs(record: Path) -> dict[str, FlatConfig]:
     `RunSet.opened` rejects."""
     with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
         content = read_json(record)
-        return {name: run["config"] for name, run in content.get("runs", content).items()}
+        return {name: dict(run["config"]) for name, run in content.get("runs", content).items()}
     return {}
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -185,11 +186,12 @@ class Watch:
         """Returns whether this process could log."""
         if not has_ended(self._run):
             return False
-        try:
-            with lock_run(self._run):
-                log_results(self._run, self._config)
-        except UserError:  # a process uses the folder: the run has resumed
-            return False
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(lock_run(self._run))
+            except UserError:  # a process uses the folder: the run has resumed
+                return False
+            log_results(self._run, self._config)
         return True
 
 

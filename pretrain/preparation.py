@@ -23,6 +23,7 @@ from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, ch
 from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
+from pretrain.resume import is_fork_of
 from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
@@ -135,10 +136,9 @@ def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -
             raise UserError(
                 f"run.resume is 'never', but {url} already holds checkpoints; choose another checkpoint.mirror"
             )
-        if config.run.parent is not None and mirror.complete() and not mirror.holds_fork():
-            raise UserError(
-                f"{url} holds a run that is not a fork of {config.run.parent}; choose another checkpoint.mirror"
-            )
+        parent, ancestors = config.run.parent, mirror.ancestors() if mirror.complete() else None
+        if parent is not None and ancestors is not None and not is_fork_of(ancestors, parent):
+            raise UserError(f"{url} holds a run that is not a fork of {parent}; choose another checkpoint.mirror")
         mirror.restore(folder, on_progress, show_progress=True)
 
     group.from_all_ranks_slowly(restore)

@@ -188,7 +188,10 @@ def _parent_checkpoints(parent: str, folder: RunFolder, has_own: bool) -> Sequen
     """The complete checkpoints that a run to fork has. `has_own`: the fork itself has some."""
     found = checkpoint_candidates(Path(parent))
     if has_own:
-        _check_is_fork_of(parent, found, folder)
+        ancestors = (read_provenance(folder) or {}).get("ancestors", [])
+        if not is_fork_of(ancestors, parent):
+            problem = f"holds a run that is not a fork of {parent}; choose another run.dir"
+            raise UserError(f"run.dir: {folder.path} {problem}")
     elif not found:
         problem = "has no complete checkpoint" if Path(parent).exists() else "does not exist"
         raise UserError(
@@ -198,13 +201,14 @@ def _parent_checkpoints(parent: str, folder: RunFolder, has_own: bool) -> Sequen
     return found
 
 
-def _check_is_fork_of(named: str, parents: Sequence[Path], folder: RunFolder) -> None:
-    """Raises UserError for a used folder whose run was not forked from the run that `named` means."""
-    ancestors = (read_provenance(folder) or {}).get("ancestors", [])
-    parent = ancestors[-1] if ancestors and ancestors[-1]["relation"] == "fork" else None
-    origins = [read_origin(checkpoint / "hf") for checkpoint in parents]
-    if parent is None or any(origin and origin["run_id"] != parent["run_id"] for origin in origins):
-        raise UserError(f"run.dir: {folder.path} holds a run that is not a fork of {named}; choose another run.dir")
+def is_fork_of(ancestors: Sequence[Mapping[str, Any]], parent: str) -> bool:
+    """Whether a run with these ancestors began as a fork of `parent`, a run or a checkpoint, which may be gone."""
+    if not ancestors or ancestors[-1].get("relation") != "fork":
+        return False
+    origin, checkpoints = ancestors[-1], checkpoint_candidates(Path(parent))
+    found = [each for checkpoint in checkpoints if (each := read_origin(checkpoint / "hf")) is not None]
+    known = ("run_id", "step") if checkpoints == [Path(parent)] else ("run_id",)
+    return all(each[key] == origin[key] for each in found for key in known)
 
 
 def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:

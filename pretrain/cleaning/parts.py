@@ -54,7 +54,10 @@ class Pass:
 
     def tally(self, part: int) -> PartTally:
         """Of a finished part."""
-        return parse_record(PartTally, self._tally(part).read_bytes())
+        try:
+            return parse_record(PartTally, self._tally(part).read_bytes())
+        except ValueError:
+            raise UserError(f"{self._tally(part)} is damaged; delete {self.folder.parent} to start over") from None
 
     def observed(self, part: int) -> Arrays:
         """What was observed of a part, memory-mapped."""
@@ -96,7 +99,7 @@ def write_documents(path: Path, documents: Sequence[Document]) -> None:
     """Write documents. Values of metadata that JSON lacks, such as dates, become text."""
     lines = "".join(json.dumps(_row(document), ensure_ascii=False, default=str) + "\n" for document in documents)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(zstandard.ZstdCompressor(level=_LEVEL).compress(lines.encode()))
+        temporary.write_bytes(zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(lines.encode()))
 
 
 def _row(document: Document) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def clean(
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)
         if holds_result(folder, SUMMARY, "output", "cleaned documents"):
-            summary: Summary = read_json(folder / SUMMARY)
+            summary: Summary = _read_record(folder / SUMMARY, folder)
             if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(sources, config)):
                 raise UserError(
                     f"output: {folder} already holds documents that were cleaned with another config, or of other "
@@ -129,10 +129,19 @@ def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
     return json_digest({"config": tree, "steps": [dict(step.facts()) for step in steps]})
 
 
+def _read_record(path: Path, folder: Path) -> Any:
+    """An object of a JSON file. Raises UserError if it is damaged."""
+    with suppress(ValueError):
+        found = read_json(path)
+        if isinstance(found, dict) and (path.name != SUMMARY or {"recipe", "source"} <= found.keys()):
+            return found
+    raise UserError(f"{path} is damaged; delete {folder} to start over")
+
+
 def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
     """Raises UserError if the folder of an unfinished cleaning is of another one."""
     path = partial / _RECIPE
-    if path.exists() and _holds_parts(partial) and read_json(path) != identity:
+    if path.exists() and _holds_parts(partial) and _read_record(path, partial) != identity:
         raise UserError(
             f"{partial} holds an unfinished cleaning with another config, or of other sources; use the same to resume "
             "it, or delete it to start over"

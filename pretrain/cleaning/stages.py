@@ -4,9 +4,10 @@ A step that compares all documents ends a pass: the pass observes them, the main
 applies the decisions. What a finished part or pass has written is kept if the cleaning is killed.
 """
 
+import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -243,9 +244,13 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _digest(documents: Iterable[Document]) -> str:
-    return xxhash.xxh3_128_hexdigest(
-        "\0".join(chain(*((document.id, document.text) for document in documents))).encode()
-    )
+    """Of documents with their metadata."""
+    parts = ((document.id, document.text, _canonical(document.metadata)) for document in documents)
+    return xxhash.xxh3_128_hexdigest("\0".join(chain(*parts)).encode())
+
+
+def _canonical(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True, default=str)
 
 
 def _joined_digest(digests: Iterable[str]) -> str:

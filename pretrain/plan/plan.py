@@ -9,6 +9,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from experiment.hardware import peak_flops
+from experiment.provenance import read_provenance
 from experiment.transformers_models import first_position
 from pretrain.batching.packing import Rows
 from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
@@ -51,6 +52,7 @@ class RunPlan:
     zero: dict[int, ZeroPlan]  # by ZeRO stage: the run's own and the others
     steps: int | None  # exact; None: a time budget
     budget_steps: int | None  # about how many steps a time budget lasts for
+    forked_at: int  # step that the run began with as a fork; 0 if it is none
     tokens: int | None  # exact; None: a time budget
     epochs: float | None  # None: a time budget or a mixture
     cost: Cost | None
@@ -125,15 +127,14 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
 
     sent = [sent_per_step(counts, settings, stage.batch.microbatches) for stage in stages]
     tokens = sum(stage.tokens or 0 for stage in stages)
-    steps, cost, budget = None, None, run.config.schedule.budget_seconds
+    steps, cost, budget, forked_at = None, None, run.config.schedule.budget_seconds, _forked_at(run)
     if stream.steps is not None:
         by_token = by_stage or [0.0] * len(stages)
         flops_of_run = sum(each * (stage.tokens or 0) for each, stage in zip(by_token, stages, strict=True))
         sent_of_run = sum(each * (stage.steps or 0) for each, stage in zip(sent, stages, strict=True))
         cost = cost_of(None if by_stage is None else flops_of_run, sent_of_run)
     elif budget is not None:
-        # The clock of a fork starts over.
-        spent, done = 0.0, run.resume_plan.step if run.resume_plan.fork else 0
+        spent, done = 0.0, forked_at  # the clock of a fork starts over
         for number, stage in enumerate(stages):
             step = cost_of(None if by_stage is None else by_stage[number] * stage.tokens_per_step(), sent[number])
             if step is None:
@@ -158,10 +159,19 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         zero=zero,
         steps=stream.steps,
         budget_steps=steps,
+        forked_at=forked_at,
         tokens=None if stream.steps is None else tokens,
         epochs=stream.epochs,
         cost=cost,
     )
+
+
+def _forked_at(run: ResolvedRun) -> int:
+    """The step that a fork began with, also if it resumes; 0 for other runs."""
+    if run.resume_plan.fork:
+        return run.resume_plan.step
+    ancestors = (read_provenance(run.folder) or {}).get("ancestors", []) if run.resume_plan.checkpoint else []
+    return int(ancestors[-1]["step"]) if ancestors and ancestors[-1]["relation"] == "fork" else 0
 
 
 def _alternatives(settings: MemorySettings) -> list[MemorySettings]:

@@ -177,8 +177,7 @@ def _cost(plan: RunPlan) -> list[str]:
     ]
     if cost is None:
         return [*lines, "unknown: state the device's peak as --peak_tflops"]
-    start = plan.run.resume_plan
-    steps = plan.steps or (plan.budget_steps or 0) - (start.step if start.fork else 0)  # a fork has a budget of its own
+    steps = plan.steps or (plan.budget_steps or 0) - plan.forked_at  # a fork has a budget of its own
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
     duration = describe_duration(cost.seconds) if cost.seconds >= 10 else f"{cost.seconds:.3g} s"
     lines.append(

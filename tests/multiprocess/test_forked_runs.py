@@ -85,6 +85,29 @@ def test_a_plan_names_the_steps_of_the_parent(
     assert "  done: 6 steps of this run, which these figures include\n" in capsys.readouterr().out
 
 
+def test_a_fork_of_another_step_needs_another_folder(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a changed `run.resume` that is ignored, also in a mirror, whose fork the new run would take for its own;
+    and a plan whose budget forgets the steps of the parent as soon as the fork has a checkpoint."""
+    mirror = {"mirror": f"file://{tmp_path / 'mirror'}", "every_steps": 2}
+    tree = fork(tmp_path / "run", wordpiece_corpus, parent, step=2) | {"checkpoint": mirror}
+    assert set(pools[1].run(pretrain_case, tree)) == {"done"}
+    config = tmp_path / "fork.yaml"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    budget = ["--schedule.steps=null", "--schedule.budget=1h", "--peak_tflops=1", "--json"]
+    assert main(["plan", "--config", str(config), *budget]) == 0
+    resumed = json.loads(capsys.readouterr().out)
+    assert main(["plan", "--config", str(config), f"--run.dir={tmp_path / 'unused'}", *budget]) == 0
+    assert resumed["budget_steps"] == json.loads(capsys.readouterr().out)["budget_steps"]
+    tree["run"]["resume"] = str(checkpoint_path(parent / "checkpoints", 4))
+    for folder in ("run", "new"):
+        tree["run"]["dir"] = str(tmp_path / folder)
+        with pytest.raises(Exception, match="holds a run that is not a fork of"):
+            pools[1].run(pretrain_case, tree)
+    assert not (tmp_path / "new" / "checkpoints").exists() or not list((tmp_path / "new" / "checkpoints").iterdir())
+
+
 def test_a_fork_can_change_all_but_the_model(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, parent: Path, tmp_path: Path
 ) -> None:

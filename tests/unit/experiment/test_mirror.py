@@ -90,11 +90,14 @@ def test_an_interrupted_restore_is_repeated(mirror: Mirror, tmp_path: Path, monk
         assert folder.metrics.exists()
 
 
-def test_a_fork_is_told_from_another_run(mirror: Mirror, run: RunFolder) -> None:
-    assert not mirror.holds_fork()
+def test_the_mirror_knows_what_its_run_was_forked_from(mirror: Mirror, run: RunFolder) -> None:
+    assert mirror.ancestors() == []
     run.provenance.write_text('{"ancestors": [{"relation": "fork", "run_id": "a"}]}')
     mirror.upload_run_files(run)
-    assert mirror.holds_fork()
+    assert mirror.ancestors() == [{"relation": "fork", "run_id": "a"}]
+    run.provenance.write_text("damaged")
+    mirror.upload_run_files(run)
+    assert mirror.ancestors() is None
 
 
 def test_a_checkpoint_without_marker_does_not_exist(mirror: Mirror, run: RunFolder, tmp_path: Path) -> None:
