@@ -191,6 +191,22 @@ def test_a_stopped_comparison_runs_each_cell_once(
     assert started == ["ours/toy", "random/toy"]
 
 
+@pytest.mark.parametrize("record", ["[]", "null", '{"ours/toy": null}', '{"ours/toy": {"config": []}}'])
+def test_a_damaged_record_is_one_message(
+    write_files: Callable[..., Path],
+    started: list[str],
+    tmp_path: Path,
+    record: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, and a comparison that starts over."""
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "runs.json").write_text(record)
+    assert main(["compare", str(write_files())]) == 2
+    assert "runs.json" in capsys.readouterr().err
+    assert not started
+
+
 def test_more_seeds_are_added(
     write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
 ) -> None:

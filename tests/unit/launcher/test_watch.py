@@ -219,6 +219,15 @@ def test_another_config_is_rejected(run: RunFolder, save: Save, end: End) -> Non
     watch(run, Scorer(), task=replace(TASK, config="other", name="toy-2"))
 
 
+def test_results_that_cannot_be_logged_end_the_watch(run: RunFolder, save: Save, end: End) -> None:
+    """Catches a watch that takes a damaged file for a run in use, and waits for ever."""
+    save(100)
+    end(Outcome.DONE)
+    run.provenance.write_text("{")
+    with pytest.raises(UserError, match=r"provenance\.json"):
+        watch(run, Scorer())
+
+
 def test_scores_reach_the_trackers_after_a_failed_run(run: RunFolder, save: Save, end: End) -> None:
     """Catches an outcome file that is missing or says that the run failed, which keeps its scores from the curve."""
     save(100)

@@ -10,13 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from experiment.config import build_config
 from experiment.errors import UserError
 from pretrain.cleaning import near_duplicates, run, stages, step
 from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.parts import read_documents
+from pretrain.cleaning.parts import read_documents, write_documents
 from pretrain.cleaning.reading import find_inputs
+from pretrain.cleaning.stages import digest_of
+from pretrain.cleaning.step import Document
 from pretrain.corpus.sources import find_sources
 from small_disk import SmallDisk
 
@@ -183,9 +186,31 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
         clean(["a text"], {"length": {}})
     with pytest.raises(UserError, match="another config, or of other sources"):
         clean(["b text"], {"exact_dedup": {}})
+    (tmp_path / "out" / "clean.json").write_text("[]")
+    with pytest.raises(UserError, match=r"clean.json is damaged; delete .*/out to start over$"):
+        clean(["a text"], {"exact_dedup": {}})
     (tmp_path / "out" / "clean.json").unlink()
     with pytest.raises(UserError, match="already holds something that is not cleaned documents"):
         clean(["a text"], {"exact_dedup": {}})
+
+
+def test_a_flipped_bit_is_no_text(tmp_path: Path) -> None:
+    """Catches documents without a checksum: of most flipped bits, zstd alone makes other text."""
+    path = tmp_path / "a.jsonl.zst"
+    write_documents(path, [Document(str(number), "s", f"text {number}") for number in range(200)])
+    whole = path.read_bytes()
+    for place in range(20, len(whole) - 8, 37):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises((zstandard.ZstdError, ValueError)):
+            list(read_documents(path))
+
+
+def test_metadata_count_when_sources_are_compared() -> None:
+    """Catches a result with the metadata of before that is kept for sources with other ones."""
+    digests = {
+        digest_of([Document("1", "s", "a text", metadata)]) for metadata in ({}, {"language": "en"}, {"language": "de"})
+    }
+    assert len(digests) == 3
 
 
 def test_an_unfinished_cleaning_of_another_text_is_refused(
@@ -213,10 +238,13 @@ def test_a_damaged_part_is_one_message(config: CleanConfig, tmp_path: Path, monk
         patch.setattr(stages, "_decide", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             clean(config, tmp_path / "out")
-    path = tmp_path / "out.partial" / "pass-0" / "000001.jsonl.zst"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match=rf"^{path} is damaged; delete {tmp_path}/out.partial to start over$"):
-        clean(config, tmp_path / "out")
+    for name in ("000001.jsonl.zst", "000001.json"):
+        path = tmp_path / "out.partial" / "pass-0" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9])
+        with pytest.raises(UserError, match=rf"^{path} is damaged; delete {tmp_path}/out.partial to start over$"):
+            clean(config, tmp_path / "out")
+        path.write_bytes(whole)
 
 
 def test_a_missing_package_is_one_message(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
