@@ -27,6 +27,7 @@ from rich.table import Table as RichTable
 from benchmarks.measuring import stop_after
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
 from experiment.errors import UserError
+from experiment.files import read_json
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.hardware import has_native_bf16
 from experiment.outcome_file import Outcome
@@ -169,20 +170,19 @@ def finetune(output: Path, run: RunFolder) -> dict[str, dict[str, Any]]:
     """
     files = {f"task.{split}": output / "task-data" / f"{split}.jsonl" for split in EXAMPLES}
     shared = {"config": TASK, "model.init_from": run.path, **files}
-    folders = {weights: output / f"task-{weights}" for weights in ("random", "pretrained")}
+    folders = {weights: RunFolder(output / f"task-{weights}") for weights in ("random", "pretrained")}
     log, one_thread = output / "task-random.log", {**environment(), "OMP_NUM_THREADS": "1"}
     say(f"both at the same time, with one thread each; output of the first goes to {log}")
     started = []
     with log.open("wb") as file:
         for weights, shown in (("random", file), ("pretrained", None)):
-            argv = command("finetune", **{"run.dir": folders[weights], "model.weights": weights, **shared})
+            argv = command("finetune", **{"run.dir": folders[weights].path, "model.weights": weights, **shared})
             started.append(subprocess.Popen(argv, env=one_thread, stdout=shown, stderr=shown))
         for process in started:
             process.wait()
     for process in started:
         check("finetune", process.returncode)
-    results = {weights: (folder / "results.json").read_text(encoding="utf-8") for weights, folder in folders.items()}
-    return {weights: json.loads(text) for weights, text in results.items()}
+    return {weights: read_json(folder.results) for weights, folder in folders.items()}
 
 
 def comparison(run: RunFolder, scores: dict[str, float], results: dict[str, dict[str, Any]]) -> Table:
@@ -245,6 +245,7 @@ def deepcloze(name: str, **flags: Any) -> str:
 
 
 def check(name: str, code: int) -> None:
+    """Raises SystemExit if the command has failed."""
     if code:
         say(f"demo: deepcloze {name} failed with exit code {code}")
         raise SystemExit(code)

@@ -127,6 +127,11 @@ def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
     return [*origin.pop("ancestors"), {"relation": relation, **origin}]
 
 
+def forked_from(ancestors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The ancestor that a run with these ancestors began as a fork of; None if it is no fork."""
+    return ancestors[-1] if ancestors and ancestors[-1].get("relation") == "fork" else None
+
+
 def git_state(repository: Path) -> dict[str, Any] | None:
     """{'commit', 'dirty'} of a git checkout; None if it is not one, or git is missing."""
     try:

@@ -13,7 +13,7 @@ _BINS = 15  # of the calibration error
 _TEMPERATURES = (0.05, 20.0)
 _TINY = 1e-37  # least probability: its logarithm is finite
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
-_ALIKE = 1e-9  # questions
+_ROUNDING = 1e-9  # largest error of a sum of right answers
 _ROWS = 256  # of a matrix of similarities that are computed at once
 
 # Shape suffixes: C labels; N texts or queries, M documents, R rows of a part, D hidden.
@@ -290,7 +290,7 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
     counts, hits = np.bincount(ids), np.bincount(ids, weights=np.asarray(right, dtype=float))
     accuracy, drawn = float(np.mean(right)), len(counts)
     residuals = hits - accuracy * counts
-    if drawn == len(right) or np.abs(residuals).max() < _ALIKE:
+    if drawn == len(right) or np.abs(residuals).max() < _ROUNDING:
         return _wilson(accuracy, drawn)
     error = np.sqrt((residuals**2).sum() * drawn / (drawn - 1)) / len(right)
     half = float(stdtrit(drawn - 1, 0.975) * error)

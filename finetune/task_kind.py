@@ -183,7 +183,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return torch.tensor([example.target for example in examples])
 
     def label_weights(self, examples: Sequence["Example"]) -> tuple[float, ...]:
-        """For `training.class_weights: balanced`: a weight for each label."""
+        """For `training.class_weights: balanced`: the weights of labels that `loss` takes."""
         raise UserError(f"training.class_weights: tasks of kind '{self.config.kind}' have no classes to weight")
 
     def forward(self, model: "nn.Module", batch: "Batch") -> "Tensor":

@@ -20,6 +20,7 @@ from experiment.results.plots import draw_dots
 from experiment.run_folder import SWEEP_RECORD, RunFolder
 from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
 from finetune.results.predictions import ScoredSplit, read_scored_split
+from finetune.splits import related_records
 from launcher.compare_plan import ComparePlan
 from launcher.report import print_report
 from launcher.run_set import DONE
@@ -128,7 +129,8 @@ def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]
     (count, *others) = {len(split.records) for split in splits.values()}
     if others:
         raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
-    samples = draw_records(next(iter(splits.values())).units, RESAMPLES)
+    any_row = next(iter(splits.values()))
+    samples = draw_records(related_records(any_row.records, any_row.kind.config.columns), RESAMPLES)
     shown = track(enumerate(splits.items()), f"{column}: bootstrap", len(splits), "rows")
     scores: dict[str, Scores] = {}
     for stream, (row, split) in shown:

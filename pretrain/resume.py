@@ -24,7 +24,7 @@ from experiment.config import flatten, with_defaults
 from experiment.errors import UserError, user_errors_in
 from experiment.hub_names import HubName, meant_name
 from experiment.model_names import record_model
-from experiment.provenance import read_origin, read_provenance
+from experiment.provenance import forked_from, read_origin, read_provenance
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.storage import is_url
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
@@ -203,12 +203,12 @@ def _parent_checkpoints(parent: str, folder: RunFolder, has_own: bool) -> Sequen
 
 def is_fork_of(ancestors: Sequence[Mapping[str, Any]], parent: str) -> bool:
     """Whether a run with these ancestors began as a fork of `parent`, a run or a checkpoint, which may be gone."""
-    if not ancestors or ancestors[-1].get("relation") != "fork":
+    origin, checkpoints = forked_from(ancestors), checkpoint_candidates(Path(parent))
+    if origin is None:
         return False
-    origin, checkpoints = ancestors[-1], checkpoint_candidates(Path(parent))
     found = [each for checkpoint in checkpoints if (each := read_origin(checkpoint / "hf")) is not None]
     known = ("run_id", "step") if checkpoints == [Path(parent)] else ("run_id",)
-    return all(each[key] == origin[key] for each in found for key in known)
+    return all(each[key] == origin.get(key) for each in found for key in known)
 
 
 def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:

@@ -111,10 +111,8 @@ class Kind(TaskKind[Config]):
         if options.label_weights is not None:
             present, absent = options.label_weights.chunk(2)
             weights = torch.where(batch.targets > 0, present, absent)
-        losses = F.binary_cross_entropy_with_logits(outputs.float(), batch.targets, weights, reduction="none").mean(
-            dim=-1
-        )
-        return Loss.of(losses.sum(), len(losses))
+        losses = F.binary_cross_entropy_with_logits(outputs.float(), batch.targets, weights, reduction="none")
+        return Loss.of(losses.mean(dim=-1).sum(), len(losses))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         probabilities = torch.sigmoid(torch.from_numpy(outputs[0])).tolist()

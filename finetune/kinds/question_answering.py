@@ -173,12 +173,12 @@ class Kind(TaskKind[Config]):
         shown = [scores[window.start :][: len(window.offsets)] for window, scores in zip(windows, outputs, strict=True)]
         spans = [_best_span(scores_T2, self.config.max_answer_tokens) for scores_T2 in shown]
         best = max(range(len(spans)), key=lambda index: spans[index].score)
-        nothing = [scores[window.nothing] for window, scores in zip(windows, outputs, strict=True)]
         # There is no answer only if no window shows one.
-        least = min(float(scores.sum()) for scores in nothing)
+        nothing_2 = min((scores[window.nothing] for window, scores in zip(windows, outputs, strict=True)), key=np.sum)
+        least = float(nothing_2.sum())
         candidates = _best_scores(windows, shown)
         if self.config.no_answer:
-            candidates = np.concatenate([candidates, nothing[np.argmin(np.sum(nothing, axis=1))][None]])
+            candidates = np.concatenate([candidates, nothing_2[None]])
         log_total = float(torch.logsumexp(torch.from_numpy(candidates), dim=0).sum())
         if self.config.no_answer and least >= spans[best].score:
             return {"answer": "", "start": None, "score": float(np.exp(least - log_total))}
@@ -233,11 +233,13 @@ def _target(window: _Window, shown: range, answer: range) -> list[int]:
 
 def _best_scores(windows: Sequence[_Window], shown: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """T2 start and end scores of the tokens of a context, each from the window that gives it the highest."""
-    best: dict[tuple[int, int], NDArray[np.float32]] = {}
-    for window, scores_T2 in zip(windows, shown, strict=True):
-        for place, scores_2 in zip(window.offsets, scores_T2, strict=True):
-            best[place] = np.maximum(best.get(place, scores_2), scores_2)
-    return np.stack(list(best.values()))
+    if len(shown) == 1:
+        return shown[0]
+    places = np.array([place for window in windows for place in window.offsets])
+    tokens, numbers = np.unique(places, axis=0, return_inverse=True)
+    best = np.full((len(tokens), 2), -np.inf, dtype=np.float32)
+    np.maximum.at(best, numbers.ravel(), np.concatenate(shown))
+    return best
 
 
 def _best_span(scores_T2: NDArray[np.float32], max_tokens: int) -> _Span:

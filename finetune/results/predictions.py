@@ -22,7 +22,7 @@ from experiment.model_names import local_model
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record
-from finetune.splits import read_splits, related_records
+from finetune.splits import read_splits
 from finetune.task_kind import Prediction, TaskKind, find_kind
 
 _WAITING = 50_000  # rows of a Parquet file without a value in some column
@@ -192,11 +192,6 @@ class ScoredSplit:
     kind: TaskKind[Any]
     records: Sequence[Record]
     predictions: Sequence[Sequence[Prediction]]  # by seed
-
-    @property
-    def units(self) -> list[list[int]]:
-        """See `finetune.splits.related_records`."""
-        return related_records(self.records, self.kind.config.columns)
 
     def score(self, metric: str, seed: int, rows: Sequence[int]) -> float:
         """A metric of the records `rows`, in which one may occur several times. seed: its position."""

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiment.decontamination import read_clean_summary
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import fsync_tree, json_digest, read_json, write_json
 from experiment.output_folder import holds_result, lock_output
@@ -53,8 +54,10 @@ def clean(
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)
         if holds_result(folder, SUMMARY, "output", "cleaned documents"):
-            summary: Summary = _read_record(folder / SUMMARY, folder)
-            if summary["recipe"] != recipe or summary["source"] != digest_of(read_inputs(sources, config)):
+            summary = read_clean_summary(str(folder))
+            if summary is None:
+                raise UserError(f"{folder / SUMMARY} is damaged; delete {folder} to start over")
+            if summary["recipe"] != recipe or summary.get("source") != digest_of(read_inputs(sources, config)):
                 raise UserError(
                     f"output: {folder} already holds documents that were cleaned with another config, or of other "
                     "sources; name a new folder or delete it"
@@ -129,19 +132,12 @@ def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
     return json_digest({"config": tree, "steps": [dict(step.facts()) for step in steps]})
 
 
-def _read_record(path: Path, folder: Path) -> Any:
-    """An object of a JSON file. Raises UserError if it is damaged."""
-    with suppress(ValueError):
-        found = read_json(path)
-        if isinstance(found, dict) and (path.name != SUMMARY or {"recipe", "source"} <= found.keys()):
-            return found
-    raise UserError(f"{path} is damaged; delete {folder} to start over")
-
-
 def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
-    """Raises UserError if the folder of an unfinished cleaning is of another one."""
-    path = partial / _RECIPE
-    if path.exists() and _holds_parts(partial) and _read_record(path, partial) != identity:
+    """Raises UserError if the folder of an unfinished cleaning is of another one, or does not say of which."""
+    path, recorded = partial / _RECIPE, None
+    with suppress(ValueError):
+        recorded = read_json(path) if path.exists() else identity
+    if recorded != identity and _holds_parts(partial):
         raise UserError(
             f"{partial} holds an unfinished cleaning with another config, or of other sources; use the same to resume "
             "it, or delete it to start over"

@@ -7,7 +7,7 @@ applies the decisions. What a finished part or pass has written is kept if the c
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -74,8 +74,11 @@ class Done:
         path = files.folder / _DONE
         if not path.exists():
             return None
-        found = read_json(path)
-        return cls(files, found["parts"], found["source"], tuple(_STEP_TALLIES.validate_python(found["steps"])))
+        try:
+            found = read_json(path)
+            return cls(files, found["parts"], found["source"], tuple(_STEP_TALLIES.validate_python(found["steps"])))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged; delete {files.folder.parent} to start over") from None
 
     def write(self) -> None:
         steps = [asdict(tally) for tally in self.tallies]
@@ -244,13 +247,12 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _digest(documents: Iterable[Document]) -> str:
-    """Of documents with their metadata."""
-    parts = ((document.id, document.text, _canonical(document.metadata)) for document in documents)
+    """Of documents with their metadata, if they have any."""
+    parts = (
+        (each.id, each.text, *([json.dumps(each.metadata, sort_keys=True, default=str)] if each.metadata else []))
+        for each in documents
+    )
     return xxhash.xxh3_128_hexdigest("\0".join(chain(*parts)).encode())
-
-
-def _canonical(metadata: Mapping[str, Any]) -> str:
-    return json.dumps(metadata, sort_keys=True, default=str)
 
 
 def _joined_digest(digests: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from experiment.hardware import peak_flops
-from experiment.provenance import read_provenance
+from experiment.provenance import forked_from, read_provenance
 from experiment.transformers_models import first_position
 from pretrain.batching.packing import Rows
 from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
@@ -134,12 +134,12 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         sent_of_run = sum(each * (stage.steps or 0) for each, stage in zip(sent, stages, strict=True))
         cost = cost_of(None if by_stage is None else flops_of_run, sent_of_run)
     elif budget is not None:
-        spent, done = 0.0, forked_at  # the clock of a fork starts over
+        spent = 0.0
         for number, stage in enumerate(stages):
             step = cost_of(None if by_stage is None else by_stage[number] * stage.tokens_per_step(), sent[number])
             if step is None:
                 break
-            first = max(done, stage.first_step)
+            first = max(forked_at, stage.first_step)  # the clock of a fork starts over
             last = first + int((budget - spent) / step.seconds)
             if stage.steps is None or last < stage.first_step + stage.steps:
                 steps, cost = last, budget_cost(step, budget, ranks, rates)
@@ -170,8 +170,9 @@ def _forked_at(run: ResolvedRun) -> int:
     """The step that a fork began with, also if it resumes; 0 for other runs."""
     if run.resume_plan.fork:
         return run.resume_plan.step
-    ancestors = (read_provenance(run.folder) or {}).get("ancestors", []) if run.resume_plan.checkpoint else []
-    return int(ancestors[-1]["step"]) if ancestors and ancestors[-1]["relation"] == "fork" else 0
+    provenance = read_provenance(run.folder) if run.resume_plan.checkpoint is not None else None
+    origin = None if provenance is None else forked_from(provenance["ancestors"])
+    return 0 if origin is None else int(origin["step"])
 
 
 def _alternatives(settings: MemorySettings) -> list[MemorySettings]:

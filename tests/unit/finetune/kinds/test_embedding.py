@@ -108,15 +108,16 @@ def test_losses_are_those_of_the_papers() -> None:
 
 def test_right_documents_are_no_negatives() -> None:
     """Catches a text that is pushed away from a document of its own: one that another row has too, another document of
-    the same text, or a negative that is a copy of its document."""
-    examples = examples_of([("a", "x"), ("a", "y", "x"), ("b", "x"), ("c", "z", "z")])
+    the same text, a negative that is a copy of its document, or the text itself as the document of another row."""
+    examples = examples_of([("a", "x"), ("a", "y", "x"), ("b", "x"), ("c", "z", "z"), ("d", "c")])
     excluded = make_kind().targets(examples, Padding(0, "right", 0))
-    candidates = ["x of a", "y", "x of b", "z", "negative x", "negative z"]
+    candidates = ["x of a", "y", "x of b", "z", "c", "negative x", "negative z"]
     found = [{name for name, left_out in zip(candidates, row, strict=True) if left_out} for row in excluded.tolist()]
     assert found[0] == {"y", "x of b", "negative x"}
     assert found[1] == {"x of a", "x of b", "negative x"}
     assert found[2] == {"x of a", "negative x"}
-    assert found[3] == {"negative z"}
+    assert found[3] == {"c", "negative z"}
+    assert found[4] == set()
 
 
 RATE = 1e6  # also of adam_eps, so that AdamW subtracts the gradient: lr * g / (|g| + eps)

@@ -88,6 +88,18 @@ def test_the_best_window_answers(encoder: Path) -> None:
     assert (prediction["answer"], prediction["start"]) == (CONTEXT[start:stop], start)
 
 
+def test_a_token_in_two_windows_counts_once(encoder: Path) -> None:
+    """Catches a score of a quarter for an answer that both windows are sure of."""
+    made = KIND.expand(record("word1"), encode(encoder, 13), training=False)
+    first, second = (example.details.offsets for example in made[:2])
+    shared = next(place for place in first if place in second)
+    outputs = scores_for(made, 0, (first.index(shared),) * 2)
+    outputs[1] = scores_for(made, 1, (second.index(shared),) * 2)[1]
+    prediction = KIND.decode(record(), made, outputs)
+    assert prediction["start"] == shared[0]
+    assert 0.99 < prediction["score"] <= 1.0
+
+
 def test_no_answer_needs_all_windows(encoder: Path) -> None:
     """Catches "no answer" because one window shows none, and answers to a task in which there is always one."""
     made = WITH_NONE.expand(record(), encode(encoder, 13), training=False)

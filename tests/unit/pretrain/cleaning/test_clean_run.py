@@ -238,7 +238,7 @@ def test_a_damaged_part_is_one_message(config: CleanConfig, tmp_path: Path, monk
         patch.setattr(stages, "_decide", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             clean(config, tmp_path / "out")
-    for name in ("000001.jsonl.zst", "000001.json"):
+    for name in ("000001.jsonl.zst", "000001.json", "done.json"):
         path = tmp_path / "out.partial" / "pass-0" / name
         whole = path.read_bytes()
         path.write_bytes(whole[:-9])
