@@ -68,10 +68,8 @@ def _page(outcomes: Mapping[str, JobOutcome], folder: Path) -> Iterator[str]:
         yield "tokens/s: median (min – max) of the rounds\n"
         columns = ["case", "device", "rounds", "MFU", "tokens/s", "ms per step", "peak memory", "real tokens per slot"]
         yield markdown_table(columns, _training_rows(training), labels=2)
-    profile = folder / "profile" / "profile.txt"
-    if profile.exists():
-        case = next((figures["case"] for figures in _figures(outcomes, "profile")), "")
-        yield f"## Profile\n\n{case}\n\n```\n{profile.read_text(encoding='utf-8').strip()}\n```\n"
+    for profile in sorted(folder.glob("profile/*/profile.txt")):
+        yield f"## Profile: {profile.parent.name}\n\n```\n{profile.read_text(encoding='utf-8').strip()}\n```\n"
     for figures in _figures(outcomes, "pretraining"):
         yield "## Pretraining, stopped and resumed\n"
         yield markdown_table(["", ""], [[escape(key), _value(value)] for key, value in figures.items()], labels=1)

@@ -1,13 +1,13 @@
 """Check and measure everything on a GPU that is at hand for a short time.
 
-    python -m benchmarks.gpu_session [--minutes 9] [--results DIR] [--again JOB,…]
+    python -m benchmarks.gpu_session [--minutes 9] [--results DIR] [--only JOB,…] [--again JOB,…]
     python -m benchmarks.gpu_session --prepare DIR [--python 3.12] [--torch 2.11.0] [--installed FILE]
 
-The jobs, by importance: tests of kernels against references, times of kernels, tests of training, MFU of ten cases, a
-profile of the one with the longest steps, a real pretraining that is stopped and resumed, and the ten cases again. Each
-runs in a process of its own with a time limit; one that fails, hangs or crashes is recorded, and the next one starts. A
-job only starts if its limit fits into the time left. The same command continues with what is left: 75 is the exit code
-if there is more to do, 1 if jobs failed, else 0. Without a GPU, jobs that need one are skipped until there is one.
+The jobs, by importance: tests of kernels against references, times of kernels, tests of training, MFU of ten cases,
+profiles of two, a real pretraining that is stopped and resumed, and the ten cases again. Each runs in a process of its
+own with a time limit; one that fails, hangs or crashes is recorded, and the next one starts. A job only starts if its
+limit fits into the time left. The same command continues with what is left: 75 is the exit code if there is more to
+do, 1 if jobs failed, else 0. Without a GPU, jobs that need one are skipped until there is one.
 
 In the results folder, RESULTS.gpu.md has all figures and failures, session.json the same as JSON, session.log the
 output of all jobs, and `profile` tables and a trace for Perfetto. `--prepare` gathers wheels for a machine without a
@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -49,9 +49,11 @@ CASES = (  # of `benchmarks.gpu_training`, by importance
     "modernbert-base-512-bf16-zero1-eager",
     "bert-large-128-bf16-zero1-compiled",
 )
+_PROFILED = 2  # of these
 RESULTS = "RESULTS"  # stands for the results folder in commands
 MORE_TO_DO = 75  # exit code
 _GRACE = 5.0  # seconds at the limit of a job, in which its processes write their stacks
+_WORKERS = 8  # of tests, which share the GPU
 _LINES = 60  # of the output of a job that fails
 
 
@@ -67,10 +69,9 @@ class Job:
 
 
 ENVIRONMENT = Job("environment", 180, ("-m", "benchmarks.gpu_environment"), needs_gpu=False)
-Plan = Callable[[Mapping[str, JobOutcome]], Iterable[Job]]
 
 
-def plan(outcomes: Mapping[str, JobOutcome]) -> Iterator[Job]:
+def plan() -> Iterator[Job]:
     """All jobs by importance."""
     in_runs = "runs_with or gets_the"
     yield _tests("kernels", 180, "attention", "optimizers", "head", "sums", only=f"not ({in_runs})")
@@ -81,9 +82,9 @@ def plan(outcomes: Mapping[str, JobOutcome]) -> Iterator[Job]:
     yield _tests("head-in-runs", 240, "head", only=in_runs)
     yield _tests("offload", 240, "training", only="offload or checkpointing")
     yield from (_case("mfu", case) for case in CASES)
-    measured = [figures for name, found in outcomes.items() if name.startswith("mfu") for figures in found.figures]
-    slowest = max(measured, key=lambda figures: figures["step_ms"] or 0.0, default={"case": CASES[0]})["case"]
-    yield Job("profile", 150, ("-m", "benchmarks.gpu_training", slowest, "--profile", f"{RESULTS}/profile"))
+    for case in CASES[:_PROFILED]:
+        folder = f"{RESULTS}/profile/{case}"
+        yield Job(f"profile-{case}", 150, ("-m", "benchmarks.gpu_training", case, "--profile", folder))
     yield Job("pretraining", 330, ("-m", "benchmarks.gpu_pretraining"), needs_gpu=False)
     yield from (_case("mfu2", case) for case in CASES)
 
@@ -91,7 +92,7 @@ def plan(outcomes: Mapping[str, JobOutcome]) -> Iterator[Job]:
 def _tests(name: str, seconds: int, *files: str, only: str = "") -> Job:
     """Tests in `tests/gpu`, several at a time: xdist starts another process in place of one that crashes or hangs."""
     paths = [f"tests/gpu/test_gpu_{file}.py" for file in files]
-    workers = str(min(4, os.cpu_count() or 1))
+    workers = str(min(_WORKERS, os.cpu_count() or 1))
     options = ("-n", workers, "-p", "no:cacheprovider", "-p", "benchmarks.gpu_test_reports", "--tb=short", "-k", only)
     return Job(name, seconds, ("-m", "pytest", *paths, *options))
 
@@ -161,7 +162,17 @@ class Session:
             print(f"{job.name}: {outcome.summary}", flush=True)
 
 
-def run_session(folder: Path, minutes: float, jobs: Plan, again: Iterable[str] = ()) -> int:
+def select(jobs: Iterable[Job], names: Sequence[str]) -> list[Job]:
+    """The jobs with names that begin so, in the order of these. Raises UserError if there is none."""
+    jobs = list(jobs)
+    found = {name: [job for job in jobs if job.name.startswith(name)] for name in names}
+    for name, selected in found.items():
+        if not selected:
+            raise UserError(f"--only {name}: no such job; the jobs are {', '.join(job.name for job in jobs)}")
+    return list(dict.fromkeys(job for selected in found.values() for job in selected))
+
+
+def run_session(folder: Path, minutes: float, jobs: Sequence[Job], again: Iterable[str] = ()) -> int:
     """Run jobs for this time. Returns the exit code. Raises UserError if there is no job to run again."""
     deadline = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,9 +182,8 @@ def run_session(folder: Path, minutes: float, jobs: Plan, again: Iterable[str] =
     has_gpu = machine.status == "passed" and bool(machine.figures[-1]["gpu"])
 
     def left() -> list[Job]:
-        """Looked up after each job, because a job may depend on others."""
         known = session.outcomes
-        return [job for job in jobs(known) if job.name not in known or not known[job.name].is_final]
+        return [job for job in jobs if job.name not in known or not known[job.name].is_final]
 
     def possible() -> list[Job]:
         return [job for job in left() if has_gpu or not job.needs_gpu]
@@ -238,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag = parser.add_argument
     flag("--minutes", type=float, default=9.0, help="of this call (9)")
     flag("--results", type=Path, default=Path("runs/gpu-session"), metavar="DIR", help="folder (runs/gpu-session)")
+    flag("--only", default="", metavar="JOB,…", help="these in this order: names, or beginnings of names (all)")
     flag("--again", default="", metavar="JOB,…", help="run again: names, beginnings of names, or 'failed'")
     flag("--prepare", type=Path, metavar="DIR", help="instead: gather wheels for a machine without a network, with")
     flag("--python", default=platform.python_version(), metavar="VERSION", help="this Python (the same as here),")
@@ -249,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given.prepare is not None:
                 prepare(given.prepare, given.python, given.torch, given.installed)
                 return 0
-            return run_session(given.results.absolute(), given.minutes, plan, given.again.split(","))
+            jobs = select(plan(), given.only.split(","))
+            return run_session(given.results.absolute(), given.minutes, jobs, given.again.split(","))
     except UserError as error:
         print(f"gpu_session: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,8 +13,7 @@ import pytest
 from _pytest.mark.expression import Expression
 
 from benchmarks import gpu_session
-from benchmarks.gpu_results import JobOutcome
-from benchmarks.gpu_session import CASES, MORE_TO_DO, Job, Session, next_job, plan, run_session
+from benchmarks.gpu_session import CASES, MORE_TO_DO, Job, Session, next_job, plan, run_session, select
 from benchmarks.gpu_training import parse_case
 from experiment.errors import UserError
 from waiting import wait_until
@@ -52,7 +50,7 @@ def test_each_step_is_recorded_whatever_happens(tmp_path: Path, monkeypatch: pyt
         job("leaves", orphan),
         job("works", "print('{\"case\": 8}')"),
     ]
-    assert run_session(tmp_path, 9, lambda _: jobs) == 1
+    assert run_session(tmp_path, 9, jobs) == 1
     found = statuses(tmp_path)
     assert found == {
         "fails": "failed",
@@ -81,9 +79,9 @@ def test_a_second_call_continues(tmp_path: Path) -> None:
     """Catches jobs that run twice, and time that is not used for a short job when a long one no longer fits."""
     count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')"
     jobs = [job("short", count, 20), job("long", "", 200), job("short too", count, 20)]
-    assert run_session(tmp_path, 1, lambda _: jobs) == MORE_TO_DO
+    assert run_session(tmp_path, 1, jobs) == MORE_TO_DO
     assert statuses(tmp_path) == {"short": "passed", "short too": "passed"}
-    assert run_session(tmp_path, 9, lambda _: jobs) == 0
+    assert run_session(tmp_path, 9, jobs) == 0
     assert statuses(tmp_path)["long"] == "passed"
     assert (tmp_path / "runs").read_text(encoding="utf-8") == "xx"
 
@@ -94,15 +92,18 @@ def test_the_next_step_fits_into_the_time_left() -> None:
     assert [getattr(next_job(jobs, left), "name", None) for left in (200, 100, 60, 50)] == ["a", "b", "b", None]
 
 
-def test_a_step_may_depend_on_others(tmp_path: Path) -> None:
-    """Catches a profile of a case that was chosen before the cases were measured."""
-
-    def jobs(outcomes: Mapping[str, JobOutcome]) -> Iterator[Job]:
-        yield job("first", 'print(\'{"case": "chosen"}\')')
-        yield job("second", f"print({[outcome.figures for outcome in outcomes.values()]!r})")
-
-    run_session(tmp_path, 9, jobs)
-    assert "chosen" in (tmp_path / "session.log").read_text(encoding="utf-8").partition("===== second")[2]
+def test_selected_jobs_run_in_the_order_given() -> None:
+    """Catches a short session that spends its time on other jobs, and a typo that runs nothing."""
+    jobs = [job("kernels"), job("mfu-base"), job("mfu-large"), job("mfu2-base")]
+    assert [one.name for one in select(jobs, ["mfu-", "kernels", "mfu"])] == [
+        "mfu-base",
+        "mfu-large",
+        "kernels",
+        "mfu2-base",
+    ]
+    assert select(jobs, [""]) == jobs
+    with pytest.raises(UserError, match="--only profile: no such job; the jobs are kernels, mfu-base"):
+        select(jobs, ["kernels", "profile"])
 
 
 def test_steps_wait_for_a_gpu(
@@ -112,10 +113,10 @@ def test_steps_wait_for_a_gpu(
     jobs = [job("needs one", needs_gpu=True), job("runs anywhere")]
     with monkeypatch.context() as without:
         without.setattr(gpu_session, "ENVIRONMENT", job("environment", "print('{\"gpu\": null}')"))
-        assert run_session(tmp_path, 9, lambda _: jobs) == MORE_TO_DO
+        assert run_session(tmp_path, 9, jobs) == MORE_TO_DO
     assert statuses(tmp_path) == {"needs one": "no GPU", "runs anywhere": "passed"}
     assert "needs one: skipped: no GPU" in capsys.readouterr().out
-    assert run_session(tmp_path, 9, lambda _: jobs) == 0
+    assert run_session(tmp_path, 9, jobs) == 0
     assert statuses(tmp_path) == {"needs one": "passed", "runs anywhere": "passed"}
 
 
@@ -123,13 +124,13 @@ def test_steps_can_run_again(tmp_path: Path) -> None:
     """Catches a job whose failure stays although it has been fixed."""
     fixed = tmp_path / "fixed"
     jobs = [job("broken", f"open({str(fixed)!r})", seconds=50), job("works")]
-    assert run_session(tmp_path, 9, lambda _: jobs) == 1
+    assert run_session(tmp_path, 9, jobs) == 1
     fixed.touch()
-    assert run_session(tmp_path, 9, lambda _: jobs) == 1
-    assert run_session(tmp_path, 9, lambda _: jobs, ["failed"]) == 0
-    assert run_session(tmp_path, 9, lambda _: jobs, ["wor"]) == 0
+    assert run_session(tmp_path, 9, jobs) == 1
+    assert run_session(tmp_path, 9, jobs, ["failed"]) == 0
+    assert run_session(tmp_path, 9, jobs, ["wor"]) == 0
     with pytest.raises(UserError, match="--again none: no such job"):
-        run_session(tmp_path, 9, lambda _: jobs, ["none"])
+        run_session(tmp_path, 9, jobs, ["none"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -141,7 +142,7 @@ def test_a_killed_session_continues(tmp_path: Path, number: signal.Signals) -> N
         from benchmarks import gpu_session
         from benchmarks.gpu_session import Job
         gpu_session.ENVIRONMENT = Job('environment', 60, ('-c', {GPU!r}), False)
-        gpu_session.plan = lambda _: [Job('ends the session', 60, ('-c', {hang!r}), False)]
+        gpu_session.plan = lambda: [Job('ends the session', 60, ('-c', {hang!r}), False)]
         sys.exit(gpu_session.main(['--results', {str(tmp_path)!r}]))"""
     for _ in range(2):
         (tmp_path / "pid").unlink(missing_ok=True)
@@ -158,7 +159,7 @@ def test_a_killed_session_continues(tmp_path: Path, number: signal.Signals) -> N
 
 def test_all_steps_of_a_session_exist() -> None:
     """Catches a case, file of tests or module that was renamed, a job too long for any call, and two of one name."""
-    jobs = list(plan({}))
+    jobs = list(plan())
     assert len({one.name for one in jobs}) == len(jobs) > 2 * len(CASES)
     assert [parse_case(case).name for case in CASES] == list(CASES)
     assert {next_job([one], 9 * 60 - 30) for one in jobs} == set(jobs)
@@ -179,7 +180,7 @@ def test_a_job_without_a_watchdog_ends(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_session, "watchdog", watchdog)
     monkeypatch.setattr(gpu_session, "ENVIRONMENT", job("environment", HANG))
     with pytest.raises(OSError, match="unavailable"):
-        run_session(tmp_path, 9, lambda _: [])
+        run_session(tmp_path, 9, [])
     assert not any(process.is_running() for process in started)
 
 
@@ -190,7 +191,7 @@ def test_results_of_tests_are_kept_although_pytest_dies(tmp_path: Path) -> None:
     plugins = ("-p", "benchmarks.gpu_test_reports", "-p", "no:cacheprovider", "-p", "no:schemathesis")
     options = ("-n", "1", *plugins, f"--rootdir={tmp_path}")
     command = ("-m", "pytest", str(tmp_path / "test_three.py"), *options)
-    assert run_session(tmp_path, 90, lambda _: [Job("tests", 600, command, needs_gpu=False)]) == 1
+    assert run_session(tmp_path, 90, [Job("tests", 600, command, needs_gpu=False)]) == 1
     outcome = Session(tmp_path).outcomes["tests"]
     assert outcome.exit_code == -signal.SIGKILL
     results = [(figures["test"][-6:], figures["result"]) for figures in outcome.figures]
@@ -201,7 +202,7 @@ def test_results_of_tests_are_kept_although_pytest_dies(tmp_path: Path) -> None:
 def test_every_gpu_test_is_in_one_step() -> None:
     """Catches tests that no job selects, or two do."""
     selected: list[str] = []
-    for one in plan({}):
+    for one in plan():
         if one.command[1] == "pytest":
             expression = Expression.compile(one.command[one.command.index("-k") + 1] or "test")
             files = [argument for argument in one.command if argument.startswith("tests/")]
