@@ -1,7 +1,8 @@
-"""Fast dropout on a CPU.
+"""Fast dropout on a CPU, and in compiled code on a GPU.
 
-torch draws one 32-bit number per element, which takes longer than the layer before the dropout. Here every element uses
-one byte of a random 64-bit word, about five times faster. The probability is rounded to a multiple of 1/256 (0.1 to
+torch draws one 32-bit number per element. On a CPU that takes longer than the layer before the dropout, and in compiled
+code on a GPU as long as all else that is fused with it. Here every element uses one byte of a random 64-bit word, on a
+CPU about five times faster. The probability is rounded to a multiple of 1/256 (0.1 to
 26/256), and kept elements are scaled by the rounded probability, so the expectation is exact. The words come from
 torch's generator and depend on its seed.
 """
@@ -18,16 +19,20 @@ _BYTE = 256
 def fast_dropout(values: Tensor, probability: float) -> Tensor:
     """Zero each element with `probability` and scale the others up; any shape. Always drops: call it in training only.
 
-    On CUDA, and for a probability that rounds to 0 or 1, torch's own dropout."""
+    Outside of compiled code on CUDA, and for a probability that rounds to 0 or 1, torch's own dropout."""
     threshold = round(probability * _BYTE)
-    if values.is_cuda or threshold in (0, _BYTE):
+    if threshold in (0, _BYTE) or (values.is_cuda and not torch.compiler.is_compiling()):
         return F.dropout(values, probability)
     dropped: Tensor = _ByteDropout.apply(values, threshold)  # type: ignore[no-untyped-call]
     return dropped
 
 
 def use_fast_dropout(model: nn.Module) -> None:
-    """Switch the model's dropout layers to `fast_dropout`. Parameters and their names do not change."""
+    """Switch the model's dropout layers to `fast_dropout`. Parameters and their names do not change.
+
+    From then on, torch does not use cuDNN for attention in this process: with dropout, four queries get the same mask
+    there (cuDNN 9.19 on an H200)."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = _FastDropout
@@ -38,29 +43,31 @@ class _FastDropout(nn.Dropout):
         return fast_dropout(values, self.p) if self.training else values
 
 
-def _keep_mask(values: Tensor, threshold: int) -> Tensor:
-    """uint8, like `values`: 0 where an element is dropped, else 1."""
-    words = torch.empty(-(-values.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-    # In place, the result of the comparison is a number again: torch has fast code for that, but not for booleans.
-    return words.view(torch.uint8)[: values.numel()].view(values.shape).ge_(threshold)
+def _random_bytes(values: Tensor) -> Tensor:
+    """uint8, of the shape of `values`."""
+    words = torch.empty(-(-values.numel() // 8), dtype=torch.int64, device=values.device).random_(-(2**63), None)
+    return words.view(torch.uint8)[: values.numel()].view(values.shape)
 
 
-# torch.compile does not look inside an operator of ours, so masks are the same in compiled code.
-@torch.library.custom_op("deepcloze::keep_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _compiled_keep_mask(values: Tensor, threshold: int) -> Tensor:
-    return _keep_mask(values, threshold)
+# torch.compile does not look inside an operator of ours. On a CPU, masks are the same in compiled code.
+@torch.library.custom_op("deepcloze::random_bytes", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _compiled_random_bytes(values: Tensor) -> Tensor:
+    return _random_bytes(values)
 
 
-@_compiled_keep_mask.register_fake
-def _(values: Tensor, threshold: int) -> Tensor:
+@_compiled_random_bytes.register_fake
+def _(values: Tensor) -> Tensor:
     return torch.empty(values.shape, dtype=torch.uint8, device=values.device)
 
 
 class _ByteDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, threshold: int) -> Tensor:
-        draw = _compiled_keep_mask if torch.compiler.is_compiling() else _keep_mask
-        mask = draw(values, threshold).to(values.dtype)
+        if torch.compiler.is_compiling():
+            kept = _compiled_random_bytes(values) >= threshold
+        else:  # in place, the result is a number again: torch has fast code for that, but not for booleans
+            kept = _random_bytes(values).ge_(threshold)
+        mask = kept.to(values.dtype)
         ctx.save_for_backward(mask)
         ctx.scale = _BYTE / (_BYTE - threshold)
         return _scaled_product(values, mask, ctx.scale)

@@ -117,12 +117,8 @@ class KnownAttention:
 
 
 class LayerInterrupted(Exception):  # noqa: N818  # it is not an error
-    """Ends the forward pass of a layer when its attention is computed."""
-
-    def __init__(self, output: Tensor) -> None:
-        """`output`: of the predicted slots, [1, M, H, D]."""
-        super().__init__()
-        self.output = output
+    """Ends the forward pass of a layer when its attention is computed. Its argument is the output of the attention for
+    the predicted slots, [1, M, H, D]."""
 
 
 def interruptible(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:

@@ -1,8 +1,8 @@
 """Compile the layers of the encoder with `torch.compile`.
 
 All layers of a kind share one graph, because they are compiled one by one. Rows and width of a microbatch are symbols
-in it, so that new shapes need no new graph. Evaluation runs the layers as they are. A last layer that computes
-predicted positions only (`pretrain.modeling.last_layer`) is not compiled.
+in it, so that new shapes need no new graph. Evaluation runs the layers as they are. Of a last layer that computes
+predicted positions only (`pretrain.modeling.last_layer`), the part before its attention is compiled.
 
 Compiled code is kept in a cache on disk. If compiling fails it is tried once more with an empty cache, because a
 process that was killed may have left a damaged file. If that fails too, the layers run as they are.
@@ -26,6 +26,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.modeling.last_layer import ShortForward
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.structure import Forward, encoder_layers, forward_without_checkpointing
 
@@ -49,6 +50,10 @@ def compile_layers(model: MaskedLanguageModel, cache: Path) -> set[type[nn.Modul
             layer.gradient_checkpointing = False
             forward = partial(_checkpointed, layer, forward)
         layer.forward = forward
+    if model.short_layer is not None:
+        short_forward = model.short_layer.forward
+        assert isinstance(short_forward, ShortForward)
+        short_forward.attend = compiler.compile(short_forward.attend)
     return {type(layer) for layer in layers}
 
 
@@ -65,6 +70,7 @@ class _Compiler:
         self._cache = cache
         self._trial: Path | None = None  # an empty cache, tried because compiling has failed with the usual one
         self._failed = False
+        torch._dynamo.config.specialize_float = True  # variables, such as dropout, cost time in each call
         torch._inductor.config.compile_threads = 1  # no pool of processes, which could outlive this one
         torch._functorch.config.force_non_lazy_backward_lowering = True  # so that all that may fail does so in forward
         _use_cache(cache)

@@ -4,22 +4,24 @@ Method: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3. A chunk of
 computed, reduced to losses and overwritten with their gradients, of which two more products make the gradients of the
 inputs. All this happens in the forward pass, so the logits are computed once and never kept; the backward pass scales
 the gradients. Unlike there, the gradients of the inputs are accumulated in fp32, and gradients of fp16 logits are
-scaled before they are rounded, because a probability of one in 50,000 is among fp16's subnormal numbers.
+scaled before they are rounded, because a probability of one in 50,000 is among fp16's subnormal numbers. A vocabulary
+such as BERT's 30,522 is padded with rows of zeros: for products of that width cuBLAS uses code for older devices.
 
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernel on a CPU.
 
-Shapes: M rows, D hidden, V vocabulary, C rows of a chunk.
+Shapes: M rows, D hidden, V vocabulary, P the vocabulary with padding, C rows of a chunk.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pretrain.batching.batch import IGNORED
-from pretrain.modeling.logit_chunks import CHUNK_LOGITS, chunk_rows, row_stride
+from pretrain.modeling.logit_chunks import CHUNK_LOGITS, chunk_rows, padded_columns
 
 _BLOCK = 4096  # logits that a program of the kernel holds at once: more leave room for one program per multiprocessor
 _FP16_SCALE = 4096.0
@@ -40,9 +42,11 @@ def linear_cross_entropy(
         labels: int64 [M]; rows labelled IGNORED do not count.
         chunk_logits: logits that are computed at once, about.
     """
-    needed = torch.is_grad_enabled()
+    needed, columns = torch.is_grad_enabled(), len(weight)
+    if padding := padded_columns(columns) - columns:
+        weight = F.pad(weight, (0, 0, 0, padding))
     loss_sum, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, chunk_logits, needed
+        hidden, weight, bias, labels, columns, chunk_logits, needed
     )
     return CrossEntropy(loss_sum, correct)
 
@@ -50,23 +54,31 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int, needed: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        columns: int,
+        chunk_logits: int,
+        needed: bool,
     ) -> tuple[Tensor, Tensor]:
+        """`weight`: [P, D], of which the last P - V rows are zeros. columns: V."""
         wanted = [needed and wants for wants in ctx.needs_input_grad[:3]]
         gradients = [
             torch.zeros_like(tensor, dtype=torch.float32) if wants and tensor is not None else None
             for tensor, wants in zip((hidden, weight, bias), wanted, strict=True)
         ]
-        rows, vocabulary = len(hidden), len(weight)
+        rows = len(hidden)
         losses = hidden.new_empty(rows, dtype=torch.float32)
         correct = hidden.new_empty(rows, dtype=torch.int32)
-        height = chunk_rows(vocabulary, chunk_logits)
-        buffer = hidden.new_empty(min(height, rows), row_stride(vocabulary))[:, :vocabulary]
+        height = chunk_rows(columns, chunk_logits)
+        buffer = hidden.new_empty(min(height, rows), len(weight))
         for start in range(0, rows, height):
             chunk = slice(start, start + height)
             logits = buffer[: len(labels[chunk])]
-            torch.mm(hidden[chunk], weight.t(), out=logits)
-            _reduce(logits, bias, labels[chunk], losses[chunk], correct[chunk], any(wanted))
+            torch.mm(hidden[chunk], weight.t(), out=logits)  # 0 in the last columns, and so are their gradients
+            _reduce(logits[:, :columns], bias, labels[chunk], losses[chunk], correct[chunk], any(wanted))
             _accumulate(gradients, chunk, logits, hidden[chunk], weight)
         ctx.save_for_backward(*gradients)
         ctx.dtype, ctx.scale = hidden.dtype, _scale(hidden.dtype)
@@ -81,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if total is None else torch.mul(total, factor, out=torch.empty_like(total, dtype=ctx.dtype))
             for total in ctx.saved_tensors
         ]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def _scale(dtype: torch.dtype) -> float:
@@ -114,14 +126,14 @@ def _reduce(
 def _accumulate(
     gradients: list[Tensor | None], chunk: slice, logits_gradient: Tensor, hidden: Tensor, weight: Tensor
 ) -> None:
-    """Add the contribution of a chunk to the fp32 gradients of hidden [M, D], weight [V, D] and bias [V]."""
+    """Add the contribution of a chunk, [C, P], to the fp32 gradients of hidden [M, D], weight [P, D] and bias [V]."""
     of_hidden, of_weight, of_bias = gradients
     if of_hidden is not None:
         _add_product(of_hidden[chunk], logits_gradient, weight)
     if of_weight is not None:
         _add_product(of_weight, logits_gradient.t(), hidden)
     if of_bias is not None:
-        of_bias += logits_gradient.sum(0, dtype=torch.float32)
+        of_bias += logits_gradient.sum(0, dtype=torch.float32)[: len(of_bias)]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -12,6 +12,7 @@ Shapes: B rows, W slots, M predicted positions.
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ def shorten_last_layer(model: PreTrainedModel) -> GradientCheckpointingLayer | N
     if not layers:
         return None
     layer = layers[-1]
-    layer.forward = partial(_forward, layer, forward_without_checkpointing(layer))
+    layer.forward = ShortForward(layer)
     reason = _why_not_short(model, layer)
     if reason is not None:
         log.info("the last layer of '%s' computes all positions: %s", model.config.model_type, reason)
@@ -59,27 +60,39 @@ def shorten_last_layer(model: PreTrainedModel) -> GradientCheckpointingLayer | N
     return layer
 
 
-def _forward(layer: GradientCheckpointingLayer, forward: Forward, *inputs: Any, **options: Any) -> Any:
-    packing = options.get("packing")
-    if isinstance(packing, Packing) and packing.predicted is not None:
-        forward = partial(_run_twice, forward, packing.predicted.positions)
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(partial(forward, **options), *inputs)
-    return forward(*inputs, **options)
+class ShortForward:
+    """Takes the place of a layer's `forward`."""
+
+    attend: Callable[..., Tensor]  # the first run: arguments of the layer to the output of its attention, [1, M, H, D]
+
+    def __init__(self, layer: GradientCheckpointingLayer) -> None:
+        self._layer = layer
+        self._forward = forward_without_checkpointing(layer)
+        self.attend = partial(_attend, self._forward)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        packing = options.get("packing")
+        forward = self._forward
+        if isinstance(packing, Packing) and packing.predicted is not None:
+            forward = partial(self._run_twice, packing.predicted.positions)
+        if self._layer.gradient_checkpointing and self._layer.training:
+            return self._layer._gradient_checkpointing_func(partial(forward, **options), *inputs)
+        return forward(*inputs, **options)
+
+    def _run_twice(self, positions: Tensor, hidden_BWD: Tensor, *inputs: Any, packing: Packing, **options: Any) -> Any:
+        known = KnownAttention(self.attend(hidden_BWD, *inputs, packing=packing.interrupting(), **options))
+        select = partial(_select, slots=hidden_BWD.shape[:2], positions=positions)
+        hidden_1MD, inputs, options = tree_map_only(Tensor, select, (hidden_BWD, inputs, options))
+        return self._forward(hidden_1MD, *inputs, packing=known, **options)
 
 
-def _run_twice(
-    forward: Forward, positions: Tensor, hidden_BWD: Tensor, *inputs: Any, packing: Packing, **options: Any
-) -> Any:
+def _attend(forward: Forward, *inputs: Any, **options: Any) -> Tensor:
     try:
-        forward(hidden_BWD, *inputs, packing=packing.interrupting(), **options)
+        forward(*inputs, **options)
     except LayerInterrupted as interrupted:
-        known = KnownAttention(interrupted.output)
-    else:
-        raise RuntimeError("it does not use the packed attention")
-    select = partial(_select, slots=hidden_BWD.shape[:2], positions=positions)
-    hidden_1MD, inputs, options = tree_map_only(Tensor, select, (hidden_BWD, inputs, options))
-    return forward(hidden_1MD, *inputs, packing=known, **options)
+        output: Tensor = interrupted.args[0]  # torch.compile does not support other attributes
+        return output
+    raise RuntimeError("it does not use the packed attention")
 
 
 def _select(tensor: Tensor, slots: torch.Size, positions: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 CHUNK_LOGITS = 2**26  # 128 MiB in 16 bit; more rows than keep a GPU busy
 _ROW_TILE = 128  # a chunk has a multiple of this number of rows, and matrix products have whole tiles
-_ALIGNMENT = 64  # a row of logits starts at a multiple, in elements: matrix products are slow on others
+_ALIGNMENT = 64  # columns of logits are padded to a multiple: matrix products of other widths are slow
 
 
 def chunk_rows(vocabulary: int, logits: int = CHUNK_LOGITS) -> int:
@@ -10,6 +10,6 @@ def chunk_rows(vocabulary: int, logits: int = CHUNK_LOGITS) -> int:
     return max(1, logits // vocabulary // _ROW_TILE) * _ROW_TILE
 
 
-def row_stride(vocabulary: int) -> int:
-    """Elements from the start of one row of logits to the next."""
+def padded_columns(vocabulary: int) -> int:
+    """Columns of the logits that are computed."""
     return -(-vocabulary // _ALIGNMENT) * _ALIGNMENT

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
 from pretrain.modeling.head import choose_fused_head, fused_head
-from pretrain.modeling.logit_chunks import chunk_rows, row_stride
+from pretrain.modeling.logit_chunks import chunk_rows, padded_columns
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 _GPU_ATTENTION = "deepcloze_planned"
@@ -81,7 +82,7 @@ def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computatio
                 parameter.grad = torch.empty_like(parameter)
         microbatch = _meta_microbatch(shape)
         vocabulary = model.config.vocab_size
-        chunk = min(shape.predicted, chunk_rows(vocabulary)) * row_stride(vocabulary)
+        chunk = min(shape.predicted, chunk_rows(vocabulary)) * padded_columns(vocabulary)
         allocations = Allocations(wrapped, {shape.predicted * vocabulary, chunk if computation.on_gpu else 0})
         with allocations:
             wrapped(*microbatch).loss_sum.mul(torch.ones(())).backward()
@@ -234,24 +235,30 @@ def _gpu_head(decoder: nn.Linear, _labels: Tensor, _count: bool) -> Iterator[Non
 
 def _gpu_losses(decoder: nn.Linear, values: Tensor) -> Tensor:
     rows = values.reshape(-1, decoder.in_features)
-    loss: Tensor = GpuCrossEntropy.apply(rows, decoder.weight, decoder.bias)  # type: ignore[no-untyped-call]
-    return loss[None]
+    return gpu_cross_entropy(rows, decoder.weight, decoder.bias)[None]
 
 
-class GpuCrossEntropy(torch.autograd.Function):
-    """Allocates as `pretrain.modeling.fused_cross_entropy`, without Triton."""
+def gpu_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Allocates as `pretrain.modeling.fused_cross_entropy.linear_cross_entropy`, without Triton. Returns no loss."""
+    columns = len(weight)
+    if padding := padded_columns(columns) - columns:
+        weight = F.pad(weight, (0, 0, 0, padding))
+    loss: Tensor = _GpuCrossEntropy.apply(hidden, weight, bias, columns)  # type: ignore[no-untyped-call]
+    return loss
 
+
+class _GpuCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int) -> Tensor:
         inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(*(torch.empty_like(tensor, dtype=torch.float32) for tensor in inputs))
         losses, correct = hidden.new_empty(2, len(hidden), dtype=torch.float32)
-        hidden.new_empty(min(len(hidden), chunk_rows(len(weight))), row_stride(len(weight)))
+        hidden.new_empty(min(len(hidden), chunk_rows(columns)), len(weight))
         loss: Tensor = losses.sum() + correct.sum()
         return loss
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [torch.empty_like(tensor, dtype=ctx.dtype) for tensor in ctx.saved_tensors]
-        return (*gradients, *[None] * (3 - len(gradients)))
+        return (*gradients, *[None] * (4 - len(gradients)))

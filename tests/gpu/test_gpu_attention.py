@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
+from experiment.dropout import use_fast_dropout
 from pretrain.modeling import attention
 from pretrain.modeling.attention import (
     Packing,
@@ -135,6 +136,7 @@ def kernel_with_dropout(name: str, dtype: torch.dtype) -> Callable[[Tensor, Tens
     """A kernel with attention dropout, as a function of query, key and value [B, H, W, D]."""
     segments, cu_seqlens = (tensor.cuda() for tensor in boundaries())
     packing = Packing(segments, cu_seqlens)
+    use_fast_dropout(nn.Module())  # as for a model
     if name == "flash":
         return lambda query, key, value: flash_attention(query, key, value, packing, SIZE**-0.5, DROPOUT, None)
     bias = packing.bias(None, dtype)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batching.batch import IGNORED
-from pretrain.plan.activations import Allocations, GpuCrossEntropy
+from pretrain.plan.activations import Allocations, gpu_cross_entropy
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import sampled
@@ -171,7 +171,7 @@ def allocated_by_loss(_: World, shapes: dict[str, tuple[int, ...]], planned: boo
     labels = torch.zeros(shapes["hidden"][0], dtype=torch.int64)
     with Allocations(inputs, ()) as counted:
         if planned:
-            loss = GpuCrossEntropy.apply(*tensors)  # type: ignore[no-untyped-call]
+            loss = gpu_cross_entropy(*tensors)
         else:
             loss = linear_cross_entropy(*tensors, labels).loss_sum
             gc.collect()  # Triton's interpreter leaves cycles that refer to its arguments

@@ -77,7 +77,8 @@ def test_memory_falls_with_what_saves_memory(on_gpu: bool) -> None:
     full = memory(computation, config=bert(4)).activations
     assert memory(replace(computation, dtype=torch.bfloat16), config=bert(4)).activations < 0.7 * full
     assert memory(replace(computation, checkpointed=True), config=bert(4)).activations < 0.6 * full
-    assert memory(computation, replace(SHAPE, rows=8), bert(4)).activations == pytest.approx(2 * full, rel=0.1)
+    more, twice = (memory(computation, replace(SHAPE, rows=rows), bert(4)).activations for rows in (16, 32))
+    assert twice == pytest.approx(2 * more, rel=0.1)
     assert memory(computation).activations < full
 
 
