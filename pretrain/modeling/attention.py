@@ -9,7 +9,7 @@ Three kernels compute the same result, see `choose_kernel`:
   scaled_dot_product_attention with a mask, nested tensors or a loop over sequences, as long as rows are short.
 - flash, on CUDA in 16 bit: flash attention over concatenated sequences, which skips pairs of slots of different
   sequences (Dao 2023, arXiv 2307.08691). Where it is installed, FlashAttention-3 takes its place, see
-  `use_flash_attention_3`.
+  `use_flash_attention_3`. In layers with a local window and without dropout, a kernel of our own, see `local_kernel`.
 - sdpa, on CUDA otherwise: scaled_dot_product_attention with a mask.
 
 Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head, M predicted positions, Q the most of a row.
@@ -39,6 +39,10 @@ Kernel = Literal["matmul", "flash", "sdpa"]
 Capability = tuple[int, int]
 """Compute capability of a CUDA device: major and minor number."""
 
+LocalKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+"""`pretrain.modeling.local_attention.local_attention`."""
+
+_LOCAL_HEAD_SIZES = (16, 32, 64, 128)
 _FLASH_3 = "FA3"  # its name in torch
 _FLASH_3_PACKAGE = "flash_attn_interface"
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fields of transformers' configs
@@ -68,22 +72,29 @@ class Packing:
     """
 
     def __init__(
-        self, segments: Tensor, cu_seqlens: Tensor, max_length: int | None = None, predicted: Predicted | None = None
+        self,
+        segments: Tensor,
+        cu_seqlens: Tensor,
+        max_length: int | None = None,
+        predicted: Predicted | None = None,
+        local: LocalKernel | None = None,
     ) -> None:
         """As in a `pretrain.batching.batch.Microbatch`.
 
         max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
         attention does not compute the rest of a longer sequence, nor slots after the last bound.
         predicted: the slots that the last layer returns, if it is a short one (`shorten_last_layer`). None: all.
+        local: as from `local_kernel`, if there is one row.
         """
         self.predicted = predicted
         self.interrupts = False  # whether attention raises LayerInterrupted
-        self._segments = segments
+        self.segments = segments
         self.cu_seqlens = cu_seqlens
         self.max_length = segments.shape[1] if max_length is None else max_length
         # Looked up here and not in each layer, which may be compiled.
         self.capability = _capability(segments.device) if segments.is_cuda else None
         self.flash_3 = current_flash_attention_impl() == _FLASH_3
+        self.local = local if len(segments) == 1 else None
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def interrupting(self) -> Self:
@@ -102,9 +113,9 @@ class Packing:
 
     def _blocked(self, sliding_window: int | None) -> Tensor:
         """bool [B, 1, W, W]: True where a slot must not attend to another."""
-        blocked = self._segments[:, None, :, None] != self._segments[:, None, None, :]
+        blocked = self.segments[:, None, :, None] != self.segments[:, None, None, :]
         if sliding_window is not None:
-            slot = torch.arange(self._segments.shape[1], device=self._segments.device)
+            slot = torch.arange(self.segments.shape[1], device=self.segments.device)
             blocked = blocked | ((slot[:, None] - slot[None, :]).abs() >= sliding_window)
         return blocked
 
@@ -251,6 +262,8 @@ def packed_attention(
             if predicted is not None and predicted.by_row:
                 return predicted_attention(*inputs, predicted, bias, scaling, dropout), None
             output_BWHD = matmul_attention(*inputs, bias, scaling, dropout)
+        case "flash" if packing.local is not None and sliding_window is not None and not dropout:
+            output_BWHD = local_window_attention(*inputs, packing, packing.local, scaling, sliding_window)
         case "flash":
             output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window)
         case "sdpa":
@@ -323,3 +336,49 @@ def flash_attention(
     )
     assert isinstance(output_THD, Tensor)
     return output_THD.view(rows, width, heads, dimensions)
+
+
+def local_window_attention(
+    query_BHWD: Tensor,
+    key_BHWD: Tensor,
+    value_BHWD: Tensor,
+    packing: Packing,
+    kernel: LocalKernel,
+    scaling: float,
+    sliding_window: int,
+) -> Tensor:
+    """[1, W, H, D] of one row."""
+    query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query_BHWD, key_BHWD, value_BHWD))
+    return kernel(query_THD, key_THD, value_THD, packing.segments[0], scaling, sliding_window - 1)[None]
+
+
+def local_kernel(config: PreTrainedConfig, dtype: torch.dtype) -> LocalKernel | None:
+    """The kernel for layers with a local window, on this process's CUDA device. None if FlashAttention does not compute
+    the model, if Triton is missing, or if the kernel does not compute the same, of which there is one warning."""
+    hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 1)
+    capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
+    if hidden // heads not in _LOCAL_HEAD_SIZES or not uses_flash(config, capability, dtype):
+        return None
+    return _tried_local_kernel()
+
+
+@functools.cache
+def _tried_local_kernel() -> LocalKernel | None:
+    try:
+        from pretrain.modeling.local_attention import local_attention
+
+        # Not random, because this must not change the masks of dropout.
+        inputs = torch.arange(3 * 200 * 128, device="cuda").sin().view(3, 1, 200, 2, 64).transpose(2, 3).bfloat16()
+        query, key, value = inputs.requires_grad_()
+        segments = (torch.arange(200, device="cuda") >= 90).int()[None]
+        packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"))
+        expected = flash_attention(query, key, value, packing, 0.1, 0.0, 65)
+        found = local_window_attention(query, key, value, packing, local_attention, 0.1, 65)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+        weights = expected.detach()
+        gradients = [torch.autograd.grad(output, inputs, weights)[0] for output in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
+    except Exception as error:  # of a missing package, compiler or driver
+        log.warning("layers with a local window use FlashAttention-2, because the faster kernel fails: %s", error)
+        return None
+    return local_attention

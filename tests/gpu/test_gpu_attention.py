@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+from transformers import AutoConfig
 
 from experiment.dropout import use_fast_dropout
 from pretrain.modeling import attention
 from pretrain.modeling.attention import (
+    LocalKernel,
     Packing,
     flash_attention,
     is_flash_3_installed,
+    local_kernel,
     masked_attention,
     packed_attention,
     supports_flash,
@@ -48,7 +51,13 @@ def boundaries() -> tuple[Tensor, Tensor]:
 
 
 def attend(
-    device: str, dtype: torch.dtype, sliding_window: int | None, *, flat: bool = False, dropout: float = 0.0
+    device: str,
+    dtype: torch.dtype,
+    sliding_window: int | None,
+    *,
+    flat: bool = False,
+    dropout: float = 0.0,
+    local: LocalKernel | None = None,
 ) -> list[Tensor]:
     """Output and gradients of query, key and value at real slots, copied to the CPU in fp32. `flat`: as one row of all
     slots, with boundaries that repeat the last one."""
@@ -60,7 +69,7 @@ def attend(
     rows = [leaf.flatten(0, 1)[None] if flat else leaf for leaf in leaves]
     if flat:
         segments, cu_seqlens = segments.view(1, -1), torch.cat([cu_seqlens, cu_seqlens[-1:].repeat(5)])
-    packing = Packing(segments.to(device), cu_seqlens.to(device), max_length=WIDTH)
+    packing = Packing(segments.to(device), cu_seqlens.to(device), max_length=WIDTH, local=local)
     query, key, value = (tensor.transpose(1, 2) for tensor in rows)
     options: Any = {"packing": packing, "sliding_window": sliding_window, "dropout": dropout}
     output, _ = packed_attention(nn.Module(), query, key, value, None, **options)
@@ -100,6 +109,17 @@ def test_a_mask_agrees_with_the_cpu(
 def test_one_flat_row_agrees_with_the_cpu(dtype: torch.dtype, sliding_window: int | None) -> None:
     """Catches slots that are not computed, and empty sequences at the end of the boundaries."""
     assert_close_to_cpu(attend("cuda", dtype, sliding_window, flat=True), dtype, sliding_window)
+
+
+@SIXTEEN_BIT
+@pytest.mark.usefixtures("_flash")
+def test_the_kernel_for_local_windows_agrees_with_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kernel that does not compile, that computes something else than in the interpreter, or that is not
+    used."""
+    kernel = local_kernel(AutoConfig.for_model("modernbert"), dtype)
+    assert kernel is not None
+    monkeypatch.setattr(attention, "flash_attention", None)
+    assert_close_to_cpu(attend("cuda", dtype, 5, flat=True, local=kernel), dtype, 5)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
+from simulated_gpu import kernels
 from simulated_gpu.kernels import cross_entropy_kernel, register_kernels
 from simulated_gpu.memory import Memory
 from simulated_gpu.operators import Device, Operators
@@ -138,7 +139,7 @@ def _patch_threads(patch: pytest.MonkeyPatch, device: Device) -> None:
 
 def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
     """A kernel is one operator, which reads and writes all tensors that it gets."""
-    from pretrain.modeling import fused_cross_entropy  # imports Triton
+    from pretrain.modeling import attention, fused_cross_entropy, local_attention  # the last two import Triton
 
     class Launcher:
         def __getitem__(self, grid: tuple[int]) -> Any:
@@ -150,7 +151,13 @@ def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
         with _disable_current_modes():
             cross_entropy_kernel(*args, **options)
 
+    def local(*args: Any) -> torch.Tensor:
+        gpu.calls["local_attention"] += 1
+        return kernels.local_attention(*args)
+
     patch.setattr(fused_cross_entropy, "_cross_entropy_kernel", Launcher())
+    patch.setattr(local_attention, "local_attention", local)
+    attention._tried_local_kernel.cache_clear()
 
 
 def _patch_deepspeed(patch: pytest.MonkeyPatch) -> None:

@@ -94,11 +94,12 @@ def assert_sound(findings: list[Findings], precision: str, offload: bool = False
             assert all(len(waits) <= 1 for waits in found.waits_in_steps), found.waits_in_steps
 
 
-def check_run(pool: RankPool, tree: Tree, ds_config: str, expected: Path, fault: Fault | None = None) -> None:
+def check_run(pool: RankPool, tree: Tree, ds_config: str, expected: Path, fault: Fault | None = None) -> list[Findings]:
     precision = ds_config.partition("_")[0]
     findings = pool.run(gpu_case, tree, None, fault)
     assert_sound(findings, precision, offload=ds_config.endswith("offload"))
     assert_same_losses(Path(tree["run"]["dir"]), expected, precision)
+    return findings  # type: ignore[no-any-return]
 
 
 def assert_same_losses(found: Path, expected: Path, precision: str) -> None:
@@ -154,7 +155,9 @@ def test_other_models_and_optimizers(
 ) -> None:
     """Catches a wrong local window, and norms of parameters that are summed on the wrong device or read by the host."""
     tree = tiny_run(tmp_path, wordpiece_corpus, ds_config, **changes)
-    check_run(ranks[size], tree, ds_config, reference(**changes))
+    findings = check_run(ranks[size], tree, ds_config, reference(**changes))
+    has_windows = changes.get("model__config") == MODERNBERT
+    assert all((found.calls["local_attention"] > 0) == has_windows for found in findings)
 
 
 @pytest.mark.parametrize(("size", "ds_config"), [(2, "fp16_zero3"), *soak((1, "bf16_zero1"))])
