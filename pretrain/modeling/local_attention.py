@@ -21,7 +21,7 @@ from torch.library import custom_op
 
 _BLOCK = 64  # slots
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_OPTIONS = {"num_warps": 4, "num_stages": 2}
+_OPTIONS = {"num_warps": 4, "num_stages": 1}  # on an H200 7 to 15 % faster than with 2 stages
 
 
 def local_attention(

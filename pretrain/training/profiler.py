@@ -43,6 +43,7 @@ class StepProfiler:
             activities=[ProfilerActivity.CPU, *cuda],
             schedule=schedule(wait=SKIPPED - 1, warmup=1, active=PROFILED, repeat=1),
             on_trace_ready=self._finish,
+            acc_events=True,  # without it, torch 2.11 warns that other cycles are not kept; there is one
         )
         self._done = False
         self._profile.start()
