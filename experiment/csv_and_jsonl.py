@@ -24,6 +24,7 @@ _MAX_FIELD = 1 << 27
 _MAX_LINE = 1 << 30  # bytes; a compressed file of a megabyte may contain a line that does not fit into memory
 _WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
 _MAX_NAME = 40  # characters
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')  # with the quotes inside doubled, as CSV files have them
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class CsvFormat:
     as_flags: bool = True  # whether messages call the options --header and so on, or by their key in a config
     on_bad_lines: Literal["error", "skip", "drop_extra"] = "error"  # of another width; skipped ones with a warning
     section: str = "task."  # of the config, before the keys
+    rejects_header: bool = False  # without a header: reject a first row that looks like one, instead of a warning
 
     def option(self, name: str, value: str) -> str:
         """How messages tell to set an option; `null` in a config is `none` as a flag."""
@@ -78,7 +80,8 @@ def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[
 def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[list[str], Iterator[CsvRow]]:
     """Column names and rows of a CSV file. Empty lines are skipped.
 
-    Without a header, columns are named "0", "1", …; warns if there seems to be one. A file without rows has no columns.
+    Without a header, columns are named "0", "1", …; warns if there seems to be one, and if quotes that seem to enclose
+    cells are read as ordinary characters. A file without rows has no columns.
     """
     rows = _csv_rows(lines, origin, csv_format)
     first = next(rows, None)
@@ -88,10 +91,13 @@ def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[
         return first.cells, _of_equal_length(rows, len(first.cells), origin, csv_format)
     second = next(rows, None)
     if second is not None and looks_like_header(first.cells, 1) and not looks_like_header(second.cells, 1):
-        warn_once(
-            f"{origin}:{first.line}: this row is read as data; if it is a header ({listed(first.cells)}), "
-            f"set {csv_format.option('header', '0')}"
-        )
+        place, option = f"{origin}:{first.line}", csv_format.option("header", "0")
+        if csv_format.rejects_header:
+            raise UserError(
+                f"{place}: this row looks like a header ({listed(first.cells)}), but the training data had none; "
+                f"if it is one, set {option}; if it is data, set {csv_format.option('header', 'null')}"
+            )
+        warn_once(f"{place}: this row is read as data; if it is a header ({listed(first.cells)}), set {option}")
     names = [str(index) for index in range(len(first.cells))]
     rows = chain([first], [] if second is None else [second], rows)
     return names, _of_equal_length(rows, len(names), origin, csv_format)
@@ -118,13 +124,29 @@ def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Itera
     quoting: Literal[0, 3] = csv.QUOTE_NONE if csv_format.quoting == csv.QUOTE_NONE else csv.QUOTE_MINIMAL
     reader = csv.reader(lines, delimiter=csv_format.separator or ",", quoting=quoting, strict=True)
     line = 1
+    suspected = quoting != csv.QUOTE_NONE  # no need to look for quotes that enclose cells
     try:
         for cells in reader:
             if cells:
+                if not suspected and (quoted := _quoted_cell(cells, is_first=line == 1)):
+                    suspected = True
+                    warn_once(
+                        f"{origin}:{line}: quotes are read as a part of {listed([quoted])}; if they enclose cells, "
+                        f"set {csv_format.option('quoting', '0')}"
+                    )
                 yield CsvRow(line, cells)
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{origin}:{line}: malformed row: {error}{_quoting_hint(csv_format)}") from None
+
+
+def _quoted_cell(cells: Sequence[str], is_first: bool) -> str | None:
+    """A cell whose quotes seem to enclose it: with doubled quotes inside, or in a first row where all cells have them.
+    Other texts may begin and end with a quotation."""
+    quoted = [cell for cell in cells if cell.startswith('"') and _QUOTED.fullmatch(cell)]
+    if is_first and len(quoted) == len(cells):
+        return quoted[0]
+    return next((cell for cell in quoted if '"' in cell[1:-1]), None)
 
 
 def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_format: CsvFormat) -> Iterator[CsvRow]:
@@ -145,10 +167,11 @@ def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_forma
 
 
 def _quoting_hint(csv_format: CsvFormat) -> str:
-    hint = f"; is the separator {csv_format.separator or ','!r}?"
-    if csv_format.quoting != csv.QUOTE_NONE:
-        hint += f" If quotes are ordinary characters, set {csv_format.option('quoting', '3')}"
-    return hint
+    if csv_format.quoting == csv.QUOTE_NONE:
+        advice = f"If quotes enclose cells, set {csv_format.option('quoting', '0')}"
+    else:
+        advice = f"If quotes are ordinary characters, set {csv_format.option('quoting', '3')}"
+    return f"; is the separator {csv_format.separator or ','!r}? {advice}"
 
 
 def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterator[JsonRow]:

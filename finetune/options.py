@@ -43,10 +43,12 @@ class PredictOptions(Section):
     """Column separator of the input; default: as in training."""
 
     quoting: Literal[0, 3] | None = None
-    """As in pandas: with 3, quotes are ordinary characters; default: as in training."""
+    """As in pandas: with 3, quotes are ordinary characters; default: as in training, but 0 if the separator is another
+    one."""
 
     header: Literal["0", "none"] | None = None
-    """Whether column names are in the first row (0), or there are none; default: as in training."""
+    """Whether column names are in the first row (0), or there are none; default: as in training. Needed if the training
+    data had none and the first row looks like names."""
 
     overrides: dict[str, str] = {}
     """Column of the input, if it has another name than in training, for example --columns.text=review."""

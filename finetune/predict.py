@@ -1,8 +1,9 @@
 """`deepcloze predict`: predict for the rows of a file, which may be larger than the memory."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import EISDIR
 from itertools import islice
 from pathlib import Path
@@ -14,17 +15,19 @@ from experiment.files import created_parents, write_json
 from experiment.hardware import prepare_process
 from experiment.model_names import local_model
 from experiment.progress import progress, terminal
-from finetune.data.formats import read_rows
+from finetune.data.formats import FileFormat, read_rows, separator
 from finetune.data.records import Record, TurnJoiner, read_records
+from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import turn_joiner
 from finetune.metrics import calibration_error, top_confusions
 from finetune.options import PredictOptions
 from finetune.predictor import Predictor, missing_temperature
 from finetune.results.predictions import check_row_file, open_row_file, prediction_rows
 from finetune.results.tables import print_label_scores, print_scores
-from finetune.saved_task import find_model, read_saved_task
+from finetune.saved_task import find_model, override_task, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
 
+_COLUMN_NUMBERS = re.compile(r"""[\d\[\], '"]+|null|None""")  # one, a list, or none
 _CHUNK = 64  # batches that are read, sorted by length, computed and written together
 
 
@@ -34,14 +37,14 @@ class Input:
 
     path: Path
     kind: TaskKind[Any]
+    format: FileFormat
     labelled: bool  # whether to read the targets too
     joiner: TurnJoiner | None  # of the turns of dialogues, which are read all at once
 
     def __iter__(self) -> Iterator[Record]:
         task = self.kind.config
         columns = task.columns if self.labelled else task.columns.without_targets()
-        rows = read_rows(self.path, task.file_format(as_flags=True))
-        return read_records(rows, columns, self.labelled, self.joiner, "--columns")
+        return read_records(read_rows(self.path, self.format), columns, self.labelled, self.joiner, "--columns")
 
     def count(self) -> int:
         """Number of rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""
@@ -82,10 +85,12 @@ def predict_command(options: PredictOptions) -> None:
     if source.exists() and not source.is_file() and not source.is_dir():
         raise UserError(f"--input: {source} is not a regular file; it is read twice, which a pipe cannot be")
     folder, description = find_model(local_model(options.model))
-    task = read_saved_task(folder, _overrides(options))
+    trained = read_saved_task(folder)
+    task = override_task(trained, _overrides(options, trained.kind.config))
     if options.calibrated and task.temperature is None:
         raise missing_temperature(folder)
-    rows = Input(source, task.kind, options.score, turn_joiner(folder, task.kind.config))
+    file_format = _input_format(options, task.kind.config, trained.kind.config)
+    rows = Input(source, task.kind, file_format, options.score, turn_joiner(folder, task.kind.config))
     count = rows.count()
     terminal().print(f"model: {description}", markup=False)
     predictor = Predictor.load(folder, options.precision, options.batch_size, task)
@@ -111,14 +116,28 @@ def _scores_file(output: Path) -> Path:
     return output.with_suffix(".scores.json")
 
 
-def _overrides(options: PredictOptions) -> Mapping[str, str]:
+def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str]:
     """Keys of the task -> raw text."""
-    for key in options.overrides:
+    for key, value in options.overrides.items():
         if not key.startswith("columns."):
             raise UserError(f"unknown flag '--{key}'; columns are named as --columns.text=NAME")
+        if trained.header is None and options.header is None and not _COLUMN_NUMBERS.fullmatch(value):
+            raise UserError(
+                f"--{key}={value}: the training data had no header, so columns have numbers from 0; if {options.input} "
+                "has a header, set --header 0"
+            )
     flags = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": options.header}
     written = {key: "null" if value == "none" else str(value) for key, value in flags.items() if value is not None}
     return {**options.overrides, **written}
+
+
+def _input_format(options: PredictOptions, task: TaskConfig, trained: TaskConfig) -> FileFormat:
+    """How to read the input: as flags say, otherwise as in training, but quotes are ordinary characters only for a
+    separator for which they were. Whether there is a header must be said if in doubt. trained: without the flags."""
+    found = task.file_format(as_flags=True)
+    known = {separator(Path(path), trained.file_format()) for path in trained.files().values()}
+    quoting = task.quoting if options.quoting is not None or separator(Path(options.input), found) in known else 0
+    return replace(found, csv=replace(found.csv, quoting=quoting, rejects_header=options.header is None))
 
 
 def _write(output: Path, predictor: Predictor, rows: Input, count: int, options: PredictOptions) -> Scored | None:

@@ -10,7 +10,7 @@ classification or multiple choice predicts as a task of that kind, with the labe
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,17 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
     write_json(folder / FILE, value)
 
 
-def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) -> SavedTask:
-    """The task of a model folder. overrides: dotted keys of the `task` section -> raw text, such as `columns.text`.
+def read_saved_task(folder: Path) -> SavedTask:
+    """The task of a model folder.
 
-    Raises UserError for a damaged file, or one that is not as training wrote it, for a folder without the file whose
-    model has no head that shows its task, and for an unknown key.
+    Raises UserError for a damaged file, or one that is not as training wrote it, and for a folder without the file
+    whose model has no head that shows its task.
     """
     path = folder / FILE
     try:
         tree = read_json(path)
     except FileNotFoundError:
-        return _read_foreign(folder, overrides)
+        return _read_foreign(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(tree, dict):
@@ -93,8 +93,18 @@ def read_saved_task(folder: Path, overrides: Mapping[str, str] | None = None) ->
     if saved.task.get("kind") not in kind_names():
         raise UserError(f"{path}: this version of deepcloze has no tasks of kind '{saved.task.get('kind')}'")
     kind = find_kind(saved.task["kind"])
-    config = build_config(kind.config_type, saved.task, overrides, str(path))
+    config = build_config(kind.config_type, saved.task, origin=str(path))
     return SavedTask(kind(config, saved.labels), saved.max_seq_length, saved.padded, saved.temperature)
+
+
+def override_task(saved: SavedTask, overrides: Mapping[str, str]) -> SavedTask:
+    """The same task with other values of some keys. Raises UserError for an unknown key.
+
+    overrides: dotted keys of the `task` section, such as `columns.text` -> raw text of the command line.
+    """
+    kind = saved.kind
+    config = build_config(type(kind.config), kind.config.model_dump(mode="json"), overrides, "command line")
+    return replace(saved, kind=type(kind)(config, kind.labels))
 
 
 def _verify(folder: Path, checksums: Mapping[str, str]) -> None:
@@ -113,7 +123,7 @@ def is_masked_lm(folder: Path) -> bool:
     return has_masked_lm_head(load_config(folder).architectures) and not (folder / FILE).is_file()
 
 
-def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTask:
+def _read_foreign(folder: Path) -> SavedTask:
     """The task of a model that was trained elsewhere."""
     config = load_config(folder)
     architecture = str((config.architectures or ["none"])[0])
@@ -130,7 +140,7 @@ def _read_foreign(folder: Path, overrides: Mapping[str, str] | None) -> SavedTas
         )
     kind = find_kind(kind_name)
     tree = {"train": "unknown", "validation": "unknown"}
-    task = build_config(kind.config_type, tree, overrides, str(folder / "config.json"))
+    task = build_config(kind.config_type, tree, origin=str(folder / "config.json"))
     return SavedTask(kind(task, labels), None, foreign=True)
 
 

@@ -75,11 +75,9 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
         return read_hub(HubData.parse(str(path)).pinned())
     if path.is_dir():
         return read_json_folder(path)
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    match file_format.name or _FORMATS.get(suffix):
+    match _format_name(path, file_format):
         case "csv":
-            separator = file_format.csv.separator or ("," if suffix == ".csv" else "\t")
-            return read_delimited(path, replace(file_format.csv, separator=separator))
+            return read_delimited(path, replace(file_format.csv, separator=separator(path, file_format)))
         case "jsonl":
             return read_jsonl(path)
         case "json":
@@ -92,6 +90,21 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
         f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); "
         f"for another name, set the format, as {file_format.csv.option('format', 'csv')}"
     )
+
+
+def separator(path: Path, file_format: FileFormat) -> str | None:
+    """What separates the columns of a CSV file; None for a file of another format."""
+    if _format_name(path, file_format) != "csv":
+        return None
+    return file_format.csv.separator or ("," if _suffix(path) == ".csv" else "\t")
+
+
+def _format_name(path: Path, file_format: FileFormat) -> FormatName | None:
+    return file_format.name or _FORMATS.get(_suffix(path))
+
+
+def _suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
 def read_hub(data: HubData) -> Iterator[Row]:

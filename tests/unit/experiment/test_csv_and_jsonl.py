@@ -77,6 +77,26 @@ def test_data_that_is_read_as_a_header_is_named() -> None:
             column_index(row, "text", "f:1", "--column", csv_format)
 
 
+def test_quotes_that_are_read_as_text_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches quotes around cells that become a part of the texts without a word, and a warning of a quotation."""
+    unquoted = CsvFormat("\t", quoting=3)
+    for number, lines in enumerate(
+        [
+            ['"text"\t"label"\n', '"good"\t"1"\n'],
+            ["text\tlabel\n", '"so ""good"""\t1\n'],
+            ["text\tlabel\n", '"So good."\t1\n', '"No," she said, "no."\t0\n'],
+        ]
+    ):
+        list(read_csv(lines, f"{number}.tsv", unquoted)[1])
+    assert caplog.messages == [
+        '0.tsv:1: quotes are read as a part of "text"; if they enclose cells, set --quoting 0',
+        '1.tsv:2: quotes are read as a part of "so ""good"""; if they enclose cells, set --quoting 0',
+    ]
+    _, rows = read_csv(["a\tb\n", '"1\t2"\t3\n'], "f.tsv", unquoted)
+    with pytest.raises(UserError, match=r"is the separator '\\t'\? If quotes enclose cells, set --quoting 0$"):
+        list(rows)
+
+
 def test_a_file_without_rows_has_no_columns() -> None:
     """Catches a StopIteration or an index error for an empty file."""
     nothing: list[str] = []

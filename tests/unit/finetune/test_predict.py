@@ -3,7 +3,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from experiment.errors import UserError
 from finetune import predict as predict_module
+from finetune.data.formats import FileFormat
 from finetune.predict import Input
 from finetune.predictor import Predictor
 from finetune.saved_task import FILE
@@ -223,6 +224,82 @@ def test_a_header_or_its_lack_is_seen(
     assert error.endswith("; if the first row is data, set --header none and name columns by their numbers, from 0\n")
 
 
+@pytest.fixture
+def with_format(trained_run: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a copy of a model folder whose training data had another format."""
+
+    def change(**keys: object) -> Path:
+        model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
+        saved = json.loads((model / FILE).read_text())
+        (model / FILE).write_text(json.dumps({**saved, "task": {**saved["task"], **keys}}))
+        return model
+
+    return change
+
+
+QUOTED = 'review,id\n"word1, word2",1\n"word30 ""word3""",2\n'
+
+
+def test_an_ordinary_csv_file_for_a_model_of_an_unquoted_tsv_file(
+    with_format: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Catches quotes that get into the texts, or commas in them that are separators, because the TSV file of the
+    training has no quoting; and a TSV file or a flag for which it is forgotten."""
+    model = with_format(quoting=3)
+    (tmp_path / "reviews.csv").write_text(QUOTED)
+    assert predict(model, tmp_path / "reviews.csv", tmp_path / "out.csv", "--columns.text=review") == 0
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1, word2", 'word30 "word3"']
+    (tmp_path / "texts.tsv").write_text('text\n"word1" word2\n')
+    (tmp_path / "texts.csv").write_text('text\n"word1" word2\n')
+    for name, flags in (("texts.tsv", ()), ("texts.csv", ("--quoting=3",)), ("texts.csv", ("--sep=\t",))):
+        assert predict(model, tmp_path / name, tmp_path / "out.csv", *flags) == 0
+        assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ['"word1" word2']
+
+
+def test_quotes_around_cells_that_are_not_read_as_such(
+    with_format: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a message that asks for the separator only, though --quoting 0 is the remedy."""
+    model = with_format(quoting=3, train="train.csv")
+    (tmp_path / "reviews.csv").write_text(QUOTED)
+    assert predict(model, tmp_path / "reviews.csv", tmp_path / "out.csv", "--columns.text=review") == 2
+    error = capsys.readouterr().err
+    assert error.endswith("found 3; is the separator ','? If quotes enclose cells, set --quoting 0\n")
+
+
+def test_a_header_for_a_model_of_data_without_one(
+    with_format: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a header that is predicted as a row of data, and a message that blames the model's file, or names no
+    flag."""
+    model = with_format(header=None, columns={"text": "1", "label": "0"})
+    monkeypatch.chdir(tmp_path)
+    source, output = Path("in.tsv"), Path("out.csv")
+    source.write_text("id\ttext\n7\tword1 word2\n")
+    assert predict(model, source, output, "--columns.text=text") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "deepcloze: --columns.text=text: the training data had no header, so columns have numbers from 0; if in.tsv "
+        "has a header, set --header 0"
+    )
+    assert predict(model, source, output) == 2
+    assert capsys.readouterr().err == (
+        "deepcloze: in.tsv:1: this row looks like a header (id, text), but the training data had none; if it is one, "
+        "set --header 0; if it is data, set --header none\n"
+    )
+    assert not output.exists()
+    for flags, texts in (
+        (("--header=0", "--columns.text=text"), ["word1 word2"]),
+        (("--header=0",), ["word1 word2"]),
+        (("--header=none",), ["text", "word1 word2"]),
+    ):
+        assert predict(model, source, output, *flags) == 0
+        assert [row["text"] for row in read_csv(output)] == texts
+
+
 def test_labels_are_ignored_unless_they_are_scored(trained_run: Path, tmp_path: Path) -> None:
     """Catches a file that is rejected for its labels, which are not needed."""
     (tmp_path / "odd.jsonl").write_text('{"text": "word1", "label": 0.5}\n{"text": "word2"}\n')
@@ -306,7 +383,7 @@ def test_a_row_that_cannot_be_predicted_is_found_first(
     """Catches hours of predictions that are lost to a bad row at the end of a file."""
     kind = find_kind(name)
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
-    rows = Input(tmp_path / "in.jsonl", kind(kind.config_type(test="t"), ()), "answers" in row, None)
+    rows = Input(tmp_path / "in.jsonl", kind(kind.config_type(test="t"), ()), FileFormat(), "answers" in row, None)
     with pytest.raises(UserError, match=re.escape(message)):
         rows.count()
 

@@ -11,7 +11,7 @@ from transformers.models.bert.modeling_bert import BertPooler
 
 from experiment.errors import UserError
 from finetune.predictor import Predictor
-from finetune.saved_task import FILE, read_saved_task
+from finetune.saved_task import FILE, override_task, read_saved_task
 from hub_server import HubServer
 
 SAVED = {"labels": ["a", "b"], "max_seq_length": 8, "padded": False, "temperature": None}
@@ -124,12 +124,12 @@ def test_damaged_weights_are_rejected(model: Path, tmp_path: Path) -> None:
 
 def test_the_task_file_survives(model: Path) -> None:
     """Catches options of the task that are lost on the way to another machine, and overrides that have no effect."""
-    saved = read_saved_task(model, {"columns.text": "review"})
+    saved = override_task(read_saved_task(model), {"columns.text": "review"})
     assert (saved.kind.labels, saved.max_seq_length) == (("high", "low"), 16)
     assert saved.kind.config.columns.model_dump() == {"label": "label", "text": "review", "text_pair": None}
     assert saved.kind.config.metric == "macro_f1"
     with pytest.raises(UserError, match=r"unknown config key 'columns\.txt'; did you mean 'columns\.text'"):
-        read_saved_task(model, {"columns.txt": "review"})
+        override_task(saved, {"columns.txt": "review"})
 
 
 def test_the_model_folder_names_its_ancestors(trained_run: Path, encoder: Path) -> None:
