@@ -28,6 +28,9 @@ from finetune.splits import Task, describe_task, make_kind, make_task, read_spli
 from finetune.task_kind import TaskKind
 from finetune.training.updater import total_steps
 
+OF_DATA_AND_MODEL = ("data.", "encoder.", "task.", "model.", "training.precision")
+"""How those settings of a seed begin that `resolve` completes, or in which it finds mistakes."""
+
 
 @dataclass(frozen=True)
 class ResolvedRun:
@@ -145,14 +148,20 @@ def _model_spec(config: ModelConfig, folder: Path, kind: TaskKind[Any]) -> Model
     )
 
 
-def _result_settings(
-    config: FinetuneConfig, model: ModelSpec, device: Device, labels: Sequence[str], tables: Mapping[str, Table]
-) -> dict[str, Any]:
-    """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
+def config_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """The keys of a config that the results of a seed depend on."""
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
     for key in CHANGE_ROUNDING_ONLY:
         del tree["training"][key]
+    return tree
+
+
+def _result_settings(
+    config: FinetuneConfig, model: ModelSpec, device: Device, labels: Sequence[str], tables: Mapping[str, Table]
+) -> dict[str, Any]:
+    """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
+    tree = config_settings(config)
     tree["task"]["labels"] = list(labels)
     tree["training"]["precision"] = device.precision
     files = {path.name: checksum(path) for path in model_files(model.folder, weights=model.pretrained)}

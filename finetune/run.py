@@ -30,7 +30,7 @@ from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
 from finetune.parallel_seeds import log_events_of_process, move_events_to_end, train_seeds_in_parallel
-from finetune.resolve import ResolvedRun, load_run_config, print_lines, resolve
+from finetune.resolve import OF_DATA_AND_MODEL, ResolvedRun, config_settings, load_run_config, print_lines, resolve
 from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
@@ -46,7 +46,7 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
     loaded = load_run_config(config, overrides)
     if dry_run:
         print(f"# config\n{dump_config(loaded)}")
-        print(_describe_training(resolve(loaded)))
+        print(_describe_training(_resolve(loaded)))
     else:
         folder, start = RunFolder(Path(loaded.run.dir)), time.monotonic()
         results = run(loaded)
@@ -60,7 +60,7 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
 
 def check(config: str | Path, overrides: Mapping[str, str] | None = None) -> None:
     """Raise UserError for anything that would keep `finetune` from training. Prints warnings about the data."""
-    resolve(load_run_config(config, overrides))
+    _resolve(load_run_config(config, overrides))
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
@@ -74,10 +74,16 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     folder = RunFolder(Path(config.run.dir))
     dead = check_unlocked(folder)  # before the data is read, which may take minutes
     check_creatable(folder)
-    resolved = resolve(config)
+    resolved = _resolve(config)
     open_run_folder(folder.path)
     with lock_run(folder, dead=dead), recorded_outcome(folder), logging_set_up(folder):
         return _train_and_score(config, resolved)
+
+
+def _resolve(config: FinetuneConfig) -> ResolvedRun:
+    """As `resolve`, but compare the training of finished seeds with the config before the data is read."""
+    finished_seeds(RunFolder(Path(config.run.dir)), config_settings(config), OF_DATA_AND_MODEL)
+    return resolve(config)
 
 
 def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str, Any]:

@@ -33,8 +33,10 @@ _EVALUATIONS = "evaluations"  # folder of the models of all evaluations
 _SMALL_MODEL = 30_000_000  # parameters
 
 
-def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, SeedRecord]:
-    """The finished seeds in a run folder.
+def finished_seeds(
+    folder: RunFolder, settings: Mapping[str, Any], unknown: tuple[str, ...] = ()
+) -> dict[int, SeedRecord]:
+    """The finished seeds in a run folder. unknown: how the keys of settings begin that are not compared.
 
     Raises UserError for a folder of a run with other settings.
     """
@@ -44,18 +46,15 @@ def finished_seeds(folder: RunFolder, settings: Mapping[str, Any]) -> dict[int, 
             record = SeedRecord(**read_json(path))
         except (OSError, ValueError, TypeError):
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
-        _check_settings(path.parent, settings, record.settings)
+        changed = changed_settings(settings, record.settings)
+        if known := [key for key in changed if not key.startswith(unknown)]:
+            before, now = changed[known[0]]
+            raise UserError(
+                f"run.dir: {path.parent} was trained with other settings: "
+                f"{', '.join([f'{known[0]} (was {before!r}, is {now!r})', *known[1:]])}; choose another run.dir"
+            )
         records[seed] = record
     return records
-
-
-def _check_settings(seed_folder: Path, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    if changed := changed_settings(settings, recorded):
-        key, (before, now) = next(iter(changed.items()))
-        raise UserError(
-            f"run.dir: {seed_folder} was trained with other settings: {', '.join(changed)} "
-            f"({key} was {before!r}, is {now!r}); choose another run.dir"
-        )
 
 
 def state_file(seed: int, run: ResolvedRun) -> StateFile:

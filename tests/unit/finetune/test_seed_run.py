@@ -90,10 +90,23 @@ def test_a_killed_seed_is_trained_again_and_agrees(
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_other_settings_do_not_mix_into_a_run(config_file: Path, task_files: dict[str, str]) -> None:
-    """Catches seeds of two learning rates, or of two versions of the data, in one table."""
+def test_other_settings_do_not_mix_into_a_run(
+    config_file: Path, task_files: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches seeds of two learning rates, or of two versions of the data, in one table; data that are read for
+    nothing; and `validate` and --dry_run that find nothing wrong."""
     one_seed = {"training.seeds": "[1]"}
     finetune(config_file, one_seed)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(resolve_module, "read_splits", lambda *_: pytest.fail("the data are read"))
+        other = ["--config", str(config_file), "--training.seeds=[2]", "--training.lr=0.5", "--training.epochs=4"]
+        for command in (["finetune", *other], ["finetune", *other, "--dry_run"], ["validate", other[1], *other[2:]]):
+            assert main(command) == 2
+            assert capsys.readouterr().err == (
+                f"deepcloze: run.dir: {config_file.parent / 'run' / 'seed-1'} was trained with other settings: "
+                "training.epochs (was 2, is 4), training.lr; choose another run.dir\n"
+            )
     with pytest.raises(UserError, match=r"seed-1 was trained with other settings: training\.lr \(.*was 0\.01, is 0\.5"):
         finetune(config_file, {"training.seeds": "[2]", "training.lr": "0.5"})
     with Path(task_files["train"]).open("a", encoding="utf-8") as file:
@@ -127,7 +140,7 @@ def test_another_resolved_precision_does_not_mix_into_a_run(config_file: Path, m
     monkeypatch.setattr(resolve_module, "choose_device", lambda _: Device(cpu, torch.bfloat16))
     finetune(config_file, overrides)
     monkeypatch.setattr(resolve_module, "choose_device", lambda _: Device(cpu, None))
-    with pytest.raises(UserError, match=r"training\.precision \(training\.precision was 'bf16', is 'fp32'\)"):
+    with pytest.raises(UserError, match=r"training\.precision \(was 'bf16', is 'fp32'\)"):
         finetune(config_file, {**overrides, "training.seeds": "[1, 2]"})
 
 
