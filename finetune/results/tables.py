@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiment.formatting import UNKNOWN
-
 _LABELS = 30  # more are in results.json only
 _CONFUSIONS = 3
 _TITLES = {"steps": "step", "train_loss": "train loss", "validation_loss": "valid. loss"}
@@ -80,24 +78,30 @@ def _cell(name: str, value: float) -> str:
 
 
 def print_results(results: Mapping[str, Any], path: Path) -> None:
-    """Print the content of results.json: mean ± standard deviation over the seeds. path: where it is."""
-    seeds = f"mean ± std of {len(results['seeds'])}"
+    """Print the content of results.json: mean ± standard deviation over the seeds, if several. path: where it is."""
+    count = len(results["seeds"])
+    seeds = f"mean ± std of {count}" if count > 1 else f"seed {results['seeds'][0]}"
     selected = "validation" in results["splits"] and any(results["best_epochs"])
     print_scores(seeds, results["splits"], results["metric"] if selected else None, _mean_and_std)
     intervals = any("interval" in scores for split in results["splits"].values() for scores in split.values())
     legend = ["* selected the best epoch"] * selected + ["in parentheses: 95 % confidence interval"] * intervals
-    lines = ["; ".join(legend)] if legend else []
+    if legend:
+        _print_lines(["; ".join(legend)])
+    lines = []
     if results["label_scores"]:
         split, scores = list(results["label_scores"].items())[-1]
         print_label_scores(f"{split}, {seeds}", scores, partial(_mean_and_std, digits=3))
-        lines += _describe_confusions(split, results["confusions"].get(split, ()))
-    lines += [*_describe_calibration(results["calibration"]), *_describe_collapsed(results), str(path)]
+        lines = _describe_confusions(split, results["confusions"].get(split, ()))
+    _print_lines([*lines, *_describe_calibration(results["calibration"]), *_describe_collapsed(results), str(path)])
+
+
+def _print_lines(lines: Sequence[str]) -> None:
     Console().print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
 
 
 def _mean_and_std(scores: Mapping[str, Any], digits: int = 4) -> str:
-    std = UNKNOWN if scores["std"] is None else f"{scores['std']:.{digits}f}"
-    cell = f"{scores['mean']:.{digits}f} ± {std}"
+    std = "" if scores["std"] is None else f" ± {scores['std']:.{digits}f}"
+    cell = f"{scores['mean']:.{digits}f}{std}"
     if "interval" not in scores:
         return cell
     low, high = scores["interval"]
@@ -123,6 +127,8 @@ def _describe_collapsed(results: Mapping[str, Any]) -> list[str]:
     collapsed, seeds = results["collapsed"], results["seeds"]
     if not collapsed:
         return []
+    if len(seeds) == 1:
+        return [f"seed {seeds[0]} has collapsed: it predicts the same for every row of a split"]
     named = ", ".join(map(str, collapsed))
     return [
         f"{len(collapsed)} of {len(seeds)} seeds collapsed ({named}): they predict the same for every row of a split"

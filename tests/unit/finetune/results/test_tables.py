@@ -32,6 +32,19 @@ def test_the_legend_fits_the_table(
     assert ("95 % confidence interval" in out) == (interval is not None)
 
 
+def test_the_results_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a mean, a deviation and a count of seeds where there is one seed, and a legend below another table."""
+    scores = {name: {"mean": 0.25, "std": None} for name in ("precision", "recall", "f1")}
+    labels = {"test": {"low": {**scores, "support": 7}}}
+    found = results(["validation", "test"], 2, interval=[0.4, 0.6])
+    print_results({**found, "label_scores": labels, "collapsed": [1]}, Path("results.json"))
+    out = capsys.readouterr().out
+    assert not any(text in out for text in ("mean", "std", "±", "–", "1 of 1"))
+    assert out.count("seed 1") == 3
+    assert out.index("accuracy *") < out.index("* selected the best epoch; in parentheses") < out.index("precision")
+    assert out.endswith("seed 1 has collapsed: it predicts the same for every row of a split\nresults.json\n")
+
+
 @pytest.mark.parametrize("train", [{}, {"train_accuracy": 0.51234}], ids=["", "score_train"])
 def test_the_table_fits_a_terminal(train: dict[str, float]) -> None:
     """Catches figures that are cut or wrapped on 80 columns, which then read as other figures, and headings that are
