@@ -20,7 +20,7 @@ def clean_command(options: CleanOptions) -> None:
 
 
 def check_cleaning(config: str, overrides: Mapping[str, str]) -> None:
-    """Check a config and the files that it names; reads no documents. Raises UserError."""
+    """Check a config and the files that it names, of its source the first document. Raises UserError."""
     from pretrain.cleaning.run import check
 
     check(load_config(CleanConfig, config, overrides), read_task)

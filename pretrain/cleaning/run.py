@@ -72,8 +72,13 @@ def clean(
 
 
 def check(config: CleanConfig, read_task: ReadTask) -> None:
-    """Find the sources and prepare the steps; reads no documents. Raises UserError."""
-    find_inputs(config)
+    """Find the sources, read the first document, and prepare the steps. Raises UserError.
+
+    Data sets of the Hub are not read: they would be downloaded.
+    """
+    sources = find_inputs(config)
+    if sources[0].kind != "hub" and next(read_inputs(sources, config), None) is None:
+        raise UserError("source: it holds no documents with text")
     _prepare_steps(config, read_task)
 
 

@@ -49,6 +49,20 @@ def test_a_signal_to_stop(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert main(["clean", "--config", "clean.yaml", "--workers=1", "--document=file"]) == 0
 
 
+def test_validation_reads_the_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a source of another format that is found when the cleaning has begun, and one that does not exist."""
+    config = (folder / "clean.yaml").read_text()
+    (folder / "in.jsonl").write_text('{"text": 3}\n')
+    for source, message in (
+        ("none.txt", "source none.txt: no such file or folder"),
+        ("in.jsonl", "in.jsonl:1: expected text in 'text', fou"),
+    ):
+        (folder / "clean.yaml").write_text(config.replace("in.txt", source))
+        assert main(["validate", "clean.yaml"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("against", "message"),
     [

@@ -172,6 +172,11 @@ CONFIGS = {
         r"source: it holds no documents with text",
         {"clean.yaml": "source: a.txt\noutput: clean\nsteps: []\n", "a.txt": " \n\n"},
     ),
+    "source without text, validated": Mistake(
+        "validate clean.yaml",
+        r"source: it holds no documents with text",
+        {"clean.yaml": "source: a.txt\noutput: clean\nsteps: []\n", "a.txt": " \n\n"},
+    ),
     "no space after a colon": Mistake("validate a.yaml", r"write 'steps: 3', with a space", {"a.yaml": "a: {steps:3}"}),
     "not UTF-8": Mistake("validate a.yaml", r"a.yaml, line 2: not UTF-8 text", {"a.yaml": b"run:\n  dir: \xff\n"}),
     "unknown section": Mistake(
