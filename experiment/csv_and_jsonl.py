@@ -137,7 +137,8 @@ def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Itera
                 yield CsvRow(line, cells)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{origin}:{line}: malformed row: {error}{_quoting_hint(csv_format)}") from None
+        problem = str(error).replace("\t", "\\t")  # the separator that was expected
+        raise UserError(f"{origin}:{line}: malformed row: {problem}{_quoting_hint(csv_format)}") from None
 
 
 def _quoted_cell(cells: Sequence[str], is_first: bool) -> str | None:

@@ -97,6 +97,12 @@ def test_quotes_that_are_read_as_text_are_named(caplog: pytest.LogCaptureFixture
         list(rows)
 
 
+def test_a_tab_is_written_out_in_messages() -> None:
+    """Catches a message with a gap in the place of the separator that was expected."""
+    with pytest.raises(UserError, match=r"^f\.tsv:2: malformed row: '\\t' expected after '\"'; is the separator '\\t'"):
+        list(read_csv(["a\tb\n", '"1" 2\t3\n'], "f.tsv", CsvFormat("\t"))[1])
+
+
 def test_a_file_without_rows_has_no_columns() -> None:
     """Catches a StopIteration or an index error for an empty file."""
     nothing: list[str] = []
