@@ -16,6 +16,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from experiment.errors import UserError, escaped
 from experiment.files import parse_json
+from experiment.formatting import counted
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,8 @@ def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_forma
             skipped.append(row.line)
         else:
             raise UserError(
-                f"{origin}:{row.line}: expected {length} columns, found {len(row.cells)}{_quoting_hint(csv_format)}"
+                f"{origin}:{row.line}: expected {counted(length, 'column')}, found {len(row.cells)}"
+                f"{_quoting_hint(csv_format)}"
             )
     if skipped:
         warn_once(f"{origin}: skipped {len(skipped)} rows that do not have {length} columns, such as line {skipped[0]}")

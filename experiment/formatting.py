@@ -12,6 +12,11 @@ def show(value: float | None, spec: str) -> str:
     return UNKNOWN if value is None else format(value, spec)
 
 
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """'1 step', '1,000 steps'; with the plural 'es': '2 batches'."""
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
 def describe_duration(seconds: float | None) -> str:
     """'1h05m', '2m10s' or '9s'; '–' for None."""
     if seconds is None:
@@ -36,8 +41,9 @@ def format_parameters(count: int) -> str:
 
 
 def format_epochs(value: float) -> str:
-    """With three digits or more: '0.0213', '1.5' or '8,832'."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+    """With three digits or more: '0.0213 epochs', '1 epoch' or '8,832 epochs'."""
+    number = f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+    return f"{number} epoch{'' if number == '1' else 's'}"
 
 
 def escape(text: str) -> str:

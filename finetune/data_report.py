@@ -14,6 +14,7 @@ from rich import table as rich_table
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from experiment.formatting import counted
 from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns, as_number
 from finetune.data.records import Record, Table
 from finetune.encoding.examples import Split
@@ -32,7 +33,7 @@ def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
     targets = [role for role, cell_type in columns.cell_types().items() if not cell_type.is_input]
     texts = columns.roles(TEXT, CONTEXT)
     lines = [
-        f"{split}: {empty:,} rows have an empty text"
+        f"{split}: {counted(empty, 'row')} with an empty text"
         for split, table in tables.items()
         if (empty := sum(not all(record.values[role].strip() for role in texts) for record in table.records))
     ]
@@ -75,7 +76,7 @@ def _contradictions(train: Table, targets: Sequence[str]) -> Iterator[str]:
             found[key] = other, record
     if found:
         one, other = next(iter(found.values()))
-        yield f"train: {len(found):,} texts occur with different labels, such as in {one.place} and {other.place}"
+        yield f"train: {counted(len(found), 'text')} with different labels, such as in {one.place} and {other.place}"
 
 
 def _shared(tables: Mapping[str, Table], targets: Sequence[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, write_json
+from experiment.formatting import counted
 from experiment.hardware import prepare_process
 from experiment.model_names import local_model
 from experiment.progress import progress, terminal
@@ -96,7 +97,7 @@ def predict_command(options: PredictOptions) -> None:
     predictor = Predictor.load(folder, options.precision, options.batch_size, task)
     with readable_disk_errors():
         scored = _write(output, predictor, rows, count, options)
-        terminal().print(f"{output}: {count:,} rows", markup=False)
+        terminal().print(f"{output}: {counted(count, 'row')}", markup=False)
         if scored is not None:
             _report_scores(_scores_file(output), predictor, scored, options)
 
@@ -181,7 +182,7 @@ def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: Pr
     }
     write_json(path, written)
     name = Path(options.input).name
-    print_scores(f"{len(scored.records):,} rows", {name: scores}, metric)
+    print_scores(counted(len(scored.records), "row"), {name: scores}, metric)
     if labels:
         print_label_scores(name, labels)
     print(path)

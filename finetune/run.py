@@ -19,7 +19,7 @@ import torch
 from experiment.config import dump_config, flatten
 from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
-from experiment.formatting import describe_duration
+from experiment.formatting import counted, describe_duration
 from experiment.hardware import prepare_process
 from experiment.outcome_file import Outcome, recorded_outcome
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
@@ -166,7 +166,8 @@ def _describe_training(resolved: ResolvedRun) -> str:
     training = resolved.training
     if not resolved.task.is_trained:
         return "nothing is trained: the splits are only scored"
-    return f"{resolved.steps:,} updates of {training.batch_size} examples for each of {len(training.seeds)} seeds"
+    each = f" for each of {len(training.seeds)} seeds" if len(training.seeds) > 1 else ""
+    return f"{counted(resolved.steps, 'update')} of {counted(training.batch_size, 'example')}{each}"
 
 
 def _log_from_step(tracker: Tracker, first: int) -> Log:

@@ -21,6 +21,7 @@ from experiment.config import Section, build_config
 from experiment.config.field_types import SequenceLength
 from experiment.errors import UserError
 from experiment.files import checksum, read_json, write_json
+from experiment.formatting import counted
 from experiment.model_folder import load_config
 from experiment.run_folder import RunFolder
 from experiment.transformers_models import has_masked_lm_head
@@ -186,7 +187,8 @@ def _best_seed(run: Path) -> tuple[Path, str]:
         raise UserError(f"{run} has kept no model of its seeds; expected RUN/seed-N/model")
     if not values:
         folder = run / f"seed-{kept[0]}" / "model"
-        return folder, f"{folder} (the first of {len(seeds)} seeds: there is no validation split to compare them by)"
+        reason = "there is no validation split to compare them by"
+        return folder, f"{folder} (the first of {counted(len(seeds), 'seed')}: {reason})"
     best = max(kept, key=lambda seed: direction * values[seed])
     folder = run / f"seed-{best}" / "model"
-    return folder, f"{folder} (best of {len(values)} seeds: {metric} {values[best]:.4f} on validation)"
+    return folder, f"{folder} (best of {counted(len(values), 'seed')}: {metric} {values[best]:.4f} on validation)"

@@ -13,7 +13,7 @@ from statistics import fmean
 from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError, UserError, end_line, inform, is_quiet, notify
-from experiment.formatting import describe_duration
+from experiment.formatting import counted, describe_duration
 from experiment.outcome_file import Outcome
 from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import RunFolder, open_run_folder
@@ -138,8 +138,8 @@ def warnings_left_to_rank0() -> Iterator[None]:
 def announce_checks(config: str, slots: Slots) -> None:
     """config: its file."""
     ranks = sum(map(len, slots.values()))
-    where = "this machine" if is_local(slots) else f"{len(slots)} host{'s' if len(slots) > 1 else ''}"
-    inform(f"checking {config} for {ranks} rank{'s' if ranks > 1 else ''} on {where}")
+    where = "this machine" if is_local(slots) else counted(len(slots), "host")
+    inform(f"checking {config} for {counted(ranks, 'rank')} on {where}")
 
 
 def last_step(folder: RunFolder) -> int | None:
@@ -159,7 +159,7 @@ def announce_done(folder: RunFolder, step_before: int | None, seconds: float) ->
         return
     losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]
     with_loss = f", loss {losses[-1]:.4f}" if losses else ""
-    inform(f"done: {step:,} steps{with_loss}, {describe_duration(seconds)} in this launch")
+    inform(f"done: {counted(step, 'step')}{with_loss}, {describe_duration(seconds)} in this launch")
     inform(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
     if has_diverged(losses):
         risen = f"the loss has risen from {losses[0]:.4f} to as much as {max(losses):.4f}"

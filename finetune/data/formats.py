@@ -17,6 +17,7 @@ import pyarrow.parquet
 from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, text_lines, warn_once
 from experiment.errors import UserError, reason
 from experiment.files import parse_json
+from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData, load_rows, read_cells
 from experiment.parquet import parquet_rows
 
@@ -275,7 +276,7 @@ def read_conll(path: Path) -> Iterator[Row]:
             width = width or len(sentence[0][1])
             for number, fields in sentence:
                 if len(fields) != width:
-                    raise UserError(f"{path}:{number}: expected {width} columns, found {len(fields)}")
+                    raise UserError(f"{path}:{number}: expected {counted(width, 'column')}, found {len(fields)}")
             place = f"{path}:{sentence[0][0]}"
             yield Row(place, _names(width), _cells([fields for _, fields in sentence]), place)
 

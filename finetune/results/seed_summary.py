@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.files import write_json
+from experiment.formatting import counted
 from finetune.metrics import LabelScores, summarize, top_confusions
 from finetune.resolve import ResolvedRun
 
@@ -43,7 +44,7 @@ def write_results(run: ResolvedRun, records: Mapping[int, SeedRecord]) -> dict[s
     results = _combine(run, records, confusions)
     if confusions:
         split, confusion = list(confusions.items())[-1]
-        title = f"{task.name}, {split}, {len(records)} seed{'s' if len(records) > 1 else ''}"
+        title = f"{task.name}, {split}, {counted(len(records), 'seed')}"
         draw_confusion(folder / "confusion.png", confusion, labels, title)
     curves = {seed: record.epochs for seed, record in records.items()}
     best = {seed: record.best_epoch for seed, record in records.items()}

@@ -10,6 +10,7 @@ from typing import get_args
 
 from experiment.errors import UserError, is_quiet, notify
 from experiment.files import temporary_folder, write_text
+from experiment.formatting import counted
 from experiment.provenance import LIBRARIES
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
@@ -191,7 +192,7 @@ def preflight_table(
     if measured is not None:
         parts.append(_describe(measured, slots))
     passed = len(answers) - len(failed)
-    parts.append(f"preflight: {passed} of {len(answers)} host{'' if len(answers) == 1 else 's'} passed")
+    parts.append(f"preflight: {passed} of {counted(len(answers), 'host')} passed")
     return "\n".join(parts)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from experiment.errors import UserError, is_quiet
+from experiment.formatting import counted
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats, detect_format
 from pretrain.corpus.options import TextOptions
@@ -37,7 +38,7 @@ def announce_sources(sources: Sequence[Source], options: TextOptions) -> None:
 def _list(sources: Sequence[Source]) -> None:
     size = sum(source.bytes or 0 for source in sources)
     total = f", {size / 1e6:,.1f} MB" if size else ""
-    print(f"reading {len(sources):,} source{'s' if len(sources) > 1 else ''}{total}:")
+    print(f"reading {counted(len(sources), 'source')}{total}:")
     for source in sources[:_LISTED]:
         print(f"  {source.name}{f'::{source.selection}' if source.selection else ''}")
     if len(sources) > _LISTED:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import fsync
+from experiment.formatting import counted
 from experiment.output_folder import holds_result, lock_output
 from pretrain.corpus import shards, tasks
 from pretrain.corpus.announcement import announce_sources
@@ -253,8 +254,8 @@ def summary(folder: Path, manifest: Manifest) -> str:
         shares.append(f"and {len(manifest.sources) - _NAMED:,} more")
     return (
         f"{folder}\n"
-        f"  {manifest.documents:,} documents ({manifest.empty_documents:,} empty ones dropped), "
-        f"{manifest.tokens:,} tokens in {len(manifest.shards):,} shard{'s' if len(manifest.shards) != 1 else ''}\n"
+        f"  {counted(manifest.documents, 'document')} ({counted(manifest.empty_documents, 'empty one')} dropped), "
+        f"{manifest.tokens:,} tokens in {counted(len(manifest.shards), 'shard')}\n"
         + (f"  sources, share of the tokens: {', '.join(shares)}\n" if shares else "")
         + f"  {manifest.unknown_token_rate:.3%} unknown tokens, {manifest.tokens_per_word:.2f} tokens per word\n"
         f"  document lengths in tokens: {lengths}"

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, removed_on_error
+from experiment.formatting import counted
 from experiment.output_folder import is_free
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import read_documents, reading_progress
@@ -78,7 +79,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
         partial.replace(options.output)
     print(
         f"{options.output}: {options.kind} tokenizer of {len(tokenizer):,} tokens, "
-        f"trained on {text.documents:,} document{'s' if text.documents > 1 else ''}"
+        f"trained on {counted(text.documents, 'document')}"
     )
     if len(tokenizer) < options.vocab_size:
         print(

@@ -15,6 +15,7 @@ from pathlib import Path
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.files import cache_folder, json_digest, read_json, write_json
+from experiment.formatting import counted
 from experiment.progress import progress
 from pretrain.corpus.reader import Corpus, open_corpus
 
@@ -58,7 +59,7 @@ def verify_command(folders: str) -> None:
         except UserError as error:
             found = [str(error)]
         if not found:
-            print(f"{name}: undamaged, {len(corpus.manifest.shards):,} shards with {corpus.tokens:,} tokens")
+            print(f"{name}: undamaged, {counted(len(corpus.manifest.shards), 'shard')} with {corpus.tokens:,} tokens")
         damaged += found
     if damaged:
         raise UserError("\n".join(damaged))

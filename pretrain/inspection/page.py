@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from experiment.decontamination import CLEAN_SUMMARY
+from experiment.formatting import counted
 from experiment.results.fillings import spread
 from experiment.results.page import (
     Bar,
@@ -106,7 +107,7 @@ def _headline(found: Inspection) -> Headline:
     manifest, duplicates = found.manifest, found.near_duplicates
     shards, mean = len(manifest.shards), f"mean {manifest.tokens / manifest.documents:,.1f}"
     facts = [
-        Fact("Documents", f"{manifest.documents:,}", f"{manifest.empty_documents:,} empty ones were dropped"),
+        Fact("Documents", f"{manifest.documents:,}", f"{counted(manifest.empty_documents, 'empty one')} dropped"),
         Fact(
             "Tokens", f"{manifest.tokens:,}", f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB on disk"
         ),
@@ -118,7 +119,7 @@ def _headline(found: Inspection) -> Headline:
         Fact("Vocabulary in use", f"{_used(found) / len(found.tokens):.1%}", f"of {len(found.tokens):,} tokens"),
         Fact("Near-duplicates", _duplicate_share(duplicates), _interval(duplicates)),
     ]
-    return Headline(f"{shards:,} shard{'s' if shards != 1 else ''}", "plain", str(found.sample.corpus.path), facts)
+    return Headline(counted(shards, "shard"), "plain", str(found.sample.corpus.path), facts)
 
 
 def _length_blocks(found: Inspection) -> list[Block]:

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiment.formatting import describe_duration, format_epochs
+from experiment.formatting import counted, describe_duration, format_epochs
 from experiment.hardware import lacks_avx512
 from pretrain.engine.deepspeed_settings import emulation_warnings
 from pretrain.plan.plan import RunPlan
@@ -74,7 +74,7 @@ def _sections(plan: RunPlan) -> list[tuple[str, list[str]]]:
     memory = plan.device.memory
     size = "memory unknown (--memory_gib)" if memory is None else f"{_gib(memory)} GiB"
     return [
-        ("devices", [f"{plan.ranks:,} × {plan.device.name} on {_count(plan.hosts, 'machine')}, {size} each"]),
+        ("devices", [f"{plan.ranks:,} × {plan.device.name} on {counted(plan.hosts, 'machine')}, {size} each"]),
         ("model", _model(plan)),
         ("work", _work(plan)),
         (f"memory per {'GPU' if plan.device.is_gpu else 'rank'} in GiB, at the highest use", _memory(plan)),
@@ -105,23 +105,23 @@ def _work(plan: RunPlan) -> list[str]:
     lines = []
     for stage in plan.stages:
         batch, shape = stage.batch, stage.batch.largest
-        steps = "until the budget is spent" if stage.steps is None else _count(stage.steps, "step")
+        steps = "until the budget is spent" if stage.steps is None else counted(stage.steps, "step")
         lines.append(
-            f"{steps} of {_count(stage.sequences, 'sequence')} of at most {stage.max_seq_length} tokens: "
-            f"{stage.tokens_per_step():,.0f} tokens per step in {_count(batch.microbatches, 'microbatch', 'es')} of "
+            f"{steps} of {counted(stage.sequences, 'sequence')} of at most {stage.max_seq_length} tokens: "
+            f"{stage.tokens_per_step():,.0f} tokens per step in {counted(batch.microbatches, 'microbatch', 'es')} of "
             f"{shape.rows} × {shape.width} slots per rank, {batch.filled:.0%} of them filled"
         )
     if plan.steps is not None:
-        epochs = "" if plan.epochs is None else f", {format_epochs(plan.epochs)} epochs"
-        lines.append(f"in all {_count(plan.steps, 'step')}, {plan.tokens:,} tokens{epochs}")
+        epochs = "" if plan.epochs is None else f", {format_epochs(plan.epochs)}"
+        lines.append(f"in all {counted(plan.steps, 'step')}, {plan.tokens:,} tokens{epochs}")
     elif plan.budget_steps is not None:
-        steps, tokens = _count(plan.budget_steps, "step"), float(f"{plan.budget_tokens:.3g}")
+        steps, tokens = counted(plan.budget_steps, "step"), float(f"{plan.budget_tokens:.3g}")
         lines.append(f"in all about {steps}, {tokens:,.0f} tokens, in {plan.run.config.schedule.budget}")
     start, total = plan.run.resume_plan, plan.steps or plan.budget_steps
     if start.step:
         origin = "of the run that it forks" if start.fork else "of this run"
         included = "" if total is None or total < start.step else ", which these figures include"
-        lines.append(f"done: {_count(start.step, 'step')} {origin}{included}")
+        lines.append(f"done: {counted(start.step, 'step')} {origin}{included}")
     return lines
 
 
@@ -197,10 +197,6 @@ def _gib(size: float) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:,.3g}"
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def warnings(plan: RunPlan) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from experiment.config import dump_config
 from experiment.files import write_text
-from experiment.formatting import format_epochs
+from experiment.formatting import counted, format_epochs
 from experiment.goodput import ActivityTimer
 from experiment.hardware import peak_flops, peak_memory
 from experiment.outcome_file import Outcome
@@ -57,8 +57,8 @@ def open_run_tracker(
     evaluates_first: whether this attempt starts with the evaluation of `step`.
     """
     total_steps, epochs = stream.steps, stream.epochs
-    end = "until the time budget is used up" if total_steps is None else f"{total_steps:,} steps"
-    in_epochs = "" if epochs is None else f", {format_epochs(epochs)} epochs"
+    end = "until the time budget is used up" if total_steps is None else counted(total_steps, "step")
+    in_epochs = "" if epochs is None else f", {format_epochs(epochs)}"
     log.info("training: %s%s; %d finished", end, in_epochs, step)
     for warning in run.config.warnings(total_steps):
         log.warning(warning)

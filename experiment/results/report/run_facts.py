@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from experiment.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints, named_best, read_state
 from experiment.errors import UserError
-from experiment.formatting import UNKNOWN, describe_duration
+from experiment.formatting import UNKNOWN, counted, describe_duration
 from experiment.goodput import Goodput, last_lines, read_attempt_times
 from experiment.provenance import describe_commit, describe_devices, read_provenance
 from experiment.results.history import History
@@ -159,8 +159,7 @@ def _device_facts(state: Mapping[str, Any]) -> Iterator[Fact]:
 
 def _time_facts(goodput: Goodput | None) -> Iterator[Fact]:
     if goodput is not None:
-        attempts = f"{goodput.attempts} attempt{'' if goodput.attempts == 1 else 's'}"
-        yield Fact("Duration", describe_duration(goodput.wall_clock), attempts)
+        yield Fact("Duration", describe_duration(goodput.wall_clock), counted(goodput.attempts, "attempt"))
         yield Fact("Goodput", f"{goodput.share:.1%}", "time spent on new steps")
 
 
@@ -181,9 +180,11 @@ def goodput_blocks(goodput: Goodput | None) -> list[Block]:
         for activity, seconds in goodput.seconds.items()
         if seconds
     ]
-    attempts = f"{goodput.attempts} attempt{'' if goodput.attempts == 1 else 's'}"
     total = ["all", describe_duration(goodput.wall_clock), "100.0%"]
-    return [Heading("Time"), Table(["activity", "time", "share"], [*rows, total], f"Wall clock of {attempts}")]
+    return [
+        Heading("Time"),
+        Table(["activity", "time", "share"], [*rows, total], f"Wall clock of {counted(goodput.attempts, 'attempt')}"),
+    ]
 
 
 def provenance_blocks(folder: RunFolder) -> list[Block]:

@@ -49,7 +49,7 @@ def test_texts_that_splits_share_are_counted() -> None:
 def test_texts_with_different_labels_are_counted() -> None:
     """Catches duplicates that contradict each other and set a limit to every score."""
     found = oddities(train=[*GOOD, ("text 1", "more", "b"), ("text 1", "more", "a"), ("text 1", "more", "a")])
-    assert found == ["train: 1 texts occur with different labels, such as in train:3 and train:13"]
+    assert found == ["train: 1 text with different labels, such as in train:3 and train:13"]
 
 
 def test_an_example_shows_what_the_model_gets() -> None:
@@ -66,7 +66,7 @@ def test_an_example_shows_what_the_model_gets() -> None:
 
 def test_empty_texts_are_counted() -> None:
     """Catches rows without text that are trained on without a word."""
-    assert oddities(train=[*GOOD, ("text", " ", "a")]) == ["train: 1 rows have an empty text"]
+    assert oddities(train=[*GOOD, ("text", " ", "a")]) == ["train: 1 row with an empty text"]
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def test_cells_are_not_changed(trained_run: Path, tmp_path: Path) -> None:
         ("in.csv", "text,label\na,low\nb,\n", ("--score",), "in.csv:3: the label is empty"),
         ("in.csv", "text,label\na,low\nb,middle\n", ("--score",), "in.csv:3: unknown label 'middle'"),
         ("in.csv", "text\n", (), "in.csv has no rows"),
-        ("in.csv", "text\nword1\nword1,2\n", (), "in.csv:3: expected 1 columns, found 2"),
+        ("in.csv", "text\nword1\nword1,2\n", (), "in.csv:3: expected 1 column, found 2"),
         ("in.csv", "text\nword1\n", ("--columns.txt=a",), "did you mean 'columns.text'"),
         ("in.csv", "text\nword1\n", ("--task.metric=a",), "unknown flag '--task.metric'"),
         ("in.csv", "text\nword1\n", ("--output=out.xls",), "expected a file that ends in .csv, .tsv, .jsonl"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiment.formatting import describe_duration, format_epochs, format_perplexity
+from experiment.formatting import counted, describe_duration, format_epochs, format_perplexity
 from experiment.outcome_file import Outcome
 from experiment.tracking.progress_line import (
     ConsoleTracker,
@@ -84,10 +84,17 @@ def test_the_format_of_a_perplexity(value: float | None, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0.02134, "0.0213"), (1.5, "1.5"), (999.6, "1,000"), (8832.4, "8,832")]
+    ("value", "expected"),
+    [
+        (0.02134, "0.0213 epochs"),
+        (1.0, "1 epoch"),
+        (1.5, "1.5 epochs"),
+        (999.6, "1,000 epochs"),
+        (8832.4, "8,832 epochs"),
+    ],
 )
 def test_the_format_of_epochs(value: float, expected: str) -> None:
-    """Catches an exponent for many epochs of a small corpus."""
+    """Catches an exponent for many epochs of a small corpus, and "1 epochs"."""
     assert format_epochs(value) == expected
 
 
@@ -152,3 +159,9 @@ def test_unknown_values_are_left_out() -> None:
     assert describe_training({"step": 1, "loss": 1.0, "lr": None}) == "loss 1.0000"
     assert describe_training({"step": 1, "loss": float("nan")}) == "loss nan"
     assert describe_evaluation({"step": 1, "loss": 1.0}) == ""
+
+
+def test_one_is_singular() -> None:
+    """Catches "1 shards", and "0 shard"."""
+    assert [counted(number, "shard") for number in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
+    assert counted(2, "microbatch", "es") == "2 microbatches"
