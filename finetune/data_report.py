@@ -103,15 +103,16 @@ def _shorten(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase) -> str:
+def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> str:
     """The tokens and the target of the first example, as the model gets them: they show a wrong tokenizer, or columns
-    that are swapped."""
+    that are swapped. labels: the names of targets that are numbers of labels."""
     example = split.examples[0]
     ids = example.sequences[0].input_ids.tolist()
     tokens = tokenizer.convert_ids_to_tokens(ids[:_SHOWN_TOKENS])
     more = f" … ({len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
-    target = "" if example.target is None else f"; target: {example.target}"
-    return f"first example: {' '.join(tokens)}{more}{target}"
+    target = labels[example.target] if labels and isinstance(example.target, int) else example.target
+    shown = "" if target is None else f"; target: {target}"
+    return f"first example: {' '.join(tokens)}{more}{shown}"
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     task, device, changes = adapt_to_model(built.model, task, device, length)
     print_lines([f"{name}: {line}" for line in (*describe_task(task), *describe_model(built, model), *changes)])
     if "train" in task.splits:
-        example = describe_example(task.splits["train"], load_task_tokenizer(model.folder, kind.config))
-        print_lines([f"{name}: {example}"])
+        tokenizer = load_task_tokenizer(model.folder, kind.config)
+        print_lines([f"{name}: {describe_example(task.splits['train'], tokenizer, kind.labels)}"])
     print_lengths(terminal(), task.splits, task.positions)
     return ResolvedRun(
         folder=folder,

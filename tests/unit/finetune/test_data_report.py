@@ -53,14 +53,16 @@ def test_texts_with_different_labels_are_counted() -> None:
 
 
 def test_an_example_shows_what_the_model_gets() -> None:
-    """Catches a line that shows the text, not its tokens, or hides the target."""
+    """Catches a line that shows the text, not its tokens, hides the target, or shows the number of a label."""
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"t{number}" for number in ids])
 
-    def shown(count: int, target: object) -> str:
+    def shown(count: int, target: object, *labels: str) -> str:
         example = Example((Tokens(torch.arange(count), None),), target)
-        return describe_example(Split(table("train", ("a", "b", "c")), (example,), (0,)), tokenizer)  # type: ignore[arg-type]
+        split = Split(table("train", ("a", "b", "c")), (example,), (0,))
+        return describe_example(split, tokenizer, labels)  # type: ignore[arg-type]
 
     assert shown(3, 1) == "first example: t0 t1 t2; target: 1"
+    assert shown(3, 1, "low", "high") == "first example: t0 t1 t2; target: high"
     assert shown(41, None) == f"first example: {' '.join(f't{number}' for number in range(40))} … (41 tokens)"
 
 
