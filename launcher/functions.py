@@ -111,7 +111,7 @@ def pretrain(
         raise UserError("pretrain: 'config': with a hostfile, expected a file, which the other hosts read too")
     from launcher.launch import launch_pretraining
 
-    with _config_file(config, PretrainConfig, overrides) as file, _as_a_command(quiet):
+    with _as_a_command(quiet), _config_file(config, PretrainConfig, overrides) as file:
         flags |= {"config": file, "overrides": _as_text(overrides), "num_gpus": num_gpus, "hostfile": hostfile}
         options = _options(PretrainOptions, "pretrain", flags)
         launch_pretraining(options)
@@ -158,7 +158,7 @@ def finetune(config: Config, overrides: Overrides | None = None, *, quiet: bool 
     """
     from finetune.config import FinetuneConfig
 
-    with _config_file(config, FinetuneConfig, overrides) as file, _as_a_command(quiet), handle_stop_signals(interrupt):
+    with _as_a_command(quiet), _config_file(config, FinetuneConfig, overrides) as file, handle_stop_signals(interrupt):
         flags = {"config": file, "overrides": _as_text(overrides)}
         options = _options(FinetuneOptions, "finetune", flags)
         load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
@@ -190,7 +190,7 @@ def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool =
         from launcher.compare_config import CompareConfig
         from launcher.compare_plan import plan_comparison
 
-    with _config_file(config, CompareConfig, overrides) as file, _as_a_command(quiet), handle_stop_signals(interrupt):
+    with _as_a_command(quiet), _config_file(config, CompareConfig, overrides) as file, handle_stop_signals(interrupt):
         flags |= {"file": file, "overrides": _as_text(overrides)}
         plan = plan_comparison(_options(CompareOptions, "compare", flags))
         run_comparison(plan)
@@ -254,13 +254,16 @@ def _config_file(config: Config, config_type: type[Section], overrides: Override
 
 @contextmanager
 def _as_a_command(quiet: bool) -> Iterator[None]:
-    """Raise RuntimeError or UserError in place of the end of the process, and restore the handlers of signals."""
+    """Raise RuntimeError or UserError in place of the end of the process, and restore the handlers of signals. Messages
+    about flags are about `overrides`."""
     if threading.current_thread() is not threading.main_thread():
         raise UserError("call deepcloze in the main thread, which gets the signals that stop a run")
     handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGHUP)}
     try:
         with progress.quiet() if quiet else nullcontext():
             yield
+    except UserError as error:
+        raise UserError(str(error).replace("command line: ", "overrides: ")) from None
     except SystemExit as ending:
         if ending.code == 2:
             raise UserError("the run was rejected, for the reason that is printed above") from None

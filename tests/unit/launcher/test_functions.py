@@ -107,7 +107,11 @@ def test_unknown_names_are_rejected() -> None:
         ),
         (
             lambda: deepcloze.pretrain(RUN, {"optimizer.lr": "fast"}),
-            """command line: 'optimizer.lr': expected a number, found text ("fast")""",
+            """overrides: 'optimizer.lr': expected a number, found text ("fast")""",
+        ),
+        (
+            lambda: deepcloze.pretrain("roberta-base", {"optimizer.lr": "fast"}),
+            """overrides: 'optimizer.lr': expected a number, found text ("fast")""",
         ),
         (
             lambda: deepcloze.pretrain(RUN, "optimizer.lr=1e-3"),  # type: ignore[arg-type]
