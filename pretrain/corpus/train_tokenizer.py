@@ -66,7 +66,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     train = _train_wordpiece if options.kind == "wordpiece" else _train_bpe
     model = train(text, options.vocab_size, options.lowercase)
     if text.documents == 0:
-        raise UserError("--source has no text: every document is empty")
+        raise UserError(f"--source {options.source}: none of its documents has text")
     tokenizer = _wrap(model, options.kind)
     partial = options.output.with_name(options.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -378,6 +378,11 @@ TEXT = {
     "empty text": Mistake(
         "corpus --source a.txt --tokenizer tokenizer --output new", r"a.txt: none of its documents", {"a.txt": ""}
     ),
+    "empty text for a tokenizer": Mistake(
+        "tokenizer --source a.txt --output new --vocab_size 100",
+        r"--source a.txt: none of its documents has text",
+        {"a.txt": " \n\n"},
+    ),
     "Word": Mistake(
         "corpus --source a.docx --tokenizer tokenizer --output new",
         r"--source a.docx: .docx files are not read; convert it to text, for instance with pandoc",
