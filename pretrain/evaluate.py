@@ -217,5 +217,5 @@ def _print(scores: dict[str, Scores], as_json: bool) -> None:
         return
     table = Table("corpus", *(kind.replace("_", " ") for kind in Scores._fields))
     for name, (loss, perplexity, accuracy, masked) in scores.items():
-        table.add_row(name, f"{loss:.4f}", format_perplexity(perplexity), f"{accuracy:.2%}", f"{masked:,}")
+        table.add_row(name, f"{loss:.4f}", format_perplexity(perplexity), f"{accuracy:.4f}", f"{masked:,}")
     Console().print(table)
