@@ -21,6 +21,7 @@ from transformers import (
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer
+from pretrain import evaluate as evaluate_module
 from pretrain.batching import sequences
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.masking import MaskingPolicy, MaskingSchedule
@@ -115,6 +116,12 @@ def folder(tmp_path: Path, wordpiece: Path) -> Path:
     BertForMaskedLM(BertConfig(vocab_size=200, max_position_embeddings=48, **sizes)).save_pretrained(tmp_path / "m")
     save_tokenizer(load_tokenizer(wordpiece), tmp_path / "m")
     return tmp_path / "m"
+
+
+def test_the_table_has_the_accuracy_of_other_outputs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches per cent in one place where training and --json have a fraction."""
+    evaluate_module._print({"held": Scores(3.77, 43.39, 0.35954, 13_253)}, as_json=False)
+    assert "│ 0.3595   │" in capsys.readouterr().out
 
 
 def test_evaluate_scores_any_hugging_face_folder(
