@@ -23,6 +23,7 @@ INTERVALS = "Scores: a dot for each seed, their mean and its 95 % interval"
 TESTS = "Differences: Multi-Bootstrap over seeds and records (Sellam et al. 2022), 95 % interval, two-sided p"
 FAILED = "Runs that failed"
 
+_SPLIT_SHOWN = {"validation": " on validation"}
 _CSV_COLUMNS = ("row", "task", "split", "metric", "mean", "std", "values", "collapsed", "chosen", "folder")
 
 
@@ -91,8 +92,6 @@ def score_charts(comparison: Comparison) -> list[DotChart]:
 def comparison_blocks(comparison: Comparison) -> list[Block]:
     """A section of a report."""
     blocks: list[Block] = [Heading("Comparison")]
-    if lines := _remarks(comparison):
-        blocks.append(Text(" ".join(lines)))
     if charts := score_charts(comparison):
         blocks += [Text(f"{INTERVALS}."), DotCharts("scores", charts)]
     for title, cells, labels in ((SCORES, score_cells(comparison), 1), (TESTS, test_cells(comparison), 3)):
@@ -102,17 +101,9 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
 
 
 def _columns(comparison: Comparison) -> dict[str, str]:
-    """The columns with their titles, which name the metric."""
-    found = {column: cell["metric"] for cells in comparison.values() for column, cell in cells.items()}
-    return {column: f"{column}, {metric}" for column, metric in found.items()}
-
-
-def _remarks(comparison: Comparison) -> list[str]:
-    """What the scores were measured on, where it is not a test split."""
-    columns = {
-        column for cells in comparison.values() for column, cell in cells.items() if cell["split"] == "validation"
-    }
-    return [f"{column} has no labelled test split: its scores are of validation." for column in sorted(columns)]
+    """The columns with their titles, which name the metric, and the split if it is not one of test."""
+    found = {column: cell for cells in comparison.values() for column, cell in cells.items()}
+    return {column: f"{column}, {cell['metric']}{_SPLIT_SHOWN.get(cell['split'], '')}" for column, cell in found.items()}
 
 
 def _score(cell: Mapping[str, Any] | None) -> str:

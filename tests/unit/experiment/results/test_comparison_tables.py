@@ -12,6 +12,12 @@ def test_names_are_plain_text_in_markdown() -> None:
     assert r"|  | \*toy\*, accuracy |" in table
 
 
+def test_scores_of_validation_are_marked() -> None:
+    """Catches scores by which epochs were chosen in the place of test scores, unless one reads the report."""
+    table = as_markdown({"a": {"toy": {**CELL, "split": "validation"}, "other": CELL}}, {})
+    assert "|  | toy, accuracy on validation | other, accuracy |" in table
+
+
 def test_a_task_whose_cells_have_all_failed_is_listed() -> None:
     """Catches a task that is in no table, as if it were not in the comparison, and tables with a header only."""
     failed = {"a/other": "failed (exit code 1)", "b/other": "not run: its pretraining failed"}
