@@ -320,7 +320,7 @@ def status(options: StatusOptions) -> None:
     """Show how runs are doing: pretraining, fine-tuning, sweeps and comparisons.
 
     Whether a run is alive, or how it ended; step, loss, speed, time left, last checkpoint, bad batches, goodput and
-    restarts, or seeds and score: a list for one run, a table for several. Reads their folders only. Takes five seconds
+    attempts, or seeds and score: a list for one run, a table for several. Reads their folders only. Takes five seconds
     if a run is on another machine. See docs/tracking.md.
 
     Example:

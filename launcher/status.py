@@ -28,7 +28,7 @@ from experiment.tracking.progress_line import RATE_EVENTS
 from launcher.supervision.launch_result import count_attempts
 
 _WIDTH = 5000  # limit of a table in a pipe or file: no line is cut off
-_LEAST_IMPORTANT = ("restarts", "goodput", "bad batches", "tokens/s", "last checkpoint", "loss", "time left", "seeds")
+_LEAST_IMPORTANT = ("attempts", "goodput", "bad batches", "tokens/s", "last checkpoint", "loss", "time left", "seeds")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class RunStatus:
     seeds: int | None
     score: float | None  # mean of the seeds: of a fine-tuning that is done
     metric: str | None
+    split: str | None  # that the score is of: test, or validation without one
     host: str | None
     message: str  # why it ended, or why its state is not known
     activity: str | None  # of a run that is alive
@@ -53,7 +54,7 @@ class RunStatus:
     checkpoint_age: float | None  # seconds
     bad_batches: int
     goodput: float | None  # share of the time so far
-    restarts: int
+    attempts: int  # launches, and restarts by the launcher
 
 
 def read_status(run: str) -> RunStatus:
@@ -65,7 +66,7 @@ def read_status(run: str) -> RunStatus:
     total = _total_steps(folder, attempts)
     recent = [line for line in times if line.start == times[-1].start]
     seeds = _seeds(folder)
-    metric, score = _score(folder)
+    metric, split, score = _score(folder)
     saved = checkpoint_step(checkpoints[-1]) if checkpoints else None
     return RunStatus(
         run=run,
@@ -76,6 +77,7 @@ def read_status(run: str) -> RunStatus:
         seeds=seeds,
         score=score,
         metric=metric,
+        split=split,
         activity=attempts[-1].activity if attempts and life.state == "running" else None,
         # Scores of `deepcloze watch` come later, and a checkpoint may be newer than the last event.
         step=max([event["step"] for event in events] + ([] if saved is None else [saved]), default=None),
@@ -87,7 +89,7 @@ def read_status(run: str) -> RunStatus:
         checkpoint_age=_age(checkpoints[-1]) if checkpoints else None,
         bad_batches=len(list(folder.bad_batch(0).parent.glob("step-*"))),
         goodput=add_up(attempts).share if attempts else None,
-        restarts=max(0, max(count_attempts(folder), len(attempts)) - 1),
+        attempts=max(count_attempts(folder), len(attempts)),
     )
 
 
@@ -122,13 +124,13 @@ def _seeds(folder: RunFolder) -> int | None:
     return len(seeds) if isinstance(seeds, list) else None
 
 
-def _score(folder: RunFolder) -> tuple[str | None, float | None]:
-    """The metric of a fine-tuning, and its mean on the last split: test, or validation without one."""
-    with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+def _score(folder: RunFolder) -> tuple[str | None, str | None, float | None]:
+    """The metric of a fine-tuning, the last split, and the mean on it."""
+    with suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         results = read_json(folder.results)
-        metric = results["metric"]
-        return metric, float(list(results["splits"].values())[-1][metric]["mean"])
-    return None, None
+        metric, (split, scores) = results["metric"], list(results["splits"].items())[-1]
+        return metric, split, float(scores[metric]["mean"])
+    return None, None, None
 
 
 def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | None:
@@ -155,8 +157,9 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     for folder in folders:
         if not runs[folder]:
             notify(f"{folder} is skipped: it is not a run folder and contains none")
+    each = {Path(run).resolve(): run for run in chain.from_iterable(runs.values())}
     with ThreadPoolExecutor() as readers:  # runs on other machines take seconds
-        found = list(readers.map(read_status, chain.from_iterable(runs.values())))
+        found = list(readers.map(read_status, each.values()))
     if as_json:
         print(json.dumps([asdict(status) for status in found], ensure_ascii=False))
     elif len(found) == 1:
@@ -212,7 +215,7 @@ def _values(status: RunStatus) -> dict[str, str]:
     if status.seeds is not None:
         return {
             "seeds": f"{status.finished_seeds} of {status.seeds}",
-            "score": UNKNOWN if status.score is None else f"{status.metric} {status.score:.4f}",
+            "score": UNKNOWN if status.score is None else f"{status.metric} {status.score:.4f} on {status.split}",
             "step": show(status.step, ","),
             "loss": show(status.loss, ".4f"),
             "tokens/s": show(status.tokens_per_second, ",.0f"),
@@ -226,5 +229,5 @@ def _values(status: RunStatus) -> dict[str, str]:
         "last checkpoint": UNKNOWN if status.checkpoint_step is None else f"{status.checkpoint_step:,}{age or ''}",
         "bad batches": f"{status.bad_batches:,}",
         "goodput": show(status.goodput, ".1%"),
-        "restarts": f"{status.restarts:,}",
+        "attempts": f"{status.attempts:,}",
     }

@@ -50,7 +50,7 @@ def test_a_run_survives_its_terminal_and_can_be_followed(
     code, listed = wait_for_exit(status)
     assert code == 0, listed
     (shown,) = json.loads(listed)
-    assert (shown["state"], shown["total_steps"], shown["restarts"]) == ("running", LONG, 0)
+    assert (shown["state"], shown["total_steps"], shown["attempts"]) == ("running", LONG, 1)
     assert shown["step"] >= 20
     assert shown["checkpoint_step"] >= 10
     folder.stop.touch()

@@ -33,7 +33,7 @@ def test_one_run_is_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     write_outcome(open_run_folder(run), Outcome.FAILED, "rank 1 was killed", Cause.KILLED)
     assert main(["status", run]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    expected = "state failed", "step 1,200", "loss 3.2500", "tokens/s 45,679", "restarts 0", "rank 1 was killed"
+    expected = "state failed", "step 1,200", "loss 3.2500", "tokens/s 45,679", "attempts 0", "rank 1 was killed"
     assert [text.split() for text in expected if text.split() not in lines] == []
 
 
@@ -61,7 +61,7 @@ def test_a_narrow_terminal_shows_fewer_columns(
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("runs/first", "runs/second", "1,200", "3.2500")), shown
     assert "…" not in shown
-    assert "left out to fit the terminal: restarts, goodput" in shown
+    assert "left out to fit the terminal: attempts, goodput" in shown
 
 
 def test_json_is_a_list_of_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,15 +120,20 @@ def test_all_runs_of_a_folder(
         ("runs/sweep/lr=1", "unknown"),
         ("runs/sweep/lr=2", "not started"),
     ]
+    assert main(["status", "runs", str(tmp_path / "runs" / "a"), "runs/sweep", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 5, "given twice"
     assert main(["status", "runs/sweep"]) == 0
     assert "lr=2" in capsys.readouterr().out
 
 
 def test_a_fine_tuning_of_an_earlier_version(folder: RunFolder) -> None:
-    """Catches a finished run that is `unknown` because it has not recorded how it ended."""
+    """Catches a finished run that is `unknown` because it has not recorded how it ended, and a traceback for results of
+    another form."""
     write_events(folder, {"step": 1, "loss": 1.0})
-    (folder.path / "results.json").write_text("{}")
-    assert read_life(folder) == Life("done")
+    for results in ("{}", '{"metric": "accuracy", "splits": []}'):
+        folder.results.write_text(results)
+        assert read_life(folder) == Life("done")
+        assert read_status(str(folder.path)).score is None
 
 
 def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +150,7 @@ def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [line.split() for line in lines] == [
         ["state", "done"],
         ["seeds", "1", "of", "3"],
-        ["score", "accuracy", "0.7500"],
+        ["score", "accuracy", "0.7500", "on", "test"],
         ["step", "1,200"],
         ["loss", "3.2500"],
         ["tokens/s", "45,679"],
@@ -254,7 +259,7 @@ def test_the_figures_of_a_run(folder: RunFolder) -> None:
         status = read_status(str(folder.path))
     assert (status.state, status.activity, status.step, status.total_steps) == ("running", "checkpointing", 20, 50)
     assert (status.loss, status.tokens_per_second, status.seconds_left) == (4.0, 100.0, 60.0)
-    assert (status.checkpoint_step, status.bad_batches, status.restarts) == (10, 1, 2)
+    assert (status.checkpoint_step, status.bad_batches, status.attempts) == (10, 1, 3)
     assert status.checkpoint_age is not None
     assert 0 <= status.checkpoint_age < 3600
     assert status.goodput == pytest.approx(40 / 50)
@@ -275,7 +280,7 @@ def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
     folder.rank_record(0).write_text('{"rank"')
     folder.config.write_text("schedule:\n  steps: [4")
     status = read_status(str(folder.path))
-    assert (status.state, status.step, status.loss, status.restarts) == ("unknown", 10, 5.0, 0)
+    assert (status.state, status.step, status.loss, status.attempts) == ("unknown", 10, 5.0, 1)
     assert (status.total_steps, status.goodput) == (None, None)
 
 
