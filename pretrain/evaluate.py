@@ -159,7 +159,13 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     Raises UserError.
     """
     share_cores()
-    folder = find_model_folder(local_model(checkpoint))
+    path = local_model(checkpoint)
+    if next(path.glob("seed-*/model"), None) is not None:
+        raise UserError(
+            f"{path} is a run of `deepcloze finetune`: expected a model with a masked-LM head; "
+            "`deepcloze predict --score` scores fine-tuned models"
+        )
+    folder = find_model_folder(path)
     policy, seed, max_length = _settings(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary = build_vocabulary(tokenizer)
