@@ -23,7 +23,8 @@ _CONFIG_HEAD = """\
 
 Every key of a config file, with its type and default. Override any key on the command line as `--section.key=value`.
 `deepcloze config pretrain [KEY]`, and the same with `finetune`, `compare` or `clean`, shows all keys, one section or
-one key. Keys of list items are written `list[].key`.
+one key. Keys of list items are written `list[].key`. Relative paths begin at the working directory, not at
+the folder of the config.
 """
 
 _COMMANDS_HEAD = f"""\

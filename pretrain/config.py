@@ -122,8 +122,9 @@ class CorpusConfig(Section):
     """Training and evaluation data, built by `deepcloze corpus`."""
 
     train: PathText | tuple[WeightedCorpus, ...]
-    """Corpus folder to train on, or a list of {path, weight} for a mixture. See docs/data_mixtures.md. With `cache`,
-    folders may be URLs, such as s3://bucket/corpora/wikipedia. See docs/object_storage.md."""
+    """Corpus folder to train on, relative to the working directory, or a list of {path, weight} for a mixture. See
+    docs/data_mixtures.md. With `cache`, folders may be URLs, such as s3://bucket/corpora/wikipedia. See
+    docs/object_storage.md."""
 
     eval: dict[str, PathText] = {}
     """Corpora for held-out metrics, as {name: folder}. See docs/evaluation.md."""

@@ -339,6 +339,9 @@ FOLDERS = {
     "classifier to evaluate": Mistake(
         "evaluate --checkpoint task/seed-1/model --corpus corpus", r"task/seed-1/model has no masked-LM head"
     ),
+    "fine-tuned run to evaluate": Mistake(
+        "evaluate --checkpoint task --corpus corpus", r"task is a run of .*: expected a model with a masked-LM head"
+    ),
     "corpus to evaluate": Mistake("evaluate --checkpoint corpus --corpus corpus", r"corpus is neither a Hugging Face"),
     "no corpora": Mistake("evaluate --checkpoint run --corpus ,", r"--corpus is empty: expected corpus folders"),
     "pretraining to predict": Mistake(
@@ -447,6 +450,11 @@ TEXT = {
 }
 DATA = {
     "no data": Mistake("finetune --config task.yaml --task.train=no.csv", r"no.csv: No such file"),
+    "data beside the config": Mistake(
+        "finetune --config corpus/a.yaml",
+        r"a.csv: No such file .*; relative paths begin at the working directory: did you mean corpus/a.csv\?$",
+        {"corpus/a.yaml": yaml.safe_dump(TASK).replace("train.csv", "a.csv"), "corpus/a.csv": ROWS},
+    ),
     "folder as data": Mistake("finetune --config task.yaml --task.train=tokenizer", r"tokenizer"),
     "column of a task": Mistake(
         "finetune --config task.yaml --task.columns.text=sentence", r"train.csv.*'sentence'.*text, label"
