@@ -119,7 +119,11 @@ class RunSet:
         if _is_finished(child.folder, state):
             inform(f"{self.command}: {label}: already finished")
             return DONE
-        return start(child)
+        inform(f"{self.command}: {label}: running")
+        start_time = time.monotonic()
+        state = start(child)
+        inform(f"{self.command}: {label}: {state} after {time.monotonic() - start_time:,.0f} s")
+        return state
 
     def _read(self) -> dict[str, RunRecord]:
         """The record, with the runs of this set. A run without a folder has not started, or was removed to run again.
@@ -242,8 +246,6 @@ def wait_for_other_process(run: ChildRun) -> None:
 
 def start(run: ChildRun) -> str:
     """Run the command. Returns `DONE`, `REJECTED` or how it failed. Raises StoppedError if it was stopped."""
-    inform(f"{run.command}: {run.name}: running")
-    start_time = time.monotonic()
     exit_code = _run_command(run.argv)
     if exit_code not in (0, Outcome.STOPPED.exit_code) and is_locked(run.folder):
         # The process that a killed command had just started has locked the folder meanwhile.
@@ -251,9 +253,7 @@ def start(run: ChildRun) -> str:
         exit_code = _run_command(run.argv)
     if exit_code == Outcome.STOPPED.exit_code:
         raise _stopped(run)
-    state = {0: DONE, 2: REJECTED}.get(exit_code, f"failed (exit code {exit_code})")
-    inform(f"{run.command}: {run.name}: {state} after {time.monotonic() - start_time:,.0f} s")
-    return state
+    return {0: DONE, 2: REJECTED}.get(exit_code, f"failed (exit code {exit_code})")
 
 
 def _stopped(run: ChildRun) -> StoppedError:

@@ -5,11 +5,12 @@ Weights & Biases through the process that writes them: rank 0 while the run is r
 """
 
 import json
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from experiment.config import load_config
 from experiment.errors import UserError, inform, notify, stopped_by_disk_errors
 from experiment.notification import Message, Service, mail_service
 from experiment.outcome_file import Outcome, read_outcome, read_rank_record
+from experiment.progress import quiet
 from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals, interrupt
 from experiment.tracking.config import AlertsConfig
-from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
+from experiment.tracking.downstream import DownstreamLog, DownstreamResult, best_result, read_results, write_result
 from experiment.tracking.tracker import TrackedRun, open_trackers
 from launcher.options import WatchOptions
 from launcher.watched_task import ScoringError, TaskRejectedError, WatchedTask, read_watched_task, score_checkpoint
@@ -49,6 +51,7 @@ def watch_run(options: WatchOptions) -> None:
         folder = open_run_folder(run.downstream / task.name)
         with lock_run(folder), stopped_by_disk_errors("watch: "):
             failed = Watch(run, config, task, announcement).finish()
+            print(describe_scores(run, task))
     if failed:
         sys.exit(f"deepcloze: watch: {task.name}: could not score step {', '.join(map(str, failed))}")
 
@@ -60,6 +63,19 @@ def read_run_config(run: RunFolder) -> PretrainConfig:
     if next(run.path.glob("seed-*"), None) is not None:
         raise UserError(f"{run.path} is a run of `deepcloze finetune`; expected one of `deepcloze pretrain`")
     return load_config(PretrainConfig, run.config)
+
+
+def describe_scores(run: RunFolder, task: WatchedTask) -> str:
+    """A line on the scores of all checkpoints on a task."""
+    results = _results_on(task, run)
+    if not results:
+        return f"{task.name}: no checkpoint is scored"
+    named = {"best": best_result(results), "last": results[-1]}
+    scores = ", ".join(f"{name} {result.value:.4f} at step {result.step:,}" for name, result in named.items())
+    return (
+        f"{task.name}: {task.metric} on validation: {scores}; scored checkpoints: {len(results):,}; "
+        f"see deepcloze report {shlex.quote(str(run.path))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -113,9 +129,11 @@ class Watch:
         self._failures: dict[tuple[int, str], list[int]] = {}  # (step, weights) -> newest step at each failure
         self._waiting: set[int] = set()  # steps that were seen and are not scored
         self._all_logged = False
+        self._described = False  # the data and the training, by the process that has scored a checkpoint
 
     def finish(self) -> list[int]:
-        """Return when the run is done and its checkpoints are scored: returns the steps of the others."""
+        """Return when the run is done and its checkpoints are scored: returns the steps of the others. Raises UserError
+        if its folder is gone."""
         while True:
             done = is_done(self._run)  # before looking: a run that is done saves no more
             if (due := self._next_checkpoint(done)) is not None:
@@ -124,6 +142,8 @@ class Watch:
             if due is None:
                 if done and logged:
                     return sorted(step for step, _ in self._failures)
+                if not self._run.path.is_dir():
+                    raise UserError(f"the run folder {self._run.path} is gone")
                 self._wait()
 
     def _next_checkpoint(self, done: bool) -> tuple[Path, str, int] | None:
@@ -155,8 +175,10 @@ class Watch:
 
     def _try(self, checkpoint: Path, weights: str, newest: int) -> None:
         step, name = checkpoint_step(checkpoint), self._task.name
+        inform(f"watch: {name}: step {step}: scoring")
         try:
-            result = self._score(checkpoint, weights, self._task, self._run)
+            with quiet() if self._described else nullcontext():
+                result = self._score(checkpoint, weights, self._task, self._run)
         except OSError:
             if checkpoint in complete_checkpoints(self._run.checkpoints):
                 raise
@@ -166,11 +188,11 @@ class Watch:
                 raise UserError(f"{self._task.file}: no checkpoint can be scored on this task, see above") from None
             failures = self._failures.setdefault((step, weights), [])
             failures.append(newest)
-            if len(failures) == 1:
-                notify(f"watch: {name}: step {step}: cannot be scored, is tried once more later: {error}")
+            later = ", is tried once more later" if len(failures) < _ATTEMPTS else ""
+            notify(f"watch: {name}: step {step}: cannot be scored{later}: {error}")
             return
         write_result(self._run, result)
-        self._scored[step], self._all_logged = weights, False
+        self._scored[step], self._all_logged, self._described = weights, False, True
         self._waiting.discard(step)
         self._failures.pop((step, weights), None)
         inform(f"watch: {name}: step {step}: {result.metric} {result.value:.4f} on validation, {result.seconds:,.0f} s")
@@ -226,9 +248,14 @@ def is_done(run: RunFolder) -> bool:
     return outcome is not None and outcome.outcome is Outcome.DONE and has_ended(run)
 
 
+def _results_on(task: WatchedTask, run: RunFolder) -> list[DownstreamResult]:
+    """By step."""
+    return [result for result in read_results(run) if result.task == task.name]
+
+
 def _read_scored(run: RunFolder, task: WatchedTask) -> dict[int, str]:
     """Step -> weights. Raises UserError if one was scored with another config."""
-    results = [result for result in read_results(run) if result.task == task.name]
+    results = _results_on(task, run)
     if any(result.config != task.config for result in results):
         raise UserError(
             f"{task.file}: {run.downstream / task.name} has scores of another config, which cannot be compared; set "

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
         raise TaskRejectedError(state) if state == REJECTED else ScoringError(state)
     metrics = _read_metrics(child.folder.results)
     shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # not empty: what `_remove_leftovers` keeps
+        work.rmdir()
     seconds = round(time.monotonic() - start_time, 1)
     return DownstreamResult(step, task.name, task.metric, task.lower_is_better, metrics, weights, task.config, seconds)
 

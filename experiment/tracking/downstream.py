@@ -5,7 +5,7 @@ writes metrics.jsonl logs them: rank 0 of the run, or `deepcloze watch` when the
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,11 @@ def read_results(folder: RunFolder) -> list[DownstreamResult]:
     """All results of a run, by task and step. Skips damaged files with a warning."""
     found = [result for path, _ in _files(folder) if (result := _read(path)) is not None]
     return sorted(found, key=lambda result: (result.task, result.step))
+
+
+def best_result(results: Sequence[DownstreamResult]) -> DownstreamResult:
+    """The best one by the primary metric, of one task; the first of equal ones."""
+    return (min if results[0].lower_is_better else max)(results, key=lambda result: result.value)
 
 
 class DownstreamLog:

@@ -16,7 +16,7 @@ from experiment.results.curves import Curve
 from experiment.results.history import Axis
 from experiment.results.page import Block, ConfusionMatrix, Heading, Table, Text
 from experiment.run_folder import RunFolder
-from experiment.tracking.downstream import DownstreamResult, read_results
+from experiment.tracking.downstream import DownstreamResult, best_result, read_results
 
 _LABEL_SCORES = ("precision", "recall", "f1")
 _WORST = 10  # rows shown
@@ -191,6 +191,5 @@ def _task_line(task: str, results: Sequence[DownstreamResult]) -> Line:
 
 
 def _downstream_row(task: str, results: Sequence[DownstreamResult]) -> list[str]:
-    last = results[-1]
-    best = (min if last.lower_is_better else max)(results, key=lambda result: result.value)
+    last, best = results[-1], best_result(results)
     return [task, last.metric, f"{last.value:.4f}", f"{last.step:,}", f"{best.value:.4f}", f"{best.step:,}"]

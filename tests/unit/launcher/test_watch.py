@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiment.checkpoints import checkpoint_step
-from experiment.errors import UserError
+from experiment.errors import UserError, inform
 from experiment.notification import Message, Service
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
@@ -21,7 +21,7 @@ from experiment.run_lock import lock_run
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results
 from experiment.tracking.jsonl import JsonlTracker, read_events
 from launcher.cli import main
-from launcher.watch import Announcement, Watch, make_announcement, read_run_config
+from launcher.watch import Announcement, Watch, describe_scores, make_announcement, read_run_config
 from launcher.watched_task import ScoringError, TaskRejectedError, WatchedTask
 
 RESULT = DownstreamResult(100, "toy", "accuracy", False, {"accuracy": 0.9}, "weights", "config", 2.0)
@@ -143,6 +143,33 @@ def test_failures_are_tried_once_more(run: RunFolder, save: Save, end: End, caps
     assert [result.step for result in read_results(run)] == [200]
     said = capsys.readouterr().err
     assert said.count("step 100: cannot be scored, is tried once more later: out of memory") == 1
+    assert said.count("step 100: cannot be scored: out of memory") == 1
+
+
+def test_what_is_printed(run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches the data described again for each checkpoint, a score twice, and an end without the scores."""
+    assert describe_scores(run, TASK) == "toy: no checkpoint is scored"
+    for step in (100, 200):
+        save(step)
+    end()
+    watch(run, Scorer(lambda step: inform(f"data of step {step}")))
+    assert capsys.readouterr().err.splitlines() == [
+        "deepcloze: watch: toy: step 100: scoring",
+        "deepcloze: data of step 100",
+        "deepcloze: watch: toy: step 100: accuracy 0.1000 on validation, 1 s",
+        "deepcloze: watch: toy: step 200: scoring",
+        "deepcloze: watch: toy: step 200: accuracy 0.2000 on validation, 1 s",
+    ]
+    assert describe_scores(run, TASK) == (
+        "toy: accuracy on validation: best 0.2000 at step 200, last 0.2000 at step 200; scored checkpoints: 2; "
+        f"see deepcloze report {run.path}"
+    )
+
+
+def test_a_run_folder_that_is_gone_ends_the_watch(run: RunFolder, save: Save) -> None:
+    """Catches a watch that waits for ever for a run that was deleted."""
+    with pytest.raises(UserError, match=r"the run folder .*/run is gone"):
+        watch(run, Scorer(), lambda: shutil.rmtree(run.path))
 
 
 def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End) -> None:
