@@ -4,6 +4,7 @@ The checkpoint contains all that the run needs besides the corpora: what `model.
 `run.resume` name may be deleted once it is there.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -220,8 +221,9 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) 
         if _is_below(key, fixed) and key not in _LAYOUT:
             what = "a corpus with the fingerprint " if key == "corpus.train" else ""
             raise UserError(
-                f"{where} cannot be resumed with another {key}: the run was started with {what}{old!r}, the config "
-                f"says {what}{new!r}. Restore the value, or start a new run (or a fork of this one) in another run.dir"
+                f"{where} cannot be resumed with another {key}: the run was started with {what}{_shown(old)}, the "
+                f"config says {what}{_shown(new)}. Restore the value, or start a new run (or a fork of this one) in "
+                "another run.dir"
             )
     return _lines(changes)
 
@@ -232,8 +234,8 @@ def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
     for key, (old, new) in changes.items():
         if _is_below(key, ("model",)) and key not in _MODEL_TRAINING:
             raise UserError(
-                f"run.resume: {where} cannot be forked with another {key}: its model has {old!r}, the config says "
-                f"{new!r}. To use its weights only, set model.init_from"
+                f"run.resume: {where} cannot be forked with another {key}: its model has {_shown(old)}, the config "
+                f"says {_shown(new)}. To use its weights only, set model.init_from"
             )
     return _lines(changes)
 
@@ -277,4 +279,9 @@ def _is_below(key: str, sections: tuple[str, ...]) -> bool:
 
 
 def _lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    return [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changes.items()]
+    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, (old, new) in changes.items()]
+
+
+def _shown(value: Any) -> str:
+    """A value as in YAML, text in quotes."""
+    return repr(value) if isinstance(value, str) else json.dumps(value)

@@ -107,13 +107,14 @@ def test_equivalent_stages_can_resume(now: list[dict[str, int]]) -> None:
         (identity(model__activation_checkpointing=True), "model.activation_checkpointing"),
         (identity(run__log_every=3), "run.log_every"),
         (identity(checkpoint__keep_last=1), "checkpoint.keep_last"),
-        (identity(corpus__eval={"more": "/data/b"}), "corpus.eval.more"),
+        (identity(corpus__eval={"more": "/data/b"}), "corpus.eval.more: null -> '/data/b'"),
     ],
 )
 def test_allowed_changes_are_reported(now: dict[str, Any], key: str) -> None:
     """Catches a harmless change that is rejected, and one that is not reported."""
     (line,) = [line for line in check_resume(identity(), now, "a checkpoint") if line.startswith(key)]
     assert "->" in line
+    assert "None" not in line, "YAML has null"
 
 
 def test_a_moved_run_resumes() -> None:
