@@ -31,7 +31,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: di
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):  # one of its optimizers prints the machine's memory six times
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    logging.getLogger("deepspeed").info("%s", printed.getvalue())
+    if text := printed.getvalue().strip():
+        logging.getLogger("deepspeed").info("%s", text)
     logging.getLogger("DeepSpeed").addFilter(_is_not_overflow_message)
     return engine
 

@@ -1,9 +1,10 @@
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from pretrain.engine.initialization import Fp16LossScaler, install_loss_scaler
+from pretrain.engine.initialization import Fp16LossScaler, initialize, install_loss_scaler
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +88,16 @@ def test_only_dynamic_scalers_are_replaced() -> None:
     """Catches a constant scale, of bf16 or fp32, that is saved and checked as if it were dynamic."""
     assert install_loss_scaler(Optimizer(LossScaler(1.0))) is None
     assert install_loss_scaler(object()) is None
+
+
+@pytest.mark.parametrize("printed", ["", "memory: 1 GiB"])
+def test_what_deepspeed_prints_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], printed: str
+) -> None:
+    """Catches its output on the terminal, and an empty first message in the log of rank 0."""
+    monkeypatch.setattr("deepspeed.initialize", lambda **_: (print(printed), None))
+    caplog.set_level("INFO", "deepspeed")
+    model = torch.nn.Linear(1, 1)
+    initialize(model, torch.optim.SGD(model.parameters(), lr=0.1), {})
+    assert caplog.messages == list(filter(None, [printed]))
+    assert capsys.readouterr().out == ""
