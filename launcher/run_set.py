@@ -21,7 +21,7 @@ from experiment.files import read_json, write_json
 from experiment.hub_names import HubName
 from experiment.model_names import record_model
 from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
-from experiment.own_process import own_environment
+from experiment.own_process import module_command, own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
@@ -76,7 +76,8 @@ class RunSet:
         return RunFolder(self.folder.path / run.name)
 
     def print_commands(self) -> None:
-        print("\n".join(shlex.join(run.argv) for run in self.runs))
+        module = shlex.join(module_command("launcher"))
+        print("\n".join(shlex.join(run.argv).replace(module, "deepcloze", 1) for run in self.runs))
 
     @contextmanager
     def opened(self) -> Iterator[dict[str, RunRecord]]:

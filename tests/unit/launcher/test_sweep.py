@@ -113,14 +113,15 @@ def reject(
 
 
 def test_the_commands_of_a_sweep(pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches overrides or flags that do not reach the runs, and two runs in one folder."""
+    """Catches overrides or flags that do not reach the runs, two runs in one folder, and commands that a user would not
+    type."""
     grid = "optimizer.lr=1e-4,5e-4 optimizer.betas=[0.9,0.98],[0.9,0.999]"
     arguments = ["--config", str(pretraining), "--grid", grid, "--num_gpus", "1", "--schedule.steps=3", "--dry_run"]
     assert main(["sweep", *arguments]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 4
-    assert lines[1][1:] == [
-        *("-P", "-m", "launcher", "pretrain", "--config", str(pretraining), "--num_gpus=1", "--schedule.steps=3"),
+    assert lines[1] == [
+        *("deepcloze", "pretrain", "--config", str(pretraining), "--num_gpus=1", "--schedule.steps=3"),
         *("--optimizer.lr=1e-4", "--optimizer.betas=[0.9,0.999]"),
         f"--run.dir={tmp_path}/run-sweep/lr=1e-4_betas=0.9-0.999",
     ]
