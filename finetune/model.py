@@ -18,6 +18,7 @@ from experiment.tokenizer import save_tokenizer, vocabulary_size
 from experiment.transformers_models import (
     check_freeze,
     describe_unused_layers,
+    has_masked_lm_head,
     is_in_module,
     keep_fixed,
     limit_tokenizer,
@@ -126,8 +127,11 @@ def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
     lines = [origin]
     if layers := describe_unused_layers(spec.folder, built.unused):
         return [*lines, layers]
-    if built.unused:
-        lines.append(f"{spec.folder}: tensors that the model does not use: {', '.join(built.unused)}")
+    unused = built.unused
+    if has_masked_lm_head(load_config(spec.folder).architectures):  # a head for a task replaces it
+        unused = tuple(name for name in unused if not _is_in_head(name, built.model))
+    if unused:
+        lines.append(f"{spec.folder}: tensors that the model does not use: {', '.join(unused)}")
     return lines
 
 
