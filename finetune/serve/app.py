@@ -73,7 +73,12 @@ api = APIRouter(prefix="/v1", responses=_ERRORS)
 site = APIRouter()
 
 NOT_JSON = "the request is not JSON in UTF-8"
-_FASTAPI_NOT_JSON = "There was an error parsing the body"
+_CLEARER = {
+    "There was an error parsing the body": NOT_JSON,  # it cannot be decoded, or is nested too deeply
+    "Not Found": "no such path; /docs lists those of this server",
+    "Method Not Allowed": "the path has no such method; /docs lists those of this server",
+}
+"""FastAPI's own messages -> ours."""
 
 
 def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None = None) -> ASGIApp:
@@ -265,8 +270,7 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def answer_http_error(_: Request, error: StarletteHTTPException) -> Response:
-        # FastAPI's own message does not say what is wrong with a body that cannot be decoded or is nested too deeply.
-        message = NOT_JSON if error.detail == _FASTAPI_NOT_JSON else str(error.detail)
+        message = _CLEARER.get(str(error.detail), str(error.detail))
         return error_response(error.status_code, message, dict(error.headers or {}))
 
     @app.exception_handler(Exception)

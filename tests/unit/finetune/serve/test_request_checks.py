@@ -111,6 +111,14 @@ def test_masks_that_cannot_be_filled(body: Any, message: str, folders: dict[str,
     assert answer.json()["error"].startswith(message)
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/labels", 404), ("DELETE", "/v1/model", 405)])
+def test_what_the_server_does_not_have(client: TestClient, method: str, path: str, status: int) -> None:
+    """Catches an answer that does not say what to do."""
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"].endswith("; /docs lists those of this server")
+
+
 def test_what_the_model_cannot_do(folders: dict[str, Path], connect: Connect) -> None:
     """Catches answers of a model that was not made for the question."""
     masked, tagger = connect(folders["masked"]), connect(folders["token"])
