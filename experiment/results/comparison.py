@@ -84,9 +84,17 @@ def score_charts(comparison: Comparison) -> list[DotChart]:
     charts = []
     for column, title in _columns(comparison).items():
         cells = {row: cells[column] for row, cells in comparison.items() if column in cells}
-        rows = [Dots(row, cell["values"], cell["mean"], cell.get("interval")) for row, cell in cells.items()]
-        charts.append(DotChart(title, rows))
+        charts.append(DotChart(title, [_dots(row, cell) for row, cell in cells.items()]))
     return charts
+
+
+def _dots(row: str, cell: Mapping[str, Any]) -> Dots:
+    """Raises TypeError or ValueError for values that are no numbers."""
+    interval = cell.get("interval")
+    if interval is not None:
+        low, high = interval
+        interval = [float(low), float(high)]
+    return Dots(row, [float(value) for value in cell["values"]], float(cell["mean"]), interval)
 
 
 def comparison_blocks(comparison: Comparison) -> list[Block]:

@@ -192,10 +192,10 @@ def provenance_blocks(folder: RunFolder) -> list[Block]:
     blocks: list[Block] = []
     try:
         provenance = read_provenance(folder)
-    except UserError as error:  # the folder is being copied
-        blocks, provenance = [Heading("Provenance"), Text(str(error))], None
+        rows = [_attempt_row(attempt) for attempt in provenance["attempts"]] if provenance else []
+    except (UserError, AttributeError, LookupError, TypeError):  # the folder is being copied
+        blocks, provenance = [Heading("Provenance"), Text(f"{folder.provenance} is damaged")], None
     if provenance:
-        rows = [_attempt_row(attempt) for attempt in provenance["attempts"]]
         blocks += [
             Heading("Provenance"),
             Table(_ATTEMPT_COLUMNS, rows, labels=len(_ATTEMPT_COLUMNS)),

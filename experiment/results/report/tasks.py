@@ -30,6 +30,9 @@ def read_task_results(folder: RunFolder) -> dict[str, Any] | None:
     try:
         results = dict(read_json(path))
         _score_blocks(results)
+        main_score(results)
+        if not isinstance(results.get("labels", []), list):
+            raise TypeError
         return results
     except FileNotFoundError:
         return None

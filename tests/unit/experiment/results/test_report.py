@@ -223,7 +223,14 @@ def test_the_spread_of_one_seed_is_unknown(tmp_path: Path) -> None:
     assert cells == ["test", "accuracy", "0.8000", "–", "0.8000", "0.8000"]
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"splits": {}}', '{"task": "a", "init": "b", "splits": {"test": 1}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("{", "[]", '{"splits": {}}', '{"task": "a", "init": "b", "splits": {"test": 1}}'),
+        '{"task": "a", "init": "b", "splits": {"test": {}}, "metric": []}',
+        '{"task": "a", "init": "b", "splits": {}, "labels": 3}',
+    ],
+)
 def test_damaged_results_are_refused(tmp_path: Path, damage: str) -> None:
     """Catches a stack trace for a file that was edited by hand."""
     folder = run_with(tmp_path, EVENTS)
@@ -305,4 +312,6 @@ def test_a_run_that_is_being_copied_has_a_report(tmp_path: Path) -> None:
     folder.goodput.write_text('{"start": 1')
     with folder.metrics.open("a") as file:
         file.write('{"step": 4')
+    assert "provenance.json is damaged" in write_report(folder.path).read_text(encoding="utf-8")
+    write_json(folder.provenance, {"run_id": "1", "ancestors": [], "attempts": [{"versions": None}]})
     assert "provenance.json is damaged" in write_report(folder.path).read_text(encoding="utf-8")

@@ -191,7 +191,8 @@ def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
 
 
 def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
-    """Catches rows whose pretraining is missing, and curves of different tasks in one chart."""
+    """Catches rows whose pretraining is missing, curves of different tasks in one chart, and a traceback for a damaged
+    file."""
     for name in ("a/sst2", "b/sst2", "b/pretrain"):
         open_run_folder(tmp_path / name).metrics.write_text('{"step": 1, "loss": 2.0}\n')
     cell = {"metric": "accuracy", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0}
@@ -208,6 +209,10 @@ def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
         (tmp_path / row / "sst2" / "config.yaml").write_text(f"model: {{init_from: {row}}}\nrun: {{dir: {row}}}\n")
     blocks = compare_blocks(RunFolder(tmp_path), open_runs)
     assert [["a", "a"], ["b", "b"]] in [block.rows for block in blocks if isinstance(block, Table)]
+    for damage in ({"values": "x"}, {"mean": None}, {"interval": 3}, {"interval": [0.1]}):
+        write_json(tmp_path / "compare.json", {"a": {"sst2": {**cells["a"]["sst2"], **damage}}})
+        with pytest.raises(UserError, match=r"compare\.json is damaged"):
+            compare_blocks(RunFolder(tmp_path), open_runs)
 
 
 def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
