@@ -12,7 +12,6 @@ from experiment.errors import StoppedError, UserError, describe_disk_error, noti
 from experiment.signals import ignore_stop_signals
 from launcher.command_line import help_text, is_help_request, parse_command_line, terminal_width
 from launcher.commands import COMMANDS
-from launcher.relative_paths import hint
 
 ABOUT = (
     "deepcloze pretrains masked language models with DeepSpeed: from raw text to a pretrained encoder to measured "
@@ -45,7 +44,7 @@ def _run(argv: Sequence[str]) -> int:
             name, options = parse_command_line(argv, COMMANDS)
             fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
     except UserError as error:
-        return _fail(f"{error}{hint(str(error), argv)}", 2)
+        return _fail(str(error), 2)
     except StoppedError as stopped:
         ignore_stop_signals()
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)

@@ -450,11 +450,6 @@ TEXT = {
 }
 DATA = {
     "no data": Mistake("finetune --config task.yaml --task.train=no.csv", r"no.csv: No such file"),
-    "data beside the config": Mistake(
-        "finetune --config corpus/a.yaml",
-        r"a.csv: No such file .*; relative paths begin at the working directory: did you mean corpus/a.csv\?$",
-        {"corpus/a.yaml": yaml.safe_dump(TASK).replace("train.csv", "a.csv"), "corpus/a.csv": ROWS},
-    ),
     "folder as data": Mistake("finetune --config task.yaml --task.train=tokenizer", r"tokenizer"),
     "column of a task": Mistake(
         "finetune --config task.yaml --task.columns.text=sentence", r"train.csv.*'sentence'.*text, label"
