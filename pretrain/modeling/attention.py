@@ -183,10 +183,16 @@ def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -
 
 def uses_flash(config: PreTrainedConfig, capability: Capability | None, dtype: torch.dtype) -> bool:
     """Whether flash attention computes the layers of a model on a device of this capability (None: a CPU)."""
+    size = _head_size(config)
+    return capability is not None and size is not None and supports_flash(capability, size, dtype)
+
+
+def _head_size(config: PreTrainedConfig) -> int | None:
     hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    if capability is None or not hidden or not heads:
-        return False
-    return supports_flash(capability, getattr(config, "head_dim", None) or hidden // heads, dtype)
+    if not hidden or not heads:
+        return None
+    size: int = getattr(config, "head_dim", None) or hidden // heads
+    return size
 
 
 def use_flash_attention_3(config: PreTrainedConfig) -> None:
@@ -355,9 +361,8 @@ def local_window_attention(
 def local_kernel(config: PreTrainedConfig, dtype: torch.dtype) -> LocalKernel | None:
     """The kernel for layers with a local window, on this process's CUDA device. None if FlashAttention does not compute
     the model, if Triton is missing, or if the kernel does not compute the same, of which there is one warning."""
-    hidden, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 1)
     capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
-    if hidden // heads not in _LOCAL_HEAD_SIZES or not uses_flash(config, capability, dtype):
+    if _head_size(config) not in _LOCAL_HEAD_SIZES or not uses_flash(config, capability, dtype):
         return None
     return _tried_local_kernel()
 
@@ -367,18 +372,24 @@ def _tried_local_kernel() -> LocalKernel | None:
     try:
         from pretrain.modeling.local_attention import local_attention
 
-        # Not random, because this must not change the masks of dropout.
-        inputs = torch.arange(3 * 200 * 128, device="cuda").sin().view(3, 1, 200, 2, 64).transpose(2, 3).bfloat16()
-        query, key, value = inputs.requires_grad_()
-        segments = (torch.arange(200, device="cuda") >= 90).int()[None]
-        packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"))
-        expected = flash_attention(query, key, value, packing, 0.1, 0.0, 65)
-        found = local_window_attention(query, key, value, packing, local_attention, 0.1, 65)
-        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-        weights = expected.detach()
-        gradients = [torch.autograd.grad(output, inputs, weights)[0] for output in (found, expected)]
-        torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
+        with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
+            _compare_with_flash_attention(local_attention)
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("layers with a local window use FlashAttention-2, because the faster kernel fails: %s", error)
         return None
     return local_attention
+
+
+def _compare_with_flash_attention(kernel: LocalKernel) -> None:
+    """Raises AssertionError if the kernel computes something else, or errors of Triton. The inputs are not random,
+    because that would change the masks of dropout."""
+    inputs = torch.arange(3 * 200 * 128, device="cuda").sin().view(3, 1, 200, 2, 64).transpose(2, 3).bfloat16()
+    query, key, value = inputs.requires_grad_()
+    segments = (torch.arange(200, device="cuda") >= 90).int()[None]
+    packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"))
+    expected = flash_attention(query, key, value, packing, 0.1, 0.0, 65)
+    found = local_window_attention(query, key, value, packing, kernel, 0.1, 65)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    weights = expected.detach()
+    gradients = [torch.autograd.grad(output, inputs, weights)[0] for output in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)

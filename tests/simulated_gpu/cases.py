@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.world import World
 from runs import Tree, pretrain_case
@@ -60,6 +61,17 @@ def evaluation_case(_world: World, checkpoint: Path, corpus: Path, on_gpu: bool)
         with simulated_gpu() as gpu:
             evaluate_command(str(checkpoint), str(corpus), json=True)
             return json.loads(printed.getvalue()), [*gpu.mixed, *gpu.races]
+
+
+def local_kernel_case(_world: World) -> list[bool]:
+    """Whether the kernel for local windows is used if an evaluation is the first to ask for it."""
+    from pretrain.modeling import attention
+
+    used = []
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with simulated_gpu(), context:
+            used.append(attention._tried_local_kernel() is not None)
+    return used
 
 
 @contextlib.contextmanager
