@@ -42,7 +42,7 @@ Capability = tuple[int, int]
 LocalKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
 """`pretrain.modeling.local_attention.local_attention`."""
 
-_LOCAL_HEAD_SIZES = (16, 32, 64, 128)
+_LOCAL_HEAD_SIZES = (32, 64)  # others have not been measured
 _FLASH_3 = "FA3"  # its name in torch
 _FLASH_3_PACKAGE = "flash_attn_interface"
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fields of transformers' configs
@@ -362,28 +362,30 @@ def local_kernel(config: PreTrainedConfig, dtype: torch.dtype) -> LocalKernel | 
     """The kernel for layers with a local window, on this process's CUDA device. None if FlashAttention does not compute
     the model, if Triton is missing, or if the kernel does not compute the same, of which there is one warning."""
     capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
-    if _head_size(config) not in _LOCAL_HEAD_SIZES or not uses_flash(config, capability, dtype):
+    size = _head_size(config)
+    if size not in _LOCAL_HEAD_SIZES or not uses_flash(config, capability, dtype):
         return None
-    return _tried_local_kernel()
+    return _tried_local_kernel(size)
 
 
 @functools.cache
-def _tried_local_kernel() -> LocalKernel | None:
+def _tried_local_kernel(head_size: int) -> LocalKernel | None:
     try:
         from pretrain.modeling.local_attention import local_attention
 
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
-            _compare_with_flash_attention(local_attention)
+            _compare_with_flash_attention(local_attention, head_size)
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("layers with a local window use FlashAttention-2, because the faster kernel fails: %s", error)
         return None
     return local_attention
 
 
-def _compare_with_flash_attention(kernel: LocalKernel) -> None:
+def _compare_with_flash_attention(kernel: LocalKernel, head_size: int) -> None:
     """Raises AssertionError if the kernel computes something else, or errors of Triton. The inputs are not random,
     because that would change the masks of dropout."""
-    inputs = torch.arange(3 * 200 * 128, device="cuda").sin().view(3, 1, 200, 2, 64).transpose(2, 3).bfloat16()
+    numbers = torch.arange(3 * 200 * 2 * head_size, device="cuda").sin()
+    inputs = numbers.view(3, 1, 200, 2, head_size).transpose(2, 3).bfloat16()
     query, key, value = inputs.requires_grad_()
     segments = (torch.arange(200, device="cuda") >= 90).int()[None]
     packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"))
