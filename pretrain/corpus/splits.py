@@ -31,7 +31,7 @@ from pretrain.corpus.formats import WHOLE, Range, Unit, detect_format, explain_r
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import Source, Span
 
-MIN_SPLIT_BYTES, MAX_SPLIT_BYTES = 1 << 20, 1 << 26
+MIN_SPLIT_BYTES, MAX_SPLIT_BYTES = 1 << 20, 1 << 25
 _SPLITS = 4096  # that are aimed at, so that a thousand cores have work until the end
 _READ_TIMES = 16  # at most, a file whose ranges can only be reached by reading what is before them
 _OPENED = 1024  # files at most that are opened for a plan, unless they are larger than this:
