@@ -4,9 +4,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from huggingface_hub import HfFileSystem
 
 from experiment.errors import UserError
 from experiment.hub_data import HubData, load_rows, read_cells
+from experiment.storage import open_url
 from hub_server import HubServer, use_hub_for_data
 from pretrain.corpus.documents import read_documents
 from pretrain.corpus.formats import ReadStats
@@ -98,3 +100,16 @@ def test_mistakes(commit: str, source: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}") as raised:
         texts(source)
     assert "\n" not in str(raised.value)
+
+
+def test_files_by_url(hub: HubServer) -> None:
+    """Catches URLs that begin with hf:// and cannot be listed, read in ranges, or told from missing ones."""
+    HfFileSystem.clear_instance_cache()  # of another test's server
+    hub.repository(NAME, "dataset").push({"a.txt": b"one\ntwo\n", "b.md": b"none"})
+    url = f"hf://datasets/{NAME}"
+    assert texts(f"{url}/*.txt") == texts(f"{url}/a.txt") == ["one", "two"]
+    assert [source.name for source in find_sources(url)] == [f"{url}/a.txt"]
+    with open_url(f"{url}/a.txt", start=4) as file:
+        assert file.read() == b"two\n"
+    with pytest.raises(UserError, match=r"hf://datasets/org/none/a.txt does not exist"):
+        find_sources("hf://datasets/org/none/a.txt")
