@@ -23,6 +23,7 @@ from pretrain.modeling.attention import (
     Packing,
     flash_attention,
     is_flash_3_installed,
+    local_window_attention,
     masked_attention,
     matmul_attention,
     supports_flash,
@@ -31,6 +32,7 @@ from pretrain.modeling.head import cross_entropy
 
 _HEADS, _SIZE, _HIDDEN = 12, 64, 768
 _PREDICTED = 0.15
+_WINDOW = 65  # of ModernBERT's layers with a local window: 64 slots on each side
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _WARM = 3
 
@@ -83,6 +85,7 @@ def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:
     """One after the other, because they take much memory."""
     for length in settings.lengths:
         yield from _attention(settings, length)
+    yield from _windows(settings)
     if settings.device == "cuda" and is_flash_3_installed():
         activate_flash_attention_impl("FA3")
         for length in settings.lengths:
@@ -104,6 +107,23 @@ def _attention(settings: KernelSettings, length: int) -> Iterator[_Kernel]:
         call = partial(with_mask, query, key, value, packing.bias(None, dtype), _SIZE**-0.5, dropout)
         name = f"attention with a mask, dropout {dropout:g}"
         yield _Kernel(name, _describe(query), (query, key, value), call, _attention_flops(settings.tokens, length))
+
+
+def _windows(settings: KernelSettings) -> Iterator[_Kernel]:
+    """ModernBERT's local window, in one row of sequences of the greatest length."""
+    length, dtype = settings.lengths[-1], DTYPES[settings.precision]
+    if settings.device != "cuda" or not supports_flash(torch.cuda.get_device_capability(), _SIZE, dtype):
+        return
+    from pretrain.modeling.local_attention import local_attention
+
+    query, key, value = (_draw(settings, 1, settings.tokens, _HEADS, _SIZE).transpose(1, 2) for _ in range(3))
+    slots = torch.arange(settings.tokens, dtype=torch.int32, device=settings.device)
+    bounds = torch.arange(0, settings.tokens + 1, length, dtype=torch.int32, device=settings.device)
+    packing = Packing(slots[None] // length, bounds, length, local=local_attention)
+    flash = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, 0.0, _WINDOW)
+    local = partial(local_window_attention, query, key, value, packing, _SIZE**-0.5, _WINDOW)
+    for name, call in (("flash attention", flash), ("Triton", local)):
+        yield _Kernel(f"local window, {name}", _describe(query), (query, key, value), call)
 
 
 def _flash(settings: KernelSettings, length: int, dropout: float, name: str) -> _Kernel:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -70,7 +71,7 @@ _TINY = {
 _MASKED = {"bert": 0.15, "modernbert": 0.3}
 _DOCUMENTS, _MEDIAN_LENGTH, _LENGTH_SPREAD = 20_000, 250.0, 1.2  # log-normal, in tokens
 _SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
-_FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about, so that a step needs no second microbatch
+_FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about
 _BATCHES = 4
 _WARMUP, _STEPS = 5, 20
 _TOKENS = 65_536  # slots of a microbatch; a step has one
@@ -204,7 +205,7 @@ def _profile(engine: Engine, batches: list[RankBatch], folder: Path) -> None:
 
 
 def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[RankBatch]:
-    """A few batches of one microbatch each."""
+    """A few batches of one microbatch each: a batch whose sequences do not fit into one is left out."""
     config = built.model.config
     special = np.zeros(config.vocab_size, dtype=np.bool_)
     special[:_SPECIAL] = True
@@ -221,7 +222,8 @@ def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[Ra
         vocabulary,
         MicrobatchLayout(case.length, tokens, rows, built.first_position),
     )
-    batches = [maker[step] for step in range(_BATCHES)]
+    whole = (batch for batch in map(maker.__getitem__, count()) if len(batch.microbatches) == 1)
+    batches = list(islice(whole, _BATCHES))
     return [_pin(batch) for batch in batches] if pinned else batches
 
 

@@ -25,7 +25,6 @@ _MAX_FIELD = 1 << 27
 _MAX_LINE = 1 << 30  # bytes; a compressed file of a megabyte may contain a line that does not fit into memory
 _WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
 _MAX_NAME = 40  # characters
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')  # with the quotes inside doubled, as CSV files have them
 
 
 @dataclass(frozen=True)
@@ -145,10 +144,15 @@ def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Itera
 def _quoted_cell(cells: Sequence[str], is_first: bool) -> str | None:
     """A cell whose quotes seem to enclose it: with doubled quotes inside, or in a first row where all cells have them.
     Other texts may begin and end with a quotation."""
-    quoted = [cell for cell in cells if cell.startswith('"') and _QUOTED.fullmatch(cell)]
+    quoted = [cell for cell in cells if _is_quoted(cell)]
     if is_first and len(quoted) == len(cells):
         return quoted[0]
     return next((cell for cell in quoted if '"' in cell[1:-1]), None)
+
+
+def _is_quoted(cell: str) -> bool:
+    """Whether quotes enclose the cell, and those inside are doubled."""
+    return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
 
 def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_format: CsvFormat) -> Iterator[CsvRow]:

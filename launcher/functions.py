@@ -263,7 +263,10 @@ def _as_a_command(quiet: bool) -> Iterator[None]:
         with progress.quiet() if quiet else nullcontext():
             yield
     except UserError as error:
-        raise UserError(str(error).replace("command line: ", "overrides: ")) from None
+        message = str(error)
+        if not message.startswith("command line: "):
+            raise
+        raise UserError(f"overrides: {message.removeprefix('command line: ')}") from None
     except SystemExit as ending:
         if ending.code == 2:
             raise UserError("the run was rejected, for the reason that is printed above") from None

@@ -157,7 +157,9 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     for folder in folders:
         if not runs[folder]:
             notify(f"{folder} is skipped: it is not a run folder and contains none")
-    each = {Path(run).resolve(): run for run in chain.from_iterable(runs.values())}
+    each: dict[Path, str] = {}
+    for run in chain.from_iterable(runs.values()):
+        each.setdefault(Path(run).resolve(), run)
     with ThreadPoolExecutor() as readers:  # runs on other machines take seconds
         found = list(readers.map(read_status, each.values()))
     if as_json:

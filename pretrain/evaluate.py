@@ -160,7 +160,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     """
     share_cores()
     path = local_model(checkpoint)
-    if next(path.glob("seed-*/model"), None) is not None:
+    if next(path.glob("seed-*"), None) is not None:
         raise UserError(
             f"{path} is a run of `deepcloze finetune`: expected a model with a masked-LM head; "
             "`deepcloze predict --score` scores fine-tuned models"

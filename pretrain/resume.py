@@ -284,4 +284,4 @@ def _lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 def _shown(value: Any) -> str:
     """A value as in YAML, text in quotes."""
-    return repr(value) if isinstance(value, str) else json.dumps(value)
+    return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -77,7 +77,7 @@ def check(config: CleanConfig, read_task: ReadTask) -> None:
     Data sets of the Hub are not read: they would be downloaded.
     """
     sources = find_inputs(config)
-    if sources[0].kind != "hub" and next(read_inputs(sources, config), None) is None:
+    if all(source.kind != "hub" for source in sources) and next(read_inputs(sources, config), None) is None:
         raise UserError("source: it holds no documents with text")
     _prepare_steps(config, read_task)
 

@@ -30,6 +30,7 @@ from torch.nn.attention import activate_flash_attention_impl, current_flash_atte
 from transformers import AttentionInterface, PreTrainedConfig
 
 from experiment.dropout import fast_dropout
+from experiment.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ Capability = tuple[int, int]
 LocalKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
 """`pretrain.modeling.local_attention.local_attention`."""
 
-_LOCAL_HEAD_SIZES = (32, 64)  # others have not been measured
+_LOCAL_HEAD_SIZE, _LOCAL_REACH = 64, 64  # of ModernBERT, on an H200; others have not been measured
 _FLASH_3 = "FA3"  # its name in torch
 _FLASH_3_PACKAGE = "flash_attn_interface"
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fields of transformers' configs
@@ -268,8 +269,8 @@ def packed_attention(
             if predicted is not None and predicted.by_row:
                 return predicted_attention(*inputs, predicted, bias, scaling, dropout), None
             output_BWHD = matmul_attention(*inputs, bias, scaling, dropout)
-        case "flash" if packing.local is not None and sliding_window is not None and not dropout:
-            output_BWHD = local_window_attention(*inputs, packing, packing.local, scaling, sliding_window)
+        case "flash" if sliding_window is not None and _has_local_kernel(packing, *inputs, dropout, sliding_window):
+            output_BWHD = local_window_attention(*inputs, packing, scaling, sliding_window)
         case "flash":
             output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window)
         case "sdpa":
@@ -344,53 +345,63 @@ def flash_attention(
     return output_THD.view(rows, width, heads, dimensions)
 
 
+def _has_local_kernel(
+    packing: Packing, query_BHWD: Tensor, key_BHWD: Tensor, _: Tensor, dropout: float, sliding_window: int
+) -> bool:
+    """Whether `local_window_attention` computes this, and has less to compute than flash attention, which stops at the
+    end of a sequence."""
+    has_as_many_heads = key_BHWD.shape[1] == query_BHWD.shape[1]
+    is_narrow = sliding_window - 1 <= _LOCAL_REACH and packing.max_length > 2 * sliding_window
+    return packing.local is not None and dropout == 0.0 and has_as_many_heads and is_narrow
+
+
 def local_window_attention(
     query_BHWD: Tensor,
     key_BHWD: Tensor,
     value_BHWD: Tensor,
     packing: Packing,
-    kernel: LocalKernel,
     scaling: float,
     sliding_window: int,
 ) -> Tensor:
     """[1, W, H, D] of one row."""
+    assert packing.local is not None
     query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query_BHWD, key_BHWD, value_BHWD))
-    return kernel(query_THD, key_THD, value_THD, packing.segments[0], scaling, sliding_window - 1)[None]
+    return packing.local(query_THD, key_THD, value_THD, packing.segments[0], scaling, sliding_window - 1)[None]
 
 
 def local_kernel(config: PreTrainedConfig, dtype: torch.dtype) -> LocalKernel | None:
-    """The kernel for layers with a local window, on this process's CUDA device. None if FlashAttention does not compute
-    the model, if Triton is missing, or if the kernel does not compute the same, of which there is one warning."""
+    """The kernel for layers with a local window, on this process's CUDA device. None if flash attention does not
+    compute the model, or if Triton is missing or the kernel computes something else, of which there is one warning."""
     capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
-    size = _head_size(config)
-    if size not in _LOCAL_HEAD_SIZES or not uses_flash(config, capability, dtype):
+    if _head_size(config) != _LOCAL_HEAD_SIZE or not uses_flash(config, capability, dtype):
         return None
-    return _tried_local_kernel(size)
+    return _tried_local_kernel(dtype)
 
 
 @functools.cache
-def _tried_local_kernel(head_size: int) -> LocalKernel | None:
+def _tried_local_kernel(dtype: torch.dtype) -> LocalKernel | None:
     try:
         from pretrain.modeling.local_attention import local_attention
 
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
-            _compare_with_flash_attention(local_attention, head_size)
+            _compare_with_flash_attention(local_attention, dtype)
     except Exception as error:  # of a missing package, compiler or driver
-        log.warning("layers with a local window use FlashAttention-2, because the faster kernel fails: %s", error)
+        log.warning("layers with a local window use flash attention; their own kernel fails: %s", first_line(error))
         return None
     return local_attention
 
 
-def _compare_with_flash_attention(kernel: LocalKernel, head_size: int) -> None:
+def _compare_with_flash_attention(kernel: LocalKernel, dtype: torch.dtype) -> None:
     """Raises AssertionError if the kernel computes something else, or errors of Triton. The inputs are not random,
     because that would change the masks of dropout."""
-    numbers = torch.arange(3 * 200 * 2 * head_size, device="cuda").sin()
-    inputs = numbers.view(3, 1, 200, 2, head_size).transpose(2, 3).bfloat16()
+    numbers = torch.arange(3 * 200 * 2 * _LOCAL_HEAD_SIZE, device="cuda").sin()
+    inputs = numbers.view(3, 1, 200, 2, _LOCAL_HEAD_SIZE).transpose(2, 3).to(dtype)
     query, key, value = inputs.requires_grad_()
     segments = (torch.arange(200, device="cuda") >= 90).int()[None]
-    packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"))
-    expected = flash_attention(query, key, value, packing, 0.1, 0.0, 65)
-    found = local_window_attention(query, key, value, packing, kernel, 0.1, 65)
+    packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"), local=kernel)
+    window = _LOCAL_REACH + 1
+    expected = flash_attention(query, key, value, packing, 0.1, 0.0, window)
+    found = local_window_attention(query, key, value, packing, 0.1, window)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     weights = expected.detach()
     gradients = [torch.autograd.grad(output, inputs, weights)[0] for output in (found, expected)]

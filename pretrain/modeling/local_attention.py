@@ -1,7 +1,7 @@
 """Attention in a local window over packed sequences: Triton kernels, without dropout.
 
-FlashAttention-2 computes whole blocks of 128 keys at both ends of a window: for ModernBERT's window of 128 slots, it
-takes as long as for a sequence of 1,024. Here a block has 64 slots, and a block of queries needs three of keys.
+FlashAttention-2 computes whole blocks of 128 keys at both ends of a window. Here a block has 64 slots: with
+ModernBERT's window of 64 on each side, a block of queries needs three of keys.
 
 Method: Dao 2023, "FlashAttention-2", arXiv 2307.08691: blocks of scores are computed, used and forgotten, and computed
 again in the backward pass from the saved logarithm of their sum.
@@ -44,6 +44,8 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float, reach: int
 ) -> tuple[Tensor, Tensor]:
     """The output, and the logarithms to base 2 of the sums of exponentials, fp32 [H, T]."""
+    assert query.shape == key.shape == value.shape
+    assert all(tensor.stride(-1) == 1 for tensor in (query, key, value)), "dimensions must be contiguous"
     output, sums = _allocate(query)
     length, heads, dimensions = query.shape
     _forward_kernel[(triton.cdiv(length, _BLOCK), heads)](

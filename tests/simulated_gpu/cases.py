@@ -70,7 +70,7 @@ def local_kernel_case(_world: World) -> list[bool]:
     used = []
     for context in (torch.no_grad(), torch.inference_mode()):
         with simulated_gpu(), context:
-            used.append(attention._tried_local_kernel(64) is not None)
+            used.append(attention._tried_local_kernel(torch.bfloat16) is not None)
     return used
 
 

@@ -145,7 +145,7 @@ def local_attention(
     _require("inputs of the same shape", *(tensor.shape == query_THD.shape for tensor in inputs))
     _require(f"inputs in 16 bit: {[tensor.dtype for tensor in inputs]}", query_THD.dtype in _HALF)
     _require("inputs of the same dtype", *(tensor.dtype == query_THD.dtype for tensor in inputs))
-    _require("a head size that is a power of 2", query_THD.shape[-1] in (32, 64))
+    _require("a head size that is a power of 2", query_THD.shape[-1] == 64)
     _require("heads whose dimensions are contiguous", *(tensor.stride(-1) == 1 for tensor in inputs))
     _require("the segments of all slots", segments_T.dtype == torch.int32, segments_T.shape == query_THD.shape[:1])
     slots = torch.arange(len(segments_T), device=segments_T.device)

@@ -31,7 +31,9 @@ BERT: dict[str, Any] = {
 }
 MODERNBERT = BERT | {
     "model_type": "modernbert",
-    "num_attention_heads": 1,  # of a size that the kernel for local windows takes
+    "hidden_size": 64,
+    "num_attention_heads": 1,  # of the size that the kernel for local windows takes
+    "initializer_range": 0.2,
     "local_attention": 8,
     "global_attn_every_n_layers": 2,
 }

@@ -110,6 +110,59 @@ def test_flash_attention_3_without_gradients_is_not_used(
     assert restored == [True]
 
 
+@pytest.mark.parametrize(
+    ("changes", "local"),
+    [
+        ({}, True),
+        ({"sliding_window": None}, False),
+        ({"sliding_window": 129}, False),
+        ({"max_length": 128}, False),  # flash attention computes 128 slots at once
+        ({"dropout": 0.1}, False),
+        ({"key_heads": 1}, False),
+        ({"rows": 2}, False),
+        ({"dtype": torch.float32}, False),
+    ],
+    ids=str,
+)
+def test_where_the_kernel_for_local_windows_is_used(
+    changes: dict[str, Any], local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches inputs that it computes wrongly, and ones for which others are faster."""
+    options: dict[str, Any] = {
+        "sliding_window": 65,
+        "max_length": 1024,
+        "dropout": 0.0,
+        "key_heads": 4,
+        "rows": 1,
+    } | changes
+    dtype, called = options.get("dtype", torch.bfloat16), list[str]()
+    for name in ("flash_attention", "local_window_attention", "masked_attention"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name: called.append(name))
+    segments = torch.ones(options["rows"], 1024)
+    packing = Packing(segments, torch.tensor([0, 1024]), options["max_length"], local=lambda *_: segments)
+    packing.capability = (9, 0)
+    query, key = (torch.zeros(options["rows"], heads, 1024, 64, dtype=dtype) for heads in (4, options["key_heads"]))
+    chosen = {name: options[name] for name in ("sliding_window", "dropout")}
+    packed_attention(nn.Module(), query, key, key, None, packing=packing, **chosen)
+    (kernel,) = called
+    assert (kernel == "local_window_attention") == local
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_kernel_for_local_windows_that_does_not_work_is_not_used(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a run that ends because Triton does not work. The trial fails here: there is no CUDA device."""
+    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    attention._tried_local_kernel.cache_clear()
+    assert attention.local_kernel(ModernBertConfig(), dtype) is None
+    assert "layers with a local window use flash attention" in caplog.text
+    assert attention.local_kernel(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype) is None
+    assert len(caplog.records) == 1
+    attention._tried_local_kernel.cache_clear()
+
+
 def draw_inputs(device: str = "cpu") -> list[Tensor]:
     """Query, key and value [B, H, W, D], laid out as the models do: slots before heads."""
     draw = torch.Generator().manual_seed(3)
