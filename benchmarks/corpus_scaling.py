@@ -177,4 +177,6 @@ def _finish(durations: Sequence[float], cores: int, handling: float) -> float:
 
 
 if __name__ == "__main__":
-    fire.Fire(corpus_scaling)
+    from benchmarks import corpus_scaling as module  # workers find the stand-in there, and not in __main__
+
+    fire.Fire(module.corpus_scaling)

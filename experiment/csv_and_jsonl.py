@@ -199,15 +199,15 @@ def column_index(names: Sequence[str], column: str, place: str, key: str, csv_fo
     """Position of a column. place: file, perhaps with line; key: the option that names the column; csv_format: if the
     file is a CSV file."""
     if column not in names:
-        raise missing_column(place, column, names, key, header_advice(names, csv_format))
+        raise missing_column(place, column, names, key, header_advice(csv_format))
     if names.count(column) > 1:
         raise UserError(f"{place}: {names.count(column)} columns are called '{column}' ({key} names the column)")
     return names.index(column)
 
 
-def header_advice(names: Sequence[str], csv_format: CsvFormat | None) -> str:
-    """Advice if the names come from a header but look like data; otherwise empty."""
-    if csv_format is None or not csv_format.header or looks_like_header(names):
+def header_advice(csv_format: CsvFormat | None) -> str:
+    """Advice if the names of columns come from the first row of a CSV file; otherwise empty."""
+    if csv_format is None or not csv_format.header:
         return ""
     option = csv_format.option("header", "null")
     return f"; if the first row is data, set {option} and name columns by their numbers, from 0"

@@ -260,7 +260,7 @@ def compare_scores(
     differences = first_drawn - second_drawn
     opposite = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     (low, high), p = percentile_interval(differences), min(1.0, 2 * (opposite + 1) / (len(differences) + 1))
-    if min(len(first), len(second)) > 1 and np.ptp(first) + np.ptp(second) > 0:
+    if min(len(first), len(second)) > 1 and np.ptp(first) + np.ptp(second) > _ROUNDING:
         from scipy.stats import ttest_ind  # takes a second
 
         welch = ttest_ind(first, second, equal_var=False)

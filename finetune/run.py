@@ -34,7 +34,7 @@ from finetune.resolve import OF_DATA_AND_MODEL, ResolvedRun, config_settings, lo
 from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
-from finetune.seed_run import finished_seeds, state_file, train_seed
+from finetune.seed_run import describe_differences, finished_seeds, state_file, train_seed
 from finetune.training.fit import Log
 
 
@@ -96,7 +96,13 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     records = {seed: finished[seed] for seed in seeds if seed in finished}
     order = _in_order_of_events(seeds, folder)
     missing = [seed for seed in order if seed in seeds and seed not in finished]
-    print_lines(_describe_finished(list(records), resolved))
+    left_out = [seed for seed in finished if seed not in seeds]
+    print_lines(_describe_finished(list(records), left_out, resolved))
+    for seed in missing:
+        if changed := state_file(seed, resolved).other_settings():
+            print_lines(
+                [f"seed {seed} starts over: it was stopped with other settings: {describe_differences(changed)}"]
+            )
     started = state_file(missing[0], resolved).steps if missing else 0
     if started:
         print_lines([f"seed {missing[0]}: resuming after step {started:,}"])
@@ -152,10 +158,12 @@ def _in_parallel(seeds: Sequence[int], resolved: ResolvedRun) -> bool:
     return min(resolved.training.parallel_seeds, len(seeds)) > 1
 
 
-def _describe_finished(seeds: Sequence[int], resolved: ResolvedRun) -> list[str]:
-    """Lines on the seeds that are not trained again."""
+def _describe_finished(seeds: Sequence[int], left_out: Sequence[int], resolved: ResolvedRun) -> list[str]:
+    """Lines on the seeds that are not trained again. left_out: those that the config does not name."""
     folder = resolved.folder.path
     lines = [f"already finished in {folder}: seed {', '.join(map(str, seeds))}"] if seeds else []
+    if left_out:
+        lines.append(f"finished, but not one of training.seeds: seed {', '.join(map(str, left_out))}")
     folders = [f"seed-{seed}" for seed in seeds if not (folder / f"seed-{seed}" / "model").exists()]
     if folders and resolved.keep != "none":
         lines.append(f"finished without a model: {', '.join(folders)}; remove these folders to train and keep one")

@@ -48,13 +48,18 @@ def finished_seeds(
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         changed = changed_settings(settings, record.settings)
         if known := [key for key in changed if not key.startswith(unknown)]:
-            before, now = changed[known[0]]
+            differences = describe_differences({key: changed[key] for key in known})
             raise UserError(
-                f"run.dir: {path.parent} was trained with other settings: "
-                f"{', '.join([f'{known[0]} (was {before!r}, is {now!r})', *known[1:]])}; choose another run.dir"
+                f"run.dir: {path.parent} was trained with other settings: {differences}; choose another run.dir"
             )
         records[seed] = record
     return records
+
+
+def describe_differences(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Settings that differ, the first one with the value before and now."""
+    (key, (before, now)), *others = changed.items()
+    return ", ".join([f"{key} (was {before!r}, is {now!r})", *(other for other, _ in others)])
 
 
 def state_file(seed: int, run: ResolvedRun) -> StateFile:

@@ -73,8 +73,8 @@ def read_status(run: str) -> RunStatus:
         state=life.state,
         host=life.host,
         message=life.message,
-        finished_seeds=len(folder.finished_seeds) if seeds else None,
-        seeds=seeds,
+        finished_seeds=len(folder.finished_seeds.keys() & set(seeds)) if seeds else None,
+        seeds=len(seeds) if seeds else None,
         score=score,
         metric=metric,
         split=split,
@@ -118,10 +118,10 @@ def _config_value(folder: RunFolder, section: str, key: str) -> object:
     return values.get(key) if isinstance(values, dict) else None
 
 
-def _seeds(folder: RunFolder) -> int | None:
-    """How many seeds a fine-tuning has."""
+def _seeds(folder: RunFolder) -> list[int] | None:
+    """Of a fine-tuning."""
     seeds = _config_value(folder, "training", "seeds")
-    return len(seeds) if isinstance(seeds, list) else None
+    return seeds if isinstance(seeds, list) else None
 
 
 def _score(folder: RunFolder) -> tuple[str | None, str | None, float | None]:

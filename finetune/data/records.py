@@ -6,7 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.csv_and_jsonl import column_index, header_advice, is_unicode, listed, unexpected_cell, warn_once
+from experiment.csv_and_jsonl import (
+    column_index,
+    header_advice,
+    is_unicode,
+    listed,
+    looks_like_header,
+    unexpected_cell,
+    warn_once,
+)
 from experiment.errors import UserError
 from experiment.files import json_digest
 from finetune.data.columns import CellType, Columns
@@ -164,8 +172,9 @@ def _find_columns(
                 for name in asked
             ]
     _reject_targets_as_inputs(row, types, found, key)
-    advice = header_advice(row.names, row.csv)
-    if advice and all(name.strip().isdecimal() for role in found for name in columns.names(role)):
+    advice = header_advice(row.csv)
+    by_number = all(name.strip().isdecimal() for role in found for name in columns.names(role))
+    if advice and by_number and not looks_like_header(row.names):
         warn_once(f"{row.named_at}: column names that look like data: {listed(row.names)}{advice}")
     for role, indices in found.items():
         yield role, indices if isinstance(getattr(columns, role), tuple) else indices[0]

@@ -48,20 +48,29 @@ class StateFile:
 
     def load(self) -> State | None:
         """The last state; None if there is none for these settings. Raises UserError if the file is damaged."""
+        saved = self._read()
+        return None if saved is None or changed_settings(self.settings, saved["settings"]) else saved["state"]
+
+    def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
         try:
             with zipfile.ZipFile(self.path) as file:
                 if damaged := file.testzip():  # torch does not compare checksums
                     raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-            saved = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-            return None if changed_settings(self.settings, saved["settings"]) else saved["state"]
+            saved: dict[str, Any] = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            return saved
         except OSError:
             raise
         except Exception as error:  # zipfile and torch raise many types for damaged files
             raise UserError(
                 f"{self.path} is damaged ({first_line(error)}): remove it to train this seed from the start"
             ) from None
+
+    def other_settings(self) -> dict[str, tuple[Any, Any]]:
+        """The settings of the last state that differ, with both values."""
+        saved = self._read()
+        return {} if saved is None else changed_settings(self.settings, saved["settings"])
 
     @property
     def steps(self) -> int:

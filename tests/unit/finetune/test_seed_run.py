@@ -289,6 +289,24 @@ def test_seeds_in_another_order_keep_their_events(
     assert steps == sorted(steps)
 
 
+def test_what_an_earlier_training_leaves_is_mentioned(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches hours of an interrupted seed that are lost without a word, and a finished seed that is left out."""
+    finetune(config_file, {"training.seeds": "[2]"})
+    stop_at_the_first_evaluation(config_file, {"training.seeds": "[1]"}, monkeypatch)
+    out, err = capsys.readouterr()
+    assert "finished, but not one of training.seeds: seed 2" in out + err
+    state = config_file.parent / "run" / ".seed-1" / "state.pt"
+    saved = torch.load(state, weights_only=True)
+    saved["settings"]["training"]["epochs"] = 60  # of all settings of a run without finished seeds
+    torch.save(saved, state)
+    finetune(config_file, {"training.seeds": "[1, 2]"})
+    out, err = capsys.readouterr()
+    assert "seed 1 starts over: it was stopped with other settings: training.epochs (was 60, is 2)" in out + err
+    assert "not one of" not in out + err
+
+
 @pytest.mark.parametrize("unfinished", ["removed", "stopped"])
 def test_a_seed_that_is_trained_after_a_later_one_keeps_the_events_of_both(
     config_file: Path, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfinished: str

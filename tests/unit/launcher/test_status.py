@@ -140,8 +140,9 @@ def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     """Catches a fine-tuning that is shown as a pretraining without checkpoints, or without its scores."""
     folder = open_run_folder(make_run(tmp_path / "run"))
     folder.config.write_text("training: {seeds: [1, 2, 3]}\n")
-    (folder.path / "seed-2").mkdir()
-    (folder.path / "seed-2" / "COMPLETE").touch()
+    for seed in (2, 4):  # the last one was left out later
+        (folder.path / f"seed-{seed}").mkdir()
+        (folder.path / f"seed-{seed}" / "COMPLETE").touch()
     scores = {"validation": {"accuracy": {"mean": 0.5}}, "test": {"accuracy": {"mean": 0.75}}}
     (folder.path / "results.json").write_text(json.dumps({"metric": "accuracy", "splits": scores}))
     write_outcome(folder, Outcome.DONE)
