@@ -146,8 +146,9 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.")
 
 
-def check_run_folder(folder: RunFolder, kind: RunKind) -> None:
-    """Raise UserError for a folder that holds something else than runs of this kind, such as a corpus."""
+def check_run_folder(folder: RunFolder, kind: RunKind | None) -> None:
+    """Raise UserError for a folder that holds something else than a run of this kind, such as a corpus. None: a
+    comparison."""
     for pattern, content in _CONTENTS.items():
         found = next(folder.path.glob(pattern), None)
         if found is not None and content != kind:

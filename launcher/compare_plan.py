@@ -10,7 +10,7 @@ from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
 from experiment.model_names import local_model
 from experiment.own_process import module_command
-from experiment.run_folder import COMPARISON_RECORD, RunFolder, folder_name
+from experiment.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig, check_validation
 from finetune.data.task_config import data_checksums
 from finetune.model import model_files
@@ -58,6 +58,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     if placement and all(row.pretrain is None for row in config.rows.values()):
         raise UserError(f"--{next(iter(placement))} applies to pretraining, and no row of {options.file} has any")
     folder = RunFolder(Path(config.run.dir).absolute())
+    check_run_folder(folder, None)
     row_folders = _folders("rows", list(config.rows))
     if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
         raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")

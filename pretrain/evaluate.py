@@ -160,10 +160,11 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     """
     share_cores()
     path = local_model(checkpoint)
-    if next(path.glob("seed-*"), None) is not None:
+    is_seed = path.name.startswith("seed-") and (path / "COMPLETE").exists()
+    if is_seed or next(path.glob("seed-*"), None) is not None:
         raise UserError(
-            f"{path} is a run of `deepcloze finetune`: expected a model with a masked-LM head; "
-            "`deepcloze predict --score` scores fine-tuned models"
+            f"{path} is a {'seed of a run' if is_seed else 'run'} of `deepcloze finetune`: expected a model with a "
+            "masked-LM head; `deepcloze predict --score` scores fine-tuned models"
         )
     folder = find_model_folder(path)
     policy, seed, max_length = _settings(folder)

@@ -342,6 +342,10 @@ FOLDERS = {
     "fine-tuned run to evaluate": Mistake(
         "evaluate --checkpoint task --corpus corpus", r"task is a run of .*: expected a model with a masked-LM head"
     ),
+    "fine-tuned seed to evaluate": Mistake(
+        "evaluate --checkpoint task/seed-1 --corpus corpus",
+        r"task/seed-1 is a seed of a run of .*: expected a model with",
+    ),
     "corpus to evaluate": Mistake("evaluate --checkpoint corpus --corpus corpus", r"corpus is neither a Hugging Face"),
     "no corpora": Mistake("evaluate --checkpoint run --corpus ,", r"--corpus is empty: expected corpus folders"),
     "pretraining to predict": Mistake(
@@ -369,6 +373,9 @@ FOLDERS = {
     "home of a preset": Mistake("pretrain --config run.yaml --engine.ds_config=~/no.json", r"'/home-of-user/no.json'"),
     "row of no model": Mistake(
         "compare compare.yaml --rows.ours.init_from=no", r"rows.ours.init_from: no: no such folder, and no such model"
+    ),
+    "pretraining as comparison": Mistake(
+        "compare compare.yaml --run.dir=run", r"run.dir: .*run holds a pretraining run \(checkpoints\); choose another"
     ),
     "task of a comparison": Mistake("compare compare.yaml --tasks=no.yaml", r"cannot read the config file no.yaml"),
     "seeds of a comparison": Mistake(
