@@ -17,7 +17,14 @@ from launcher.options import PretrainOptions
 from launcher.run_set import FlatConfig
 from pretrain.config import PretrainConfig
 
-_COMMANDS = {"task": "finetune", "rows": "compare", "steps": "clean", "source": "clean", "output": "clean"}
+_COMMANDS = {
+    "task": "finetune",
+    "rows": "compare",
+    "tasks": "compare",
+    "steps": "clean",
+    "source": "clean",
+    "output": "clean",
+}
 """Section of a config -> the command that the config is for."""
 
 Validate = Callable[[dict[str, str]], FlatConfig]
