@@ -15,13 +15,12 @@ Shapes: M rows, D hidden, V vocabulary, P the vocabulary with padding, C rows of
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pretrain.batching.batch import IGNORED
-from pretrain.modeling.logit_chunks import CHUNK_LOGITS, chunk_rows, padded_columns
+from pretrain.modeling.logit_chunks import CHUNK_LOGITS, chunk_rows, pad_vocabulary
 
 _BLOCK = 4096  # logits that a program of the kernel holds at once: more leave room for one program per multiprocessor
 _FP16_SCALE = 4096.0
@@ -42,11 +41,9 @@ def linear_cross_entropy(
         labels: int64 [M]; rows labelled IGNORED do not count.
         chunk_logits: logits that are computed at once, about.
     """
-    needed, columns = torch.is_grad_enabled(), len(weight)
-    if padding := padded_columns(columns) - columns:
-        weight = F.pad(weight, (0, 0, 0, padding))
+    needed, padded = torch.is_grad_enabled(), pad_vocabulary(weight)
     loss_sum, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, labels, columns, chunk_logits, needed
+        hidden, padded, bias, labels, len(weight), chunk_logits, needed
     )
     return CrossEntropy(loss_sum, correct)
 

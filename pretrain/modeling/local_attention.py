@@ -56,8 +56,9 @@ def _forward(
         output,
         sums,
         length,
+        heads,
         scaling * _LOG2_E.value,
-        *_strides(query, key, value, output),
+        *_strides(query, key, value),
         REACH=reach,
         DIMENSIONS=dimensions,
         BLOCK=_BLOCK,
@@ -78,10 +79,10 @@ def _backward(
     scaling: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of query, key and value."""
+    """Of query, key and value. `gradient` is contiguous, as `output`."""
     length, heads, dimensions = query.shape
     grid = (triton.cdiv(length, _BLOCK), heads)
-    query_gradient, key_gradient, value_gradient = _allocate_gradients(query)
+    query_gradient, key_gradient, value_gradient = gradients = _allocate_gradients(gradient)
     products = torch.empty_like(sums)  # of each output and its gradient, summed over dimensions
     constants = {"REACH": reach, "DIMENSIONS": dimensions, "BLOCK": _BLOCK}
     _query_kernel[grid](
@@ -95,8 +96,9 @@ def _backward(
         products,
         query_gradient,
         length,
+        heads,
         scaling,
-        *_strides(gradient, query, key, value, output, query_gradient),
+        *_strides(query, key, value),
         **constants,
         **_OPTIONS,
     )
@@ -111,12 +113,13 @@ def _backward(
         key_gradient,
         value_gradient,
         length,
+        heads,
         scaling,
-        *_strides(gradient, query, key, value, key_gradient),
+        *_strides(query, key, value),
         **constants,
         **_OPTIONS,
     )
-    return query_gradient, key_gradient, value_gradient
+    return gradients
 
 
 def _allocate(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -124,13 +127,12 @@ def _allocate(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(length, heads, dimensions), query.new_empty(heads, length, dtype=torch.float32)
 
 
-def _allocate_gradients(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, third = (query.new_empty(query.shape) for _ in range(3))
-    return first, second, third
+def _allocate_gradients(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(gradient)
 
 
 _forward.register_fake(_allocate)
-_backward.register_fake(lambda _, query, *__: _allocate_gradients(query))
+_backward.register_fake(_allocate_gradients)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -145,9 +147,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    if gradient.stride(-1) != 1:
-        gradient = gradient.contiguous()
-    return (*_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.reach), None, None, None)
+    return (*_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.scaling, ctx.reach), None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -162,10 +162,10 @@ def _load(tensor, slots, length, stride, DIMENSIONS: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store(tensor, values, slots, length, stride, DIMENSIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    columns = tl.arange(0, DIMENSIONS)
-    places = tensor + slots[:, None].to(tl.int64) * stride + columns[None, :]
-    tl.store(places, values.to(tensor.dtype.element_ty), mask=(slots < length)[:, None])
+def _store(tensor, head, heads, values, slots, length, DIMENSIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a contiguous tensor [T, H, D]."""
+    places = (slots[:, None].to(tl.int64) * heads + head) * DIMENSIONS + tl.arange(0, DIMENSIONS)[None, :]
+    tl.store(tensor + places, values.to(tensor.dtype.element_ty), mask=(slots < length)[:, None])
 
 
 @triton.jit
@@ -189,6 +189,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     output,
     sums,
     length,
+    heads,
     scale,
     query_slots,
     query_heads,
@@ -196,8 +197,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     key_heads,
     value_slots,
     value_heads,
-    output_slots,
-    output_heads,
     REACH: tl.constexpr,
     DIMENSIONS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -225,7 +224,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(weights, axis=1)
         result = result * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
     total = tl.where(slots < length, total, 1.0)  # of a slot, at least its own weight
-    _store(output + head * output_heads, result / total[:, None], slots, length, output_slots, DIMENSIONS)
+    _store(output, head, heads, result / total[:, None], slots, length, DIMENSIONS)
     tl.store(sums + head * length + slots, largest + tl.log2(total), mask=slots < length)
 
 
@@ -241,19 +240,14 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     products,
     query_gradient,
     length,
+    heads,
     scale,
-    gradient_slots,
-    gradient_heads,
     query_slots,
     query_heads,
     key_slots,
     key_heads,
     value_slots,
     value_heads,
-    output_slots,
-    output_heads,
-    result_slots,
-    result_heads,
     REACH: tl.constexpr,
     DIMENSIONS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -262,8 +256,8 @@ def _query_kernel(  # type: ignore[no-untyped-def]
     first, head = tl.program_id(0) * BLOCK, tl.program_id(1).to(tl.int64)
     slots = first + tl.arange(0, BLOCK)
     queries = _load(query + head * query_heads, slots, length, query_slots, DIMENSIONS)
-    upstream = _load(gradient + head * gradient_heads, slots, length, gradient_slots, DIMENSIONS)
-    outputs = _load(output + head * output_heads, slots, length, output_slots, DIMENSIONS)
+    upstream = _load(gradient + head * DIMENSIONS, slots, length, heads * DIMENSIONS, DIMENSIONS)
+    outputs = _load(output + head * DIMENSIONS, slots, length, heads * DIMENSIONS, DIMENSIONS)
     product = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), axis=1)
     tl.store(products + head * length + slots, product, mask=slots < length)
     segment = _load_row(segments, slots, length, -1)
@@ -281,7 +275,7 @@ def _query_kernel(  # type: ignore[no-untyped-def]
         of_weights = tl.dot(upstream, tl.trans(values))
         of_scores = weights * (of_weights - product[:, None])
         result += tl.dot(of_scores.to(keys.dtype), keys)
-    _store(query_gradient + head * result_heads, result * scale, slots, length, result_slots, DIMENSIONS)
+    _store(query_gradient, head, heads, result * scale, slots, length, DIMENSIONS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -296,17 +290,14 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     key_gradient,
     value_gradient,
     length,
+    heads,
     scale,
-    gradient_slots,
-    gradient_heads,
     query_slots,
     query_heads,
     key_slots,
     key_heads,
     value_slots,
     value_heads,
-    result_slots,
-    result_heads,
     REACH: tl.constexpr,
     DIMENSIONS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -323,7 +314,7 @@ def _key_kernel(  # type: ignore[no-untyped-def]
     for step in range(-around, around + 1):
         others = first + step * BLOCK + tl.arange(0, BLOCK)
         queries = _load(query + head * query_heads, others, length, query_slots, DIMENSIONS)
-        upstream = _load(gradient + head * gradient_heads, others, length, gradient_slots, DIMENSIONS)
+        upstream = _load(gradient + head * DIMENSIONS, others, length, heads * DIMENSIONS, DIMENSIONS)
         other_segment = _load_row(segments, others, length, -2)
         logarithm = _load_row(sums + head * length, others, length, 0.0)
         product = _load_row(products + head * length, others, length, 0.0)
@@ -334,5 +325,5 @@ def _key_kernel(  # type: ignore[no-untyped-def]
         of_weights = tl.dot(values, tl.trans(upstream))
         of_scores = weights * (of_weights - product[None, :])
         of_keys += tl.dot(of_scores.to(queries.dtype), queries)
-    _store(key_gradient + head * result_heads, of_keys * scale, slots, length, result_slots, DIMENSIONS)
-    _store(value_gradient + head * result_heads, of_values, slots, length, result_slots, DIMENSIONS)
+    _store(key_gradient, head, heads, of_keys * scale, slots, length, DIMENSIONS)
+    _store(value_gradient, head, heads, of_values, slots, length, DIMENSIONS)

@@ -1,5 +1,8 @@
 """The chunks in which a GPU computes logits, see `fused_cross_entropy`, which can only be imported where Triton is."""
 
+import torch.nn.functional as F
+from torch import Tensor
+
 CHUNK_LOGITS = 2**26  # 128 MiB in 16 bit; more rows than keep a GPU busy
 _ROW_TILE = 128  # a chunk has a multiple of this number of rows, and matrix products have whole tiles
 _ALIGNMENT = 64  # columns of logits are padded to a multiple: matrix products of other widths are slow
@@ -13,3 +16,9 @@ def chunk_rows(vocabulary: int, logits: int = CHUNK_LOGITS) -> int:
 def padded_columns(vocabulary: int) -> int:
     """Columns of the logits that are computed."""
     return -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
+
+
+def pad_vocabulary(weight: Tensor) -> Tensor:
+    """A decoder's weight [V, D] with rows of zeros for the columns that are added. Differentiable."""
+    padding = padded_columns(len(weight)) - len(weight)
+    return F.pad(weight, (0, 0, 0, padding)) if padding else weight

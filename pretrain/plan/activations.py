@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
 from pretrain.modeling.head import choose_fused_head, fused_head
-from pretrain.modeling.logit_chunks import chunk_rows, padded_columns
+from pretrain.modeling.logit_chunks import chunk_rows, pad_vocabulary, padded_columns
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
 _GPU_ATTENTION = "deepcloze_planned"
@@ -240,10 +239,8 @@ def _gpu_losses(decoder: nn.Linear, values: Tensor) -> Tensor:
 
 def gpu_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Allocates as `pretrain.modeling.fused_cross_entropy.linear_cross_entropy`, without Triton. Returns no loss."""
-    columns = len(weight)
-    if padding := padded_columns(columns) - columns:
-        weight = F.pad(weight, (0, 0, 0, padding))
-    loss: Tensor = _GpuCrossEntropy.apply(hidden, weight, bias, columns)  # type: ignore[no-untyped-call]
+    padded = pad_vocabulary(weight)
+    loss: Tensor = _GpuCrossEntropy.apply(hidden, padded, bias, len(weight))  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -60,7 +60,8 @@ def compile_kernels(_: World, capability: int, dtype: str, cache: Path) -> list[
 
     from pretrain.modeling import local_attention as module
 
-    kinds = {"segments": "*i32", "sums": "*fp32", "products": "*fp32", "length": "i32", "scale": "fp32"}
+    kinds = {"segments": "*i32", "sums": "*fp32", "products": "*fp32", "scale": "fp32"}
+    kinds |= dict.fromkeys(("length", "heads"), "i32")
     constants: dict[str, Any] = {"REACH": 64, "DIMENSIONS": 64, "BLOCK": 64}
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
