@@ -16,7 +16,7 @@ from experiment.heartbeat import STACK_SIGNAL, Heartbeat, beat_seconds, hung_sec
 from experiment.run_folder import RunFolder
 
 # Code in which the innermost frame of a rank that waits for others is.
-_COLLECTIVES = ("/torch/distributed/", "/pretrain/training/cpu_group.py", "/pretrain/training/device_sums.py")
+_COLLECTIVES = ("/torch/distributed/", "/pretrain/training/cpu_group.py", "/pretrain/engine/host_copy.py")
 # Code that is on the stack while torch compiles, and not while compiled code runs.
 _COMPILERS = ("/torch/_dynamo/convert_frame.py", "/torch/_inductor/compile_fx.py")
 

@@ -4,7 +4,8 @@
 - deepspeed_settings: the DeepSpeed JSON, checked
 - deepspeed_internals: everything of DeepSpeed that is not part of its API, and the check that a release has it
 - initialization: start DeepSpeed; dynamic loss scaling for fp16
-- process_group: join and leave; shared_memory: collectives of CPU ranks on one host
+- process_group: join and leave; shared_memory: collectives of CPU ranks on one host; host_copy: numbers of a GPU, read
+  late
 - partitions: which slice of which parameter this rank owns, and where DeepSpeed keeps it
 - zero_step: gradients and updates under ZeRO without offload, in place of DeepSpeed's
 - optimizers: AdamW, LAMB, StableAdamW, averaged weights; muon: Muon

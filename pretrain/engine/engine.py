@@ -24,9 +24,10 @@ from pretrain.config import ModelConfig
 from pretrain.engine import partitions
 from pretrain.engine.deepspeed_internals import set_z3_leaf_module
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
+from pretrain.engine.host_copy import HostCopy
 from pretrain.engine.initialization import LossScaleError, initialize, install_loss_scaler
 from pretrain.engine.muon import Muon
-from pretrain.engine.optimizers import ExponentialMovingAverage, PerParameterOptimizer
+from pretrain.engine.optimizers import AdamW, ExponentialMovingAverage, PerParameterOptimizer
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
 from pretrain.engine.partitions import Fragment
 from pretrain.engine.phases import ForwardTimer, phase
@@ -41,6 +42,20 @@ log = logging.getLogger(__name__)
 class StepResult(NamedTuple):
     applied: bool  # False: the gradient norm is not finite, or above the limit
     grad_norm: float  # of the whole accumulated gradient, before clipping
+
+
+class PendingStep:
+    """A step that the device may still be computing."""
+
+    def __init__(self, result: StepResult | HostCopy) -> None:
+        """`result`: or a copy of the gradient norm and of whether the update was applied."""
+        self._result = result
+
+    def wait(self) -> StepResult:
+        if isinstance(self._result, HostCopy):
+            norm, applied = self._result.wait()
+            self._result = StepResult(bool(applied), norm)
+        return self._result
 
 
 class Engine:
@@ -98,6 +113,14 @@ class Engine:
         for parameter in frozen:
             parameter.register_hook(self._zero_while_frozen)
         decay = options.ema_decay
+        # Whether the device decides on an update: the host may then start the next step before it knows the norm.
+        self.runs_ahead = (
+            self.device.type == "cuda"
+            and self._zero1_optimizer is not None
+            and isinstance(torch_optimizer, AdamW)
+            and self._loss_scaler is None
+            and decay is None
+        )
         self.ema = None if decay is None else ExponentialMovingAverage(self._deepspeed, decay)
 
     @property
@@ -129,10 +152,12 @@ class Engine:
             self._deepspeed.backward(predictions.loss_sum * weight, scale_wrt_gas=False)
         return loss_sum
 
-    def step(self, norm_limit: float = math.inf) -> StepResult:
+    def step(self, norm_limit: float = math.inf) -> PendingStep:
         """Reduce, clip, update. An update whose gradient norm exceeds `norm_limit` or is not finite is not applied:
         no weight, moment, step counter or decay changes. Frozen parameters do not count in the norm."""
         self._norm_limit, self._update_allowed = norm_limit, None
+        if self._zero1_optimizer is not None and self.runs_ahead:
+            return PendingStep(self._step_on_device(self._zero1_optimizer))
         if self._zero1_optimizer is not None:
             result = self._step_zero1(self._zero1_optimizer)
         elif self._deepspeed.zero_optimization_stage() > 0:
@@ -143,7 +168,12 @@ class Engine:
             self._loss_scaler.finish_step()
         if result.applied and self.ema is not None:
             self.ema.update()
-        return result
+        return PendingStep(result)
+
+    def discard_gradients(self) -> None:
+        """Forget the microbatches since the last step. Only if the engine runs ahead."""
+        assert self._zero1_optimizer is not None
+        self._zero1_optimizer.clear_gradients()
 
     @torch.no_grad()
     def predict(self, microbatch: Microbatch) -> Predictions:
@@ -224,13 +254,23 @@ class Engine:
 
     def _step_zero1(self, optimizer: Zero1Optimizer) -> StepResult:
         with phase("reduce gradients"):
-            norm = optimizer.reduce_gradients()
+            optimizer.reduce_gradients()
+            norm = optimizer.measure()
         self._update_allowed = self._is_within_limit(norm)
         if self._update_allowed:
             with phase("update weights"):
                 optimizer.update(norm)
         optimizer.clear_gradients()
         return StepResult(self._update_allowed, norm)
+
+    def _step_on_device(self, optimizer: Zero1Optimizer) -> HostCopy:
+        with phase("reduce gradients"):
+            optimizer.reduce_gradients()
+        self._update_allowed = True  # as far as the host is concerned
+        with phase("update weights"):
+            result = HostCopy(optimizer.update_within(self._norm_limit))
+        optimizer.clear_gradients()
+        return result
 
     def _step_zero0(self) -> StepResult:
         """DeepSpeed's stage 0 neither reports the gradient norm nor checks for NaN: both are done here."""

@@ -43,6 +43,10 @@ class GatedOptimizer(torch.optim.Optimizer):
 class AdamW(GatedOptimizer, torch.optim.AdamW):
     """Loshchilov and Hutter 2019, arXiv 1711.05101, with torch's fused kernel on GPUs and CPUs."""
 
+    # Read by torch's kernel, on the device: whether to skip the update, 1.0 or 0.0, and what to divide gradients by.
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+
     def __init__(self, groups: list[Group], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         torch.optim.AdamW.__init__(self, groups, lr=lr, betas=betas, eps=eps, fused=True)
 

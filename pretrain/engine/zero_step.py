@@ -14,6 +14,7 @@ GPU before each layer, although its weights are not partitioned. The GPU is idle
 """
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ class _FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         """Update weights and masters with this rank's part of the gradient, one flat fp32 tensor per group, which is
         unscaled and clipped in place. norm: of the whole gradient, unscaled. Collective."""
         unscale_and_clip(gradients, norm, self.clip_grad, self.loss_scale)
+        self._update_weights_with(gradients)
+
+    def _update_weights_with(self, gradients: list[Tensor]) -> None:
         for master, gradient in zip(self.single_partition_of_fp32_groups, gradients, strict=True):
             master.grad = gradient
         self.optimizer.step()
@@ -67,7 +71,7 @@ class _FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
 class Zero1Optimizer(_FlatOptimizer):
     """ZeRO 1. Gradients are summed over ranks, not averaged.
 
-    One step is `reduce_gradients`, then perhaps `update`, then `clear_gradients`.
+    One step is `reduce_gradients`, then `measure` and perhaps `update`, or `update_within`, then `clear_gradients`.
     """
 
     communication_dtype: torch.dtype  # in which gradients are sent and summed
@@ -106,20 +110,35 @@ class Zero1Optimizer(_FlatOptimizer):
     # Called by the engine
 
     @torch.no_grad()
-    def reduce_gradients(self) -> float:
-        """Sum this rank's part of the gradient over all ranks. Returns the norm of the whole gradient, unscaled; NaN or
-        infinite if it is not finite. Collective."""
+    def reduce_gradients(self) -> None:
+        """Sum this rank's part of the gradient over all ranks. Collective."""
         for parts, received in zip(self._parts, self._received, strict=True):
             for part, has_gradient in zip(parts, received, strict=True):
                 if not has_gradient:  # the model did not use the parameter in this step
                     part.zero_()
         for whole, partition in zip(self._sums, self._partitions, strict=True):
             sum_over_ranks(whole, partition, self.communication_dtype, self.shared_memory)
+
+    def measure(self) -> float:
+        """The norm of the whole gradient, unscaled; NaN or infinite if it is not finite. Collective."""
         return _measure(self, self._partitions)
 
     def update(self, norm: float) -> None:
         """Clip the gradient, whose norm is given, and update weights and masters. Collective."""
         self._update_weights(self._partitions, norm)
+
+    @torch.no_grad()
+    def update_within(self, norm_limit: float) -> Tensor:
+        """As `update`, without the host: if the norm of the whole gradient exceeds `norm_limit` or is not finite, the
+        device changes nothing. Returns the norm, and 1.0 or 0.0: whether there was an update. Needs AdamW, and a loss
+        that is not scaled. Collective."""
+        norm = _sum_of_squares_over_ranks(self._partitions).sqrt()
+        applied = norm <= min(norm_limit, sys.float_info.max)  # false for NaN
+        self.optimizer.found_inf = (~applied).float()
+        if self.clip_grad:
+            self.optimizer.grad_scale = ((norm + _EPSILON) / self.clip_grad).clamp(min=1.0).float()
+        self._update_weights_with(self._partitions)
+        return torch.stack([norm, applied.double()])
 
     def clear_gradients(self) -> None:
         self._received = [[False] * len(parts) for parts in self._parts]
@@ -238,13 +257,18 @@ def install_zero_optimizer(engine: DeepSpeedEngine) -> Zero1Optimizer | None:
 def _measure(optimizer: Any, gradients: list[Tensor]) -> float:
     """Unscaled norm of a gradient of which each rank holds some tensors. Stores the norm and whether gradients
     overflowed in DeepSpeed's optimizer, and updates the loss scale. Collective."""
-    squares = sum_of_squares(gradients)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(squares)
+    squares = _sum_of_squares_over_ranks(gradients)
     norm = math.sqrt(squares.item()) / float(optimizer.loss_scale)  # the only read from the device in a step
     optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
     optimizer._update_scale(optimizer.overflow)
     return norm
+
+
+def _sum_of_squares_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
+    squares = sum_of_squares(gradients)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(squares)
+    return squares
 
 
 def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:

@@ -85,6 +85,14 @@ class BatchFeed:
         self._upcoming = self._take_ahead(stop, is_logged=(batch.step + 1) % self._log_every == 0)
         return batch, totals
 
+    def peek(self) -> tuple[RankBatch, StepTotals] | None:
+        """The batch that `take` will return next, and its totals; None if the stream has ended or a rank has no share.
+        Collective; call after the step is queued."""
+        totals = self.wait_for_votes()
+        assert self._upcoming is not None, "a batch was taken"
+        share = self._upcoming.share
+        return (share, totals) if isinstance(share, RankBatch) and not totals.failed_batches else None
+
     def wait_for_votes(self) -> StepTotals:
         """The agreement of the ranks that was made while the step was computed. Collective."""
         assert self._upcoming is not None, "a batch was taken"

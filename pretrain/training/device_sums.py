@@ -4,14 +4,12 @@ gloo sends such sums around a ring of all ranks, in 2 (N - 1) messages one after
 longer than a short step. NCCL adds them in a tree over its own network, and no host waits for another one.
 """
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-_POLL_SECONDS = 0.0001
+from pretrain.engine.host_copy import HostCopy
 
 
 class DeviceSums:
@@ -31,25 +29,19 @@ class DeviceSums:
         with torch.cuda.stream(self._stream):
             sums = host.to(self._device, non_blocking=True)
             dist.all_reduce(sums)
-            host.copy_(sums, non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-        return PendingDeviceSums(host, copied, self._on_progress)
+            return PendingDeviceSums(HostCopy(sums), self._on_progress)
 
 
 class PendingDeviceSums:
     """Sums that are being computed."""
 
-    def __init__(self, sums: Tensor, copied: torch.cuda.Event, on_progress: Callable[[], None]) -> None:
-        """`sums`: in host memory, valid after the event `copied`."""
+    def __init__(self, sums: HostCopy, on_progress: Callable[[], None]) -> None:
         self._sums = sums
-        self._copied = copied
         self._on_progress = on_progress
 
     def wait(self) -> list[int]:
-        """The sums. After a step they are complete, because the step reads the norm of the gradient, which the same
-        group has summed later. Otherwise this polls in this file, which tells `RankHeartbeat` that the rank waits."""
-        while not self._copied.query():  # type: ignore[no-untyped-call]
-            time.sleep(_POLL_SECONDS)
+        """The sums. They are complete when the GPUs have finished the step before the one in which they were
+        started."""
+        sums = self._sums.wait()
         self._on_progress()
-        return self._sums.tolist()
+        return sums

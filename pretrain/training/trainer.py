@@ -14,7 +14,7 @@ from torch import Tensor
 from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer
 from experiment.outcome_file import Outcome
 from experiment.tracking.alerts import Alert
-from pretrain.batching.batch import Microbatch, RankBatch
+from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine, StepResult
 from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
@@ -108,6 +108,7 @@ class Trainer:
         sums = DeviceSums(engine.device, times.make_progress) if on_gpus else group
         agreement = StepAgreement(sums, world, clock, config.checkpoint.every_minutes, len(stream.corpora))
         self._feed = BatchFeed(config, stream, engine, self._checkpointer, agreement, group, times)
+        self._started: list[Tensor] = []  # losses of microbatches of the next batch
         self._profiler = StepProfiler(run.folder.profile) if config.run.profile and world.rank == 0 else None
         self._start_at(self._progress)
 
@@ -182,19 +183,19 @@ class Trainer:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)
 
     def _train_step(self, batch: RankBatch, global_masked: int, rate: float) -> TrainedStep:
-        """Train on one global batch. A batch known to be bad, or without masked tokens, is not trained on."""
-        if global_masked == 0 or batch.step + 1 in self._progress.bad_steps:
+        """Train on one global batch, unless it is not to be trained on."""
+        if not self._is_trained_on(batch, global_masked):
             return SKIPPED
         engine, norms = self._engine, self._progress.grad_norms
         scaler = engine.loss_scaler_state()
-        engine.begin_step(batch.step, rate)
-        losses = torch.stack(
-            [
-                self._accumulate(microbatch, global_masked, batch.step, number)
-                for number, microbatch in enumerate(batch.microbatches)
-            ]
-        )
-        result = engine.step(norm_limit(norms, self._config.health.spike_factor, self._limits))
+        if not self._started:
+            engine.begin_step(batch.step, rate)
+        losses = torch.stack(self._started + self._accumulate(batch, global_masked, len(self._started)))
+        self._started = []
+        step = engine.step(norm_limit(norms, self._config.health.spike_factor, self._limits))
+        if engine.runs_ahead:
+            self._start_next()
+        result = step.wait()
         if result.applied:
             return TrainedStep(result, losses)
         loss = losses.sum(dtype=torch.float64)
@@ -207,10 +208,29 @@ class Trainer:
             engine.load_loss_scaler_state(scaler)  # which treats every gradient that is not finite as an overflow
         return TrainedStep(result, losses, fault)
 
-    def _accumulate(self, microbatch: Microbatch, global_masked: int, step: int, number: int) -> Tensor:
-        loss = self._engine.accumulate(microbatch, global_masked, step, number)
-        self._times.make_progress()
-        return loss
+    def _accumulate(self, batch: RankBatch, global_masked: int, first: int, end: int | None = None) -> list[Tensor]:
+        """Forward and backward of microbatches `first` to `end` of a batch. Returns the loss of each, summed."""
+        losses = []
+        for number, microbatch in list(enumerate(batch.microbatches))[first:end]:
+            losses.append(self._engine.accumulate(microbatch, global_masked, batch.step, number))
+            self._times.make_progress()
+        return losses
+
+    def _start_next(self) -> None:
+        """Queue the first microbatch of the next batch, so that the device has work while the host reads the norm of
+        this step. If the update of this step is left out, the weights are those that the next step begins with."""
+        upcoming = self._feed.peek()
+        if upcoming is None:
+            return
+        batch, totals = upcoming
+        if totals.stop_requests or not self._is_trained_on(batch, totals.masked_tokens):
+            return
+        self._engine.begin_step(batch.step, self._learning_rate(batch.step, totals.seconds))
+        self._started = self._accumulate(batch, totals.masked_tokens, 0, 1)
+
+    def _is_trained_on(self, batch: RankBatch, global_masked: int) -> bool:
+        """Not a batch known to be bad, nor one without masked tokens."""
+        return global_masked > 0 and batch.step + 1 not in self._progress.bad_steps
 
     def _respond(self, batch: RankBatch, fault: Fault, losses: Tensor | None) -> Response:
         """Respond to a bad batch as `health.policy` says: skip it, or rewind. Raises UnhealthyError if the run ends."""
@@ -249,6 +269,9 @@ class Trainer:
         reached = self._progress
         with self._times.during(STARTING):
             self._feed.close()
+            if self._started:
+                self._engine.discard_gradients()
+                self._started = []
             self._start_at(replace(self._checkpointer.load_newest(), bad_steps=reached.bad_steps))
         self._reporter.skip_until(reached.step)
         self._evaluate_and_save_at_start()

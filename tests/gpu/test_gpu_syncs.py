@@ -33,7 +33,7 @@ def syncs_case(
         for number in range(3):
             found = reported_syncs(lambda number=number, step=step: engine.accumulate(pinned, 9, step, number))
             in_microbatches += found if measured else []
-        found = reported_syncs(lambda: engine.step(norm_limit))
+        found = reported_syncs(lambda: engine.step(norm_limit).wait())
         if measured:
             in_steps.append(found)
     engine.close()

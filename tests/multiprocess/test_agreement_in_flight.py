@@ -113,13 +113,14 @@ def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int | No
     import torch
 
     from pretrain.engine.engine import Engine
+    from pretrain.engine.host_copy import HostCopy
     from pretrain.training import trainer
     from pretrain.training.cpu_group import CpuGroup
-    from pretrain.training.device_sums import DeviceSums, PendingDeviceSums
+    from pretrain.training.device_sums import DeviceSums
     from pretrain.training.step_agreement import StepAgreement
 
     events: list[str] = []
-    read = PendingDeviceSums.wait
+    read = HostCopy.wait
 
     def recorded(owner: type, name: str) -> None:
         original = getattr(owner, name)
@@ -130,7 +131,7 @@ def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int | No
 
         patch.setattr(owner, name, call)
 
-    def wait(self: PendingDeviceSums) -> list[int]:
+    def wait(self: HostCopy) -> list[int]:
         numbers = read(self)
         assert self._copied.query(), "read before the event"
         return numbers
@@ -144,7 +145,7 @@ def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int | No
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(trainer, "StepAgreement", agreement)
-        patch.setattr(PendingDeviceSums, "wait", wait)
+        patch.setattr(HostCopy, "wait", wait)
         recorded(Engine, "step")
         for name in ("_start_sum", "all_gather", "all_gather_objects", "from_rank0", "barrier"):
             recorded(CpuGroup, name)

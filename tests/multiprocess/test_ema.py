@@ -78,7 +78,7 @@ def average_case(world: World, tree: Tree, folder: Path, source: Path | None, li
     for step, limit in enumerate(limits):
         engine.begin_step(step, 0.01)
         engine.accumulate(microbatch(), 6.0, 0, 0)
-        applied.append(engine.step(limit).applied)
+        applied.append(engine.step(limit).wait().applied)
     save_engine(engine, folder, 1)
     engine.close()
     return applied

@@ -66,7 +66,7 @@ def steps_case(world: World, tree: Tree, folder: Path) -> list[bool]:
         engine.begin_step(step, rate)
         micro = microbatch()._replace(masked_positions=torch.tensor([1, 4, 20]))
         engine.accumulate(micro, masked, step, 0)
-        applied.append(engine.step().applied)
+        applied.append(engine.step().wait().applied)
         save_engine(engine, folder, step)
     engine.close()
     return applied
@@ -145,7 +145,7 @@ def veto_case(world: World, tree: Tree, folder: Path, limits: list[float]) -> li
     for step, limit in enumerate(limits):
         engine.begin_step(step, 0.01)
         engine.accumulate(microbatch(), 6.0, 0, 0)
-        results.append(tuple(engine.step(limit)))
+        results.append(tuple(engine.step(limit).wait()))
     save_engine(engine, folder, 1)
     engine.close()
     return results

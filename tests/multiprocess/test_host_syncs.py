@@ -95,7 +95,7 @@ def reads_case(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
                 engine.accumulate(microbatch(), 6, step, number)
         in_microbatches += reads if step >= WARMUP else []
         with recorded_reads() as reads:
-            engine.step(1e6)
+            engine.step(1e6).wait()
         in_steps += [reads] if step >= WARMUP else []
     engine.close()
     return in_microbatches, in_steps

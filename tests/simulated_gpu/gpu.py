@@ -63,6 +63,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         _patch_collectives(patch, gpu.device.timeline)
         _patch_threads(patch, gpu.device)
         _patch_triton(patch, gpu)
+        _patch_optimizers(patch)
         _patch_deepspeed(patch)
         with Operators(gpu.device):
             yield gpu
@@ -158,6 +159,16 @@ def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
     patch.setattr(fused_cross_entropy, "_cross_entropy_kernel", Launcher())
     patch.setattr(local_attention, "local_attention", local)
     attention._tried_local_kernel.cache_clear()
+
+
+def _patch_optimizers(patch: pytest.MonkeyPatch) -> None:
+    """torch groups parameters by device in C++, which asks for the device itself."""
+    group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
+
+    def group_tensors(lists: Any, with_indices: bool = False) -> Any:
+        return {(found[0][0][0].device, dtype): found for (_, dtype), found in group(lists, with_indices).items()}
+
+    patch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(group_tensors))
 
 
 def _patch_deepspeed(patch: pytest.MonkeyPatch) -> None:

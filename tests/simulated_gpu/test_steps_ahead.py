@@ -1,0 +1,121 @@
+"""On a GPU the host queues the next microbatch before it knows whether the last update was applied."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiment.checkpoints import complete_checkpoints
+from experiment.run_folder import RunFolder
+from poison import Poison, poisoned_case
+from pretrain.world import World
+from rank_pool import ForkServer, RankPool
+from runs import Tree, assert_same_run, logged, run_config, saved_progress, soak
+from simulated_gpu.gpu import simulated_gpu
+
+pytest.importorskip("triton")
+
+NAN = float("nan")
+POISONS = {"loss": Poison(NAN), "spike": Poison(1e4), "gradient": Poison(NAN, in_loss=False)}
+
+
+@pytest.fixture(scope="module")
+def ranks(fork_server: ForkServer) -> Iterator[RankPool]:
+    pool = RankPool(fork_server, 2)
+    yield pool
+    pool.close()
+
+
+def ahead_case(
+    world: World, tree: Tree, poisons: dict[int, Poison], stop_after: int | None = None
+) -> tuple[str, list[str], list[str]]:
+    """A run on the simulated GPU, poisoned in some steps. Returns its outcome, in which order its host starts
+    microbatches ("m") and steps ("s") and reads results of steps ("r"), and races."""
+    from pretrain.engine.engine import Engine, PendingStep
+
+    calls = []
+
+    def recorded(call: Any, name: str) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return call(*args, **options)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu() as gpu:
+        patch.setattr(Engine, "accumulate", recorded(Engine.accumulate, "m"))
+        patch.setattr(Engine, "step", recorded(Engine.step, "s"))
+        patch.setattr(PendingStep, "wait", recorded(PendingStep.wait, "r"))
+        return poisoned_case(world, tree, poisons, stop_after), calls, gpu.races
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "changes", "order"),
+    [
+        ("bf16_zero1", {}, "mms mr ms mr ms r"),
+        *soak(
+            ("fp32_zero1", {}, "mms mr ms mr ms r"),
+            ("bf16_zero1", {"optimizer__name": "lamb"}, "mms r mms r mms r"),
+            ("bf16_zero1", {"model__ema_decay": 0.9}, "mms r mms r mms r"),
+            ("fp16_zero1", {}, "mms r mms r mms r"),
+            ("bf16_zero2", {}, "mms r mms r mms r"),
+        ),
+    ],
+)
+def test_the_next_microbatch_is_queued_before_the_norm_is_read(
+    ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path, ds_config: str, changes: dict[str, Any], order: str
+) -> None:
+    """Catches a GPU that idles until the host has read the norm, and a host that goes on although the next microbatch
+    depends on the result: on the loss scale, or on weights that are averaged."""
+    tree = run_config(tmp_path, wordpiece_corpus, ds_config, schedule__steps=3, **changes)
+    for outcome, calls, races in ranks.run(ahead_case, tree, {}):
+        assert (outcome, races) == ("done", [])
+        assert "".join(calls) == order.replace(" ", "")
+
+
+@pytest.mark.parametrize("poison", ["loss", *soak("spike", "gradient")])
+def test_a_bad_batch_whose_next_one_was_started(
+    ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path, poison: str
+) -> None:
+    """Catches an update from a bad batch, moments or step counters that it changes, a microbatch that counts twice or
+    not at all, and one of before a rewind that counts after it. The three policies end in the same run, bit by bit."""
+    trees = {
+        policy: run_config(
+            tmp_path / policy,
+            wordpiece_corpus,
+            "bf16_zero1",
+            run__log_every=3,
+            schedule__steps=6,
+            checkpoint__every_steps=2,
+            health__policy=policy,
+        )
+        for policy in ("skip", "rewind", "stop")
+    }
+    bad = {4: POISONS[poison]}
+    for policy in ("skip", "rewind"):
+        assert [found[0] for found in ranks.run(ahead_case, trees[policy], bad)] == ["done", "done"]
+    assert saved_progress(tmp_path / "skip", 6)["skipped"] == [4]
+    assert "rewound to step 2" in RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
+    assert None not in logged(tmp_path / "skip")
+    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 6)
+
+    messages = [found[0] for found in ranks.run(ahead_case, trees["stop"], bad)]
+    assert messages[0].startswith("step 4: the ")
+    assert complete_checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == "step-00000003"
+    again = trees["stop"] | {"health": {"policy": "skip"}}
+    assert [found[0] for found in ranks.run(ahead_case, again, bad)] == ["done", "done"]
+    assert_same_run(tmp_path / "skip", tmp_path / "stop", 6)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a microbatch that is started for a step which this attempt does not take, and one that the next attempt
+    leaves out. Two bad batches in a row, the second of which was started before the first was known to be bad."""
+    bad = {3: Poison(NAN), 4: Poison(NAN)}
+    for name, stops in (("whole", []), ("stopped", [2, 3])):
+        tree = run_config(tmp_path / name, wordpiece_corpus, "bf16_zero1", schedule__steps=6, health__policy="skip")
+        for stop_after in stops:
+            found = ranks.run(ahead_case, tree, bad, stop_after)
+            assert [(outcome, calls[-2:]) for outcome, calls, _ in found] == [("stopped", ["s", "r"])] * 2
+        assert [outcome for outcome, _, _ in ranks.run(ahead_case, tree, bad)] == ["done", "done"]
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 6)
