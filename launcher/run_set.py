@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,6 +222,7 @@ class ChildRun:
     name: str  # for messages
     folder: RunFolder
     argv: tuple[str, ...]  # the command that starts or resumes it
+    shows_results: bool = True  # which it prints to stdout
 
 
 def wait_for_other_process(run: ChildRun) -> None:
@@ -247,11 +248,11 @@ def wait_for_other_process(run: ChildRun) -> None:
 
 def start(run: ChildRun) -> str:
     """Run the command. Returns `DONE`, `REJECTED` or how it failed. Raises StoppedError if it was stopped."""
-    exit_code = _run_command(run.argv)
+    exit_code = _run_command(run)
     if exit_code not in (0, Outcome.STOPPED.exit_code) and is_locked(run.folder):
         # The process that a killed command had just started has locked the folder meanwhile.
         wait_for_other_process(run)
-        exit_code = _run_command(run.argv)
+        exit_code = _run_command(run)
     if exit_code == Outcome.STOPPED.exit_code:
         raise _stopped(run)
     return {0: DONE, 2: REJECTED}.get(exit_code, f"failed (exit code {exit_code})")
@@ -261,7 +262,7 @@ def _stopped(run: ChildRun) -> StoppedError:
     return StoppedError(f"{run.command}: stopped at {run.name}; run the same command again to resume")
 
 
-def _run_command(argv: Sequence[str]) -> int:
+def _run_command(run: ChildRun) -> int:
     """Run a command, forward stop signals to it and return its exit code.
 
     After a forwarded signal, returns the exit code of a stopped run, even if the command exits with 0.
@@ -276,7 +277,8 @@ def _run_command(argv: Sequence[str]) -> int:
 
     with handle_stop_signals(forward):
         # A new session, so that Ctrl-C does not reach it twice.
-        process = subprocess.Popen(argv, env=own_environment(), start_new_session=True)
+        stdout = None if run.shows_results else subprocess.DEVNULL
+        process = subprocess.Popen(run.argv, env=own_environment(), start_new_session=True, stdout=stdout)
         if signals:  # since the start
             process.send_signal(signals[0])
         exit_code = process.wait()

@@ -129,6 +129,7 @@ class Watch:
         self._failures: dict[tuple[int, str], list[int]] = {}  # (step, weights) -> newest step at each failure
         self._waiting: set[int] = set()  # steps that were seen and are not scored
         self._all_logged = False
+        self._awaited = ""  # the last message on what it waits for
         self._described = False  # the data and the training, by the process that has scored a checkpoint
 
     def finish(self) -> list[int]:
@@ -144,7 +145,18 @@ class Watch:
                     return sorted(step for step, _ in self._failures)
                 if not self._run.path.is_dir():
                     raise UserError(f"the run folder {self._run.path} is gone")
+                if not done:
+                    self._say_what_is_awaited()
                 self._wait()
+
+    def _say_what_is_awaited(self) -> None:
+        """Once, until it changes."""
+        awaited = "for checkpoints"
+        if has_ended(self._run):
+            awaited = f"until {self._run.path} is resumed: it has ended before its last step"
+        if awaited != self._awaited:
+            self._awaited = awaited
+            inform(f"watch: {self._task.name}: waiting {awaited}")
 
     def _next_checkpoint(self, done: bool) -> tuple[Path, str, int] | None:
         """The oldest checkpoint that is due, its weights, and the newest step."""

@@ -100,7 +100,9 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
         if problem := verify(folder, files_below("hf")) or verify_name(checkpoint):
             raise ScoringError(f"the checkpoint is damaged: {problem}")
     step = checkpoint_step(checkpoint)
-    child = ChildRun("watch", f"{task.name}: step {step}", RunFolder(folder / "run"), _argv(task, folder))
+    child = ChildRun(
+        "watch", f"{task.name}: step {step}", RunFolder(folder / "run"), _argv(task, folder), shows_results=False
+    )
     wait_for_other_process(child)
     state = start(child)
     if state != DONE:

@@ -1,7 +1,6 @@
 """Commands that a command starts, with stand-ins for them."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import filelock
@@ -20,7 +19,7 @@ def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, m
     run = ChildRun("compare", "[1/1] a/b", open_run_folder(tmp_path / "run"), ("command",))
     lock, codes = filelock.FileLock(run.folder.lock), [2, 0]
 
-    def run_command(argv: Sequence[str]) -> int:
+    def run_command(_run: ChildRun) -> int:
         if len(codes) == 2:
             lock.acquire(timeout=0)
         return codes.pop(0)
@@ -56,8 +55,8 @@ def finish(folder: Path, config: FlatConfig, monkeypatch: pytest.MonkeyPatch) ->
     """Finish a set with one run; returns the runs that it has started."""
     started: list[str] = []
 
-    def run_command(argv: Sequence[str]) -> int:
-        started.append(argv[0])
+    def run_command(run: ChildRun) -> int:
+        started.append(run.argv[0])
         return 0
 
     monkeypatch.setattr(run_set, "_run_command", run_command)

@@ -172,7 +172,7 @@ def test_a_run_folder_that_is_gone_ends_the_watch(run: RunFolder, save: Save) ->
         watch(run, Scorer(), lambda: shutil.rmtree(run.path))
 
 
-def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End) -> None:
+def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a watch that ends with a run that will resume, scores of it that nobody logs, and a watch that writes
     the metrics of a running one that `deepspeed` has started, which holds no lock."""
     save(100)
@@ -181,8 +181,12 @@ def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End) -> No
     def look() -> None:
         seen.append(logged(run))
 
-    watch(run, Scorer(), look, partial(end, Outcome.STOPPED), look, end)
-    assert seen == [[], [(100, 0.1)]]
+    watch(run, Scorer(), look, look, partial(end, Outcome.STOPPED), look, end)
+    assert seen == [[], [], [(100, 0.1)]]
+    assert [line for line in capsys.readouterr().err.splitlines() if "waiting" in line] == [
+        "deepcloze: watch: toy: waiting for checkpoints",
+        f"deepcloze: watch: toy: waiting until {run.path} is resumed: it has ended before its last step",
+    ]
 
 
 def test_only_one_process_writes_the_metrics(run: RunFolder, save: Save, end: End) -> None:
