@@ -23,7 +23,7 @@ from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.formatting import format_perplexity
 from experiment.model_names import local_model
-from experiment.progress import track
+from experiment.progress import terminal, track
 from experiment.shared_cores import share_cores
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.transformers_models import max_positions
@@ -167,6 +167,8 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
             "masked-LM head; `deepcloze predict --score` scores fine-tuned models"
         )
     folder = find_model_folder(path)
+    if show_progress and folder != path:
+        terminal().print(f"model: {folder}", markup=False)
     policy, seed, max_length = _settings(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary = build_vocabulary(tokenizer)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer
 from experiment.outcome_file import Outcome
+from experiment.provenance import read_provenance
 from experiment.tracking.alerts import Alert
 from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine, StepResult
@@ -90,12 +91,15 @@ class Trainer:
         self._evaluator = RunEvaluator(config.evaluation, held_out, engine, self._interval, times, first_step)
         (num_hosts,) = group.all_reduce_sum([int(world.local_rank == 0)])
         nodes = group.all_gather_objects(platform.node())
-        provenance = group.from_rank0(lambda: record_start(run, world.size, num_hosts))
+        finished = self._is_finished()
+        provenance = group.from_rank0(
+            lambda: (read_provenance(run.folder) if finished else None) or record_start(run, world.size, num_hosts)
+        )
         tracker = None
         if world.rank == 0:
-            if not self._is_finished():  # else the time since its end would count as down
+            if not finished:  # else the time since its end would count as down
                 times.open(run.folder, self._progress.step, stream.steps)
-            evaluates_first = self._evaluator.is_missing(self._progress, self._is_finished())
+            evaluates_first = self._evaluator.is_missing(self._progress, finished)
             tracker = open_run_tracker(run, provenance, self._progress.step, stream, evaluates_first)
         self._reporter = Reporter(run, model.flops, engine, self._interval, times, nodes, tracker)
         clock = TrainingClock(self._progress.seconds)

@@ -174,11 +174,14 @@ def test_a_time_budget_spans_attempts(
 def test_restarting_a_finished_run_does_nothing(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches an extra step, evaluations that are logged twice, and the time since the end counted as down."""
+    """Catches an extra step, evaluations that are logged twice, the time since the end counted as down, and a config or
+    provenance of an attempt that trained nothing."""
     tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=2, corpus__eval={"held": str(heldout_corpus)})
     pools[2].run(pretrain_case, tree)
-    files = RunFolder(tmp_path).metrics, RunFolder(tmp_path).goodput
+    run = RunFolder(tmp_path)
+    files = run.metrics, run.goodput, run.config, run.provenance
     before = [file.read_text(encoding="utf-8") for file in files]
+    tree["optimizer"] = {"lr": 0.5}
     assert pools[2].run(pretrain_case, tree) == ["done", "done"]
     assert [file.read_text(encoding="utf-8") for file in files] == before
 
