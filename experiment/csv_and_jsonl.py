@@ -39,9 +39,11 @@ class CsvFormat:
     section: str = "task."  # of the config, before the keys
     rejects_header: bool = False  # without a header: reject a first row that looks like one, instead of a warning
 
-    def option(self, name: str, value: str) -> str:
-        """How messages tell to set an option; `null` in a config is `none` as a flag."""
-        return f"--{name} {'none' if value == 'null' else value}" if self.as_flags else f"{self.section}{name}: {value}"
+    def option(self, name: str, value: str = "") -> str:
+        """How messages tell to set an option, perhaps to a value; `null` in a config is `none` as a flag."""
+        if self.as_flags:
+            return f"--{name} {'none' if value == 'null' else value}".rstrip()
+        return f"{self.section}{name}: {value}" if value else self.section + name
 
 
 class CsvRow(NamedTuple):
@@ -175,10 +177,14 @@ def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_forma
 
 def _quoting_hint(csv_format: CsvFormat) -> str:
     if csv_format.quoting == csv.QUOTE_NONE:
-        advice = f"If quotes enclose cells, set {csv_format.option('quoting', '0')}"
+        advice = f"if quotes enclose cells, set {csv_format.option('quoting', '0')}"
     else:
-        advice = f"If quotes are ordinary characters, set {csv_format.option('quoting', '3')}"
-    return f"; is the separator {csv_format.separator or ','!r}? {advice}"
+        advice = f"if quotes are ordinary characters, set {csv_format.option('quoting', '3')}"
+    return f"{_separator_hint(csv_format)}; {advice}"
+
+
+def _separator_hint(csv_format: CsvFormat) -> str:
+    return f"; is the separator {csv_format.separator or ','!r}? If not, set {csv_format.option('sep')}"
 
 
 def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterator[JsonRow]:
@@ -199,18 +205,20 @@ def column_index(names: Sequence[str], column: str, place: str, key: str, csv_fo
     """Position of a column. place: file, perhaps with line; key: the option that names the column; csv_format: if the
     file is a CSV file."""
     if column not in names:
-        raise missing_column(place, column, names, key, header_advice(csv_format))
+        raise missing_column(place, column, names, key, header_advice(csv_format, names))
     if names.count(column) > 1:
         raise UserError(f"{place}: {names.count(column)} columns are called '{column}' ({key} names the column)")
     return names.index(column)
 
 
-def header_advice(csv_format: CsvFormat | None) -> str:
+def header_advice(csv_format: CsvFormat | None, names: Sequence[str]) -> str:
     """Advice if the names of columns come from the first row of a CSV file; otherwise empty."""
     if csv_format is None or not csv_format.header:
         return ""
     option = csv_format.option("header", "null")
-    return f"; if the first row is data, set {option} and name columns by their numbers, from 0"
+    is_unsplit = len(names) == 1 and any(mark in names[0] for mark in ",;|\t")
+    separator = _separator_hint(csv_format) if is_unsplit else ""
+    return f"{separator}; if the first row is data, set {option} and name columns by their numbers, from 0"
 
 
 def missing_column(place: str, column: str, names: Iterable[str], key: str, advice: str = "") -> UserError:

@@ -5,7 +5,7 @@ Imports nothing heavy: `deepcloze --help` reads this module.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from experiment.config import Metavar, Section
 from experiment.config.field_types import LocalPath, PathText
@@ -46,7 +46,9 @@ class PredictOptions(Section):
     """As in pandas: with 3, quotes are ordinary characters; default: as in training, but 0 if the separator is another
     one."""
 
-    header: Literal["0", "none"] | None = None
+    header: Annotated[
+        Literal["0", "none"] | None, BeforeValidator(lambda value: "none" if value == "null" else value)
+    ] = None
     """Whether column names are in the first row (0), or there are none; default: as in training. Needed if the training
     data had none and the first row looks like names."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from experiment.csv_and_jsonl import warn_once
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, write_json
 from experiment.formatting import counted
@@ -62,7 +63,18 @@ class Input:
             self.kind.check_target(record)
         if not count:
             raise UserError(f"{self.path} has no rows")
+        self._warn_of_label_in_header()
         return count
+
+    def _warn_of_label_in_header(self) -> None:
+        """Columns by number hide that the first row is data."""
+        first = next(iter(read_rows(self.path, self.format)))
+        labels = [name for name in first.names if name.strip() in self.kind.labels]
+        if labels and first.csv is not None and first.csv.header:
+            warn_once(
+                f"{self.path}: the first row is read as a header, but {labels[0]!r} in it is one of the labels; if it "
+                f"is data, set {first.csv.option('header', 'null')}"
+            )
 
 
 @dataclass
@@ -127,6 +139,14 @@ def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str
                 f"--{key}={value}: the training data had no header, so columns have numbers from 0; if {options.input} "
                 "has a header, set --header 0"
             )
+    if options.header == "none" and trained.header is not None:
+        for role in trained.columns.without_targets().cell_types():
+            names = trained.columns.names(role)
+            if f"columns.{role}" not in options.overrides and not all(map(str.isdecimal, names)):
+                raise UserError(
+                    f"--header none: columns have numbers then, from 0; set --columns.{role} to that of "
+                    f"{' and '.join(map(repr, names))}"
+                )
     flags = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": options.header}
     written = {key: "null" if value == "none" else str(value) for key, value in flags.items() if value is not None}
     return {**options.overrides, **written}

@@ -172,7 +172,7 @@ def _find_columns(
                 for name in asked
             ]
     _reject_targets_as_inputs(row, types, found, key)
-    advice = header_advice(row.csv)
+    advice = header_advice(row.csv, row.names)
     by_number = all(name.strip().isdecimal() for role in found for name in columns.names(role))
     if advice and by_number and not looks_like_header(row.names):
         warn_once(f"{row.named_at}: column names that look like data: {listed(row.names)}{advice}")

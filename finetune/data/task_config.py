@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import PathText, Seed, Separator
@@ -114,7 +114,7 @@ class TaskConfig(Section):
     quoting: Literal[0, 3] = 0
     """As in pandas: with 0, double quotes enclose a field; with 3, quotes are ordinary characters."""
 
-    header: Literal[0] | None = 0
+    header: Annotated[Literal[0] | None, BeforeValidator(lambda value: None if value == "none" else value)] = 0
     """As in pandas: 0 takes column names from the first row; null: there is no header, and `columns` are numbers
     from 0."""
 

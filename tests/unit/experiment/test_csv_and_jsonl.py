@@ -93,7 +93,9 @@ def test_quotes_that_are_read_as_text_are_named(caplog: pytest.LogCaptureFixture
         '1.tsv:2: quotes are read as a part of "so ""good"""; if they enclose cells, set --quoting 0',
     ]
     _, rows = read_csv(["a\tb\n", '"1\t2"\t3\n'], "f.tsv", unquoted)
-    with pytest.raises(UserError, match=r"is the separator '\\t'\? If quotes enclose cells, set --quoting 0$"):
+    with pytest.raises(
+        UserError, match=r"is the separator '\\t'\? If not, set --sep; if quotes enclose cells, set --quoting 0$"
+    ):
         list(rows)
 
 

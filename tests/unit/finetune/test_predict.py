@@ -223,6 +223,28 @@ def test_a_header_or_its_lack_is_seen(
     assert "no column 'text'; found: word1 word2 , word3 (--columns.text names" in (error := capsys.readouterr().err)
     assert error.endswith("; if the first row is data, set --header none and name columns by their numbers, from 0\n")
 
+    caplog.clear()
+    (tmp_path / "labelled.csv").write_text("word1,low\nword30,high\n")
+    assert predict(trained_run, tmp_path / "labelled.csv", tmp_path / "out.csv", "--columns.text=0", "--sep=,") == 0
+    warning = "labelled.csv: the first row is read as a header, but 'low' in it is one of the labels; if it is data, "
+    assert [message.rpartition("/")[2] for message in caplog.messages] == [f"{warning}set --header none"]
+    capsys.readouterr()
+    assert predict(trained_run, tmp_path / "labelled.csv", tmp_path / "out.csv", "--header=null") == 2
+    assert capsys.readouterr().err == (
+        "deepcloze: --header none: columns have numbers then, from 0; set --columns.text to that of 'text'\n"
+    )
+
+
+def test_another_separator(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a message on a column that is not found, though the separator is the cause."""
+    (tmp_path / "rows.csv").write_text("id;text\n1;word1\n")
+    assert predict(trained_run, tmp_path / "rows.csv", tmp_path / "out.csv") == 2
+    assert "found: id;text (--columns.text names the column); is the separator ','? If not, set --sep; " in (
+        capsys.readouterr().err
+    )
+    assert predict(trained_run, tmp_path / "rows.csv", tmp_path / "out.csv", "--sep=;", "--columns.text=review") == 2
+    assert "is the separator" not in capsys.readouterr().err
+
 
 @pytest.fixture
 def with_format(trained_run: Path, tmp_path: Path) -> Callable[..., Path]:
@@ -264,7 +286,9 @@ def test_quotes_around_cells_that_are_not_read_as_such(
     (tmp_path / "reviews.csv").write_text(QUOTED)
     assert predict(model, tmp_path / "reviews.csv", tmp_path / "out.csv", "--columns.text=review") == 2
     error = capsys.readouterr().err
-    assert error.endswith("found 3; is the separator ','? If quotes enclose cells, set --quoting 0\n")
+    assert error.endswith(
+        "found 3; is the separator ','? If not, set --sep; if quotes enclose cells, set --quoting 0\n"
+    )
 
 
 def test_a_header_for_a_model_of_data_without_one(
