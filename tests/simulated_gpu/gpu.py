@@ -63,7 +63,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         _patch_collectives(patch, gpu.device.timeline)
         _patch_threads(patch, gpu.device)
         _patch_triton(patch, gpu)
-        _patch_optimizers(patch)
+        _patch_functions_in_cpp(patch)
         _patch_deepspeed(patch)
         with Operators(gpu.device):
             yield gpu
@@ -161,14 +161,23 @@ def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
     attention._tried_local_kernel.cache_clear()
 
 
-def _patch_optimizers(patch: pytest.MonkeyPatch) -> None:
-    """torch groups parameters by device in C++, which asks for the device itself."""
+def _patch_functions_in_cpp(patch: pytest.MonkeyPatch) -> None:
+    """Functions of torch's that ask for the device themselves, in C++."""
     group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
 
     def group_tensors(lists: Any, with_indices: bool = False) -> Any:
         return {(found[0][0][0].device, dtype): found for (_, dtype), found in group(lists, with_indices).items()}
 
     patch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(group_tensors))
+
+    def pad_sequence(sequences: Any, batch_first: bool, padding_value: float, _side: str) -> torch.Tensor:
+        assert batch_first
+        padded = sequences[0].new_full((len(sequences), max(map(len, sequences))), padding_value)
+        for row, sequence in enumerate(sequences):
+            padded[row, : len(sequence)] = sequence
+        return padded
+
+    patch.setattr(torch._C._nn, "pad_sequence", pad_sequence)
 
 
 def _patch_deepspeed(patch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from finetune.results.tables import print_results
 from finetune.run import run
 from finetune.splits import encode_split, make_kind, read_splits
 from finetune.task_kind import find_kind
+from simulated_gpu.gpu import simulated_gpu
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 LOW, HIGH = [f"word{n}" for n in range(20)], [f"word{n}" for n in range(20, 40)]
@@ -226,6 +228,39 @@ def test_the_snippet_of_a_task_on_pairs_runs(
     record = {"text": "A text.", "text_pair": "Another text."}
     (prediction,) = Predictor.load(model, precision="fp32").predict([record])
     assert max(numbers(found)) == pytest.approx(max(numbers(prediction)), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "fp32") for name in TASKS), ("token_classification", "bf16"), ("classification", "fp16")],
+)
+def test_a_gpu_computes_what_a_cpu_does(encoder: Path, tmp_path: Path, name: str, precision: str) -> None:
+    """Catches tensors on the wrong device in training, in the saved state, or when a saved model predicts."""
+    pytest.importorskip("triton", reason="the simulated GPU needs Triton")
+    start = Path(shutil.copytree(encoder, tmp_path / "start"))
+    without_dropout = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }  # which devices draw differently
+    config = json.loads((start / "config.json").read_text()) | without_dropout
+    (start / "config.json").write_text(json.dumps(config))
+
+    def predict(device: str) -> list[float]:
+        folder = tmp_path / device
+        folder.mkdir()
+        computed_in = precision if device == "gpu" else "fp32"
+        options = {"steps": 4, "evaluate_every": 2, "precision": computed_in, "score_train": True}
+        config = config_of(name, start, folder, **options)
+        run(config)
+        predictor = Predictor.load(folder / "run", precision=computed_in)
+        table = read_table(Path(str(config.task.test)), config.task.columns)
+        return numbers(predictor.predict_records(table.records[:10]))
+
+    expected = predict("cpu")
+    with simulated_gpu() as gpu:
+        found = predict("gpu")
+    assert (gpu.mixed, gpu.races) == ([], [])
+    assert found == pytest.approx(expected, abs=1e-4 if precision == "fp32" else 0.1)
 
 
 @pytest.mark.parametrize(
