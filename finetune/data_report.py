@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich import table as rich_table
 from rich.console import Console
@@ -110,9 +111,21 @@ def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase, labels: S
     ids = example.sequences[0].input_ids.tolist()
     tokens = tokenizer.convert_ids_to_tokens(ids[:_SHOWN_TOKENS])
     more = f" … ({len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
-    target = labels[example.target] if labels and isinstance(example.target, int) else example.target
-    shown = "" if target is None else f"; target: {target}"
+    shown = "" if example.target is None else f"; target: {_describe_target(example.target, labels)}"
     return f"first example: {' '.join(tokens)}{more}{shown}"
+
+
+def _describe_target(target: Any, labels: Sequence[str]) -> str:
+    """With the names of labels: of the only one, of each token, or of those that are set."""
+    match target.tolist() if isinstance(target, torch.Tensor) else target:
+        case int(label) if labels:
+            return labels[label]
+        case [float(), *_] as are_set if labels:
+            return ", ".join(label for label, is_set in zip(labels, are_set, strict=True) if is_set) or "no label"
+        case [int(), *_] as of_tokens if labels:
+            return " ".join(labels[label] if label >= 0 else "–" for label in of_tokens[:_SHOWN_TOKENS])
+        case other:
+            return str(other)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ def test_an_example_shows_what_the_model_gets() -> None:
 
     assert shown(3, 1) == "first example: t0 t1 t2; target: 1"
     assert shown(3, 1, "low", "high") == "first example: t0 t1 t2; target: high"
+    assert shown(3, [1.0, 0.0, 1.0], "a", "b", "c").endswith("; target: a, c")
+    assert shown(3, [0.0, 0.0], "a", "b").endswith("; target: no label")
+    assert shown(3, torch.tensor([-100, 1, 0, -100]), "B-X", "O").endswith("; target: – O B-X –")
+    assert shown(3, [5, 7]).endswith("; target: [5, 7]")
     assert shown(41, None) == f"first example: {' '.join(f't{number}' for number in range(40))} … (41 tokens)"
 
 
