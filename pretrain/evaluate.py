@@ -167,8 +167,6 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
             "masked-LM head; `deepcloze predict --score` scores fine-tuned models"
         )
     folder = find_model_folder(path)
-    if show_progress and folder != path:
-        terminal().print(f"model: {folder}", markup=False)
     policy, seed, max_length = _settings(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary = build_vocabulary(tokenizer)
@@ -178,6 +176,8 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     for _ in verified_shards(corpora.values(), show_progress=show_progress):
         pass
 
+    if show_progress and folder != path:
+        terminal().print(f"model: {folder}", markup=False)
     built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

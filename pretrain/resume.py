@@ -172,8 +172,11 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
         return ResumePlan()
     state = read_state(point.checkpoint)
     before = state["identity"]
-    compare = check_fork if point.fork else check_resume
-    lines = compare(before, identity, str(point.checkpoint))
+    where = str(point.checkpoint)
+    if point.fork:
+        lines = check_fork(before, identity, where)
+    else:
+        lines = check_resume(before, identity, where, f" ({state['config']['corpus']['train']})")
     changed = _changes(before, identity)
     return ResumePlan(
         point.checkpoint,
@@ -212,18 +215,18 @@ def is_fork_of(ancestors: Sequence[Mapping[str, Any]], parent: str) -> bool:
     return all(each[key] == origin.get(key) for each in found for key in known)
 
 
-def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
+def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, trained_on: str = "") -> list[str]:
     """Compare identities (see `run_identity`). Returns a line for each key that may differ; raises UserError for one
-    that may not. `where`: the checkpoint, for the message."""
+    that may not. For messages: `where`: the checkpoint; `trained_on`: its corpora."""
     changes = _changes(before, now)
     fixed = _FIXED if before["masking.schedule"] == "constant" else (*_FIXED, *_LENGTH)
     for key, (old, new) in changes.items():
         if _is_below(key, fixed) and key not in _LAYOUT:
-            what = "a corpus with the fingerprint " if key == "corpus.train" else ""
+            what, which = ("a corpus with the fingerprint ", trained_on) if key == "corpus.train" else ("", "")
             raise UserError(
-                f"{where} cannot be resumed with another {key}: the run was started with {what}{_shown(old)}, the "
-                f"config says {what}{_shown(new)}. Restore the value, or start a new run (or a fork of this one) in "
-                "another run.dir"
+                f"{where} cannot be resumed with another {key}: the run was started with {what}{_shown(old)}{which}, "
+                f"the config says {what}{_shown(new)}. Restore the value, or start a new run, or a fork of this one, "
+                "in another run.dir"
             )
     return _lines(changes)
 

@@ -300,7 +300,8 @@ FOLDERS = {
         r"other was built with another tokenizer .* Rebuild the corpus with `--tokenizer",
     ),
     "resume with another corpus": Mistake(
-        "pretrain --config run.yaml --corpus.train=corpus-heldout", r"cannot be resumed with another corpus.train"
+        "pretrain --config run.yaml --corpus.train=corpus-heldout",
+        r"another corpus.train: .* with the fingerprint '\w+' \(/.*/corpus\), the config says",
     ),
     "resume with another tokenizer": Mistake(
         "pretrain --config run.yaml --corpus.train=other", r"cannot be resumed with another"

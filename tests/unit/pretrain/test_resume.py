@@ -179,7 +179,7 @@ def make_run(
         checkpoint = checkpoint_path(folder.checkpoints, step)
         (checkpoint / "hf").mkdir(parents=True)
         write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
-        config = {"model": model.model_dump(mode="json")}
+        config = {"model": model.model_dump(mode="json"), "corpus": {"train": "/data/a"}}
         state = {"identity": identity(), "config": config, "progress": {"step": step}}
         (checkpoint / "state.json").write_text(json.dumps(state))
         mark_complete(checkpoint)
