@@ -8,8 +8,9 @@ import torch
 from gpu_runs import MODEL, STEPS, gpu_run
 
 from experiment.checkpoints import checkpoint_path
+from poison import Poison, poisoned_case
 from pretrain.world import World
-from runs import Tree, logged, pretrain_case, saved_tensors
+from runs import Tree, logged, pretrain_case, saved_progress, saved_tensors
 
 # Of a loss of about 5 that falls by a tenth: the effect of 16-bit weights and activations.
 RELATIVE = {"fp16": 2e-3, "bf16": 1e-2}
@@ -105,3 +106,25 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing(
     # Atomic additions in the gradient of embeddings make runs differ in the last bits.
     assert logged(tmp_path / "True") == pytest.approx(logged(tmp_path / "False"), rel=1e-3)
     assert peaks[True] < 0.8 * peaks[False]
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_bad_batch_of_a_host_that_runs_ahead(
+    gpus: Any, wordpiece_corpus: Path, tmp_path: Path, precision: str, policy: str
+) -> None:
+    """Catches an update of a bad batch, and a microbatch that was queued before the batch was found to be bad and
+    counts twice or not at all. With averaged weights, the host waits for the norm before it goes on."""
+    for name, decay in (("ahead", None), ("waiting", 0.9)):
+        tree = gpu_run(
+            tmp_path / name,
+            wordpiece_corpus,
+            f"{precision}_zero1",
+            schedule__steps=10,
+            checkpoint__every_steps=4,
+            health__policy=policy,
+        )
+        tree["model"]["ema_decay"] = decay
+        assert set(gpus.run(poisoned_case, tree, {7: Poison(float("nan"), in_loss=False)})) == {"done"}
+        assert saved_progress(tmp_path / name, 10)["skipped"] == [7]
+    assert logged(tmp_path / "ahead") == pytest.approx(logged(tmp_path / "waiting"), rel=1e-3)
