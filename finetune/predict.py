@@ -69,8 +69,10 @@ class Input:
     def _warn_of_label_in_header(self) -> None:
         """Columns by number hide that the first row is data."""
         first = next(iter(read_rows(self.path, self.format)))
+        columns = self.kind.config.columns.without_targets()
+        by_number = all(name.isdecimal() for role in columns.cell_types() for name in columns.names(role))
         labels = [name for name in first.names if name.strip() in self.kind.labels]
-        if labels and first.csv is not None and first.csv.header:
+        if by_number and labels and first.csv is not None and first.csv.header:
             warn_once(
                 f"{self.path}: the first row is read as a header, but {labels[0]!r} in it is one of the labels; if it "
                 f"is data, set {first.csv.option('header', 'null')}"

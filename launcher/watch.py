@@ -145,12 +145,13 @@ class Watch:
                     return sorted(step for step, _ in self._failures)
                 if not self._run.path.is_dir():
                     raise UserError(f"the run folder {self._run.path} is gone")
-                if not done:
-                    self._say_what_is_awaited()
+                self._say_what_is_awaited()
                 self._wait()
 
     def _say_what_is_awaited(self) -> None:
         """Once, until it changes."""
+        if is_done(self._run):  # since the last look
+            return
         awaited = "for checkpoints"
         if has_ended(self._run):
             awaited = f"until {self._run.path} is resumed: it has ended before its last step"

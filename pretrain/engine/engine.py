@@ -48,12 +48,13 @@ class PendingStep:
     """A step that the device may still be computing."""
 
     def __init__(self, result: StepResult | HostCopy) -> None:
-        """`result`: or a copy of the gradient norm and of whether the update was applied."""
+        """`result`: or a copy of [grad_norm, applied], which the device is still making."""
         self._result = result
 
     def wait(self) -> StepResult:
         if isinstance(self._result, HostCopy):
-            norm, applied = self._result.wait()
+            with phase("wait for norm"):
+                norm, applied = self._result.wait()
             self._result = StepResult(bool(applied), norm)
         return self._result
 
@@ -117,7 +118,7 @@ class Engine:
         self.runs_ahead = (
             self.device.type == "cuda"
             and self._zero1_optimizer is not None
-            and isinstance(torch_optimizer, AdamW)
+            and type(torch_optimizer) is AdamW  # Muon, which is one too, updates matrices itself
             and self._loss_scaler is None
             and decay is None
         )

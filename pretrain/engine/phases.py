@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch.profiler import record_function
 
-Phase = Literal["data", "forward", "backward", "reduce gradients", "update weights", "wait for ranks"]
+Phase = Literal["data", "forward", "backward", "reduce gradients", "update weights", "wait for norm", "wait for ranks"]
 
 PREFIX = "deepcloze: "
 COLLECTIVE_PREFIX = "deepcloze collective: "

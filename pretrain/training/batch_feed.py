@@ -42,8 +42,8 @@ class UpcomingBatch(NamedTuple):
 class BatchFeed:
     """Gives the trainer one batch per step, while the ranks agree on the next one.
 
-    That agreement begins before the step is computed and is read after it. So it also says, of this step, whether a
-    rank wants to stop or save after it: its votes.
+    That agreement begins before the step is computed, and is read when the step is queued. So it also says, of this
+    step, whether a rank wants to stop or save after it: its votes.
     """
 
     def __init__(

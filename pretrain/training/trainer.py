@@ -92,14 +92,15 @@ class Trainer:
         (num_hosts,) = group.all_reduce_sum([int(world.local_rank == 0)])
         nodes = group.all_gather_objects(platform.node())
         finished = self._is_finished()
+        evaluates_first = self._evaluator.is_missing(self._progress, finished)
+        trains_nothing = finished and not evaluates_first
         provenance = group.from_rank0(
-            lambda: (read_provenance(run.folder) if finished else None) or record_start(run, world.size, num_hosts)
+            lambda: (trains_nothing and read_provenance(run.folder)) or record_start(run, world.size, num_hosts)
         )
         tracker = None
         if world.rank == 0:
             if not finished:  # else the time since its end would count as down
                 times.open(run.folder, self._progress.step, stream.steps)
-            evaluates_first = self._evaluator.is_missing(self._progress, finished)
             tracker = open_run_tracker(run, provenance, self._progress.step, stream, evaluates_first)
         self._reporter = Reporter(run, model.flops, engine, self._interval, times, nodes, tracker)
         clock = TrainingClock(self._progress.seconds)

@@ -21,8 +21,9 @@ WARMUP = 3  # steps that create the optimizer's state, compile kernels and look 
 
 def syncs_case(
     world: World, tree: Tree, norm_limit: float, compiled: bool = False
-) -> tuple[list[str], list[list[str]]]:
-    """Where the host waits in the microbatches of some steps, and in the rest of each of these steps."""
+) -> tuple[list[str], list[list[str]], int]:
+    """Where the host waits in the microbatches of some steps, and in the rest of each of these steps; and how often it
+    may wait there: not at all if the GPU decides on updates."""
     engine, _ = build_engine(world, tree, compiled=compiled)
     pinned = Microbatch(*(tensor.pin_memory() for tensor in microbatch()))
     in_microbatches: list[str] = []
@@ -37,7 +38,7 @@ def syncs_case(
         if measured:
             in_steps.append(found)
     engine.close()
-    return in_microbatches, in_steps
+    return in_microbatches, in_steps, int(not engine.runs_ahead)
 
 
 def reported_syncs(call: Any) -> list[str]:
@@ -64,9 +65,9 @@ def test_at_most_one_sync_per_step_and_none_in_a_microbatch(
     would run dry."""
     tree = gpu_run(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}", model__config=WITH_DROPOUT)
     tree["optimizer"] = {"name": rule, "lr": 3e-3}
-    for in_microbatches, in_steps in gpus.run(syncs_case, tree, 1e6):
+    for in_microbatches, in_steps, most in gpus.run(syncs_case, tree, 1e6):
         assert in_microbatches == []
-        assert all(len(found) <= 1 for found in in_steps), in_steps
+        assert all(len(found) <= most for found in in_steps), in_steps
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -78,9 +79,9 @@ def test_compiled_layers_add_no_sync(
     """Catches compiled code that reads sizes from the GPU, with flash attention and with a mask."""
     tree = gpu_run(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}", model__config=WITH_DROPOUT)
     tree["model"]["activation_checkpointing"] = checkpointing
-    for in_microbatches, in_steps in gpus.run(syncs_case, tree, 1e6, True):
+    for in_microbatches, in_steps, most in gpus.run(syncs_case, tree, 1e6, True):
         assert in_microbatches == []
-        assert all(len(found) <= 1 for found in in_steps), in_steps
+        assert all(len(found) <= most for found in in_steps), in_steps
 
 
 def test_a_sync_is_reported() -> None:

@@ -186,6 +186,17 @@ def test_restarting_a_finished_run_does_nothing(
     assert [file.read_text(encoding="utf-8") for file in files] == before
 
 
+def test_a_run_that_only_its_evaluation_finishes(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches the config of a longer run that is kept, so that the run looks unfinished."""
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=6, corpus__eval={"held": str(heldout_corpus)})
+    assert pools[1].run(pretrain_case, tree, 3) == ["stopped"]
+    tree["schedule"]["steps"] = 3
+    assert pools[1].run(pretrain_case, tree) == ["done"]
+    assert yaml.safe_load(RunFolder(tmp_path).config.read_text(encoding="utf-8"))["schedule"]["steps"] == 3
+
+
 def test_the_written_config_starts_the_same_run(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:

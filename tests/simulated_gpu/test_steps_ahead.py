@@ -31,15 +31,21 @@ def ahead_case(
     world: World, tree: Tree, poisons: dict[int, Poison], stop_after: int | None = None
 ) -> tuple[str, list[str], list[str]]:
     """A run on the simulated GPU, poisoned in some steps. Returns its outcome, in which order its host starts
-    microbatches ("m") and steps ("s") and reads results of steps ("r"), and races."""
+    microbatches ("m") and steps ("s"), waits for the GPU in a step but the first ("w") and reads results of steps
+    ("r"), and races."""
     from pretrain.engine.engine import Engine, PendingStep
 
-    calls = []
+    calls: list[str] = []
 
     def recorded(call: Any, name: str) -> Any:
         def run(*args: Any, **options: Any) -> Any:
+            is_first = name not in calls
             calls.append(name)
-            return call(*args, **options)
+            before = len(gpu.waits)
+            result = call(*args, **options)
+            if name == "s" and not is_first:
+                calls.extend("w" for _ in gpu.waits[before:])
+            return result
 
         return run
 
@@ -54,20 +60,22 @@ def ahead_case(
     ("ds_config", "changes", "order"),
     [
         ("bf16_zero1", {}, "mms mr ms mr ms r"),
+        ("bf16_zero1", {"optimizer__name": "muon"}, "mms r mmsw r mmsw r"),
         *soak(
             ("fp32_zero1", {}, "mms mr ms mr ms r"),
-            ("bf16_zero1", {"optimizer__name": "lamb"}, "mms r mms r mms r"),
-            ("bf16_zero1", {"model__ema_decay": 0.9}, "mms r mms r mms r"),
-            ("fp16_zero1", {}, "mms r mms r mms r"),
-            ("bf16_zero2", {}, "mms r mms r mms r"),
+            ("bf16_zero1", {"optimizer__name": "lamb"}, "mms r mmsw r mmsw r"),
+            ("bf16_zero1", {"optimizer__name": "stableadamw"}, "mms r mmsw r mmsw r"),
+            ("bf16_zero1", {"model__ema_decay": 0.9}, "mms r mmsw r mmsw r"),
+            ("fp16_zero1", {}, "mms r mmsw r mmsw r"),
+            ("bf16_zero2", {}, "mms r mmsw r mmsw r"),
         ),
     ],
 )
 def test_the_next_microbatch_is_queued_before_the_norm_is_read(
     ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path, ds_config: str, changes: dict[str, Any], order: str
 ) -> None:
-    """Catches a GPU that idles until the host has read the norm, and a host that goes on although the next microbatch
-    depends on the result: on the loss scale, or on weights that are averaged."""
+    """Catches a GPU that idles until the host has read the norm, and a host that goes on although the optimizer
+    asks it whether to update, or the next microbatch depends on the result."""
     tree = run_config(tmp_path, wordpiece_corpus, ds_config, schedule__steps=3, **changes)
     for outcome, calls, races in ranks.run(ahead_case, tree, {}):
         assert (outcome, races) == ("done", [])

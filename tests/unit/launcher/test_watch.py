@@ -183,6 +183,7 @@ def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End, capsy
 
     watch(run, Scorer(), look, look, partial(end, Outcome.STOPPED), look, end)
     assert seen == [[], [], [(100, 0.1)]]
+    watch(run, Scorer(), end)
     assert [line for line in capsys.readouterr().err.splitlines() if "waiting" in line] == [
         "deepcloze: watch: toy: waiting for checkpoints",
         f"deepcloze: watch: toy: waiting until {run.path} is resumed: it has ended before its last step",
