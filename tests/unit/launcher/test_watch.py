@@ -183,11 +183,24 @@ def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End, capsy
 
     watch(run, Scorer(), look, look, partial(end, Outcome.STOPPED), look, end)
     assert seen == [[], [], [(100, 0.1)]]
-    watch(run, Scorer(), end)
     assert [line for line in capsys.readouterr().err.splitlines() if "waiting" in line] == [
         "deepcloze: watch: toy: waiting for checkpoints",
         f"deepcloze: watch: toy: waiting until {run.path} is resumed: it has ended before its last step",
     ]
+
+
+def test_a_run_that_ends_while_its_results_are_logged(
+    run: RunFolder, end: End, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a message that a run is not finished, which has just ended."""
+
+    def log_results(_watch: Watch) -> bool:
+        end()
+        return True
+
+    monkeypatch.setattr(Watch, "_log_results", log_results)
+    watch(run, Scorer(), lambda: None)
+    assert "resumed" not in capsys.readouterr().err
 
 
 def test_only_one_process_writes_the_metrics(run: RunFolder, save: Save, end: End) -> None:
