@@ -5,12 +5,14 @@ character is a word, so that n-grams of Chinese are n-grams of characters.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 
 import regex
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(rf"(?V1)[\w--[{_UNSPACED}]]+(?:['’][\w--[{_UNSPACED}]]+)*|\w")
+_CHARACTER = regex.compile(rf"[{_UNSPACED}]")
 _TOKEN = regex.compile(rf"(?V1){_WORD.pattern.removeprefix('(?V1)')}|[^\w\s]+")
 _SENTENCE_END = regex.compile(r"(?<=[.!?…][\"'”’)\]]*)\s+|(?<=[。！？])")
 
@@ -29,6 +31,11 @@ def sentences(text: str) -> list[str]:
 def normalized_words(text: str) -> list[str]:
     """The words of a text without punctuation, case and diacritics, for comparing texts."""
     return [_normalize(word) for word in _WORD.findall(text)]
+
+
+def count_words(words: Sequence[str]) -> float:
+    """The number of words of `normalized_words`. Two characters of a script without spaces count as one word."""
+    return sum(0.5 if _CHARACTER.fullmatch(word) else 1.0 for word in words)
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:

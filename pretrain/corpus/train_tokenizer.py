@@ -111,10 +111,27 @@ def _train_wordpiece(text: _TrainingText, size: int, lowercase: bool) -> Tokeniz
     untrained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     untrained.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     untrained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    characters = _Characters()
+    for document in text.read("counting characters"):
+        characters.count(untrained.normalizer.normalize_str(document))
     # Rare characters would crowd out words: text with some Chinese in it has thousands of them.
-    max_characters = max(size // 4, min(1000, size // 2))
-    normalized = map(untrained.normalizer.normalize_str, text.read("counting characters"))
-    first, continuing = _alphabet(normalized, max_characters)
+    kept = max(size // 4, min(1000, size // 2))
+    _train_with_alphabet(untrained, text, size, specials, *characters.most_frequent(kept))
+    room = size - untrained.get_vocab_size()
+    if room and kept < len(characters.counts):  # as in Chinese, where a character is a word
+        _train_with_alphabet(untrained, text, size, specials, *characters.most_frequent(kept + room))
+
+    tokenizer = Tokenizer(models.WordPiece(untrained.get_vocab(with_added_tokens=False), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
+
+
+def _train_with_alphabet(
+    untrained: Tokenizer, text: _TrainingText, size: int, specials: list[str], first: list[str], continuing: list[str]
+) -> None:
+    """first, continuing: the characters that words may begin with, and may have inside."""
     # The trainer numbers its initial pieces in the order of a hash map and breaks ties by number, so the same text
     # would give a different vocabulary each time. Special tokens are numbered in the order given here.
     trainer = trainers.WordPieceTrainer(
@@ -127,24 +144,25 @@ def _train_wordpiece(text: _TrainingText, size: int, lowercase: bool) -> Tokeniz
     )
     untrained.train_from_iterator(text.read("training"), trainer=trainer)
 
-    tokenizer = Tokenizer(models.WordPiece(untrained.get_vocab(with_added_tokens=False), unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(specials)
-    return tokenizer
 
+class _Characters:
+    """How often the characters of texts occur, and which of them inside words."""
 
-def _alphabet(texts: Iterator[str], max_characters: int) -> tuple[list[str], list[str]]:
-    """Return the most frequent characters, and those of them that also occur inside words."""
-    counts: Counter[str] = Counter()
-    inside: set[str] = set()
-    for text in texts:
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._inside: set[str] = set()
+
+    def count(self, text: str) -> None:
         words = text.split()
-        counts.update("".join(words))
-        inside.update(*(word[1:] for word in words))
-    kept = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:max_characters])
-    # BERT's pre-tokenizer makes every punctuation character a word of its own.
-    return kept, [character for character in kept if character in inside and not _is_punctuation(character)]
+        self.counts.update("".join(words))
+        self._inside.update(*(word[1:] for word in words))
+
+    def most_frequent(self, count: int) -> tuple[list[str], list[str]]:
+        """The most frequent characters, and those of them that also occur inside words."""
+        by_count = sorted(self.counts, key=lambda character: (-self.counts[character], character))
+        kept = sorted(by_count[:count])
+        # BERT's pre-tokenizer makes every punctuation character a word of its own.
+        return kept, [character for character in kept if character in self._inside and not _is_punctuation(character)]
 
 
 def _is_punctuation(character: str) -> bool:

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 from experiment.config import Section
 from experiment.decontamination import texts_digest
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
-from pretrain.cleaning.words import normalized_words, word_spans
+from pretrain.cleaning.words import count_words, normalized_words, word_spans
 
 _SHOWN = 30  # words of a match
 _SENTENCE = regex.compile(r"[^\n.!?…。！？]*(?:[.!?…。！？]+[\"'”’)\]]*|\n|$)\s*")
@@ -26,7 +26,8 @@ class Config(Section):
     """Words of an n-gram, without case, punctuation and diacritics. A shorter text matches as a whole."""
 
     min_words: PositiveInt = 5
-    """A text with fewer words matches only if it is a whole line of a document."""
+    """A text with fewer words matches only if it is a whole line of a document. Here, two characters of a script
+    without spaces count as one word."""
 
     action: Literal["drop", "cut"] = "drop"
     """Drop documents that match, or cut the sentences that do."""
@@ -50,7 +51,7 @@ class Index:
         for number, text in enumerate(texts):
             words = normalized_words(text)
             length = min(len(words), ngram)
-            if length >= self._head:
+            if len(words) >= ngram or count_words(words) >= min_words:
                 for start in range(len(words) - length + 1):
                     self._lengths.setdefault(_hash(words[start : start + self._head]), set()).add(length)
                     self._ngrams.setdefault(_hash(words[start : start + length]), number)

@@ -258,7 +258,7 @@ def test_metadata_of_other_tables(tmp_path: Path, name: str) -> None:
     ("text", "keys", "message"),
     [
         ("a,b\n1,2\n", {}, "a.csv: no column 'text'; found: a, b (column names the column)"),
-        ('text\n"a"b\n', {}, "If quotes are ordinary characters, set quoting: 3"),
+        ('text\n"a"b\n', {}, "if quotes are ordinary characters, set quoting: 3"),
         ("text\na\n", {"metadata": ["url"]}, "no column 'url'; found: text (metadata names the column)"),
         ("text\na\n", {"document_start": "=="}, "document_start '==' matches no line"),
     ],

@@ -29,11 +29,15 @@ def words(count: int, name: str = "w") -> str:
         ("It was not bad at all", False),
         ("这部电影非常好看我们都很喜欢它", True),
         ("这部电影不好看", False),
+        ("我昨天用花呗分期付款了", False),
+        ("花呗分期付款", True),
+        ("他说花呗可以分期付款吗怎么用", True),
     ],
 )
 def test_matches(text: str, is_found: bool) -> None:
     """Catches n-grams of the wrong length, short texts that are missed, and ones so short that they match by chance."""
-    index = Index([LONG, SHORT, "not bad", "这部电影非常好看我们都很喜欢"], ngram=13, min_words=5)
+    chinese = ["这部电影非常好看我们都很喜欢", "花呗分期付款", "花呗可以分期付款吗怎"]
+    index = Index([LONG, SHORT, "not bad", *chinese], ngram=13, min_words=5)
     assert (next(index.matches(text), None) is not None) == is_found
 
 

@@ -42,6 +42,21 @@ def test_trained_tokenizer_opens_in_transformers(tmp_path: Path, text: Path, kin
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(tmp_path / "a"))
 
 
+def test_room_in_the_vocabulary_goes_to_rare_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches Chinese characters that are unknown although the vocabulary is not full, and rare ones that crowd out
+    words where it is."""
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 300)))
+    words = "".join(f"{chr(97 + first)}{chr(97 + second)}x\n" for first in range(26) for second in range(26))
+    for name, text, unknown in (("zh", characters * 2, 0), ("mixed", f"{words * 3}{characters * 2}", 100)):
+        source = tmp_path / f"{name}.txt"
+        source.write_text(text, encoding="utf-8")
+        train_tokenizer(TokenizerOptions(source=source, output=tmp_path / name, vocab_size=400))
+        ids = load_tokenizer(tmp_path / name)(characters, add_special_tokens=False)["input_ids"]
+        assert len(ids) == 300
+        assert (ids.count(1) > unknown) == (unknown > 0)
+    assert capsys.readouterr().err.count("found only 305 tokens in the text, fewer than --vocab_size 400") == 1
+
+
 def test_a_small_vocabulary_is_named(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a vocabulary that lacks a digit, of which nothing is said."""
     train_tokenizer(TokenizerOptions(source=text, output=tmp_path / "t", vocab_size=50))
