@@ -57,9 +57,14 @@ def _logged_runs(folder: RunFolder) -> list[str]:
     """A run, or those in a folder that have logged something. Raises UserError without any."""
     if is_run(folder):
         return [str(folder.path)]
-    if logged := [run for run in runs_in(str(folder.path)) if RunFolder(Path(run)).metrics.exists()]:
+    if logged := [run for run in runs_in(str(folder.path)) if _has_logged(RunFolder(Path(run)))]:
         return logged
     raise UserError(f"{folder.path} has nothing to report: no run in it has logged anything")
+
+
+def _has_logged(run: RunFolder) -> bool:
+    """A task that is not trained has results and no events."""
+    return run.results.exists() or (run.metrics.exists() and run.metrics.stat().st_size > 0)
 
 
 def print_report(command: str, folder: Path) -> None:

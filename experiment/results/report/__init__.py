@@ -47,7 +47,7 @@ def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False
     """Write a page about several runs to `directory`; return its path. Raises UserError as `write_report`."""
     opened = open_runs(name_runs([open_folder(run).path for run in dict.fromkeys(runs)]))
     for run in opened:
-        if not run.history.seeds:
+        if not run.history.seeds and run.results is None:
             raise UserError(f"{run.folder.path} has nothing to report: no event in {run.folder.metrics.name}")
     return _write(directory, overlay_page(opened), png)
 

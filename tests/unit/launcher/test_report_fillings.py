@@ -1,5 +1,6 @@
 """`deepcloze report` on a run with checkpoints."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -137,16 +138,29 @@ def test_sentences_can_be_put_together_again(corpus: str, request: pytest.Fixtur
 
 
 def test_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches `report runs` that fails for a run that has not started, or counts its own page as a run."""
+    """Catches `report runs` that fails for a run that has not started or a task that is not trained, or counts its own
+    page as a run."""
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         open_run_folder(Path("runs") / name).metrics.write_text('{"step": 10, "loss": 3.0}\n')
-    open_run_folder(Path("runs/new"))
+    open_run_folder(Path("runs/new")).metrics.touch()
+    zero_shot = open_run_folder(Path("runs/zero-shot"))
+    zero_shot.metrics.touch()
+    score = {"values": [0.5], "mean": 0.5, "std": None, "median": 0.5}
+    results = {
+        "task": "t",
+        "kind": "cloze",
+        "metric": "accuracy",
+        "seeds": [1],
+        "splits": {"test": {"accuracy": score}},
+    }
+    zero_shot.results.write_text(json.dumps(results))
     for _ in range(2):
         page = report_runs(["runs"], None)
         assert page == tmp_path / "runs/report/index.html"
         text = page.read_text(encoding="utf-8")
-        assert "<h1>2 runs</h1>" in text
+        assert "<h1>3 runs</h1>" in text
+        assert 'data-run="zero-shot"' in text
         assert 'data-run="a"' in text
         assert 'data-run="new"' not in text
     assert report_runs(["runs", "runs/a"], None) == tmp_path / "report/index.html"
