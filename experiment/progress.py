@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 _SECONDS_BEFORE_BAR = 1.0  # short work shows none
 _SECONDS_BETWEEN_LINES = 10.0
+_WITHOUT_WARNINGS = "warnings too"  # value of the variable for quiet processes
 
 
 @cache
@@ -28,11 +29,20 @@ def terminal() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, force_interactive=interactive, quiet=is_quiet())
 
 
+def print_warning(line: str) -> None:
+    """Print a line on the terminal, also with `--quiet`."""
+    if os.environ.get(QUIET_VARIABLE) == _WITHOUT_WARNINGS:
+        return
+    console = Console(stderr=True, highlight=False, soft_wrap=True) if is_quiet() else terminal()
+    console.print(line, markup=False, emoji=False)
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """In the block, and in the processes that it starts, print results, warnings and errors only."""
+def quiet(warnings: bool = True) -> Iterator[None]:
+    """In the block, and in the processes that it starts, print results, warnings and errors only. warnings: whether to
+    print those of the data, too."""
     before = os.environ.get(QUIET_VARIABLE)
-    os.environ[QUIET_VARIABLE] = "1"
+    os.environ[QUIET_VARIABLE] = "1" if warnings else _WITHOUT_WARNINGS
     terminal.cache_clear()
     try:
         yield

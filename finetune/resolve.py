@@ -13,7 +13,7 @@ from experiment.config import flatten, load_config, read_recorded
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
 from experiment.model_names import local_model, record_model
-from experiment.progress import terminal
+from experiment.progress import print_warning, terminal
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig
@@ -89,17 +89,13 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     kind = make_kind(config.task, tables)
     model = _model_spec(config.model, model_folder, kind)
     rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
-    print_lines(
-        [
-            f"{name}: {line}"
-            for line in (
-                rows,
-                *data_warnings(tables, config.task.columns),
-                *training.warnings(),
-                *contamination_warnings(config.task, model.folder),
-            )
-        ]
-    )
+    print_lines([f"{name}: {rows}"])
+    for warning in (
+        *data_warnings(tables, config.task.columns),
+        *training.warnings(),
+        *contamination_warnings(config.task, model.folder),
+    ):
+        print_warning(f"{name}: {warning}")
     task = make_task(kind, tables, model, length, training)
     built = build_model(model)
     if model.pretrained and built.new and not task.is_trained:

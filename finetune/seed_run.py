@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from experiment.errors import UserError
 from experiment.files import created_parents, read_json, removed_on_error, write_json
 from experiment.formatting import format_parameters
-from experiment.progress import terminal
+from experiment.progress import print_warning, terminal
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
 from finetune.config import changed_settings
@@ -110,10 +110,8 @@ def print_seed(seed: int, record: SeedRecord, run: ResolvedRun) -> None:
         print_epochs(terminal(), f"seed {seed}", record.epochs, record.best_epoch)
     if record.collapsed:
         advice = _advice_for_collapsed(run) if run.task.is_trained else ""
-        terminal().print(
-            f"seed {seed} has collapsed: it predicts the same for every row of {', '.join(record.collapsed)}{advice}",
-            markup=False,
-        )
+        splits = ", ".join(record.collapsed)
+        print_warning(f"seed {seed} has collapsed: it predicts the same for every row of {splits}{advice}")
 
 
 def _advice_for_collapsed(run: ResolvedRun) -> str:
@@ -124,7 +122,8 @@ def _advice_for_collapsed(run: ResolvedRun) -> str:
     lr, is_small = run.training.lr, run.parameters < _SMALL_MODEL or not run.model.pretrained
     low, high = ("1e-4", "1e-3") if is_small else ("1e-5", "5e-5")
     if float(low) <= lr <= float(high):
-        return f"; train longer than {run.steps:,} updates (training.epochs)"
+        key = "epochs" if run.training.steps is None else "steps"
+        return f"; train longer than {run.steps:,} updates (training.{key})"
     weights = f"{'' if run.model.pretrained else 'a random model of '}{format_parameters(run.parameters)}"
     return f"; {'raise' if lr < float(low) else 'lower'} training.lr: {low} to {high} are usual for {weights}"
 

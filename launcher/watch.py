@@ -190,7 +190,7 @@ class Watch:
         step, name = checkpoint_step(checkpoint), self._task.name
         inform(f"watch: {name}: step {step}: scoring")
         try:
-            with quiet() if self._described else nullcontext():
+            with quiet(warnings=False) if self._described else nullcontext():
                 result = self._score(checkpoint, weights, self._task, self._run)
         except OSError:
             if checkpoint in complete_checkpoints(self._run.checkpoints):

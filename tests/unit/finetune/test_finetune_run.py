@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
+from experiment.progress import quiet
 from finetune.kinds.classification import Kind
 from finetune.predictor import Predictor
 from finetune.resolve import load_run_config
@@ -121,6 +122,19 @@ def test_a_collapsed_seed_is_reported(
     assert "next: deepcloze predict" in captured.err
 
 
+def test_warnings_are_not_quiet(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches oddities of the data and collapsed seeds that --quiet hides, and other lines that it does not."""
+    monkeypatch.setattr(Kind, "decode", lambda *_: {"label": "low", "probabilities": {"high": 0.1, "low": 0.9}})
+    overrides = {"training.seeds": "[1]", "training.epochs": "1", "training.lr": "2"}
+    for warnings in (True, False):
+        with quiet(warnings):
+            finetune(config_file, {**overrides, "run.dir": str(config_file.parent / f"run-{warnings}")})
+        found = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+        assert found == (["toy", "seed 1 has collapsed"] if warnings else [])
+
+
 @pytest.mark.parametrize(
     ("overrides", "advice"),
     [
@@ -130,6 +144,7 @@ def test_a_collapsed_seed_is_reported(
             r"lower training\.lr: .* for a random model of [\d,]+ parameters",
         ),
         ({"training.lr": "5e-4"}, r"train longer than \d+ updates \(training\.epochs\)"),
+        ({"training.lr": "5e-4", "training.steps": "3"}, r"train longer than 3 updates \(training\.steps\)"),
     ],
 )
 def test_what_to_change_after_a_collapse(

@@ -147,13 +147,7 @@ def test_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     zero_shot = open_run_folder(Path("runs/zero-shot"))
     zero_shot.metrics.touch()
     score = {"values": [0.5], "mean": 0.5, "std": None, "median": 0.5}
-    results = {
-        "task": "t",
-        "kind": "cloze",
-        "metric": "accuracy",
-        "seeds": [1],
-        "splits": {"test": {"accuracy": score}},
-    }
+    results = {"task": "t", "init": "m", "metric": "accuracy", "splits": {"test": {"accuracy": score}}}
     zero_shot.results.write_text(json.dumps(results))
     for _ in range(2):
         page = report_runs(["runs"], None)
