@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
 from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
@@ -30,7 +31,6 @@ from experiment.run_folder import RunFolder, is_run, open_folder, planned_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from pretrain.batching.vocabulary import Vocabulary
 
 _SENTENCES = 10
 _TOP = 5
@@ -38,6 +38,7 @@ _CHECKPOINTS = 6
 _SHORTEST, _LONGEST = 8, 40  # tokens of a sentence
 _ENDS = frozenset(".!?。！？")
 _SEED = 0
+_BETWEEN_HAN = regex.compile(r"(?<=[\p{Han}\u3000-\u303f\uff00-\uffef]) (?=[\p{Han}\u3000-\u303f\uff00-\uffef])")
 
 
 def report_runs(runs: Sequence[str], output: str | None) -> Path:
@@ -125,19 +126,29 @@ def _sentences_of(folder: RunFolder) -> list[MaskedSentence]:
         lengths = np.concatenate(list(corpus.document_lengths())).astype(np.int64)
         starts, cut = np.cumsum(lengths) - lengths, np.minimum(lengths, _LONGEST)
         order = np.random.default_rng(_SEED).permutation(np.flatnonzero(lengths >= _SHORTEST))
-        texts = (corpus.read(starts[at : at + 1], cut[at : at + 1]) for at in order.tolist())
+        spans = ((starts[at : at + 1], cut[at : at + 1]) for at in order.tolist())
+        texts = ((corpus.read(*span), corpus.read_word_starts(*span)) for span in spans)
         return choose_sentences(texts, load_tokenizer(corpus.tokenizer_path))
     return []
 
 
-def choose_sentences(texts: Iterator[NDArray[np.int32]], tokenizer: "PreTrainedTokenizerFast") -> list[MaskedSentence]:
-    """Ten different sentences, from the beginnings of texts [T] as token ids, each with one masked word."""
+def choose_sentences(
+    texts: Iterator[tuple[NDArray[np.int32], NDArray[np.bool_] | None]], tokenizer: "PreTrainedTokenizerFast"
+) -> list[MaskedSentence]:
+    """Ten different sentences, each with one masked word. texts: their beginnings [T] as token ids, and which of the
+    tokens begin a word, None: as the tokenizer says."""
     from pretrain.batching.vocabulary import build_vocabulary
 
     vocabulary, draw = build_vocabulary(tokenizer), np.random.default_rng(_SEED)
     chosen: dict[MaskedSentence, None] = {}
-    for ids in texts:
-        sentence = _mask_word(_first_sentence(ids, tokenizer), tokenizer, vocabulary, draw)
+    boundaries = vocabulary.word_boundaries
+    for text, word_starts in texts:
+        ids = _first_sentence(text, tokenizer)
+        starts = np.ones(len(ids), dtype=np.bool_) if word_starts is None else word_starts[: len(ids)]
+        if word_starts is None and boundaries is not None:
+            starts = boundaries.word_starts(ids)
+        whole = starts & np.append(starts[1:], True) & ~vocabulary.unmaskable[ids]
+        sentence = _mask_word(ids, np.flatnonzero(whole).tolist(), tokenizer, draw)
         if sentence is not None:
             chosen[sentence] = None
         if len(chosen) == _SENTENCES:
@@ -153,13 +164,11 @@ def _first_sentence(ids: NDArray[np.int32], tokenizer: "PreTrainedTokenizerFast"
 
 
 def _mask_word(
-    ids: NDArray[np.int32], tokenizer: "PreTrainedTokenizerFast", vocabulary: "Vocabulary", draw: np.random.Generator
+    ids: NDArray[np.int32], whole: Sequence[int], tokenizer: "PreTrainedTokenizerFast", draw: np.random.Generator
 ) -> MaskedSentence | None:
-    """Mask a word that is one token; None if there is none, or the text cannot be put together again."""
-    boundaries = vocabulary.word_boundaries
-    starts = np.ones(len(ids), dtype=np.bool_) if boundaries is None else boundaries.word_starts(ids)
-    whole = starts & np.append(starts[1:], True) & ~vocabulary.unmaskable[ids]
-    words = [at for at in np.flatnonzero(whole).tolist() if tokenizer.decode([int(ids[at])]).strip().isalpha()]
+    """Mask a word that is one token; None if there is none, or the text cannot be put together again. whole: the tokens
+    that are words or other units."""
+    words = [at for at in whole if tokenizer.decode([int(ids[at])]).strip().isalpha()]
     if not words:
         return None
     at = words[int(draw.integers(len(words)))]
@@ -167,7 +176,14 @@ def _mask_word(
     text, until = tokenizer.decode(ids.tolist()), tokenizer.decode(ids[: at + 1].tolist())
     if not (until.endswith(answer) and text.startswith(until)) or str(tokenizer.mask_token) in text:
         return None
-    return MaskedSentence(until.removesuffix(answer), answer, text.removeprefix(until))
+    before, after = _close_up(until).removesuffix(answer), _close_up(f"{answer}{text.removeprefix(until)}")
+    return MaskedSentence(before, answer, after.removeprefix(answer))
+
+
+def _close_up(text: str) -> str:
+    """Without the spaces that a WordPiece tokenizer puts between Chinese characters."""
+    closed: str = _BETWEEN_HAN.sub("", text)
+    return closed
 
 
 def _fill(model: Path, sentences: Sequence[MaskedSentence]) -> Iterator[FilledSentence]:

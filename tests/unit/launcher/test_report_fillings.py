@@ -127,14 +127,32 @@ def test_sentences_can_be_put_together_again(corpus: str, request: pytest.Fixtur
     lengths = np.concatenate(list(opened.document_lengths())).astype(np.int64)[:200]
     starts = np.cumsum(lengths) - lengths
     texts = [opened.read(starts[at : at + 1], lengths[at : at + 1]) for at in range(len(lengths))]
-    sentences = choose_sentences(iter(texts), tokenizer)
+    given = [(text, None) for text in texts]
+    sentences = choose_sentences(iter(given), tokenizer)
     assert len(set(sentences)) == len(sentences) == 10
-    assert choose_sentences(iter(texts), tokenizer) == sentences
+    assert choose_sentences(iter(given), tokenizer) == sentences
     for sentence in sentences:
         whole = sentence.before + sentence.answer + sentence.after
         assert any(tokenizer.decode(text.tolist()).startswith(whole) for text in texts)
         assert not sentence.before or sentence.before[-1:] == " "
         assert not sentence.after[:1].isalnum()
+
+
+def test_a_word_of_a_chinese_sentence_is_masked(tmp_path: Path) -> None:
+    """Catches one of the two characters of a Chinese word that is masked, and spaces between characters."""
+    characters = "我们支持手机，他说的对。"
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = np.array(tokenizer(characters, add_special_tokens=False)["input_ids"], dtype=np.int32)
+    starts = np.array([number in (0, 2, 4, 6, 7, 8, 9, 10, 11) for number in range(len(ids))])
+    texts = [(ids, starts)] * 50
+    sentences = choose_sentences(iter(texts), tokenizer)
+    assert {f"{sentence.before}[{sentence.answer}]{sentence.after}" for sentence in sentences} == {
+        "我们支持手机，[他]说的对。",
+        "我们支持手机，他[说]的对。",
+        "我们支持手机，他说[的]对。",
+        "我们支持手机，他说的[对]。",
+    }
 
 
 def test_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
