@@ -105,10 +105,12 @@ def _usage(source: Path, config: Mapping[str, Any]) -> str:
     if not has_masked_lm_head(config.get("architectures")):
         return ""
     try:
-        mask = load_any_tokenizer(source, ["mask_token"]).mask_token
+        tokenizer = load_any_tokenizer(source, ["mask_token"])
     except UserError:
         return ""
-    return usage_section(snippet("python", _USAGE.format(model=MODEL, sentence=f"The capital of France is {mask}.")))
+    han = sum(any("\u4e00" <= character <= "\u9fff" for character in token) for token in tokenizer.get_vocab())
+    example = "北京是中国的首{}。" if 4 * han > len(tokenizer) else "The capital of France is {}."
+    return usage_section(snippet("python", _USAGE.format(model=MODEL, sentence=example.format(tokenizer.mask_token))))
 
 
 def _corpora(state: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -138,7 +140,9 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config["run"]["seed"],
     }
     model = {key: config["model"].get(key) or None for key in ("freeze", "freeze_steps", "ema_decay")}
-    settings = {section: config[section] for section in _SETTINGS}
+    settings = {section: dict(config[section]) for section in _SETTINGS}
+    if settings["optimizer"].get("name") != "muon":
+        settings["optimizer"].pop("muon", None)
     return facts | flatten({"model": model, **settings})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
 from experiment.checkpoints import find_checkpoint
 from experiment.errors import UserError
@@ -31,6 +31,9 @@ def test_a_checkpoint_of_an_older_version_has_a_card(tmp_path: Path) -> None:
     assert "| steps | 2 |" in card
     assert "The weights are those of step 2." in card
     assert yaml.safe_load(card.split("---\n")[1])["pipeline_tag"] == "fill-mask"
+    assert "The capital of France is [MASK]." in card
+    assert "optimizer.lr" in card
+    assert "muon" not in card
 
 
 def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
@@ -44,6 +47,16 @@ def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
     assert f"| parameters | {model.num_parameters():,} |" in card
     assert "## Usage" not in card
     assert "pipeline_tag" not in card
+
+
+def test_the_snippet_of_a_chinese_model_is_chinese(tmp_path: Path) -> None:
+    """Catches an English sentence for a model that knows no English."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"北京是中国的首都。"]
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=len(words), **shape)).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    export(str(tmp_path / "model"), str(tmp_path / "out"))
+    assert "fill_mask('北京是中国的首[MASK]。')" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_edited_card_is_exported_as_it_is(tmp_path: Path) -> None:
