@@ -3,6 +3,7 @@
 `origin` is the name of the file in messages: its path, or archive::member. Lines are counted from 1.
 """
 
+import codecs
 import csv
 import json
 import logging
@@ -72,6 +73,10 @@ def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
+            if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(
+                    f"{origin}: UTF-16 text; convert the file first, for instance with iconv -f UTF-16 -t UTF-8"
+                ) from None
             raise UserError(
                 f"{origin}:{number}: not UTF-8 text (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
                 "convert the file first, for instance with iconv"
@@ -193,7 +198,11 @@ def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterat
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line.strip())
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{origin}:{number}: expected one JSON object per line: {error.msg} at column {error.colno}"
+            ) from None
         except ValueError as error:
             raise UserError(f"{origin}:{number}: expected one JSON object per line: {error}") from None
         if not isinstance(row, dict):

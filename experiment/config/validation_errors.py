@@ -20,6 +20,15 @@ from experiment.config.field_types import (
 )
 from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml
 
+# Names in transformers' TrainingArguments -> ours.
+_SYNONYMS = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "max_grad_norm": "grad_clip",
+    "adam_epsilon": "eps",
+}
+
 
 def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     """(key, message) for each problem that the user has to solve."""
@@ -38,15 +47,18 @@ def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iter
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: '; did you mean …?', or '; known: …' if none is similar."""
-    known = sorted(known)
+    known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
 def explain_unknown_key(config_type: type[BaseModel], dotted: str) -> str:
     """Message about an unknown key, suggesting one of the same name in another section or with a similar spelling."""
+    if "：" in dotted:
+        return f"unknown config key '{dotted}': write ': ' with the colon of ASCII, not the full-width '：'"
     known = list(known_keys(config_type))
     above, _, last = dotted.rpartition(".")
+    last = _SYNONYMS.get(last, last)
     namesakes = [name for name in known if name.rpartition(".")[2] == last]
     peers = [name for name in known if name.count(".") == dotted.count(".")]
     close = difflib.get_close_matches(dotted, namesakes, n=1, cutoff=0.0)

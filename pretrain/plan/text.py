@@ -269,5 +269,5 @@ def _communication_warnings(plan: RunPlan) -> Iterator[str]:
         yield (
             "communication takes longer than computation: raise batch.sequences"
             + (" or batch.microbatch_tokens, or use a lower ZeRO stage" if repeats else "")
-            + ", or use fewer machines or a faster network"
+            + f", or use fewer {'machines' if plan.hosts > 1 else 'devices'} or a faster network"
         )

@@ -142,6 +142,7 @@ def test_a_line_larger_than_memory_is_rejected(monkeypatch: pytest.MonkeyPatch) 
     [
         ('{"text": "a", "n": 1, "text": "b"}', "the key 'text' appears twice"),
         ('{"n": {"a": 1, "a": 1}}', "the key 'a' appears twice"),
+        ('{"text": "a"\n', "Expecting ',' delimiter at column 13"),
         (f'{{"n": {"9" * 10_000}}}', "the number 999999999999… has 10,000 digits"),
         ('{"n": -' + "9" * 4300 + "}", "the number -99999999999… has 4,301 digits"),
         ('{"n": ' + "[" * 100_000, "nested too deeply"),

@@ -143,6 +143,14 @@ def _aliases(value: bytes) -> bytes:
         (b"run:\n  tags:\n  - a\n  - 5\n", "FILE, line 4: 'run.tags.1': expected text, found a whole number (5)"),
         (b"corpus:\n  train:\n  - weight: 2\n", "FILE, line 3: 'corpus.train.0.path' is missing"),
         (b"schedule:\n  stps: 3\n", "FILE, line 2: unknown config key 'schedule.stps'; did you mean 'schedule.steps'?"),
+        (
+            b"schedule:\n  max_steps: 3\n",
+            "FILE, line 2: unknown config key 'schedule.max_steps'; did you mean 'schedule.steps'?",
+        ),
+        (
+            "schedule: {steps：3}\n".encode(),
+            "unknown config key 'schedule.steps：3': write ': ' with the colon of ASCII, not the full-width '：'",
+        ),
     ],
 )
 def test_an_invalid_file_gives_the_line_of_the_problem(tmp_path: Path, text: bytes, expected: str) -> None:
