@@ -29,7 +29,8 @@ _log = logging.getLogger(PROGRESS_LOG)
 class ConsoleTracker:
     """Shows training events as a progress bar, or as one line each without a terminal; prints evaluations as lines.
 
-    total_steps: None if the last step is not known. clock: returns seconds, for estimating the time left.
+    total_steps: None if the last step is not known. seconds_left: of a time budget. clock: returns seconds, for
+    estimating the time left.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ConsoleTracker:
         total_steps: int | None,
         resumed_step: int = -1,
         unit: str = "step",
+        seconds_left: float | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -44,6 +46,7 @@ class ConsoleTracker:
         self._unit = unit
         self._console = console or terminal()
         self._clock = clock
+        self._end = None if seconds_left is None else clock() + seconds_left
         self._recent: deque[tuple[float, int]] = deque(maxlen=RATE_EVENTS)  # (seconds, step)
         self._live: Live | None = None
         if self._console.is_interactive:
@@ -70,7 +73,8 @@ class ConsoleTracker:
         assert isinstance(step, int)
         self._recent.append((self._clock(), step))
         values = describe_training(metrics)
-        left = "" if self._total is None else f"{describe_duration(self._seconds_left())} left"
+        is_end_known = self._total is not None or self._end is not None
+        left = f"{describe_duration(self._seconds_left())} left" if is_end_known else ""
         of = "" if self._total is None else f"/{self._total}"
         line = " · ".join(filter(None, [f"{self._unit} {step}{of}", values, left]))
         if self._live is not None:
@@ -84,6 +88,8 @@ class ConsoleTracker:
 
     def _seconds_left(self) -> float | None:
         (start, first), (now, step) = self._recent[0], self._recent[-1]
+        if self._end is not None:
+            return max(0.0, self._end - now)
         if step <= first or self._total is None:
             return None
         return (self._total - step) * (now - start) / (step - first)

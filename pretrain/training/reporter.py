@@ -48,15 +48,20 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
 
 
 def open_run_tracker(
-    run: ResolvedRun, provenance: Mapping[str, Any], step: int, stream: TrainingStream, evaluates_first: bool
+    run: ResolvedRun,
+    provenance: Mapping[str, Any],
+    progress: TrainingProgress,
+    stream: TrainingStream,
+    evaluates_first: bool,
 ) -> Trackers:
     """Log the length of the run, and open its trackers.
 
     Args:
-    step: finished steps when this attempt starts.
-    evaluates_first: whether this attempt starts with the evaluation of `step`.
+    progress: when this attempt starts.
+    evaluates_first: whether this attempt starts with the evaluation of that step.
     """
-    total_steps, epochs = stream.steps, stream.epochs
+    total_steps, epochs, step = stream.steps, stream.epochs, progress.step
+    budget = run.config.schedule.budget_seconds
     end = "until the time budget is used up" if total_steps is None else counted(total_steps, "step")
     in_epochs = "" if epochs is None else f", {format_epochs(epochs)}"
     log.info("training: %s%s; %d finished", end, in_epochs, step)
@@ -69,6 +74,7 @@ def open_run_tracker(
         total_steps=total_steps,
         resumed_step=step if resumed else -1,
         evaluates_again=evaluates_first,
+        seconds_left=None if budget is None else budget - progress.seconds,
     )
     return open_trackers(run.config.tracking, run.folder, tracked)
 

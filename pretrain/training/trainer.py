@@ -101,7 +101,7 @@ class Trainer:
         if world.rank == 0:
             if not finished:  # else the time since its end would count as down
                 times.open(run.folder, self._progress.step, stream.steps)
-            tracker = open_run_tracker(run, provenance, self._progress.step, stream, evaluates_first)
+            tracker = open_run_tracker(run, provenance, self._progress, stream, evaluates_first)
         self._reporter = Reporter(run, model.flops, engine, self._interval, times, nodes, tracker)
         clock = TrainingClock(self._progress.seconds)
         self._checkpointer = Checkpointer(

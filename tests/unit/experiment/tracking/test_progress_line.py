@@ -105,6 +105,17 @@ def test_no_time_left_without_a_known_end() -> None:
     assert output.getvalue() == "step 1 · loss 1.0000\n"
 
 
+def test_the_time_left_of_a_budget() -> None:
+    """Catches a time budget that is known and not shown, and a negative rest while the last step ends."""
+    output, clock = io.StringIO(), iter([10.0, 40.0, 140.0])
+    tracker = ConsoleTracker(
+        None, seconds_left=120.0, console=Console(file=output, soft_wrap=True), clock=lambda: next(clock)
+    )
+    for step in (1, 2):
+        tracker.log({"step": step, "loss": 1.0})
+    assert output.getvalue() == "step 1 · loss 1.0000 · 1m30s left\nstep 2 · loss 1.0000 · 0s left\n"
+
+
 def test_on_a_terminal_the_progress_bar_stays_below_the_other_lines() -> None:
     """Catches evaluations that the progress bar overwrites, and counts that start at 0 after a resume."""
     tracker, output = on_terminal(100)
