@@ -30,6 +30,7 @@ from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder
 _EVALUATIONS = "evaluations"  # folder of the models of all evaluations
+_CHECKSUMS = ("data.", "encoder.")
 _SMALL_MODEL = 30_000_000  # parameters
 
 
@@ -57,9 +58,11 @@ def finished_seeds(
 
 
 def describe_differences(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Settings that differ, the first one with the value before and now."""
-    (key, (before, now)), *others = changed.items()
-    return ", ".join([f"{key} (was {before!r}, is {now!r})", *(other for other, _ in others)])
+    """Settings that differ: keys of the config with the value before and now, then files by name."""
+    keys = sorted(changed, key=lambda key: key.startswith(_CHECKSUMS))
+    return ", ".join(
+        key if key.startswith(_CHECKSUMS) else "{} (was {!r}, is {!r})".format(key, *changed[key]) for key in keys
+    )
 
 
 def state_file(seed: int, run: ResolvedRun) -> StateFile:
