@@ -80,6 +80,7 @@ def plan() -> Iterator[Job]:
     yield _tests("syncs", 240, "syncs")
     yield _tests("compiled-layers", 300, "compiled_layers")
     yield _tests("head-in-runs", 240, "head", only=in_runs)
+    yield _tests("bad-batches", 240, "training", only="bad_batch")
     yield _tests("offload", 240, "training", only="offload or checkpointing")
     yield from (_case("mfu", case) for case in CASES)
     for case in CASES[:_PROFILED]:

@@ -28,8 +28,8 @@ PARAMETERS = ("_hp_", "ds_")  # how attributes begin that DeepSpeed gives parame
 PUBLIC = {
     *("backward", "destroy", "device", "eval", "get_global_grad_norm", "module", "step", "train"),
     *("was_step_applied", "zero_optimization_stage"),
-    *("allocate_sums", "clear_gradients", "communication_dtype", "reduce_gradients", "shared_memory", "update"),
-    "grad_clip",
+    *("allocate_sums", "clear_gradients", "communication_dtype", "measure", "reduce_gradients", "shared_memory"),
+    *("update", "update_within", "found_inf", "grad_scale", "grad_clip"),
 }
 
 
