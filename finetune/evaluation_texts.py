@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from experiment.config import load_config
 from experiment.decontamination import EvaluationText, decontamination_of, texts_digest
@@ -47,23 +46,11 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
         from finetune.splits import split_off  # imports torch
 
         _, tables["validation"] = split_off(tables.pop("train"), task.columns, task.validation_share, task.split_seed)
-    inputs = [role for role, cell_type in task.columns.cell_types().items() if cell_type.is_input]
+    kind = find_kind(task.kind)(task, ())
     return [
         EvaluationText(split, record.place, text)
         for split, table in tables.items()
         for record in table.records
-        for role in inputs
-        for text in _texts(record.values.get(role))
+        for text in kind.evaluated_texts(record)
         if text.strip()
     ]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """The texts in a cell. A list of words, such as a tagged sentence, is one text."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list) and all(isinstance(part, str) for part in value):
-        yield from value if any(" " in part for part in value) else [" ".join(value)]
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)

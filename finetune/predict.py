@@ -63,16 +63,21 @@ class Input:
             self.kind.check_target(record)
         if not count:
             raise UserError(f"{self.path} has no rows")
-        self._warn_of_label_in_header()
+        self._name_columns()
         return count
 
-    def _warn_of_label_in_header(self) -> None:
-        """Columns by number hide that the first row is data."""
+    def _name_columns(self) -> None:
+        """Columns by number hide that they are others, or that the first row is data."""
         first = next(iter(read_rows(self.path, self.format)))
         columns = self.kind.config.columns.without_targets()
         by_number = all(name.isdecimal() for role in columns.cell_types() for name in columns.names(role))
         labels = [name for name in first.names if name.strip() in self.kind.labels]
-        if by_number and labels and first.csv is not None and first.csv.header:
+        if not by_number or first.csv is None or not first.csv.header:
+            return
+        roles = {role: [first.names[int(name)] for name in columns.names(role)] for role in columns.cell_types()}
+        read = ", ".join(f"{role}: {' and '.join(map(repr, names))}" for role, names in roles.items())
+        terminal().print(f"columns by number, {read}", markup=False)
+        if labels:
             warn_once(
                 f"{self.path}: the first row is read as a header, but {labels[0]!r} in it is one of the labels; if it "
                 f"is data, set {first.csv.option('header', 'null')}"

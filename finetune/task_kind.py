@@ -6,7 +6,7 @@ reference of its config keys. To add a kind, add a file.
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
@@ -155,6 +155,13 @@ class TaskKind(ABC, Generic[ConfigT]):
     def expand(self, record: Record, encoder: "Encoder", training: bool) -> list["Example"]:
         """The examples of a record, without targets if it has none. Raises UserError for an invalid target."""
 
+    def evaluated_texts(self, record: Record) -> Iterator[str]:
+        """The texts of a record that pretraining text must not have, if it is evaluated on: all that the model reads.
+        A list of words, such as a tagged sentence, is one text."""
+        for role, cell_type in self.config.columns.cell_types().items():
+            if cell_type.is_input:
+                yield from _texts(record.values.get(role))
+
     def check_input(self, record: Record) -> None:
         """Raises UserError for a record that cannot be predicted, as `expand` does: without a tokenizer, to find it
         early."""
@@ -264,3 +271,14 @@ def find_kind(name: str) -> type[TaskKind[Any]]:
     """The kind of this name, one of `kinds.kind_names`."""
     kind: type[TaskKind[Any]] = importlib.import_module(f"{kinds.__name__}.{name}").Kind
     return kind
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a cell."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list) and all(isinstance(part, str) for part in value):
+        yield from value if any(" " in part for part in value) else [" ".join(value)]
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)

@@ -143,10 +143,13 @@ class Watch:
             if due is None:
                 if done and logged:
                     return sorted(step for step, _ in self._failures)
-                if not self._run.path.is_dir():
-                    raise UserError(f"the run folder {self._run.path} is gone")
+                self._check_folder()
                 self._say_what_is_awaited()
                 self._wait()
+
+    def _check_folder(self) -> None:
+        if not self._run.path.is_dir():
+            raise UserError(f"the run folder {self._run.path} is gone")
 
     def _say_what_is_awaited(self) -> None:
         """Once, until it changes."""
@@ -197,6 +200,7 @@ class Watch:
                 raise
             return  # it was deleted: `_next_checkpoint` says so
         except ScoringError as error:
+            self._check_folder()
             if isinstance(error, TaskRejectedError) and not self._scored:
                 raise UserError(f"{self._task.file}: no checkpoint can be scored on this task, see above") from None
             failures = self._failures.setdefault((step, weights), [])

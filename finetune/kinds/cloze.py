@@ -2,7 +2,7 @@
 
 import string
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -142,6 +142,15 @@ class Kind(TaskKind[Config]):
 
     def describe(self, train: Table) -> list[str]:
         return [f"{sum(len(record.values['options']) for record in train.records):,} blanks in train"]
+
+    def evaluated_texts(self, record: Record) -> Iterator[str]:
+        """The article with the right options in its blanks; without answers, the text between blanks."""
+        segments, options, answers = self._parse(record)
+        if answers is None:
+            yield from segments
+        else:
+            filled = [row[answer] for row, answer in zip(options, answers, strict=True)]
+            yield "".join(chain.from_iterable(zip(segments, [*filled, ""], strict=True)))
 
     def check_input(self, record: Record) -> None:
         self._parse(record)

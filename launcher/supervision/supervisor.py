@@ -27,6 +27,8 @@ from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.returning_hosts import usable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
 
+_CLOCK_SKEW = 60.0  # seconds between the clocks of this machine and of the disk
+
 
 def supervise(launch: Launch) -> LaunchResult:
     """Run a launch until it is done, stopped, or has failed too often, and record each attempt in `RUN/launch.jsonl`.
@@ -234,10 +236,10 @@ def _as_stop(result: LaunchResult) -> LaunchResult:
 
 def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
     """Remove trials, the output of a launch in the background, and a STOP file that is older than `checked_at`, when
-    deepcloze began to check this launch. Raises OSError for the STOP file."""
-    if folder.stop.exists() and folder.stop.stat().st_mtime < checked_at:
+    deepcloze began to check this launch, or dated in the future. Raises OSError for the STOP file."""
+    if folder.stop.exists() and not checked_at <= folder.stop.stat().st_mtime < time.time() + _CLOCK_SKEW:
         folder.stop.unlink()
-        notify(f"removed {folder.stop}, which is older than this launch")
+        notify(f"removed {folder.stop}, which is not from this launch by its date")
     shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
     remove_earlier_output(folder)
 

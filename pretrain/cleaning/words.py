@@ -11,9 +11,13 @@ from functools import lru_cache
 import regex
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_WORD = regex.compile(rf"(?V1)[\w--[{_UNSPACED}]]+(?:['’][\w--[{_UNSPACED}]]+)*|\w")
-_CHARACTER = regex.compile(rf"[{_UNSPACED}]")
-_TOKEN = regex.compile(rf"(?V1){_WORD.pattern.removeprefix('(?V1)')}|[^\w\s]+")
+_LETTER = r"[\p{L}\p{N}]--[\uff9e\uff9f]"
+_INSIDE = r"\p{M}\u00ad\u200c\u200d\uff9e\uff9f"  # marks, soft hyphens, joiners, half-width voicing
+_RUN = rf"[{_LETTER}--[{_UNSPACED}]][[\p{{L}}\p{{N}}{_INSIDE}]--[{_UNSPACED}]]*"
+_WORD = regex.compile(rf"(?V1){_RUN}(?:['’]{_RUN})*|[{_LETTER}][{_INSIDE}]*")
+_CHARACTER = regex.compile(rf"[{_UNSPACED}]\p{{M}}*")
+_TOKEN = regex.compile(rf"{_WORD.pattern}|[^\p{{L}}\p{{N}}\s]+")
+_IGNORED = regex.compile(r"[\p{Cf}\ufe00-\ufe0f]")  # they only change how others look
 _SENTENCE_END = regex.compile(r"(?<=[.!?…][\"'”’)\]]*)\s+|(?<=[。！？])")
 
 
@@ -45,5 +49,6 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=1 << 18)
 def _normalize(word: str) -> str:
-    plain = "".join(part for part in unicodedata.normalize("NFKD", word.casefold()) if not unicodedata.combining(part))
+    parts = unicodedata.normalize("NFKD", word.casefold())
+    plain = "".join(part for part in parts if not (unicodedata.combining(part) or _IGNORED.fullmatch(part)))
     return plain.replace("’", "'")

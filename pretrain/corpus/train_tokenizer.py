@@ -4,9 +4,11 @@ import shutil
 import string
 import sys
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,11 +117,11 @@ def _train_wordpiece(text: _TrainingText, size: int, lowercase: bool) -> Tokeniz
     for document in text.read("counting characters"):
         characters.count(untrained.normalizer.normalize_str(document))
     # Rare characters would crowd out words: text with some Chinese in it has thousands of them.
-    kept = max(size // 4, min(1000, size // 2))
-    _train_with_alphabet(untrained, text, size, specials, *characters.most_frequent(kept))
-    room = size - untrained.get_vocab_size()
-    if room and kept < len(characters.counts):  # as in Chinese, where a character is a word
-        _train_with_alphabet(untrained, text, size, specials, *characters.most_frequent(kept + room))
+    kept, room = max(size // 4, min(1000, size // 2)), size - len(specials)
+    _train_with_alphabet(untrained, text, size, specials, *characters.most_frequent(kept, room))
+    left = size - untrained.get_vocab_size()
+    if left and kept < len(characters.counts):  # as in Chinese, where a character is a word
+        _train_with_alphabet(untrained, text, size, specials, *characters.most_frequent(kept + left, room))
 
     tokenizer = Tokenizer(models.WordPiece(untrained.get_vocab(with_added_tokens=False), unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
@@ -157,12 +159,14 @@ class _Characters:
         self.counts.update("".join(words))
         self._inside.update(*(word[1:] for word in words))
 
-    def most_frequent(self, count: int) -> tuple[list[str], list[str]]:
-        """The most frequent characters, and those of them that also occur inside words."""
-        by_count = sorted(self.counts, key=lambda character: (-self.counts[character], character))
-        kept = sorted(by_count[:count])
+    def most_frequent(self, count: int, tokens: int) -> tuple[list[str], list[str]]:
+        """The most frequent characters, and those of them that also occur inside words: as many as fit in `tokens`."""
+        by_count = sorted(self.counts, key=lambda character: (-self.counts[character], character))[:count]
         # BERT's pre-tokenizer makes every punctuation character a word of its own.
-        return kept, [character for character in kept if character in self._inside and not _is_punctuation(character)]
+        inside = {character for character in by_count if character in self._inside and not _is_punctuation(character)}
+        ends = list(accumulate(1 + (character in inside) for character in by_count))
+        kept = sorted(by_count[: bisect_right(ends, tokens)])
+        return kept, [character for character in kept if character in inside]
 
 
 def _is_punctuation(character: str) -> bool:

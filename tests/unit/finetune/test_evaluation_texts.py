@@ -1,5 +1,6 @@
 """The texts that pretraining text is decontaminated against."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_a_corpus_that_was_not_decontaminated_is_named(tmp_path: Path) -> None:
     write(tmp_path, "test.tsv", "a\tb", "t one\tt three")
     (line,) = contamination_warnings(task, tmp_path)
     assert line.startswith("the model was pretrained on books, which is not decontaminated against this task")
+
+
+def test_the_blanks_of_a_cloze_exam_are_filled(tmp_path: Path) -> None:
+    """Catches blanks that no text matches, so that pretraining text keeps the answers."""
+    exam = {"article": "She drove _ to the _ station.", "options": [["slowly", "quickly"], ["police", "gas"]]}
+    for split, rows in (("validation", {**exam, "answers": ["B", "A"]}), ("test", exam)):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(rows) + "\n")
+    files = "".join(f"  {split}: {tmp_path / split}.jsonl\n" for split in ("validation", "test"))
+    path = write(tmp_path, "cloze.yaml", f"run: {{dir: r}}\nmodel: {{init_from: m}}\ntask:\n  kind: cloze\n{files}")
+    found = [text.text for text in evaluation_texts(str(path))]
+    assert found == ["She drove quickly to the police station.", "She drove ", " to the ", " station."]
 
 
 def test_a_task_without_evaluation_texts(tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ def test_a_header_or_its_lack_is_seen(
     assert predict(trained_run, tmp_path / "labelled.csv", tmp_path / "out.csv", "--columns.text=0", "--sep=,") == 0
     warning = "labelled.csv: the first row is read as a header, but 'low' in it is one of the labels; if it is data, "
     assert [message.rpartition("/")[2] for message in caplog.messages] == [f"{warning}set --header none"]
+    assert "columns by number, text: 'word1'\n" in capsys.readouterr().err
     caplog.clear()
     (tmp_path / "named.csv").write_text("text,low\nword1,1\n")
     assert predict(trained_run, tmp_path / "named.csv", tmp_path / "out.csv") == 0

@@ -172,6 +172,18 @@ def test_a_run_folder_that_is_gone_ends_the_watch(run: RunFolder, save: Save) ->
         watch(run, Scorer(), lambda: shutil.rmtree(run.path))
 
 
+def test_a_run_that_is_deleted_while_it_is_scored_is_gone(run: RunFolder, save: Save) -> None:
+    """Catches a message about the task, whose model is gone with the run."""
+    save(100)
+
+    def delete(_step: int) -> None:
+        shutil.rmtree(run.path)
+        raise TaskRejectedError("rejected")
+
+    with pytest.raises(UserError, match=r"the run folder .*/run is gone"):
+        watch(run, Scorer(delete))
+
+
 def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a watch that ends with a run that will resume, scores of it that nobody logs, and a watch that writes
     the metrics of a running one that `deepspeed` has started, which holds no lock."""

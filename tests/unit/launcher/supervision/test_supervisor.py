@@ -231,10 +231,12 @@ def test_a_stop_file_older_than_the_launch_but_not_its_process_is_removed(
     assert datetime.fromisoformat(launches(folder)[0]["time"]).timestamp() == int(began)
 
 
-def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytest.CaptureFixture[str]):
-    """Catches a run that cannot resume because the STOP file that ended it still exists."""
+@pytest.mark.parametrize("days", [-365, 1])
+def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytest.CaptureFixture[str], days: int):
+    """Catches a run that cannot resume because the STOP file that ended it still exists, also if a clock was wrong."""
     folder.stop.touch()
-    os.utime(folder.stop, (0, 0))
+    date = time.time() + days * 86400
+    os.utime(folder.stop, (date, date))
     body = "write_outcome(folder, Outcome.STOPPED if folder.stop.exists() else Outcome.DONE)"
     assert attempt(folder, body).outcome is Outcome.DONE
     assert "removed" in capsys.readouterr().err

@@ -57,6 +57,14 @@ def test_room_in_the_vocabulary_goes_to_rare_characters(tmp_path: Path, capsys: 
     assert capsys.readouterr().err.count("found only 305 tokens in the text, fewer than --vocab_size 400") == 1
 
 
+@pytest.mark.parametrize("size", [12, 20, 50, 300])
+def test_a_vocabulary_is_not_larger_than_asked_for(tmp_path: Path, size: int) -> None:
+    """Catches an alphabet that takes more tokens than there are."""
+    (tmp_path / "a.txt").write_text(f"{TEXT}{''.join(map(chr, range(0x4E00, 0x4E00 + 400))) * 2}", encoding="utf-8")
+    train_tokenizer(TokenizerOptions(source=tmp_path / "a.txt", output=tmp_path / "t", vocab_size=size))
+    assert len(load_tokenizer(tmp_path / "t")) == size
+
+
 def test_a_small_vocabulary_is_named(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a vocabulary that lacks a digit, of which nothing is said."""
     train_tokenizer(TokenizerOptions(source=text, output=tmp_path / "t", vocab_size=50))

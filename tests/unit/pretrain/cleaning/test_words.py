@@ -1,0 +1,36 @@
+"""Words of texts in many scripts."""
+
+import pytest
+
+from pretrain.cleaning.words import count_words, normalized_words, tokens, word_spans
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I love this ❤\ufe0f movie", ["i", "love", "this", "movie"]),
+        ("She _ went __home__", ["she", "went", "home"]),
+        ("co\u00adop naïve cafe\u0301 x’s", ["coop", "naive", "cafe", "x's"]),
+        ("ｶﾞ ガ", ["カ", "カ"]),
+        ("می\u200cخواهم", ["میخواهم"]),
+        ("花呗可以", ["花", "呗", "可", "以"]),
+        ("สวัสดี", ["ส", "วั", "ส", "ดี"]),
+        ("कि का", ["कि", "का"]),
+        ("\u0301 \ufe0f \uff9e _", []),
+    ],
+)
+def test_words_are_those_that_a_reader_sees(text: str, expected: list[str]) -> None:
+    """Catches invisible characters and underscores that are words or keep equal ones apart, and empty words."""
+    assert normalized_words(text) == expected
+    assert [normalized_words(text[start:end]) for start, end in word_spans(text)] == [[word] for word in expected]
+
+
+def test_two_characters_of_a_script_without_spaces_are_a_word() -> None:
+    """Catches five Chinese characters that count as five words."""
+    assert count_words(normalized_words("花呗分期 by phone")) == 4
+    assert count_words(normalized_words("สวัสดี")) == 2
+
+
+def test_tokens_lose_no_visible_character() -> None:
+    """Catches punctuation, underscores or emoji that are in neither words nor runs of punctuation."""
+    assert tokens("so_ she ❤\ufe0f, 好") == ["so", "_", "she", "❤\ufe0f,", "好"]
