@@ -19,7 +19,7 @@ from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import check_unlocked
 from experiment.signals import handle_stop_signals, interrupt
-from experiment.tracking.jsonl import read_events
+from experiment.tracking.jsonl import read_events, read_last_events
 from launcher.autotune import autotune
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, launch_machine
@@ -183,8 +183,11 @@ def announce_stop(folder: RunFolder, step_before: int | None) -> None:
     """Print the step that a stopped run has saved. `step_before`: as above."""
     end_line()
     step = last_step(folder)
-    if step is not None and step != step_before:
-        inform(f"stopped at step {step:,}, saved")
+    if step is None or step == step_before:
+        return
+    reached = max((event["step"] for event in read_last_events(folder.metrics)), default=step)
+    lost = f"; step {reached:,} was reached, but could not be saved" if reached > step else ""
+    inform(f"stopped at step {step:,}, saved{lost}")
 
 
 def preflight_command(options: PreflightOptions) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,13 @@ def test_a_stopped_run_says_what_it_has_saved(run: RunFolder, capsys: pytest.Cap
     assert capsys.readouterr().err == "deepcloze: stopped at step 1,200, saved\n"
     announce_stop(run, 1200)
     assert capsys.readouterr().err == ""
+
+
+def test_a_stopped_run_says_what_it_could_not_save(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches steps that a full disk has cost, of which nothing is said."""
+    with run.metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 1250, "loss": 2.0}) + "\n")
+    announce_stop(run, 1100)
+    assert capsys.readouterr().err == (
+        "deepcloze: stopped at step 1,200, saved; step 1,250 was reached, but could not be saved\n"
+    )
