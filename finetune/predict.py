@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from experiment.csv_and_jsonl import warn_once
+from experiment.csv_and_jsonl import listed, warn_once
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, write_json
 from experiment.formatting import counted
@@ -67,17 +67,17 @@ class Input:
         return count
 
     def _name_columns(self) -> None:
-        """Columns by number hide that they are others, or that the first row is data."""
+        """If columns of a file with a header are given by number: print their names, and warn of a header with a label,
+        which is probably data."""
         first = next(iter(read_rows(self.path, self.format)))
-        columns = self.kind.config.columns.without_targets()
-        by_number = all(name.isdecimal() for role in columns.cell_types() for name in columns.names(role))
-        labels = [name for name in first.names if name.strip() in self.kind.labels]
+        columns, header = self.kind.config.columns.without_targets(), [name.strip() for name in first.names]
+        asked = {role: columns.names(role) for role in columns.cell_types()}
+        by_number = all(name.isdecimal() and name not in header for names in asked.values() for name in names)
         if not by_number or first.csv is None or not first.csv.header:
             return
-        roles = {role: [first.names[int(name)] for name in columns.names(role)] for role in columns.cell_types()}
-        read = ", ".join(f"{role}: {' and '.join(map(repr, names))}" for role, names in roles.items())
-        terminal().print(f"columns by number, {read}", markup=False)
-        if labels:
+        found = (f"{role}: {listed(repr(header[int(name)]) for name in names)}" for role, names in asked.items())
+        terminal().print(f"columns by number, {', '.join(found)}", markup=False)
+        if labels := [name for name in header if name in self.kind.labels]:
             warn_once(
                 f"{self.path}: the first row is read as a header, but {labels[0]!r} in it is one of the labels; if it "
                 f"is data, set {first.csv.option('header', 'null')}"
@@ -146,16 +146,8 @@ def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str
                 f"--{key}={value}: the training data had no header, so columns have numbers from 0; if {options.input} "
                 "has a header, set --header 0"
             )
-    if options.header == "none" and trained.header is not None:
-        for role in trained.columns.without_targets().cell_types():
-            names = trained.columns.names(role)
-            if f"columns.{role}" not in options.overrides and not all(map(str.isdecimal, names)):
-                raise UserError(
-                    f"--header none: columns have numbers then, from 0; set --columns.{role} to that of "
-                    f"{' and '.join(map(repr, names))}"
-                )
     flags = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": options.header}
-    written = {key: "null" if value == "none" else str(value) for key, value in flags.items() if value is not None}
+    written = {key: str(value) for key, value in flags.items() if value is not None}
     return {**options.overrides, **written}
 
 

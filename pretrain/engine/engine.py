@@ -114,7 +114,7 @@ class Engine:
         for parameter in frozen:
             parameter.register_hook(self._zero_while_frozen)
         decay = options.ema_decay
-        # Whether the device decides on an update: the host may then start the next step before it knows the norm.
+        # Whether the device applies or skips an update itself, so that the host can queue work before reading the norm.
         self.runs_ahead = (
             self.device.type == "cuda"
             and self._zero1_optimizer is not None
@@ -172,7 +172,7 @@ class Engine:
         return PendingStep(result)
 
     def discard_gradients(self) -> None:
-        """Forget the microbatches since the last step. Only if the engine runs ahead."""
+        """Discard the gradients of microbatches since the last step. Only if `runs_ahead`."""
         assert self._zero1_optimizer is not None
         self._zero1_optimizer.clear_gradients()
 
@@ -267,7 +267,7 @@ class Engine:
     def _step_on_device(self, optimizer: Zero1Optimizer) -> HostCopy:
         with phase("reduce gradients"):
             optimizer.reduce_gradients()
-        self._update_allowed = True  # as far as the host is concerned
+        self._update_allowed = True  # the device may still leave the update out
         with phase("update weights"):
             result = HostCopy(optimizer.update_within(self._norm_limit))
         optimizer.clear_gradients()

@@ -188,7 +188,7 @@ class Trainer:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)
 
     def _train_step(self, batch: RankBatch, global_masked: int, rate: float) -> TrainedStep:
-        """Train on one global batch, unless it is not to be trained on."""
+        """Train on one global batch, if `_is_trained_on` it."""
         if not self._is_trained_on(batch, global_masked):
             return SKIPPED
         engine, norms = self._engine, self._progress.grad_norms
@@ -222,8 +222,8 @@ class Trainer:
         return losses
 
     def _start_next(self) -> None:
-        """Queue the first microbatch of the next batch, so that the device has work while the host reads the norm of
-        this step. If the update of this step is left out, the weights are those that the next step begins with."""
+        """Queue the first microbatch of the next batch, so that the device has work while the host waits for the norm
+        of this step. It is right if the update is skipped, too: the weights then stay as they are."""
         upcoming = self._feed.peek()
         if upcoming is None:
             return
@@ -234,7 +234,7 @@ class Trainer:
         self._started = self._accumulate(batch, totals.masked_tokens, 0, 1)
 
     def _is_trained_on(self, batch: RankBatch, global_masked: int) -> bool:
-        """Not a batch known to be bad, nor one without masked tokens."""
+        """False for a batch that is known to be bad or has no masked tokens."""
         return global_masked > 0 and batch.step + 1 not in self._progress.bad_steps
 
     def _respond(self, batch: RankBatch, fault: Fault, losses: Tensor | None) -> Response:

@@ -110,11 +110,11 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing(
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_bad_batch_of_a_host_that_runs_ahead(
+def test_a_bad_batch_after_which_a_microbatch_is_queued(
     gpus: Any, wordpiece_corpus: Path, tmp_path: Path, precision: str, policy: str
 ) -> None:
     """Catches an update of a bad batch, and a microbatch that was queued before the batch was found to be bad and
-    counts twice or not at all. With averaged weights, the host waits for the norm before it goes on."""
+    counts twice or not at all. With `ema_decay`, the host reads the norm before it queues the next microbatch."""
     for name, decay in (("ahead", None), ("waiting", 0.9)):
         tree = gpu_run(
             tmp_path / name,

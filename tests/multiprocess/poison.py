@@ -1,6 +1,7 @@
 """Runs in which the loss of some steps is poisoned, so that their batches are bad."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from fp16 import fp16_supported
 from pretrain.world import World
-from runs import pretrain_case
+from runs import Tree, pretrain_case, run_config
 
 
 class Poison(NamedTuple):
@@ -17,6 +18,22 @@ class Poison(NamedTuple):
     factor: float = 1.0  # applied to the loss, or to its gradient only
     in_loss: bool = True
     added: float = 0.0  # to the loss, without an effect on its gradient
+
+
+def runs_by_policy(folder: Path, corpus: Path, ds_config: str, steps: int) -> dict[str, Tree]:
+    """Configs of runs that differ in `health.policy`, each in a folder of that name."""
+    return {
+        policy: run_config(
+            folder / policy,
+            corpus,
+            ds_config,
+            run__log_every=3,
+            schedule__steps=steps,
+            checkpoint__every_steps=2,
+            health__policy=policy,
+        )
+        for policy in ("skip", "rewind", "stop")
+    }
 
 
 def poisoned_case(

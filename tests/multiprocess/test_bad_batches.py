@@ -10,7 +10,7 @@ import pytest
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.run_folder import RunFolder
-from poison import Poison, poisoned_case
+from poison import Poison, poisoned_case, runs_by_policy
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import assert_same_run, logged, run_config, sampled, saved_progress, soak
@@ -44,18 +44,7 @@ def test_a_bad_batch_under_each_policy(
 
     The three policies end in the same run, bit by bit, with dropout.
     """
-    trees = {
-        policy: run_config(
-            tmp_path / policy,
-            wordpiece_corpus,
-            ds_config,
-            run__log_every=3,
-            schedule__steps=5,
-            checkpoint__every_steps=2,
-            health__policy=policy,
-        )
-        for policy in ("skip", "rewind", "stop")
-    }
+    trees = runs_by_policy(tmp_path, wordpiece_corpus, ds_config, 5)
     bad = {4: POISONS[poison]}
     assert pools[2].run(poisoned_case, trees["skip"], bad) == ["done", "done"]
     assert saved_progress(tmp_path / "skip", 2)["skipped"] == []

@@ -8,7 +8,7 @@ import pytest
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.run_folder import RunFolder
-from poison import Poison, poisoned_case
+from poison import Poison, poisoned_case, runs_by_policy
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
 from runs import Tree, assert_same_run, logged, run_config, saved_progress, soak
@@ -74,8 +74,8 @@ def ahead_case(
 def test_the_next_microbatch_is_queued_before_the_norm_is_read(
     ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path, ds_config: str, changes: dict[str, Any], order: str
 ) -> None:
-    """Catches a GPU that idles until the host has read the norm, and a host that goes on although the optimizer
-    asks it whether to update, or the next microbatch depends on the result."""
+    """Catches a GPU without work until the host has read the norm, and a microbatch that is queued although the
+    optimizer needs the host's decision, or the next microbatch the new loss scale."""
     tree = run_config(tmp_path, wordpiece_corpus, ds_config, schedule__steps=3, **changes)
     for outcome, calls, races in ranks.run(ahead_case, tree, {}):
         assert (outcome, races) == ("done", [])
@@ -83,23 +83,12 @@ def test_the_next_microbatch_is_queued_before_the_norm_is_read(
 
 
 @pytest.mark.parametrize("poison", ["loss", *soak("spike", "gradient")])
-def test_a_bad_batch_whose_next_one_was_started(
+def test_a_bad_batch_after_which_a_microbatch_is_queued(
     ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path, poison: str
 ) -> None:
-    """Catches an update from a bad batch, moments or step counters that it changes, a microbatch that counts twice or
-    not at all, and one of before a rewind that counts after it. The three policies end in the same run, bit by bit."""
-    trees = {
-        policy: run_config(
-            tmp_path / policy,
-            wordpiece_corpus,
-            "bf16_zero1",
-            run__log_every=3,
-            schedule__steps=6,
-            checkpoint__every_steps=2,
-            health__policy=policy,
-        )
-        for policy in ("skip", "rewind", "stop")
-    }
+    """Catches an update from a bad batch, moments or step counters that it changes, and a microbatch that counts twice,
+    not at all, or after a rewind. The three policies end in the same run, bit by bit."""
+    trees = runs_by_policy(tmp_path, wordpiece_corpus, "bf16_zero1", 6)
     bad = {4: POISONS[poison]}
     for policy in ("skip", "rewind"):
         assert [found[0] for found in ranks.run(ahead_case, trees[policy], bad)] == ["done", "done"]
@@ -116,9 +105,9 @@ def test_a_bad_batch_whose_next_one_was_started(
     assert_same_run(tmp_path / "skip", tmp_path / "stop", 6)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a microbatch that is started for a step which this attempt does not take, and one that the next attempt
-    leaves out. Two bad batches in a row, the second of which was started before the first was known to be bad."""
+def test_a_stopped_run_resumes_to_the_same_weights(ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a microbatch that is queued although the run stops, and one that the resumed run leaves out. Of two bad
+    batches in a row, the second is queued before the norm of the first is read."""
     bad = {3: Poison(NAN), 4: Poison(NAN)}
     for name, stops in (("whole", []), ("stopped", [2, 3])):
         tree = run_config(tmp_path / name, wordpiece_corpus, "bf16_zero1", schedule__steps=6, health__policy="skip")

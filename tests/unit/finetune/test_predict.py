@@ -233,10 +233,12 @@ def test_a_header_or_its_lack_is_seen(
     (tmp_path / "named.csv").write_text("text,low\nword1,1\n")
     assert predict(trained_run, tmp_path / "named.csv", tmp_path / "out.csv") == 0
     assert not caplog.messages, "a column has the name of a label"
+    (tmp_path / "numbers.csv").write_text("9,8\nword1,1\n")
+    assert predict(trained_run, tmp_path / "numbers.csv", tmp_path / "out.csv", "--columns.text=9") == 0
     capsys.readouterr()
     assert predict(trained_run, tmp_path / "labelled.csv", tmp_path / "out.csv", "--header=null") == 2
     assert capsys.readouterr().err == (
-        "deepcloze: --header none: columns have numbers then, from 0; set --columns.text to that of 'text'\n"
+        "deepcloze: command line: columns.text: without a header it must be a column number from 0, found 'text'\n"
     )
 
 

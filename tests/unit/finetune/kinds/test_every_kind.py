@@ -238,10 +238,8 @@ def test_a_gpu_computes_what_a_cpu_does(encoder: Path, tmp_path: Path, name: str
     """Catches tensors on the wrong device in training, in the saved state, or when a saved model predicts."""
     pytest.importorskip("triton", reason="the simulated GPU needs Triton")
     start = Path(shutil.copytree(encoder, tmp_path / "start"))
-    without_dropout = {
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }  # which devices draw differently
+    # Devices draw other dropout masks.
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = json.loads((start / "config.json").read_text()) | without_dropout
     (start / "config.json").write_text(json.dumps(config))
 
