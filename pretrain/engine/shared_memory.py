@@ -18,18 +18,22 @@ from torch import Tensor
 
 from pretrain.engine.phases import collective
 
-BUFFER_BYTES = 2**22  # of the buffer of each rank
+BUFFER_BYTES = 2**23  # of each rank: two halves, used in turn
 _TOKEN_BYTES = 16
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PROCESS_IDS = Path("/proc/self/ns/pid")
 
 
 class SharedMemory:
-    """A buffer of each rank, which the other ranks read. All methods are collective."""
+    """A buffer of each rank, which the other ranks read. All methods are collective.
+
+    Ranks write to one half of their buffers, wait for each other once, read, and take the other half for the next
+    data: when they have waited for that, all have read the first half, and it may be written again.
+    """
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         """`buffers`: [ranks], of bytes."""
-        self._buffers = buffers
+        self._halves = [buffer.chunk(2) for buffer in buffers]
         self._rank = dist.get_rank()
         self._nothing = torch.zeros(1)
 
@@ -40,10 +44,10 @@ class SharedMemory:
         parts: [ranks], tensors of this rank for each of them.
         """
         ranks, numel, dtype = len(parts), total.numel(), parts[0].dtype
-        length = BUFFER_BYTES // dtype.itemsize // (ranks - 1)
-        slots = [buffer.view(dtype)[: length * (ranks - 1)].view(ranks - 1, length) for buffer in self._buffers]
+        length = BUFFER_BYTES // 2 // dtype.itemsize // (ranks - 1)
         for first in range(0, numel, length):
             end = min(first + length, numel)
+            slots = [half[: length * (ranks - 1)].view(ranks - 1, length) for half in self._next_halves(dtype)]
             for rank, part in enumerate(parts):
                 if rank != self._rank:
                     slots[self._rank][_slot(self._rank, rank), : end - first].copy_(part[first:end])
@@ -53,22 +57,25 @@ class SharedMemory:
                 for rank in range(ranks)
             ]
             sum_in_order(terms, total[first:end])
-            self._barrier()
 
     @collective("all_gather")
     def all_gather(self, parts: Sequence[Tensor]) -> None:
         """Copy part n of rank n, a flat tensor, to part n of the others."""
         numel, dtype = parts[0].numel(), parts[0].dtype
-        length = BUFFER_BYTES // dtype.itemsize
-        buffers = [buffer.view(dtype) for buffer in self._buffers]
+        length = BUFFER_BYTES // 2 // dtype.itemsize
         for first in range(0, numel, length):
             end = min(first + length, numel)
-            buffers[self._rank][: end - first].copy_(parts[self._rank][first:end])
+            halves = self._next_halves(dtype)
+            halves[self._rank][: end - first].copy_(parts[self._rank][first:end])
             self._barrier()
             for rank, part in enumerate(parts):
                 if rank != self._rank:
-                    part[first:end].copy_(buffers[rank][: end - first])
-            self._barrier()
+                    part[first:end].copy_(halves[rank][: end - first])
+
+    def _next_halves(self, dtype: torch.dtype) -> list[Tensor]:
+        """[ranks], flat."""
+        self._halves = [(second, first) for first, second in self._halves]
+        return [half.view(dtype) for half, _ in self._halves]
 
     def _barrier(self) -> None:
         dist.all_reduce(self._nothing)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,34 @@ def test_all_ranks_get_all_parts(pools: dict[int, RankPool], ranks: int, numel: 
     """Catches parts that are mixed up, and those of an earlier call."""
     expected = [(torch.arange(numel) + 100 * rank + 2).bfloat16().tolist() for rank in range(ranks)]
     assert pools[ranks].run(gather_case, numel) == [expected] * ranks
+
+
+def slow_reader_case(world: World) -> list[list[float]]:
+    """Sums and copies of several parts, on rank 0 with a pause before it reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BUFFER_BYTES", 96)
+        memory = open_shared_memory()
+        assert memory is not None
+        if world.rank == 0:
+            barrier = memory._barrier
+            patch.setattr(memory, "_barrier", lambda: (barrier(), time.sleep(0.005)))
+        found = []
+        for number in range(4):
+            values = torch.arange(60, dtype=torch.float32) + number
+            total = torch.empty(60 // world.size)
+            memory.reduce_scatter(values.chunk(world.size), total)
+            parts = list(values.chunk(world.size))
+            parts[world.rank].copy_(total)
+            memory.all_gather(parts)
+            found.append(values.tolist())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_fast_rank_overwrites_nothing_that_a_slow_one_reads(pools: dict[int, RankPool], ranks: int) -> None:
+    """Catches ranks that write to the memory of which another one still reads the last data."""
+    expected = [[float(ranks * (value + number)) for value in range(60)] for number in range(4)]
+    assert pools[ranks].run(slow_reader_case) == [expected] * ranks
 
 
 def refused_case(world: World, reason: str) -> bool:
