@@ -88,6 +88,7 @@ class Panel:
     scale: Literal["linear", "log"] = "linear"
     percent: bool = False  # y is a fraction
     from_zero: bool = False  # the y axis starts at 0
+    title: str = ""  # on a page
 
     @property
     def options(self) -> dict[str, Any]:
@@ -113,10 +114,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Plot:
-    """Panels with titles: one chart each on a page, together one PNG."""
+    """Panels: one chart each on a page, together one PNG."""
 
     name: str  # of the PNG
-    panels: Sequence[tuple[str, Panel]]
+    panels: Sequence[Panel]
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,8 @@ class Charts:
     marks: Sequence[Mark] = ()
 
     @property
-    def titles(self) -> list[str]:
-        return [title for plot in self.plots for title, _ in plot.panels]
-
-    @property
     def panels(self) -> list[Panel]:
-        return [panel for plot in self.plots for _, panel in plot.panels]
+        return [panel for plot in self.plots for panel in plot.panels]
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,7 @@ class DotCharts:
 def charts_block(plots: Sequence[Plot], axes: Sequence[Axis] = (), marks: Sequence[Mark] = ()) -> list[Charts]:
     """The panels that have data, as one block; empty if none has."""
     filled = [
-        Plot(plot.name, [found for found in plot.panels if any(len(line.curve) for line in found[1].lines)])
+        Plot(plot.name, [panel for panel in plot.panels if any(len(line.curve) for line in panel.lines)])
         for plot in plots
     ]
     shown = [plot for plot in filled if plot.panels]

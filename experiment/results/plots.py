@@ -48,7 +48,7 @@ def draw_charts(directory: Path, blocks: Sequence[object]) -> None:
             if isinstance(plot, DotCharts):
                 draw_dots(path, plot.charts)
             else:
-                draw_panels(path, [panel for _, panel in plot.panels])
+                draw_panels(path, plot.panels)
 
 
 def draw_panels(path: Path, panels: Sequence[Panel]) -> None:

@@ -29,7 +29,7 @@ from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, T
 from experiment.results.report.run import OpenRuns, Run
 from experiment.results.report.run_facts import describe_state, scaled
 from experiment.results.report.tasks import main_score
-from experiment.results.report.training import NORM, RATE, SPEED, WAIT
+from experiment.results.report.training import optimization_plots
 from experiment.results.sweep_summary import SweepResult, metric_title, sort_results
 from experiment.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
@@ -57,26 +57,21 @@ def overlay_charts(runs: Sequence[Run]) -> list[Charts]:
         for seed, history in run.history.seeds.items()
     ]
 
-    def panel(key: str, y_label: str, smoothed: bool = False, marked: bool = False, **options: Any) -> Panel:
-        lines = [
+    def lines(key: str, smoothed: bool = False, marked: bool = False) -> list[Line]:
+        return [
             Line(name, history.curve(key), smoothed=smoothed, marked=marked, look=number, run=axis, seed=seed)
             for axis, (number, name, seed, history) in enumerate(seeds)
         ]
-        return Panel(y_label, lines, **options)
 
-    plots = [Plot("loss", [("Training loss", panel("loss", "loss", smoothed=True))])]
+    plots = [Plot("loss", [Panel("loss", lines("loss", smoothed=True), title="Training loss")])]
     for number, corpus in enumerate(_corpora(runs), start=1):
-        loss = panel(f"eval/{corpus}/loss", "loss", marked=True)
-        accuracy = panel(f"eval/{corpus}/accuracy", "accuracy", marked=True, percent=True)
-        plots.append(Plot(f"held-out-{number}", [(f"Loss on {corpus}", loss), (f"Accuracy on {corpus}", accuracy)]))
-    speed = panel("tokens_per_second", "tokens/s", smoothed=True, from_zero=True)
-    wait = panel("data_wait", "data wait", smoothed=True, percent=True, from_zero=True)
-    plots += [
-        Plot("learning-rate", [(RATE, panel("lr", "learning rate"))]),
-        Plot("gradient-norm", [(NORM, panel("grad_norm", "gradient norm", smoothed=True, scale="log"))]),
-        Plot("throughput", [(SPEED, speed), (WAIT, wait)]),
-    ]
-    return charts_block(plots, [history.axis for *_, history in seeds])
+        loss, accuracy = (lines(f"eval/{corpus}/{metric}", marked=True) for metric in ("loss", "accuracy"))
+        panels = [
+            Panel("loss", loss, title=f"Loss on {corpus}"),
+            Panel("accuracy", accuracy, percent=True, title=f"Accuracy on {corpus}"),
+        ]
+        plots.append(Plot(f"held-out-{number}", panels))
+    return charts_block([*plots, *optimization_plots(lines)], [history.axis for *_, history in seeds])
 
 
 def _corpora(runs: Sequence[Run]) -> list[str]:

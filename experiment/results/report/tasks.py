@@ -113,8 +113,8 @@ def _seed_plots(folder: RunFolder, metric: str) -> list[Plot]:
         losses.append(Line(f"{seed}, validation", _curve(rows, "validation_loss"), marked=True, look=number))
         scores.append(Line(seed, _curve(rows, metric), marked=True, look=number))
     return [
-        Plot("seed-losses", [("Loss by seed", Panel("loss", losses))]),
-        Plot("seed-scores", [(f"{metric} on validation, by seed", Panel(metric, scores))]),
+        Plot("seed-losses", [Panel("loss", losses, title="Loss by seed")]),
+        Plot("seed-scores", [Panel(metric, scores, title=f"{metric} on validation, by seed")]),
     ]
 
 
@@ -182,7 +182,7 @@ def downstream_blocks(folder: RunFolder, axis: Axis) -> list[Block]:
     panels = []
     for metric in dict.fromkeys(result.metric for result in results):
         lines = [_task_line(task, group) for task, group in by_task.items() if group[-1].metric == metric]
-        panels.append((metric, Panel(metric, lines)))
+        panels.append(Panel(metric, lines, title=metric))
     rows = [_downstream_row(task, group) for task, group in by_task.items()]
     table = Table(["task", "metric", "last", "at step", "best", "at step"], rows, labels=2)
     return [Heading("Downstream tasks"), *charts_block([Plot("downstream", panels)], [axis]), table]

@@ -1,8 +1,9 @@
 """The sections of a report about one training run: tables and charts of what it has logged, and the marks in them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -39,25 +40,29 @@ def training_blocks(history: History, held_out: bool = True, marks: Sequence[Mar
 
 
 def training_plots(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[str]) -> list[Plot]:
-    loss = [*_training_lines(seeds, "loss", INK), *_held_out_lines(seeds, corpora, "loss")]
-    perplexity = Panel("perplexity", _held_out_lines(seeds, corpora, "perplexity"), "log")
-    accuracy = Panel("accuracy", _held_out_lines(seeds, corpora, "accuracy"), percent=True)
-    rate = Panel("learning rate", _training_lines(seeds, "lr", smoothed=False))
-    norm = Panel("gradient norm", _training_lines(seeds, "grad_norm"), "log")
-    speed = Panel("tokens/s", _training_lines(seeds, "tokens_per_second"), from_zero=True)
-    wait = Panel("data wait", _training_lines(seeds, "data_wait"), percent=True, from_zero=True)
+    loss = [*_training_lines(seeds, "loss", True, INK), *_held_out_lines(seeds, corpora, "loss")]
+    perplexity, accuracy = (_held_out_lines(seeds, corpora, metric) for metric in ("perplexity", "accuracy"))
     return [
-        Plot("loss", [("Loss", Panel("loss", loss))]),
-        Plot("perplexity", [("Perplexity on held-out text", perplexity)]),
-        Plot("accuracy", [("Accuracy on held-out text", accuracy)]),
-        Plot("learning-rate", [(RATE, rate)]),
-        Plot("gradient-norm", [(NORM, norm)]),
-        Plot("throughput", [(SPEED, speed), (WAIT, wait)]),
+        Plot("loss", [Panel("loss", loss, title="Loss")]),
+        Plot("perplexity", [Panel("perplexity", perplexity, "log", title="Perplexity on held-out text")]),
+        Plot("accuracy", [Panel("accuracy", accuracy, percent=True, title="Accuracy on held-out text")]),
+        *optimization_plots(partial(_training_lines, seeds)),
+    ]
+
+
+def optimization_plots(lines: Callable[[str, bool], Sequence[Line]]) -> list[Plot]:
+    """Learning rate, gradient norm and speed. lines: of a metric, and whether they are smoothed."""
+    speed = Panel("tokens/s", lines("tokens_per_second", True), from_zero=True, title=SPEED)
+    wait = Panel("data wait", lines("data_wait", True), percent=True, from_zero=True, title=WAIT)
+    return [
+        Plot("learning-rate", [Panel("learning rate", lines("lr", False), title=RATE)]),
+        Plot("gradient-norm", [Panel("gradient norm", lines("grad_norm", True), "log", title=NORM)]),
+        Plot("throughput", [speed, wait]),
     ]
 
 
 def _training_lines(
-    seeds: Mapping[int | None, SeedHistory], key: str, color: str | None = None, smoothed: bool = True
+    seeds: Mapping[int | None, SeedHistory], key: str, smoothed: bool, color: str | None = None
 ) -> list[Line]:
     """color: of a run with one seed."""
     if len(seeds) == 1:

@@ -19,7 +19,7 @@ from experiment.results.curves import Curve
 
 
 def block(*lines: Line, **panel: Any) -> Charts:
-    (found,) = charts_block([Plot("loss", [("Loss", Panel("loss", lines, **panel))])])
+    (found,) = charts_block([Plot("loss", [Panel("loss", lines, **panel)])])
     return found
 
 
@@ -44,7 +44,7 @@ def test_lines_become_data() -> None:
 @pytest.mark.parametrize("line", [Line("loss", Curve()), Line("loss", Curve.of([1], [1.0]))])
 def test_a_chart_needs_one_point(line: Line) -> None:
     """Catches an empty chart, and a single log event that is not shown."""
-    blocks = charts_block([Plot("loss", [("Loss", Panel("loss", [line]))])])
+    blocks = charts_block([Plot("loss", [Panel("loss", [line])])])
     assert len(blocks) == len(line.curve)
 
 

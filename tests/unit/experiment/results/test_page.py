@@ -32,7 +32,7 @@ BLOCKS: list[Block] = [
     Text("Loss < 3 & falling."),
     Table(["corpus", "loss"], [["a<b>", "1.0"], ["news", "2.0"]], caption="Held out"),
     ConfusionMatrix(["<joy>", "fear"], [[3000, 1], [0, 0]], "<test>"),
-    Charts([Plot("loss", [("Loss <1>", Panel("loss", [Line("</script><b>", Curve.of([1], [2.0]))]))])]),
+    Charts([Plot("loss", [Panel("loss", [Line("</script><b>", Curve.of([1], [2.0]))], title="Loss <1>")])]),
     DotCharts("scores", [DotChart("F1 <%>", [Dots("<row>", [0.25, 0.75], 0.5, (0.0, 1.0))])]),
     Fillings([Filling("a <i>", "<b>", " c", [("step 1", [("<u>", "9.0%")])])]),
     BarCharts([BarChart("Tokens <%>", [Bar("<of>", 0.2), Bar("the", 0.1)])]),

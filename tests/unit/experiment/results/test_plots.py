@@ -55,7 +55,7 @@ def test_panels_show_every_line_and_a_legend_where_there_are_several(tmp_path: P
 
 def test_charts_of_one_name_are_files_of_their_own(tmp_path: Path, canvases: list[Figure]) -> None:
     """Catches charts of one task that overwrite those of another, and a block of a page that is no chart."""
-    panels = [(title, Panel(title, [Line("a", Curve.of([1, 2], [1.0, 2.0]))])) for title in ("speed", "wait")]
+    panels = [Panel(label, [Line("a", Curve.of([1, 2], [1.0, 2.0]))]) for label in ("speed", "wait")]
     draw_charts(tmp_path, [Charts([Plot("speed", panels)]), "text", Charts([Plot("speed", panels[:1])])])
     assert {path.name for path in tmp_path.iterdir()} == {"speed.png", "speed-2.png"}
     assert [len(canvas.axes) for canvas in canvases] == [2, 1]

@@ -75,7 +75,7 @@ def test_downstream_tasks(tmp_path: Path) -> None:
             write_result(folder, DownstreamResult(step, task, metric, lower, {metric: value}, "w", "c", 1.0))
     _, charts, table = downstream_blocks(folder, NO_AXIS)
     assert isinstance(charts, Charts)
-    assert charts.titles == ["accuracy", "error"]
+    assert [panel.title for panel in charts.panels] == ["accuracy", "error"]
     assert [line["x"] for chart in data_of(charts)["charts"] for line in chart["lines"]] == [[100, 200, 300]] * 2
     assert isinstance(table, Table)
     assert table.rows == [
@@ -265,7 +265,7 @@ def test_the_curves_of_the_seeds_of_a_task(tmp_path: Path) -> None:
         (folder.path / f"seed-{seed}").mkdir()
         (folder.path / f"seed-{seed}" / "epochs.csv").write_text(epochs)
     (charts,) = [block for block in result_blocks(folder, RESULTS) if isinstance(block, Charts)]
-    assert charts.titles == ["Loss by seed", "accuracy on validation, by seed"]
+    assert [panel.title for panel in charts.panels] == ["Loss by seed", "accuracy on validation, by seed"]
     lines = [(line["label"], line["x"], line["y"]) for chart in data_of(charts)["charts"] for line in chart["lines"]]
     losses, scores = [2.0, 1.0], [0.5, 0.7]
     expected = [("seed-9, train", losses), ("seed-10, train", losses), ("seed-9", scores), ("seed-10", scores)]
