@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 
 import yaml
@@ -89,7 +90,7 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections at the top level, found {describe_value(tree)}")
-    return _build(config_type, tree, overrides or {}, str(path), lines)
+    return build_config(config_type, tree, overrides, str(path), lines)
 
 
 def build_config(
@@ -97,9 +98,32 @@ def build_config(
     tree: Mapping[str, Any],
     overrides: Mapping[str, str] | None = None,
     origin: str = "config",
+    lines: Mapping[KeyPath, int] = MappingProxyType({}),
 ) -> ConfigT:
-    """Build a typed config from a tree of plain values and overrides. Messages name `origin`. Raises UserError."""
-    return _build(config_type, tree, overrides or {}, origin, {})
+    """Build a typed config from a tree of plain values and overrides. Messages name `origin`, and the line of a key if
+    it is in `lines`. Raises UserError."""
+    overrides = overrides or {}
+    try:
+        merged: dict[str, Any] = json.loads(json.dumps(tree, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{origin}: expected only mappings, lists, text, numbers, true, false and null") from None
+    # Whole sections first, in any order of the flags: overrides of single keys refine them.
+    by_depth = sorted(overrides, key=lambda dotted: dotted.count("."))
+    plain = copy.deepcopy(merged)
+    for dotted in by_depth:
+        _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
+    with user_errors_in(origin):
+        _check_kind(merged, config_type.own_section)
+        config_type = config_type.specialize(plain)
+    for dotted in by_depth:
+        _set_key(merged, dotted, parse_value(_annotation_of_override(config_type, dotted), overrides[dotted]))
+    try:
+        return config_type.model_validate_json(json.dumps(merged))
+    except ValidationError as error:
+        messages = [
+            f"{_place(key, origin, lines, overrides)}: {message}" for key, message in explain_errors(config_type, error)
+        ]
+        raise UserError("\n".join(dict.fromkeys(messages))) from None
 
 
 def dump_config(config: Section) -> str:
@@ -142,36 +166,6 @@ def with_defaults(flat: Mapping[str, Any], config_type: type[BaseModel], above: 
         elif key not in flat and not field.is_required():
             filled |= flatten({key: to_jsonable_python(field.get_default(call_default_factory=True))})
     return filled
-
-
-def _build(
-    config_type: type[ConfigT],
-    tree: Mapping[str, Any],
-    overrides: Mapping[str, str],
-    origin: str,
-    lines: Mapping[KeyPath, int],
-) -> ConfigT:
-    try:
-        merged: dict[str, Any] = json.loads(json.dumps(tree, ensure_ascii=False).encode())
-    except (TypeError, ValueError, RecursionError):
-        raise UserError(f"{origin}: expected only mappings, lists, text, numbers, true, false and null") from None
-    # Whole sections first, in any order of the flags: overrides of single keys refine them.
-    by_depth = sorted(overrides, key=lambda dotted: dotted.count("."))
-    plain = copy.deepcopy(merged)
-    for dotted in by_depth:
-        _set_key(plain, dotted, parse_value(Any, overrides[dotted]))
-    with user_errors_in(origin):
-        _check_kind(merged, config_type.own_section)
-        config_type = config_type.specialize(plain)
-    for dotted in by_depth:
-        _set_key(merged, dotted, parse_value(_annotation_of_override(config_type, dotted), overrides[dotted]))
-    try:
-        return config_type.model_validate_json(json.dumps(merged))
-    except ValidationError as error:
-        messages = [
-            f"{_place(key, origin, lines, overrides)}: {message}" for key, message in explain_errors(config_type, error)
-        ]
-        raise UserError("\n".join(dict.fromkeys(messages))) from None
 
 
 def _set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
