@@ -37,13 +37,11 @@ class ConsoleTracker:
         self,
         total_steps: int | None,
         resumed_step: int = -1,
-        unit: str = "step",
         seconds_left: float | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._total = total_steps
-        self._unit = unit
         self._console = console or terminal()
         self._clock = clock
         self._end = None if seconds_left is None else clock() + seconds_left
@@ -51,7 +49,7 @@ class ConsoleTracker:
         self._live: Live | None = None
         if self._console.is_interactive:
             left = TextColumn("{task.fields[left]}", markup=False)
-            self._bar = Progress(TextColumn(unit), BarColumn(bar_width=24), MofNCompleteColumn(), left)
+            self._bar = Progress(TextColumn("step"), BarColumn(bar_width=24), MofNCompleteColumn(), left)
             self._task = self._bar.add_task("", total=total_steps, completed=max(resumed_step, 0), left="")
             # No refresh thread: each event redraws the bar.
             self._live = Live(self._bar, console=self._console, auto_refresh=False)
@@ -62,7 +60,7 @@ class ConsoleTracker:
         if "loss" in metrics:
             self._log_training(metrics)
         if evaluation := describe_evaluation(metrics):
-            self._print(f"{self._unit} {metrics['step']}: {evaluation}")
+            self._print(f"step {metrics['step']}: {evaluation}")
 
     def close(self, outcome: Outcome) -> None:
         if self._live is not None:
@@ -76,7 +74,7 @@ class ConsoleTracker:
         is_end_known = self._total is not None or self._end is not None
         left = f"{describe_duration(self._seconds_left())} left" if is_end_known else ""
         of = "" if self._total is None else f"/{self._total}"
-        line = " · ".join(filter(None, [f"{self._unit} {step}{of}", values, left]))
+        line = " · ".join(filter(None, [f"step {step}{of}", values, left]))
         if self._live is not None:
             self._bar.update(self._task, completed=step, left=left)
             # Below the bar, whose width does not change with them. `soft_wrap` of the console would cut them off.

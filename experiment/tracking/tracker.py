@@ -44,7 +44,6 @@ class TrackedRun:
     resumed_step: int  # finished steps of the checkpoint it resumes from, -1 for a new run; later events are dropped
     evaluates_again: bool = False  # the evaluation of `resumed_step` is dropped too: the checkpoint lacks it
     seed_steps: int | None = None  # of each seed of a fine-tuning run
-    unit: str = "step"  # name of a step on the console
     seconds_left: float | None = None  # of a time budget
 
 
@@ -62,7 +61,7 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
     resumed = run.resumed_step, run.evaluates_again
     openers: dict[str, Callable[[], Tracker]] = {}
     if console:
-        openers["the console"] = lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.unit, run.seconds_left)
+        openers["the console"] = lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.seconds_left)
     openers["metrics.jsonl"] = lambda: JsonlTracker(folder.metrics, *resumed)
     if config.tensorboard and run.seed_steps:
         seeds = partial(SeedsTensorBoardTracker, folder.tensorboard, run.resumed_step, run.seed_steps)

@@ -40,12 +40,12 @@ class Broken:
 def test_an_event_reaches_the_console_and_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a tracker that is not opened, and console output on stdout, which is for results."""
     folder = open_run_folder(tmp_path)
-    trackers = opened(folder, unit="update")
+    trackers = opened(folder)
     trackers.log({"step": 5, "loss": 1.5})
     trackers.close(Outcome.DONE)
     assert json.loads(folder.metrics.read_text()) == {"step": 5, "loss": 1.5}
     captured = capsys.readouterr()
-    assert captured.err.startswith("update 5/10 · loss 1.5000")
+    assert captured.err.startswith("step 5/10 · loss 1.5000")
     assert captured.out == ""
 
 
