@@ -145,6 +145,15 @@ def read_rank_record(folder: RunFolder, rank: int) -> RankRecord | None:
     return None
 
 
+def read_rank_records(folder: RunFolder) -> list[RankRecord]:
+    """Those of all ranks that have started, in the order of their files. Skips damaged ones."""
+    found = []
+    for path in sorted(rank_records(folder)):
+        with suppress(OSError, ValueError):
+            found.append(RankRecord.read(path))
+    return found
+
+
 def rank_records(folder: RunFolder) -> Iterator[Path]:
     """The files of the ranks that have started."""
     return folder.logs.glob("rank-*.json")

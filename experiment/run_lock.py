@@ -23,7 +23,7 @@ import psutil
 
 from experiment.errors import UserError, notify
 from experiment.files import read_json, write_json
-from experiment.outcome_file import RankRecord, rank_records
+from experiment.outcome_file import read_rank_records
 from experiment.run_folder import RunFolder
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # see random(4)
@@ -122,11 +122,9 @@ def _wait_for_processes(folder: RunFolder) -> None:
 
 
 def _running_processes(folder: RunFolder) -> Iterator[str]:
-    for path in rank_records(folder):
-        with suppress(OSError, ValueError):  # damaged
-            rank = RankRecord.read(path)
-            if rank.exit is None:
-                yield f"process {rank.pid} on {rank.host}"
+    for rank in read_rank_records(folder):
+        if rank.exit is None:
+            yield f"process {rank.pid} on {rank.host}"
 
 
 @dataclass(frozen=True)

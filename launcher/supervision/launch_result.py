@@ -3,7 +3,6 @@
 import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ import psutil
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import parse_records, write_text
 from experiment.heartbeat import read_heartbeat
-from experiment.outcome_file import Cause, Outcome, RankRecord, rank_records, read_outcome
+from experiment.outcome_file import Cause, Outcome, rank_records, read_outcome, read_rank_records
 from experiment.run_folder import RunFolder
 from experiment.signals import STOP_SIGNALS
 from launcher.hosts.hostfile import Slots
@@ -50,13 +49,8 @@ def all_done(folder: RunFolder, ranks: int) -> bool:
     reported = read_outcome(folder)
     if reported is None or reported.outcome is not Outcome.DONE:
         return False
-    try:
-        processes = [RankRecord.read(path) for path in rank_records(folder)]
-        return len(processes) == ranks and all(
-            process.exit == 0 and not is_running(process.pid) for process in processes
-        )
-    except (OSError, ValueError):  # being written
-        return False
+    processes = read_rank_records(folder)
+    return len(processes) == ranks and all(process.exit == 0 and not is_running(process.pid) for process in processes)
 
 
 def is_running(pid: int) -> bool:
@@ -105,13 +99,11 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
 
 def _silent_ranks(folder: RunFolder) -> Iterator[str]:
     """The processes of the ranks that have started and not recorded their end."""
-    for path in sorted(rank_records(folder)):
-        with suppress(OSError, ValueError):
-            process = RankRecord.read(path)
-            if process.exit is None:
-                beat = read_heartbeat(folder, process.rank)
-                step = "" if beat is None else f" after step {beat.step}"
-                yield f"rank {process.rank} on {process.host} (process {process.pid}){step}"
+    for process in read_rank_records(folder):
+        if process.exit is None:
+            beat = read_heartbeat(folder, process.rank)
+            step = "" if beat is None else f" after step {beat.step}"
+            yield f"rank {process.rank} on {process.host} (process {process.pid}){step}"
 
 
 def _killer(exit_code: int) -> signal.Signals | None:

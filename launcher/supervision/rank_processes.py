@@ -18,7 +18,7 @@ from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder
 from experiment.goodput import process_start
 from experiment.heartbeat import Heartbeat, request_stack
-from experiment.outcome_file import RankRecord, rank_records
+from experiment.outcome_file import read_rank_records
 from experiment.own_process import GATE_VARIABLE, START_VARIABLE
 from experiment.run_folder import RunFolder
 from experiment.signals import handle_stop_signals, interrupt, warnings_blocked
@@ -142,10 +142,7 @@ class SurvivingRanks:
 
     def check(self) -> bool:
         """Call now and then. Returns whether the ranks were killed."""
-        records = []
-        for path in rank_records(self._folder):
-            with suppress(OSError, ValueError):  # being written
-                records.append(RankRecord.read(path))
+        records = read_rank_records(self._folder)
         running = [record.pid for record in records if self._is_running(record.pid)]
         failed = any(record.exit == 1 or (record.exit is None and record.pid not in running) for record in records)
         if not failed:  # a rank that has just ended has not looked like one that was killed
