@@ -3,6 +3,7 @@ the deepcloze.json of models."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from posixpath import basename, dirname
 from typing import Any, NamedTuple
 
 import xxhash
@@ -35,12 +36,18 @@ def texts_digest(texts: Iterable[str]) -> str:
 
 def is_clean_summary(name: str) -> bool:
     """Whether a file, a path or URL, is the clean.json of `deepcloze clean`, which is not text for a corpus."""
-    return name.rpartition("/")[2] == CLEAN_SUMMARY and _read_summary(name) is not None
+    return basename(name) == CLEAN_SUMMARY and read_clean_summary(dirname(name) or ".") is not None
 
 
 def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
-    """The clean.json of a folder, a path or URL; None if the folder was not written by `deepcloze clean`."""
-    return _read_summary(join(folder, CLEAN_SUMMARY))
+    """The clean.json of a folder, a path or URL; None if the folder was not written by `deepcloze clean`: the file is
+    missing, or of another kind, such as JSON Lines."""
+    try:
+        with open_file(join(folder, CLEAN_SUMMARY)) as file:
+            summary = parse_json(file.read())
+    except (OSError, StorageError, ValueError):
+        return None
+    return summary if is_summary(summary) else None
 
 
 def common_decontamination(summaries: Iterable[Mapping[str, Any] | None]) -> dict[str, str] | None:
@@ -71,16 +78,6 @@ def decontamination_of(model: Path) -> list[tuple[str, Sequence[str]]]:
     origin = read_origin(model)
     runs = [] if origin is None else [*origin["ancestors"], origin]
     return [corpus for run in runs for corpus in run.get("decontaminated", {}).items()]
-
-
-def _read_summary(name: str) -> Mapping[str, Any] | None:
-    """The content of clean.json; None for a file of another kind, such as JSON Lines."""
-    try:
-        with open_file(name) as file:
-            summary = parse_json(file.read())
-    except (OSError, StorageError, ValueError):
-        return None
-    return summary if is_summary(summary) else None
 
 
 def is_summary(found: object) -> bool:
