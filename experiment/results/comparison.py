@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiment.formatting import UNKNOWN, escape, markdown_table
+from experiment.formatting import UNKNOWN, escape, markdown_table, show
 from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.page import Block, Heading, Table, Text
 
@@ -27,14 +27,14 @@ _SPLIT_SHOWN = {"validation": " on validation"}
 _CSV_COLUMNS = ("row", "task", "split", "metric", "mean", "std", "values", "collapsed", "chosen", "folder")
 
 
-def score_cells(comparison: Comparison) -> Cells:
+def _score_cells(comparison: Comparison) -> Cells:
     """A row for each initialization, a column for each task."""
     columns = _columns(comparison)
     header = ["", *columns.values()]
     return [header] + [[row, *(_score(cells.get(column)) for column in columns)] for row, cells in comparison.items()]
 
 
-def test_cells(comparison: Comparison) -> Cells:
+def _test_cells(comparison: Comparison) -> Cells:
     """A row for each task and pair of initializations."""
     header = ["task", "row", "compared with", "difference", "95 % interval", "p"]
     tests = [
@@ -48,9 +48,9 @@ def test_cells(comparison: Comparison) -> Cells:
 
 def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells]:
     """Title -> table, without those that have nothing to show. failed: name of a run -> how it failed."""
-    scores = score_cells(comparison) if any(comparison.values()) else []
+    scores = _score_cells(comparison) if any(comparison.values()) else []
     failures = [["run", "what happened"], *map(list, failed.items())]
-    found = {SCORES: scores, TESTS: test_cells(comparison), FAILED: failures}
+    found = {SCORES: scores, TESTS: _test_cells(comparison), FAILED: failures}
     return {title: cells for title, cells in found.items() if len(cells) > 1}
 
 
@@ -102,9 +102,8 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = [Heading("Comparison")]
     if charts := score_charts(comparison):
         blocks += [Text(f"{INTERVALS}."), DotCharts("scores", charts)]
-    for title, cells, labels in ((SCORES, score_cells(comparison), 1), (TESTS, test_cells(comparison), 3)):
-        if len(cells) > 1:
-            blocks.append(Table(cells[0], cells[1:], title, labels))
+    for title, (columns, *rows) in tables(comparison, {}).items():
+        blocks.append(Table(columns, rows, title, labels=3 if title == TESTS else 1))
     return blocks
 
 
@@ -119,7 +118,7 @@ def _columns(comparison: Comparison) -> dict[str, str]:
 def _score(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return UNKNOWN
-    text = f"{cell['mean']:.4f} ± {UNKNOWN if cell['std'] is None else format(cell['std'], '.4f')}"
+    text = f"{cell['mean']:.4f} ± {show(cell['std'], '.4f')}"
     return f"{text} ({cell['collapsed']} of {len(cell['values'])} collapsed)" if cell["collapsed"] else text
 
 
