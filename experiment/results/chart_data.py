@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
-
-from pydantic_core import to_json
+from typing import Any, NamedTuple
 
 from experiment.results.charts import Charts
 from experiment.results.history import NO_AXIS
 
 
 class _Versioned(NamedTuple):
-    """JSON, and the version of the page since which it is the same."""
+    """A piece, and the version of the page since which it is the same."""
 
     version: int
-    json: bytes
-    source: object  # equal ones give the same JSON
+    value: object
+    source: object  # equal ones give the same value
 
 
 class ChartsData:
@@ -31,8 +29,8 @@ class ChartsData:
         def add(name: object, source: object, make: Callable[[], object]) -> None:
             piece = known.get(name)
             if piece is None or piece.source != source:
-                json = to_json(make())
-                piece = _Versioned(piece.version if piece and piece.json == json else version, json, source)
+                value = make()
+                piece = _Versioned(piece.version if piece and piece.value == value else version, value, source)
             self._pieces[name] = piece
 
         marks = [vars(mark) for mark in charts.marks]
@@ -43,22 +41,18 @@ class ChartsData:
             for line in drawn:
                 add((number, line.name), line, partial(getattr, line, "data"))
 
-    def changes(self, since: int = -1) -> bytes | None:
+    def changes(self, since: int = -1) -> dict[str, Any] | None:
         """What has changed after this version of the page, by default all of it; None: nothing has."""
         if all(piece.version <= since for piece in self._pieces.values()):
             return None
 
-        def json(name: object, otherwise: str | None = None) -> bytes:
+        def value(name: object, otherwise: str | None = None) -> object:
             piece = self._pieces[name]
-            return piece.json if piece.version > since else to_json(otherwise)
+            return piece.value if piece.version > since else otherwise
 
-        axes = b",".join(json(number) for number in range(len(self._axes)))
+        axes = [value(number) for number in range(len(self._axes))]
         charts = [
-            to_json(options)[:-1]
-            + b',"lines":['
-            + b",".join(json((number, line.name), line.name) for line in drawn)
-            + b"]}"
+            {**options, "lines": [value((number, line.name), line.name) for line in drawn]}
             for number, (options, drawn) in enumerate(self._charts)
         ]
-        marks = self._pieces["marks"].json
-        return b'{"axes":[' + axes + b'],"marks":' + marks + b',"charts":[' + b",".join(charts) + b"]}"
+        return {"axes": axes, "marks": self._pieces["marks"].value, "charts": charts}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic_core import to_json
 
 from experiment.files import write_text
 from experiment.results.chart_data import ChartsData
@@ -229,8 +230,8 @@ def render_parts(page: Page) -> Iterator[Part]:
         yield Part(f"{name}-{seen[name]}", html, block if isinstance(block, Charts) else None)
 
 
-def render_page(title: str, parts: Sequence[tuple[Part, bytes | None]], version: int | None = None) -> str:
-    """The HTML of a page. parts: with the JSON of their charts. version: of these, if a server keeps them current."""
+def render_page(title: str, parts: Sequence[tuple[Part, object]], version: int | None = None) -> str:
+    """The HTML of a page. parts: with the data of their charts. version: of these, if a server keeps them current."""
     style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
     # The only script that browsers run, should text of the user ever end up as markup.
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
@@ -246,9 +247,9 @@ def render_page(title: str, parts: Sequence[tuple[Part, bytes | None]], version:
     )
 
 
-def _without_markup(data: bytes) -> str:
-    """The same JSON, but nothing in it ends the element that it is in."""
-    return data.decode().replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
+def _without_markup(data: object) -> str:
+    """JSON in which nothing ends the element that it is in."""
+    return to_json(data).decode().replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 
 @cache

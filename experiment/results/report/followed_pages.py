@@ -156,11 +156,12 @@ class _FollowedPart(NamedTuple):
     version: int  # of its HTML
     data: ChartsData | None  # of its charts
 
-    def changes(self, since: int) -> bytes:
-        """JSON of an object: the key, and what has changed."""
-        found = {"key": self.part.key, **({"html": self.part.html} if self.version > since else {})}
+    def changes(self, since: int) -> dict[str, Any]:
+        """The key, and what has changed."""
+        html = self.part.html if self.version > since else None
         data = None if self.data is None else self.data.changes(since)
-        return to_json(found)[:-1] + (b"" if data is None else b',"data":' + data) + b"}"
+        found = {"key": self.part.key, "html": html, "data": data}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class _State(NamedTuple):
@@ -185,16 +186,15 @@ class FollowedPage:
 
     def html(self) -> bytes:
         state = self.update()
-        parts = [(each.part, None if each.data is None else each.data.changes(-1)) for each in state.parts]
+        parts = [(each.part, None if each.data is None else each.data.changes()) for each in state.parts]
         return render_page(state.title, parts, state.version).encode()
 
     def changes(self, since: int) -> bytes:
         """What `page.js` takes over, as JSON. since: the version that a browser has."""
         state = self.update()
-        about = {"version": state.version, "title": state.title, "unread": state.unread}
-        times = {"time": round(state.time * 1000), "cost": round(state.cost * 1000)}
-        parts = b",".join(part.changes(since) for part in state.parts)
-        return to_json(about | times)[:-1] + b',"parts":[' + parts + b"]}"
+        parts = [part.changes(since) for part in state.parts]
+        about = {"version": state.version, "title": state.title, "unread": state.unread, "parts": parts}
+        return to_json(about | {"time": round(state.time * 1000), "cost": round(state.cost * 1000)})
 
     def update(self) -> _State:
         """Make the page again, or show the one before if that takes long."""

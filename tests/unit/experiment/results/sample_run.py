@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 from safetensors.numpy import save_file
 
 from experiment.checkpoints import mark_complete, write_best
@@ -44,7 +45,7 @@ schedule:
 
 def data_of(charts: Charts) -> Any:
     """What a page has of them, as `page.js` describes."""
-    return json.loads(ChartsData(charts).changes() or "null")
+    return json.loads(to_json(ChartsData(charts).changes()))
 
 
 def make_run(path: Path, steps: int = 1000, lr: float = 5e-4, seed: int = 1) -> RunFolder:
