@@ -126,14 +126,13 @@ def readable_disk_errors(where: str = "", advice: str = "") -> Iterator[None]:
 def stopped_by_disk_errors(where: str = "") -> Iterator[None]:
     """Raise StoppedError in place of an error of the disk that may pass, such as a full one: the same command resumes.
     UserError in place of the others: it would fail again."""
-    try:
-        yield
-    except Exception as error:
-        if (line := describe_disk_error(error)) is None:
-            raise
-        if _errno(error) in _MAY_PASS:
-            raise StoppedError(f"{where}{line}; the same command resumes") from None
-        raise UserError(f"{where}{line}") from None
+    with readable_disk_errors(where):
+        try:
+            yield
+        except Exception as error:
+            if _errno(error) not in _MAY_PASS:
+                raise
+            raise StoppedError(f"{where}{describe_disk_error(error)}; the same command resumes") from None
 
 
 def _errno(error: BaseException) -> int | None:
