@@ -67,10 +67,10 @@ def _read_card(path: Path) -> str:
 def _make_card(source: Path, title: str) -> str:
     state, origin, config = state_around(source), read_origin(source), _read_config(source)
     ancestors, averaged = origin["ancestors"] if origin else None, source.name == _AVERAGED
-    is_pretrained = origin is not None and has_masked_lm_head(config.get("architectures"))
-    usage = _usage(source, config)
+    is_pretrained, usage = has_masked_lm_head(config.get("architectures")), _usage(source, config)
     task, tags = "fill-mask" if usage else None, [str(config["model_type"])] if "model_type" in config else []
-    scores = [] if averaged else list(_scores(state))
+    held_out = _held_out_metrics(state)
+    scores = [(name, "held-out", *score) for name, metrics in held_out.items() for score in metrics.items()]
     architecture = {"architecture": config.get("architectures"), "parameters": count_parameters(source)}
     attempts = state.get("provenance", {}).get("attempts", [])
     return render_card(
@@ -78,7 +78,7 @@ def _make_card(source: Path, title: str) -> str:
         title,
         usage,
         ancestors,
-        data=front_matter(task, tags, ancestors or [], title, scores),
+        data=front_matter(task, tags, ancestors or [], title, [] if averaged else scores),
         model_type=str(config.get("model_type", UNKNOWN)),
         step=origin["step"] if origin is not None and is_pretrained else None,
         averaged=averaged,
@@ -86,7 +86,7 @@ def _make_card(source: Path, title: str) -> str:
         state=state,
         corpora=list(_corpora(state)),
         training=_training(state) if state else {},
-        held_out=list(_held_out(state)),
+        held_out=list(_held_out(state, held_out)),
         hardware=[attempt_row(attempt, describe_devices(attempt.get("hardware", {}))) for attempt in attempts],
     )
 
@@ -146,10 +146,11 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
     return facts | flatten({"model": model, **settings})
 
 
-def _held_out(state: Mapping[str, Any]) -> Iterator[list[str]]:
+def _held_out(state: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
+    """Rows of the held-out corpora. found: of `_held_out_metrics`."""
     details = {corpus["name"]: corpus for corpus in state.get("corpora", {}).get("held_out", [])}
     unknown = {"documents": None, "tokens": None, "fingerprint": UNKNOWN, "source": UNKNOWN}
-    for name, metrics in _held_out_metrics(state).items():
+    for name, metrics in found.items():
         loss, accuracy = (format_number(metrics.get(metric), 4) for metric in ("loss", "accuracy"))
         perplexity = format_perplexity(metrics.get("perplexity"))
         yield [*_corpus_row(details.get(name, unknown | {"name": name})), loss, perplexity, accuracy]
@@ -167,9 +168,3 @@ def _held_out_metrics(state: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         if metric in _METRICS and value is not None:
             found.setdefault(name, {})[metric] = value
     return found
-
-
-def _scores(state: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
-    for name, metrics in _held_out_metrics(state).items():
-        for metric, value in metrics.items():
-            yield name, "held-out", metric, value
