@@ -102,7 +102,7 @@ class Mirror:
             self.delete(name)
         return superseded
 
-    def restore(self, folder: RunFolder, on_progress: Callable[[], None], show_progress: bool) -> Path | None:
+    def restore(self, folder: RunFolder, on_progress: Callable[[], None]) -> Path | None:
         """Copy the newest undamaged checkpoint, and the best one, to a run folder without checkpoints.
 
         Returns the newest; None if there are none. An interrupted copy leaves no checkpoint, so that it is repeated.
@@ -114,7 +114,7 @@ class Mirror:
             log.info("copying %s to %s", join(self.url, name), folder.checkpoints)
             partial = folder.checkpoints / f".{name}.partial"
             try:
-                fetch(join(self.url, name), partial, lambda _: True, on_progress, show_progress)
+                fetch(join(self.url, name), partial, lambda _: True, on_progress)
             except DamagedError as error:
                 log.warning("skipping damaged checkpoint %s: %s", name, error)
                 return None
@@ -145,11 +145,7 @@ class Mirror:
 
 
 def fetch(
-    url: str,
-    folder: Path,
-    is_wanted: Callable[[str], bool],
-    on_progress: Callable[[], None] = lambda: None,
-    show_progress: bool = True,
+    url: str, folder: Path, is_wanted: Callable[[str], bool], on_progress: Callable[[], None] = lambda: None
 ) -> None:
     """Copy files of a complete checkpoint, and COMPLETE last. Raises StorageError, such as DamagedError.
 
@@ -163,7 +159,7 @@ def fetch(
             if name not in sizes:
                 raise DamagedError(f"{join(url, name)} does not exist")
             files.append(Download(join(url, name), folder / name, sizes[name], checksum))
-    download_files(files, f"copying {url}", xxhash.xxh3_128, on_progress, show_progress)
+    download_files(files, f"copying {url}", xxhash.xxh3_128, on_progress)
     write_text(folder / COMPLETE, marker.decode("utf-8"))
 
 

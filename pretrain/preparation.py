@@ -139,7 +139,7 @@ def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -
         parent, ancestors = config.run.parent, mirror.ancestors() if mirror.complete() else None
         if parent is not None and ancestors is not None and not is_fork_of(ancestors, parent):
             raise UserError(f"{url} holds a run that is not a fork of {parent}; choose another checkpoint.mirror")
-        mirror.restore(folder, on_progress, show_progress=True)
+        mirror.restore(folder, on_progress)
 
     group.from_all_ranks_slowly(restore)
 

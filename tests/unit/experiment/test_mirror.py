@@ -54,7 +54,7 @@ def names(*steps: int) -> list[str]:
 def test_an_empty_run_folder_gets_the_newest_and_the_best(mirror: Mirror, tmp_path: Path) -> None:
     """Catches a run that starts over on a new host, or loses its best checkpoint, metrics or identity."""
     folder = RunFolder(tmp_path / "restored")
-    newest = mirror.restore(folder, lambda: None, show_progress=False)
+    newest = mirror.restore(folder, lambda: None)
     assert newest == folder.checkpoints / "step-00000004"
     assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 4)
     assert [verify(path) for path in complete_checkpoints(folder.checkpoints)] == [None, None]
@@ -83,9 +83,9 @@ def test_an_interrupted_restore_is_repeated(mirror: Mirror, tmp_path: Path, monk
             patch.setattr(mirror, "complete", lambda: complete)
             patch.setattr(module, "read_bytes", fail)
             with pytest.raises(OSError, match="the host is lost"):
-                mirror.restore(folder, lambda: None, show_progress=False)
+                mirror.restore(folder, lambda: None)
         assert complete_checkpoints(folder.checkpoints) == [], failing
-        mirror.restore(folder, lambda: None, show_progress=False)
+        mirror.restore(folder, lambda: None)
         assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 4)
         assert folder.metrics.exists()
 
@@ -131,7 +131,7 @@ def test_the_marker_comes_last_and_goes_first(mirror: Mirror, run: RunFolder, mo
 def test_damaged_checkpoints_are_skipped(mirror: Mirror, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches damage in object storage that reaches a run."""
     write_bytes(f"{mirror.url}/step-00000004/hf/config.json", b"damaged")
-    newest = mirror.restore(RunFolder(tmp_path / "restored"), lambda: None, show_progress=False)
+    newest = mirror.restore(RunFolder(tmp_path / "restored"), lambda: None)
     assert newest is not None
     assert newest.name == "step-00000003"
     assert f"step-00000004: {mirror.url}/step-00000004/hf/config.json is damaged: found checksum" in caplog.text
@@ -139,7 +139,7 @@ def test_damaged_checkpoints_are_skipped(mirror: Mirror, tmp_path: Path, caplog:
         write_bytes(f"{mirror.url}/step-{step:08d}/COMPLETE", b"{}")
     again = RunFolder(tmp_path / "again")
     with pytest.raises(UserError, match=r"^all 4 checkpoints in .* are damaged$"):
-        mirror.restore(again, lambda: None, show_progress=False)
+        mirror.restore(again, lambda: None)
     assert not again.metrics.exists(), "another mirror may be named"
     assert not again.provenance.exists()
 
@@ -148,13 +148,13 @@ def test_a_damaged_best_checkpoint_is_not_needed(mirror: Mirror, tmp_path: Path)
     """Catches a run that cannot resume from the newest checkpoint because an older one is damaged."""
     write_bytes(f"{mirror.url}/step-00000002/hf/config.json", b"damaged")
     folder = RunFolder(tmp_path / "restored")
-    newest = mirror.restore(folder, lambda: None, show_progress=False)
+    newest = mirror.restore(folder, lambda: None)
     assert [newest] == complete_checkpoints(folder.checkpoints) == [folder.checkpoints / "step-00000004"]
     assert not (folder.checkpoints / "best").exists()
 
 
 def test_nothing_is_restored_from_an_empty_mirror(bucket: str, tmp_path: Path) -> None:
-    assert Mirror(f"{bucket}/empty").restore(RunFolder(tmp_path), lambda: None, show_progress=False) is None
+    assert Mirror(f"{bucket}/empty").restore(RunFolder(tmp_path), lambda: None) is None
 
 
 def test_retention(mirror: Mirror) -> None:
