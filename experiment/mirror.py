@@ -102,46 +102,45 @@ class Mirror:
             self.delete(name)
         return superseded
 
-    def restore(self, folder: RunFolder, on_progress: Callable[[], None]) -> Path | None:
+    def restore(self, folder: RunFolder, on_progress: Callable[[], None]) -> None:
         """Copy the newest undamaged checkpoint, and the best one, to a run folder without checkpoints.
 
-        Returns the newest; None if there are none. An interrupted copy leaves no checkpoint, so that it is repeated.
-        Raises UserError if all are damaged, and OSError.
+        An interrupted copy leaves no checkpoint, so that it is repeated. Raises UserError if all are damaged, and
+        OSError.
         """
+        copies: dict[str, Path] = {}  # name -> temporary folder
 
-        def copy(name: str) -> Path | None:
-            """The temporary folder with a copy; None if the checkpoint is damaged."""
+        def copy(name: str) -> bool:
+            """False if the checkpoint is damaged."""
             log.info("copying %s to %s", join(self.url, name), folder.checkpoints)
             partial = folder.checkpoints / f".{name}.partial"
             try:
                 fetch(join(self.url, name), partial, lambda _: True, on_progress)
             except DamagedError as error:
                 log.warning("skipping damaged checkpoint %s: %s", name, error)
-                return None
+                return False
             fsync_tree(partial)
-            return partial
+            copies[name] = partial
+            return True
 
         found = list(self.complete())
         if not found:
-            return None
-        newest = next(((name, copied) for name in reversed(found) if (copied := copy(name))), None)
-        if newest is None:
+            return
+        if not any(copy(name) for name in reversed(found)):
             raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
-        copies = [newest]
         best = None
         with suppress(MissingError):
             best = read_bytes(join(self.url, BEST)).decode().strip()
-            if best in found and best != newest[0] and (copied := copy(best)):
-                copies.append((best, copied))
+            if best in found and best not in copies:
+                copy(best)
         for path in _run_files(folder):
             with suppress(MissingError):
                 if not path.exists():
                     write_text(path, read_bytes(join(self.url, _RUN, path.name)).decode())
-        for name, copied in copies:  # the newest one first
+        for name, copied in copies.items():  # the newest one first
             copied.rename(folder.checkpoints / name)
-        if best in dict(copies):
+        if best in copies:
             (folder.checkpoints / BEST).write_text(f"{best}\n", encoding="utf-8")
-        return folder.checkpoints / newest[0]
 
 
 def fetch(
