@@ -70,14 +70,9 @@ class Goodput:
         return self.seconds[USEFUL] / max(self.wall_clock, 1e-9)
 
 
-def read_goodput(folder: RunFolder) -> Goodput | None:
-    """None if no attempt has recorded its time. Raises OSError if the file cannot be read."""
-    attempts = last_lines(read_attempt_times(folder))
-    return add_up(attempts) if attempts else None
-
-
-def add_up(attempts: Sequence[AttemptTime]) -> Goodput:
-    """The sum over one or more attempts, in any order."""
+def add_up(lines: Sequence[AttemptTime]) -> Goodput:
+    """The sum over the attempts with these lines, of which there is one at least."""
+    attempts = last_lines(lines)
     seconds = {activity: sum(attempt.seconds.get(activity, 0.0) for attempt in attempts) for activity in _MEASURED}
     wall_clock = max(attempt.time for attempt in attempts) - min(attempt.start for attempt in attempts)
     return Goodput({**seconds, DOWN: max(0.0, wall_clock - sum(seconds.values()))}, len(attempts))

@@ -19,9 +19,9 @@ from experiment.goodput import (
     REDONE,
     STARTING,
     USEFUL,
+    add_up,
     last_lines,
     read_attempt_times,
-    read_goodput,
 )
 from experiment.results.report import write_report
 from experiment.run_folder import RunFolder
@@ -70,9 +70,8 @@ def test_the_time_of_an_interrupted_run_adds_up(
     assert wait_for_exit(stopped)[0] == 75
     ended.append(time.time())
 
-    goodput = read_goodput(folder)
-    assert goodput is not None
-    attempts = last_lines(read_attempt_times(folder))
+    lines = read_attempt_times(folder)
+    goodput, attempts = add_up(lines), last_lines(lines)
     assert len(attempts) == goodput.attempts == 3
     for attempt, launch_time, begin, end in zip(attempts, launched, began, ended, strict=True):
         assert launch_time - 0.01 <= attempt.start < attempt.time <= end  # the system counts in steps of 0.01 s

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.goodput import read_goodput
 from experiment.outcome_file import Outcome
 from experiment.results.fillings import filling_blocks
 from experiment.results.history import NO_AXIS
@@ -74,20 +73,20 @@ def run_blocks(run: Run) -> list[Block]:
         blocks += result_blocks(run.folder, run.results)
     # Of fine-tuning, the results show the evaluations of each seed.
     held_out = run.results is None
-    blocks += training_blocks(run.history, held_out, read_marks(run.folder, run.config))
+    blocks += training_blocks(run.history, held_out, read_marks(run))
     axis = next((seed.axis for seed in run.history.seeds.values()), NO_AXIS)
     return [
         *blocks,
         *downstream_blocks(run.folder, axis),
         *filling_blocks(run.folder),
-        *goodput_blocks(read_goodput(run.folder)),
+        *goodput_blocks(run),
     ]
 
 
 def run_page(run: Run, blocks: Sequence[Block], home: str | None = None) -> Page:
     """blocks: of `run_blocks`. home: link to the page of all runs."""
     if run.results is None or (run.life is not None and run.life.state == "running"):
-        headline = training_headline(run, read_goodput(run.folder))
+        headline = training_headline(run)
     else:
         headline = task_headline(run.results)
     return Page(run.folder.path.name, [*blocks, *provenance_blocks(run.folder)], headline, home)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from experiment.config import read_recorded
+from experiment.goodput import AttemptTime, read_attempt_times
 from experiment.results.history import History
 from experiment.results.report.tasks import read_task_results
 from experiment.run_folder import RunFolder
@@ -26,6 +28,11 @@ class Run:
     started: float = 0.0  # when it was, or was resumed, as time.time()
     link: str | None = None  # to its own page
     followed: bool = False  # whether a server keeps the page current
+
+    @cached_property
+    def attempt_times(self) -> list[AttemptTime]:
+        """How the attempts have spent their time, see `goodput`. Raises OSError."""
+        return read_attempt_times(self.folder)
 
 
 OpenRuns = Callable[[Mapping[str, RunFolder]], Sequence[Run]]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from experiment.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints, named_best, read_state
 from experiment.errors import UserError
 from experiment.formatting import UNKNOWN, counted, describe_duration
-from experiment.goodput import Goodput, last_lines, read_attempt_times
+from experiment.goodput import add_up, last_lines
 from experiment.provenance import describe_commit, describe_devices, read_provenance
 from experiment.results.history import History
 from experiment.results.page import Block, Code, Fact, Heading, Headline, Table, Text, Tone
@@ -35,7 +35,7 @@ _LIBRARIES = ("torch", "deepspeed", "transformers")
 _ATTEMPT_COLUMNS = ("started", "host", "ranks", "commit", "device", *_LIBRARIES)
 
 
-def training_headline(run: Run, goodput: Goodput | None) -> Headline:
+def training_headline(run: Run) -> Headline:
     """Of a pretraining, or of a fine-tuning that is not done. What is not known is left out."""
     state = _newest_state(run.folder)
     facts = [
@@ -46,7 +46,7 @@ def training_headline(run: Run, goodput: Goodput | None) -> Headline:
         *_losses(run.history),
         *_checkpoints(run.folder),
         *_device_facts(state),
-        *_time_facts(goodput),
+        *_time_facts(run),
     ]
     return Headline(*describe_state(run), "" if run.life is None else run.life.message, facts)
 
@@ -106,8 +106,7 @@ def _seeds(run: Run) -> Iterator[Fact]:
 
 
 def _progress(run: Run) -> Iterator[Fact]:
-    attempts = last_lines(read_attempt_times(run.folder))
-    total = attempts[-1].total_steps if attempts else None
+    total = last_lines(run.attempt_times)[-1].total_steps if run.attempt_times else None
     if run.history.seeds:
         step = run.history.step
         note = "" if not total else f"of {total:,}, {step / total:.0%}"
@@ -157,8 +156,9 @@ def _device_facts(state: Mapping[str, Any]) -> Iterator[Fact]:
         yield Fact("Precision", str(precision))
 
 
-def _time_facts(goodput: Goodput | None) -> Iterator[Fact]:
-    if goodput is not None:
+def _time_facts(run: Run) -> Iterator[Fact]:
+    if run.attempt_times:
+        goodput = add_up(run.attempt_times)
         yield Fact("Duration", describe_duration(goodput.wall_clock), counted(goodput.attempts, "attempt"))
         yield Fact("Goodput", f"{goodput.share:.1%}", "time spent on new steps")
 
@@ -171,10 +171,11 @@ def scaled(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def goodput_blocks(goodput: Goodput | None) -> list[Block]:
+def goodput_blocks(run: Run) -> list[Block]:
     """How the attempts at the run have spent their time; empty if none has recorded it."""
-    if goodput is None:
+    if not run.attempt_times:
         return []
+    goodput = add_up(run.attempt_times)
     rows = [
         [activity, describe_duration(seconds), f"{seconds / max(goodput.wall_clock, 1e-9):.1%}"]
         for activity, seconds in goodput.seconds.items()

@@ -10,10 +10,11 @@ from typing import Any
 from experiment.checkpoints import checkpoint_step, named_best
 from experiment.files import read_json
 from experiment.formatting import UNKNOWN, format_perplexity, show
-from experiment.goodput import read_attempt_times
+from experiment.goodput import AttemptTime
 from experiment.results.charts import INK, Line, Mark, Panel, Plot, charts_block
 from experiment.results.history import History, SeedHistory
 from experiment.results.page import Block, Heading, Table
+from experiment.results.report.run import Run
 from experiment.run_folder import RunFolder
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
@@ -120,17 +121,14 @@ def without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]])
     return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
 
-def read_marks(folder: RunFolder, config: Mapping[str, Any]) -> list[Mark]:
-    """config: of config.yaml, empty if not known. Files that cannot be read mark nothing."""
-    return [*_restarts(folder), *_bad_batches(folder), *_stages(config), *_best(folder)]
+def read_marks(run: Run) -> list[Mark]:
+    """Files that are damaged mark nothing. Raises OSError."""
+    return [*_restarts(run.attempt_times), *_bad_batches(run.folder), *_stages(run.config), *_best(run.folder)]
 
 
-def _restarts(folder: RunFolder) -> Iterator[Mark]:
+def _restarts(times: Sequence[AttemptTime]) -> Iterator[Mark]:
     """Where each later attempt has resumed, or, if that is not kept, the last step of the attempt before."""
-    try:
-        lines = sorted(read_attempt_times(folder), key=lambda line: (line.start, line.time))
-    except OSError:
-        return
+    lines = sorted(times, key=lambda line: (line.start, line.time))
     attempts = [list(group) for _, group in groupby(lines, key=lambda line: line.start)]
     for number, (before, attempt) in enumerate(pairwise(attempts), start=2):
         started = datetime.fromtimestamp(attempt[0].start, UTC)

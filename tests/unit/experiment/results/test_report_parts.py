@@ -1,16 +1,15 @@
 """Marks, headline and overlays of reports."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sample_run import data_of, make_run
 
-from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.goodput import read_goodput
 from experiment.results.charts import Charts
 from experiment.results.history import History
 from experiment.results.page import Table
@@ -39,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def test_what_happened_is_marked(run: RunFolder) -> None:
     """Catches restarts at the step of the crash instead of the checkpoint, and stages that start one too early."""
-    marks = read_marks(run, read_yaml(run.config.read_text()))
+    marks = read_marks(open_run("base", run))
     assert [(mark.kind, mark.step) for mark in marks] == [
         ("restart", 280),
         ("restart", 800),
@@ -68,7 +67,7 @@ def test_a_restart_whose_first_line_is_gone(tmp_path: Path) -> None:
         for start, step in ((0.0, 300), (10.0, 700), (20.0, 900))
     ]
     folder.goodput.write_text("\n".join(map(json.dumps, lines)))
-    assert [mark.step for mark in read_marks(folder, {})] == [300, 700]
+    assert [mark.step for mark in read_marks(open_run("run", folder))] == [300, 700]
 
 
 @pytest.mark.parametrize(
@@ -82,12 +81,12 @@ def test_files_that_are_damaged_mark_nothing(tmp_path: Path, config: dict[str, A
     folder.checkpoints.mkdir()
     (folder.checkpoints / "best").write_text("")
     folder.goodput.write_text("{")
-    assert read_marks(folder, config) == []
+    assert read_marks(replace(open_run("run", folder), config=config)) == []
 
 
 def test_the_headline(run: RunFolder) -> None:
     """Catches figures of another event, and a run that is done but does not say so."""
-    headline = training_headline(open_run("base", run), read_goodput(run))
+    headline = training_headline(open_run("base", run))
     assert (headline.state, headline.tone) == ("done", "good")
     facts = {fact.name: (fact.value, fact.note) for fact in headline.facts}
     assert facts["Parameters"] == ("64k", "64,000")
@@ -104,7 +103,7 @@ def test_a_headline_without_files(tmp_path: Path) -> None:
     """Catches a report that fails where only the metrics have been copied so far."""
     folder = open_run_folder(tmp_path)
     folder.metrics.write_text('{"step": 3, "loss": 1.0}\n')
-    headline = training_headline(open_run("run", folder), None)
+    headline = training_headline(open_run("run", folder))
     assert [(fact.name, fact.value) for fact in headline.facts] == [("Steps", "3"), ("Training loss", "1.0000")]
 
 
