@@ -83,13 +83,13 @@ def run_blocks(run: Run) -> list[Block]:
     ]
 
 
-def run_page(run: Run, blocks: Sequence[Block], home: str | None = None) -> Page:
-    """blocks: of `run_blocks`. home: link to the page of all runs."""
+def run_page(run: Run, blocks: Sequence[Block]) -> Page:
+    """blocks: of `run_blocks`."""
     if run.results is None or (run.life is not None and run.life.state == "running"):
         headline = training_headline(run)
     else:
         headline = task_headline(run.results)
-    return Page(run.folder.path.name, [*blocks, *provenance_blocks(run.folder)], headline, home)
+    return Page(run.folder.path.name, [*blocks, *provenance_blocks(run.folder)], headline)
 
 
 def overlay_page(runs: Sequence[Run]) -> Page:

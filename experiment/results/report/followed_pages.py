@@ -240,27 +240,27 @@ class FollowedPages:
         opened: list[FollowedRun] = []
         folders, is_first = ([self._linked[name]], False) if name else (self._folders, True)
         try:
-            return self._page(folders, partial(self._open, opened, is_first), is_first), opened
+            page = self._page(folders, partial(self._open, opened, is_first), is_first)
         except (UserError, OSError) as error:
             headline = Headline("cannot be read", "bad", describe_disk_error(error) or str(error), [])
-            return Page(folders[0].path.name, [], headline, None if is_first else "../"), opened
+            page = Page(folders[0].path.name, [], headline)
+        return replace(page, home=None if is_first else "../"), opened
 
     def _page(self, folders: Sequence[RunFolder], open_runs: OpenRuns, is_first: bool) -> Page:
-        home = None if is_first else "../"
         if len(folders) == 1:
             (folder,) = folders
             if page := set_page(folder, open_runs):
-                return replace(page, home=home)
+                return page
             if is_run(folder):
                 (run,) = open_runs({folder.path.name: folder})
-                return run_page(run, run_blocks(run), home)
+                return run_page(run, run_blocks(run))
         runs = {self._name(path): RunFolder(Path(path)) for each in folders for path in runs_in(str(each.path))}
         blocks: list[Block] = []
         if sets := [path for each in folders for path in sorted(each.path.iterdir()) if planned_folders(path)]:
             links = [(self._name(path), self._link(RunFolder(path), is_first)) for path in sets]
             blocks.append(Links("Sweeps and comparisons", links))
         blocks += overlay_blocks(open_runs(runs)) if runs else [Text("There are no runs yet.")]
-        return Page(folders[0].path.name if len(folders) == 1 else f"{len(runs)} runs", blocks, home=home)
+        return Page(folders[0].path.name if len(folders) == 1 else f"{len(runs)} runs", blocks)
 
     def _open(self, opened: list[FollowedRun], is_first: bool, folders: Mapping[str, RunFolder]) -> list[Run]:
         """What is known about the runs after a short time of reading. is_first: whether it is the first page."""
