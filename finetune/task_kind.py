@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finetune.encoding.encoder import Encoder
-    from finetune.encoding.examples import Batch, Example, Padding
+    from finetune.encoding.examples import Batch, Example
     from finetune.pooling import Pooling
 
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them, C labels.
@@ -183,7 +183,7 @@ class TaskKind(ABC, Generic[ConfigT]):
 
         return Example((encoder.encode("a"),) * 2)
 
-    def targets(self, examples: Sequence["Example"], padding: "Padding") -> "Tensor":
+    def targets(self, examples: Sequence["Example"]) -> "Tensor":
         """The targets of a batch."""
         import torch
 

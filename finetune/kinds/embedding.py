@@ -18,7 +18,7 @@ from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, 
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Batch, Example, Padding
+from finetune.encoding.examples import Batch, Example
 from finetune.metrics import Vectors, document_ranks, ndcg, potentials
 from finetune.pooling import Pooling, pool
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
@@ -124,7 +124,7 @@ class Kind(TaskKind[Config]):
         target = _score(record) if _score(record) is not None else others or None
         return [Example(tuple(map(encoder.encode, [text, *others])), target, details=text)]
 
-    def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
+    def targets(self, examples: Sequence[Example]) -> Tensor:
         """N scores; or, of pairs without scores, NM: whether a candidate is no negative, because it is the text itself,
         another document of it, or the same as its own. The candidates are the N documents, then all negatives."""
         if isinstance(examples[0].target, float):

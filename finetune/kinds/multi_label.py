@@ -17,7 +17,7 @@ from finetune.data.columns import LabelsColumn, TextColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Batch, Example, Padding
+from finetune.encoding.examples import Batch, Example
 from finetune.metrics import Classified, LabelScores, list_probabilities, pad_probabilities, scale, scores_of_counts
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
@@ -90,9 +90,6 @@ class Kind(TaskKind[Config]):
         """1.0 for each label that is given, otherwise 0.0."""
         ids = {self.label_id(label, place) for label in labels}
         return [float(number in ids) for number in range(len(self.labels))]
-
-    def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
-        return torch.tensor([example.target for example in examples], dtype=torch.float32)
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
         """The weight of each label where it is present, then of each where it is absent: N / (2 · count), so that all

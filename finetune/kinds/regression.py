@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
@@ -14,7 +13,7 @@ from finetune.data.columns import NumberColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
-from finetune.encoding.examples import Batch, Example, Padding
+from finetune.encoding.examples import Batch, Example
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
 
@@ -52,9 +51,6 @@ class Kind(TaskKind[Config]):
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), record.values.get("label"))]
-
-    def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
-        return torch.tensor([example.target for example in examples], dtype=torch.float32)
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
         """Squared error."""

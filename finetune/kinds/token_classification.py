@@ -16,7 +16,7 @@ from finetune.data.columns import Columns, TagsColumn, WordsColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, most_context, windows
-from finetune.encoding.examples import Batch, Example, Padding, padding_last
+from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.kinds.classification import balanced_weights, weighted_cross_entropy
 from finetune.metrics import LabelScores, confidence_losses, confusion_matrix, is_constant, scores_of_counts
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
@@ -110,7 +110,7 @@ class Kind(TaskKind[Config]):
             )
         return [self.label_id(tag, record.place) for tag in tags]
 
-    def targets(self, examples: Sequence[Example], padding: Padding) -> Tensor:
+    def targets(self, examples: Sequence[Example]) -> Tensor:
         """ST ids, without the padding of the left side."""
         return pad_sequence([example.target for example in examples], batch_first=True, padding_value=_NO_TAG)
 

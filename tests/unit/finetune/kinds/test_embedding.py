@@ -53,7 +53,7 @@ def examples_of(rows: Sequence[tuple[str, ...]], scores: Sequence[float] | None 
 
 def loss_of(kind: Kind, examples: Sequence[Example], outputs: Tensor) -> Tensor:
     """The mean over the examples."""
-    targets = kind.targets(examples, Padding(0, "right", 0))
+    targets = kind.targets(examples)
     loss = kind.loss(outputs, Batch(tuple(examples), {}, targets), LossOptions())
     assert loss.weight == len(examples)
     return loss.sum / loss.weight
@@ -110,7 +110,7 @@ def test_right_documents_are_no_negatives() -> None:
     """Catches a text that is pushed away from a document of its own: one that another row has too, another document of
     the same text, a negative that is a copy of its document, or the text itself as the document of another row."""
     examples = examples_of([("a", "x"), ("a", "y", "x"), ("b", "x"), ("c", "z", "z"), ("d", "c")])
-    excluded = make_kind().targets(examples, Padding(0, "right", 0))
+    excluded = make_kind().targets(examples)
     candidates = ["x of a", "y", "x of b", "z", "c", "negative x", "negative z"]
     found = [{name for name, left_out in zip(candidates, row, strict=True) if left_out} for row in excluded.tolist()]
     assert found[0] == {"y", "x of b", "negative x"}
