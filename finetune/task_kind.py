@@ -117,7 +117,10 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     @property
     def head(self) -> dict[str, Any]:
-        """Settings for the config of transformers: the size of the head and the names of its outputs."""
+        """Settings for the config of transformers: the size of the head and the names of its outputs, the labels. None
+        without labels."""
+        if not self.labels:
+            return {}
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),

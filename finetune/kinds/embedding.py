@@ -93,10 +93,6 @@ class Kind(TaskKind[Config]):
     usage = _USAGE
 
     @property
-    def head(self) -> dict[str, Any]:
-        return {}
-
-    @property
     def embedding(self) -> tuple[Pooling, bool]:
         return self.config.pooling, self.config.normalize
 

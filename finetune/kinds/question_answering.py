@@ -5,7 +5,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -102,10 +102,6 @@ class Kind(TaskKind[Config]):
     auto_model = "AutoModelForQuestionAnswering"
     hub_task = "question-answering"
     usage = _USAGE
-
-    @property
-    def head(self) -> dict[str, Any]:
-        return {}
 
     def describe(self, train: Table) -> list[str]:
         if not self.config.no_answer:
