@@ -139,8 +139,8 @@ class Lengths:
     def of(cls, split: Split) -> "Lengths":
         sequences = [tokens for example in split.examples for tokens in example.sequences]
         return cls(
-            np.array([tokens.full_length or len(tokens) for tokens in sequences]),
-            sum(tokens.truncated for tokens in sequences) / len(sequences),
+            np.array([len(tokens) + tokens.cut for tokens in sequences]),
+            sum(tokens.cut > 0 for tokens in sequences) / len(sequences),
         )
 
     def percentile(self, percent: int) -> int:

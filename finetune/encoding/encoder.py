@@ -22,8 +22,7 @@ class Tokens:
 
     input_ids: Tensor  # T int64
     token_type_ids: Tensor | None  # T int64; None if the model has none
-    truncated: bool = False
-    full_length: int | None = None  # tokens before it was cut, if it was
+    cut: int = 0  # tokens that were left out, because it was too long
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -52,18 +51,18 @@ class Encoder:
         """A text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
         encoded = self._tokenize(text, text_pair, truncation="longest_first", max_length=self.max_length)
         ids = encoded["input_ids"]
-        full_length = len(ids) if len(ids) < self.max_length else self._full_length(encoded, text, text_pair)
+        cut = 0 if len(ids) < self.max_length else self._count_cut(encoded, text, text_pair)
         types = torch.tensor(encoded["token_type_ids"]) if self.token_types else None
-        return Tokens(torch.tensor(ids), types, full_length > len(ids), full_length)
+        return Tokens(torch.tensor(ids), types, cut)
 
-    def _full_length(self, encoded: BatchEncoding, text: str, text_pair: str | None) -> int:
-        """Tokens of a sequence of maximum length before it was cut, if it was."""
+    def _count_cut(self, encoded: BatchEncoding, text: str, text_pair: str | None) -> int:
+        """How many tokens a sequence of maximum length lacks."""
         if text_pair is not None or not self.tokenizer.is_fast:
-            return len(self._tokenize(text, text_pair)["input_ids"])
+            return len(self._tokenize(text, text_pair)["input_ids"]) - self.max_length
         # The rest of the text is kept, in sequences with special tokens: no need to tokenize a long text again.
         added: int = self.tokenizer.num_special_tokens_to_add(pair=False)
         assert encoded.encodings is not None
-        return self.max_length + sum(len(part) - added for part in encoded.encodings[0].overflowing)
+        return sum(len(part) - added for part in encoded.encodings[0].overflowing)
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, without special tokens."""
@@ -113,7 +112,7 @@ class Encoder:
             types += [text_type] * len(text) + specials[1]
         assert len(ids) <= self.max_length
         token_types = torch.tensor(types) if self.token_types else None
-        return Tokens(torch.tensor(ids), token_types, cut > 0, len(ids) + cut)
+        return Tokens(torch.tensor(ids), token_types, cut)
 
     def starts(self, *lengths: int) -> list[int]:
         """Where each text starts in a sequence of one text or a pair of texts. lengths: of the texts, in tokens."""

@@ -93,7 +93,7 @@ def test_a_wrong_label_column_is_suspected(rows: list[tuple[str, ...]], message:
 
 def split(full_lengths: range, max_length: int) -> Split:
     sequences = [
-        Tokens(torch.zeros(min(length, max_length)), None, length > max_length, length) for length in full_lengths
+        Tokens(torch.zeros(min(length, max_length)), None, cut=max(length - max_length, 0)) for length in full_lengths
     ]
     examples = tuple(Example((tokens,)) for tokens in sequences)
     return Split(Table(Path("f.csv"), (), labelled=True), examples, tuple(range(len(examples))))

@@ -45,7 +45,7 @@ def test_the_length_of_a_cut_text(encoder: Path, family: str, special: bool, wor
     for texts in ((text,), (text, "word2")):
         whole = Encoder(made.tokenizer, 500, True, made.special_tokens_in_text).encode(*texts)
         found = made.encode(*texts)
-        assert (found.full_length, found.truncated) == (len(whole), len(whole) > 16)
+        assert (len(found), found.cut) == (min(len(whole), 16), max(len(whole) - 16, 0))
 
 
 def test_a_cut_text_is_tokenized_once(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_a_cut_text_is_tokenized_once(encoder: Path, monkeypatch: pytest.MonkeyP
     made, calls = Encoder(load_tokenizer(encoder), 16, token_types=True), []
     tokenize = type(made.tokenizer).__call__
     monkeypatch.setattr(type(made.tokenizer), "__call__", lambda *a, **k: calls.append(a) or tokenize(*a, **k))
-    assert made.encode("word1 " * 100).full_length == 102
+    assert made.encode("word1 " * 100).cut == 86
     assert len(calls) == 1
 
 

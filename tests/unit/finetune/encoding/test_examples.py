@@ -49,8 +49,7 @@ def test_the_longer_text_of_a_pair_is_cut_and_counted(encoder: Path) -> None:
     )
     assert ids(made, 0) == [2, 5, 6, 7, 8, 3, 14, 3]
     assert ids(made, 1) == [2, 5, 6, 7, 8, 3, 9, 3]
-    assert [example.sequences[0].truncated for example in made.examples] == [True, False]
-    assert [example.sequences[0].full_length for example in made.examples] == [10, 8]
+    assert [example.sequences[0].cut for example in made.examples] == [2, 0]
 
 
 def test_special_tokens_in_a_text_are_text(encoder: Path) -> None:

@@ -126,7 +126,7 @@ def test_question_and_choice_are_kept(encoder: Path, side: str, max_length: int,
     kind = Kind(config(truncation_side=side), ())
     first = kind.expand(record(), encode(encoder, max_length), training=False)[0].sequences[0]
     assert first.input_ids.tolist() == ids
-    assert first.truncated == (max_length < 7)
+    assert first.cut == max(7 - max_length, 0)
 
 
 def test_the_loss_of_a_batch_is_that_of_its_questions(encoder: Path) -> None:
