@@ -117,9 +117,9 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
     records |= _train_seeds(missing, resolved, tracker, logs)
     with stopped_by_disk_errors():
-        records = {seed: records[seed] for seed in seeds}
-        add_seed_scores(folder.path, records)
-        return write_results(resolved, records)
+        results = write_results(resolved, {seed: records[seed] for seed in seeds})
+        add_seed_scores(folder.path, results)
+        return results
 
 
 def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:

@@ -26,7 +26,6 @@ from experiment.results.model_card import (
     usage_section,
 )
 from finetune.data.task_config import TaskConfig
-from finetune.metrics import summarize
 from finetune.resolve import ResolvedRun
 from finetune.results.seed_summary import SeedRecord
 
@@ -82,34 +81,25 @@ def write_seed_card(
     write_text(folder / FILE, text)
 
 
-def add_seed_scores(run: Path, records: Mapping[int, SeedRecord]) -> None:
-    """Add the mean over the seeds to the cards that have none yet."""
-    if len(records) < 2:
+def add_seed_scores(run: Path, results: Mapping[str, Any]) -> None:
+    """Add the mean over the seeds to the cards that have none yet. results: the content of results.json."""
+    if len(results["seeds"]) < 2:
         return
-    for seed in records:
+    for seed in results["seeds"]:
         path = run / f"seed-{seed}" / "model" / FILE
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if _SEEDS in text:
-            write_text(path, text.replace(f"{_SEEDS}\n", _seed_scores(records), 1))
+            write_text(path, text.replace(f"{_SEEDS}\n", _seed_scores(results), 1))
 
 
-def _seed_scores(records: Mapping[int, SeedRecord]) -> str:
+def _seed_scores(results: Mapping[str, Any]) -> str:
     rows = [
-        [
-            escape(split),
-            escape(metric),
-            *_mean_and_deviation([record.scores[split][metric] for record in records.values()]),
-        ]
-        for split, metrics in next(iter(records.values())).scores.items()
-        for metric in metrics
+        [escape(split), escape(metric), format_number(scores["mean"], 4), format_number(scores["std"], 4)]
+        for split, metrics in results["splits"].items()
+        for metric, scores in metrics.items()
     ]
     table = markdown_table(["split", "metric", "mean", "standard deviation"], rows, labels=2)
-    return f"All {len(records)} seeds of the run ({', '.join(map(str, records))}):\n\n{table}"
-
-
-def _mean_and_deviation(values: Sequence[float]) -> list[str]:
-    summary: dict[str, Any] = summarize(values)
-    return [format_number(summary[key], 4) for key in ("mean", "std")]
+    return f"All {len(results['seeds'])} seeds of the run ({', '.join(map(str, results['seeds']))}):\n\n{table}"
 
 
 def _usage(run: ResolvedRun) -> str:
