@@ -72,8 +72,6 @@ def _write(source: Path, folder: Path, options: ExportOptions, repository: HubNa
         write_card(source, folder, title)
         return []
     require_packages("onnx", "onnxruntime", "onnxscript")
-    from finetune.export.onnx_folder import onnx_usage, write_onnx_folder
+    from finetune.export.onnx_folder import write_onnx_folder
 
-    lines = write_onnx_folder(source, folder, options.int8)
-    write_card(source, folder, title, onnx_usage(folder), library="onnx")
-    return lines
+    return write_onnx_folder(source, folder, title, options.int8)

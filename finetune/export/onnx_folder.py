@@ -6,9 +6,10 @@ from pathlib import Path
 from experiment.checkpoints import unlisted_files
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
+from experiment.results.exported_card import write_card
 from experiment.results.model_card import MODEL, snippet, usage_section
 from finetune.encoding.encoder import load_task_tokenizer
-from finetune.export.graph import quantize, write_graph
+from finetune.export.graph import quantize, takes_choices, write_graph
 from finetune.export.parity import Comparison, compare, sample_batches
 from finetune.loaded_model import LoadedModel, load_on_cpu
 from finetune.mask_filler import load_filling_tokenizer, ranking_task
@@ -34,8 +35,8 @@ for output, values in zip(session.get_outputs(), session.run(None, inputs)):
 """
 
 
-def write_onnx_folder(source: Path, folder: Path, int8: bool) -> list[str]:
-    """Write the model in `source` to `folder`, with all that it takes to predict and to serve it.
+def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> list[str]:
+    """Write the model in `source` to `folder`, with all that it takes to predict and to serve it, and its card.
 
     Returns lines about sizes and differences. Raises UserError for a model that cannot be exported, or whose outputs
     differ.
@@ -64,6 +65,7 @@ def write_onnx_folder(source: Path, folder: Path, int8: bool) -> list[str]:
     if int8:
         quantize(folder / FILE)
         lines.append(f"ONNX int8  {_megabytes(folder / FILE)}  {_describe(compare(original, _load(folder), batches))}")
+    write_card(source, folder, title, _usage(original), library="onnx")
     return lines
 
 
@@ -86,17 +88,12 @@ def _megabytes(*files: Path) -> str:
     return f"{sum(file.stat().st_size for file in files) / 1e6:7.1f} MB"
 
 
-def onnx_usage(folder: Path) -> str:
-    """The section *Usage*. folder: holds the ONNX model, its config and tokenizer, and its task, if it has one."""
-    if is_masked_lm(folder):
-        return usage_section(snippet("python", _code(padding="True")))
-    task = read_saved_task(folder)
-    padding = f'"max_length", max_length={task.max_seq_length}' if task.padded else "True"
-    code = _code(padding, choices=task.kind.auto_model == "AutoModelForMultipleChoice")
-    return usage_section(snippet("python", code), "deepcloze prepares texts as in training:", COMMANDS)
-
-
-def _code(padding: str, choices: bool = False) -> str:
-    """choices: whether the model takes the choices of several questions."""
-    value = "tokens[each.name][None]" if choices else "tokens[each.name]"
-    return _CODE.format(model=MODEL, file=FILE, padding=padding, value=value)
+def _usage(original: LoadedModel) -> str:
+    """The section *Usage* of the card. original: the model that was exported."""
+    length = original.padding.length
+    padding = "True" if length is None else f'"max_length", max_length={length}'
+    value = "tokens[each.name][None]" if takes_choices(original.model) else "tokens[each.name]"
+    code = snippet("python", _CODE.format(model=MODEL, file=FILE, padding=padding, value=value))
+    if is_masked_lm(original.folder):
+        return usage_section(code)
+    return usage_section(code, "deepcloze prepares texts as in training:", COMMANDS)
