@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -58,14 +59,16 @@ class MaskFiller:
     """A masked language model, ready to fill masks. Threads may share it, but only one may compute."""
 
     loaded: LoadedModel
-    ranking: Predictor  # of options: records have `segments`, the texts around the masks, and `options` for each mask
 
     @classmethod
-    def load(cls, folder: Path, precision: str = "auto", batch_size: int = 128) -> Self:
+    def load(cls, folder: Path, precision: str) -> Self:
         """Load a folder with a masked-LM head. Raises UserError if it has none."""
-        task = ranking_task()
-        loaded = load_model(folder, load_filling_tokenizer(folder), task, precision)
-        return cls(loaded, Predictor.of(loaded, task, batch_size))
+        return cls(load_model(folder, load_filling_tokenizer(folder), ranking_task(), precision))
+
+    @cached_property
+    def ranking(self) -> Predictor:
+        """Ranks options: records have `segments`, the texts around the masks, and `options` for each mask."""
+        return Predictor.of(self.loaded, ranking_task())
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

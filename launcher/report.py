@@ -189,11 +189,9 @@ def _close_up(text: str) -> str:
 def _fill(model: Path, sentences: Sequence[MaskedSentence]) -> Iterator[FilledSentence]:
     from finetune.loaded_model import load_on_cpu
     from finetune.mask_filler import MaskFiller, load_filling_tokenizer, ranking_task
-    from finetune.predictor import Predictor
 
     with _one_thread():
-        loaded = load_on_cpu(model, load_filling_tokenizer(model), ranking_task())
-        filler = MaskFiller(loaded, Predictor.of(loaded, ranking_task(), _SENTENCES))
+        filler = MaskFiller(load_on_cpu(model, load_filling_tokenizer(model), ranking_task()))
         texts = [f"{sentence.before}{filler.mask}{sentence.after}" for sentence in sentences]
         for sentence, (candidates,) in zip(sentences, filler.fill(texts, _TOP), strict=True):
             top = tuple((found["token"], round(found["probability"], 6)) for found in candidates)

@@ -18,8 +18,6 @@ from finetune.predictor import Predictor
 from finetune.saved_task import SavedTask, find_model, is_masked_lm, read_saved_task
 from finetune.serve.schemas import ModelInfo
 
-_SEQUENCES = 128  # that are computed at once, at most
-
 _ROWS = 512  # oneDNN chooses a layout that is good for about as many; any number can be computed
 _MULTIPLE = 32  # of rows
 
@@ -42,13 +40,13 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
     """Load a model folder, or the best model of a run. Raises UserError."""
     folder, _ = find_model(path)
     if is_masked_lm(folder):
-        filler = MaskFiller.load(folder, precision, _SEQUENCES)
+        filler = MaskFiller.load(folder, precision)
         info = _describe(filler.loaded, kind="masked_lm", mask=filler.mask)
         served = ServedModel(info, Embedder(filler.loaded), filler=filler)
         filler.fill([filler.mask])
     else:
         task = read_saved_task(folder)
-        predictor = Predictor.load(folder, precision, _SEQUENCES, task)
+        predictor = Predictor.load(folder, precision, task=task)
         embedder = Embedder(predictor.loaded, *task.kind.embedding)
         served = ServedModel(_describe_predictor(predictor, task), embedder, predictor)
     _own_weights(served.loaded.model)
