@@ -26,9 +26,6 @@ from experiment.transformers_models import (
     quiet_transformers,
 )
 
-_PRETRAINING = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
-"""How the names of classes end that have no head for a task."""
-
 _TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model")
 
 
@@ -158,7 +155,7 @@ def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
     """Whether the head in the folder, if any, is for the same labels. Otherwise its weights mean something else."""
     config = load_config(spec.folder)
     architecture = (config.architectures or ["Model"])[0]
-    if architecture.endswith(_PRETRAINING):
+    if architecture.endswith("Model") or has_masked_lm_head(config.architectures):  # no head for a task
         return True
     same_labels = bool(spec.head.get("id2label", config.id2label) == config.id2label)
     same_problem = _problem_type(model.config) == _problem_type(config)
