@@ -57,21 +57,16 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     folder = RunFolder(Path(config.run.dir).absolute())
     earlier = flatten(read_recorded(folder.config))  # with the commits of models and data of the Hub
     task = config.task.pinned(map(str, earlier.values()))
+    with user_errors_in("model.init_from"):
+        model = record_model(config.model.init_from, earlier.get("model.init_from"))
+        local_model(model)  # copies a model of the Hub to this machine
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder.path)}),
             "task": task.model_copy(update={"name": task.name or Path(file).stem}),
-            "model": config.model.model_copy(update={"init_from": _record_model(config.model.init_from, earlier)}),
+            "model": config.model.model_copy(update={"init_from": model}),
         }
     )
-
-
-def _record_model(init_from: str, earlier: Mapping[str, Any]) -> str:
-    """The name to record, of a model that is on this machine then."""
-    with user_errors_in("model.init_from"):
-        recorded = record_model(init_from, earlier.get("model.init_from"))
-        local_model(recorded)
-        return recorded
 
 
 def resolve(config: FinetuneConfig) -> ResolvedRun:
