@@ -121,15 +121,13 @@ class Kind(TaskKind[Config]):
         return gold, np.array([ids[prediction["label"]] for prediction in predictions])
 
 
-def weighted_cross_entropy(outputs: Tensor, targets: Tensor, options: LossOptions, ignored: int = -100) -> Tensor:
-    """The sum of cross-entropies, each weighted by its own label. outputs: NC; targets: N, some may be `ignored`.
+def weighted_cross_entropy(outputs: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
+    """The sum of cross-entropies, each weighted by its own label. outputs: NC; targets: N, -100 does not count.
 
     torch's own weights would multiply the smoothed share of every other label by the weight of that label, so that
     frequent labels have rare ones as their target.
     """
-    losses = F.cross_entropy(
-        outputs.float(), targets, label_smoothing=options.label_smoothing, ignore_index=ignored, reduction="none"
-    )
+    losses = F.cross_entropy(outputs.float(), targets, label_smoothing=options.label_smoothing, reduction="none")
     return (losses if options.label_weights is None else losses * options.label_weights[targets.clamp(min=0)]).sum()
 
 

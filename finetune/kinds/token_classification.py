@@ -21,7 +21,7 @@ from finetune.kinds.classification import balanced_weights, weighted_cross_entro
 from finetune.metrics import LabelScores, confidence_losses, confusion_matrix, is_constant, scores_of_counts
 from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
 
-_NO_TAG = -100  # target of a token that carries none
+_NO_TAG = -100  # target of a token that carries none, which cross-entropy ignores
 _SHOWN = 5  # words in a message
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
@@ -127,7 +127,7 @@ class Kind(TaskKind[Config]):
         """Cross-entropy, weighted by tag; its mean is over words."""
         assert batch.targets is not None
         scores_NC = outputs[:, : batch.targets.shape[1]].flatten(0, 1)
-        losses = weighted_cross_entropy(scores_NC, batch.targets.flatten(), options, ignored=_NO_TAG)
+        losses = weighted_cross_entropy(scores_NC, batch.targets.flatten(), options)
         return Loss(losses, (batch.targets != _NO_TAG).sum().float())
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
