@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from fastapi import HTTPException
@@ -147,7 +146,7 @@ class Serving:
         served: ServedModel,
         load: Callable[[], ServedModel],
         limits: Limits,
-        batch_delay: float = 0.002,
+        batch_delay: float,
         batch_tokens: int | None = None,
     ) -> None:
         """load: loads the model again, for a reload. batch_delay: seconds. batch_tokens: default: as the device
@@ -167,9 +166,7 @@ class Serving:
         self._reloading = asyncio.create_task(self._reload_when_wanted())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._reloading.cancel()
         await self._services.close()
         self._thread.shutdown()
