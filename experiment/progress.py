@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.errors import LiveError
@@ -23,18 +23,20 @@ _WITHOUT_WARNINGS = "warnings too"  # value of the variable for quiet processes
 
 @cache
 def terminal() -> Console:
-    """The console on stderr; the progress bar and the log messages share it so as not to overwrite each other. With
-    `--quiet`, it prints nothing."""
-    interactive = sys.stderr.isatty() and not is_quiet()
-    return Console(stderr=True, highlight=False, soft_wrap=True, force_interactive=interactive, quiet=is_quiet())
+    """The console on stderr, which prints text as it is; the progress bar and the log messages share it so as not to
+    overwrite each other. With `--quiet`, it prints nothing."""
+    return _console(force_interactive=sys.stderr.isatty() and not is_quiet(), quiet=is_quiet())
+
+
+def _console(**options: Any) -> Console:
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, **options)
 
 
 def print_warning(line: str) -> None:
     """Print a line on the terminal, also with `--quiet`."""
     if os.environ.get(QUIET_VARIABLE) == _WITHOUT_WARNINGS:
         return
-    console = Console(stderr=True, highlight=False, soft_wrap=True) if is_quiet() else terminal()
-    console.print(line, markup=False, emoji=False)
+    (_console() if is_quiet() else terminal()).print(line)
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def progress(
                 console.show_cursor(True)  # rich hides it; a killed process would leave it hidden
                 started = True
         elif not console.is_interactive and shown and waited > _SECONDS_BETWEEN_LINES:
-            console.print(f"{label}: {count}", markup=False, emoji=False)
+            console.print(f"{label}: {count}")
             shown_at = clock()
 
     try:

@@ -167,9 +167,9 @@ def print_lengths(console: Console, splits: Mapping[str, Split], positions: int 
     else:
         for name, row in rows.items():
             figures = ", ".join(f"{title} {value}" for title, value in row.items())
-            console.print(f"{name}: tokens of a sequence: {figures}", markup=False)
+            console.print(f"{name}: tokens of a sequence: {figures}")
     if line := suggest_length(lengths, positions):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def suggest_length(lengths: Mapping[str, Lengths], positions: int | None) -> str | None:

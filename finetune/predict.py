@@ -76,7 +76,7 @@ class Input:
         if not by_number or first.csv is None or not first.csv.header:
             return
         found = (f"{role}: {listed(repr(header[int(name)]) for name in names)}" for role, names in asked.items())
-        terminal().print(f"columns by number, {', '.join(found)}", markup=False)
+        terminal().print(f"columns by number, {', '.join(found)}")
         if labels := [name for name in header if name in self.kind.labels]:
             warn_once(
                 f"{self.path}: the first row is read as a header, but {labels[0]!r} in it is one of the labels; if it "
@@ -112,11 +112,11 @@ def predict_command(options: PredictOptions) -> None:
     file_format = _input_format(options, task.kind.config, trained.kind.config)
     rows = Input(source, task.kind, file_format, options.score, turn_joiner(folder, task.kind.config))
     count = rows.count()
-    terminal().print(f"model: {description}", markup=False)
+    terminal().print(f"model: {description}")
     predictor = Predictor.load(folder, options.precision, options.batch_size, task)
     with readable_disk_errors():
         scored = _write(output, predictor, rows, count, options)
-        terminal().print(f"{output}: {counted(count, 'row')}", markup=False)
+        terminal().print(f"{output}: {counted(count, 'row')}")
         if scored is not None:
             _report_scores(_scores_file(output), predictor, scored, options)
 

@@ -84,7 +84,7 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     kind = make_kind(config.task, tables)
     model = _model_spec(config.model, model_folder, kind)
     rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
-    print_lines([f"{name}: {rows}"])
+    terminal().print(f"{name}: {rows}")
     for warning in (
         *data_warnings(tables, config.task.columns),
         *training.warnings(),
@@ -96,10 +96,11 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     if model.pretrained and built.new and not task.is_trained:
         raise UserError(f"{model.folder}: its weights lack {', '.join(built.new[:3])}, and the task is not trained")
     task, device, changes = adapt_to_model(built.model, task, device, length)
-    print_lines([f"{name}: {line}" for line in (*describe_task(task), *describe_model(built, model), *changes)])
+    for line in (*describe_task(task), *describe_model(built, model), *changes):
+        terminal().print(f"{name}: {line}")
     if "train" in task.splits:
         tokenizer = load_task_tokenizer(model.folder, kind.config)
-        print_lines([f"{name}: {describe_example(task.splits['train'], tokenizer, kind.labels)}"])
+        terminal().print(f"{name}: {describe_example(task.splits['train'], tokenizer, kind.labels)}")
     print_lengths(terminal(), task.splits, task.positions)
     return ResolvedRun(
         folder=folder,
@@ -122,11 +123,6 @@ def check_data(config: FinetuneConfig) -> None:
     kind = make_kind(config.task, tables)
     spec = _model_spec(config.model, model_folder, kind)
     make_task(kind, tables, spec, config.model.max_seq_length, config.training)
-
-
-def print_lines(lines: Sequence[str]) -> None:
-    for line in lines:
-        terminal().print(line, markup=False, emoji=False)
 
 
 def _model_spec(config: ModelConfig, folder: Path, kind: TaskKind[Any]) -> ModelSpec:

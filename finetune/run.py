@@ -22,6 +22,7 @@ from experiment.files import write_text
 from experiment.formatting import counted, describe_duration
 from experiment.hardware import prepare_process
 from experiment.outcome_file import Outcome, recorded_outcome
+from experiment.progress import terminal
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import RunFolder, check_creatable, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
@@ -30,7 +31,7 @@ from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
 from finetune.parallel_seeds import log_events_of_process, move_events_to_end, train_seeds_in_parallel
-from finetune.resolve import OF_DATA_AND_MODEL, ResolvedRun, config_settings, load_run_config, print_lines, resolve
+from finetune.resolve import OF_DATA_AND_MODEL, ResolvedRun, config_settings, load_run_config, resolve
 from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
@@ -51,11 +52,11 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
         folder, start = RunFolder(Path(loaded.run.dir)), time.monotonic()
         results = run(loaded)
         print_results(results, folder.results)
-        print_lines([f"done: {describe_duration(time.monotonic() - start)} in this command"])
+        terminal().print(f"done: {describe_duration(time.monotonic() - start)} in this command")
         if any(folder.path.glob("seed-*/model")) and results["collapsed"] != results["seeds"]:
             model = shlex.quote(str(folder.path))
             commands = f"deepcloze predict --model {model} --input FILE --output FILE; deepcloze serve --model {model}"
-            print_lines([f"next: {commands}"])
+            terminal().print(f"next: {commands}")
 
 
 def check(config: str | Path, overrides: Mapping[str, str] | None = None) -> None:
@@ -97,15 +98,15 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     order = _in_order_of_events(seeds, folder)
     missing = [seed for seed in order if seed in seeds and seed not in finished]
     left_out = [seed for seed in finished if seed not in seeds]
-    print_lines(_describe_finished(list(records), left_out, resolved))
+    for line in _describe_finished(list(records), left_out, resolved):
+        terminal().print(line)
     for seed in missing:
         if changed := state_file(seed, resolved).other_settings():
-            print_lines(
-                [f"seed {seed} starts over: it was stopped with other settings: {describe_differences(changed)}"]
-            )
+            differences = describe_differences(changed)
+            terminal().print(f"seed {seed} starts over: it was stopped with other settings: {differences}")
     started = state_file(missing[0], resolved).steps if missing else 0
     if started:
-        print_lines([f"seed {missing[0]}: resuming after step {started:,}"])
+        terminal().print(f"seed {missing[0]}: resuming after step {started:,}")
     kept = [seed for seed in order if seed not in missing]
     if order[: len(kept)] != kept:
         move_events_to_end(order, missing, resolved)

@@ -177,7 +177,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         pass
 
     if show_progress and folder != path:
-        terminal().print(f"model: {folder}", markup=False)
+        terminal().print(f"model: {folder}")
     built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

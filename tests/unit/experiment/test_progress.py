@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiment import progress as module
-from experiment.progress import progress, track
+from experiment.progress import progress, terminal, track
 
 Screen = tuple[Console, io.StringIO]
 
@@ -15,9 +15,15 @@ Screen = tuple[Console, io.StringIO]
 def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Screen:
     """What progress is shown on."""
     written = io.StringIO()
-    console = Console(file=written, width=80, force_terminal=request.param, force_interactive=request.param)
+    console = module._console(file=written, width=80, force_terminal=request.param, force_interactive=request.param)
     monkeypatch.setattr(module, "terminal", lambda: console)
     return console, written
+
+
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches names of files, columns and labels that rich reads as styles or emoji."""
+    terminal().print("[bold]:smile:[/bold]")
+    assert capsys.readouterr().err == "[bold]:smile:[/bold]\n"
 
 
 def test_long_work_is_shown(screen: Screen) -> None:
