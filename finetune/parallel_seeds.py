@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,6 @@ _POLL_SECONDS = 0.5  # reads the end of a file for each seed
 @dataclass
 class _SeedProcess:
     seed: int
-    slot: int  # among the seeds that run at a time
     process: "subprocess.Popen[bytes]"
 
 
@@ -53,7 +52,7 @@ def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[i
     logs: of all seeds, in the order of their events.
     """
     waiting = [seed for seed in logs if not is_finished(seed, run)]
-    unlogged, running = list(logs), list[_SeedProcess]()
+    unlogged, running = list(logs), dict[int, _SeedProcess]()  # by slot, one for each seed that runs at a time
     slots = min(run.training.parallel_seeds, len(waiting))
     started = {seed: state_file(seed, run).steps for seed in waiting}
     total = run.steps * len(started) - sum(started.values())
@@ -61,13 +60,12 @@ def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[i
         with progress("training", total, describe=lambda done: f"{done:,.0f} of {total:,} steps") as advance:
             done = 0
             while waiting or running:
-                free = [slot for slot in range(slots) if slot not in {it.slot for it in running}]
-                while waiting and free:
-                    running.append(_start(waiting.pop(0), free.pop(0), slots, run))
+                for slot in range(slots):
+                    if waiting and slot not in running:
+                        running[slot] = _start(waiting.pop(0), slot, slots, run)
                 time.sleep(_POLL_SECONDS)
-                for ended in [it for it in running if it.process.poll() is not None]:
-                    running.remove(ended)
-                    _finish(ended, run)
+                for slot in [slot for slot, each in running.items() if each.process.poll() is not None]:
+                    _finish(running.pop(slot), run)
                 while unlogged and is_finished(unlogged[0], run):  # in their order: steps never decrease
                     seed = unlogged.pop(0)
                     log_events_of_process(seed, run, logs[seed])
@@ -77,7 +75,7 @@ def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[i
     except KeyboardInterrupt:
         raise StoppedError("stopped: the seeds have saved their state; run the same command again to resume") from None
     finally:
-        _stop(running)
+        _stop(running.values())
     return finished_seeds(run.folder, run.settings)
 
 
@@ -125,7 +123,7 @@ def _start(seed: int, slot: int, slots: int, run: ResolvedRun) -> _SeedProcess:
             stderr=output,
             start_new_session=True,
         )
-    return _SeedProcess(seed, slot, process)
+    return _SeedProcess(seed, process)
 
 
 def _share(slot: int, slots: int, run: ResolvedRun) -> dict[str, str]:
@@ -153,7 +151,7 @@ def _finish(ended: _SeedProcess, run: ResolvedRun) -> None:
     sys.exit(f"deepcloze: seed {seed} failed (exit code {code}): {last}; see {output}")
 
 
-def _stop(running: Sequence[_SeedProcess]) -> None:
+def _stop(running: Collection[_SeedProcess]) -> None:
     """Let the processes save their state, and wait for them."""
     for each in running:
         with suppress(ProcessLookupError):
