@@ -184,7 +184,8 @@ def _chunks(rows: Input, size: int) -> Iterator[Sequence[Record]]:
 
 def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: PredictOptions) -> None:
     """Write the scores, and print a table of the metrics and one of the labels."""
-    kind, found = predictor.kind, (scored.records, scored.predictions)
+    kind = predictor.kind
+    found = scored.records, kind.relate(scored.records, scored.predictions)
     scores, metric = kind.scores(*found), kind.config.metric
     confusion, classified = kind.confusion(*found), kind.classified(*found)
     labels = kind.label_scores(*found)

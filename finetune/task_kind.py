@@ -212,8 +212,8 @@ class TaskKind(ABC, Generic[ConfigT]):
         """The prediction for a record. outputs: one for each sequence of its examples, in order."""
 
     def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
-        """The predictions for all records of a split with targets, as they are kept: with values that depend on the
-        other records, such as ranks. `scores` takes both."""
+        """The predictions for all records of a split with targets, as they are scored and kept: with values that depend
+        on the other records, such as ranks."""
         return predictions
 
     @abstractmethod

@@ -166,8 +166,6 @@ class Kind(TaskKind[Config]):
 
     def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
         """Numbers in place of vectors, see `_relate`; `dimensions` has the numbers of smaller vectors."""
-        if "others" not in predictions[0]:
-            return predictions
         sizes = self.config.dimensions
         rows, *smaller = (_relate(records, predictions, size) for size in (None, *sizes))
         if not sizes:
@@ -184,16 +182,27 @@ class Kind(TaskKind[Config]):
 
         alignment: mean squared distance of similar pairs, and uniformity, both of unit vectors (Wang and Isola 2020).
         """
-        return _scores(records, self.relate(records, predictions))
+        similarity = np.array([prediction["similarity"] for prediction in predictions])
+        scores = np.array([_score(record) for record in records], dtype=float)
+        if "rank" in predictions[0]:
+            found = {"mrr": _mean(predictions, "reciprocal_rank"), "ndcg@10": _mean(predictions, "ndcg@10")}
+            similar = similarity
+        else:
+            constant = np.ptp(scores) == 0 or np.ptp(similarity) == 0
+            found = {"spearman": 0.0 if constant else float(spearmanr(scores, similarity).statistic)}
+            similar = similarity[scores >= scores.min() + _SIMILAR * np.ptp(scores)]
+        alignment = float(np.mean(2 - 2 * similar))
+        return {**found, "alignment": alignment, "uniformity": math.log(_mean(predictions, "potential"))}
 
     def breakdowns(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
         """The scores of vectors cut to each of `dimensions`."""
-        rows = self.relate(records, predictions)
-        sizes = self.config.dimensions
-        cut = {size: [row["dimensions"][str(size)] for row in rows] for size in sizes}
-        return {"dimensions": [{"dimension": size, **_scores(records, cut[size])} for size in sizes]} if sizes else {}
+        rows = []
+        for size in self.config.dimensions:
+            cut = [prediction["dimensions"][str(size)] for prediction in predictions]
+            rows.append({"dimension": size, **self.scores(records, cut)})
+        return {"dimensions": rows} if rows else {}
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
         """Whether all texts have nearly the same vector."""
@@ -206,11 +215,11 @@ class Kind(TaskKind[Config]):
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """With scores: distance between the ranks of similarity and score, as a share of the rows. Without:
         1 − 1 / rank of the document."""
-        rows = self.relate(records, predictions)
-        if "rank" in rows[0]:
-            return np.array([1 - 1 / row["rank"] for row in rows])
-        similarity, scores = [row["similarity"] for row in rows], [_score(record) for record in records]
-        return np.asarray(np.abs(rankdata(similarity) - rankdata(scores)) / len(rows))
+        if "rank" in predictions[0]:
+            return np.array([1 - 1 / prediction["rank"] for prediction in predictions])
+        similarity = [prediction["similarity"] for prediction in predictions]
+        distances = np.abs(rankdata(similarity) - rankdata([_score(record) for record in records]))
+        return np.asarray(distances / len(records))
 
     def library_files(self, model: PreTrainedModel, max_seq_length: int) -> Mapping[str, Any]:
         steps = {"Transformer": "", "Pooling": "1_Pooling"} | (
@@ -304,21 +313,6 @@ def _first_places(texts: Sequence[str]) -> dict[str, int]:
     for place, text in enumerate(texts):
         places.setdefault(text, place)
     return places
-
-
-def _scores(records: Sequence[Record], rows: Sequence[Prediction]) -> dict[str, float]:
-    """The metrics of numbers that `Kind.relate` gives."""
-    similarity = np.array([row["similarity"] for row in rows])
-    scores = np.array([_score(record) for record in records], dtype=float)
-    if "rank" in rows[0]:
-        found = {"mrr": _mean(rows, "reciprocal_rank"), "ndcg@10": _mean(rows, "ndcg@10")}
-        similar = similarity
-    else:
-        constant = np.ptp(scores) == 0 or np.ptp(similarity) == 0
-        found = {"spearman": 0.0 if constant else float(spearmanr(scores, similarity).statistic)}
-        similar = similarity[scores >= scores.min() + _SIMILAR * np.ptp(scores)]
-    alignment = float(np.mean(2 - 2 * similar))
-    return {**found, "alignment": alignment, "uniformity": math.log(_mean(rows, "potential"))}
 
 
 def _mean(rows: Sequence[Prediction], name: str) -> float:

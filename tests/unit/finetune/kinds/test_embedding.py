@@ -244,7 +244,8 @@ def test_metrics_of_queries_and_documents() -> None:
     kind = make_kind(columns={"negative": "negative"})
     outputs = [[np.array(vectors[name], dtype=np.float32) for name in row] for row in rows]
     predictions = [kind.decode(record, [], each) for record, each in zip(records, outputs, strict=True)]
-    found = kind.scores(records, predictions)
+    related = kind.relate(records, predictions)
+    found = kind.scores(records, related)
     # Documents by similarity: to q a, c, b, d; to r d, b, c, a.
     assert found["mrr"] == pytest.approx((1 + 1 / 2) / 2)
     q = (1 + 1 / np.log2(4)) / (1 + 1 / np.log2(3))
@@ -252,9 +253,7 @@ def test_metrics_of_queries_and_documents() -> None:
     cosines = [np.dot(vectors[x], vectors[y]) / np.linalg.norm(vectors[y]) for x, y, *_ in rows]
     assert found["alignment"] == pytest.approx(2 - 2 * np.mean(cosines))
     assert found["uniformity"] == pytest.approx(-4)  # two vectors at a right angle: squared distance 2
-    related = kind.relate(records, predictions)
     assert [row["rank"] for row in related] == [1, 3, 2]
-    assert kind.scores(records, related) == found
     assert kind.scores(records[2:] * 3, related[2:] * 3)["mrr"] == 1 / 2  # as a bootstrap draws them
 
 

@@ -184,7 +184,7 @@ def test_a_kind_learns_and_saves_what_it_learned(
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     table = read_table(Path(str(config.task.test)), config.task.columns)
-    predictions = predictor.predict_records(table.records)
+    predictions = predictor.kind.relate(table.records, predictor.predict_records(table.records))
     assert predictor.kind.scores(table.records, predictions)[config.task.metric] == pytest.approx(score)
     losses = [float(row["loss"]) for row in csv.DictReader((folder / "worst-test.csv").open())]
     assert losses == sorted(losses, reverse=True)
