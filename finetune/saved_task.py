@@ -179,7 +179,7 @@ def _best_seed(run: Path) -> tuple[Path, str]:
         results = read_json(path)
         metric, seeds, validation = results["metric"], results["seeds"], results["splits"].get("validation")
         values = dict(zip(seeds, validation[metric]["values"], strict=True)) if validation else {}
-        direction = find_kind(results["kind"]).metrics[metric]
+        choose = min if metric in find_kind(results["kind"]).lower_is_better else max
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
         raise UserError(f"{path} is damaged: expected the results of a fine-tuning run") from None
     kept = [seed for seed in seeds if (run / f"seed-{seed}" / "model" / "config.json").is_file()]
@@ -189,6 +189,6 @@ def _best_seed(run: Path) -> tuple[Path, str]:
         folder = run / f"seed-{kept[0]}" / "model"
         reason = "there is no validation split to compare them by"
         return folder, f"{folder} (the first of {counted(len(seeds), 'seed')}: {reason})"
-    best = max(kept, key=lambda seed: direction * values[seed])
+    best = choose(kept, key=values.__getitem__)
     folder = run / f"seed-{best}" / "model"
     return folder, f"{folder} (best of {counted(len(values), 'seed')}: {metric} {values[best]:.4f} on validation)"

@@ -43,8 +43,8 @@ class Task:
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
         """Whether scores are better than others, by the task's metric."""
-        direction = self.kind.metrics[self.metric]
-        return direction * scores[self.metric] > direction * others[self.metric]
+        score, other = scores[self.metric], others[self.metric]
+        return score < other if self.metric in self.kind.lower_is_better else score > other
 
 
 def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[str, Table]:

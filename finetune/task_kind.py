@@ -8,8 +8,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_args
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
@@ -34,13 +33,6 @@ Prediction = Mapping[str, Any]
 """A prediction for a record: the answer and perhaps probabilities, as in JSON."""
 
 ConfigT = TypeVar("ConfigT", bound=TaskConfig)
-
-
-class Direction(IntEnum):
-    """Which values of a metric are better."""
-
-    HIGHER = 1
-    LOWER = -1
 
 
 @dataclass(frozen=True)
@@ -76,10 +68,11 @@ class TaskKind(ABC, Generic[ConfigT]):
     """
 
     config_type: ClassVar[type[TaskConfig]]
-    """The `task` section: `columns`, `metric` with the primary one as default, and the options of the kind."""
+    """The `task` section: `columns`, `metric` with all metrics and the primary one as default, and the options of the
+    kind."""
 
-    metrics: ClassVar[Mapping[str, Direction]]
-    """All metrics, in the order of the tables."""
+    lower_is_better: ClassVar[tuple[str, ...]] = ()
+    """The metrics of which lower values are better."""
 
     answer: ClassVar[str] = "label"
     """Key of a prediction that holds the answer."""
@@ -104,6 +97,11 @@ class TaskKind(ABC, Generic[ConfigT]):
         """labels: as `find_labels` gives them, in the order of their ids."""
         self.config = config
         self.labels = labels
+
+    @classmethod
+    def metrics(cls) -> tuple[str, ...]:
+        """All metrics."""
+        return get_args(cls.config_type.model_fields["metric"].annotation)
 
     @classmethod
     def find_labels(cls, config: ConfigT, train: Table) -> tuple[str, ...]:

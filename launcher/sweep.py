@@ -153,10 +153,10 @@ class _Pins:
 def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:
     """The metric to compare runs by, and whether lower is better. Raises UserError for one that runs do not report."""
     if finetuning:
-        from finetune.task_kind import Direction, find_kind
+        from finetune.task_kind import find_kind
 
-        metrics = find_kind(str(config["task.kind"])).metrics
-        known = {name: direction is Direction.LOWER for name, direction in metrics.items()}
+        kind = find_kind(str(config["task.kind"]))
+        known = {name: name in kind.lower_is_better for name in kind.metrics()}
         default = str(config["task.metric"])
     else:
         corpora = [key.removeprefix("corpus.eval.") for key in config if key.startswith("corpus.eval.")]

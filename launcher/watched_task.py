@@ -17,7 +17,7 @@ from experiment.run_lock import is_locked
 from experiment.tracking.downstream import DownstreamResult
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig, check_validation
 from finetune.data.task_config import data_checksums
-from finetune.task_kind import Direction, find_kind
+from finetune.task_kind import find_kind
 from launcher.run_set import DONE, REJECTED, ChildRun, start, wait_for_other_process
 
 _PROBED_KIND = "classification"
@@ -79,10 +79,8 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     if probe:
         name = f"{name}-probe"
         del settings["training"]
-    direction = find_kind(task.kind).metrics[task.metric]
-    return WatchedTask(
-        file, name, probe, task.metric, direction is Direction.LOWER, json_digest(settings), task.hub_overrides()
-    )
+    lower_is_better = task.metric in find_kind(task.kind).lower_is_better
+    return WatchedTask(file, name, probe, task.metric, lower_is_better, json_digest(settings), task.hub_overrides())
 
 
 def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:

@@ -18,7 +18,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.metrics import Classified, classification_scores, confusion_matrix, pad_probabilities
-from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 
 class ClassificationColumns(TextColumns):
@@ -54,7 +54,6 @@ class Kind(TaskKind[Config]):
 
     config_type = Config
     smooths_labels = True
-    metrics = dict.fromkeys(("accuracy", "macro_f1", "weighted_f1", "uar", "matthews"), Direction.HIGHER)
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:

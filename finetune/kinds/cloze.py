@@ -22,7 +22,7 @@ from finetune.encoding.encoder import Encoder, window_around, windows
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multiple_choice import choice_loss
 from finetune.metrics import Classified, Interval, accuracy_interval, is_constant, pad_probabilities, scale
-from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _BLANK = "_"
 _EXCERPT_WORDS = 12  # on each side
@@ -115,7 +115,6 @@ class Kind(TaskKind[Config]):
     """
 
     config_type = Config
-    metrics = dict.fromkeys(("accuracy",), Direction.HIGHER)
     hub_task = "multiple-choice"
     usage = _USAGE
     answer = "answers"

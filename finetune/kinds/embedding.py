@@ -21,7 +21,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.metrics import Vectors, document_ranks, ndcg, potentials
 from finetune.pooling import Pooling, pool
-from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _DECIMALS = 8  # of the numbers of a vector: as precise as fp32
 _SIMILAR = 0.8  # of the range of scores: pairs above it are similar (Gao et al. 2021, SimCSE, for STS-B)
@@ -82,9 +82,7 @@ class Kind(TaskKind[Config]):
     """A prediction has `embedding`; for a record with a pair, also `similarity`, the cosine of the two vectors."""
 
     config_type = Config
-    metrics = dict.fromkeys(("spearman", "mrr", "ndcg@10"), Direction.HIGHER) | dict.fromkeys(
-        ("alignment", "uniformity"), Direction.LOWER
-    )
+    lower_is_better = ("alignment", "uniformity")
     answer = "embedding"
     compares_examples = True
     auto_model = "AutoModel"

@@ -19,7 +19,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.metrics import Classified, LabelScores, list_probabilities, pad_probabilities, scale, scores_of_counts
-from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _THRESHOLD = 0.5
 
@@ -50,7 +50,6 @@ class Kind(TaskKind[Config]):
     """A prediction has `labels`, whose probability is 0.5 or more, and `probabilities`, by label."""
 
     config_type = Config
-    metrics = dict.fromkeys(("micro_f1", "macro_f1", "weighted_f1", "accuracy"), Direction.HIGHER)
     answer = "labels"
 
     @classmethod

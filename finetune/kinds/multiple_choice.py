@@ -19,7 +19,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.metrics import Classified, Interval, accuracy_interval, pad_probabilities
-from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 
 class MultipleChoiceColumns(Columns):
@@ -79,7 +79,6 @@ class Kind(TaskKind[Config]):
     choices if their texts are the labels."""
 
     config_type = Config
-    metrics = dict.fromkeys(("accuracy",), Direction.HIGHER)
     auto_model = "AutoModelForMultipleChoice"
     hub_task = "multiple-choice"
     usage = _USAGE

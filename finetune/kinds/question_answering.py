@@ -21,7 +21,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.metrics import confidence_losses
-from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 
 class QuestionAnsweringColumns(Columns):
@@ -97,7 +97,6 @@ class Kind(TaskKind[Config]):
     """
 
     config_type = Config
-    metrics = dict.fromkeys(("f1", "exact_match"), Direction.HIGHER)
     answer = "answer"
     auto_model = "AutoModelForQuestionAnswering"
     hub_task = "question-answering"

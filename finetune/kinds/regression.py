@@ -14,7 +14,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 
 class RegressionColumns(TextColumns):
@@ -38,7 +38,6 @@ class Kind(TaskKind[Config]):
     """A prediction has `value`."""
 
     config_type = Config
-    metrics = dict.fromkeys(("pearson", "spearman"), Direction.HIGHER)
     answer = "value"
 
     @property

@@ -19,7 +19,7 @@ from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.kinds.classification import balanced_weights, weighted_cross_entropy
 from finetune.metrics import LabelScores, confidence_losses, confusion_matrix, is_constant, scores_of_counts
-from finetune.task_kind import Direction, Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none, which cross-entropy ignores
 _SHOWN = 5  # words in a message
@@ -72,7 +72,6 @@ class Kind(TaskKind[Config]):
     """
 
     config_type = Config
-    metrics = dict.fromkeys(("f1", "precision", "recall", "accuracy"), Direction.HIGHER)
     answer = "tags"
     auto_model = "AutoModelForTokenClassification"
     hub_task = "token-classification"

@@ -7,7 +7,6 @@ from experiment.checkpoints import mark_complete
 from experiment.errors import UserError
 from finetune.kinds.classification import Kind
 from finetune.saved_task import find_model
-from finetune.task_kind import Direction
 
 
 def run_with(folder: Path, values: list[float], kept: list[int]) -> Path:
@@ -34,7 +33,7 @@ def test_the_best_seed_that_has_a_model(tmp_path: Path) -> None:
 
 def test_the_best_may_be_the_lowest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the worst seed being chosen by a metric of which less is better."""
-    monkeypatch.setattr(Kind, "metrics", {"accuracy": Direction.LOWER})
+    monkeypatch.setattr(Kind, "lower_is_better", ("accuracy",))
     assert find_model(run_with(tmp_path, [0.5, 0.7], kept=[1, 2]))[0] == tmp_path / "seed-1" / "model"
 
 

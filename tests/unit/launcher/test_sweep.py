@@ -22,7 +22,6 @@ from experiment.files import write_json
 from experiment.run_folder import RunFolder
 from experiment.run_lock import is_locked
 from finetune.kinds.classification import Kind
-from finetune.task_kind import Direction
 from hub_server import HubServer
 from launcher import run_set
 from launcher import sweep as sweep_module
@@ -172,18 +171,18 @@ def test_the_direction_of_a_metric_of_pretraining(pretraining: Path, metric: str
     assert (plan.metric, plan.lower_is_better) == (metric, lower_is_better)
 
 
-@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("lower_is_better", [False, True])
 def test_the_direction_of_a_metric_of_a_task(
-    tmp_path: Path, direction: Direction, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lower_is_better: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches an error rate that is sorted as if higher were better, whatever its kind declares."""
-    monkeypatch.setattr(Kind, "metrics", {"accuracy": direction})
+    monkeypatch.setattr(Kind, "lower_is_better", ("accuracy",) if lower_is_better else ())
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     tree = {"run": {"dir": "a"}, "task": {"train": "t.csv"}, "model": {"init_from": str(tmp_path / "model")}}
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(tree))
     plan = plan_sweep(SweepOptions(config=str(tmp_path / "task.yaml"), grid="training.lr=1e-5"))
-    assert (plan.metric, plan.lower_is_better) == ("accuracy", direction is Direction.LOWER)
+    assert (plan.metric, plan.lower_is_better) == ("accuracy", lower_is_better)
 
 
 # Stands for a run: it logs an event with the given loss, sleeps and reports that it is done, or fails.
