@@ -186,5 +186,5 @@ def check_validation(config: FinetuneConfig, use: str) -> None:
     task = config.task
     if config.training.fit_on != "train":
         raise UserError(f"training.fit_on: expected train, found {config.training.fit_on}: {use}")
-    if task.validation is None and not (task.train and find_kind(task.kind).is_trained(task)):
+    if task.validation is None and not (task.train and task.is_trained):
         raise UserError(f"task.validation is missing: {use}")

@@ -40,7 +40,7 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
     tables: dict[str, Table] = {
         split: read_table(Path(path), task.columns, task.file_format(), targets_required=False)
         for split, path in task.files().items()
-        if split != "train" or (task.validation is None and find_kind(task.kind).is_trained(task))
+        if split != "train" or (task.validation is None and task.is_trained)
     }
     if "train" in tables:
         from finetune.splits import split_off  # imports torch

@@ -35,7 +35,7 @@ class Task:
 
     @property
     def is_trained(self) -> bool:
-        return self.kind.is_trained(self.kind.config)
+        return bool(self.kind.config.is_trained)
 
     def loss_options(self, device: torch.device) -> LossOptions:
         weights = None if self.label_weights is None else torch.tensor(self.label_weights, device=device)
@@ -59,7 +59,7 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
     tables = {
         split: read_table(Path(path), task.columns, task.file_format(), split in ("train", "validation"), joiner)
         for split, path in task.files().items()
-        if split != "train" or find_kind(task.kind).is_trained(task)
+        if split != "train" or task.is_trained
     }
     if fit_on == "train+validation" and "train" in tables:
         validation = tables.pop("validation", None)
@@ -73,9 +73,9 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
 
 def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
     """The kind of a task, with its labels. Raises UserError if there is only one, or if a needed split is missing."""
-    kind = find_kind(task.kind)
-    if "train" not in tables and kind.is_trained(task):
+    if "train" not in tables and task.is_trained:
         raise UserError(f"task.train is missing: tasks of kind '{task.kind}' are trained")
+    kind = find_kind(task.kind)
     return kind(task, kind.find_labels(task, tables["train"]) if "train" in tables else ())
 
 

@@ -108,11 +108,6 @@ class TaskKind(ABC, Generic[ConfigT]):
         """The labels of a task in the order of their ids; () if it has none. Raises UserError if there is only one."""
         return ()
 
-    @classmethod
-    def is_trained(cls, config: ConfigT) -> bool:
-        """Whether a task needs a training split. If not, its splits are only scored, such as zero-shot."""
-        return True
-
     @property
     def head(self) -> dict[str, Any]:
         """Settings for the config of transformers: the size of the head and the names of its outputs, the labels. None

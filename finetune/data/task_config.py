@@ -125,6 +125,11 @@ class TaskConfig(Section):
     special_tokens_in_text: bool = False
     """Whether a special token that is written out in a text, such as `[SEP]`, is that token; otherwise it is text."""
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the task needs a training split. If not, its splits are only scored, such as zero-shot."""
+        return True
+
     def file_format(self, as_flags: bool = False) -> FileFormat:
         """How to read the files. as_flags: whether messages name the flags of `deepcloze predict`."""
         csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, as_flags, self.on_bad_lines)

@@ -73,6 +73,10 @@ class Config(TaskConfig):
     """How an option is scored: by a multiple-choice head on the text with the option filled in; by a classifier of
     such texts as right or wrong; or by the masked-LM head, without training."""
 
+    @property
+    def is_trained(self) -> bool:
+        return self.scoring != "zero_shot"
+
 
 # transformers does not fill blanks: this needs deepcloze.
 _USAGE = """
@@ -123,10 +127,6 @@ class Kind(TaskKind[Config]):
         super().__init__(config, labels)
         self.auto_model = _MODELS[config.scoring]
         self._letters = config.labels or tuple(string.ascii_uppercase)
-
-    @classmethod
-    def is_trained(cls, config: Config) -> bool:
-        return config.scoring != "zero_shot"
 
     @property
     def head(self) -> dict[str, Any]:
