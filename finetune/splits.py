@@ -76,7 +76,9 @@ def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
     if "train" not in tables and task.is_trained:
         raise UserError(f"task.train is missing: tasks of kind '{task.kind}' are trained")
     kind = find_kind(task.kind)
-    return kind(task, kind.find_labels(task, tables["train"]) if "train" in tables else ())
+    if task.labels is not None or "train" not in tables:
+        return kind(task, task.labels or ())
+    return kind(task, kind.find_labels(task, tables["train"]))
 
 
 def make_task(

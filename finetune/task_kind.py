@@ -94,7 +94,7 @@ class TaskKind(ABC, Generic[ConfigT]):
     """The library that opens the model, as the Hub calls it."""
 
     def __init__(self, config: ConfigT, labels: tuple[str, ...]) -> None:
-        """labels: as `find_labels` gives them, in the order of their ids."""
+        """labels: those of the config, or as `find_labels` gives them, in the order of their ids."""
         self.config = config
         self.labels = labels
 
@@ -105,7 +105,8 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     @classmethod
     def find_labels(cls, config: ConfigT, train: Table) -> tuple[str, ...]:
-        """The labels of a task in the order of their ids; () if it has none. Raises UserError if there is only one."""
+        """The labels of a task whose config names none, in the order of their ids; () if it has none. Raises UserError
+        if there is only one."""
         return ()
 
     @property

@@ -61,8 +61,6 @@ class Kind(TaskKind[Config]):
 
         Raises UserError if there is only one, or if they are numbers and not all whole.
         """
-        if config.labels is not None:
-            return config.labels
         _reject_numbers(train)
         labels = {record.values["label"] for record in train.records}
         if len(labels) < 2:

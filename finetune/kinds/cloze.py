@@ -123,8 +123,8 @@ class Kind(TaskKind[Config]):
     usage = _USAGE
     answer = "answers"
 
-    def __init__(self, config: Config, labels: tuple[str, ...]) -> None:
-        super().__init__(config, labels)
+    def __init__(self, config: Config, _: tuple[str, ...]) -> None:
+        super().__init__(config, ())  # `labels` of the config are names in `answers`, not of what the head predicts
         self.auto_model = _MODELS[config.scoring]
         self._letters = config.labels or tuple(string.ascii_uppercase)
 

@@ -55,8 +55,6 @@ class Kind(TaskKind[Config]):
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
         """The labels of the training split, sorted."""
-        if config.labels is not None:
-            return config.labels
         labels = {label for record in train.records for label in _labels_of(record, config)}
         if len(labels) < 2:
             found = f"only the label '{labels.pop()}'" if labels else "no labels"

@@ -86,8 +86,6 @@ class Kind(TaskKind[Config]):
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
         """Names of the first, second, … choice in the file; () if labels are the texts of the choices."""
-        if config.labels is not None:
-            return config.labels
         most = max(len(record.values["choices"]) for record in train.records)
         numbers = [str(number) for number in range(most + 1)]
         fitting = [

@@ -81,8 +81,6 @@ class Kind(TaskKind[Config]):
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
         """The tags of the training split, sorted."""
-        if config.labels is not None:
-            return config.labels
         labels = sorted({tag for record in train.records for tag in record.values["tags"]})
         if len(labels) < 2:
             raise UserError(f"{train.path}: every word has the tag '{labels[0]}'; expected two or more tags")

@@ -9,6 +9,7 @@ from finetune.data.records import Record, Table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.classification import Config, Kind
+from finetune.splits import make_kind
 from finetune.task_kind import LossOptions
 
 CONFIG = Config(train="f.csv", validation="f.csv")
@@ -74,7 +75,7 @@ def test_fractions_are_no_labels() -> None:
     assert Kind.find_labels(CONFIG, table("1.0", "0.0")) == ("0.0", "1.0")
     assert Kind.find_labels(CONFIG, table("1.5", "other")) == ("1.5", "other")
     listed = CONFIG.model_copy(update={"labels": ("0.5", "1.0")})
-    assert Kind.find_labels(listed, table("0.5", "1.0")) == ("0.5", "1.0")
+    assert make_kind(listed, {"train": table("0.5", "1.0")}).labels == ("0.5", "1.0")
 
 
 def test_balanced_weights_give_each_label_the_same_share() -> None:

@@ -17,6 +17,7 @@ from finetune.encoding.examples import Padding
 from finetune.inference import collate
 from finetune.kinds.multiple_choice import Config, Kind, MultipleChoiceColumns
 from finetune.model import ModelSpec, read_model_inputs
+from finetune.splits import make_kind
 from finetune.task_kind import LossOptions
 
 CHOICES = ["word1", "word2", "word3", "word4"]
@@ -33,7 +34,7 @@ def record(choices: list[str] = CHOICES, **values: Any) -> Record:
 
 def find(*labels: str, choices: list[str] = CHOICES, **keys: Any) -> tuple[str, ...]:
     records = tuple(record(choices, label=label) for label in labels)
-    return Kind.find_labels(config(**keys), Table(Path("f.csv"), records, labelled=True))
+    return make_kind(config(**keys), {"train": Table(Path("f.csv"), records, labelled=True)}).labels
 
 
 @pytest.mark.parametrize(
