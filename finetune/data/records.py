@@ -17,7 +17,7 @@ from experiment.csv_and_jsonl import (
 )
 from experiment.errors import UserError
 from experiment.files import json_digest
-from finetune.data.columns import CellType, Columns
+from finetune.data.columns import CellType, Columns, as_number
 from finetune.data.formats import FileFormat, Row, read_rows
 from finetune.data.task_config import DialogueContext
 
@@ -59,22 +59,21 @@ class TurnJoiner:
 
     def join(self, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Record]:
         turns = [record.values for record in _records(rows, self.context, True, "task.dialogue")]
-        try:
-            texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
-        except ValueError as error:
-            index, order = error.args
-            raise unexpected_cell(records[index].place, str(self.context.order), order, "a number") from None
-        self._check_turns_are_distinct(records, turns)
+        self._check_order(records, turns)
+        texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
         for record, turn, text in zip(records, turns, texts, strict=True):
             yield Record(record.place, {**record.values, "text": text}, turn.get("group"))
 
-    def _check_turns_are_distinct(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]]) -> None:
-        """Raises UserError if a dialogue has two turns of the same number: they are two dialogues."""
+    def _check_order(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]]) -> None:
+        """Raises UserError for an order that is not a number, and if a dialogue has two turns of the same number: they
+        are two dialogues."""
         places: dict[tuple[str, float], str] = {}
         for record, turn in zip(records, turns, strict=True):
             if turn.get("group") is None or "order" not in turn:
                 continue
-            earlier = places.setdefault((turn["group"], float(turn["order"])), record.place)
+            if (number := as_number(turn["order"] or "")) is None:
+                raise unexpected_cell(record.place, str(self.context.order), turn["order"], "a number")
+            earlier = places.setdefault((turn["group"], number), record.place)
             if earlier != record.place:
                 raise UserError(
                     f"{record.place}: dialogue {turn['group']} has turn {turn['order']} twice, see {earlier}; if "
@@ -215,10 +214,7 @@ def read_value(cell: object, cell_type: CellType, place: str, column: str) -> An
 def join_turns(
     texts: Sequence[str], turns: Sequence[Mapping[str, Any]], context: DialogueContext, separator: str
 ) -> list[str]:
-    """Each text with the turns before it. turns: the values of the columns of `context`, in the order of the texts.
-
-    Raises ValueError with the position and the value of an order that is not a number.
-    """
+    """Each text with the turns before it. turns: the values of the columns of `context`, in the order of the texts."""
     spoken = [
         f"{turn['speaker']}: {text}" if turn.get("speaker") else text for text, turn in zip(texts, turns, strict=True)
     ]
@@ -237,16 +233,7 @@ def _previous(turns: Sequence[Mapping[str, Any]], count: int) -> list[list[int]]
             groups.setdefault(turn["group"], []).append(index)
     found: list[list[int]] = [[] for _ in turns]
     for indices in groups.values():
-        in_order = sorted(indices, key=lambda index: _order(index, turns[index]))
+        in_order = sorted(indices, key=lambda index: float(turns[index].get("order", index)))
         for place, index in enumerate(in_order):
             found[index] = in_order[max(0, place - count) : place]
     return found
-
-
-def _order(index: int, turn: Mapping[str, Any]) -> float:
-    if "order" not in turn:
-        return index
-    try:
-        return float(turn["order"])
-    except (TypeError, ValueError):
-        raise ValueError(index, turn["order"]) from None
