@@ -78,6 +78,10 @@ class RunFolder:
     owner = _Below("logs/launch.owner")
     """Renewed by the process that writes to the folder, for other machines, see `run_lock`."""
 
+    def seed_folder(self, seed: int) -> Path:
+        """Folder of a seed of fine-tuning, when it is finished."""
+        return self.path / f"seed-{seed}"
+
     @property
     def finished_seeds(self) -> dict[int, Path]:
         """Seed -> the file with which a finished seed of fine-tuning is complete. Copies of a seed do not count."""

@@ -119,7 +119,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     records |= _train_seeds(missing, resolved, tracker, logs)
     with stopped_by_disk_errors():
         results = write_results(resolved, {seed: records[seed] for seed in seeds})
-        add_seed_scores(folder.path, results)
+        add_seed_scores(folder, results)
         return results
 
 
@@ -161,11 +161,11 @@ def _in_parallel(seeds: Sequence[int], resolved: ResolvedRun) -> bool:
 
 def _describe_finished(seeds: Sequence[int], left_out: Sequence[int], resolved: ResolvedRun) -> list[str]:
     """Lines on the seeds that are not trained again. left_out: those that the config does not name."""
-    folder = resolved.folder.path
-    lines = [f"already finished in {folder}: seed {', '.join(map(str, seeds))}"] if seeds else []
+    folder = resolved.folder
+    lines = [f"already finished in {folder.path}: seed {', '.join(map(str, seeds))}"] if seeds else []
     if left_out:
         lines.append(f"finished, but not one of training.seeds: seed {', '.join(map(str, left_out))}")
-    folders = [f"seed-{seed}" for seed in seeds if not (folder / f"seed-{seed}" / "model").exists()]
+    folders = [f"seed-{seed}" for seed in seeds if not (folder.seed_folder(seed) / "model").exists()]
     if folders and resolved.keep != "none":
         lines.append(f"finished without a model: {', '.join(folders)}; remove these folders to train and keep one")
     return lines

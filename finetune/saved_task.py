@@ -156,7 +156,7 @@ def find_model(path: Path) -> tuple[Path, str]:
     elif (path / "model" / "config.json").is_file():
         folder, description = path / "model", str(path / "model")
     elif RunFolder(path).results.is_file():
-        folder, description = _best_seed(path)
+        folder, description = _best_seed(RunFolder(path))
     else:
         raise _no_model(path)
     return find_model_folder(folder), description
@@ -172,23 +172,22 @@ def _no_model(path: Path) -> UserError:
     return UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run")
 
 
-def _best_seed(run: Path) -> tuple[Path, str]:
+def _best_seed(run: RunFolder) -> tuple[Path, str]:
     """The first of the best seeds whose model was kept."""
-    path = RunFolder(run).results
     try:
-        results = read_json(path)
+        results = read_json(run.results)
         metric, seeds, validation = results["metric"], results["seeds"], results["splits"].get("validation")
+        models = {seed: run.seed_folder(seed) / "model" for seed in seeds}
         values = dict(zip(seeds, validation[metric]["values"], strict=True)) if validation else {}
         choose = min if metric in find_kind(results["kind"]).lower_is_better else max
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
-        raise UserError(f"{path} is damaged: expected the results of a fine-tuning run") from None
-    kept = [seed for seed in seeds if (run / f"seed-{seed}" / "model" / "config.json").is_file()]
+        raise UserError(f"{run.results} is damaged: expected the results of a fine-tuning run") from None
+    kept = [seed for seed, folder in models.items() if (folder / "config.json").is_file()]
     if not kept:
-        raise UserError(f"{run} has kept no model of its seeds; expected RUN/seed-N/model")
+        raise UserError(f"{run.path} has kept no model of its seeds; expected RUN/seed-N/model")
     if not values:
-        folder = run / f"seed-{kept[0]}" / "model"
-        reason = "there is no validation split to compare them by"
+        folder, reason = models[kept[0]], "there is no validation split to compare them by"
         return folder, f"{folder} (the first of {counted(len(seeds), 'seed')}: {reason})"
     best = choose(kept, key=values.__getitem__)
-    folder = run / f"seed-{best}" / "model"
+    folder = models[best]
     return folder, f"{folder} (best of {counted(len(values), 'seed')}: {metric} {values[best]:.4f} on validation)"

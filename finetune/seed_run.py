@@ -71,7 +71,7 @@ def state_file(seed: int, run: ResolvedRun) -> StateFile:
 
 
 def is_finished(seed: int, run: ResolvedRun) -> bool:
-    return (_seed_folder(seed, run.folder) / _COMPLETE).exists()
+    return (run.folder.seed_folder(seed) / _COMPLETE).exists()
 
 
 def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
@@ -94,7 +94,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     record = _make_record(fitted, run)
     print_seed(seed, record, run)
     output = _working_folder(seed, run.folder) / "output"
-    final = _seed_folder(seed, run.folder)
+    final = run.folder.seed_folder(seed)
     for leftover in (output, final):
         shutil.rmtree(leftover, ignore_errors=True)
     with created_parents(output), removed_on_error(output):
@@ -131,11 +131,6 @@ def _advice_for_collapsed(run: ResolvedRun) -> str:
     return f"; {'raise' if lr < float(low) else 'lower'} training.lr: {low} to {high} are usual for {weights}"
 
 
-def _seed_folder(seed: int, folder: RunFolder) -> Path:
-    """Where a finished seed is."""
-    return folder.path / f"seed-{seed}"
-
-
 def _working_folder(seed: int, folder: RunFolder) -> Path:
     """Where a seed is until it is finished."""
     return folder.path / f".seed-{seed}"
@@ -148,7 +143,7 @@ def _write_seed(
     if run.keep != "none":
         _write_model(folder / "model", model, run, record.temperature)
         if provenance := read_provenance(run.folder):
-            final = RunFolder(_seed_folder(seed, run.folder))
+            final = RunFolder(run.folder.seed_folder(seed))
             write_origin(folder / "model", final, provenance, fitted.best.steps if fitted.best else 0)
             write_seed_card(seed, run, record, provenance, folder / "model")
     if record.epochs:

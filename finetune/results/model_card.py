@@ -25,6 +25,7 @@ from experiment.results.model_card import (
     snippet,
     usage_section,
 )
+from experiment.run_folder import RunFolder
 from finetune.data.task_config import TaskConfig
 from finetune.resolve import ResolvedRun
 from finetune.results.seed_summary import SeedRecord
@@ -81,12 +82,12 @@ def write_seed_card(
     write_text(folder / FILE, text)
 
 
-def add_seed_scores(run: Path, results: Mapping[str, Any]) -> None:
+def add_seed_scores(run: RunFolder, results: Mapping[str, Any]) -> None:
     """Add the mean over the seeds to the cards that have none yet. results: the content of results.json."""
     if len(results["seeds"]) < 2:
         return
     for seed in results["seeds"]:
-        path = run / f"seed-{seed}" / "model" / FILE
+        path = run.seed_folder(seed) / "model" / FILE
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if _SEEDS in text:
             write_text(path, text.replace(f"{_SEEDS}\n", _seed_scores(results), 1))

@@ -204,7 +204,7 @@ def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> S
     config = load_config(FinetuneConfig, folder.config)
     table = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)[split]
     kind = find_kind(config.task.kind)(config.task, tuple(labels))
-    paths = [folder.path / f"seed-{seed}" / f"predictions-{split}.jsonl" for seed in config.training.seeds]
+    paths = [folder.seed_folder(seed) / f"predictions-{split}.jsonl" for seed in config.training.seeds]
     predictions = [read_predictions(path) for path in paths]
     for path, found in zip(paths, predictions, strict=True):
         if len(found) != len(table):

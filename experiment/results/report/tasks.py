@@ -132,7 +132,7 @@ def _curve(rows: Sequence[Mapping[str, str]], name: str) -> Curve:
 def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[ConfusionMatrix]:
     """Of all seeds together, on the last split that has one; empty if there is none, as for regression."""
     try:
-        records = [read_json(folder.path / f"seed-{seed}/COMPLETE") for seed in results["seeds"]]
+        records = [read_json(folder.seed_folder(seed) / "COMPLETE") for seed in results["seeds"]]
         split = list(records[0]["confusion"])[-1]
         counts: list[list[int]] = np.array([record["confusion"][split] for record in records]).sum(axis=0).tolist()
     except (OSError, ValueError, LookupError, TypeError):  # the folder is being copied
