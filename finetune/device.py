@@ -67,7 +67,7 @@ class Microbatch:
         Raises UserError if there is not enough memory for a single example.
         """
         size = min(self.size, len(examples))
-        while not _fits(compute, _parts(examples, size)):
+        while not _fits(compute, [examples[start : start + size] for start in range(0, len(examples), size)]):
             if size == 1:
                 raise UserError("out of memory with a single example; lower model.max_seq_length")
             size = -(-size // 2)
@@ -78,10 +78,6 @@ class Microbatch:
                 message = "out of memory: computing %d examples at once, not %d; updates stay the same"
                 log.warning(message, size, self.size)
             self.size, self._warned = size, True
-
-
-def _parts(examples: Sequence[T], size: int) -> list[Sequence[T]]:
-    return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
 def _fits(compute: Callable[[Sequence[Sequence[T]]], None], parts: Sequence[Sequence[T]]) -> bool:

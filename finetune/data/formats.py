@@ -236,17 +236,15 @@ def _squad_questions(title: object, paragraphs: list[Any]) -> Iterator[dict[str,
     for paragraph in paragraphs:
         for question in paragraph["qas"]:
             answers = question.get("answers")
+            if answers is not None:
+                answers = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
             yield {
                 "title": title,
                 "context": paragraph["context"],
                 "question": question["question"],
-                "answers": None if answers is None else _columns_of(answers),
+                "answers": answers,
                 "id": question["id"],
             }
-
-
-def _columns_of(answers: list[Any]) -> dict[str, list[object]]:
-    return {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
 
 
 def read_parquet(path: Path) -> Iterator[Row]:

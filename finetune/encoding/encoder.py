@@ -193,8 +193,5 @@ def window_around(position: int, length: int, size: int) -> range:
 
 def most_context(found: Sequence[range], position: int) -> int:
     """Which of the windows shows the most context of a position: the one whose nearer end is farthest."""
-
-    def margin(window: range) -> int:
-        return min(position - window.start, window.stop - 1 - position)
-
-    return max(range(len(found)), key=lambda index: margin(found[index]))
+    margins = [min(position - window.start, window.stop - 1 - position) for window in found]
+    return margins.index(max(margins))

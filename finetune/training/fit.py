@@ -282,7 +282,8 @@ class _Fitting:
         train_loss, seconds = self._meter.evaluation()
         loss, scores = (None, {}) if validation is None else (validation.loss, validation.scores)
         steps = self._updater.steps
-        epoch = _whole_if_possible(steps / steps_per_epoch(self._task, self._config))
+        epochs = steps / steps_per_epoch(self._task, self._config)
+        epoch = int(epochs) if epochs.is_integer() else epochs
         _check_finite(train_loss, loss, f"seed {self._seed}, step {steps}", self._config.lr)
         self._epochs.append(Epoch(epoch, steps, train_loss, loss, scores, seconds, train.scores if train else {}))
         evaluations = {"validation": validation, "train": train}
@@ -347,10 +348,6 @@ def _copy_to_cpu(model: nn.Module, into: dict[str, Tensor] | None) -> dict[str, 
     for name, value in state.items():
         into[name].copy_(value)
     return into
-
-
-def _whole_if_possible(number: float) -> float:
-    return int(number) if number == int(number) else number
 
 
 def _check_finite(train_loss: float, validation_loss: float | None, place: str, lr: float) -> None:
