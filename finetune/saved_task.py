@@ -140,9 +140,7 @@ def _read_foreign(folder: Path) -> SavedTask:
             "`deepcloze finetune` makes a folder to predict with"
         )
     kind = find_kind(kind_name)
-    tree = {"train": "unknown", "validation": "unknown"}
-    task = build_config(kind.config_type, tree, origin=str(folder / "config.json"))
-    return SavedTask(kind(task, labels), None, foreign=True)
+    return SavedTask(kind(build_config(kind.config_type, {}), labels), None, foreign=True)
 
 
 def find_model(path: Path) -> tuple[Path, str]:
