@@ -16,7 +16,7 @@ from experiment.model_names import local_model, record_model
 from experiment.progress import print_warning, terminal
 from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
-from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, ModelConfig, TrainingConfig
+from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.records import Table
 from finetune.data_report import data_warnings, describe_example, print_lengths
 from finetune.device import Device, choose_device
@@ -79,10 +79,7 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     check_run_folder(folder, "fine-tuning run")
     check_tracking(config.tracking)
     device = choose_device(training.precision)
-    model_folder = local_model(config.model.init_from)
-    tables = read_splits(config.task, model_folder, training.fit_on)
-    kind = make_kind(config.task, tables)
-    model = _model_spec(config.model, model_folder, kind)
+    tables, kind, model = _read_data(config)
     rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
     terminal().print(f"{name}: {rows}")
     for warning in (
@@ -118,21 +115,17 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
 
 def check_data(config: FinetuneConfig) -> None:
     """Read and encode the splits of a config, which shows mistakes in the data. Raises UserError."""
-    model_folder = local_model(config.model.init_from)
-    tables = read_splits(config.task, model_folder, config.training.fit_on)
+    tables, kind, model = _read_data(config)
+    make_task(kind, tables, model, config.model.max_seq_length, config.training)
+
+
+def _read_data(config: FinetuneConfig) -> tuple[Mapping[str, Table], TaskKind[Any], ModelSpec]:
+    """The rows of each split, the kind of the task with its labels, and the model with a head for them."""
+    folder = local_model(config.model.init_from)
+    tables = read_splits(config.task, folder, config.training.fit_on)
     kind = make_kind(config.task, tables)
-    spec = _model_spec(config.model, model_folder, kind)
-    make_task(kind, tables, spec, config.model.max_seq_length, config.training)
-
-
-def _model_spec(config: ModelConfig, folder: Path, kind: TaskKind[Any]) -> ModelSpec:
-    return ModelSpec(
-        folder=folder,
-        pretrained=config.weights == "pretrained",
-        auto_model=kind.auto_model,
-        head=kind.head,
-        freeze=config.freeze,
-    )
+    pretrained = config.model.weights == "pretrained"
+    return tables, kind, ModelSpec(folder, pretrained, kind.auto_model, kind.head, config.model.freeze)
 
 
 def config_settings(config: FinetuneConfig) -> dict[str, Any]:
