@@ -1,7 +1,9 @@
 """manifest.json: the contents of a corpus folder, with checksums."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -169,14 +171,8 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
 def percentiles(lengths: Iterable[tuple[int, int]]) -> dict[str, int]:
     """Return {percentile: document length}, by the nearest-rank definition, from (length, count) pairs."""
     counts = sorted(lengths)
-    total = sum(count for _, count in counts)
-    found: dict[str, int] = {}
-    for percentile in PERCENTILES:
-        rank = max(1, -(-percentile * total // 100))
-        seen = 0
-        for length, count in counts:
-            seen += count
-            if seen >= rank:
-                found[str(percentile)] = int(length)
-                break
-    return found
+    ranks = list(accumulate(count for _, count in counts))  # of the last document of each length, from 1
+    return {
+        str(percentile): int(counts[bisect_left(ranks, -(-percentile * ranks[-1] // 100))][0])
+        for percentile in PERCENTILES
+    }
