@@ -8,7 +8,6 @@ A killed cleaning resumes from its finished parts. The bytes of the result depen
 on workers, time or interruptions.
 """
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ def clean(
     and for an output folder that holds something else; StoppedError if a worker is killed.
     """
     folder = Path(config.output).absolute()
-    opened = partial(open_engine, workers or len(os.sched_getaffinity(0)), engine=engine, ray_address=ray_address)
+    opened = partial(open_engine, workers, engine=engine, ray_address=ray_address)
     advice = "; the same command resumes from the finished parts"
     with readable_disk_errors(f"output {folder}: ", advice), lock_output(folder, "output"):
         sources = find_inputs(config)

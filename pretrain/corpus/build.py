@@ -75,7 +75,7 @@ def _open_build(plan: BuildPlan) -> Iterator[Engine]:
     with (
         readable_disk_errors(f"--output {plan.folder}: ", advice),
         lock_output(plan.folder, "--output"),
-        open_engine(plan.workers, build_job(plan), plan.engine, plan.ray_address) as run,
+        open_engine(plan.options.workers, build_job(plan), plan.options.engine, plan.options.ray_address) as run,
     ):
         yield run
 
@@ -87,12 +87,12 @@ def _print_summaries(plan: BuildPlan, manifests: Mapping[Part, Manifest]) -> Non
 
 def build_job(plan: BuildPlan) -> BuildJob:
     """Return what the tasks of a build need to know."""
-    return BuildJob(plan.partial, plan.text_options, plan.tokenizer.spec, shards.SHARD_TOKENS, tasks.BATCH_BYTES)
+    return BuildJob(plan.partial, plan.options, plan.tokenizer.spec, shards.SHARD_TOKENS, tasks.BATCH_BYTES)
 
 
 def _build(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
     """Build all parts and publish them. However this ends, finished splits are kept."""
-    announce_sources(plan.sources, plan.text_options)
+    announce_sources(plan.sources, plan.options)
     manifests = _published_heldout(plan)
     try:
         open_partial(plan.partial, plan.arguments)
@@ -166,7 +166,7 @@ def _check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
     for record in records:
         for name, members in record.archives.items():
             archives.setdefault(name, Members()).add(members)
-    check_read(plan.sources, plan.text_options, sum(record.start_matches for record in records), archives)
+    check_read(plan.sources, plan.options, sum(record.start_matches for record in records), archives)
     if not any(record.source.documents for record in records):
         names = ", ".join(source.name for source in plan.sources[:_NAMED])
         raise UserError(f"--source {names}: none of its documents gives a token")

@@ -137,13 +137,10 @@ class BuildPlan:
     folder: Path
     sources: tuple[Source, ...]
     splits: Sequence[Split]
-    text_options: TextOptions
+    options: CorpusOptions
     sampling: Sampling
     tokenizer: BuildTokenizer
     segmenter: str | None  # name and version
-    engine: str
-    ray_address: str | None
-    workers: int
 
     @property
     def partial(self) -> Path:
@@ -153,7 +150,7 @@ class BuildPlan:
     @property
     def arguments(self) -> dict[str, str | int | None]:
         """What an unfinished build must agree in, so that it can be resumed."""
-        text = {name: getattr(self.text_options, name) for name in TextOptions.model_fields}
+        text = {name: getattr(self.options, name) for name in TextOptions.model_fields}
         names = [(source.kind, source.name, source.selection) for source in self.sources]
         return {
             "tokenizer": self.tokenizer.fingerprint,
@@ -202,11 +199,8 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
         folder=options.output.absolute(),
         sources=sources,
         splits=plan_splits(sources, options),
-        text_options=options,
+        options=options,
         sampling=Sampling(options.seed, options.limit, options.holdout),
         tokenizer=tokenizer,
         segmenter=None if options.segmenter is None else segmenter_identity(options.segmenter),
-        engine=options.engine,
-        ray_address=options.ray_address,
-        workers=options.workers or len(os.sched_getaffinity(0)),
     )

@@ -33,13 +33,13 @@ class Engine(Protocol):
 
 
 def open_engine(
-    workers: int, job: object, engine: str = "local", ray_address: str | None = None
+    workers: int | None, job: object, engine: str = "local", ray_address: str | None = None
 ) -> AbstractContextManager[Engine]:
-    """Open the engine `ray`, or for any other name `workers` processes.
+    """Open the engine `ray`, or for any other name `workers` processes, by default one per core.
 
     Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed.
     """
-    return _ray(ray_address, job) if engine == "ray" else _local(workers, job)
+    return _ray(ray_address, job) if engine == "ray" else _local(workers or len(os.sched_getaffinity(0)), job)
 
 
 @contextmanager

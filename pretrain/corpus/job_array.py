@@ -41,7 +41,7 @@ def build_share(options: CorpusOptions) -> None:
     advice = "; submit the same array again to resume from what is finished"
     with readable_disk_errors(f"--output {plan.folder}: ", advice), created_parents(plan.folder):
         open_partial(plan.partial, plan.arguments)
-        with open_engine(plan.workers, build_job(plan)) as run:
+        with open_engine(plan.options.workers, build_job(plan)) as run:
             is_last = _build_share(plan, run, slice(index, None, tasks))
     if is_last:
         try:
