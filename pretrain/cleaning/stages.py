@@ -8,7 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -89,10 +89,10 @@ class _Part(NamedTuple):
     """A part that a worker handles in one pass."""
 
     stage: int
-    folder: Path
+    files: Pass
     number: int
+    documents: list[Document] | Pass  # of the first pass; of later ones: the pass before, which has written them
     digest: str = ""  # of the documents
-    documents: list[Document] | None = None  # of the first pass; later ones read those of the pass before
 
 
 def run_stages(
@@ -110,9 +110,9 @@ def run_stages(
             files.folder.mkdir(exist_ok=True)
             label = f"cleaning, pass {number + 1} of {len(stages)}"
             if before is None:
-                done = _first_pass(stage, documents, folder, run, label)
+                done = _first_pass(stage, documents, files, run, label)
             else:
-                done = _next_pass(number, stage, before, folder, run, label)
+                done = _next_pass(number, stage, before, files, run, label)
             done.write()
         if before is not None:
             before.files.remove_documents()
@@ -126,18 +126,18 @@ def digest_of(documents: Iterator[Document]) -> str:
     return _joined_digest(map(_digest, _chunks(documents)))
 
 
-def _first_pass(stage: Stage, documents: Iterator[Document], folder: Path, run: Engine, label: str) -> Done:
+def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, run: Engine, label: str) -> Done:
     """Divide the documents into parts, and handle those that are not finished."""
-    files, digests = Pass(folder / "pass-0"), list[str]()
+    digests = list[str]()
 
     def unfinished() -> Iterator[_Part]:
         for number, chunk in enumerate(_chunks(documents)):
             digests.append(_digest(chunk))
             if not files.is_finished(number):
-                yield _Part(0, folder, number, digests[-1], chunk)
+                yield _Part(0, files, number, chunk, digests[-1])
             elif files.tally(number).digest != digests[-1]:
                 raise UserError(
-                    f"{folder} holds an unfinished cleaning of other documents: the source changed; "
+                    f"{files.folder.parent} holds an unfinished cleaning of other documents: the source changed; "
                     "delete the folder to start over"
                 )
 
@@ -147,11 +147,11 @@ def _first_pass(stage: Stage, documents: Iterator[Document], folder: Path, run: 
     return Done(files, len(digests), _joined_digest(digests), _merged(stage, files, len(digests)))
 
 
-def _next_pass(number: int, stage: Stage, before: Done, folder: Path, run: Engine, label: str) -> Done:
+def _next_pass(number: int, stage: Stage, before: Done, files: Pass, run: Engine, label: str) -> Done:
     """Decide, and handle the parts that are not finished."""
-    files = Pass(folder / f"pass-{number}")
     _decide(stage, before, files)
-    _handle(run, label, (_Part(number, folder, part) for part in range(before.parts) if not files.is_finished(part)))
+    left = (part for part in range(before.parts) if not files.is_finished(part))
+    _handle(run, label, (_Part(number, files, part, before.files) for part in left))
     tallies = _merged(stage, files, before.parts)
     if isinstance(stage.decided, DuplicateStep):
         _name_kept(tallies[0], before)
@@ -176,10 +176,10 @@ def _merged(stage: Stage, files: Pass, parts: int) -> tuple[StepTally, ...]:
 
 def _process(stages: Sequence[Stage], part: _Part) -> int:
     """Handle one part, in a worker. Returns how many documents were read."""
-    check_shared(part.folder)
-    stage, current = stages[part.stage], Pass(part.folder / f"pass-{part.stage}")
-    if part.documents is None:
-        documents, empty = Pass(part.folder / f"pass-{part.stage - 1}").read(part.number), 0
+    check_shared(part.files.folder)
+    stage = stages[part.stage]
+    if isinstance(part.documents, Pass):
+        documents, empty = part.documents.read(part.number), 0
     else:
         documents = _without_markup(part.documents)
         empty = len(part.documents) - len(documents)
@@ -187,7 +187,7 @@ def _process(stages: Sequence[Stage], part: _Part) -> int:
     tallies = list[StepTally]()
     for step in stage.counted:
         texts = [document.text for document in documents]
-        verdicts = _apply(step, documents, current, part.number)
+        verdicts = _apply(step, documents, part)
         verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
         tallies.append(StepTally())
         for document, text, verdict in zip(documents, texts, verdicts, strict=True):
@@ -197,7 +197,7 @@ def _process(stages: Sequence[Stage], part: _Part) -> int:
     observed = {} if stage.observed is None else stage.observed.observe(documents)
     languages = Counter(str(found) for document in documents if (found := document.metadata.get("language")))
     tally = PartTally(part.digest, empty, len(documents), dict(languages), tallies, sorted(observed))
-    current.write(part.number, documents, observed, tally)
+    part.files.write(part.number, documents, observed, tally)
     return read
 
 
@@ -212,9 +212,9 @@ def _without_markup(documents: list[Document]) -> list[Document]:
     return [document for document in documents if document.text and not document.text.isspace()]
 
 
-def _apply(step: Step[Any], documents: list[Document], current: Pass, part: int) -> list[Verdict | None]:
+def _apply(step: Step[Any], documents: list[Document], part: _Part) -> list[Verdict | None]:
     if isinstance(step, CollectionStep):
-        return step.apply(documents, current.decisions(part))
+        return step.apply(documents, part.files.decisions(part.number))
     assert isinstance(step, DocumentStep)
     verdicts = []
     for document in documents:
@@ -266,8 +266,7 @@ def _decide(stage: Stage, before: Done, current: Pass) -> None:
     assert stage.decided is not None
     shutil.rmtree(current.folder)
     current.folder.mkdir()
-    if before.parts:
-        current.write_decisions(stage.decided.decide(OpenedParts(before.files.observed, before.parts)))
+    current.write_decisions(stage.decided.decide(OpenedParts(before.files.observed, before.parts)))
     write_json(current.folder / _DECIDED, {})
 
 
@@ -282,7 +281,4 @@ def _name_kept(tally: StepTally, before: Done) -> None:
             names |= {f"#{index}": f"of {ids[index - start]}" for index in wanted if start <= index < start + count}
         start += count
     for rule in tally.rules.values():
-        rule.examples = [
-            type(example)(example.priority, example.id, example.text, names[example.detail])
-            for example in rule.examples
-        ]
+        rule.examples = [replace(example, detail=names[example.detail]) for example in rule.examples]
