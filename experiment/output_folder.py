@@ -1,5 +1,6 @@
 """Folders that a command writes: by one process at a time, and never over something else."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from experiment.errors import UserError
-from experiment.files import created_parents
+from experiment.files import created_parents, removed_on_error
 
 
 class LockedError(UserError):
@@ -27,6 +28,17 @@ def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
     if not (folder / file).is_file():
         raise UserError(f"{key} {folder} already holds something that is not {kind}; name a new folder")
     return True
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Let the block write a folder, whose path this yields. When the block ends, it becomes `folder`, which is free; if
+    the block raises, it is removed. Raises OSError."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    with created_parents(folder), removed_on_error(partial):
+        yield partial
+        partial.replace(folder)
 
 
 @contextmanager

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from experiment.checkpoints import find_model_folder, unlisted_files
 from experiment.errors import UserError, describe_disk_error, reason
-from experiment.files import created_parents, removed_on_error
 from experiment.hub_names import HubName
 from experiment.model_names import local_model
-from experiment.output_folder import is_free
+from experiment.output_folder import is_free, new_folder
 from experiment.results.exported_card import name_model, write_card
 from experiment.run_folder import RunFolder
 from finetune.export.push import check_target, parse_target, push_folder
@@ -29,16 +28,11 @@ def export_command(options: ExportOptions) -> None:
     _check_output(source, target)
     if repository is not None:
         check_target(repository, source, options.private, options.overwrite)
-    aside = target.with_name(f".{target.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        with created_parents(aside), removed_on_error(aside):
+        with new_folder(target) as aside:
             lines = _write(source, aside, options, repository)
             if repository is not None:
                 name_model(aside, repository.repository)
-            if target.exists():
-                target.rmdir()
-            aside.rename(target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {describe_disk_error(error) or reason(error)}") from None
     print("\n".join([f"{source} -> {target}", *lines]), flush=True)

@@ -1,7 +1,6 @@
 """Add words to a tokenizer. Existing ids do not change; each new word becomes one token with an id at the end."""
 
 import json
-import tempfile
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from experiment.errors import UserError, readable_disk_errors, reason
-from experiment.files import created_parents
 from experiment.model_names import local_tokenizer
+from experiment.output_folder import new_folder
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from pretrain.corpus.train_tokenizer import check_output_folder
 
@@ -42,19 +41,13 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     if entries:
         state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
     state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
-    with (
-        readable_disk_errors(f"--output {output}: "),
-        created_parents(output),
-        tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary,
-    ):
-        partial = Path(temporary) / "tokenizer"
+    with readable_disk_errors(f"--output {output}: "), new_folder(output) as partial:
         save_tokenizer(old, partial)
         Tokenizer.from_str(json.dumps(state)).save(str(partial / "tokenizer.json"))
         new = load_tokenizer(partial)
         save_tokenizer(new, partial)
         check_extends(new, old)
         _check_new_tokens(new, new_ids, entries | added_tokens, added)
-        partial.replace(output)
     print(
         f"{output}: {len(new_ids):,} of {len(words):,} words added to {vocabulary_size(old):,} tokens, "
         f"{len(words) - len(new_ids):,} in the vocabulary already"

@@ -1,6 +1,5 @@
 """`deepcloze tokenizer`: train a WordPiece or byte-level BPE tokenizer."""
 
-import shutil
 import string
 import sys
 import unicodedata
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from experiment.errors import UserError, readable_disk_errors
-from experiment.files import created_parents, removed_on_error
+from experiment.files import created_parents
 from experiment.formatting import counted
-from experiment.output_folder import is_free
+from experiment.output_folder import is_free, new_folder
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import read_documents, reading_progress
 from pretrain.corpus.formats import ReadStats
@@ -70,15 +69,8 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     if text.documents == 0:
         raise UserError(f"--source {options.source}: none of its documents has text")
     tokenizer = _wrap(model, options.kind)
-    partial = options.output.with_name(options.output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with (
-        readable_disk_errors(f"--output {options.output}: "),
-        created_parents(options.output),
-        removed_on_error(partial),
-    ):
+    with readable_disk_errors(f"--output {options.output}: "), new_folder(options.output) as partial:
         save_tokenizer(tokenizer, partial)
-        partial.replace(options.output)
     print(
         f"{options.output}: {options.kind} tokenizer of {len(tokenizer):,} tokens, "
         f"trained on {counted(text.documents, 'document')}"
