@@ -81,25 +81,8 @@ class Cost:
         return self.computing + self.communicating
 
 
-def run_cost(flops: float | None, sent: float, ranks: int, rates: Rates, recomputes: bool) -> Cost | None:
-    """None if the FLOPs or the device's peak are unknown.
-
-    Args: flops: of the run; sent: bytes per rank in the run; recomputes: activations, a third more computation that
-    does not count in `flops`.
-    """
-    if flops is None or rates.peak_flops is None:
-        return None
-    computing = flops * (4 / 3 if recomputes else 1) / (ranks * rates.peak_flops * rates.mfu)
-    return _priced(computing, sent / rates.bandwidth, ranks, rates)
-
-
-def budget_cost(cost: Cost, seconds: float, ranks: int, rates: Rates) -> Cost:
-    """The cost of a run that ends after `seconds`, with the shares of `cost`."""
-    share = seconds / cost.seconds
-    return _priced(cost.computing * share, cost.communicating * share, ranks, rates)
-
-
-def _priced(computing: float, communicating: float, ranks: int, rates: Rates) -> Cost:
+def run_cost(computing: float, communicating: float, ranks: int, rates: Rates) -> Cost:
+    """The cost of a run that takes these seconds."""
     hours = (computing + communicating) / 3600 * ranks
     return Cost(
         computing,

@@ -17,7 +17,7 @@ from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model, hidden_matrices
 from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
-from pretrain.plan.cost import Cost, Device, Rates, budget_cost, run_cost
+from pretrain.plan.cost import Cost, Device, Rates, run_cost
 from pretrain.plan.memory import MemorySettings, RankMemory, gradients_stay, memory_settings, rank_memory, weight_dtype
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun
@@ -120,31 +120,20 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         for each in _alternatives(settings)
     }
     by_stage = _flops_per_token(flops, stages, mean(run.config.masking.rates))
-    recomputes = run.config.model.activation_checkpointing
-
-    def cost_of(flops: float | None, sent: float) -> Cost | None:
-        return run_cost(flops, sent, ranks, rates, recomputes)
-
-    sent = [sent_per_step(counts, settings, stage.batch.microbatches) for stage in stages]
-    tokens = sum(stage.tokens or 0 for stage in stages)
-    steps, cost, budget, forked_at = None, None, run.config.schedule.budget_seconds, _forked_at(run)
-    if stream.steps is not None:
-        by_token = by_stage or [0.0] * len(stages)
-        flops_of_run = sum(each * (stage.tokens or 0) for each, stage in zip(by_token, stages, strict=True))
-        sent_of_run = sum(each * (stage.steps or 0) for each, stage in zip(sent, stages, strict=True))
-        cost = cost_of(None if by_stage is None else flops_of_run, sent_of_run)
-    elif budget is not None:
-        spent = 0.0
-        for number, stage in enumerate(stages):
-            step = cost_of(None if by_stage is None else by_stage[number] * stage.tokens_per_step(), sent[number])
-            if step is None:
-                break
-            first = max(forked_at, stage.first_step)  # the clock of a fork starts over
-            last = first + int((budget - spent) / step.seconds)
-            if stage.steps is None or last < stage.first_step + stage.steps:
-                steps, cost = last, budget_cost(step, budget, ranks, rates)
-                break
-            spent += max(0, stage.first_step + stage.steps - first) * step.seconds
+    forked_at, cost, budget_steps = _forked_at(run), None, None
+    if by_stage is not None and rates.peak_flops is not None:
+        # Recomputing activations is a third more computation, which does not count in the FLOPs.
+        work = 4 / 3 if run.config.model.activation_checkpointing else 1
+        by_step = [
+            (
+                flops_per_token * stage.tokens_per_step() * work / (ranks * rates.peak_flops * rates.mfu),
+                sent_per_step(counts, settings, stage.batch.microbatches) / rates.bandwidth,
+            )
+            for flops_per_token, stage in zip(by_stage, stages, strict=True)
+        ]
+        budget = run.config.schedule.budget_seconds
+        computing, communicating, budget_steps = _seconds_of_run(stages, by_step, budget, forked_at)
+        cost = run_cost(computing, communicating, ranks, rates)
     return RunPlan(
         run=run,
         hosts=hosts,
@@ -155,15 +144,37 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         parameters=counts,
         hidden_matrix_names=tuple(dict.fromkeys(_LAYER.sub(".*.", name) for name in hidden_matrices(skeleton))),
         stages=stages,
-        flops_per_token=None if by_stage is None else _mean_over_tokens(by_stage, stages, steps),
+        flops_per_token=None if by_stage is None else _mean_over_tokens(by_stage, stages, budget_steps),
         zero=zero,
         steps=stream.steps,
-        budget_steps=steps,
+        budget_steps=budget_steps,
         forked_at=forked_at,
-        tokens=None if stream.steps is None else tokens,
+        tokens=None if stream.steps is None else sum(stage.tokens or 0 for stage in stages),
         epochs=stream.epochs,
         cost=cost,
     )
+
+
+def _seconds_of_run(
+    stages: tuple[StageWork, ...], by_step: list[tuple[float, float]], budget: float | None, forked_at: int
+) -> tuple[float, float, int | None]:
+    """Seconds of computation and of communication, given those of a step of each stage, and about how many steps a time
+    budget lasts for."""
+    if budget is None:
+        computing, communicating = (
+            sum(seconds * (stage.steps or 0) for seconds, stage in zip(each, stages, strict=True))
+            for each in zip(*by_step, strict=True)
+        )
+        return computing, communicating, None
+    spent = 0.0
+    for stage, step in zip(stages, by_step, strict=True):
+        first = max(forked_at, stage.first_step)  # the clock of a fork starts over
+        last = first + int((budget - spent) / sum(step))
+        if stage.steps is None or last < stage.first_step + stage.steps:
+            break
+        spent += max(0, stage.first_step + stage.steps - first) * sum(step)
+    computing, communicating = (seconds * budget / sum(step) for seconds in step)
+    return computing, communicating, last
 
 
 def _forked_at(run: ResolvedRun) -> int:
