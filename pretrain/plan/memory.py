@@ -63,7 +63,6 @@ class Parts:
 class RankMemory:
     """The memory of one rank."""
 
-    zero_stage: int
     moments: Mapping[str, Parts]  # of the run -> bytes on the device
     host: int  # host memory of a rank on a GPU during training: offloaded parts
     checkpoint: int  # host memory of the first machine with GPUs for checkpoints, see docs/checkpoints.md
@@ -88,7 +87,7 @@ class MemorySettings:
     ranks: int
     precision: Precision
     on_gpu: bool
-    averaged: bool  # model.ema_decay
+    average_bytes: int  # of an averaged weight; 0 without model.ema_decay
     optimizer: str
     orthogonalization_bytes: int  # of an element, in Muon's update: 2 or 4
     offload: OffloadDevice
@@ -115,7 +114,7 @@ def memory_settings(
         ranks=ranks,
         precision=deepspeed.precision,
         on_gpu=on_gpu,
-        averaged=config.model.ema_decay is not None,
+        average_bytes=0 if config.model.ema_decay is None else _FP32,
         optimizer=config.optimizer.name,
         orthogonalization_bytes=orthogonalization_dtype(config.optimizer.muon, deepspeed.precision).itemsize,
         offload=deepspeed.offload,
@@ -156,24 +155,23 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
     swapped = 2 * _FP32 * counts.total + _moments(counts, settings)  # masters, gradients and moments
     disk = swapped // settings.ranks if settings.offload == "nvme" else 0
     checkpoint = _copied(counts, settings, settings.hosts) if settings.on_gpu else 0
-    return RankMemory(settings.zero_stage, moments, host if settings.on_gpu else 0, checkpoint, disk)
+    return RankMemory(moments, host if settings.on_gpu else 0, checkpoint, disk)
 
 
 def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
     """Permanent allocations. Without a GPU, parts that are offloaded to the host are in the same memory."""
     total, share, size = counts.total, -(-counts.total // settings.ranks), settings.weight_bytes
-    averages = _FP32 if settings.averaged else 0
     if settings.offload != "none":
         host = 0 if settings.on_gpu else _offloaded(counts, settings)
         weights = 0 if settings.offloads_weights else size * share if settings.zero_stage == 3 else size * total
         gradients = _FP32 * share if settings.zero_stage < 3 and size < _FP32 else 0
         return Parts(weights=weights, gradients=gradients, optimizer=host)
     if settings.zero_stage == 0:
-        return Parts(weights=_FP32 * total, optimizer=_moments(counts, settings) + averages * total)
+        return Parts(weights=_FP32 * total, optimizer=_moments(counts, settings) + settings.average_bytes * total)
     return Parts(
         weights=size * (share if settings.zero_stage == 3 else total),
         gradients=_FP32 * (share if settings.zero_stage >= 2 else total),  # outside `parameter.grad`
-        optimizer=(_FP32 + averages) * share + _moments(counts, settings) // settings.ranks,
+        optimizer=(_FP32 + settings.average_bytes) * share + _moments(counts, settings) // settings.ranks,
         buffers=BUFFER_BYTES if settings.zero_stage < 3 and _shares_memory(settings) else 0,
     )
 
@@ -186,8 +184,7 @@ def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
 def _copied(counts: ParameterCounts, settings: MemorySettings, owners: int) -> int:
     """Bytes of the first of so many ranks or machines for a checkpoint: each copies its part of masters, moments and
     averages, at ZeRO 0 only the first; rank 0 the whole model, too."""
-    averages = _FP32 if settings.averaged else 0
-    states = (_FP32 + averages) * counts.total + _moments(counts, settings)
+    states = (_FP32 + settings.average_bytes) * counts.total + _moments(counts, settings)
     return (states if settings.zero_stage == 0 else -(-states // owners)) + _FP32 * counts.total
 
 
@@ -213,11 +210,10 @@ def _offloaded(counts: ParameterCounts, settings: MemorySettings) -> int:
         return 0
     share, size = -(-counts.total // settings.ranks), settings.weight_bytes
     weights = size if settings.offloads_weights else 0
-    averages = _FP32 if settings.averaged else 0
     if settings.offload == "nvme":
-        return (_FP32 + weights + averages) * share
+        return (_FP32 + weights + settings.average_bytes) * share
     copies = _FP32 if settings.zero_stage == 3 else size + (_FP32 if size == _FP32 else 0)
-    others = (_FP32 + _FP32 + copies + weights + averages) * share
+    others = (_FP32 + _FP32 + copies + weights + settings.average_bytes) * share
     return others + _moments(counts, settings) // settings.ranks
 
 

@@ -22,7 +22,7 @@ BF16 = MemorySettings(
     ranks=8,
     precision="bf16",
     on_gpu=True,
-    averaged=False,
+    average_bytes=0,
     optimizer="adamw",
     orthogonalization_bytes=4,
     offload="none",
@@ -65,7 +65,7 @@ def test_ranks_on_one_host_do_not_copy_what_others_send() -> None:
 
 def test_averages_and_offload() -> None:
     """Catches averaged weights that are not partitioned, and offloaded states that stay on the device."""
-    assert resident(replace(BF16, averaged=True)).total - resident(BF16).total == 4 * N // 8
+    assert resident(replace(BF16, average_bytes=4)).total - resident(BF16).total == 4 * N // 8
     offloaded = replace(BF16, zero_stage=2, offload="cpu")
     assert resident(offloaded).optimizer == 0
     memory = rank_memory(COUNTS, NOTHING, offloaded)
@@ -78,7 +78,7 @@ def test_averages_and_offload() -> None:
 
 def test_checkpoints_are_copied_to_the_host() -> None:
     """Catches pinned memory that is missing in a plan, and copies that all ranks make although rank 0 alone writes."""
-    two_machines = replace(BF16, hosts=2, averaged=True)
+    two_machines = replace(BF16, hosts=2, average_bytes=4)
     assert rank_memory(COUNTS, NOTHING, two_machines).checkpoint == (16 // 2 + 4) * N
     assert rank_memory(COUNTS, NOTHING, replace(two_machines, zero_stage=0, precision="fp32")).checkpoint == 20 * N
     on_cpu = rank_memory(COUNTS, NOTHING, replace(BF16, on_gpu=False))
