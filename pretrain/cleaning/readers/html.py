@@ -1,13 +1,13 @@
 """HTML files. A file is a document; its main text is found by trafilatura."""
 
-import gzip
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 
 from experiment.storage import open_file
 from pretrain.cleaning.readers import has_suffix
-from pretrain.corpus.formats import Document
+from pretrain.corpus.compression import decompress
+from pretrain.corpus.formats import Document, detect_format
 
 PACKAGES: tuple[str, ...] = ("trafilatura",)
 
@@ -26,8 +26,7 @@ def matches(name: str) -> bool:
 
 def read(name: str) -> Iterator[Document]:
     with open_file(name) as file:
-        content = file.read()
-    content = gzip.decompress(content) if name.lower().endswith(".gz") else content
+        content = decompress(file, detect_format(name)[1]).read()
     yield Document(decode_page(content), name, 1, {}, "html")
 
 

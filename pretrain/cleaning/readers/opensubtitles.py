@@ -32,7 +32,7 @@ def _is_film(member: str) -> bool:
 
 def _film(stream: IO[bytes], name: str, origin: str) -> str:
     lines = []
-    content = decompress(stream, name.rpartition(".")[2])
+    content = decompress(stream, detect_format(name)[1])
     try:
         for _, element in ElementTree.iterparse(content):
             if element.tag == "s":

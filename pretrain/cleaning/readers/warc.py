@@ -8,7 +8,7 @@ from experiment.storage import open_file
 from pretrain.cleaning.readers import has_suffix
 from pretrain.cleaning.readers.html import decode_page
 from pretrain.corpus.compression import MemberReader
-from pretrain.corpus.formats import Document, explain_read_errors
+from pretrain.corpus.formats import Document, detect_format, explain_read_errors
 
 if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
@@ -58,9 +58,9 @@ class _Content:
     """The decompressed content of a file. warcio takes a truncated file for one that ends there."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
-        compression = name.lower().rpartition(".")[2]
+        _, compression = detect_format(name)
         # Not `decompress`, which reads ahead: the record of an error would not be known.
-        self._stream = MemberReader(file, compression) if compression in ("gz", "zst") else file
+        self._stream = MemberReader(file, compression) if compression else file
         self._name = name
         self.record = 1  # that is read
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from experiment.errors import UserError
 from experiment.storage import open_file
 from pretrain.corpus.compression import decompress
-from pretrain.corpus.formats import Document
+from pretrain.corpus.formats import Document, detect_format
 
 _ARTICLES = "0"  # the namespace of articles; others are talk, users, templates, …
 
@@ -46,4 +46,4 @@ def read(name: str) -> Iterator[Document]:
 def _decompress(file: IO[bytes], name: str) -> IO[bytes]:
     if name.lower().endswith(".bz2"):
         return bz2.open(file)
-    return decompress(file, name.lower().rpartition(".")[2])
+    return decompress(file, detect_format(name)[1])
