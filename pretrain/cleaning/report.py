@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pretrain.cleaning.step import Step
     from pretrain.cleaning.tally import StepTally
 
-SUMMARY = CLEAN_SUMMARY
 _LANGUAGES = 30  # the most frequent ones
 _LISTED = 200  # matches on the page
 _FILE_WIDTH = 110  # characters of the table, if it is not printed on a terminal
@@ -91,7 +90,7 @@ def _step(name: str, tally: "StepTally", step: "Step[Any]") -> dict[str, Any]:
 
 def write_report(folder: Path, summary: Summary) -> None:
     """Write clean.json and report.html."""
-    write_json(folder / SUMMARY, summary)
+    write_json(folder / CLEAN_SUMMARY, summary)
     kept, read = summary["kept"], summary["read"]
     headline = Headline(
         state="cleaned",
@@ -158,7 +157,7 @@ def _examples(summary: Summary) -> Iterator[Block]:
             yield Code(f"{name}: {len(texts)} of {count:,} {done}, drawn at random", "\n\n".join(texts))
         if matches := step.get("matches"):
             if len(matches) > _LISTED:
-                yield Text(f"The first {_LISTED} of {len(matches):,} matches; {SUMMARY} has the others.")
+                yield Text(f"The first {_LISTED} of {len(matches):,} matches; {CLEAN_SUMMARY} has the others.")
             rows = [[match["id"], match["match"]] for match in matches[:_LISTED]]
             yield Table(("document", "match"), rows, labels=2)
 

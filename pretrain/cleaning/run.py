@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiment.decontamination import read_clean_summary
+from experiment.decontamination import CLEAN_SUMMARY, read_clean_summary
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import fsync_tree, json_digest, read_json, write_json
 from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX, Pass
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
-from pretrain.cleaning.report import SUMMARY, Summary, describe_kept, print_steps, summarize, write_report
+from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.corpus.engines import Engine, open_engine
@@ -52,10 +52,10 @@ def clean(
         sources = find_inputs(config)
         steps = _prepare_steps(config, read_task)
         recipe = _recipe(config, steps)
-        if holds_result(folder, SUMMARY, "output", "cleaned documents"):
+        if holds_result(folder, CLEAN_SUMMARY, "output", "cleaned documents"):
             summary = read_clean_summary(str(folder))
             if summary is None:
-                raise UserError(f"{folder / SUMMARY} is damaged; delete {folder} to start over")
+                raise UserError(f"{folder / CLEAN_SUMMARY} is damaged; delete {folder} to start over")
             if summary["recipe"] != recipe or summary.get("source") != digest_of(read_inputs(sources, config)):
                 raise UserError(
                     f"output: {folder} already holds documents that were cleaned with another config, or of other "
@@ -123,9 +123,7 @@ def _clean(
     summary = summarize(config, {"recipe": recipe, "source": last.source}, empty, kept, languages, tallies, steps)
     write_report(result, summary)
     fsync_tree(result)
-    if folder.exists():
-        folder.rmdir()  # empty
-    result.rename(folder)
+    result.replace(folder)
     shutil.rmtree(unfinished)
     return summary
 
