@@ -56,20 +56,7 @@ class Sampling:
         holdout = self.holdout or 0
         if holdout >= documents:
             raise UserError(f"--holdout {holdout:,}: the source has only {documents:,} documents with text")
-        rest = documents - holdout
-        limit = rest if self.limit is None else min(self.limit, rest)
-        return self._select(documents, holdout, rest, limit)
-
-    def parts_of(self, documents: Sequence[int]) -> Iterator[bytes]:
-        """Yield the parts of each of some groups of documents, of these sizes: a byte per document. Empty if all
-        documents are in the main corpus."""
-        if self.enabled:
-            codes = map({part: code for code, part in enumerate(PART_CODES)}.__getitem__, self.assign(sum(documents)))
-            yield from (bytes(islice(codes, count)) for count in documents)
-        else:
-            yield from (b"" for _ in documents)
-
-    def _select(self, documents: int, holdout: int, rest: int, limit: int) -> Iterator[Part | None]:
+        rest, limit = documents - holdout, self.limit or documents
         holdout_random, limit_random = random.Random(f"holdout {self.seed}"), random.Random(f"limit {self.seed}")
         for left in range(documents, 0, -1):
             if holdout_random.random() * left < holdout:
@@ -81,6 +68,15 @@ class Sampling:
             else:
                 rest -= 1
                 yield None
+
+    def parts_of(self, documents: Sequence[int]) -> Iterator[bytes]:
+        """Yield the parts of each of some groups of documents, of these sizes: a byte per document. Empty if all
+        documents are in the main corpus."""
+        if self.enabled:
+            codes = map({part: code for code, part in enumerate(PART_CODES)}.__getitem__, self.assign(sum(documents)))
+            yield from (bytes(islice(codes, count)) for count in documents)
+        else:
+            yield from (b"" for _ in documents)
 
 
 @dataclass(frozen=True)

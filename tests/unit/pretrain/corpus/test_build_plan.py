@@ -20,7 +20,7 @@ def test_counts_are_exact(documents: int, holdout: int, limit: int | None, seed:
     sampling = Sampling(seed, limit, holdout or None)
     if holdout >= documents:
         with pytest.raises(UserError):
-            sampling.assign(documents)
+            next(sampling.assign(documents))
         return
     parts = list(sampling.assign(documents))
     assert len(parts) == documents
