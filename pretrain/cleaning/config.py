@@ -80,7 +80,7 @@ class CleanConfig(TextOptions):
         compared = None
         for number, item in enumerate(self.steps):
             step = item.make()
-            for key in step.required_metadata:
+            for key in step.needs:
                 if key not in known:
                     raise ValueError(f"steps.{number}.{item.name}: {_provider_of(key)}")
             if step.repairs and compared is not None:

@@ -75,7 +75,7 @@ class Step(ABC, Generic[ConfigT]):
     packages: ClassVar[tuple[str, ...]] = ()
     """Packages of the extra `clean` that the step imports."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
     """Metadata that the step reads, which an earlier step or the source has to provide."""
 
     provides: ClassVar[tuple[str, ...]] = ()
@@ -95,10 +95,6 @@ class Step(ABC, Generic[ConfigT]):
 
     def prepare(self, read_task: ReadTask) -> None:
         """Open what the config names, in the main process. Raises UserError."""
-
-    @property
-    def required_metadata(self) -> tuple[str, ...]:
-        return self.needs
 
     def facts(self) -> Mapping[str, Any]:
         """What clean.json says about the step besides its counts."""

@@ -36,9 +36,9 @@ class Config(Section):
 class Step(DocumentStep[Config]):
     config_type = Config
 
-    @property
-    def required_metadata(self) -> tuple[str, ...]:
-        return tuple(key for key in (self.config.by, self.config.weight) if key is not None)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.needs = tuple(key for key in (config.by, config.weight) if key is not None)
 
     def apply(self, document: Document) -> Verdict | None:
         draw = xxhash.xxh3_64_intdigest(document.id.encode(), seed=self.config.seed) / _RANGE
