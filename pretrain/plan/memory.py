@@ -102,6 +102,11 @@ class MemorySettings:
         """b: 2 or 4."""
         return _DTYPES[self.precision].itemsize
 
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether gradients stay in `parameter.grad` until the update; else they go to a sum in fp32 or a bucket."""
+        return self.zero_stage == 0
+
 
 def memory_settings(
     config: PretrainConfig, deepspeed: DeepSpeedSettings, hosts: int, ranks: int, on_gpu: bool
@@ -128,11 +133,6 @@ def memory_settings(
 
 def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
     return _DTYPES[deepspeed.precision]
-
-
-def gradients_stay(settings: MemorySettings) -> bool:
-    """Whether gradients stay in `parameter.grad` until the update; else they go to a sum in fp32 or a bucket."""
-    return settings.zero_stage == 0
 
 
 def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:
@@ -244,7 +244,7 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
     total, size = counts.total, settings.weight_bytes
     share = total if settings.zero_stage == 0 else -(-total // settings.ranks)
     temporary = _temporary(counts, share, settings)
-    gradients = size * total if gradients_stay(settings) else 0
+    gradients = size * total if settings.gradients_stay else 0
     bucket = min(total, settings.reduce_bucket)
     match settings.zero_stage:
         case 3:  # the flat gradient of a sub-group, beside the bucket

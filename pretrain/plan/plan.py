@@ -1,9 +1,7 @@
 """Plan one run: its computation, and the memory, communication and time that it takes."""
 
-import functools
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import NamedTuple
@@ -18,7 +16,7 @@ from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model, hidden_matrices
 from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
 from pretrain.plan.cost import Cost, Device, Rates, run_cost
-from pretrain.plan.memory import MemorySettings, RankMemory, gradients_stay, memory_settings, rank_memory, weight_dtype
+from pretrain.plan.memory import MemorySettings, RankMemory, memory_settings, rank_memory, weight_dtype
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun
 from pretrain.training_stream import open_stream
@@ -101,23 +99,18 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     settings = memory_settings(run.config, run.deepspeed, hosts, ranks, device.is_gpu)
     if rates.peak_flops is None:
         rates = replace(rates, peak_flops=peak_flops(device.name, run.deepspeed.precision))
-    measure = _largest_microbatch(
-        run,
-        stages,
-        Computation(
-            dtype=weight_dtype(run.deepspeed),
-            packed=packed,
-            on_gpu=device.is_gpu,
-            checkpointed=run.config.model.activation_checkpointing,
-        ),
-    )
+    alternatives = _alternatives(settings)
+    largest = {
+        stay: _largest_microbatch(run, stages, packed, device.is_gpu, stay)
+        for stay in {each.gradients_stay for each in alternatives}
+    }
     longest = max(stages, key=lambda stage: stage.steps or math.inf)
     zero = {
         each.zero_stage: ZeroPlan(
-            rank_memory(counts, measure(gradients_stay(each)), each),
+            rank_memory(counts, largest[each.gradients_stay], each),
             sent_per_step(counts, each, longest.batch.microbatches),
         )
-        for each in _alternatives(settings)
+        for each in alternatives
     }
     by_stage = _flops_per_token(flops, stages, mean(run.config.masking.rates))
     forked_at, cost, budget_steps = _forked_at(run), None, None
@@ -197,26 +190,28 @@ def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
 
 
 def _largest_microbatch(
-    run: ResolvedRun, stages: tuple[StageWork, ...], computation: Computation
-) -> Callable[[bool], MicrobatchMemory]:
-    """Returns the memory of the microbatch that takes the most, given whether gradients stay in place."""
+    run: ResolvedRun, stages: tuple[StageWork, ...], packed: bool, on_gpu: bool, gradients_stay: bool
+) -> MicrobatchMemory:
+    """The memory of the microbatch that takes the most."""
     shapes = {(stage.batch.largest, stage.batch.microbatches > 1) for stage in stages}
-
-    @functools.cache
-    def measure(gradients_stay: bool) -> MicrobatchMemory:
-        return max(
-            (
-                microbatch_memory(
-                    meta_model(run.model_config),
-                    shape,
-                    replace(computation, gradients_stay=gradients_stay, accumulates=accumulates),
-                )
-                for shape, accumulates in shapes
-            ),
-            key=lambda memory: memory.total,
-        )
-
-    return measure
+    return max(
+        (
+            microbatch_memory(
+                meta_model(run.model_config),
+                shape,
+                Computation(
+                    dtype=weight_dtype(run.deepspeed),
+                    packed=packed,
+                    on_gpu=on_gpu,
+                    checkpointed=run.config.model.activation_checkpointing,
+                    gradients_stay=gradients_stay,
+                    accumulates=accumulates,
+                ),
+            )
+            for shape, accumulates in shapes
+        ),
+        key=lambda memory: memory.total,
+    )
 
 
 def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], rate: float) -> list[float] | None:

@@ -8,7 +8,7 @@ from pretrain.engine.deepspeed_settings import Precision
 from pretrain.engine.shared_memory import BUFFER_BYTES
 from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
-from pretrain.plan.memory import MemorySettings, Parts, gathered_weights, gradients_stay, rank_memory
+from pretrain.plan.memory import MemorySettings, Parts, gathered_weights, rank_memory
 from pretrain.plan.plan import sent_per_step
 
 N = 1_000_000_000
@@ -125,7 +125,7 @@ def test_gradients_at_zero_1(precision: Precision) -> None:
     """Catches a bucket that our optimizer does not need, and gradients that are counted twice: each is added to an fp32
     sum as soon as it is computed."""
     settings = replace(BF16, precision=precision)
-    assert not gradients_stay(settings)
+    assert not settings.gradients_stay
     moments = rank_memory(COUNTS, NOTHING, settings).moments
     assert moments["backward"].buffers == moments["update"].buffers == 0
     assert moments["backward"].gradients == moments["update"].gradients == 4 * N
