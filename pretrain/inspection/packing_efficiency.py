@@ -43,10 +43,8 @@ def packing_efficiency(
     random = np.random.default_rng(seed)
     size = BATCHES, max(1, BATCH_TOKENS * count // (tokens + special_tokens * count))
     batches = random.choice(capacity + 1, size, p=sequences / count) + special_tokens
-    layouts = [
-        MicrobatchLayout(max_seq_length, max(BatchConfig().microbatch_tokens, max_seq_length), rows)
-        for rows in ("padded", "windows", "flat")
-    ]
+    slots = BatchConfig().microbatch_tokens
+    layouts = [MicrobatchLayout(max_seq_length, slots, rows) for rows in ("padded", "windows", "flat")]
     return PackingEfficiency(
         max_seq_length=max_seq_length,
         sequences=count,
