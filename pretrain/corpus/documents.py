@@ -26,7 +26,7 @@ from pretrain.corpus.formats import (
     row_document,
 )
 from pretrain.corpus.options import TextOptions
-from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_selected, is_skipped, report_skipped
+from pretrain.corpus.sources import PYTHON_DOCS, Source, Span, is_hidden_member, is_selected, report_skipped
 
 Archives = Mapping[str, Members]
 
@@ -115,9 +115,11 @@ def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: Read
     found = stats.archives.setdefault(_archive_name(source), Members())
 
     def is_wanted(name: str) -> bool:
-        if is_skipped(name, source.selection):
+        if is_selected(name, source.selection):
+            return True
+        if source.selection == "*" and not is_hidden_member(name):  # nobody has asked to leave it out
             found.skip(name)
-        return is_selected(name, source.selection)
+        return False
 
     for name, member in members(file, span, is_wanted):
         found.read += 1

@@ -208,16 +208,12 @@ def is_selected(name: str, pattern: str) -> bool:
     A name may be absolute or contain `..`: members are read where they are, and never unpacked to that path.
     """
     if pattern == "*":
-        return detect_format(name)[0] is not None and not _is_hidden_member(name)
+        return detect_format(name)[0] is not None and not is_hidden_member(name)
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def is_skipped(name: str, pattern: str) -> bool:
-    """Whether a member that is not selected should be reported: nobody has asked to leave it out."""
-    return pattern == "*" and not is_selected(name, pattern) and not _is_hidden_member(name)
-
-
-def _is_hidden_member(name: str) -> bool:
+def is_hidden_member(name: str) -> bool:
+    """Whether an archive member is hidden, or one of the files that macOS adds."""
     is_hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
     return is_hidden or name.startswith("__MACOSX/")
 
