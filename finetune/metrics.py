@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiment.intervals import wilson_interval
+
 _BINS = 15  # of the calibration error
 _TEMPERATURES = (0.05, 20.0)
 _TINY = 1e-37  # least probability: its logarithm is finite
@@ -291,18 +293,10 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
     accuracy, drawn = float(np.mean(right)), len(counts)
     residuals = hits - accuracy * counts
     if drawn == len(right) or np.abs(residuals).max() < _ROUNDING:
-        return _wilson(accuracy, drawn)
+        return wilson_interval(accuracy, drawn)
     error = np.sqrt((residuals**2).sum() * drawn / (drawn - 1)) / len(right)
     half = float(stdtrit(drawn - 1, 0.975) * error)
     return max(0.0, accuracy - half), min(1.0, accuracy + half)
-
-
-def _wilson(share: float, count: int) -> Interval:
-    """Wilson's interval of a share of so many independent draws."""
-    z = statistics.NormalDist().inv_cdf(0.975)
-    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * float(np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))) / (1 + z**2 / count)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def document_ranks(

@@ -5,18 +5,17 @@ few hash functions: false candidates are few, because only sampled documents are
 sampled one in a band are compared with it, until a near-duplicate is found.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from experiment.intervals import wilson_interval
 from pretrain.batching.masking import Ranges
 from pretrain.cleaning.minhash import NgramSets, choose_bands, jaccard, sketch
 from pretrain.corpus.shards import MappedShard, map_shard
@@ -53,12 +52,8 @@ class NearDuplicates:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the share in the corpus (Wilson 1927). Without scipy, which takes a second to import."""
-        if self.is_complete:
-            return self.share, self.share
-        z, n, p = NormalDist().inv_cdf(0.975), self.documents, self.share
-        center, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)
+        """The 95 % interval of the share in the corpus."""
+        return (self.share, self.share) if self.is_complete else wilson_interval(self.share, self.documents)
 
 
 def find_near_duplicates(sample: Sample, advance: Callable[[float], None]) -> NearDuplicates:
