@@ -166,7 +166,7 @@ def _print_table(plan: LaunchPlan, findings: Findings) -> None:
     for size in sorted({*findings.speeds, *findings.failures, findings.choice}):
         table.add_row(f"{scaled_microbatch(plan.config, size).batch.microbatch_tokens:,}", *_cells(findings, size))
     with suppress(OSError):  # the terminal may be closed
-        Console(stderr=True, highlight=False, markup=False).print(table)
+        Console(stderr=True, highlight=False, markup=False, emoji=False).print(table)
 
 
 def _cells(findings: Findings, size: int) -> tuple[str, str, str]:

@@ -155,7 +155,7 @@ def write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: Ma
         table = Table(*header, title=title)
         for row in rows:
             table.add_row(*row)
-        Console(markup=False, highlight=False).print(table)
+        Console(markup=False, emoji=False, highlight=False).print(table)
     print(f"{folder.path}/compare.json, compare.csv, compare.md")
     if any(comparison.values()):
         draw_dots(folder.path / "compare.png", score_charts(comparison))

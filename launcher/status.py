@@ -179,7 +179,7 @@ def _list(status: RunStatus) -> str:
 
 def _print_table(found: Sequence[RunStatus]) -> None:
     """On a narrow terminal, without the columns that do not fit."""
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH
     names = list(dict.fromkeys(name for status in found for name in _values(status)))

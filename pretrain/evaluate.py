@@ -227,4 +227,4 @@ def _print(scores: dict[str, Scores], as_json: bool) -> None:
     table = Table("corpus", *(kind.replace("_", " ") for kind in Scores._fields))
     for name, (loss, perplexity, accuracy, masked) in scores.items():
         table.add_row(name, f"{loss:.4f}", format_perplexity(perplexity), f"{accuracy:.4f}", f"{masked:,}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

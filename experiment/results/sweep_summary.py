@@ -81,7 +81,7 @@ def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric:
     for result in best_first:
         shown = f"{result.value:.4f}" if result.value is not None else ("–" if result.state == "done" else result.state)
         table.add_row(*result.values.values(), shown)
-    Console(highlight=False, markup=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def _plot(results: Sequence[SweepResult], keys: Sequence[str], metric: str, path: Path) -> None:

@@ -43,7 +43,7 @@ def print_label_scores(
         table.add_row(label, *cells, f"{scores['support']:,}")
     if len(labels) > _LABELS:
         table.add_row(f"… and {len(labels) - _LABELS} more")
-    Console(markup=False).print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -96,7 +96,7 @@ def print_results(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _print_lines(lines: Sequence[str]) -> None:
-    Console().print("\n".join(lines), markup=False, soft_wrap=True, highlight=False)
+    Console().print("\n".join(lines), markup=False, emoji=False, soft_wrap=True, highlight=False)
 
 
 def _mean_and_std(scores: Mapping[str, Any], digits: int = 4) -> str:

@@ -34,7 +34,7 @@ class Step(DocumentStep[Config]):
             lines = Path(self.config.file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"steps: word_list.file: cannot read {self.config.file}: {reason(error)}") from None
-        self.words = sorted({line.strip() for line in lines if line.strip() and not line.startswith("#")})
+        self.words = sorted({word for line in lines if (word := line.strip()) and not word.startswith("#")})
         if not self.words:
             raise UserError(f"steps: word_list.file: {self.config.file} has no words")
 
