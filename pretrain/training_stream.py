@@ -19,75 +19,12 @@ from pretrain.batching.masking import Masker, MaskingSchedule, masking_policy
 from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.row_width import with_best_row_width
-from pretrain.batching.sequences import SequenceIndex, open_index
-from pretrain.batching.vocabulary import Vocabulary
+from pretrain.batching.sequences import open_index
 from pretrain.config import MaskingConfig, Stage
-from pretrain.resolve import ResolvedRun, TrainingCorpus
+from pretrain.resolve import ResolvedRun
 from pretrain.resume import check_fork_length
 from pretrain.schedule_config import ScheduleConfig
 from pretrain.world import World
-
-
-@dataclass(frozen=True)
-class StageData:
-    """The training corpora, split to the sequence length of one stage.
-
-    The weights of a mixture are shares of tokens. `batching/order.py` deals positions to corpora, one per sequence, so
-    the weights are converted here.
-    """
-
-    number: int  # of the stage
-    stage: Stage
-    corpora: tuple[TrainingCorpus, ...]
-    indexes: tuple[SequenceIndex, ...]  # by corpus
-    vocabulary: Vocabulary
-
-    @property
-    def position_shares(self) -> tuple[float, ...]:
-        """Shares of the positions, by corpus, under which the weights are shares of the tokens."""
-        return tuple(
-            given.weight / (given.corpus.tokens / len(index) + self.vocabulary.num_special_tokens)
-            for given, index in zip(self.corpora, self.indexes, strict=True)
-        )
-
-    @property
-    def mean_length(self) -> float:
-        """Mean tokens per sequence of the mixture, special tokens included."""
-        return sum(given.weight for given in self.corpora) / sum(self.position_shares)
-
-    def masked_corpora(self, masking: MaskingConfig, seed: int) -> tuple[MaskedCorpus, ...]:
-        """The split corpora, with masks that no other stage has."""
-        policy = masking_policy(masking)
-        return tuple(
-            MaskedCorpus(
-                given.corpus,
-                index,
-                Masker(self.vocabulary, policy, seed, given.corpus.fingerprint, stage=self.number),
-            )
-            for given, index in zip(self.corpora, self.indexes, strict=True)
-        )
-
-    def order(self, schedule: ScheduleConfig, seed: int) -> ShuffledOrder:
-        """The order of the stage. It has other sequences than the previous stage, so it starts new epochs."""
-        streams = tuple(
-            CorpusStream(len(index), make_key(("order", seed, given.corpus.fingerprint, self.number)))
-            for given, index in zip(self.corpora, self.indexes, strict=True)
-        )
-        epochs = schedule.epochs
-        return ShuffledOrder(
-            streams,
-            BatchSizes(self.stage.sequences, schedule.batch_warmup_steps, self.stage.first_step),
-            None if epochs is None else max(1, round(epochs * len(self.indexes[0]))),
-            self.position_shares,
-        )
-
-
-def open_stage(run: ResolvedRun, number: int) -> StageData:
-    """Open the sequence indexes of stage `number`; missing ones are built."""
-    stage = run.stages[number]
-    capacity = stage.max_seq_length - run.vocabulary.num_special_tokens
-    indexes = tuple(open_index(given.corpus, capacity, run.folder.path / "index") for given in run.corpora)
-    return StageData(number, stage, run.corpora, indexes, run.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -139,20 +76,20 @@ def open_stream(
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
     config = run.config
-    stages = [open_stage(run, number) for number in range(len(run.stages))]
-    orders = [stage.order(config.schedule, config.run.seed) for stage in stages]
-    steps = _total_steps(config.schedule, orders, [stage.mean_length for stage in stages])
+    corpora, orders = zip(*(_open_stage(run, number, stage) for number, stage in enumerate(run.stages)), strict=True)
+    total_weight = sum(given.weight for given in run.corpora)
+    steps = _total_steps(config.schedule, orders, [total_weight / sum(order.shares) for order in orders])
     check_fork_length(run.resume_plan, steps)
     makers = [
         BatchMaker(
-            stage.masked_corpora(config.masking, config.run.seed),
+            of_stage,
             order,
             run.vocabulary,
-            MicrobatchLayout(settings.max_seq_length, settings.microbatch_tokens, rows, first_position),
+            MicrobatchLayout(stage.max_seq_length, stage.microbatch_tokens, rows, first_position),
             world,
             _masking_rate(config.masking, steps),
         )
-        for stage, order, settings in zip(stages, orders, run.stages, strict=True)
+        for stage, of_stage, order in zip(run.stages, corpora, orders, strict=True)
     ]
     first_steps = tuple(stage.first_step for stage in run.stages)
     if rows == "windows" and attention_ratio is not None:
@@ -162,6 +99,32 @@ def open_stream(
             for maker, order, first, end in zip(makers, orders, first_steps, ends, strict=True)
         ]
     return TrainingStream(tuple(makers), first_steps, steps, tuple(given.name for given in run.corpora), rows)
+
+
+def _open_stage(run: ResolvedRun, number: int, stage: Stage) -> tuple[tuple[MaskedCorpus, ...], ShuffledOrder]:
+    """The corpora of stage `number`, split into its sequences, with masks that no other stage has; and their order.
+
+    The stage has other sequences than the one before it, so it starts new epochs. The weights of a mixture are shares
+    of tokens; an order deals positions to corpora, one per sequence, so its shares are the weights divided by the mean
+    tokens per sequence. Missing sequence indexes are built.
+    """
+    config, vocabulary = run.config, run.vocabulary
+    seed, schedule, policy = config.run.seed, config.schedule, masking_policy(config.masking)
+    capacity = stage.max_seq_length - vocabulary.num_special_tokens
+    corpora, streams, shares = [], [], []
+    for given in run.corpora:
+        corpus, fingerprint = given.corpus, given.corpus.fingerprint
+        index = open_index(corpus, capacity, run.folder.path / "index")
+        corpora.append(MaskedCorpus(corpus, index, Masker(vocabulary, policy, seed, fingerprint, stage=number)))
+        streams.append(CorpusStream(len(index), make_key(("order", seed, fingerprint, number))))
+        shares.append(given.weight / (corpus.tokens / len(index) + vocabulary.num_special_tokens))
+    order = ShuffledOrder(
+        tuple(streams),
+        BatchSizes(stage.sequences, schedule.batch_warmup_steps, stage.first_step),
+        None if schedule.epochs is None else max(1, round(schedule.epochs * streams[0].sequences)),
+        tuple(shares),
+    )
+    return tuple(corpora), order
 
 
 def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule | None:
@@ -175,7 +138,8 @@ def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule 
 def _total_steps(
     schedule: ScheduleConfig, orders: Sequence[ShuffledOrder], mean_lengths: Sequence[float]
 ) -> int | None:
-    """Steps in the run; None under a time budget. `orders`, `mean_lengths`: by stage."""
+    """Steps in the run; None under a time budget. `orders`, `mean_lengths`: by stage; mean tokens per sequence, special
+    tokens included."""
     last = orders[-1]
     if schedule.tokens is None:
         return schedule.known_steps or last.end
