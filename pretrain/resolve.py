@@ -21,7 +21,7 @@ from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.tracking.tracker import check_tracking
 from experiment.transformers_models import check_freeze, max_positions
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
-from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, Stage, WeightedCorpus
+from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, WeightedCorpus
 from pretrain.corpus.cache import open_metadata
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
@@ -67,14 +67,13 @@ class ResolvedRun:
     model_source: ModelConfig  # source of the model: section `model`, or the checkpoint to continue from
     model_config: PreTrainedConfig
     num_parameters: int
-    stages: tuple[Stage, ...]
     identity: Mapping[str, Any]  # see `run_identity`
     resume_plan: ResumePlan
 
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence of any stage or evaluation, special tokens included."""
-        return max(self.config.batch.max_seq_length, *(stage.max_seq_length for stage in self.stages))
+        return max(self.config.batch.max_seq_length, *(stage.max_seq_length for stage in self.config.stages))
 
 
 class Decide(Protocol):
@@ -135,7 +134,6 @@ def resolve(
         model_source=model_source,
         model_config=model_config,
         num_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-        stages=config.stages,
         identity=identity,
         resume_plan=decide(lambda: _plan_resume(config, model_source, point, identity, corpora)),
     )

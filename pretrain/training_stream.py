@@ -76,7 +76,7 @@ def open_stream(
     Raises UserError where the length of the run does not fit its stages, or ends before the checkpoint that it forks.
     """
     config = run.config
-    corpora, orders = zip(*(_open_stage(run, number, stage) for number, stage in enumerate(run.stages)), strict=True)
+    corpora, orders = zip(*(_open_stage(run, number, stage) for number, stage in enumerate(config.stages)), strict=True)
     total_weight = sum(given.weight for given in run.corpora)
     steps = _total_steps(config.schedule, orders, [total_weight / sum(order.shares) for order in orders])
     check_fork_length(run.resume_plan, steps)
@@ -89,9 +89,9 @@ def open_stream(
             world,
             _masking_rate(config.masking, steps),
         )
-        for stage, of_stage, order in zip(run.stages, corpora, orders, strict=True)
+        for stage, of_stage, order in zip(config.stages, corpora, orders, strict=True)
     ]
-    first_steps = tuple(stage.first_step for stage in run.stages)
+    first_steps = tuple(stage.first_step for stage in config.stages)
     if rows == "windows" and attention_ratio is not None:
         ends = (*first_steps[1:], sys.maxsize if steps is None else steps)
         makers = [
