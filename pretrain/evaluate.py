@@ -29,7 +29,6 @@ from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.transformers_models import max_positions
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import Masker, MaskingPolicy, masking_policy
 from pretrain.batching.order import SequentialOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
@@ -130,7 +129,7 @@ def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: W
 
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, masked tokens
-    batches = load_batches(corpus.maker, 0, corpus.batches, workers=0)
+    batches = (corpus.maker[step] for step in range(corpus.batches))
     for batch in track(batches, name, corpus.batches, "batches", show_progress):
         for microbatch in batch.microbatches:
             loss_sum, correct = predict(microbatch)

@@ -75,12 +75,9 @@ def load_batches(
 ) -> Iterator[RankBatch]:
     """Yield batches first, first + 1, … up to `last` (exclusive; None: endless), prefetched by `workers` processes.
 
-    With `workers` = 0 each batch is made in this process when it is requested. timeout: seconds to wait for a batch;
-    None: no limit. pin_memory: of the current CUDA device. Raises DataWorkerError instead of waiting for a worker that
-    died, or longer than `timeout`.
+    timeout: seconds to wait for a batch; None: no limit. pin_memory: of the current CUDA device. Raises DataWorkerError
+    instead of waiting for a worker that died, or longer than `timeout`.
     """
-    if workers == 0:
-        return (batches[step] for step in _steps(first, last))
     device = torch.cuda.current_device() if pin_memory else None
     return _Prefetcher(batches, first, last, workers, timeout, device)
 

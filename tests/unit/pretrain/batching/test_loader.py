@@ -56,11 +56,10 @@ class ManyMicrobatches:
         )
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_of_a_batch_changes_on_the_way(workers):
+def test_nothing_of_a_batch_changes_on_the_way():
     """Catches tensors that get another value, type, shape or order when a batch is flattened for the rank."""
     source = ManyMicrobatches()
-    for step, batch in enumerate(load_batches(source, 0, 3, workers)):
+    for step, batch in enumerate(load_batches(source, 0, 3, workers=1)):
         expected = source[step]
         assert batch._replace(microbatches=[], origins=None) == expected._replace(microbatches=[], origins=None)
         assert all(map(np.array_equal, batch.origins, expected.origins))
