@@ -30,9 +30,10 @@ from rich.table import Table
 
 from benchmarks.measuring import describe_machine
 from experiment.hardware import keep_freed_memory
+from pretrain.batching.batch import flatten_batch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes
-from pretrain.batching.loader import batch_message, load_batches
+from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import Masker, MaskingPolicy
 from pretrain.batching.order import BatchSequences, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
@@ -170,7 +171,7 @@ def _phases(maker: BatchMaker, step: int) -> dict[str, float]:
     share, batch = _timed(lambda: maker.make_share(step, *assigned))
     parts = [_read_and_mask(source, number, batch.origins) for number, source in enumerate(maker.corpora)]
     read, mask = map(sum, zip(*parts, strict=True))
-    send, _ = _timed(lambda: pickle.loads(pickle.dumps(batch_message(batch), protocol=pickle.HIGHEST_PROTOCOL)))
+    send, _ = _timed(lambda: pickle.loads(pickle.dumps(flatten_batch(batch), protocol=pickle.HIGHEST_PROTOCOL)))
     return dict(zip(_PHASES, (order, every_rank, read, mask, share, send), strict=True))
 
 

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pretrain.batching.order import BatchSequences
 
@@ -42,29 +44,29 @@ class RankBatch(NamedTuple):
 
 
 class FlatRankBatch(NamedTuple):
-    """A RankBatch with all tensors in one: a worker sends one array, and a rank pins one block of memory."""
+    """A RankBatch with all tensors in one array: a worker sends one, and a rank pins one block of memory."""
 
-    data: torch.Tensor  # uint8; by field, then by microbatch
+    data: NDArray[np.uint8]  # by field, then by microbatch
     fields: list[tuple[int, torch.dtype, list[list[int]]]]  # number of the field, and the shape in each microbatch
     batch: RankBatch  # without its microbatches
 
 
 def flatten_batch(batch: RankBatch) -> FlatRankBatch:
-    """Copy the tensors of a batch into one. Wide elements come first, so that all are aligned."""
+    """Copy the tensors of a batch into an array. Wide elements come first, so that all are aligned."""
     columns = list(enumerate(zip(*batch.microbatches, strict=True)))
     columns.sort(key=lambda column: -column[1][0].element_size())
     data = torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensors in columns for tensor in tensors])
     fields = [(number, tensors[0].dtype, [list(tensor.shape) for tensor in tensors]) for number, tensors in columns]
-    return FlatRankBatch(data, fields, batch._replace(microbatches=[]))
+    return FlatRankBatch(data.numpy(), fields, batch._replace(microbatches=[]))
 
 
-def unflatten_batch(flat: FlatRankBatch) -> RankBatch:
-    """The batch that was flattened; its tensors are views."""
+def unflatten_batch(flat: FlatRankBatch, data: torch.Tensor) -> RankBatch:
+    """The batch that was flattened. Its tensors are views of `data`, the flat data as a tensor."""
     columns: list[list[torch.Tensor]] = [[] for _ in flat.fields]
     start = 0
     for number, dtype, shapes in flat.fields:
         for shape in shapes:
             end = start + math.prod(shape) * dtype.itemsize
-            columns[number].append(flat.data[start:end].view(dtype).view(shape))
+            columns[number].append(data[start:end].view(dtype).view(shape))
             start = end
     return flat.batch._replace(microbatches=[Microbatch(*tensors) for tensors in zip(*columns, strict=True)])

@@ -23,12 +23,12 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from experiment.signals import WARNING_SIGNALS
-from pretrain.batching.batch import FlatRankBatch, RankBatch, flatten_batch, unflatten_batch
+from pretrain.batching.batch import RankBatch, flatten_batch, unflatten_batch
 
 log = logging.getLogger(__name__)
 
@@ -169,17 +169,11 @@ def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: C
         writer.send_bytes(_STARTED)
         for step in _steps(*span):
             try:
-                message = batch_message(batches[step])
+                message = flatten_batch(batches[step])
             except Exception as error:
                 writer.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
                 return
             writer.send(message)
-
-
-def batch_message(batch: RankBatch) -> tuple[Any, ...]:
-    """The message of a worker: one array, and the layout that rebuilds the batch from it."""
-    flat = flatten_batch(batch)
-    return flat.data.numpy(), flat.fields, flat.batch
 
 
 def _receive_batches(
@@ -210,12 +204,11 @@ def _receive(pipe: Connection, device: int | None) -> _Received:
         received = pickle.loads(message)
         if isinstance(received, str):
             return received
-        data, fields, batch = received
-        tensor = torch.from_numpy(data)
+        data = torch.from_numpy(received.data)
         if device is not None:
             torch.cuda.set_device(device)
-            tensor = tensor.pin_memory()
-        return unflatten_batch(FlatRankBatch(tensor, fields, batch))
+            data = data.pin_memory()
+        return unflatten_batch(received, data)
     except Exception as error:
         return error
 
