@@ -7,7 +7,7 @@
 - checkpointer: when to save, and the content; checkpoint_tensors: its files; background_save: write while training
   continues
 - mirror_uploads: copies of checkpoints in object storage
-- health: find bad batches, write them to the run folder, decide: stop, skip or rewind
+- health: find bad batches, write them to the run folder, end a run in which skipping them does not help
 - replicas: do the ranks still agree; cpu_group: collectives on the CPU; device_sums: sums of whole numbers on GPUs
 - profiler: where the time of a step goes; stop_request: signals and the STOP file
 """

@@ -1,4 +1,4 @@
-"""Find bad batches, write them to the run folder for people to look at, and decide how to continue.
+"""Find bad batches, write them to the run folder for people to look at, and decide whether to continue.
 
 A batch is bad if its loss or gradient is not finite, or if its gradient norm is more than `spike_factor` times the
 median of the recent norms. It is the norm of the gradient reduced over all ranks, and a loss that is not finite makes
@@ -9,7 +9,6 @@ RUN/health/step-00000107/
     rank-00000.jsonl    the sequences of each rank's share: their origin, their text, the inputs of the model
 """
 
-import enum
 import json
 import logging
 import math
@@ -108,14 +107,8 @@ def count_consecutive(bad_steps: Sequence[int], step: int) -> int:
     return step - first
 
 
-class Response(enum.Enum):
-    STOP = enum.auto()
-    SKIP = enum.auto()
-    REWIND = enum.auto()
-
-
 class Recovery:
-    """Applies `health.policy`."""
+    """Limits how often a run may skip bad batches, or rewind."""
 
     def __init__(self, health: HealthConfig, limits: HealthLimits) -> None:
         self._policy = health.policy
@@ -123,32 +116,28 @@ class Recovery:
         self._rewinds = 0  # to the last checkpoint
         self._saved_step: int | None = None  # of that checkpoint
 
-    def respond(self, fault: Fault, dumped: Path, bad_steps: Sequence[int], saved_step: int | None) -> Response:
-        """Decide the response to a bad batch. Raises UnhealthyError if a limit is reached.
+    def check(self, what: str, bad_steps: Sequence[int], saved_step: int | None) -> None:
+        """Call before a bad batch is skipped. Raises UnhealthyError if a limit is reached.
 
         Args:
-            dumped: folder of the bad batch.
-            bad_steps: known so far, without this one.
+            what: the bad batch, for the message.
+            bad_steps: known so far, the step of this batch last.
             saved_step: of the last checkpoint.
         """
-        if saved_step != self._saved_step:
-            self._saved_step, self._rewinds = saved_step, 0
-        if self._policy == "stop":
-            return Response.STOP
-        what = f"{fault}\n  its batch: {dumped}"
-        if count_consecutive((*bad_steps, fault.step), fault.step) >= self._limits.max_consecutive:
+        if count_consecutive(bad_steps, bad_steps[-1]) >= self._limits.max_consecutive:
             raise UnhealthyError(
                 f"{what}\n  the last {self._limits.max_consecutive} steps were all bad: the weights have probably "
                 f"diverged\n{ADVICE}"
             )
-        if self._policy == "skip":
-            return Response.SKIP
+        if self._policy != "rewind":
+            return
+        if saved_step != self._saved_step:
+            self._saved_step, self._rewinds = saved_step, 0
         if self._rewinds >= self._limits.max_rewinds:
             raise UnhealthyError(
                 f"{what}\n  the run has been rewound to step {saved_step} {self._rewinds} times\n{ADVICE}"
             )
         self._rewinds += 1
-        return Response.REWIND
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from pretrain.training.health import (
     Fault,
     HealthLimits,
     Recovery,
-    Response,
     UnhealthyError,
     append_norm,
     diagnose,
@@ -134,7 +133,8 @@ class Trainer:
             if self._profiler is not None:
                 self._profiler.step()
             if trained.fault is not None:
-                if self._respond(batch, trained.fault, trained.losses) is Response.REWIND:
+                self._respond(batch, trained.fault, trained.losses)
+                if self._config.health.policy == "rewind":
                     continue
                 trained = SKIPPED
             self._count(totals, trained)
@@ -237,26 +237,25 @@ class Trainer:
         """False for a batch that is known to be bad or has no masked tokens."""
         return global_masked > 0 and batch.step + 1 not in self._progress.bad_steps
 
-    def _respond(self, batch: RankBatch, fault: Fault, losses: Tensor | None) -> Response:
+    def _respond(self, batch: RankBatch, fault: Fault, losses: Tensor | None) -> None:
         """Respond to a bad batch as `health.policy` says: skip it, or rewind. Raises UnhealthyError if the run ends."""
         assert losses is not None, "a batch that was not trained on has no fault"
         with self._times.during(CHECKPOINTING):
             dumped = self._bad_batches.dump_bad_batch(batch, losses.tolist(), fault)
             self._checkpointer.wait()  # it may be the one to go back to
-        what = f"{fault}\n  its batch: {dumped}"
-        self._reporter.alert(Alert("bad_batch", f"{what}\n  policy: {self._config.health.policy}"))
-        bad_steps = self._progress.bad_steps
-        response = self._recovery.respond(fault, dumped, bad_steps, self._checkpointer.saved_step)
-        if response is Response.STOP:
+        what, policy = f"{fault}\n  its batch: {dumped}", self._config.health.policy
+        self._reporter.alert(Alert("bad_batch", f"{what}\n  policy: {policy}"))
+        if policy == "stop":
             log.error("%s", what)  # before the save, which may fail
             raise UnhealthyError(f"{fault}\n{self._save_before_fault()}")
-        self._progress = replace(self._progress, bad_steps=(*bad_steps, fault.step))
-        if response is Response.SKIP:
+        bad_steps = (*self._progress.bad_steps, fault.step)
+        self._recovery.check(what, bad_steps, self._checkpointer.saved_step)
+        self._progress = replace(self._progress, bad_steps=bad_steps)
+        if policy == "skip":
             log.warning("%s\n  policy: skipping it", what)
         else:
             self._rewind()
             log.warning("%s\n  policy: rewound to step %d, to skip it", what, self._progress.step)
-        return response
 
     def _save_before_fault(self) -> str:
         """Save the state before a bad batch unless it is broken; returns advice for the user."""
