@@ -53,7 +53,6 @@ from pretrain.rank_heartbeat import RankHeartbeat
 from pretrain.rank_process import RankRecorder, exit_refused, give_up, run_rank, stop_at_once
 from pretrain.training.background_save import UnwritableError
 from pretrain.training.cpu_group import AgreedError, CpuGroup
-from pretrain.training.health import HEALTH_LIMITS, HealthLimits
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.trainer import Trainer
 from pretrain.world import World
@@ -65,7 +64,6 @@ def pretrain(
     config: PretrainConfig,
     world: World,
     stop_request: Callable[[Path | None], StopRequest] = StopRequest,
-    limits: HealthLimits = HEALTH_LIMITS,
     recorder: RankRecorder | None = None,
     times: ActivityTimer | None = None,
 ) -> ReportedOutcome:
@@ -98,7 +96,7 @@ def pretrain(
                 compiled=compiled,
             )
             resources.callback(engine.close)
-            trainer = Trainer(run, model, engine, stream, group, times, limits)
+            trainer = Trainer(run, model, engine, stream, group, times)
             # Not earlier: a signal to a rank that has not loaded its checkpoint should end it at once.
             stop = resources.enter_context(stop_request(run.folder.stop if world.rank == 0 else None))
             recorder.begin_training()

@@ -30,24 +30,15 @@ from pretrain.world import World
 log = logging.getLogger(__name__)
 
 NORM_WINDOW = 128  # norms that the median is taken over
+MIN_NORMS = 20  # norms needed before one can count as a spike
+MAX_CONSECUTIVE = 10  # bad batches in a row, after which the weights must be to blame
+MAX_REWINDS = 10  # to the same checkpoint
 ADVICE = (
     "  to try: fork an earlier checkpoint (run.resume), or restart, with a lower optimizer.lr, a longer "
     "schedule.warmup_steps or a smaller optimizer.grad_clip"
 )
 
 Decode = Callable[[Sequence[int]], str]
-
-
-@dataclass(frozen=True)
-class HealthLimits:
-    """When to call a norm a spike at all, and when to give up."""
-
-    min_norms: int = 20  # norms needed before one can count as a spike
-    max_consecutive: int = 10  # bad batches in a row, after which the weights must be to blame
-    max_rewinds: int = 10  # to the same checkpoint
-
-
-HEALTH_LIMITS = HealthLimits()
 
 
 class UnhealthyError(AgreedFailureError):
@@ -75,9 +66,9 @@ class Fault:
         )
 
 
-def norm_limit(norms: Sequence[float], spike_factor: float, limits: HealthLimits) -> float:
+def norm_limit(norms: Sequence[float], spike_factor: float) -> float:
     """The largest gradient norm that is not a spike after these recent ones; infinite while there are too few."""
-    if len(norms) < limits.min_norms:
+    if len(norms) < MIN_NORMS:
         return math.inf
     if (middle := median(norms)) == 0:  # every norm would be a spike
         return math.inf
@@ -110,9 +101,8 @@ def count_consecutive(bad_steps: Sequence[int], step: int) -> int:
 class Recovery:
     """Limits how often a run may skip bad batches, or rewind."""
 
-    def __init__(self, health: HealthConfig, limits: HealthLimits) -> None:
+    def __init__(self, health: HealthConfig) -> None:
         self._policy = health.policy
-        self._limits = limits
         self._rewinds = 0  # to the last checkpoint
         self._saved_step: int | None = None  # of that checkpoint
 
@@ -124,16 +114,15 @@ class Recovery:
             bad_steps: known so far, the step of this batch last.
             saved_step: of the last checkpoint.
         """
-        if count_consecutive(bad_steps, bad_steps[-1]) >= self._limits.max_consecutive:
+        if count_consecutive(bad_steps, bad_steps[-1]) >= MAX_CONSECUTIVE:
             raise UnhealthyError(
-                f"{what}\n  the last {self._limits.max_consecutive} steps were all bad: the weights have probably "
-                f"diverged\n{ADVICE}"
+                f"{what}\n  the last {MAX_CONSECUTIVE} steps were all bad: the weights have probably diverged\n{ADVICE}"
             )
         if self._policy != "rewind":
             return
         if saved_step != self._saved_step:
             self._saved_step, self._rewinds = saved_step, 0
-        if self._rewinds >= self._limits.max_rewinds:
+        if self._rewinds >= MAX_REWINDS:
             raise UnhealthyError(
                 f"{what}\n  the run has been rewound to step {saved_step} {self._rewinds} times\n{ADVICE}"
             )

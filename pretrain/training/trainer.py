@@ -27,10 +27,8 @@ from pretrain.training.device_sums import DeviceSums
 from pretrain.training.evaluation import RunEvaluator, log_early_stop
 from pretrain.training.health import (
     ADVICE,
-    HEALTH_LIMITS,
     BadBatchWriter,
     Fault,
-    HealthLimits,
     Recovery,
     UnhealthyError,
     append_norm,
@@ -73,7 +71,6 @@ class Trainer:
         stream: TrainingStream,
         group: CpuGroup,
         times: ActivityTimer,
-        limits: HealthLimits = HEALTH_LIMITS,
     ) -> None:
         """Loads the checkpoint that the run resumes from, if any, and opens the trackers. Raises AgreedError."""
         config, world = run.config, engine.world
@@ -82,7 +79,6 @@ class Trainer:
         self._stream = stream
         self._group = group
         self._times = times
-        self._limits = limits
         held_out = group.call(lambda: open_evaluator(run, stream.rows, model.first_position, world))
         self._progress = load_resumed(run.resume_plan, engine)
         self._interval = LogInterval(times, engine.device)
@@ -106,7 +102,7 @@ class Trainer:
         self._checkpointer = Checkpointer(
             run, engine, model.model, group, self._interval, clock, times, provenance, self._reporter.alert
         )
-        self._recovery = Recovery(config.health, limits)
+        self._recovery = Recovery(config.health)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)
         on_gpus = engine.device.type == "cuda" and world.size > 1
         sums = DeviceSums(engine.device, times.make_progress) if on_gpus else group
@@ -197,7 +193,7 @@ class Trainer:
             engine.begin_step(batch.step, rate)
         losses = torch.stack(self._started + self._accumulate(batch, global_masked, len(self._started)))
         self._started = []
-        step = engine.step(norm_limit(norms, self._config.health.spike_factor, self._limits))
+        step = engine.step(norm_limit(norms, self._config.health.spike_factor))
         if engine.runs_ahead:
             self._start_next()
         result = step.wait()

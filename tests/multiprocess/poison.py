@@ -46,7 +46,7 @@ def poisoned_case(
     import pretrain.run
     from pretrain.engine.engine import Engine
     from pretrain.modeling.masked_lm import MaskedLanguageModel
-    from pretrain.training.health import HealthLimits, UnhealthyError
+    from pretrain.training import health
 
     here: list[Poison] = []
 
@@ -68,7 +68,9 @@ def poisoned_case(
         original = Engine.accumulate
         patch.setattr(Engine, "accumulate", accumulate)
         patch.setattr(pretrain.run, "MaskedLanguageModel", Poisoned)
+        for name, limit in (("MIN_NORMS", 3), ("MAX_CONSECUTIVE", 4), ("MAX_REWINDS", 3)):
+            patch.setattr(health, name, limit)
         try:
-            return pretrain_case(world, tree, stop_after, HealthLimits(min_norms=3, max_consecutive=4, max_rewinds=3))
-        except UnhealthyError as error:
+            return pretrain_case(world, tree, stop_after)
+        except health.UnhealthyError as error:
             return str(error)

@@ -19,7 +19,6 @@ from experiment.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint_tensors import FragmentReader
-from pretrain.training.health import HEALTH_LIMITS, HealthLimits
 from pretrain.training.stop_request import StopRequest
 from pretrain.world import World
 
@@ -71,18 +70,13 @@ def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **chan
     return tree
 
 
-def pretrain_case(
-    world: World,
-    tree: Mapping[str, Any],
-    stop_after: int | None = None,
-    limits: HealthLimits = HEALTH_LIMITS,
-) -> str:
+def pretrain_case(world: World, tree: Mapping[str, Any], stop_after: int | None = None) -> str:
     """Run on this rank and return the outcome. `stop_after`: steps after which the last rank is asked to stop."""
     from pretrain.run import pretrain
 
     is_asked = stop_after is not None and world.rank == world.size - 1
     stop_request = functools.partial(_StopAfter, stop_after) if is_asked else StopRequest
-    outcome = pretrain(build_config(PretrainConfig, tree), world, stop_request, limits).outcome.value
+    outcome = pretrain(build_config(PretrainConfig, tree), world, stop_request).outcome.value
     only_layer = (tree["model"].get("config") or {}).get("num_hidden_layers") == 1  # is not compiled, being the last
     if COMPILED and not only_layer:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"

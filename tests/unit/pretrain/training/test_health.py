@@ -1,13 +1,14 @@
 import math
+from collections.abc import Callable
 
 import pytest
 
 from pretrain.config import HealthConfig
+from pretrain.training import health
 from pretrain.training.health import (
-    HEALTH_LIMITS,
+    MIN_NORMS,
     NORM_WINDOW,
     Fault,
-    HealthLimits,
     Recovery,
     UnhealthyError,
     append_norm,
@@ -16,20 +17,15 @@ from pretrain.training.health import (
     norm_limit,
 )
 
-RECOVERY_LIMITS = HealthLimits(max_consecutive=4, max_rewinds=2)
 WHAT = "step 9: the loss is nan\n  its batch: RUN/health/step"
 
 
 def test_the_norm_limit_is_a_multiple_of_the_median() -> None:
     """Catches spikes in the first, irregular steps, and a mean instead of the median, which one outlier would move."""
-    assert norm_limit([1.0] * (HEALTH_LIMITS.min_norms - 1), 10.0, HEALTH_LIMITS) == math.inf
-    assert norm_limit([1.0] * HEALTH_LIMITS.min_norms, 10.0, HEALTH_LIMITS) == 10.0
-    assert (
-        norm_limit([1.0] * HEALTH_LIMITS.min_norms + [9.0] * (HEALTH_LIMITS.min_norms - 1), 10.0, HEALTH_LIMITS) == 10.0
-    )
-    assert norm_limit([0.0] * HEALTH_LIMITS.min_norms, 10.0, HEALTH_LIMITS) == math.inf, (
-        "a limit of 0 would veto every update"
-    )
+    assert norm_limit([1.0] * (MIN_NORMS - 1), 10.0) == math.inf
+    assert norm_limit([1.0] * MIN_NORMS, 10.0) == 10.0
+    assert norm_limit([1.0] * MIN_NORMS + [9.0] * (MIN_NORMS - 1), 10.0) == 10.0
+    assert norm_limit([0.0] * MIN_NORMS, 10.0) == math.inf, "a limit of 0 would veto every update"
 
 
 def test_old_norms_leave_the_window() -> None:
@@ -72,12 +68,16 @@ def test_only_consecutive_bad_steps_are_counted() -> None:
     assert count_consecutive([], 4) == 0
 
 
-def recovery(policy: str) -> Recovery:
-    return Recovery(HealthConfig.model_validate({"policy": policy}), RECOVERY_LIMITS)
+@pytest.fixture
+def recovery(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recovery]:
+    """Policy -> a recovery that gives up after 4 bad batches in a row, or 2 rewinds."""
+    monkeypatch.setattr(health, "MAX_CONSECUTIVE", 4)
+    monkeypatch.setattr(health, "MAX_REWINDS", 2)
+    return lambda policy: Recovery(HealthConfig.model_validate({"policy": policy}))
 
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
-def test_consecutive_bad_steps_are_limited(policy: str) -> None:
+def test_consecutive_bad_steps_are_limited(recovery: Callable[[str], Recovery], policy: str) -> None:
     """Catches a run that skips every batch because its weights are broken, a limit that is off by one, and bad steps
     further back that count."""
     recovery(policy).check(WHAT, (1, 2, 3, 5, 7, 8, 9), saved_step=6)
@@ -85,7 +85,7 @@ def test_consecutive_bad_steps_are_limited(policy: str) -> None:
         recovery(policy).check(WHAT, (6, 7, 8, 9), saved_step=5)
 
 
-def test_rewinds_to_the_same_checkpoint_are_limited() -> None:
+def test_rewinds_to_the_same_checkpoint_are_limited(recovery: Callable[[str], Recovery]) -> None:
     """Catches a run that rewinds endlessly, and rewinds to other checkpoints that count."""
     rewinding = recovery("rewind")
     for bad_steps in ((3,), (3, 5)):
@@ -96,7 +96,7 @@ def test_rewinds_to_the_same_checkpoint_are_limited() -> None:
         rewinding.check(WHAT, (3, 5, 7, 9, 11), saved_step=6)
 
 
-def test_skips_apart_are_not_limited() -> None:
+def test_skips_apart_are_not_limited(recovery: Callable[[str], Recovery]) -> None:
     """Catches a limit on rewinds that ends a run under the policy skip."""
     skipping, bad_steps = recovery("skip"), list(range(1, 100, 2))
     for known in range(1, len(bad_steps) + 1):
