@@ -18,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
+from experiment.errors import AgreedFailureError
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig
@@ -25,7 +26,7 @@ from pretrain.engine import partitions
 from pretrain.engine.deepspeed_internals import set_z3_leaf_module
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
 from pretrain.engine.host_copy import HostCopy
-from pretrain.engine.initialization import LossScaleError, initialize, install_loss_scaler
+from pretrain.engine.initialization import initialize, install_loss_scaler
 from pretrain.engine.muon import Muon
 from pretrain.engine.optimizers import AdamW, ExponentialMovingAverage, PerParameterOptimizer
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
@@ -198,9 +199,9 @@ class Engine:
         return float(self._deepspeed.optimizer.loss_scale) if self.precision == "fp16" else None
 
     def check_loss_scale(self) -> None:
-        """Call after a step that overflowed. Raises LossScaleError, on all ranks, if the scale cannot go lower."""
+        """Call after a step that overflowed. Raises AgreedFailureError, on all ranks, if the scale cannot go lower."""
         if self._loss_scaler is not None and self._loss_scaler.stuck:
-            raise LossScaleError(
+            raise AgreedFailureError(
                 f"fp16: gradients overflow even at the smallest loss scale, {self.loss_scale:g} (fp16.min_loss_scale "
                 "in the DeepSpeed JSON). Either the loss has diverged or activations exceed fp16's range: restart from "
                 "an earlier checkpoint with a lower optimizer.lr or a longer schedule.warmup_steps, use a bf16 file "

@@ -17,7 +17,6 @@ import deepspeed
 import torch
 from torch import nn
 
-from experiment.errors import AgreedFailureError
 from pretrain.engine.deepspeed_internals import ZERO_SUPPORTED_OPTIMIZERS, DeepSpeedEngine, DynamicLossScaler, compiler
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -52,10 +51,6 @@ def _import_muon() -> None:
 def _is_not_overflow_message(record: logging.LogRecord) -> bool:
     """The trainer reports gradients that are not finite in more detail."""
     return "OVERFLOW! Skipping step" not in record.getMessage()
-
-
-class LossScaleError(AgreedFailureError):
-    """fp16 gradients overflow at the smallest loss scale."""
 
 
 class Fp16LossScaler(DynamicLossScaler):  # type: ignore[misc]

@@ -41,10 +41,6 @@ ADVICE = (
 Decode = Callable[[Sequence[int]], str]
 
 
-class UnhealthyError(AgreedFailureError):
-    """The batches are bad, the weights have diverged, or the replicas differ."""
-
-
 @dataclass(frozen=True)
 class Fault:
     """The fault of a step. Its update was not applied."""
@@ -107,7 +103,7 @@ class Recovery:
         self._saved_step: int | None = None  # of that checkpoint
 
     def check(self, what: str, bad_steps: Sequence[int], saved_step: int | None) -> None:
-        """Call before a bad batch is skipped. Raises UnhealthyError if a limit is reached.
+        """Call before a bad batch is skipped. Raises AgreedFailureError if a limit is reached.
 
         Args:
             what: the bad batch, for the message.
@@ -115,7 +111,7 @@ class Recovery:
             saved_step: of the last checkpoint.
         """
         if count_consecutive(bad_steps, bad_steps[-1]) >= MAX_CONSECUTIVE:
-            raise UnhealthyError(
+            raise AgreedFailureError(
                 f"{what}\n  the last {MAX_CONSECUTIVE} steps were all bad: the weights have probably diverged\n{ADVICE}"
             )
         if self._policy != "rewind":
@@ -123,7 +119,7 @@ class Recovery:
         if saved_step != self._saved_step:
             self._saved_step, self._rewinds = saved_step, 0
         if self._rewinds >= MAX_REWINDS:
-            raise UnhealthyError(
+            raise AgreedFailureError(
                 f"{what}\n  the run has been rewound to step {saved_step} {self._rewinds} times\n{ADVICE}"
             )
         self._rewinds += 1

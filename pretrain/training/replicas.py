@@ -13,10 +13,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from experiment.errors import AgreedFailureError
 from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.health import UnhealthyError
 
 
 def _signed(word: int) -> int:
@@ -32,7 +32,7 @@ _ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)),
 
 
 def compare_replicas(engine: Engine, group: CpuGroup, batch: RankBatch, learning_rate: float) -> None:
-    """Call after the update of `batch`. Collective. Raises UnhealthyError on all ranks, naming the first difference."""
+    """Call after the update of `batch`. Collective. Raises AgreedFailureError, naming the first difference."""
     own = {
         "the position in the data": batch.step,
         "the sequences of the batch": batch.fingerprint,
@@ -40,7 +40,7 @@ def compare_replicas(engine: Engine, group: CpuGroup, batch: RankBatch, learning
     } | _hash_weights(engine)
     difference = first_difference(own, group.all_gather(list(own.values())))
     if difference is not None:
-        raise UnhealthyError(
+        raise AgreedFailureError(
             f"step {batch.step + 1}: {difference}\n"
             "  to try: the same command resumes from the last checkpoint; if it happens again, suspect the device or "
             "the memory of that rank's host"

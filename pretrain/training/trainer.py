@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiment.errors import AgreedFailureError
 from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer
 from experiment.outcome_file import Outcome
 from experiment.provenance import read_provenance
@@ -30,7 +31,6 @@ from pretrain.training.health import (
     BadBatchWriter,
     Fault,
     Recovery,
-    UnhealthyError,
     append_norm,
     diagnose,
     norm_limit,
@@ -115,8 +115,7 @@ class Trainer:
     def train(self, stop: StopRequest) -> Outcome:
         """Train to the end, or until a rank is asked to stop. Saves the last step.
 
-        Raises UnhealthyError, LossScaleError, UnwritableError or DataWorkerError, each on all ranks, if the run cannot
-        continue.
+        Raises AgreedFailureError, UnwritableError or DataWorkerError, each on all ranks, if the run cannot continue.
         """
         self._times.begin_training()
         self._evaluate_and_save_at_start()
@@ -234,7 +233,8 @@ class Trainer:
         return global_masked > 0 and batch.step + 1 not in self._progress.bad_steps
 
     def _respond(self, batch: RankBatch, fault: Fault, losses: Tensor | None) -> None:
-        """Respond to a bad batch as `health.policy` says: skip it, or rewind. Raises UnhealthyError if the run ends."""
+        """Respond to a bad batch as `health.policy` says: skip it, or rewind. Raises AgreedFailureError if the run
+        ends."""
         assert losses is not None, "a batch that was not trained on has no fault"
         with self._times.during(CHECKPOINTING):
             dumped = self._bad_batches.dump_bad_batch(batch, losses.tolist(), fault)
@@ -243,7 +243,7 @@ class Trainer:
         self._reporter.alert(Alert("bad_batch", f"{what}\n  policy: {policy}"))
         if policy == "stop":
             log.error("%s", what)  # before the save, which may fail
-            raise UnhealthyError(f"{fault}\n{self._save_before_fault()}")
+            raise AgreedFailureError(f"{fault}\n{self._save_before_fault()}")
         bad_steps = (*self._progress.bad_steps, fault.step)
         self._recovery.check(what, bad_steps, self._checkpointer.saved_step)
         self._progress = replace(self._progress, bad_steps=bad_steps)

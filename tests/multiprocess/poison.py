@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from experiment.errors import AgreedFailureError
 from fp16 import fp16_supported
 from pretrain.world import World
 from runs import Tree, pretrain_case, run_config
@@ -39,7 +40,7 @@ def runs_by_policy(folder: Path, corpus: Path, ds_config: str, steps: int) -> di
 def poisoned_case(
     world: World, tree: Mapping[str, Any], poisons: Mapping[int, Poison], stop_after: int | None = None
 ) -> str:
-    """A run whose last rank is poisoned in certain steps. Returns the outcome, or the message of UnhealthyError.
+    """A run whose last rank is poisoned in certain steps. Returns the outcome, or the message of AgreedFailureError.
 
     A gradient can be a spike from the fourth step on; limits are 4 consecutive bad steps and 3 rewinds.
     """
@@ -72,5 +73,5 @@ def poisoned_case(
             patch.setattr(health, name, limit)
         try:
             return pretrain_case(world, tree, stop_after)
-        except health.UnhealthyError as error:
+        except AgreedFailureError as error:
             return str(error)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiment.checkpoints import checkpoint_path, read_state
+from experiment.errors import AgreedFailureError
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool
@@ -21,9 +22,8 @@ def fp16_case(
     world: World, tree: Tree, stop_after: int | None = None, poisoned: tuple[tuple[int, int], ...] = ()
 ) -> str:
     """An fp16 run with infinite gradients at each (step, rank) of `poisoned`. Returns the outcome, or the message of
-    LossScaleError."""
+    AgreedFailureError."""
     from pretrain.engine.engine import Engine
-    from pretrain.engine.initialization import LossScaleError
 
     accumulate = Engine.accumulate
 
@@ -41,7 +41,7 @@ def fp16_case(
     try:
         with fp16_supported():
             return pretrain_case(world, tree, stop_after)
-    except LossScaleError as error:
+    except AgreedFailureError as error:
         return str(error)
     finally:
         Engine.accumulate = accumulate  # type: ignore[method-assign]

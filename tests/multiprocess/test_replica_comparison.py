@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from experiment.errors import AgreedFailureError
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import TINY, pretrain_case, run_config, soak
 
 
 def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> str:
-    """A run in which a bit of one rank's weights flips after step 2. Returns the message of UnhealthyError."""
+    """A run in which a bit of one rank's weights flips after step 2. Returns the message of AgreedFailureError."""
     from pretrain.engine.engine import Engine
-    from pretrain.training.health import UnhealthyError
 
     def begin_step(self: Engine, step: int, learning_rate: float) -> None:
         steps.append(step + 1)
@@ -38,7 +38,7 @@ def flipped_case(world: World, tree: Mapping[str, Any], flipped_rank: int) -> st
         patch.setattr(Engine, "step", step)
         try:
             return pretrain_case(world, tree)
-        except UnhealthyError as error:
+        except AgreedFailureError as error:
             return str(error)
 
 

@@ -10,10 +10,9 @@ import pytest
 import yaml
 
 import pretrain.run
-from experiment.errors import UserError
+from experiment.errors import AgreedFailureError, UserError
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder
-from pretrain.engine.initialization import LossScaleError
 from pretrain.run import read_arguments
 from pretrain.training.background_save import UnwritableError
 from pretrain.world import World
@@ -52,7 +51,7 @@ def test_loss_scale_errors_exit_with_their_message(
         return World(0, 1)
 
     def fail(*_: Any, **__: Any) -> Outcome:
-        raise LossScaleError("try a lower optimizer.lr")
+        raise AgreedFailureError("try a lower optimizer.lr")
 
     monkeypatch.setattr(pretrain.run, "connect", connect)
     monkeypatch.setattr(pretrain.run, "pretrain", fail)

@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 import pytest
 
+from experiment.errors import AgreedFailureError
 from pretrain.config import HealthConfig
 from pretrain.training import health
 from pretrain.training.health import (
@@ -10,7 +11,6 @@ from pretrain.training.health import (
     NORM_WINDOW,
     Fault,
     Recovery,
-    UnhealthyError,
     append_norm,
     count_consecutive,
     diagnose,
@@ -81,7 +81,7 @@ def test_consecutive_bad_steps_are_limited(recovery: Callable[[str], Recovery], 
     """Catches a run that skips every batch because its weights are broken, a limit that is off by one, and bad steps
     further back that count."""
     recovery(policy).check(WHAT, (1, 2, 3, 5, 7, 8, 9), saved_step=6)
-    with pytest.raises(UnhealthyError, match=r"step 9: the loss is nan(?s:.*)the last 4 steps were all bad"):
+    with pytest.raises(AgreedFailureError, match=r"step 9: the loss is nan(?s:.*)the last 4 steps were all bad"):
         recovery(policy).check(WHAT, (6, 7, 8, 9), saved_step=5)
 
 
@@ -92,7 +92,7 @@ def test_rewinds_to_the_same_checkpoint_are_limited(recovery: Callable[[str], Re
         rewinding.check(WHAT, bad_steps, saved_step=2)
     for bad_steps in ((3, 5, 7), (3, 5, 7, 9)):
         rewinding.check(WHAT, bad_steps, saved_step=6)
-    with pytest.raises(UnhealthyError, match="rewound to step 6 2 times"):
+    with pytest.raises(AgreedFailureError, match="rewound to step 6 2 times"):
         rewinding.check(WHAT, (3, 5, 7, 9, 11), saved_step=6)
 
 
