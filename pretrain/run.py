@@ -27,7 +27,6 @@ if __name__ == "__main__":
 import contextlib
 import datetime
 import logging
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
@@ -63,16 +62,11 @@ log = logging.getLogger(__name__)
 def pretrain(
     config: PretrainConfig,
     world: World,
-    stop_request: Callable[[Path | None], StopRequest] = StopRequest,
-    recorder: RankRecorder | None = None,
-    times: ActivityTimer | None = None,
+    stop_request: Callable[[Path | None], StopRequest],
+    recorder: RankRecorder,
+    times: ActivityTimer,
 ) -> ReportedOutcome:
-    """Run or resume a pretraining on this rank. The process group is connected. Raises UserError.
-
-    times: of this attempt; default: it starts now.
-    """
-    times = times or ActivityTimer(time.time())
-    recorder = recorder or _recorder(config, world.rank)
+    """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
     with deadline(_timeout(config), partial(give_up, recorder, "the ranks did not connect to each other's hosts")):
         group = CpuGroup(_timeout(config), times.make_progress)
     try:
@@ -143,7 +137,7 @@ def main(argv: Sequence[str]) -> NoReturn:
         config = read_arguments(argv)
     except UserError as error:
         exit_refused(error, rank)
-    recorder = _recorder(config, rank)
+    recorder = RankRecorder(RunFolder(Path(config.run.dir).absolute()), rank)
     run_rank(partial(_connect_and_pretrain, config, recorder), recorder)
 
 
@@ -170,10 +164,6 @@ def read_arguments(argv: Sequence[str]) -> PretrainConfig:
     return load_config(PretrainConfig, arguments.pop("config"), arguments)
 
 
-def _recorder(config: PretrainConfig, rank: int) -> RankRecorder:
-    return RankRecorder(RunFolder(Path(config.run.dir).absolute()), rank)
-
-
 def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder) -> Outcome:
     share_cores()
     heartbeat = RankHeartbeat(recorder.folder, recorder.rank, config.health.hang_seconds)
@@ -182,7 +172,7 @@ def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder) -> Out
     stop_request = partial(StopRequest, end_process=partial(stop_at_once, recorder))
     times = ActivityTimer(attempt_start())
     heartbeat.follow(times)
-    ending = pretrain(config, world, stop_request, recorder=recorder, times=times)
+    ending = pretrain(config, world, stop_request, recorder, times)
     recorder.agree(ending)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()

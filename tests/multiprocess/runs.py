@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from experiment.checkpoints import Retention, checkpoint_path, read_state
 from experiment.config import build_config
 from experiment.files import cache_folder
+from experiment.goodput import ActivityTimer
 from experiment.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
 from pretrain.config import PretrainConfig
@@ -70,13 +72,18 @@ def run_config(folder: Path, corpus: Path, ds_config: str = "fp32_zero1", **chan
     return tree
 
 
-def pretrain_case(world: World, tree: Mapping[str, Any], stop_after: int | None = None) -> str:
-    """Run on this rank and return the outcome. `stop_after`: steps after which the last rank is asked to stop."""
+def pretrain_case(
+    world: World, tree: Mapping[str, Any], stop_after: int | None = None, times: ActivityTimer | None = None
+) -> str:
+    """Run on this rank and return the outcome. `stop_after`: steps after which the last rank is asked to stop. `times`:
+    of this attempt; default: it starts now."""
+    from pretrain.rank_process import RankRecorder
     from pretrain.run import pretrain
 
     is_asked = stop_after is not None and world.rank == world.size - 1
     stop_request = functools.partial(_StopAfter, stop_after) if is_asked else StopRequest
-    outcome = pretrain(build_config(PretrainConfig, tree), world, stop_request).outcome.value
+    config, recorder = build_config(PretrainConfig, tree), RankRecorder(RunFolder(Path(tree["run"]["dir"])), world.rank)
+    outcome = pretrain(config, world, stop_request, recorder, times or ActivityTimer(time.time())).outcome.value
     only_layer = (tree["model"].get("config") or {}).get("num_hidden_layers") == 1  # is not compiled, being the last
     if COMPILED and not only_layer:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"

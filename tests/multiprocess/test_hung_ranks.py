@@ -14,7 +14,6 @@ import pytest
 
 from experiment import files, tensor_files
 from experiment.checkpoints import checkpoint_path, verify
-from experiment.config import build_config
 from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer, add_up, read_attempt_times
 from experiment.heartbeat import main_stack
 from experiment.outcome_file import Cause, Outcome, read_outcome
@@ -22,7 +21,6 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tracking.tracker import Trackers
 from fork_server import PATCH
 from launches import Start, config_file, patched, wait_for_exit
-from pretrain.config import PretrainConfig
 from pretrain.rank_heartbeat import RankHeartbeat
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
@@ -129,14 +127,11 @@ def test_a_hung_rank_is_named(
 
 def beating_case(world: World, tree: Tree, hang_seconds: float) -> str:
     """A run with heartbeats."""
-    from pretrain.run import pretrain
-
-    config = build_config(PretrainConfig, tree)
     times = ActivityTimer(time.time())
-    heartbeat = RankHeartbeat(RunFolder(Path(config.run.dir)), world.rank, hang_seconds)
+    heartbeat = RankHeartbeat(RunFolder(Path(tree["run"]["dir"])), world.rank, hang_seconds)
     heartbeat.start()
     heartbeat.follow(times)
-    return pretrain(config, world, times=times).outcome.value
+    return pretrain_case(world, tree, times=times)
 
 
 def slow_disk_case(world: World, tree: Tree, hang_seconds: float) -> str:
