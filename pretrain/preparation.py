@@ -4,7 +4,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.errors import UserError
@@ -30,15 +29,7 @@ from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 
 
-class Preparation(NamedTuple):
-    """Everything that training needs apart from the engine."""
-
-    run: ResolvedRun
-    model: BuiltModel
-    stream: TrainingStream
-
-
-def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparation:
+def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[ResolvedRun, BuiltModel, TrainingStream]:
     """Resolve the config, verify the corpora, build the model and open the stream of batches. Collective.
 
     Raises AgreedError: a UserError on any rank, such as a host that lacks the corpus, is raised on all.
@@ -66,7 +57,7 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> Preparatio
             run, world, rows=rows, first_position=model.first_position, attention_ratio=attention_ratio(model.flops)
         )
     )
-    return Preparation(run, model, stream)
+    return run, model, stream
 
 
 def _build_model(run: ResolvedRun) -> BuiltModel:

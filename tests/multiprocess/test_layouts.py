@@ -138,7 +138,7 @@ def taken_case(world: World, tree: Tree, flat: AbstractSet[int]) -> tuple[Rows, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "choose_rows", lambda *_: "flat" if world.rank in flat else "windows")
-        stream = preparation.prepare(build_config(PretrainConfig, tree), world, CpuGroup(timedelta(seconds=60))).stream
+        *_, stream = preparation.prepare(build_config(PretrainConfig, tree), world, CpuGroup(timedelta(seconds=60)))
     return stream.rows, stream[0].origins.ids.tolist()
 
 
