@@ -40,11 +40,10 @@ class RunEvaluator:
         self._first_step = first_step
 
     def is_due(self, progress: TrainingProgress, finished: bool) -> bool:
-        return finished or progress.step == self._first_step or progress.is_multiple_of(self._config.every_steps)
-
-    def is_missing(self, progress: TrainingProgress, finished: bool) -> bool:
-        """A run that is asked to stop saves at once: the evaluation of that step is left to its next attempt."""
-        return self.is_due(progress, finished) and not progress.evaluated
+        """Whether this step is to be evaluated, and has not been. A run that is asked to stop saves at once: the
+        evaluation of that step is left to its next attempt."""
+        is_chosen = progress.step == self._first_step or progress.is_multiple_of(self._config.every_steps)
+        return (finished or is_chosen) and not progress.evaluated
 
     def evaluate(self, progress: TrainingProgress, reporter: Reporter) -> TrainingProgress:
         """Evaluate the model, log the scores, and return the progress with them. Collective."""

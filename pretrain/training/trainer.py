@@ -87,7 +87,7 @@ class Trainer:
         (num_hosts,) = group.all_reduce_sum([int(world.local_rank == 0)])
         nodes = group.all_gather_objects(platform.node())
         finished = self._is_finished()
-        evaluates_first = self._evaluator.is_missing(self._progress, finished)
+        evaluates_first = self._evaluator.is_due(self._progress, finished)
         trains_nothing = finished and not evaluates_first
         provenance = group.from_rank0(
             lambda: (trains_nothing and read_provenance(run.folder)) or record_start(run, world.size, num_hosts)
@@ -174,10 +174,10 @@ class Trainer:
 
     def _evaluate_and_save_at_start(self) -> None:
         """Before the next step. A run that is asked to stop leaves the evaluation of its last step to this attempt."""
-        is_evaluation_missing = self._evaluator.is_missing(self._progress, self._is_finished())
-        if is_evaluation_missing:
+        is_evaluation_due = self._evaluator.is_due(self._progress, self._is_finished())
+        if is_evaluation_due:
             self._evaluate()
-        self._checkpointer.save_at_start(self._progress, self._is_finished(), evaluated=is_evaluation_missing)
+        self._checkpointer.save_at_start(self._progress, self._is_finished(), evaluated=is_evaluation_due)
 
     def _learning_rate(self, step: int, seconds: float) -> float:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)
