@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ from experiment.errors import AgreedFailureError
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.counter_rng import make_key
 from pretrain.config import ModelConfig
-from pretrain.engine import partitions
 from pretrain.engine.deepspeed_internals import set_z3_leaf_module
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings
 from pretrain.engine.host_copy import HostCopy
@@ -30,7 +29,7 @@ from pretrain.engine.initialization import initialize, install_loss_scaler
 from pretrain.engine.muon import Muon
 from pretrain.engine.optimizers import AdamW, ExponentialMovingAverage, PerParameterOptimizer
 from pretrain.engine.parameter_groups import build_optimizer, parameter_groups
-from pretrain.engine.partitions import Fragment
+from pretrain.engine.partitions import Partitions
 from pretrain.engine.phases import ForwardTimer, phase
 from pretrain.engine.zero_step import Zero1Optimizer, install_zero_optimizer, sum_of_squares, unscale_and_clip
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
@@ -101,6 +100,7 @@ class Engine:
         self._loss_scaler = install_loss_scaler(self._deepspeed.optimizer)
         self._zero1_optimizer = install_zero_optimizer(self._deepspeed)
         self._averaged_over = 1 if self._zero1_optimizer is not None else world.size
+        self.partitions = Partitions(self._deepspeed)
         self._grad_clip = optimizer.grad_clip
         self._freeze_steps = options.freeze_steps
         self._step = 0
@@ -109,9 +109,9 @@ class Engine:
         torch_optimizer.allowed = self._is_update_allowed
         if isinstance(torch_optimizer, PerParameterOptimizer):
             names = sorted(self._deepspeed.param_names.values())
-            torch_optimizer.attach(self.fragments(), names, self._sum_over_shards)
+            torch_optimizer.attach(self.partitions.fragments(), names, self._sum_over_shards)
         elif isinstance(torch_optimizer, Muon):
-            torch_optimizer.attach(partitions.flat_tensors(self._deepspeed), self.fragments(), self.device)
+            torch_optimizer.attach(self.partitions.flat_tensors(), self.partitions.fragments(), self.device)
         for parameter in frozen:
             parameter.register_hook(self._zero_while_frozen)
         decay = options.ema_decay
@@ -123,7 +123,7 @@ class Engine:
             and self._loss_scaler is None
             and decay is None
         )
-        self.ema = None if decay is None else ExponentialMovingAverage(self._deepspeed, decay)
+        self.ema = None if decay is None else ExponentialMovingAverage(self.partitions, decay)
 
     @property
     def device(self) -> torch.device:
@@ -219,34 +219,6 @@ class Engine:
     def load_loss_scaler_state(self, state: dict[str, float]) -> None:
         if self._loss_scaler is not None:
             self._loss_scaler.load_state(state)
-
-    # Masters and optimizer state, see `pretrain.engine.partitions`
-
-    def fragments(self) -> Iterator[Fragment]:
-        """This rank's slices of the parameters. Valid one at a time under NVMe offload."""
-        return partitions.fragments(self._deepspeed)
-
-    def optimizer_state(self, fragment: Fragment) -> dict[str, Tensor]:
-        return partitions.optimizer_state(self._deepspeed, fragment)
-
-    def clear_optimizer_state(self) -> None:
-        partitions.clear_optimizer_state(self._deepspeed)
-
-    def restore_fragment(self, fragment: Fragment, master: Tensor, state: dict[str, Tensor]) -> None:
-        """Overwrite a fragment's master [numel] and optimizer state; `copy_masters_to_model` must follow."""
-        partitions.restore_fragment(self._deepspeed, fragment, master, state)
-
-    def copy_masters_to_model(self) -> None:
-        """Collective."""
-        partitions.copy_masters_to_model(self._deepspeed)
-
-    def masters_are_finite(self) -> bool:
-        """Whether all fp32 masters that this rank owns are finite."""
-        return partitions.masters_are_finite(self._deepspeed)
-
-    def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that every rank holds in full, by name."""
-        return partitions.replicated_weights(self._deepspeed)
 
     def _step_sharded(self) -> StepResult:
         with phase("update weights"):  # DeepSpeed reduces the gradients there, at ZeRO 2 and 3 during the backward pass

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.engine.deepspeed_internals import DeepSpeedEngine
-from pretrain.engine.partitions import Fragment, fragments, resident_fragments
+from pretrain.engine.partitions import Fragment, Partitions
 
 Group = dict[str, Any]
 
@@ -204,16 +203,16 @@ class ExponentialMovingAverage:
     steps equally; the exponential form is from Tarvainen and Valpola 2017). The average starts at the current weights.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
-        """`engine`: with the weights that the average starts at."""
-        self._engine = engine
+    def __init__(self, partitions: Partitions, decay: float) -> None:
+        """`partitions`: with the weights that the average starts at."""
+        self._partitions = partitions
         self._decay = decay
-        self._averages = {fragment.name: fragment.master.clone() for fragment in fragments(engine)}
+        self._averages = {fragment.name: fragment.master.clone() for fragment in partitions.fragments()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Call after each applied update. Not collective: each rank averages what it owns."""
-        for resident in resident_fragments(self._engine):
+        for resident in self._partitions.resident_fragments():
             averages, masters = [self.of(fragment) for fragment in resident], [fragment.master for fragment in resident]
             torch._foreach_lerp_(averages, masters, 1 - self._decay)
 

@@ -83,8 +83,8 @@ class HostMemory:
             return Share(rank, {}, {})
         tensors: dict[str, Tensor] = {}
         index: dict[str, Any] = {}
-        for fragment in engine.fragments():
-            kept = {MASTER: fragment.master} | engine.optimizer_state(fragment)
+        for fragment in engine.partitions.fragments():
+            kept = {MASTER: fragment.master} | engine.partitions.optimizer_state(fragment)
             if engine.ema is not None:
                 kept[AVERAGE] = engine.ema.of(fragment)
             for kind, tensor in kept.items():
@@ -176,8 +176,8 @@ def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool
     Raises UserError if its parameters are not the model's.
     """
     reader = FragmentReader(checkpoint / "engine")
-    engine.clear_optimizer_state()
-    for fragment in engine.fragments():
+    engine.partitions.clear_optimizer_state()
+    for fragment in engine.partitions.fragments():
         shape = reader.shape(fragment.name)
         if shape != fragment.shape:
             raise UserError(
@@ -190,11 +190,11 @@ def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool
             for kind in kinds
             if load_optimizer_state and kind not in (MASTER, AVERAGE)
         }
-        engine.restore_fragment(fragment, master, state)
+        engine.partitions.restore(fragment, master, state)
         if engine.ema is not None:  # a fork may have enabled it: then it starts at the weights
             average = reader.read(fragment.name, AVERAGE, span) if AVERAGE in kinds else master
             engine.ema.of(fragment).copy_(average)
-    engine.copy_masters_to_model()
+    engine.partitions.copy_masters_to_model()
     engine.load_loss_scaler_state(read_state(checkpoint)["loss_scaler"])
 
 

@@ -67,7 +67,7 @@ def _join(ranks: Sequence[int]) -> str:
 
 def _hash_weights(engine: Engine) -> dict[str, int]:
     """Hashes of the bits, by their name in messages. One wait for the device."""
-    weights = dict(engine.replicated_weights())
+    weights = dict(engine.partitions.replicated_weights())
     hashes = [hash_bits(tensor).to(engine.device) for tensor in weights.values()]
     values = torch.stack(hashes).tolist() if hashes else []
     return {f"the weights of {name.removeprefix('model.')}": value for name, value in zip(weights, values, strict=True)}

@@ -255,7 +255,7 @@ class Trainer:
 
     def _save_before_fault(self) -> str:
         """Save the state before a bad batch unless it is broken; returns advice for the user."""
-        (broken,) = self._group.all_reduce_sum([int(not self._engine.masters_are_finite())])
+        (broken,) = self._group.all_reduce_sum([int(not self._engine.partitions.masters_are_finite())])
         if broken:
             return f"  the weights before it: not finite either, so not saved\n{ADVICE}"
         self._checkpointer.save_now(self._progress)

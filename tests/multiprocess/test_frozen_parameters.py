@@ -161,7 +161,6 @@ def test_unused_parameters_stay_as_they_are(
 
 def rewind_case(world: World, tree: Tree, folder: Path) -> None:
     """Save a frozen step as 1 and an unfrozen one as 2; rewind to 1, save that as 3, and the repeated step as 4."""
-    from pretrain.engine.partitions import base_optimizer
     from pretrain.training.checkpoint_tensors import load_checkpoint
 
     engine, _ = build_engine(world, tree)
@@ -178,7 +177,7 @@ def rewind_case(world: World, tree: Tree, folder: Path) -> None:
     save(1)
     step(1)
     save(2)
-    states = base_optimizer(engine._deepspeed).state.values()
+    states = engine._deepspeed.basic_optimizer.state.values()
     moments = [StorageWeakRef(state["exp_avg"].untyped_storage()) for state in states]
     assert moments
     load_checkpoint(engine, checkpoint_path(folder, 1))
