@@ -6,7 +6,7 @@ Each stage has sequences, shares of the mixture, an order and masks of its own.
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiment.errors import UserError
@@ -14,7 +14,6 @@ from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.counter_rng import make_key
-from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import Masker, MaskingSchedule, masking_policy
 from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
@@ -57,11 +56,6 @@ class TrainingStream:
             assert end is not None
             epochs += order.start(end) / order.corpora[0].sequences
         return epochs
-
-    def load(self, first_step: int, on_gpu: bool, timeout: float) -> Iterator[RankBatch]:
-        """The batches from `first_step` on, prepared ahead in worker processes. `timeout`: see `load_batches`."""
-        workers = 2 if on_gpu else 1
-        return load_batches(self, first_step, self.steps, workers, timeout=timeout, pin_memory=on_gpu)
 
 
 def open_stream(

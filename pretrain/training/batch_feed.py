@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from experiment.goodput import DATA, ActivityTimer
 from pretrain.batching.batch import RankBatch
-from pretrain.batching.loader import DataWorkerError
+from pretrain.batching.loader import DataWorkerError, load_batches
 from pretrain.config import PretrainConfig
 from pretrain.engine.engine import Engine
 from pretrain.engine.phases import phase
@@ -71,7 +71,8 @@ class BatchFeed:
 
     def open(self, step: int) -> None:
         """Start the stream at a step, counted from 0."""
-        self._batches = self._stream.load(step, self._on_gpu, self._timeout)
+        steps, workers = self._stream.steps, 2 if self._on_gpu else 1
+        self._batches = load_batches(self._stream, step, steps, workers, timeout=self._timeout, pin_memory=self._on_gpu)
 
     def close(self) -> None:
         """End the worker processes, and drop the batch that was taken ahead."""

@@ -14,6 +14,7 @@ import torch
 from experiment.config import build_config
 from experiment.errors import UserError
 from pretrain.batching.batch import IGNORED, RankBatch
+from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.config import PretrainConfig
 from pretrain.resolve import ResolvedRun, resolve
@@ -81,11 +82,13 @@ def equal(one: RankBatch, other: RankBatch) -> bool:
 
 def test_batches_are_the_same_alone_and_in_order(open_run_stream: OpenStream) -> None:
     """Catches a batch that depends on what was read before, in stages, warmup, mixture or masking rate."""
-    in_order = list(open_run_stream(**changing_batches()).load(0, on_gpu=False, timeout=LIMIT))
+    stream = open_run_stream(**changing_batches())
+    in_order = list(load_batches(stream, 0, stream.steps, workers=1, timeout=LIMIT))
     assert [batch.step for batch in in_order] == list(range(16))
     for step in (0, 5, 6, 10, 11, 15):
         assert equal(open_run_stream(**changing_batches())[step], in_order[step])
-    assert equal(next(open_run_stream(**changing_batches()).load(6, on_gpu=False, timeout=LIMIT)), in_order[6])
+    later = load_batches(open_run_stream(**changing_batches()), 6, stream.steps, workers=1, timeout=LIMIT)
+    assert equal(next(later), in_order[6])
 
 
 def test_stages_have_their_own_lengths_and_batch_sizes(open_run_stream: OpenStream) -> None:
