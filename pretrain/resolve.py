@@ -82,14 +82,10 @@ class Decide(Protocol):
     def __call__(self, choose: Callable[[], T], /) -> T: ...
 
 
-def _decide_locally(choose: Callable[[], T], /) -> T:
-    return choose()
-
-
 def resolve(
     config: PretrainConfig,
     world_size: int,
-    decide: Decide = _decide_locally,
+    decide: Decide = lambda choose, /: choose(),
     verify: Verify = verify_descriptions,
     find_model: Callable[[str], Path] = local_model,
     copy_corpora: Callable[[CorpusConfig], Mapping[str, Path]] = lambda config: {},
