@@ -36,12 +36,12 @@ from launcher.hosts.machine import free_port
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes
-from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.masking import Masker
 from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import SequenceIndex, split_documents
 from pretrain.batching.vocabulary import Vocabulary
-from pretrain.config import ModelConfig
+from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.deepspeed_settings import load_settings
 from pretrain.engine.engine import Engine
@@ -214,7 +214,7 @@ def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[Ra
     rows = choose_rows(built, DTYPES[case.precision])
     index = _draw_index(case.length - vocabulary.num_special_tokens)
     corpus = cast(Corpus, _RandomCorpus(config.vocab_size))
-    masker = Masker(vocabulary, MaskingPolicy(_MASKED[config.model_type], 0.8, 0.1), seed=1, corpus="random")
+    masker = Masker(vocabulary, MaskingConfig(rate=_MASKED[config.model_type]), seed=1, corpus="random")
     mean = index.starts[-1] / len(index) + vocabulary.num_special_tokens
     maker = BatchMaker(
         (MaskedCorpus(corpus, index, masker),),

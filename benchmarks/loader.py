@@ -34,11 +34,12 @@ from pretrain.batching.batch import flatten_batch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.loader import load_batches
-from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.masking import Masker
 from pretrain.batching.order import BatchSequences, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary
+from pretrain.config import MaskingConfig
 from pretrain.corpus.manifest import Manifest, Recipe, write_manifest
 from pretrain.corpus.reader import Corpus, open_corpus
 from pretrain.corpus.shards import SHARD_TOKENS, PieceWriter, join_pieces
@@ -144,12 +145,11 @@ def _make_maker(
         unmaskable=np.arange(_VOCABULARY) < 5,
         replacements=np.arange(5, _VOCABULARY),
     )
-    policy = MaskingPolicy(0.15, 0.8, 0.1)
     sources = tuple(
         MaskedCorpus(
             corpus,
             open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, corpus.path),
-            Masker(vocabulary, policy, seed=1, corpus=corpus.fingerprint),
+            Masker(vocabulary, MaskingConfig(), seed=1, corpus=corpus.fingerprint),
         )
         for corpus in corpora
     )

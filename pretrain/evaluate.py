@@ -29,7 +29,7 @@ from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.transformers_models import max_positions
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.masking import Masker, MaskingPolicy, masking_policy
+from pretrain.batching.masking import Masker
 from pretrain.batching.order import SequentialOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
@@ -70,7 +70,7 @@ class HeldOutSettings:
     """How held-out text becomes batches. The figures depend on all of it but the layout's microbatch size."""
 
     vocabulary: Vocabulary
-    policy: MaskingPolicy
+    masking: MaskingConfig
     seed: int  # of the masks
     layout: MicrobatchLayout
 
@@ -88,7 +88,7 @@ def open_held_out(corpus: Corpus, settings: HeldOutSettings, world: World, index
     vocabulary, layout = settings.vocabulary, settings.layout
     index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, index_folder)
     order = SequentialOrder(len(index), _SEQUENCES)
-    masker = Masker(vocabulary, settings.policy, settings.seed, corpus.fingerprint)
+    masker = Masker(vocabulary, settings.masking, settings.seed, corpus.fingerprint)
     maker = BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)
     return HeldOutCorpus(maker, order.steps)
 
@@ -120,7 +120,7 @@ def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: W
     """
     batch = run.config.batch
     layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position)
-    settings = HeldOutSettings(run.vocabulary, masking_policy(run.config.masking), run.config.run.seed, layout)
+    settings = HeldOutSettings(run.vocabulary, run.config.masking, run.config.run.seed, layout)
     index_folder = run.folder.path / "index"
     return HeldOutEvaluator(
         {name: open_held_out(corpus, settings, world, index_folder) for name, corpus in run.held_out.items()}
@@ -166,7 +166,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
             "masked-LM head; `deepcloze predict --score` scores fine-tuned models"
         )
     folder = find_model_folder(path)
-    policy, seed, max_length = _settings(folder)
+    masking, seed, max_length = _settings(folder)
     tokenizer = load_tokenizer(folder)
     vocabulary = build_vocabulary(tokenizer)
     model_config = ModelConfig(init_from=str(folder))
@@ -189,7 +189,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         return predictions
 
     with tempfile.TemporaryDirectory() as index_folder:
-        held_out = HeldOutSettings(vocabulary, policy, seed, layout)
+        held_out = HeldOutSettings(vocabulary, masking, seed, layout)
         opened = {
             name: open_held_out(corpus, held_out, World(), Path(index_folder)) for name, corpus in corpora.items()
         }
@@ -197,14 +197,14 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     return HeldOutEvaluator(opened).evaluate(predict, device, show_progress)
 
 
-def _settings(folder: Path) -> tuple[MaskingPolicy, int, int]:
-    """The masking policy, the seed, and the sequence length."""
+def _settings(folder: Path) -> tuple[MaskingConfig, int, int]:
+    """How tokens are masked, the seed, and the sequence length."""
     masking, seed, length = MaskingConfig(), 42, _DEFAULT_LENGTH
     if (folder.parent / "state.json").is_file():
         config: dict[str, Any] = read_state(folder.parent)["config"]
         masking = build_config(MaskingConfig, config["masking"])
         seed, length = config["run"]["seed"], config["batch"]["max_seq_length"]
-    return masking_policy(masking), seed, length
+    return masking, seed, length
 
 
 def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str, Corpus]:

@@ -14,7 +14,7 @@ from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.counter_rng import make_key
-from pretrain.batching.masking import Masker, MaskingSchedule, masking_policy
+from pretrain.batching.masking import Masker, MaskingSchedule
 from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.row_width import with_best_row_width
@@ -103,13 +103,14 @@ def _open_stage(run: ResolvedRun, number: int, stage: Stage) -> tuple[tuple[Mask
     tokens per sequence. Missing sequence indexes are built.
     """
     config, vocabulary = run.config, run.vocabulary
-    seed, schedule, policy = config.run.seed, config.schedule, masking_policy(config.masking)
+    seed, schedule = config.run.seed, config.schedule
     capacity = stage.max_seq_length - vocabulary.num_special_tokens
     corpora, streams, shares = [], [], []
     for given in run.corpora:
         corpus, fingerprint = given.corpus, given.corpus.fingerprint
         index = open_index(corpus, capacity, run.folder.path / "index")
-        corpora.append(MaskedCorpus(corpus, index, Masker(vocabulary, policy, seed, fingerprint, stage=number)))
+        masker = Masker(vocabulary, config.masking, seed, fingerprint, stage=number)
+        corpora.append(MaskedCorpus(corpus, index, masker))
         streams.append(CorpusStream(len(index), make_key(("order", seed, fingerprint, number))))
         shares.append(given.weight / (corpus.tokens / len(index) + vocabulary.num_special_tokens))
     order = ShuffledOrder(

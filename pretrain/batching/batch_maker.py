@@ -50,11 +50,11 @@ class MaskedCorpus:
     masker: Masker
 
     def read_and_mask(self, sequences: BatchSequences, lengths: NDArray[np.int64], rate: float | None) -> MaskedText:
-        """The text of sequences with these text lengths [S]. `rate` None: the masking rate of the masker's policy."""
+        """The text of sequences with these text lengths [S]. `rate` None: that of the masker."""
         masker = self.masker if rate is None else self.masker.with_rate(rate)
         starts = np.asarray(self.index.starts[sequences.ids])
         tokens = self.corpus.read(starts, lengths).astype(np.int64)
-        word_starts = None if masker.policy.unit == "token" else self.corpus.read_word_starts(starts, lengths)
+        word_starts = None if masker.masking.unit == "token" else self.corpus.read_word_starts(starts, lengths)
         return MaskedText(tokens, *masker.mask(tokens, lengths, masker.keys(sequences), word_starts))
 
 
@@ -85,7 +85,7 @@ class BatchMaker:
     vocabulary: Vocabulary
     layout: MicrobatchLayout
     world: World = field(default_factory=World)
-    masking_schedule: MaskingSchedule | None = None  # None: the rate of each masker's policy
+    masking_schedule: MaskingSchedule | None = None  # None: the rate of each masker
 
     def __getitem__(self, step: int) -> RankBatch:
         # 1. Which sequences? 2. Where is each computed? 3. This rank's share.

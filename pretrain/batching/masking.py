@@ -36,21 +36,6 @@ _SPAN_END_PROBABILITY = 0.2  # that a span shorter than the maximum ends after t
 
 
 @dataclass(frozen=True)
-class MaskingPolicy:
-    """The share of tokens that are predicted, and the inputs in their place."""
-
-    rate: float  # share of the text tokens that are predicted
-    mask_share: float  # share of the predicted tokens that the model sees as the mask token
-    random_share: float  # share of the predicted tokens that it sees as a random token; the rest is unchanged
-    unit: Literal["token", "word", "span"] = "token"  # the unit that is chosen as a whole
-
-
-def masking_policy(masking: MaskingConfig) -> MaskingPolicy:
-    """The policy for held-out text, and for training unless a schedule changes the rate. Of several rates, the last."""
-    return MaskingPolicy(masking.rates[-1], masking.mask_share, masking.random_share, masking.unit)
-
-
-@dataclass(frozen=True)
 class MaskingSchedule:
     """A masking rate that changes over a run of `steps` steps (cf. Yang et al. 2023, "Learning better masking for
     better language model pre-training", who decrease it)."""
@@ -95,14 +80,19 @@ class Masker:
     """Masks the sequences of one corpus with one seed."""
 
     vocabulary: Vocabulary
-    policy: MaskingPolicy
+    masking: MaskingConfig
     seed: int
     corpus: str  # fingerprint
     stage: int = 0
 
+    @property
+    def rate(self) -> float:
+        """The masking rate for held-out text, and for training unless a schedule changes it. Of several, the last."""
+        return self.masking.rates[-1]
+
     def with_rate(self, rate: float) -> Self:
         """The same masker with another masking rate."""
-        return replace(self, policy=replace(self.policy, rate=rate))
+        return replace(self, masking=self.masking.model_copy(update={"rate": rate}))
 
     def keys(self, sequences: BatchSequences) -> U64:
         """The key of each sequence's random stream [S]."""
@@ -124,11 +114,11 @@ class Masker:
         """
         starts = np.cumsum(lengths) - lengths
         streams = _TokenStreams(np.repeat(keys, lengths), np.arange(len(tokens)) - np.repeat(starts, lengths))
-        if self.policy.unit == "token":
+        if self.masking.unit == "token":
             units = self._choose_tokens(streams)
         else:
             words = self._words(tokens, starts, word_starts)
-            if self.policy.unit == "word":
+            if self.masking.unit == "word":
                 units = self._choose_words(words, streams)
             else:
                 units = self._choose_spans(words, len(tokens), starts, keys)
@@ -141,21 +131,21 @@ class Masker:
         # each token.
         bits = streams.replacement_bits(indices)
         action = uniform(bits)
-        if self.policy.unit == "span":
+        if self.masking.unit == "span":
             action = uniform(streams.replacement_bits(np.repeat(units.starts, units.sizes)[maskable]))
         return MaskedTokens(self._replace(tokens, indices, action, bits), indices)
 
     def _choose_tokens(self, streams: _TokenStreams) -> Ranges:
-        chosen = np.flatnonzero(uniform(streams.unit_bits(slice(None))) < self.policy.rate)
+        chosen = np.flatnonzero(uniform(streams.unit_bits(slice(None))) < self.rate)
         return Ranges(chosen, np.ones_like(chosen))
 
     def _choose_words(self, words: Ranges, streams: _TokenStreams) -> Ranges:
-        chosen = uniform(streams.unit_bits(words.starts)) < self.policy.rate
+        chosen = uniform(streams.unit_bits(words.starts)) < self.rate
         return Ranges(words.starts[chosen], words.sizes[chosen])
 
     def _choose_spans(self, words: Ranges, tokens: int, starts: NDArray[np.int64], keys: U64) -> Ranges:
         first_words = np.searchsorted(words.starts, starts)
-        spans = draw_spans(np.diff(first_words, append=len(words.starts)), keys, self.policy.rate)
+        spans = draw_spans(np.diff(first_words, append=len(words.starts)), keys, self.rate)
         ends = np.append(words.starts, tokens)[spans.starts + spans.sizes]
         return Ranges(words.starts[spans.starts], ends - words.starts[spans.starts])
 
@@ -175,7 +165,7 @@ class Masker:
         self, tokens: NDArray[np.int64], indices: NDArray[np.int64], action: NDArray[np.float64], bits: U64
     ) -> NDArray[np.int64]:
         """The inputs of the model [T]. `action` [M] in [0, 1) decides between mask, random and unchanged."""
-        mask_share, random_share = self.policy.mask_share, self.policy.random_share
+        mask_share, random_share = self.masking.mask_share, self.masking.random_share
         inputs = tokens.copy()
         inputs[indices[action < mask_share]] = self.vocabulary.mask_id
         random = (action >= mask_share) & (action < mask_share + random_share)

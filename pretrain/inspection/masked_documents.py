@@ -4,7 +4,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from experiment.results.page import SeenText, SeenToken
-from pretrain.batching.masking import Masker, masking_policy
+from pretrain.batching.masking import Masker
 from pretrain.batching.order import BatchSequences
 from pretrain.batching.sequences import split_documents
 from pretrain.batching.vocabulary import build_vocabulary
@@ -18,7 +18,7 @@ _DOCUMENTS = 8
 def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[SeenText]:
     """The first sequences of some documents of the sample, with the default masking."""
     vocabulary = build_vocabulary(tokenizer)
-    masker = Masker(vocabulary, masking_policy(MaskingConfig()), sample.seed, sample.corpus.fingerprint)
+    masker = Masker(vocabulary, MaskingConfig(), sample.seed, sample.corpus.fingerprint)
     count = min(_DOCUMENTS, len(sample.documents))
     chosen = np.sort(np.random.default_rng(sample.seed).choice(len(sample.documents), count, replace=False))
     texts = []

@@ -24,9 +24,10 @@ from experiment.tokenizer import load_tokenizer, save_tokenizer
 from pretrain import evaluate as evaluate_module
 from pretrain.batching import sequences
 from pretrain.batching.batch import Microbatch
-from pretrain.batching.masking import MaskingPolicy, MaskingSchedule
+from pretrain.batching.masking import MaskingSchedule
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.vocabulary import build_vocabulary
+from pretrain.config import MaskingConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import (
     HeldOutCorpus,
@@ -40,12 +41,12 @@ from pretrain.evaluate import (
 from pretrain.modeling.masked_lm import Predictions
 from pretrain.world import World
 
-POLICY = MaskingPolicy(0.15, 0.8, 0.1)
+MASKING = MaskingConfig()
 
 
-def held_out(corpus: Path, layout: MicrobatchLayout, seed: int = 42, policy: MaskingPolicy = POLICY) -> HeldOutCorpus:
+def held_out(corpus: Path, layout: MicrobatchLayout, seed: int = 42, masking: MaskingConfig = MASKING) -> HeldOutCorpus:
     vocabulary = build_vocabulary(load_tokenizer(corpus / "tokenizer"))
-    return open_held_out(open_corpus(corpus), HeldOutSettings(vocabulary, policy, seed, layout), World(), corpus)
+    return open_held_out(open_corpus(corpus), HeldOutSettings(vocabulary, masking, seed, layout), World(), corpus)
 
 
 def evaluate(held: HeldOutCorpus, predict: Predict) -> Scores:
@@ -161,7 +162,7 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
     found = json.loads(capsys.readouterr().out)[heldout_corpus.name]
     masked = {}
     for unit in ("token", "span"):
-        held = held_out(heldout_corpus, MicrobatchLayout(40, 400), seed=7, policy=MaskingPolicy(0.3, 0.8, 0.1, unit))
+        held = held_out(heldout_corpus, MicrobatchLayout(40, 400), seed=7, masking=MaskingConfig(rate=0.3, unit=unit))
         masked[unit] = sum(held.maker[step].masked_tokens for step in range(held.batches))
     assert found["masked_tokens"] == masked["span"] != masked["token"]
 

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes
-from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.masking import Masker
 from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import SequenceIndex, split_documents
 from pretrain.batching.vocabulary import Vocabulary
+from pretrain.config import MaskingConfig
 from pretrain.corpus.words import WordBoundaries
 
 PAD, CLS, SEP, UNK, MASK = range(5)
@@ -75,7 +76,7 @@ def index(corpus: MemoryCorpus) -> SequenceIndex:
 @pytest.fixture
 def maker(corpus: MemoryCorpus, index: SequenceIndex, vocabulary: Vocabulary) -> BatchMaker:
     """Global batches of 37 sequences of at most 16 slots, on one rank."""
-    masker = Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)
+    masker = Masker(vocabulary, MaskingConfig(), seed=5, corpus=corpus.fingerprint)
     order = ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(37))
     return BatchMaker(
         (MaskedCorpus(corpus, index, masker),),

@@ -37,8 +37,8 @@ def sequences_of(batches):
 def by_unit(maker, unit):
     """The maker with another masking unit."""
     (source,) = maker.corpora
-    policy = dataclasses.replace(source.masker.policy, unit=unit)
-    masker = dataclasses.replace(source.masker, policy=policy)
+    masking = source.masker.masking.model_copy(update={"unit": unit})
+    masker = dataclasses.replace(source.masker, masking=masking)
     return dataclasses.replace(maker, corpora=(dataclasses.replace(source, masker=masker),))
 
 

@@ -6,8 +6,9 @@ import pytest
 from scipy import stats
 
 from pretrain.batching.counter_rng import fold_in
-from pretrain.batching.masking import MAX_SPAN_WORDS, Masker, MaskingPolicy, Ranges, draw_spans
+from pretrain.batching.masking import MAX_SPAN_WORDS, Masker, Ranges, draw_spans
 from pretrain.batching.order import BatchSequences
+from pretrain.config import MaskingConfig
 
 MASK, UNK = 4, 3
 UNITS = ("token", "word", "span")
@@ -16,11 +17,11 @@ KEYS = fold_in(1, np.arange(200_000))
 
 @pytest.fixture
 def masker(vocabulary):
-    return Masker(vocabulary, MaskingPolicy(rate=0.15, mask_share=0.8, random_share=0.1), seed=11, corpus="corpus")
+    return Masker(vocabulary, MaskingConfig(), seed=11, corpus="corpus")
 
 
-def of(masker, **policy):
-    return dataclasses.replace(masker, policy=dataclasses.replace(masker.policy, **policy))
+def of(masker, **changes):
+    return dataclasses.replace(masker, masking=masker.masking.model_copy(update=changes))
 
 
 def sequences(ids, epoch=0):
@@ -46,7 +47,7 @@ def flags(chosen, length):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_shares_are_those_of_the_policy(masker, unit):
+def test_shares_are_those_of_the_config(masker, unit):
     """Catches a wrong threshold: 15 % chosen, of those 80 % [MASK], 10 % random, 10 % unchanged.
 
     Within 4 sigma for as many draws as there are units, since the tokens of a unit share one draw.

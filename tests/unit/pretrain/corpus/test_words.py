@@ -14,9 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
-from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.masking import Masker
 from pretrain.batching.order import BatchSequences
 from pretrain.batching.vocabulary import build_vocabulary
+from pretrain.config import MaskingConfig
 from pretrain.corpus import build_plan, shards, splits, tasks, words
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
@@ -337,9 +338,7 @@ def test_segmented_words_are_masked_whole(tmp_path: Path, chinese: Path, source:
     starts = np.cumsum(lengths) - lengths
     tokens, word_starts = corpus.read(starts, lengths).astype(np.int64), corpus.read_word_starts(starts, lengths)
     assert word_starts is not None
-    masker = Masker(
-        build_vocabulary(load_tokenizer(chinese)), MaskingPolicy(0.15, 0.8, 0.1, unit), 1, corpus.fingerprint
-    )
+    masker = Masker(build_vocabulary(load_tokenizer(chinese)), MaskingConfig(unit=unit), 1, corpus.fingerprint)
     hits = np.zeros(len(tokens))
     for epoch in range(40):
         keys = masker.keys(

@@ -13,12 +13,12 @@ from experiment.tokenizer import load_tokenizer
 from pretrain.batching.batch import IGNORED, Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes
-from pretrain.batching.masking import Masker, MaskingPolicy
+from pretrain.batching.masking import Masker
 from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import build_vocabulary
-from pretrain.config import ModelConfig
+from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.modeling.build import BuiltModel, build_model
 from pretrain.modeling.model_config import resolve_model_config
@@ -108,11 +108,7 @@ def make_example(model_type: str, corpus_folder: Path) -> Example:
     vocabulary = build_vocabulary(tokenizer)
     index = open_index(corpus, WIDTH - vocabulary.num_special_tokens, corpus.path)
     maker = BatchMaker(
-        (
-            MaskedCorpus(
-                corpus, index, Masker(vocabulary, MaskingPolicy(0.15, 0.8, 0.1), seed=5, corpus=corpus.fingerprint)
-            ),
-        ),
+        (MaskedCorpus(corpus, index, Masker(vocabulary, MaskingConfig(), seed=5, corpus=corpus.fingerprint)),),
         ShuffledOrder((CorpusStream(len(index), seed=5),), BatchSizes(23)),
         vocabulary,
         MicrobatchLayout(WIDTH, 4 * WIDTH, "windows" if built.packed else "padded", built.first_position),
