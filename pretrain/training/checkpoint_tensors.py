@@ -135,10 +135,10 @@ def write_hugging_face_folder(
 ) -> None:
     """Write a folder that transformers opens without deepcloze: safetensors, config and tokenizer.
 
-    `weights`: fp32, by the model's own parameter names, tied ones once. Missing buffers are taken from `model`.
+    `weights`: fp32, by the model's own parameter names, tied ones once; with the `persistent_buffers`.
     """
     folder.mkdir(parents=True)
-    save_tensors(persistent_buffers(model) | weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32
