@@ -94,8 +94,6 @@ class ShuffledOrder:
 
     def positions_by_corpus(self, positions: int) -> NDArray[np.int64]:
         """How many of the first `positions` positions each corpus gets."""
-        if len(self.corpora) == 1:
-            return np.array([positions], dtype=np.int64)
         return self._split_by_corpus(positions, positions)[1]
 
     def _split_by_corpus(self, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
