@@ -21,7 +21,7 @@ from launcher.hosts.machine import Machine
 from launcher.options import HostOptions, PretrainOptions
 from launcher.preflight.run import passing_hosts
 from launcher.preflight.target import CacheNeeds, Target, target_of_hosts, target_of_run
-from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, added_environment, start_command
+from launcher.ranks.deepspeed_command import Command, added_environment, command_on_hosts, command_on_this_machine
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import check_launcher, is_local, place_ranks
 from launcher.supervision.attempt import Launch, Layout
@@ -85,16 +85,20 @@ class LaunchPlan:
         if self.local and config == self.config and not self.config_changed:
             return local_command(self.options, layout.slots, self.machine)
         config_file = self.folder.logs / "launch.yaml"
-        command = DeepSpeedCommand(
-            slots=layout.slots,
-            # The shell of another host would parse the overrides again, so they are passed in a file there.
-            arguments=("--config", str(config_file)),
-            port=self.machine.find_port(),
-            hostfile=None if self.local else self.folder.logs / "hostfile",
-            launcher=self.options.launcher,
-            rendezvous=rendezvous,
-        )
-        start = start_command(command, self.machine, self.target.host_environment)
+        # The shell of another host would parse the overrides again, so they are passed in a file there.
+        arguments = ("--config", str(config_file))
+        if self.local:
+            start = command_on_this_machine(layout.slots, arguments, self.machine)
+        else:
+            start = command_on_hosts(
+                layout.slots,
+                arguments,
+                self.machine,
+                self.folder.logs,
+                self.options.launcher,
+                self.target.host_environment,
+                rendezvous,
+            )
         return replace(start, files={**start.files, config_file: dump_config(config)})
 
 
@@ -133,12 +137,8 @@ def plan_launch(
 def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> Command:
     """How DeepSpeed starts ranks on this machine that read the config of the options."""
     overrides = (f"--{key}={text}" for key, text in options.overrides.items())
-    command = DeepSpeedCommand(
-        slots=slots,
-        arguments=("--config", str(Path(options.config).absolute()), *overrides),
-        port=machine.find_port(),
-    )
-    return start_command(command, machine, {})
+    arguments = ("--config", str(Path(options.config).absolute()), *overrides)
+    return command_on_this_machine(slots, arguments, machine)
 
 
 def _summary(run: "ResolvedRun") -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.files import parse_record, temporary_folder
-from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
+from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
-from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, start_command
+from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine
 from launcher.ranks.placement import is_local
 from launcher.ranks.start_rank import MEASURE
 from launcher.supervision.rank_processes import RankProcesses, started
@@ -53,12 +53,21 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
     processes = RankProcesses()
     with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-preflight-") as folder:
         if is_local(slots):
-            output = _run(_command(slots, machine, target, folder), folder, processes)
+            output = _run(command_on_this_machine(slots, (MEASURE,), machine), folder, processes)
         else:
             launch = f"{os.urandom(8).hex()}-0"
             with GuardedHosts(list(slots), launch, target.host_environment, processes.check) as guards:
                 _check_lost(guards)
-                output = _run(_command(slots, machine, target, folder, guards.rendezvous()), folder, processes)
+                command = command_on_hosts(
+                    slots,
+                    (MEASURE,),
+                    machine,
+                    folder,
+                    target.launcher,
+                    target.host_environment,
+                    guards.rendezvous(),
+                )
+                output = _run(command, folder, processes)
                 _check_lost(guards)
                 if processes.left is not None:
                     raise MeasurementError(
@@ -70,21 +79,6 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
         if mark:
             return parse_record(Measurement, result)
     raise MeasurementError(f"the all-reduce over all ranks failed; the end of its output:\n{_tail(output)}")
-
-
-def _command(
-    slots: Slots, machine: Machine, target: Target, folder: Path, rendezvous: Rendezvous | None = None
-) -> Command:
-    """The command of the measurement. Without a rendezvous, all ranks run on this machine."""
-    command = DeepSpeedCommand(
-        slots=slots,
-        arguments=(MEASURE,),
-        port=machine.find_port(),
-        hostfile=folder / "hostfile" if rendezvous else None,
-        launcher=target.launcher,
-        rendezvous=rendezvous,
-    )
-    return start_command(command, machine, target.host_environment)
 
 
 def _check_lost(guards: GuardedHosts) -> None:

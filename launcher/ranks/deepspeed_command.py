@@ -3,7 +3,7 @@
 import base64
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from launcher.ranks.environment import (
 )
 from launcher.ranks.placement import Launcher
 
+# Run as a module, so that the ranks use this interpreter whatever PATH says.
+_PYTHON = (sys.executable, "-m")
 # DeepSpeed would log a stopped rank as an error; the ranks and `deepcloze` report how it ended.
 _LOG_LEVEL = "--log_level=critical"
 _MODULE = "launcher.ranks.start_rank"
@@ -27,58 +29,8 @@ _FILE = str(REPOSITORY / "launcher" / "ranks" / "start_rank.py")
 
 
 @dataclass(frozen=True)
-class DeepSpeedCommand:
-    """Everything the command line of one launch depends on."""
-
-    slots: Slots
-    arguments: tuple[str, ...]  # of each rank
-    port: int  # at which the ranks meet, without a rendezvous
-    hostfile: Path | None = None  # absolute; None: all slots are on this machine
-    launcher: Launcher = "pdsh"  # starts the ranks on other hosts
-    rendezvous: Rendezvous | None = None  # None: unknown, or all ranks run on this machine
-
-
-def deepspeed_argv(command: DeepSpeedCommand) -> list[str]:
-    """The argv that starts one rank per slot, each running `launcher.ranks.start_rank ARGUMENT…`."""
-    return [
-        # Run as a module, so that the ranks use this interpreter whatever PATH says.
-        *(sys.executable, "-m", *(_local_launcher(command) if command.hostfile is None else _hosts_launcher(command))),
-        *command.arguments,
-    ]
-
-
-def _local_launcher(command: DeepSpeedCommand) -> list[str]:
-    # What `deepspeed` starts on each host. Started directly, one process less has to import torch, which takes seconds.
-    slots = json.dumps(dict(command.slots))
-    return [
-        *("deepspeed.launcher.launch", _LOG_LEVEL),
-        f"--world_info={base64.urlsafe_b64encode(slots.encode()).decode()}",
-        *("--master_addr=127.0.0.1", f"--master_port={command.port}"),
-        *("--module", _MODULE),
-    ]
-
-
-def _hosts_launcher(command: DeepSpeedCommand) -> list[str]:
-    meeting = command.rendezvous
-    address, port = (meeting.address, meeting.port) if meeting else (None, command.port)
-    include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in command.slots.items())
-    return [
-        *("deepspeed.launcher.runner", _LOG_LEVEL, f"--master_port={port}"),
-        *([f"--master_addr={address}"] if address else []),  # else DeepSpeed asks the first host
-        f"--hostfile={command.hostfile}",
-        # MPI launchers reject --include: their hostfile has just these slots.
-        *([f"--include={include}"] if command.launcher in ("pdsh", "slurm") else []),
-        *([f"--launcher={command.launcher}"] if command.launcher != "pdsh" else []),
-        # Without --force_multi, DeepSpeed would run the ranks of a single remote host on this machine.
-        *(["--force_multi"] if len(command.slots) == 1 else []),
-        # DeepSpeed ignores --module with slurm, and with mpich applies it to a script of its own, which does not start.
-        *([_FILE] if command.launcher in ("slurm", "mpich") else ["--module", _MODULE]),
-    ]
-
-
-@dataclass(frozen=True)
 class Command:
-    """How DeepSpeed is started."""
+    """How DeepSpeed is started: one rank per slot, each running `launcher.ranks.start_rank ARGUMENT…`."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
@@ -90,23 +42,56 @@ def added_environment(machine: Machine, local: bool) -> dict[str, str]:
     return launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
 
 
-def start_command(command: DeepSpeedCommand, machine: Machine, forwarded: Mapping[str, str]) -> Command:
-    """The command with its environment and, for ranks on other hosts, its hostfile and the variables to export, which
-    are written to the folder of the hostfile.
+def command_on_this_machine(slots: Slots, arguments: Sequence[str], machine: Machine) -> Command:
+    """The command for ranks that all run on this machine."""
+    # What `deepspeed` starts on each host. Started directly, one process less has to import torch, which takes seconds.
+    argv = (
+        *_PYTHON,
+        *("deepspeed.launcher.launch", _LOG_LEVEL),
+        f"--world_info={base64.urlsafe_b64encode(json.dumps(dict(slots)).encode()).decode()}",
+        *("--master_addr=127.0.0.1", f"--master_port={machine.find_port()}"),
+        *("--module", _MODULE, *arguments),
+    )
+    return Command(argv, deepspeed_environment(machine.environ, added_environment(machine, local=True)))
+
+
+def command_on_hosts(
+    slots: Slots,
+    arguments: Sequence[str],
+    machine: Machine,
+    folder: Path,
+    launcher: Launcher,
+    forwarded: Mapping[str, str],
+    rendezvous: Rendezvous | None,
+) -> Command:
+    """The command for ranks on other hosts, with its hostfile and the variables to export.
 
     Args:
         machine: the machine that it is started on.
-        forwarded: variables that guards bring to other hosts.
+        folder: for its files; absolute.
+        launcher: starts the ranks.
+        forwarded: variables that guards bring to the hosts.
+        rendezvous: where the ranks meet; None: unknown.
     """
-    argv = tuple(deepspeed_argv(command))
-    added = added_environment(machine, local=command.hostfile is None)
-    if command.hostfile is None:
-        return Command(argv, deepspeed_environment(machine.environ, added))
-    exports = command.hostfile.with_name("worker.env")
-    exported = exported_variables(added, command.rendezvous, command.launcher)
+    hostfile, exports = folder / "hostfile", folder / "worker.env"
+    address, port = (rendezvous.address, rendezvous.port) if rendezvous else (None, machine.find_port())
+    include = "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
+    argv = (
+        *_PYTHON,
+        *("deepspeed.launcher.runner", _LOG_LEVEL, f"--master_port={port}"),
+        *([f"--master_addr={address}"] if address else []),  # else DeepSpeed asks the first host
+        f"--hostfile={hostfile}",
+        # MPI launchers reject --include: their hostfile has just these slots.
+        *([f"--include={include}"] if launcher in ("pdsh", "slurm") else []),
+        *([f"--launcher={launcher}"] if launcher != "pdsh" else []),
+        # Without --force_multi, DeepSpeed would run the ranks of a single remote host on this machine.
+        *(["--force_multi"] if len(slots) == 1 else []),
+        # DeepSpeed ignores --module with slurm, and with mpich applies it to a script of its own, which does not start.
+        *([_FILE] if launcher in ("slurm", "mpich") else ["--module", _MODULE]),
+        *arguments,
+    )
+    added = added_environment(machine, local=False)
+    exported = exported_variables(added, rendezvous, launcher)
     environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
-    files = {
-        command.hostfile: hostfile_text(command.slots),
-        exports: exported_text(exported, machine.deepspeed_env_text()),
-    }
+    files = {hostfile: hostfile_text(slots), exports: exported_text(exported, machine.deepspeed_env_text())}
     return Command(argv, environment, files)

@@ -13,8 +13,9 @@ from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import open_run_folder
 from launcher.hosts.guarded_hosts import Rendezvous
-from launcher.hosts.hostfile import hostfile_text, parse_hostfile
-from launcher.ranks.deepspeed_command import Command, DeepSpeedCommand, deepspeed_argv
+from launcher.hosts.hostfile import parse_hostfile
+from launcher.hosts.machine import Devices, Machine
+from launcher.ranks.deepspeed_command import Command, command_on_hosts
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.launch_result import read_result
 from launcher.supervision.supervisor import supervise
@@ -80,14 +81,11 @@ def test_a_lost_host_of_many_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_command_line_of_many_hosts(tmp_path: Path) -> None:
     """Catches arguments that Linux rejects, and a hostfile that DeepSpeed reads differently."""
-    command = DeepSpeedCommand(
-        slots=SLOTS,
-        arguments=("--config", str(tmp_path / "launch.yaml")),
-        port=4567,
-        hostfile=tmp_path / "hostfile",
-    )
-    assert max(map(len, deepspeed_argv(command))) < MOST_BYTES_OF_AN_ARGUMENT
-    assert len(parse_hostfile(hostfile_text(SLOTS))) == 512
+    arguments = ("--config", str(tmp_path / "launch.yaml"))
+    machine = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 4567)
+    command = command_on_hosts(SLOTS, arguments, machine, tmp_path, "pdsh", {}, None)
+    assert max(map(len, command.argv)) < MOST_BYTES_OF_AN_ARGUMENT
+    assert len(parse_hostfile(command.files[tmp_path / "hostfile"])) == 512
 
 
 def test_the_failure_of_one_rank_of_many_is_found(tmp_path: Path) -> None:
