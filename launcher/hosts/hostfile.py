@@ -9,13 +9,15 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.errors import UserError
 
 Slots = Mapping[str, tuple[int, ...]]
 """Host name -> the slots to use on it, hosts in rank order."""
+
+Hosts = Mapping[str, int]
+"""Host name -> the number of its slots, hosts in rank order."""
 
 HOST_NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*)"
 _LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>[0-9]{1,4})")
@@ -26,15 +28,7 @@ _PART = rf"[A-Za-z0-9_.-]+|\[{_RANGE}(?:,{_RANGE})*\]"
 _ENTRY = f"(?:{_PART})+"  # of a node list of SLURM
 
 
-@dataclass(frozen=True)
-class Host:
-    """One line of a hostfile: a machine and its number of slots."""
-
-    name: str
-    slots: int
-
-
-def read_hostfile(path: Path | str) -> tuple[Host, ...]:
+def read_hostfile(path: Path | str) -> Hosts:
     """Read the hosts of a hostfile, in file order.
 
     Raises UserError for a file that cannot be read and for whatever `parse_hostfile` rejects.
@@ -70,13 +64,13 @@ def hostfile_text(slots: Slots) -> str:
     return "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items())
 
 
-def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
+def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
     """Parse the text of a hostfile: one `NAME slots=N` per line; blank lines and `# comments` are skipped.
 
     Raises UserError for any other line, a duplicate host, a host without slots and a text without hosts. The message
     names `origin`, the line number and its content.
     """
-    hosts: dict[str, Host] = {}
+    hosts: dict[str, int] = {}
     line_of: dict[str, int] = {}
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
         entry = line.partition("#")[0].strip()
@@ -85,21 +79,21 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
         match = _LINE.fullmatch(entry)
         if match is None:
             raise UserError(f"{origin}, line {number}: expected 'NAME slots=N', found {entry!r}")
-        host = Host(match["name"], int(match["slots"]))
-        if host.slots == 0:
+        host, slots = match["name"], int(match["slots"])
+        if slots == 0:
             raise UserError(
-                f"{origin}, line {number}: {host.name} has slots=0, expected at least 1; remove the line instead"
+                f"{origin}, line {number}: {host} has slots=0, expected at least 1; remove the line instead"
             )
-        name = host.name.lower()  # host names are case-insensitive, see RFC 4343
-        if name in hosts:
-            raise UserError(f"{origin}, line {number}: duplicate host {host.name}, already on line {line_of[name]}")
-        hosts[name], line_of[name] = host, number
+        name = host.lower()  # host names are case-insensitive, see RFC 4343
+        if name in line_of:
+            raise UserError(f"{origin}, line {number}: duplicate host {host}, already on line {line_of[name]}")
+        hosts[host], line_of[name] = slots, number
     if not hosts:
         raise UserError(f"{origin}: no hosts found, expected lines such as 'worker-1 slots=4'")
-    return tuple(hosts.values())
+    return hosts
 
 
-def allocated_hosts(environ: Mapping[str, str]) -> tuple[Host, ...] | None:
+def allocated_hosts(environ: Mapping[str, str]) -> Hosts | None:
     """The hosts of the job that this process runs in, in rank order, with a slot for each GPU or, without GPUs, for
     each task; None outside a job, and in a job on this machine alone, whose devices are counted instead.
 
@@ -110,12 +104,12 @@ def allocated_hosts(environ: Mapping[str, str]) -> tuple[Host, ...] | None:
     """
     hosts = _hosts_of_job(environ)
     for host in hosts or ():
-        if re.fullmatch(HOST_NAME, host.name) is None:
-            raise UserError(f"the job has a host {host.name!r}; expected a name such as node-1")
-    return None if hosts is None or (len(hosts) == 1 and is_this_machine(hosts[0].name)) else hosts
+        if re.fullmatch(HOST_NAME, host) is None:
+            raise UserError(f"the job has a host {host!r}; expected a name such as node-1")
+    return None if hosts is None or (len(hosts) == 1 and all(map(is_this_machine, hosts))) else hosts
 
 
-def _hosts_of_job(environ: Mapping[str, str]) -> tuple[Host, ...] | None:
+def _hosts_of_job(environ: Mapping[str, str]) -> Hosts | None:
     if "SLURM_JOB_NODELIST" in environ:
         return _slurm_hosts(environ)
     if "PBS_NODEFILE" in environ:
@@ -126,7 +120,7 @@ def _hosts_of_job(environ: Mapping[str, str]) -> tuple[Host, ...] | None:
     return None
 
 
-def _slurm_hosts(environ: Mapping[str, str]) -> tuple[Host, ...]:
+def _slurm_hosts(environ: Mapping[str, str]) -> Hosts:
     if int(environ.get("SLURM_PROCID", "0")) > 0:
         raise UserError("srun has started deepcloze several times; start it once for the job: it starts all ranks")
     names = expand_nodelist(environ["SLURM_JOB_NODELIST"])
@@ -142,7 +136,7 @@ def _slurm_hosts(environ: Mapping[str, str]) -> tuple[Host, ...]:
             f"SLURM_TASKS_PER_NODE={environ['SLURM_TASKS_PER_NODE']}: expected {len(names)} numbers, one for each node "
             f"of {environ['SLURM_JOB_NODELIST']}; found {len(slots)}"
         )
-    return tuple(map(Host, names, slots))
+    return dict(zip(names, slots, strict=True))
 
 
 def expand_nodelist(nodelist: str) -> tuple[str, ...]:
@@ -176,23 +170,23 @@ def _expand_counts(counts: str) -> Iterator[int]:
         yield from [int(match[1])] * int(match[2] or 1)
 
 
-def _pbs_hosts(path: str) -> tuple[Host, ...]:
+def _pbs_hosts(path: str) -> Hosts:
     """PBS lists a host once for each of its MPI processes."""
-    lines = read_text(Path(path), "PBS_NODEFILE").split()
-    if not lines:
+    hosts = Counter(read_text(Path(path), "PBS_NODEFILE").split())
+    if not hosts:
         raise UserError(f"PBS_NODEFILE: {path} has no hosts")
-    return tuple(Host(name, slots) for name, slots in Counter(lines).items())
+    return hosts
 
 
-def _mpi_hosts(path: str, variable: str) -> tuple[Host, ...]:
+def _mpi_hosts(path: str, variable: str) -> Hosts:
     """`NAME slots=N` for Open MPI, `NAME:N` for Intel MPI and MPICH."""
-    hosts = []
+    hosts: dict[str, int] = {}
     for number, line in enumerate(read_text(Path(path), variable).splitlines(), start=1):
         if entry := line.partition("#")[0].strip():
             match = _MPI_LINE.fullmatch(entry)
             if match is None:
                 raise UserError(f"{path}, line {number}: expected 'NAME slots=N' or 'NAME:N', found {entry!r}")
-            hosts.append(Host(match["name"], int(match["slots"])))
+            hosts[match["name"]] = int(match["slots"])
     if not hosts:
         raise UserError(f"{variable}: {path} has no hosts")
-    return tuple(hosts)
+    return hosts

@@ -1,7 +1,7 @@
 """Which ranks run where: the slots of each host, from the devices, the hostfile and the launch options."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import PositiveInt
@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from experiment.config import Metavar, Section
 from experiment.config.field_types import PathText
 from experiment.errors import UserError
-from launcher.hosts.hostfile import HOST_NAME, Host, Slots, is_this_machine
+from launcher.hosts.hostfile import HOST_NAME, Hosts, Slots, is_this_machine
 from launcher.hosts.machine import Devices
 
 _FILTER = re.compile(HOST_NAME + r"(?::(?P<slots>[0-9]+(?:,[0-9]+)*))?")
@@ -37,7 +37,7 @@ class PlacementOptions(Section):
     """Allow more ranks than CPU cores."""
 
 
-def place_ranks(devices: Devices, options: PlacementOptions, hosts: Sequence[Host] | None = None) -> Slots:
+def place_ranks(devices: Devices, options: PlacementOptions, hosts: Hosts | None = None) -> Slots:
     """The slots of all ranks, by host, in rank order.
 
     Without hosts (or if the only host is this machine) the slots are this machine's, under the name `localhost`. The
@@ -89,8 +89,8 @@ def name_localhost(slots: Slots) -> Slots:
     return {"localhost": next(iter(slots.values()))} if is_local(slots) else slots
 
 
-def _hostfile_slots(hosts: Sequence[Host], options: PlacementOptions) -> Slots:
-    slots = {host.name: tuple(range(host.slots)) for host in hosts}
+def _hostfile_slots(hosts: Hosts, options: PlacementOptions) -> Slots:
+    slots = {host: tuple(range(count)) for host, count in hosts.items()}
     return {
         host: _take_first(options.num_gpus, numbers, f"the hostfile has {len(numbers)} slots for {host}")
         for host, numbers in select_slots(slots, options.include, options.exclude).items()

@@ -5,7 +5,7 @@ import pytest
 
 from experiment.errors import UserError
 from launcher.hosts import probe
-from launcher.hosts.hostfile import Host, is_this_machine
+from launcher.hosts.hostfile import is_this_machine
 from launcher.hosts.machine import (
     DeviceKind,
     Devices,
@@ -59,7 +59,7 @@ def test_gpus_keep_the_numbers_of_cuda_visible_devices(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="found 'MIG-1'"):
         place_ranks(unnumbered, PlacementOptions())
     with pytest.raises(UserError, match="found 'MIG-1'"):
-        place_ranks(unnumbered, PlacementOptions(), [Host("localhost", 2)])
+        place_ranks(unnumbered, PlacementOptions(), {"localhost": 2})
 
 
 @pytest.mark.parametrize(("installed", "kind"), [("/usr/bin/nvidia-modprobe", "cuda"), (None, "cpu")])
@@ -86,7 +86,7 @@ def test_gpus_without_numbers_do_not_concern_a_launch_over_other_hosts(monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    hosts = [Host("192.0.2.1", 2), Host("192.0.2.2", 2)]
+    hosts = {"192.0.2.1": 2, "192.0.2.2": 2}
     assert place_ranks(launch_machine().devices, PlacementOptions(), hosts) == {
         "192.0.2.1": (0, 1),
         "192.0.2.2": (0, 1),

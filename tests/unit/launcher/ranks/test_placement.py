@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from experiment.errors import UserError
-from launcher.hosts.hostfile import Host, Slots
+from launcher.hosts.hostfile import Hosts, Slots
 from launcher.hosts.machine import Devices
 from launcher.options import PlacementOptions
 from launcher.ranks import placement
@@ -17,7 +17,7 @@ GPUS = Devices("cuda", (0, 1, 2, 3))
 TWO_HOSTS = {"a": (0, 1, 2, 3), "b": (0, 1)}
 
 
-def place_ranks(devices: Devices, hosts: tuple[Host, ...] | None = None, **options: Any) -> Slots:
+def place_ranks(devices: Devices, hosts: Hosts | None = None, **options: Any) -> Slots:
     return placement.place_ranks(devices, PlacementOptions(**options), hosts)
 
 
@@ -43,7 +43,7 @@ def test_include_picks_gpus_and_counts_on_a_cpu():
 
 def test_more_ranks_than_cores_need_oversubscribe():
     """Catches a run that is slow because its ranks share cores."""
-    for crowd in ({"num_gpus": 3}, {"include": "localhost:0,1,2"}, {"hosts": (Host("localhost", 3),)}):
+    for crowd in ({"num_gpus": 3}, {"include": "localhost:0,1,2"}, {"hosts": {"localhost": 3}}):
         with pytest.raises(UserError, match=r"3 ranks requested, but this machine has 2 CPU cores; --oversubscribe"):
             place_ranks(CPU, **crowd)
         assert len(place_ranks(CPU, **crowd, oversubscribe=True)["localhost"]) == 3
@@ -55,7 +55,7 @@ def test_more_ranks_than_gpus_are_rejected(oversubscribe: bool):
     with pytest.raises(UserError, match="5 ranks requested, but this machine has 4 GPUs"):
         place_ranks(GPUS, num_gpus=5, oversubscribe=oversubscribe)
     with pytest.raises(UserError, match="no GPU 4 on this machine"):
-        place_ranks(GPUS, hosts=(Host("localhost", 5),), oversubscribe=oversubscribe)
+        place_ranks(GPUS, hosts={"localhost": 5}, oversubscribe=oversubscribe)
     with pytest.raises(UserError, match="localhost has no slot 4"):
         place_ranks(GPUS, include="localhost:4", oversubscribe=oversubscribe)
 
@@ -76,13 +76,13 @@ def test_rejects_a_launch_without_ranks(count: int):
 
 def test_a_hostfile_of_this_machine_runs_locally():
     """Catches ssh being used for this machine."""
-    assert place_ranks(GPUS, (Host(socket.gethostname(), 2),)) == {"localhost": (0, 1)}
-    assert place_ranks(GPUS, (Host("127.0.0.1", 4),), include="127.0.0.1:1") == {"localhost": (1,)}
+    assert place_ranks(GPUS, {socket.gethostname(): 2}) == {"localhost": (0, 1)}
+    assert place_ranks(GPUS, {"127.0.0.1": 4}, include="127.0.0.1:1") == {"localhost": (1,)}
 
 
 def test_several_hosts_use_the_slots_of_the_hostfile():
     """Catches other hosts limited by this machine's devices, and reordered hosts."""
-    hosts = (Host("192.0.2.8", 8), Host("192.0.2.7", 4))
+    hosts = {"192.0.2.8": 8, "192.0.2.7": 4}
     assert {host: len(slots) for host, slots in place_ranks(CPU, hosts).items()} == {"192.0.2.8": 8, "192.0.2.7": 4}
     assert place_ranks(CPU, hosts, num_gpus=2) == {"192.0.2.8": (0, 1), "192.0.2.7": (0, 1)}
     assert place_ranks(CPU, hosts, include="192.0.2.7:3") == {"192.0.2.7": (3,)}
