@@ -209,9 +209,7 @@ def _target(options: PreflightOptions, machine: Machine) -> Target:
     if options.config is None:
         if options.overrides:
             raise UserError(f"--{next(iter(options.overrides))} applies to a config: give --config too")
-        return target_of_hosts(
-            chosen_slots(options, machine), machine, options.launcher, options.env, options.oversubscribe
-        )
+        return target_of_hosts(chosen_slots(options, machine), machine, options)
     launch = PretrainOptions(**options.model_dump())
     config = load_config(PretrainConfig, launch.config, launch.overrides)
     with warnings_left_to_rank0():

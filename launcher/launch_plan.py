@@ -129,7 +129,7 @@ def plan_launch(
         check_device_support(run.deepspeed)
     else:
         _check_paths(run.folder)
-    hosts = target_of_hosts(slots, machine, options.launcher, options.env, options.oversubscribe)
+    hosts = target_of_hosts(slots, machine, options)
     target = target_of_run(hosts, run.config, run.num_parameters, run.folder, _cache_needs(run))
     return LaunchPlan(options, run.config, run.folder, slots, machine, target, _summary(run))
 

@@ -11,6 +11,7 @@ from experiment.run_folder import RunFolder
 from experiment.storage import is_url
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
+from launcher.options import HostOptions
 from launcher.ranks.environment import forwarded_environment
 from launcher.ranks.placement import Launcher
 from pretrain.config import PretrainConfig
@@ -61,19 +62,17 @@ class Target:
         return next((peer for peer in self.slots if peer != host), None)
 
 
-def target_of_hosts(
-    slots: Slots, machine: Machine, launcher: Launcher = "pdsh", env: str | None = None, oversubscribe: bool = False
-) -> Target:
-    """The requirements of any launch over these slots. Raises UserError for a name in `env` that is not set."""
-    names = [name.strip() for name in (env or "").split(",") if name.strip()]
+def target_of_hosts(slots: Slots, machine: Machine, options: HostOptions) -> Target:
+    """The requirements of any launch over these slots. Raises UserError for a name in `--env` that is not set."""
+    names = [name.strip() for name in (options.env or "").split(",") if name.strip()]
     return Target(
         slots=slots,
         project=str(REPOSITORY),
         interfaces=_named_interfaces(machine.environ),
-        launcher=launcher,
+        launcher=options.launcher,
         host_environment=forwarded_environment(machine.environ, names),
         uses_cpu=machine.environ.get("DS_ACCELERATOR") == "cpu",
-        oversubscribe=oversubscribe,
+        oversubscribe=options.oversubscribe,
     )
 
 

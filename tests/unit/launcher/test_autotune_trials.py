@@ -155,7 +155,7 @@ def plan(tmp_path: Path) -> LaunchPlan:
     options = PretrainOptions(config="run.yaml", overrides={"run.seed": "7"}, autotune=True)
     folder, slots = RunFolder(tmp_path / "run"), {"localhost": (0,)}
     config = build_config(PretrainConfig, tree)
-    return LaunchPlan(options, config, folder, slots, machine, target_of_hosts(slots, machine))
+    return LaunchPlan(options, config, folder, slots, machine, target_of_hosts(slots, machine, options))
 
 
 @pytest.fixture

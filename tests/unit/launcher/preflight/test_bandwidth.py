@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.hosts.machine import Devices, Machine
+from launcher.options import HostOptions
 from launcher.preflight import bandwidth
 from launcher.preflight.bandwidth import RESULT_MARK, Measurement, MeasurementError, measure
 from launcher.preflight.measure import _ranks_by_host, _rounds
@@ -16,7 +17,7 @@ from stand_in_hosts import install_ssh
 
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)
 SLOTS = {"node-1": (0,), "node-2": (0,)}
-TARGET = target_of_hosts(SLOTS, MACHINE)
+TARGET = target_of_hosts(SLOTS, MACHINE, HostOptions())
 RESULT = '{"ranks": 2, "bytes": 1048576, "seconds": 0.1, "compute_seconds": [0.1, 0.2], "link_bandwidths": [1e9, 1e9]}'
 
 

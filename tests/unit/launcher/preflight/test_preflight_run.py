@@ -10,6 +10,7 @@ from experiment.run_folder import RunFolder
 from launcher import launch
 from launcher.cli import main
 from launcher.hosts.machine import Devices, Machine
+from launcher.options import HostOptions
 from launcher.preflight import run
 from launcher.preflight.bandwidth import Measurement, MeasurementError
 from launcher.preflight.checks import Problem
@@ -25,7 +26,7 @@ NODES = {"node-1": (0,), "node-2": (0,), "node-10": (0,)}
 @pytest.fixture
 def target(tmp_path: Path) -> Target:
     machine = replace(MACHINE, environ={"DS_ACCELERATOR": "cpu"})
-    hosts = target_of_hosts(SLOTS, machine, oversubscribe=True)
+    hosts = target_of_hosts(SLOTS, machine, HostOptions(oversubscribe=True))
     return replace(hosts, folder=tmp_path / "runs" / "first")
 
 

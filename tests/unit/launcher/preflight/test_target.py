@@ -6,6 +6,7 @@ import pytest
 from experiment.config import build_config
 from experiment.run_folder import RunFolder
 from launcher.hosts.machine import Devices, Machine
+from launcher.options import HostOptions
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from pretrain.config import PretrainConfig
 
@@ -14,7 +15,7 @@ def machine(environ: dict[str, str]) -> Machine:
     return Machine(Devices("cpu", (0, 1)), environ=environ, find_port=lambda: 29500)
 
 
-HOSTS = target_of_hosts({"a": (0,), "b": (0,), "c": (0,)}, machine({}))
+HOSTS = target_of_hosts({"a": (0,), "b": (0,), "c": (0,)}, machine({}), HostOptions())
 
 
 def run(folder: Path, **sections: Any) -> Target:
@@ -70,7 +71,7 @@ def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path) -> None:
 
 def test_the_hosts_that_meet() -> None:
     assert [HOSTS.peer_of(host) for host in HOSTS.slots] == ["b", "a", "a"]
-    assert target_of_hosts({"a": (0,)}, machine({})).peer_of("a") is None
+    assert target_of_hosts({"a": (0,)}, machine({}), HostOptions()).peer_of("a") is None
 
 
 @pytest.mark.parametrize(
@@ -85,4 +86,4 @@ def test_the_hosts_that_meet() -> None:
     ],
 )
 def test_interfaces_that_are_named_exactly(environ: dict[str, str], expected: dict[str, tuple[str, ...]]) -> None:
-    assert target_of_hosts({"a": (0,)}, machine(environ)).interfaces == expected
+    assert target_of_hosts({"a": (0,)}, machine(environ), HostOptions()).interfaces == expected
