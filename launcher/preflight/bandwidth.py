@@ -88,16 +88,13 @@ def _check_lost(guards: GuardedHosts) -> None:
 
 def _run(command: Command, folder: Path, processes: RankProcesses) -> str:
     """The output of the command. Kills it, and all that it has started here, if it does not end in time."""
-    path, limit, has_ended = folder / "output", LIMIT_SECONDS + _EXIT_SECONDS, False
-    with path.open("wb") as file, started(command, time.time(), file) as process:
-        processes.started(process.pid)
+    path, limit = folder / "output", LIMIT_SECONDS + _EXIT_SECONDS
+    with path.open("wb") as file, started(command, time.time(), file) as process, processes.running(process.pid):
         try:
             process.wait(limit)
             has_ended = True
         except subprocess.TimeoutExpired:
-            pass
-        finally:
-            processes.ended()
+            has_ended = False
     output = path.read_text(encoding="utf-8", errors="replace")
     if not has_ended:
         raise MeasurementError(

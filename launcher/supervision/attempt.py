@@ -128,15 +128,11 @@ def _run(
     """Let the ranks begin, and wait until they have exited."""
     start_time = time.time()
     hang = HangWatch(launch.folder, layout.ranks, launch.hang_seconds, request_stack, processes.kill)
-    try:
-        with ranks as process, polled(hang.is_settled, beat_seconds(launch.hang_seconds), "hang watch"):
-            processes.started(process.pid)
-            survivors = SurvivingRanks(launch.folder, process.pid)
-            watched = polled(survivors.check, _SURVIVORS_SECONDS, "surviving ranks") if launch.local else nullcontext()
-            with stop.killing(processes.kill), watched:
-                exit_code = _wait(process, launch)
-    finally:
-        processes.ended()
+    with ranks as process, polled(hang.is_settled, beat_seconds(launch.hang_seconds), "hang watch"):
+        survivors = SurvivingRanks(launch.folder, process.pid)
+        watched = polled(survivors.check, _SURVIVORS_SECONDS, "surviving ranks") if launch.local else nullcontext()
+        with processes.running(process.pid), stop.killing(processes.kill), watched:
+            exit_code = _wait(process, launch)
     return _result(launch, stop, hang.message, processes.left, exit_code, start_time)
 
 

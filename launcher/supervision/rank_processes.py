@@ -87,11 +87,20 @@ class RankProcesses:
         self._timer: threading.Timer | None = None
         self._lock = threading.RLock()
 
-    def started(self, group: int) -> None:
+    @contextmanager
+    def running(self, group: int) -> Iterator[None]:
+        """The processes of this group run in the block."""
         with self._lock:
             self._group = group
             if self._killed:
                 self.kill()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._group = None
+                if self._timer is not None:
+                    self._timer.cancel()
 
     def kill(self) -> None:
         with self._lock:
@@ -115,12 +124,6 @@ class RankProcesses:
                 self._timer = threading.Timer(EXIT_TIMEOUT_SECONDS, self._kill_others, left[:1])
                 self._timer.daemon = True
                 self._timer.start()
-
-    def ended(self) -> None:
-        with self._lock:
-            self._group = None
-            if self._timer is not None:
-                self._timer.cancel()
 
     def _kill_others(self, left: str) -> None:
         with self._lock:

@@ -262,9 +262,9 @@ def test_only_a_rank_of_the_launch_is_asked_for_its_stack(monkeypatch: pytest.Mo
     monkeypatch.setattr(rank_processes, "request_stack", asked.append)
     beat = Heartbeat(0, "node-1", os.getpid(), 1, 57, "training", False, 0.0)
     processes = rank_processes.RankProcesses()
-    processes.started(os.getpgrp() + 1)
-    processes.request_stack(beat)
+    with processes.running(os.getpgrp() + 1):
+        processes.request_stack(beat)
     assert not asked
-    processes.started(os.getpgrp())
-    processes.request_stack(beat)
+    with processes.running(os.getpgrp()):
+        processes.request_stack(beat)
     assert asked == [os.getpid()]
