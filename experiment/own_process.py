@@ -33,13 +33,13 @@ def module_command(module: str) -> tuple[str, ...]:
 
 
 def own_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": python_path(os.environ, REPOSITORY)}
+    return {**os.environ, "PYTHONPATH": python_path(os.environ)}
 
 
-def python_path(environ: Mapping[str, str], root: Path) -> str:
-    """PYTHONPATH with `root` as its first entry."""
-    others = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(root))]
-    return ":".join([str(root), *others])
+def python_path(environ: Mapping[str, str]) -> str:
+    """PYTHONPATH with the repository as its first entry."""
+    others = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(REPOSITORY))]
+    return ":".join([str(REPOSITORY), *others])
 
 
 def wait_at_gate() -> None:

@@ -21,7 +21,8 @@ from launcher.hosts.machine import Machine
 from launcher.options import HostOptions, PretrainOptions
 from launcher.preflight.run import passing_hosts
 from launcher.preflight.target import CacheNeeds, Target, target_of_hosts, target_of_run
-from launcher.ranks.deepspeed_command import Command, added_environment, command_on_hosts, command_on_this_machine
+from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine
+from launcher.ranks.environment import launch_environment
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import check_launcher, is_local, place_ranks
 from launcher.supervision.attempt import Launch, Layout
@@ -56,7 +57,7 @@ class LaunchPlan:
     @property
     def added_environment(self) -> Mapping[str, str]:
         """The variables that the launch adds for all ranks."""
-        return added_environment(self.machine, self.local)
+        return launch_environment(self.machine.environ, self.machine.devices.kind if self.local else None)
 
     def launch(self) -> Launch:
         """The settings with which the supervisor starts the ranks."""

@@ -37,11 +37,6 @@ class Command:
     files: Mapping[Path, str] = field(default_factory=dict)  # path -> text: written before the start
 
 
-def added_environment(machine: Machine, local: bool) -> dict[str, str]:
-    """The variables that a launch from this machine adds for all ranks. local: whether all of them run on it."""
-    return launch_environment(machine.environ, machine.devices.kind if local else None, REPOSITORY)
-
-
 def command_on_this_machine(slots: Slots, arguments: Sequence[str], machine: Machine) -> Command:
     """The command for ranks that all run on this machine."""
     # What `deepspeed` starts on each host. Started directly, one process less has to import torch, which takes seconds.
@@ -52,7 +47,8 @@ def command_on_this_machine(slots: Slots, arguments: Sequence[str], machine: Mac
         *("--master_addr=127.0.0.1", f"--master_port={machine.find_port()}"),
         *("--module", _MODULE, *arguments),
     )
-    return Command(argv, deepspeed_environment(machine.environ, added_environment(machine, local=True)))
+    added = launch_environment(machine.environ, machine.devices.kind)
+    return Command(argv, deepspeed_environment(machine.environ, added))
 
 
 def command_on_hosts(
@@ -90,7 +86,7 @@ def command_on_hosts(
         *([_FILE] if launcher in ("slurm", "mpich") else ["--module", _MODULE]),
         *arguments,
     )
-    added = added_environment(machine, local=False)
+    added = launch_environment(machine.environ, device=None)
     exported = exported_variables(added, rendezvous, launcher)
     environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
     files = {hostfile: hostfile_text(slots), exports: exported_text(exported, machine.deepspeed_env_text())}

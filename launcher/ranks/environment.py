@@ -1,7 +1,6 @@
 """The environment variables of a launch: of DeepSpeed's launcher and of the ranks, here and on other hosts. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from experiment.errors import QUIET_VARIABLE, UserError
 from experiment.own_process import LAUNCH_VARIABLE, python_path
@@ -26,17 +25,16 @@ GLIBC_TUNABLES = (
 )
 
 
-def launch_environment(environ: Mapping[str, str], device: DeviceKind | None, root: Path) -> dict[str, str]:
+def launch_environment(environ: Mapping[str, str], device: DeviceKind | None) -> dict[str, str]:
     """The variables that a launch adds for its ranks on all hosts. Ranks import the repository's modules, and nothing
     from the working directory, whatever files the user has there. Other variables set by the user are not changed.
 
     Args:
         environ: the launcher's own environment.
         device: of the ranks if all run on this machine; None: DeepSpeed detects it on each host.
-        root: the repository, which becomes the first entry of PYTHONPATH.
     """
     wanted = {"TOKENIZERS_PARALLELISM": "false"} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
-    return _missing(environ, wanted) | {"PYTHONPATH": python_path(environ, root), "PYTHONSAFEPATH": "1"}
+    return _missing(environ, wanted) | {"PYTHONPATH": python_path(environ), "PYTHONSAFEPATH": "1"}
 
 
 def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
+from experiment.provenance import REPOSITORY
 from launcher.hosts.machine import DeviceKind
 from launcher.ranks.environment import (
     deepspeed_environment,
@@ -16,7 +17,6 @@ from launcher.ranks.environment import (
     remote_deepspeed_environment,
 )
 
-ROOT = Path("/repository")
 LOADER = Path("/lib64/ld-linux-x86-64.so.2")
 
 
@@ -31,13 +31,13 @@ def test_a_cpu_run_sets_the_allocator_and_the_device():
     cpu, gpu = (host_environment({}, 2, 2, device) for device in ("cpu", "cuda"))
     assert cpu["GLIBC_TUNABLES"].startswith("glibc.malloc.mmap_threshold=4294967296:")
     assert gpu.keys() == {"OMP_NUM_THREADS"}
-    assert launch_environment({}, "cpu", ROOT)["DS_ACCELERATOR"] == "cpu"
+    assert launch_environment({}, "cpu")["DS_ACCELERATOR"] == "cpu"
 
 
 @pytest.mark.parametrize("device", ["cuda", None])
 def test_the_launch_decides_nothing_that_depends_on_the_devices_of_other_hosts(device: DeviceKind | None):
     """Catches a launch from a machine without GPUs that makes hosts with GPUs train on their CPUs."""
-    assert launch_environment({}, device, ROOT).keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH", "PYTHONSAFEPATH"}
+    assert launch_environment({}, device).keys() == {"TOKENIZERS_PARALLELISM", "PYTHONPATH", "PYTHONSAFEPATH"}
 
 
 @pytest.mark.skipif(not LOADER.exists(), reason="another C library or processor")
@@ -67,23 +67,23 @@ def test_user_settings_are_kept():
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
     }
-    assert launch_environment(own, "cpu", ROOT).keys() == {"PYTHONPATH", "PYTHONSAFEPATH"}
+    assert launch_environment(own, "cpu").keys() == {"PYTHONPATH", "PYTHONSAFEPATH"}
     assert host_environment(own, 8, 2, "cpu") == {}
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (None, "/repository"),
-        ("", "/repository"),
-        ("/a:/b", "/repository:/a:/b"),
-        ("/a:/repository", "/repository:/a"),
+        (None, str(REPOSITORY)),
+        ("", str(REPOSITORY)),
+        ("/a:/b", f"{REPOSITORY}:/a:/b"),
+        (f"/a:{REPOSITORY}", f"{REPOSITORY}:/a"),
     ],
 )
 def test_the_repository_is_imported_first(before: str | None, after: str):
     """Catches ranks that import a user's `pretrain.py`, or not ours from another folder, and a lost PYTHONPATH."""
     environ = {} if before is None else {"PYTHONPATH": before}
-    added = launch_environment(environ, "cuda", ROOT)
+    added = launch_environment(environ, "cuda")
     assert added["PYTHONPATH"] == after
     assert added["PYTHONSAFEPATH"] == "1", "nothing from the working directory"
 
