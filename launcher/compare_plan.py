@@ -125,7 +125,7 @@ def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapp
     mirror = load_config(PretrainConfig, row.pretrain, overrides).checkpoint.mirror
     if mirror is not None:
         overrides["checkpoint.mirror"] = f"{mirror}/{name}"
-    config = validate_pretraining(row.pretrain, placement)(overrides)
+    config = validate_pretraining(row.pretrain, overrides, placement)
     flags = [f"--{key}={value}" for key, value in {**placement, **overrides}.items()]
     return PlannedRun(name, (*_COMMAND, "pretrain", "--config", row.pretrain, *flags), config)
 
@@ -159,12 +159,11 @@ def _plan_cells(
 
 def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> FlatConfig:
     """The config of a cell, as flat keys. Raises UserError for one that is not valid, at any point of the grid."""
-    validate = validate_finetuning(file)
     for point in grid_points(parse_grid(grid)).values() if grid is not None else ():
         keys = {**overrides, "run.dir": str(folder), **point}
         check_validation(load_config(FinetuneConfig, file, keys), "the points of the grid are compared on validation")
-        validate(keys)
-    config = validate({**overrides, "run.dir": str(folder)})
+        validate_finetuning(file, keys)
+    config = validate_finetuning(file, {**overrides, "run.dir": str(folder)})
     return {**{key: value for key, value in config.items() if not key.startswith(_IRRELEVANT)}, "grid": grid}
 
 

@@ -1,6 +1,6 @@
 """Validation of runs that are not started: which command a config is for, and the config of the run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,6 @@ _COMMANDS = {
 }
 """Section of a config -> the command that the config is for."""
 
-Validate = Callable[[dict[str, str]], FlatConfig]
-"""Config overrides -> the config of the run. Raises UserError for anything that would keep the run from starting."""
-
 
 def command_of(config: str) -> str:
     """The command that a config file is for; `pretrain` for one that cannot be read."""
@@ -49,22 +46,20 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
         notify(f"warning: {warning}")
 
 
-def validate_pretraining(config: str, placement: Mapping[str, Any]) -> Validate:
-    """Validation of pretraining runs of a config file. placement: of `LaunchOptions`."""
-    machine = launch_machine()
+def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> FlatConfig:
+    """The config of a pretraining run. placement: of `LaunchOptions`.
 
-    def validate(overrides: dict[str, str]) -> FlatConfig:
-        point = load_config(PretrainConfig, config, overrides)
-        with warnings_left_to_rank0():
-            plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), point, machine)
-        return flatten(point)  # not the resolved one, whose model.init_from may be a newer checkpoint after a restart
-
-    return validate
+    Raises UserError for anything that would keep the run from starting.
+    """
+    loaded = load_config(PretrainConfig, config, overrides)
+    with warnings_left_to_rank0():
+        plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), loaded, launch_machine())
+    return flatten(loaded)  # not the resolved one, whose model.init_from may be a newer checkpoint after a restart
 
 
-def validate_finetuning(config: str) -> Validate:
-    """Validation of fine-tuning runs of a config file."""
+def validate_finetuning(config: str, overrides: Mapping[str, str]) -> FlatConfig:
+    """The config of a fine-tuning run. Raises UserError, as above."""
     with fast_imports():
         from finetune.resolve import load_run_config
 
-    return lambda overrides: flatten(load_run_config(config, overrides))
+    return flatten(load_run_config(config, overrides))

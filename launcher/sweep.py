@@ -84,7 +84,6 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     points = grid_points(parse_grid(options.grid))
     if duplicates := [key for key in next(iter(points.values())) if key in options.overrides]:
         raise UserError(f"'{duplicates[0]}' is given both in --grid and as an override")
-    validate = validate_finetuning(config) if finetuning else validate_pretraining(config, placement)
     command = [*module_command("launcher"), "finetune" if finetuning else "pretrain", "--config", config]
     command += [f"--{name}={value}" for name, value in placement.items()]
 
@@ -102,7 +101,10 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
             if "task.test" in pinned:  # it has all of them; a key below it would come after it
                 overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
             overrides |= pinned
-            validated = validate(overrides)
+            if finetuning:
+                validated = validate_finetuning(config, overrides)
+            else:
+                validated = validate_pretraining(config, overrides, placement)
         argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
