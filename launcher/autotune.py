@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from statistics import harmonic_mean, median
 
 from experiment.errors import StoppedError, UserError, inform
-from experiment.outcome_file import Cause, Outcome, read_outcome, reserve_outcome
+from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import Renewal, lock_run
 from experiment.signals import handle_stop_signals
@@ -259,7 +259,6 @@ class TrialRunner:
         tokens = scaled_microbatch(config, sizes[0]).batch.microbatch_tokens
         folder = open_run_folder(self._plan.folder.trials / str(tokens))
         plan = replace(self._plan, config=trial_config(config, sizes, folder), folder=folder, config_changed=True)
-        reserve_outcome(folder)
         record = begin_attempt(folder, plan.slots, time.time())
         self._stop = stop = StopSignals(folder)
         if self.interrupted or self._time_is_up():

@@ -12,7 +12,7 @@ import psutil
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import parse_records, write_text
 from experiment.heartbeat import read_heartbeat
-from experiment.outcome_file import Cause, Outcome, rank_records, read_outcome, read_rank_records
+from experiment.outcome_file import Cause, Outcome, rank_records, read_outcome, read_rank_records, reserve_outcome
 from experiment.run_folder import RunFolder
 from experiment.signals import STOP_SIGNALS
 from launcher.hosts.hostfile import Slots
@@ -31,12 +31,6 @@ class LaunchResult:
     message: str = ""
     cause: Cause | None = None  # of a failure or stop
     lost: frozenset[str] = frozenset()  # hosts
-
-
-def clear_reports(folder: RunFolder) -> None:
-    """Remove the reports of ranks of an earlier launch."""
-    for path in (folder.outcome, *rank_records(folder), *folder.logs.glob("rank-*.beat")):
-        path.unlink(missing_ok=True)
 
 
 def has_begun(folder: RunFolder) -> bool:
@@ -176,10 +170,15 @@ class AttemptRecord:
 
 
 def begin_attempt(folder: RunFolder, slots: Slots, start_time: float) -> AttemptRecord:
-    """Add a line for an attempt on these slots. Raises UserError if the file cannot be read, OSError if not written.
+    """Prepare the run folder for an attempt on these slots: remove the reports of ranks of earlier ones, reserve space
+    for its outcome, and add its line. Raises UserError if launch.jsonl cannot be read, OSError if anything cannot be
+    written.
 
     start_time: of the attempt, or of the launch that it is the first one of, as time.time().
     """
+    for path in (folder.outcome, *rank_records(folder), *folder.logs.glob("rank-*.beat")):
+        path.unlink(missing_ok=True)
+    reserve_outcome(folder)
     attempts = _read(folder)
     record: dict[str, object] = {
         "attempt": len(attempts) + 1,

@@ -15,14 +15,14 @@ from pathlib import Path
 from experiment.checkpoints import newest_checkpoint
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.goodput import process_start, record_end
-from experiment.outcome_file import Cause, Outcome, reserve_outcome, write_outcome
+from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder
 from experiment.run_lock import lock_run
 from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from launcher.hosts.hostfile import Slots
 from launcher.supervision.attempt import Launch, Layout, run_attempt
-from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt, clear_reports
+from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.returning_hosts import usable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
@@ -138,8 +138,6 @@ class _Supervisor:
         because the ranks may have failed for the same reason."""
         saved = newest_checkpoint(self._folder.checkpoints)
         try:
-            clear_reports(self._folder)
-            reserve_outcome(self._folder)
             record = begin_attempt(self._folder, layout.slots, self._start_time())
         except (OSError, UserError) as error:
             if not self._attempts:

@@ -8,7 +8,7 @@ import pytest
 from experiment.heartbeat import Heartbeat, write_heartbeat
 from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
-from launcher.supervision.launch_result import all_done, clear_reports, read_result
+from launcher.supervision.launch_result import all_done, begin_attempt, read_result
 
 STOPPED = {75, 256 - 15, 256 - 2, 256 - 10, 256 - 12}
 OUT_OF_MEMORY = "was killed by SIGKILL, possibly because the system ran out of memory"
@@ -116,8 +116,8 @@ def test_reports_of_an_earlier_launch_are_removed(folder: RunFolder) -> None:
     record(folder, 5, None)
     write_outcome(folder, Outcome.DONE)
     folder.rank_log(5).write_text("kept")
-    clear_reports(folder)
-    assert [path.name for path in folder.logs.iterdir()] == ["rank-5.log"]
+    begin_attempt(folder, {"localhost": (0,)}, 0.0)
+    assert {path.name for path in folder.logs.iterdir()} == {"rank-5.log", folder.reserved_outcome.name}
 
 
 def test_a_run_is_done_when_all_its_ranks_have_ended(folder: RunFolder) -> None:

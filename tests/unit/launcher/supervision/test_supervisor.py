@@ -20,7 +20,7 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import attempt as attempt_module
-from launcher.supervision import restarts, supervisor
+from launcher.supervision import launch_result, restarts, supervisor
 from launcher.supervision.attempt import Launch
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.supervisor import remove_earlier_output, supervise
@@ -350,7 +350,7 @@ def break_disk(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (supervisor, "reserve_outcome"),
+        (launch_result, "reserve_outcome"),
         (checkpoints, "complete_checkpoints"),
         (attempt_module, "read_result"),
         (Path, "iterdir"),
