@@ -17,7 +17,7 @@ from finetune.model import model_files
 from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet, pin_data_of_set, record_model_of_set
+from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set, recorded_configs, recorded_data
 from launcher.run_validation import validate_finetuning, validate_pretraining
 from launcher.sweep import grid_points, parse_grid
 from pretrain.config import PretrainConfig
@@ -62,8 +62,9 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     row_folders = _folders("rows", list(config.rows))
     if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
         raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
-    config = _find_encoders(config, options.file, folder.path / COMPARISON_RECORD)
-    tasks = _read_tasks(config, folder.path / COMPARISON_RECORD)
+    recorded = recorded_configs(folder.path / COMPARISON_RECORD)
+    config = _find_encoders(config, options.file, recorded)
+    tasks = _read_tasks(config, recorded_data(recorded))
     runs: list[PlannedRun] = []
     cells: dict[str, dict[str, PlannedRun]] = {}
     for name, row in config.rows.items():
@@ -75,13 +76,13 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     return ComparePlan(run_set, cells, config.grid is not None)
 
 
-def _find_encoders(config: CompareConfig, file: str, record: Path) -> CompareConfig:
+def _find_encoders(config: CompareConfig, file: str, recorded: Mapping[str, FlatConfig]) -> CompareConfig:
     """The config with the model that each `init_from` refers to now: all cells of a row start from the
     same checkpoint, although a run may save newer ones meanwhile. Raises UserError."""
     rows = {}
     for name, row in config.rows.items():
         with user_errors_in(f"{file}: rows.{name}.init_from"):
-            model = record_model_of_set(row.init_from, record)
+            model = record_model_of_set(row.init_from, recorded)
         rows[name] = row.model_copy(update={"init_from": model})
     return config.model_copy(update={"rows": rows})
 
@@ -97,8 +98,8 @@ def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
     return folders
 
 
-def _read_tasks(config: CompareConfig, record: Path) -> list[_Task]:
-    """Raises UserError for data that are not valid, and if two tasks have the same name."""
+def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
+    """recorded: see `recorded_data`. Raises UserError for data that are not valid, and for tasks of the same name."""
     encoder = next(iter(config.rows.values())).init_from  # the data are valid for all encoders or for none
     replaced = {"run.dir": ".", "model.init_from": encoder}  # a file may leave them out
     loaded = [load_config(FinetuneConfig, file, replaced) for file in config.tasks]
@@ -110,7 +111,7 @@ def _read_tasks(config: CompareConfig, record: Path) -> list[_Task]:
     tasks = []
     for name, file, task_config in zip(names, config.tasks, loaded, strict=True):
         with user_errors_in(file):
-            task = pin_data_of_set(task_config.task, record)
+            task = task_config.task.pinned(recorded)
             check_data(task_config.model_copy(update={"task": task}))
             data = {f"data.{split}": found for split, found in data_checksums(task).items()}
         tasks.append(_Task(folders[name], file, data, task.hub_overrides()))

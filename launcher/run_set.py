@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import NotRequired, TypedDict
 from experiment.config import with_defaults
 from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors
 from experiment.files import read_json, write_json
+from experiment.hub_data import PREFIX
 from experiment.hub_names import HubName
 from experiment.model_names import record_model
 from experiment.outcome_file import Outcome, read_outcome, recorded_outcome
@@ -26,7 +27,6 @@ from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
-from finetune.data.task_config import TaskConfig
 from pretrain.config import PretrainConfig
 
 DONE = "done"
@@ -167,19 +167,19 @@ def recorded_configs(record: Path) -> dict[str, FlatConfig]:
     return {}
 
 
-def record_model_of_set(init_from: str, record: Path) -> str:
+def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig]) -> str:
     """The model that runs of a set start from, as `record_model` gives it: all that name the same one of the Hub get
-    the commit that the first of them began with. record: of the set. Raises UserError."""
+    the commit that the first of them began with. configs: `recorded_configs` of the set. Raises UserError."""
     name = HubName.of_model(init_from)
-    recorded = (str(config.get("model.init_from")) for config in recorded_configs(record).values())
+    recorded = (str(config.get("model.init_from")) for config in configs.values())
     earlier = next((model for model in recorded if name is not None and name.may_mean(model)), None)
     return record_model(init_from, earlier)
 
 
-def pin_data_of_set(task: TaskConfig, record: Path, earlier: Iterable[str] = ()) -> TaskConfig:
-    """As `pinned`, with the commits that runs of the set began with. record: of the set. earlier: of other runs."""
-    recorded = (str(value) for config in recorded_configs(record).values() for value in config.values())
-    return task.pinned((*recorded, *earlier))
+def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:
+    """The data sets of the Hub, with the commits that runs of a set began with. configs: `recorded_configs` of it."""
+    texts = dict.fromkeys(str(value) for config in configs.values() for value in config.values())
+    return [text for text in texts if text.startswith(PREFIX)]
 
 
 def _is_finished(folder: RunFolder, state: str | None) -> bool:

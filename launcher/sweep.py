@@ -28,7 +28,7 @@ from experiment.results.sweep_summary import (
 from experiment.run_folder import SWEEP_RECORD, RunFolder
 from finetune.config import FinetuneConfig, check_validation
 from launcher.options import LaunchOptions, SweepOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet, pin_data_of_set, record_model_of_set, recorded_configs
+from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set, recorded_configs, recorded_data
 from launcher.run_validation import command_of, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
@@ -117,10 +117,9 @@ class _Pins:
 
     def __init__(self, record: Path) -> None:
         """record: of the sweep, if it has begun."""
-        self._record = record
         self._configs = recorded_configs(record)
         self._models: dict[str, str] = {}  # `model.init_from` -> pinned
-        self._data: list[str] = []  # pinned
+        self._data = recorded_data(self._configs)  # pinned
 
     def overrides(
         self, config: FinetuneConfig | PretrainConfig, point: str, values: Mapping[str, str]
@@ -129,7 +128,7 @@ class _Pins:
         pinned, init_from = dict[str, str](), config.model.init_from
         if isinstance(config, FinetuneConfig):
             check_validation(config, "the points of a sweep are compared on validation")
-            task = pin_data_of_set(config.task, self._record, self._data)
+            task = config.task.pinned(self._data)
             self._data += task.files().values()
             pinned |= task.hub_overrides()
         elif config.checkpoint.mirror is not None and "checkpoint.mirror" not in values:
@@ -144,7 +143,7 @@ class _Pins:
     def _find_model(self, init_from: str, point: str, varies: bool) -> str:
         """varies: whether points differ in `model.init_from`."""
         if HubName.of_model(init_from) is not None:
-            return record_model_of_set(init_from, self._record)
+            return record_model_of_set(init_from, self._configs)
         others = [] if varies else list(self._configs.values())
         same = [self._configs[point]] if point in self._configs else others
         began = {str(config.get("model.init_from")) for config in same}
