@@ -24,7 +24,9 @@ GATE_VARIABLE = "DEEPCLOZE_GATE"
 """A file. The ranks wait for it after their imports: meanwhile the launch checks the config. Only on the machine of the
 launch."""
 
+_DEVICE = "DS_ACCELERATOR"
 _POLL_SECONDS = 0.01
+_given_device: list[str | None] = []  # what the variable was when `use_cpu` was called first
 
 
 def module_command(module: str) -> tuple[str, ...]:
@@ -33,7 +35,26 @@ def module_command(module: str) -> tuple[str, ...]:
 
 
 def own_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": python_path(os.environ)}
+    environment = given_environment()
+    return {**environment, "PYTHONPATH": python_path(environment)}
+
+
+def use_cpu() -> None:
+    """Let DeepSpeed, if this process imports it later, use the CPU, instead of looking for a GPU and saying that it
+    found none."""
+    if not _given_device:
+        _given_device.append(os.environ.get(_DEVICE))
+    os.environ[_DEVICE] = "cpu"
+
+
+def given_environment() -> dict[str, str]:
+    """The environment without the choice of `use_cpu`, which is not the user's: ranks on other hosts may have GPUs."""
+    environment = dict(os.environ)
+    if _given_device and environment.get(_DEVICE) == "cpu":
+        del environment[_DEVICE]
+        if _given_device[0] is not None:
+            environment[_DEVICE] = _given_device[0]
+    return environment
 
 
 def python_path(environ: Mapping[str, str]) -> str:

@@ -6,7 +6,6 @@
 3. Combine the seeds: results.json, confusion.png, curves.png, a table.
 """
 
-import os
 import shlex
 import sys
 import time
@@ -22,6 +21,7 @@ from experiment.files import write_text
 from experiment.formatting import counted, describe_duration
 from experiment.hardware import prepare_process
 from experiment.outcome_file import Outcome, recorded_outcome
+from experiment.own_process import use_cpu
 from experiment.progress import terminal
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import RunFolder, check_creatable, open_run_folder
@@ -71,7 +71,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """
     prepare_process()
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which warns without a choice
+        use_cpu()  # transformers imports DeepSpeed
     folder = RunFolder(Path(config.run.dir))
     dead = check_unlocked(folder)  # before the data is read, which may take minutes
     check_creatable(folder)

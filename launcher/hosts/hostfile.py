@@ -179,14 +179,14 @@ def _pbs_hosts(path: str) -> Hosts:
 
 
 def _mpi_hosts(path: str, variable: str) -> Hosts:
-    """`NAME slots=N` for Open MPI, `NAME:N` for Intel MPI and MPICH."""
-    hosts: dict[str, int] = {}
+    """`NAME slots=N` for Open MPI, `NAME:N` for Intel MPI and MPICH. They add up the slots of several lines."""
+    hosts: Counter[str] = Counter()
     for number, line in enumerate(read_text(Path(path), variable).splitlines(), start=1):
         if entry := line.partition("#")[0].strip():
             match = _MPI_LINE.fullmatch(entry)
             if match is None:
                 raise UserError(f"{path}, line {number}: expected 'NAME slots=N' or 'NAME:N', found {entry!r}")
-            hosts[match["name"]] = int(match["slots"])
+            hosts[match["name"]] += int(match["slots"])
     if not hosts:
         raise UserError(f"{variable}: {path} has no hosts")
     return hosts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiment.fast_imports import fast_imports
+from experiment.own_process import given_environment, use_cpu
 from launcher.hosts.hostfile import read_text
 from launcher.hosts.probe import cpu_cores
 
@@ -42,21 +43,18 @@ class Machine:
 
 
 def launch_machine() -> Machine:
-    """The current state of this machine and this process's environment.
-
-    Makes DeepSpeed, if imported later in this process, use the device of the ranks, instead of detecting one: sets
-    DS_ACCELERATOR.
-    """
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    """The current state of this machine and the environment of this process, which uses the CPU if there is no GPU."""
+    environ = given_environment()
+    name = environ.get("DS_ENV_FILE", ".deepspeed_env")
     home = Path(os.path.expanduser("~"))  # noqa: PTH111 (never raises: a container's user may have no home)
     machine = Machine(
-        devices=find_devices(os.environ),
-        environ=dict(os.environ),
+        devices=find_devices(environ),
+        environ=environ,
         find_port=free_port,
         deepspeed_env_files=tuple(path for path in (home / name, Path.cwd() / name) if path.is_file()),
     )
     if machine.devices.kind == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        use_cpu()
     return machine
 
 

@@ -169,6 +169,8 @@ def _patch_functions_in_cpp(patch: pytest.MonkeyPatch) -> None:
         return {(found[0][0][0].device, dtype): found for (_, dtype), found in group(lists, with_indices).items()}
 
     patch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(group_tensors))
+    # torch 2.14 and later; earlier versions ask `torch.cuda`.
+    patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None, raising=False)
 
     def pad_sequence(sequences: Any, batch_first: bool, padding_value: float, _side: str) -> torch.Tensor:
         assert batch_first

@@ -1,8 +1,10 @@
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
+from experiment import own_process
 from experiment.errors import UserError
 from launcher.hosts import probe
 from launcher.hosts.hostfile import is_this_machine
@@ -17,6 +19,7 @@ from launcher.hosts.machine import (
 )
 from launcher.hosts.probe import cpu_cores
 from launcher.options import PlacementOptions
+from launcher.ranks.environment import forwarded_environment
 from launcher.ranks.placement import place_ranks
 
 
@@ -30,6 +33,23 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr("pwd.getpwuid", unknown)
     assert launch_machine().deepspeed_env_text() == ""
+
+
+@pytest.mark.parametrize("given", [None, "cpu", "cuda"])
+def test_other_hosts_do_not_use_the_cpu_because_this_one_does(monkeypatch: pytest.MonkeyPatch, given: str | None):
+    """Catches a sweep from a machine without GPUs whose second run, or whose child processes, tell hosts with GPUs to
+    use their CPUs, and a choice of the user that they do not get."""
+    monkeypatch.setattr(own_process, "_given_device", [])
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # restored at the end
+    if given is None:
+        monkeypatch.delenv("DS_ACCELERATOR")
+    else:
+        monkeypatch.setenv("DS_ACCELERATOR", given)
+    monkeypatch.setattr("launcher.hosts.machine.find_devices", lambda _: Devices("cpu", (0, 1)))
+    for _ in range(2):
+        assert forwarded_environment(launch_machine().environ, []).get("DS_ACCELERATOR") == given
+        assert own_process.own_environment().get("DS_ACCELERATOR") == given
+        assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 def test_recognizes_this_machine():
