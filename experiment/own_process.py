@@ -4,6 +4,7 @@ They import the same code, whatever is installed or lies in the working director
 """
 
 import contextlib
+import logging
 import os
 import resource
 import sys
@@ -40,11 +41,12 @@ def own_environment() -> dict[str, str]:
 
 
 def use_cpu() -> None:
-    """Let DeepSpeed, if this process imports it later, use the CPU, instead of looking for a GPU and saying that it
-    found none."""
+    """Let DeepSpeed, if this process imports it later, use the CPU, instead of looking for a GPU. Neither it nor torch
+    says then that there is none."""
     if not _given_device:
         _given_device.append(os.environ.get(_DEVICE))
     os.environ[_DEVICE] = "cpu"
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of CUDA's compiler without a GPU
 
 
 def given_environment() -> dict[str, str]:

@@ -24,6 +24,7 @@ import torch._inductor.config
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._inductor.utils import clear_caches
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.modeling.last_layer import ShortForward
@@ -94,6 +95,7 @@ class _Compiler:
     def _recover(self, error: Exception) -> None:
         """Try again with an empty cache: a file in the usual one may be damaged. After that, give up."""
         torch._dynamo.reset()
+        clear_caches()  # in memory: libraries that could not be loaded, since torch 2.14
         tried = self._trial is not None
         self._delete_trial()
         if not tried and not isinstance(error, FailOnRecompileLimitHit):
