@@ -8,8 +8,8 @@ from experiment.errors import UserError, describe_disk_error, reason
 from experiment.hub_names import HubName
 from experiment.model_names import local_model
 from experiment.output_folder import is_free, new_folder
-from experiment.results.exported_card import name_model, write_card
 from experiment.run_folder import RunFolder
+from finetune.export.exported_card import name_model, write_card
 from finetune.export.push import check_target, parse_target, push_folder
 from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions

@@ -6,9 +6,9 @@ from pathlib import Path
 from experiment.checkpoints import unlisted_files
 from experiment.errors import UserError
 from experiment.fast_linear import use_fast_linear
-from experiment.results.exported_card import write_card
 from experiment.results.model_card import MODEL, snippet, usage_section
 from finetune.encoding.encoder import load_task_tokenizer
+from finetune.export.exported_card import write_card
 from finetune.export.graph import quantize, takes_choices, write_graph
 from finetune.export.parity import Comparison, compare, sample_batches
 from finetune.loaded_model import LoadedModel, load_on_cpu

@@ -68,6 +68,7 @@ def test_a_wheel_has_recipes_and_presets(installed: Installed) -> None:
     assert done.stderr.startswith("deepcloze: corpus.train: "), "found the recipe and the preset, but no corpus"
     names = ["hostfiles/slurm.sbatch", "ds_configs/README.md", "finetune/serve/page.html"]
     names += ["experiment/results/model_card.md.j2", "finetune/results/finetuned_card.md.j2"]
+    names += ["finetune/export/exported_card.md.j2"]
     names += [f"experiment/results/{name}" for name in ("page.html.j2", "page.css", "page.js")]
     assert [name for name in names if not (installed.packages / name).is_file()] == []
 

@@ -10,9 +10,9 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from experiment.checkpoints import find_checkpoint
 from experiment.errors import UserError
-from experiment.results.exported_card import write_card
 from experiment.results.model_card import snippet, usage_section
 from finetune.export.command import export_command
+from finetune.export.exported_card import write_card
 from finetune.options import ExportOptions
 
 OLD = Path(__file__).parents[3] / "golden" / "checkpoint_0_1" / "step-00000002"
