@@ -88,6 +88,8 @@ class ShardRecord:
 def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> None:
     """Create the folder of an unfinished build, or resume one. Raises UserError if it had other arguments."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "journal.json").exists():
+        raise UserError(f"{folder} holds an unfinished build of an earlier version; delete it to start over")
     create_json(folder / _ARGUMENTS, arguments)
     found = read_record(folder / _ARGUMENTS, dict[str, Any]) or {}
     if found != arguments and not holds_work(folder, counts=False):
