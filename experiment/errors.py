@@ -107,7 +107,7 @@ def describe_disk_error(error: BaseException) -> str | None:
         return None
     log.debug("the disk refused:", exc_info=error)
     reason = _FULL.get(number) or os.strerror(number)
-    file = getattr(error, "filename", None)
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a rename: its target
     return f"{file}: {reason}" if file else reason
 
 

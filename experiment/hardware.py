@@ -6,6 +6,7 @@ import resource
 import sys
 from contextlib import suppress
 
+from experiment.own_process import use_cpu
 from experiment.shared_cores import share_cores
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
@@ -14,8 +15,12 @@ _LARGEST = 2**31 - 1
 
 def prepare_process() -> None:
     """Let this process of ours use memory and cores well on a CPU. Call it before it computes; results are the same."""
+    import torch
+
     keep_freed_memory()
     share_cores()
+    if not torch.cuda.is_available():
+        use_cpu()  # transformers imports DeepSpeed
 
 
 def keep_freed_memory() -> None:

@@ -27,7 +27,7 @@ launch."""
 
 _DEVICE = "DS_ACCELERATOR"
 _POLL_SECONDS = 0.01
-_given_device: list[str | None] = []  # what the variable was when `use_cpu` was called first
+_given_device: list[str | None] = []  # what the variable was before `use_cpu`
 
 
 def module_command(module: str) -> tuple[str, ...]:
@@ -43,8 +43,8 @@ def own_environment() -> dict[str, str]:
 def use_cpu() -> None:
     """Let DeepSpeed, if this process imports it later, use the CPU, instead of looking for a GPU. Neither it nor torch
     says then that there is none."""
-    if not _given_device:
-        _given_device.append(os.environ.get(_DEVICE))
+    if not _given_device or os.environ.get(_DEVICE) != "cpu":
+        _given_device[:] = [os.environ.get(_DEVICE)]
     os.environ[_DEVICE] = "cpu"
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of CUDA's compiler without a GPU
 

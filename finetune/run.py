@@ -13,15 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from experiment.config import dump_config, flatten
 from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
 from experiment.formatting import counted, describe_duration
 from experiment.hardware import prepare_process
 from experiment.outcome_file import Outcome, recorded_outcome
-from experiment.own_process import use_cpu
 from experiment.progress import terminal
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
 from experiment.run_folder import RunFolder, check_creatable, open_run_folder
@@ -70,8 +67,6 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
     """
     prepare_process()
-    if not torch.cuda.is_available():
-        use_cpu()  # transformers imports DeepSpeed
     folder = RunFolder(Path(config.run.dir))
     dead = check_unlocked(folder)  # before the data is read, which may take minutes
     check_creatable(folder)

@@ -28,7 +28,7 @@ def print_scores(
     for name in next(iter(splits.values())):
         cells = [describe(scores[name]) for scores in splits.values()]
         table.add_row(f"{name} *" if name == metric else name, *cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def print_label_scores(

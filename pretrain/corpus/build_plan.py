@@ -48,7 +48,7 @@ class Sampling:
         return (MAIN, HELDOUT) if self.holdout else (MAIN,)
 
     def assign(self, documents: int) -> Iterator[Part | None]:
-        """Assign each of `documents` in turn to a part, or to None. Raises UserError if there are too few.
+        """Assign each of `documents` in turn to a part, or to None. Iterating raises UserError if there are too few.
 
         Selection sampling (Knuth, The Art of Computer Programming 2, 3.4.2, algorithm S): exact counts, constant
         memory, source order. The held-out documents do not depend on the limit.

@@ -169,7 +169,7 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
 
 
 def percentiles(lengths: Iterable[tuple[int, int]]) -> dict[str, int]:
-    """Return {percentile: document length}, by the nearest-rank definition, from (length, count) pairs."""
+    """Return {percentile: document length}, by the nearest-rank definition, from one or more (length, count) pairs."""
     counts = sorted(lengths)
     ranks = list(accumulate(count for _, count in counts))  # of the last document of each length, from 1
     return {

@@ -22,7 +22,7 @@ _LARGE_BUFFERS = 1 << 30  # bytes
 
 
 def print_plan(plan: RunPlan) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     for heading, lines in _sections(plan):
         console.print(f"[bold]{heading}[/bold]")
         for line in lines:
