@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from experiment.errors import UserError
+from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import write_json
 from experiment.hardware import prepare_process
 from finetune.encoding.examples import Split
@@ -85,11 +85,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = resolve(load_run_config(file, overrides))
         scores = {name: {"mean": value} for name, value in probe(run).items()}
+        with readable_disk_errors():
+            write_json(run.folder.results, {"task": run.task.kind.config.name, "splits": {"validation": scores}})
     except UserError as error:
-        print(f"deepcloze: {error}", file=sys.stderr)
+        notify(str(error))
         return 2
-    name = run.task.kind.config.name
-    write_json(run.folder.results, {"task": name, "splits": {"validation": scores}})
     return 0
 
 

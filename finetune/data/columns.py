@@ -49,12 +49,21 @@ def _read_label(cell: object) -> str | None:
     raise ValueError("; for regression set task.kind: regression" if isinstance(cell, float) else "")
 
 
+def _read_id(cell: object) -> str | None:
+    """As a label; also a whole number that is stored as a float, as pandas does beside empty cells."""
+    if isinstance(cell, float):
+        if not cell.is_integer():
+            raise ValueError
+        cell = int(cell)
+    return _read_label(cell)
+
+
 def _read_group(cell: object) -> str | None:
     """Text that is the same for the same cell, or the same cells of several columns; None if all are empty."""
     if not isinstance(cell, list):
-        return _read_label(cell)
-    labels = [_read_label(part) for part in cell]
-    return json.dumps(labels, ensure_ascii=False) if any(labels) else None
+        return _read_id(cell)
+    ids = [_read_id(part) for part in cell]
+    return json.dumps(ids, ensure_ascii=False) if any(ids) else None
 
 
 def _read_texts(cell: object) -> list[str]:
@@ -190,7 +199,8 @@ Name = Annotated[str, BeforeValidator(_number_as_text, json_schema_input_type=st
 TextColumn = Annotated[Name, TEXT]
 ContextColumn = Annotated[Name, CONTEXT]  # a random validation split keeps the rows on one context together
 LabelColumn = Annotated[Name, LABEL]  # a random validation split has about as much of each label as the rest
-IdColumn = Annotated[Name, CellType("text or a whole number", _read_label)]
+IdColumn = Annotated[Name, CellType("text or a whole number", _read_id)]
+OrderColumn = Annotated[Name, CellType("a number", _read_number)]
 GroupColumn = Annotated[Name | tuple[Name, ...], CellType("text or a whole number", _read_group)]
 TextsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_texts)]  # or one column for each
 WordsColumn = Annotated[Name, CellType("a list of words, or words separated by spaces", _read_sentence)]

@@ -17,7 +17,7 @@ from experiment.csv_and_jsonl import (
 )
 from experiment.errors import UserError
 from experiment.files import json_digest
-from finetune.data.columns import CellType, Columns, as_number
+from finetune.data.columns import CellType, Columns
 from finetune.data.formats import FileFormat, Row, read_rows
 from finetune.data.task_config import DialogueContext
 
@@ -65,18 +65,18 @@ class TurnJoiner:
             yield Record(record.place, {**record.values, "text": text}, turn.get("group"))
 
     def _check_order(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]]) -> None:
-        """Raises UserError for an order that is not a number, and if a dialogue has two turns of the same number: they
-        are two dialogues."""
+        """Raises UserError for a turn of a dialogue without a number, and if a dialogue has two turns of the same
+        number: they are two dialogues."""
         places: dict[tuple[str, float], str] = {}
         for record, turn in zip(records, turns, strict=True):
             if turn.get("group") is None or "order" not in turn:
                 continue
-            if (number := as_number(turn["order"] or "")) is None:
+            if turn["order"] is None:
                 raise unexpected_cell(record.place, str(self.context.order), turn["order"], "a number")
-            earlier = places.setdefault((turn["group"], number), record.place)
+            earlier = places.setdefault((turn["group"], turn["order"]), record.place)
             if earlier != record.place:
                 raise UserError(
-                    f"{record.place}: dialogue {turn['group']} has turn {turn['order']} twice, see {earlier}; if "
+                    f"{record.place}: dialogue {turn['group']} has turn {turn['order']:.15g} twice, see {earlier}; if "
                     "dialogues are numbered anew in each part of the data, name all columns that identify one: "
                     "task.dialogue.group: [Episode_ID, Scene_ID]"
                 )
@@ -233,7 +233,7 @@ def _previous(turns: Sequence[Mapping[str, Any]], count: int) -> list[list[int]]
             groups.setdefault(turn["group"], []).append(index)
     found: list[list[int]] = [[] for _ in turns]
     for indices in groups.values():
-        in_order = sorted(indices, key=lambda index: float(turns[index].get("order", index)))
+        in_order = sorted(indices, key=lambda index: turns[index].get("order", index))
         for place, index in enumerate(in_order):
             found[index] = in_order[max(0, place - count) : place]
     return found

@@ -14,7 +14,7 @@ from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum, json_digest
 from experiment.hub_data import PREFIX, HubData
-from finetune.data.columns import Columns, GroupColumn, IdColumn, Name, TextsColumn
+from finetune.data.columns import Columns, GroupColumn, IdColumn, Name, OrderColumn, TextsColumn
 from finetune.data.formats import FileFormat
 
 
@@ -42,7 +42,7 @@ class DialogueContext(Columns):
     """Column that says which dialogue a row belongs to. Several, if dialogues are numbered anew in each episode:
     `[Episode_ID, Scene_ID]`."""
 
-    order: IdColumn | None = None
+    order: OrderColumn | None = None
     """Column with the number of the turn in its dialogue; default: the order of the rows."""
 
     turns: PositiveInt = 3

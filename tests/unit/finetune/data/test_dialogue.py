@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,26 @@ def test_dialogues_stay_together_in_a_random_split(tmp_path: Path) -> None:
     train, validation = split_off(table, COLUMNS, 0.1, seed=0)
     assert len(validation) == 8
     assert not {record.group for record in train.records} & {record.group for record in validation.records}
+
+
+def test_whole_numbers_may_be_floats(tmp_path: Path) -> None:
+    """Catches files in which pandas has stored numbers beside empty cells, and turns without a number."""
+    path = tmp_path / "a.jsonl"
+    rows = [{"dialogue": 7.0, "turn": 10.0, "t": "b"}, {"dialogue": 7, "turn": 2, "t": "a"}]
+
+    def texts(*more: dict[str, object]) -> list[str]:
+        path.write_text("".join(f"{json.dumps({'label': 'x', **row})}\n" for row in (*rows, *more)))
+        columns = ClassificationColumns(text="t")
+        joiner = TurnJoiner(DialogueContext(group="dialogue", order="turn", turns=1), "[SEP]")
+        return [record.values["text"] for record in read_table(path, columns, joiner=joiner).records]
+
+    assert texts({"dialogue": None, "turn": None, "t": "c"}) == ["a [SEP] b", "a", "c"]
+    with pytest.raises(UserError, match=r"a\.jsonl:3: expected a number in 'turn', found null"):
+        texts({"dialogue": 7, "turn": None, "t": "c"})
+    with pytest.raises(UserError, match=r"a\.jsonl:3: dialogue 7 has turn 10 twice"):
+        texts({"dialogue": 7, "turn": 10, "t": "c"})
+    with pytest.raises(UserError, match=r"expected text or a whole number in 'dialogue', found 0\.5$"):
+        texts({"dialogue": 0.5, "turn": 1, "t": "c"})
 
 
 @pytest.mark.parametrize(
