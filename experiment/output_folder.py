@@ -31,17 +31,6 @@ def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Let the block write a folder, whose path this yields. When the block ends, it becomes `folder`, which is free; if
-    the block raises, it is removed. Raises OSError."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    with created_parents(folder), removed_on_error(partial):
-        yield partial
-        partial.replace(folder)
-
-
-@contextmanager
 def lock_output(folder: Path, key: str) -> Iterator[None]:
     """Allow one process at a time to write a folder, whose missing parents are created. Raises LockedError if another
     one does, and UserError for `/`. key: of the folder, for messages."""
@@ -51,7 +40,10 @@ def lock_output(folder: Path, key: str) -> Iterator[None]:
     lock = FileLock(path)
     with created_parents(folder):
         try:
+            path.touch()
             lock.acquire(timeout=0)
+        except FileNotFoundError as error:  # in /proc nobody can create a file
+            raise UserError(f"{key}: cannot write {folder}: {error.strerror}") from None
         except Timeout:
             raise LockedError(f"{key} {folder}: another process is writing it") from None
         try:
@@ -60,3 +52,19 @@ def lock_output(folder: Path, key: str) -> Iterator[None]:
             # While it is held: whoever opens it later gets a new one, and finds the result.
             path.unlink(missing_ok=True)
             lock.release()
+
+
+@contextmanager
+def new_folder(folder: Path, key: str) -> Iterator[Path]:
+    """Let the block write a folder, whose path this yields, and which becomes `folder` when the block ends; if the
+    block raises, it is removed. key: of the folder, for messages.
+
+    Raises UserError if another process writes it or has written it, and OSError.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    with lock_output(folder, key), removed_on_error(partial):
+        if not is_free(folder):
+            raise UserError(f"{key} {folder} already holds something; name a new folder")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        yield partial
+        partial.replace(folder)

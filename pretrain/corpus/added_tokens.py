@@ -41,7 +41,7 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     if entries:
         state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
     state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
-    with readable_disk_errors(f"--output {output}: "), new_folder(output) as partial:
+    with readable_disk_errors(f"--output {output}: "), new_folder(output, "--output") as partial:
         save_tokenizer(old, partial)
         Tokenizer.from_str(json.dumps(state)).save(str(partial / "tokenizer.json"))
         new = load_tokenizer(partial)

@@ -69,7 +69,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     if text.documents == 0:
         raise UserError(f"--source {options.source}: none of its documents has text")
     tokenizer = _wrap(model, options.kind)
-    with readable_disk_errors(f"--output {options.output}: "), new_folder(options.output) as partial:
+    with readable_disk_errors(f"--output {options.output}: "), new_folder(options.output, "--output") as partial:
         save_tokenizer(tokenizer, partial)
     print(
         f"{options.output}: {options.kind} tokenizer of {len(tokenizer):,} tokens, "

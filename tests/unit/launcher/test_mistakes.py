@@ -359,6 +359,9 @@ FOLDERS = {
     "export to a file": Mistake("export --checkpoint run --output text.txt", r"text.txt already exists"),
     "int8 without ONNX": Mistake("export --checkpoint run --output new --int8", r"--int8 needs --format onnx"),
     "read-only export": Mistake("export --checkpoint run --output /proc/new", r"write /proc/new: No such file [^:]*$"),
+    "read-only corpus": Mistake(
+        "corpus --source text.txt --tokenizer tokenizer --output /proc/new", r"write /proc/new: No such file [^:]*$"
+    ),
     "read-only run": Mistake("pretrain --config run.yaml --run.dir=/proc/new", r"run.dir: cannot create .* /proc/new"),
     "file as run folder": Mistake("pretrain --config run.yaml --run.dir=text.txt", r"run.dir: .*text.txt"),
     "file below a file": Mistake("finetune --config task.yaml --run.dir=text.txt/run", r"run.dir: .*text.txt/run"),

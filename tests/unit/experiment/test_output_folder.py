@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+
+from experiment.errors import UserError
+from experiment.output_folder import LockedError, new_folder
+
+
+def write(folder: Path, copied: Path | None = None) -> None:
+    with new_folder(folder, "--output") as partial:
+        partial.mkdir()
+        (partial / "file").write_text("x" if copied is None else copied.read_text())
+
+
+def test_one_process_at_a_time_writes_a_new_folder(tmp_path: Path) -> None:
+    """Catches a second command that deletes the files of the first, and a traceback when the first was faster."""
+    folder = tmp_path / "missing" / "new"
+    with new_folder(folder, "--output") as partial:
+        partial.mkdir()
+        (partial / "file").write_text("first")
+        with pytest.raises(LockedError, match=r"--output .*new: another process is writing it"):
+            write(folder)
+    with pytest.raises(UserError, match="already holds something"):
+        write(folder)
+    assert (folder / "file").read_text() == "first"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_a_killed_process_has_left_is_not_in_the_folder(tmp_path: Path) -> None:
+    """Catches files of an interrupted command in the result of the next one, and leftovers of one that fails."""
+    left = tmp_path / ".new.partial"
+    left.mkdir()
+    (left / "old").touch()
+    write(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "other", tmp_path / "missing")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
