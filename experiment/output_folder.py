@@ -40,9 +40,9 @@ def lock_output(folder: Path, key: str) -> Iterator[None]:
     lock = FileLock(path)
     with created_parents(folder):
         try:
-            path.touch()
+            path.touch()  # FileLock takes a file that cannot be created, as in /proc, for a locked one
             lock.acquire(timeout=0)
-        except FileNotFoundError as error:  # in /proc nobody can create a file
+        except FileNotFoundError as error:
             raise UserError(f"{key}: cannot write {folder}: {error.strerror}") from None
         except Timeout:
             raise LockedError(f"{key} {folder}: another process is writing it") from None
