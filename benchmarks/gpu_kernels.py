@@ -23,10 +23,10 @@ from pretrain.modeling.attention import (
     Packing,
     flash_attention,
     is_flash_3_installed,
-    local_window_attention,
     masked_attention,
     matmul_attention,
     supports_flash,
+    triton_attention,
 )
 from pretrain.modeling.head import cross_entropy
 
@@ -101,6 +101,7 @@ def _attention(settings: KernelSettings, length: int) -> Iterator[_Kernel]:
     if on_gpu and supports_flash(torch.cuda.get_device_capability(), _SIZE, dtype):
         for dropout in (0.0, 0.1):
             yield _flash(settings, length, dropout, "flash attention")
+            yield _triton(settings, length, dropout)
     query, key, value, packing = _draw_attention(settings, length)
     with_mask = masked_attention if on_gpu else matmul_attention
     for dropout in (0.0, 0.1):
@@ -114,15 +115,15 @@ def _windows(settings: KernelSettings) -> Iterator[_Kernel]:
     length, dtype = settings.lengths[-1], DTYPES[settings.precision]
     if settings.device != "cuda" or not supports_flash(torch.cuda.get_device_capability(), _SIZE, dtype):
         return
-    from pretrain.modeling.local_attention import local_attention
+    from pretrain.modeling.varlen_attention import varlen_attention
 
     query, key, value = (_draw(settings, 1, settings.tokens, _HEADS, _SIZE).transpose(1, 2) for _ in range(3))
     slots = torch.arange(settings.tokens, dtype=torch.int32, device=settings.device)
     bounds = torch.arange(0, settings.tokens + 1, length, dtype=torch.int32, device=settings.device)
-    packing = Packing(slots[None] // length, bounds, length, local=local_attention)
+    packing = Packing(slots[None] // length, bounds, length, varlen=varlen_attention)
     flash = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, 0.0, _WINDOW)
-    local = partial(local_window_attention, query, key, value, packing, _SIZE**-0.5, _WINDOW)
-    for name, call in (("flash attention", flash), ("Triton", local)):
+    triton = partial(triton_attention, query, key, value, packing, _SIZE**-0.5, 0.0, _WINDOW)
+    for name, call in (("flash attention", flash), ("Triton", triton)):
         yield _Kernel(f"local window, {name}", _describe(query), (query, key, value), call)
 
 
@@ -131,6 +132,16 @@ def _flash(settings: KernelSettings, length: int, dropout: float, name: str) -> 
     call = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, dropout, None)
     flops = _attention_flops(settings.tokens, length)
     return _Kernel(f"{name}, dropout {dropout:g}", _describe(query), (query, key, value), call, flops)
+
+
+def _triton(settings: KernelSettings, length: int, dropout: float) -> _Kernel:
+    from pretrain.modeling.varlen_attention import varlen_attention
+
+    query, key, value, packing = _draw_attention(settings, length)
+    packing.varlen = varlen_attention
+    call = partial(triton_attention, query, key, value, packing, _SIZE**-0.5, dropout, None)
+    flops = _attention_flops(settings.tokens, length)
+    return _Kernel(f"Triton attention, dropout {dropout:g}", _describe(query), (query, key, value), call, flops)
 
 
 def _draw_attention(settings: KernelSettings, length: int) -> tuple[Tensor, Tensor, Tensor, Packing]:

@@ -74,7 +74,7 @@ ENVIRONMENT = Job("environment", 180, ("-m", "benchmarks.gpu_environment"), need
 def plan() -> Iterator[Job]:
     """All jobs by importance."""
     in_runs = "runs_with or gets_the"
-    yield _tests("kernels", 180, "attention", "optimizers", "head", "sums", "dropout", only=f"not ({in_runs})")
+    yield _tests("kernels", 180, "attention", "optimizers", "head", "sums", "dropout", "gelu", only=f"not ({in_runs})")
     yield Job("kernel-times", 120, ("-m", "benchmarks.gpu_kernels", "bf16"))
     yield _tests("training", 240, "training", only="fp32 or 16_bit")
     yield _tests("syncs", 240, "syncs")

@@ -9,7 +9,7 @@ Three kernels compute the same result, see `choose_kernel`:
   scaled_dot_product_attention with a mask, nested tensors or a loop over sequences, as long as rows are short.
 - flash, on CUDA in 16 bit: flash attention over concatenated sequences, which skips pairs of slots of different
   sequences (Dao 2023, arXiv 2307.08691). Where it is installed, FlashAttention-3 takes its place, see
-  `use_flash_attention_3`. In layers with a local window and without dropout, a kernel of our own, see `local_kernel`.
+  `use_flash_attention_3`. Where they are faster, kernels of our own, see `varlen_kernel`.
 - sdpa, on CUDA otherwise: scaled_dot_product_attention with a mask.
 
 Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head, M predicted positions, Q the most of a row.
@@ -40,10 +40,11 @@ Kernel = Literal["matmul", "flash", "sdpa"]
 Capability = tuple[int, int]
 """Compute capability of a CUDA device: major and minor number."""
 
-LocalKernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
-"""`pretrain.modeling.local_attention.local_attention`."""
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float, int | None], Tensor]
+"""`pretrain.modeling.varlen_attention.varlen_attention`."""
 
-_LOCAL_HEAD_SIZE, _LOCAL_REACH = 64, 64  # of ModernBERT, on an H200; others have not been measured
+_VARLEN_HEAD_SIZE, _LOCAL_REACH = 64, 64  # measured on an H200
+_HOPPER = 9  # major number of its compute capability
 _FLASH_3 = "FA3"  # its name in torch
 _FLASH_3_PACKAGE = "flash_attn_interface"
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fields of transformers' configs
@@ -78,14 +79,14 @@ class Packing:
         cu_seqlens: Tensor,
         max_length: int | None = None,
         predicted: Predicted | None = None,
-        local: LocalKernel | None = None,
+        varlen: VarlenKernel | None = None,
     ) -> None:
         """As in a `pretrain.batching.batch.Microbatch`.
 
         max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
         attention does not compute the rest of a longer sequence, nor slots after the last bound.
         predicted: the slots that the last layer returns, if it is a short one (`shorten_last_layer`). None: all.
-        local: as from `local_kernel`, if there is one row.
+        varlen: as from `varlen_kernel`.
         """
         self.predicted = predicted
         self.interrupts = False  # whether attention raises LayerInterrupted
@@ -95,7 +96,7 @@ class Packing:
         # Looked up here and not in each layer, which may be compiled.
         self.capability = _capability(segments.device) if segments.is_cuda else None
         self.flash_3 = current_flash_attention_impl() == _FLASH_3
-        self.local = local if len(segments) == 1 else None
+        self.varlen = varlen
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def interrupting(self) -> Self:
@@ -269,8 +270,8 @@ def packed_attention(
             if predicted is not None and predicted.by_row:
                 return predicted_attention(*inputs, predicted, bias, scaling, dropout), None
             output_BWHD = matmul_attention(*inputs, bias, scaling, dropout)
-        case "flash" if sliding_window is not None and _has_local_kernel(packing, *inputs, dropout, sliding_window):
-            output_BWHD = local_window_attention(*inputs, packing, scaling, sliding_window)
+        case "flash" if _prefers_varlen_kernel(packing, query_BHWD, key_BHWD, sliding_window):
+            output_BWHD = triton_attention(*inputs, packing, scaling, dropout, sliding_window)
         case "flash":
             output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window)
         case "sdpa":
@@ -324,12 +325,8 @@ def flash_attention(
     sliding_window: int | None,
 ) -> Tensor:
     """[B, W, H, D]. Calls the operator of `torch.nn.attention.varlen`, whose function does not take a dropout."""
-    rows, heads, width, dimensions = query_BHWD.shape
-    # Slots attended to on each side, the slot itself not counted; None: all.
-    reach = None if sliding_window is None else sliding_window - 1
-    query_THD, key_THD, value_THD = (
-        tensor.transpose(1, 2).flatten(0, 1) for tensor in (query_BHWD, key_BHWD, value_BHWD)
-    )
+    query_THD, key_THD, value_THD = map(_flatten, (query_BHWD, key_BHWD, value_BHWD))
+    reach = _reach(sliding_window)
     output_THD, *_ = torch.ops.aten._flash_attention_forward(
         *(query_THD, key_THD, value_THD),
         *(packing.cu_seqlens, packing.cu_seqlens),
@@ -342,66 +339,78 @@ def flash_attention(
         window_size_right=reach,
     )
     assert isinstance(output_THD, Tensor)
-    return output_THD.view(rows, width, heads, dimensions)
+    return output_THD.view(*packing.segments.shape, *output_THD.shape[1:])
 
 
-def _has_local_kernel(
-    packing: Packing, query_BHWD: Tensor, key_BHWD: Tensor, _: Tensor, dropout: float, sliding_window: int
-) -> bool:
-    """Whether `local_window_attention` computes this, and has less to compute than flash attention, which stops at the
-    end of a sequence."""
-    has_as_many_heads = key_BHWD.shape[1] == query_BHWD.shape[1]
-    is_narrow = sliding_window - 1 <= _LOCAL_REACH and packing.max_length > 2 * sliding_window
-    return packing.local is not None and dropout == 0.0 and has_as_many_heads and is_narrow
-
-
-def local_window_attention(
+def triton_attention(
     query_BHWD: Tensor,
     key_BHWD: Tensor,
     value_BHWD: Tensor,
     packing: Packing,
     scaling: float,
-    sliding_window: int,
+    dropout: float,
+    sliding_window: int | None,
 ) -> Tensor:
-    """[1, W, H, D] of one row."""
-    assert packing.local is not None
-    query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query_BHWD, key_BHWD, value_BHWD))
-    return packing.local(query_THD, key_THD, value_THD, packing.segments[0], scaling, sliding_window - 1)[None]
+    """[B, W, H, D], by the kernels of `pretrain.modeling.varlen_attention`."""
+    assert packing.varlen is not None
+    query_THD, key_THD, value_THD = map(_flatten, (query_BHWD, key_BHWD, value_BHWD))
+    bounds = (packing.cu_seqlens, packing.max_length)
+    output_THD = packing.varlen(query_THD, key_THD, value_THD, *bounds, scaling, dropout, _reach(sliding_window))
+    return output_THD.view(*packing.segments.shape, *output_THD.shape[1:])
 
 
-def local_kernel(config: PreTrainedConfig, dtype: torch.dtype) -> LocalKernel | None:
-    """The kernel for layers with a local window, on this process's CUDA device. None if flash attention does not
-    compute the model, or if Triton is missing or the kernel computes something else, of which there is one warning."""
+def _flatten(tensor_BHWD: Tensor) -> Tensor:
+    """[T, H, D]."""
+    return tensor_BHWD.transpose(1, 2).flatten(0, 1)
+
+
+def _reach(sliding_window: int | None) -> int | None:
+    """Slots attended to on each side, the slot itself not counted; None: all."""
+    return None if sliding_window is None else sliding_window - 1
+
+
+def _prefers_varlen_kernel(packing: Packing, query_BHWD: Tensor, key_BHWD: Tensor, sliding_window: int | None) -> bool:
+    """Whether there is a kernel of our own, and it is faster than flash attention."""
+    if packing.varlen is None or key_BHWD.shape[1] != query_BHWD.shape[1]:
+        return False
+    if sliding_window is not None and packing.max_length > 2 * sliding_window:
+        return sliding_window - 1 <= _LOCAL_REACH
+    return packing.capability is not None and packing.capability[0] == _HOPPER and not packing.flash_3
+
+
+def varlen_kernel(config: PreTrainedConfig, dtype: torch.dtype) -> VarlenKernel | None:
+    """Our own kernels for packed sequences, on this process's CUDA device. None if flash attention does not compute the
+    model, or if Triton is missing or the kernels compute something else, of which there is one warning."""
     capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
-    if _head_size(config) != _LOCAL_HEAD_SIZE or not uses_flash(config, capability, dtype):
+    if _head_size(config) != _VARLEN_HEAD_SIZE or not uses_flash(config, capability, dtype):
         return None
-    return _tried_local_kernel(dtype)
+    return _tried_varlen_kernel(dtype)
 
 
 @functools.cache
-def _tried_local_kernel(dtype: torch.dtype) -> LocalKernel | None:
+def _tried_varlen_kernel(dtype: torch.dtype) -> VarlenKernel | None:
     try:
-        from pretrain.modeling.local_attention import local_attention
+        from pretrain.modeling.varlen_attention import varlen_attention
 
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
-            _compare_with_flash_attention(local_attention, dtype)
+            for window in (None, _LOCAL_REACH + 1):
+                _compare_with_flash_attention(varlen_attention, dtype, window)
     except Exception as error:  # of a missing package, compiler or driver
-        log.warning("layers with a local window use flash attention; their own kernel fails: %s", first_line(error))
+        log.warning("attention is that of torch; the kernels of deepcloze fail: %s", first_line(error))
         return None
-    return local_attention
+    return varlen_attention
 
 
-def _compare_with_flash_attention(kernel: LocalKernel, dtype: torch.dtype) -> None:
+def _compare_with_flash_attention(kernel: VarlenKernel, dtype: torch.dtype, window: int | None) -> None:
     """Raises AssertionError if the kernel computes something else, or errors of Triton. The inputs are not random,
     because that would change the masks of dropout."""
-    numbers = torch.arange(3 * 200 * 2 * _LOCAL_HEAD_SIZE, device="cuda").sin()
-    inputs = numbers.view(3, 1, 200, 2, _LOCAL_HEAD_SIZE).transpose(2, 3).to(dtype)
+    numbers = torch.arange(3 * 200 * 2 * _VARLEN_HEAD_SIZE, device="cuda").sin()
+    inputs = numbers.view(3, 1, 200, 2, _VARLEN_HEAD_SIZE).transpose(2, 3).to(dtype)
     query, key, value = inputs.requires_grad_()
     segments = (torch.arange(200, device="cuda") >= 90).int()[None]
-    packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"), local=kernel)
-    window = _LOCAL_REACH + 1
+    packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"), varlen=kernel)
     expected = flash_attention(query, key, value, packing, 0.1, 0.0, window)
-    found = local_window_attention(query, key, value, packing, 0.1, window)
+    found = triton_attention(query, key, value, packing, 0.1, 0.0, window)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     weights = expected.detach()
     gradients = [torch.autograd.grad(output, inputs, weights)[0] for output in (found, expected)]

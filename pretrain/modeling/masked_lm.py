@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
-from pretrain.modeling.attention import LocalKernel, Packing, Predicted, local_kernel, uses_flash
+from pretrain.modeling.attention import Packing, Predicted, uses_flash, varlen_kernel
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.small_embeddings import use_masked_sums
@@ -68,7 +68,8 @@ class MaskedLanguageModel(nn.Module):
                     width = segments.shape[1]
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     longest = min(width, self._max_length or width)
-                    packing = Packing(segments, cu_seqlens, longest, predicted, self._local_kernel())
+                    varlen = varlen_kernel(self.model.config, self.model.dtype)
+                    packing = Packing(segments, cu_seqlens, longest, predicted, varlen)
                     if not uses_flash(self.model.config, packing.capability, self.model.dtype):
                         # Not in the first layer: if it is compiled, its graph would differ from the graph of the
                         # others.
@@ -81,9 +82,6 @@ class MaskedLanguageModel(nn.Module):
         finally:
             self._masked_positions = None
         return Predictions(*cross_entropy(output.logits, labels, count=not self.training))
-
-    def _local_kernel(self) -> LocalKernel | None:
-        return None if self._windows == {None} else local_kernel(self.model.config, self.model.dtype)
 
     @property
     def short_layer(self) -> nn.Module | None:

@@ -9,7 +9,7 @@ MODEL: dict[str, Any] = {
     "model_type": "bert",
     "hidden_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "intermediate_size": 256,
     "max_position_embeddings": 64,
 }

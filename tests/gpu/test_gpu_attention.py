@@ -12,14 +12,15 @@ from transformers import AutoConfig
 from experiment.dropout import use_fast_dropout
 from pretrain.modeling import attention
 from pretrain.modeling.attention import (
-    LocalKernel,
     Packing,
+    VarlenKernel,
     flash_attention,
     is_flash_3_installed,
-    local_kernel,
     masked_attention,
     packed_attention,
     supports_flash,
+    triton_attention,
+    varlen_kernel,
 )
 
 LENGTHS = [(13, 40, 7), (64,), (1, 1, 50)]  # of the sequences in each row of 64 slots; the rest is padding
@@ -57,7 +58,7 @@ def attend(
     *,
     flat: bool = False,
     dropout: float = 0.0,
-    local: LocalKernel | None = None,
+    varlen: VarlenKernel | None = None,
 ) -> list[Tensor]:
     """Output and gradients of query, key and value at real slots, copied to the CPU in fp32. `flat`: as one row of all
     slots, with boundaries that repeat the last one."""
@@ -69,7 +70,7 @@ def attend(
     rows = [leaf.flatten(0, 1)[None] if flat else leaf for leaf in leaves]
     if flat:
         segments, cu_seqlens = segments.view(1, -1), torch.cat([cu_seqlens, cu_seqlens[-1:].repeat(5)])
-    packing = Packing(segments.to(device), cu_seqlens.to(device), max_length=WIDTH, local=local)
+    packing = Packing(segments.to(device), cu_seqlens.to(device), max_length=WIDTH, varlen=varlen)
     query, key, value = (tensor.transpose(1, 2) for tensor in rows)
     options: Any = {"packing": packing, "sliding_window": sliding_window, "dropout": dropout}
     output, _ = packed_attention(nn.Module(), query, key, value, None, **options)
@@ -112,14 +113,25 @@ def test_one_flat_row_agrees_with_the_cpu(dtype: torch.dtype, sliding_window: in
 
 
 @SIXTEEN_BIT
+@pytest.mark.parametrize("sliding_window", [None, 5])
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.usefixtures("_flash")
-def test_the_kernel_for_local_windows_agrees_with_the_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_kernel_agrees_with_the_cpu(
+    dtype: torch.dtype, sliding_window: int | None, flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a kernel that does not compile, that computes something else than in the interpreter, or that is not
     used."""
-    kernel = local_kernel(AutoConfig.for_model("modernbert"), dtype)
-    assert kernel is not None
+    kernel = own_kernel(dtype)
+    monkeypatch.setattr(attention, "_prefers_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(attention, "flash_attention", None)
-    assert_close_to_cpu(attend("cuda", dtype, 5, flat=True, local=kernel), dtype, 5)
+    found = attend("cuda", dtype, sliding_window, flat=flat, varlen=kernel)
+    assert_close_to_cpu(found, dtype, sliding_window)
+
+
+def own_kernel(dtype: torch.dtype) -> VarlenKernel:
+    kernel = varlen_kernel(AutoConfig.for_model("modernbert"), dtype)
+    assert kernel is not None
+    return kernel
 
 
 @pytest.fixture
@@ -155,15 +167,16 @@ def test_16_bit_uses_flash_attention(dtype: torch.dtype, dropout: float, monkeyp
 def kernel_with_dropout(name: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A kernel with attention dropout, as a function of query, key and value [B, H, W, D]."""
     segments, cu_seqlens = (tensor.cuda() for tensor in boundaries())
-    packing = Packing(segments, cu_seqlens)
+    packing = Packing(segments, cu_seqlens, varlen=own_kernel(dtype) if name == "ours" else None)
     use_fast_dropout(nn.Module())  # as for a model
-    if name == "flash":
-        return lambda query, key, value: flash_attention(query, key, value, packing, SIZE**-0.5, DROPOUT, None)
+    if name != "masked":
+        attend_with = {"flash": flash_attention, "ours": triton_attention}[name]
+        return lambda query, key, value: attend_with(query, key, value, packing, SIZE**-0.5, DROPOUT, None)
     bias = packing.bias(None, dtype)
     return lambda query, key, value: masked_attention(query, key, value, bias, SIZE**-0.5, DROPOUT)
 
 
-KERNELS = pytest.mark.parametrize("name", ["flash", "masked"])
+KERNELS = pytest.mark.parametrize("name", ["flash", "ours", "masked"])
 
 
 @KERNELS

@@ -20,22 +20,24 @@ def counting_case(world: World, tree: Tree, stop_after: int | None = None) -> tu
     """A run. Returns its outcome, the number of calls of flash attention, and the peak of allocated bytes."""
     from pretrain.modeling import attention
 
-    calls, kernel = 0, attention.flash_attention
+    calls = 0
 
-    def counted(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return kernel(*args)
+    def counted(kernel: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return kernel(*args)
 
-    attention.flash_attention = counted
+        return call
+
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("flash_attention", "triton_attention"):
+            patch.setattr(attention, name, counted(getattr(attention, name)))
         outcome = pretrain_case(world, tree, stop_after)
-        return outcome, calls, torch.cuda.max_memory_allocated() if on_gpu else 0
-    finally:
-        attention.flash_attention = kernel
+    return outcome, calls, torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
 @pytest.fixture(scope="session")

@@ -63,14 +63,14 @@ def evaluation_case(_world: World, checkpoint: Path, corpus: Path, on_gpu: bool)
             return json.loads(printed.getvalue()), [*gpu.mixed, *gpu.races]
 
 
-def local_kernel_case(_world: World) -> list[bool]:
-    """Whether the kernel for local windows is used if an evaluation is the first to ask for it."""
+def varlen_kernel_case(_world: World) -> list[bool]:
+    """Whether our own attention kernel is used if an evaluation is the first to ask for it."""
     from pretrain.modeling import attention
 
     used = []
     for context in (torch.no_grad(), torch.inference_mode()):
         with simulated_gpu(), context:
-            used.append(attention._tried_local_kernel(torch.bfloat16) is not None)
+            used.append(attention._tried_varlen_kernel(torch.bfloat16) is not None)
     return used
 
 

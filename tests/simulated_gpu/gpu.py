@@ -140,7 +140,7 @@ def _patch_threads(patch: pytest.MonkeyPatch, device: Device) -> None:
 
 def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
     """A kernel is one operator, which reads and writes all tensors that it gets."""
-    from pretrain.modeling import attention, fused_cross_entropy, local_attention  # the last two import Triton
+    from pretrain.modeling import attention, fused_cross_entropy, varlen_attention  # the last two import Triton
 
     class Launcher:
         def __getitem__(self, grid: tuple[int]) -> Any:
@@ -152,13 +152,13 @@ def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
         with _disable_current_modes():
             cross_entropy_kernel(*args, **options)
 
-    def local(*args: Any) -> torch.Tensor:
-        gpu.calls["local_attention"] += 1
-        return kernels.local_attention(*args)
+    def varlen(*args: Any) -> torch.Tensor:
+        gpu.calls["varlen_attention"] += 1
+        return kernels.varlen_attention(*args)
 
     patch.setattr(fused_cross_entropy, "_cross_entropy_kernel", Launcher())
-    patch.setattr(local_attention, "local_attention", local)
-    attention._tried_local_kernel.cache_clear()
+    patch.setattr(varlen_attention, "varlen_attention", varlen)
+    attention._tried_varlen_kernel.cache_clear()
 
 
 def _patch_functions_in_cpp(patch: pytest.MonkeyPatch) -> None:

@@ -137,22 +137,26 @@ def _weights(
     return scores.softmax(-1), kept, scores.logsumexp(-1)
 
 
-def local_attention(
-    query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, segments_T: Tensor, scaling: float, reach: int
+def varlen_attention(
+    query_THD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scaling: float,
+    dropout: float,
+    reach: int | None,
 ) -> Tensor:
-    """As `pretrain.modeling.local_attention.local_attention`."""
-    inputs = (query_THD, key_THD, value_THD)
-    _require("inputs of the same shape", *(tensor.shape == query_THD.shape for tensor in inputs))
-    _require(f"inputs in 16 bit: {[tensor.dtype for tensor in inputs]}", query_THD.dtype in _HALF)
-    _require("inputs of the same dtype", *(tensor.dtype == query_THD.dtype for tensor in inputs))
+    """As `pretrain.modeling.varlen_attention.varlen_attention`, which computes what flash attention does."""
     _require("a head size that is a power of 2", query_THD.shape[-1] == 64)
-    _require("heads whose dimensions are contiguous", *(tensor.stride(-1) == 1 for tensor in inputs))
-    _require("the segments of all slots", segments_T.dtype == torch.int32, segments_T.shape == query_THD.shape[:1])
-    slots = torch.arange(len(segments_T), device=segments_T.device)
-    attends = (segments_T[:, None] == segments_T) & ((slots[:, None] - slots).abs() <= reach)
-    scores = torch.einsum("thd,shd->hts", query_THD.float(), key_THD.float()) * scaling
-    weights = scores.masked_fill(~attends, -torch.inf).softmax(-1)
-    return torch.einsum("hts,shd->thd", weights, value_THD.float()).to(query_THD.dtype)
+    output_THD, *_ = torch.ops.aten._flash_attention_forward(
+        *(query_THD, key_THD, value_THD, cu_seqlens, cu_seqlens, max_length, max_length, dropout, False, False),
+        scale=scaling,
+        window_size_left=reach,
+        window_size_right=reach,
+    )
+    assert isinstance(output_THD, Tensor)
+    return output_THD
 
 
 def addmm_in_fp32(

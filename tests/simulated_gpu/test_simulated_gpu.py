@@ -15,7 +15,7 @@ from pretrain.engine.deepspeed_settings import find_ds_config
 from rank_pool import ForkServer, RankError, RankPool
 from runs import NO_DROPOUT, Tree, evaluation_events, logged, pretrain_case, run_config, soak
 from simulated_gpu import faults
-from simulated_gpu.cases import Fault, Findings, evaluation_case, gpu_case, local_kernel_case
+from simulated_gpu.cases import Fault, Findings, evaluation_case, gpu_case, varlen_kernel_case
 
 pytest.importorskip("triton")
 
@@ -32,7 +32,7 @@ BERT: dict[str, Any] = {
 MODERNBERT = BERT | {
     "model_type": "modernbert",
     "hidden_size": 64,
-    "num_attention_heads": 1,  # of the size that the kernel for local windows takes
+    "num_attention_heads": 1,  # of the size that our own attention kernel takes
     "initializer_range": 0.2,
     "local_attention": 8,
     "global_attn_every_n_layers": 2,
@@ -163,8 +163,8 @@ def test_other_models_and_optimizers(
     """Catches a wrong local window, and norms of parameters that are summed on the wrong device or read by the host."""
     tree = tiny_run(tmp_path, wordpiece_corpus, ds_config, **changes)
     findings = check_run(ranks[size], tree, ds_config, reference(**changes))
-    has_windows = changes.get("model__config") == MODERNBERT
-    assert all((found.calls["local_attention"] > 2) == has_windows for found in findings)  # 1: when it is tried
+    has_kernel = changes.get("model__config") == MODERNBERT
+    assert all((found.calls["varlen_attention"] > 2) == has_kernel for found in findings)  # 1: when it is tried
 
 
 @pytest.mark.parametrize(("size", "ds_config"), [(2, "fp16_zero3"), *soak((1, "bf16_zero1"))])
@@ -219,7 +219,7 @@ def test_evaluation_is_that_of_a_cpu(ranks: dict[int, RankPool], reference: Refe
 
 def test_an_evaluation_may_be_the_first_to_use_the_kernel_for_local_windows(ranks: dict[int, RankPool]) -> None:
     """Catches a comparison of gradients where there are none, after which the kernel would not be used at all."""
-    assert ranks[1].run(local_kernel_case) == [[True, True]]
+    assert ranks[1].run(varlen_kernel_case) == [[True, True]]
 
 
 @pytest.mark.parametrize(

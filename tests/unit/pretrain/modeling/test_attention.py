@@ -111,56 +111,55 @@ def test_flash_attention_3_without_gradients_is_not_used(
 
 
 @pytest.mark.parametrize(
-    ("changes", "local"),
+    ("changes", "ours"),
     [
         ({}, True),
         ({"sliding_window": None}, False),
         ({"sliding_window": 129}, False),
         ({"max_length": 128}, False),  # flash attention computes 128 slots at once
-        ({"dropout": 0.1}, False),
         ({"key_heads": 1}, False),
-        ({"rows": 2}, False),
         ({"dtype": torch.float32}, False),
+        ({"capability": (9, 0), "sliding_window": None}, True),
+        ({"capability": (9, 0), "max_length": 128}, True),
+        ({"capability": (9, 0), "sliding_window": None, "flash_3": True}, False),
+        ({"capability": (9, 0), "flash_3": True}, True),
     ],
     ids=str,
 )
-def test_where_the_kernel_for_local_windows_is_used(
-    changes: dict[str, Any], local: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_our_own_kernel_is_used(changes: dict[str, Any], ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches inputs that it computes wrongly, and ones for which others are faster."""
     options: dict[str, Any] = {
+        "capability": (8, 0),
         "sliding_window": 65,
         "max_length": 1024,
-        "dropout": 0.0,
         "key_heads": 4,
-        "rows": 1,
+        "flash_3": False,
     } | changes
     dtype, called = options.get("dtype", torch.bfloat16), list[str]()
-    for name in ("flash_attention", "local_window_attention", "masked_attention"):
+    for name in ("flash_attention", "triton_attention", "masked_attention"):
         monkeypatch.setattr(attention, name, lambda *_, name=name: called.append(name))
-    segments = torch.ones(options["rows"], 1024)
-    packing = Packing(segments, torch.tensor([0, 1024]), options["max_length"], local=lambda *_: segments)
-    packing.capability = (9, 0)
-    query, key = (torch.zeros(options["rows"], heads, 1024, 64, dtype=dtype) for heads in (4, options["key_heads"]))
-    chosen = {name: options[name] for name in ("sliding_window", "dropout")}
-    packed_attention(nn.Module(), query, key, key, None, packing=packing, **chosen)
+    segments = torch.ones(1, 1024)
+    packing = Packing(segments, torch.tensor([0, 1024]), options["max_length"], varlen=lambda *_: segments)
+    packing.capability, packing.flash_3 = options["capability"], options["flash_3"]
+    query, key = (torch.zeros(1, heads, 1024, 64, dtype=dtype) for heads in (4, options["key_heads"]))
+    packed_attention(nn.Module(), query, key, key, None, packing=packing, sliding_window=options["sliding_window"])
     (kernel,) = called
-    assert (kernel == "local_window_attention") == local
+    assert (kernel == "triton_attention") == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_kernel_for_local_windows_that_does_not_work_is_not_used(
+def test_a_kernel_of_our_own_that_does_not_work_is_not_used(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a run that ends because Triton does not work. The trial fails here: there is no CUDA device."""
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
-    attention._tried_local_kernel.cache_clear()
-    assert attention.local_kernel(ModernBertConfig(), dtype) is None
-    assert "layers with a local window use flash attention" in caplog.text
-    assert attention.local_kernel(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype) is None
+    attention._tried_varlen_kernel.cache_clear()
+    assert attention.varlen_kernel(ModernBertConfig(), dtype) is None
+    assert "attention is that of torch" in caplog.text
+    assert attention.varlen_kernel(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype) is None
     assert len(caplog.records) == 1
-    attention._tried_local_kernel.cache_clear()
+    attention._tried_varlen_kernel.cache_clear()
 
 
 def draw_inputs(device: str = "cpu") -> list[Tensor]:

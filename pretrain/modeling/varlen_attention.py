@@ -1,0 +1,434 @@
+"""Flash attention over packed sequences, with dropout and local windows: Triton kernels.
+
+FlashAttention-2 computes blocks of 128 queries and keys, of which short sequences and both ends of a local window leave
+much unused. Here a block has 64 slots: with ModernBERT's window of 64 on each side, a block of queries needs three of
+keys. Products use a Hopper GPU's own instructions for them, which FlashAttention-2 does not.
+
+Method: Dao 2023, "FlashAttention-2", arXiv 2307.08691: blocks of scores are computed, used and forgotten, and computed
+again in the backward pass from the saved logarithm of their sum.
+
+A weight is dropped if the product of a random odd number of its query and one of its key, modulo 2^32, is small.
+torch's generator draws the numbers; one for each weight would take a third of the time.
+
+Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernels on a CPU.
+
+Shapes: T slots, S sequences, H heads, D dimensions of a head.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_NUMBERS = tl.constexpr(2.0**32)  # that a product can be
+# The fastest of a dozen on an H200
+_FORWARD = {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3}
+_BACKWARD_QUERIES = {"QUERIES": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
+_BACKWARD_KEYS = {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+
+
+def varlen_attention(
+    query_THD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scaling: float,
+    dropout: float,
+    reach: int | None,
+) -> Tensor:
+    """[T, H, D]. A slot attends to slots of its own sequence that are at most `reach` slots away; None: to all of them.
+
+    Args:
+        query_THD, key_THD, value_THD: in fp16 or bf16, with contiguous dimensions; D is a power of 2, at least 16.
+        cu_seqlens: int32 [S + 1], from 0 to T.
+        max_length: of a sequence. The rest of a longer one is not computed.
+        scaling: of scores, positive.
+        dropout: of attention weights.
+    """
+    output: Tensor
+    output, *_ = _forward(
+        query_THD, key_THD, value_THD, cu_seqlens, max_length, scaling, dropout, -1 if reach is None else reach
+    )
+    return output
+
+
+# torch.compile does not look inside an operator, which Triton's interpreter would not survive.
+@custom_op("deepcloze::varlen_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    max_length: int,
+    scaling: float,
+    dropout: float,
+    reach: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output; the logarithms to base 2 of the sums of exponentials, fp32 [H, T]; and random numbers for dropout:
+    two of 32 bits in each, of the queries of each head, [H, T], then of keys, [T]."""
+    assert query.shape == key.shape == value.shape
+    assert all(tensor.stride(-1) == 1 for tensor in (query, key, value)), "dimensions must be contiguous"
+    output, sums, numbers = _allocate(query, key, value, bounds, max_length, scaling, dropout)
+    numbers.random_(-(2**63), None)
+    _forward_kernel[_grid(query, bounds, max_length, _FORWARD["QUERIES"])](
+        query,
+        key,
+        value,
+        bounds,
+        numbers.view(torch.int32),
+        output,
+        sums,
+        *query.shape[:2],
+        triton.cdiv(max_length, _FORWARD["QUERIES"]),
+        scaling * _LOG2_E.value,
+        *_strides(query, key, value),
+        **_constants(query, dropout, reach),
+        **_FORWARD,
+    )
+    return output, sums, numbers
+
+
+@custom_op("deepcloze::varlen_attention_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    numbers: Tensor,
+    max_length: int,
+    scaling: float,
+    dropout: float,
+    reach: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of query, key and value. `gradient` is contiguous, as `output`."""
+    query_gradient, key_gradient, value_gradient = gradients = _allocate_gradients(gradient)
+    products = torch.empty_like(sums)  # of each output and its gradient, summed over dimensions
+    inputs, options = (
+        (gradient, query, key, value, bounds, numbers.view(torch.int32)),
+        _constants(query, dropout, reach),
+    )
+    _backward_query_kernel[_grid(query, bounds, max_length, _BACKWARD_QUERIES["QUERIES"])](
+        *inputs,
+        output,
+        sums,
+        products,
+        query_gradient,
+        *query.shape[:2],
+        triton.cdiv(max_length, _BACKWARD_QUERIES["QUERIES"]),
+        scaling,
+        *_strides(query, key, value),
+        **options,
+        **_BACKWARD_QUERIES,
+    )
+    _backward_key_kernel[_grid(query, bounds, max_length, _BACKWARD_KEYS["KEYS"])](
+        *inputs,
+        sums,
+        products,
+        key_gradient,
+        value_gradient,
+        *query.shape[:2],
+        triton.cdiv(max_length, _BACKWARD_KEYS["KEYS"]),
+        scaling,
+        *_strides(query, key, value),
+        **options,
+        **_BACKWARD_KEYS,
+    )
+    return gradients
+
+
+def _allocate(
+    query: Tensor, _key: Tensor, _value: Tensor, _bounds: Tensor, _length: int, _scaling: float, dropout: float, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots, heads, dimensions = query.shape
+    return (
+        query.new_empty(slots, heads, dimensions),
+        query.new_empty(heads, slots, dtype=torch.float32),
+        query.new_empty(((heads + 1) * slots + 1) // 2 if dropout else 0, dtype=torch.int64),
+    )
+
+
+def _allocate_gradients(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(gradient)
+
+
+_forward.register_fake(_allocate)
+_backward.register_fake(_allocate_gradients)
+
+
+def _grid(query: Tensor, bounds: Tensor, max_length: int, block: int) -> tuple[int, int]:
+    """One program per block of a sequence and head."""
+    return triton.cdiv(max_length, block) * (len(bounds) - 1), query.shape[1]
+
+
+def _constants(query: Tensor, dropout: float, reach: int) -> dict[str, int]:
+    return {"DIMENSIONS": query.shape[2], "DROPPED": round(dropout * _NUMBERS.value), "REACH": reach}
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of slots and heads."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, bounds, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, bounds, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.options), *[None] * (1 + len(ctx.options)))
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load(tensor, rows, length, stride, DIMENSIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[rows, DIMENSIONS] of one head and sequence; zeros after its end."""
+    places = rows[:, None] * stride + tl.arange(0, DIMENSIONS)[None, :]
+    return tl.load(tensor + places, mask=(rows < length)[:, None], other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(tensor, values, rows, length, stride, DIMENSIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = rows[:, None] * stride + tl.arange(0, DIMENSIONS)[None, :]
+    tl.store(tensor + places, values.to(tensor.dtype.element_ty), mask=(rows < length)[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _within(first, length, BLOCK: tl.constexpr, REACH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First and last slot, plus one, that a block attends to."""
+    if REACH < 0:
+        return 0, length
+    return tl.maximum(first - REACH, 0), tl.minimum(first + BLOCK + REACH, length)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attends(queries, keys, end, REACH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[queries, keys]."""
+    attends = (keys < end)[None, :]
+    if REACH >= 0:
+        attends = attends & (tl.abs(queries[:, None] - keys[None, :]) <= REACH)
+    return attends
+
+
+@triton.jit
+def _load_odd(numbers, rows, length):  # type: ignore[no-untyped-def]
+    return tl.load(numbers + rows, mask=rows < length, other=0).to(tl.uint32) | 1
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    bounds,
+    numbers,
+    output,
+    sums,
+    slots,
+    heads,
+    blocks,
+    scale,
+    query_slots,
+    query_heads,
+    key_slots,
+    key_heads,
+    value_slots,
+    value_heads,
+    DIMENSIONS: tl.constexpr,
+    DROPPED: tl.constexpr,
+    REACH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One program per block of queries and head. scale: of scores, times log2(e). `*_slots` and `*_heads`: strides."""
+    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
+    first = tl.program_id(0) % blocks * QUERIES
+    start = tl.load(bounds + sequence)
+    length = tl.load(bounds + sequence + 1) - start
+    if first >= length:
+        return
+    offset = start.to(tl.int64)
+    query += offset * query_slots + head * query_heads
+    key += offset * key_slots + head * key_heads
+    value += offset * value_slots + head * value_heads
+    rows = first + tl.arange(0, QUERIES)
+    queries = _load(query, rows, length, query_slots, DIMENSIONS)
+    if DROPPED > 0:
+        row_numbers = _load_odd(numbers + head * slots + start, rows, length)
+    largest = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    result = tl.zeros([QUERIES, DIMENSIONS], tl.float32)
+    begin, end = _within(first, length, QUERIES, REACH)
+    for at in range(begin, end, KEYS):
+        columns = at + tl.arange(0, KEYS)
+        keys = _load(key, columns, end, key_slots, DIMENSIONS)
+        scores = tl.dot(queries, tl.trans(keys))
+        scores = tl.where(_attends(rows, columns, end, REACH), scores, -float("inf"))
+        before, largest = largest, tl.maximum(largest, tl.max(scores, axis=1) * scale)
+        finite = largest
+        if REACH >= 0:  # a row may attend to no slot so far
+            finite = tl.where(largest == -float("inf"), 0.0, largest)
+        weights = tl.exp2(scores * scale - finite[:, None])
+        shrink = tl.exp2(before - finite)
+        total = total * shrink + tl.sum(weights, axis=1)
+        if DROPPED > 0:
+            column_numbers = _load_odd(numbers + heads * slots + start, columns, end)
+            weights = tl.where(row_numbers[:, None] * column_numbers[None, :] >= DROPPED, weights, 0.0)
+        values = _load(value, columns, end, value_slots, DIMENSIONS)
+        result = result * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
+    total = tl.where(rows < length, total, 1.0)
+    result = result / (total * (1.0 - DROPPED / _NUMBERS))[:, None]
+    _store(output + (offset * heads + head) * DIMENSIONS, result, rows, length, heads * DIMENSIONS, DIMENSIONS)
+    tl.store(sums + head * slots + start + rows, largest + tl.log2(total), mask=rows < length)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _backward_query_kernel(  # type: ignore[no-untyped-def]
+    gradient,
+    query,
+    key,
+    value,
+    bounds,
+    numbers,
+    output,
+    sums,
+    products,
+    query_gradient,
+    slots,
+    heads,
+    blocks,
+    scale,
+    query_slots,
+    query_heads,
+    key_slots,
+    key_heads,
+    value_slots,
+    value_heads,
+    DIMENSIONS: tl.constexpr,
+    DROPPED: tl.constexpr,
+    REACH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One program per block of queries and head: their gradients, and `products` for the other kernel."""
+    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
+    first = tl.program_id(0) % blocks * QUERIES
+    start = tl.load(bounds + sequence)
+    length = tl.load(bounds + sequence + 1) - start
+    if first >= length:
+        return
+    offset = start.to(tl.int64)
+    query += offset * query_slots + head * query_heads
+    key += offset * key_slots + head * key_heads
+    value += offset * value_slots + head * value_heads
+    contiguous, stride = (offset * heads + head) * DIMENSIONS, heads * DIMENSIONS
+    rows = first + tl.arange(0, QUERIES)
+    queries = _load(query, rows, length, query_slots, DIMENSIONS)
+    upstream = _load(gradient + contiguous, rows, length, stride, DIMENSIONS)
+    outputs = _load(output + contiguous, rows, length, stride, DIMENSIONS)
+    product = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), axis=1)
+    places = head * slots + start + rows
+    tl.store(products + places, product, mask=rows < length)
+    logarithm = tl.load(sums + places, mask=rows < length, other=float("inf"))
+    if DROPPED > 0:
+        row_numbers = _load_odd(numbers + head * slots + start, rows, length)
+    result = tl.zeros([QUERIES, DIMENSIONS], tl.float32)
+    begin, end = _within(first, length, QUERIES, REACH)
+    for at in range(begin, end, KEYS):
+        columns = at + tl.arange(0, KEYS)
+        keys = _load(key, columns, end, key_slots, DIMENSIONS)
+        values = _load(value, columns, end, value_slots, DIMENSIONS)
+        scores = tl.dot(queries, tl.trans(keys)) * (scale * _LOG2_E)
+        weights = tl.where(_attends(rows, columns, end, REACH), tl.exp2(scores - logarithm[:, None]), 0.0)
+        of_weights = tl.dot(upstream, tl.trans(values))
+        if DROPPED > 0:
+            column_numbers = _load_odd(numbers + heads * slots + start, columns, end)
+            kept = row_numbers[:, None] * column_numbers[None, :] >= DROPPED
+            of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)
+        of_scores = weights * (of_weights - product[:, None])
+        result += tl.dot(of_scores.to(keys.dtype), keys)
+    _store(query_gradient + contiguous, result * scale, rows, length, stride, DIMENSIONS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _backward_key_kernel(  # type: ignore[no-untyped-def]
+    gradient,
+    query,
+    key,
+    value,
+    bounds,
+    numbers,
+    sums,
+    products,
+    key_gradient,
+    value_gradient,
+    slots,
+    heads,
+    blocks,
+    scale,
+    query_slots,
+    query_heads,
+    key_slots,
+    key_heads,
+    value_slots,
+    value_heads,
+    DIMENSIONS: tl.constexpr,
+    DROPPED: tl.constexpr,
+    REACH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One program per block of keys and head: the gradients of keys and values. Scores are transposed."""
+    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
+    first = tl.program_id(0) % blocks * KEYS
+    start = tl.load(bounds + sequence)
+    length = tl.load(bounds + sequence + 1) - start
+    if first >= length:
+        return
+    offset = start.to(tl.int64)
+    query += offset * query_slots + head * query_heads
+    key += offset * key_slots + head * key_heads
+    value += offset * value_slots + head * value_heads
+    contiguous, stride = (offset * heads + head) * DIMENSIONS, heads * DIMENSIONS
+    rows = first + tl.arange(0, KEYS)
+    keys = _load(key, rows, length, key_slots, DIMENSIONS)
+    values = _load(value, rows, length, value_slots, DIMENSIONS)
+    if DROPPED > 0:
+        row_numbers = _load_odd(numbers + heads * slots + start, rows, length)
+    of_keys = tl.zeros([KEYS, DIMENSIONS], tl.float32)
+    of_values = tl.zeros([KEYS, DIMENSIONS], tl.float32)
+    begin, end = _within(first, length, KEYS, REACH)
+    for at in range(begin, end, QUERIES):
+        columns = at + tl.arange(0, QUERIES)
+        queries = _load(query, columns, end, query_slots, DIMENSIONS)
+        upstream = _load(gradient + contiguous, columns, end, stride, DIMENSIONS)
+        places = head * slots + start + columns
+        logarithm = tl.load(sums + places, mask=columns < end, other=float("inf"))  # weights of 0 after the end
+        product = tl.load(products + places, mask=columns < end, other=0.0)
+        scores = tl.dot(keys, tl.trans(queries)) * (scale * _LOG2_E)
+        weights = tl.exp2(scores - logarithm[None, :])
+        if REACH >= 0:
+            weights = tl.where(_attends(rows, columns, end, REACH), weights, 0.0)
+        of_weights = tl.dot(values, tl.trans(upstream))
+        kept_weights = weights
+        if DROPPED > 0:
+            column_numbers = _load_odd(numbers + head * slots + start, columns, end)
+            kept = row_numbers[:, None] * column_numbers[None, :] >= DROPPED
+            kept_weights = tl.where(kept, weights, 0.0)
+            of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)
+        of_values += tl.dot(kept_weights.to(upstream.dtype), upstream)
+        of_scores = weights * (of_weights - product[None, :])
+        of_keys += tl.dot(of_scores.to(queries.dtype), queries)
+    _store(key_gradient + contiguous, of_keys * scale, rows, length, stride, DIMENSIONS)
+    of_values = of_values * (1.0 / (1.0 - DROPPED / _NUMBERS))
+    _store(value_gradient + contiguous, of_values, rows, length, stride, DIMENSIONS)

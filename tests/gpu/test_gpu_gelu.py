@@ -1,0 +1,32 @@
+"""GELU in compiled code on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.modeling.fast_gelu import fast_gelu
+
+
+@torch.compile(fullgraph=True, dynamic=True)
+def activated(values: Tensor) -> Tensor:
+    return fast_gelu(values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_gelu(dtype: torch.dtype) -> None:
+    """Catches another function or derivative than torch's, and digits that are lost in 16 bit."""
+    values = torch.linspace(-9, 9, 100_000, device="cuda").to(dtype).requires_grad_()
+    upstream = torch.linspace(-1, 2, 100_000, device="cuda").to(dtype)
+    exact = values.detach().double().requires_grad_()
+    errors = []
+    for function in (activated, F.gelu):
+        output, expected = function(values), F.gelu(exact)
+        (gradient,), (expected_gradient,) = (
+            torch.autograd.grad(result, inputs, upstream.to(result.dtype))
+            for result, inputs in ((output, values), (expected, exact))
+        )
+        pairs = ((output, expected), (gradient, expected_gradient))
+        errors.append([float((one - other).detach().abs().max()) for one, other in pairs])
+    ours, of_torch = errors
+    assert all(error < 1.01 * other + 1e-6 for error, other in zip(ours, of_torch, strict=True)), errors

@@ -1,0 +1,130 @@
+"""The kernels of packed attention against attention with a mask, in Triton's interpreter; and compiled for several
+devices."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.world import World
+from rank_pool import RankPool
+from runs import sampled
+
+pytest.importorskip("triton")
+
+CASES: dict[str, tuple[list[int], int, int, int | None, float]] = {
+    # bounds of sequences, heads, dimensions, reach, dropout
+    "a window in one block": ([0, 64], 1, 16, 5, 0.0),
+    "blocks on both sides": ([0, 3, 200, 200], 2, 16, 20, 0.1),
+    "ModernBERT's window": ([0, 150], 1, 64, 64, 0.0),
+    "two blocks on each side": ([0, 10, 150], 2, 32, 100, 0.0),
+    "whole sequences": ([0, 70, 71, 200], 2, 16, None, 0.0),
+    "dropout": ([0, 70, 150, 150], 2, 16, None, 0.7),
+}
+
+
+def kept_weights(numbers: Tensor, slots: int, heads: int, dropout: float) -> Tensor:
+    """bool [H, T, T]. numbers: as the operator draws them."""
+    odd = numbers.view(torch.int32)[: (heads + 1) * slots].view(heads + 1, slots).long() % 2**32 | 1
+    products = odd[:-1, :, None] * odd[-1]  # modulo 2^64
+    return products % 2**32 >= dropout * 2**32
+
+
+def compare_with_mask(
+    _: World, bounds: list[int], heads: int, dimensions: int, reach: int | None, dropout: float
+) -> None:
+    """Fails unless the output and the gradients are those of attention with a mask in float64."""
+    from pretrain.modeling import varlen_attention as module
+
+    slots = bounds[-1]
+    torch.manual_seed(slots)
+    packed = torch.randn(slots, 3, heads, dimensions).half()  # as a model's layer for all three computes them
+    inputs = [tensor.detach().requires_grad_() for tensor in packed.unbind(1)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    generator = torch.get_rng_state()
+    options = (cu_seqlens, int(cu_seqlens.diff().max()), dimensions**-0.5, dropout, reach)
+    output = module.varlen_attention(*inputs, *options)
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    position = torch.arange(slots)
+    sequence = torch.searchsorted(cu_seqlens, position.int(), right=True)
+    attends = sequence[:, None] == sequence
+    if reach is not None:
+        attends &= (position[:, None] - position).abs() <= reach
+    scores = torch.einsum("thd,shd->hts", *exact[:2]) * dimensions**-0.5
+    weights = scores.masked_fill(~attends, -torch.inf).softmax(-1)
+    if dropout:
+        torch.set_rng_state(generator)
+        numbers = torch.empty(((heads + 1) * slots + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
+        weights = weights * kept_weights(numbers, slots, heads, dropout) / (1 - dropout)
+    expected = torch.einsum("hts,shd->thd", weights, exact[2])
+
+    upstream = torch.randn_like(output).transpose(0, 2).contiguous().transpose(0, 2)  # its dimensions are not together
+    gradients = torch.autograd.grad(output, inputs, upstream)
+    others = torch.autograd.grad(expected, exact, upstream.double())
+    for one, other in zip((output, *gradients), (expected, *others), strict=True):
+        assert float((one.detach() - other).norm() / other.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("case", sampled(CASES, ["blocks on both sides", "two blocks on each side", "dropout"]))
+def test_output_and_gradients_are_those_of_attention_with_a_mask(
+    interpreting_pools: dict[int, RankPool], case: str
+) -> None:
+    """Catches a window that is off by one, slots of other sequences or past the end, a block that is left out, strides
+    of another tensor, and a backward pass with another mask of dropout."""
+    interpreting_pools[1].run(compare_with_mask, *CASES[case])
+
+
+def test_weights_are_dropped_independently() -> None:
+    """Catches masks that repeat in rows, columns or heads: their correlations vary as those of random bits do."""
+    size, heads, dropout = 256, 2, 0.1
+    torch.manual_seed(0)
+    for _ in range(5):
+        numbers = torch.empty((heads + 1) * size // 2, dtype=torch.int64).random_(-(2**63), None)
+        kept = kept_weights(numbers, size, heads, dropout).double()
+        masks = (kept - (1 - dropout)) / (dropout * (1 - dropout)) ** 0.5
+        assert abs(masks.mean()) * size * heads**0.5 < 4
+        for rows in (masks.flatten(0, 1), masks.transpose(1, 2).flatten(0, 1)):
+            products = (rows @ rows.T)[*torch.triu_indices(len(rows), len(rows), 1)] / size**0.5
+            assert products.var().item() == pytest.approx(1, abs=0.05)
+            assert products.abs().max() < 7
+
+
+def compile_kernels(_: World, capability: int, dtype: str, cache: Path) -> list[set[str]]:
+    """What the kernels compile to, without a device."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from pretrain.modeling import varlen_attention as module
+
+    kinds = {"bounds": "*i32", "numbers": "*i32", "sums": "*fp32", "products": "*fp32", "scale": "fp32"}
+    kinds |= dict.fromkeys(("slots", "heads", "blocks"), "i32")
+    kernels = {
+        module._forward_kernel: module._FORWARD,
+        module._backward_query_kernel: module._BACKWARD_QUERIES,
+        module._backward_key_kernel: module._BACKWARD_KEYS,
+    }
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(cache))
+        for (kernel, options), reach in itertools.product(kernels.items(), (-1, 64)):
+            blocks = {name: options[name] for name in ("QUERIES", "KEYS")}
+            constants = blocks | {"DIMENSIONS": 64, "DROPPED": round(0.1 * 2**32), "REACH": reach}
+            names = [name for name in kernel.arg_names if name not in constants]
+            is_stride = {name: name.endswith(("_slots", "_heads")) for name in names}
+            signature = {name: kinds.get(name, "i32" if is_stride[name] else f"*{dtype}") for name in names}
+            source = ASTSource(
+                kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants
+            )
+            others = {name: value for name, value in options.items() if name not in blocks}
+            compiled.append(set(compile(source, target=GPUTarget("cuda", capability, 32), options=others).asm))
+    return compiled
+
+
+@pytest.mark.parametrize(("capability", "dtype"), sampled([(80, "fp16"), (90, "bf16"), (100, "bf16")], [(90, "bf16")]))
+def test_the_kernels_compile(pools: dict[int, RankPool], tmp_path: Path, capability: int, dtype: str) -> None:
+    """Catches code that only the interpreter accepts, for A100, H100 and B200."""
+    (compiled,) = pools[1].run(compile_kernels, capability, dtype, tmp_path)
+    assert all("cubin" in kernel for kernel in compiled)
