@@ -44,7 +44,7 @@ VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float, int 
 """`pretrain.modeling.varlen_attention.varlen_attention`."""
 
 _VARLEN_HEAD_SIZE, _LOCAL_REACH = 64, 64  # measured on an H200
-_HOPPER = 9  # major number of its compute capability
+HOPPER = 9  # major number of its compute capability
 _FLASH_3 = "FA3"  # its name in torch
 _FLASH_3_PACKAGE = "flash_attn_interface"
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fields of transformers' configs
@@ -205,7 +205,7 @@ def use_flash_attention_3(config: PreTrainedConfig) -> None:
     capability = None
     if is_flash_3_installed() and torch.cuda.is_available():
         capability = _capability(torch.device("cuda"))
-    wanted = capability is not None and capability[0] == 9 and dropouts != [] and max(dropouts) == 0.0
+    wanted = capability is not None and capability[0] == HOPPER and dropouts != [] and max(dropouts) == 0.0
     if wanted == (current_flash_attention_impl() == _FLASH_3):
         return
     if not wanted:
@@ -375,25 +375,28 @@ def _prefers_varlen_kernel(packing: Packing, query_BHWD: Tensor, key_BHWD: Tenso
         return False
     if sliding_window is not None and packing.max_length > 2 * sliding_window:
         return sliding_window - 1 <= _LOCAL_REACH
-    return packing.capability is not None and packing.capability[0] == _HOPPER and not packing.flash_3
+    return packing.capability is not None and packing.capability[0] == HOPPER and not packing.flash_3
 
 
-def varlen_kernel(config: PreTrainedConfig, dtype: torch.dtype) -> VarlenKernel | None:
+def varlen_kernel(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bool) -> VarlenKernel | None:
     """Our own kernels for packed sequences, on this process's CUDA device. None if flash attention does not compute the
-    model, or if Triton is missing or the kernels compute something else, of which there is one warning."""
+    model, or if Triton is missing or the kernels compute something else, of which there is one warning.
+
+    has_windows: whether some layers of the model have a local window.
+    """
     capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
     if _head_size(config) != _VARLEN_HEAD_SIZE or not uses_flash(config, capability, dtype):
         return None
-    return _tried_varlen_kernel(dtype)
+    return _tried_varlen_kernel(dtype, has_windows)
 
 
 @functools.cache
-def _tried_varlen_kernel(dtype: torch.dtype) -> VarlenKernel | None:
+def _tried_varlen_kernel(dtype: torch.dtype, has_windows: bool) -> VarlenKernel | None:
     try:
         from pretrain.modeling.varlen_attention import varlen_attention
 
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
-            for window in (None, _LOCAL_REACH + 1):
+            for window in (None, _LOCAL_REACH + 1) if has_windows else (None,):
                 _compare_with_flash_attention(varlen_attention, dtype, window)
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("attention is that of torch; the kernels of deepcloze fail: %s", first_line(error))

@@ -68,7 +68,7 @@ class MaskedLanguageModel(nn.Module):
                     width = segments.shape[1]
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     longest = min(width, self._max_length or width)
-                    varlen = varlen_kernel(self.model.config, self.model.dtype)
+                    varlen = varlen_kernel(self.model.config, self.model.dtype, self._windows != {None})
                     packing = Packing(segments, cu_seqlens, longest, predicted, varlen)
                     if not uses_flash(self.model.config, packing.capability, self.model.dtype):
                         # Not in the first layer: if it is compiled, its graph would differ from the graph of the

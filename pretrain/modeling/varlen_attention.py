@@ -7,8 +7,8 @@ keys. Products use a Hopper GPU's own instructions for them, which FlashAttentio
 Method: Dao 2023, "FlashAttention-2", arXiv 2307.08691: blocks of scores are computed, used and forgotten, and computed
 again in the backward pass from the saved logarithm of their sum.
 
-A weight is dropped if the product of a random odd number of its query and one of its key, modulo 2^32, is small.
-torch's generator draws the numbers; one for each weight would take a third of the time.
+A weight is dropped if the product of a random odd number of its query and one of its key, modulo 2^32, is small. The
+numbers are hashes of slots, heads and seeds, which torch's generator draws in each call.
 
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernels on a CPU.
 
@@ -23,12 +23,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
+from pretrain.modeling.attention import HOPPER
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NUMBERS = tl.constexpr(2.0**32)  # that a product can be
-# The fastest of a dozen on an H200
+# The fastest of a dozen on an H200, for sequences of up to 512 and 1,024 tokens and for local windows
 _FORWARD = {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3}
 _BACKWARD_QUERIES = {"QUERIES": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
-_BACKWARD_KEYS = {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+_BACKWARD_KEYS = {"QUERIES": 32, "KEYS": 64, "num_warps": 4, "num_stages": 1}
+_REGISTERS = {"maxnreg": 128}  # of _BACKWARD_KEYS on a Hopper GPU; others would keep many in memory
 
 
 def varlen_attention(
@@ -69,18 +72,18 @@ def _forward(
     dropout: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output; the logarithms to base 2 of the sums of exponentials, fp32 [H, T]; and random numbers for dropout:
-    two of 32 bits in each, of the queries of each head, [H, T], then of keys, [T]."""
+    """The output; the logarithms to base 2 of the sums of exponentials, fp32 [H, T]; and seeds for dropout, [2]."""
     assert query.shape == key.shape == value.shape
     assert all(tensor.stride(-1) == 1 for tensor in (query, key, value)), "dimensions must be contiguous"
-    output, sums, numbers = _allocate(query, key, value, bounds, max_length, scaling, dropout)
-    numbers.random_(-(2**63), None)
+    output, sums, seeds = _allocate(query)
+    if dropout:
+        seeds.random_(-(2**63), None)
     _forward_kernel[_grid(query, bounds, max_length, _FORWARD["QUERIES"])](
         query,
         key,
         value,
         bounds,
-        numbers.view(torch.int32),
+        seeds,
         output,
         sums,
         *query.shape[:2],
@@ -90,7 +93,7 @@ def _forward(
         **_constants(query, dropout, reach),
         **_FORWARD,
     )
-    return output, sums, numbers
+    return output, sums, seeds
 
 
 @custom_op("deepcloze::varlen_attention_backward", mutates_args=())
@@ -102,7 +105,7 @@ def _backward(
     bounds: Tensor,
     output: Tensor,
     sums: Tensor,
-    numbers: Tensor,
+    seeds: Tensor,
     max_length: int,
     scaling: float,
     dropout: float,
@@ -112,7 +115,7 @@ def _backward(
     query_gradient, key_gradient, value_gradient = gradients = _allocate_gradients(gradient)
     products = torch.empty_like(sums)  # of each output and its gradient, summed over dimensions
     inputs, options = (
-        (gradient, query, key, value, bounds, numbers.view(torch.int32)),
+        (gradient, query, key, value, bounds, seeds),
         _constants(query, dropout, reach),
     )
     _backward_query_kernel[_grid(query, bounds, max_length, _BACKWARD_QUERIES["QUERIES"])](
@@ -140,18 +143,17 @@ def _backward(
         *_strides(query, key, value),
         **options,
         **_BACKWARD_KEYS,
+        **(_REGISTERS if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == HOPPER else {}),
     )
     return gradients
 
 
-def _allocate(
-    query: Tensor, _key: Tensor, _value: Tensor, _bounds: Tensor, _length: int, _scaling: float, dropout: float, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     slots, heads, dimensions = query.shape
     return (
         query.new_empty(slots, heads, dimensions),
         query.new_empty(heads, slots, dtype=torch.float32),
-        query.new_empty(((heads + 1) * slots + 1) // 2 if dropout else 0, dtype=torch.int64),
+        query.new_empty(2, dtype=torch.int64),
     )
 
 
@@ -221,8 +223,10 @@ def _attends(queries, keys, end, REACH: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _load_odd(numbers, rows, length):  # type: ignore[no-untyped-def]
-    return tl.load(numbers + rows, mask=rows < length, other=0).to(tl.uint32) | 1
+def _random(numbers, seed):  # type: ignore[no-untyped-def]
+    """Odd numbers of 32 bits, by two of the steps of MurmurHash3."""
+    bits = (numbers.to(tl.uint32) ^ tl.load(seed).to(tl.uint32)) * 0x85EBCA6B
+    return (bits ^ (bits >> 16)) * 0xC2B2AE35 | 1
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -231,7 +235,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     key,
     value,
     bounds,
-    numbers,
+    seeds,
     output,
     sums,
     slots,
@@ -264,7 +268,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     rows = first + tl.arange(0, QUERIES)
     queries = _load(query, rows, length, query_slots, DIMENSIONS)
     if DROPPED > 0:
-        row_numbers = _load_odd(numbers + head * slots + start, rows, length)
+        row_numbers = _random((start + rows) * heads + head, seeds)
     largest = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     result = tl.zeros([QUERIES, DIMENSIONS], tl.float32)
@@ -282,7 +286,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         shrink = tl.exp2(before - finite)
         total = total * shrink + tl.sum(weights, axis=1)
         if DROPPED > 0:
-            column_numbers = _load_odd(numbers + heads * slots + start, columns, end)
+            column_numbers = _random(start + columns, seeds + 1)
             weights = tl.where(row_numbers[:, None] * column_numbers[None, :] >= DROPPED, weights, 0.0)
         values = _load(value, columns, end, value_slots, DIMENSIONS)
         result = result * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
@@ -299,7 +303,7 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     key,
     value,
     bounds,
-    numbers,
+    seeds,
     output,
     sums,
     products,
@@ -341,7 +345,7 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     tl.store(products + places, product, mask=rows < length)
     logarithm = tl.load(sums + places, mask=rows < length, other=float("inf"))
     if DROPPED > 0:
-        row_numbers = _load_odd(numbers + head * slots + start, rows, length)
+        row_numbers = _random((start + rows) * heads + head, seeds)
     result = tl.zeros([QUERIES, DIMENSIONS], tl.float32)
     begin, end = _within(first, length, QUERIES, REACH)
     for at in range(begin, end, KEYS):
@@ -352,7 +356,7 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
         weights = tl.where(_attends(rows, columns, end, REACH), tl.exp2(scores - logarithm[:, None]), 0.0)
         of_weights = tl.dot(upstream, tl.trans(values))
         if DROPPED > 0:
-            column_numbers = _load_odd(numbers + heads * slots + start, columns, end)
+            column_numbers = _random(start + columns, seeds + 1)
             kept = row_numbers[:, None] * column_numbers[None, :] >= DROPPED
             of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)
         of_scores = weights * (of_weights - product[:, None])
@@ -367,7 +371,7 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
     key,
     value,
     bounds,
-    numbers,
+    seeds,
     sums,
     products,
     key_gradient,
@@ -404,7 +408,7 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
     keys = _load(key, rows, length, key_slots, DIMENSIONS)
     values = _load(value, rows, length, value_slots, DIMENSIONS)
     if DROPPED > 0:
-        row_numbers = _load_odd(numbers + heads * slots + start, rows, length)
+        row_numbers = _random(start + rows, seeds + 1)
     of_keys = tl.zeros([KEYS, DIMENSIONS], tl.float32)
     of_values = tl.zeros([KEYS, DIMENSIONS], tl.float32)
     begin, end = _within(first, length, KEYS, REACH)
@@ -422,7 +426,7 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
         of_weights = tl.dot(values, tl.trans(upstream))
         kept_weights = weights
         if DROPPED > 0:
-            column_numbers = _load_odd(numbers + head * slots + start, columns, end)
+            column_numbers = _random((start + columns) * heads + head, seeds)
             kept = row_numbers[:, None] * column_numbers[None, :] >= DROPPED
             kept_weights = tl.where(kept, weights, 0.0)
             of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)

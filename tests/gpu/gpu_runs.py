@@ -17,6 +17,7 @@ STEPS = 20
 
 
 def gpu_run(folder: Path, corpus: Path, ds_config: str, **changes: Any) -> Tree:
-    """Config of a run of `STEPS` steps without dropout. `changes`: `section__key=value`."""
+    """Config of a run of `STEPS` steps without dropout. Its layers are not compiled, which would take most of its time.
+    `changes`: `section__key=value`."""
     changes = {"model__config": MODEL | NO_DROPOUT, "batch__microbatch_tokens": 400, "schedule__steps": STEPS} | changes
-    return run_config(folder, corpus, ds_config, **changes)
+    return run_config(folder, corpus, ds_config, engine__compile=False, **changes)

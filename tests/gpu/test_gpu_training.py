@@ -107,7 +107,8 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing(
         peaks[recompute] = max(peak for _, _, peak in gpus.run(counting_case, tree))
     # Atomic additions in the gradient of embeddings make runs differ in the last bits.
     assert logged(tmp_path / "True") == pytest.approx(logged(tmp_path / "False"), rel=1e-3)
-    assert peaks[True] < 0.8 * peaks[False]
+    # Over 10,000 slots in 8 layers, of which 4 times the hidden size is the least that is kept, in 2 bytes each.
+    assert peaks[False] - peaks[True] > 10_000 * 8 * 4 * model["hidden_size"] * 2
 
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])

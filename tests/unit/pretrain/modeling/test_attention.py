@@ -155,9 +155,9 @@ def test_a_kernel_of_our_own_that_does_not_work_is_not_used(
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
     attention._tried_varlen_kernel.cache_clear()
-    assert attention.varlen_kernel(ModernBertConfig(), dtype) is None
+    assert attention.varlen_kernel(ModernBertConfig(), dtype, True) is None
     assert "attention is that of torch" in caplog.text
-    assert attention.varlen_kernel(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype) is None
+    assert attention.varlen_kernel(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype, True) is None
     assert len(caplog.records) == 1
     attention._tried_varlen_kernel.cache_clear()
 

@@ -25,11 +25,16 @@ CASES: dict[str, tuple[list[int], int, int, int | None, float]] = {
 }
 
 
-def kept_weights(numbers: Tensor, slots: int, heads: int, dropout: float) -> Tensor:
-    """bool [H, T, T]. numbers: as the operator draws them."""
-    odd = numbers.view(torch.int32)[: (heads + 1) * slots].view(heads + 1, slots).long() % 2**32 | 1
-    products = odd[:-1, :, None] * odd[-1]  # modulo 2^64
-    return products % 2**32 >= dropout * 2**32
+def kept_weights(seeds: Tensor, slots: int, heads: int, dropout: float) -> Tensor:
+    """bool [H, T, T], by numbers as the kernels compute them."""
+
+    def draw(places: Tensor, seed: Tensor) -> Tensor:
+        bits = (places ^ seed) % 2**32 * 0x85EBCA6B % 2**32  # products are modulo 2^64
+        return (bits ^ (bits >> 16)) * 0xC2B2AE35 % 2**32 | 1
+
+    slot = torch.arange(slots)
+    of_queries = draw(slot * heads + torch.arange(heads)[:, None], seeds[0])
+    return of_queries[:, :, None] * draw(slot, seeds[1]) % 2**32 >= dropout * 2**32
 
 
 def compare_with_mask(
@@ -57,8 +62,8 @@ def compare_with_mask(
     weights = scores.masked_fill(~attends, -torch.inf).softmax(-1)
     if dropout:
         torch.set_rng_state(generator)
-        numbers = torch.empty(((heads + 1) * slots + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
-        weights = weights * kept_weights(numbers, slots, heads, dropout) / (1 - dropout)
+        seeds = torch.empty(2, dtype=torch.int64).random_(-(2**63), None)
+        weights = weights * kept_weights(seeds, slots, heads, dropout) / (1 - dropout)
     expected = torch.einsum("hts,shd->thd", weights, exact[2])
 
     upstream = torch.randn_like(output).transpose(0, 2).contiguous().transpose(0, 2)  # its dimensions are not together
@@ -82,8 +87,8 @@ def test_weights_are_dropped_independently() -> None:
     size, heads, dropout = 256, 2, 0.1
     torch.manual_seed(0)
     for _ in range(5):
-        numbers = torch.empty((heads + 1) * size // 2, dtype=torch.int64).random_(-(2**63), None)
-        kept = kept_weights(numbers, size, heads, dropout).double()
+        seeds = torch.empty(2, dtype=torch.int64).random_(-(2**63), None)
+        kept = kept_weights(seeds, size, heads, dropout).double()
         masks = (kept - (1 - dropout)) / (dropout * (1 - dropout)) ** 0.5
         assert abs(masks.mean()) * size * heads**0.5 < 4
         for rows in (masks.flatten(0, 1), masks.transpose(1, 2).flatten(0, 1)):
@@ -99,12 +104,12 @@ def compile_kernels(_: World, capability: int, dtype: str, cache: Path) -> list[
 
     from pretrain.modeling import varlen_attention as module
 
-    kinds = {"bounds": "*i32", "numbers": "*i32", "sums": "*fp32", "products": "*fp32", "scale": "fp32"}
+    kinds = {"bounds": "*i32", "seeds": "*i64", "sums": "*fp32", "products": "*fp32", "scale": "fp32"}
     kinds |= dict.fromkeys(("slots", "heads", "blocks"), "i32")
     kernels = {
         module._forward_kernel: module._FORWARD,
         module._backward_query_kernel: module._BACKWARD_QUERIES,
-        module._backward_key_kernel: module._BACKWARD_KEYS,
+        module._backward_key_kernel: module._BACKWARD_KEYS | (module._REGISTERS if capability == 90 else {}),
     }
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
