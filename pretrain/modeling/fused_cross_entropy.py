@@ -5,7 +5,8 @@ computed, reduced to losses and overwritten with their gradients, of which two m
 inputs. All this happens in the forward pass, so the logits are computed once and never kept; the backward pass scales
 the gradients. Unlike there, the gradients of the inputs are accumulated in fp32, and gradients of fp16 logits are
 scaled before they are rounded, because a probability of one in 50,000 is among fp16's subnormal numbers. A vocabulary
-such as BERT's 30,522 is padded with rows of zeros: for products of that width cuBLAS uses code for older devices.
+such as BERT's 30,522 is padded with zeros: for products of that width cuBLAS uses code for older devices, and the
+kernel would read one logit at a time.
 
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernel on a CPU.
 
@@ -28,7 +29,7 @@ _FP16_SCALE = 4096.0
 
 class CrossEntropy(NamedTuple):
     loss_sum: Tensor  # scalar, fp32: over the rows whose label is not IGNORED, in nats
-    correct: Tensor  # scalar, int64: how many of them have their largest logit at the label
+    correct: Tensor | None  # scalar, int64: how many of them have their largest logit at the label; None with gradients
 
 
 def linear_cross_entropy(
@@ -41,9 +42,9 @@ def linear_cross_entropy(
         labels: int64 [M]; rows labelled IGNORED do not count.
         chunk_logits: logits that are computed at once, about.
     """
-    needed, padded = torch.is_grad_enabled(), pad_vocabulary(weight)
+    padded = pad_vocabulary(weight), None if bias is None else pad_vocabulary(bias)
     loss_sum, correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, padded, bias, labels, len(weight), chunk_logits, needed
+        hidden, *padded, labels, len(weight), chunk_logits, torch.is_grad_enabled()
     )
     return CrossEntropy(loss_sum, correct)
 
@@ -59,8 +60,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         columns: int,
         chunk_logits: int,
         needed: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """`weight`: [P, D], of which the last P - V rows are zeros. columns: V."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """`weight` [P, D] and `bias` [P]: the last P - V rows are zeros. columns: V."""
         wanted = [needed and wants for wants in ctx.needs_input_grad[:3]]
         gradients = [
             torch.zeros_like(tensor, dtype=torch.float32) if wants and tensor is not None else None
@@ -68,20 +69,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         rows = len(hidden)
         losses = hidden.new_empty(rows, dtype=torch.float32)
-        correct = hidden.new_empty(rows, dtype=torch.int32)
+        correct = None if any(wanted) else hidden.new_empty(rows, dtype=torch.int32)
         height = chunk_rows(columns, chunk_logits)
         buffer = hidden.new_empty(min(height, rows), len(weight))
         for start in range(0, rows, height):
             chunk = slice(start, start + height)
             logits = buffer[: len(labels[chunk])]
             torch.mm(hidden[chunk], weight.t(), out=logits)  # 0 in the last columns, and so are their gradients
-            _reduce(logits[:, :columns], bias, labels[chunk], losses[chunk], correct[chunk], any(wanted))
+            counted = None if correct is None else correct[chunk]
+            _reduce(logits, columns, bias, labels[chunk], losses[chunk], counted)
             _accumulate(gradients, chunk, logits, hidden[chunk], weight)
         ctx.save_for_backward(*gradients)
         ctx.dtype, ctx.scale = hidden.dtype, _scale(hidden.dtype)
-        count = correct.sum()
-        ctx.mark_non_differentiable(count)
-        return losses.sum(), count
+        return losses.sum(), None if correct is None else correct.sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -99,13 +99,14 @@ def _scale(dtype: torch.dtype) -> float:
 
 
 def _reduce(
-    logits: Tensor, bias: Tensor | None, labels: Tensor, losses: Tensor, correct: Tensor, wants_gradient: bool
+    logits: Tensor, columns: int, bias: Tensor | None, labels: Tensor, losses: Tensor, correct: Tensor | None
 ) -> None:
-    """Fill `losses` [C] and `correct` [C]. Overwrite `logits` [C, V] with their scaled gradients, if wanted."""
-    rows, columns = logits.shape
+    """Fill `losses` and `correct`, both [C]. If `correct` is None, overwrite `logits` [C, P] with their scaled
+    gradients. columns: V."""
+    rows, width = logits.shape
     _cross_entropy_kernel[(rows,)](
         logits,
-        logits.stride(0),
+        width,
         columns,
         bias,
         labels,
@@ -114,8 +115,8 @@ def _reduce(
         _scale(logits.dtype),
         IGNORED=IGNORED,
         HAS_BIAS=bias is not None,
-        WANTS_GRADIENT=wants_gradient,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(columns)),
+        WANTS_GRADIENT=correct is None,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
         num_warps=8,
     )
 
@@ -123,14 +124,14 @@ def _reduce(
 def _accumulate(
     gradients: list[Tensor | None], chunk: slice, logits_gradient: Tensor, hidden: Tensor, weight: Tensor
 ) -> None:
-    """Add the contribution of a chunk, [C, P], to the fp32 gradients of hidden [M, D], weight [P, D] and bias [V]."""
+    """Add the contribution of a chunk, [C, P], to the fp32 gradients of hidden [M, D], weight [P, D] and bias [P]."""
     of_hidden, of_weight, of_bias = gradients
     if of_hidden is not None:
         _add_product(of_hidden[chunk], logits_gradient, weight)
     if of_weight is not None:
         _add_product(of_weight, logits_gradient.t(), hidden)
     if of_bias is not None:
-        of_bias += logits_gradient.sum(0, dtype=torch.float32)[: len(of_bias)]
+        of_bias += logits_gradient.sum(0, dtype=torch.float32)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -142,9 +143,18 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _load_logits(logits, bias, column, width, columns, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """In fp32; padding is -inf. `width` is a multiple of 16, so that several logits are loaded at once."""
+    values = tl.load(logits + column, mask=column < width, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        values += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
+    return tl.where(column < columns, values, -float("inf"))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     logits,
-    stride,
+    width,
     columns,
     bias,
     labels,
@@ -156,9 +166,10 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     WANTS_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row. `logits` become their gradients times `scale`."""
+    """One program per row, of `width` logits, the last of which are padding. If wanted, they become their gradients
+    times `scale`; else `correct` is filled."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
+    logits += row * width
     label = tl.load(labels + row)
     counts = label != IGNORED
     label = tl.where(counts, label, 0)
@@ -169,25 +180,24 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     largest = -float("inf")
     largest_at = tl.zeros((), dtype=tl.int32)
     total = 0.0  # of exp(logit - largest)
-    for start in range(0, columns, BLOCK):
+    for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        values = tl.load(logits + column, mask=column < columns, other=-float("inf")).to(tl.float32)
-        if HAS_BIAS:
-            values += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+        values = _load_logits(logits, bias, column, width, columns, HAS_BIAS)
         highest = tl.max(values, axis=0)
-        largest_at = tl.where(highest > largest, start + tl.argmax(values, axis=0), largest_at)
+        if not WANTS_GRADIENT:
+            largest_at = tl.where(highest > largest, start + tl.argmax(values, axis=0), largest_at)
         before, largest = largest, tl.maximum(largest, highest)
         total = total * tl.exp(before - largest) + tl.sum(tl.exp(values - largest), axis=0)
     tl.store(losses + row, tl.where(counts, tl.log(total) + (largest - at_label), 0.0))
-    tl.store(correct + row, (counts & (largest_at == label)).to(tl.int32))
 
-    if WANTS_GRADIENT:
+    if not WANTS_GRADIENT:
+        tl.store(correct + row, (counts & (largest_at == label)).to(tl.int32))
+    else:
+        factor = scale / total
         tl.debug_barrier()  # all threads have read the logits
-        for start in range(0, columns, BLOCK):
+        for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            values = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
-            if HAS_BIAS:
-                values += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
-            gradient = tl.exp(values - largest) / total - tl.where(column == label, 1.0, 0.0)
-            gradient = tl.where(counts, gradient * scale, 0.0)
-            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
+            values = _load_logits(logits, bias, column, width, columns, HAS_BIAS)
+            gradient = tl.exp(values - largest) * factor - tl.where(column == label, scale, 0.0)
+            gradient = tl.where(counts, gradient, 0.0)
+            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)

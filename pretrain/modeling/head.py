@@ -42,8 +42,11 @@ def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
 
 @contextmanager
 def fused_head(decoder: nn.Linear, labels: Tensor, count: bool) -> Iterator[None]:
-    """The decoder returns the summed loss in place of logits, fp32 [1]; where Triton runs also the number of correct
-    predictions, fp32 [2]. To count these on a CPU, logits are kept. `decoder`: as from `find_linear_decoder`."""
+    """The decoder returns the summed loss in place of logits, fp32 [1]; where Triton runs, without gradients also the
+    number of correct predictions, fp32 [2]. To count these on a CPU, logits are kept.
+
+    decoder: as from `find_linear_decoder`.
+    """
     losses = _triton_losses if _runs_triton(labels.device) else _cpu_losses
     if losses is _cpu_losses and (count or decoder.weight.dtype not in _CPU_DTYPES):
         yield
@@ -60,7 +63,7 @@ def _triton_losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor
 
     rows = values.reshape(-1, decoder.in_features)
     loss_sum, correct = linear_cross_entropy(rows, decoder.weight, decoder.bias, labels)
-    return torch.stack([loss_sum, correct.float()])
+    return loss_sum[None] if correct is None else torch.stack([loss_sum, correct.float()])
 
 
 def _cpu_losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def padded_columns(vocabulary: int) -> int:
     return -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
 
 
-def pad_vocabulary(weight: Tensor) -> Tensor:
-    """A decoder's weight [V, D] with rows of zeros for the columns that are added. Differentiable."""
-    padding = padded_columns(len(weight)) - len(weight)
-    return F.pad(weight, (0, 0, 0, padding)) if padding else weight
+def pad_vocabulary(parameter: Tensor) -> Tensor:
+    """A decoder's weight [V, D] or bias [V] with zeros for the columns that are added. Differentiable."""
+    padding = padded_columns(len(parameter)) - len(parameter)
+    return F.pad(parameter, (0, 0) * (parameter.ndim - 1) + (0, padding)) if padding else parameter

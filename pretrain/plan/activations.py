@@ -239,8 +239,8 @@ def _gpu_losses(decoder: nn.Linear, values: Tensor) -> Tensor:
 
 def gpu_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Allocates as `pretrain.modeling.fused_cross_entropy.linear_cross_entropy`, without Triton. Returns no loss."""
-    padded = pad_vocabulary(weight)
-    loss: Tensor = _GpuCrossEntropy.apply(hidden, padded, bias, len(weight))  # type: ignore[no-untyped-call]
+    padded = pad_vocabulary(weight), None if bias is None else pad_vocabulary(bias)
+    loss: Tensor = _GpuCrossEntropy.apply(hidden, *padded, len(weight))  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -250,10 +250,9 @@ class _GpuCrossEntropy(torch.autograd.Function):
         inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(*(torch.empty_like(tensor, dtype=torch.float32) for tensor in inputs))
-        losses, correct = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         hidden.new_empty(min(len(hidden), chunk_rows(columns)), len(weight))
-        loss: Tensor = losses.sum() + correct.sum()
-        return loss
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:

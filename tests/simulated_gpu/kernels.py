@@ -177,13 +177,13 @@ def addmm_in_fp32(
 
 
 def cross_entropy_kernel(
-    logits_CV: Tensor,
-    stride: int,
+    logits_CP: Tensor,
+    width: int,
     columns: int,
-    bias_V: Tensor | None,
+    bias_P: Tensor | None,
     labels_C: Tensor,
     losses_C: Tensor,
-    correct_C: Tensor,
+    correct_C: Tensor | None,
     scale: float,
     *,
     IGNORED: int,
@@ -192,19 +192,22 @@ def cross_entropy_kernel(
     BLOCK: int,
     num_warps: int,
 ) -> None:
-    """As the kernel in `pretrain.modeling.fused_cross_entropy`. C: rows of a chunk, V: vocabulary."""
-    others = (labels_C, losses_C, correct_C)
-    _require("logits of this stride", logits_CV.stride() == (stride, 1), logits_CV.shape == (len(labels_C), columns))
+    """As the kernel in `pretrain.modeling.fused_cross_entropy`. C: rows of a chunk, P: the vocabulary with padding."""
+    others = [tensor for tensor in (labels_C, losses_C, correct_C) if tensor is not None]
+    _require("logits of this width", logits_CP.is_contiguous(), logits_CP.shape == (len(labels_C), width))
     _require("contiguous rows", *(tensor.is_contiguous() for tensor in others))
-    _require("its dtypes", [tensor.dtype for tensor in others] == [torch.int64, torch.float32, torch.int32])
-    _require("a bias if it says so", (bias_V is not None) == HAS_BIAS)
+    _require("its dtypes", [labels_C.dtype, losses_C.dtype] == [torch.int64, torch.float32])
+    _require("a bias if it says so", (bias_P is not None) == HAS_BIAS, bias_P is None or len(bias_P) == width)
     _require("a power of two", BLOCK & (BLOCK - 1) == 0)
-    values = logits_CV.float() if bias_V is None else logits_CV.float() + bias_V.float()
+    values = (logits_CP.float() if bias_P is None else logits_CP.float() + bias_P.float())[:, :columns]
     counts = labels_C != IGNORED
     label = labels_C.masked_fill(~counts, 0)
     losses_C.copy_(torch.nn.functional.cross_entropy(values, label, reduction="none") * counts)
-    correct_C.copy_((values.argmax(-1) == label) & counts)
-    if WANTS_GRADIENT:
+    if not WANTS_GRADIENT:
+        assert correct_C is not None
+        _require("its dtype", correct_C.dtype == torch.int32)
+        correct_C.copy_((values.argmax(-1) == label) & counts)
+    else:
         gradient = values.softmax(-1)
         gradient[torch.arange(len(label)), label] -= 1.0
-        logits_CV.copy_(gradient * scale * counts[:, None])
+        logits_CP[:, :columns] = gradient * scale * counts[:, None]

@@ -42,9 +42,13 @@ def compare_with_torch(
     logits = F.linear(*exact)
     labels = torch.where(torch.arange(shape[0]) % 3 == 0, logits.argmax(1), torch.arange(shape[0]) % shape[2])
     labels[ignored] = IGNORED
-    loss, correct = linear_cross_entropy(*ours, labels, chunk_logits)
+    loss, uncounted = linear_cross_entropy(*ours, labels, chunk_logits)
+    assert uncounted is None
+    with torch.no_grad():
+        same_loss, correct = linear_cross_entropy(*ours, labels, chunk_logits)
     expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     assert loss.dtype == torch.float32
+    assert loss.item() == same_loss.item()
     assert loss.item() == pytest.approx(expected.item(), rel=max(TOLERANCE[dtype] / 10, 1e-6), abs=1e-30)
     assert correct.item() == int((logits.argmax(1) == labels).sum())
     (0.37 * loss).backward()
@@ -94,7 +98,7 @@ def check_extreme_logits(_: World) -> None:
     from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 
     weight, labels = torch.tensor([[3e4], [-3e4]], dtype=torch.float16), torch.tensor([0, 1])
-    hidden = torch.ones(2, 1, dtype=torch.float16, requires_grad=True)
+    hidden = torch.ones(2, 1, dtype=torch.float16)
     loss, correct = linear_cross_entropy(hidden, weight, None, labels)
     assert (loss.item(), correct.item()) == (60000.0, 1)
     for broken in (torch.inf, torch.nan):
@@ -126,18 +130,17 @@ def test_only_wanted_gradients_are_computed(interpreting_pools: dict[int, RankPo
     interpreting_pools[1].run(check_frozen)
 
 
-def compile_kernel(_: World, capability: int, dtype: str, has_bias: bool, cache: Path) -> set[str]:
+def compile_kernel(_: World, capability: int, dtype: str, has_bias: bool, counts: bool, cache: Path) -> set[str]:
     """What the kernel compiles to, without a device."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from pretrain.modeling.fused_cross_entropy import _cross_entropy_kernel
 
-    signature = {"logits": f"*{dtype}", "stride": "i32", "columns": "i32", "bias": f"*{dtype}"}
+    signature = {"logits": f"*{dtype}", "width": "i32", "columns": "i32", "bias": f"*{dtype}"}
     signature |= {"labels": "*i64", "losses": "*fp32", "correct": "*i32", "scale": "fp32"}
-    constants: dict[str, Any] = {"IGNORED": IGNORED, "HAS_BIAS": has_bias, "WANTS_GRADIENT": True, "BLOCK": 4096}
-    if not has_bias:
-        constants["bias"] = None
+    constants: dict[str, Any] = {"IGNORED": IGNORED, "HAS_BIAS": has_bias, "WANTS_GRADIENT": not counts, "BLOCK": 4096}
+    constants |= ({} if has_bias else {"bias": None}) | ({} if counts else {"correct": None})
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(_cross_entropy_kernel, signature=signature, constexprs=constants)
     with pytest.MonkeyPatch.context() as patch:
@@ -157,8 +160,9 @@ def test_the_kernel_compiles(
     pools: dict[int, RankPool], tmp_path: Path, capability: int, dtype: str, has_bias: bool
 ) -> None:
     """Catches code that only the interpreter accepts, for V100, A100, H100 and B200."""
-    (compiled,) = pools[1].run(compile_kernel, capability, dtype, has_bias, tmp_path)
-    assert "cubin" in compiled
+    for counts in (False, True):
+        (compiled,) = pools[1].run(compile_kernel, capability, dtype, has_bias, counts, tmp_path)
+        assert "cubin" in compiled
 
 
 def allocated_by_loss(_: World, shapes: dict[str, tuple[int, ...]], planned: bool) -> int:
