@@ -78,19 +78,14 @@ def _forward(
     output, sums, seeds = _allocate(query)
     if dropout:
         seeds.random_(-(2**63), None)
-    _forward_kernel[_grid(query, bounds, max_length, _FORWARD["QUERIES"])](
-        query,
-        key,
-        value,
-        bounds,
-        seeds,
-        output,
-        sums,
-        *query.shape[:2],
-        triton.cdiv(max_length, _FORWARD["QUERIES"]),
+    _launch(
+        _forward_kernel,
+        _FORWARD["QUERIES"],
+        (query, key, value, bounds, seeds),
+        (output, sums),
+        max_length,
         scaling * _LOG2_E.value,
-        *_strides(query, key, value),
-        **_constants(query, dropout, reach),
+        **_constants(dropout, reach),
         **_FORWARD,
     )
     return output, sums, seeds
@@ -114,36 +109,28 @@ def _backward(
     """Of query, key and value. `gradient` is contiguous, as `output`."""
     query_gradient, key_gradient, value_gradient = gradients = _allocate_gradients(gradient)
     products = torch.empty_like(sums)  # of each output and its gradient, summed over dimensions
-    inputs, options = (
-        (gradient, query, key, value, bounds, seeds),
-        _constants(query, dropout, reach),
-    )
-    _backward_query_kernel[_grid(query, bounds, max_length, _BACKWARD_QUERIES["QUERIES"])](
-        *inputs,
-        output,
-        sums,
-        products,
-        query_gradient,
-        *query.shape[:2],
-        triton.cdiv(max_length, _BACKWARD_QUERIES["QUERIES"]),
+    inputs, constants = (query, key, value, bounds, seeds), _constants(dropout, reach)
+    _launch(
+        _backward_query_kernel,
+        _BACKWARD_QUERIES["QUERIES"],
+        inputs,
+        (gradient, output, sums, products, query_gradient),
+        max_length,
         scaling,
-        *_strides(query, key, value),
-        **options,
+        **constants,
         **_BACKWARD_QUERIES,
     )
-    _backward_key_kernel[_grid(query, bounds, max_length, _BACKWARD_KEYS["KEYS"])](
-        *inputs,
-        sums,
-        products,
-        key_gradient,
-        value_gradient,
-        *query.shape[:2],
-        triton.cdiv(max_length, _BACKWARD_KEYS["KEYS"]),
+    on_hopper = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == HOPPER
+    _launch(
+        _backward_key_kernel,
+        _BACKWARD_KEYS["KEYS"],
+        inputs,
+        (gradient, sums, products, key_gradient, value_gradient),
+        max_length,
         scaling,
-        *_strides(query, key, value),
-        **options,
+        **constants,
         **_BACKWARD_KEYS,
-        **(_REGISTERS if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == HOPPER else {}),
+        **(_REGISTERS if on_hopper else {}),
     )
     return gradients
 
@@ -165,18 +152,27 @@ _forward.register_fake(_allocate)
 _backward.register_fake(_allocate_gradients)
 
 
-def _grid(query: Tensor, bounds: Tensor, max_length: int, block: int) -> tuple[int, int]:
-    """One program per block of a sequence and head."""
-    return triton.cdiv(max_length, block) * (len(bounds) - 1), query.shape[1]
+def _launch(
+    kernel: Any,
+    block: int,
+    inputs: tuple[Tensor, ...],
+    others: tuple[Tensor, ...],
+    max_length: int,
+    scale: float,
+    **options: int,
+) -> None:
+    """Run one program per block of a sequence and head, of `block` slots. inputs: query, key, value, bounds, seeds."""
+    query, key, value, bounds, _ = inputs
+    slots, heads, dimensions = query.shape
+    blocks = triton.cdiv(max_length, block)
+    strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:2]]
+    kernel[blocks * (len(bounds) - 1), heads](
+        *inputs, slots, heads, blocks, scale, *strides, *others, DIMENSIONS=dimensions, **options
+    )
 
 
-def _constants(query: Tensor, dropout: float, reach: int) -> dict[str, int]:
-    return {"DIMENSIONS": query.shape[2], "DROPPED": round(dropout * _NUMBERS.value), "REACH": reach}
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Of slots and heads."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+def _constants(dropout: float, reach: int) -> dict[str, int]:
+    return {"DROPPED": round(dropout * _NUMBERS.value), "REACH": reach}
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -190,6 +186,21 @@ def _differentiate(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | Non
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _find_block(bounds, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's head, the first slot of its block in its sequence, and the sequence's start and length."""
+    sequence = tl.program_id(0) // blocks
+    start = tl.load(bounds + sequence)
+    length = tl.load(bounds + sequence + 1) - start
+    return tl.program_id(1), tl.program_id(0) % blocks * BLOCK, start, length
+
+
+@triton.jit
+def _pointer(tensor, start, head, slot_stride, head_stride):  # type: ignore[no-untyped-def]
+    """The pointer to one head of a sequence's first slot."""
+    return tensor + start.to(tl.int64) * slot_stride + head * head_stride
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -236,8 +247,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     value,
     bounds,
     seeds,
-    output,
-    sums,
     slots,
     heads,
     blocks,
@@ -248,6 +257,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     key_heads,
     value_slots,
     value_heads,
+    output,
+    sums,
     DIMENSIONS: tl.constexpr,
     DROPPED: tl.constexpr,
     REACH: tl.constexpr,
@@ -255,16 +266,12 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
 ):
     """One program per block of queries and head. scale: of scores, times log2(e). `*_slots` and `*_heads`: strides."""
-    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
-    first = tl.program_id(0) % blocks * QUERIES
-    start = tl.load(bounds + sequence)
-    length = tl.load(bounds + sequence + 1) - start
+    head, first, start, length = _find_block(bounds, blocks, QUERIES)
     if first >= length:
         return
-    offset = start.to(tl.int64)
-    query += offset * query_slots + head * query_heads
-    key += offset * key_slots + head * key_heads
-    value += offset * value_slots + head * value_heads
+    query = _pointer(query, start, head, query_slots, query_heads)
+    key = _pointer(key, start, head, key_slots, key_heads)
+    value = _pointer(value, start, head, value_slots, value_heads)
     rows = first + tl.arange(0, QUERIES)
     queries = _load(query, rows, length, query_slots, DIMENSIONS)
     if DROPPED > 0:
@@ -292,22 +299,18 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         result = result * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
     total = tl.where(rows < length, total, 1.0)
     result = result / (total * (1.0 - DROPPED / _NUMBERS))[:, None]
-    _store(output + (offset * heads + head) * DIMENSIONS, result, rows, length, heads * DIMENSIONS, DIMENSIONS)
+    output = _pointer(output, start, head, heads * DIMENSIONS, DIMENSIONS)
+    _store(output, result, rows, length, heads * DIMENSIONS, DIMENSIONS)
     tl.store(sums + head * slots + start + rows, largest + tl.log2(total), mask=rows < length)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_query_kernel(  # type: ignore[no-untyped-def]
-    gradient,
     query,
     key,
     value,
     bounds,
     seeds,
-    output,
-    sums,
-    products,
-    query_gradient,
     slots,
     heads,
     blocks,
@@ -318,6 +321,11 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     key_heads,
     value_slots,
     value_heads,
+    gradient,
+    output,
+    sums,
+    products,
+    query_gradient,
     DIMENSIONS: tl.constexpr,
     DROPPED: tl.constexpr,
     REACH: tl.constexpr,
@@ -325,21 +333,19 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
 ):
     """One program per block of queries and head: their gradients, and `products` for the other kernel."""
-    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
-    first = tl.program_id(0) % blocks * QUERIES
-    start = tl.load(bounds + sequence)
-    length = tl.load(bounds + sequence + 1) - start
+    head, first, start, length = _find_block(bounds, blocks, QUERIES)
     if first >= length:
         return
-    offset = start.to(tl.int64)
-    query += offset * query_slots + head * query_heads
-    key += offset * key_slots + head * key_heads
-    value += offset * value_slots + head * value_heads
-    contiguous, stride = (offset * heads + head) * DIMENSIONS, heads * DIMENSIONS
+    query = _pointer(query, start, head, query_slots, query_heads)
+    key = _pointer(key, start, head, key_slots, key_heads)
+    value = _pointer(value, start, head, value_slots, value_heads)
+    stride = heads * DIMENSIONS
+    gradient = _pointer(gradient, start, head, stride, DIMENSIONS)
+    output = _pointer(output, start, head, stride, DIMENSIONS)
     rows = first + tl.arange(0, QUERIES)
     queries = _load(query, rows, length, query_slots, DIMENSIONS)
-    upstream = _load(gradient + contiguous, rows, length, stride, DIMENSIONS)
-    outputs = _load(output + contiguous, rows, length, stride, DIMENSIONS)
+    upstream = _load(gradient, rows, length, stride, DIMENSIONS)
+    outputs = _load(output, rows, length, stride, DIMENSIONS)
     product = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), axis=1)
     places = head * slots + start + rows
     tl.store(products + places, product, mask=rows < length)
@@ -361,21 +367,17 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
             of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)
         of_scores = weights * (of_weights - product[:, None])
         result += tl.dot(of_scores.to(keys.dtype), keys)
-    _store(query_gradient + contiguous, result * scale, rows, length, stride, DIMENSIONS)
+    query_gradient = _pointer(query_gradient, start, head, stride, DIMENSIONS)
+    _store(query_gradient, result * scale, rows, length, stride, DIMENSIONS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_key_kernel(  # type: ignore[no-untyped-def]
-    gradient,
     query,
     key,
     value,
     bounds,
     seeds,
-    sums,
-    products,
-    key_gradient,
-    value_gradient,
     slots,
     heads,
     blocks,
@@ -386,6 +388,11 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
     key_heads,
     value_slots,
     value_heads,
+    gradient,
+    sums,
+    products,
+    key_gradient,
+    value_gradient,
     DIMENSIONS: tl.constexpr,
     DROPPED: tl.constexpr,
     REACH: tl.constexpr,
@@ -393,17 +400,14 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr,
 ):
     """One program per block of keys and head: the gradients of keys and values. Scores are transposed."""
-    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
-    first = tl.program_id(0) % blocks * KEYS
-    start = tl.load(bounds + sequence)
-    length = tl.load(bounds + sequence + 1) - start
+    head, first, start, length = _find_block(bounds, blocks, KEYS)
     if first >= length:
         return
-    offset = start.to(tl.int64)
-    query += offset * query_slots + head * query_heads
-    key += offset * key_slots + head * key_heads
-    value += offset * value_slots + head * value_heads
-    contiguous, stride = (offset * heads + head) * DIMENSIONS, heads * DIMENSIONS
+    query = _pointer(query, start, head, query_slots, query_heads)
+    key = _pointer(key, start, head, key_slots, key_heads)
+    value = _pointer(value, start, head, value_slots, value_heads)
+    stride = heads * DIMENSIONS
+    gradient = _pointer(gradient, start, head, stride, DIMENSIONS)
     rows = first + tl.arange(0, KEYS)
     keys = _load(key, rows, length, key_slots, DIMENSIONS)
     values = _load(value, rows, length, value_slots, DIMENSIONS)
@@ -415,7 +419,7 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
     for at in range(begin, end, QUERIES):
         columns = at + tl.arange(0, QUERIES)
         queries = _load(query, columns, end, query_slots, DIMENSIONS)
-        upstream = _load(gradient + contiguous, columns, end, stride, DIMENSIONS)
+        upstream = _load(gradient, columns, end, stride, DIMENSIONS)
         places = head * slots + start + columns
         logarithm = tl.load(sums + places, mask=columns < end, other=float("inf"))  # weights of 0 after the end
         product = tl.load(products + places, mask=columns < end, other=0.0)
@@ -433,6 +437,8 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
         of_values += tl.dot(kept_weights.to(upstream.dtype), upstream)
         of_scores = weights * (of_weights - product[None, :])
         of_keys += tl.dot(of_scores.to(queries.dtype), queries)
-    _store(key_gradient + contiguous, of_keys * scale, rows, length, stride, DIMENSIONS)
+    key_gradient = _pointer(key_gradient, start, head, stride, DIMENSIONS)
+    _store(key_gradient, of_keys * scale, rows, length, stride, DIMENSIONS)
     of_values = of_values * (1.0 / (1.0 - DROPPED / _NUMBERS))
-    _store(value_gradient + contiguous, of_values, rows, length, stride, DIMENSIONS)
+    value_gradient = _pointer(value_gradient, start, head, stride, DIMENSIONS)
+    _store(value_gradient, of_values, rows, length, stride, DIMENSIONS)
