@@ -1,14 +1,14 @@
 """Flash attention over packed sequences, with dropout and local windows: Triton kernels.
 
-FlashAttention-2 computes blocks of 128 queries and keys, of which short sequences and both ends of a local window leave
-much unused. Here a block has 64 slots: with ModernBERT's window of 64 on each side, a block of queries needs three of
-keys. Products use a Hopper GPU's own instructions for them, which FlashAttention-2 does not.
+FlashAttention-2 computes blocks of 128 queries and keys, most of which is masked at the end of a short sequence and at
+both ends of a local window. Here a block has 64 slots: with ModernBERT's window of 64 on each side, a block of queries
+needs three of keys. Matrix products use Hopper's own instructions (wgmma), which FlashAttention-2 does not.
 
-Method: Dao 2023, "FlashAttention-2", arXiv 2307.08691: blocks of scores are computed, used and forgotten, and computed
-again in the backward pass from the saved logarithm of their sum.
+Method: Dao 2023, "FlashAttention-2", arXiv 2307.08691: scores are computed block by block and never stored. The
+backward pass recomputes the weights from the scores and the saved logsumexp of each query.
 
 A weight is dropped if the product of a random odd number of its query and one of its key, modulo 2^32, is small. The
-numbers are hashes of slots, heads and seeds, which torch's generator draws in each call.
+numbers are hashes of slots, heads and two seeds, which torch's generator draws in each call.
 
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernels on a CPU.
 
@@ -26,12 +26,12 @@ from torch.library import custom_op
 from pretrain.modeling.attention import HOPPER
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_NUMBERS = tl.constexpr(2.0**32)  # that a product can be
+_NUMBERS = tl.constexpr(2.0**32)  # of 32 bits
 # The fastest of a dozen on an H200, for sequences of up to 512 and 1,024 tokens and for local windows
 _FORWARD = {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3}
 _BACKWARD_QUERIES = {"QUERIES": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
 _BACKWARD_KEYS = {"QUERIES": 32, "KEYS": 64, "num_warps": 4, "num_stages": 1}
-_REGISTERS = {"maxnreg": 128}  # of _BACKWARD_KEYS on a Hopper GPU; others would keep many in memory
+_REGISTERS = {"maxnreg": 128}  # for _BACKWARD_KEYS on Hopper; on other GPUs, registers would spill
 
 
 def varlen_attention(
@@ -49,9 +49,9 @@ def varlen_attention(
     Args:
         query_THD, key_THD, value_THD: in fp16 or bf16, with contiguous dimensions; D is a power of 2, at least 16.
         cu_seqlens: int32 [S + 1], from 0 to T.
-        max_length: of a sequence. The rest of a longer one is not computed.
+        max_length: no sequence is longer.
         scaling: of scores, positive.
-        dropout: of attention weights.
+        dropout: probability that an attention weight is dropped.
     """
     output: Tensor
     output, *_ = _forward(
@@ -60,7 +60,7 @@ def varlen_attention(
     return output
 
 
-# torch.compile does not look inside an operator, which Triton's interpreter would not survive.
+# An operator, because torch.compile cannot trace Triton's interpreter.
 @custom_op("deepcloze::varlen_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _forward(
     query: Tensor,
@@ -72,23 +72,23 @@ def _forward(
     dropout: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output; the logarithms to base 2 of the sums of exponentials, fp32 [H, T]; and seeds for dropout, [2]."""
+    """The output [T, H, D]; the logsumexp of scores, to base 2, fp32 [H, T]; and the seeds of dropout, int64 [2]."""
     assert query.shape == key.shape == value.shape
     assert all(tensor.stride(-1) == 1 for tensor in (query, key, value)), "dimensions must be contiguous"
-    output, sums, seeds = _allocate(query)
+    output, logsumexp, seeds = _allocate(query)
     if dropout:
         seeds.random_(-(2**63), None)
     _launch(
         _forward_kernel,
         _FORWARD["QUERIES"],
         (query, key, value, bounds, seeds),
-        (output, sums),
+        (output, logsumexp),
         max_length,
         scaling * _LOG2_E.value,
         **_constants(dropout, reach),
         **_FORWARD,
     )
-    return output, sums, seeds
+    return output, logsumexp, seeds
 
 
 @custom_op("deepcloze::varlen_attention_backward", mutates_args=())
@@ -99,22 +99,22 @@ def _backward(
     value: Tensor,
     bounds: Tensor,
     output: Tensor,
-    sums: Tensor,
+    logsumexp: Tensor,
     seeds: Tensor,
     max_length: int,
     scaling: float,
     dropout: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of query, key and value. `gradient` is contiguous, as `output`."""
+    """The gradients of query, key and value, [T, H, D]. `gradient` is that of the output, and contiguous."""
     query_gradient, key_gradient, value_gradient = gradients = _allocate_gradients(gradient)
-    products = torch.empty_like(sums)  # of each output and its gradient, summed over dimensions
+    deltas = torch.empty_like(logsumexp)  # dot products of each output and its gradient
     inputs, constants = (query, key, value, bounds, seeds), _constants(dropout, reach)
     _launch(
         _backward_query_kernel,
         _BACKWARD_QUERIES["QUERIES"],
         inputs,
-        (gradient, output, sums, products, query_gradient),
+        (gradient, output, logsumexp, deltas, query_gradient),
         max_length,
         scaling,
         **constants,
@@ -125,7 +125,7 @@ def _backward(
         _backward_key_kernel,
         _BACKWARD_KEYS["KEYS"],
         inputs,
-        (gradient, sums, products, key_gradient, value_gradient),
+        (gradient, logsumexp, deltas, key_gradient, value_gradient),
         max_length,
         scaling,
         **constants,
@@ -205,7 +205,7 @@ def _pointer(tensor, start, head, slot_stride, head_stride):  # type: ignore[no-
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load(tensor, rows, length, stride, DIMENSIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[rows, DIMENSIONS] of one head and sequence; zeros after its end."""
+    """[rows, DIMENSIONS] of one head and sequence; zeros from `length` on."""
     places = rows[:, None] * stride + tl.arange(0, DIMENSIONS)[None, :]
     return tl.load(tensor + places, mask=(rows < length)[:, None], other=0.0)
 
@@ -218,7 +218,7 @@ def _store(tensor, values, rows, length, stride, DIMENSIONS: tl.constexpr):  # t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _within(first, length, BLOCK: tl.constexpr, REACH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First and last slot, plus one, that a block attends to."""
+    """First slot, and the one after the last, that the slots of a block attend to. `first`: of the block."""
     if REACH < 0:
         return 0, length
     return tl.maximum(first - REACH, 0), tl.minimum(first + BLOCK + REACH, length)
@@ -226,7 +226,7 @@ def _within(first, length, BLOCK: tl.constexpr, REACH: tl.constexpr):  # type: i
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attends(queries, keys, end, REACH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[queries, keys]."""
+    """bool [queries, keys]: whether they attend to each other. `end`: of the keys."""
     attends = (keys < end)[None, :]
     if REACH >= 0:
         attends = attends & (tl.abs(queries[:, None] - keys[None, :]) <= REACH)
@@ -235,7 +235,7 @@ def _attends(queries, keys, end, REACH: tl.constexpr):  # type: ignore[no-untype
 
 @triton.jit
 def _random(numbers, seed):  # type: ignore[no-untyped-def]
-    """Odd numbers of 32 bits, by two of the steps of MurmurHash3."""
+    """Odd numbers of 32 bits, by two steps of MurmurHash3's finalizer."""
     bits = (numbers.to(tl.uint32) ^ tl.load(seed).to(tl.uint32)) * 0x85EBCA6B
     return (bits ^ (bits >> 16)) * 0xC2B2AE35 | 1
 
@@ -258,7 +258,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     value_slots,
     value_heads,
     output,
-    sums,
+    logsumexp,
     DIMENSIONS: tl.constexpr,
     DROPPED: tl.constexpr,
     REACH: tl.constexpr,
@@ -301,7 +301,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     result = result / (total * (1.0 - DROPPED / _NUMBERS))[:, None]
     output = _pointer(output, start, head, heads * DIMENSIONS, DIMENSIONS)
     _store(output, result, rows, length, heads * DIMENSIONS, DIMENSIONS)
-    tl.store(sums + head * slots + start + rows, largest + tl.log2(total), mask=rows < length)
+    tl.store(logsumexp + head * slots + start + rows, largest + tl.log2(total), mask=rows < length)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -323,8 +323,8 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     value_heads,
     gradient,
     output,
-    sums,
-    products,
+    logsumexp,
+    deltas,
     query_gradient,
     DIMENSIONS: tl.constexpr,
     DROPPED: tl.constexpr,
@@ -332,7 +332,7 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One program per block of queries and head: their gradients, and `products` for the other kernel."""
+    """One program per block of queries and head: their gradients, and `deltas` for the other kernel."""
     head, first, start, length = _find_block(bounds, blocks, QUERIES)
     if first >= length:
         return
@@ -346,10 +346,10 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     queries = _load(query, rows, length, query_slots, DIMENSIONS)
     upstream = _load(gradient, rows, length, stride, DIMENSIONS)
     outputs = _load(output, rows, length, stride, DIMENSIONS)
-    product = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), axis=1)
+    delta = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), axis=1)
     places = head * slots + start + rows
-    tl.store(products + places, product, mask=rows < length)
-    logarithm = tl.load(sums + places, mask=rows < length, other=float("inf"))
+    tl.store(deltas + places, delta, mask=rows < length)
+    logarithm = tl.load(logsumexp + places, mask=rows < length, other=float("inf"))
     if DROPPED > 0:
         row_numbers = _random((start + rows) * heads + head, seeds)
     result = tl.zeros([QUERIES, DIMENSIONS], tl.float32)
@@ -365,7 +365,7 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
             column_numbers = _random(start + columns, seeds + 1)
             kept = row_numbers[:, None] * column_numbers[None, :] >= DROPPED
             of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)
-        of_scores = weights * (of_weights - product[:, None])
+        of_scores = weights * (of_weights - delta[:, None])
         result += tl.dot(of_scores.to(keys.dtype), keys)
     query_gradient = _pointer(query_gradient, start, head, stride, DIMENSIONS)
     _store(query_gradient, result * scale, rows, length, stride, DIMENSIONS)
@@ -389,8 +389,8 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
     value_slots,
     value_heads,
     gradient,
-    sums,
-    products,
+    logsumexp,
+    deltas,
     key_gradient,
     value_gradient,
     DIMENSIONS: tl.constexpr,
@@ -421,8 +421,8 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
         queries = _load(query, columns, end, query_slots, DIMENSIONS)
         upstream = _load(gradient, columns, end, stride, DIMENSIONS)
         places = head * slots + start + columns
-        logarithm = tl.load(sums + places, mask=columns < end, other=float("inf"))  # weights of 0 after the end
-        product = tl.load(products + places, mask=columns < end, other=0.0)
+        logarithm = tl.load(logsumexp + places, mask=columns < end, other=float("inf"))  # weights of 0 after the end
+        delta = tl.load(deltas + places, mask=columns < end, other=0.0)
         scores = tl.dot(keys, tl.trans(queries)) * (scale * _LOG2_E)
         weights = tl.exp2(scores - logarithm[None, :])
         if REACH >= 0:
@@ -435,7 +435,7 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
             kept_weights = tl.where(kept, weights, 0.0)
             of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)
         of_values += tl.dot(kept_weights.to(upstream.dtype), upstream)
-        of_scores = weights * (of_weights - product[None, :])
+        of_scores = weights * (of_weights - delta[None, :])
         of_keys += tl.dot(of_scores.to(queries.dtype), queries)
     key_gradient = _pointer(key_gradient, start, head, stride, DIMENSIONS)
     _store(key_gradient, of_keys * scale, rows, length, stride, DIMENSIONS)

@@ -104,7 +104,7 @@ def compile_kernels(_: World, capability: int, dtype: str, cache: Path) -> list[
 
     from pretrain.modeling import varlen_attention as module
 
-    kinds = {"bounds": "*i32", "seeds": "*i64", "sums": "*fp32", "products": "*fp32", "scale": "fp32"}
+    kinds = {"bounds": "*i32", "seeds": "*i64", "logsumexp": "*fp32", "deltas": "*fp32", "scale": "fp32"}
     kinds |= dict.fromkeys(("slots", "heads", "blocks"), "i32")
     kernels = {
         module._forward_kernel: module._FORWARD,
