@@ -53,10 +53,10 @@ def varlen_attention(
         scaling: of scores, positive.
         dropout: probability that an attention weight is dropped.
     """
+    if reach is None or reach >= max_length:
+        reach = -1
     output: Tensor
-    output, *_ = _forward(
-        query_THD, key_THD, value_THD, cu_seqlens, max_length, scaling, dropout, -1 if reach is None else reach
-    )
+    output, *_ = _forward(query_THD, key_THD, value_THD, cu_seqlens, max_length, scaling, dropout, reach)
     return output
 
 
@@ -200,7 +200,8 @@ def _find_block(bounds, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 @triton.jit
 def _pointer(tensor, start, head, slot_stride, head_stride):  # type: ignore[no-untyped-def]
     """The pointer to one head of a sequence's first slot."""
-    return tensor + start.to(tl.int64) * slot_stride + head * head_stride
+    # In 64 bit: heads outside of slots, as rotary positions leave them, may be 2^31 elements apart.
+    return tensor + start.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
 
 
 @triton.jit  # type: ignore[untyped-decorator]

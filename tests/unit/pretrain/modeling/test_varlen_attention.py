@@ -20,7 +20,9 @@ CASES: dict[str, tuple[list[int], int, int, int | None, float]] = {
     "blocks on both sides": ([0, 3, 200, 200], 2, 16, 20, 0.1),
     "ModernBERT's window": ([0, 150], 1, 64, 64, 0.0),
     "two blocks on each side": ([0, 10, 150], 2, 32, 100, 0.0),
+    "a window wider than sequences": ([0, 20, 90], 1, 16, 2**31 - 1, 0.0),
     "whole sequences": ([0, 70, 71, 200], 2, 16, None, 0.0),
+    "a multiple of blocks": ([0, 128, 128, 129], 1, 16, None, 0.5),
     "dropout": ([0, 70, 150, 150], 2, 16, None, 0.7),
 }
 
@@ -80,6 +82,22 @@ def test_output_and_gradients_are_those_of_attention_with_a_mask(
     """Catches a window that is off by one, slots of other sequences or past the end, a block that is left out, strides
     of another tensor, and a backward pass with another mask of dropout."""
     interpreting_pools[1].run(compare_with_mask, *CASES[case])
+
+
+def compare_distant_heads(_: World) -> None:
+    from pretrain.modeling import varlen_attention as module
+
+    near = torch.randn(10, 3, 16).half()
+    far = torch.empty_strided(near.shape, (16, 2**30 + 16, 1), dtype=near.dtype)  # 4 GiB, of which a few pages are used
+    far.copy_(near)
+    options = (torch.tensor([0, 4, 10], dtype=torch.int32), 6, 0.25, 0.0, None)
+    expected = module.varlen_attention(near, near, near, *options)
+    assert torch.equal(module.varlen_attention(near, far, near, *options), expected)
+
+
+def test_heads_may_be_far_apart(interpreting_pools: dict[int, RankPool]) -> None:
+    """Catches offsets that overflow in 32 bits: with many slots, where rotary positions leave the heads outside."""
+    interpreting_pools[1].run(compare_distant_heads)
 
 
 def test_weights_are_dropped_independently() -> None:
