@@ -51,7 +51,7 @@ def varlen_attention(
         cu_seqlens: int32 [S + 1], from 0 to T.
         max_length: no sequence is longer.
         scaling: of scores, positive.
-        dropout: probability that an attention weight is dropped.
+        dropout: probability that an attention weight is dropped, less than 1.
     """
     if reach is None or reach >= max_length:
         reach = -1
@@ -72,10 +72,10 @@ def _forward(
     dropout: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output [T, H, D]; the logsumexp of scores, to base 2, fp32 [H, T]; and the seeds of dropout, int64 [2]."""
+    """The output [T, H, D]; the logsumexp of scores, to base 2, fp32 [H, T]; and seeds of dropout, int64, if any."""
     assert query.shape == key.shape == value.shape
     assert all(tensor.stride(-1) == 1 for tensor in (query, key, value)), "dimensions must be contiguous"
-    output, logsumexp, seeds = _allocate(query)
+    output, logsumexp, seeds = _allocate(query, dropout)
     if dropout:
         seeds.random_(-(2**63), None)
     _launch(
@@ -135,12 +135,12 @@ def _backward(
     return gradients
 
 
-def _allocate(query: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(query: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     slots, heads, dimensions = query.shape
     return (
         query.new_empty(slots, heads, dimensions),
         query.new_empty(heads, slots, dtype=torch.float32),
-        query.new_empty(2, dtype=torch.int64),
+        query.new_empty(2 if dropout else 0, dtype=torch.int64),
     )
 
 
@@ -148,7 +148,7 @@ def _allocate_gradients(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tens
     return torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(gradient)
 
 
-_forward.register_fake(_allocate)
+_forward.register_fake(lambda query, *options: _allocate(query, options[-2]))
 _backward.register_fake(_allocate_gradients)
 
 
@@ -172,7 +172,9 @@ def _launch(
 
 
 def _constants(dropout: float, reach: int) -> dict[str, int]:
-    return {"DROPPED": round(dropout * _NUMBERS.value), "REACH": reach}
+    dropped = round(dropout * _NUMBERS.value)
+    assert dropped < _NUMBERS.value, f"dropout {dropout} keeps no weight"
+    return {"DROPPED": dropped, "REACH": reach}
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -84,6 +84,26 @@ def test_output_and_gradients_are_those_of_attention_with_a_mask(
     interpreting_pools[1].run(compare_with_mask, *CASES[case])
 
 
+def check_operators(_: World, dropout: float) -> None:
+    """Fails unless both operators are as torch.compile needs them."""
+    from pretrain.modeling import varlen_attention as module
+
+    query, key, value, gradient = torch.randn(4, 20, 2, 16).half()
+    options = (20, 0.25, dropout, -1)
+    inputs = (query, key, value, torch.tensor([0, 6, 6, 20], dtype=torch.int32))
+    saved = module._forward(*inputs, *options)
+    torch.library.opcheck(module._backward, (gradient, *inputs, *saved, *options))
+    for tensor in inputs[:3]:
+        tensor.requires_grad_()
+    torch.library.opcheck(module._forward, (*inputs, *options))
+
+
+@pytest.mark.parametrize("dropout", sampled([0.0, 0.5], [0.0]))
+def test_operators_can_be_compiled(interpreting_pools: dict[int, RankPool], dropout: float) -> None:
+    """Catches shapes that differ in compiled code, and a result that was not computed."""
+    interpreting_pools[1].run(check_operators, dropout)
+
+
 def compare_distant_heads(_: World) -> None:
     from pretrain.modeling import varlen_attention as module
 
