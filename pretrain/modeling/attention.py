@@ -398,6 +398,7 @@ def _tried_varlen_kernel(dtype: torch.dtype, has_windows: bool) -> VarlenKernel 
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
             for window in (None, _LOCAL_REACH + 1) if has_windows else (None,):
                 _compare_with_flash_attention(varlen_attention, dtype, window)
+            _compare_dropped_weights(varlen_attention, dtype)
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("attention is that of torch; the kernels of deepcloze fail: %s", first_line(error))
         return None
@@ -405,16 +406,42 @@ def _tried_varlen_kernel(dtype: torch.dtype, has_windows: bool) -> VarlenKernel 
 
 
 def _compare_with_flash_attention(kernel: VarlenKernel, dtype: torch.dtype, window: int | None) -> None:
-    """Raises AssertionError if the kernel computes something else, or errors of Triton. The inputs are not random,
-    because that would change the masks of dropout."""
-    numbers = torch.arange(3 * 200 * 2 * _VARLEN_HEAD_SIZE, device="cuda").sin()
-    inputs = numbers.view(3, 1, 200, 2, _VARLEN_HEAD_SIZE).transpose(2, 3).to(dtype)
-    query, key, value = inputs.requires_grad_()
-    segments = (torch.arange(200, device="cuda") >= 90).int()[None]
-    packing = Packing(segments, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"), varlen=kernel)
+    """Raises AssertionError if the kernel computes something else, or errors of Triton."""
+    inputs, packing = _trial(kernel, dtype)
+    query, key, value = inputs
     expected = flash_attention(query, key, value, packing, 0.1, 0.0, window)
     found = triton_attention(query, key, value, packing, 0.1, 0.0, window)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     weights = expected.detach()
     gradients = [torch.autograd.grad(output, inputs, weights)[0] for output in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
+
+
+def _compare_dropped_weights(kernel: VarlenKernel, dtype: torch.dtype) -> None:
+    """Raises AssertionError if the backward pass drops other weights than the forward pass, or errors of Triton.
+
+    For given dropped weights the output is linear in the values. Therefore its dot product with its gradient is that of
+    the values with theirs. Scores are small, so that the output depends on what was dropped more than on anything else.
+    """
+    inputs, packing = _trial(kernel, dtype)
+    query, key, value = inputs
+    state = torch.cuda.get_rng_state()
+    try:
+        output = triton_attention(query, key, value, packing, 0.01, 0.5, None)
+    finally:
+        torch.cuda.set_rng_state(state)
+    upstream = output.detach()
+    (gradient,) = torch.autograd.grad(output, value, upstream)
+    of_output = upstream.float().square().sum()
+    of_values = (value.detach().float() * gradient.float()).sum()
+    torch.testing.assert_close(of_values, of_output, rtol=5e-2, atol=0.0)
+
+
+def _trial(kernel: VarlenKernel, dtype: torch.dtype) -> tuple[Tensor, Packing]:
+    """Query, key and value [3, 1, H, 200, D], and their two sequences. The numbers are not random, because that would
+    change the masks of dropout."""
+    numbers = torch.arange(3 * 200 * 2 * _VARLEN_HEAD_SIZE, device="cuda").sin()
+    inputs = numbers.view(3, 1, 200, 2, _VARLEN_HEAD_SIZE).transpose(2, 3).to(dtype).requires_grad_()
+    segments = (torch.arange(200, device="cuda") >= 90).int()[None]
+    cu_seqlens = torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda")
+    return inputs, Packing(segments, cu_seqlens, varlen=kernel)

@@ -63,6 +63,21 @@ def evaluation_case(_world: World, checkpoint: Path, corpus: Path, on_gpu: bool)
             return json.loads(printed.getvalue()), [*gpu.mixed, *gpu.races]
 
 
+def other_dropout_case(_world: World) -> bool:
+    """Whether a kernel is used whose backward pass drops other weights than its forward pass."""
+    from pretrain.modeling import attention, varlen_attention
+
+    with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
+        kernel = varlen_attention.varlen_attention
+
+        def call(*args: Any) -> torch.Tensor:
+            output, other = kernel(*args), kernel(*args)
+            return output.detach() + other - other.detach()
+
+        patch.setattr(varlen_attention, "varlen_attention", call)
+        return attention._tried_varlen_kernel(torch.bfloat16, True) is not None
+
+
 def varlen_kernel_case(_world: World) -> list[bool]:
     """Whether our own attention kernel is used if an evaluation is the first to ask for it."""
     from pretrain.modeling import attention

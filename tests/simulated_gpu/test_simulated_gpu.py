@@ -15,7 +15,7 @@ from pretrain.engine.deepspeed_settings import find_ds_config
 from rank_pool import ForkServer, RankError, RankPool
 from runs import NO_DROPOUT, Tree, evaluation_events, logged, pretrain_case, run_config, soak
 from simulated_gpu import faults
-from simulated_gpu.cases import Fault, Findings, evaluation_case, gpu_case, varlen_kernel_case
+from simulated_gpu.cases import Fault, Findings, evaluation_case, gpu_case, other_dropout_case, varlen_kernel_case
 
 pytest.importorskip("triton")
 
@@ -164,7 +164,7 @@ def test_other_models_and_optimizers(
     tree = tiny_run(tmp_path, wordpiece_corpus, ds_config, **changes)
     findings = check_run(ranks[size], tree, ds_config, reference(**changes))
     has_kernel = changes.get("model__config") == MODERNBERT
-    assert all((found.calls["varlen_attention"] > 2) == has_kernel for found in findings)  # 1: when it is tried
+    assert all((found.calls["varlen_attention"] > 3) == has_kernel for found in findings)  # 3: when it is tried
 
 
 @pytest.mark.parametrize(("size", "ds_config"), [(2, "fp16_zero3"), *soak((1, "bf16_zero1"))])
@@ -217,7 +217,12 @@ def test_evaluation_is_that_of_a_cpu(ranks: dict[int, RankPool], reference: Refe
     assert scores == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_evaluation_may_be_the_first_to_use_the_kernel_for_local_windows(ranks: dict[int, RankPool]) -> None:
+def test_a_kernel_with_two_masks_of_dropout_is_not_used(ranks: dict[int, RankPool]) -> None:
+    """Catches a trial without dropout, which most models have."""
+    assert ranks[1].run(other_dropout_case) == [False]
+
+
+def test_an_evaluation_may_be_the_first_to_use_our_own_attention(ranks: dict[int, RankPool]) -> None:
     """Catches a comparison of gradients where there are none, after which the kernel would not be used at all."""
     assert ranks[1].run(varlen_kernel_case) == [[True, True]]
 
