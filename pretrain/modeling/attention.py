@@ -375,17 +375,24 @@ def _prefers_varlen_kernel(packing: Packing, query_BHWD: Tensor, key_BHWD: Tenso
         return False
     if sliding_window is not None and packing.max_length > 2 * sliding_window:
         return sliding_window - 1 <= _LOCAL_REACH
-    return packing.capability is not None and packing.capability[0] == HOPPER and not packing.flash_3
+    return _prefers_without_window(packing.capability, packing.flash_3)
+
+
+def _prefers_without_window(capability: Capability | None, flash_3: bool) -> bool:
+    return capability is not None and capability[0] == HOPPER and not flash_3
 
 
 def varlen_kernel(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bool) -> VarlenKernel | None:
     """Our own kernels for packed sequences, on this process's CUDA device. None if flash attention does not compute the
-    model, or if Triton is missing or the kernels compute something else, of which there is one warning.
+    model or is faster in all layers, or if Triton is missing or the kernels compute something else, of which there is
+    one warning.
 
     has_windows: whether some layers of the model have a local window.
     """
     capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
     if _head_size(config) != _VARLEN_HEAD_SIZE or not uses_flash(config, capability, dtype):
+        return None
+    if not (has_windows or _prefers_without_window(capability, current_flash_attention_impl() == _FLASH_3)):
         return None
     return _tried_varlen_kernel(dtype, has_windows)
 

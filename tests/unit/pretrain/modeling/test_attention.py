@@ -151,13 +151,16 @@ def test_where_our_own_kernel_is_used(changes: dict[str, Any], ours: bool, monke
 def test_a_kernel_of_our_own_that_does_not_work_is_not_used(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a run that ends because Triton does not work. The trial fails here: there is no CUDA device."""
+    """Catches a run that ends because Triton does not work, and a warning of kernels that would not be used. The trial
+    fails here: there is no CUDA device."""
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
     attention._tried_varlen_kernel.cache_clear()
     assert attention.varlen_kernel(ModernBertConfig(), dtype, True) is None
     assert "attention is that of torch" in caplog.text
     assert attention.varlen_kernel(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype, True) is None
+    monkeypatch.setattr(attention, "_capability", lambda _: (8, 0))
+    assert attention.varlen_kernel(BertConfig(), dtype, False) is None
     assert len(caplog.records) == 1
     attention._tried_varlen_kernel.cache_clear()
 
