@@ -1,9 +1,10 @@
 """GELU in compiled code on a GPU.
 
-The error function of CUDA takes longer than memory does to deliver its argument. In 16 bit it needs fewer digits: here
-it is a polynomial times the exponential function that the derivative needs, too.
+CUDA's error function takes longer than reading and writing the tensor. In 16 bit, fewer digits are enough: here it is a
+polynomial times an exponential that the derivative needs, too.
 
-Method: Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", formula 7.1.26; its error is below 1.5e-7.
+Method: Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", formula 7.1.26. Its absolute error is below
+1.5e-7.
 """
 
 import math
