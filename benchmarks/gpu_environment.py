@@ -33,7 +33,6 @@ def describe() -> dict[str, Any]:
         "driver": _driver(),
         "nccl": _nccl(),
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "FlashAttention-3": importlib.util.find_spec("flash_attn_interface") is not None,
     }
 
 

@@ -16,17 +16,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling.attention import (
     Packing,
     flash_attention,
-    is_flash_3_installed,
+    flash_attention_2,
     masked_attention,
     matmul_attention,
     supports_flash,
-    triton_attention,
 )
 from pretrain.modeling.head import cross_entropy
 
@@ -85,63 +83,36 @@ def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:
     """One after the other, because they take much memory."""
     for length in settings.lengths:
         yield from _attention(settings, length)
-    yield from _windows(settings)
-    if settings.device == "cuda" and is_flash_3_installed():
-        activate_flash_attention_impl("FA3")
-        for length in settings.lengths:
-            yield _flash(settings, length, 0.0, "FlashAttention-3")
-        restore_flash_attention_impl()
+    yield from _flash(settings, settings.lengths[-1], _WINDOW)
     for vocabulary in settings.vocabularies:
         yield from _heads(settings, vocabulary)
     yield from _layers(settings)
 
 
 def _attention(settings: KernelSettings, length: int) -> Iterator[_Kernel]:
-    on_gpu, dtype = settings.device == "cuda", DTYPES[settings.precision]
-    if on_gpu and supports_flash(torch.cuda.get_device_capability(), _SIZE, dtype):
-        for dropout in (0.0, 0.1):
-            yield _flash(settings, length, dropout, "flash attention")
-            yield _triton(settings, length, dropout)
+    yield from _flash(settings, length)
     query, key, value, packing = _draw_attention(settings, length)
-    with_mask = masked_attention if on_gpu else matmul_attention
+    with_mask = masked_attention if settings.device == "cuda" else matmul_attention
+    bias = packing.bias(None, DTYPES[settings.precision])
     for dropout in (0.0, 0.1):
-        call = partial(with_mask, query, key, value, packing.bias(None, dtype), _SIZE**-0.5, dropout)
+        call = partial(with_mask, query, key, value, bias, _SIZE**-0.5, dropout)
         name = f"attention with a mask, dropout {dropout:g}"
         yield _Kernel(name, _describe(query), (query, key, value), call, _attention_flops(settings.tokens, length))
 
 
-def _windows(settings: KernelSettings) -> Iterator[_Kernel]:
-    """ModernBERT's local window, in one row of sequences of the greatest length."""
-    length, dtype = settings.lengths[-1], DTYPES[settings.precision]
+def _flash(settings: KernelSettings, length: int, window: int | None = None) -> Iterator[_Kernel]:
+    dtype = DTYPES[settings.precision]
     if settings.device != "cuda" or not supports_flash(torch.cuda.get_device_capability(), _SIZE, dtype):
         return
     from pretrain.modeling.varlen_attention import varlen_attention
 
-    query, key, value = (_draw(settings, 1, settings.tokens, _HEADS, _SIZE).transpose(1, 2) for _ in range(3))
-    slots = torch.arange(settings.tokens, dtype=torch.int32, device=settings.device)
-    bounds = torch.arange(0, settings.tokens + 1, length, dtype=torch.int32, device=settings.device)
-    packing = Packing(slots[None] // length, bounds, length, varlen=varlen_attention)
-    flash = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, 0.0, _WINDOW)
-    triton = partial(triton_attention, query, key, value, packing, _SIZE**-0.5, 0.0, _WINDOW)
-    for name, call in (("flash attention", flash), ("Triton", triton)):
-        yield _Kernel(f"local window, {name}", _describe(query), (query, key, value), call)
-
-
-def _flash(settings: KernelSettings, length: int, dropout: float, name: str) -> _Kernel:
     query, key, value, packing = _draw_attention(settings, length)
-    call = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, dropout, None)
-    flops = _attention_flops(settings.tokens, length)
-    return _Kernel(f"{name}, dropout {dropout:g}", _describe(query), (query, key, value), call, flops)
-
-
-def _triton(settings: KernelSettings, length: int, dropout: float) -> _Kernel:
-    from pretrain.modeling.varlen_attention import varlen_attention
-
-    query, key, value, packing = _draw_attention(settings, length)
-    packing.varlen = varlen_attention
-    call = partial(triton_attention, query, key, value, packing, _SIZE**-0.5, dropout, None)
-    flops = _attention_flops(settings.tokens, length)
-    return _Kernel(f"Triton attention, dropout {dropout:g}", _describe(query), (query, key, value), call, flops)
+    flops = _attention_flops(settings.tokens, length) if window is None else None
+    for name, kernel in (("FlashAttention-2", flash_attention_2), ("our flash attention", varlen_attention)):
+        for dropout in (0.0, 0.1):
+            call = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, dropout, window, kernel)
+            full_name = f"{name}, dropout {dropout:g}" + ("" if window is None else f", window {window}")
+            yield _Kernel(full_name, _describe(query), (query, key, value), call, flops)
 
 
 def _draw_attention(settings: KernelSettings, length: int) -> tuple[Tensor, Tensor, Tensor, Packing]:

@@ -8,8 +8,8 @@ Three kernels compute the same result, see `choose_kernel`:
 - matmul, on a CPU: matmul, masked softmax, matmul over rows. Measured 3-5 times faster than
   scaled_dot_product_attention with a mask, nested tensors or a loop over sequences, as long as rows are short.
 - flash, on CUDA in 16 bit: flash attention over concatenated sequences, which skips pairs of slots of different
-  sequences (Dao 2023, arXiv 2307.08691). Where it is installed, FlashAttention-3 takes its place, see
-  `use_flash_attention_3`. Where they are faster, kernels of our own, see `varlen_kernel`.
+  sequences (Dao 2023, arXiv 2307.08691). Where it is faster, a kernel of our own, see
+  `varlen_kernel`; else FlashAttention-2.
 - sdpa, on CUDA otherwise: scaled_dot_product_attention with a mask.
 
 Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head, M predicted positions, Q the most of a row.
@@ -17,7 +17,6 @@ Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head, M predicte
 
 import copy
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 from transformers import AttentionInterface, PreTrainedConfig
 
 from experiment.dropout import fast_dropout
@@ -41,13 +39,10 @@ Capability = tuple[int, int]
 """Compute capability of a CUDA device: major and minor number."""
 
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float, int | None], Tensor]
-"""`pretrain.modeling.varlen_attention.varlen_attention`."""
+"""`flash_attention_2`, or `pretrain.modeling.varlen_attention.varlen_attention`."""
 
 _VARLEN_HEAD_SIZE, _LOCAL_REACH = 64, 64  # measured on an H200
 HOPPER = 9  # major number of its compute capability
-_FLASH_3 = "FA3"  # its name in torch
-_FLASH_3_PACKAGE = "flash_attn_interface"
-_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # fields of transformers' configs
 
 
 class Predicted(NamedTuple):
@@ -95,7 +90,6 @@ class Packing:
         self.max_length = segments.shape[1] if max_length is None else max_length
         # Looked up here and not in each layer, which may be compiled.
         self.capability = _capability(segments.device) if segments.is_cuda else None
-        self.flash_3 = current_flash_attention_impl() == _FLASH_3
         self.varlen = varlen
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
@@ -158,17 +152,11 @@ def register_packed_attention() -> None:
     AttentionInterface.register(PACKED, packed_attention)
 
 
-def choose_kernel(
-    capability: Capability | None, head_size: int, dtype: torch.dtype, dropout: float, flash_3: bool
-) -> Kernel:
-    """The kernel for a device of this capability (None: a CPU).
-
-    `dropout`: of attention weights. `flash_3`: FlashAttention-3 is active; it has no dropout.
-    """
+def choose_kernel(capability: Capability | None, head_size: int, dtype: torch.dtype) -> Kernel:
+    """The kernel for a device of this capability (None: a CPU)."""
     if capability is None:
         return "matmul"
-    without = flash_3 and dropout > 0
-    return "flash" if supports_flash(capability, head_size, dtype) and not without else "sdpa"
+    return "flash" if supports_flash(capability, head_size, dtype) else "sdpa"
 
 
 def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -> bool:
@@ -195,43 +183,6 @@ def _head_size(config: PreTrainedConfig) -> int | None:
         return None
     size: int = getattr(config, "head_dim", None) or hidden // heads
     return size
-
-
-def use_flash_attention_3(config: PreTrainedConfig) -> None:
-    """Let FlashAttention-3 take the place of FlashAttention-2 in this process where it can: installed as
-    `flash_attn_interface`, on a device of compute capability 9, for a model without attention dropout. Elsewhere
-    restore FlashAttention-2."""
-    dropouts = [getattr(config, name) or 0.0 for name in _ATTENTION_DROPOUT if hasattr(config, name)]
-    capability = None
-    if is_flash_3_installed() and torch.cuda.is_available():
-        capability = _capability(torch.device("cuda"))
-    wanted = capability is not None and capability[0] == HOPPER and dropouts != [] and max(dropouts) == 0.0
-    if wanted == (current_flash_attention_impl() == _FLASH_3):
-        return
-    if not wanted:
-        restore_flash_attention_impl()
-        return
-    try:
-        activate_flash_attention_impl(_FLASH_3)
-        _try_flash_attention()
-    except Exception as error:  # of an extension that was built for another torch
-        restore_flash_attention_impl()
-        log.warning("FlashAttention-3 is installed but does not work: %s", error)
-
-
-def _try_flash_attention() -> None:
-    """Run a forward and a backward pass on a few slots, with a window and without. Raises the errors of the extension,
-    of which some releases have no backward pass."""
-    segments = torch.ones(1, 16, dtype=torch.int32, device="cuda")
-    packing = Packing(segments, torch.tensor([0, 9, 16], dtype=torch.int32, device="cuda"))
-    for sliding_window in (None, 4):
-        query, key, value = torch.ones(3, 1, 2, 16, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        output = flash_attention(query, key, value, packing, 1.0, 0.0, sliding_window)
-        output.sum().backward()  # type: ignore[no-untyped-call]
-
-
-def is_flash_3_installed() -> bool:
-    return importlib.util.find_spec(_FLASH_3_PACKAGE) is not None
 
 
 @functools.cache
@@ -264,16 +215,15 @@ def packed_attention(
     head_size, dtype = query_BHWD.shape[-1], query_BHWD.dtype
     scaling = head_size**-0.5 if scaling is None else scaling
     inputs = (query_BHWD, key_BHWD, value_BHWD)
-    match choose_kernel(packing.capability, head_size, dtype, dropout, packing.flash_3):
+    match choose_kernel(packing.capability, head_size, dtype):
         case "matmul":
             bias = packing.bias(sliding_window, dtype)
             if predicted is not None and predicted.by_row:
                 return predicted_attention(*inputs, predicted, bias, scaling, dropout), None
             output_BWHD = matmul_attention(*inputs, bias, scaling, dropout)
-        case "flash" if _prefers_varlen_kernel(packing, query_BHWD, key_BHWD, sliding_window):
-            output_BWHD = triton_attention(*inputs, packing, scaling, dropout, sliding_window)
         case "flash":
-            output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window)
+            kernel = packing.varlen if _prefers_varlen(packing, query_BHWD, key_BHWD, sliding_window) else None
+            output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window, kernel)
         case "sdpa":
             output_BWHD = masked_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout)
     return output_BWHD if predicted is None else predicted.select(output_BWHD), None
@@ -323,14 +273,34 @@ def flash_attention(
     scaling: float,
     dropout: float,
     sliding_window: int | None,
+    kernel: VarlenKernel | None = None,
 ) -> Tensor:
-    """[B, W, H, D]. Calls the operator of `torch.nn.attention.varlen`, whose function does not take a dropout."""
-    query_THD, key_THD, value_THD = map(_flatten, (query_BHWD, key_BHWD, value_BHWD))
-    reach = _reach(sliding_window)
+    """[B, W, H, D]. kernel: None for FlashAttention-2."""
+    query_THD, key_THD, value_THD = (
+        tensor.transpose(1, 2).flatten(0, 1) for tensor in (query_BHWD, key_BHWD, value_BHWD)
+    )
+    reach = None if sliding_window is None else sliding_window - 1  # the slot itself not counted
+    output_THD = (kernel or flash_attention_2)(
+        query_THD, key_THD, value_THD, packing.cu_seqlens, packing.max_length, scaling, dropout, reach
+    )
+    return output_THD.view(*packing.segments.shape, *output_THD.shape[1:])
+
+
+def flash_attention_2(
+    query_THD: Tensor,
+    key_THD: Tensor,
+    value_THD: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scaling: float,
+    dropout: float,
+    reach: int | None,
+) -> Tensor:
+    """[T, H, D]. Calls the operator of `torch.nn.attention.varlen`, whose function does not take a dropout."""
     output_THD, *_ = torch.ops.aten._flash_attention_forward(
         *(query_THD, key_THD, value_THD),
-        *(packing.cu_seqlens, packing.cu_seqlens),
-        *(packing.max_length, packing.max_length),
+        *(cu_seqlens, cu_seqlens),
+        *(max_length, max_length),
         dropout,
         False,  # not causal
         False,  # no mask for debugging
@@ -339,47 +309,20 @@ def flash_attention(
         window_size_right=reach,
     )
     assert isinstance(output_THD, Tensor)
-    return output_THD.view(*packing.segments.shape, *output_THD.shape[1:])
+    return output_THD
 
 
-def triton_attention(
-    query_BHWD: Tensor,
-    key_BHWD: Tensor,
-    value_BHWD: Tensor,
-    packing: Packing,
-    scaling: float,
-    dropout: float,
-    sliding_window: int | None,
-) -> Tensor:
-    """[B, W, H, D], by the kernels of `pretrain.modeling.varlen_attention`."""
-    assert packing.varlen is not None
-    query_THD, key_THD, value_THD = map(_flatten, (query_BHWD, key_BHWD, value_BHWD))
-    bounds = (packing.cu_seqlens, packing.max_length)
-    output_THD = packing.varlen(query_THD, key_THD, value_THD, *bounds, scaling, dropout, _reach(sliding_window))
-    return output_THD.view(*packing.segments.shape, *output_THD.shape[1:])
-
-
-def _flatten(tensor_BHWD: Tensor) -> Tensor:
-    """[T, H, D]."""
-    return tensor_BHWD.transpose(1, 2).flatten(0, 1)
-
-
-def _reach(sliding_window: int | None) -> int | None:
-    """Slots attended to on each side, the slot itself not counted; None: all."""
-    return None if sliding_window is None else sliding_window - 1
-
-
-def _prefers_varlen_kernel(packing: Packing, query_BHWD: Tensor, key_BHWD: Tensor, sliding_window: int | None) -> bool:
-    """Whether there is a kernel of our own, and it is faster than flash attention."""
+def _prefers_varlen(packing: Packing, query_BHWD: Tensor, key_BHWD: Tensor, sliding_window: int | None) -> bool:
+    """Whether there is a kernel of our own, and it is faster than FlashAttention-2."""
     if packing.varlen is None or key_BHWD.shape[1] != query_BHWD.shape[1]:
         return False
     if sliding_window is not None and packing.max_length > 2 * sliding_window:
         return sliding_window - 1 <= _LOCAL_REACH
-    return _prefers_without_window(packing.capability, packing.flash_3)
+    return _prefers_without_window(packing.capability)
 
 
-def _prefers_without_window(capability: Capability | None, flash_3: bool) -> bool:
-    return capability is not None and capability[0] == HOPPER and not flash_3
+def _prefers_without_window(capability: Capability | None) -> bool:
+    return capability is not None and capability[0] == HOPPER
 
 
 def varlen_kernel(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bool) -> VarlenKernel | None:
@@ -392,7 +335,7 @@ def varlen_kernel(config: PreTrainedConfig, dtype: torch.dtype, has_windows: boo
     capability = _capability(torch.device("cuda")) if torch.cuda.is_available() else None
     if _head_size(config) != _VARLEN_HEAD_SIZE or not uses_flash(config, capability, dtype):
         return None
-    if not (has_windows or _prefers_without_window(capability, current_flash_attention_impl() == _FLASH_3)):
+    if not (has_windows or _prefers_without_window(capability)):
         return None
     return _tried_varlen_kernel(dtype, has_windows)
 
@@ -414,10 +357,10 @@ def _tried_varlen_kernel(dtype: torch.dtype, has_windows: bool) -> VarlenKernel 
 
 def _compare_with_flash_attention(kernel: VarlenKernel, dtype: torch.dtype, window: int | None) -> None:
     """Raises AssertionError if the kernel computes something else, or errors of Triton."""
-    inputs, packing = _trial(kernel, dtype)
+    inputs, packing = _trial(dtype)
     query, key, value = inputs
     expected = flash_attention(query, key, value, packing, 0.1, 0.0, window)
-    found = triton_attention(query, key, value, packing, 0.1, 0.0, window)
+    found = flash_attention(query, key, value, packing, 0.1, 0.0, window, kernel)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
     weights = expected.detach()
     gradients = [torch.autograd.grad(output, inputs, weights)[0] for output in (found, expected)]
@@ -430,11 +373,11 @@ def _compare_dropped_weights(kernel: VarlenKernel, dtype: torch.dtype) -> None:
     For given dropped weights the output is linear in the values. Therefore its dot product with its gradient is that of
     the values with theirs. Scores are small, so that the output depends on what was dropped more than on anything else.
     """
-    inputs, packing = _trial(kernel, dtype)
+    inputs, packing = _trial(dtype)
     query, key, value = inputs
     state = torch.cuda.get_rng_state()
     try:
-        output = triton_attention(query, key, value, packing, 0.01, 0.5, None)
+        output = flash_attention(query, key, value, packing, 0.01, 0.5, None, kernel)
     finally:
         torch.cuda.set_rng_state(state)
     upstream = output.detach()
@@ -444,11 +387,11 @@ def _compare_dropped_weights(kernel: VarlenKernel, dtype: torch.dtype) -> None:
     torch.testing.assert_close(of_values, of_output, rtol=5e-2, atol=0.0)
 
 
-def _trial(kernel: VarlenKernel, dtype: torch.dtype) -> tuple[Tensor, Packing]:
+def _trial(dtype: torch.dtype) -> tuple[Tensor, Packing]:
     """Query, key and value [3, 1, H, 200, D], and their two sequences. The numbers are not random, because that would
     change the masks of dropout."""
     numbers = torch.arange(3 * 200 * 2 * _VARLEN_HEAD_SIZE, device="cuda").sin()
     inputs = numbers.view(3, 1, 200, 2, _VARLEN_HEAD_SIZE).transpose(2, 3).to(dtype).requires_grad_()
     segments = (torch.arange(200, device="cuda") >= 90).int()[None]
     cu_seqlens = torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda")
-    return inputs, Packing(segments, cu_seqlens, varlen=kernel)
+    return inputs, Packing(segments, cu_seqlens)

@@ -20,7 +20,7 @@ from experiment.transformers_models import describe_unused_layers, first_positio
 from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
-from pretrain.modeling.attention import use_flash_attention_3, uses_flash
+from pretrain.modeling.attention import uses_flash
 from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import evaluation_mode, ignores_padding, packed_inputs, why_not_packed
 from pretrain.modeling.random_model import meta_model, random_model
@@ -54,9 +54,7 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
     built.float()
     first = first_position(built)
     reason = why_not_packed(built, first)
-    if reason is None:
-        use_flash_attention_3(built.config)
-    else:
+    if reason is not None:
         built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")
         log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
         if not ignores_padding(built):

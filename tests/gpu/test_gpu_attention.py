@@ -1,12 +1,11 @@
 """Packed attention on a GPU: all kernels compute what the CPU does, forward and backward; dropout drops its share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 from transformers import AutoConfig
 
 from experiment.dropout import use_fast_dropout
@@ -15,11 +14,9 @@ from pretrain.modeling.attention import (
     Packing,
     VarlenKernel,
     flash_attention,
-    is_flash_3_installed,
     masked_attention,
     packed_attention,
     supports_flash,
-    triton_attention,
     varlen_kernel,
 )
 
@@ -122,8 +119,8 @@ def test_our_own_kernel_agrees_with_the_cpu(
     """Catches a kernel that does not compile, that computes something else than in the interpreter, or that is not
     used."""
     kernel = own_kernel(dtype)
-    monkeypatch.setattr(attention, "_prefers_varlen_kernel", lambda *_: True)
-    monkeypatch.setattr(attention, "flash_attention", None)
+    monkeypatch.setattr(attention, "_prefers_varlen", lambda *_: True)
+    monkeypatch.setattr(attention, "flash_attention_2", None)
     found = attend("cuda", dtype, sliding_window, flat=flat, varlen=kernel)
     assert_close_to_cpu(found, dtype, sliding_window)
 
@@ -132,23 +129,6 @@ def own_kernel(dtype: torch.dtype) -> VarlenKernel:
     kernel = varlen_kernel(AutoConfig.for_model("modernbert"), dtype, has_windows=True)
     assert kernel is not None
     return kernel
-
-
-@pytest.fixture
-def _flash_3() -> Iterator[None]:
-    if not is_flash_3_installed() or torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("FlashAttention-3 is not installed, or the device's compute capability is not 9")
-    activate_flash_attention_impl("FA3")
-    yield
-    restore_flash_attention_impl()
-
-
-@SIXTEEN_BIT
-@pytest.mark.parametrize("sliding_window", [None, 5])
-@pytest.mark.usefixtures("_flash_3")
-def test_flash_attention_3_agrees_with_the_cpu(dtype: torch.dtype, sliding_window: int | None) -> None:
-    """Catches another meaning of the local window or the scale."""
-    assert_close_to_cpu(attend("cuda", dtype, sliding_window), dtype, sliding_window)
 
 
 @pytest.mark.parametrize("dropout", [0.0, DROPOUT])
@@ -167,11 +147,11 @@ def test_16_bit_uses_flash_attention(dtype: torch.dtype, dropout: float, monkeyp
 def kernel_with_dropout(name: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A kernel with attention dropout, as a function of query, key and value [B, H, W, D]."""
     segments, cu_seqlens = (tensor.cuda() for tensor in boundaries())
-    packing = Packing(segments, cu_seqlens, varlen=own_kernel(dtype) if name == "ours" else None)
+    packing = Packing(segments, cu_seqlens)
     use_fast_dropout(nn.Module())  # as for a model
     if name != "masked":
-        attend_with = {"flash": flash_attention, "ours": triton_attention}[name]
-        return lambda query, key, value: attend_with(query, key, value, packing, SIZE**-0.5, DROPOUT, None)
+        kernel = own_kernel(dtype) if name == "ours" else None
+        return lambda query, key, value: flash_attention(query, key, value, packing, SIZE**-0.5, DROPOUT, None, kernel)
     bias = packing.bias(None, dtype)
     return lambda query, key, value: masked_attention(query, key, value, bias, SIZE**-0.5, DROPOUT)
 

@@ -34,8 +34,7 @@ def counting_case(world: World, tree: Tree, stop_after: int | None = None) -> tu
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("flash_attention", "triton_attention"):
-            patch.setattr(attention, name, counted(getattr(attention, name)))
+        patch.setattr(attention, "flash_attention", counted(attention.flash_attention))
         outcome = pretrain_case(world, tree, stop_after)
     return outcome, calls, torch.cuda.max_memory_allocated() if on_gpu else 0
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, ModernBertConfig, PreTrainedConfig
+from transformers import BertConfig, ModernBertConfig
 
 from pretrain.modeling import attention
 from pretrain.modeling.attention import Packing, choose_kernel, flash_attention, masked_attention, packed_attention
@@ -16,98 +16,32 @@ WINDOWS = pytest.mark.parametrize("sliding_window", [None, 1, 3, 40])
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_size", "dtype", "dropout", "flash_3", "kernel"),
+    ("capability", "head_size", "dtype", "kernel"),
     [
-        (None, 64, torch.bfloat16, 0.1, False, "matmul"),  # a CPU
-        ((8, 0), 64, torch.bfloat16, 0.0, False, "flash"),
-        ((9, 0), 64, torch.float16, 0.1, False, "flash"),
-        ((9, 0), 64, torch.float16, 0.0, True, "flash"),
-        ((9, 0), 64, torch.float16, 0.1, True, "sdpa"),  # FlashAttention-3 has no dropout
-        ((9, 0), 64, torch.float32, 0.0, False, "sdpa"),
-        ((7, 0), 64, torch.float16, 0.0, False, "sdpa"),  # V100
-        ((7, 5), 64, torch.float16, 0.0, False, "sdpa"),
-        ((13, 0), 64, torch.float16, 0.0, False, "sdpa"),  # newer than torch's kernels
-        ((9, 0), 26, torch.float16, 0.0, False, "sdpa"),  # 312 / 12, TinyBERT
-        ((9, 0), 256, torch.float16, 0.0, False, "flash"),
-        ((9, 0), 264, torch.float16, 0.0, False, "sdpa"),
-        ((8, 0), 256, torch.float16, 0.0, False, "flash"),
-        ((8, 6), 200, torch.float16, 0.0, False, "sdpa"),  # little shared memory
-        ((8, 9), 192, torch.float16, 0.0, False, "flash"),
-        ((12, 0), 256, torch.float16, 0.0, False, "sdpa"),
+        (None, 64, torch.bfloat16, "matmul"),  # a CPU
+        ((8, 0), 64, torch.bfloat16, "flash"),
+        ((9, 0), 64, torch.float16, "flash"),
+        ((9, 0), 64, torch.float32, "sdpa"),
+        ((7, 0), 64, torch.float16, "sdpa"),  # V100
+        ((7, 5), 64, torch.float16, "sdpa"),
+        ((13, 0), 64, torch.float16, "sdpa"),  # newer than torch's kernels
+        ((9, 0), 26, torch.float16, "sdpa"),  # 312 / 12, TinyBERT
+        ((9, 0), 256, torch.float16, "flash"),
+        ((9, 0), 264, torch.float16, "sdpa"),
+        ((8, 0), 256, torch.float16, "flash"),
+        ((8, 6), 200, torch.float16, "sdpa"),  # little shared memory
+        ((8, 9), 192, torch.float16, "flash"),
+        ((12, 0), 256, torch.float16, "sdpa"),
     ],
 )
 def test_choice_of_kernel(
     capability: tuple[int, int] | None,
     head_size: int,
     dtype: torch.dtype,
-    dropout: float,
-    flash_3: bool,
     kernel: str,
 ) -> None:
     """Catches flash attention on a device, or for a model, where torch refuses it, and masks where it would do."""
-    assert choose_kernel(capability, head_size, dtype, dropout, flash_3) == kernel
-
-
-@pytest.mark.parametrize(
-    ("config", "capability", "installed", "wanted"),
-    [
-        (ModernBertConfig(attention_dropout=0.0), (9, 0), True, True),
-        (ModernBertConfig(attention_dropout=0.0), (9, 0), False, False),
-        (ModernBertConfig(attention_dropout=0.0), (8, 0), True, False),
-        (ModernBertConfig(attention_dropout=0.0), (10, 0), True, False),
-        (ModernBertConfig(attention_dropout=0.0), None, True, False),
-        (BertConfig(attention_probs_dropout_prob=0.1), (9, 0), True, False),
-        (BertConfig(attention_probs_dropout_prob=0.0), (9, 0), True, True),
-        (PreTrainedConfig(), (9, 0), True, False),  # whether it has attention dropout is unknown
-    ],
-)
-@pytest.mark.parametrize("active", [False, True])
-def test_flash_attention_3_takes_the_place_of_2_where_it_can(
-    config: PreTrainedConfig,
-    capability: tuple[int, int] | None,
-    installed: bool,
-    wanted: bool,
-    active: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Catches FlashAttention-3 for a model with attention dropout, which it refuses, also after a model without."""
-    state = {"impl": "FA3" if active else None}
-    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: state["impl"])
-    monkeypatch.setattr(attention, "activate_flash_attention_impl", lambda impl: state.update(impl=impl))
-    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: state.update(impl=None))
-    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(attention, "_capability", lambda _: capability)
-    monkeypatch.setattr(attention, "is_flash_3_installed", lambda: installed)
-    monkeypatch.setattr(attention, "_try_flash_attention", lambda: None)
-    attention.use_flash_attention_3(config)
-    assert state["impl"] == ("FA3" if wanted else None)
-
-
-def test_flash_attention_3_that_does_not_work_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Catches a run that ends because an extension was built for another torch; torch's own names are used."""
-    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
-    monkeypatch.setattr(attention, "is_flash_3_installed", lambda: True)
-    attention.use_flash_attention_3(ModernBertConfig(attention_dropout=0.0))
-    assert "FlashAttention-3 is installed but does not work" in caplog.text
-    assert not Packing(SEGMENTS, CU_SEQLENS).flash_3
-
-
-def test_flash_attention_3_without_gradients_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Catches a run that ends in its first backward pass. The trial fails here: there is no CUDA device."""
-    restored: list[bool] = []
-    monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
-    monkeypatch.setattr(attention, "is_flash_3_installed", lambda: True)
-    monkeypatch.setattr(attention, "activate_flash_attention_impl", lambda _: None)
-    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: restored.append(True))
-    attention.use_flash_attention_3(ModernBertConfig(attention_dropout=0.0))
-    assert "FlashAttention-3 is installed but does not work" in caplog.text
-    assert restored == [True]
+    assert choose_kernel(capability, head_size, dtype) == kernel
 
 
 @pytest.mark.parametrize(
@@ -121,8 +55,6 @@ def test_flash_attention_3_without_gradients_is_not_used(
         ({"dtype": torch.float32}, False),
         ({"capability": (9, 0), "sliding_window": None}, True),
         ({"capability": (9, 0), "max_length": 128}, True),
-        ({"capability": (9, 0), "sliding_window": None, "flash_3": True}, False),
-        ({"capability": (9, 0), "flash_3": True}, True),
     ],
     ids=str,
 )
@@ -133,18 +65,21 @@ def test_where_our_own_kernel_is_used(changes: dict[str, Any], ours: bool, monke
         "sliding_window": 65,
         "max_length": 1024,
         "key_heads": 4,
-        "flash_3": False,
     } | changes
     dtype, called = options.get("dtype", torch.bfloat16), list[str]()
-    for name in ("flash_attention", "triton_attention", "masked_attention"):
-        monkeypatch.setattr(attention, name, lambda *_, name=name: called.append(name))
-    segments = torch.ones(1, 1024)
-    packing = Packing(segments, torch.tensor([0, 1024]), options["max_length"], varlen=lambda *_: segments)
-    packing.capability, packing.flash_3 = options["capability"], options["flash_3"]
+
+    def kernel(name: str) -> Any:
+        return lambda query, *_: called.append(name) or query
+
+    for name in ("flash_attention_2", "masked_attention"):
+        monkeypatch.setattr(attention, name, kernel(name))
+    bounds = torch.tensor([0, 1024])
+    packing = Packing(torch.ones(1, 1024), bounds, options["max_length"], varlen=kernel("ours"))
+    packing.capability = options["capability"]
     query, key = (torch.zeros(1, heads, 1024, 64, dtype=dtype) for heads in (4, options["key_heads"]))
     packed_attention(nn.Module(), query, key, key, None, packing=packing, sliding_window=options["sliding_window"])
-    (kernel,) = called
-    assert (kernel == "triton_attention") == ours
+    (name,) = called
+    assert (name == "ours") == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
