@@ -69,15 +69,15 @@ class Computation:
 
 
 def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computation: Computation) -> MicrobatchMemory:
-    """`model`: on the meta device; it is changed. Raises RuntimeError or TypeError if the model does not run there."""
-    wrapped = _prepare(model, computation)
-    for parameter in wrapped.parameters():
-        parameter.data = parameter.data.to(computation.dtype)
-        if not computation.gradients_stay:
-            parameter.register_post_accumulate_grad_hook(_move_gradient)  # type: ignore[no-untyped-call]
-    with torch.device("meta"):
-        if computation.accumulates and computation.gradients_stay:
-            for parameter in wrapped.parameters():
+    """`model`: on the meta device; it is changed. Raises RuntimeError or AssertionError if it
+    does not run there."""
+    with _UnknownValues(), torch.device("meta"):  # type: ignore[no-untyped-call]
+        wrapped = _prepare(model, computation)
+        for parameter in wrapped.parameters():
+            parameter.data = parameter.data.to(computation.dtype)
+            if parameter.requires_grad and not computation.gradients_stay:
+                parameter.register_post_accumulate_grad_hook(_move_gradient)  # type: ignore[no-untyped-call]
+            if computation.accumulates and computation.gradients_stay:
                 parameter.grad = torch.empty_like(parameter)
         microbatch = _meta_microbatch(shape)
         vocabulary = model.config.vocab_size
@@ -102,7 +102,7 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     head = choose_fused_head(model, computation.packed, _gpu_head if computation.on_gpu else fused_head)
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
-        _use_gpu_kernels(model)
+        _use_gpu_kernels(model, computation.packed)
     if computation.checkpointed:
         model.config.use_cache = False
         # Without the state of the generator, which the meta device does not have; it takes no memory worth counting.
@@ -128,6 +128,13 @@ def _meta_microbatch(shape: MicrobatchShape) -> Microbatch:
     )
 
 
+class _UnknownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers False or 0 if a model reads a value of a tensor, such as whether a mask hides nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums the storages that are alive, except the weights, and keeps the sums at their highest total."""
 
@@ -143,9 +150,10 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for parameter in model.parameters():
             if parameter.grad is not None:
                 self._add(parameter.grad, "gradients")
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                self._count_as_gradient
-            )
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    self._count_as_gradient
+                )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
@@ -180,12 +188,12 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bytes["gradients"] += size
 
 
-def _use_gpu_kernels(model: PreTrainedModel) -> None:
+def _use_gpu_kernels(model: PreTrainedModel, packed: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.__class__ = _GpuDropout
     if model.config._attn_implementation != "eager":
-        AttentionInterface.register(_GPU_ATTENTION, interruptible(_gpu_attention))
+        AttentionInterface.register(_GPU_ATTENTION, interruptible(_gpu_attention) if packed else _gpu_attention)
         model.set_attn_implementation(_GPU_ATTENTION)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import NamedTuple
 
+from experiment.errors import UserError, first_line
 from experiment.hardware import peak_flops
 from experiment.provenance import forked_from, read_provenance
 from experiment.transformers_models import first_position
@@ -192,26 +193,26 @@ def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
 def _largest_microbatch(
     run: ResolvedRun, stages: tuple[StageWork, ...], packed: bool, on_gpu: bool, gradients_stay: bool
 ) -> MicrobatchMemory:
-    """The memory of the microbatch that takes the most."""
+    """The memory of the microbatch that takes the most. Raises UserError for a model that cannot run without values."""
     shapes = {(stage.batch.largest, stage.batch.microbatches > 1) for stage in stages}
-    return max(
-        (
-            microbatch_memory(
-                meta_model(run.model_config),
-                shape,
-                Computation(
-                    dtype=weight_dtype(run.deepspeed),
-                    packed=packed,
-                    on_gpu=on_gpu,
-                    checkpointed=run.config.model.activation_checkpointing,
-                    gradients_stay=gradients_stay,
-                    accumulates=accumulates,
-                ),
-            )
-            for shape, accumulates in shapes
-        ),
-        key=lambda memory: memory.total,
+    computation = Computation(
+        dtype=weight_dtype(run.deepspeed),
+        packed=packed,
+        on_gpu=on_gpu,
+        checkpointed=run.config.model.activation_checkpointing,
+        gradients_stay=gradients_stay,
     )
+    try:
+        return max(
+            (
+                microbatch_memory(meta_model(run.model_config), shape, replace(computation, accumulates=accumulates))
+                for shape, accumulates in shapes
+            ),
+            key=lambda memory: memory.total,
+        )
+    except (AssertionError, RuntimeError) as error:
+        model = run.model_config.model_type
+        raise UserError(f"cannot plan a '{model}' model: it does not run without values: {first_line(error)}") from None
 
 
 def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], rate: float) -> list[float] | None:
