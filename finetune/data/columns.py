@@ -41,21 +41,21 @@ def _read_text(cell: object) -> str:
 
 
 def _read_label(cell: object) -> str | None:
-    """Text, stripped; in JSON also a whole number, true, false, or null for no label."""
-    if isinstance(cell, str):
-        return cell.strip() or None
-    if cell is None or isinstance(cell, int):
-        return None if cell is None else json.dumps(cell)
-    raise ValueError("; for regression set task.kind: regression" if isinstance(cell, float) else "")
+    if isinstance(cell, float) and not cell.is_integer():
+        raise ValueError("; for regression set task.kind: regression")
+    return _read_id(cell)
 
 
 def _read_id(cell: object) -> str | None:
-    """As a label; also a whole number that is stored as a float, as pandas does beside empty cells."""
-    if isinstance(cell, float):
-        if not cell.is_integer():
-            raise ValueError
+    """Text, stripped; in JSON and Parquet also true, false, null for none, or a whole number, which pandas stores as a
+    float beside empty cells."""
+    if isinstance(cell, str):
+        return cell.strip() or None
+    if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
-    return _read_label(cell)
+    if cell is None or isinstance(cell, int):
+        return None if cell is None else json.dumps(cell)
+    raise ValueError
 
 
 def _read_group(cell: object) -> str | None:
@@ -113,9 +113,8 @@ def _read_labels(cell: object) -> list[str] | str:
     cell = _parse_json(cell)
     if isinstance(cell, str) or cell is None:
         return cell or []
-    if isinstance(cell, list) and all(isinstance(label, str | int) for label in cell):
-        texts = (label.strip() if isinstance(label, str) else json.dumps(label) for label in cell)
-        return [label for label in texts if label]
+    if isinstance(cell, list) and None not in cell:
+        return [label for label in map(_read_id, cell) if label]
     raise ValueError
 
 

@@ -74,10 +74,12 @@ def test_unbalanced_quotes_are_rejected_with_a_hint(tmp_path: Path) -> None:
 
 
 def test_jsonl_reads_texts_and_simple_labels(tmp_path: Path) -> None:
-    """Catches labels that are numbers or booleans in JSON being rejected or written as Python writes them."""
+    """Catches labels that are numbers or booleans in JSON being rejected or written as Python writes them. 1.0 is how
+    pandas stores 1 beside empty cells."""
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": True}, {"text": "c", "label": "x", "more": None}]
+    rows += [{"text": "d", "label": 1.0}]
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows) + "\n")
-    assert [row["label"] for row in values(read_table(path, COLUMNS))] == ["1", "true", "x"]
+    assert [row["label"] for row in values(read_table(path, COLUMNS))] == ["1", "true", "x", "1"]
 
 
 def test_columns_of_a_csv_file_may_be_numbers(tmp_path: Path) -> None:
