@@ -21,6 +21,7 @@ from experiment.errors import UserError, notify
 from experiment.files import read_json
 from experiment.formatting import UNKNOWN, describe_duration, show
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
+from experiment.results.main_score import main_score
 from experiment.run_folder import RunFolder, is_run, open_folder, runs_in
 from experiment.run_life import State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
@@ -125,11 +126,12 @@ def _seeds(folder: RunFolder) -> list[int] | None:
 
 
 def _score(folder: RunFolder) -> tuple[str | None, str | None, float | None]:
-    """The metric of a fine-tuning, the last split, and the mean on it."""
+    """The metric of a fine-tuning, and the split and the mean of its main score."""
     with suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         results = read_json(folder.results)
-        metric, (split, scores) = results["metric"], list(results["splits"].items())[-1]
-        return metric, split, float(scores[metric]["mean"])
+        if (found := main_score(results)) is not None:
+            split, mean, _ = found
+            return results["metric"], split, float(mean)
     return None, None, None
 
 

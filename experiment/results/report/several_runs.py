@@ -25,10 +25,10 @@ from experiment.results.charts import (
     style,
 )
 from experiment.results.comparison import comparison_blocks
+from experiment.results.main_score import main_score
 from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, Text
 from experiment.results.report.run import OpenRuns, Run
 from experiment.results.report.run_facts import describe_state, scaled
-from experiment.results.report.tasks import main_score
 from experiment.results.report.training import optimization_plots
 from experiment.results.sweep_summary import SweepResult, metric_title, sort_results
 from experiment.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
@@ -97,19 +97,26 @@ def _cells(run: Run, corpora: Sequence[str]) -> list[Cell]:
     history = run.history
     step, tokens = history.step if history.seeds else None, history.last("tokens")
     best = [history.best_loss(corpus) for corpus in corpora]
-    score = None if run.results is None else main_score(run.results)
     return [
         Cell(UNKNOWN if step is None else f"{step:,}{_of_total(step, run.config)}", step),
         Cell(UNKNOWN if tokens is None else scaled(tokens), tokens),
         _cell(history.last("loss"), ".4f"),
         *(Cell(f"{found[0]:.4f} at {found[1]:,}", found[0]) if found else _cell(None, "") for found in best),
-        _cell(None, "") if score is None else Cell(*score),
+        _score_cell(run),
         _cell(history.median("tokens_per_second"), ",.0f"),
     ]
 
 
 def _cell(value: float | None, spec: str) -> Cell:
     return Cell(show(value, spec), value)
+
+
+def _score_cell(run: Run) -> Cell:
+    """'0.8512 ± 0.0071 on test'"""
+    if run.results is None or (score := main_score(run.results)) is None:
+        return _cell(None, "")
+    split, mean, std = score
+    return Cell(f"{mean:.4f}{'' if std is None else f' ± {std:.4f}'} on {split}", mean)
 
 
 def _of_total(step: int, config: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from experiment.formatting import show
 from experiment.results.charts import Line, Panel, Plot, charts_block
 from experiment.results.curves import Curve
 from experiment.results.history import Axis
+from experiment.results.main_score import main_score
 from experiment.results.page import Block, ConfusionMatrix, Heading, Table, Text
 from experiment.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, best_result, read_results
@@ -45,16 +46,6 @@ def result_blocks(folder: RunFolder, results: Mapping[str, Any]) -> list[Block]:
     blocks = [Heading(f"Task: {results['task']} ({folder.path.name})"), *_score_blocks(results)]
     blocks += charts_block(_seed_plots(folder, str(results.get("metric"))))
     return [*blocks, *confusion_matrix(folder, results), *worst_rows(folder, list(results["splits"]))]
-
-
-def main_score(results: Mapping[str, Any]) -> tuple[str, float] | None:
-    """'0.8512 ± 0.0071 on test', and the number: the primary metric on the last split that has it."""
-    metric, found = results.get("metric"), None
-    for split, scores in results["splits"].items():
-        if metric in scores:
-            mean, std = scores[metric]["mean"], scores[metric]["std"]
-            found = f"{mean:.4f}{'' if std is None else f' ± {std:.4f}'} on {split}", mean
-    return found
 
 
 def _score_blocks(results: Mapping[str, Any]) -> list[Block]:

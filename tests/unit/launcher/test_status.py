@@ -143,7 +143,8 @@ def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for seed in (2, 4):  # the last one was left out later
         (folder.path / f"seed-{seed}").mkdir()
         (folder.path / f"seed-{seed}" / "COMPLETE").touch()
-    scores = {"validation": {"accuracy": {"mean": 0.5}}, "test": {"accuracy": {"mean": 0.75}}}
+    scores = {split: {"accuracy": {"mean": mean, "std": None}} for split, mean in (("validation", 0.5), ("test", 0.75))}
+    scores["probes"] = {"f1": {"mean": 0.25, "std": None}}  # without the metric
     (folder.path / "results.json").write_text(json.dumps({"metric": "accuracy", "splits": scores}))
     write_outcome(folder, Outcome.DONE)
     assert main(["status", str(folder.path)]) == 0
