@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -38,8 +38,9 @@ def lock_output(folder: Path, key: str) -> Iterator[None]:
         raise UserError(f"{key} {folder}: expected a folder that can be created")
     path = folder.with_name(f".{folder.name}.lock")
     lock = FileLock(path)
-    with created_parents(folder):
+    with ExitStack() as parents:
         try:
+            parents.enter_context(created_parents(folder))
             path.touch()  # FileLock takes a file that cannot be created, as in /proc, for a locked one
             lock.acquire(timeout=0)
         except FileNotFoundError as error:
@@ -61,7 +62,7 @@ def new_folder(folder: Path, key: str) -> Iterator[Path]:
 
     Raises UserError if another process writes it or has written it, and OSError.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.parent / f".{folder.name}.partial"
     with lock_output(folder, key), removed_on_error(partial):
         if not is_free(folder):
             raise UserError(f"{key} {folder} already holds something; name a new folder")

@@ -11,7 +11,6 @@ from experiment.errors import UserError, readable_disk_errors, reason
 from experiment.model_names import local_tokenizer
 from experiment.output_folder import new_folder
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
-from pretrain.corpus.train_tokenizer import check_output_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,20 +27,19 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     Raises UserError for a file that cannot be read, a line with more than one word, and a word that would not become
     one token.
     """
-    check_output_folder(output)
-    old, words = load_tokenizer(local_tokenizer(str(extend))), _read_words(added)
-    if vocabulary_size(old) != len(old.get_vocab()):
-        raise UserError(f"--extend: {extend} has unused ids, which the new tokens would get")
-    state = json.loads(old.backend_tokenizer.to_str())
-    entries, added_tokens = _new_tokens(words, state, old, added)
-    if not (entries or added_tokens):
-        raise UserError(f"--added: all {len(words)} words of {added} are one token in {extend} already")
-    # `tokenizers` gives added tokens ids after the vocabulary, so entries come first.
-    new_ids = {token: vocabulary_size(old) + index for index, token in enumerate([*entries, *added_tokens])}
-    if entries:
-        state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
-    state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
     with readable_disk_errors(f"--output {output}: "), new_folder(output, "--output") as partial:
+        old, words = load_tokenizer(local_tokenizer(str(extend))), _read_words(added)
+        if vocabulary_size(old) != len(old.get_vocab()):
+            raise UserError(f"--extend: {extend} has unused ids, which the new tokens would get")
+        state = json.loads(old.backend_tokenizer.to_str())
+        entries, added_tokens = _new_tokens(words, state, old, added)
+        if not (entries or added_tokens):
+            raise UserError(f"--added: all {len(words)} words of {added} are one token in {extend} already")
+        # `tokenizers` gives added tokens ids after the vocabulary, so entries come first.
+        new_ids = {token: vocabulary_size(old) + index for index, token in enumerate([*entries, *added_tokens])}
+        if entries:
+            state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
+        state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
         save_tokenizer(old, partial)
         Tokenizer.from_str(json.dumps(state)).save(str(partial / "tokenizer.json"))
         new = load_tokenizer(partial)

@@ -8,15 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from experiment.errors import UserError, readable_disk_errors
-from experiment.files import created_parents
 from experiment.formatting import counted
-from experiment.output_folder import is_free, new_folder
+from experiment.output_folder import new_folder
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import read_documents, reading_progress
 from pretrain.corpus.formats import ReadStats
@@ -58,18 +56,17 @@ def train_tokenizer(options: TokenizerOptions) -> None:
 
     `kind` is `wordpiece`, as in BERT, with [PAD] [UNK] [CLS] [SEP] [MASK], or `bpe`, byte-level as in RoBERTa, with <s>
     <pad> </s> <unk> <mask>. Raises UserError for a vocabulary that is too small, an empty source, and an output folder
-    that is not empty or cannot be written.
+    that is not empty, is being written by another process or cannot be written.
     """
     assert options.source is not None
     assert options.vocab_size is not None
-    check_output_folder(options.output)
-    text = _TrainingText(find_sources(options.source), options)
-    train = _train_wordpiece if options.kind == "wordpiece" else _train_bpe
-    model = train(text, options.vocab_size, options.lowercase)
-    if text.documents == 0:
-        raise UserError(f"--source {options.source}: none of its documents has text")
-    tokenizer = _wrap(model, options.kind)
     with readable_disk_errors(f"--output {options.output}: "), new_folder(options.output, "--output") as partial:
+        text = _TrainingText(find_sources(options.source), options)
+        train = _train_wordpiece if options.kind == "wordpiece" else _train_bpe
+        model = train(text, options.vocab_size, options.lowercase)
+        if text.documents == 0:
+            raise UserError(f"--source {options.source}: none of its documents has text")
+        tokenizer = _wrap(model, options.kind)
         save_tokenizer(tokenizer, partial)
     print(
         f"{options.output}: {options.kind} tokenizer of {len(tokenizer):,} tokens, "
@@ -85,17 +82,6 @@ def train_tokenizer(options: TokenizerOptions) -> None:
             f"--vocab_size {options.vocab_size} is small: usual vocabularies have 8,000 to 50,000 tokens",
             file=sys.stderr,
         )
-
-
-def check_output_folder(folder: Path) -> None:
-    """Raises UserError unless the folder is empty, or missing and can be created."""
-    if not is_free(folder):
-        raise UserError(f"--output {folder} already holds something; name a new folder")
-    try:
-        with created_parents(folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot write there: {error.strerror}") from None
 
 
 def _train_wordpiece(text: _TrainingText, size: int, lowercase: bool) -> Tokenizer:

@@ -36,3 +36,10 @@ def test_what_a_killed_process_has_left_is_not_in_the_folder(tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError):
         write(tmp_path / "other", tmp_path / "missing")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("folder", ["/", "/proc/new", "/proc/missing/new"])
+def test_a_folder_that_cannot_be_created_is_named(folder: str) -> None:
+    """Catches a traceback for a path that is none of the user's folders."""
+    with pytest.raises(UserError, match=rf"--output:? .*{folder}"), new_folder(Path(folder), "--output"):
+        pass

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from experiment.errors import UserError
+from experiment.output_folder import lock_output
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.corpus.options import TokenizerOptions
 from pretrain.corpus.train_tokenizer import train_tokenizer
@@ -72,7 +73,8 @@ def test_a_small_vocabulary_is_named(tmp_path: Path, text: Path, capsys: pytest.
 
 
 def test_invalid_options(tmp_path: Path, text: Path) -> None:
-    """Catches invalid options that are found after training, and an output folder that is overwritten."""
+    """Catches invalid options that are found after training, and an output folder that is overwritten or used by
+    another process."""
     for flags in ({"vocab_size": "many"}, {"vocab_size": 300, "kind": "word_piece"}, {"vocab_size": 300, "added": "a"}):
         with pytest.raises(ValidationError):
             TokenizerOptions(source=text, output=tmp_path / "t", **flags)
@@ -83,6 +85,8 @@ def test_invalid_options(tmp_path: Path, text: Path) -> None:
         train_tokenizer(TokenizerOptions(source=tmp_path / "a.jsonl", output=tmp_path / "t", vocab_size=300))
     with pytest.raises(UserError, match="already holds"):
         train_tokenizer(TokenizerOptions(source=text, output=tmp_path, vocab_size=300))
+    with lock_output(tmp_path / "t", ""), pytest.raises(UserError, match="another process is writing it"):
+        train_tokenizer(TokenizerOptions(source=tmp_path / "missing", output=tmp_path / "t", vocab_size=300))
     assert not (tmp_path / "t").exists()
 
 
