@@ -169,8 +169,7 @@ class Chart {
     return lines;
   }
 
-  range(lines) {
-    const [left, right] = this.section.zoom || this.section.extent();
+  range(lines, [left, right]) {
     let low = Infinity, high = -Infinity;
     for (const line of lines)
       line.y.forEach((value, index) => {
@@ -186,9 +185,9 @@ class Chart {
     return {x: left < right ? [left, right] : [left - 1, left + 1], y};
   }
 
-  draw(width = this.plot.clientWidth) {
+  draw(width = this.plot.clientWidth, xs = this.section.range()) {
     if (width < 80) return;
-    const lines = this.visible(), {x, y} = this.range(lines), [low, high] = this.log ? y.map(Math.log) : y;
+    const lines = this.visible(), {x, y} = this.range(lines, xs), [low, high] = this.log ? y.map(Math.log) : y;
     Object.assign(this, {domain: x, width, isStale: false});
     this.px = value => LEFT + (value - x[0]) / (x[1] - x[0]) * (width - LEFT - RIGHT);
     this.py = value => HEIGHT - BOTTOM - ((this.log ? Math.log(value) : value) - low) / (high - low) * (HEIGHT - BOTTOM - TOP);
@@ -361,14 +360,20 @@ class Section {
   /** Whether the table above, if there is one, has chosen the run. */
   shows(label) { return !this.table || this.table.shows(label); }
 
-  draw(width) { for (const chart of this.charts) chart.draw(width); }
+  draw(width, charts = this.charts) {
+    const range = this.range(), widths = charts.map(chart => width || chart.plot.clientWidth);  // before the layout changes
+    charts.forEach((chart, index) => chart.draw(widths[index], range));
+  }
 
   /** Draw what can be seen, and the rest when it can be. */
   redraw() {
-    for (const chart of this.charts) if (chart.isInView) chart.draw(); else chart.isStale = true;
+    for (const chart of this.charts) chart.isStale = true;
+    this.draw(undefined, this.charts.filter(chart => chart.isInView));
   }
 
   place(mark) { return toX(this.axes[0], this.unit, mark.step); }
+
+  range() { return this.zoom || this.extent(); }
 
   /** The range of x of all charts. */
   extent() {

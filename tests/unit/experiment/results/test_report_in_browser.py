@@ -67,6 +67,20 @@ def test_the_axes_can_be_switched(driver: Any, pages: dict[str, Path]) -> None:
     view.check()
 
 
+def test_all_charts_are_drawn_in_time_that_is_linear(driver: Any, pages: dict[str, Path]) -> None:
+    """Catches charts that each search all charts for the range of x: with 60 metrics, most of the time."""
+    view = View(driver, pages["run"])
+    searches = """
+        const section = sections()[0], extent = section.extent.bind(section);
+        let searches = 0;
+        section.extent = () => { searches += 1; return extent(); };
+        section.draw();
+        delete section.extent;
+        return [section.charts.length > 1, searches];
+    """
+    assert view.run(searches) == [True, 1]
+
+
 def test_a_line_can_be_hidden_and_a_range_zoomed_to(driver: Any, pages: dict[str, Path]) -> None:
     """Catches legends and zooming that do not change the charts."""
     view = View(driver, pages["run"])
