@@ -72,9 +72,9 @@ _JSON_PATHS = ("/v1/predict", "/v1/fill-mask", "/v1/embed")
 api = APIRouter(prefix="/v1", responses=_ERRORS)
 site = APIRouter()
 
-NOT_JSON = "the request is not JSON in UTF-8"
+NOT_JSON = "the request is not JSON in UTF-8, or is nested too deeply"
 _CLEARER = {
-    "There was an error parsing the body": NOT_JSON,  # it cannot be decoded, or is nested too deeply
+    "There was an error parsing the body": NOT_JSON,
     "Not Found": "no such path; /docs lists those of this server",
     "Method Not Allowed": "the path has no such method; /docs lists those of this server",
 }

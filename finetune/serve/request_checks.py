@@ -153,8 +153,9 @@ def limit_size(app: ASGIApp, limits: Limits) -> ASGIApp:
         message = f"the request is larger than {limits.max_bytes // 1024:,} KiB"
         headers = Headers(scope=scope)
         announced = headers.get("content-length", "0")
-        if not announced.isdecimal() or int(announced) > limits.max_bytes:
-            if "expect" not in headers:  # with "Expect: 100-continue", no body is sent before we ask for it
+        if int(announced) > limits.max_bytes:
+            # With "Expect: 100-continue", no body is sent before we ask for it.
+            if "expect" not in headers and int(announced) <= _DISCARDED_BYTES:
                 await _discard(receive)
             await error_response(413, message)(scope, receive, send)
             return

@@ -1,5 +1,6 @@
 """What a server rejects: one message each, and it still answers afterwards."""
 
+import asyncio
 import json
 import logging
 import re
@@ -21,6 +22,7 @@ from finetune.saved_task import SavedTask, write_saved_task
 from finetune.serve import serving
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import JsonFormatter
+from finetune.serve.request_checks import limit_size
 
 JSON = {"Content-Type": "application/json"}
 DEEP = b'{"records": [{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}]}"
@@ -160,12 +162,29 @@ def test_a_body_without_a_length_is_counted(client: TestClient) -> None:
     assert "larger than 64 KiB" in answer.json()["error"]
 
 
+def test_a_body_that_is_never_read_is_not_awaited(client: TestClient) -> None:
+    """Catches ten seconds of waiting for a body that is announced as a terabyte: `--timeout` may be shorter."""
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    sent: list[Any] = []
+
+    async def send(event: Any) -> None:
+        sent.append(event)
+
+    app = limit_size(client.app, client.serving.limits)  # type: ignore[attr-defined]
+    scope = {"type": "http", "path": "/v1/predict", "headers": [(b"content-length", b"1" + b"0" * 12)]}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 413
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "message"),
     [
         ("multipart/form-data", b"--x", "Missing boundary in multipart."),
         ("application/x-www-form-urlencoded", b"&".join(b"a%d=1" % number for number in range(100)), "Too many fields"),
-        ("application/json", b"[" * 20_000, "the request is not JSON in UTF-8"),
+        ("application/json", b"[" * 20_000, "the request is not JSON in UTF-8, or is nested too deeply"),
         ("application/json", b'{"sentence1": ' + b"9" * 5000 + b"}", "the request is not JSON in UTF-8"),
     ],
 )
