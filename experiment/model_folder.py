@@ -47,6 +47,9 @@ def load_weights(
 
     Raises UserError if the weights cannot be loaded.
     """
+    if not has_weights(folder):
+        found = ", found an ONNX model, which cannot be trained" if any(folder.glob("*.onnx")) else ""
+        raise UserError(f"{folder} has no weights: expected *.safetensors or pytorch_model*.bin{found}")
     with quiet_transformers():
         try:
             model, report = auto_model.from_pretrained(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 
 from experiment import model_folder
 from experiment.errors import UserError
-from experiment.model_folder import build_from_config, load_config
+from experiment.model_folder import build_from_config, load_config, load_weights
 
 
 def build(config: Any, weights: Path | None = None, auto_model: Any = AutoModelForMaskedLM) -> Any:
@@ -42,6 +42,13 @@ def test_weights_in_few_bits_are_large_enough(model_type: str, auto_model: Any, 
     config.vocab_size *= 20
     with pytest.raises(UserError, match=rf"far larger than its weights: .*{config.vocab_size}.* {elements:,} bytes"):
         build(config, tmp_path, auto_model)
+
+
+def test_an_onnx_model_is_no_weights(tmp_path: Path) -> None:
+    """Catches transformers' message for a folder that `deepcloze export --format onnx` wrote, as `model.init_from`."""
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(UserError, match=r"no weights: expected \*\.safetensors .*, found an ONNX model"):
+        load_weights(AutoModelForMaskedLM, tmp_path, BertConfig())
 
 
 def test_labels_of_parts_are_counted(tmp_path: Path) -> None:
