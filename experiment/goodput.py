@@ -50,6 +50,7 @@ class AttemptTime:
     total_steps: int | None  # of the run; None: not known
     activity: str  # at `time`
     seconds: Mapping[str, float]  # by activity
+    end: float | None = None  # of the time budget, as time.time()
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,16 @@ class ActivityTimer:
         self._unfinished = 0.0  # seconds of the step that is being trained
         self._step, self._reached = 0, 0
         self._total_steps: int | None = None
+        self._end: float | None = None
         self._earlier: list[AttemptTime] = []
         self._changes = 0
         self._folder: RunFolder | None = None
         self._lines: list[AttemptTime] = []  # of this attempt, in the file
 
-    def open(self, folder: RunFolder, step: int, total_steps: int | None) -> None:
-        """Record this attempt in the run folder, from now on. `step`: finished steps. Only rank 0 does."""
+    def open(self, folder: RunFolder, step: int, total_steps: int | None, seconds_left: float | None = None) -> None:
+        """Record this attempt in the run folder, from now on. `step`: finished steps; `seconds_left`: of a time budget.
+        Only rank 0 does."""
+        self._end = None if seconds_left is None else self._now() + seconds_left
         self._folder, self._step, self._reached, self._total_steps = folder, step, step, total_steps
         with suppress(OSError):  # a file that cannot be read now stays as it is
             self._earlier = last_lines(read_attempt_times(folder))
@@ -261,7 +265,7 @@ class ActivityTimer:
         current = USEFUL if self._step >= self._reached else REDONE
         seconds = {**self._seconds, current: self._seconds[current] + self._unfinished}
         return AttemptTime(
-            self._start, self._now(), self._step, self._reached, self._total_steps, self._activity, seconds
+            self._start, self._now(), self._step, self._reached, self._total_steps, self._activity, seconds, self._end
         )
 
 

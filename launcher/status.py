@@ -136,7 +136,10 @@ def _score(folder: RunFolder) -> tuple[str | None, str | None, float | None]:
 
 
 def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | None:
-    """At the speed of the last log events, evaluations and checkpoints included. `lines`: of the last attempt."""
+    """Of the time budget, or at the speed of the last log events, evaluations and checkpoints included. `lines`: of the
+    last attempt."""
+    if lines and (end := lines[-1].end) is not None:
+        return max(0.0, end - lines[-1].time)
     by_step = {line.step: line.time for line in lines}  # the last one of each step
     steps = list(by_step)[-RATE_EVENTS:]
     if total is None or len(steps) < 2 or steps[-1] <= steps[0]:

@@ -67,6 +67,10 @@ class ScheduleConfig(Section):
     def budget_seconds(self) -> float | None:
         return None if self.budget is None else _seconds(self.budget)
 
+    def seconds_left(self, seconds: float) -> float | None:
+        """Of the time budget, after so many seconds of training; None without one."""
+        return None if self.budget_seconds is None else self.budget_seconds - seconds
+
     @property
     def known_steps(self) -> int | None:
         """The length of the run, if the config gives it in steps."""

@@ -61,7 +61,6 @@ def open_run_tracker(
     evaluates_first: whether this attempt starts with the evaluation of that step.
     """
     total_steps, epochs, step = stream.steps, stream.epochs, progress.step
-    budget = run.config.schedule.budget_seconds
     end = "until the time budget is used up" if total_steps is None else counted(total_steps, "step")
     in_epochs = "" if epochs is None else f", {format_epochs(epochs)}"
     log.info("training: %s%s; %d finished", end, in_epochs, step)
@@ -74,7 +73,7 @@ def open_run_tracker(
         total_steps=total_steps,
         resumed_step=step if resumed else -1,
         evaluates_again=evaluates_first,
-        seconds_left=None if budget is None else budget - progress.seconds,
+        seconds_left=run.config.schedule.seconds_left(progress.seconds),
     )
     return open_trackers(run.config.tracking, run.folder, tracked)
 

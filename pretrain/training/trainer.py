@@ -95,7 +95,8 @@ class Trainer:
         tracker = None
         if world.rank == 0:
             if not finished:  # else the time since its end would count as down
-                times.open(run.folder, self._progress.step, stream.steps)
+                left = config.schedule.seconds_left(self._progress.seconds)
+                times.open(run.folder, self._progress.step, stream.steps, left)
             tracker = open_run_tracker(run, provenance, self._progress, stream, evaluates_first)
         self._reporter = Reporter(run, model.flops, engine, self._interval, times, nodes, tracker)
         clock = TrainingClock(self._progress.seconds)
@@ -315,5 +316,5 @@ class Trainer:
             return True
         if self._stream.steps is not None:
             return progress.step >= self._stream.steps
-        budget_seconds = self._config.schedule.budget_seconds
-        return budget_seconds is not None and progress.seconds >= budget_seconds
+        left = self._config.schedule.seconds_left(progress.seconds)
+        return left is not None and left <= 0

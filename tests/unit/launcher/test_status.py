@@ -268,6 +268,16 @@ def test_the_figures_of_a_run(folder: RunFolder) -> None:
     assert read_status(str(folder.path)).seconds_left is None, "it has ended"
 
 
+def test_the_time_left_of_a_budget(folder: RunFolder) -> None:
+    """Catches a run with a time budget, whose last step is not known, without the time left."""
+    now = 1000.0
+    timer = ActivityTimer(990.0, clock=lambda: now, now=lambda: now)
+    timer.open(folder, step=0, total_steps=None, seconds_left=60.0)
+    now += 20.0
+    with lock_run(folder), timer.during(CHECKPOINTING):
+        assert read_status(str(folder.path)).seconds_left == 40.0
+
+
 def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
     """Catches a traceback for files that are cut off or not there yet, and a run that has not started with a loss."""
     folder.config.write_text("schedule:\n  steps: 400\n")
