@@ -29,8 +29,8 @@ _log = logging.getLogger(PROGRESS_LOG)
 class ConsoleTracker:
     """Shows training events as a progress bar, or as one line each without a terminal; prints evaluations as lines.
 
-    total_steps: None if the last step is not known. seconds_left: of a time budget. clock: returns seconds, for
-    estimating the time left.
+    total_steps: None if the last step is not known. seconds_left: of a time budget. rate_events: the last events, over
+    which the time left is estimated; None: all. clock: returns seconds, for the estimate.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class ConsoleTracker:
         total_steps: int | None,
         resumed_step: int = -1,
         seconds_left: float | None = None,
+        rate_events: int | None = RATE_EVENTS,
         console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -45,7 +46,7 @@ class ConsoleTracker:
         self._console = console or terminal()
         self._clock = clock
         self._end = None if seconds_left is None else clock() + seconds_left
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RATE_EVENTS)  # (seconds, step)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=rate_events)  # (seconds, step)
         self._live: Live | None = None
         if self._console.is_interactive:
             left = TextColumn("{task.fields[left]}", markup=False)

@@ -17,7 +17,7 @@ from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertS
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
-from experiment.tracking.progress_line import ConsoleTracker
+from experiment.tracking.progress_line import RATE_EVENTS, ConsoleTracker
 from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker, require_wandb
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,10 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
     resumed = run.resumed_step, run.evaluates_again
     openers: dict[str, Callable[[], Tracker]] = {}
     if console:
-        openers["the console"] = lambda: ConsoleTracker(run.total_steps, run.resumed_step, run.seconds_left)
+        rate_events = None if run.seed_steps else RATE_EVENTS  # time passes between two seeds, without steps
+        openers["the console"] = lambda: ConsoleTracker(
+            run.total_steps, run.resumed_step, run.seconds_left, rate_events
+        )
     openers["metrics.jsonl"] = lambda: JsonlTracker(folder.metrics, *resumed)
     if config.tensorboard and run.seed_steps:
         seeds = partial(SeedsTensorBoardTracker, folder.tensorboard, run.resumed_step, run.seed_steps)

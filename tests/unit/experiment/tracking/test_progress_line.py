@@ -9,6 +9,7 @@ from rich.console import Console
 from experiment.formatting import counted, describe_duration, format_epochs, format_perplexity
 from experiment.outcome_file import Outcome
 from experiment.tracking.progress_line import (
+    RATE_EVENTS,
     ConsoleTracker,
     describe_evaluation,
     describe_training,
@@ -23,13 +24,14 @@ EVALUATION = {
 }
 
 
-def plain(total: int | None, seconds: list[float]) -> tuple[ConsoleTracker, io.StringIO]:
+def plain(
+    total: int | None, seconds: list[float], rate_events: int | None = RATE_EVENTS
+) -> tuple[ConsoleTracker, io.StringIO]:
     """A tracker without a terminal whose clock returns `seconds` in turn, and its output."""
     output = io.StringIO()
     clock = iter(seconds)
-    return ConsoleTracker(
-        total, console=Console(file=output, width=40, soft_wrap=True), clock=lambda: next(clock)
-    ), output
+    console = Console(file=output, width=40, soft_wrap=True)
+    return ConsoleTracker(total, console=console, rate_events=rate_events, clock=lambda: next(clock)), output
 
 
 def on_terminal(total: int | None, width: int = 120) -> tuple[ConsoleTracker, io.StringIO]:
@@ -62,6 +64,16 @@ def test_the_time_left_follows_the_recent_pace() -> None:
     for step in range(101):
         tracker.log({"step": step, "loss": 1.0})
     assert output.getvalue().splitlines()[-1].endswith("15m00s left")
+
+
+def test_the_time_left_does_not_jump_between_seeds() -> None:
+    """Catches an estimate from the last events only: 30 s of predicting and loading lie between two seeds."""
+    steps = range(1, 301)
+    tracker, output = plain(300, [step + 30.0 * ((step - 1) // 100) for step in steps], rate_events=None)
+    for step in steps:
+        tracker.log({"step": step, "loss": 1.0})
+    before, after = (output.getvalue().splitlines()[step - 1].split(" · ")[-1] for step in (200, 201))
+    assert (before, after) == ("1m55s left", "2m09s left")
 
 
 @pytest.mark.parametrize(
