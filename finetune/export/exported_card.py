@@ -4,7 +4,7 @@ state.json has all that the card says, so it is complete for a checkpoint that w
 corpora. One that an older version wrote, or a folder of another origin, gets a card of what is known.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from experiment.transformers_models import count_parameters, has_masked_lm_head
 
 _AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths
+_CHANGES = (*(f"{section}." for section in _SETTINGS), "model.freeze", "model.ema_decay")  # without paths
 _METRICS = ("loss", "perplexity", "accuracy")
 _SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _USAGE = """
@@ -86,6 +87,7 @@ def _make_card(source: Path, title: str) -> str:
         state=state,
         corpora=list(_corpora(state)),
         training=_training(state) if state else {},
+        changes=list(_changes(attempts)),
         held_out=list(_held_out(state, held_out)),
         hardware=[attempt_row(attempt, describe_devices(attempt.get("hardware", {}))) for attempt in attempts],
     )
@@ -144,6 +146,14 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
     if settings["optimizer"].get("name") != "muon":
         settings["optimizer"].pop("muon", None)
     return facts | flatten({"model": model, **settings})
+
+
+def _changes(attempts: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Rows of the settings that a resume has changed. Older versions did not record them."""
+    for attempt in attempts:
+        for change in attempt.get("changes", []):
+            if change.startswith(_CHANGES):
+                yield [format_number(attempt["step"]), *change.split(": ", 1)]
 
 
 def _held_out(state: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:

@@ -40,7 +40,9 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
     """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
     tasks = {given.name: given.corpus.manifest.decontaminated for given in run.corpora}
     known = {name: sorted(found.values()) for name, found in tasks.items() if found is not None}
-    write_provenance(run.folder, collect_provenance(sys.argv, world_size, hosts), _ancestors(run), known)
+    changes = {"step": run.resume_plan.step, "changes": list(run.resume_plan.changes)}
+    attempt = collect_provenance(sys.argv, world_size, hosts) | changes
+    write_provenance(run.folder, attempt, _ancestors(run), known)
     write_text(run.folder.config, dump_config(run.config))
     provenance = read_provenance(run.folder)
     assert provenance is not None

@@ -36,6 +36,19 @@ def test_a_checkpoint_of_an_older_version_has_a_card(tmp_path: Path) -> None:
     assert "muon" not in card
 
 
+def test_a_card_names_the_settings_that_a_resume_has_changed(tmp_path: Path) -> None:
+    """Catches a recipe that cannot be repeated, because the card has the last config alone, and a path in a card."""
+    checkpoint = shutil.copytree(OLD, tmp_path / OLD.name)
+    state = json.loads((checkpoint / "state.json").read_text())
+    changes = ["corpus.eval.wiki: '/data/a' -> '/data/b'", "optimizer.lr: 0.01 -> 0.001"]
+    attempts = [{"hardware": {}}, {"hardware": {}, "step": 1000, "changes": changes}]
+    (checkpoint / "state.json").write_text(json.dumps(state | {"provenance": {"attempts": attempts}}))
+    write_card(checkpoint / "hf", tmp_path, "title")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| 1,000 | optimizer.lr | 0.01 -\\> 0.001 |" in card
+    assert "/data/" not in card
+
+
 def test_a_model_of_another_origin_has_a_card(tmp_path: Path) -> None:
     """Catches an export that fails for a folder without a head, a tokenizer or a run, and a snippet that cannot run."""
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
