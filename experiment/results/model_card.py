@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiment.formatting import UNKNOWN, escape, markdown_table, show
 from experiment.hub_names import hub_name
 from experiment.provenance import describe_commit
+from experiment.results.page import open_templates
 
 FILE = "README.md"
 MODEL = 'model = "."  # this folder; elsewhere its path, or its name on the Hugging Face Hub'
@@ -42,13 +42,7 @@ def render_card(
         values: of the template. `data` is the front matter, `hardware` has rows from `attempt_row`; equal ones are
             shown once.
     """
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = open_templates(template.parent, autoescape=False)
     environment.filters["escaped"] = escape
     environment.globals |= {"table": _table, "settings": _settings, "number": format_number, "libraries": _LIBRARIES}
     values["hardware"] = list(dict.fromkeys(map(tuple, values["hardware"])))

@@ -219,7 +219,7 @@ def write_page(path: Path, page: Page) -> Path:
 
 def render_parts(page: Page) -> Iterator[Part]:
     """The header, and the blocks."""
-    render = _environment().get_template(BLOCKS).module.render  # type: ignore[attr-defined]
+    render = open_templates().get_template(BLOCKS).module.render  # type: ignore[attr-defined]
     yield Part("header", str(render("Header", page)))
     seen = Counter[str]()
     for block in page.blocks:
@@ -236,7 +236,7 @@ def render_page(title: str, parts: Sequence[tuple[Part, object]], version: int |
     # The only script that browsers run, should text of the user ever end up as markup.
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
-    template = _environment().get_template(TEMPLATE)
+    template = open_templates().get_template(TEMPLATE)
     return template.render(
         title=title,
         policy=policy if version is None else f"{policy}; connect-src 'self'",
@@ -253,10 +253,11 @@ def _without_markup(data: object) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def open_templates(*folders: Path, autoescape: bool = True) -> Environment:
+    """The templates in these folders and in that of this module."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
