@@ -1,7 +1,6 @@
 """`deepcloze tokenizer`: train a WordPiece or byte-level BPE tokenizer."""
 
 import string
-import sys
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from experiment.errors import UserError, readable_disk_errors
+from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.formatting import counted
 from experiment.output_folder import new_folder
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
@@ -73,15 +72,9 @@ def train_tokenizer(options: TokenizerOptions) -> None:
         f"trained on {counted(text.documents, 'document')}"
     )
     if len(tokenizer) < options.vocab_size:
-        print(
-            f"found only {len(tokenizer):,} tokens in the text, fewer than --vocab_size {options.vocab_size:,}",
-            file=sys.stderr,
-        )
+        notify(f"found only {len(tokenizer):,} tokens in the text, fewer than --vocab_size {options.vocab_size:,}")
     if options.vocab_size < _SMALL_VOCABULARY:
-        print(
-            f"--vocab_size {options.vocab_size} is small: usual vocabularies have 8,000 to 50,000 tokens",
-            file=sys.stderr,
-        )
+        notify(f"--vocab_size {options.vocab_size} is small: usual vocabularies have 8,000 to 50,000 tokens")
 
 
 def _train_wordpiece(text: _TrainingText, size: int, lowercase: bool) -> Tokenizer:
