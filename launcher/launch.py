@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from experiment.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints
+from experiment.checkpoints import COMPLETE, checkpoint_path, checkpoint_step, complete_checkpoints
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError, UserError, end_line, inform, is_quiet, notify
 from experiment.formatting import counted, describe_duration
@@ -104,16 +104,16 @@ def launch(start: Launch, summary: str) -> None:
     `summary`: of the run, to print.
     """
     folder = open_run_folder(start.folder.path)
-    step_before = last_step(folder)
+    before = last_save(folder)
     inform(summary)
     result = supervise(start)
     match result.outcome:
         case Outcome.DONE:
             with contextlib.suppress(OSError):  # a disk error does not change the outcome
-                announce_done(folder, step_before, time.time() - start.checked_at)
+                announce_done(folder, before, time.time() - start.checked_at)
         case Outcome.STOPPED:
             with contextlib.suppress(OSError):
-                announce_stop(folder, step_before)
+                announce_stop(folder, before)
             raise StoppedError(result.message)
         case Outcome.REFUSED:
             sys.exit(result.outcome.exit_code)  # rank 0 has printed the message
@@ -142,19 +142,20 @@ def announce_checks(config: str, slots: Slots) -> None:
     inform(f"checking {config} for {counted(ranks, 'rank')} on {where}")
 
 
-def last_step(folder: RunFolder) -> int | None:
-    """Of the newest complete checkpoint of a run; None if it has none."""
-    checkpoints = complete_checkpoints(folder.checkpoints)
-    return checkpoint_step(checkpoints[-1]) if checkpoints else None
+def last_save(folder: RunFolder) -> tuple[int, int] | None:
+    """When the last checkpoint of a run was completed, as st_mtime_ns, and its step; None if it has none. Damaged ones
+    of later steps are older."""
+    found = complete_checkpoints(folder.checkpoints)
+    return max((((path / COMPLETE).stat().st_mtime_ns, checkpoint_step(path)) for path in found), default=None)
 
 
-def announce_done(folder: RunFolder, step_before: int | None, seconds: float) -> None:
-    """`step_before`: `last_step` before this launch; `seconds`: that it took."""
-    step = last_step(folder)
-    if step is None:
+def announce_done(folder: RunFolder, before: tuple[int, int] | None, seconds: float) -> None:
+    """`before`: `last_save` before this launch; `seconds`: that it took."""
+    last = last_save(folder)
+    if last is None:
         return
-    path = folder.path
-    if step == step_before:
+    path, (_, step) = folder.path, last
+    if last == before:
         inform(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
         return
     losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]
@@ -179,12 +180,13 @@ def has_diverged(losses: Sequence[float]) -> bool:
     return end > first and max(losses) > _PEAK_RATIO * first
 
 
-def announce_stop(folder: RunFolder, step_before: int | None) -> None:
-    """Print the step that a stopped run has saved. `step_before`: as above."""
+def announce_stop(folder: RunFolder, before: tuple[int, int] | None) -> None:
+    """Print the step that a stopped run has saved. `before`: as above."""
     end_line()
-    step = last_step(folder)
-    if step is None or step == step_before:
+    last = last_save(folder)
+    if last is None or last == before:
         return
+    step = last[1]
     reached = max((event["step"] for event in read_last_events(folder.metrics)), default=step)
     lost = f"; step {reached:,} was reached, but could not be saved" if reached > step else ""
     inform(f"stopped at step {step:,}, saved{lost}")

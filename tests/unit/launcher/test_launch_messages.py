@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
-from launcher.launch import announce_checks, announce_done, announce_stop, has_diverged, last_step
+from launcher.launch import announce_checks, announce_done, announce_stop, has_diverged, last_save
 
 
 @pytest.fixture
@@ -75,17 +76,31 @@ def test_a_diverged_run_is_told_from_a_noisy_one(losses: list[float], diverged: 
 
 def test_a_run_that_was_finished_says_so(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a launch that seems to have trained."""
-    announce_done(run, last_step(run), seconds=9)
+    announce_done(run, last_save(run), seconds=9)
     printed = capsys.readouterr().err
     assert printed.startswith(f"deepcloze: {run.path} was finished already, at step 1,200; ")
     assert "done" not in printed
 
 
+def test_a_damaged_checkpoint_that_is_trained_again_does_not_count(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a launch that has trained, and says nothing of it or that the run was finished."""
+    before = last_save(run)
+    shutil.copytree(checkpoint_path(run.checkpoints, 1200), earlier := checkpoint_path(run.checkpoints, 1190))
+    mark_complete(earlier)
+    announce_stop(run, before)
+    assert capsys.readouterr().err.startswith("deepcloze: stopped at step 1,190, saved")
+    mark_complete(checkpoint_path(run.checkpoints, 1200))
+    announce_done(run, before, seconds=9)
+    assert capsys.readouterr().err.startswith("deepcloze: done: 1,200 steps")
+
+
 def test_a_stopped_run_says_what_it_has_saved(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches the step of an earlier launch."""
-    announce_stop(run, 1100)
+    announce_stop(run, None)
     assert capsys.readouterr().err == "deepcloze: stopped at step 1,200, saved\n"
-    announce_stop(run, 1200)
+    announce_stop(run, last_save(run))
     assert capsys.readouterr().err == ""
 
 
@@ -93,7 +108,7 @@ def test_a_stopped_run_says_what_it_could_not_save(run: RunFolder, capsys: pytes
     """Catches steps that a full disk has cost, of which nothing is said."""
     with run.metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 1250, "loss": 2.0}) + "\n")
-    announce_stop(run, 1100)
+    announce_stop(run, None)
     assert capsys.readouterr().err == (
         "deepcloze: stopped at step 1,200, saved; step 1,250 was reached, but could not be saved\n"
     )
