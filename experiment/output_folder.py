@@ -16,8 +16,12 @@ class LockedError(UserError):
 
 
 def is_free(folder: Path) -> bool:
-    """Whether the folder is missing or empty."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    """Whether the folder is missing or empty. Raises UserError for a link to such a folder: a finished folder cannot be
+    renamed to it."""
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if free and folder.is_symlink():
+        raise UserError(f"{folder} is a link to a folder that is empty or missing; name that folder instead")
+    return free
 
 
 def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:

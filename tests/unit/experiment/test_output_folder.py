@@ -43,3 +43,12 @@ def test_a_folder_that_cannot_be_created_is_named(folder: str) -> None:
     """Catches a traceback for a path that is none of the user's folders."""
     with pytest.raises(UserError, match=rf"--output:? .*{folder}"), new_folder(Path(folder), "--output"):
         pass
+
+
+@pytest.mark.parametrize("target", ["empty", "missing"])
+def test_a_link_is_refused_before_the_work(target: str, tmp_path: Path) -> None:
+    """Catches a command that works for hours, and then cannot rename its result to the link."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UserError, match=r"link is a link to a folder that is empty or missing; name that folder"):
+        write(tmp_path / "link")
