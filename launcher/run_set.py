@@ -140,8 +140,11 @@ class RunSet:
                 raise ValueError("expected a config for each run")
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.option}: cannot read {path}: {reason(error)}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.option}: {path} is damaged: {reason(error)}. If no config has changed since, delete this file "
+                "and run the same command again: finished runs are kept"
+            ) from None
         for run in self.runs:
             folder, new = self.run_folder(run).path, RunRecord(config=run.config)
             record = records.get(run.name, new) if folder.exists() else new

@@ -191,7 +191,7 @@ def test_a_stopped_comparison_runs_each_cell_once(
     assert started == ["ours/toy", "random/toy"]
 
 
-@pytest.mark.parametrize("record", ["[]", "null", '{"ours/toy": null}', '{"ours/toy": {"config": []}}'])
+@pytest.mark.parametrize("record", ["[]", "null", '{"ours/to', '{"ours/toy": null}', '{"ours/toy": {"config": []}}'])
 def test_a_damaged_record_is_one_message(
     write_files: Callable[..., Path],
     started: list[str],
@@ -203,7 +203,9 @@ def test_a_damaged_record_is_one_message(
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "runs.json").write_text(record)
     assert main(["compare", str(write_files())]) == 2
-    assert "runs.json" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "runs.json is damaged: " in printed
+    assert "delete this file and run the same command again" in printed
     assert not started
 
 
