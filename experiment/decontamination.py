@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from experiment.errors import UserError
 from experiment.files import parse_json
 from experiment.provenance import read_origin
 from experiment.storage import StorageError, join, open_file
@@ -41,12 +42,23 @@ def is_clean_summary(name: str) -> bool:
 
 def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
     """The clean.json of a folder, a path or URL; None if the folder was not written by `deepcloze clean`: the file is
-    missing, or of another kind, such as JSON Lines."""
+    missing, or of another kind, such as JSON Lines. Raises UserError if it is damaged: empty, or neither of them."""
+    path = join(folder, CLEAN_SUMMARY)
     try:
-        with open_file(join(folder, CLEAN_SUMMARY)) as file:
-            summary = parse_json(file.read())
-    except (OSError, StorageError, ValueError):
+        with open_file(path) as file:
+            text = file.read()
+    except (OSError, StorageError):
         return None
+    try:
+        summary = parse_json(text)
+    except ValueError as error:
+        try:
+            summary = parse_json(text.partition(b"\n")[0])
+        except ValueError:
+            raise UserError(
+                f"{path} is damaged: {error}. It says what the documents were decontaminated against: delete the "
+                "folder and clean them again"
+            ) from None
     return summary if is_summary(summary) else None
 
 

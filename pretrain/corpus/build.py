@@ -127,8 +127,8 @@ def _write_parts(
     plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
 ) -> dict[Part, Manifest]:
     """Tokenize what is not yet finished, and write the folders of these parts in the partial folder."""
-    records, written = _write_shards(plan, run, parts, counts)
     cleanings, decontaminated = read_cleanings(plan.sources)
+    records, written = _write_shards(plan, run, parts, counts)
     manifests = {}
     for part in parts:
         finished = [found for found in written if found.part == part]

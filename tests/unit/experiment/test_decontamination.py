@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from experiment.decontamination import (
     common_decontamination,
     decontamination_of,
@@ -10,6 +12,7 @@ from experiment.decontamination import (
     read_clean_summary,
     texts_digest,
 )
+from experiment.errors import UserError
 from experiment.provenance import ancestors_of, write_origin
 from experiment.run_folder import RunFolder
 
@@ -28,6 +31,16 @@ def test_a_users_file_of_the_same_name_is_text(tmp_path: Path) -> None:
     (tmp_path / "clean.json").write_text('{"read": 1, "kept": 1, "steps": [], "recipe": ""}')
     assert is_clean_summary(str(tmp_path / "clean.json"))
     assert not is_clean_summary(str(tmp_path / "other.json"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 20, 99])
+def test_a_damaged_file_is_not_text(tmp_path: Path, size: int) -> None:
+    """Catches a corpus that is built without the record of its decontamination."""
+    summary = json.dumps({"recipe": "r", "read": 2, "kept": 1, "steps": [], "source": 60 * "s"}, indent=2)
+    assert len(summary) > 99
+    (tmp_path / "clean.json").write_text(summary[:size])
+    with pytest.raises(UserError, match=r"clean\.json is damaged: .* and clean them again$"):
+        is_clean_summary(str(tmp_path / "clean.json"))
 
 
 def test_the_order_of_texts_does_not_matter() -> None:
