@@ -62,6 +62,7 @@ def clean(
                     "sources; name a new folder or delete it"
                 )
             print(f"{folder} already exists, of the same sources and steps")
+            shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
         else:
             summary = _clean(config, sources, steps, recipe, folder, opened)
     print(f"{config.output}: {describe_kept(summary)}")

@@ -104,6 +104,9 @@ def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
     done = [call for call in calls if call != (-1, -1)]
     assert len(done) == len(set(done)) > 30
     assert not (tmp_path / "out.partial").exists()
+    (tmp_path / "out.partial" / "pass-0").mkdir(parents=True)  # killed after the result got its name
+    assert clean(config, tmp_path / "out") == whole
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_duplicates_go_and_everything_is_counted(clean: Any, tmp_path: Path) -> None:
