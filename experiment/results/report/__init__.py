@@ -45,6 +45,8 @@ def write_report(
 def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False) -> Path:
     """Write a page about several runs to `directory`; return its path. Raises UserError as `write_report`."""
     opened = open_runs(name_runs([open_folder(run).path for run in dict.fromkeys(runs)]))
+    if not opened:
+        raise UserError("none of these runs can be read")
     for run in opened:
         if not run.history.seeds and run.results is None:
             raise UserError(f"{run.folder.path} has nothing to report: no event in {run.folder.metrics.name}")

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from experiment.config import read_recorded
+from experiment.errors import UserError, notify
 from experiment.goodput import AttemptTime, read_attempt_times
 from experiment.results.history import History
 from experiment.results.report.tasks import read_task_results
@@ -46,8 +47,17 @@ def open_run(name: str, folder: RunFolder, life: Life | None = None) -> Run:
 
 
 def open_runs(folders: Mapping[str, RunFolder]) -> list[Run]:
+    """Read runs; without those whose results are damaged, of which it warns."""
+
+    def opened(name: str, folder: RunFolder) -> Run | None:
+        try:
+            return open_run(name, folder)
+        except UserError as error:
+            notify(f"warning: {name} is left out: {error}")
+            return None
+
     with ThreadPoolExecutor() as readers:  # those on other machines take seconds
-        return list(readers.map(open_run, folders, folders.values()))
+        return [run for run in readers.map(opened, folders, folders.values()) if run is not None]
 
 
 def last_start(folder: RunFolder) -> float:

@@ -167,6 +167,17 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
         write_overlay([folders[0], tmp_path / "missing"], tmp_path / "out")
 
 
+def test_damaged_results_do_not_stop_a_report_of_other_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b", "c"):
+        open_run_folder(tmp_path / name).metrics.write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "b" / "results.json").write_text('{"task"')
+    page = write_overlay([tmp_path / name for name in ("a", "b", "c")], tmp_path / "out")
+    assert "<h1>2 runs</h1>" in page.read_text(encoding="utf-8")
+    assert capsys.readouterr().err.count("results.json is damaged") == 1
+    with pytest.raises(UserError, match="none of these runs can be read"):
+        write_overlay([tmp_path / "b"], tmp_path / "out")
+
+
 def test_the_runs_of_a_sweep(tmp_path: Path) -> None:
     """Catches runs that are not sorted, and a report that fails for a run that has not started or has diverged."""
     for name, loss in (("lr=1", 2.0), ("lr=2", 1.0)):
