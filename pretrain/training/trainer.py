@@ -21,6 +21,7 @@ from pretrain.engine.engine import Engine, StepResult
 from pretrain.evaluate import open_evaluator
 from pretrain.modeling.build import BuiltModel
 from pretrain.resolve import ResolvedRun
+from pretrain.training.background_save import UnwritableError
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.cpu_group import CpuGroup
@@ -243,8 +244,11 @@ class Trainer:
         what, policy = f"{fault}\n  its batch: {dumped}", self._config.health.policy
         self._reporter.alert(Alert("bad_batch", f"{what}\n  policy: {policy}"))
         if policy == "stop":
-            log.error("%s", what)  # before the save, which may fail
-            raise AgreedFailureError(f"{fault}\n{self._save_before_fault()}")
+            try:
+                raise AgreedFailureError(f"{what}\n{self._save_before_fault()}")
+            except UnwritableError:
+                log.error("%s", what)
+                raise
         bad_steps = (*self._progress.bad_steps, fault.step)
         self._recovery.check(what, bad_steps, self._checkpointer.saved_step)
         self._progress = replace(self._progress, bad_steps=bad_steps)

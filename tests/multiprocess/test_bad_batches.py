@@ -62,6 +62,8 @@ def test_a_bad_batch_under_each_policy(
     assert messages[0] == messages[1]
     assert messages[0].startswith("step 4: the ")
     assert "--health.policy=skip" in messages[0]
+    log = RunFolder(tmp_path / "stop").rank_log(0).read_text(encoding="utf-8")
+    assert log.count(messages[0].partition("\n")[0]) == log.count("its batch: ") == 1
     assert complete_checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == "step-00000003"
     again = trees["stop"] | {"health": {"policy": "skip"}}
     assert pools[2].run(poisoned_case, again, bad) == ["done", "done"]
@@ -148,7 +150,7 @@ def test_a_bad_batch_is_logged_although_the_disk_is_full(
     """Catches a run that reports only the full disk and not the bad batch that made it save."""
     assert pools[2].run(full_disk_case, run_config(tmp_path, wordpiece_corpus)) == ["stopped", "stopped"]
     log = RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
-    assert "step 3: the loss is nan" in log
+    assert log.count("step 3: the loss is nan") == 1
     assert "no checkpoint can be written" in log
 
 
