@@ -106,8 +106,8 @@ def build_model(spec: ModelSpec) -> BuiltModel:
     return built
 
 
-def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
-    """Lines on the size of a model and where its weights come from."""
+def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -> list[str]:
+    """Lines on the size of a model and where its weights come from. uses_head: whether its head is of interest."""
     parameters = list(built.model.parameters())
     count = sum(map(torch.Tensor.numel, parameters))
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
@@ -116,7 +116,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec) -> list[str]:
     if not spec.pretrained:
         return [f"{size}, randomly initialized"]
     origin = f"{size}, from {spec.folder}"
-    if built.model.base_model is not built.model:
+    if uses_head and built.model.base_model is not built.model:
         head = [name for name in built.new if _is_in_head(name, built.model)]
         kept = "head kept, its labels are the same" if spec.head else "head kept"
         origin += f"; {'new head' if head else kept}"

@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     file, overrides = argv[0], dict(argument.split("=", 1) for argument in argv[1:])
     torch.manual_seed(0)  # for the head, which is not used
     try:
-        run = resolve(load_run_config(file, overrides))
+        run = resolve(load_run_config(file, overrides), uses_head=False)
         scores = {name: {"mean": value} for name, value in probe(run).items()}
         with readable_disk_errors():
             write_json(run.folder.results, {"task": run.task.kind.config.name, "splits": {"validation": scores}})

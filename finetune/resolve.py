@@ -69,10 +69,10 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     )
 
 
-def resolve(config: FinetuneConfig) -> ResolvedRun:
+def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     """Read the data and inspect the model, and print what is found. Writes nothing. Raises UserError.
 
-    config: as `load_run_config` returns it.
+    config: as `load_run_config` returns it. uses_head: False for a probe.
     """
     name, training, length = config.task.name, config.training, config.model.max_seq_length
     folder = RunFolder(Path(config.run.dir))
@@ -93,7 +93,7 @@ def resolve(config: FinetuneConfig) -> ResolvedRun:
     if model.pretrained and built.new and not task.is_trained:
         raise UserError(f"{model.folder}: its weights lack {', '.join(built.new[:3])}, and the task is not trained")
     task, device, changes = adapt_to_model(built.model, task, device, length)
-    for line in (*describe_task(task), *describe_model(built, model), *changes):
+    for line in (*describe_task(task), *describe_model(built, model, uses_head), *changes):
         terminal().print(f"{name}: {line}")
     if "train" in task.splits:
         tokenizer = load_task_tokenizer(model.folder, kind.config)

@@ -71,7 +71,7 @@ def describe_scores(run: RunFolder, task: WatchedTask) -> str:
     if not results:
         return f"{task.name}: no checkpoint is scored"
     named = {"best": best_result(results), "last": results[-1]}
-    scores = ", ".join(f"{name} {result.value:.4f} at step {result.step:,}" for name, result in named.items())
+    scores = ", ".join(f"{name} {result} at step {result.step:,}" for name, result in named.items())
     return (
         f"{task.name}: {task.metric} on validation: {scores}; scored checkpoints: {len(results):,}; "
         f"see deepcloze report {shlex.quote(str(run.path))}"
@@ -212,7 +212,7 @@ class Watch:
         self._scored[step], self._all_logged, self._described = weights, False, True
         self._waiting.discard(step)
         self._failures.pop((step, weights), None)
-        inform(f"watch: {name}: step {step}: {result.metric} {result.value:.4f} on validation, {result.seconds:,.0f} s")
+        inform(f"watch: {name}: step {step}: {result.metric} {result} on validation, {result.seconds:,.0f} s")
         self._announcement.send(self._run, result)
 
     def _log_results(self) -> bool:

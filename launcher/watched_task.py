@@ -105,12 +105,13 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     state = start(child)
     if state != DONE:
         raise TaskRejectedError(state) if state == REJECTED else ScoringError(state)
-    metrics = _read_metrics(child.folder.results)
+    metrics, collapsed = _read_results(child.folder.results)
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # not empty: what `_remove_leftovers` keeps
         work.rmdir()
     seconds = round(time.monotonic() - start_time, 1)
-    return DownstreamResult(step, task.name, task.metric, task.lower_is_better, metrics, weights, task.config, seconds)
+    scored = (metrics, weights, task.config, seconds, collapsed)
+    return DownstreamResult(step, task.name, task.metric, task.lower_is_better, *scored)
 
 
 def _remove_leftovers(work: Path, kept: Path) -> None:
@@ -129,10 +130,11 @@ def _argv(task: WatchedTask, folder: Path) -> tuple[str, ...]:
     return (*module_command("launcher"), "finetune", "--config", task.file, *flags)
 
 
-def _read_metrics(path: Path) -> dict[str, float]:
-    """Metric -> its mean over the seeds on validation. Raises ScoringError."""
+def _read_results(path: Path) -> tuple[dict[str, float], int]:
+    """Metric -> its mean over the seeds on validation; and how many seeds have collapsed. Raises ScoringError."""
     try:
-        splits: Mapping[str, Mapping[str, Mapping[str, float]]] = read_json(path)["splits"]
-        return {metric: scores["mean"] for metric, scores in splits["validation"].items()}
+        results = read_json(path)
+        scores = {metric: found["mean"] for metric, found in results["splits"]["validation"].items()}
+        return scores, len(results.get("collapsed", ()))  # a probe has no seeds
     except (OSError, ValueError, KeyError, TypeError):
         raise ScoringError(f"{path} has no scores on validation; has the split labels?") from None

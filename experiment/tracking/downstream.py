@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.files import read_json, write_json
+from experiment.formatting import counted
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Metrics, read_events
 
@@ -32,11 +33,15 @@ class DownstreamResult:
     weights: str  # identifies the checkpoint, see `checkpoints.weights_digest`
     config: str  # identifies the settings that the scores depend on
     seconds: float  # that scoring took
+    collapsed: int = 0  # seeds that predict the same for every row
 
     @property
     def value(self) -> float:
         """The score by the primary metric."""
         return self.metrics[self.metric]
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + (f" ({counted(self.collapsed, 'seed')} collapsed)" if self.collapsed else "")
 
 
 def write_result(folder: RunFolder, result: DownstreamResult) -> None:

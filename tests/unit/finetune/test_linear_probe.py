@@ -52,8 +52,10 @@ def test_features_are_the_mean_over_the_tokens(task: Path, encoder: Path) -> Non
 def test_the_process_writes_results_or_says_why_not(
     task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches scores that `deepcloze watch` does not find, and a traceback for a mistake."""
+    """Catches scores that `deepcloze watch` does not find, a head that is announced and not used, and a traceback for a
+    mistake."""
     assert main([str(task), f"run.dir={tmp_path / 'probe'}", "task.test=null"]) == 0
+    assert " head" not in capsys.readouterr().err
     results = json.loads((tmp_path / "probe" / "results.json").read_text())
     assert list(results["splits"]) == ["validation"]
     assert results["splits"]["validation"]["accuracy"]["mean"] > 0.85

@@ -18,7 +18,7 @@ from experiment.notification import Message, Service
 from experiment.outcome_file import Outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import lock_run
-from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results
+from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
 from experiment.tracking.jsonl import JsonlTracker, read_events
 from launcher.cli import main
 from launcher.watch import Announcement, Watch, describe_scores, make_announcement, read_run_config
@@ -164,6 +164,8 @@ def test_what_is_printed(run: RunFolder, save: Save, end: End, capsys: pytest.Ca
         "toy: accuracy on validation: best 0.2000 at step 200, last 0.2000 at step 200; scored checkpoints: 2; "
         f"see deepcloze report {run.path}"
     )
+    write_result(run, replace(RESULT, collapsed=2))
+    assert "best 0.9000 (2 seeds collapsed) at step 100, last 0.2000 at step 200" in describe_scores(run, TASK)
 
 
 def test_a_run_folder_that_is_gone_ends_the_watch(run: RunFolder, save: Save) -> None:

@@ -55,7 +55,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ChildRun]:
         runs.append(run)
         run.folder.path.mkdir(parents=True)
         splits = {"validation": {"accuracy": {"mean": 0.7}}, "test": {"accuracy": {"mean": 0.1}}}
-        (run.folder.path / "results.json").write_text(json.dumps({"splits": splits}))
+        (run.folder.path / "results.json").write_text(json.dumps({"splits": splits, "collapsed": [2]}))
         return DONE
 
     monkeypatch.setattr(watched_task, "start", start)
@@ -74,6 +74,7 @@ def test_validation_is_scored_and_test_is_not_read(
     task, weights = task_of(write_task()), weights_digest(checkpoint)
     result = score_checkpoint(checkpoint, weights, task, run)
     assert (result.step, result.task, result.metrics, result.weights) == (100, "toy", {"accuracy": 0.7}, weights)
+    assert result.collapsed == 1
     (child,) = started
     assert {"--task.test=null", "--run.keep=none", "--tracking.wandb=disabled"} <= set(child.argv)
     assert not (run.downstream / "toy" / "work").exists()
