@@ -218,11 +218,16 @@ def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
 
     def renew() -> None:
         while not released.wait(_RENEW_SECONDS):
-            with suppress(OSError):  # the disk does not answer for a moment
+            try:
                 if _owner(path) not in (None, mine):
                     on_lost()
                     return
                 os.utime(path)
+            except FileNotFoundError:
+                notify(f"warning: {path.parent} was deleted while a run writes there: stop the run, and start it again")
+                return
+            except OSError:  # the disk does not answer for a moment
+                continue
 
     thread = threading.Thread(target=renew, name="run lock", daemon=True)
     thread.start()

@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -134,6 +135,20 @@ def test_a_process_that_was_replaced_is_told(folder: RunFolder) -> None:
         be_elsewhere(folder)
         assert lost.wait(60)
     assert json.loads(folder.owner.read_text())["host"] == "elsewhere"
+
+
+def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a run that trains on without its metrics and logs, and says nothing."""
+    printed = ""
+    with lock_run(folder):
+        shutil.rmtree(folder.path)
+        while not printed:
+            printed = capsys.readouterr().err
+            time.sleep(0.01)
+    assert (
+        printed
+        == f"deepcloze: warning: {folder.logs} was deleted while a run writes there: stop the run, and start it again\n"
+    )
 
 
 def test_a_damaged_file_is_ignored(folder: RunFolder) -> None:
