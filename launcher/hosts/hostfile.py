@@ -22,6 +22,7 @@ Hosts = Mapping[str, int]
 HOST_NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*)"
 _LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>[0-9]{1,4})")
 _MPI_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
+_RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK")  # of srun and mpirun
 _MPI_LINE = re.compile(r"(?P<name>\S+?)(?:\s+slots=|:)(?P<slots>[0-9]+)")
 _RANGE = r"[0-9]+(?:-[0-9]+)?"
 _PART = rf"[A-Za-z0-9_.-]+|\[{_RANGE}(?:,{_RANGE})*\]"
@@ -99,9 +100,12 @@ def allocated_hosts(environ: Mapping[str, str]) -> Hosts | None:
 
     SLURM: SLURM_JOB_NODELIST. PBS: PBS_NODEFILE. Kubernetes: the hostfile of the MPI operator's launcher pod.
 
-    Raises UserError for values that cannot be read, and for the tasks of `srun` other than the first: one `deepcloze`
-    starts all ranks.
+    Raises UserError for values that cannot be read, and for the tasks of `srun` or `mpirun` other than the first: one
+    `deepcloze` starts all ranks.
     """
+    if found := [name for name in _RANKS if int(environ.get(name, "0")) > 0]:
+        started = f"srun or mpirun has started deepcloze several times, {found[0]} is {environ[found[0]]}"
+        raise UserError(f"{started}; start it once for the job: it starts all ranks")
     hosts = _hosts_of_job(environ)
     for host in hosts or ():
         if re.fullmatch(HOST_NAME, host) is None:
@@ -121,8 +125,6 @@ def _hosts_of_job(environ: Mapping[str, str]) -> Hosts | None:
 
 
 def _slurm_hosts(environ: Mapping[str, str]) -> Hosts:
-    if int(environ.get("SLURM_PROCID", "0")) > 0:
-        raise UserError("srun has started deepcloze several times; start it once for the job: it starts all ranks")
     names = expand_nodelist(environ["SLURM_JOB_NODELIST"])
     gpus = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]
     if gpus and gpus != "0":

@@ -125,7 +125,8 @@ def test_slots_of_a_slurm_job(variables: dict[str, str], slots: list[int]) -> No
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"SLURM_PROCID": "1"}, "srun has started deepcloze several times"),
+        ({"SLURM_PROCID": "1"}, "srun or mpirun has started deepcloze several times, SLURM_PROCID is 1"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "has started deepcloze several times, OMPI_COMM_WORLD_RANK is 1"),
         (
             {"SLURM_TASKS_PER_NODE": "1(x2)"},
             "SLURM_TASKS_PER_NODE=1(x2): expected 3 numbers, one for each node of n[1-3]",
