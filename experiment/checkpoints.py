@@ -40,10 +40,12 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return [path for path in _named_checkpoints(checkpoints) if (path / COMPLETE).exists()]
 
 
-def newest_checkpoint(checkpoints: Path) -> list[Path] | None:
-    """The last of `complete_checkpoints`, in a list: empty if there is none; None for a disk error."""
+def saves(checkpoints: Path) -> set[tuple[int, int]] | None:
+    """The steps of the complete checkpoints, each with the time at which it was completed, as st_mtime_ns: another one
+    if a damaged checkpoint is saved again. None for a disk error."""
     with suppress(OSError):
-        return complete_checkpoints(checkpoints)[-1:]
+        found = complete_checkpoints(checkpoints)
+        return {(checkpoint_step(path), (path / COMPLETE).stat().st_mtime_ns) for path in found}
     return None
 
 

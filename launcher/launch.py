@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from experiment.checkpoints import COMPLETE, checkpoint_path, checkpoint_step, complete_checkpoints
+from experiment.checkpoints import checkpoint_path, saves
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError, UserError, end_line, inform, is_quiet, notify
 from experiment.formatting import counted, describe_duration
@@ -104,7 +104,7 @@ def launch(start: Launch, summary: str) -> None:
     `summary`: of the run, to print.
     """
     folder = open_run_folder(start.folder.path)
-    before = last_save(folder)
+    before = saves(folder.checkpoints) or set()
     inform(summary)
     result = supervise(start)
     match result.outcome:
@@ -142,20 +142,13 @@ def announce_checks(config: str, slots: Slots) -> None:
     inform(f"checking {config} for {counted(ranks, 'rank')} on {where}")
 
 
-def last_save(folder: RunFolder) -> tuple[int, int] | None:
-    """When the last checkpoint of a run was completed, as st_mtime_ns, and its step; None if it has none. Damaged ones
-    of later steps are older."""
-    found = complete_checkpoints(folder.checkpoints)
-    return max((((path / COMPLETE).stat().st_mtime_ns, checkpoint_step(path)) for path in found), default=None)
-
-
-def announce_done(folder: RunFolder, before: tuple[int, int] | None, seconds: float) -> None:
-    """`before`: `last_save` before this launch; `seconds`: that it took."""
-    last = last_save(folder)
-    if last is None:
+def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: float) -> None:
+    """`before`: `saves` before this launch; `seconds`: that it took."""
+    found = saves(folder.checkpoints)
+    if not found:
         return
-    path, (_, step) = folder.path, last
-    if last == before:
+    path, (step, _) = folder.path, max(found)
+    if found <= before:
         inform(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
         return
     losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]
@@ -180,13 +173,13 @@ def has_diverged(losses: Sequence[float]) -> bool:
     return end > first and max(losses) > _PEAK_RATIO * first
 
 
-def announce_stop(folder: RunFolder, before: tuple[int, int] | None) -> None:
+def announce_stop(folder: RunFolder, before: set[tuple[int, int]]) -> None:
     """Print the step that a stopped run has saved. `before`: as above."""
     end_line()
-    last = last_save(folder)
-    if last is None or last == before:
+    new = (saves(folder.checkpoints) or set()) - before
+    if not new:
         return
-    step = last[1]
+    step, _ = max(new)
     reached = max((event["step"] for event in read_last_events(folder.metrics)), default=step)
     lost = f"; step {reached:,} was reached, but could not be saved" if reached > step else ""
     inform(f"stopped at step {step:,}, saved{lost}")

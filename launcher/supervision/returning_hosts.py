@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 
-from experiment.checkpoints import newest_checkpoint
+from experiment.checkpoints import saves
 from experiment.run_folder import RunFolder
 from launcher.hosts.ssh import ssh_argv
 
@@ -56,8 +56,8 @@ def watch_for_hosts(
     def watch() -> None:
         while not ended.wait(_POLL_SECONDS):
             if find_usable(hosts):
-                saved = newest_checkpoint(folder.checkpoints)
-                while newest_checkpoint(folder.checkpoints) in (saved, None):
+                before = saves(folder.checkpoints) or set()
+                while (saves(folder.checkpoints) or set()) <= before:
                     if ended.wait(1.0):
                         return
                 if find_usable(hosts):

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from experiment.checkpoints import newest_checkpoint
+from experiment.checkpoints import saves
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.goodput import process_start, record_end
 from experiment.outcome_file import Cause, Outcome, write_outcome
@@ -136,7 +136,7 @@ class _Supervisor:
     def _attempt(self, layout: Layout) -> Attempt:
         """Raises an error that prevents the first attempt from starting. Later disk errors count as a failed attempt,
         because the ranks may have failed for the same reason."""
-        saved = newest_checkpoint(self._folder.checkpoints)
+        saved = saves(self._folder.checkpoints)
         try:
             record = begin_attempt(self._folder, layout.slots, self._start_time())
         except (OSError, UserError) as error:
@@ -159,9 +159,9 @@ class _Supervisor:
             return time.time()
         return self._launch.held.start_time if self._launch.held else process_start()
 
-    def _has_saved_since(self, before: list[Path] | None) -> bool:
-        newest = newest_checkpoint(self._folder.checkpoints)
-        return before is not None and newest is not None and newest != before
+    def _has_saved_since(self, before: set[tuple[int, int]] | None) -> bool:
+        now = saves(self._folder.checkpoints)
+        return before is not None and now is not None and not now <= before
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:
         """The result, and whether the attempt was ended to take hosts back."""

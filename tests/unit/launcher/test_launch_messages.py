@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, mark_complete
+from experiment.checkpoints import checkpoint_path, mark_complete, saves
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
-from launcher.launch import announce_checks, announce_done, announce_stop, has_diverged, last_save
+from launcher.launch import announce_checks, announce_done, announce_stop, has_diverged
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_launch_says_what_it_checks(slots: Slots, message: str, capsys: pytest
 
 def test_a_finished_run_says_where_its_model_is(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a run that ends without a message, and a loss of an earlier step."""
-    announce_done(run, None, seconds=75)
+    announce_done(run, set(), seconds=75)
     printed = capsys.readouterr().err
     assert "deepcloze: done: 1,200 steps, loss 2.5000, 1m15s in this launch\n" in printed
     assert f"model: {run.checkpoints}/step-00001200/hf\n" in printed
@@ -50,7 +50,7 @@ def test_a_finished_run_says_where_its_model_is(run: RunFolder, capsys: pytest.C
 def test_a_run_whose_loss_has_risen_says_what_to_change(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches the advice to fine-tune a model that has diverged."""
     run.metrics.write_text('{"step": 10, "loss": 8.9}\n{"step": 20, "loss": 7.0}\n{"step": 1200, "loss": 20000.0}\n')
-    announce_done(run, None, seconds=75)
+    announce_done(run, set(), seconds=75)
     printed = capsys.readouterr().err
     risen = "the loss has risen from 8.9000 to as much as 20000.0000"
     assert f"{risen}: lower optimizer.lr, and start in a new run.dir" in printed
@@ -76,7 +76,7 @@ def test_a_diverged_run_is_told_from_a_noisy_one(losses: list[float], diverged: 
 
 def test_a_run_that_was_finished_says_so(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a launch that seems to have trained."""
-    announce_done(run, last_save(run), seconds=9)
+    announce_done(run, saves(run.checkpoints) or set(), seconds=9)
     printed = capsys.readouterr().err
     assert printed.startswith(f"deepcloze: {run.path} was finished already, at step 1,200; ")
     assert "done" not in printed
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_that_is_trained_again_does_not_count(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a launch that has trained, and says nothing of it or that the run was finished."""
-    before = last_save(run)
+    before = saves(run.checkpoints) or set()
     shutil.copytree(checkpoint_path(run.checkpoints, 1200), earlier := checkpoint_path(run.checkpoints, 1190))
     mark_complete(earlier)
     announce_stop(run, before)
@@ -98,9 +98,9 @@ def test_a_damaged_checkpoint_that_is_trained_again_does_not_count(
 
 def test_a_stopped_run_says_what_it_has_saved(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches the step of an earlier launch."""
-    announce_stop(run, None)
+    announce_stop(run, set())
     assert capsys.readouterr().err == "deepcloze: stopped at step 1,200, saved\n"
-    announce_stop(run, last_save(run))
+    announce_stop(run, saves(run.checkpoints) or set())
     assert capsys.readouterr().err == ""
 
 
@@ -108,7 +108,7 @@ def test_a_stopped_run_says_what_it_could_not_save(run: RunFolder, capsys: pytes
     """Catches steps that a full disk has cost, of which nothing is said."""
     with run.metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 1250, "loss": 2.0}) + "\n")
-    announce_stop(run, None)
+    announce_stop(run, set())
     assert capsys.readouterr().err == (
         "deepcloze: stopped at step 1,200, saved; step 1,250 was reached, but could not be saved\n"
     )
