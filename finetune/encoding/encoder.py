@@ -74,6 +74,16 @@ class Encoder:
         found: list[list[int]] = self._tokenize(texts, special=False)["input_ids"] if texts else []
         return [ids or [self.tokenizer.unk_token_id] * bool(text) for ids, text in zip(found, texts, strict=True)]
 
+    def ids_of_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts that continue others. SentencePiece would mark the beginning of each as that of a word,
+        even if it is punctuation."""
+        before, *found = self.ids_of_texts(["(", *(f"({text}" for text in texts)])
+        known = self.tokenizer.unk_token_id not in before
+        return [
+            ids[len(before) :] if known and ids[: len(before)] == before else self.ids(text)
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
     def ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The tokens of a text, without special tokens, and the characters (start, end) that each of them covers.
 

@@ -158,7 +158,8 @@ class Kind(TaskKind[Config]):
         """Examples of each blank: one for each window that shows it."""
         segments, options, answers = self._parse(record)
         room = encoder.room()
-        segment_ids = encoder.ids_of_texts([segment.rstrip() for segment in segments])
+        first, *others = (segment.rstrip() for segment in segments)
+        segment_ids = [*encoder.ids_of_texts([first]), *encoder.ids_of_continuations(others)]
         # Tokenizers that tell the start of a word by the space before it need that space.
         found = iter(encoder.ids_of_texts([f" {option}" for row in options for option in row]))
         option_ids = [[next(found)[: room // 2] for _ in row] for row in options]

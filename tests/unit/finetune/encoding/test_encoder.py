@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import XLNetTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, XLNetTokenizer
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
@@ -33,6 +34,19 @@ def test_assembled_ids_are_those_of_the_tokenizer(encoder: Path, family: str, te
     for start, text in zip(starts, texts, strict=True):
         ids = made.ids(text)
         assert encoded.input_ids.tolist()[start : start + len(ids)] == ids
+
+
+def test_a_text_that_continues_another_begins_no_word(encoder: Path) -> None:
+    """Catches a mark of SentencePiece between a blank and the punctuation behind it, and words that are lost."""
+    pieces = ["<unk>", "▁", "▁(", "(", ".", "▁.", "▁word1"]
+    unigram = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    made = Encoder(PreTrainedTokenizerFast(tokenizer_object=unigram, unk_token="<unk>"), 16, token_types=False)
+    texts = [". word1", " word1", ""]
+    found = [made.tokenizer.convert_ids_to_tokens(ids) for ids in made.ids_of_continuations(texts)]
+    assert found == [[".", "▁word1"], ["▁word1"], []]
+    for other in (Encoder(load_tokenizer(encoder), 16, token_types=True), xlnet()):
+        assert other.ids_of_continuations(texts) == other.ids_of_texts(texts)
 
 
 @pytest.mark.parametrize("family", ["bert", "xlnet"])
