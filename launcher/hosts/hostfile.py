@@ -21,6 +21,7 @@ Hosts = Mapping[str, int]
 
 HOST_NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*)"
 _LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>[0-9]{1,4})")
+_PBS_HOSTFILE = "PBS_NODEFILE"  # has a host once for each of its MPI processes
 _MPI_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
 _RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK")  # of srun and mpirun
 _MPI_LINE = re.compile(r"(?P<name>\S+?)(?:\s+slots=|:)(?P<slots>[0-9]+)")
@@ -116,11 +117,14 @@ def allocated_hosts(environ: Mapping[str, str]) -> Hosts | None:
 def _hosts_of_job(environ: Mapping[str, str]) -> Hosts | None:
     if "SLURM_JOB_NODELIST" in environ:
         return _slurm_hosts(environ)
-    if "PBS_NODEFILE" in environ:
-        return _pbs_hosts(environ["PBS_NODEFILE"])
-    for name in _MPI_HOSTFILES:
+    for name in (_PBS_HOSTFILE, *_MPI_HOSTFILES):
         if name in environ:
-            return _mpi_hosts(environ[name], name)
+            path = environ[name]
+            text = read_text(Path(path), name)
+            hosts = Counter(text.split()) if name == _PBS_HOSTFILE else _mpi_hosts(text, path)
+            if not hosts:
+                raise UserError(f"{name}: {path} has no hosts")
+            return hosts
     return None
 
 
@@ -172,23 +176,13 @@ def _expand_counts(counts: str) -> Iterator[int]:
         yield from [int(match[1])] * int(match[2] or 1)
 
 
-def _pbs_hosts(path: str) -> Hosts:
-    """PBS lists a host once for each of its MPI processes."""
-    hosts = Counter(read_text(Path(path), "PBS_NODEFILE").split())
-    if not hosts:
-        raise UserError(f"PBS_NODEFILE: {path} has no hosts")
-    return hosts
-
-
-def _mpi_hosts(path: str, variable: str) -> Hosts:
+def _mpi_hosts(text: str, path: str) -> Hosts:
     """`NAME slots=N` for Open MPI, `NAME:N` for Intel MPI and MPICH. They add up the slots of several lines."""
     hosts: Counter[str] = Counter()
-    for number, line in enumerate(read_text(Path(path), variable).splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if entry := line.partition("#")[0].strip():
             match = _MPI_LINE.fullmatch(entry)
             if match is None:
                 raise UserError(f"{path}, line {number}: expected 'NAME slots=N' or 'NAME:N', found {entry!r}")
             hosts[match["name"]] += int(match["slots"])
-    if not hosts:
-        raise UserError(f"{variable}: {path} has no hosts")
     return hosts
