@@ -24,6 +24,8 @@ T = TypeVar("T")
 _BLOCK = 1 << 24  # bytes
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 _UNLOCKED_SECONDS = 10.0  # between a folder and its lock
+TEMPORARY = f".*.{platform.node()}.*"
+"""Pattern of the files that `atomic_write` writes on this machine."""
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
 
 

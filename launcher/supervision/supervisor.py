@@ -14,6 +14,7 @@ from pathlib import Path
 
 from experiment.checkpoints import saves
 from experiment.errors import UserError, describe_disk_error, notify
+from experiment.files import TEMPORARY
 from experiment.goodput import process_start, record_end
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder
@@ -233,12 +234,16 @@ def _as_stop(result: LaunchResult) -> LaunchResult:
 
 
 def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
-    """Remove trials, the output of a launch in the background, and a STOP file that is older than `checked_at`, when
-    deepcloze began to check this launch, or dated in the future. Raises OSError for the STOP file."""
+    """Remove trials, what killed processes of this machine were writing, the output of a launch in the background, and
+    a STOP file that is older than `checked_at`, when deepcloze began to check this launch, or dated in the future.
+    Raises OSError for the STOP file."""
     if folder.stop.exists() and not checked_at <= folder.stop.stat().st_mtime < time.time() + _CLOCK_SKEW:
         folder.stop.unlink()
         notify(f"removed {folder.stop}, which is not from this launch by its date")
     shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
+    with suppress(OSError):
+        for path in (*folder.path.glob(TEMPORARY), *folder.logs.glob(TEMPORARY)):
+            path.unlink()
     remove_earlier_output(folder)
 
 

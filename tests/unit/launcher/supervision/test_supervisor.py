@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -243,10 +244,15 @@ def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytes
 
 
 def test_trials_of_a_killed_launcher_are_removed(folder: RunFolder) -> None:
-    """Catches the logs and configs of --autotune that stay in the run folder."""
+    """Catches the logs and configs of --autotune that stay in the run folder, and files that it was writing."""
     (folder.trials / "130").mkdir(parents=True)
+    written = [path.with_name(f".{path.name}.{platform.node()}.7") for path in (folder.launches, folder.rank_record(0))]
+    other = folder.path / ".config.yaml.another-host.7"
+    for path in (*written, other):
+        path.touch()
     attempt(folder, "write_outcome(folder, Outcome.DONE)")
     assert not folder.trials.exists()
+    assert [path.exists() for path in (*written, other)] == [False, False, True]
 
 
 def test_the_output_of_an_earlier_launch_is_removed(folder: RunFolder) -> None:
