@@ -137,18 +137,15 @@ def test_a_process_that_was_replaced_is_told(folder: RunFolder) -> None:
     assert json.loads(folder.owner.read_text())["host"] == "elsewhere"
 
 
-def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run that trains on without its metrics and logs, and says nothing."""
-    printed = ""
+    said: list[str] = []
+    monkeypatch.setattr(run_lock, "notify", said.append)
     with lock_run(folder):
         shutil.rmtree(folder.path)
-        while not printed:
-            printed = capsys.readouterr().err
-            time.sleep(0.01)
-    assert (
-        printed
-        == f"deepcloze: warning: {folder.logs} was deleted while a run writes there: stop the run, and start it again\n"
-    )
+        wait_until(lambda: bool(said))
+    message = "was deleted while a run writes there: stop the run, and start it again"
+    assert said == [f"warning: {folder.logs} {message}"]
 
 
 def test_a_damaged_file_is_ignored(folder: RunFolder) -> None:
