@@ -24,8 +24,6 @@ T = TypeVar("T")
 _BLOCK = 1 << 24  # bytes
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 _UNLOCKED_SECONDS = 10.0  # between a folder and its lock
-TEMPORARY = f".*.{platform.node()}.*"
-"""Pattern of the files that `atomic_write` writes on this machine."""
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
 
 
@@ -74,6 +72,14 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
     if durable:
         with suppress(OSError):  # some network file systems cannot sync a folder
             fsync(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what threads of this machine that are gone were writing to files in this folder by `atomic_write`."""
+    for path in folder.glob(f".*.{platform.node()}.*"):
+        if not Path("/proc", path.suffix[1:]).exists():
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager

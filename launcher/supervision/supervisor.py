@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiment.checkpoints import saves
 from experiment.errors import UserError, describe_disk_error, notify
-from experiment.files import TEMPORARY
+from experiment.files import remove_unfinished
 from experiment.goodput import process_start, record_end
 from experiment.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_folder import RunFolder
@@ -241,9 +241,8 @@ def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
         folder.stop.unlink()
         notify(f"removed {folder.stop}, which is not from this launch by its date")
     shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
-    with suppress(OSError):
-        for path in (*folder.path.glob(TEMPORARY), *folder.logs.glob(TEMPORARY)):
-            path.unlink()
+    for written in (folder.path, folder.logs):
+        remove_unfinished(written)
     remove_earlier_output(folder)
 
 

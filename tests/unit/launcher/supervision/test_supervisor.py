@@ -246,13 +246,14 @@ def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytes
 def test_trials_of_a_killed_launcher_are_removed(folder: RunFolder) -> None:
     """Catches the logs and configs of --autotune that stay in the run folder, and files that it was writing."""
     (folder.trials / "130").mkdir(parents=True)
-    written = [path.with_name(f".{path.name}.{platform.node()}.7") for path in (folder.launches, folder.rank_record(0))]
-    other = folder.path / ".config.yaml.another-host.7"
-    for path in (*written, other):
+    gone, here = 2**22 + 1, f".{platform.node()}"  # the kernel's thread ids are at most 2^22
+    written = [path.with_name(f".{path.name}{here}.{gone}") for path in (folder.launches, folder.rank_record(0))]
+    of_others = [folder.path / f".config.yaml.another-host.{gone}", folder.path / f".config.yaml{here}.{os.getpid()}"]
+    for path in (*written, *of_others):
         path.touch()
     attempt(folder, "write_outcome(folder, Outcome.DONE)")
     assert not folder.trials.exists()
-    assert [path.exists() for path in (*written, other)] == [False, False, True]
+    assert [path.exists() for path in (*written, *of_others)] == [False, False, True, True]
 
 
 def test_the_output_of_an_earlier_launch_is_removed(folder: RunFolder) -> None:
