@@ -9,6 +9,7 @@ from contextlib import suppress
 from experiment.own_process import use_cpu
 from experiment.shared_cores import share_cores
 
+HOPPER = 9  # major number of the compute capability of H100 and H200
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1
 

@@ -29,6 +29,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from experiment.dropout import fast_dropout
 from experiment.errors import first_line
+from experiment.hardware import HOPPER
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,6 @@ VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float, int 
 """`flash_attention_2`, or `pretrain.modeling.varlen_attention.varlen_attention`."""
 
 _VARLEN_HEAD_SIZE, _LOCAL_REACH = 64, 64  # measured on an H200
-HOPPER = 9  # major number of its compute capability
 
 
 class Predicted(NamedTuple):

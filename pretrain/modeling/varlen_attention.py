@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from pretrain.modeling.attention import HOPPER
+from experiment.hardware import HOPPER
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NUMBERS = tl.constexpr(2.0**32)  # of 32 bits
