@@ -217,6 +217,7 @@ def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
     released = threading.Event()
 
     def renew() -> None:
+        warned = False
         while not released.wait(_RENEW_SECONDS):
             try:
                 if _owner(path) not in (None, mine):
@@ -224,10 +225,13 @@ def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
                     return
                 os.utime(path)
             except FileNotFoundError:
-                notify(f"warning: {path.parent} was deleted while a run writes there: stop the run, and start it again")
-                return
+                if not warned:
+                    notify(
+                        f"warning: {path.parent} was deleted while a run writes there: stop the run, and start it again"
+                    )
+                warned = True
             except OSError:  # the disk does not answer for a moment
-                continue
+                pass
 
     thread = threading.Thread(target=renew, name="run lock", daemon=True)
     thread.start()

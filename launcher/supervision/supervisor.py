@@ -41,7 +41,7 @@ def supervise(launch: Launch) -> LaunchResult:
     Raises UserError if another launch uses the run folder, OSError if it cannot be written.
     """
     folder, stop = launch.folder, StopSignals(launch.folder)
-    taken_over = f"another machine has taken over {folder.path}"
+    taken_over = f"another launch has taken over {folder.path}"
     with (
         closing(LaunchAlerts(launch.tracking, folder)) as alerts,
         lock_run(folder, on_lost=lambda: stop.abandon(taken_over), dead=launch.dead_owner),

@@ -138,12 +138,17 @@ def test_a_process_that_was_replaced_is_told(folder: RunFolder) -> None:
 
 
 def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run that trains on without its metrics and logs, and says nothing."""
+    """Catches a run that trains on without its metrics and logs, and says nothing, or beside one that is started again
+    in the same folder."""
     said: list[str] = []
     monkeypatch.setattr(run_lock, "notify", said.append)
-    with lock_run(folder):
+    lost = threading.Event()
+    with lock_run(folder, lost.set):
         shutil.rmtree(folder.path)
         wait_until(lambda: bool(said))
+        folder.logs.mkdir(parents=True)
+        be_elsewhere(folder)
+        assert lost.wait(60)
     message = "was deleted while a run writes there: stop the run, and start it again"
     assert said == [f"warning: {folder.logs} {message}"]
 

@@ -251,7 +251,7 @@ def test_a_launch_that_another_machine_has_replaced_ends(
     owner = json.dumps({"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"})
     result = supervise(launch(folder, f"folder.owner.write_text({owner!r}); {HANG}"))
     assert result.outcome is Outcome.STOPPED
-    assert f"killing the ranks: another machine has taken over {folder.path}" in capsys.readouterr().err
+    assert f"killing the ranks: another launch has taken over {folder.path}" in capsys.readouterr().err
     assert launches(folder)[0]["outcome"] is None
     assert folder.owner.read_text() == owner
 
