@@ -4,6 +4,7 @@ They import the same code, whatever is installed or lies in the working director
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import resource
@@ -67,14 +68,29 @@ def python_path(environ: Mapping[str, str]) -> str:
 
 def wait_at_gate() -> None:
     """Wait until the launch that has started this process lets it begin. Ends the process if the launch has ended,
-    which usually kills it."""
+    which usually kills it: not if it was killed itself before it had started the watchdog for that."""
     if (path := os.environ.pop(GATE_VARIABLE, None)) is None:
         return
     gate = Path(path)
     while not gate.exists():
-        if not gate.parent.exists():
+        if not _is_locked(gate.parent):
             os._exit(Outcome.REFUSED.exit_code)  # skips the slow teardown of imported libraries
         time.sleep(_POLL_SECONDS)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether the process that made a temporary folder still runs, see `temporary_folder`."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # it is locked, or on a disk without locks for folders
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def raise_limit_of_open_files() -> None:

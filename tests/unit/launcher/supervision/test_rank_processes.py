@@ -162,10 +162,12 @@ def test_a_signal_while_the_ranks_are_started_leaves_none(tmp_path: Path) -> Non
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_rank_ends_if_its_launch_is_gone(tmp_path: Path) -> None:
-    """Catches a rank that waits forever because it was not killed with its launcher."""
+@pytest.mark.parametrize("folder", ["removed", "."])
+def test_a_rank_ends_if_its_launch_is_gone(tmp_path: Path, folder: str) -> None:
+    """Catches a rank that waits forever because it was not killed with its launcher. A launch that was killed leaves
+    its folder, but no lock."""
     command = rank(tmp_path)
-    environment = {**command.environment, GATE_VARIABLE: str(tmp_path / "removed" / "gate")}
+    environment = {**command.environment, GATE_VARIABLE: str(tmp_path / folder / "gate")}
     assert subprocess.run(command.argv, env=environment, check=False).returncode == 2
     assert not (tmp_path / "began").exists()
 
