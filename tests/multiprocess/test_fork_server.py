@@ -1,8 +1,10 @@
 """Commands that are handed over to the fork server behave like started ones."""
 
+import fcntl
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,11 +18,14 @@ PRETRAIN = (sys.executable, "-m", "pretrain.run", "--config")
 
 
 @pytest.fixture
-def config(tmp_path: Path, wordpiece_corpus: Path) -> str:
-    """Of a rank that waits at a gate."""
+def config(tmp_path: Path, wordpiece_corpus: Path) -> Iterator[str]:
+    """Of a rank that waits at a gate: in a folder that is locked, as a launch locks it."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"run": {"dir": str(tmp_path / "run")}, "corpus": {"train": str(wordpiece_corpus)}}))
-    return str(path)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield str(path)
+    os.close(descriptor)
 
 
 def forked(first: int, mark: str) -> psutil.Process:
