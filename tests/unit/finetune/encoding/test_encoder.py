@@ -37,7 +37,7 @@ def test_assembled_ids_are_those_of_the_tokenizer(encoder: Path, family: str, te
 
 
 def test_a_text_that_continues_another_begins_no_word(encoder: Path) -> None:
-    """Catches a mark of SentencePiece between a blank and the punctuation behind it, and words that are dropped."""
+    """Catches a word mark of SentencePiece before punctuation that follows a blank, and dropped words."""
     pieces = ["<unk>", "▁", "▁(", "(", ".", "▁.", "▁word1"]
     unigram = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
