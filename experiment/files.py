@@ -75,7 +75,7 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what threads of this machine that are gone were writing to files in this folder by `atomic_write`."""
+    """Remove temporary files of `atomic_write` in this folder whose threads, on this machine, have ended."""
     for path in folder.glob(f".*.{platform.node()}.*"):
         if not Path("/proc", path.suffix[1:]).exists():
             with suppress(OSError):
@@ -105,7 +105,7 @@ def temporary_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[P
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a network disk without locks for folders: nobody else gets one either
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # another call may hold it for a moment, to see whether it is free
         now = folder.stat().st_mtime  # by the clock of the disk
         for left in parent.glob(f"{prefix}*"):
             with suppress(OSError):  # removed meanwhile
