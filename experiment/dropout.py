@@ -1,10 +1,15 @@
 """Fast dropout on a CPU, and in compiled code on a GPU.
 
 torch draws one 32-bit number per element. On a CPU that takes longer than the layer before the dropout, and in compiled
-code on a GPU as long as all else that is fused with it. Here every element uses one byte of a random 64-bit word, on a
-CPU about five times faster. The probability is rounded to a multiple of 1/256 (0.1 to
-26/256), and kept elements are scaled by the rounded probability, so the expectation is exact. The words come from
-torch's generator and depend on its seed.
+code on a GPU as long as all else that is fused with it. All random numbers here come from torch's generator and depend
+on its seed.
+
+On a CPU, every element uses one byte of a random 64-bit word, which is about five times faster. The probability is
+rounded to a multiple of 1/256 (0.1 to 26/256), and kept elements are scaled by the rounded probability, so the
+expectation is exact.
+
+In compiled code on a GPU, an element is dropped if the product of a random odd number of its row and one of its column,
+modulo 2^32, is small: no masks are written to memory.
 """
 
 from typing import Any
@@ -23,8 +28,9 @@ def fast_dropout(values: Tensor, probability: float) -> Tensor:
     threshold = round(probability * _BYTE)
     if threshold in (0, _BYTE) or (values.is_cuda and not torch.compiler.is_compiling()):
         return F.dropout(values, probability)
-    dropped: Tensor = _ByteDropout.apply(values, threshold)  # type: ignore[no-untyped-call]
-    return dropped
+    if values.is_cuda:
+        return ProductDropout.apply(values, probability)  # type: ignore[no-untyped-call, no-any-return]
+    return _ByteDropout.apply(values, threshold)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def use_fast_dropout(model: nn.Module) -> None:
@@ -81,3 +87,44 @@ class _ByteDropout(torch.autograd.Function):
 def _scaled_product(values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """values * mask * scale, rounded once."""
     return torch.addcmul(values.new_zeros(()), values, mask, value=scale)
+
+
+@torch.library.custom_op("deepcloze::random_numbers", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _random_numbers(values: Tensor) -> Tensor:
+    """int32, one for each row of [..., columns] and one for each column."""
+    count = _count_numbers(values)
+    words = torch.empty((count + 1) // 2, dtype=torch.int64, device=values.device).random_(-(2**63), None)
+    return words.view(torch.int32)[:count]
+
+
+@_random_numbers.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty(_count_numbers(values), dtype=torch.int32, device=values.device)
+
+
+def _count_numbers(values: Tensor) -> int:
+    columns = values.shape[-1]
+    return values.numel() // columns + columns
+
+
+class ProductDropout(torch.autograd.Function):
+    """Both directions compute which elements are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, probability: float) -> Tensor:
+        numbers = _random_numbers(values) | 1
+        ctx.save_for_backward(numbers)
+        ctx.probability = probability
+        return _keep_products(values, numbers, probability)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (numbers,) = ctx.saved_tensors
+        return _keep_products(gradient, numbers, ctx.probability), None
+
+
+def _keep_products(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
+    columns = values.shape[-1]
+    products = numbers[:-columns].view(*values.shape[:-1], 1) * numbers[-columns:]  # modulo 2^32
+    kept = products >= round(probability * 2**32) - 2**31
+    return torch.where(kept, values * (1 / (1 - probability)), 0.0)

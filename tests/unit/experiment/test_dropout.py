@@ -2,15 +2,21 @@ import pytest
 import torch
 from torch import nn
 
-from experiment.dropout import fast_dropout, use_fast_dropout
+from experiment.dropout import ProductDropout, fast_dropout, use_fast_dropout
+
+
+@pytest.fixture(params=["bytes", "products"])
+def dropout(request):
+    """On a CPU, and in compiled code on a GPU."""
+    return {"bytes": fast_dropout, "products": ProductDropout.apply}[request.param]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("probability", [0.1, 0.5])
-def test_share_and_expectation(dtype, probability):
+def test_share_and_expectation(dropout, dtype, probability):
     """Catches a wrong share of zeros, a wrong scale, and correlation between elements that share a word."""
     torch.manual_seed(0)
-    values = fast_dropout(torch.ones(1000, 1000, dtype=dtype), probability).float()
+    values = dropout(torch.ones(1000, 1000, dtype=dtype), probability).float()
     assert (values == 0).float().mean().item() == pytest.approx(probability, abs=0.003)
     assert values.mean().item() == pytest.approx(1.0, abs=0.004)
     zeros = (values == 0).float().flatten()
@@ -19,20 +25,31 @@ def test_share_and_expectation(dtype, probability):
         assert together == pytest.approx(zeros.mean().item() ** 2, abs=0.002)
 
 
-def test_gradient_is_that_of_the_mask():
+def test_rows_and_columns_are_dropped_independently():
+    """Catches masks that repeat in rows or columns: their correlations vary as those of random bits do."""
+    torch.manual_seed(0)
+    kept = (ProductDropout.apply(torch.ones(768, 768), 0.1) > 0).double()
+    masks = (kept - 0.9) / 0.3
+    for rows in (masks, masks.T):
+        products = (rows @ rows.T)[*torch.triu_indices(768, 768, 1)] / 768**0.5
+        assert products.var().item() == pytest.approx(1, abs=0.05)
+        assert products.abs().max() < 7
+
+
+def test_gradient_is_that_of_the_mask(dropout):
     """Catches a backward pass with another mask or scale than the forward pass."""
     values = torch.randn(37, 5, requires_grad=True)
-    dropped = fast_dropout(values, 0.3)
+    dropped = dropout(values, 0.3)
     dropped.backward(torch.full_like(values, 2.0))
     assert torch.allclose(values.grad, 2.0 * dropped.detach() / values.detach())
 
 
-def test_the_seed_determines_the_mask():
+def test_the_seed_determines_the_mask(dropout):
     """Catches a generator other than torch's, which a resumed run could not restore."""
     torch.manual_seed(3)
-    first, second = fast_dropout(torch.ones(100), 0.5), fast_dropout(torch.ones(100), 0.5)
+    first, second = dropout(torch.ones(100), 0.5), dropout(torch.ones(100), 0.5)
     torch.manual_seed(3)
-    assert torch.equal(fast_dropout(torch.ones(100), 0.5), first)
+    assert torch.equal(dropout(torch.ones(100), 0.5), first)
     assert not torch.equal(first, second)
 
 
