@@ -35,6 +35,7 @@ from pretrain.engine.shared_memory import SharedMemory, open_shared_memory, sum_
 
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does
 _NORM_CHUNK = 1 << 14  # elements
+_COPIED_TOGETHER = 16  # gradients
 
 
 class _FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
@@ -79,6 +80,7 @@ class Zero1Optimizer(_FlatOptimizer):
     _partitions: list[Tensor]  # of the sums, the parts that this rank reduces: views
     _parts: list[list[Tensor]]  # of the sums, [group][parameter]
     _received: list[list[bool]]  # which parts hold a gradient of this step
+    _waiting: list[tuple[Tensor, Tensor]]  # parts of the sums and gradients to be copied there, on a GPU
 
     def allocate_sums(self) -> None:
         ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -88,6 +90,7 @@ class Zero1Optimizer(_FlatOptimizer):
             [total.narrow(0, offset, weight.numel()) for weight, offset in zip(group, offsets, strict=True)]
             for total, group, offsets in zip(self._sums, self.bit16_groups, self.round_robin_bit16_offsets, strict=True)
         ]
+        self._waiting = []
         self.clear_gradients()
 
     # Called by DeepSpeed during a backward pass
@@ -98,20 +101,32 @@ class Zero1Optimizer(_FlatOptimizer):
         assert parameter.grad is not None
         number = parameter.param_idx_in_group  # type: ignore[attr-defined]
         total, gradient = self._parts[group][number], parameter.grad.view(-1)
-        if not self._received[group][number]:
-            total.copy_(gradient)
+        if self._received[group][number]:
+            self._copy_waiting()
+            # On a CPU, this is three times as fast as adding bf16 to fp32.
+            total.add_(gradient if gradient.is_cuda else gradient.float())
         elif gradient.is_cuda:
-            total.add_(gradient)
+            self._waiting.append((total, gradient))
+            if len(self._waiting) == _COPIED_TOGETHER:
+                self._copy_waiting()
         else:
-            total.add_(gradient.float())  # three times as fast on a CPU as adding bf16 to fp32
+            total.copy_(gradient)
         self._received[group][number] = True
         parameter.grad = None
+
+    def _copy_waiting(self) -> None:
+        """Copy gradients to their parts of the sums by one kernel: most take less time than a kernel needs to start."""
+        if self._waiting:
+            parts, gradients = zip(*self._waiting, strict=True)
+            torch._foreach_copy_(parts, gradients)
+            self._waiting.clear()
 
     # Called by the engine
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Sum this rank's part of the gradient over all ranks. Collective."""
+        self._copy_waiting()
         for parts, received in zip(self._parts, self._received, strict=True):
             for part, has_gradient in zip(parts, received, strict=True):
                 if not has_gradient:  # the model did not use the parameter in this step
@@ -142,6 +157,7 @@ class Zero1Optimizer(_FlatOptimizer):
 
     def clear_gradients(self) -> None:
         self._received = [[False] * len(parts) for parts in self._parts]
+        self._waiting.clear()
 
 
 class Zero2Optimizer(_FlatOptimizer):
