@@ -9,10 +9,11 @@ Three kernels compute the same result, see `choose_kernel`:
   scaled_dot_product_attention with a mask, nested tensors or a loop over sequences, as long as rows are short.
 - flash, on CUDA in 16 bit: flash attention over concatenated sequences, which skips pairs of slots of different
   sequences (Dao 2023, arXiv 2307.08691). Where it is faster, a kernel of our own, see
-  `varlen_kernel`; else FlashAttention-2.
+  `varlen_kernels`; else FlashAttention-2.
 - sdpa, on CUDA otherwise: scaled_dot_product_attention with a mask.
 
-Shapes: B rows, W slots, T = B · W, H heads, D dimensions of a head, M predicted positions, Q the most of a row.
+Shapes: B rows, W slots, T = B · W, J = 3 for query, key and value, H heads, D dimensions of a head, M predicted
+positions, Q the most of a row.
 """
 
 import copy
@@ -41,8 +42,17 @@ Capability = tuple[int, int]
 
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float, int | None], Tensor]
 """`flash_attention_2`, or `pretrain.modeling.varlen_attention.varlen_attention`."""
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions."""
 
 _VARLEN_HEAD_SIZE, _LOCAL_REACH = 64, 64  # measured on an H200
+
+
+class VarlenKernels(NamedTuple):
+    """Of `pretrain.modeling.varlen_attention`."""
+
+    attend: VarlenKernel  # varlen_attention
+    attend_jointly: Callable[[Tensor, Rotation | None, Tensor, int, float, float, int | None], Tensor]
 
 
 class Predicted(NamedTuple):
@@ -74,14 +84,14 @@ class Packing:
         cu_seqlens: Tensor,
         max_length: int | None = None,
         predicted: Predicted | None = None,
-        varlen: VarlenKernel | None = None,
+        varlen: VarlenKernels | None = None,
     ) -> None:
         """As in a `pretrain.batching.batch.Microbatch`.
 
         max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
         attention does not compute the rest of a longer sequence, nor slots after the last bound.
         predicted: the slots that the last layer returns, if it is a short one (`shorten_last_layer`). None: all.
-        varlen: as from `varlen_kernel`.
+        varlen: as from `varlen_kernels`.
         """
         self.predicted = predicted
         self.interrupts = False  # whether attention raises LayerInterrupted
@@ -92,6 +102,14 @@ class Packing:
         self.capability = _capability(segments.device) if segments.is_cuda else None
         self.varlen = varlen
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def prefers_varlen(self, sliding_window: int | None) -> bool:
+        """Whether there are kernels of our own, and they are faster than FlashAttention-2."""
+        if self.varlen is None:
+            return False
+        if sliding_window is not None and self.max_length > 2 * sliding_window:
+            return sliding_window - 1 <= _LOCAL_REACH
+        return _prefers_without_window(self.capability)
 
     def interrupting(self) -> Self:
         """The same, for a layer that is to run until it has computed its attention."""
@@ -222,10 +240,45 @@ def packed_attention(
                 return predicted_attention(*inputs, predicted, bias, scaling, dropout), None
             output_BWHD = matmul_attention(*inputs, bias, scaling, dropout)
         case "flash":
-            kernel = packing.varlen if _prefers_varlen(packing, query_BHWD, key_BHWD, sliding_window) else None
+            kernel = None
+            if packing.varlen is not None and packing.prefers_varlen(sliding_window) and _same_heads(*inputs):
+                kernel = packing.varlen.attend
             output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window, kernel)
         case "sdpa":
             output_BWHD = masked_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout)
+    return output_BWHD if predicted is None else predicted.select(output_BWHD), None
+
+
+@interruptible
+def joint_attention(
+    joint_BWJHD: Tensor,
+    rotation: Rotation | None,
+    *,
+    packing: Packing,
+    scaling: float,
+    dropout: float,
+    sliding_window: int | None,
+    predicted: Predicted | None = None,
+) -> tuple[Tensor, None]:
+    """`packed_attention` for query, key and value in one tensor, by kernels of our own: call it where the packing
+    prefers them.
+
+    rotation: of queries and keys, [B, W, D]; None: they have no rotary positions.
+    """
+    assert packing.varlen is not None
+    if rotation is not None:
+        cosines, sines = (tensor.flatten(0, 1) for tensor in rotation)
+        rotation = cosines, sines
+    output_THD = packing.varlen.attend_jointly(
+        joint_BWJHD.flatten(0, 1),
+        rotation,
+        packing.cu_seqlens,
+        packing.max_length,
+        scaling,
+        dropout,
+        _reach(sliding_window),
+    )
+    output_BWHD = output_THD.view(*packing.segments.shape, *output_THD.shape[1:])
     return output_BWHD if predicted is None else predicted.select(output_BWHD), None
 
 
@@ -279,11 +332,14 @@ def flash_attention(
     query_THD, key_THD, value_THD = (
         tensor.transpose(1, 2).flatten(0, 1) for tensor in (query_BHWD, key_BHWD, value_BHWD)
     )
-    reach = None if sliding_window is None else sliding_window - 1  # the slot itself not counted
-    output_THD = (kernel or flash_attention_2)(
-        query_THD, key_THD, value_THD, packing.cu_seqlens, packing.max_length, scaling, dropout, reach
-    )
+    options = (packing.cu_seqlens, packing.max_length, scaling, dropout, _reach(sliding_window))
+    output_THD = (kernel or flash_attention_2)(query_THD, key_THD, value_THD, *options)
     return output_THD.view(*packing.segments.shape, *output_THD.shape[1:])
+
+
+def _reach(sliding_window: int | None) -> int | None:
+    """The slots on each side that a slot attends to, without the slot itself."""
+    return None if sliding_window is None else sliding_window - 1
 
 
 def flash_attention_2(
@@ -312,20 +368,15 @@ def flash_attention_2(
     return output_THD
 
 
-def _prefers_varlen(packing: Packing, query_BHWD: Tensor, key_BHWD: Tensor, sliding_window: int | None) -> bool:
-    """Whether there is a kernel of our own, and it is faster than FlashAttention-2."""
-    if packing.varlen is None or key_BHWD.shape[1] != query_BHWD.shape[1]:
-        return False
-    if sliding_window is not None and packing.max_length > 2 * sliding_window:
-        return sliding_window - 1 <= _LOCAL_REACH
-    return _prefers_without_window(packing.capability)
+def _same_heads(query_BHWD: Tensor, key_BHWD: Tensor, value_BHWD: Tensor) -> bool:
+    return query_BHWD.shape[1] == key_BHWD.shape[1] == value_BHWD.shape[1]
 
 
 def _prefers_without_window(capability: Capability | None) -> bool:
     return capability is not None and capability[0] == HOPPER
 
 
-def varlen_kernel(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bool) -> VarlenKernel | None:
+def varlen_kernels(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bool) -> VarlenKernels | None:
     """Our own kernels for packed sequences, on this process's CUDA device. None if flash attention does not compute the
     model or is faster in all layers, or if Triton is missing or the kernels compute something else, of which there is
     one warning.
@@ -337,61 +388,67 @@ def varlen_kernel(config: PreTrainedConfig, dtype: torch.dtype, has_windows: boo
         return None
     if not (has_windows or _prefers_without_window(capability)):
         return None
-    return _tried_varlen_kernel(dtype, has_windows)
+    return _tried_varlen_kernels(dtype, has_windows)
 
 
 @functools.cache
-def _tried_varlen_kernel(dtype: torch.dtype, has_windows: bool) -> VarlenKernel | None:
+def _tried_varlen_kernels(dtype: torch.dtype, has_windows: bool) -> VarlenKernels | None:
     try:
-        from pretrain.modeling.varlen_attention import varlen_attention
+        from pretrain.modeling.varlen_attention import joint_attention, rotate, varlen_attention
 
+        kernels = VarlenKernels(varlen_attention, joint_attention)
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
             for window in (None, _LOCAL_REACH + 1) if has_windows else (None,):
-                _compare_with_flash_attention(varlen_attention, dtype, window)
-            _compare_dropped_weights(varlen_attention, dtype)
+                _compare_with_flash_attention(kernels, dtype, window, rotate)
+            _compare_dropped_weights(kernels, dtype)
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("attention is that of torch; the kernels of deepcloze fail: %s", first_line(error))
         return None
-    return varlen_attention
+    return kernels
 
 
-def _compare_with_flash_attention(kernel: VarlenKernel, dtype: torch.dtype, window: int | None) -> None:
-    """Raises AssertionError if the kernel computes something else, or errors of Triton."""
-    inputs, packing = _trial(dtype)
-    query, key, value = inputs
-    expected = flash_attention(query, key, value, packing, 0.1, 0.0, window)
-    found = flash_attention(query, key, value, packing, 0.1, 0.0, window, kernel)
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-    weights = expected.detach()
-    gradients = [torch.autograd.grad(output, inputs, weights)[0] for output in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
+def _compare_with_flash_attention(
+    kernels: VarlenKernels, dtype: torch.dtype, window: int | None, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> None:
+    """Raises AssertionError if the kernels compute something else, or errors of Triton."""
+    joint, bounds, longest = _trial(dtype)
+    query, key, value = joint.unbind(1)
+    angles = torch.arange(len(joint), device="cuda")[:, None] * torch.linspace(1, 0, joint.shape[-1], device="cuda")
+    rotation = angles.cos().to(dtype), angles.sin().to(dtype)
+    options = (bounds, longest, 0.1, 0.0, _reach(window))
+    found = kernels.attend(query, key, value, *options), kernels.attend_jointly(joint, rotation, *options)
+    expected = (
+        flash_attention_2(query, key, value, *options),
+        flash_attention_2(rotate(query, *rotation), rotate(key, *rotation), value, *options),
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+        gradients = [torch.autograd.grad(output, joint, other.detach())[0] for output in (one, other)]
+        torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
 
 
-def _compare_dropped_weights(kernel: VarlenKernel, dtype: torch.dtype) -> None:
+def _compare_dropped_weights(kernels: VarlenKernels, dtype: torch.dtype) -> None:
     """Raises AssertionError if the backward pass drops other weights than the forward pass, or errors of Triton.
 
     For given dropped weights the output is linear in the values. Therefore its dot product with its gradient is that of
     the values with theirs. Scores are small, so that the output depends on what was dropped more than on anything else.
     """
-    inputs, packing = _trial(dtype)
-    query, key, value = inputs
+    joint, bounds, longest = _trial(dtype)
     state = torch.cuda.get_rng_state()
     try:
-        output = flash_attention(query, key, value, packing, 0.01, 0.5, None, kernel)
+        output = kernels.attend_jointly(joint, None, bounds, longest, 0.01, 0.5, None)
     finally:
         torch.cuda.set_rng_state(state)
     upstream = output.detach()
-    (gradient,) = torch.autograd.grad(output, value, upstream)
+    (gradient,) = torch.autograd.grad(output, joint, upstream)
     of_output = upstream.float().square().sum()
-    of_values = (value.detach().float() * gradient.float()).sum()
+    of_values = (joint.detach()[:, 2].float() * gradient[:, 2].float()).sum()
     torch.testing.assert_close(of_values, of_output, rtol=5e-2, atol=0.0)
 
 
-def _trial(dtype: torch.dtype) -> tuple[Tensor, Packing]:
-    """Query, key and value [3, 1, H, 200, D], and their two sequences. The numbers are not random, because that would
-    change the masks of dropout."""
+def _trial(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """Query, key and value in one tensor, [200, 3, H, D], the bounds of its two sequences, and the longer length. The
+    numbers are not random, because that would change the masks of dropout."""
     numbers = torch.arange(3 * 200 * 2 * _VARLEN_HEAD_SIZE, device="cuda").sin()
-    inputs = numbers.view(3, 1, 200, 2, _VARLEN_HEAD_SIZE).transpose(2, 3).to(dtype).requires_grad_()
-    segments = (torch.arange(200, device="cuda") >= 90).int()[None]
-    cu_seqlens = torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda")
-    return inputs, Packing(segments, cu_seqlens)
+    joint = numbers.view(3, 200, 2, _VARLEN_HEAD_SIZE).transpose(0, 1).to(dtype).requires_grad_()
+    return joint, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"), 110

@@ -28,6 +28,7 @@ from torch._inductor.utils import clear_caches
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.modeling.fast_gelu import use_fast_gelu
+from pretrain.modeling.fused_modules import use_fused_modules
 from pretrain.modeling.last_layer import ShortForward
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.structure import Forward, encoder_layers, forward_without_checkpointing
@@ -46,6 +47,7 @@ def compile_layers(model: MaskedLanguageModel, cache: Path) -> set[type[nn.Modul
         log.warning("'%s' runs without torch.compile: it has no layers to compile", model.model.config.model_type)
         return set()
     use_fast_gelu(model.model)
+    use_fused_modules(model.model)
     compiler = _Compiler(_open_cache(cache))
     for layer in layers:
         forward = compiler.compile(forward_without_checkpointing(layer))

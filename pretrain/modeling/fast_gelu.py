@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-_POLYNOMIAL = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # of 1 / (1 + _SLOPE x / sqrt(2))
-_SLOPE = 0.3275911
+POLYNOMIAL = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # of 1 / (1 + SLOPE x / sqrt(2))
+SLOPE = 0.3275911
 
 
 def use_fast_gelu(model: nn.Module) -> None:
@@ -28,10 +28,14 @@ def use_fast_gelu(model: nn.Module) -> None:
 
 def fast_gelu(values: Tensor) -> Tensor:
     """GELU, of any shape. Outside of compiled code, on a CPU and in fp32 torch's own."""
-    if not (values.is_cuda and values.element_size() == 2 and torch.compiler.is_compiling()):
+    if not supports_fast_gelu(values):
         return F.gelu(values)
     result: Tensor = Gelu.apply(values)  # type: ignore[no-untyped-call]
     return result
+
+
+def supports_fast_gelu(values: Tensor) -> bool:
+    return values.is_cuda and values.element_size() == 2 and torch.compiler.is_compiling()
 
 
 class Gelu(torch.autograd.Function):
@@ -41,10 +45,7 @@ class Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         ctx.save_for_backward(values)
-        wide = values.float()
-        size = wide.abs()
-        tail, _ = _normal_distribution(size)
-        return (wide.relu() - size * tail).to(values.dtype)
+        return gelu_in_fp32(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -57,11 +58,19 @@ class Gelu(torch.autograd.Function):
         return product.to(gradient.dtype)
 
 
+def gelu_in_fp32(values: Tensor) -> Tensor:
+    """GELU, computed in fp32 and returned in the dtype of `values`. Its derivative is not computed by autograd."""
+    wide = values.float()
+    size = wide.abs()
+    tail, _ = _normal_distribution(size)
+    return (wide.relu() - size * tail).to(values.dtype)
+
+
 def _normal_distribution(size: Tensor) -> tuple[Tensor, Tensor]:
     """The share of standard normal values that are larger than `size`, which is not negative, and the density."""
     bell = torch.exp2(size * size * (-0.5 * math.log2(math.e)))
-    inverse = 1.0 / (1.0 + _SLOPE * 0.5**0.5 * size)
-    first, *others = _POLYNOMIAL
+    inverse = 1.0 / (1.0 + SLOPE * 0.5**0.5 * size)
+    first, *others = POLYNOMIAL
     tail = 0.5 * first * inverse
     for coefficient in others:
         tail = (tail + 0.5 * coefficient) * inverse

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from experiment.dropout import use_fast_dropout
 from experiment.fast_linear import use_fast_linear
-from pretrain.modeling.attention import Packing, Predicted, uses_flash, varlen_kernel
+from pretrain.modeling.attention import Packing, Predicted, uses_flash, varlen_kernels
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.small_embeddings import use_masked_sums
@@ -68,7 +68,7 @@ class MaskedLanguageModel(nn.Module):
                     width = segments.shape[1]
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     longest = min(width, self._max_length or width)
-                    varlen = varlen_kernel(self.model.config, self.model.dtype, self._windows != {None})
+                    varlen = varlen_kernels(self.model.config, self.model.dtype, self._windows != {None})
                     packing = Packing(segments, cu_seqlens, longest, predicted, varlen)
                     if not uses_flash(self.model.config, packing.capability, self.model.dtype):
                         # Not in the first layer: if it is compiled, its graph would differ from the graph of the

@@ -10,6 +10,9 @@ backward pass recomputes the weights from the scores and the saved logsumexp of 
 A weight is dropped if the product of a random odd number of its query and one of its key, modulo 2^32, is small. The
 numbers are hashes of slots, heads and two seeds, which torch's generator draws in each call.
 
+The gradients of queries, keys and values are parts of one tensor, as the layer that computed all three needs them.
+Rotary positions (Su et al. 2021, arXiv 2104.09864) are undone when they are written.
+
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernels on a CPU.
 
 Shapes: T slots, S sequences, H heads, D dimensions of a head.
@@ -27,6 +30,7 @@ from experiment.hardware import HOPPER
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NUMBERS = tl.constexpr(2.0**32)  # of 32 bits
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # The fastest of a dozen on an H200, for sequences of up to 512 and 1,024 tokens and for local windows
 _FORWARD = {"QUERIES": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3}
 _BACKWARD_QUERIES = {"QUERIES": 64, "KEYS": 32, "num_warps": 4, "num_stages": 3}
@@ -58,6 +62,53 @@ def varlen_attention(
     output: Tensor
     output, *_ = _forward(query_THD, key_THD, value_THD, cu_seqlens, max_length, scaling, dropout, reach)
     return output
+
+
+def joint_attention(
+    joint_T3HD: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scaling: float,
+    dropout: float,
+    reach: int | None,
+) -> Tensor:
+    """`varlen_attention` for query, key and value in one tensor, which gets one gradient.
+
+    rotation: cosines and sines of rotary positions of queries and keys, [T, D]; None: they have none.
+    """
+    if reach is None or reach >= max_length:
+        reach = -1
+    cosines, sines = rotation or (None, None)
+    options = (max_length, scaling, dropout, reach)
+    output: Tensor = _JointAttention.apply(joint_T3HD, cosines, sines, cu_seqlens, *options)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _JointAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, joint: Tensor, cosines: Tensor | None, sines: Tensor | None, bounds: Tensor, *options: Any
+    ) -> Tensor:
+        query, key, value = joint.unbind(1)
+        if cosines is not None and sines is not None:
+            query, key = (rotate(tensor, cosines, sines) for tensor in (query, key))
+        output, logsumexp, seeds = _forward(query, key, value, bounds, *options)
+        ctx.save_for_backward(query, key, value, bounds, output, logsumexp, seeds, cosines, sines)
+        ctx.options = options
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.options), *[None] * (3 + len(ctx.options))
+
+
+def rotate(vectors_THD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions as models of transformers compute them."""
+    wide = vectors_THD.float()
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (wide * cosines[:, None] + turned * sines[:, None]).to(vectors_THD.dtype)
 
 
 # An operator, because torch.compile cannot trace Triton's interpreter.
@@ -101,20 +152,27 @@ def _backward(
     output: Tensor,
     logsumexp: Tensor,
     seeds: Tensor,
+    cosines: Tensor | None,
+    sines: Tensor | None,
     max_length: int,
     scaling: float,
     dropout: float,
     reach: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, [T, H, D]. `gradient` is that of the output, and contiguous."""
-    query_gradient, key_gradient, value_gradient = gradients = _allocate_gradients(gradient)
+) -> Tensor:
+    """[T, 3, H, D], the gradients of query, key and value. `gradient` is that of the output, and contiguous.
+
+    cosines, sines: [T, D]: query and key have rotary positions, and the gradients are those before.
+    """
+    gradients = _allocate_gradients(gradient)
     deltas = torch.empty_like(logsumexp)  # dot products of each output and its gradient
-    inputs, constants = (query, key, value, bounds, seeds), _constants(dropout, reach)
+    rotation = (deltas, deltas) if cosines is None or sines is None else (cosines.contiguous(), sines.contiguous())
+    inputs = (query, key, value, bounds, seeds)
+    constants = _constants(dropout, reach) | {"ROTATES": cosines is not None}
     _launch(
         _backward_query_kernel,
         _BACKWARD_QUERIES["QUERIES"],
         inputs,
-        (gradient, output, logsumexp, deltas, query_gradient),
+        (gradient, output, logsumexp, deltas, gradients, *rotation),
         max_length,
         scaling,
         **constants,
@@ -125,7 +183,7 @@ def _backward(
         _backward_key_kernel,
         _BACKWARD_KEYS["KEYS"],
         inputs,
-        (gradient, logsumexp, deltas, key_gradient, value_gradient),
+        (gradient, logsumexp, deltas, gradients, *rotation),
         max_length,
         scaling,
         **constants,
@@ -144,8 +202,9 @@ def _allocate(query: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _allocate_gradients(gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(gradient), torch.empty_like(gradient), torch.empty_like(gradient)
+def _allocate_gradients(gradient: Tensor, *_: Any) -> Tensor:
+    slots, heads, dimensions = gradient.shape
+    return gradient.new_empty(slots, 3, heads, dimensions)
 
 
 _forward.register_fake(lambda query, *options: _allocate(query, options[-2]))
@@ -184,7 +243,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.options), *[None] * (1 + len(ctx.options)))
+    gradients = _backward(gradient.contiguous(), *ctx.saved_tensors, None, None, *ctx.options)
+    return (*gradients.unbind(1), *[None] * (1 + len(ctx.options)))
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -220,6 +280,39 @@ def _store(tensor, values, rows, length, stride, DIMENSIONS: tl.constexpr):  # t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _store_gradient(  # type: ignore[no-untyped-def]
+    gradients,
+    PART: tl.constexpr,
+    values,
+    head,
+    heads,
+    start,
+    rows,
+    length,
+    cosines,
+    sines,
+    DIMENSIONS: tl.constexpr,
+    ROTATES: tl.constexpr,
+):
+    """The gradient of queries (part 0), keys (1) or values (2), before rotary positions if `ROTATES`."""
+    part = heads * DIMENSIONS
+    place = _pointer(gradients, start, head, 3 * part, DIMENSIONS) + PART * part
+    if ROTATES:
+        HALF: tl.constexpr = DIMENSIONS // 2
+        first, second = tl.split(tl.permute(tl.reshape(values, values.shape[0], 2, HALF), 0, 2, 1))
+        cosines = _pointer(cosines, start, head, DIMENSIONS, 0)
+        sines = _pointer(sines, start, head, DIMENSIONS, 0)
+        first_cosines = _load(cosines, rows, length, DIMENSIONS, HALF).to(tl.float32)
+        first_sines = _load(sines, rows, length, DIMENSIONS, HALF).to(tl.float32)
+        second_cosines = _load(cosines + HALF, rows, length, DIMENSIONS, HALF).to(tl.float32)
+        second_sines = _load(sines + HALF, rows, length, DIMENSIONS, HALF).to(tl.float32)
+        _store(place, first * first_cosines + second * second_sines, rows, length, 3 * part, HALF)
+        _store(place + HALF, second * second_cosines - first * first_sines, rows, length, 3 * part, HALF)
+    else:
+        _store(place, values, rows, length, 3 * part, DIMENSIONS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _within(first, length, BLOCK: tl.constexpr, REACH: tl.constexpr):  # type: ignore[no-untyped-def]
     """First slot, and the one after the last, that the slots of a block attend to. `first`: of the block."""
     if REACH < 0:
@@ -238,9 +331,31 @@ def _attends(queries, keys, end, REACH: tl.constexpr):  # type: ignore[no-untype
 
 @triton.jit
 def _random(numbers, seed):  # type: ignore[no-untyped-def]
-    """Odd numbers of 32 bits, by two steps of MurmurHash3's finalizer."""
-    bits = (numbers.to(tl.uint32) ^ tl.load(seed).to(tl.uint32)) * 0x85EBCA6B
-    return (bits ^ (bits >> 16)) * 0xC2B2AE35 | 1
+    """Odd numbers of 32 bits. Few operations: each thread computes those of its columns in each block."""
+    bits = numbers.to(tl.uint32) * 0x9E3779B1 + tl.load(seed).to(tl.uint32)
+    return bits ^ (bits >> 16) | 1
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _drop(weights, numbers, others, DROPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """0 in place of the weights whose product of numbers is less than `DROPPED`."""
+    if _INTERPRETED:
+        return tl.where(numbers * others >= DROPPED, weights, 0.0)
+    # As three operations together: else the comparisons of a block come first, and their results are kept as numbers.
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .pred kept;
+            .reg .u32 product;
+            mul.lo.u32 product, $2, $3;
+            setp.ge.u32 kept, product, $4;
+            selp.f32 $0, $1, 0f00000000, kept;
+        }""",
+        "=f,f,r,r,r",
+        [weights, numbers, others, tl.full([], DROPPED, tl.uint32)],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -296,8 +411,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         shrink = tl.exp2(before - finite)
         total = total * shrink + tl.sum(weights, axis=1)
         if DROPPED > 0:
-            column_numbers = _random(start + columns, seeds + 1)
-            weights = tl.where(row_numbers[:, None] * column_numbers[None, :] >= DROPPED, weights, 0.0)
+            weights = _drop(weights, row_numbers[:, None], _random(start + columns, seeds + 1)[None, :], DROPPED)
         values = _load(value, columns, end, value_slots, DIMENSIONS)
         result = result * shrink[:, None] + tl.dot(weights.to(values.dtype), values)
     total = tl.where(rows < length, total, 1.0)
@@ -328,10 +442,13 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     output,
     logsumexp,
     deltas,
-    query_gradient,
+    gradients,
+    cosines,
+    sines,
     DIMENSIONS: tl.constexpr,
     DROPPED: tl.constexpr,
     REACH: tl.constexpr,
+    ROTATES: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -349,7 +466,7 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
     queries = _load(query, rows, length, query_slots, DIMENSIONS)
     upstream = _load(gradient, rows, length, stride, DIMENSIONS)
     outputs = _load(output, rows, length, stride, DIMENSIONS)
-    delta = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), axis=1)
+    delta = tl.sum(upstream.to(tl.float32) * outputs.to(tl.float32), axis=1) * (1.0 - DROPPED / _NUMBERS)
     places = head * slots + start + rows
     tl.store(deltas + places, delta, mask=rows < length)
     logarithm = tl.load(logsumexp + places, mask=rows < length, other=float("inf"))
@@ -364,14 +481,13 @@ def _backward_query_kernel(  # type: ignore[no-untyped-def]
         scores = tl.dot(queries, tl.trans(keys)) * (scale * _LOG2_E)
         weights = tl.where(_attends(rows, columns, end, REACH), tl.exp2(scores - logarithm[:, None]), 0.0)
         of_weights = tl.dot(upstream, tl.trans(values))
+        kept = weights
         if DROPPED > 0:
-            column_numbers = _random(start + columns, seeds + 1)
-            kept = row_numbers[:, None] * column_numbers[None, :] >= DROPPED
-            of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)
-        of_scores = weights * (of_weights - delta[:, None])
+            kept = _drop(weights, row_numbers[:, None], _random(start + columns, seeds + 1)[None, :], DROPPED)
+        of_scores = kept * of_weights - weights * delta[:, None]
         result += tl.dot(of_scores.to(keys.dtype), keys)
-    query_gradient = _pointer(query_gradient, start, head, stride, DIMENSIONS)
-    _store(query_gradient, result * scale, rows, length, stride, DIMENSIONS)
+    result *= scale / (1.0 - DROPPED / _NUMBERS)
+    _store_gradient(gradients, 0, result, head, heads, start, rows, length, cosines, sines, DIMENSIONS, ROTATES)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -394,11 +510,13 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
     gradient,
     logsumexp,
     deltas,
-    key_gradient,
-    value_gradient,
+    gradients,
+    cosines,
+    sines,
     DIMENSIONS: tl.constexpr,
     DROPPED: tl.constexpr,
     REACH: tl.constexpr,
+    ROTATES: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -431,17 +549,14 @@ def _backward_key_kernel(  # type: ignore[no-untyped-def]
         if REACH >= 0:
             weights = tl.where(_attends(rows, columns, end, REACH), weights, 0.0)
         of_weights = tl.dot(values, tl.trans(upstream))
-        kept_weights = weights
+        kept = weights
         if DROPPED > 0:
             column_numbers = _random((start + columns) * heads + head, seeds)
-            kept = row_numbers[:, None] * column_numbers[None, :] >= DROPPED
-            kept_weights = tl.where(kept, weights, 0.0)
-            of_weights = tl.where(kept, of_weights * (1.0 / (1.0 - DROPPED / _NUMBERS)), 0.0)
-        of_values += tl.dot(kept_weights.to(upstream.dtype), upstream)
-        of_scores = weights * (of_weights - delta[None, :])
+            kept = _drop(weights, row_numbers[:, None], column_numbers[None, :], DROPPED)
+        of_values += tl.dot(kept.to(upstream.dtype), upstream)
+        of_scores = kept * of_weights - weights * delta[None, :]
         of_keys += tl.dot(of_scores.to(queries.dtype), queries)
-    key_gradient = _pointer(key_gradient, start, head, stride, DIMENSIONS)
-    _store(key_gradient, of_keys * scale, rows, length, stride, DIMENSIONS)
-    of_values = of_values * (1.0 / (1.0 - DROPPED / _NUMBERS))
-    value_gradient = _pointer(value_gradient, start, head, stride, DIMENSIONS)
-    _store(value_gradient, of_values, rows, length, stride, DIMENSIONS)
+    of_keys *= scale / (1.0 - DROPPED / _NUMBERS)
+    _store_gradient(gradients, 1, of_keys, head, heads, start, rows, length, cosines, sines, DIMENSIONS, ROTATES)
+    of_values *= 1.0 / (1.0 - DROPPED / _NUMBERS)
+    _store_gradient(gradients, 2, of_values, head, heads, start, rows, length, cosines, sines, DIMENSIONS, False)

@@ -12,12 +12,12 @@ from experiment.dropout import use_fast_dropout
 from pretrain.modeling import attention
 from pretrain.modeling.attention import (
     Packing,
-    VarlenKernel,
+    VarlenKernels,
     flash_attention,
     masked_attention,
     packed_attention,
     supports_flash,
-    varlen_kernel,
+    varlen_kernels,
 )
 
 LENGTHS = [(13, 40, 7), (64,), (1, 1, 50)]  # of the sequences in each row of 64 slots; the rest is padding
@@ -55,7 +55,7 @@ def attend(
     *,
     flat: bool = False,
     dropout: float = 0.0,
-    varlen: VarlenKernel | None = None,
+    varlen: VarlenKernels | None = None,
 ) -> list[Tensor]:
     """Output and gradients of query, key and value at real slots, copied to the CPU in fp32. `flat`: as one row of all
     slots, with boundaries that repeat the last one."""
@@ -118,17 +118,17 @@ def test_our_own_kernel_agrees_with_the_cpu(
 ) -> None:
     """Catches a kernel that does not compile, that computes something else than in the interpreter, or that is not
     used."""
-    kernel = own_kernel(dtype)
-    monkeypatch.setattr(attention, "_prefers_varlen", lambda *_: True)
+    kernels = own_kernels(dtype)
+    monkeypatch.setattr(Packing, "prefers_varlen", lambda *_: True)
     monkeypatch.setattr(attention, "flash_attention_2", None)
-    found = attend("cuda", dtype, sliding_window, flat=flat, varlen=kernel)
+    found = attend("cuda", dtype, sliding_window, flat=flat, varlen=kernels)
     assert_close_to_cpu(found, dtype, sliding_window)
 
 
-def own_kernel(dtype: torch.dtype) -> VarlenKernel:
-    kernel = varlen_kernel(AutoConfig.for_model("modernbert"), dtype, has_windows=True)
-    assert kernel is not None
-    return kernel
+def own_kernels(dtype: torch.dtype) -> VarlenKernels:
+    kernels = varlen_kernels(AutoConfig.for_model("modernbert"), dtype, has_windows=True)
+    assert kernels is not None
+    return kernels
 
 
 @pytest.mark.parametrize("dropout", [0.0, DROPOUT])
@@ -150,7 +150,7 @@ def kernel_with_dropout(name: str, dtype: torch.dtype) -> Callable[[Tensor, Tens
     packing = Packing(segments, cu_seqlens)
     use_fast_dropout(nn.Module())  # as for a model
     if name != "masked":
-        kernel = own_kernel(dtype) if name == "ours" else None
+        kernel = own_kernels(dtype).attend if name == "ours" else None
         return lambda query, key, value: flash_attention(query, key, value, packing, SIZE**-0.5, DROPOUT, None, kernel)
     bias = packing.bias(None, dtype)
     return lambda query, key, value: masked_attention(query, key, value, bias, SIZE**-0.5, DROPOUT)

@@ -68,14 +68,14 @@ def other_dropout_case(_world: World) -> bool:
     from pretrain.modeling import attention, varlen_attention
 
     with simulated_gpu(), pytest.MonkeyPatch.context() as patch:
-        kernel = varlen_attention.varlen_attention
+        kernel = varlen_attention.joint_attention
 
         def call(*args: Any) -> torch.Tensor:
             output, other = kernel(*args), kernel(*args)
             return output.detach() + other - other.detach()
 
-        patch.setattr(varlen_attention, "varlen_attention", call)
-        return attention._tried_varlen_kernel(torch.bfloat16, True) is not None
+        patch.setattr(varlen_attention, "joint_attention", call)
+        return attention._tried_varlen_kernels(torch.bfloat16, True) is not None
 
 
 def varlen_kernel_case(_world: World) -> list[bool]:
@@ -85,7 +85,7 @@ def varlen_kernel_case(_world: World) -> list[bool]:
     used = []
     for context in (torch.no_grad(), torch.inference_mode()):
         with simulated_gpu(), context:
-            used.append(attention._tried_varlen_kernel(torch.bfloat16, True) is not None)
+            used.append(attention._tried_varlen_kernels(torch.bfloat16, True) is not None)
     return used
 
 

@@ -156,9 +156,14 @@ def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
         gpu.calls["varlen_attention"] += 1
         return kernels.varlen_attention(*args)
 
+    def joint(*args: Any) -> torch.Tensor:
+        gpu.calls["varlen_attention"] += 1
+        return kernels.joint_attention(*args)
+
     patch.setattr(fused_cross_entropy, "_cross_entropy_kernel", Launcher())
     patch.setattr(varlen_attention, "varlen_attention", varlen)
-    attention._tried_varlen_kernel.cache_clear()
+    patch.setattr(varlen_attention, "joint_attention", joint)
+    attention._tried_varlen_kernels.cache_clear()
 
 
 def _patch_functions_in_cpp(patch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from transformers import BertConfig, ModernBertConfig
 
 from pretrain.modeling import attention
-from pretrain.modeling.attention import Packing, choose_kernel, flash_attention, masked_attention, packed_attention
+from pretrain.modeling.attention import (
+    Packing,
+    VarlenKernels,
+    choose_kernel,
+    flash_attention,
+    masked_attention,
+    packed_attention,
+)
 
 HEADS, SIZE, WIDTH = 2, 8, 12
 SEGMENTS = torch.tensor([[1] * 7 + [2] * 4 + [0], [3] * 12])
@@ -74,7 +81,9 @@ def test_where_our_own_kernel_is_used(changes: dict[str, Any], ours: bool, monke
     for name in ("flash_attention_2", "masked_attention"):
         monkeypatch.setattr(attention, name, kernel(name))
     bounds = torch.tensor([0, 1024])
-    packing = Packing(torch.ones(1, 1024), bounds, options["max_length"], varlen=kernel("ours"))
+    packing = Packing(
+        torch.ones(1, 1024), bounds, options["max_length"], varlen=VarlenKernels(kernel("ours"), kernel("jointly"))
+    )
     packing.capability = options["capability"]
     query, key = (torch.zeros(1, heads, 1024, 64, dtype=dtype) for heads in (4, options["key_heads"]))
     packed_attention(nn.Module(), query, key, key, None, packing=packing, sliding_window=options["sliding_window"])
@@ -90,14 +99,14 @@ def test_a_kernel_of_our_own_that_does_not_work_is_not_used(
     fails here: there is no CUDA device."""
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
-    attention._tried_varlen_kernel.cache_clear()
-    assert attention.varlen_kernel(ModernBertConfig(), dtype, True) is None
+    attention._tried_varlen_kernels.cache_clear()
+    assert attention.varlen_kernels(ModernBertConfig(), dtype, True) is None
     assert "attention is that of torch" in caplog.text
-    assert attention.varlen_kernel(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype, True) is None
+    assert attention.varlen_kernels(ModernBertConfig(hidden_size=96, num_attention_heads=3), dtype, True) is None
     monkeypatch.setattr(attention, "_capability", lambda _: (8, 0))
-    assert attention.varlen_kernel(BertConfig(), dtype, False) is None
+    assert attention.varlen_kernels(BertConfig(), dtype, False) is None
     assert len(caplog.records) == 1
-    attention._tried_varlen_kernel.cache_clear()
+    attention._tried_varlen_kernels.cache_clear()
 
 
 def draw_inputs(device: str = "cpu") -> list[Tensor]:

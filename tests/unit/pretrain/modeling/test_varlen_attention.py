@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from pretrain.world import World
 from rank_pool import RankPool
@@ -31,8 +32,8 @@ def kept_weights(seeds: Tensor, slots: int, heads: int, dropout: float) -> Tenso
     """bool [H, T, T], by numbers as the kernels compute them."""
 
     def draw(places: Tensor, seed: Tensor) -> Tensor:
-        bits = (places ^ seed) % 2**32 * 0x85EBCA6B % 2**32  # products are modulo 2^64
-        return (bits ^ (bits >> 16)) * 0xC2B2AE35 % 2**32 | 1
+        bits = (places * 0x9E3779B1 + seed) % 2**32
+        return bits ^ (bits >> 16) | 1
 
     slot = torch.arange(slots)
     of_queries = draw(slot * heads + torch.arange(heads)[:, None], seeds[0])
@@ -92,7 +93,8 @@ def check_operators(_: World, dropout: float) -> None:
     options = (20, 0.25, dropout, -1)
     inputs = (query, key, value, torch.tensor([0, 6, 6, 20], dtype=torch.int32))
     saved = module._forward(*inputs, *options)
-    torch.library.opcheck(module._backward, (gradient, *inputs, *saved, *options))
+    for rotation in ((None, None), torch.randn(2, 20, 16).half()):
+        torch.library.opcheck(module._backward, (gradient, *inputs, *saved, *rotation, *options))
     for tensor in inputs[:3]:
         tensor.requires_grad_()
     torch.library.opcheck(module._forward, (*inputs, *options))
@@ -102,6 +104,37 @@ def check_operators(_: World, dropout: float) -> None:
 def test_operators_can_be_compiled(interpreting_pools: dict[int, RankPool], dropout: float) -> None:
     """Catches shapes that differ in compiled code, and a result that was not computed."""
     interpreting_pools[1].run(check_operators, dropout)
+
+
+def compare_joint_attention(_: World, rotates: bool, dropout: float) -> None:
+    """Fails unless one tensor for query, key and value gives what three do, after rotary positions."""
+    from pretrain.modeling import varlen_attention as module
+
+    joint = torch.randn(90, 3, 2, 16).half().requires_grad_()
+    angles = torch.randn(90, 8).repeat(1, 2)
+    rotation = (angles.cos().half(), angles.sin().half()) if rotates else None
+    options = (torch.tensor([0, 70, 70, 90], dtype=torch.int32), 70, 0.25, dropout, None)
+    generator = torch.get_rng_state()
+    output = module.joint_attention(joint, rotation, *options)
+    upstream = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, joint, upstream)
+
+    query, key, value = joint.unbind(1)
+    if rotation is not None:
+        query, key = apply_rotary_pos_emb(query, key, *rotation, unsqueeze_dim=1)
+    torch.set_rng_state(generator)
+    expected = module.varlen_attention(query, key, value, *options)
+    (other,) = torch.autograd.grad(expected, joint, upstream)
+    torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(gradient, other, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("rotates", "dropout"), [(True, 0.0), (False, 0.3)])
+def test_one_tensor_for_query_key_and_value(
+    interpreting_pools: dict[int, RankPool], rotates: bool, dropout: float
+) -> None:
+    """Catches gradients in the place of others, and rotary positions that are undone the wrong way."""
+    interpreting_pools[1].run(compare_joint_attention, rotates, dropout)
 
 
 def compare_distant_heads(_: World) -> None:
@@ -155,6 +188,8 @@ def compile_kernels(_: World, capability: int, dtype: str, cache: Path) -> list[
         for (kernel, options), reach in itertools.product(kernels.items(), (-1, 64)):
             blocks = {name: options[name] for name in ("QUERIES", "KEYS")}
             constants = blocks | {"DIMENSIONS": 64, "DROPPED": round(0.1 * 2**32), "REACH": reach}
+            if "ROTATES" in kernel.arg_names:
+                constants["ROTATES"] = reach > 0
             names = [name for name in kernel.arg_names if name not in constants]
             is_stride = {name: name.endswith(("_slots", "_heads")) for name in names}
             signature = {name: kinds.get(name, "i32" if is_stride[name] else f"*{dtype}") for name in names}
