@@ -91,7 +91,7 @@ def _scaled_product(values: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("deepcloze::random_numbers", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _random_numbers(values: Tensor) -> Tensor:
-    """int32, one for each row of [..., columns] and one for each column."""
+    """int32, one for each column of [..., columns], where they can be loaded four at a time, and one for each row."""
     count = _count_numbers(values)
     words = torch.empty((count + 1) // 2, dtype=torch.int64, device=values.device).random_(-(2**63), None)
     return words.view(torch.int32)[:count]
@@ -125,6 +125,6 @@ class ProductDropout(torch.autograd.Function):
 
 def _keep_products(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
     columns = values.shape[-1]
-    products = numbers[:-columns].view(*values.shape[:-1], 1) * numbers[-columns:]  # modulo 2^32
+    products = numbers[columns:].view(*values.shape[:-1], 1) * numbers[:columns]  # modulo 2^32
     kept = products >= round(probability * 2**32) - 2**31
     return torch.where(kept, values * (1 / (1 - probability)), 0.0)

@@ -43,7 +43,7 @@ Capability = tuple[int, int]
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float, int | None], Tensor]
 """`flash_attention_2`, or `pretrain.modeling.varlen_attention.varlen_attention`."""
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of rotary positions."""
+"""Cosines and sines of rotary positions, for each dimension of a head; both halves are equal."""
 
 _VARLEN_HEAD_SIZE, _LOCAL_REACH = 64, 64  # measured on an H200
 
@@ -413,7 +413,8 @@ def _compare_with_flash_attention(
     """Raises AssertionError if the kernels compute something else, or errors of Triton."""
     joint, bounds, longest = _trial(dtype)
     query, key, value = joint.unbind(1)
-    angles = torch.arange(len(joint), device="cuda")[:, None] * torch.linspace(1, 0, joint.shape[-1], device="cuda")
+    frequencies = torch.linspace(1, 0, joint.shape[-1] // 2, device="cuda").repeat(2)
+    angles = torch.arange(len(joint), device="cuda")[:, None] * frequencies
     rotation = angles.cos().to(dtype), angles.sin().to(dtype)
     options = (bounds, longest, 0.1, 0.0, _reach(window))
     found = kernels.attend(query, key, value, *options), kernels.attend_jointly(joint, rotation, *options)

@@ -75,7 +75,8 @@ def joint_attention(
 ) -> Tensor:
     """`varlen_attention` for query, key and value in one tensor, which gets one gradient.
 
-    rotation: cosines and sines of rotary positions of queries and keys, [T, D]; None: they have none.
+    rotation: cosines and sines of rotary positions of queries and keys, [T, D], with two equal halves; None: they have
+        none.
     """
     if reach is None or reach >= max_length:
         reach = -1
@@ -302,12 +303,10 @@ def _store_gradient(  # type: ignore[no-untyped-def]
         first, second = tl.split(tl.permute(tl.reshape(values, values.shape[0], 2, HALF), 0, 2, 1))
         cosines = _pointer(cosines, start, head, DIMENSIONS, 0)
         sines = _pointer(sines, start, head, DIMENSIONS, 0)
-        first_cosines = _load(cosines, rows, length, DIMENSIONS, HALF).to(tl.float32)
-        first_sines = _load(sines, rows, length, DIMENSIONS, HALF).to(tl.float32)
-        second_cosines = _load(cosines + HALF, rows, length, DIMENSIONS, HALF).to(tl.float32)
-        second_sines = _load(sines + HALF, rows, length, DIMENSIONS, HALF).to(tl.float32)
-        _store(place, first * first_cosines + second * second_sines, rows, length, 3 * part, HALF)
-        _store(place + HALF, second * second_cosines - first * first_sines, rows, length, 3 * part, HALF)
+        cosine = _load(cosines, rows, length, DIMENSIONS, HALF).to(tl.float32)
+        sine = _load(sines, rows, length, DIMENSIONS, HALF).to(tl.float32)
+        _store(place, first * cosine + second * sine, rows, length, 3 * part, HALF)
+        _store(place + HALF, second * cosine - first * sine, rows, length, 3 * part, HALF)
     else:
         _store(place, values, rows, length, 3 * part, DIMENSIONS)
 
