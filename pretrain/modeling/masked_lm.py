@@ -18,7 +18,7 @@ from experiment.fast_linear import use_fast_linear
 from pretrain.modeling.attention import Packing, Predicted, uses_flash, varlen_kernels
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer
-from pretrain.modeling.small_embeddings import use_masked_sums
+from pretrain.modeling.small_embeddings import use_one_hot_products
 
 
 class Predictions(NamedTuple):
@@ -42,7 +42,7 @@ class MaskedLanguageModel(nn.Module):
         self._windows = {None} | {getattr(module, "sliding_window", None) for module in model.modules()}
         use_fast_dropout(model)
         use_fast_linear(model)
-        use_masked_sums(model)
+        use_one_hot_products(model)
         self._head = head or choose_head(model, packed)
         short_layer = shorten_last_layer(model) if packed else None
         self._short_layer = (short_layer,)  # a module of its own would be registered twice

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.modeling.small_embeddings import MaskedSumEmbedding
+from pretrain.modeling.small_embeddings import OneHotEmbedding
 from pretrain.training.device_sums import DeviceSums
 from pretrain.world import World
 
@@ -19,7 +19,7 @@ def test_gradients_of_token_types_are_exact_sums(dtype: torch.dtype) -> None:
     upstream = torch.randn(1, 65_536, 768, device="cuda").to(dtype)
     weight = torch.zeros(2, 768, device="cuda", dtype=dtype, requires_grad=True)
     exact = torch.zeros(2, 768, device="cuda", dtype=torch.float64, requires_grad=True)
-    MaskedSumEmbedding.apply(ids, weight).backward(upstream)  # type: ignore[no-untyped-call]
+    OneHotEmbedding.apply(ids, weight).backward(upstream)  # type: ignore[no-untyped-call]
     F.embedding(ids, exact).backward(upstream.double())
     assert weight.grad is not None
     assert exact.grad is not None
