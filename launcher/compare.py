@@ -7,19 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.files import read_json, write_json, write_text
 from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
 from experiment.results.plots import draw_dots
 from experiment.run_folder import SWEEP_RECORD, RunFolder
 from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
-from finetune.results.predictions import ScoredSplit, read_scored_split
+from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, read_scored_split
 from finetune.splits import related_records
 from launcher.compare_plan import ComparePlan
 from launcher.report import print_report
@@ -81,17 +82,26 @@ def read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
     grid: whether the folder holds a sweep. Raises UserError for a damaged file.
     """
     chosen: Mapping[str, str] = {}
+    cell = folder.path
+    path = cell / SWEEP_RECORD if grid else folder.results
     try:
         if grid:
-            sweep = read_json(folder.path / SWEEP_RECORD)
+            sweep = read_json(path)
             best = sweep["best"]  # on validation
-            folder, chosen = RunFolder(folder.path / best), sweep["runs"][best]["values"]
-        results = read_json(folder.results)
+            folder, chosen = RunFolder(cell / best), sweep["runs"][best]["values"]
+            path = folder.results
+        results = read_json(path)
         splits = [split for split in results["splits"] if split not in _FITTED_ON] or ["validation"]
         columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}
         return [_scores(column, folder, split, chosen, results) for column, split in columns.items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the results in {folder.path} cannot be read: {type(error).__name__}: {error}") from None
+        raise _damaged(cell, f"{path} is damaged: {type(error).__name__}: {reason(error)}") from None
+
+
+def _damaged(cell: Path, problem: str) -> UserError:
+    """cell: its folder, DIR/ROW/TASK. A cell that is done runs again only without its folder."""
+    advice = f"to train this cell again, delete {cell} and run the same command again"
+    return UserError(f"{'/'.join(cell.parts[-2:])}: {problem}; {advice}")
 
 
 def _scores(
@@ -106,7 +116,7 @@ def _scores(
 def test_rows(cells: ScoresByRow) -> Tests:
     """Bootstrap the scores and test all pairs of rows in each column, see `finetune.metrics.bootstrap_scores`.
 
-    Raises UserError if data have changed since they were scored.
+    Raises UserError if data have changed since they were scored, and for damaged predictions.
     """
     columns: dict[str, dict[str, CellScores]] = {}
     for row, scores in cells.items():
@@ -125,7 +135,7 @@ def test_rows(cells: ScoresByRow) -> Tests:
 
 def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]:
     """The bootstrap scores of each row."""
-    splits = {row: read_scored_split(cell.folder, cell.split, cell.labels) for row, cell in cells.items()}
+    splits = {row: _read_split(cell) for row, cell in cells.items()}
     (count, *others) = {len(split.records) for split in splits.values()}
     if others:
         raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
@@ -137,6 +147,14 @@ def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]
         score = partial(ScoredSplit.score, split, cells[row].metric)
         scores[row] = bootstrap_scores(score, len(split.predictions), samples, stream)
     return scores
+
+
+def _read_split(cell: CellScores) -> ScoredSplit:
+    try:
+        return read_scored_split(cell.folder, cell.split, cell.labels)
+    except DamagedPredictionsError as error:
+        run = cell.folder.path
+        raise _damaged(run.parent if cell.chosen else run, str(error)) from None  # chosen: a run of the cell's sweep
 
 
 def write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: Mapping[str, str]) -> None:

@@ -138,12 +138,16 @@ def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     write_text(path, "".join(f"{json.dumps(prediction, ensure_ascii=False)}\n" for prediction in predictions))
 
 
+class DamagedPredictionsError(UserError):
+    """The predictions of a seed cannot be read."""
+
+
 def read_predictions(path: Path) -> list[Prediction]:
-    """The predictions in a file of `save_predictions`. Raises UserError for a missing or damaged file."""
+    """The predictions in a file of `save_predictions`. Raises DamagedPredictionsError."""
     try:
         return [parse_json(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+        raise DamagedPredictionsError(f"{path} is damaged: {reason(error)}") from None
 
 
 def prediction_rows(
@@ -200,7 +204,8 @@ class ScoredSplit:
 
 
 def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> ScoredSplit:
-    """labels: as in the results of the run. Raises UserError if the data or the predictions are not as they were."""
+    """labels: as in the results of the run. Raises UserError if the data or the predictions are not as they were,
+    DamagedPredictionsError if the latter cannot be read."""
     config = load_config(FinetuneConfig, folder.config)
     table = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)[split]
     kind = find_kind(config.task.kind)(config.task, tuple(labels))

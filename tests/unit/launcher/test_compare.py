@@ -209,6 +209,36 @@ def test_a_damaged_record_is_one_message(
     assert not started
 
 
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("name", ["results.json", "seed-7/predictions-test.jsonl"])
+def test_damaged_results_of_a_cell_name_it_and_the_way_out(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    grid: bool,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a message without the cell or without advice, and advice that does not help."""
+    keys = {"grid": "training.lr=1e-2"} if grid else {}
+    file = str(write_files(rows={"ours": {"init_from": str(encoder)}}, seeds=[7], **keys))
+    assert main(["compare", file]) == 0
+    cell = tmp_path / "compare" / "ours" / "toy"
+    damaged = cell / ("lr=1e-2" if grid else ".") / name
+    damaged.write_text('{"task": "to')
+    before, count = read_tables(tmp_path / "compare"), len(started)
+    capsys.readouterr()
+    assert main(["compare", file]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"deepcloze: ours/toy: {damaged} is damaged: ")
+    assert error.endswith(f"; to train this cell again, delete {cell} and run the same command again")
+    assert len(started) == count
+    shutil.rmtree(cell)
+    assert main(["compare", file]) == 0
+    assert read_tables(tmp_path / "compare") == before
+
+
 def test_more_seeds_are_added(
     write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
 ) -> None:
