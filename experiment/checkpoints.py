@@ -301,16 +301,18 @@ class Retention:
         ]
 
 
-def apply_retention(checkpoints: Path, keep: Retention, newest: int) -> None:
+def apply_retention(checkpoints: Path, keep: Retention, newest: int, before: int | None = None) -> None:
     """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves and deletions.
 
-    newest: step of the checkpoint just saved, see `Retention.superseded`. Warns about checkpoints that cannot be
-    deleted (open on a network file system, immutable); the next call tries again.
+    newest: step of the checkpoint just saved, see `Retention.superseded`. before: step of the undamaged one before it,
+    if any; those between them are damaged, or the run would have resumed from them. Warns about checkpoints that cannot
+    be deleted (open on a network file system, immutable); the next call tries again.
     """
     remove_leftovers(checkpoints)
     best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
     by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
-    for step in keep.superseded(by_step.keys(), newest):
+    damaged = [step for step in by_step if before is not None and before < step < newest]
+    for step in [*damaged, *keep.superseded(by_step.keys() - damaged, newest)]:
         if by_step[step] != best:
             discard(by_step[step])
 

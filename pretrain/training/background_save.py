@@ -170,7 +170,7 @@ class BackgroundSave:
             partial = self._partial(snapshot.step)
             complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
             keep = replace(snapshot.keep, uploading=self._uploads.uploading) if self._uploads else snapshot.keep
-            publish(partial, checkpoint_path(self._checkpoints, snapshot.step), keep)
+            publish(partial, checkpoint_path(self._checkpoints, snapshot.step), keep, before=self.saved_step)
             if self._uploads is not None:
                 self._uploads.update(snapshot.keep)
 

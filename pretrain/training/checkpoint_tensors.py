@@ -157,15 +157,15 @@ def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def publish(partial: Path, final: Path, keep: Retention) -> None:
-    """Give a complete checkpoint its name, and delete the ones that need not be kept."""
+def publish(partial: Path, final: Path, keep: Retention, before: int | None) -> None:
+    """Give a complete checkpoint its name, and delete the ones that need not be kept, see `apply_retention`."""
     if final.exists():  # incomplete or damaged: a good one is never written again
         discard(final)
     partial.rename(final)
     fsync(final.parent)
     if keep.best is not None:
         write_best(final.parent, keep.best)  # before the previous best may be deleted
-    apply_retention(final.parent, keep, newest=checkpoint_step(final))
+    apply_retention(final.parent, keep, newest=checkpoint_step(final), before=before)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, load_optimizer_state: bool = True) -> None:

@@ -304,3 +304,17 @@ def test_retention_keeps_the_configured_checkpoints(
     pools[1].run(pretrain_case, tree | {"checkpoint": keep})
     found = [int(path.name.removeprefix("step-")) for path in complete_checkpoints(tmp_path / "checkpoints")]
     assert found == left
+
+
+def test_a_damaged_checkpoint_that_a_resume_skipped_does_not_count(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run with one good checkpoint in place of two, because it fell back behind a damaged one and has passed
+    its step without saving there."""
+    tree, every_step = run_config(tmp_path, wordpiece_corpus), {"every_steps": 1, "keep_last": 2}
+    pools[1].run(pretrain_case, tree | {"checkpoint": every_step}, 4)
+    flip_byte(checkpoint_path(tmp_path / "checkpoints", 4) / "engine" / "rank-00000.safetensors")
+    pools[1].run(pretrain_case, tree | {"checkpoint": every_step | {"every_steps": None}}, 2)
+    left = complete_checkpoints(tmp_path / "checkpoints")
+    assert left == [checkpoint_path(tmp_path / "checkpoints", step) for step in (3, 5)]
+    assert [verify(checkpoint) for checkpoint in left] == [None, None]

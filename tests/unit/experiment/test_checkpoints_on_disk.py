@@ -250,6 +250,26 @@ def test_damaged_later_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     assert {20, 25} <= set(steps(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (Retention(1), [45, 50]),
+        (Retention(2), [25, 45, 50]),
+        (Retention(3), [20, 25, 45, 50]),
+        (Retention(2, keep_every=10), [10, 20, 25, 45, 50]),
+        (Retention(2, best=10), [10, 25, 45, 50]),
+    ],
+)
+def test_damaged_checkpoints_that_a_run_has_passed_are_deleted(
+    tmp_path: Path, keep: Retention, left: list[int]
+) -> None:
+    """Catches damaged checkpoints that count as kept once the run has saved a later one, so that further damage loses
+    the run."""
+    make(tmp_path, 10, 20, 25, 30, 40, 45, 50)  # it had fallen back to 20; 50 is damaged too
+    apply_retention(tmp_path, keep, newest=45, before=25)
+    assert steps(tmp_path) == left
+
+
 def test_a_checkpoint_is_renamed_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a kill during a deletion that leaves a complete-looking checkpoint without files, or leftovers."""
     make(tmp_path, 1, 2)
