@@ -88,8 +88,8 @@ def corpus(options: CorpusOptions) -> None:
     To build, give --source, --tokenizer and --output. The corpus is sharded Arrow; `datasets.load_from_disk` opens it
     too. The same input gives the same bytes with any number of workers and machines. Run the same command again to
     resume an interrupted build. With --engine ray or slurm, several machines work on it. To verify, give --verify: all
-    shards are read and compared with their checksums. Training and evaluation do so once on each machine. To look at a
-    corpus before training, give --inspect.
+    shards are read and compared with their checksums, and the tokenizer with its fingerprint. Training and evaluation
+    read the shards once on each machine. To look at a corpus before training, give --inspect.
 
     Example:
         deepcloze corpus --source 'books/*.txt' --tokenizer tokenizer --output corpora/books --holdout 1000

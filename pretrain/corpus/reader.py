@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from experiment.errors import UserError
 from experiment.files import sha256
+from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.corpus.manifest import TOKENIZER, Manifest, Shard, read_manifest
 from pretrain.corpus.shards import MappedShard, map_shard
 from pretrain.corpus.words import BoolArray
 
 _BLOCK = 2**20  # tokens that are counted at once
+_ADVICE = "restore it from a copy, or build the corpus again"
 
 
 @dataclass(frozen=True)
@@ -130,17 +132,28 @@ class Corpus:
 
     def find_damage(self, shard: Shard) -> str | None:
         """Compare a shard with its checksum, and its token ids with the vocabulary. Returns what is wrong, or None."""
-        path, advice = self.path / shard.file, "restore it from a copy, or build the corpus again"
+        path = self.path / shard.file
         try:
             found = sha256(path)
         except OSError as error:
-            return f"{path} cannot be read: {error.strerror}; {advice}"
+            return f"{path} cannot be read: {error.strerror}; {_ADVICE}"
         if found != shard.sha256:
-            return f"{path} is damaged: its SHA-256 is {found}, expected {shard.sha256}; {advice}"
+            return f"{path} is damaged: its SHA-256 is {found}, expected {shard.sha256}; {_ADVICE}"
         largest, size = int(map_shard(path).ids.max()), self.manifest.vocabulary_size
         if largest >= size:
             return f"{path} has a token with id {largest}, expected less than {size}; build the corpus again"
         return None
+
+    def find_tokenizer_damage(self) -> str | None:
+        """Compare the tokenizer with its fingerprint. Returns what is wrong, or None."""
+        path, expected = self.tokenizer_path, self.tokenizer_fingerprint
+        if not path.is_dir():
+            return f"{path} is missing; {_ADVICE}"
+        try:
+            found = tokenizer_fingerprint(load_tokenizer(path))
+        except UserError as error:
+            return f"{error}; {_ADVICE}"
+        return None if found == expected else f"{path} has the fingerprint {found}, expected {expected}; {_ADVICE}"
 
     @cached_property
     def _shard_starts(self) -> npt.NDArray[np.int64]:

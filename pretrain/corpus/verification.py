@@ -49,13 +49,14 @@ def is_verified(corpus: Corpus) -> bool:
 def verify_command(folders: str) -> None:
     """`deepcloze corpus --verify`: verify corpora (comma-separated folders), whatever was verified before.
 
-    Prints the undamaged ones. Raises UserError that names every damaged shard.
+    Prints the undamaged ones. Raises UserError that names every damaged shard and tokenizer.
     """
     damaged: list[str] = []
     for name in map(expand_home, filter(None, folders.split(","))):
         try:
             corpus = open_corpus(name)
-            found = [damage for _, damage in _find_damage(corpus, show_progress=True) if damage is not None]
+            damages = [corpus.find_tokenizer_damage(), *(damage for _, damage in _find_damage(corpus, True))]
+            found = [damage for damage in damages if damage is not None]
         except UserError as error:
             found = [str(error)]
         if not found:

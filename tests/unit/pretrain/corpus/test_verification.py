@@ -188,6 +188,36 @@ def test_the_command_verifies_always(corpus: Path, built: Path, capsys: pytest.C
         list(verified_shards([open_corpus(corpus)], show_progress=False))
 
 
+@pytest.mark.parametrize("damage", ["other", "torn", "missing"])
+def test_the_command_verifies_the_tokenizer(corpus: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a copy of a corpus whose tokenizer gives texts other ids, and damage of a shard that it hides."""
+    file = corpus / "tokenizer" / "tokenizer.json"
+    if damage == "other":
+        content = json.loads(file.read_text())
+        ids = content["model"]["vocab"]
+        ids["river"], ids["town"] = ids["town"], ids["river"]
+        file.write_text(json.dumps(content))
+    elif damage == "torn":
+        file.write_text(file.read_text()[:100])
+    else:
+        shutil.rmtree(file.parent)
+    flip(shard(corpus))
+    expected = open_corpus(corpus).tokenizer_fingerprint
+    assert main(["corpus", "--verify", str(corpus)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    parts = {
+        "other": f"deepcloze: {file.parent} has the fingerprint ",
+        "torn": f"deepcloze: tokenizer: cannot load {file.parent}: ",
+        "missing": f"deepcloze: {file.parent} is missing; ",
+    }
+    about_tokenizer, about_shard = said.err.splitlines()
+    assert about_tokenizer.startswith(parts[damage])
+    assert damage != "other" or f", expected {expected}; restore it" in about_tokenizer
+    assert "restore it from a copy, or build the corpus again" in about_tokenizer
+    assert f"{shard(corpus)} is damaged" in about_shard
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
