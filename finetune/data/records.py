@@ -124,6 +124,18 @@ def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellTy
     return Table(path, tuple(records), labelled)
 
 
+def reject_two_spellings(places: Mapping[str, str]) -> None:
+    """Raises UserError if a label is another one with a point, such as 1.0, as pandas writes whole numbers beside empty
+    cells: the number 1.0 is the label 1, the text stays as it is. places: label -> a row that has it."""
+    for label, place in places.items():
+        whole, point, digits = label.partition(".")
+        if whole in places and whole.removeprefix("-").isdecimal() and point and digits and not digits.strip("0"):
+            raise UserError(
+                f"{place}: the label '{label}' is the number of another label, '{whole}' ({places[whole]}); write both "
+                "the same way, or, if they are two classes, list them in task.labels"
+            )
+
+
 def read_records(
     rows: Iterable[Row],
     columns: Columns,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiment.errors import UserError
 from finetune.data.columns import LabelColumn, TextColumns, as_number
-from finetune.data.records import Record, Table
+from finetune.data.records import Record, Table, reject_two_spellings
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
@@ -59,9 +59,10 @@ class Kind(TaskKind[Config]):
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
         """The labels of the training split, sorted, as numbers if all of them are.
 
-        Raises UserError if there is only one, or if they are numbers and not all whole.
+        Raises UserError if there is only one, if they are numbers and not all whole, or for one with two spellings.
         """
         _reject_numbers(train)
+        reject_two_spellings({record.values["label"]: record.place for record in reversed(train.records)})
         labels = {record.values["label"] for record in train.records}
         if len(labels) < 2:
             raise UserError(f"{train.path}: every row has the label '{labels.pop()}'; expected two or more labels")

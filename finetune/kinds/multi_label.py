@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiment.errors import UserError
 from finetune.data.columns import LabelsColumn, TextColumn, TextColumns
-from finetune.data.records import Record, Table
+from finetune.data.records import Record, Table, reject_two_spellings
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
@@ -54,8 +54,12 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """The labels of the training split, sorted."""
-        labels = {label for record in train.records for label in _labels_of(record, config)}
+        """The labels of the training split, sorted. Raises UserError if there is only one, or for one with two
+        spellings."""
+        rows = reversed(train.records)
+        places = {label: record.place for record in rows for label in _labels_of(record, config)}
+        reject_two_spellings(places)
+        labels = set(places)
         if len(labels) < 2:
             found = f"only the label '{labels.pop()}'" if labels else "no labels"
             raise UserError(f"{train.path}: {found}; expected two or more labels")

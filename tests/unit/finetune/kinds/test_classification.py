@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
-from finetune.data.records import Record, Table
+from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.classification import Config, Kind
@@ -76,6 +77,24 @@ def test_fractions_are_no_labels() -> None:
     assert Kind.find_labels(CONFIG, table("1.5", "other")) == ("1.5", "other")
     listed = CONFIG.model_copy(update={"labels": ("0.5", "1.0")})
     assert make_kind(listed, {"train": table("0.5", "1.0")}).labels == ("0.5", "1.0")
+
+
+@pytest.mark.parametrize("other", ["joy", "2"])
+def test_a_number_and_its_text_with_a_point_are_not_two_labels(tmp_path: Path, other: str) -> None:
+    """Catches one class that becomes two, because its label is 1.0 in a part of the rows and "1.0" in others; versions
+    and numbers of sections are classes."""
+    rows = [{"label": label, "sentence1": "x"} for label in (other, "1.0", 1.0, "1.0")]
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = read_table(tmp_path / "f.jsonl", CONFIG.columns)
+    message = (
+        r"f\.jsonl:2: the label '1\.0' is the number of another label, '1' \(.*f\.jsonl:3\); write both the same way"
+    )
+    with pytest.raises(UserError, match=message):
+        Kind.find_labels(CONFIG, train)
+    listed = CONFIG.model_copy(update={"labels": ("1", "1.0", other)})
+    assert make_kind(listed, {"train": train}).labels == listed.labels
+    for labels in (["-1.00", "0", "1"], ["v1", "v1.0"], ["1", "1.0.0", "1.1"], ["01", "1"]):
+        assert set(Kind.find_labels(CONFIG, table(*labels, "x"))) == {*labels, "x"}
 
 
 def test_balanced_weights_give_each_label_the_same_share() -> None:

@@ -42,6 +42,13 @@ def test_an_empty_label_is_none(tmp_path: Path) -> None:
     assert Kind.find_labels(CONFIG, table) == ("a", "b")
 
 
+def test_a_number_and_its_text_with_a_point_are_not_two_labels(tmp_path: Path) -> None:
+    """Catches one label that becomes two, because it is 1.0 in a part of the lists and "1.0" in others."""
+    table = read(tmp_path / "f.jsonl", '{"labels": ["a", 1.0], "text": "x"}\n{"labels": ["1.0"], "text": "x"}\n')
+    with pytest.raises(UserError, match=r"f\.jsonl:2: the label '1\.0' is the number of another label, '1' \("):
+        Kind.find_labels(CONFIG, table)
+
+
 def test_an_unknown_label_is_named(encoder: Path) -> None:
     """Catches a label of validation that train lacks, dropped silently."""
     record = Record("f.csv:3", {"labels": ["a", "bb"], "text": "x"})
