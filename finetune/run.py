@@ -88,7 +88,6 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     finished = finished_seeds(folder, resolved.settings)
     write_text(folder.config, dump_config(config))
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
-    run_id = write_provenance(folder, collect_provenance(sys.argv), ancestors)
     records = {seed: finished[seed] for seed in seeds if seed in finished}
     order = _in_order_of_events(seeds, folder)
     missing = [seed for seed in order if seed in seeds and seed not in finished]
@@ -99,16 +98,18 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
         if changed := state_file(seed, resolved).other_settings():
             differences = describe_differences(changed)
             terminal().print(f"seed {seed} starts over: it was stopped with other settings: {differences}")
-    started = state_file(missing[0], resolved).steps if missing else 0
+    resumed = {seed: state_file(seed, resolved).steps for seed in missing}
+    started = resumed[missing[0]] if missing else 0
     if started:
         terminal().print(f"seed {missing[0]}: resuming after step {started:,}")
     kept = [seed for seed in order if seed not in missing]
     if order[: len(kept)] != kept:
         move_events_to_end(order, missing, resolved)
         order, started = [*kept, *missing], 0  # their events are logged again
-    steps = resolved.steps
-    resumed_step = steps * len(kept) + started
-    tracked = TrackedRun(run_id, flatten(config), steps * len(order), resumed_step, seed_steps=steps)
+    steps, total = resolved.steps, resolved.steps * len(order)
+    done = {"step": steps * len(kept) + sum(resumed.values()), "total_steps": total or None}
+    run_id = write_provenance(folder, {**collect_provenance(sys.argv), **done}, ancestors)
+    tracked = TrackedRun(run_id, flatten(config), total, steps * len(kept) + started, seed_steps=steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
     records |= _train_seeds(missing, resolved, tracker, logs)

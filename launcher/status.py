@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from experiment.errors import UserError, notify
 from experiment.files import read_json
 from experiment.formatting import UNKNOWN, describe_duration, show
 from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
+from experiment.provenance import read_provenance
 from experiment.results.main_score import main_score
 from experiment.run_folder import RunFolder, is_run, open_folder, runs_in
 from experiment.run_life import State, read_life
@@ -55,20 +57,25 @@ class RunStatus:
     checkpoint_age: float | None  # seconds
     bad_batches: int
     goodput: float | None  # share of the time so far
-    attempts: int  # launches, and restarts by the launcher
+    attempts: int  # launches, and restarts by the launcher; of a fine-tuning, commands that have begun to train
 
 
 def read_status(run: str) -> RunStatus:
     """The status of a run, which may not have started. Raises OSError if its files cannot be read."""
     folder = RunFolder(Path(run).absolute())
-    events, times = read_last_events(folder.metrics), read_attempt_times(folder)
-    attempts, checkpoints = last_lines(times), complete_checkpoints(folder.checkpoints)
+    logged = [folder.metrics, *folder.logs.glob("seed-*.jsonl")]  # the others: of seeds that are trained at a time
+    events, *others = map(read_last_events, logged)
+    checkpoints, seeds = complete_checkpoints(folder.checkpoints), _seeds(folder)
+    saved = checkpoint_step(checkpoints[-1]) if checkpoints else None
+    # Scores of `deepcloze watch` come later, and a checkpoint may be newer than the last event.
+    steps = [max(event["step"] for event in found) for found in (events, *others) if found]
+    step = max(([sum(steps)] if steps else []) + ([] if saved is None else [saved]), default=None)
+    times = read_attempt_times(folder) if seeds is None else _times_of_commands(folder, step, logged)
+    attempts = last_lines(times)
     life = read_life(folder)
     total = _total_steps(folder, attempts)
     recent = [line for line in times if line.start == times[-1].start]
-    seeds = _seeds(folder)
     metric, split, score = _score(folder)
-    saved = checkpoint_step(checkpoints[-1]) if checkpoints else None
     return RunStatus(
         run=run,
         state=life.state,
@@ -79,9 +86,8 @@ def read_status(run: str) -> RunStatus:
         score=score,
         metric=metric,
         split=split,
-        activity=attempts[-1].activity if attempts and life.state == "running" else None,
-        # Scores of `deepcloze watch` come later, and a checkpoint may be newer than the last event.
-        step=max([event["step"] for event in events] + ([] if saved is None else [saved]), default=None),
+        activity=attempts[-1].activity if attempts and seeds is None and life.state == "running" else None,
+        step=step,
         total_steps=total,
         loss=last_number(events, "loss"),
         tokens_per_second=last_number(events, "tokens_per_second"),
@@ -89,7 +95,7 @@ def read_status(run: str) -> RunStatus:
         checkpoint_step=saved,
         checkpoint_age=_age(checkpoints[-1]) if checkpoints else None,
         bad_batches=len(list(folder.bad_batch(0).parent.glob("step-*"))),
-        goodput=add_up(attempts).share if attempts else None,
+        goodput=add_up(attempts).share if attempts and seeds is None else None,
         attempts=max(count_attempts(folder), len(attempts)),
     )
 
@@ -123,6 +129,21 @@ def _seeds(folder: RunFolder) -> list[int] | None:
     """Of a fine-tuning."""
     seeds = _config_value(folder, "training", "seeds")
     return seeds if isinstance(seeds, list) else None
+
+
+def _times_of_commands(folder: RunFolder, step: int | None, logged: Sequence[Path]) -> list[AttemptTime]:
+    """The attempts at a fine-tuning, without activities: the start of each, and the last event of the last one. Empty
+    if provenance.json cannot be read, as in a copy that is not complete. logged: the files of the events."""
+    lines = []
+    with suppress(OSError, UserError, LookupError, TypeError, ValueError):
+        for number, command in enumerate((read_provenance(folder) or {"attempts": []})["attempts"]):
+            start = datetime.fromisoformat(command["date"]).timestamp()
+            first, total = command.get("step", 0), command.get("total_steps")  # version 0.2.0 did not record them
+            lines.append(AttemptTime(number, start, first, first, total, "", {}))  # starts may be equal
+        if lines and step is not None:
+            last = max(path.stat().st_mtime for path in logged if path.exists())
+            lines.append(replace(lines[-1], time=last, step=step))
+    return lines
 
 
 def _score(folder: RunFolder) -> tuple[str | None, str | None, float | None]:
@@ -223,13 +244,15 @@ def _values(status: RunStatus) -> dict[str, str]:
         return {
             "seeds": f"{status.finished_seeds} of {status.seeds}",
             "score": UNKNOWN if status.score is None else f"{status.metric} {status.score:.4f} on {status.split}",
-            "step": show(status.step, ","),
+            "step": _step(status),
             "loss": show(status.loss, ".4f"),
             "tokens/s": show(status.tokens_per_second, ",.0f"),
+            "time left": describe_duration(status.seconds_left),
+            "attempts": f"{status.attempts:,}",
         }
     age = None if status.checkpoint_age is None else f", {describe_duration(status.checkpoint_age)} ago"
     return {
-        "step": show(status.step, ",") + ("" if status.total_steps is None else f" of {status.total_steps:,}"),
+        "step": _step(status),
         "loss": show(status.loss, ".4f"),
         "tokens/s": show(status.tokens_per_second, ",.0f"),
         "time left": describe_duration(status.seconds_left),
@@ -238,3 +261,7 @@ def _values(status: RunStatus) -> dict[str, str]:
         "goodput": show(status.goodput, ".1%"),
         "attempts": f"{status.attempts:,}",
     }
+
+
+def _step(status: RunStatus) -> str:
+    return show(status.step, ",") + ("" if status.total_steps is None else f" of {status.total_steps:,}")

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.checkpoints import checkpoint_path, mark_complete
-from experiment.errors import UserError
+from experiment.errors import StoppedError, UserError
 from experiment.progress import quiet
+from finetune import run as run_module
 from finetune.kinds.classification import Kind
 from finetune.predictor import Predictor
-from finetune.resolve import load_run_config
+from finetune.resolve import ResolvedRun, load_run_config
+from finetune.results.seed_summary import SeedRecord
 from finetune.run import finetune
+from finetune.training.fit import Log
 from hub_server import HubServer, use_hub_for_data
 from launcher.cli import main
+from launcher.status import RunStatus, read_status
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -67,6 +72,31 @@ def test_a_run_leaves_what_it_promises(
     captured = capsys.readouterr()
     assert "macro_f1 *" in captured.out
     assert f"next: deepcloze predict --model {tmp_path}/run --input" in captured.err
+
+
+def test_the_status_while_seeds_are_trained(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a running fine-tuning without its total steps, time left and attempts, also one that was stopped."""
+    found: list[RunStatus] = []
+    train = run_module.train_seed
+
+    def observed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
+        def observe(step: int, metrics: Mapping[str, Any]) -> None:
+            log(step, metrics)
+            found.append(read_status(str(run.folder.path)))
+            if len(found) == 3:
+                raise KeyboardInterrupt
+
+        return train(seed, run, observe)
+
+    monkeypatch.setattr(run_module, "train_seed", observed)
+    with pytest.raises(StoppedError):
+        finetune(config_file, {"training.steps": "4"})
+    finetune(config_file, {"training.steps": "4"})
+    assert {(status.state, status.total_steps) for status in found} == {("running", 8)}
+    assert [status.attempts for status in found[2:4]] == [1, 2]
+    assert [status.step for status in found[2:4]] == [3, 4]
+    assert all(status.seconds_left is not None for status in found)
+    assert (found[-1].step, found[-1].seconds_left) == (8, 0.0)
 
 
 def test_seeds_are_curves_of_their_own_in_tensorboard(config_file: Path, tmp_path: Path) -> None:

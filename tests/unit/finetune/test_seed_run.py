@@ -207,7 +207,7 @@ def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(
     assert list((tmp_path / "run" / ".seed-1").iterdir())
     assert main(["status", str(tmp_path / "run")]) == 0
     status = capsys.readouterr().out
-    assert "  state     stopped\n  seeds     0 of 1\n" in status
+    assert "  state      stopped\n  seeds      0 of 1\n" in status
     assert status.endswith(f"  {message}")
     assert main(["logs", str(tmp_path / "run")]) == 0
     assert "INFO experiment.progress: step 14/" in capsys.readouterr().out

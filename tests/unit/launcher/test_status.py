@@ -2,6 +2,7 @@ import json
 import os
 import platform
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from experiment import run_lock
 from experiment.errors import UserError
 from experiment.goodput import CHECKPOINTING, ActivityTimer
 from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
+from experiment.provenance import write_provenance
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_life import Life, read_life
 from experiment.run_lock import FolderUse, folder_use, lock_run
@@ -156,6 +158,8 @@ def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         ["step", "1,200"],
         ["loss", "3.2500"],
         ["tokens/s", "45,679"],
+        ["time", "left", "–"],
+        ["attempts", "0"],
     ]
 
 
@@ -266,6 +270,41 @@ def test_the_figures_of_a_run(folder: RunFolder) -> None:
     assert 0 <= status.checkpoint_age < 3600
     assert status.goodput == pytest.approx(40 / 50)
     assert read_status(str(folder.path)).seconds_left is None, "it has ended"
+
+
+def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a fine-tuning without its total steps, time left and attempts, a time left at the speed of the steps that
+    an earlier command has trained, and steps of seeds that are trained at a time but not counted."""
+    folder.config.write_text("training: {seeds: [1, 2, 3]}\n")
+    assert (read_status(str(folder.path)).total_steps, read_status(str(folder.path)).attempts) == (None, 0)
+    now = datetime(2026, 11, 20, 9, 20, tzinfo=UTC)
+    write_provenance(folder, {"date": "2026-11-19T09:20:00+00:00"})  # of version 0.2.0
+    with lock_run(folder):
+        assert (read_status(str(folder.path)).total_steps, read_status(str(folder.path)).attempts) == (None, 1)
+    write_provenance(folder, {"date": now.isoformat(), "step": 200, "total_steps": 900})
+    write_events(folder, {"step": 100, "loss": 1.0, "seed": 1})
+    os.utime(folder.metrics, (0, now.timestamp() + 50))
+    with lock_run(folder):
+        status = read_status(str(folder.path))
+        assert (status.step, status.total_steps, status.seconds_left, status.attempts) == (100, 900, None, 2)
+        for seed, step in ((2, 150), (3, 50)):
+            path = folder.logs / f"seed-{seed}.jsonl"
+            path.write_text(json.dumps({"step": step, "loss": 1.0, "seed": seed}) + "\n")
+            os.utime(path, (0, now.timestamp() + 110 - 5 * seed))
+        status = read_status(str(folder.path))
+        assert (status.state, status.step, status.seconds_left) == ("running", 300, 600.0)
+        assert (status.activity, status.goodput) == (None, None)
+        assert main(["status", str(folder.path)]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in shown if line[0] in ("step", "time", "attempts")] == [
+        ["step", "300", "of", "900"],
+        ["time", "left", "10m00s"],
+        ["attempts", "2"],
+    ]
+    assert read_status(str(folder.path)).seconds_left is None, "it has ended"
+    for damaged in ("{", '{"run_id": "a", "ancestors": [], "attempts": [{"date": 5}]}'):
+        folder.provenance.write_text(damaged)
+        assert read_status(str(folder.path)).total_steps is None
 
 
 def test_the_time_left_of_a_budget(folder: RunFolder) -> None:
