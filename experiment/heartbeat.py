@@ -20,6 +20,7 @@ _BEATS = 40  # within the timeout
 _MAX_BEAT_SECONDS = 10.0
 _HUNG = 0.8  # of the timeout: the rest is for naming the rank within it
 _LINE_BYTES = 512
+_OUTERMOST = ("in <module>", "in _run_module_as_main", "...")  # ends of a stack's last line; ...: it is cut
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,11 @@ def main_stack(log: Path, offset: int) -> list[str]:
             break
         frames.append(line.strip())
     return frames
+
+
+def is_whole_stack(frames: list[str]) -> bool:
+    """Whether a stack of the main thread has been written to its end: a rank writes line by line, other threads first.
+
+    frames: innermost first.
+    """
+    return bool(frames) and frames[-1].endswith(_OUTERMOST)

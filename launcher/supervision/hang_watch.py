@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from experiment.errors import notify
-from experiment.heartbeat import Heartbeat, hung_seconds, main_stack, read_heartbeat
+from experiment.heartbeat import Heartbeat, hung_seconds, is_whole_stack, main_stack, read_heartbeat
 from experiment.outcome_file import Cause, Outcome, read_rank_record, write_first_outcome
 from experiment.run_folder import RunFolder
 
-_STACK_SECONDS = 1.0
+_STACK_SECONDS = 2.0
 _MOST_NAMED = 4
 _MOST_FRAMES = 12
 
@@ -133,14 +133,14 @@ class HangWatch:
 
     def _get_stacks(self, named: Sequence[RankLife]) -> None:
         """A rank that makes no progress has written its stack; the others are asked to."""
-        missing = {life.beat.rank for life in named if not self._frames(life.beat.rank)}
+        missing = {life.beat.rank for life in named if not is_whole_stack(self._frames(life.beat.rank))}
         for life in named:
             if life.beat.rank in missing:
                 self._request_stack(life.beat)
         deadline = time.monotonic() + _STACK_SECONDS
         while missing and time.monotonic() < deadline:
             time.sleep(0.02)
-            missing = {rank for rank in missing if not self._frames(rank)}
+            missing = {rank for rank in missing if not is_whole_stack(self._frames(rank))}
 
     def _frames(self, rank: int) -> list[str]:
         return main_stack(self._folder.rank_log(rank), self._log_sizes.get(rank, 0))

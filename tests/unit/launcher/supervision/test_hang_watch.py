@@ -17,6 +17,7 @@ Thread 0x00007f (most recent call first):
 Current thread 0x00007e (most recent call first):
   File "/repository/pretrain/training/trainer.py", line 7 in train
   File "/repository/pretrain/run.py", line 9 in main
+  File "/repository/pretrain/run.py", line 11 in <module>
 """
 
 
@@ -98,7 +99,7 @@ def test_a_rank_that_has_stopped_is_named_with_its_stack(folder: RunFolder, caps
     first, header, *frames = watched.watch.message.splitlines()
     assert first == summary
     assert header == f"the main thread of rank 1, innermost call first; all threads: {folder.rank_log(1)}"
-    assert [line.split(" in ")[-1] for line in frames] == ["train", "main"]
+    assert [line.split(" in ")[-1] for line in frames] == ["train", "main", "<module>"]
     assert summary in capsys.readouterr().err
     assert read_outcome(folder) == (Outcome.FAILED, watched.watch.message, Cause.HUNG)
 
@@ -122,6 +123,24 @@ def test_a_stack_that_a_rank_has_written_itself_is_used(folder: RunFolder) -> No
     assert watched.after(1, beat(0, 2, stuck=81, waits=True), beat(1, 2, stuck=82))
     assert watched.watch.message is not None
     assert "node-1, rank 1 (process 71) hangs: no progress for 82 s" in watched.watch.message
+
+
+def test_a_stack_is_read_when_it_is_whole(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that are ended while they write, and the stack of another thread, which comes first."""
+    lines = STACKS.splitlines(keepends=True)
+
+    def write_line(_: object = None) -> None:
+        if lines:
+            with folder.rank_log(1).open("a") as log:
+                log.write(lines.pop(0))
+
+    monkeypatch.setattr(hang_watch.time, "sleep", write_line)
+    watched = Watched(folder, write_line)
+    watched.after(1, beat(0, 1), beat(1, 1))
+    assert watched.after(1, beat(0, 2, stuck=81, waits=True), beat(1, 2, stuck=5))
+    assert watched.watch.message is not None
+    assert "in train" in watched.watch.message
+    assert watched.watch.message.endswith("in <module>")
 
 
 def test_a_rank_without_stack_is_named(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
