@@ -121,6 +121,7 @@ _LIKE_BERT = (
 )
 _TYPES: dict[str, type[nn.Module]] = {
     **{f"{model}SelfAttention": _OfThreeLayers for model in _LIKE_BERT},
-    **{f"{model}Intermediate": _Intermediate for model in _LIKE_BERT},
+    # That of RobertaPreLayerNorm begins with a norm.
+    **{f"{model}Intermediate": _Intermediate for model in _LIKE_BERT if model != "RobertaPreLayerNorm"},
     "ModernBertAttention": _OfModernBert,
 }

@@ -1,4 +1,4 @@
-"""Attention with query, key and value in one tensor computes what the model's own does, in Triton's interpreter."""
+"""Modules that compute parts together compute what the model's own do, in Triton's interpreter."""
 
 from typing import Any
 
@@ -6,82 +6,105 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from pretrain.modeling.attention import PACKED, Packing, VarlenKernels, register_packed_attention
+from pretrain.modeling import fused_modules
+from pretrain.modeling.attention import PACKED, Packing, Predicted, VarlenKernels, register_packed_attention
 from pretrain.modeling.fused_modules import use_fused_modules
+from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import sampled
 
 pytest.importorskip("triton")
 
+LAYERS = 2
 SHAPE = {
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "vocab_size": 50,
     "pad_token_id": 0,
 }
-TYPES = (
-    "bert",
-    "camembert",
-    "data2vec-text",
-    "electra",
-    "ernie",
-    "modernbert",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-)
+ATTENTION_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.2}
+MODERNBERT = {"attention_dropout": 0.2, "local_attention": 16, "global_attn_every_n_layers": 2, "layer_types": None}
+LIKE_BERT = ("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta", "xlm-roberta-xl")
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    # type of model, changes of its config, layers whose bias and GELU are computed together
+    **{name: (name, ATTENTION_DROPOUT, LAYERS) for name in LIKE_BERT},
+    "roberta-prelayernorm": ("roberta-prelayernorm", ATTENTION_DROPOUT, 0),
+    "modernbert": ("modernbert", MODERNBERT, 0),
+    "modernbert with biases": ("modernbert", MODERNBERT | {"attention_bias": True}, 0),
+    "another activation": ("bert", ATTENTION_DROPOUT | {"hidden_act": "gelu_new"}, 0),
+}
 LENGTHS = (70, 30)
 
 
-def compare(_: World, model_type: str) -> tuple[list[str], int]:
-    """The gradients that differ with and without joint projections, and how often these were used."""
-    from pretrain.modeling.varlen_attention import joint_attention, varlen_attention
-
+def build(model_type: str, changes: dict[str, Any]) -> Any:
+    """With a last layer that computes predicted positions only."""
     register_packed_attention()
-    changes: dict[str, Any] = {"local_attention": 16, "global_attn_every_n_layers": 2, "layer_types": None}
-    config = AutoConfig.for_model(model_type, **SHAPE, **(changes if model_type == "modernbert" else {}))
     torch.manual_seed(0)
-    model = AutoModelForMaskedLM.from_config(config).half().eval()
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **SHAPE, **changes))
     model.set_attn_implementation(PACKED)
-    used = []
+    assert shorten_last_layer(model) is not None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms that do something
+    return model.half()
 
-    def attend_jointly(*inputs: Any) -> torch.Tensor:
-        used.append(inputs)
-        return joint_attention(*inputs)
+
+def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) -> tuple[list[str], int, int]:
+    """The gradients that differ with and without fused modules, and how often joint attention and the kernel for bias
+    and GELU were used."""
+    from pretrain.modeling import biased_gelu, varlen_attention
+
+    model = build(model_type, changes).train(training)
+    used = {"joint_attention": 0, "biased_gelu": 0}
+
+    def counted(module: Any, name: str) -> Any:
+        function = getattr(module, name)
+
+        def call(*inputs: Any) -> Any:
+            used[name] += 1
+            return function(*inputs)
+
+        return call
 
     slots = sum(LENGTHS)
     ids = torch.randint(1, 50, (1, slots))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None] + 2
     segments = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor(LENGTHS))[None]
     bounds = torch.tensor([0, LENGTHS[0], slots], dtype=torch.int32)
-    kernels = VarlenKernels(varlen_attention, attend_jointly)
+    predicted = Predicted(torch.tensor([3, 50, 71, 99]), torch.empty(1, 0, dtype=torch.long), torch.arange(4))
+    kernels = VarlenKernels(varlen_attention.varlen_attention, counted(varlen_attention, "joint_attention"))
     results = []
-    for jointly in (False, True):
-        if jointly:
-            use_fused_modules(model)
-        packing = Packing(segments, bounds, max(LENGTHS), varlen=kernels)
-        packing.capability = (9, 0)
-        logits = model(input_ids=ids, position_ids=positions, packing=packing).logits
-        model.zero_grad()
-        logits.float().square().sum().backward()
-        results.append(
-            {"logits": logits.detach()}
-            | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_modules, "supports_fast_gelu", lambda _: True)
+        patch.setattr(biased_gelu, "biased_gelu", counted(biased_gelu, "biased_gelu"))
+        for fused in (False, True):
+            if fused:
+                use_fused_modules(model)
+            packing = Packing(segments, bounds, max(LENGTHS), predicted, kernels)
+            packing.capability = (9, 0)
+            torch.manual_seed(1)  # the same masks of dropout
+            logits = model(input_ids=ids, position_ids=positions, packing=packing).logits
+            model.zero_grad()
+            logits.float().square().sum().backward()
+            gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+            results.append({"logits": logits.detach()} | gradients)
     expected, found = results
     assert expected.keys() == found.keys()
     # Softmax does not depend on a bias of keys, so its gradient is noise.
     names = [name for name in expected if not name.endswith("key.bias")]
-    return [name for name in names if (found[name] - expected[name]).norm() > 0.02 * expected[name].norm()], len(used)
+    different = [name for name in names if (found[name] - expected[name]).norm() > 0.02 * expected[name].norm()]
+    return different, used["joint_attention"], used["biased_gelu"]
 
 
-@pytest.mark.parametrize("model_type", sampled(TYPES, ["bert", "modernbert", "roberta"]))
-def test_attention_is_that_of_the_model(interpreting_pools: dict[int, RankPool], model_type: str) -> None:
-    """Catches a type of model whose attention does something else, and one that is not recognized."""
-    ((different, used),) = interpreting_pools[1].run(compare, model_type)
-    assert not different
-    assert used == SHAPE["num_hidden_layers"]
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("case", sampled(CASES, ["bert", "modernbert", "roberta-prelayernorm", "another activation"]))
+def test_modules_compute_what_those_of_the_model_do(
+    interpreting_pools: dict[int, RankPool], case: str, training: bool
+) -> None:
+    """Catches a type of model whose modules do something else, one that is not recognized, and dropout in evaluation or
+    none in training."""
+    model_type, changes, gelus = CASES[case]
+    assert interpreting_pools[1].run(compare, model_type, changes, training) == [([], LAYERS, gelus)]
