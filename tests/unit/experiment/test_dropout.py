@@ -34,6 +34,8 @@ def test_rows_and_columns_are_dropped_independently():
         products = (rows @ rows.T)[*torch.triu_indices(768, 768, 1)] / 768**0.5
         assert products.var().item() == pytest.approx(1, abs=0.05)
         assert products.abs().max() < 7
+    mirrored = (masks * masks.T)[*torch.triu_indices(768, 768, 1)]
+    assert abs(mirrored.mean()) * len(mirrored) ** 0.5 < 4  # rows and columns have different numbers
 
 
 def test_gradient_is_that_of_the_mask(dropout):
