@@ -35,7 +35,7 @@ from pretrain.engine.shared_memory import SharedMemory, open_shared_memory, sum_
 
 _EPSILON = 1e-6  # added to the norm that gradients are divided by, as torch does
 _NORM_CHUNK = 1 << 14  # elements
-_COPIED_TOGETHER = 16  # gradients
+_COPIED_TOGETHER, _MOST_ELEMENTS = 16, 1 << 22  # gradients; of each. Larger ones are copied, and freed, at once.
 
 
 class _FlatOptimizer(DeepSpeedZeroOptimizer):  # type: ignore[misc]
@@ -105,7 +105,7 @@ class Zero1Optimizer(_FlatOptimizer):
             self._copy_waiting()
             # On a CPU, this is three times as fast as adding bf16 to fp32.
             total.add_(gradient if gradient.is_cuda else gradient.float())
-        elif gradient.is_cuda:
+        elif gradient.is_cuda and gradient.numel() <= _MOST_ELEMENTS:
             self._waiting.append((total, gradient))
             if len(self._waiting) == _COPIED_TOGETHER:
                 self._copy_waiting()
