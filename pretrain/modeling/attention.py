@@ -429,22 +429,27 @@ def _compare_with_flash_attention(
 
 
 def _compare_dropped_weights(kernels: VarlenKernels, dtype: torch.dtype) -> None:
-    """Raises AssertionError if the backward pass drops other weights than the forward pass, or errors of Triton.
+    """Raises AssertionError if the kernels drop another share, or other weights in the backward pass than in the
+    forward pass, or errors of Triton.
 
     For given dropped weights the output is linear in the values. Therefore its dot product with its gradient is that of
     the values with theirs. Scores are small, so that the output depends on what was dropped more than on anything else.
     """
     joint, bounds, longest = _trial(dtype)
+    options = (bounds, longest, 0.01, 0.25, None)
     state = torch.cuda.get_rng_state()
     try:
-        output = kernels.attend_jointly(joint, None, bounds, longest, 0.01, 0.5, None)
+        output = kernels.attend_jointly(joint, None, *options)
+        query, key, value = joint.detach().unbind(1)
+        mean = kernels.attend(query, key, torch.ones_like(value), *options).float().mean()
     finally:
         torch.cuda.set_rng_state(state)
     upstream = output.detach()
     (gradient,) = torch.autograd.grad(output, joint, upstream)
     of_output = upstream.float().square().sum()
-    of_values = (joint.detach()[:, 2].float() * gradient[:, 2].float()).sum()
+    of_values = (value.float() * gradient[:, 2].float()).sum()
     torch.testing.assert_close(of_values, of_output, rtol=5e-2, atol=0.0)
+    torch.testing.assert_close(mean, torch.ones_like(mean), rtol=5e-2, atol=0.0)
 
 
 def _trial(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-POLYNOMIAL = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # of 1 / (1 + SLOPE x / sqrt(2))
+POLYNOMIAL = (
+    1.061405429,
+    -1.453152027,
+    1.421413741,
+    -0.284496736,
+    0.254829592,
+)  # coefficients of t = 1 / (1 + SLOPE x / sqrt(2)), highest power first
 SLOPE = 0.3275911
 
 
@@ -39,7 +45,7 @@ def supports_fast_gelu(values: Tensor) -> bool:
 
 
 class Gelu(torch.autograd.Function):
-    """Computes in fp32. Both directions are written such that Inductor fuses all of the backward pass of a gated layer,
+    """Computes in fp32. Both directions are written so that Inductor fuses all of the backward pass of a gated layer,
     GELU(a) * b of halves of a product, into one kernel."""
 
     @staticmethod

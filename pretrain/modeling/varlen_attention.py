@@ -10,8 +10,8 @@ backward pass recomputes the weights from the scores and the saved logsumexp of 
 A weight is dropped if the product of a random odd number of its query and one of its key, modulo 2^32, is small. The
 numbers are hashes of slots, heads and two seeds, which torch's generator draws in each call.
 
-The gradients of queries, keys and values are parts of one tensor, as the layer that computed all three needs them.
-Rotary positions (Su et al. 2021, arXiv 2104.09864) are undone when they are written.
+The gradients of queries, keys and values are parts of one tensor, as the layer that computed all three needs them:
+those of the queries and keys before rotary positions (Su et al. 2021, arXiv 2104.09864), if there are any.
 
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernels on a CPU.
 
@@ -57,10 +57,9 @@ def varlen_attention(
         scaling: of scores, positive.
         dropout: probability that an attention weight is dropped, less than 1.
     """
-    if reach is None or reach >= max_length:
-        reach = -1
     output: Tensor
-    output, *_ = _forward(query_THD, key_THD, value_THD, cu_seqlens, max_length, scaling, dropout, reach)
+    options = (max_length, scaling, dropout, _known_reach(reach, max_length))
+    output, *_ = _forward(query_THD, key_THD, value_THD, cu_seqlens, *options)
     return output
 
 
@@ -78,12 +77,15 @@ def joint_attention(
     rotation: cosines and sines of rotary positions of queries and keys, [T, D], with two equal halves; None: they have
         none.
     """
-    if reach is None or reach >= max_length:
-        reach = -1
     cosines, sines = rotation or (None, None)
-    options = (max_length, scaling, dropout, reach)
+    options = (max_length, scaling, dropout, _known_reach(reach, max_length))
     output: Tensor = _JointAttention.apply(joint_T3HD, cosines, sines, cu_seqlens, *options)  # type: ignore[no-untyped-call]
     return output
+
+
+def _known_reach(reach: int | None, max_length: int) -> int:
+    """-1 if slots attend to all of their sequence."""
+    return -1 if reach is None or reach >= max_length else reach
 
 
 class _JointAttention(torch.autograd.Function):
@@ -162,7 +164,7 @@ def _backward(
 ) -> Tensor:
     """[T, 3, H, D], the gradients of query, key and value. `gradient` is that of the output, and contiguous.
 
-    cosines, sines: [T, D]: query and key have rotary positions, and the gradients are those before.
+    cosines, sines: [T, D], of rotary positions of query and key; the gradients are with respect to the unrotated ones.
     """
     gradients = _allocate_gradients(gradient)
     deltas = torch.empty_like(logsumexp)  # dot products of each output and its gradient
