@@ -15,13 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-POLYNOMIAL = (
-    1.061405429,
-    -1.453152027,
-    1.421413741,
-    -0.284496736,
-    0.254829592,
-)  # coefficients of t = 1 / (1 + SLOPE x / sqrt(2)), highest power first
+# Coefficients of t = 1 / (1 + SLOPE x / sqrt(2)), highest power first
+POLYNOMIAL = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 SLOPE = 0.3275911
 
 
