@@ -12,6 +12,6 @@
 - attention: packed sequences do not attend to each other; varlen_attention: by kernels of our own, on a GPU
 - small_embeddings: gradients of tables of a few rows
 - structure: the repeated layers, the layer of each parameter, FLOPs of a step
-- compiled_layers: `torch.compile` of the layers; fast_gelu, biased_gelu: their activation
+- compiled_layers: `torch.compile` of the layers; fast_gelu, bias_gelu: their activation
 - fused_modules: modules of transformers' models whose parts are computed together
 """

@@ -52,7 +52,7 @@ class VarlenKernels(NamedTuple):
     """Of `pretrain.modeling.varlen_attention`."""
 
     attend: VarlenKernel  # varlen_attention
-    attend_jointly: Callable[[Tensor, Rotation | None, Tensor, int, float, float, int | None], Tensor]
+    attend_qkv: Callable[[Tensor, Rotation | None, Tensor, int, float, float, int | None], Tensor]
 
 
 class Predicted(NamedTuple):
@@ -250,8 +250,8 @@ def packed_attention(
 
 
 @interruptible
-def joint_attention(
-    joint_BWJHD: Tensor,
+def qkv_attention(
+    qkv_BWJHD: Tensor,
     rotation: Rotation | None,
     *,
     packing: Packing,
@@ -269,8 +269,8 @@ def joint_attention(
     if rotation is not None:
         cosines, sines = (tensor.flatten(0, 1) for tensor in rotation)
         rotation = cosines, sines
-    output_THD = packing.varlen.attend_jointly(
-        joint_BWJHD.flatten(0, 1),
+    output_THD = packing.varlen.attend_qkv(
+        qkv_BWJHD.flatten(0, 1),
         rotation,
         packing.cu_seqlens,
         packing.max_length,
@@ -394,12 +394,12 @@ def varlen_kernels(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bo
 @functools.cache
 def _tried_varlen_kernels(dtype: torch.dtype, has_windows: bool) -> VarlenKernels | None:
     try:
-        from pretrain.modeling.varlen_attention import joint_attention, rotate, varlen_attention
+        from pretrain.modeling.varlen_attention import apply_rotary, qkv_attention, varlen_attention
 
-        kernels = VarlenKernels(varlen_attention, joint_attention)
+        kernels = VarlenKernels(varlen_attention, qkv_attention)
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
             for window in (None, _LOCAL_REACH + 1) if has_windows else (None,):
-                _compare_with_flash_attention(kernels, dtype, window, rotate)
+                _compare_with_flash_attention(kernels, dtype, window, apply_rotary)
             _compare_dropped_weights(kernels, dtype)
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("attention is that of torch; the kernels of deepcloze fail: %s", first_line(error))
@@ -408,23 +408,26 @@ def _tried_varlen_kernels(dtype: torch.dtype, has_windows: bool) -> VarlenKernel
 
 
 def _compare_with_flash_attention(
-    kernels: VarlenKernels, dtype: torch.dtype, window: int | None, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    kernels: VarlenKernels,
+    dtype: torch.dtype,
+    window: int | None,
+    apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> None:
     """Raises AssertionError if the kernels compute something else, or errors of Triton."""
-    joint, bounds, longest = _trial(dtype)
-    query, key, value = joint.unbind(1)
-    frequencies = torch.linspace(1, 0, joint.shape[-1] // 2, device="cuda").repeat(2)
-    angles = torch.arange(len(joint), device="cuda")[:, None] * frequencies
+    qkv, bounds, longest = _trial(dtype)
+    query, key, value = qkv.unbind(1)
+    frequencies = torch.linspace(1, 0, qkv.shape[-1] // 2, device="cuda").repeat(2)
+    angles = torch.arange(len(qkv), device="cuda")[:, None] * frequencies
     rotation = angles.cos().to(dtype), angles.sin().to(dtype)
     options = (bounds, longest, 0.1, 0.0, _reach(window))
-    found = kernels.attend(query, key, value, *options), kernels.attend_jointly(joint, rotation, *options)
+    found = kernels.attend(query, key, value, *options), kernels.attend_qkv(qkv, rotation, *options)
     expected = (
         flash_attention_2(query, key, value, *options),
-        flash_attention_2(rotate(query, *rotation), rotate(key, *rotation), value, *options),
+        flash_attention_2(apply_rotary(query, *rotation), apply_rotary(key, *rotation), value, *options),
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
-        gradients = [torch.autograd.grad(output, joint, other.detach())[0] for output in (one, other)]
+        gradients = [torch.autograd.grad(output, qkv, other.detach())[0] for output in (one, other)]
         torch.testing.assert_close(*gradients, rtol=5e-2, atol=5e-2)
 
 
@@ -435,17 +438,17 @@ def _compare_dropped_weights(kernels: VarlenKernels, dtype: torch.dtype) -> None
     For given dropped weights the output is linear in the values. Therefore its dot product with its gradient is that of
     the values with theirs. Scores are small, so that the output depends on what was dropped more than on anything else.
     """
-    joint, bounds, longest = _trial(dtype)
+    qkv, bounds, longest = _trial(dtype)
     options = (bounds, longest, 0.01, 0.25, None)
     state = torch.cuda.get_rng_state()
     try:
-        output = kernels.attend_jointly(joint, None, *options)
-        query, key, value = joint.detach().unbind(1)
+        output = kernels.attend_qkv(qkv, None, *options)
+        query, key, value = qkv.detach().unbind(1)
         mean = kernels.attend(query, key, torch.ones_like(value), *options).float().mean()
     finally:
         torch.cuda.set_rng_state(state)
     upstream = output.detach()
-    (gradient,) = torch.autograd.grad(output, joint, upstream)
+    (gradient,) = torch.autograd.grad(output, qkv, upstream)
     of_output = upstream.float().square().sum()
     of_values = (value.float() * gradient[:, 2].float()).sum()
     torch.testing.assert_close(of_values, of_output, rtol=5e-2, atol=0.0)
@@ -456,5 +459,5 @@ def _trial(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     """Query, key and value in one tensor, [200, 3, H, D], the bounds of its two sequences, and the longer length. The
     numbers are not random, because that would change the masks of dropout."""
     numbers = torch.arange(3 * 200 * 2 * _VARLEN_HEAD_SIZE, device="cuda").sin()
-    joint = numbers.view(3, 200, 2, _VARLEN_HEAD_SIZE).transpose(0, 1).to(dtype).requires_grad_()
-    return joint, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"), 110
+    qkv = numbers.view(3, 200, 2, _VARLEN_HEAD_SIZE).transpose(0, 1).to(dtype).requires_grad_()
+    return qkv, torch.tensor([0, 90, 200], dtype=torch.int32, device="cuda"), 110

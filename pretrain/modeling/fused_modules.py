@@ -4,7 +4,7 @@
   products take longer, their gradients are summed, and Inductor copies the gradients of rotary positions together. The
   weights are parameters of three modules where the model has three. They are concatenated in each pass, which is a
   thousandth of the product.
-- The bias and GELU of the feed-forward layer: see `pretrain.modeling.biased_gelu`.
+- The bias and GELU of the feed-forward layer: see `pretrain.modeling.bias_gelu`.
 
 Shapes: B rows, W slots, J = 3, H heads, D dimensions of a head.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from pretrain.modeling.attention import Packing, Rotation, joint_attention
+from pretrain.modeling.attention import Packing, Rotation, qkv_attention
 from pretrain.modeling.fast_gelu import supports_fast_gelu
 
 _Output = tuple[Tensor, Tensor | None]
@@ -41,12 +41,12 @@ def _fused_type(base: type[nn.Module], module: type[nn.Module]) -> type[nn.Modul
     return type(f"Fused{module.__name__}", (base, module), {})
 
 
-def _split(joint: Tensor, head_size: int) -> Tensor:
+def _split(qkv: Tensor, head_size: int) -> Tensor:
     """[B, W, J, H, D]."""
-    return joint.view(*joint.shape[:2], 3, -1, head_size)
+    return qkv.view(*qkv.shape[:2], 3, -1, head_size)
 
 
-class _OfThreeLayers(nn.Module):
+class _BertAttention(nn.Module):
     """Attention with a layer each for query, key and value."""
 
     query: nn.Linear
@@ -63,7 +63,7 @@ class _OfThreeLayers(nn.Module):
         layers = (self.query, self.key, self.value)
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        output_BWHD, _ = joint_attention(
+        output_BWHD, _ = qkv_attention(
             _split(F.linear(hidden_BWD, weight, bias), self.attention_head_size),
             None,
             packing=packing,
@@ -74,7 +74,7 @@ class _OfThreeLayers(nn.Module):
         return output_BWHD.flatten(2), None
 
 
-class _OfModernBert(nn.Module):
+class _ModernBertAttention(nn.Module):
     """Attention with one layer for query, key and value, and rotary positions."""
 
     Wqkv: nn.Linear
@@ -90,7 +90,7 @@ class _OfModernBert(nn.Module):
         packing = options.get("packing")
         if not isinstance(packing, Packing) or not packing.prefers_varlen(self.sliding_window):
             return super().forward(hidden_BWD, position_embeddings, *inputs, **options)  # type: ignore[no-any-return]
-        output_BWHD, _ = joint_attention(
+        output_BWHD, _ = qkv_attention(
             _split(self.Wqkv(hidden_BWD), self.head_dim),
             position_embeddings,
             packing=packing,
@@ -110,9 +110,9 @@ class _Intermediate(nn.Module):
     def forward(self, hidden_BWD: Tensor) -> Tensor:
         if type(self.intermediate_act_fn) is not GELUActivation or not supports_fast_gelu(hidden_BWD):
             return super().forward(hidden_BWD)  # type: ignore[no-any-return]
-        from pretrain.modeling.biased_gelu import biased_gelu  # imports Triton
+        from pretrain.modeling.bias_gelu import bias_gelu  # imports Triton
 
-        return biased_gelu(hidden_BWD, self.dense.weight, self.dense.bias)
+        return bias_gelu(hidden_BWD, self.dense.weight, self.dense.bias)
 
 
 _LIKE_BERT = (
@@ -120,8 +120,8 @@ _LIKE_BERT = (
     "XLMRobertaXL",
 )
 _TYPES: dict[str, type[nn.Module]] = {
-    **{f"{model}SelfAttention": _OfThreeLayers for model in _LIKE_BERT},
+    **{f"{model}SelfAttention": _BertAttention for model in _LIKE_BERT},
     # That of RobertaPreLayerNorm begins with a norm.
     **{f"{model}Intermediate": _Intermediate for model in _LIKE_BERT if model != "RobertaPreLayerNorm"},
-    "ModernBertAttention": _OfModernBert,
+    "ModernBertAttention": _ModernBertAttention,
 }

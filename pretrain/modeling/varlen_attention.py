@@ -63,8 +63,8 @@ def varlen_attention(
     return output
 
 
-def joint_attention(
-    joint_T3HD: Tensor,
+def qkv_attention(
+    qkv_T3HD: Tensor,
     rotation: tuple[Tensor, Tensor] | None,
     cu_seqlens: Tensor,
     max_length: int,
@@ -79,7 +79,7 @@ def joint_attention(
     """
     cosines, sines = rotation or (None, None)
     options = (max_length, scaling, dropout, _known_reach(reach, max_length))
-    output: Tensor = _JointAttention.apply(joint_T3HD, cosines, sines, cu_seqlens, *options)  # type: ignore[no-untyped-call]
+    output: Tensor = _QKVAttention.apply(qkv_T3HD, cosines, sines, cu_seqlens, *options)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -88,14 +88,14 @@ def _known_reach(reach: int | None, max_length: int) -> int:
     return -1 if reach is None or reach >= max_length else reach
 
 
-class _JointAttention(torch.autograd.Function):
+class _QKVAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, joint: Tensor, cosines: Tensor | None, sines: Tensor | None, bounds: Tensor, *options: Any
+        ctx: Any, qkv: Tensor, cosines: Tensor | None, sines: Tensor | None, bounds: Tensor, *options: Any
     ) -> Tensor:
-        query, key, value = joint.unbind(1)
+        query, key, value = qkv.unbind(1)
         if cosines is not None and sines is not None:
-            query, key = (rotate(tensor, cosines, sines) for tensor in (query, key))
+            query, key = (apply_rotary(tensor, cosines, sines) for tensor in (query, key))
         output, logsumexp, seeds = _forward(query, key, value, bounds, *options)
         ctx.save_for_backward(query, key, value, bounds, output, logsumexp, seeds, cosines, sines)
         ctx.options = options
@@ -106,12 +106,12 @@ class _JointAttention(torch.autograd.Function):
         return _backward(gradient.contiguous(), *ctx.saved_tensors, *ctx.options), *[None] * (3 + len(ctx.options))
 
 
-def rotate(vectors_THD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def apply_rotary(vectors_THD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary positions as models of transformers compute them."""
     wide = vectors_THD.float()
     first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * cosines[:, None] + turned * sines[:, None]).to(vectors_THD.dtype)
+    rotated_half = torch.cat((-second, first), dim=-1)
+    return (wide * cosines[:, None] + rotated_half * sines[:, None]).to(vectors_THD.dtype)
 
 
 # An operator, because torch.compile cannot trace Triton's interpreter.

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.modeling.biased_gelu import biased_gelu
+from pretrain.modeling.bias_gelu import bias_gelu
 from pretrain.modeling.fast_gelu import fast_gelu
 
 
@@ -35,7 +35,7 @@ def test_compiled_gelu(dtype: torch.dtype) -> None:
 
 @torch.compile(fullgraph=True, dynamic=True)
 def of_layer(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return biased_gelu(inputs, weight, bias)
+    return bias_gelu(inputs, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -156,13 +156,13 @@ def _patch_triton(patch: pytest.MonkeyPatch, gpu: SimulatedGpu) -> None:
         gpu.calls["varlen_attention"] += 1
         return kernels.varlen_attention(*args)
 
-    def joint(*args: Any) -> torch.Tensor:
+    def qkv(*args: Any) -> torch.Tensor:
         gpu.calls["varlen_attention"] += 1
-        return kernels.joint_attention(*args)
+        return kernels.qkv_attention(*args)
 
     patch.setattr(fused_cross_entropy, "_cross_entropy_kernel", Launcher())
     patch.setattr(varlen_attention, "varlen_attention", varlen)
-    patch.setattr(varlen_attention, "joint_attention", joint)
+    patch.setattr(varlen_attention, "qkv_attention", qkv)
     attention._tried_varlen_kernels.cache_clear()
 
 

@@ -159,13 +159,13 @@ def varlen_attention(
     return output_THD
 
 
-def joint_attention(joint_T3HD: Tensor, rotation: tuple[Tensor, Tensor] | None, *options: Any) -> Tensor:
-    """As `pretrain.modeling.varlen_attention.joint_attention`."""
-    from pretrain.modeling.varlen_attention import rotate  # imports Triton
+def qkv_attention(qkv_T3HD: Tensor, rotation: tuple[Tensor, Tensor] | None, *options: Any) -> Tensor:
+    """As `pretrain.modeling.varlen_attention.qkv_attention`."""
+    from pretrain.modeling.varlen_attention import apply_rotary  # imports Triton
 
-    query, key, value = joint_T3HD.unbind(1)
+    query, key, value = qkv_T3HD.unbind(1)
     if rotation is not None:
-        query, key = (rotate(tensor, *rotation) for tensor in (query, key))
+        query, key = (apply_rotary(tensor, *rotation) for tensor in (query, key))
     return varlen_attention(query, key, value, *options)
 
 

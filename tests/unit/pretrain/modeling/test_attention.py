@@ -82,7 +82,7 @@ def test_where_our_own_kernel_is_used(changes: dict[str, Any], ours: bool, monke
         monkeypatch.setattr(attention, name, kernel(name))
     bounds = torch.tensor([0, 1024])
     packing = Packing(
-        torch.ones(1, 1024), bounds, options["max_length"], varlen=VarlenKernels(kernel("ours"), kernel("jointly"))
+        torch.ones(1, 1024), bounds, options["max_length"], varlen=VarlenKernels(kernel("ours"), kernel("qkv"))
     )
     packing.capability = options["capability"]
     query, key = (torch.zeros(1, heads, 1024, 64, dtype=dtype) for heads in (4, options["key_heads"]))

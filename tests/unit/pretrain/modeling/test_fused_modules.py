@@ -53,12 +53,12 @@ def build(model_type: str, changes: dict[str, Any]) -> Any:
 
 
 def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) -> tuple[list[str], int, int]:
-    """The gradients that differ with and without fused modules, and how often joint attention and the kernel for bias
+    """The gradients that differ with and without fused modules, and how often qkv attention and the kernel for bias
     and GELU were used."""
-    from pretrain.modeling import biased_gelu, varlen_attention
+    from pretrain.modeling import bias_gelu, varlen_attention
 
     model = build(model_type, changes).train(training)
-    used = {"joint_attention": 0, "biased_gelu": 0}
+    used = {"qkv_attention": 0, "bias_gelu": 0}
 
     def counted(module: Any, name: str) -> Any:
         function = getattr(module, name)
@@ -75,11 +75,11 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
     segments = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor(LENGTHS))[None]
     bounds = torch.tensor([0, LENGTHS[0], slots], dtype=torch.int32)
     predicted = Predicted(torch.tensor([3, 50, 71, 99]), torch.empty(1, 0, dtype=torch.long), torch.arange(4))
-    kernels = VarlenKernels(varlen_attention.varlen_attention, counted(varlen_attention, "joint_attention"))
+    kernels = VarlenKernels(varlen_attention.varlen_attention, counted(varlen_attention, "qkv_attention"))
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_modules, "supports_fast_gelu", lambda _: True)
-        patch.setattr(biased_gelu, "biased_gelu", counted(biased_gelu, "biased_gelu"))
+        patch.setattr(bias_gelu, "bias_gelu", counted(bias_gelu, "bias_gelu"))
         for fused in (False, True):
             if fused:
                 use_fused_modules(model)
@@ -96,7 +96,7 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
     # Softmax does not depend on a bias of keys, so its gradient is noise.
     names = [name for name in expected if not name.endswith("key.bias")]
     different = [name for name in names if (found[name] - expected[name]).norm() > 0.02 * expected[name].norm()]
-    return different, used["joint_attention"], used["biased_gelu"]
+    return different, used["qkv_attention"], used["bias_gelu"]
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -106,25 +106,25 @@ def test_operators_can_be_compiled(interpreting_pools: dict[int, RankPool], drop
     interpreting_pools[1].run(check_operators, dropout)
 
 
-def compare_joint_attention(_: World, rotates: bool, dropout: float) -> None:
+def compare_qkv_attention(_: World, rotates: bool, dropout: float) -> None:
     """Fails unless one tensor for query, key and value gives what three do, after rotary positions."""
     from pretrain.modeling import varlen_attention as module
 
-    joint = torch.randn(90, 3, 2, 16).half().requires_grad_()
+    qkv = torch.randn(90, 3, 2, 16).half().requires_grad_()
     angles = torch.randn(90, 8).repeat(1, 2)
     rotation = (angles.cos().half(), angles.sin().half()) if rotates else None
     options = (torch.tensor([0, 70, 70, 90], dtype=torch.int32), 70, 0.25, dropout, None)
     generator = torch.get_rng_state()
-    output = module.joint_attention(joint, rotation, *options)
+    output = module.qkv_attention(qkv, rotation, *options)
     upstream = torch.randn_like(output)
-    (gradient,) = torch.autograd.grad(output, joint, upstream)
+    (gradient,) = torch.autograd.grad(output, qkv, upstream)
 
-    query, key, value = joint.unbind(1)
+    query, key, value = qkv.unbind(1)
     if rotation is not None:
         query, key = apply_rotary_pos_emb(query, key, *rotation, unsqueeze_dim=1)
     torch.set_rng_state(generator)
     expected = module.varlen_attention(query, key, value, *options)
-    (other,) = torch.autograd.grad(expected, joint, upstream)
+    (other,) = torch.autograd.grad(expected, qkv, upstream)
     torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(gradient, other, atol=2e-3, rtol=2e-3)
 
@@ -134,7 +134,7 @@ def test_one_tensor_for_query_key_and_value(
     interpreting_pools: dict[int, RankPool], rotates: bool, dropout: float
 ) -> None:
     """Catches gradients in the place of others, and rotary positions that are undone the wrong way."""
-    interpreting_pools[1].run(compare_joint_attention, rotates, dropout)
+    interpreting_pools[1].run(compare_qkv_attention, rotates, dropout)
 
 
 def compare_distant_heads(_: World) -> None:

@@ -27,13 +27,13 @@ _EXPONENT = tl.constexpr(-0.5 * math.log2(math.e))
 _DENSITY = tl.constexpr((2 * math.pi) ** -0.5)
 
 
-def biased_gelu(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def bias_gelu(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of `F.linear(inputs, weight, bias)`, in 16 bit."""
-    result: Tensor = _BiasedGelu.apply(F.linear(inputs, weight, bias.detach()), bias)  # type: ignore[no-untyped-call]
+    result: Tensor = _BiasGelu.apply(F.linear(inputs, weight, bias.detach()), bias)  # type: ignore[no-untyped-call]
     return result
 
 
-class _BiasedGelu(torch.autograd.Function):
+class _BiasGelu(torch.autograd.Function):
     """`values` include the bias, which is an argument because it gets a gradient."""
 
     @staticmethod
@@ -49,7 +49,7 @@ class _BiasedGelu(torch.autograd.Function):
         return of_values.view(values.shape), sums.sum(0).to(gradient.dtype)
 
 
-@custom_op("deepcloze::biased_gelu_backward", mutates_args=())
+@custom_op("deepcloze::bias_gelu_backward", mutates_args=())
 def _backward(gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of `values` [R, N], and its sums over parts of the rows, fp32 [parts, N]."""
     assert gradient.is_contiguous()

@@ -11,14 +11,14 @@ pytest.importorskip("triton")
 
 
 def compare(_: World) -> None:
-    from pretrain.modeling.biased_gelu import biased_gelu
+    from pretrain.modeling.bias_gelu import bias_gelu
 
     torch.manual_seed(0)
     inputs = torch.randn(2, 300, 16).half()  # more rows than one program computes, and not a multiple of a block
     weight, bias = torch.randn(150, 16).half(), torch.randn(150).half()
     upstream = torch.randn(2, 300, 150).half()
     results = []
-    for function, dtype in ((biased_gelu, torch.half), (lambda *leaves: F.gelu(F.linear(*leaves)), torch.double)):
+    for function, dtype in ((bias_gelu, torch.half), (lambda *leaves: F.gelu(F.linear(*leaves)), torch.double)):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (inputs, weight, bias)]
         output = function(*leaves)
         results.append([output.detach(), *torch.autograd.grad(output, leaves, upstream.to(dtype))])
@@ -32,7 +32,7 @@ def test_output_and_gradients(interpreting_pools: dict[int, RankPool]) -> None:
 
 
 def check_operator(_: World) -> None:
-    from pretrain.modeling import biased_gelu as module
+    from pretrain.modeling import bias_gelu as module
 
     torch.library.opcheck(module._backward, (torch.randn(40, 20).half(), torch.randn(40, 20).half()))
 
