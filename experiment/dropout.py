@@ -115,15 +115,16 @@ class ProductDropout(torch.autograd.Function):
         numbers = _random_numbers(values) | 1
         ctx.save_for_backward(numbers)
         ctx.probability = probability
-        return _keep_products(values, numbers, probability)
+        return _drop(values, numbers, probability)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (numbers,) = ctx.saved_tensors
-        return _keep_products(gradient, numbers, ctx.probability), None
+        return _drop(gradient, numbers, ctx.probability), None
 
 
-def _keep_products(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
+def _drop(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
+    """numbers: odd, as from `_random_numbers`."""
     columns = values.shape[-1]
     products = numbers[columns:].view(*values.shape[:-1], 1) * numbers[:columns]  # modulo 2^32
     kept = products >= round(probability * 2**32) - 2**31

@@ -394,12 +394,12 @@ def varlen_kernels(config: PreTrainedConfig, dtype: torch.dtype, has_windows: bo
 @functools.cache
 def _tried_varlen_kernels(dtype: torch.dtype, has_windows: bool) -> VarlenKernels | None:
     try:
-        from pretrain.modeling.varlen_attention import apply_rotary, qkv_attention, varlen_attention
+        from pretrain.modeling.varlen_attention import qkv_attention, varlen_attention
 
         kernels = VarlenKernels(varlen_attention, qkv_attention)
         with torch.inference_mode(mode=False), torch.enable_grad():  # a run may begin with an evaluation
             for window in (None, _LOCAL_REACH + 1) if has_windows else (None,):
-                _compare_with_flash_attention(kernels, dtype, window, apply_rotary)
+                _compare_with_flash_attention(kernels, dtype, window)
             _compare_dropped_weights(kernels, dtype)
     except Exception as error:  # of a missing package, compiler or driver
         log.warning("attention is that of torch; the kernels of deepcloze fail: %s", first_line(error))
@@ -407,13 +407,10 @@ def _tried_varlen_kernels(dtype: torch.dtype, has_windows: bool) -> VarlenKernel
     return kernels
 
 
-def _compare_with_flash_attention(
-    kernels: VarlenKernels,
-    dtype: torch.dtype,
-    window: int | None,
-    apply_rotary: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> None:
+def _compare_with_flash_attention(kernels: VarlenKernels, dtype: torch.dtype, window: int | None) -> None:
     """Raises AssertionError if the kernels compute something else, or errors of Triton."""
+    from pretrain.modeling.varlen_attention import apply_rotary
+
     qkv, bounds, longest = _trial(dtype)
     query, key, value = qkv.unbind(1)
     frequencies = torch.linspace(1, 0, qkv.shape[-1] // 2, device="cuda").repeat(2)
