@@ -3,11 +3,12 @@
     python -m benchmarks.gpu_session [--minutes 9] [--results DIR] [--only JOB,…] [--again JOB,…]
     python -m benchmarks.gpu_session --prepare DIR [--python 3.12] [--torch 2.11.0] [--installed FILE]
 
-The jobs, by importance: tests of kernels against references, times of kernels, tests of training, MFU of ten cases,
-profiles of two, a real pretraining that is stopped and resumed, and the ten cases again. Each runs in a process of its
-own with a time limit; one that fails, hangs or crashes is recorded, and the next one starts. A job only starts if its
-limit fits into the time left. The same command continues with what is left: 75 is the exit code if there is more to
-do, 1 if jobs failed, else 0. Without a GPU, jobs that need one are skipped until there is one.
+The jobs, by importance: tests of kernels against references, times of kernels, tests of training, compiled layers for
+the cases, MFU of ten cases, profiles of two, a real pretraining that is stopped and resumed, and the ten cases again.
+Each runs in a process of its own with a time limit; one that fails, hangs or crashes is recorded, and the next one
+starts. A job only starts if its limit fits into the time left. The same command continues with what is left: 75 is the
+exit code if there is more to do, 1 if jobs failed, else 0. Without a GPU, jobs that need one are skipped until there is
+one.
 
 In the results folder, RESULTS.gpu.md has all figures and failures, session.json the same as JSON, session.log the
 output of all jobs, and `profile` tables and a trace for Perfetto. `--prepare` gathers wheels for a machine without a
@@ -50,6 +51,12 @@ CASES = (  # of `benchmarks.gpu_training`, by importance
     "bert-large-128-bf16-zero1-compiled",
 )
 _PROFILED = 2  # of these
+_COMPILED = (  # the first ones of CASES whose compiled layers differ
+    "bert-base-512-bf16-zero1-compiled",
+    "modernbert-base-1024-bf16-zero1-compiled",
+    "bert-large-512-bf16-zero1-compiled",
+    "bert-base-512-fp16-zero1-compiled",
+)
 RESULTS = "RESULTS"  # stands for the results folder in commands
 MORE_TO_DO = 75  # exit code
 _GRACE = 5.0  # seconds at the limit of a job, in which its processes write their stacks
@@ -82,6 +89,7 @@ def plan() -> Iterator[Job]:
     yield _tests("head-in-runs", 240, "head", only=in_runs)
     yield _tests("bad-batches", 240, "training", only="bad_batch")
     yield _tests("offload", 240, "training", only="offload or checkpointing")
+    yield Job("compile", 200, ("-m", "benchmarks.gpu_training", "--compile", *_COMPILED))
     yield from (_case("mfu", case) for case in CASES)
     for case in CASES[:_PROFILED]:
         folder = f"{RESULTS}/profile/{case}"

@@ -1,10 +1,12 @@
 """Training steps of one model with random weights and text on a GPU: a step of `benchmarks.gpu_session`.
 
     python -m benchmarks.gpu_training bert-base-512-bf16-zero1-compiled [--profile DIR]
+    python -m benchmarks.gpu_training --compile CASE …
 
 Prints a `TrainingResult` as one JSON object: MFU as in `pretrain.modeling.structure`, where padding and recomputed
 activations do not count, speed, and peak memory. It uses the engine, model and batches of `deepcloze pretrain`;
-documents are about as long as in Wikipedia. `--tiny` runs a tiny model, also on a CPU; its figures mean nothing.
+documents are about as long as in Wikipedia. `--compile` runs several cases at once, without figures: their compiled
+layers and kernels are in the cache then. `--tiny` runs a tiny model, also on a CPU; its figures mean nothing.
 """
 
 import argparse
@@ -13,9 +15,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -74,6 +77,7 @@ _SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
 _FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about
 _BATCHES = 4
 _WARMUP, _STEPS = 5, 20
+_COMPILED_LAYERS = 7  # enough for all graphs: the first and last layers of ModernBERT, local and global attention
 _TOKENS = 65_536  # slots of a microbatch; a step has one
 _NAME = re.compile(rf"({'|'.join(MODELS)})-(\d+)-(bf16|fp16)-zero([123])-(compiled|eager)")
 
@@ -88,6 +92,7 @@ class TrainingCase:
     zero_stage: int
     compile: bool
     tiny: bool = False  # a tiny model of the same type
+    layers: int | None = None  # the first ones only, which have all kinds of layers
 
     @property
     def name(self) -> str:
@@ -109,14 +114,14 @@ class TrainingResult:
     error: str = ""
 
 
-def parse_case(name: str, tiny: bool = False) -> TrainingCase:
+def parse_case(name: str, tiny: bool = False, layers: int | None = None) -> TrainingCase:
     """Raises UserError if there is no such case."""
     match = _NAME.fullmatch(name)
     if match is None:
         example = "bert-base-512-bf16-zero1-compiled"
         raise UserError(f"no case '{name}'; expected one like {example}, with a model of {', '.join(MODELS)}")
-    model, length, precision, stage, layers = match.groups()
-    return TrainingCase(model, int(length), precision, int(stage), layers == "compiled", tiny)
+    model, length, precision, stage, compiled = match.groups()
+    return TrainingCase(model, int(length), precision, int(stage), compiled == "compiled", tiny, layers)
 
 
 class _RandomCorpus:
@@ -143,6 +148,18 @@ def run(case: TrainingCase, profile: Path | None = None) -> TrainingResult:
         disconnect()
 
 
+def compile_cases(names: Sequence[str], tiny: bool = False) -> int:
+    """Run the first layers of each case in a process of its own, all at once. Returns 1 if one failed, else 0."""
+    command = [sys.executable, "-m", "benchmarks.gpu_training", "--layers", str(_COMPILED_LAYERS)]
+    command += ["--tiny"] if tiny else []
+    processes = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in names]
+    outputs = [process.communicate()[0] for process in processes]
+    results = [json.loads(output.splitlines()[-1]) if output else {"error": "no result"} for output in outputs]
+    for name, result in zip(names, results, strict=True):
+        print(f"{name}: {result['error'] or 'compiled'}", flush=True)
+    return int(any(result["error"] for result in results))
+
+
 def _give_up(message: str) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
@@ -150,6 +167,8 @@ def _give_up(message: str) -> NoReturn:
 
 def _build(case: TrainingCase, world: World) -> tuple[BuiltModel, Engine]:
     fields = MODELS[case.model] | (_TINY if case.tiny else {})
+    if case.layers is not None:
+        fields |= {"num_hidden_layers": case.layers}
     settings = ModelConfig(config=fields)
     built = build_model(settings, AutoConfig.for_model(**fields), seed=1)
     module = MaskedLanguageModel(built.model, built.packed, case.length)
@@ -267,9 +286,14 @@ def _wait(device: torch.device) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_training", description=__doc__.partition("\n")[0])
-    parser.add_argument("case", help="MODEL-LENGTH-PRECISION-zeroSTAGE-compiled, or -eager")
+    parser.add_argument("cases", nargs="+", metavar="case", help="MODEL-LENGTH-PRECISION-zeroSTAGE-compiled, or -eager")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a profile of some further steps")
+    parser.add_argument("--compile", action="store_true", help="fill the cache of compiled layers, all cases at once")
+    parser.add_argument("--layers", type=int, metavar="N", help="the first ones only")
     parser.add_argument("--tiny", action="store_true", help="a tiny model of the same type")
     given = parser.parse_args()
+    if given.compile:
+        sys.exit(compile_cases(given.cases, given.tiny))
+    (name,) = given.cases
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    print(json.dumps(asdict(run(parse_case(given.case, given.tiny), given.profile))), flush=True)
+    print(json.dumps(asdict(run(parse_case(name, given.tiny, given.layers), given.profile))), flush=True)

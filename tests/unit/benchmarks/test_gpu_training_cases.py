@@ -42,6 +42,27 @@ def test_a_case(name: str, profiled: bool, tmp_path: Path, handed_over: Mapping[
         assert {path.name for path in tmp_path.iterdir()} == {"profile.txt", "profile.json", "trace.json.gz"}
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["bert-base-32-bf16-zero1-compiled", "modernbert-base-32-bf16-zero1-compiled"])
+def test_a_case_finds_its_layers_compiled(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a `--compile` that fills no cache, and a kind of layer that is not among the first layers."""
+    variables = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "benchmarks.gpu_training", "--tiny", name]
+    subprocess.run([*command, "--compile"], cwd=ROOT, env=os.environ | variables, check=True)
+    assert f"{name}: compiled\n" in capfd.readouterr().out
+    compiled = set(tmp_path.rglob("*"))
+    subprocess.run([*command, "--layers", "10"], cwd=ROOT, env=os.environ | variables, check=True)
+    assert compiled
+    assert set(tmp_path.rglob("*")) == compiled
+
+
+@pytest.mark.soak
+def test_a_case_that_fails_to_compile_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a measurement that starts with an empty cache although all seems well."""
+    assert gpu_training.compile_cases(["no-such-case"]) == 1
+    assert "no-such-case: no result" in capfd.readouterr().out
+
+
 def test_a_wrong_name_says_so() -> None:
     """Catches a traceback."""
     with pytest.raises(UserError, match="no case 'bert-base-512'; expected one like"):
