@@ -153,11 +153,14 @@ def compile_cases(names: Sequence[str], tiny: bool = False) -> int:
     command = [sys.executable, "-m", "benchmarks.gpu_training", "--layers", str(_COMPILED_LAYERS)]
     command += ["--tiny"] if tiny else []
     processes = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in names]
-    outputs = [process.communicate()[0] for process in processes]
-    results = [json.loads(output.splitlines()[-1]) if output else {"error": "no result"} for output in outputs]
-    for name, result in zip(names, results, strict=True):
-        print(f"{name}: {result['error'] or 'compiled'}", flush=True)
-    return int(any(result["error"] for result in results))
+    failed = False
+    for name, process in zip(names, processes, strict=True):
+        output, _ = process.communicate()
+        result = output.splitlines()[-1] if process.returncode == 0 else '{"error": "failed"}'
+        error = json.loads(result)["error"]
+        print(f"{name}: {error or 'compiled'}", flush=True)
+        failed |= bool(error)
+    return int(failed)
 
 
 def _give_up(message: str) -> NoReturn:

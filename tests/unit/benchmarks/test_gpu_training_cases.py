@@ -60,7 +60,7 @@ def test_a_case_finds_its_layers_compiled(name: str, tmp_path: Path, capfd: pyte
 def test_a_case_that_fails_to_compile_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     """Catches a measurement that starts with an empty cache although all seems well."""
     assert gpu_training.compile_cases(["no-such-case"]) == 1
-    assert "no-such-case: no result" in capfd.readouterr().out
+    assert "no-such-case: failed" in capfd.readouterr().out
 
 
 def test_a_wrong_name_says_so() -> None:
