@@ -178,9 +178,9 @@ def compile_kernels(_: World, capability: int, dtype: str, cache: Path) -> list[
     kinds = {"bounds": "*i32", "seeds": "*i64", "logsumexp": "*fp32", "deltas": "*fp32", "scale": "fp32"}
     kinds |= dict.fromkeys(("slots", "heads", "blocks"), "i32")
     kernels = {
-        module._forward_kernel: module._FORWARD,
-        module._backward_query_kernel: module._BACKWARD_QUERIES,
-        module._backward_key_kernel: module._BACKWARD_KEYS | (module._REGISTERS if capability == 90 else {}),
+        module.forward_kernel: module._FORWARD,
+        module.backward_query_kernel: module._BACKWARD_QUERIES,
+        module.backward_key_kernel: module._BACKWARD_KEYS | (module._REGISTERS if capability == 90 else {}),
     }
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
