@@ -262,8 +262,8 @@ def killed_case(world: World, tree: Tree, name: str) -> str:
     from pretrain.training import background_save
 
     def replace(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            result = original(*args)
+        def call(*args: Any, **options: Any) -> Any:
+            result = original(*args, **options)
             if any("step-00000004" in str(argument) for argument in args if isinstance(argument, Path)):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
