@@ -143,7 +143,7 @@ class Engine:
         """
         if not self._deepspeed.module.training:  # setting it visits every module
             self._deepspeed.train()
-        torch.manual_seed(make_key(("dropout", self._seed, step, self.world.rank, number)) >> 1)
+        self._seed_dropout(make_key(("dropout", self._seed, step, self.world.rank, number)) >> 1)
         with phase("forward"), self.forward_timer.measuring():
             predictions: Predictions = self._deepspeed(*self._on_device(microbatch))
         loss_sum = predictions.loss_sum.detach()
@@ -153,6 +153,12 @@ class Engine:
         with phase("backward"):
             self._deepspeed.backward(predictions.loss_sum * weight, scale_wrt_gas=False)
         return loss_sum
+
+    def _seed_dropout(self, seed: int) -> None:
+        """As `torch.manual_seed`, which also looks for other kinds of devices and formats stacks for them: 0.3 ms."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def step(self, norm_limit: float = math.inf) -> PendingStep:
         """Reduce, clip, update. An update whose gradient norm exceeds `norm_limit` or is not finite is not applied:
