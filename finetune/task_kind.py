@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_arg
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
+from experiment.fast_imports import fast_imports
 from finetune import kinds
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -266,7 +267,8 @@ class TaskKind(ABC, Generic[ConfigT]):
 
 def find_kind(name: str) -> type[TaskKind[Any]]:
     """The kind of this name, one of `kinds.kind_names`."""
-    kind: type[TaskKind[Any]] = importlib.import_module(f"{kinds.__name__}.{name}").Kind
+    with fast_imports():
+        kind: type[TaskKind[Any]] = importlib.import_module(f"{kinds.__name__}.{name}").Kind
     return kind
 
 

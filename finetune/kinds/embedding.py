@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import PositiveFloat, PositiveInt
-from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from experiment.errors import UserError
 from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, ScoreColumn, TextColumns
@@ -22,6 +20,9 @@ from finetune.encoding.examples import Batch, Example
 from finetune.metrics import Vectors, document_ranks, ndcg, potentials
 from finetune.pooling import Pooling, pool
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _DECIMALS = 8  # of the numbers of a vector: as precise as fp32
 _SIMILAR = 0.8  # of the range of scores: pairs above it are similar (Gao et al. 2021, SimCSE, for STS-B)
@@ -186,6 +187,8 @@ class Kind(TaskKind[Config]):
             found = {"mrr": _mean(predictions, "reciprocal_rank"), "ndcg@10": _mean(predictions, "ndcg@10")}
             similar = similarity
         else:
+            from scipy.stats import spearmanr  # takes half a second
+
             constant = np.ptp(scores) == 0 or np.ptp(similarity) == 0
             found = {"spearman": 0.0 if constant else float(spearmanr(scores, similarity).statistic)}
             similar = similarity[scores >= scores.min() + _SIMILAR * np.ptp(scores)]
@@ -215,11 +218,13 @@ class Kind(TaskKind[Config]):
         1 − 1 / rank of the document."""
         if "rank" in predictions[0]:
             return np.array([1 - 1 / prediction["rank"] for prediction in predictions])
+        from scipy.stats import rankdata
+
         similarity = [prediction["similarity"] for prediction in predictions]
         distances = np.abs(rankdata(similarity) - rankdata([_score(record) for record in records]))
         return np.asarray(distances / len(records))
 
-    def library_files(self, model: PreTrainedModel, max_seq_length: int) -> Mapping[str, Any]:
+    def library_files(self, model: "PreTrainedModel", max_seq_length: int) -> Mapping[str, Any]:
         steps = {"Transformer": "", "Pooling": "1_Pooling"} | (
             {"Normalize": "2_Normalize"} if self.config.normalize else {}
         )

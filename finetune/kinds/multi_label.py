@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 
 from experiment.errors import UserError
@@ -123,6 +122,8 @@ class Kind(TaskKind[Config]):
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """F1 of each label's yes or no: over all decisions (micro), or the mean over the labels, equal or weighted by
         frequency; 0 for a label that neither occurs nor is predicted. accuracy: rows with exactly the right labels."""
+        from sklearn.metrics import accuracy_score, f1_score  # takes a second
+
         gold, predicted = self._gold(records), self._predicted(predictions)
         f1 = {
             f"{average}_f1": float(f1_score(gold, predicted, average=average, zero_division=0.0))

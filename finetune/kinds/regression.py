@@ -6,7 +6,6 @@ from typing import Any, Literal
 import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from finetune.data.columns import NumberColumn, TextColumns
@@ -63,6 +62,8 @@ class Kind(TaskKind[Config]):
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
         """The correlation coefficients of Pearson and Spearman, in [-1, 1]; 0 if undefined: if all numbers of one side
         are the same."""
+        from scipy.stats import pearsonr, spearmanr  # takes half a second
+
         gold = np.array([record.values["label"] for record in records])
         predicted = np.array([prediction["value"] for prediction in predictions])
         if np.ptp(gold) == 0 or np.ptp(predicted) == 0:
