@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from experiment.tokenizer import load_any_tokenizer
 from finetune.data.records import TurnJoiner
 from finetune.data.task_config import TaskConfig
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class _Frame(NamedTuple):
 class Encoder:
     """Encodes texts for one model."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     max_length: int  # tokens of a sequence, special tokens included
     token_types: bool  # whether the model has token types
     special_tokens_in_text: bool = False  # whether those written out in a text are special; otherwise they are text
@@ -55,7 +57,7 @@ class Encoder:
         types = torch.tensor(encoded["token_type_ids"]) if self.token_types else None
         return Tokens(torch.tensor(ids), types, cut)
 
-    def _count_cut(self, encoded: BatchEncoding, text: str, text_pair: str | None) -> int:
+    def _count_cut(self, encoded: "BatchEncoding", text: str, text_pair: str | None) -> int:
         """How many tokens a sequence of maximum length lacks."""
         if text_pair is not None or not self.tokenizer.is_fast:
             return len(self._tokenize(text, text_pair)["input_ids"]) - self.max_length
@@ -171,7 +173,7 @@ class Encoder:
         )
 
 
-def load_task_tokenizer(folder: Path, task: TaskConfig) -> PreTrainedTokenizerBase:
+def load_task_tokenizer(folder: Path, task: TaskConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs."""
     needed = ["pad_token"] if task.dialogue is None else ["pad_token", "sep_token"]
     tokenizer = load_any_tokenizer(folder, needed)

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from finetune.data.records import Table
 from finetune.encoding.encoder import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them.
 
@@ -51,7 +53,7 @@ class Padding:
         return F.pad(padded, (missing, 0) if self.side == "left" else (0, missing), value=value)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Padding":
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Padding":
         return cls(tokenizer.pad_token_id, tokenizer.padding_side, tokenizer.pad_token_type_id)
 
 
