@@ -24,8 +24,8 @@ def fast_imports() -> Iterator[None]:
 
 
 def import_transformers_without_scipy() -> None:
-    """For a process of a command: transformers imports scipy for its losses of object detection, which takes an eighth
-    of the time of all imports. Call before its models are imported."""
+    """For a process of a command: transformers imports scipy for its losses of object detection, and 5.17 scikit-learn
+    for assisted generation, which takes an eighth of the time of all imports. Call before its models are imported."""
     import transformers.utils
 
-    transformers.utils.is_scipy_available = lambda: False
+    transformers.utils.is_scipy_available = transformers.utils.is_sklearn_available = lambda: False
