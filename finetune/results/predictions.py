@@ -30,7 +30,8 @@ _DECIMALS = 6  # of probabilities
 _WORST = 50  # rows
 
 Rows = Sequence[Mapping[str, Any]]
-"""Rows of the same columns. Values are as in JSON; in CSV and Parquet, lists and mappings become JSON texts."""
+"""Rows of the same columns. Values are as in JSON; in CSV, lists and mappings become JSON texts, in Parquet too, except
+lists of floats."""
 
 Write = Callable[[Rows], None]
 
@@ -83,6 +84,7 @@ def _parquet(path: Path) -> Iterator[Write]:
     from pyarrow import parquet
 
     arrow = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
+    floats = pyarrow.list_(pyarrow.float64())
     types: dict[str, Any] = {}  # of the columns that have had a value
     waiting: list[Mapping[str, Any]] = []  # until all columns have a type; the others become texts
     writer: Any = None
@@ -94,8 +96,7 @@ def _parquet(path: Path) -> Iterator[Write]:
             writer = parquet.ParquetWriter(path, pyarrow.schema(fields))
         texts = {field.name for field in writer.schema if field.type == pyarrow.string()}
         cells = [
-            {column: _text(value) if column in texts else _cell(value) for column, value in row.items()}
-            for row in waiting
+            {column: _text(value) if column in texts else value for column, value in row.items()} for row in waiting
         ]
         writer.write_table(pyarrow.Table.from_pylist(cells, schema=writer.schema))
         waiting.clear()
@@ -103,8 +104,13 @@ def _parquet(path: Path) -> Iterator[Write]:
     def write(rows: Rows) -> None:
         waiting.extend(rows)
         for row in rows if writer is None else ():
-            found = {column: value for column, value in row.items() if column not in types and value is not None}
-            types.update({column: arrow.get(type(value), pyarrow.string()) for column, value in found.items()})
+            found = {column: value for column, value in row.items() if column not in types and value not in (None, [])}
+            types.update(
+                {
+                    column: floats if _is_floats(value) else arrow.get(type(value), pyarrow.string())
+                    for column, value in found.items()
+                }
+            )
         if waiting and (len(types) == len(waiting[0]) or len(waiting) >= _WAITING):
             flush()
 
@@ -115,6 +121,10 @@ def _parquet(path: Path) -> Iterator[Write]:
     finally:
         if writer is not None:
             writer.close()
+
+
+def _is_floats(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, float) for number in value)
 
 
 def _text(value: Any) -> str | None:

@@ -42,6 +42,18 @@ def test_lists_and_missing_values(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == [row for rows in ROWS for row in rows]
 
 
+def test_lists_of_numbers_in_parquet(tmp_path: Path) -> None:
+    """Catches vectors that each reader has to parse, as text, also after a row without numbers."""
+    path = tmp_path / "a.parquet"
+    with open_row_file(path) as add:
+        add([{"predicted": [0.5, -1.0], "scores": []}])
+        add([{"predicted": [0.25, 0.0], "scores": [1.0]}, {"predicted": [1.0, 2.0], "scores": None}])
+    table = parquet.read_table(path)
+    assert [str(kind) for kind in table.schema.types] == ["list<element: double>"] * 2
+    assert table["predicted"].to_pylist() == [[0.5, -1.0], [0.25, 0.0], [1.0, 2.0]]
+    assert table["scores"].to_pylist() == [[], [1.0], None]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
 def test_a_file_is_complete_or_as_it_was(tmp_path: Path, name: str) -> None:
     """Catches the first rows of an interrupted prediction in place of a finished one."""
