@@ -27,6 +27,7 @@ _SHOWN_TOKENS = 40
 _PERCENTILES = (50, 90, 99)
 _ROUND_TO = 8  # tensor cores prefer multiples of it
 _ACCEPTABLE = 0.01  # share of sequences that may be cut without a suggestion
+_MANY_UNKNOWN = 0.05  # share of the tokens of a split
 
 
 def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
@@ -113,6 +114,15 @@ def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase, labels: S
     more = f" … ({len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
     shown = "" if example.target is None else f"; target: {_describe_target(example.target, labels)}"
     return f"first example: {' '.join(tokens)}{more}{shown}"
+
+
+def unknown_warnings(splits: Mapping[str, Split], unknown_id: int | None) -> Iterator[str]:
+    """A line for each split with many unknown tokens. unknown_id: of the tokenizer, if it has one."""
+    for name, split in splits.items():
+        ids = [tokens.input_ids for example in split.examples for tokens in example.sequences]
+        share = (torch.cat(ids) == unknown_id).float().mean().item() if ids and unknown_id is not None else 0.0
+        if share > _MANY_UNKNOWN:
+            yield f"{name}: {share:.0%} of the tokens are unknown: the model's tokenizer lacks characters of them"
 
 
 def _describe_target(target: Any, labels: Sequence[str]) -> str:

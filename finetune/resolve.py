@@ -18,7 +18,7 @@ from experiment.run_folder import RunFolder, check_run_folder
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.records import Table
-from finetune.data_report import data_warnings, describe_example, print_lengths
+from finetune.data_report import data_warnings, describe_example, print_lengths, unknown_warnings
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.evaluation_texts import contamination_warnings
@@ -95,8 +95,10 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     task, device, changes = adapt_to_model(built.model, task, device, length)
     for line in (*describe_task(task), *describe_model(built, model, uses_head), *changes):
         terminal().print(f"{name}: {line}")
+    tokenizer = load_task_tokenizer(model.folder, kind.config)
+    for warning in unknown_warnings(task.splits, tokenizer.unk_token_id):
+        print_warning(f"{name}: {warning}")
     if "train" in task.splits:
-        tokenizer = load_task_tokenizer(model.folder, kind.config)
         terminal().print(f"{name}: {describe_example(task.splits['train'], tokenizer, kind.labels)}")
     print_lengths(terminal(), task.splits, task.positions)
     return ResolvedRun(

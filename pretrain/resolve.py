@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_MANY_UNKNOWN = 0.05  # share of the tokens of a corpus
 _MAX_TOKENS_PER_WORD = 5.0  # higher values are rare in text that is written with spaces
 
 
@@ -185,6 +186,14 @@ def _open_corpora(
     for key, corpus in keys:
         if corpus.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise UserError(f"{key}: {corpus.path} was built with another tokenizer than {first.path}")
+    for corpus in (first, *others):
+        if corpus.manifest.unknown_token_rate > _MANY_UNKNOWN:
+            log.warning(
+                "%.0f %% of the tokens of %s are unknown, from which nothing is learned: its tokenizer lacks characters "
+                "of the text; train one on the text, or add tokens to it, with `deepcloze tokenizer`",
+                100 * corpus.manifest.unknown_token_rate,
+                corpus.path,
+            )
     trained = {given.corpus.fingerprint for given in corpora}
     for name, corpus in held_out.items():
         if corpus.fingerprint in trained:

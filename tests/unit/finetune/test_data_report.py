@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from finetune.data.records import Record, Table
-from finetune.data_report import data_warnings, describe_example, print_lengths
+from finetune.data_report import data_warnings, describe_example, print_lengths, unknown_warnings
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Split
 from finetune.kinds.classification import ClassificationColumns
@@ -68,6 +68,19 @@ def test_an_example_shows_what_the_model_gets() -> None:
     assert shown(3, torch.tensor([-100, 1, 0, -100]), "B-X", "O").endswith("; target: – O B-X –")
     assert shown(3, [5, 7]).endswith("; target: [5, 7]")
     assert shown(41, None) == f"first example: {' '.join(f't{number}' for number in range(40))} … (41 tokens)"
+
+
+def test_many_unknown_tokens_are_remarked_upon() -> None:
+    """Catches a model for another language, whose scores are merely bad; and remarks about rare characters."""
+
+    def split(*ids: list[int]) -> Split:
+        examples = tuple(Example((Tokens(torch.tensor(sequence), None),), None) for sequence in ids)
+        return Split(table("train", *GOOD), examples, tuple(range(len(ids))))
+
+    splits = {"train": split([7, 1, 1], [1, 7]), "test": split([1, *[7] * 20]), "none": split()}
+    (line,) = unknown_warnings(splits, 1)
+    assert line.startswith("train: 60% of the tokens are unknown")
+    assert list(unknown_warnings(splits, None)) == []
 
 
 def test_empty_texts_are_counted() -> None:
