@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiment.errors import UserError, reason
 from experiment.files import read_json, write_text
 from experiment.results.charts import Line, Panel
 from experiment.results.curves import Curve
@@ -25,10 +26,19 @@ class SweepResult:
 
 
 def read_metric(folder: RunFolder, metric: str) -> float | None:
-    """The metric of a finished run: on validation in results.json, or its last value in metrics.jsonl."""
+    """The metric of a finished run: on validation in results.json, or its last value in metrics.jsonl.
+
+    Raises UserError for a damaged results.json.
+    """
     if folder.results.is_file():
-        scores = read_json(folder.results)["splits"]["validation"]
-        return float(scores[metric]["mean"]) if metric in scores else None
+        try:
+            scores = read_json(folder.results)["splits"]["validation"]
+            return float(scores[metric]["mean"]) if metric in scores else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder.results} is damaged: {type(error).__name__}: {reason(error)}; to train this run again, "
+                f"delete {folder.path} and run the same command again"
+            ) from None
     values = [event[metric] for event in read_events(folder.metrics) if event.get(metric) is not None]
     return float(values[-1]) if values else None
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from experiment.errors import UserError
 from experiment.results.sweep_summary import SweepResult, read_metric, sort_results
 from experiment.run_folder import RunFolder
 
@@ -21,3 +22,11 @@ def test_results_of_fine_tuning(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert read_metric(RunFolder(tmp_path), "macro_f1") == 0.5
     assert read_metric(RunFolder(tmp_path), "accuracy") is None
+
+
+@pytest.mark.parametrize("content", ["", '{"splits": {"valid', "[]", '{"splits": {}}', '{"splits": {"validation": 1}}'])
+def test_damaged_results_of_fine_tuning(tmp_path: Path, content: str) -> None:
+    """Catches a traceback at the restart of a sweep with a finished run that was damaged."""
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=f"results.json is damaged: .*delete {tmp_path}"):
+        read_metric(RunFolder(tmp_path), "macro_f1")
