@@ -166,7 +166,8 @@ def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | No
     if total is None or len(steps) < 2 or steps[-1] <= steps[0]:
         return None
     first, last = steps[0], steps[-1]
-    return max(0, total - last) * (by_step[last] - by_step[first]) / (last - first)
+    seconds = by_step[last] - by_step[first]  # negative if the clock was set back
+    return max(0, total - last) * seconds / (last - first) if seconds > 0 else None
 
 
 def _age(checkpoint: Path) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 from experiment.checkpoints import checkpoint_step, named_best
@@ -128,9 +128,10 @@ def read_marks(run: Run) -> list[Mark]:
 
 def _restarts(times: Sequence[AttemptTime]) -> Iterator[Mark]:
     """Where each later attempt has resumed, or, if that is not kept, the last step of the attempt before."""
-    lines = sorted(times, key=lambda line: (line.start, line.time))
-    attempts = [list(group) for _, group in groupby(lines, key=lambda line: line.start)]
-    for number, (before, attempt) in enumerate(pairwise(attempts), start=2):
+    attempts: dict[float, list[AttemptTime]] = {}  # in their order, although the clock may have been set back
+    for line in times:
+        attempts.setdefault(line.start, []).append(line)
+    for number, (before, attempt) in enumerate(pairwise(attempts.values()), start=2):
         started = datetime.fromtimestamp(attempt[0].start, UTC)
         step = min(before[-1].step, attempt[0].step)
         yield Mark("restart", step, f"attempt {number}, {started:%Y-%m-%d %H:%M} UTC, from step {step:,}")

@@ -145,6 +145,19 @@ def test_what_a_killed_attempt_did_last_is_not_known(clock: Clock, folder: RunFo
     assert spent(folder) == before | {USEFUL: before[USEFUL] + 2.5}
 
 
+def test_a_clock_that_is_set_back_between_two_attempts(clock: Clock, folder: RunFolder) -> None:
+    """Catches the earlier attempt in place of the last one, and negative times."""
+    for steps in (10, 20):
+        timer = clock.timer(start=clock.now)
+        timer.open(folder, step=0, total_steps=steps)
+        timer.begin_training()
+        train(timer, clock, 1, steps)
+        clock.pass_seconds(-500)
+    attempts = last_lines(read_attempt_times(folder))
+    assert [(attempt.step, attempt.total_steps) for attempt in attempts] == [(10, 10), (20, 20)]
+    assert min(spent(folder).values()) > 0
+
+
 def test_steps_after_a_rewind_are_redone(clock: Clock, folder: RunFolder) -> None:
     """Catches a rewind within an attempt, or before a crash, whose steps count as useful again."""
     first = clock.timer(start=clock.now)

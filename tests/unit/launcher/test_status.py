@@ -307,6 +307,29 @@ def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.Capture
         assert read_status(str(folder.path)).total_steps is None
 
 
+def test_a_clock_that_is_set_back(folder: RunFolder) -> None:
+    """Catches the figures of an earlier attempt, and less than no time left."""
+    now = 1000.0
+
+    def clock() -> float:
+        return now
+
+    with lock_run(folder):
+        for total in (50, 60):
+            timer = ActivityTimer(now, clock=clock, now=clock)
+            timer.open(folder, step=0, total_steps=total)
+            timer.begin_training()
+            for step in range(1, 3):
+                now += 2.0
+                timer.finish_step(step)
+                timer.record()
+            now -= 500.0
+        assert read_status(str(folder.path)).total_steps == 60
+        timer.finish_step(3)
+        timer.record()
+        assert read_status(str(folder.path)).seconds_left is None
+
+
 def test_the_time_left_of_a_budget(folder: RunFolder) -> None:
     """Catches a run with a time budget, whose last step is not known, without the time left."""
     now = 1000.0

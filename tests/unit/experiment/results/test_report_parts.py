@@ -51,8 +51,10 @@ def test_what_happened_is_marked(run: RunFolder) -> None:
     assert texts[2:4] == ["step 350: the loss is nan", "stage 2: max_seq_length 512, sequences 64"]
 
 
-def test_a_restart_whose_first_line_is_gone(tmp_path: Path) -> None:
-    """Catches a restart at the end of its attempt: of earlier attempts, only the last line is kept."""
+@pytest.mark.parametrize("starts", [(0.0, 10.0, 20.0), (10.0, 20.0, 0.0)])
+def test_a_restart_whose_first_line_is_gone(tmp_path: Path, starts: tuple[float, float, float]) -> None:
+    """Catches a restart at the end of its attempt: of earlier attempts, only the last line is kept. And attempts in
+    another order because the clock was set back."""
     folder = open_run_folder(tmp_path)
     lines = [
         {
@@ -64,7 +66,7 @@ def test_a_restart_whose_first_line_is_gone(tmp_path: Path) -> None:
             "activity": "",
             "seconds": {},
         }
-        for start, step in ((0.0, 300), (10.0, 700), (20.0, 900))
+        for start, step in zip(starts, (300, 700, 900), strict=True)
     ]
     folder.goodput.write_text("\n".join(map(json.dumps, lines)))
     assert [mark.step for mark in read_marks(open_run("run", folder))] == [300, 700]
