@@ -150,13 +150,13 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.")
 
 
-def check_run_folder(folder: RunFolder, kind: RunKind | None) -> None:
-    """Raise UserError for a folder that holds something else than a run of this kind, such as a corpus. None: a
-    comparison."""
+def check_run_folder(folder: RunFolder, kind: RunKind | None, key: str = "run.dir") -> None:
+    """Raise UserError for a folder that holds something else than a run of this kind, such as a corpus. None: a sweep
+    or comparison. key: of the folder, for messages."""
     for pattern, content in _CONTENTS.items():
         found = next(folder.path.glob(pattern), None)
         if found is not None and content != kind:
-            raise UserError(f"run.dir: {folder.path} holds a {content} ({pattern}); choose another folder")
+            raise UserError(f"{key}: {folder.path} holds a {content} ({pattern}); choose another folder")
 
 
 def check_creatable(folder: RunFolder) -> None:

@@ -25,7 +25,7 @@ from experiment.results.sweep_summary import (
     sort_results,
     write_summary,
 )
-from experiment.run_folder import SWEEP_RECORD, RunFolder
+from experiment.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
 from finetune.config import FinetuneConfig, check_validation
 from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set, recorded_configs, recorded_data
@@ -93,6 +93,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         name, values = next(iter(points.items()))
         with user_errors_in(f"sweep: {name}"):
             output = f"{load_config(config_type, config, options.overrides | values).run.dir}-sweep"
+    check_run_folder(RunFolder(Path(output).absolute()), None, "--output")
     pins, runs = _Pins(Path(output) / SWEEP_RECORD), []
     for name, values in points.items():
         overrides = options.overrides | values | {"run.dir": str(Path(output).absolute() / name)}

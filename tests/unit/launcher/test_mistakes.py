@@ -381,6 +381,9 @@ FOLDERS = {
     "pretraining as comparison": Mistake(
         "compare compare.yaml --run.dir=run", r"run.dir: .*run holds a pretraining run \(checkpoints\); choose another"
     ),
+    "pretraining as sweep": Mistake(
+        "sweep --config run.yaml --grid optimizer.lr=1,2 --output run", r"--output: .*run holds a pretraining run"
+    ),
     "task of a comparison": Mistake("compare compare.yaml --tasks=no.yaml", r"cannot read the config file no.yaml"),
     "seeds of a comparison": Mistake(
         "compare compare.yaml --seeds=one", r"'seeds.0': expected a whole number, found text"
