@@ -57,11 +57,13 @@ def watch_run(options: WatchOptions) -> None:
 
 
 def read_run_config(run: RunFolder) -> PretrainConfig:
-    """The config of a run. Raises UserError if the folder is not one of a pretraining."""
+    """The config of a run. Raises UserError if the folder is not one of a pretraining, or is not complete."""
     if not run.config.is_file():
         raise UserError(f"{run.path} is not the folder of a pretraining that has started: it has no {run.config.name}")
     if next(run.path.glob("seed-*"), None) is not None:
         raise UserError(f"{run.path} is a run of `deepcloze finetune`; expected one of `deepcloze pretrain`")
+    if read_provenance(run) is None:  # rank 0 writes it first
+        raise UserError(f"{run.path} has no {run.provenance.name}: it may be a copy that is not complete")
     return load_config(PretrainConfig, run.config)
 
 
@@ -237,7 +239,7 @@ class Watch:
 def log_results(run: RunFolder, config: PretrainConfig) -> None:
     """Log the results that metrics.jsonl lacks. For the process that has locked the run folder."""
     provenance, outcome = read_provenance(run), read_outcome(run)
-    assert provenance is not None, "rank 0 writes it before config.yaml"
+    assert provenance is not None, "see `read_run_config`"
     tracked = TrackedRun(
         run_id=provenance["run_id"],
         parameters=config.model_dump(mode="json"),

@@ -281,9 +281,16 @@ def test_another_config_is_rejected(run: RunFolder, save: Save, end: End) -> Non
 def test_results_that_cannot_be_logged_end_the_watch(run: RunFolder, save: Save, end: End) -> None:
     """Catches a watch that takes a damaged file for a run in use, and waits for ever."""
     save(100)
-    end(Outcome.DONE)
-    run.provenance.write_text("{")
     with pytest.raises(UserError, match=r"provenance\.json"):
+        watch(run, Scorer(), lambda: run.provenance.write_text("{"), end)
+
+
+def test_a_copy_without_provenance_is_rejected(run: RunFolder, save: Save, end: End) -> None:
+    """Catches a traceback when the first score is logged."""
+    save(100)
+    end(Outcome.DONE)
+    run.provenance.unlink()
+    with pytest.raises(UserError, match=r"has no provenance\.json: it may be a copy that is not complete"):
         watch(run, Scorer())
 
 
