@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.files import read_json, write_json
+from experiment.files import parse_record, write_json
 from experiment.formatting import counted
 from experiment.run_folder import RunFolder
 from experiment.tracking.jsonl import Metrics, read_events
@@ -118,7 +118,10 @@ def _step(path: Path) -> int:
 
 def _read(path: Path) -> DownstreamResult | None:
     try:
-        return DownstreamResult(**read_json(path))
-    except (OSError, ValueError, TypeError) as error:
+        result = parse_record(DownstreamResult, path.read_bytes())
+        if result.metric not in result.metrics:
+            raise ValueError(f"no value of '{result.metric}'")
+        return result
+    except (OSError, ValueError) as error:
         log.warning("skipping the damaged result %s: %s", path, error)
         return None

@@ -66,6 +66,9 @@ def test_damaged_and_foreign_files_are_skipped(run: RunFolder, caplog: pytest.Lo
     folder = run.downstream / "toy"
     for name, text in (("step-00000200.json", "{"), ("step-00000300.json", '{"step": 300}'), ("step-x.json", "{}")):
         (folder / name).write_text(text)
+    written = (folder / "step-00000100.json").read_text()
+    for step, (before, after) in enumerate((("0.5", "[0.5]"), ('"accuracy": ', '"f1": '), ("100", "[100]")), start=400):
+        (folder / f"step-{step:08d}.json").write_text(written.replace(before, after))
     assert DownstreamLog(run).take_new(1000) == [event(100)]
     assert read_results(run) == [result(100)]
     assert "step-00000200.json" in caplog.text
