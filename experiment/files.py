@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_BLOCK = 1 << 24  # bytes
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 _UNLOCKED_SECONDS = 10.0  # between a folder and its lock
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
@@ -251,11 +250,8 @@ def json_digest(value: Any) -> str:
 
 def checksum(path: Path) -> str:
     """Hexadecimal XXH3-128 of a file: detects damage, far faster than SHA-256, but not secure against forgery."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def cache_folder() -> Path:
