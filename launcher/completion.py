@@ -68,7 +68,7 @@ def _flags(name: str, command: Command) -> list[str]:
     keys = CONFIGS.get(_KEYS_OF.get(name, name))
     if keys is not None and "overrides" in options.model_fields:
         names = dict.fromkeys(key.name for section in config_reference(keys) for key in section.keys)
-        flags += [f"--{key}=" for key in names if "[" not in key and "<" not in key]
+        flags += [f"--{key}=" for key in names if "[" not in key and ".NAME." not in key]
     return [*flags, "--quiet", "--help"]
 
 

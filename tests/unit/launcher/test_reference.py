@@ -202,6 +202,11 @@ def test_bash_completes(words: list[str], expected: set[str]) -> None:
     assert all(word.startswith(words[-1]) for word in done.stdout.split())
 
 
+def test_placeholders_are_not_completed() -> None:
+    """Catches `--rows.NAME.weights=`, in which NAME stands for a row."""
+    assert "NAME" not in completion_script("fish", COMMANDS)
+
+
 def test_fish_knows_all_commands() -> None:
     """Catches a command, or the quote in a summary, that fish does not understand."""
     script = completion_script("fish", COMMANDS)
