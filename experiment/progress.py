@@ -51,6 +51,8 @@ def quiet(warnings: bool = True) -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[QUIET_VARIABLE]
+        else:
+            os.environ[QUIET_VARIABLE] = before
         terminal.cache_clear()
 
 

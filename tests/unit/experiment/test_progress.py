@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiment import progress as module
-from experiment.progress import progress, terminal, track
+from experiment.progress import print_warning, progress, quiet, terminal, track
 
 Screen = tuple[Console, io.StringIO]
 
@@ -24,6 +24,15 @@ def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches names of files, columns and labels that rich reads as styles or emoji."""
     terminal().print("[bold]:smile:[/bold]")
     assert capsys.readouterr().err == "[bold]:smile:[/bold]\n"
+
+
+def test_warnings_of_data_are_printed_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a quiet block that changes what is printed after it in another one."""
+    with quiet():
+        with quiet(warnings=False):
+            print_warning("hidden")
+        print_warning("shown")
+    assert capsys.readouterr().err == "shown\n"
 
 
 def test_long_work_is_shown(screen: Screen) -> None:
