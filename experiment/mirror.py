@@ -8,7 +8,7 @@ A checkpoint is complete if it has a COMPLETE file, as on a disk.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -71,16 +71,14 @@ class Mirror:
 
     def upload_run_files(self, folder: RunFolder) -> None:
         """Copy the files that a resumed run continues."""
-        self._upload_existing({join(self.url, _RUN, path.name): path for path in _run_files(folder)})
+        for path in _run_files(folder):
+            with suppress(FileNotFoundError):
+                upload(path, join(self.url, _RUN, path.name))
 
     def upload_best(self, folder: RunFolder) -> None:
         """Copy the name of the best checkpoint."""
-        self._upload_existing({join(self.url, BEST): folder.checkpoints / BEST})
-
-    def _upload_existing(self, files: Mapping[str, Path]) -> None:
-        for url, path in files.items():
-            with suppress(FileNotFoundError):
-                upload(path, url)
+        with suppress(FileNotFoundError):
+            upload(folder.checkpoints / BEST, join(self.url, BEST))
 
     def ancestors(self) -> list[dict[str, Any]] | None:
         """Of the run in the mirror, see `provenance.ancestors_of`. None if its provenance is missing or damaged."""
