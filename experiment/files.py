@@ -173,7 +173,7 @@ def read_json(path: Path) -> Any:
 
 def parse_record(kind: type[T], text: str | bytes) -> T:
     """A JSON text as a value of this type. Unknown keys are ignored. Raises ValueError."""
-    found: T = _adapter(kind).validate_json(text)
+    found: T = _adapter(kind).validate_json(text)  # type: ignore[arg-type]  # to mypy, classes are not hashable
     return found
 
 
@@ -186,13 +186,11 @@ def parse_records(kind: type[T], lines: bytes) -> list[T]:
     return found
 
 
-def _make_adapter(kind: Any) -> "TypeAdapter[Any]":
+@cache
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
     from pydantic import TypeAdapter  # host guards import this module and read no records
 
     return TypeAdapter(kind)
-
-
-_adapter: "Callable[[Any], TypeAdapter[Any]]" = cache(_make_adapter)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
