@@ -11,10 +11,12 @@ WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
 
+HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+"""Those of `handle_stop_signals`."""
+
 REPEATED_SECONDS = 1.0
 """A signal within this time of the first one repeats it: terminals, `timeout` and launchers deliver one several times.
 """
-_STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 class SignalHistory:
@@ -67,7 +69,7 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
         handler(number)
 
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    previous = {number: signal.signal(number, on_signal) for number in _STOP_SIGNALS if number not in ignored}
+    previous = {number: signal.signal(number, on_signal) for number in HANDLED_SIGNALS if number not in ignored}
     try:
         yield
     finally:
@@ -88,7 +90,7 @@ def uninterrupted() -> Iterator[None]:
 
 def ignore_stop_signals() -> None:
     """For the rest of a process that ends: it has an exit code, and leaves nothing if it is not interrupted."""
-    for number in _STOP_SIGNALS:
+    for number in HANDLED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -22,7 +22,7 @@ from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
 from experiment.files import read_json, write_text
 from experiment.run_folder import RunFolder
-from experiment.signals import STOP_SIGNALS, handle_stop_signals, interrupt
+from experiment.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt
 from experiment.tracking.jsonl import Event, read_events
 from launcher.options import CompareOptions, FinetuneOptions, PretrainOptions
 from pretrain.config import PretrainConfig
@@ -258,7 +258,7 @@ def _as_a_command(quiet: bool) -> Iterator[None]:
     about flags are about `overrides`."""
     if threading.current_thread() is not threading.main_thread():
         raise UserError("call deepcloze in the main thread, which gets the signals that stop a run")
-    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     try:
         with progress.quiet() if quiet else nullcontext():
             yield
