@@ -221,8 +221,6 @@ def link_model(checkpoint: Path, folder: Path) -> None:
         target.unlink(missing_ok=True)
         try:
             target.hardlink_to(source)
-        except FileNotFoundError:
-            raise
         except OSError:
             shutil.copyfile(source, target)
 
