@@ -1,7 +1,7 @@
 """The tasks that a corpus was decontaminated against: digests of evaluation texts, in clean.json, in manifests, and in
 the deepcloze.json of models."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from posixpath import basename, dirname
 from typing import Any, NamedTuple
@@ -62,23 +62,19 @@ def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
     return summary if is_summary(summary) else None
 
 
-def common_decontamination(summaries: Iterable[Mapping[str, Any] | None]) -> dict[str, str] | None:
+def common_decontamination(summaries: Collection[Mapping[str, Any] | None]) -> dict[str, str] | None:
     """Task -> digest of its texts, of the tasks against which documents from several folders were all decontaminated:
     for the manifest of a corpus of them, under the key `decontaminated`. None if none of the folders was written by
     `deepcloze clean`.
 
     summaries: the clean.json of each folder; None for another folder, or a source that is not a file.
     """
-    found = [
-        None
-        if summary is None
-        else {name: str(digest) for step in summary["steps"] for name, digest in step.get("against", {}).items()}
-        for summary in summaries
-    ]
-    if all(tasks is None for tasks in found):
+    if not any(summaries):
         return None
-    shared = set[str].intersection(*({*(tasks or {}).values()} for tasks in found))
-    return {name: digest for tasks in found for name, digest in (tasks or {}).items() if digest in shared}
+    steps = [summary["steps"] if summary else () for summary in summaries]
+    found = [{name: str(digest) for step in each for name, digest in step.get("against", {}).items()} for each in steps]
+    shared = set[str].intersection(*({*tasks.values()} for tasks in found))
+    return {name: digest for tasks in found for name, digest in tasks.items() if digest in shared}
 
 
 def decontamination_of(model: Path) -> list[tuple[str, Sequence[str]]]:
