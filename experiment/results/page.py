@@ -145,7 +145,7 @@ class RunRow:
     name: str
     link: str | None
     state: str
-    tone: "Tone"
+    tone: Tone
     color: str  # of its curves, as their dash
     dash: str
     shown: bool  # whether its curves are drawn at first

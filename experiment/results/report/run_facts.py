@@ -45,7 +45,7 @@ def training_headline(run: Run) -> Headline:
         *_tokens(run.history, state),
         *_losses(run.history),
         *_checkpoints(run.folder),
-        *_device_facts(state),
+        *_precision(state),
         *_time_facts(run),
     ]
     return Headline(*describe_state(run), "" if run.life is None else run.life.message, facts)
@@ -151,7 +151,7 @@ def _checkpoints(folder: RunFolder) -> Iterator[Fact]:
             yield Fact("Best checkpoint", f"{checkpoint_step(best):,}", "step")
 
 
-def _device_facts(state: Mapping[str, Any]) -> Iterator[Fact]:
+def _precision(state: Mapping[str, Any]) -> Iterator[Fact]:
     if precision := state.get("precision"):
         yield Fact("Precision", str(precision))
 

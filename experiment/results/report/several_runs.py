@@ -136,11 +136,9 @@ def difference_blocks(runs: Sequence[Run]) -> list[Block]:
         return [Text("The configs of these runs do not differ.")]
     cells = {name: [_value(config, key) for key in differing] for name, config in configs.items()}
     if len(configs) > len(differing):
-        table = Table(["run", *differing], [[name, *values] for name, values in cells.items()], _DIFFERENCES)
-    else:
-        rows = [[key, *(values[row] for values in cells.values())] for row, key in enumerate(differing)]
-        table = Table(["key", *configs], rows, _DIFFERENCES)
-    return [table]
+        return [Table(["run", *differing], [[name, *values] for name, values in cells.items()], _DIFFERENCES)]
+    rows = [[key, *(values[row] for values in cells.values())] for row, key in enumerate(differing)]
+    return [Table(["key", *configs], rows, _DIFFERENCES)]
 
 
 def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:

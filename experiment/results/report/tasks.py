@@ -172,16 +172,15 @@ def downstream_blocks(folder: RunFolder, axis: Axis) -> list[Block]:
     by_task = {task: list(group) for task, group in groupby(results, key=lambda result: result.task)}
     panels = []
     for metric in dict.fromkeys(result.metric for result in results):
-        lines = [_task_line(task, group) for task, group in by_task.items() if group[-1].metric == metric]
+        lines = [
+            Line(task, Curve.of([result.step for result in group], [result.value for result in group]), marked=True)
+            for task, group in by_task.items()
+            if group[-1].metric == metric
+        ]
         panels.append(Panel(metric, lines, title=metric))
     rows = [_downstream_row(task, group) for task, group in by_task.items()]
     table = Table(["task", "metric", "last", "at step", "best", "at step"], rows, labels=2)
     return [Heading("Downstream tasks"), *charts_block([Plot("downstream", panels)], [axis]), table]
-
-
-def _task_line(task: str, results: Sequence[DownstreamResult]) -> Line:
-    curve = Curve.of([result.step for result in results], [result.value for result in results])
-    return Line(task, curve, marked=True)
 
 
 def _downstream_row(task: str, results: Sequence[DownstreamResult]) -> list[str]:
