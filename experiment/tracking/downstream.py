@@ -73,7 +73,7 @@ class DownstreamLog:
         A result that was replaced is new: its checkpoint had other weights before.
         """
         try:
-            return [self._event(result) for result in self._new_results(last_step)]
+            return [_event(result) for result in self._new_results(last_step)]
         except OSError as error:  # a shared disk does not answer for a moment; tried again at the next call
             log.warning("cannot read the results in %s: %s", self._folder.downstream, error)
             return []
@@ -87,12 +87,8 @@ class DownstreamLog:
         return sorted(new, key=lambda result: (result.step, result.task))
 
     def _is_logged(self, result: DownstreamResult) -> bool:
-        event = self._event(result)
+        event = _event(result)
         return all(self._logged.get((result.step, key)) == event[key] for key in event if key.startswith(_PREFIX))
-
-    def _event(self, result: DownstreamResult) -> Metrics:
-        values = {f"{_PREFIX}{result.task}/{name}": value for name, value in result.metrics.items()}
-        return {"step": result.step, **values}
 
     @cached_property
     def _logged(self) -> dict[tuple[int, str], Any]:
@@ -103,6 +99,10 @@ class DownstreamLog:
             for key, value in event.items()
             if key.startswith(_PREFIX)
         }
+
+
+def _event(result: DownstreamResult) -> Metrics:
+    return {"step": result.step} | {f"{_PREFIX}{result.task}/{name}": value for name, value in result.metrics.items()}
 
 
 def _files(folder: RunFolder) -> Iterator[tuple[Path, int]]:
