@@ -7,7 +7,7 @@ import xxhash
 from pydantic import Field
 
 from experiment.config import Section
-from experiment.config.field_types import Seed
+from experiment.config.field_types import Fraction, Seed
 from experiment.csv_and_jsonl import unexpected_cell
 from pretrain.cleaning.step import Document, DocumentStep, Verdict
 
@@ -23,7 +23,7 @@ class Config(Section):
     by: str | None = None
     """What `rates` are for: `source`, `language`, or a column in `metadata`."""
 
-    rates: Mapping[str, Annotated[float, Field(ge=0.0, le=1.0)]] = {}
+    rates: Mapping[str, Fraction] = {}
     """Probability by value of `by`, in place of `rate`; for sources: by a part of the name."""
 
     weight: str | None = None

@@ -2,10 +2,9 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
 
 import regex
-from pydantic import Field
+from pydantic import NonNegativeInt
 
 from experiment.config import Section
 from experiment.config.field_types import PathText
@@ -19,7 +18,7 @@ class Config(Section):
     file: PathText
     """Words and phrases, one per line; lines that begin with `#` are comments. Case does not count."""
 
-    max_count: Annotated[int, Field(ge=0)] = 0
+    max_count: NonNegativeInt = 0
     """Occurrences that a document may have."""
 
     whole_words: bool = True
