@@ -5,7 +5,7 @@ a timeout.
 
 W&B ignores a row whose W&B step is not larger than the one before, also after a resume. So each event gets a
 number that is the same if it is logged again, and nothing appears twice; and rows that an earlier attempt has not
-delivered is sent from metrics.jsonl, so nothing is missing.
+delivered are sent from metrics.jsonl, so nothing is missing.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Dumps of MediaWiki: `enwiki-latest-pages-articles.xml.bz2`, and as published or unpacked."""
+"""Dumps of MediaWiki, such as `enwiki-latest-pages-articles.xml.bz2`, as published or unpacked."""
 
 import bz2
 from collections.abc import Iterator
