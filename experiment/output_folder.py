@@ -60,16 +60,16 @@ def lock_output(folder: Path, key: str) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(folder: Path, key: str) -> Iterator[Path]:
-    """Let the block write a folder, whose path this yields, and which becomes `folder` when the block ends; if the
-    block raises, it is removed. key: of the folder, for messages.
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Let the block write the folder --output, at a path that this yields; it becomes `folder` when the block ends, and
+    is removed if the block raises.
 
     Raises UserError if another process writes it or has written it, and OSError.
     """
     partial = folder.parent / f".{folder.name}.partial"
-    with lock_output(folder, key), removed_on_error(partial):
+    with lock_output(folder, "--output"), removed_on_error(partial):
         if not is_free(folder):
-            raise UserError(f"{key} {folder} already holds something; name a new folder")
+            raise UserError(f"--output {folder} already holds something; name a new folder")
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         yield partial
         partial.replace(folder)

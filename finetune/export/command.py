@@ -29,7 +29,7 @@ def export_command(options: ExportOptions) -> None:
     if repository is not None:
         check_target(repository, source, options.private, options.overwrite)
     try:
-        with new_folder(target, "--output") as aside:
+        with new_folder(target) as aside:
             lines = _write(source, aside, options, repository)
             if repository is not None:
                 name_model(aside, repository.repository)

@@ -27,7 +27,7 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
     Raises UserError for a file that cannot be read, a line with more than one word, and a word that would not become
     one token.
     """
-    with readable_disk_errors(f"--output {output}: "), new_folder(output, "--output") as partial:
+    with readable_disk_errors(f"--output {output}: "), new_folder(output) as partial:
         old, words = load_tokenizer(local_tokenizer(str(extend))), _read_words(added)
         if vocabulary_size(old) != len(old.get_vocab()):
             raise UserError(f"--extend: {extend} has unused ids, which the new tokens would get")

@@ -59,7 +59,7 @@ def train_tokenizer(options: TokenizerOptions) -> None:
     """
     assert options.source is not None
     assert options.vocab_size is not None
-    with readable_disk_errors(f"--output {options.output}: "), new_folder(options.output, "--output") as partial:
+    with readable_disk_errors(f"--output {options.output}: "), new_folder(options.output) as partial:
         text = _TrainingText(find_sources(options.source), options)
         train = _train_wordpiece if options.kind == "wordpiece" else _train_bpe
         model = train(text, options.vocab_size, options.lowercase)

@@ -7,7 +7,7 @@ from experiment.output_folder import LockedError, new_folder
 
 
 def write(folder: Path, copied: Path | None = None) -> None:
-    with new_folder(folder, "--output") as partial:
+    with new_folder(folder) as partial:
         partial.mkdir()
         (partial / "file").write_text("x" if copied is None else copied.read_text())
 
@@ -15,7 +15,7 @@ def write(folder: Path, copied: Path | None = None) -> None:
 def test_one_process_at_a_time_writes_a_new_folder(tmp_path: Path) -> None:
     """Catches a second command that deletes the files of the first, and a traceback when the first was faster."""
     folder = tmp_path / "missing" / "new"
-    with new_folder(folder, "--output") as partial:
+    with new_folder(folder) as partial:
         partial.mkdir()
         (partial / "file").write_text("first")
         with pytest.raises(LockedError, match=r"--output .*new: another process is writing it"):
@@ -41,7 +41,7 @@ def test_what_a_killed_process_has_left_is_not_in_the_folder(tmp_path: Path) -> 
 @pytest.mark.parametrize("folder", ["/", "/proc/new", "/proc/missing/new"])
 def test_a_folder_that_cannot_be_created_is_named(folder: str) -> None:
     """Catches a traceback for a path that is none of the user's folders."""
-    with pytest.raises(UserError, match=rf"--output:? .*{folder}"), new_folder(Path(folder), "--output"):
+    with pytest.raises(UserError, match=rf"--output:? .*{folder}"), new_folder(Path(folder)):
         pass
 
 
