@@ -127,16 +127,15 @@ def open_folder(run: str | Path) -> RunFolder:
     return folder
 
 
-def runs_in(folder: str) -> list[str]:
+def runs_in(folder: str | Path) -> list[Path]:
     """A run, the runs of a sweep or comparison, or those of a folder with any of these.
 
     Raises UserError if the folder does not exist.
     """
     open_folder(folder)
     if found := _runs_in(Path(folder)):
-        return list(map(str, found))
-    children = sorted(path for path in Path(folder).iterdir() if path.is_dir())
-    return [str(run) for child in children for run in _runs_in(child)]
+        return found
+    return [run for child in sorted(Path(folder).iterdir()) if child.is_dir() for run in _runs_in(child)]
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -54,11 +54,11 @@ def report_runs(runs: Sequence[str], output: str | None) -> Path:
     return write_overlay(logged, Path(output or ("report" if len(runs) > 1 else folder.report)).absolute(), png=True)
 
 
-def _logged_runs(folder: RunFolder) -> list[str]:
+def _logged_runs(folder: RunFolder) -> list[Path]:
     """A run, or those in a folder that have logged something. Raises UserError without any."""
     if is_run(folder):
-        return [str(folder.path)]
-    if logged := [run for run in runs_in(str(folder.path)) if _has_logged(RunFolder(Path(run)))]:
+        return [folder.path]
+    if logged := [run for run in runs_in(folder.path) if _has_logged(RunFolder(run))]:
         return logged
     raise UserError(f"{folder.path} has nothing to report: no run in it has logged anything")
 

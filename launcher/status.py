@@ -106,7 +106,7 @@ def find_run(run: str) -> RunFolder:
     if is_run(folder):
         return folder
     if runs := runs_in(run):
-        raise UserError(f"{folder.path} has several runs: give one of {', '.join(runs)}")
+        raise UserError(f"{folder.path} has several runs: give one of {', '.join(map(str, runs))}")
     names = ", ".join(path.name for path in (folder.config, folder.metrics, folder.launches))
     raise UserError(f"{folder.path} is not a run folder: expected {names} or {folder.logs.name}/, found none")
 
@@ -184,11 +184,11 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     for folder in folders:
         if not runs[folder]:
             notify(f"{folder} is skipped: it is not a run folder and contains none")
-    each: dict[Path, str] = {}
+    each: dict[Path, Path] = {}
     for run in chain.from_iterable(runs.values()):
-        each.setdefault(Path(run).resolve(), run)
+        each.setdefault(run.resolve(), run)
     with ThreadPoolExecutor() as readers:  # runs on other machines take seconds
-        found = list(readers.map(read_status, each.values()))
+        found = list(readers.map(read_status, map(str, each.values())))
     if as_json:
         print(json.dumps([asdict(status) for status in found], ensure_ascii=False))
     elif len(found) == 1:

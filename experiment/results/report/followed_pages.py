@@ -254,7 +254,7 @@ class FollowedPages:
             if is_run(folder):
                 (run,) = open_runs({folder.path.name: folder})
                 return run_page(run, run_blocks(run))
-        runs = {self._name(path): RunFolder(Path(path)) for each in folders for path in runs_in(str(each.path))}
+        runs = {self._name(path): RunFolder(path) for each in folders for path in runs_in(each.path)}
         blocks: list[Block] = []
         if sets := [path for each in folders for path in sorted(each.path.iterdir()) if planned_folders(path)]:
             links = [(self._name(path), self._link(RunFolder(path), is_first)) for path in sets]
@@ -280,7 +280,7 @@ class FollowedPages:
             for run, (name, folder) in zip(found, folders.items(), strict=True)
         ]
 
-    def _name(self, path: str | Path) -> str:
+    def _name(self, path: Path) -> str:
         return os.path.relpath(path, self._base)
 
     def _link(self, folder: RunFolder, is_first: bool) -> str:
