@@ -38,8 +38,7 @@ def share_cores() -> None:
         threading.Thread(target=_watch, args=(Spinning(openmp, cores),), name="share-cores", daemon=True).start()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=share_cores.cache_clear)  # threads do not survive a fork
+os.register_at_fork(after_in_child=share_cores.cache_clear)  # threads do not survive a fork
 
 
 def load_openmp() -> ctypes.CDLL | None:
