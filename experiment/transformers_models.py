@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiment.config import did_you_mean
 from experiment.errors import UserError
 from experiment.files import read_json
 
@@ -119,8 +120,6 @@ def is_in_module(parameter: str, module: str) -> bool:
 
 def check_freeze(freeze: tuple[str, ...], model: "nn.Module") -> None:
     """Raise UserError for a module without parameters, and if nothing would be left to train."""
-    from experiment.config import did_you_mean
-
     names = [name for name, _ in model.named_parameters()]
     for module in freeze:
         if not any(is_in_module(name, module) for name in names):
