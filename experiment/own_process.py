@@ -67,8 +67,8 @@ def python_path(environ: Mapping[str, str]) -> str:
 
 
 def wait_at_gate() -> None:
-    """Wait until the launch that has started this process lets it begin. Ends the process if the launch has ended,
-    which usually kills it: not if it was killed itself before it had started the watchdog for that."""
+    """Wait until the launch that has started this process lets it begin. Ends the process if the launch has ended: one
+    that is killed early has not yet started the watchdog that ends its ranks."""
     if (path := os.environ.pop(GATE_VARIABLE, None)) is None:
         return
     gate = Path(path)

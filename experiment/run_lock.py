@@ -254,7 +254,7 @@ def _owner(path: Path) -> dict[str, object] | None:
     return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None
 
 
-def _renewed(path: Path) -> int | None:
+def _renewed(path: Path) -> Renewal | None:
     """When the file was renewed. Opens it, so that a network file system asks its server."""
     try:
         with path.open("rb") as file:
