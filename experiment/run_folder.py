@@ -176,8 +176,6 @@ def open_run_folder(path: Path | str) -> RunFolder:
         folder.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run.dir: cannot create the run folder {folder.path}: {error.strerror}") from None
-    except ValueError as error:  # a NUL character
-        raise UserError(f"run.dir: cannot create the run folder {str(folder.path)!r}: {error}") from None
     _check_writable(folder)
     return folder
 

@@ -32,11 +32,3 @@ def test_a_folder_without_write_permission_is_rejected(tmp_path: Path, monkeypat
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match="not writable"):
         open_run_folder(tmp_path)
-
-
-def test_a_folder_name_with_a_nul_character_is_rejected(tmp_path: Path) -> None:
-    """Catches a traceback, or a message that prints the NUL character."""
-    with pytest.raises(
-        UserError, match=r"run\.dir: cannot create the run folder '.*a\\x00b': .*embedded null (byte|character)"
-    ):
-        open_run_folder(tmp_path / "a\0b")
