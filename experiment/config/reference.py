@@ -75,15 +75,14 @@ def find_keys(config_type: type[Section], name: str) -> tuple[ConfigSection, ...
     if named := tuple(section for section in reference if section.name == name):
         return named
     plain = name.replace("[]", "")
-    below = [
-        replace(
-            s, meaning="", keys=tuple(key for key in s.keys if f"{key.name}.".replace("[]", "").startswith(f"{plain}."))
-        )
-        for s in reference
-    ]
-    if not any(section.keys for section in below):
+    found = []
+    for section in reference:
+        keys = tuple(key for key in section.keys if f"{key.name}.".replace("[]", "").startswith(f"{plain}."))
+        if keys:
+            found.append(replace(section, meaning="", keys=keys))
+    if not found:
         raise UserError(explain_unknown_key(config_type, name))
-    return tuple(section for section in below if section.keys)
+    return tuple(found)
 
 
 def as_text(section: ConfigSection, width: int) -> str:
