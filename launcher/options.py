@@ -1,4 +1,4 @@
-"""The flags of the commands. pretrain/corpus/options.py has the flags of commands that make corpora."""
+"""The flags of the commands, but for those that pretrain/corpus/options.py and finetune/options.py have."""
 
 from typing import Annotated, Literal, Self
 
