@@ -114,17 +114,12 @@ def _wait_for_processes(folder: RunFolder) -> None:
             notify(f"waiting for the processes of an earlier command to end, in {folder.path}")
             said = True
         if seconds > _DEAD_SECONDS:
+            running = [f"process {rank.pid} on {rank.host}" for rank in read_rank_records(folder) if rank.exit is None]
             raise UserError(
                 f"run.dir: processes of an earlier command, which was killed, still use {folder.path}; end them: "
-                f"{', '.join(_running_processes(folder)) or f'fuser {folder.processes_lock} names them'}"
+                f"{', '.join(running) or f'fuser {folder.processes_lock} names them'}"
             )
         time.sleep(_POLL_SECONDS)
-
-
-def _running_processes(folder: RunFolder) -> Iterator[str]:
-    for rank in read_rank_records(folder):
-        if rank.exit is None:
-            yield f"process {rank.pid} on {rank.host}"
 
 
 @dataclass(frozen=True)
