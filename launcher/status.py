@@ -241,28 +241,22 @@ def _state(status: RunStatus) -> str:
 
 
 def _values(status: RunStatus) -> dict[str, str]:
-    if status.seeds is not None:
-        return {
-            "seeds": f"{status.finished_seeds} of {status.seeds}",
-            "score": UNKNOWN if status.score is None else f"{status.metric} {status.score:.4f} on {status.split}",
-            "step": _step(status),
-            "loss": show(status.loss, ".4f"),
-            "tokens/s": show(status.tokens_per_second, ",.0f"),
-            "time left": describe_duration(status.seconds_left),
-            "attempts": f"{status.attempts:,}",
-        }
-    age = None if status.checkpoint_age is None else f", {describe_duration(status.checkpoint_age)} ago"
-    return {
-        "step": _step(status),
+    training = {
+        "step": show(status.step, ",") + ("" if status.total_steps is None else f" of {status.total_steps:,}"),
         "loss": show(status.loss, ".4f"),
         "tokens/s": show(status.tokens_per_second, ",.0f"),
         "time left": describe_duration(status.seconds_left),
-        "last checkpoint": UNKNOWN if status.checkpoint_step is None else f"{status.checkpoint_step:,}{age or ''}",
+    }
+    attempts = f"{status.attempts:,}"
+    if status.seeds is not None:
+        score = UNKNOWN if status.score is None else f"{status.metric} {status.score:.4f} on {status.split}"
+        seeds = f"{status.finished_seeds} of {status.seeds}"
+        return {"seeds": seeds, "score": score, **training, "attempts": attempts}
+    age = "" if status.checkpoint_age is None else f", {describe_duration(status.checkpoint_age)} ago"
+    return {
+        **training,
+        "last checkpoint": UNKNOWN if status.checkpoint_step is None else f"{status.checkpoint_step:,}{age}",
         "bad batches": f"{status.bad_batches:,}",
         "goodput": show(status.goodput, ".1%"),
-        "attempts": f"{status.attempts:,}",
+        "attempts": attempts,
     }
-
-
-def _step(status: RunStatus) -> str:
-    return show(status.step, ",") + ("" if status.total_steps is None else f" of {status.total_steps:,}")
