@@ -85,7 +85,7 @@ def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> 
     Raises UserError for an unknown command or flag (suggesting a known one), a stray argument, a flag without its
     value, a missing required flag, and a value of the wrong type or out of range.
     """
-    name, command = find_command(argv, commands)
+    name, command = _find_command(argv, commands)
     options_type = options_of(command)
     try:
         texts, overrides = _split(name, argv[1:], options_type)
@@ -94,7 +94,7 @@ def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> 
         raise UserError(f"{error} (deepcloze {name} --help)") from None
 
 
-def find_command(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, Command]:
+def _find_command(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, Command]:
     """The command that a command line begins with. Raises UserError for an unknown one."""
     name = argv[0].replace("-", "_")
     if name not in commands:
@@ -139,7 +139,7 @@ def help_text(argv: Sequence[str], commands: Mapping[str, Command], about: str, 
     """The overview of all commands, or the help of the command that `argv` begins with. Raises UserError."""
     if not argv or argv[0].startswith("-"):
         return _overview(commands, about, width)
-    return _command_help(*find_command(argv, commands), width)
+    return _command_help(*_find_command(argv, commands), width)
 
 
 class _UsageError(UserError):

@@ -68,15 +68,15 @@ def run_comparison(plan: ComparePlan) -> None:
                 cell
                 for task, run in row_runs.items()
                 if states[run.name] == DONE
-                for cell in read_cell(task, runs.run_folder(run), plan.grid)
+                for cell in _read_cell(task, runs.run_folder(run), plan.grid)
             ]
             for row, row_runs in plan.cells.items()
         }
         failed = {name: state for name, state in states.items() if state != DONE}
-        write_tables(runs.folder, cells, test_rows(cells), failed)
+        _write_tables(runs.folder, cells, test_rows(cells), failed)
 
 
-def read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
+def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
     """The scores of a finished cell for each labelled test split; on validation if there is none.
 
     grid: whether the folder holds a sweep. Raises UserError for a damaged file.
@@ -157,7 +157,7 @@ def _read_split(cell: CellScores) -> ScoredSplit:
         raise _damaged(run.parent if cell.chosen else run, str(error)) from None  # chosen: a run of the cell's sweep
 
 
-def write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: Mapping[str, str]) -> None:
+def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: Mapping[str, str]) -> None:
     """Write compare.json, compare.csv, compare.md, compare.png and the report, and print the tables.
 
     A report that cannot be written is a warning. failed: name of a run -> how it failed.

@@ -51,7 +51,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
         config = load_config(PretrainConfig, options.config, options.overrides)
         machine = launch_machine()
         if options.dry_run:
-            print(describe_plan(plan_launch(options, config, machine)))
+            print(_describe_plan(plan_launch(options, config, machine)))
             return
         # Before the plan and preflight: a run that is active deletes checkpoints, and its devices are busy.
         dead_owner = check_unlocked(RunFolder(Path(config.run.dir).absolute()))
@@ -90,7 +90,7 @@ def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
     )
 
 
-def describe_plan(plan: LaunchPlan) -> str:
+def _describe_plan(plan: LaunchPlan) -> str:
     """The plan as text: the config, the added environment and the command."""
     variables = "\n".join(f"{name}={shlex.quote(value)}" for name, value in plan.added_environment.items())
     argv = plan.command(Layout(plan.slots)).argv

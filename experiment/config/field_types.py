@@ -55,7 +55,7 @@ def annotation_below(annotation: Any, part: str) -> Any:
         if _yaml_type(kind) is dict and len(arguments) == 2:
             return arguments[1]
         if _yaml_type(kind) is list and arguments and part.isdecimal():
-            return arguments[min(int(part), len(arguments) - 1)] if is_fixed_tuple(kind) else arguments[0]
+            return arguments[min(int(part), len(arguments) - 1)] if _is_fixed_tuple(kind) else arguments[0]
     return Any
 
 
@@ -129,7 +129,7 @@ def _yaml_type(kind: Any) -> Any:
     return dict if isinstance(origin, type) and issubclass(origin, Mapping | BaseModel) else origin
 
 
-def is_fixed_tuple(kind: Any) -> bool:
+def _is_fixed_tuple(kind: Any) -> bool:
     return get_origin(kind) is tuple and Ellipsis not in get_args(kind)
 
 
@@ -149,7 +149,7 @@ def describe_type(annotation: Any) -> str:
     for kind in union_members(annotation):
         if get_origin(kind) is Literal:
             names += [f"'{value}'" if isinstance(value, str) else str(value) for value in get_args(kind)]
-        elif is_fixed_tuple(kind):
+        elif _is_fixed_tuple(kind):
             names.append(f"a list of {len(get_args(kind))}")
         elif kind is type(None):
             names.append("null")
@@ -176,7 +176,7 @@ def _describe_with_limits(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return _joined([_describe_with_limits(part) for part in get_args(annotation)])
     if get_origin(annotation) in (list, tuple):
         items = dict.fromkeys(_describe_with_limits(part) for part in get_args(annotation) if part is not Ellipsis)
-        count = f"{len(get_args(annotation))} " if is_fixed_tuple(annotation) else ""
+        count = f"{len(get_args(annotation))} " if _is_fixed_tuple(annotation) else ""
         return f"a list of {count}{_plural(_joined(list(items)))}"
     return " ".join(filter(None, [describe_type(annotation), _limits(metadata)]))
 

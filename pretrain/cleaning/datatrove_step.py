@@ -22,7 +22,7 @@ class FilterStep(DocumentStep[ConfigT]):
     def make_filter(self) -> "BaseFilter":
         from datatrove.pipeline import filters  # takes seconds
 
-        return getattr(filters, self.filter_name)(**self.config.model_dump(), language=word_tokenizer())
+        return getattr(filters, self.filter_name)(**self.config.model_dump(), language=_word_tokenizer())
 
     @cached_property
     def filter(self) -> "BaseFilter":
@@ -45,7 +45,7 @@ class FilterStep(DocumentStep[ConfigT]):
         return None
 
 
-def word_tokenizer() -> "WordTokenizer":
+def _word_tokenizer() -> "WordTokenizer":
     """`words` for datatrove, whose own tokenizers need spaCy or download models."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 

@@ -50,7 +50,7 @@ def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False
     for run in opened:
         if not run.history.seeds and run.results is None:
             raise UserError(f"{run.folder.path} has nothing to report: no event in {run.folder.metrics.name}")
-    return _write(directory, overlay_page(opened), png)
+    return _write(directory, _overlay_page(opened), png)
 
 
 def _write(directory: Path, page: Page, png: bool) -> Path:
@@ -94,7 +94,7 @@ def run_page(run: Run, blocks: Sequence[Block]) -> Page:
     return Page(run.folder.path.name, [*blocks, *provenance_blocks(run.folder)], headline)
 
 
-def overlay_page(runs: Sequence[Run]) -> Page:
+def _overlay_page(runs: Sequence[Run]) -> Page:
     """The page of several runs."""
     configs = [
         Code(f"{run.name}: config.yaml", run.folder.config.read_text(encoding="utf-8", errors="replace"))

@@ -46,10 +46,10 @@ def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
 
 def overlay_blocks(runs: Sequence[Run]) -> list[Block]:
     """A table of the runs, charts, and the differences of their configs."""
-    return [runs_table(runs), *overlay_charts(runs), *difference_blocks(runs)]
+    return [runs_table(runs), *_overlay_charts(runs), *difference_blocks(runs)]
 
 
-def overlay_charts(runs: Sequence[Run]) -> list[Charts]:
+def _overlay_charts(runs: Sequence[Run]) -> list[Charts]:
     several = any(len(run.history.seeds) > 1 for run in runs)
     seeds = [
         (number, run.name, f"seed {seed}" if several and seed is not None else "", history)

@@ -49,7 +49,7 @@ def result_blocks(folder: RunFolder, results: Mapping[str, Any]) -> list[Block]:
 
 
 def _score_blocks(results: Mapping[str, Any]) -> list[Block]:
-    return [Text(_subject(results)), score_table(results), *label_tables(results)]
+    return [Text(_subject(results)), _score_table(results), *_label_tables(results)]
 
 
 def _subject(results: Mapping[str, Any]) -> str:
@@ -61,7 +61,7 @@ def _subject(results: Mapping[str, Any]) -> str:
     return subject
 
 
-def score_table(results: Mapping[str, Any]) -> Table:
+def _score_table(results: Mapping[str, Any]) -> Table:
     """A row for each metric and split, and the calibration errors."""
     calibration = results.get("calibration", {})
     rows = [
@@ -76,7 +76,7 @@ def _joined(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
 
 
-def label_tables(results: Mapping[str, Any]) -> list[Block]:
+def _label_tables(results: Mapping[str, Any]) -> list[Block]:
     """Scores of each label and the most frequent mistakes on the last split that has them."""
     blocks: list[Block] = []
     for split, labels in list(results.get("label_scores", {}).items())[-1:]:

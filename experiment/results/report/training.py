@@ -34,13 +34,13 @@ def training_blocks(history: History, held_out: bool = True, marks: Sequence[Mar
     blocks: list[Block] = [Heading("Training")]
     shown = [mark for mark in marks if mark.step <= history.step]  # later stages are in the config already
     axes = [seed.axis for seed in history.seeds.values()]
-    blocks += charts_block(training_plots(history.seeds, corpora), axes, shown)
+    blocks += charts_block(_training_plots(history.seeds, corpora), axes, shown)
     if corpora:
         blocks += [Heading("Held-out text"), held_out_table(history, corpora)]
     return [*blocks, Heading("Speed and memory"), training_table(history)]
 
 
-def training_plots(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[str]) -> list[Plot]:
+def _training_plots(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[str]) -> list[Plot]:
     loss = [*_training_lines(seeds, "loss", True, INK), *_held_out_lines(seeds, corpora, "loss")]
     perplexity, accuracy = (_held_out_lines(seeds, corpora, metric) for metric in ("perplexity", "accuracy"))
     return [
@@ -98,7 +98,7 @@ def held_out_table(history: History, corpora: Sequence[str]) -> Table:
             [corpus, show(found[0], ".4f"), format_perplexity(found[1]), show(found[2], ".1%")]
             + ([f"{best[0]:.4f}", f"{best[1]:,}"] if best else [UNKNOWN, UNKNOWN])
         )
-    return without_empty_columns(["corpus", "loss", "perplexity", "accuracy", "best loss", "at step"], rows)
+    return _known_columns(["corpus", "loss", "perplexity", "accuracy", "best loss", "at step"], rows)
 
 
 def training_table(history: History) -> Table:
@@ -113,10 +113,10 @@ def training_table(history: History) -> Table:
         show(history.median("data_wait"), ".1%"),
         UNKNOWN if memory is None else f"{memory / 2**30:.2f} GiB",
     ]
-    return without_empty_columns(["steps", "tokens", "last loss", "tokens/s", "MFU", "data wait", "peak memory"], [row])
+    return _known_columns(["steps", "tokens", "last loss", "tokens/s", "MFU", "data wait", "peak memory"], [row])
 
 
-def without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _known_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     shown = [index for index in range(len(columns)) if any(row[index] != UNKNOWN for row in rows)]
     return Table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
 
