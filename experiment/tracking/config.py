@@ -1,6 +1,6 @@
 """The `tracking:` section of both pretraining and fine-tuning."""
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import PositiveFloat, model_validator
 
@@ -24,7 +24,7 @@ class AlertsConfig(Section):
     wandb: bool = False
     """Send alerts through Weights & Biases."""
 
-    events: tuple[AlertEvent, ...] = ("crash", "stall", "bad_batch", "no_checkpoint", "mirror", "finish")
+    events: tuple[AlertEvent, ...] = get_args(AlertEvent)
     """Events that send alerts."""
 
     no_checkpoint_hours: PositiveFloat = 6.0
