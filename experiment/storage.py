@@ -362,7 +362,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     """The file system of fsspec, one per thread and process, and the path in it."""
     import fsspec  # takes 0.1 s, and the libraries of the protocols a second
 
-    protocol = _protocol(url)
+    protocol = url.partition("://")[0]
     if protocol not in _PROTOCOLS:
         known = ", ".join(f"{name}://" for name in _PROTOCOLS)
         raise StorageError(f"{url}: unknown protocol '{protocol}'; expected one of {known}")
@@ -375,10 +375,6 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
         advice = f"install the extra: pip install 'deepcloze[{extra}]'" if extra else str(error)
         raise StorageError(f"{url}: {protocol}:// needs a library that is missing; {advice}") from None
     return fs, path
-
-
-def _protocol(url: str) -> str:
-    return url.partition("://")[0]
 
 
 def _call(url: str, function: Callable[[Any, str], T]) -> T:
@@ -437,7 +433,7 @@ def _is_transient(error: BaseException) -> bool:
 def _storage_error(url: str, error: BaseException) -> StorageError:
     """Say what is wrong and, if credentials are, where they come from."""
     names = {base.__name__ for base in type(error).__mro__}
-    advice = _CREDENTIALS.get(_protocol(url), "the server wants some")
+    advice = _CREDENTIALS.get(url.partition("://")[0], "the server wants some")
     cause = first_line(error)
     if names & _NO_CREDENTIALS:
         return StorageError(f"{url}: no credentials: {advice}")
