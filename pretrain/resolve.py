@@ -189,8 +189,8 @@ def _open_corpora(
     for corpus in (first, *others):
         if corpus.manifest.unknown_token_rate > _MANY_UNKNOWN:
             log.warning(
-                "%.0f %% of the tokens of %s are unknown, from which nothing is learned: its tokenizer lacks characters "
-                "of the text; train one on the text, or add tokens to it, with `deepcloze tokenizer`",
+                "%.0f %% of the tokens of %s are unknown, and nothing is learned from them: its tokenizer lacks "
+                "characters of the text; train one on the text, or add tokens to it, with `deepcloze tokenizer`",
                 100 * corpus.manifest.unknown_token_rate,
                 corpus.path,
             )
