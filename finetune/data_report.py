@@ -122,7 +122,7 @@ def unknown_warnings(splits: Mapping[str, Split], unknown_id: int | None) -> Ite
         ids = [tokens.input_ids for example in split.examples for tokens in example.sequences]
         share = (torch.cat(ids) == unknown_id).float().mean().item() if ids and unknown_id is not None else 0.0
         if share > _MANY_UNKNOWN:
-            yield f"{name}: {share:.0%} of the tokens are unknown: the model's tokenizer lacks characters of them"
+            yield f"{name}: {share:.0%} of the tokens are unknown: the model's tokenizer lacks characters of the text"
 
 
 def _describe_target(target: Any, labels: Sequence[str]) -> str:

@@ -104,13 +104,9 @@ def _parquet(path: Path) -> Iterator[Write]:
     def write(rows: Rows) -> None:
         waiting.extend(rows)
         for row in rows if writer is None else ():
-            found = {column: value for column, value in row.items() if column not in types and value not in (None, [])}
-            types.update(
-                {
-                    column: floats if _is_floats(value) else arrow.get(type(value), pyarrow.string())
-                    for column, value in found.items()
-                }
-            )
+            for column, value in row.items():
+                if column not in types and value not in (None, []):
+                    types[column] = floats if _is_floats(value) else arrow.get(type(value), pyarrow.string())
         if waiting and (len(types) == len(waiting[0]) or len(waiting) >= _WAITING):
             flush()
 

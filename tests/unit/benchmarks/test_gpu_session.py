@@ -162,6 +162,8 @@ def test_all_steps_of_a_session_exist() -> None:
     jobs = list(plan())
     assert len({one.name for one in jobs}) == len(jobs) > 2 * len(CASES)
     assert [parse_case(case).name for case in CASES] == list(CASES)
+    (compiled,) = [one.command[3:] for one in jobs if one.name == "compile"]
+    assert set(compiled) < set(CASES)
     assert {next_job([one], 9 * 60 - 30) for one in jobs} == set(jobs)
     for one in jobs:
         module = one.command[1].replace(".", "/") + ".py"
