@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
@@ -44,8 +45,8 @@ def finished_seeds(
     records = {}
     for seed, path in folder.finished_seeds.items():
         try:
-            record = SeedRecord(**read_json(path))
-        except (OSError, ValueError, TypeError):
+            record = TypeAdapter(SeedRecord).validate_python(read_json(path))
+        except (OSError, ValueError):
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         changed = changed_settings(settings, record.settings)
         if known := [key for key in changed if not key.startswith(unknown)]:

@@ -98,8 +98,9 @@ class RunSet:
     def finish(self, records: dict[str, RunRecord], measure: Callable[[RunFolder], float | None] | None = None) -> None:
         """Run what is missing, and record how each run ended. Raises StoppedError if a run was stopped.
 
-        measure: reads the value of a run that is done.
+        measure: reads the value of a run that is done. If it raises UserError, that is raised after the last run.
         """
+        damaged: list[UserError] = []
         for number, run in enumerate(self.runs, start=1):
             record = records[run.name]
             if run.pretraining is not None and records[run.pretraining].get("state") != DONE:
@@ -107,8 +108,15 @@ class RunSet:
             else:
                 record["state"] = self._finish(run, f"[{number}/{len(self.runs)}] {run.name}", record.get("state"))
             if measure is not None:
-                record["value"] = measure(self.run_folder(run)) if record["state"] == DONE else None
+                record["value"] = None
+                if record["state"] == DONE:
+                    try:
+                        record["value"] = measure(self.run_folder(run))
+                    except UserError as error:
+                        damaged.append(error)
             self.save(records)
+        if damaged:
+            raise damaged[0]
 
     def save(self, records: Mapping[str, RunRecord], **more: object) -> None:
         content = records if self.header is None else {**self.header, "runs": records, **more}

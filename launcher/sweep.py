@@ -14,6 +14,7 @@ from typing import Self
 from experiment.checkpoints import names_model_folder
 from experiment.config import did_you_mean, load_config
 from experiment.errors import UserError, user_errors_in
+from experiment.files import json_digest
 from experiment.hub_names import HubName
 from experiment.model_names import record_model
 from experiment.own_process import module_command
@@ -34,6 +35,7 @@ from pretrain.config import PretrainConfig
 
 _CLOSING = {"[": "]", "{": "}"}
 _QUOTES = ("'", '"')
+_LONGEST_NAME = 240  # bytes of a folder name; file systems allow 255
 _UNSAFE = re.compile(r"[^\w.+-]+")  # not allowed in a folder name
 
 
@@ -201,6 +203,8 @@ def grid_points(grid: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
         name = "_".join(f"{labels[key]}={_UNSAFE.sub('-', value).strip('-')}" for key, value in point.items())
+        if len(name.encode()) > _LONGEST_NAME:
+            name = f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{json_digest(point)[:8]}"
         candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         points[next(candidate for candidate in candidates if candidate not in points)] = point
     return points

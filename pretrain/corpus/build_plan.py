@@ -12,6 +12,7 @@ from typing import Literal
 
 from experiment.errors import UserError
 from experiment.files import fsync_tree, json_digest
+from experiment.formatting import counted
 from experiment.model_names import local_tokenizer
 from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus.manifest import Recipe
@@ -55,7 +56,7 @@ class Sampling:
         """
         holdout = self.holdout or 0
         if holdout >= documents:
-            raise UserError(f"--holdout {holdout:,}: the source has only {documents:,} documents with text")
+            raise UserError(f"--holdout {holdout:,}: the source has only {counted(documents, 'document')} with text")
         rest, limit = documents - holdout, self.limit or documents
         holdout_random, limit_random = random.Random(f"holdout {self.seed}"), random.Random(f"limit {self.seed}")
         for left in range(documents, 0, -1):

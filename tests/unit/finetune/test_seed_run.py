@@ -20,6 +20,7 @@ from experiment.run_lock import is_locked, lock_run
 from finetune import resolve as resolve_module
 from finetune import seed_run
 from finetune.device import Device
+from finetune.results.seed_summary import SeedRecord
 from finetune.run import finetune
 from finetune.seed_run import finished_seeds
 from finetune.training.fit import StateFile
@@ -337,15 +338,23 @@ def test_models_of_evaluations_are_kept_only_if_asked_for(
     assert not list(run.glob(".seed*"))
 
 
-@pytest.mark.parametrize("damage", ["a folder", "torn", "too many digits"])
-def test_a_damaged_seed_is_rejected(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(None, id="a folder"),
+        pytest.param('{"se', id="torn"),
+        pytest.param(f'{{"settings": {"9" * 10_000}}}', id="too many digits"),
+        pytest.param(json.dumps(dict.fromkeys(SeedRecord.__dataclass_fields__, 1)), id="wrong types"),
+    ],
+)
+def test_a_damaged_seed_is_rejected(tmp_path: Path, content: str | None) -> None:
     """Catches a traceback that does not say what to remove."""
     complete = tmp_path / "seed-1" / "COMPLETE"
     complete.parent.mkdir()
-    if damage == "a folder":
+    if content is None:
         complete.mkdir()
     else:
-        complete.write_text('{"se' if damage == "torn" else f'{{"settings": {"9" * 10_000}}}')
+        complete.write_text(content)
     with pytest.raises(UserError, match=r"COMPLETE is damaged: remove .*seed-1 to train this seed again"):
         finished_seeds(RunFolder(tmp_path), {})
 

@@ -7,9 +7,9 @@ import filelock
 import pytest
 
 from experiment.errors import StoppedError, UserError
-from experiment.files import write_json
+from experiment.files import read_json, write_json
 from experiment.outcome_file import Outcome, write_outcome
-from experiment.run_folder import open_run_folder
+from experiment.run_folder import RunFolder, open_run_folder
 from launcher import run_set
 from launcher.run_set import DONE, REJECTED, ChildRun, FlatConfig, PlannedRun, RunSet, start
 
@@ -128,3 +128,22 @@ def test_seeds_in_parallel_change_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     for parallel in (1, 2):
         finish(tmp_path, {"training.parallel_seeds": parallel, "training.microbatch_size": parallel}, monkeypatch)
         (tmp_path / "a").mkdir(exist_ok=True)
+
+
+def test_damaged_results_do_not_keep_other_runs_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sweep that ends at a damaged run, and starts the missing ones only after that has been removed."""
+    started: list[str] = []
+    monkeypatch.setattr(run_set, "_run_command", lambda run: started.append(run.argv[0]) or 0)
+    runs = tuple(PlannedRun(name, (name,), {}) for name in ("damaged", "good"))
+
+    def measure(run: RunFolder) -> float:
+        if run.path.name == "damaged":
+            raise UserError("damaged results")
+        return 0.5
+
+    to_finish = RunSet("sweep", open_run_folder(tmp_path), "--output", "sweep.json", runs, header={})
+    with pytest.raises(UserError, match="damaged results"), to_finish.opened() as records:
+        to_finish.finish(records, measure)
+    assert started == ["damaged", "good"]
+    values = {name: run["value"] for name, run in read_json(tmp_path / "sweep.json")["runs"].items()}
+    assert values == {"damaged": None, "good": 0.5}

@@ -80,6 +80,14 @@ def test_every_point_has_a_unique_name() -> None:
     assert points["lr=5e-4_train=a-b_a.x=1_b.x=2-2"]["corpus.train"] == "a-b"
 
 
+def test_long_values_make_names_that_file_systems_accept() -> None:
+    """Catches a sweep that ends with "File name too long", or two points that share a folder."""
+    paths = tuple(f"/{'数据' * 50}/{number}" for number in range(2))
+    names = list(grid_points({"corpus.train": paths}))
+    assert len(set(names)) == 2
+    assert all(len(name.encode()) <= 240 for name in names)
+
+
 @pytest.fixture
 def pretraining(tmp_path: Path, wordpiece_corpus: Path, heldout_corpus: Path) -> Path:
     path = tmp_path / "run.yaml"
