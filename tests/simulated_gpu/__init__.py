@@ -1,9 +1,9 @@
 """A simulated GPU: the code for CUDA runs on the CPU build of torch, and mistakes in it are recorded.
 
 Tensors carry a mark that they are on the GPU, one per storage. Their attributes and methods show and change it, and
-operators compute on the CPU and mark what they return. DeepSpeed's own accelerator for CUDA runs over gloo, and Triton
-in its interpreter. Not simulated are compiled layers, the real kernels and NCCL, CUDA graphs, memory that the allocator
-reuses, and profiles.
+operators compute on the CPU and mark what they return. DeepSpeed's own accelerator for CUDA runs over gloo, and
+functions of torch stand in for Triton's kernels. Not simulated are compiled layers, the real kernels and NCCL, CUDA
+graphs, memory that the allocator reuses, and profiles.
 
 - gpu: `simulated_gpu`, a context in which there is one, and what it records
 - memory: what is known of the storages on the GPU and in pinned memory
