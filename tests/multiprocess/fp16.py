@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pretrain.world import World
+from runs import Tree, pretrain_case
+
 
 @contextmanager
 def fp16_supported() -> Iterator[None]:
@@ -17,3 +20,9 @@ def fp16_supported() -> Iterator[None]:
         yield
     finally:
         device.is_fp16_supported = before
+
+
+@fp16_supported()
+def any_precision_case(world: World, tree: Tree, stop_after: int | None = None) -> str:
+    """A run that may be in fp16."""
+    return pretrain_case(world, tree, stop_after)

@@ -84,12 +84,21 @@ def average_case(world: World, tree: Tree, folder: Path, source: Path | None, li
     return applied
 
 
-@pytest.mark.parametrize("ds_config", ["fp32_zero0", "fp32_zero2"])
+@pytest.mark.parametrize(
+    ("ds_config", "optimizer"),
+    [
+        ("fp32_zero0", "adamw"),
+        ("fp32_zero2", "adamw"),
+        ("fp32_zero1", "muon"),
+        ("bf16_zero3", "muon"),
+        *soak(("fp32_zero0", "muon"), ("bf16_zero2", "muon")),
+    ],
+)
 def test_ema_starts_at_the_weights_and_skips_vetoed_updates(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str, optimizer: str
 ) -> None:
-    """Catches an average that starts at zero, or one that moves in steps without an update."""
-    tree = ema_config(tmp_path, wordpiece_corpus, ds_config)
+    """Catches an average that starts at zero, and weights, moments or an average that change in a vetoed update."""
+    tree = ema_config(tmp_path, wordpiece_corpus, ds_config, optimizer__name=optimizer)
     saved = {}
     for name, limits in {"start": [], "one": [9.0], "vetoed": [9.0, 1e-9]}.items():
         assert pools[2].run(average_case, tree, tmp_path / name, None, limits)[0] == [limit > 1 for limit in limits]

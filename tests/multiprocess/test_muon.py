@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experiment.config import build_config
+from fp16 import any_precision_case
 from plain_torch import plain_loss, plain_model
 from pretrain.config import PretrainConfig
 from pretrain.modeling.structure import hidden_matrices
@@ -103,3 +104,19 @@ def test_losses_equal_those_of_torch(
     """Catches slices that are orthogonalized instead of matrices, and a matrix whose result goes to the wrong place."""
     pools[world_size].run(pretrain_case, muon_config(tmp_path, wordpiece_corpus, ds_config))
     assert logged(tmp_path) == pytest.approx(plain_losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-4), ("fp16", 2e-5)])
+def test_losses_in_16_bit_are_close_to_those_of_torch(
+    pools: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    plain_losses: list[float],
+    tmp_path: Path,
+    precision: str,
+    tolerance: float,
+    stage: int,
+) -> None:
+    """Catches the same mistakes, and gradients that are scaled, in DeepSpeed's optimizers for 16 bit."""
+    pools[2].run(any_precision_case, muon_config(tmp_path, wordpiece_corpus, f"{precision}_zero{stage}"))
+    assert logged(tmp_path) == pytest.approx(plain_losses, rel=tolerance)

@@ -85,14 +85,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize(
-    ("first", "then"),
-    [((2, "fp32_zero1"), (3, "fp32_zero2")), ((2, "fp32_zero3"), (1, "fp32_zero0"))],
+    ("first", "then", "optimizer"),
+    [
+        ((2, "fp32_zero1"), (3, "fp32_zero2"), "adamw"),
+        ((2, "fp32_zero3"), (1, "fp32_zero0"), "adamw"),
+        ((3, "fp32_zero1"), (2, "fp32_zero3"), "muon"),
+        *soak(((2, "fp32_zero3"), (3, "fp32_zero2"), "muon"), ((1, "fp32_zero0"), (2, "fp32_zero1"), "muon")),
+    ],
 )
 def test_a_run_resumes_at_another_layout(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, first: Layout, then: Layout
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, first: Layout, then: Layout, optimizer: str
 ) -> None:
     """Catches state that is lost or misplaced when the world size or the ZeRO stage changes."""
-    changes = {"model__config": TINY | NO_DROPOUT, "schedule__steps": 4}
+    changes = {"model__config": TINY | NO_DROPOUT, "schedule__steps": 4, "optimizer__name": optimizer}
     uninterrupted = run_config(tmp_path / "uninterrupted", wordpiece_corpus, first[1], **changes)
     pools[first[0]].run(pretrain_case, uninterrupted)
     moved = run_config(tmp_path / "moved", wordpiece_corpus, first[1], **changes)

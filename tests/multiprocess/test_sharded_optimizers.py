@@ -7,8 +7,7 @@ import pytest
 from torch import Tensor
 
 from experiment.checkpoints import checkpoint_path
-from fp16 import fp16_supported
-from pretrain.world import World
+from fp16 import any_precision_case
 from rank_pool import RankPool
 from runs import (
     NO_DROPOUT,
@@ -87,12 +86,6 @@ def test_every_layout_equals_one_process(
     index = json.loads((checkpoint_path(tmp_path / "checkpoints", 3) / "engine" / "index.json").read_text("utf-8"))
     sharded = sum(len(entry["fragments"]) > 1 for entry in index.values())
     assert (sharded > 0) == (world_size > 1 and not ds_config.endswith("0")), "the layout shards no parameter"
-
-
-@fp16_supported()
-def any_precision_case(world: World, tree: Tree, stop_after: int | None = None) -> str:
-    """A run that may be in fp16."""
-    return pretrain_case(world, tree, stop_after)
 
 
 @pytest.mark.parametrize(
