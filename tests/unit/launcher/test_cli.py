@@ -49,15 +49,12 @@ def report_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., 
 @pytest.mark.parametrize("argv", [(), ("--help",), ("pretrain", "--help")])
 def test_help_is_fast(argv: tuple[str, ...]):
     """Catches an import of torch or other heavy libraries, which makes help take seconds."""
-    before = os.times()
     answer = deepcloze(*argv)
-    after = os.times()
     assert answer.returncode == 0
     assert answer.stdout.startswith("usage: deepcloze")
     modules = imported(answer)
     assert "launcher.cli" in modules
     assert not modules & {"torch", "transformers", "datasets", "wandb", "numpy", "deepspeed"}
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 2.0  # CPU
 
 
 def test_what_a_command_does_not_need_is_not_imported():
