@@ -50,8 +50,8 @@ def saves(checkpoints: Path) -> set[tuple[int, int]] | None:
 
 
 def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Those without a COMPLETE file, oldest first. A save has another name until it is complete, so these are damaged,
-    or their copy is incomplete."""
+    """Return the checkpoints without a COMPLETE file, oldest first. A save has another name until it is complete, so
+    these are damaged, or their copy is incomplete."""
     return [path for path in _named_checkpoints(checkpoints) if not (path / COMPLETE).exists()]
 
 

@@ -30,7 +30,7 @@ _MAX_NAME = 40  # characters
 
 @dataclass(frozen=True)
 class CsvFormat:
-    """How to read a CSV file; quoting and header as in pandas, where quoting 0, 1 and 2 differ only in writing."""
+    """Format of a CSV file; quoting and header as in pandas, where quoting 0, 1 and 2 differ only in writing."""
 
     separator: str | None = None  # None: a comma
     quoting: Literal[0, 1, 2, 3] = 0  # 3: quotes are ordinary characters
@@ -41,7 +41,7 @@ class CsvFormat:
     rejects_header: bool = False  # without a header: reject a first row that looks like one, instead of a warning
 
     def option(self, name: str, value: str = "") -> str:
-        """How messages tell to set an option, perhaps to a value; `null` in a config is `none` as a flag."""
+        """Return an option as messages write it, optionally with a value; `null` in a config is `none` as a flag."""
         if self.as_flags:
             return f"--{name} {'none' if value == 'null' else value}".rstrip()
         return f"{self.section}{name}: {value}" if value else self.section + name
@@ -245,8 +245,8 @@ def unexpected_cell(place: str, column: str, value: object, expected: str = "tex
 
 
 def is_unicode(value: Any) -> bool:
-    """False if a text has half of a surrogate pair, which JSON may escape, and with which Python
-    writes bytes of a file name that are not UTF-8: tokenizers and files refuse it."""
+    """Whether all texts are free of halves of surrogate pairs, which tokenizers and files refuse: JSON may escape them,
+    and Python writes bytes of a file name that are not UTF-8 with them."""
     if isinstance(value, str):
         try:
             value.encode()

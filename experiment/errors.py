@@ -48,7 +48,7 @@ def user_errors_in(where: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read or written, without the number and the path that the text of an OSError has."""
+    """Return why a file cannot be read or written, without the number and path in the text of an OSError."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -79,7 +79,7 @@ def notify(message: str, bar_rows: int = 0) -> None:
 
 
 def inform(message: str) -> None:
-    """As `notify`, of what goes as expected: not with `--quiet`."""
+    """Print a message about normal progress with `notify`, unless `--quiet` is set."""
     if not is_quiet():
         notify(message)
 
@@ -94,7 +94,7 @@ def escaped(message: str) -> str:
 
 
 def end_line() -> None:
-    """On a terminal, begin a new line: the last one may have a progress bar, or ^C."""
+    """Begin a new line on a terminal, whose last line may have a progress bar or ^C."""
     with suppress(OSError):
         if sys.stderr.isatty():
             print(file=sys.stderr, flush=True)

@@ -24,8 +24,8 @@ def fast_imports() -> Iterator[None]:
 
 
 def import_transformers_without_scipy() -> None:
-    """For a process of a command: transformers imports scipy for its losses of object detection, and 5.17 scikit-learn
-    for assisted generation, which takes an eighth of the time of all imports. Call before its models are imported."""
+    """Keep transformers from importing scipy for its object detection losses and, in 5.17, scikit-learn for assisted
+    generation: an eighth of the time of all imports. For processes of commands; call before importing its models."""
     import transformers.utils
 
     transformers.utils.is_scipy_available = transformers.utils.is_sklearn_available = lambda: False

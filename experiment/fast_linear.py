@@ -18,7 +18,7 @@ _AVAILABLE = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-cal
 _NO_AVX512 = lacks_avx512()
 _BF16 = _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 ONEDNN_DTYPES = ((torch.float32,) if _AVAILABLE else ()) + ((torch.bfloat16,) if _BF16 else ())
-"""In which oneDNN computes on this CPU. For bf16 it needs AVX-512."""
+"""Dtypes in which oneDNN computes on this CPU. For bf16 it needs AVX-512."""
 
 
 def use_fast_linear(model: nn.Module) -> None:
@@ -65,13 +65,13 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Of the rows of `multiply`, [N, K]. `gradient`: of its result, [N, M]."""
+    """Return the gradient of the rows of `multiply`, [N, K]. `gradient`: of its result, [N, M]."""
     product = multiply if gradient.dtype == torch.float32 else F.linear  # without bias, both use oneDNN in bf16
     return product(gradient, weight.t())
 
 
 def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
-    """Of the weight of `multiply`, [M, K]. `gradient`: of its result, [N, M]."""
+    """Return the gradient of the weight of `multiply`, [M, K]. `gradient`: of its result, [N, M]."""
     product = multiply if gradient.dtype == torch.float32 and not _NO_AVX512 else F.linear
     return product(gradient.t(), rows.t())
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 UNKNOWN = "–"
-"""In place of a value that is not known."""
+"""The text for an unknown value."""
 
 
 def show(value: float | None, spec: str) -> str:
@@ -29,7 +29,7 @@ def describe_duration(seconds: float | None) -> str:
 
 
 def format_perplexity(value: float | None) -> str:
-    """With four digits or more: '8,448', '66.60' or '3.971'; '–' for None."""
+    """Format with four digits or more: '8,448', '66.60' or '3.971'; '–' for None."""
     if value is None:
         return UNKNOWN
     return f"{value:,.0f}" if 999.95 <= value < 1e7 else f"{value:#.4g}"
@@ -41,7 +41,7 @@ def format_parameters(count: int) -> str:
 
 
 def format_epochs(value: float) -> str:
-    """With three digits or more: '0.0213 epochs', '1 epoch' or '8,832 epochs'."""
+    """Format with three digits or more: '0.0213 epochs', '1 epoch' or '8,832 epochs'."""
     number = f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
     return f"{number} epoch{'' if number == '1' else 's'}"
 

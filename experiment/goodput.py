@@ -1,4 +1,4 @@
-"""How a run has spent its hours, over all its attempts. The useful share of them is its goodput.
+"""Wall-clock time of a run by activity, over all its attempts. The useful share is its goodput.
 
 1. Rank 0 times its activities, `ActivityTimer`, and adds a line to RUN/logs/goodput.jsonl at each log event and around
    each evaluation and checkpoint: the seconds of its attempt so far, by activity.
@@ -55,7 +55,7 @@ class AttemptTime:
 
 @dataclass(frozen=True)
 class Goodput:
-    """How a run has spent its time."""
+    """Time of a run by activity."""
 
     seconds: Mapping[str, float]  # by activity, all of `ACTIVITIES`
     attempts: int
@@ -67,7 +67,7 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Of the wall clock that was useful."""
+        """Useful share of wall-clock time."""
         return self.seconds[USEFUL] / max(self.wall_clock, 1e-9)
 
 
@@ -104,7 +104,7 @@ def record_end(folder: RunFolder, start: float, now: Callable[[], float] = time.
 
 
 def process_start() -> float:
-    """When this process started, in seconds as time.time(). `exec` keeps the start: with `sh -c 'prepare && exec
+    """Return when this process started, as time.time(). `exec` keeps the start: with `sh -c 'prepare && exec
     deepcloze pretrain'` it is the start of the shell. `psutil.Process.create_time` alone is off by up to a second."""
     since_boot: float = psutil.Process().create_time() - psutil.boot_time()
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot  # first: time that passes between is no earlier start
@@ -112,8 +112,8 @@ def process_start() -> float:
 
 
 def attempt_start() -> float:
-    """When the launch of this process began, or the process itself if the launch was on another machine, whose clock
-    may differ; as time.time()."""
+    """Return when the launch of this process began, or the process itself if the launch was on another machine, whose
+    clock may differ; as time.time()."""
     created = process_start()
     with suppress(KeyError, ValueError):
         return min(float(os.environ[START_VARIABLE]), created)
@@ -121,7 +121,7 @@ def attempt_start() -> float:
 
 
 def compile_seconds() -> float:
-    """How long this process has compiled code with `torch.compile` so far: 0 until something is compiled."""
+    """Return how long this process has compiled code with `torch.compile` so far: 0 until something is compiled."""
     if "torch._dynamo.utils" not in sys.modules:  # importing it takes seconds
         return 0.0
     from torch._dynamo.utils import calculate_time_spent
@@ -188,7 +188,7 @@ class ActivityTimer:
 
     @property
     def doing(self) -> Doing:
-        """For other threads, which see from equal values that there was no progress."""
+        """The current activity, for other threads: equal values mean that there was no progress."""
         return Doing(self._step, self._activity, self._changes)
 
     def make_progress(self) -> None:

@@ -36,12 +36,12 @@ class Heartbeat:
 
 
 def beat_seconds(hang_seconds: float) -> float:
-    """Between two heartbeats."""
+    """Return the interval between two heartbeats."""
     return min(_MAX_BEAT_SECONDS, hang_seconds / _BEATS)
 
 
 def hung_seconds(hang_seconds: float) -> float:
-    """Without progress or heartbeat, after which a rank hangs."""
+    """Return the time without progress or heartbeat after which a rank counts as hung."""
     return _HUNG * hang_seconds
 
 
@@ -56,7 +56,7 @@ def write_heartbeat(folder: RunFolder, beat: Heartbeat) -> None:
 
 
 def read_heartbeat(folder: RunFolder, rank: int) -> Heartbeat | None:
-    """None if there is none yet, or it is being written."""
+    """Read the heartbeat of a rank; None if there is none yet, or it is being written."""
     try:
         return Heartbeat(**json.loads(folder.heartbeat(rank).read_bytes()))
     except (OSError, ValueError, TypeError):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots(?:/|$)")
-"""In the path of a model in transformers' cache: its organization and name, or its name alone."""
+"""Matches the organization and name, or the name alone, in the path of a model in transformers' cache."""
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OTHER_FORM = re.compile(r"(?:hub:|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)([\w.-]+/[\w.-]+)/?")
@@ -19,13 +19,13 @@ class HubName(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """None for a text that cannot be such a name."""
+        """Parse a name; None for a text that cannot be one."""
         found = _NAME.fullmatch(text)
         return cls(found[1], found[2]) if found else None
 
     @classmethod
     def of_model(cls, text: str) -> Self | None:
-        """As `parse`; None also for a path, which exists, or is missing in a folder that exists."""
+        """Like `parse`, but None for a path too: one that exists, or whose folder exists."""
         name, path = cls.parse(text), Path(text)
         is_path = path.exists() or (path.parent != Path() and path.parent.exists())
         return None if is_path else name

@@ -1,4 +1,4 @@
-"""What our HTTP servers share: the address to listen on, and the names that they answer to.
+"""Listening address and accepted host names of our HTTP servers.
 
 A name of another site may have been pointed at this machine, so that its pages can read what we answer (DNS rebinding).
 """

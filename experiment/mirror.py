@@ -81,7 +81,7 @@ class Mirror:
             upload(folder.checkpoints / BEST, join(self.url, BEST))
 
     def ancestors(self) -> list[dict[str, Any]] | None:
-        """Of the run in the mirror, see `provenance.ancestors_of`. None if its provenance is missing or damaged."""
+        """Return the ancestors of the run, see `provenance.ancestors_of`; None if provenance is missing or damaged."""
         try:
             found = parse_json(read_bytes(join(self.url, _RUN, "provenance.json"))).get("ancestors", [])
             return [dict(ancestor) for ancestor in found]
@@ -109,7 +109,7 @@ class Mirror:
         copies: dict[str, Path] = {}  # name -> temporary folder
 
         def copy(name: str) -> bool:
-            """False if the checkpoint is damaged."""
+            """Copy a checkpoint. Returns False if it is damaged."""
             log.info("copying %s to %s", join(self.url, name), folder.checkpoints)
             partial = folder.checkpoints / f".{name}.partial"
             try:

@@ -53,7 +53,7 @@ def local_model(name: str, on_progress: Callable[[], None] = lambda: None, weigh
 
 
 def local_tokenizer(name: str) -> Path:
-    """As `local_model`, for the folder of a tokenizer, which is copied without the weights of a model."""
+    """Like `local_model`, for a tokenizer: the folder is copied without model weights."""
     _check_form(name)
     return local_folder(name, _WEIGHTS) if is_url(name) else local_model(name, weights=False)
 

@@ -38,7 +38,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Service:
-    """Where messages go.
+    """Destinations of messages.
 
     send: raises OSError, of which the errors of smtplib and urllib are a kind, if the message cannot be sent.
     """

@@ -22,7 +22,7 @@ _SHORT_MESSAGE = 300  # characters, of at most 12 bytes each in JSON
 
 
 class Outcome(StrEnum):
-    """How a run ended; the same on all ranks."""
+    """The outcome of a run; the same on all ranks."""
 
     DONE = "done"
     STOPPED = "stopped"  # early; can be resumed
@@ -139,14 +139,14 @@ class RankRecord:
 
 
 def read_rank_record(folder: RunFolder, rank: int) -> RankRecord | None:
-    """None if there is none, or it is damaged."""
+    """Read the record of a rank; None if it is missing or damaged."""
     with suppress(OSError, ValueError):
         return RankRecord.read(folder.rank_record(rank))
     return None
 
 
 def read_rank_records(folder: RunFolder) -> list[RankRecord]:
-    """Those of all ranks that have started, in the order of their files. Skips damaged ones."""
+    """Read the records of all ranks that have started, in the order of their files. Skips damaged ones."""
     found = []
     for path in sorted(rank_records(folder)):
         with suppress(OSError, ValueError):

@@ -41,8 +41,8 @@ def print_warning(line: str) -> None:
 
 @contextmanager
 def quiet(warnings: bool = True) -> Iterator[None]:
-    """In the block, and in the processes that it starts, print results, warnings and errors only. warnings: whether to
-    print those of the data, too."""
+    """Print only results, warnings and errors in the block and the processes that it starts. warnings: whether to print
+    warnings about the data, too."""
     before = os.environ.get(QUIET_VARIABLE)
     os.environ[QUIET_VARIABLE] = "1" if warnings else _WITHOUT_WARNINGS
     terminal.cache_clear()

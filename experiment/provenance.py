@@ -1,8 +1,8 @@
 """`RUN/provenance.json`: the code, machine, libraries and models that a run came from.
 
 {"run_id": …, "ancestors": […], "attempts": [{"command": …, "git": …, "versions": …, "hardware": …, …}, …]}
-Attempts also have the `step` that they resume from; those of a pretraining `changes` of settings, "key: old -> new",
-those of a fine-tuning `total_steps`, and their steps are those of all seeds.
+Attempts also have the `step` that they resume from; in pretraining, `changes` of settings, "key: old -> new"; in
+fine-tuning, `total_steps`, with steps counted over all seeds.
 
 Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
 It is copied along with the folder, so a run that starts from the model can record all of its ancestors. Such folders

@@ -54,7 +54,7 @@ class RunFolder:
     logs = _Below("logs")
     launches = _Below("launch.jsonl")
     goodput = _Below("logs/goodput.jsonl")
-    """How the attempts have spent their time, see `goodput`."""
+    """Time of the attempts by activity, see `goodput`."""
     fillings = _Below("logs/fillings.jsonl")
     """Tokens that checkpoints fill into held-out sentences, see `results.fillings`."""
     launch_output = _Below("logs/launch.log")
@@ -64,11 +64,11 @@ class RunFolder:
     stop = _Below("STOP")
     """Created by the user, or by the launcher on a signal: save a checkpoint and stop."""
     outcome = _Below("logs/outcome.json")
-    """How the run ended, see `outcome_file`."""
+    """The outcome of the run, see `outcome_file`."""
     reserved_outcome = _Below("logs/.outcome.reserved")
     """Space for `outcome`, in case the disk fills up."""
     trials = _Below("logs/autotune")
-    """Where the trials of `--autotune` have their folders; removed at the end."""
+    """Folder of the trials of `--autotune`; removed at the end."""
     profile = _Below("profile")
     """Profile of a few steps, see `pretrain.training.profiler`."""
     lock = _Below("logs/launch.lock")

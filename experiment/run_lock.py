@@ -34,10 +34,10 @@ _DEAD_SECONDS = 20.0
 _POLL_SECONDS = 0.1
 _QUIET_SECONDS = 1.0
 _OBSERVED_SECONDS = 5.0
-"""For how long `folder_use` waits for another machine to renew its file."""
+"""How long `folder_use` waits for another machine to renew its file."""
 
 Renewal = int
-"""When a file was renewed: st_mtime_ns."""
+"""The time a file was renewed: st_mtime_ns."""
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def _owner(path: Path) -> dict[str, object] | None:
 
 
 def _renewed(path: Path) -> Renewal | None:
-    """When the file was renewed. Opens it, so that a network file system asks its server."""
+    """Return when the file was renewed. Opens it, so that a network file system asks its server."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns

@@ -1,4 +1,4 @@
-"""How torch's threads wait for each other on CPU cores that other processes use too.
+"""Waiting of torch's threads for each other on CPU cores that other processes use too.
 
 A thread of GNU's OpenMP, which torch's packages for Linux contain, spins for 3 ms before it sleeps. Nothing is faster
 on an idle machine. But if another process takes the core of one thread, that thread cannot move to the core of a
@@ -22,7 +22,7 @@ _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 @cache
 def share_cores() -> None:
-    """From now on, let threads spin only while no other process takes cores away from them.
+    """Let threads spin only while no other process takes cores away from them, from now on.
 
     Starts a thread that looks how long the threads of this process wait for cores. Results do not depend on it. Does
     nothing with a GPU, with a single core or thread, where another OpenMP is used, where Linux does not count these
@@ -59,7 +59,7 @@ def _counts_times() -> bool:
 
 
 def _nanoseconds_waited() -> dict[int, int]:
-    """How long each thread of this process has waited for a core, by thread id. Without those of lower priority."""
+    """Return how long each thread of this process has waited for a core, by id. Skips threads of lower priority."""
     niceness = os.getpriority(os.PRIO_PROCESS, 0)  # on Linux, of a thread
     found = {}
     for folder in Path("/proc/self/task").iterdir():
@@ -129,7 +129,7 @@ class _SleepingTeam:
 
 
 def _check_startable(count: int) -> None:
-    """Raise RuntimeError if the system refuses so many more threads: OpenMP would end the process."""
+    """Raise RuntimeError if the system refuses this many more threads: OpenMP would end the process."""
     tried = threading.Event()
     started = []
     try:

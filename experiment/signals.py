@@ -12,7 +12,7 @@ WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
-"""Those of `handle_stop_signals`."""
+"""The signals of `handle_stop_signals`."""
 
 REPEATED_SECONDS = 1.0
 """A signal within this time of the first one repeats it: terminals, `timeout` and launchers deliver one several times.
@@ -89,7 +89,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def ignore_stop_signals() -> None:
-    """For the rest of a process that ends: it has an exit code, and leaves nothing if it is not interrupted."""
+    """Ignore stop signals while a process ends: it has an exit code, and leaves nothing if it is not interrupted."""
     for number in HANDLED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

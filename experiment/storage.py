@@ -118,7 +118,7 @@ def list_files(url: str) -> dict[str, FileInfo]:
 
 
 def _is_file(name: str, info: dict[str, Any]) -> bool:
-    """False for a folder, also for the empty object with which some programs mark one."""
+    """Whether this is a file: not a folder, nor the empty object with which some programs mark one."""
     return info["type"] == "file" and not (name.endswith("/") and info["size"] == 0)
 
 
@@ -258,11 +258,11 @@ def download(
 ) -> None:
     """Copy a file to a local path, which is complete or does not exist. No other process may do so.
 
-    What an interrupted call has copied, beside it, is continued. A copy with a wrong size or checksum is made again.
+    Continues the partial copy of an interrupted call. Copies again if the size or checksum is wrong.
 
     Args:
-        size: bytes that are expected.
-        checksum: that is expected, in hexadecimal.
+        size: the expected bytes.
+        checksum: the expected one, in hexadecimal.
         algorithm: of the checksum.
         advance: called with the bytes that were copied, or found; negative if they are given up.
 

@@ -193,7 +193,7 @@ def _annotation_of_override(config_type: type[Section], dotted: str) -> Any:
 
 
 def _place(key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: Mapping[str, str]) -> str:
-    """Where the value of `key` comes from, for messages: a line of the file, or the command line."""
+    """Return the origin of the value of `key` for messages: a line of the file, or the command line."""
     dotted = ".".join(key)
     if any(f"{dotted}.".startswith(f"{override}.") for override in overrides):
         return "command line"

@@ -86,7 +86,7 @@ def find_keys(config_type: type[Section], name: str) -> tuple[ConfigSection, ...
 
 
 def as_text(section: ConfigSection, width: int) -> str:
-    """For a terminal: the keys with meaning, type and default, wrapped in a second column."""
+    """Format the keys for a terminal, with meaning, type and default wrapped in a second column."""
     column = max(len(key.name) for key in section.keys) + 2
     title = ", ".join(filter(None, [section.name, section.variant]))
     heading = f"{title}: {section.meaning}" if section.meaning else section.variant and title

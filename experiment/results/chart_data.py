@@ -42,7 +42,7 @@ class ChartsData:
                 add((number, line.name), line, partial(getattr, line, "data"))
 
     def changes(self, since: int = -1) -> dict[str, Any] | None:
-        """What has changed after this version of the page, by default all of it; None: nothing has."""
+        """Return the changes after this version of the page, by default all of it; None if nothing has changed."""
         if all(piece.version <= since for piece in self._pieces.values()):
             return None
 

@@ -66,12 +66,12 @@ class DrawnLine:
 
     @property
     def name(self) -> str:
-        """Differs from those of the other lines of a chart."""
+        """A name that is unique in its chart."""
         return f"{self.line.label}, {self.line.seed}" if self.line.seed else self.line.label
 
     @property
     def data(self) -> dict[str, Any]:
-        """As `page.js` describes; JSON."""
+        """JSON of the line, as `page.js` describes."""
         line = self.line
         known = {"label": line.label, "seed": line.seed, "run": line.run, "dots": line.marked}
         average = _as_json(line.curve.average(self.limit)) if line.has_average else None
@@ -92,7 +92,7 @@ class Panel:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As `page.js` describes; JSON."""
+        """JSON of the options, as `page.js` describes."""
         return {"log": self.scale == "log", "percent": self.percent, "zero": self.from_zero}
 
     @property
@@ -122,7 +122,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Mark:
-    """What happened at a step of the run."""
+    """An event at a step of the run."""
 
     kind: str  # restart, bad, stage or best
     step: int
@@ -202,7 +202,7 @@ def look(number: int) -> tuple[str, str]:
 
 
 def style(color: str) -> str:
-    """What the style sheet of a page calls the color."""
+    """Return the color's name in the style sheet of a page."""
     return "var(--ink)" if color in (INK, COLORS[-1]) else f"var(--series-{COLORS.index(color)})"
 
 
@@ -212,7 +212,7 @@ def _as_json(points: Points) -> dict[str, list[float]]:
 
 
 def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """To six significant digits."""
+    """Round to six significant digits."""
     with np.errstate(divide="ignore"):
         places = np.clip(_DIGITS - 1 - np.floor(np.log10(np.abs(values))), -300, 300)
     up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)  # exact up to 1e22

@@ -87,7 +87,7 @@ class Curve:
 
     @property
     def lowest(self) -> tuple[float, float]:
-        """(x, y) of the lowest point. Raises ValueError without points, as those below."""
+        """(x, y) of the lowest point. Raises ValueError without points, as the properties below do."""
         return self._point(_LOW, int(self._buckets(MAX_POINTS)[:, _LOW][:, 1].argmin()))
 
     @property
@@ -100,7 +100,7 @@ class Curve:
 
     @property
     def means(self) -> NDArray[np.float64]:
-        """Of the y of each bucket: all values of a short curve."""
+        """The mean y of each bucket: all values of a short curve."""
         totals, counts = self._buckets(MAX_POINTS)[:, _SUMS].T
         return np.asarray(totals / counts)
 

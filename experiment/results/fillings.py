@@ -32,7 +32,7 @@ class FilledSentence:
 
 @dataclass(frozen=True)
 class CheckpointFillings:
-    """What one checkpoint fills in."""
+    """The fillings of one checkpoint."""
 
     step: int
     weights: str  # identifies the checkpoint, see `checkpoints.weights_digest`
@@ -47,7 +47,7 @@ def add_fillings(folder: RunFolder, fillings: CheckpointFillings) -> None:
 
 
 def read_fillings(folder: RunFolder) -> list[CheckpointFillings]:
-    """By step; of a step that was trained twice, the last line. Empty if there is no file; skips damaged lines."""
+    """Read the fillings by step; of a step trained twice, the last line. Empty without a file; skips damaged lines."""
     try:
         lines = parse_records(CheckpointFillings, folder.fillings.read_bytes())
     except OSError:
@@ -74,7 +74,7 @@ def filling_blocks(folder: RunFolder) -> list[Block]:
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the items, evenly spread, with the first and the last."""
+    """Return at most `count` of the items, evenly spread, with the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]

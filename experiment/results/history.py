@@ -1,4 +1,4 @@
-"""What a run has logged so far: curves by seed and key, of bounded size. Only new lines of its files are read."""
+"""Logged metrics of a run: curves by seed and key, of bounded size. Only new lines of its files are read."""
 
 import copy
 from collections import defaultdict
@@ -26,7 +26,7 @@ NO_AXIS: Axis = {"step": [], "tokens": [], "seconds": []}
 
 @dataclass
 class SeedHistory:
-    """Of a seed of fine-tuning, with steps from its start; or of a pretraining."""
+    """The history of a fine-tuning seed, with steps from its start, or of a pretraining run."""
 
     step: int = 0  # the last one
     curves: dict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))  # by key; no other ones are kept
@@ -66,13 +66,12 @@ class SeedHistory:
         self._time = of_tokens, of_seconds
 
     def curve(self, key: str) -> Curve:
-        """Empty if there are no numbers with this key."""
+        """Return the curve of a key; empty if there are no numbers with it."""
         return self.curves.get(key, Curve())
 
     @property
     def axis(self) -> Axis:
-        """The time is that of the log events: evaluations and checkpoints are no part of it, nor is what was lost by a
-        crash."""
+        """The x axis. Time is that of the log events, without evaluations, checkpoints and work lost in a crash."""
         (steps, tokens), (_, seconds) = (curve.ends for curve in self._time)
         start = [0.0] if len(steps) else []
         found = {"step": steps, "tokens": tokens, "seconds": seconds}
@@ -110,7 +109,7 @@ class History:
 
     @property
     def seeds(self) -> dict[int | None, SeedHistory]:
-        """By seed of a fine-tuning; None: a pretraining."""
+        """Histories by fine-tuning seed; None: a pretraining run."""
         found: dict[int | None, SeedHistory] = {}
         for file in (self._logged, *self._unfinished.values()):
             for seed, history in file.seeds.items():
@@ -140,7 +139,7 @@ class History:
         return min(((loss, int(step)) for step, loss in found), default=None)
 
     def median(self, key: str) -> float | None:
-        """Over the log events; of a long run, over the means of equal parts of it."""
+        """Return the median over the log events; of a long run, over the means of equal parts of it."""
         means = [curve.means for curve in self._curves(key)]
         return float(np.median(np.concatenate(means))) if means else None
 

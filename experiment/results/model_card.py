@@ -110,7 +110,7 @@ def front_matter(
 
 
 def model_name(ancestor: Mapping[str, Any]) -> str:
-    """What a card calls a model that others came from, see `provenance.ancestors_of`."""
+    """Return the name of an ancestor of a model in its card, see `provenance.ancestors_of`."""
     return hub_name(str(ancestor["folder"])) or Path(str(ancestor["folder"])).name
 
 
@@ -139,7 +139,7 @@ def format_value(value: Any) -> str:
 
 
 def format_number(value: int | float | None, digits: int | None = None) -> str:
-    """With thousands separators, or with this many digits after the point."""
+    """Format with thousands separators, or with this many digits after the point."""
     return show(value, "," if digits is None else f",.{digits}f")
 
 

@@ -185,7 +185,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Headline:
-    """What the page says first."""
+    """The headline of the page."""
 
     state: str
     tone: Tone  # of the state

@@ -17,7 +17,7 @@ from experiment.tracking.jsonl import read_events
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How one run of a sweep ended."""
+    """The result of one run of a sweep."""
 
     name: str  # of its folder
     values: Mapping[str, str]  # dotted config key -> raw text; the same keys in all runs of a sweep

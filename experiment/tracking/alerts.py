@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import wandb
 
 REPEAT_SECONDS = 600.0
-"""Between two alerts about the same kind of event."""
+"""The time between two alerts about the same kind of event."""
 
 _RETRY_WAITS = (0.0, 3.0, 9.0)  # seconds before each attempt to send
 FLUSH_SECONDS = 30.0
@@ -130,11 +130,11 @@ class _Channel:
         self._alerts.put(alert)
 
     def finish(self) -> None:
-        """No further alert will come."""
+        """Signal that no further alert will come."""
         self._alerts.put(None)
 
     def wait(self, end: float) -> None:
-        """Until all are sent, or `time.monotonic()` is `end`."""
+        """Wait until all are sent, or `time.monotonic()` reaches `end`."""
         self._worker.join(max(0.0, end - time.monotonic()))
         if self._worker.is_alive():
             self._warn(f"alerts by {self._name} are given up: no answer in time")
@@ -145,7 +145,7 @@ class _Channel:
                 self._warn(f"the alert '{alert.event}' could not be sent by {self._name}: {problem}")
 
     def _try(self, alert: Alert) -> str:
-        """Why it could not be sent; empty if it was."""
+        """Send an alert. Returns why it could not be sent; empty if it was."""
         problem = ""
         for wait in _RETRY_WAITS:
             time.sleep(wait)

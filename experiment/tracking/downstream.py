@@ -61,7 +61,7 @@ def best_result(results: Sequence[DownstreamResult]) -> DownstreamResult:
 
 
 class DownstreamLog:
-    """Which results are not in metrics.jsonl yet, for the process that writes it."""
+    """Reader of the results that are not in metrics.jsonl yet, for the process that writes it."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder

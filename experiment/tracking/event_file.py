@@ -95,8 +95,8 @@ def tag_of(name: str) -> str:
 
 
 def _next_number(files: list[Path]) -> int:
-    """For the name of a file: TensorBoard reads files in the order of their names, and the clock of the host that wrote
-    the last one may have been ahead."""
+    """Return the number in the next file name: TensorBoard reads files in order of their names, and the clock of the
+    host that wrote the last one may have been ahead."""
     numbers = [path.name.removeprefix(_PREFIX).partition(".")[0] for path in files]
     return max([time.time_ns(), *(int(number) + 1 for number in numbers if number.isdecimal())])
 

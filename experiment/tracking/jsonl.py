@@ -28,7 +28,7 @@ Event = dict[str, Any]
 """An event that was read; `step` is an integer."""
 
 SLOW_RATIO = 1.5
-"""A rank that takes so many times as long as the median rank is slow."""
+"""A rank that takes this many times as long as the median rank is slow."""
 
 
 class JsonlTracker:

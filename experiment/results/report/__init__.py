@@ -69,7 +69,7 @@ def set_page(folder: RunFolder, open_runs: OpenRuns) -> Page | None:
 
 
 def run_blocks(run: Run) -> list[Block]:
-    """Empty if there is nothing to report yet."""
+    """Return the blocks of a run's report; empty if there is nothing to report yet."""
     blocks: list[Block] = []
     if run.results is not None:
         blocks += result_blocks(run.folder, run.results)

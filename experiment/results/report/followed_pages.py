@@ -87,7 +87,7 @@ class Readers:
 
 
 class FollowedRun:
-    """What is known about a run."""
+    """A followed run and its history so far."""
 
     def __init__(self, folder: RunFolder, readers: Readers) -> None:
         self._folder = folder
@@ -176,7 +176,7 @@ class _State(NamedTuple):
 
 
 class FollowedPage:
-    """A page that is made again whenever it is asked for, of `make`: a page, and the runs on it."""
+    """A page that `make` builds again on every request, and the runs on it."""
 
     def __init__(self, make: Callable[[], tuple[Page, Sequence[FollowedRun]]]) -> None:
         self._make = make
@@ -190,7 +190,7 @@ class FollowedPage:
         return render_page(state.title, parts, state.version).encode()
 
     def changes(self, since: int) -> bytes:
-        """What `page.js` takes over, as JSON. since: the version that a browser has."""
+        """Return the changes for `page.js`, as JSON. since: the version that a browser has."""
         state = self.update()
         parts = [part.changes(since) for part in state.parts]
         about = {"version": state.version, "title": state.title, "unread": state.unread, "parts": parts}
@@ -263,7 +263,7 @@ class FollowedPages:
         return Page(folders[0].path.name if len(folders) == 1 else f"{len(runs)} runs", blocks)
 
     def _open(self, opened: list[FollowedRun], is_first: bool, folders: Mapping[str, RunFolder]) -> list[Run]:
-        """What is known about the runs after a short time of reading. is_first: whether it is the first page."""
+        """Open the runs, read so far as is possible in a short time. is_first: whether it is the first page."""
         for folder in folders.values():
             if folder.path not in self._runs:
                 self._runs[folder.path] = FollowedRun(folder, self._readers)
@@ -284,7 +284,7 @@ class FollowedPages:
         return os.path.relpath(path, self._base)
 
     def _link(self, folder: RunFolder, is_first: bool) -> str:
-        """To the page of a folder, relative to the page that has the link."""
+        """Return the link to the page of a folder, relative to the page that has it."""
         name = self._name(folder.path)
         self._linked[name] = folder
         return f"{'run/' if is_first else ''}{quote(name, safe='')}"

@@ -95,4 +95,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """No line for each request."""
+        """Log nothing per request."""

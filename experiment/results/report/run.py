@@ -1,4 +1,4 @@
-"""What reports say about a run: values that are read from its folder, once, or again and again while it is followed."""
+"""Values of a run for reports, read from its folder once, or repeatedly while it is followed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ class Run:
 
     @cached_property
     def attempt_times(self) -> list[AttemptTime]:
-        """How the attempts have spent their time, see `goodput`. Raises OSError."""
+        """Time of the attempts by activity, see `goodput`. Raises OSError."""
         return read_attempt_times(self.folder)
 
 

@@ -36,7 +36,7 @@ _ATTEMPT_COLUMNS = ("started", "host", "ranks", "commit", "device", *_LIBRARIES)
 
 
 def training_headline(run: Run) -> Headline:
-    """Of a pretraining, or of a fine-tuning that is not done. What is not known is left out."""
+    """Return the headline of a pretraining run, or of an unfinished fine-tuning run. Omits unknown facts."""
     state = _newest_state(run.folder)
     facts = [
         *_parameters(run.folder),
@@ -99,7 +99,7 @@ def _parameters(folder: RunFolder) -> Iterator[Fact]:
 
 
 def _seeds(run: Run) -> Iterator[Fact]:
-    """Of a fine-tuning."""
+    """Yield the seeds of a fine-tuning run."""
     with suppress(KeyError, TypeError):
         seeds = run.config["training"]["seeds"]
         yield Fact("Seeds", f"{len(run.folder.finished_seeds)}", f"finished of {len(seeds)}")
@@ -172,7 +172,7 @@ def scaled(count: float) -> str:
 
 
 def goodput_blocks(run: Run) -> list[Block]:
-    """How the attempts at the run have spent their time; empty if none has recorded it."""
+    """Return the time of the run's attempts by activity; empty if none has recorded it."""
     if not run.attempt_times:
         return []
     goodput = add_up(run.attempt_times)

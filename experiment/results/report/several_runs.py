@@ -79,8 +79,8 @@ def _corpora(runs: Sequence[Run]) -> list[str]:
 
 
 def runs_table(runs: Sequence[Run]) -> Runs:
-    """How far each run is, and its best figures. At first, the charts show the runs that were started last, as many as
-    have lines that differ; they come first."""
+    """Return the progress and best figures of each run. At first, the charts show the runs that were started last, as
+    many as have lines that differ; they come first."""
     corpora = _corpora(runs)
     columns = ["steps", "tokens", "training loss", *(f"best loss, {name}" for name in corpora), "score", "tokens/s"]
     cells = [_cells(run, corpora) for run in runs]
@@ -227,7 +227,7 @@ def _groups(folder: RunFolder, comparison: Mapping[str, Mapping[str, Any]]) -> d
 
 
 def _planned(folder: RunFolder) -> dict[str, dict[str, RunFolder]]:
-    """As `_groups`, of a comparison that is not done, with all points of a grid."""
+    """Like `_groups`, for an unfinished comparison, with all points of a grid."""
     groups: dict[str, dict[str, RunFolder]] = {}
     if (folder.path / COMPARISON_RECORD).is_file():
         for path in planned_folders(folder.path):

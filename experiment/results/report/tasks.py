@@ -110,7 +110,7 @@ def _seed_plots(folder: RunFolder, metric: str) -> list[Plot]:
 
 
 def _curve(rows: Sequence[Mapping[str, str]], name: str) -> Curve:
-    """By steps, of the rows in which both are numbers."""
+    """Return a column as a curve over steps, of the rows in which both are numbers."""
     found = []
     for row in rows:
         try:
@@ -121,7 +121,7 @@ def _curve(rows: Sequence[Mapping[str, str]], name: str) -> Curve:
 
 
 def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[ConfusionMatrix]:
-    """Of all seeds together, on the last split that has one; empty if there is none, as for regression."""
+    """Return the matrix of all seeds together on the last split with one; empty if there is none, as for regression."""
     try:
         records = [read_json(folder.seed_folder(seed) / "COMPLETE") for seed in results["seeds"]]
         split = list(records[0]["confusion"])[-1]

@@ -127,7 +127,7 @@ def read_marks(run: Run) -> list[Mark]:
 
 
 def _restarts(times: Sequence[AttemptTime]) -> Iterator[Mark]:
-    """Where each later attempt has resumed, or, if that is not kept, the last step of the attempt before."""
+    """Yield where each later attempt has resumed or, if that is not kept, the last step of the attempt before."""
     attempts: dict[float, list[AttemptTime]] = {}  # in their order, although the clock may have been set back
     for line in times:
         attempts.setdefault(line.start, []).append(line)
