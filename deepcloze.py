@@ -42,7 +42,7 @@ _MODULES = {
     "UserError": "experiment.errors",
     "open_corpus": "pretrain.corpus.reader",
 }
-"""Where public names are defined; default: launcher.functions."""
+"""Modules that define public names; default: launcher.functions."""
 
 _PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 _ROOT = Path(__file__).resolve().parent

@@ -32,7 +32,7 @@ from pretrain.config import PretrainConfig
 from pretrain.schedule_config import ScheduleConfig, StageConfig
 
 LIMIT_SECONDS = 120.0
-"""Of all trials together, with the time that their ranks take to start."""
+"""Time limit of all trials together, including the start of their ranks."""
 
 WARMUP_STEPS = 2
 MEASURED_STEPS = 3

@@ -60,7 +60,7 @@ class Flag:
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """The name in messages."""
         return self.metavar if self.positional else f"--{self.name}"
 
 

@@ -60,8 +60,8 @@ def build_corpus(
         source: files, folders, globs and URLs of text.
         tokenizer: a Hugging Face tokenizer folder.
         output: the corpus folder to write. If it holds the same corpus already, that is kept.
-        holdout: put so many documents, drawn at random, into the corpus OUTPUT-heldout instead.
-        limit: keep only so many documents, drawn at random.
+        holdout: put this many documents, drawn at random, into the corpus OUTPUT-heldout instead.
+        limit: keep only this many documents, drawn at random.
         workers: number of processes; default: one per core.
         quiet: print warnings only.
         flags: any other flag of `deepcloze corpus`, such as `document="blank_line"`.

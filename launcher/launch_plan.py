@@ -78,7 +78,7 @@ class LaunchPlan:
         )
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
-        """How DeepSpeed starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
+        """Return the command that starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
         config = scaled_microbatch(self.config, -layout.microbatch_halvings)
         began = self.folder.metrics.exists() or complete_checkpoints(self.folder.checkpoints)
         if layout.restarted and config.run.resume == "never" and began:  # by this launch
@@ -136,7 +136,7 @@ def plan_launch(
 
 
 def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> Command:
-    """How DeepSpeed starts ranks on this machine that read the config of the options."""
+    """Return the command for ranks on this machine that read the config of the options."""
     overrides = (f"--{key}={text}" for key, text in options.overrides.items())
     arguments = ("--config", str(Path(options.config).absolute()), *overrides)
     return command_on_this_machine(slots, arguments, machine)
@@ -151,7 +151,7 @@ def _summary(run: "ResolvedRun") -> str:
 
 
 def _resolve(config: PretrainConfig, ranks: int) -> "ResolvedRun":
-    """As `resolve`. A run that is active, which a dry run or preflight may read, deletes checkpoints: tries again."""
+    """Like `resolve`, but retry for an active run, which a dry run or preflight may read: it deletes checkpoints."""
     with fast_imports():
         from pretrain.resolve import resolve
 

@@ -70,7 +70,7 @@ class PlanOptions(PlacementOptions):
 
 
 class HostOptions(PlacementOptions):
-    """How ranks are started on other hosts."""
+    """Options for starting ranks on other hosts."""
 
     launcher: Launcher = "pdsh"
     """Program that starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a SLURM job."""

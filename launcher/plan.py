@@ -55,7 +55,7 @@ def print_run_plan(options: PlanOptions) -> None:
 
 
 def _planned_slots(options: PlanOptions, machine: Machine) -> Slots:
-    """As for a launch, but `--num_gpus` without a hostfile may exceed this machine's devices."""
+    """Return the slots as for a launch, but `--num_gpus` without a hostfile may exceed this machine's devices."""
     hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
     if hosts is None and options.num_gpus is not None:
         return {"localhost": tuple(range(options.num_gpus))}

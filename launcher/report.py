@@ -55,7 +55,7 @@ def report_runs(runs: Sequence[str], output: str | None) -> Path:
 
 
 def _logged_runs(folder: RunFolder) -> list[Path]:
-    """A run, or those in a folder that have logged something. Raises UserError without any."""
+    """Return a run, or the runs in a folder that have logged something. Raises UserError without any."""
     if is_run(folder):
         return [folder.path]
     if logged := [run for run in runs_in(folder.path) if _has_logged(RunFolder(run))]:
@@ -107,7 +107,7 @@ def _printed_problems(without: str) -> Iterator[None]:
 
 
 def _checkpoints(folder: RunFolder) -> dict[Path, str]:
-    """What identifies each complete checkpoint. Without those that are deleted or copied at this moment."""
+    """Return the weights digest of each complete checkpoint. Skips checkpoints that are being deleted or copied."""
     found = {}
     for path in complete_checkpoints(folder.checkpoints):
         with suppress(OSError, ValueError):
@@ -116,7 +116,7 @@ def _checkpoints(folder: RunFolder) -> dict[Path, str]:
 
 
 def _sentences_of(folder: RunFolder) -> list[MaskedSentence]:
-    """From the first corpus of `corpus.eval`; empty without any."""
+    """Return masked sentences from the first corpus of `corpus.eval`; empty without one."""
     from experiment.tokenizer import load_tokenizer
     from pretrain.corpus.cache import open_local
 
@@ -181,7 +181,7 @@ def _mask_word(
 
 
 def _close_up(text: str) -> str:
-    """Without the spaces that a WordPiece tokenizer puts between Chinese characters."""
+    """Remove the spaces that a WordPiece tokenizer puts between Chinese characters."""
     closed: str = _BETWEEN_HAN.sub("", text)
     return closed
 

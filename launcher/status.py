@@ -36,7 +36,7 @@ _LEAST_IMPORTANT = ("attempts", "goodput", "bad batches", "tokens/s", "last chec
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run is doing. None: not known."""
+    """The status of a run. None: not known."""
 
     run: str
     state: State
@@ -112,7 +112,7 @@ def find_run(run: str) -> RunFolder:
 
 
 def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | None:
-    """As the last attempt knows it; before its first line, as the config says."""
+    """Return the steps from the last attempt; before its first line, from the config."""
     if attempts:
         return attempts[-1].total_steps
     steps = _config_value(folder, "schedule", "steps")
@@ -120,13 +120,13 @@ def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | No
 
 
 def _config_value(folder: RunFolder, section: str, key: str) -> object:
-    """None if the file is missing, incomplete, or lacks the key."""
+    """Read a config value; None if the file is missing, incomplete, or lacks the key."""
     values = read_recorded(folder.config).get(section)
     return values.get(key) if isinstance(values, dict) else None
 
 
 def _seeds(folder: RunFolder) -> list[int] | None:
-    """Of a fine-tuning."""
+    """Read the seeds of a fine-tuning run."""
     seeds = _config_value(folder, "training", "seeds")
     return seeds if isinstance(seeds, list) else None
 
@@ -157,8 +157,8 @@ def _score(folder: RunFolder) -> tuple[str | None, str | None, float | None]:
 
 
 def _seconds_left(lines: Sequence[AttemptTime], total: int | None) -> float | None:
-    """Of the time budget, or at the speed of the last log events, evaluations and checkpoints included. `lines`: of the
-    last attempt."""
+    """Return the seconds left of the time budget, or at the speed of the last log events, evaluations and checkpoints
+    included. `lines`: of the last attempt."""
     if lines and (end := lines[-1].end) is not None:
         return max(0.0, end - lines[-1].time)
     by_step = {line.step: line.time for line in lines}  # the last one of each step
@@ -205,7 +205,7 @@ def _list(status: RunStatus) -> str:
 
 
 def _print_table(found: Sequence[RunStatus]) -> None:
-    """On a narrow terminal, without the columns that do not fit."""
+    """Print a table without the columns that do not fit the terminal."""
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH

@@ -115,8 +115,8 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
 
 
 class _Pins:
-    """What the points of a sweep share: the commits of a model and of data sets of the Hub and, for fine-tuning, the
-    checkpoint of a run, which may save newer ones. And what they must not share: a mirror."""
+    """Overrides that give all points of a sweep the same commits of a model and data sets of the Hub and, for
+    fine-tuning, the same checkpoint of a run, which may save newer ones; and each its own mirror."""
 
     def __init__(self, record: Path) -> None:
         """record: of the sweep, if it has begun."""

@@ -82,7 +82,7 @@ def describe_scores(run: RunFolder, task: WatchedTask) -> str:
 
 @dataclass(frozen=True)
 class Announcement:
-    """Where to send the result of a checkpoint: a command of the user, mail. Failures are warnings."""
+    """Destinations of the result of a checkpoint: a command of the user, mail. Failures are warnings."""
 
     command: str | None = None  # of the shell, gets the result as JSON on stdin
     mail: tuple[Service, str] | None = None  # and the address
@@ -154,7 +154,7 @@ class Watch:
             raise UserError(f"the run folder {self._run.path} is gone")
 
     def _say_what_is_awaited(self) -> None:
-        """Once, until it changes."""
+        """Print what the watch waits for, once until it changes."""
         if is_done(self._run):  # since the last look
             return
         awaited = "for checkpoints"
@@ -173,7 +173,7 @@ class Watch:
         for step, path in found.items():
             try:
                 weights = weights_digest(path)
-            except OSError:  # deleted in this moment
+            except OSError:  # just deleted
                 continue
             except ValueError:
                 weights = "damaged"  # so scoring it fails
@@ -268,7 +268,7 @@ def is_done(run: RunFolder) -> bool:
 
 
 def _results_on(task: WatchedTask, run: RunFolder) -> list[DownstreamResult]:
-    """By step."""
+    """Read the results of a task, by step."""
     return [result for result in read_results(run) if result.task == task.name]
 
 

@@ -115,7 +115,7 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
 
 
 def _remove_leftovers(work: Path, kept: Path) -> None:
-    """Of a watch that was killed, unless its last process still runs."""
+    """Remove the folders of a killed watch, unless its last process still runs."""
     for folder in work.glob("*"):
         if folder != kept and not is_locked(RunFolder(folder / "run")):
             shutil.rmtree(folder, ignore_errors=True)

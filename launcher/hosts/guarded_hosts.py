@@ -29,7 +29,7 @@ _END_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of a launch meet on the first host. Without an address, DeepSpeed's launcher asks that host."""
+    """Meeting point of a launch's ranks on the first host. Without an address, DeepSpeed's launcher asks that host."""
 
     launch: str
     address: str | None
@@ -111,7 +111,7 @@ class GuardedHosts:
             thread.join()
 
     def rendezvous(self) -> Rendezvous:
-        """On the first host, by the address that others know: on itself, its name often means a loopback address."""
+        """Return the first host by the address that others know: on itself, its name often means a loopback address."""
         first, *others = self._connections
         addresses = (self.replies[host].address for host in [*others, first])
         return Rendezvous(self._launch, next(filter(None, addresses), None), self.replies[first].port)

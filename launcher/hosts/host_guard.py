@@ -34,7 +34,7 @@ END = "end"
 STACK = "stack"
 ENDED = "ended"
 PREFIX = "deepcloze guard: "
-"""Of the lines from the host, whose shell may print others, or something before the first one."""
+"""Prefix of the lines from the host, whose shell may print others, or something before the first one."""
 
 _COUNT_SECONDS = 5.0  # between looks at all processes of the host
 _KILL_SECONDS = 10.0

@@ -24,7 +24,7 @@ LAUNCHER_TOKEN = "launcher"
 """File that the launching machine writes to the token folder, for the hosts to see."""
 
 FACTS_MARK = "deepcloze facts: "
-"""Before the facts: the shell of the host may print more, even on the same line."""
+"""Precedes the facts: the shell of the host may print more, even on the same line."""
 
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _TOKEN_BYTES = 4096  # so that a full disk is noticed

@@ -10,7 +10,7 @@ CONNECT_SECONDS = 10
 SSH_FAILED = 255
 """The exit code of ssh if it cannot connect, or loses the connection."""
 KEEP_ALIVE = "-o ServerAliveInterval=5"
-"""With this option, ssh ends 15 to 20 s after a host has disappeared; else it may stay for hours."""
+"""Lets ssh end 15 to 20 s after a host has disappeared; without this option, it may stay for hours."""
 
 
 def ssh_argv(host: str, command: Sequence[str], connect_seconds: int = CONNECT_SECONDS) -> list[str]:

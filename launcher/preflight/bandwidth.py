@@ -18,7 +18,7 @@ from launcher.ranks.start_rank import MEASURE
 from launcher.supervision.rank_processes import RankProcesses, started
 
 LIMIT_SECONDS = 240.0
-"""After which each rank gives up. Most of it is for the start: Python's modules may come from a slow disk."""
+"""Time limit of each rank. Most of it is for the start: Python's modules may come from a slow disk."""
 
 RESULT_MARK = "deepcloze-preflight:"
 _EXIT_SECONDS = 30.0

@@ -36,7 +36,7 @@ class Problem:
 
 
 Problems = Mapping[str, Sequence[Problem]]
-"""By host; hosts without problems have none."""
+"""Problems by host; empty for a host without any."""
 
 
 def find_problems(

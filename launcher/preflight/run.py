@@ -65,7 +65,7 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
 
 
 def passing_hosts(target: Target, printed: dict[str, str], hosts: Collection[str]) -> set[str]:
-    """Which of these hosts of the target pass the checks. Measures nothing.
+    """Return the hosts of `hosts` that pass the checks. Measures nothing.
 
     Prints why a host that answers does not pass, unless it is in `printed`: host -> the last printed reason.
     """

@@ -1,4 +1,4 @@
-"""How DeepSpeed is started: its command line, environment and the files that it reads. Pure."""
+"""Command line, environment and input files of DeepSpeed. Pure."""
 
 import base64
 import json
@@ -30,7 +30,7 @@ _FILE = str(REPOSITORY / "launcher" / "ranks" / "start_rank.py")
 
 @dataclass(frozen=True)
 class Command:
-    """How DeepSpeed is started: one rank per slot, each running `launcher.ranks.start_rank ARGUMENT…`."""
+    """A command that starts DeepSpeed: one rank per slot, each running `launcher.ranks.start_rank ARGUMENT…`."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)

@@ -101,7 +101,7 @@ def exported_text(exported: Mapping[str, str], user_text: str = "") -> str:
 def remote_deepspeed_environment(
     environ: Mapping[str, str], added: Mapping[str, str], forwarded: Mapping[str, str]
 ) -> dict[str, str]:
-    """As `deepspeed_environment`, for ranks on other hosts: without the forwarded variables, which DeepSpeed would
+    """Like `deepspeed_environment`, for ranks on other hosts: without the forwarded variables, which DeepSpeed would
     write into command lines, and with options for the ssh processes of pdsh, which outlive it."""
     environment = deepspeed_environment(environ, added)
     kept = {name: value for name, value in environment.items() if name not in forwarded or name in added}

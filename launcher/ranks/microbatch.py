@@ -6,7 +6,7 @@ from pretrain.config import PretrainConfig
 
 
 def max_halvings(config: PretrainConfig) -> int:
-    """How often halving changes a config: until a microbatch is one sequence."""
+    """Return how often halving changes a config: until a microbatch is one sequence."""
     halvings = 0
     while scaled_microbatch(config, -halvings - 1) != scaled_microbatch(config, -halvings):
         halvings += 1
@@ -14,7 +14,7 @@ def max_halvings(config: PretrainConfig) -> int:
 
 
 def max_doublings(config: PretrainConfig, ranks: int) -> int:
-    """How often doubling changes the computation: until a microbatch holds a rank's share of each global batch."""
+    """Return how often doubling changes the computation: until a microbatch holds a rank's share of a global batch."""
     shares = (
         math.ceil(stage.sequences / ranks) * stage.max_seq_length / stage.microbatch_tokens for stage in config.stages
     )

@@ -1,4 +1,4 @@
-"""Which ranks run where: the slots of each host, from the devices, the hostfile and the launch options."""
+"""Placement of ranks: the slots of each host, from the devices, the hostfile and the launch options."""
 
 import re
 from collections.abc import Mapping

@@ -46,7 +46,7 @@ _STOPPED_EARLY = LaunchResult(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where ranks run, and with which share of the configured microbatch."""
+    """The placement of the ranks, and their share of the configured microbatch."""
 
     slots: Slots
     microbatch_halvings: int = 0

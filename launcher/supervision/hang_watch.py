@@ -30,7 +30,7 @@ class RankLife:
 
 
 def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[RankLife]:
-    """The ranks for which a run of so many ranks hangs; empty if it does not.
+    """Return the ranks for which a run of `ranks` ranks hangs; empty if it does not.
 
     Args:
         lives: of the ranks that have started, and not ended.

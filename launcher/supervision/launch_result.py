@@ -1,4 +1,4 @@
-"""How an attempt ended, from the files of its ranks and the exit code of DeepSpeed, and the record in launch.jsonl."""
+"""The result of an attempt, from its ranks' files and DeepSpeed's exit code, and the record in launch.jsonl."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ _TAIL_BYTES = 1 << 15
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """How a launch ended."""
+    """The result of a launch."""
 
     outcome: Outcome
     message: str = ""
@@ -192,7 +192,7 @@ def begin_attempt(folder: RunFolder, slots: Slots, start_time: float) -> Attempt
 
 
 def count_attempts(folder: RunFolder) -> int:
-    """How often the run was started. Raises UserError if the file cannot be read."""
+    """Count the starts of the run. Raises UserError if the file cannot be read."""
     return len(parse_records(dict[str, object], _read_bytes(folder)))
 
 

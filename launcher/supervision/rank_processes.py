@@ -33,7 +33,7 @@ _NOISE = re.compile(
 )
 _WATCHDOG_SECONDS = 0.5
 EXIT_TIMEOUT_SECONDS = 40.0
-"""For the other ranks after one has failed: DeepSpeed's launcher gives each of them 30 s to exit, one after another."""
+"""Limit for the other ranks to exit after one has failed: DeepSpeed's launcher gives each in turn 30 s."""
 
 RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
 """Lets ranks begin. In the block there is DeepSpeed's launcher, whose process group is killed at the end."""
@@ -281,7 +281,7 @@ def held_ranks(command: Command) -> Iterator[HeldRanks]:
 
 @contextmanager
 def polled(is_settled: Callable[[], bool], seconds: float, name: str) -> Iterator[None]:
-    """Call `is_settled` every so many seconds in a thread of this name, until it returns True or the block ends."""
+    """Call `is_settled` every `seconds` in a thread of this name, until it returns True or the block ends."""
     ended = threading.Event()
 
     def poll() -> None:

@@ -15,7 +15,7 @@ _MAX_WAIT_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Attempt:
-    """How one attempt to run a launch ended."""
+    """The end of one attempt at a launch."""
 
     result: LaunchResult
     end_time: float  # seconds, of any clock

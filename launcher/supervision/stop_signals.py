@@ -51,7 +51,7 @@ class StopSignals:
 
     @contextmanager
     def killing(self, kill: Callable[[], None]) -> Iterator[None]:
-        """In the block, `kill_ranks` calls `kill`. If `kill_ranks` was called before, `kill` is called at once."""
+        """Let `kill_ranks` call `kill` in the block. If `kill_ranks` was called before, `kill` is called at once."""
         before, self._kill = self._kill, kill
         try:
             if self.killed:  # `kill_ranks` may run in another thread: it sets `killed`, then reads `_kill`

@@ -155,7 +155,7 @@ class _Supervisor:
         return Attempt(result, time.monotonic(), self._has_saved_since(saved), joins_hosts)
 
     def _start_time(self) -> float:
-        """When the current attempt started. The first attempt includes the time before the launch was checked."""
+        """Return when the current attempt started. The first includes the time before the launch was checked."""
         if self._attempts:
             return time.time()
         return self._launch.held.start_time if self._launch.held else process_start()
