@@ -150,7 +150,7 @@ class CorpusConfig(Section):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Each of `all_sources` once."""
+        """The sources of `all_sources`, each once."""
         return tuple(dict.fromkeys(self.all_sources))
 
     @field_validator("train")

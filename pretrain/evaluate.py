@@ -67,7 +67,7 @@ Predict = Callable[[Microbatch], Predictions]
 
 @dataclass(frozen=True)
 class HeldOutSettings:
-    """How held-out text becomes batches. The figures depend on all of it but the layout's microbatch size."""
+    """Settings for batches of held-out text. The figures depend on all of them but the layout's microbatch size."""
 
     vocabulary: Vocabulary
     masking: MaskingConfig
@@ -198,7 +198,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
 
 
 def _settings(folder: Path) -> tuple[MaskingConfig, int, int]:
-    """How tokens are masked, the seed, and the sequence length."""
+    """Return the masking, the seed and the sequence length."""
     masking, seed, length = MaskingConfig(), 42, _DEFAULT_LENGTH
     if (folder.parent / "state.json").is_file():
         config: dict[str, Any] = read_state(folder.parent)["config"]

@@ -8,7 +8,7 @@ from experiment.config import Section
 
 
 class MuonConfig(Section):
-    """How Muon updates hidden matrices. The other keys of `optimizer` apply to them too, except `betas`, `eps` and, if
+    """Muon for the hidden matrices. The other keys of `optimizer` apply to them too, except `betas`, `eps` and, if
     `lr` is set here, `lr`."""
 
     lr: PositiveFloat | None = None

@@ -98,7 +98,7 @@ def copy_corpora_to_hosts(world: World, group: CpuGroup, config: CorpusConfig) -
 
 
 def download_model_to_hosts(world: World, group: CpuGroup, name: str) -> Path:
-    """As `local_model`; a model of the Hub is downloaded on one rank of each host. Collective; raises AgreedError.
+    """Like `local_model`; one rank of each host downloads a model of the Hub. Collective; raises AgreedError.
 
     name: absolute if it is a path.
     """

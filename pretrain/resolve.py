@@ -95,7 +95,7 @@ def resolve(
 
     Args:
         decide: ranks pass `CpuGroup.from_rank0`, so that all of them use rank 0's choice even if a checkpoint appears
-            or disappears at this moment.
+            or disappears meanwhile.
         verify: returns the problem of a checkpoint. Ranks, which load it, read all of it.
         find_model: the folder of a model by its name. Ranks download one of the Hub once on each host.
         copy_corpora: makes copies of the corpora, and returns their folders by the names in the config. The documents

@@ -167,7 +167,7 @@ def _is_same_model(model: ModelConfig, saved: Mapping[str, Any]) -> bool:
 
 
 def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> ResumePlan:
-    """How the run continues from there. Raises UserError for a checkpoint that it can neither resume nor fork."""
+    """Plan how the run continues from there. Raises UserError for a checkpoint that it can neither resume nor fork."""
     if point is None:
         return ResumePlan()
     state = read_state(point.checkpoint)
@@ -232,7 +232,7 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, 
 
 
 def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
-    """As `check_resume`, for a fork: everything but the model may change."""
+    """Like `check_resume`, for a fork: everything but the model may change."""
     changes = _changes(before, now)
     for key, (old, new) in changes.items():
         if _is_below(key, ("model",)) and key not in _MODEL_TRAINING:

@@ -17,13 +17,13 @@ class StageConfig(Section):
     """Length of the stage. Only the last stage may omit it; it then takes the rest of the run."""
 
     max_seq_length: SequenceLength | None = None
-    """As `batch.max_seq_length`."""
+    """Replaces `batch.max_seq_length`."""
 
     sequences: PositiveInt | None = None
-    """As `batch.sequences`."""
+    """Replaces `batch.sequences`."""
 
     microbatch_tokens: PositiveInt | None = None
-    """As `batch.microbatch_tokens`."""
+    """Replaces `batch.microbatch_tokens`."""
 
 
 class ScheduleConfig(Section):
@@ -68,7 +68,7 @@ class ScheduleConfig(Section):
         return None if self.budget is None else _seconds(self.budget)
 
     def seconds_left(self, seconds: float) -> float | None:
-        """Of the time budget, after so many seconds of training; None without one."""
+        """Return the rest of the time budget after this many seconds of training; None without one."""
         return None if self.budget_seconds is None else self.budget_seconds - seconds
 
     @property

@@ -46,7 +46,7 @@ class TrainingStream:
 
     @property
     def epochs(self) -> float | None:
-        """How often the whole run reads its corpus; None for a mixture, and under a time budget."""
+        """Number of times the whole run reads its corpus; None for a mixture, and under a time budget."""
         if self.steps is None or len(self.corpora) > 1:
             return None
         epochs = 0.0
@@ -123,7 +123,7 @@ def _open_stage(run: ResolvedRun, number: int, stage: Stage) -> tuple[tuple[Mask
 
 
 def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule | None:
-    """None for a constant rate."""
+    """Return the schedule of the masking rate; None for a constant rate."""
     if masking.schedule == "constant":
         return None
     assert steps is not None, "the config rejects a time budget with a masking schedule"

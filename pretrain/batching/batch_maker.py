@@ -229,7 +229,7 @@ def _used_width(segments: NDArray[np.int32]) -> int:
 
 
 def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:
-    """Where the `masked` slots [M], sorted, are in rows: fields of a Microbatch. `shape`: of the slots, [B, W]."""
+    """Locate the `masked` slots [M], sorted, in rows: fields of a Microbatch. `shape`: of the slots, [B, W]."""
     rows, columns = np.divmod(masked, shape[1])
     places = np.arange(len(masked)) - np.searchsorted(rows, rows)  # in the row
     width = next_multiple(int(places.max(initial=-1)) + 1, _COLUMNS_BUCKET)

@@ -1,4 +1,4 @@
-"""How many sequences each global batch has: batch warmup."""
+"""Sizes of global batches: batch warmup."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """How many sequences each global batch of a stream has, and thus where it starts.
+    """The number of sequences of each global batch of a stream, and thus its start.
 
     Batch warmup: over the first `warmup_steps` steps of the run, batches grow linearly to `sequences`; the batch of
     step k has about `sequences * (k + 1) / (warmup_steps + 1)`, at least one.

@@ -214,7 +214,7 @@ def _receive(pipe: Connection, device: int | None) -> _Received:
 
 
 def _describe_exit(worker: BaseProcess) -> str:
-    """How a worker died whose pipe is closed."""
+    """Describe the exit of a worker whose pipe is closed."""
     worker.join(_EXIT_SECONDS)
     code = worker.exitcode
     if code == -signal.SIGKILL:

@@ -1,4 +1,4 @@
-"""Which tokens are predicted, and the inputs of the model in their place.
+"""The tokens to predict, and the inputs of the model in their place.
 
 Every sequence draws from a counter-based generator keyed by (seed, corpus, stage, epoch, sequence), so its masks do not
 depend on rank, microbatch or restarts, and are new in each epoch. The masking unit is a token (Devlin et al. 2019,

@@ -1,4 +1,4 @@
-"""Which sequences make up global batch k: a pure function of (sequences per corpus, seeds, mixture shares, k).
+"""The sequences of global batch k: a pure function of (sequences per corpus, seeds, mixture shares, k).
 
 1. Global batch k is the slice [S(k), S(k + 1)) of an endless stream of positions; see `batch_sizes.py` for S.
 2. A mixture assigns each position to one of its corpora, block by block, in proportion to their shares.
@@ -93,7 +93,7 @@ class ShuffledOrder:
         return BatchSequences(corpora, epochs, ids)
 
     def positions_by_corpus(self, positions: int) -> NDArray[np.int64]:
-        """How many of the first `positions` positions each corpus gets."""
+        """Return how many of the first `positions` positions each corpus gets."""
         return self._split_by_corpus(positions, positions)[1]
 
     def _split_by_corpus(self, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -111,7 +111,7 @@ class ShuffledOrder:
 
 
 def quotas(shares: Sequence[float], positions: int) -> NDArray[np.int64]:
-    """How many of the first `positions` positions each corpus gets, monotonic in `positions`.
+    """Return how many of the first `positions` positions each corpus gets, monotonic in `positions`.
 
     The last corpus gets its share of all positions, the one before it its share of the remainder, and so on. Each count
     deviates from its exact share by less than the number of corpora.

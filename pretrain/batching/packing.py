@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 _ROW_BUCKETS = 16  # a microbatch has a multiple of 1/16 of the maximum number of rows
 
 Rows = Literal["padded", "windows", "flat"]
-"""How sequences fill the rows of a microbatch.
+"""The layout of sequences in the rows of a microbatch.
 
 - padded: one sequence per row, for models that cannot be packed
 - windows: several sequences in each row of W slots, for kernels that compare all slots of a row
@@ -60,7 +60,7 @@ class MicrobatchLayout:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Where each of S sequences lies in the packed rows of a global batch."""
+    """The places of S sequences in the packed rows of a global batch."""
 
     row: NDArray[np.int64]  # [S]
     offset: NDArray[np.int64]  # [S] first slot in the row
@@ -69,7 +69,7 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where each of S sequences is computed."""
+    """The rank, microbatch and slots of each of S sequences."""
 
     rank: NDArray[np.int64]  # [S]
     microbatch: NDArray[np.int64]  # [S]

@@ -1,4 +1,4 @@
-"""How wide the rows of windows are.
+"""The width of rows of windows.
 
 Sequences of up to L tokens fill rows of L slots badly if most of them are longer than half a row: a paragraph of 1.5 L
 tokens becomes two sequences of 0.75 L, each of which needs a row. Wider rows waste fewer slots, but attention, which
@@ -52,7 +52,7 @@ def _sample(maker: BatchMaker, first: int, end: int) -> list[int]:
 
 
 def _time(maker: BatchMaker, steps: list[int], attention_ratio: float) -> float:
-    """Of computing the batches of these steps; the unit is the time of a slot's linear layers."""
+    """Estimate the time of computing the batches of these steps, in units of the time of a slot's linear layers."""
     total = 0.0
     for step in steps:
         *_, assignment = maker.assign(step)

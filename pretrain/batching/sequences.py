@@ -25,7 +25,7 @@ _BLOCK = 1 << 22  # sequences that are checked at once
 
 @dataclass(frozen=True)
 class SequenceIndex:
-    """Where each sequence is in the corpus's token stream: sequence i is tokens [starts[i], starts[i + 1])."""
+    """The places of sequences in the corpus's token stream: sequence i is tokens [starts[i], starts[i + 1])."""
 
     starts: NDArray[np.int64]  # [N + 1], memory-mapped
 

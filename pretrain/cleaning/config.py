@@ -55,7 +55,7 @@ class CleanConfig(TextOptions):
     own_section: ClassVar[str | None] = "steps"
 
     source: str | tuple[str, ...]
-    """What to read: files, folders and globs, as for `deepcloze corpus`, and the formats of docs/cleaning.md."""
+    """The input: files, folders and globs, as for `deepcloze corpus`, and the formats of docs/cleaning.md."""
 
     output: LocalPath
     """Folder to write: documents as .jsonl.zst, clean.json and report.html."""
@@ -64,7 +64,7 @@ class CleanConfig(TextOptions):
     """Format of all files; `auto`: as their names suggest."""
 
     metadata: tuple[str, ...] = ()
-    """What to keep besides the text, for the steps and the output: columns of .jsonl, .csv, .tsv and .parquet files,
+    """Metadata to keep, for the steps and the output: columns of .jsonl, .csv, .tsv and .parquet files,
     `url` of web archives, `title` of wiki dumps, `language` of Moses files."""
 
     steps: tuple[_ITEM, ...] = ()

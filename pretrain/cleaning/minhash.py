@@ -25,8 +25,8 @@ class Bands:
 
 
 def choose_bands(threshold: float, hashes: int = 128, recall: float = 0.99) -> Bands:
-    """As many rows as possible, for few false candidates, such that similarity at the threshold is found with a
-    probability of `recall`, with at most so many hash functions."""
+    """Choose as many rows as possible, for few false candidates, such that similarity at the threshold is found with a
+    probability of `recall`, with at most `hashes` hash functions."""
     for rows in range(hashes, 0, -1):
         # 1 - (1 - threshold^rows)^count >= recall
         count = 1 if threshold == 1 else math.ceil(math.log(1 - recall) / math.log1p(-(threshold**rows)))

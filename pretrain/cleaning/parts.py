@@ -53,14 +53,14 @@ class Pass:
         return self._tally(part).exists()
 
     def tally(self, part: int) -> PartTally:
-        """Of a finished part."""
+        """Read the tally of a finished part."""
         try:
             return parse_record(PartTally, self._tally(part).read_bytes())
         except ValueError:
             raise UserError(f"{self._tally(part)} is damaged; delete {self.folder.parent} to start over") from None
 
     def observed(self, part: int) -> Arrays:
-        """What was observed of a part, memory-mapped."""
+        """Open the observations of a part, memory-mapped."""
         return {
             name: np.asarray(np.load(self.folder / f"{part:06d}.{name}.npy", mmap_mode="r"))
             for name in self.tally(part).observed

@@ -1,4 +1,4 @@
-"""What a cleaning did: clean.json, report.html and lines for the terminal."""
+"""Reports of a cleaning: clean.json, report.html and lines for the terminal."""
 
 import sys
 from collections import Counter
@@ -107,7 +107,7 @@ def write_report(folder: Path, summary: Summary) -> None:
 
 
 def summary_blocks(summary: Summary) -> list[Block]:
-    """What each step did, with examples, and the languages of what is left."""
+    """Return the effect of each step, with examples, and the languages of the rest."""
     blocks: list[Block] = [Table(_COLUMNS, list(_rows(summary)), labels=2)]
     if languages := summary.get("languages"):
         bars = [Bar(name, count / summary["kept"]) for name, count in languages.items()]
@@ -116,7 +116,7 @@ def summary_blocks(summary: Summary) -> list[Block]:
 
 
 def describe(summary: Summary) -> str:
-    """What is left, and what each step dropped, in a line."""
+    """Describe the documents that were kept, and those that each step dropped, in a line."""
     dropped = ", ".join(f"{step['name']} {step['dropped']:,}" for step in summary["steps"] if step["dropped"])
     return f"{describe_kept(summary)}; dropped: {dropped}" if dropped else describe_kept(summary)
 

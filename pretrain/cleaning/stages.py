@@ -33,7 +33,7 @@ _DONE, _DECIDED = "done.json", "decided.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pass does: apply decisions, then steps, then observe what is left for the next decisions."""
+    """The work of one pass: apply decisions, then steps, then observe the rest for the next decisions."""
 
     decided: CollectionStep[Any] | None
     steps: tuple[DocumentStep[Any], ...]
@@ -70,7 +70,7 @@ class Done:
 
     @classmethod
     def read(cls, files: Pass) -> Self | None:
-        """None if the pass is not finished."""
+        """Read a finished pass; None if it is not finished."""
         path = files.folder / _DONE
         if not path.exists():
             return None
@@ -247,7 +247,7 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _digest(documents: Iterable[Document]) -> str:
-    """Of documents with their metadata, if they have any."""
+    """Hash documents with their metadata, if they have any."""
     parts = (
         (each.id, each.text, *([json.dumps(each.metadata, sort_keys=True, default=str)] if each.metadata else []))
         for each in documents

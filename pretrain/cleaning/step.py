@@ -1,4 +1,4 @@
-"""What a step of a cleaning declares. Each file in pretrain/cleaning/steps defines one, as a class called `Step`.
+"""The interface of cleaning steps. Each file in pretrain/cleaning/steps defines one, as a class called `Step`.
 
 From its declaration follow its config keys, their reference, and its place in the report. To add a step, add a file.
 """
@@ -23,7 +23,7 @@ T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 Arrays = Mapping[str, NDArray[Any]]
-"""What a step observes of the documents of one part, by name."""
+"""A step's observations of the documents of one part, by name."""
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Document:
 
 
 class Verdict(NamedTuple):
-    """What a step did with a document, and why."""
+    """The effect of a step on a document, and the reason."""
 
     rule: str  # name of the rule, for counts and examples
     dropped: bool = True  # False: its text was changed
@@ -94,10 +94,10 @@ class Step(ABC, Generic[ConfigT]):
         self.config = config
 
     def prepare(self, read_task: ReadTask) -> None:
-        """Open what the config names, in the main process. Raises UserError."""
+        """Open the files that the config names, in the main process. Raises UserError."""
 
     def facts(self) -> Mapping[str, Any]:
-        """What clean.json says about the step besides its counts."""
+        """Return the facts about the step in clean.json besides its counts."""
         return {}
 
 
@@ -118,7 +118,7 @@ class CollectionStep(Step[ConfigT]):
 
     @abstractmethod
     def observe(self, documents: Sequence[Document]) -> Arrays:
-        """What `decide` needs to know about the documents of a part."""
+        """Return the observations of the documents of a part, for `decide`."""
 
     @abstractmethod
     def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:

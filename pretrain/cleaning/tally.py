@@ -1,4 +1,4 @@
-"""Counts and examples of what each step did, which add up over parts in any order."""
+"""Counts and examples of the effects of each step, which add up over parts in any order."""
 
 import heapq
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class RuleTally:
 
 @dataclass
 class StepTally:
-    """What one step did with the documents that it read."""
+    """Counts of one step's effects on the documents that it read."""
 
     read: int = 0
     rules: dict[str, RuleTally] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class StepTally:
 
 @dataclass(frozen=True)
 class PartTally:
-    """What a pass did with one part."""
+    """The result of a pass for one part."""
 
     digest: str  # of the documents; empty after the first pass
     empty: int  # documents without text after their markup was removed

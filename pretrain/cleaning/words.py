@@ -43,7 +43,7 @@ def count_words(words: Sequence[str]) -> float:
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Where the words of `normalized_words` begin and end."""
+    """Return the spans of the words of `normalized_words`."""
     return [found.span() for found in _WORD.finditer(text)]
 
 

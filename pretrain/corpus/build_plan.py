@@ -1,4 +1,4 @@
-"""What a corpus build is going to read and write."""
+"""Plan of the input and output of a corpus build."""
 
 import os
 import random
@@ -27,7 +27,7 @@ Part = Literal["main", "heldout"]
 MAIN: Part = "main"
 HELDOUT: Part = "heldout"
 PART_CODES: tuple[Part | None, ...] = (None, MAIN, HELDOUT)
-"""What the bytes of `Sampling.parts_of` stand for."""
+"""Meanings of the bytes of `Sampling.parts_of`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class BuildTokenizer:
-    """What a build needs to know about its tokenizer."""
+    """The tokenizer of a build."""
 
     spec: TokenizerSpec
     fingerprint: str
@@ -108,7 +108,7 @@ def load_build_tokenizer(name: str, segmenter: str | None) -> BuildTokenizer:
 
 
 def _load_without_torch(path: Path, segmenter: str | None) -> BuildTokenizer:
-    """In a worker process."""
+    """Load a tokenizer in a worker process."""
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that torch is missing
     sys.modules["torch"] = None  # type: ignore[assignment]
     return _load(path, segmenter)
@@ -146,7 +146,7 @@ class BuildPlan:
 
     @property
     def arguments(self) -> dict[str, str | int | None]:
-        """What an unfinished build must agree in, so that it can be resumed."""
+        """The arguments that an unfinished build must have in common to be resumed."""
         text = {name: getattr(self.options, name) for name in TextOptions.model_fields}
         names = [(source.kind, source.name, source.selection) for source in self.sources]
         return {

@@ -47,7 +47,7 @@ class CorpusCache:
     _locks: list[int] = field(default_factory=list)  # file descriptors: the copies are in use until the process ends
 
     def folder_of(self, source: str, manifest: Manifest) -> Path:
-        """Where the copy of a corpus is."""
+        """Return the folder of a corpus's copy."""
         return self.folder / manifest.fingerprint[:16] / Path(source).name
 
     def locate(self, sources: Sequence[str]) -> dict[str, Path]:

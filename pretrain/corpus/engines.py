@@ -133,7 +133,7 @@ def check_shared(folder: Path) -> None:
 
 
 def _outcome(shared: list[Any], function: Callable[[Any, T], R], task: T) -> R | Exception:
-    """What the task returns, or the error of the user or of a disk that it raises."""
+    """Return the result of the task, or the UserError or OSError that it raises."""
     try:
         return function(_fetched(*shared), task)
     except (UserError, OSError) as error:

@@ -106,7 +106,7 @@ WHOLE = Range()
 
 @dataclass
 class Members:
-    """How many members of an archive were read."""
+    """Counts of the members of an archive that were read."""
 
     read: int = 0
     skipped: int = 0  # of other formats

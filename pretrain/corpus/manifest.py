@@ -54,7 +54,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SourceShare:
-    """What comes from one item of `--source`."""
+    """The share of one item of `--source`."""
 
     name: str
     documents: int
@@ -104,7 +104,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class _Head:
-    """What is checked before the rest."""
+    """The fields that are checked before the rest."""
 
     format: int
     fingerprint: str = ""

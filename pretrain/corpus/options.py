@@ -13,7 +13,7 @@ from experiment.config import Metavar, Section
 from experiment.config.field_types import LocalPath, PathName, PathOrUrl, Separator
 
 SourceName = str | Path | tuple[str | Path, ...]
-"""What to read: a path, URL, glob, archive::members, hub:NAME[@REVISION][:SPLIT] or python-docs; several in a tuple or
+"""The input: a path, URL, glob, archive::members, hub:NAME[@REVISION][:SPLIT] or python-docs; several in a tuple or
 with commas."""
 
 
@@ -32,7 +32,7 @@ def _lower_case(text: object) -> object:
 
 
 class TextOptions(Section):
-    """How to read text files."""
+    """Options for reading text files."""
 
     are_flags: ClassVar[bool] = True
     """Whether messages call these options flags, or keys of a config."""
@@ -64,7 +64,7 @@ class TextOptions(Section):
 
     @classmethod
     def name(cls, option: str) -> str:
-        """What messages call an option."""
+        """Return the name of an option in messages."""
         return f"--{option}" if cls.are_flags else option
 
     @property

@@ -1,4 +1,4 @@
-"""Where the documents of a corpus come from: the shares of its sources, and how cleaned ones were cleaned."""
+"""Origins of a corpus's documents: the shares of its sources, and the cleaning of cleaned ones."""
 
 import glob
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ def source_shares(pieces: Iterable[tuple[Source, Sequence[Piece]]]) -> tuple[Sou
 
 
 def read_cleanings(sources: Iterable[Source]) -> tuple[list[Cleaning], dict[str, str] | None]:
-    """How the folders of the sources were cleaned, and what all documents were decontaminated against; see
+    """Read the cleaning of each source folder, and the texts that all documents were decontaminated against; see
     `common_decontamination`. Reads a file in each of these folders."""
     folders = dict.fromkeys((dirname(source.name) or ".") if source.kind == "file" else None for source in sources)
     summaries = {folder: None if folder is None else read_clean_summary(folder) for folder in folders}
@@ -56,7 +56,7 @@ def write_cleanings(folder: Path, cleanings: Sequence[Cleaning]) -> None:
 
 
 def cleanings_of(corpus: Path) -> list[Cleaning]:
-    """What `write_cleanings` has written; empty if nothing. Raises UserError if it is damaged."""
+    """Read the output of `write_cleanings`; empty without any. Raises UserError if it is damaged."""
     path = corpus / CLEAN_SUMMARY
     try:
         found = read_json(path)

@@ -63,7 +63,7 @@ class SplitCount:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """What was read of a split, and written."""
+    """The input and output of a split."""
 
     key: str
     parts: str  # digest of `SplitTask.parts`

@@ -43,7 +43,7 @@ BATCH_BYTES = 1 << 20  # text tokenized at once
 
 @dataclass(frozen=True)
 class BuildJob:
-    """What all tasks of a build need to know."""
+    """Settings that all tasks of a build share."""
 
     folder: Path  # of pieces, records and unfinished shards
     text_options: TextOptions

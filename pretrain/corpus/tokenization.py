@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """What a worker needs to know about the tokenizer, as plain data that can be pickled."""
+    """Plain data of a tokenizer for a worker, which can be pickled."""
 
     tokenizer_json: str
     unknown_id: int | None
@@ -41,7 +41,7 @@ class TokenizerSpec:
 
 
 def tokenizer_spec(tokenizer: "PreTrainedTokenizerFast", segmenter: str | None = None) -> TokenizerSpec:
-    """Extract what the workers need from a tokenizer."""
+    """Extract the spec of a tokenizer."""
     unknown = tokenizer.unk_token_id
     return TokenizerSpec(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),

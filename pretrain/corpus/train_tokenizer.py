@@ -119,7 +119,7 @@ def _train_with_alphabet(
 
 
 class _Characters:
-    """How often the characters of texts occur, and which of them inside words."""
+    """Counts of the characters of texts, and which of them occur inside words."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

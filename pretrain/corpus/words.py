@@ -26,7 +26,7 @@ Segmenter = Callable[[str], Iterator[str]]  # text -> its words, which joined gi
 
 @dataclass(frozen=True)
 class WordBoundaries:
-    """What a tokenizer's vocabulary says about words, one flag per token id."""
+    """Word boundaries of a tokenizer's vocabulary, one flag per token id."""
 
     begins_word: BoolArray  # [largest id + 1] a word begins at this token
     ends_word: BoolArray  # [largest id + 1] a word ends with this token

@@ -64,7 +64,7 @@ def _start(
 
 
 def _exit_with_parent(closed_to_stop: connection.Connection) -> None:
-    """Without this, the workers of a killed parent would wait for work forever."""
+    """Exit with the parent: the workers of a killed one would wait for work forever."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel, closed_to_stop])

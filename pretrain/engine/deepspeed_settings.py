@@ -72,7 +72,7 @@ class DeepSpeedSettings:
         return f"ds_configs/{precision}_zero{stage}{suffix}.json"
 
     def swap_folder(self, run: Path) -> Path | None:
-        """Where a run swaps to under NVMe offload; None for other runs.
+        """Return the swap folder of a run under NVMe offload; None for other runs.
 
         It is a folder of the run's own, because DeepSpeed's file names are the same in all runs: below the JSON's
         `nvme_path`, or in the run folder where there is none.

@@ -155,7 +155,7 @@ class Engine:
         return loss_sum
 
     def _seed_dropout(self, seed: int) -> None:
-        """As `torch.manual_seed`, which also looks for other kinds of devices and formats stacks for them: 0.3 ms."""
+        """Like `torch.manual_seed`, which also looks for other kinds of devices and formats stacks for them: 0.3 ms."""
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -219,7 +219,7 @@ class Engine:
         return self.precision == "fp16" and not math.isfinite(result.grad_norm)
 
     def loss_scaler_state(self) -> dict[str, float]:
-        """Empty in bf16 and fp32."""
+        """Return the state of the loss scaler; empty in bf16 and fp32."""
         return {} if self._loss_scaler is None else self._loss_scaler.state()
 
     def load_loss_scaler_state(self, state: dict[str, float]) -> None:

@@ -97,7 +97,7 @@ class _Exchange(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Which rank orthogonalizes which matrices."""
+    """The assignment of matrices to ranks that orthogonalize them."""
 
     owned: list[str]  # by this rank
     updates: _Exchange  # to the owners; at ZeRO 0 they have them
@@ -201,7 +201,7 @@ class Muon(AdamW):
         return (tensor.grad.lerp_(buffer, weight) if self._options.nesterov else buffer).view(-1)
 
     def scale(self, rows: int, columns: int) -> float:
-        """Of an update, relative to the learning rate."""
+        """Return the scale of an update, relative to the learning rate."""
         if self._options.adjust_lr == "original":
             return math.sqrt(max(1.0, rows / columns))
         return _MATCHED_RMS * math.sqrt(max(rows, columns))

@@ -45,7 +45,7 @@ class Partitions:
         self._stage = engine.zero_optimization_stage()
 
     def fragments(self) -> Iterator[Fragment]:
-        """Under NVMe offload a fragment's tensors are valid only until the next fragment is requested."""
+        """Yield the fragments. Under NVMe offload, tensors are valid only until the next fragment is requested."""
         match self._stage:
             case 3:
                 return self._fragments_zero3()

@@ -93,7 +93,7 @@ def sum_in_order(terms: Sequence[Tensor], total: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Buffer:
-    """Where the buffer of a rank is, and the bytes at its start."""
+    """The location of a rank's buffer, and the bytes at its start."""
 
     processes: str  # in which namespace of which machine the path names a process
     path: str
@@ -101,8 +101,8 @@ class _Buffer:
 
 
 def open_shared_memory() -> SharedMemory | None:
-    """None if the ranks cannot share memory: there is one, they are on several hosts or in several containers, or the
-    system refuses. Collective."""
+    """Open memory that the ranks share; None if there is only one rank, they are on several hosts or in several
+    containers, or the system refuses. Collective."""
     ranks = dist.get_world_size()
     if ranks == 1:
         return None

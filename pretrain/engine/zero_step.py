@@ -144,7 +144,7 @@ class Zero1Optimizer(_FlatOptimizer):
 
     @torch.no_grad()
     def update_within(self, norm_limit: float) -> Tensor:
-        """As `update`, without the host: if the norm of the whole gradient exceeds `norm_limit` or is not finite, the
+        """Like `update`, without the host: if the norm of the whole gradient exceeds `norm_limit` or is not finite, the
         device changes nothing. Returns the norm, and 1.0 or 0.0: whether there was an update. Needs AdamW, and a loss
         that is not scaled. Collective."""
         norm = _sum_of_squares_over_ranks(self._partitions).sqrt()
@@ -288,7 +288,7 @@ def _sum_of_squares_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
-    """Of fp32 tensors, as a scalar in fp64.
+    """Sum the squares of fp32 tensors, as a scalar in fp64.
 
     On a CPU, torch adds up the squares of a tensor in fp32, one after another: the norm of 10⁸ elements is 0.5 to 1 %
     too small, by another amount in each layout. In chunks the error is about 1e-8. On a GPU, a block of 512 threads

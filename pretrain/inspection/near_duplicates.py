@@ -1,4 +1,4 @@
-"""How many documents occur in the corpus again, slightly changed: sampled documents are looked for in all shards.
+"""Near-duplicates in a corpus: sampled documents are looked for in all shards.
 
 A document is the set of its n-grams of tokens. All documents are sketched by MinHash, as `deepcloze clean` does, with
 few hash functions: false candidates are few, because only sampled documents are looked for. Documents that agree with a
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Which of the sampled documents have a near-duplicate."""
+    """The near-duplicates of the sampled documents."""
 
     documents: int  # sampled
     pairs: tuple[Pair, ...]  # one for each that has one

@@ -1,4 +1,4 @@
-"""How full the batches of a corpus are: tokens per computed slot at several maximum lengths of a sequence."""
+"""Packing efficiency of a corpus: tokens per computed slot at several maximum lengths of a sequence."""
 
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ def packing_efficiency(
 
 
 def _sequence_lengths(lengths: NDArray[np.int64], documents: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """How many sequences have each length in tokens, [capacity + 1]."""
+    """Count the sequences of each length in tokens, [capacity + 1]."""
     counts = -(-lengths // capacity)
     found = np.zeros(capacity + 1, dtype=np.int64)
     for block in np.array_split(np.arange(len(lengths)), -(-int(counts.sum()) // _BLOCK)):

@@ -46,7 +46,7 @@ _CLEANINGS = 10  # folders whose cleaning is described
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found."""
+    """The findings of an inspection."""
 
     sample: Sample
     lengths: NDArray[np.int64]  # [L] of documents, in tokens
@@ -278,7 +278,7 @@ def _used(found: Inspection) -> int:
 
 
 def _where(sample: Sample) -> str:
-    """Which part of the corpus was read; empty if it was all."""
+    """Describe the part of the corpus that was read; empty if it was all."""
     shards = len(sample.corpus.manifest.shards)
     return "" if sample.share == 1 else f" in {len(sample.shards):,} of {shards:,} shards, drawn at random"
 

@@ -1,4 +1,4 @@
-"""What an inspection reads of a corpus, drawn by a seed: bounded, however large the corpus is."""
+"""The sample of a corpus for an inspection, drawn by a seed: bounded, however large the corpus is."""
 
 from dataclasses import dataclass
 
@@ -38,8 +38,8 @@ class Sample:
 
 
 def draw_sample(corpus: Corpus, seed: int) -> Sample:
-    """All shards if the corpus has up to `MAX_TOKENS`, otherwise as many as hold so many; and up to `MAX_DOCUMENTS`
-    documents, from all shards."""
+    """Draw all shards if the corpus has up to `MAX_TOKENS`, otherwise as many as hold this many; and up to
+    `MAX_DOCUMENTS` documents, from all shards."""
     random = np.random.default_rng(seed)
     shards = corpus.manifest.shards
     order = random.permutation(len(shards))

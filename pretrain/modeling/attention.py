@@ -49,7 +49,7 @@ _VARLEN_HEAD_SIZE, _LOCAL_REACH = 64, 64  # measured on an H200
 
 
 class VarlenKernels(NamedTuple):
-    """Of `pretrain.modeling.varlen_attention`."""
+    """The kernels of `pretrain.modeling.varlen_attention`."""
 
     attend: VarlenKernel  # varlen_attention
     attend_qkv: Callable[[Tensor, Rotation | None, Tensor, int, float, float, int | None], Tensor]
@@ -73,7 +73,7 @@ class Predicted(NamedTuple):
 
 
 class Packing:
-    """Which slots of a microbatch attend to each other. Masks are computed once for all layers.
+    """The slots of a microbatch that attend to each other. Masks are computed once for all layers.
 
     Padding attends to padding, so that each softmax has something to sum over.
     """
@@ -86,7 +86,7 @@ class Packing:
         predicted: Predicted | None = None,
         varlen: VarlenKernels | None = None,
     ) -> None:
-        """As in a `pretrain.batching.batch.Microbatch`.
+        """`segments` and `cu_seqlens`: as in a `pretrain.batching.batch.Microbatch`.
 
         max_length: of all sequences that `cu_seqlens` bounds, padding included; by default the width of a row. Flash
         attention does not compute the rest of a longer sequence, nor slots after the last bound.
@@ -136,7 +136,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class KnownAttention:
-    """In place of a Packing: attention has been computed before, and this is its output."""
+    """The output of attention that was computed before, in place of a Packing."""
 
     output: Tensor  # [1, M, H, D]
 

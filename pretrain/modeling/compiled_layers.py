@@ -142,6 +142,6 @@ def _open_cache(usual: Path) -> Path:
 
 
 def _use_cache(folder: Path) -> None:
-    """Where torch and Triton keep compiled code from now on."""
+    """Let torch and Triton keep compiled code in a folder from now on."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")

@@ -144,7 +144,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load_logits(logits, bias, column, width, columns, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """In fp32; padding is -inf. `width` is a multiple of 16, so that several logits are loaded at once."""
+    """Load logits in fp32; padding is -inf. `width` is a multiple of 16, so that several logits are loaded at once."""
     values = tl.load(logits + column, mask=column < width, other=0.0).to(tl.float32)
     if HAS_BIAS:
         values += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)

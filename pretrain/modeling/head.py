@@ -1,4 +1,4 @@
-"""From labels to the loss of a masked-LM head: its logits first, or fused with its last linear layer.
+"""The loss of a masked-LM head: from its logits, or fused with its last linear layer.
 
 `choose_head` fuses where the logits are the output of one linear layer, which a probe of the model shows. On CUDA the
 logits [M, V] are then never kept, see `pretrain.modeling.fused_cross_entropy`; on a CPU, in training, they are kept
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)  # fp16 would have to be scaled before it is rounded
 
 Head = Callable[[Tensor, bool], AbstractContextManager[None]]
-"""Of labels, int64 [M], and whether correct predictions are counted: a context in which the model returns for these
-positions what `cross_entropy` takes."""
+"""Takes labels, int64 [M], and whether correct predictions are counted; returns a context in which the model returns
+the input of `cross_entropy` for these positions."""
 
 
 def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
@@ -127,7 +127,7 @@ def _probe(model: PreTrainedModel, packed: bool) -> Tensor:
 
 
 def _runs_triton(device: torch.device) -> bool:
-    """On a CPU, Triton has to be installed, and its interpreter enabled."""
+    """Whether Triton runs. On a CPU, it has to be installed, and its interpreter enabled."""
     if device.type != "cpu":
         return device.type == "cuda"
     try:

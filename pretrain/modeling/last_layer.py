@@ -31,7 +31,7 @@ from pretrain.modeling.structure import Forward, encoder_layers, forward_without
 log = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
-# Two sequences and padding, twice: with two rows, a layer with one input per row, or one for all rows, is found out.
+# Two sequences and padding, twice: with two rows, a layer with one input per row, or one for all rows, is detected.
 _SEGMENTS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0)
 _POSITIONS = (0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 0)
 _BOUNDS = (0, 7, 11, 12, 19, 23, 24)
@@ -103,7 +103,7 @@ def _select(tensor: Tensor, slots: torch.Size, positions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _why_not_short(model: PreTrainedModel, layer: GradientCheckpointingLayer) -> str | None:
-    """None if the logits of predicted slots are the same as without `_run_twice`, else the reason."""
+    """Return None if the logits of predicted slots are the same as without `_run_twice`, else the reason."""
     runs: list[None] = []  # of the layer, which some models (ALBERT) have in place of others too
     hook = layer.register_forward_hook(lambda *_: runs.append(None))
     try:

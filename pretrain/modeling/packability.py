@@ -33,7 +33,7 @@ _PER_LAYER = ("layer_types", "head_dim", "attention_head_size")  # follow from t
 
 
 def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
-    """None if the model computes the same logits for packed sequences as for each one alone, else the reason.
+    """Return None if the model computes the same logits for packed sequences as for each one alone, else the reason.
 
     Switches the model to the packed attention. `first_position`: position id of a sequence's first token.
     """

@@ -30,7 +30,7 @@ _FLOPS_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def encoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """In order; empty for the few types of models whose layers are not a `GradientCheckpointingLayer`."""
+    """Return the layers in order; none for the few types of models without a `GradientCheckpointingLayer`."""
     return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

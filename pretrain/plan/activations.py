@@ -58,7 +58,7 @@ class MicrobatchMemory:
 
 @dataclass(frozen=True)
 class Computation:
-    """How a microbatch is computed."""
+    """The computation of a microbatch."""
 
     dtype: torch.dtype  # of weights and activations
     packed: bool
@@ -231,7 +231,7 @@ class _GpuAttention(torch.autograd.Function):
 
 @contextmanager
 def _gpu_head(decoder: nn.Linear, _labels: Tensor, _count: bool) -> Iterator[None]:
-    """As `pretrain.modeling.head.fused_head`."""
+    """Like `pretrain.modeling.head.fused_head`."""
     decoder.forward = partial(_gpu_losses, decoder)  # type: ignore[method-assign]
     try:
         yield

@@ -182,7 +182,7 @@ def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
 
 
 def _copied(counts: ParameterCounts, settings: MemorySettings, owners: int) -> int:
-    """Bytes of the first of so many ranks or machines for a checkpoint: each copies its part of masters, moments and
+    """Bytes of the first of this many ranks or machines for a checkpoint: each copies its part of masters, moments and
     averages, at ZeRO 0 only the first; rank 0 the whole model, too."""
     states = (_FP32 + settings.average_bytes) * counts.total + _moments(counts, settings)
     return (states if settings.zero_stage == 0 else -(-states // owners)) + _FP32 * counts.total
@@ -194,8 +194,8 @@ def _shares_memory(settings: MemorySettings) -> bool:
 
 
 def _start(counts: ParameterCounts, settings: MemorySettings, resident: Parts) -> Parts:
-    """While the engine is built: DeepSpeed moves the whole model to the device, then copies it to flat tensors (ZeRO 1
-    and 2) or partitions it (ZeRO 3). On a CPU the fp32 model is in the same memory."""
+    """Return the memory of building the engine: DeepSpeed moves the whole model to the device, then copies it to flat
+    tensors (ZeRO 1 and 2) or partitions it (ZeRO 3). On a CPU the fp32 model is in the same memory."""
     whole = settings.weight_bytes * counts.total
     model = whole if settings.on_gpu else max(whole, _FP32 * counts.total)
     flat = whole if settings.zero_stage in (1, 2) else resident.weights if settings.zero_stage == 3 else 0
@@ -239,8 +239,8 @@ def _bucket_element(settings: MemorySettings) -> int:
 
 
 def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
-    """When gradients are reduced and weights updated: gradients, the flattened copy of a bucket, and temporary tensors
-    of the optimizer."""
+    """Return the memory of reducing gradients and updating weights: gradients, the flattened copy of a bucket, and
+    temporary tensors of the optimizer."""
     total, size = counts.total, settings.weight_bytes
     share = total if settings.zero_stage == 0 else -(-total // settings.ranks)
     temporary = _temporary(counts, share, settings)

@@ -74,7 +74,7 @@ class RunPlan:
         return self.fits_at(self.zero_stage)
 
     def fits_at(self, zero_stage: int) -> bool | None:
-        """None: unknown, or it depends on the reserve."""
+        """Whether the run fits. None: unknown, or it depends on the reserve."""
         low, high = self.needed_at(zero_stage)
         if self.device.memory is None or low <= self.device.memory < high:
             return None

@@ -95,7 +95,7 @@ def _model(plan: RunPlan) -> list[str]:
 
 
 def _optimizer(plan: RunPlan) -> Iterator[str]:
-    """Which parameters Muon orthogonalizes, without the numbers of their layers."""
+    """Describe the parameters that Muon orthogonalizes, without the numbers of their layers."""
     if plan.run.config.optimizer.name == "muon":
         kinds = ", ".join(plan.hidden_matrix_names)
         yield f"Muon updates {plan.parameters.hidden_matrices:,} of them ({kinds}), AdamW the others"
@@ -210,7 +210,7 @@ def warnings(plan: RunPlan) -> list[str]:
 
 
 def _device_warnings(plan: RunPlan) -> Iterator[str]:
-    """Of this machine's CPU. Asking about a GPU would take it."""
+    """Yield warnings about this machine's CPU. Asking about a GPU would take it."""
     if not plan.device.is_gpu:
         yield from emulation_warnings(plan.run.deepspeed, "cpu")
         if lacks_avx512():

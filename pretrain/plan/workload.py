@@ -22,7 +22,7 @@ _SAMPLED_SEQUENCES = 200_000  # in all of them: a second of packing
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How one global batch is computed."""
+    """The shape of one global batch."""
 
     tokens: int  # without padding
     squared_lengths: int  # sum over its sequences

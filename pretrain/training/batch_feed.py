@@ -113,8 +113,8 @@ class BatchFeed:
         return UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done, work_seconds))
 
     def _work_seconds(self) -> float:
-        """How long this rank has worked without waiting for others since the last call; 0 if no forward pass has ended
-        since."""
+        """Return how long this rank has worked since the last call without waiting for others; 0 if no forward pass has
+        ended since."""
         before, self._data_seconds = self._data_seconds, self._times.elapsed(DATA)
         forward_seconds = self._forward_timer.take()
         return forward_seconds + self._data_seconds - before if forward_seconds else 0.0

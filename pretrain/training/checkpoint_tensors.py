@@ -67,7 +67,7 @@ class WrittenShare:
 
 
 class HostMemory:
-    """Where a rank copies its share. It is kept, because to allocate it costs more than the copy."""
+    """Host memory for a rank's share. It is kept, because allocating it costs more than the copy."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}

@@ -65,7 +65,7 @@ def load_resumed(plan: ResumePlan, engine: Engine) -> TrainingProgress:
 
 
 def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | None:
-    """As `experiment.checkpoints.verify`, but each rank reads its share of the files. Collective.
+    """Like `experiment.checkpoints.verify`, but each rank reads its share of the files. Collective.
 
     All ranks pass the same checkpoint, and get the same result. A rank's share contains the tensors that it saved, and
     will load if the layout is the same. They are then loaded from memory, where the operating system keeps them.

@@ -154,7 +154,7 @@ class CpuGroup:
         return [of_rank for of_rank, _ in gathered]
 
     def from_all_ranks_slowly(self, function: Callable[[Callable[[], None]], T]) -> list[T]:
-        """As `from_all_ranks`, for a function that may take longer than the timeout of a collective. `function` gets
+        """Like `from_all_ranks`, for a function that may take longer than the timeout of a collective. `function` gets
         a callback for its progress, see `wait_for_all`."""
         self._raise_any(None)
         progressed = threading.Event()

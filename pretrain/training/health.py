@@ -87,7 +87,7 @@ def diagnose(step: int, loss: float, grad_norm: float, norms: Sequence[float], s
 
 
 def count_consecutive(bad_steps: Sequence[int], step: int) -> int:
-    """How many consecutive steps up to and including `step` are bad."""
+    """Count the consecutive bad steps up to and including `step`."""
     bad, first = set(bad_steps), step
     while first in bad:
         first -= 1

@@ -18,7 +18,7 @@ from pretrain.training.training_progress import TrainingProgress
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast an interval was trained. Evaluations and checkpoints are no part of it."""
+    """The training speed of an interval, without evaluations and checkpoints."""
 
     seconds: float
     tokens_per_second: float

@@ -170,7 +170,7 @@ class Reporter:
             self._tracker.log({"step": progress.step, "tokens": progress.tokens, **metrics})
 
     def skip_until(self, step: int) -> None:
-        """After a rewind: do not log events up to this step again."""
+        """Skip events up to this step, which are logged already, after a rewind."""
         self._logged_step = max(self._logged_step, step)
 
     def alert(self, alert: Alert) -> None:
@@ -259,7 +259,7 @@ class SlowRanks:
 
 
 class CheckpointAlarm:
-    """Is raised after `hours` without a new checkpoint, and again after as many."""
+    """An alarm after `hours` without a new checkpoint, and again after as many."""
 
     def __init__(self, hours: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -60,7 +60,7 @@ def _receive_signals() -> None:
 
 
 def _wait_for_request(received: int, stop_file: Path | None) -> str | None:
-    """Why to stop; None if the pipe is closed, or training takes over."""
+    """Wait for a reason to stop; None if the pipe is closed, or training takes over."""
     while True:
         # Before the look at the pipe: a slow network disk may answer when training has begun.
         found = stop_file is not None and _exists(stop_file)
@@ -75,7 +75,7 @@ def _wait_for_request(received: int, stop_file: Path | None) -> str | None:
 
 
 def _exists(stop_file: Path) -> bool:
-    """False also while the disk does not answer."""
+    """Whether the file exists; False while the disk does not answer."""
     with suppress(OSError):
         return stop_file.exists()
     return False
@@ -100,7 +100,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop, or None."""
+        """The reason to stop, or None."""
         if self._reason is None and self._stop_file is not None and time.monotonic() - self._checked > _CHECK_SECONDS:
             self._checked = time.monotonic()
             if _exists(self._stop_file):

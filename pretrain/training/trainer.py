@@ -58,7 +58,7 @@ class TrainedStep(NamedTuple):
 
 
 SKIPPED = TrainedStep(StepResult(applied=False, grad_norm=math.nan), losses=None)
-"""A step whose batch was consumed without training on it, or without keeping anything of that."""
+"""A step whose batch was consumed without training on it, or without keeping the result."""
 
 
 class Trainer:
@@ -175,7 +175,7 @@ class Trainer:
         self._feed.open(progress.step)
 
     def _evaluate_and_save_at_start(self) -> None:
-        """Before the next step. A run that is asked to stop leaves the evaluation of its last step to this attempt."""
+        """Evaluate and save before the next step. A run that stops leaves its last evaluation to the next attempt."""
         is_evaluation_due = self._evaluator.is_due(self._progress, self._is_finished())
         if is_evaluation_due:
             self._evaluate()
@@ -231,7 +231,7 @@ class Trainer:
         self._started = self._accumulate(batch, totals.masked_tokens, 0, 1)
 
     def _is_trained_on(self, batch: RankBatch, global_masked: int) -> bool:
-        """False for a batch that is known to be bad or has no masked tokens."""
+        """Whether the batch has masked tokens and is not known to be bad."""
         return global_masked > 0 and batch.step + 1 not in self._progress.bad_steps
 
     def _respond(self, batch: RankBatch, fault: Fault, losses: Tensor | None) -> None:

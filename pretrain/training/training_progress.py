@@ -1,4 +1,4 @@
-"""How far a run has come: the content of a checkpoint besides tensors, and the clock of its training."""
+"""Progress of a run: the content of a checkpoint besides tensors, and the clock of its training."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -54,7 +54,7 @@ class TrainingProgress:
         return self.evaluations.best_step == self.step
 
     def is_multiple_of(self, steps: int | None) -> bool:
-        """Whether something that happens every so many steps, None: never, is due."""
+        """Whether something that happens every `steps` steps, None: never, is due."""
         return steps is not None and self.step % steps == 0
 
 
@@ -74,7 +74,7 @@ def progress_from_json(saved: dict[str, Any]) -> TrainingProgress:
 
 
 def fork_progress(parent: TrainingProgress, same_stream: bool) -> TrainingProgress:
-    """Where a fork starts: at its parent's step and tokens, with a clock, log interval and evaluations of its own.
+    """Start a fork at its parent's step and tokens, with a clock, log interval and evaluations of its own.
 
     `same_stream`: each step has the same batch as in the parent, so its bad steps are skipped here too.
     """

@@ -28,7 +28,7 @@ class Config(Section):
     """Remove lines or paragraphs that recur in the collection, except their first occurrences."""
 
     unit: Literal["line", "paragraph"] = "line"
-    """What is compared: lines, or blocks between blank lines."""
+    """Unit of comparison: lines, or blocks between blank lines."""
 
     max_count: PositiveInt = 1
     """Occurrences that are kept, the first ones."""

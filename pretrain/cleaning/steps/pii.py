@@ -23,10 +23,10 @@ class Config(Section):
     """Replace public IP addresses."""
 
     email_replacement: Annotated[str, Field(min_length=1)] = "email@example.com"
-    """What takes the place of email addresses."""
+    """Replacement of email addresses."""
 
     ip_replacement: Annotated[str, Field(min_length=1)] = "192.0.2.1"
-    """What takes the place of IP addresses; the default is reserved for documentation (RFC 5737)."""
+    """Replacement of IP addresses; the default is reserved for documentation (RFC 5737)."""
 
 
 class Step(DocumentStep[Config]):

@@ -21,7 +21,7 @@ class Config(Section):
     """Probability of keeping a document."""
 
     by: str | None = None
-    """What `rates` are for: `source`, `language`, or a column in `metadata`."""
+    """Keys of `rates`: `source`, `language`, or a column in `metadata`."""
 
     rates: Mapping[str, Fraction] = {}
     """Probability by value of `by`, in place of `rate`; for sources: by a part of the name."""
