@@ -126,7 +126,7 @@ def unknown_warnings(splits: Mapping[str, Split], unknown_id: int | None) -> Ite
 
 
 def _describe_target(target: Any, labels: Sequence[str]) -> str:
-    """With the names of labels: of the only one, of each token, or of those that are set."""
+    """Describe a target by names of labels: of the only one, of each token, or of the ones that are set."""
     match target.tolist() if isinstance(target, torch.Tensor) else target:
         case int(label) if labels:
             return labels[label]
@@ -140,7 +140,7 @@ def _describe_target(target: Any, labels: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long the sequences of a split are before they are cut."""
+    """Lengths of the sequences of a split before they are cut."""
 
     tokens: NDArray[np.int64]
     share_cut: float
@@ -154,7 +154,7 @@ class Lengths:
         )
 
     def percentile(self, percent: int) -> int:
-        """At least this share of the sequences is not longer."""
+        """Return the length that at least this share of the sequences does not exceed."""
         return int(np.percentile(self.tokens, percent, method="higher"))
 
     def row(self) -> dict[str, str]:

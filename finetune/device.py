@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Device:
-    """Where to compute, and in which precision. Weights are always fp32."""
+    """The device and precision of a computation. Weights are always fp32."""
 
     device: torch.device
     dtype: torch.dtype | None  # of autocast; None: fp32, no autocast

@@ -161,7 +161,7 @@ def _ignores_padding(model: nn.Module, task: Task, examples: Sequence[Example]) 
 
 
 def _outputs(model: nn.Module, task: Task, examples: Sequence[Example]) -> Tensor:
-    """In fp32 on the CPU. The first dimension: sequences."""
+    """Compute the outputs in fp32 on the CPU. The first dimension: sequences."""
     return task.kind.forward(model, collate(task.kind, examples, task.padding, torch.device("cpu"))).float()
 
 

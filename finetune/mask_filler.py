@@ -21,7 +21,7 @@ from finetune.predictor import Predictor
 from finetune.saved_task import SavedTask
 
 Candidates = list[list[tuple[int, float]]]
-"""Of each mask of a text: (token id, probability) of its candidates, the most probable first."""
+"""For each mask of a text, (token id, probability) of its candidates, the most probable first."""
 
 
 class Masks(NamedTuple):
@@ -76,11 +76,11 @@ class MaskFiller:
 
     @property
     def mask(self) -> str:
-        """How a mask is written in a text."""
+        """The text of a mask."""
         return str(self.tokenizer.mask_token)
 
     def fill(self, texts: Sequence[str], top_k: int = 5) -> list[list[list[dict[str, Any]]]]:
-        """Of each text, of each mask in it: the `top_k` most probable tokens as {token, probability}.
+        """Return the `top_k` most probable tokens of each mask in each text, as {token, probability}.
 
         Raises UserError for a text without a mask, and for one whose masks do not fit into a sequence.
         """

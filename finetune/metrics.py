@@ -24,7 +24,7 @@ LabelIds = NDArray[np.int64]  # N
 Confusion = NDArray[np.int64]  # CC counts: rows by label, columns by predicted label
 
 Vectors = NDArray[np.float32]
-"""Of length 1, so that products are cosines."""
+"""Vectors of length 1, so that products are cosines."""
 
 LabelScores = Mapping[str, Mapping[str, float]]
 """Label -> precision, recall, f1 and support (how often it occurs)."""

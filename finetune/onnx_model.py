@@ -77,7 +77,7 @@ class OnnxModel(nn.Module):
 
 
 def _open_session(path: Path) -> "onnxruntime.InferenceSession":
-    """With as many threads as torch uses. Raises UserError."""
+    """Open a session with as many threads as torch uses. Raises UserError."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -83,7 +83,7 @@ class ServeOptions(Section):
     """Tokens that are computed at once, with padding; default: 1024 on a CPU, 16384 on a GPU."""
 
     batch_delay_ms: NonNegativeFloat = 2.0
-    """How long a text waits for others that could be computed with it."""
+    """Milliseconds that a text waits for others that could be computed with it."""
 
     max_texts: PositiveInt = 1024
     """Texts in one request, or pairs, or records; more are rejected with 413."""

@@ -67,8 +67,8 @@ class Input:
         return count
 
     def _name_columns(self) -> None:
-        """If columns of a file with a header are given by number: print their names, and warn of a header with a label,
-        which is probably data."""
+        """Print the names of columns given by number if the file has a header, and warn of a header with a label, which
+        is probably data."""
         first = next(iter(read_rows(self.path, self.format)))
         columns, header = self.kind.config.columns.without_targets(), [name.strip() for name in first.names]
         asked = {role: columns.names(role) for role in columns.cell_types()}
@@ -152,7 +152,7 @@ def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str
 
 
 def _input_format(options: PredictOptions, task: TaskConfig, trained: TaskConfig) -> FileFormat:
-    """How to read the input: as flags say, otherwise as in training, but quotes are ordinary characters only for a
+    """Return the input's format: from flags, otherwise as in training, but quotes are ordinary characters only for a
     separator for which they were. Whether there is a header must be said if in doubt. trained: without the flags."""
     found = task.file_format(as_flags=True)
     known = {separator(Path(path), trained.file_format()) for path in trained.files().values()}

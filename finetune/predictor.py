@@ -73,7 +73,7 @@ class Predictor:
         return self.predict_records(checked, calibrated)
 
     def predict_records(self, records: Sequence[Record], calibrated: bool = False) -> list[Prediction]:
-        """As `predict`, for records that were read from a file."""
+        """Like `predict`, for records that were read from a file."""
         self.check_calibrated(calibrated)
         split = self.encode(records)
         return self.decode(split, self.compute(split.examples), calibrated)

@@ -29,7 +29,7 @@ from finetune.task_kind import TaskKind
 from finetune.training.updater import total_steps
 
 OF_DATA_AND_MODEL = ("data.", "encoder.", "task.", "model.", "training.precision")
-"""How those settings of a seed begin that `resolve` completes, or in which it finds mistakes."""
+"""Prefixes of the settings of a seed that `resolve` completes, or in which it finds mistakes."""
 
 
 @dataclass(frozen=True)

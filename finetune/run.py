@@ -77,7 +77,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _resolve(config: FinetuneConfig) -> ResolvedRun:
-    """As `resolve`, but compare the training of finished seeds with the config before the data is read."""
+    """Like `resolve`, but compare the training of finished seeds with the config before the data is read."""
     finished_seeds(RunFolder(Path(config.run.dir)), config_settings(config), OF_DATA_AND_MODEL)
     return resolve(config)
 

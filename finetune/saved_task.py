@@ -33,7 +33,7 @@ _FOREIGN_KINDS = {"ForSequenceClassification": "classification"} | {
     "ForTokenClassification": "token_classification",
     "ForMultipleChoice": "multiple_choice",
 }
-"""How the names of classes of transformers end -> the kind of task that they were made for."""
+"""Suffix of a transformers class name -> the kind of task that the class was made for."""
 
 
 @dataclass(frozen=True)

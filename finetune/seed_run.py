@@ -133,7 +133,7 @@ def _advice_for_collapsed(run: ResolvedRun) -> str:
 
 
 def _working_folder(seed: int, folder: RunFolder) -> Path:
-    """Where a seed is until it is finished."""
+    """Return the folder of a seed until it is finished."""
     return folder.path / f".seed-{seed}"
 
 

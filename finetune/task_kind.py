@@ -38,7 +38,7 @@ ConfigT = TypeVar("ConfigT", bound=TaskConfig)
 
 @dataclass(frozen=True)
 class LossOptions:
-    """How the training config changes the loss of a task."""
+    """Options of the loss of a task, from the training config."""
 
     label_weights: "Tensor | None" = None  # as from `TaskKind.label_weights`; 1 on average over the training split
     label_smoothing: float = 0.0  # see `TaskKind.smooths_labels`
@@ -134,7 +134,7 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     @property
     def embedding(self) -> "tuple[Pooling, bool]":
-        """How `POST /v1/embed` pools, and whether it scales vectors to length 1."""
+        """The pooling of `POST /v1/embed`, and whether it scales vectors to length 1."""
         return "mean", False
 
     @property
@@ -188,7 +188,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return torch.tensor([example.target for example in examples])
 
     def label_weights(self, examples: Sequence["Example"]) -> tuple[float, ...]:
-        """For `training.class_weights: balanced`: the weights of labels that `loss` takes."""
+        """Return the weights of labels for `loss` with `training.class_weights: balanced`."""
         raise UserError(f"training.class_weights: tasks of kind '{self.config.kind}' have no classes to weight")
 
     def forward(self, model: "nn.Module", batch: "Batch") -> "Tensor":
@@ -247,7 +247,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return calibrate(prediction, temperature)
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.float64] | None":
-        """How wrong the predictions are, for each row of records with targets; None if the kind does not say."""
+        """Return the loss of the prediction for each row of records with targets; None if the kind does not say."""
         classified = self.classified(records, predictions)
         return None if classified is None else classified.losses
 

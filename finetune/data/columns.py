@@ -242,7 +242,7 @@ class Columns(Section):
         return [role for role, found in self.cell_types().items() if any(found is wanted for wanted in cell_types)]
 
     def without_targets(self) -> Self:
-        """Only the columns that a prediction needs."""
+        """Return only the columns that a prediction needs."""
         targets = [role for role, cell_type in self.cell_types().items() if cell_type.target]
         return self.model_copy(update=dict.fromkeys(targets))
 

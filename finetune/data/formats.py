@@ -61,7 +61,7 @@ def open_lines(path: Path) -> Iterator[Iterator[str]]:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How to read a data file."""
+    """The format of a data file."""
 
     name: FormatName | None = None  # None: as the file name suggests
     csv: CsvFormat = field(default_factory=CsvFormat)  # if it has no separator, the file name suggests one
@@ -94,7 +94,7 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
 
 
 def separator(path: Path, file_format: FileFormat) -> str | None:
-    """What separates the columns of a CSV file; None for a file of another format."""
+    """Return the column separator of a CSV file; None for a file of another format."""
     if _format_name(path, file_format) != "csv":
         return None
     return file_format.csv.separator or ("," if _suffix(path) == ".csv" else "\t")

@@ -226,7 +226,7 @@ def read_value(cell: object, cell_type: CellType, place: str, column: str) -> An
 def join_turns(
     texts: Sequence[str], turns: Sequence[Mapping[str, Any]], context: DialogueContext, separator: str
 ) -> list[str]:
-    """Each text with the turns before it. turns: the values of the columns of `context`, in the order of the texts."""
+    """Join each text with the turns before it. turns: the values of the columns of `context`, in text order."""
     spoken = [
         f"{turn['speaker']}: {text}" if turn.get("speaker") else text for text, turn in zip(texts, turns, strict=True)
     ]
@@ -238,7 +238,7 @@ def join_turns(
 
 
 def _previous(turns: Sequence[Mapping[str, Any]], count: int) -> list[list[int]]:
-    """Of each turn, the turns before it in its group. A turn without a group has none."""
+    """Return the turns before each turn in its group. A turn without a group has none."""
     groups: dict[str, list[int]] = {}
     for index, turn in enumerate(turns):
         if turn["group"] is not None:

@@ -131,7 +131,7 @@ class TaskConfig(Section):
         return True
 
     def file_format(self, as_flags: bool = False) -> FileFormat:
-        """How to read the files. as_flags: whether messages name the flags of `deepcloze predict`."""
+        """Return the format of the files. as_flags: whether messages name the flags of `deepcloze predict`."""
         csv_format = CsvFormat(self.sep, self.quoting, self.header == 0, as_flags, self.on_bad_lines)
         return FileFormat(None if self.format == "auto" else self.format, csv_format)
 

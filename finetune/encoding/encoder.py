@@ -58,7 +58,7 @@ class Encoder:
         return Tokens(torch.tensor(ids), types, cut)
 
     def _count_cut(self, encoded: "BatchEncoding", text: str, text_pair: str | None) -> int:
-        """How many tokens a sequence of maximum length lacks."""
+        """Count the tokens that a sequence of maximum length lacks."""
         if text_pair is not None or not self.tokenizer.is_fast:
             return len(self._tokenize(text, text_pair)["input_ids"]) - self.max_length
         # The rest of the text is kept, in sequences with special tokens: no need to tokenize a long text again.
@@ -106,7 +106,7 @@ class Encoder:
         return [ids or [self.tokenizer.unk_token_id] for ids in self.ids_of_texts(texts)]
 
     def room(self, texts: int = 1) -> int:
-        """How many tokens fit into a sequence of one text, or of a pair, beside the special tokens.
+        """Return how many tokens fit into a sequence of one text, or of a pair, beside the special tokens.
 
         Raises UserError if there is no room for each text.
         """
@@ -127,7 +127,7 @@ class Encoder:
         return Tokens(torch.tensor(ids), token_types, cut)
 
     def starts(self, *lengths: int) -> list[int]:
-        """Where each text starts in a sequence of one text or a pair of texts. lengths: of the texts, in tokens."""
+        """Return the start of each text in a sequence of one text or a pair. lengths: of the texts, in tokens."""
         before = [len(ids) for ids, _ in self._frames[len(lengths) - 1].specials]
         return [sum(before[: index + 1]) + sum(lengths[:index]) for index in range(len(lengths))]
 
@@ -198,12 +198,12 @@ def windows(length: int, size: int) -> list[range]:
 
 
 def window_around(position: int, length: int, size: int) -> range:
-    """At most `size` of `length` positions, with the middle at `position` or as near as the ends allow."""
+    """Return at most `size` of `length` positions, with the middle at `position` or as near as the ends allow."""
     start = max(min(position - size // 2, length - size), 0)
     return range(start, min(start + size, length))
 
 
 def most_context(found: Sequence[range], position: int) -> int:
-    """Which of the windows shows the most context of a position: the one whose nearer end is farthest."""
+    """Return the index of the window with the most context of a position: the one whose nearer end is farthest."""
     margins = [min(position - window.start, window.stop - 1 - position) for window in found]
     return margins.index(max(margins))

@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Padding:
-    """How sequences are padded to the same length."""
+    """The padding of sequences to the same length."""
 
     token_id: int
     side: str  # "left" or "right"

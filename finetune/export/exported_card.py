@@ -103,7 +103,7 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 
 def _usage(source: Path, config: Mapping[str, Any]) -> str:
-    """Empty for a model without a masked-LM head, or a tokenizer without a mask."""
+    """Write the usage section; empty for a model without a masked-LM head, or a tokenizer without a mask."""
     if not has_masked_lm_head(config.get("architectures")):
         return ""
     try:

@@ -24,7 +24,7 @@ _BATCH_TOKENS = 512  # with padding
 
 @dataclass
 class Difference:
-    """How much an output differs, over all batches."""
+    """The difference of an output, over all batches."""
 
     largest: float = 0.0
     scale: float = 1.0  # the largest output of PyTorch, at least 1
@@ -40,7 +40,7 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """How far the outputs of an ONNX model are from those of PyTorch."""
+    """The differences between the outputs of an ONNX model and of PyTorch."""
 
     outputs: dict[str, Difference] = field(default_factory=dict)
     probability: float = 0.0  # largest difference of two

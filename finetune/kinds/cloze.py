@@ -301,7 +301,7 @@ class Kind(TaskKind[Config]):
         return {"accuracy": float(np.mean(np.concatenate(_right(records, predictions))))}
 
     def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
-        """For other articles: the blanks of one are not independent."""
+        """Return intervals for a new sample of articles: the blanks of one are not independent."""
         right = _right(records, predictions)
         articles = [number for number, found in enumerate(right) for _ in found]
         return {"accuracy": accuracy_interval([each for found in right for each in found], articles)}

@@ -141,7 +141,7 @@ class Kind(TaskKind[Config]):
         return F.normalize(vectors_SD, dim=-1) if self.config.normalize else vectors_SD
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """In-batch negatives, or CoSENT for scored pairs; the sum over all dimensions (Kusupati et al. 2022,
+        """Sum over all dimensions the loss of in-batch negatives, or CoSENT for scored pairs (Kusupati et al. 2022,
         "Matryoshka Representation Learning")."""
         assert batch.targets is not None
         counts = np.array([len(example.sequences) for example in batch.examples])
@@ -175,9 +175,9 @@ class Kind(TaskKind[Config]):
         ]
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """With scores: Spearman's correlation of the cosine with the score, 0 if undefined. Without: of each text among
-        all `text_pair` and `negative` of the records but the text itself, the mean reciprocal rank of the first of its
-        documents, and nDCG@10.
+        """Score vectors. With scores: Spearman's correlation of cosine and score, 0 if undefined. Without: mean
+        reciprocal rank of the first of each text's documents among all `text_pair` and `negative` of the records but
+        the text itself, and nDCG@10.
 
         alignment: mean squared distance of similar pairs, and uniformity, both of unit vectors (Wang and Isola 2020).
         """
@@ -214,7 +214,7 @@ class Kind(TaskKind[Config]):
         return [(record.values, shown)]
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """With scores: distance between the ranks of similarity and score, as a share of the rows. Without:
+        """Return the distance between the ranks of similarity and score, as a share of the rows; without scores,
         1 − 1 / rank of the document."""
         if "rank" in predictions[0]:
             return np.array([1 - 1 / prediction["rank"] for prediction in predictions])
@@ -280,7 +280,7 @@ def _unit(vectors: Vectors) -> Vectors:
 
 
 def _relate(records: Sequence[Record], predictions: Sequence[Prediction], size: int | None) -> list[dict[str, Any]]:
-    """Of each record: `similarity`; without scores, `rank` of its document among all `text_pair` and `negative`.
+    """Relate each record: `similarity`; without scores, `rank` of its document among all `text_pair` and `negative`.
 
     Of each text, with the first record that has it and None with others: `potential` (see `potentials`); without
     scores, `reciprocal_rank` of the first of its documents, and `ndcg@10`. size: of vectors; None: as they are.
@@ -311,7 +311,7 @@ def _relate(records: Sequence[Record], predictions: Sequence[Prediction], size: 
 
 
 def _first_places(texts: Sequence[str]) -> dict[str, int]:
-    """Where each text occurs first."""
+    """Return the index at which each text occurs first."""
     places: dict[str, int] = {}
     for place, text in enumerate(texts):
         places.setdefault(text, place)

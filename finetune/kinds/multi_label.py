@@ -136,7 +136,7 @@ class Kind(TaskKind[Config]):
         return np.asarray(self.classified(records, predictions).losses.reshape(len(records), -1).mean(axis=1))
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
-        """Each label of each record is a decision between no and yes."""
+        """Classify each label of each record as no or yes."""
         return Classified(self._gold(records).astype(int).ravel(), _no_and_yes(pad_probabilities(predictions).ravel()))
 
     def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:

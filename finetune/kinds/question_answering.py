@@ -246,7 +246,7 @@ def _best_span(scores_T2: NDArray[np.float32], max_tokens: int) -> _Span:
 
 
 def _words(text: str) -> list[str]:
-    """In lower case, without punctuation and articles."""
+    """Split a text into words in lower case, without punctuation and articles."""
     without_punctuation = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
 

@@ -154,7 +154,7 @@ class Kind(TaskKind[Config]):
         return is_constant(tags, [tag for record in records for tag in record.values["tags"]])
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """Of the worst word of each sentence: the cross-entropy of its tag being right or not.
+        """Return, for the worst word of each sentence, the cross-entropy of its tag being right or not.
 
         Sentences are ranked as in Wang and Mueller (2022, "Detecting Label Errors in Token Classification Data").
         """

@@ -40,7 +40,7 @@ deepcloze predict --model . --input rows.csv --output predictions.csv
 deepcloze serve --model .
 """,
 )
-"""How to use a model folder with deepcloze."""
+"""Usage of a model folder with deepcloze."""
 _LABEL_SCORES = ("precision", "recall", "f1")
 
 

@@ -24,13 +24,13 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are computed, padding included."""
+        """The computed tokens, padding included."""
         return self.sequences * self.longest
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """When a batch is complete."""
+    """Limits at which a batch is complete."""
 
     tokens: int  # with padding; a single item may have more
     delay: float  # seconds that the first item waits for others

@@ -1,4 +1,4 @@
-"""Which requests a server accepts: by size, time, host, origin, token and number of texts.
+"""Checks of the requests to a server: by size, time, host, origin, token and number of texts.
 
 All but the last wrap an ASGI application for HTTP requests, see https://asgi.readthedocs.io.
 """
@@ -36,7 +36,7 @@ class Limits:
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """One line of Unicode, whatever names of fields the message quotes."""
+    """Return the message as one line of Unicode, whatever names of fields it quotes."""
     line = " ".join(message.encode("utf-8", "backslashreplace").decode("utf-8").split())
     if len(line) > _LONGEST_MESSAGE:
         line = line[:_LONGEST_MESSAGE] + " …"
@@ -59,13 +59,13 @@ class Admission:
         return self.texts >= self._limits.max_queue
 
     def check_candidates(self, count: int) -> None:
-        """Raises HTTPException for too many candidates for the masks of one request: memory grows with them."""
+        """Raise HTTPException for too many candidates for the masks of one request: memory grows with them."""
         most = self._limits.max_texts * _CANDIDATES_PER_TEXT
         if count > most:
             raise HTTPException(413, f"{count:,} candidates for all masks; at most {most:,} are accepted")
 
     def check(self, texts: int, options: int = 0) -> None:
-        """Raises HTTPException for too many of them in one request."""
+        """Check the sizes of a request. Raises HTTPException for too many texts or options."""
         for name, count in (("texts", texts), ("options", options)):
             if count > self._limits.max_texts:
                 most = f"at most {self._limits.max_texts:,} are accepted"
@@ -73,9 +73,9 @@ class Admission:
 
     @contextmanager
     def admit(self, texts: int, options: int = 0) -> Iterator[None]:
-        """For each request. options: of all texts, for masks or as choices; they count as texts.
+        """Admit a request. options: of all texts, for masks or as choices; they count as texts.
 
-        Raises HTTPException as `check`, and 503 if too many wait already.
+        Raises HTTPException like `check`, and 503 if too many wait already.
         """
         self.check(texts, options)
         texts = max(texts, options)

@@ -105,7 +105,7 @@ def pack_linear_layers(model: nn.Module, device: Device) -> None:
 
 
 def padded_rows(count: int) -> int:
-    """How many rows to compute for `count` of them: a power of two, or a multiple of 32.
+    """Round `count` rows up to the rows to compute: a power of two, or a multiple of 32.
 
     oneDNN generates code for each number of rows, and keeps it for about a thousand shapes: with any number, a server
     grows by some hundred MiB, and is slower by a fifth.

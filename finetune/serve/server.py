@@ -46,7 +46,7 @@ def serve_command(options: ServeOptions) -> None:
     signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
 
     def load() -> ServedModel:
-        """In a thread that ends, and its threads of OpenMP with it: while there are more than cores, none spins."""
+        """Load in a thread that ends with its threads of OpenMP: while there are more than cores, none spins."""
         with ThreadPoolExecutor(1, "load") as thread:
             return thread.submit(load_served_model, local_model(options.model), options.precision).result()
 

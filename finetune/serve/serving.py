@@ -62,7 +62,7 @@ class Services:
 
     @contextmanager
     def used(self) -> Iterator["Services"]:
-        """For each request: what uses it is answered before it closes."""
+        """Use the services for a request, which is answered before they close."""
         self._users += 1
         try:
             yield self
@@ -177,7 +177,7 @@ class Serving:
 
     @contextmanager
     def answering(self, texts: int, options: int = 0) -> Iterator[Services]:
-        """For each request. options: of all texts: for masks, or choices. Raises HTTPException for too many of them."""
+        """Admit a request. options: of all texts, for masks or as choices. Raises HTTPException for too many."""
         with self.admission.admit(texts, options), self._services.used() as services:
             yield services
 

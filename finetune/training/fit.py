@@ -90,7 +90,7 @@ class LossMeter:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Only the time in such blocks is counted."""
+        """Count the time in the block; no other time is counted."""
         self._counted_at = time.monotonic()
         try:
             yield
