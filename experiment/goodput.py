@@ -85,7 +85,7 @@ def last_lines(lines: Sequence[AttemptTime]) -> list[AttemptTime]:
 
 
 def read_attempt_times(folder: RunFolder) -> list[AttemptTime]:
-    """All lines; empty if there is no file. Skips damaged ones, such as one that a copy has cut off. Raises OSError."""
+    """Read all lines; empty without a file. Skips damaged ones, such as one that a copy has cut off. Raises OSError."""
     try:
         return parse_records(AttemptTime, folder.goodput.read_bytes())
     except FileNotFoundError:

@@ -64,8 +64,8 @@ def webhook_service(environ: Mapping[str, str] = os.environ) -> Service:
 
 
 def apprise_services(environ: Mapping[str, str] = os.environ) -> list[Service]:
-    """One for each URL in DEEPCLOZE_APPRISE_URLS, see https://github.com/caronc/apprise. Raises UserError without the
-    URLs, which are secret."""
+    """Return a service for each URL in DEEPCLOZE_APPRISE_URLS, see https://github.com/caronc/apprise. Raises UserError
+    without the URLs, which are secret."""
     urls = environ.get(_APPRISE, "").split()
     if not urls:
         raise UserError(f"tracking.alerts.apprise: set {_APPRISE} to URLs of Apprise, separated by spaces")

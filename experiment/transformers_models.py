@@ -73,7 +73,7 @@ def count_parameters(folder: Path) -> int | None:
 
 
 def describe_unused_layers(folder: Path, unused: Iterable[str]) -> str | None:
-    """One line on the numbered layers among the tensors that a model does not use; None if there are none."""
+    """Describe in a line the numbered layers among the tensors that a model does not use; None if there are none."""
     names = sorted(name for name in unused if _NUMBERED.search(name))
     if not names:
         return None

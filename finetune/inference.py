@@ -79,8 +79,8 @@ class Inference:
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """All examples by index, in batches of similar length. The longest come first, to run out of memory early if at
-    all."""
+    """Batch all examples, by index, with others of similar length. The longest come first, to run out of memory early
+    if at all."""
     by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
 

@@ -38,7 +38,7 @@ Interval = tuple[float, float]
 
 
 def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, float]:
-    """All classification metrics, each in [0, 1] except matthews in [-1, 1].
+    """Compute all classification metrics, each in [0, 1] except matthews in [-1, 1].
 
     F1 is averaged over the labels that occur in either array, as scikit-learn does by default; uar, the unweighted
     average recall (balanced accuracy), over the labels in `gold`. matthews is the correlation coefficient of Matthews

@@ -63,10 +63,10 @@ class OnnxModel(nn.Module):
         return SimpleNamespace(**self.compute([HIDDEN], inputs))
 
     def get_output_embeddings(self) -> None:
-        """There is no module for the output layer."""
+        """Return None: there is no module for the output layer."""
 
     def compute(self, names: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Some outputs, and nothing that they do not need."""
+        """Compute the named outputs only."""
         import onnxruntime
 
         options = onnxruntime.RunOptions()

@@ -38,7 +38,7 @@ class ConfigSection:
 
 
 def config_reference(config_type: type[Section]) -> tuple[ConfigSection, ...]:
-    """All sections of a config, in the order of the fields.
+    """Return all sections of a config, in the order of the fields.
 
     If the config has variants, a section is followed by the additions and changes of each variant.
     """

@@ -120,7 +120,7 @@ class Curve:
 
 
 def _merged(buckets: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """One bucket for each `size` consecutive ones."""
+    """Merge each `size` consecutive buckets into one."""
     if len(buckets) == 0 or size == 1:
         return buckets
     groups = buckets.reshape(-1, size, 10)

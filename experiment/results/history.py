@@ -88,7 +88,7 @@ class History:
 
     @classmethod
     def of(cls, folder: RunFolder) -> Self:
-        """All that the run has logged so far. Raises OSError."""
+        """Read the history of a run so far. Raises OSError."""
         history = cls(folder)
         history.read()
         return history

@@ -50,7 +50,7 @@ def write_result(folder: RunFolder, result: DownstreamResult) -> None:
 
 
 def read_results(folder: RunFolder) -> list[DownstreamResult]:
-    """All results of a run, by task and step. Skips damaged files with a warning."""
+    """Read all results of a run, by task and step. Skips damaged files with a warning."""
     found = [result for path, _ in _files(folder) if (result := _read(path)) is not None]
     return sorted(found, key=lambda result: (result.task, result.step))
 

@@ -157,7 +157,7 @@ def _value(line: bytes) -> Any:
 
 
 def _line(metrics: Metrics) -> str:
-    """One line of standard JSON, which has no NaN or infinity: they become null."""
+    """Format a line of standard JSON, which has no NaN or infinity: they become null."""
     plain = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
     }

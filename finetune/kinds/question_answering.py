@@ -213,7 +213,7 @@ def _best_f1(text: str, rights: Sequence[str]) -> float:
 
 
 def _classification_token(tokens: Tokens, encoder: Encoder) -> int:
-    """Its position, which stands for no answer; 0 for a tokenizer that has none."""
+    """Return the position of the token, which stands for no answer; 0 for a tokenizer that has none."""
     ids = tokens.input_ids.tolist()
     wanted = encoder.tokenizer.cls_token_id
     return ids.index(wanted) if wanted in ids else 0

@@ -192,7 +192,7 @@ def _sides(
 
 
 def _examples(words: Sequence[str], labels: Sequence[int] | None, encoder: Encoder) -> Iterator[Example]:
-    """One for each window over the sentence; each word is tagged in one of them."""
+    """Yield an example for each window over the sentence; each word is tagged in one of them."""
     room = encoder.room()
     longest = max(room // 3, 1)  # tokens of a word: any such word lies whole in a window
     pieces = encoder.ids_of_words(words)

@@ -140,7 +140,7 @@ _FORMATS: dict[str, Callable[[Path], AbstractContextManager[Write]]] = {
 
 
 def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """One JSON object a record, with all digits, for `read_predictions`."""
+    """Write a JSON object for each record, with all digits, for `read_predictions`."""
     write_text(path, "".join(f"{json.dumps(prediction, ensure_ascii=False)}\n" for prediction in predictions))
 
 

@@ -38,7 +38,7 @@ class BatchLimits:
 
 
 def plan_batches(sizes: Sequence[Size], limits: BatchLimits) -> list[list[int]]:
-    """All items by index, in batches of similar length, the longest first.
+    """Batch all items, by index, with others of similar length, the longest first.
 
     A batch ends at the limit of tokens, or where its padding would cost more than another batch.
     """

@@ -94,7 +94,7 @@ class BatchMaker:
     def make_share(
         self, step: int, sequences: BatchSequences, text_lengths: NDArray[np.int64], assignment: Assignment
     ) -> RankBatch:
-        """This rank's share of a global batch; the arguments after `step` are the result of `assign`."""
+        """Make this rank's share of a global batch; the arguments after `step` are the result of `assign`."""
         own = self._own(sequences, text_lengths, assignment)
         text = self._read_and_mask(step, own)
         slots = self._fill_slots(own, text, assignment)

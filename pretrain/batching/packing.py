@@ -210,7 +210,7 @@ def next_multiple(count: int, divisor: int) -> int:
 
 
 def one_per_row(lengths: NDArray[np.int64]) -> PackedRows:
-    """One sequence per row, for models that train padded."""
+    """Put one sequence in each row, for models that train padded."""
     return PackedRows(np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64), len(lengths))
 
 

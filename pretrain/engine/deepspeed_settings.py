@@ -184,7 +184,7 @@ def warn_of_emulation(settings: DeepSpeedSettings) -> None:
 
 
 def emulation_warnings(settings: DeepSpeedSettings, device_type: str) -> Iterator[str]:
-    """One if devices of this type, cpu or cuda, compute bf16 several times slower than fp32 on this machine."""
+    """Warn if devices of this type, cpu or cuda, compute bf16 several times slower than fp32 on this machine."""
     if settings.precision == "bf16" and not has_native_bf16(device_type):
         preset = settings.preset("fp32", settings.offload)
         yield f"this device only emulates bf16, several times slower than fp32: use --engine.ds_config={preset}"

@@ -75,7 +75,7 @@ def disconnect() -> None:
 
 
 def _local_world() -> World:
-    """This rank as the environment describes it, by default a single one. Selects its device."""
+    """Read this rank from the environment, by default a single one. Selects its device."""
     for name, default in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),

@@ -174,7 +174,7 @@ class Zero2Optimizer(_FlatOptimizer):
         self.zero_grad()
 
     def _take_gradient(self, group: int) -> Tensor:
-        """This rank's part of a group's averaged gradient, flat and in fp32. Frees its parts."""
+        """Take this rank's part of a group's averaged gradient, flat and in fp32. Frees its parts."""
         gradient = self._get_preflattened_grad_partition(group)
         if gradient is None:
             gradient = self.flatten_dense_tensors_aligned(self.averaged_gradients[group], self.partition_size[group])

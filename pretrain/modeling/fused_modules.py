@@ -37,7 +37,7 @@ def use_fused_modules(model: nn.Module) -> None:
 
 @functools.cache
 def _fused_type(base: type[nn.Module], module: type[nn.Module]) -> type[nn.Module]:
-    """One type for all layers, which torch.compile therefore compiles once."""
+    """Return one type for all layers, which torch.compile therefore compiles once."""
     return type(f"Fused{module.__name__}", (base, module), {})
 
 

@@ -94,7 +94,7 @@ def _same_logits(model: PreTrainedModel, ids: Tensor, first_position: int) -> bo
 def packed_inputs(
     ids: Tensor, lengths: tuple[int, ...], width: int, first_position: int
 ) -> dict[str, Tensor | Packing]:
-    """One row of `width` slots as in a `pretrain.batching.batch.Microbatch`: sequences, then padding."""
+    """Build a row of `width` slots as in a `pretrain.batching.batch.Microbatch`: sequences, then padding."""
     free = width - sum(lengths)
     positions = torch.cat([torch.arange(length) for length in (*lengths, free)]) + first_position
     segments = torch.cat([torch.full((length,), number + 1) for number, length in enumerate(lengths)])

@@ -16,7 +16,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _find_block(bounds, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's head, the first slot of its block in its sequence, and the sequence's start and length."""
+    """Return this program's head, the first slot of its block in its sequence, and the sequence's start and length."""
     sequence = tl.program_id(0) // blocks
     start = tl.load(bounds + sequence)
     length = tl.load(bounds + sequence + 1) - start

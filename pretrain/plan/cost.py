@@ -51,7 +51,7 @@ def local_gpu() -> Device | None:
 
 
 def local_cpu(ranks: int) -> Device:
-    """This machine's memory, shared by `ranks` ranks."""
+    """Return this machine as a device, its memory shared by `ranks` ranks."""
     return Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks, None)
 
 

@@ -79,7 +79,7 @@ class BatchFeed:
         self._batches, self._upcoming = iter(()), None
 
     def take(self, stop: StopRequest) -> tuple[RankBatch, StepTotals]:
-        """This rank's share of the next batch, and the totals of the batch; begins to agree on the one after it.
+        """Take this rank's share of the next batch, and its totals; begins to agree on the batch after it.
         Collective. Raises DataWorkerError on all ranks if one has no share."""
         upcoming = self._upcoming or self._take_ahead(stop, is_logged=False)
         batch, totals = upcoming.wait(self._group)

@@ -38,7 +38,7 @@ class StepTotals(NamedTuple):
         return self.milliseconds / 1000
 
     def flatten(self) -> list[int]:
-        """All numbers in one list, in the order of the fields."""
+        """Return all numbers in one list, in the order of the fields."""
         return [number for value in self for number in (value if isinstance(value, tuple) else (value,))]
 
     def unflatten(self, numbers: Sequence[int]) -> "StepTotals":

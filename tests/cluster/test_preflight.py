@@ -90,7 +90,7 @@ def dist_info(library: str) -> Path:
 def test_every_problem_of_a_host_is_named(
     cluster: Cluster, tmp_path: Path, hostfile: str, config: Path, wordpiece_corpus: Path
 ) -> None:
-    """Catches a host that differs in one thing only, which is found out when ranks fail or, worse, do not."""
+    """Catches a host that differs in one thing only, which is detected when ranks fail or, worse, do not."""
     head, different, unknown = cluster.hosts
     customize = tmp_path / "customize"  # on the path of each Python that ssh starts on this host
     customize.mkdir()

@@ -89,7 +89,7 @@ def _held_out_lines(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[s
 
 
 def held_out_table(history: History, corpora: Sequence[str]) -> Table:
-    """One row per corpus: loss, perplexity and accuracy at the last evaluation, and the best loss with its step."""
+    """Return a row per corpus: last loss, perplexity and accuracy, and the best loss with its step."""
     rows = []
     for corpus in corpora:
         found = [history.last(f"eval/{corpus}/{metric}") for metric in ("loss", "perplexity", "accuracy")]
@@ -102,7 +102,7 @@ def held_out_table(history: History, corpora: Sequence[str]) -> Table:
 
 
 def training_table(history: History) -> Table:
-    """One row: steps, tokens, loss, speed and memory. Speed, MFU and data wait are medians over the log events."""
+    """Return one row: steps, tokens, loss, speed and memory. Speed, MFU and data wait are medians over log events."""
     memory = history.highest("memory")
     row = [
         f"{history.step:,}",

@@ -24,7 +24,7 @@ def matches(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[Document]:
-    """One document for each one in the ids, in each `language`; without ids, one for each sentence."""
+    """Yield a document for each one in the ids, in each `language`; without ids, for each sentence."""
     members = zip_members(name)
     with open_file(name) as file, zipfile.ZipFile(file) as archive:
         for member in filter(_language, members):

@@ -21,7 +21,7 @@ def matches(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[Document]:
-    """One document for each film, with a line for each sentence."""
+    """Yield a document for each film, with a line for each sentence."""
     for file, origin, content in open_members(name, _is_film):
         yield Document(_film(content, file, origin), origin, 1)
 

@@ -24,7 +24,7 @@ def matches(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[Document]:
-    """One document for each page, with its `url`; records of other kinds are skipped."""
+    """Yield a document for each page, with its `url`; records of other kinds are skipped."""
     from warcio.archiveiterator import WARCIterator
 
     with open_file(name) as file:

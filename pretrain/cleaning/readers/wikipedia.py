@@ -22,7 +22,7 @@ def matches(name: str) -> bool:
 
 
 def read(name: str) -> Iterator[Document]:
-    """One document for each article, with its `title`; redirects are skipped."""
+    """Yield a document for each article, with its `title`; redirects are skipped."""
     number = 0
     try:
         with open_file(name) as file:

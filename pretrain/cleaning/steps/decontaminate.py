@@ -59,7 +59,7 @@ class Index:
                 self._lines.setdefault(" ".join(words), number)
 
     def matches(self, text: str) -> Iterator[Match]:
-        """All matches in a document, in order of their first words; whole lines last."""
+        """Yield all matches in a document, in order of their first words; whole lines last."""
         words = normalized_words(text)
         for start in range(len(words) - self._head + 1):
             for length in self._lengths.get(_hash(words[start : start + self._head]), ()):

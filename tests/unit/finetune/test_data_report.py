@@ -100,7 +100,7 @@ def test_empty_texts_are_counted() -> None:
     ],
 )
 def test_a_wrong_label_column_is_suspected(rows: list[tuple[str, ...]], message: str) -> None:
-    """Catches training on ids, on scores or on texts as labels, found out after hours."""
+    """Catches training on ids, on scores or on texts as labels, detected after hours."""
     assert any(line.startswith(message) for line in oddities(train=rows))
 
 

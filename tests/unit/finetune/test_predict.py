@@ -150,7 +150,7 @@ def test_calibrated_probabilities(
 def test_a_missing_temperature_is_found_first(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a kind without a temperature that is found out after the input is read and the model loaded."""
+    """Catches a kind without a temperature that is detected after the input is read and the model loaded."""
     model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
     task = json.loads((model / FILE).read_text())
     (model / FILE).write_text(json.dumps({**task, "temperature": None}))
