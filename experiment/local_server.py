@@ -1,6 +1,6 @@
 """Listening address and accepted host names of our HTTP servers.
 
-A name of another site may have been pointed at this machine, so that its pages can read what we answer (DNS rebinding).
+A name of another site may have been pointed at this machine, so that its pages can read our answers (DNS rebinding).
 """
 
 import socket

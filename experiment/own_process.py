@@ -28,7 +28,7 @@ launch."""
 
 _DEVICE = "DS_ACCELERATOR"
 _POLL_SECONDS = 0.01
-_given_device: list[str | None] = []  # what the variable was before `use_cpu`
+_given_device: list[str | None] = []  # the variable before `use_cpu`
 
 
 def module_command(module: str) -> tuple[str, ...]:

@@ -286,7 +286,7 @@ def download(
 
 
 def _copy_rest(url: str, partial: Path, size: int, digest: Any, advance: Callable[[int], None]) -> tuple[int, str]:
-    """Append what is missing. Returns the size and checksum of the result."""
+    """Append the missing bytes. Returns the size and checksum of the result."""
     with partial.open("a+b") as file:
         file.seek(0)
         while block := file.read(_BUFFER):
@@ -391,7 +391,7 @@ def _call(url: str, function: Callable[[Any, str], T]) -> T:
 def retry(name: str, function: Callable[[], T], explain: Callable[[str, Exception], UserError] | None = None) -> T:
     """Call `function`, again after transient errors.
 
-    `name`: of what it accesses, for messages. `explain`: makes the UserError to raise for other errors; default: makes
+    `name`: of its target, for messages. `explain`: makes the UserError to raise for other errors; default: makes
     a StorageError.
     """
     waits = list(_WAITS)
@@ -431,7 +431,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _storage_error(url: str, error: BaseException) -> StorageError:
-    """Say what is wrong and, if credentials are, where they come from."""
+    """Describe the error and, if credentials are wrong, where they come from."""
     names = {base.__name__ for base in type(error).__mro__}
     advice = _CREDENTIALS.get(url.partition("://")[0], "the server wants some")
     cause = first_line(error)

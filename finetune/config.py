@@ -182,7 +182,7 @@ def changed_settings(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dic
 
 
 def check_validation(config: FinetuneConfig, use: str) -> None:
-    """Raise UserError unless there is a validation split that is not trained on. use: what it is needed for."""
+    """Raise UserError unless there is a validation split that is not trained on. use: the reason for it."""
     task = config.task
     if config.training.fit_on != "train":
         raise UserError(f"training.fit_on: expected train, found {config.training.fit_on}: {use}")

@@ -26,7 +26,7 @@ Outputs = list[list[NDArray[np.float32]]]
 _EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
 
 _EXAMPLES = 4
-_TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than what padding changes if it counts
+_TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than padding changes if it counts
 
 
 def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, device: torch.device) -> Batch:

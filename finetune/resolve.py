@@ -70,7 +70,7 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
 
 
 def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
-    """Read the data and inspect the model, and print what is found. Writes nothing. Raises UserError.
+    """Read the data and inspect the model, and print the findings. Writes nothing. Raises UserError.
 
     config: as `load_run_config` returns it. uses_head: False for a probe.
     """

@@ -39,7 +39,7 @@ from finetune.training.fit import Log
 def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry_run: bool = False) -> None:
     """Run the command. config: a YAML file; overrides: dotted keys to raw text. Raises UserError.
 
-    dry_run: print what would be done.
+    dry_run: only print the plan.
     """
     loaded = load_run_config(config, overrides)
     if dry_run:

@@ -1,4 +1,4 @@
-"""The `deepcloze` commands. Each imports what it runs when it is called, so that `--help` stays fast."""
+"""The `deepcloze` commands. Each imports its code when it is called, so that `--help` stays fast."""
 
 import json
 import sys

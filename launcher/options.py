@@ -82,7 +82,7 @@ class HostOptions(PlacementOptions):
 
 class PreflightOptions(HostOptions):
     config: Annotated[PretrainConfigName | None, Metavar("FILE")] = None
-    """The run as YAML; default: check only what any run needs, without corpora, run folder and disk."""
+    """The run as YAML; default: check only the needs of any run, without corpora, run folder and disk."""
 
     allow_missing: bool = False
     """Exit with 0 if some hosts pass."""

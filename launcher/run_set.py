@@ -96,7 +96,7 @@ class RunSet:
                 sys.exit(f"deepcloze: {self.command}: {len(failed)} of {len(self.runs)} runs failed: {names}")
 
     def finish(self, records: dict[str, RunRecord], measure: Callable[[RunFolder], float | None] | None = None) -> None:
-        """Run what is missing, and record how each run ended. Raises StoppedError if a run was stopped.
+        """Run the missing runs, and record how each run ended. Raises StoppedError if a run was stopped.
 
         measure: reads the value of a run that is done. If it raises UserError, that is raised after the last run.
         """

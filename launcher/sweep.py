@@ -55,7 +55,7 @@ class SweepPlan:
 
 
 def run_sweep(plan: SweepPlan) -> None:
-    """Run what is missing, then write OUTPUT/sweep.{json,csv,png} and print the table.
+    """Run the missing runs, then write OUTPUT/sweep.{json,csv,png} and print the table.
 
     Raises UserError if OUTPUT is in use or has runs of other configs, StoppedError if a signal, a run's own STOP file
     or a full disk stops it early, and SystemExit if runs failed, after all others have been run.

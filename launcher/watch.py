@@ -131,7 +131,7 @@ class Watch:
         self._failures: dict[tuple[int, str], list[int]] = {}  # (step, weights) -> newest step at each failure
         self._waiting: set[int] = set()  # steps that were seen and are not scored
         self._all_logged = False
-        self._awaited = ""  # the last message on what it waits for
+        self._awaited = ""  # the last message about waiting
         self._described = False  # the data and the training, by the process that has scored a checkpoint
 
     def finish(self) -> list[int]:
@@ -154,7 +154,7 @@ class Watch:
             raise UserError(f"the run folder {self._run.path} is gone")
 
     def _say_what_is_awaited(self) -> None:
-        """Print what the watch waits for, once until it changes."""
+        """Print the event that the watch waits for, once until it changes."""
         if is_done(self._run):  # since the last look
             return
         awaited = "for checkpoints"

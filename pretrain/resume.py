@@ -1,7 +1,7 @@
 """Find the checkpoint that a run resumes or forks, and check that the config is compatible with it.
 
-The checkpoint contains all that the run needs besides the corpora: what `model.init_from`, `model.added_tokens` and
-`run.resume` name may be deleted once it is there.
+The checkpoint contains all that the run needs besides the corpora: the files of `model.init_from`, `model.added_tokens`
+and `run.resume` may be deleted once it is there.
 """
 
 import json

@@ -20,7 +20,7 @@ class ChartsData:
     """The data of charts, as `page.js` describes them, in pieces that change independently."""
 
     def __init__(self, charts: Charts, before: "ChartsData | None" = None, version: int = 0) -> None:
-        """before: what a browser may have. version: of the page, which all differences from `before` get."""
+        """before: the data that a browser may have. version: of the page, which all differences from `before` get."""
         self._charts = [(panel.options, panel.drawn) for panel in charts.panels]
         self._axes = list(charts.axes) or [NO_AXIS]
         self._pieces: dict[object, _Versioned] = {}

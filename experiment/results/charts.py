@@ -1,4 +1,4 @@
-"""Charts of runs: what they show, and their data in a page, of bounded size however long the runs.
+"""Charts of runs, and their data in a page, of bounded size however long the runs.
 
 `page.js` draws them in pages, `plots` as PNG files.
 """

@@ -1,4 +1,4 @@
-"""`RUN/logs/fillings.jsonl`: what the checkpoints of a run fill into masked held-out sentences, one line each.
+"""`RUN/logs/fillings.jsonl`: predictions of the checkpoints of a run for masked held-out sentences, one line each.
 
 `deepcloze report` adds the checkpoints that there are. The lines stay when retention deletes them.
 """

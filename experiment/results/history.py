@@ -94,7 +94,7 @@ class History:
         return history
 
     def read(self, on_progress: Callable[[], object] = lambda: None) -> None:
-        """Read what is new. Raises OSError. on_progress: called often."""
+        """Read new lines. Raises OSError. on_progress: called often."""
         paths = sorted(self._folder.logs.glob("seed-*.jsonl"))
         unfinished = {path: self._unfinished.get(path) or _File(path) for path in paths}
         for file in unfinished.values():
@@ -180,7 +180,7 @@ def _seed(event: Event) -> int | None:
 
 
 def _numbers(values: Sequence[Any]) -> NDArray[np.float64]:
-    """NaN for what is no number, or too large."""
+    """Convert to numbers; NaN for other values, and for numbers that are too large."""
     try:
         found = np.array(values, dtype=np.float64)
         if found.ndim != 1:

@@ -67,7 +67,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Filling:
-    """A sentence with a masked token, and what a model fills in at several steps."""
+    """A sentence with a masked token, and a model's fillings at several steps."""
 
     before: str
     answer: str

@@ -27,7 +27,7 @@ from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, Drawn
 GREY = "#596579"
 _WIDTH = 1.8  # of a line, in points, as which matplotlib counts the lengths of dashes
 
-# Fonts that have what matplotlib's own lacks: Chinese, Japanese and Korean.
+# Fonts for Chinese, Japanese and Korean, which matplotlib's own lacks.
 _CJK_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
     *("Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC", "Arial Unicode MS"),

@@ -99,7 +99,7 @@ class EventReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._end = 0  # of the lines that were read
-        self._before_end = b""  # what the file must still have there
+        self._before_end = b""  # bytes that the file must still have there
         self._size: int | None = None  # of the file; None: not known yet
 
     @property
@@ -111,7 +111,7 @@ class EventReader:
 
     def read_new(self) -> Iterator[list[Event] | None]:
         """Yields the events of complete lines that are new, in blocks; None before them if the file was rewritten or is
-        gone: what was read before is no longer valid. Raises OSError."""
+        gone: earlier events are no longer valid. Raises OSError."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The model card of a folder that `deepcloze export` writes, from what its checkpoint holds.
+"""The model card of a folder that `deepcloze export` writes, from the content of its checkpoint.
 
 state.json has all that the card says, so it is complete for a checkpoint that was copied away from its run and its
-corpora. One that an older version wrote, or a folder of another origin, gets a card of what is known.
+corpora. One that an older version wrote, or a folder of another origin, gets a card of the known facts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -124,7 +124,7 @@ class Kind(TaskKind[Config]):
     answer = "answers"
 
     def __init__(self, config: Config, _: tuple[str, ...]) -> None:
-        super().__init__(config, ())  # `labels` of the config are names in `answers`, not of what the head predicts
+        super().__init__(config, ())  # `labels` of the config are names in `answers`, not of the head's outputs
         self.auto_model = _MODELS[config.scoring]
         self._letters = config.labels or tuple(string.ascii_uppercase)
 

@@ -197,8 +197,8 @@ class Kind(TaskKind[Config]):
         }
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """Cross-entropy of an answer's probability, with its F1 as what is right: wrong answers that the model is sure
-        of are the worst."""
+        """Cross-entropy of an answer's probability with its F1 as the target: wrong answers that the model is sure of
+        are the worst."""
         pairs = zip(records, predictions, strict=True)
         f1 = [_best_f1(prediction["answer"], _right_answers(record)) for record, prediction in pairs]
         return confidence_losses([prediction["score"] for prediction in predictions], f1)

@@ -68,7 +68,7 @@ class Kind(TaskKind[Config]):
     its tag.
 
     A sentence that is too long for one sequence is cut into windows; a word gets its tag from the window that shows
-    most of what surrounds it.
+    most of its context.
     """
 
     config_type = Config

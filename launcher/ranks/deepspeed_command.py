@@ -39,7 +39,7 @@ class Command:
 
 def command_on_this_machine(slots: Slots, arguments: Sequence[str], machine: Machine) -> Command:
     """The command for ranks that all run on this machine."""
-    # What `deepspeed` starts on each host. Started directly, one process less has to import torch, which takes seconds.
+    # `deepspeed` starts this on each host. Started directly, one process less has to import torch, which takes seconds.
     argv = (
         *_PYTHON,
         *("deepspeed.launcher.launch", _LOG_LEVEL),

@@ -163,8 +163,8 @@ def _result(
 
 
 def _wait(process: "subprocess.Popen[bytes]", launch: Launch) -> int:
-    """The exit code of DeepSpeed's launcher, once its process group is empty. On this machine, what is left of the
-    group when all ranks are done is killed: DeepSpeed takes up to a second to notice that and to exit."""
+    """The exit code of DeepSpeed's launcher, once its process group is empty. On this machine, the rest of the
+    group is killed when all ranks are done: DeepSpeed takes up to a second to notice that and to exit."""
     ranks = sum(map(len, launch.slots.values()))
     exit_code = None
     while exit_code is None:

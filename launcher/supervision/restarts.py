@@ -39,7 +39,7 @@ class End:
 
 
 def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> Restart | End:
-    """Decide what follows the last of one or more attempts.
+    """Decide whether to restart after the last of one or more attempts.
 
     Args:
         attempts: all of this launch so far, oldest first.

@@ -1,6 +1,6 @@
 """Runs a launch: its ranks, and again after a failure that may not happen again.
 
-`attempt` runs the ranks once, `restarts` decides what follows.
+`attempt` runs the ranks once, `restarts` decides whether to run them again.
 """
 
 import os
@@ -234,7 +234,7 @@ def _as_stop(result: LaunchResult) -> LaunchResult:
 
 
 def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
-    """Remove trials, what killed processes of this machine were writing, the output of a launch in the background, and
+    """Remove trials, unfinished files of killed processes of this machine, the output of a background launch, and
     a STOP file that is older than `checked_at`, when deepcloze began to check this launch, or dated in the future.
     Raises OSError for the STOP file."""
     if folder.stop.exists() and not checked_at <= folder.stop.stat().st_mtime < time.time() + _CLOCK_SKEW:

@@ -37,7 +37,7 @@ class MaskedText(NamedTuple):
     """The T text tokens of several sequences, concatenated."""
 
     tokens: NDArray[np.int64]  # [T]
-    inputs: NDArray[np.int64]  # [T] what the model sees
+    inputs: NDArray[np.int64]  # [T] of the model
     masked: NDArray[np.int64]  # [M] indices of the predicted tokens
 
 

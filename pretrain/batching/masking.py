@@ -56,7 +56,7 @@ class MaskingSchedule:
 class MaskedTokens(NamedTuple):
     """The text tokens [T] of several sequences after masking."""
 
-    inputs: NDArray[np.int64]  # [T] what the model sees
+    inputs: NDArray[np.int64]  # [T] of the model
     indices: NDArray[np.int64]  # [M] which tokens are predicted, ascending
 
 

@@ -49,7 +49,7 @@ _ITEM = create_model(
 
 
 class CleanConfig(TextOptions):
-    """A cleaning: what is read, the steps in their order, and where the documents go."""
+    """A cleaning: its sources, the steps in their order, and the output."""
 
     are_flags: ClassVar[bool] = False
     own_section: ClassVar[str | None] = "steps"

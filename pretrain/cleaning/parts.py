@@ -1,4 +1,4 @@
-"""The files of a pass: documents, what is observed of them, and what was done with them, in parts of a few megabytes.
+"""The files of a pass: documents, their observations and tallies, in parts of a few megabytes.
 
 A part is finished if its tally exists, which is written last. Parts are numbered in the order of the collection.
 """

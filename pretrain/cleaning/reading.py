@@ -17,7 +17,7 @@ from pretrain.corpus.sources import Source, Span, find_sources
 
 
 def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
-    """Expand `source`. Raises UserError for what does not exist, and for a package that is missing."""
+    """Expand `source`. Raises UserError for a missing source or package."""
     sources = find_sources(config.source, "source", lambda name: _reader(name, config) is not None, Path(config.output))
     for source in sources:
         if (reader := _reader_of(source, config)) is not None:

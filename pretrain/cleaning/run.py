@@ -40,7 +40,7 @@ def clean(
     engine: str = "local",
     ray_address: str | None = None,
 ) -> Summary:
-    """Write the folder `config.output`, and print what each step did. `engine` and so on: as `open_engine`.
+    """Write the folder `config.output`, and print the effect of each step. `engine` and so on: as `open_engine`.
 
     An existing result of the same config and sources is kept. Raises UserError for bad input, naming file and place,
     and for an output folder that holds something else; StoppedError if a worker is killed.
@@ -83,7 +83,7 @@ def check(config: CleanConfig, read_task: ReadTask) -> None:
 
 
 def _prepare_steps(config: CleanConfig, read_task: ReadTask) -> list[Step[Any]]:
-    """Make the steps and open what they name. Raises UserError, also for a package that is missing."""
+    """Make the steps and open the files that they name. Raises UserError, also for a package that is missing."""
     steps = []
     for number, item in enumerate(config.steps):
         step = item.make()

@@ -1,7 +1,7 @@
 """The passes of a cleaning. Each reads all documents, in parts that worker processes handle on their own.
 
 A step that compares all documents ends a pass: the pass observes them, the main process decides, and the next pass
-applies the decisions. What a finished part or pass has written is kept if the cleaning is killed.
+applies the decisions. Finished parts and passes are kept if the cleaning is killed.
 """
 
 import json

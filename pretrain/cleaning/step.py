@@ -28,7 +28,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(slots=True)
 class Document:
-    """A text, where it comes from, and what is known about it."""
+    """A text with its source and metadata."""
 
     id: str  # unique in the collection
     source: str  # file, or archive::member
@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
     rule: str  # name of the rule, for counts and examples
     dropped: bool = True  # False: its text was changed
-    detail: str = ""  # what the rule found, such as a matching n-gram
+    detail: str = ""  # the finding of the rule, such as a matching n-gram
 
 
 ReadTask = Callable[[str], Sequence[EvaluationText]]
@@ -156,7 +156,7 @@ def first_of_equal(ordered: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def check_installed(place: str, packages: Sequence[str]) -> None:
-    """Raises UserError if a package of the extra is not installed. place: what needs it."""
+    """Raise UserError if a package of the extra is not installed. place: the key or file that needs it."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{place}: {package} is not installed; run: pip install 'deepcloze[clean]'")

@@ -2,9 +2,9 @@
 
 `deepcloze corpus`, top-down:
 
-- options: the flags; build: the build; job_array: a share of it; build_plan, announcement: what it reads and writes
+- options: the flags; build: the build; job_array: a share of it; build_plan, announcement: its input and output
 - sources, splits: names of sources to parts that a task reads
-- passes, tasks, records: count and tokenize all splits, one split; what is finished
+- passes, tasks, records: count and tokenize all splits, one split; records of finished ones
 - engines, workers: who runs the tasks
 - documents, formats, compression: a split to documents; source_digest: identifies them
 - tokenization: text to token ids; word_cache: each word once

@@ -1,4 +1,4 @@
-"""Say what a build is going to read."""
+"""Announce the sources of a build."""
 
 import sys
 from collections.abc import Sequence

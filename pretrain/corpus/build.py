@@ -62,7 +62,7 @@ def build_corpus(options: CorpusOptions) -> Manifest:
 
 
 def complete_corpus(plan: BuildPlan) -> None:
-    """Build and publish what is left of a corpus, unless another process has done so. Raises LockedError if one is
+    """Build and publish the rest of a corpus, unless another process has done so. Raises LockedError if one is
     doing so, and as `build_corpus`."""
     with _open_build(plan) as run:
         manifests = {} if holds_corpus(plan.folder) else _build(plan, run)
@@ -86,7 +86,7 @@ def _print_summaries(plan: BuildPlan, manifests: Mapping[Part, Manifest]) -> Non
 
 
 def build_job(plan: BuildPlan) -> BuildJob:
-    """Return what the tasks of a build need to know."""
+    """Return the settings that all tasks of a build share."""
     return BuildJob(plan.partial, plan.options, plan.tokenizer.spec, shards.SHARD_TOKENS, tasks.BATCH_BYTES)
 
 
@@ -126,7 +126,7 @@ def _published_heldout(plan: BuildPlan) -> dict[Part, Manifest]:
 def _write_parts(
     plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
 ) -> dict[Part, Manifest]:
-    """Tokenize what is not yet finished, and write the folders of these parts in the partial folder."""
+    """Tokenize the unfinished splits, and write the folders of these parts in the partial folder."""
     cleanings, decontaminated = read_cleanings(plan.sources)
     records, written = _write_shards(plan, run, parts, counts)
     manifests = {}
@@ -141,7 +141,7 @@ def _write_parts(
 def _write_shards(
     plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
 ) -> tuple[list[SplitRecord], list[ShardRecord]]:
-    """Tokenize what is not yet finished, and join the shards of these parts. Returns the records of all splits, in
+    """Tokenize the unfinished splits, and join the shards of these parts. Returns the records of all splits, in
     order, and of the shards, in the order of their files."""
     splits = split_tasks(plan, counts)
     while True:
@@ -161,7 +161,7 @@ def _write_shards(
 
 
 def _check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
-    """Raises UserError if there is no document, or what `check_read` does not accept."""
+    """Raise UserError if there is no document, or if `check_read` does."""
     archives: dict[str, Members] = {}
     for record in records:
         for name, members in record.archives.items():

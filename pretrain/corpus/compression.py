@@ -1,6 +1,6 @@
 """Read .gz and .zst: all members of a file, one after another, or those that begin in a range of its bytes.
 
-A .gz consists of members and a .zst of frames, here both called members. Those of bgzip, pzstd or a WARC writer are
+A .gz consists of members and a .zst of frames, here both called members. bgzip, pzstd and WARC writers make them
 small, so a large file can be read in parallel, from the first member that begins in each range. gzip and zstd write a
 single one.
 """
@@ -138,7 +138,7 @@ def has_several_members(file: IO[bytes], compression: str) -> bool:
 
 
 def estimate_content_bytes(file: IO[bytes], compression: str, size: int) -> int:
-    """Estimate the decompressed size of a file of one member from what its header or its end says of it.
+    """Estimate the decompressed size of a file of one member from its header or its end.
 
     Equal files give equal estimates on every machine: text has no boundaries that depend on how far a library reads.
     """

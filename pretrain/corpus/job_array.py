@@ -27,7 +27,7 @@ _POLL_SECONDS = 2.0
 
 def build_share(options: CorpusOptions) -> None:
     """Tokenize every N-th split, N being the number of tasks in the array, and then join every N-th shard. When
-    the others have done so too, or have ended, one task joins what is left and publishes the corpus.
+    the others have done so too, or have ended, one task joins the rest and publishes the corpus.
 
     If documents are sampled, all must be counted first: one array counts them, the same one submitted again tokenizes
     them. Raises UserError outside a job array, and as `build_corpus`.

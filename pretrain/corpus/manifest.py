@@ -49,7 +49,7 @@ class Recipe:
     seed: int | None  # for holdout and limit; None without either
     limit: int | None
     holdout: int | None
-    segmenter: str | None = None  # name and version of what found the word starts; None: the corpus has none
+    segmenter: str | None = None  # name and version; it found the word starts. None: the corpus has none
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The passes of a build over its text: count the documents, then tokenize them. Each resumes from what is recorded."""
+"""The passes of a build over its text: count the documents, then tokenize them. Each resumes from its records."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar

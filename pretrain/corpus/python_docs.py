@@ -72,7 +72,7 @@ def write_python_docs(
 def read_python_docs(
     packages: Collection[str] | None = None, files_per_package: int | None = None
 ) -> Iterator[PythonDoc]:
-    """Yield each text once, in an order that depends only on what is installed.
+    """Yield each text once, in an order that depends only on the installed packages.
 
     packages: None: all. Raises UserError for one that is not installed.
     files_per_package: at most, evenly spaced; None: all.

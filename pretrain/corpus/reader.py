@@ -131,7 +131,7 @@ class Corpus:
         return zip(mapped, begins.tolist(), ends.tolist(), strict=True)
 
     def find_damage(self, shard: Shard) -> str | None:
-        """Compare a shard with its checksum, and its token ids with the vocabulary. Returns what is wrong, or None."""
+        """Compare a shard with its checksum, and its token ids with the vocabulary. Returns the damage, or None."""
         path = self.path / shard.file
         try:
             found = sha256(path)
@@ -145,7 +145,7 @@ class Corpus:
         return None
 
     def find_tokenizer_damage(self) -> str | None:
-        """Compare the tokenizer with its fingerprint. Returns what is wrong, or None."""
+        """Compare the tokenizer with its fingerprint. Returns the damage, or None."""
         path, expected = self.tokenizer_path, self.tokenizer_fingerprint
         if not path.is_dir():
             return f"{path} is missing; {_ADVICE}"

@@ -159,7 +159,7 @@ def _flags(shard: "MappedShard") -> BoolArray:
 
 
 def write_datasets_metadata(folder: Path, manifest: Manifest) -> None:
-    """Write what `datasets.load_from_disk` needs beside the shards."""
+    """Write the metadata that `datasets.load_from_disk` needs beside the shards."""
     types = {"input_ids": manifest.token_type}
     if manifest.recipe.segmenter is not None:
         types["word_starts"] = "bool"

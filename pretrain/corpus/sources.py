@@ -153,7 +153,7 @@ def find_sources(
     is_read_by_caller: Callable[[str], bool] = lambda _: False,
     output: Path | None = None,
 ) -> tuple[Source, ...]:
-    """Expand what `--source` names. Reads nothing.
+    """Expand the names in `--source`. Reads nothing.
 
     Args:
         named: paths, URLs and other names.

@@ -10,7 +10,7 @@ an archive or Parquet, on its first or last bytes.
 | Parquet | of row groups |
 | .zip | of members |
 | hub data set | of rows |
-| .gz and .zst of one member, CSV, tar | of bytes of the content, at most 16: tasks also read what is before theirs |
+| .gz and .zst of one member, CSV, tar | of bytes of the content, at most 16: tasks also read all bytes before theirs |
 | plain text with `--document file` | none |
 """
 
@@ -33,7 +33,7 @@ from pretrain.corpus.sources import Source, Span
 
 MIN_SPLIT_BYTES, MAX_SPLIT_BYTES = 1 << 20, 1 << 25
 _SPLITS = 4096  # that are aimed at, so that a thousand cores have work until the end
-_READ_TIMES = 16  # at most, a file whose ranges can only be reached by reading what is before them
+_READ_TIMES = 16  # at most, a file whose ranges can only be reached by reading all bytes before them
 _OPENED = 1024  # files at most that are opened for a plan, unless they are larger than this:
 _OPENED_BYTES = 1 << 30
 _HUB_ROWS = 20_000  # of a data set
@@ -108,7 +108,7 @@ def _divide(source: Source, options: TextOptions, size: int, opened: int) -> lis
         with explain_read_errors(source.name):
             return _divide_opened(source, options, size)
     except UserError:
-        return [WHOLE]  # the task that reads it says what is wrong
+        return [WHOLE]  # the task that reads it reports the error
 
 
 def _divide_opened(source: Source, options: TextOptions, size: int) -> list[Range]:

@@ -135,8 +135,8 @@ class DocumentEncoder:
 def hide_special_tokens(tokenizer_json: str, special_ids: Container[int]) -> str:
     """The tokenizer with other names for its special tokens, which no text has; all ids stay.
 
-    `encode_special_tokens` does not keep a model from finding a literal `<s>` in its vocabulary, as Unigram does. What
-    the merges of BPE mention keeps its name.
+    `encode_special_tokens` does not keep a model from finding a literal `<s>` in its vocabulary, as Unigram does.
+    Tokens in the merges of BPE keep their names.
     """
     state = json.loads(tokenizer_json)
     model = state["model"]

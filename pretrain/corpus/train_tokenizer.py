@@ -36,7 +36,7 @@ class _TrainingText:
     documents: int = 0  # in the last pass
 
     def read(self, label: str) -> Iterator[str]:
-        """Yield the text of each document. `label`: what the progress bar says."""
+        """Yield the text of each document. `label`: of the progress bar."""
         stats, self.documents = ReadStats(), 0
         sizes = [source.bytes for source in self.sources if source.bytes is not None]
         shown, text_bytes = 0, 0

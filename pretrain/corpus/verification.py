@@ -1,6 +1,6 @@
 """Verify corpora: once on each host before they are used, and on request.
 
-What a host has verified is recorded in the cache folder of the user, in one file for each host and corpus: a corpus may
+The cache folder of the user has a record for each host and corpus that the host has verified: a corpus may
 be read-only, and a home folder shared by hosts of which one reads it wrongly. The record holds as long as every shard
 keeps its size and modification time.
 """
@@ -67,7 +67,7 @@ def verify_command(folders: str) -> None:
 
 
 def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[tuple[Path, str | None]]:
-    """Yield each shard and what is wrong with it, None if nothing is. Records a corpus without damage."""
+    """Yield each shard and its damage, None without any. Records a corpus without damage."""
     path, content = _record(corpus)
     undamaged, shards = True, corpus.manifest.shards
     with suppress(OSError):

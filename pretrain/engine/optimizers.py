@@ -19,7 +19,7 @@ Group = dict[str, Any]
 class GatedOptimizer(torch.optim.Optimizer):
     """Skips frozen groups, and the whole update if the engine does not allow it.
 
-    What is skipped keeps its weights, moments and step counter, and does not decay. DeepSpeed calls `step` once per
+    Skipped groups keep their weights, moments and step counters, and do not decay. DeepSpeed calls `step` once per
     group or part of one, always after it knows the norm of the whole gradient, and clears the gradients afterwards.
     """
 
@@ -42,7 +42,7 @@ class GatedOptimizer(torch.optim.Optimizer):
 class AdamW(GatedOptimizer, torch.optim.AdamW):
     """Loshchilov and Hutter 2019, arXiv 1711.05101, with torch's fused kernel on GPUs and CPUs."""
 
-    # Read by torch's kernel, on the device: whether to skip the update, 1.0 or 0.0, and what to divide gradients by.
+    # Read by torch's kernel, on the device: whether to skip the update, 1.0 or 0.0, and the divisor of gradients.
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
 
@@ -211,7 +211,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Call after each applied update. Not collective: each rank averages what it owns."""
+        """Call after each applied update. Not collective: each rank averages its own part."""
         for resident in self._partitions.resident_fragments():
             averages, masters = [self.of(fragment) for fragment in resident], [fragment.master for fragment in resident]
             torch._foreach_lerp_(averages, masters, 1 - self._decay)

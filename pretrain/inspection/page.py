@@ -225,7 +225,7 @@ def _beginning(document: Document, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _origin_blocks(manifest: Manifest, cleanings: Sequence[Cleaning]) -> list[Block]:
-    """Shares of sources, and what `deepcloze clean` did; none if nothing is recorded."""
+    """Return shares of sources, and the effects of `deepcloze clean`; none if nothing is recorded."""
     blocks = list[Block]()
     if manifest.sources:
         charts = [

@@ -432,8 +432,8 @@ def _compare_dropped_weights(kernels: VarlenKernels, dtype: torch.dtype) -> None
     """Raises AssertionError if the kernels drop another share, or other weights in the backward pass than in the
     forward pass, or errors of Triton.
 
-    For given dropped weights the output is linear in the values. Therefore its dot product with its gradient is that of
-    the values with theirs. Scores are small, so that the output depends on what was dropped more than on anything else.
+    For given dropped weights the output is linear in the values. Therefore its dot product with its gradient equals
+    the one of the values with theirs. Scores are small, so that the output depends mostly on the dropped weights.
     """
     qkv, bounds, longest = _trial(dtype)
     options = (bounds, longest, 0.01, 0.25, None)

@@ -6,8 +6,8 @@ operator is not seen.
 
 On a GPU other kernels run than on a CPU. `_use_gpu_kernels` replaces the two that keep other tensors for the backward
 pass: dropout, whose mask takes one byte per element there, and attention, which keeps no scores (Dao et al. 2022,
-arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same). `_gpu_head` allocates what
-the fused cross-entropy does. Layers are not compiled: on a GPU, compiled ones keep about as much.
+arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same). `_gpu_head` allocates
+as much as the fused cross-entropy. Layers are not compiled: on a GPU, compiled ones keep about as much.
 """
 
 import weakref

@@ -22,10 +22,10 @@ def write_report(
 ) -> Path:
     """Write index.html to `output`, by default RUN/report; return its path.
 
-    `outcome`: how the run that calls this is about to end; by default, what the files of the run say. `png`: write
+    `outcome`: how the run that calls this is about to end; by default, as the files of the run say. `png`: write
     the charts next to the page, too.
 
-    Raises UserError if the folder is not that of a run, sweep or comparison, or nothing has been logged yet.
+    Raises UserError if the folder has no run, sweep or comparison, or nothing has been logged yet.
     """
     folder = open_folder(run)
     life = None if outcome is None else Life(outcome.value)

@@ -1,7 +1,7 @@
-"""Pages of runs that are kept current: what the runs have logged is read when a page is asked for, and an answer has
-what has changed since the one before.
+"""Pages of runs that are kept current: new log lines are read when a page is requested, and an answer has the changes
+since the one before.
 
-Runs are read by threads, so that a disk that does not answer holds up nothing else: a page shows what is known.
+Runs are read by threads, so that a disk that does not answer holds up nothing else: a page shows the data read so far.
 """
 
 import os
@@ -29,7 +29,7 @@ from experiment.results.report.tasks import read_task_results
 from experiment.run_folder import RunFolder, is_run, planned_folders, runs_in
 from experiment.run_life import Life, read_life
 
-_WAIT = 1.0  # seconds for runs that are read; then a page shows what is known
+_WAIT = 1.0  # seconds for runs that are read; then a page shows the data read so far
 _LOCATE_WAIT = 0.2  # seconds of them until it is known which runs are the newest
 _PAGE_WAIT = 1.5  # seconds for a page
 _READERS = 2  # more would need more memory, and slow down the answers
@@ -98,9 +98,9 @@ class FollowedRun:
         self.started = 0.0  # when it was, or was resumed, as time.time()
         self._located = threading.Event()
         self._problem = ""
-        self._values: dict[Path, tuple[object, Any]] = {}  # file -> its stamp, and what was read from it
+        self._values: dict[Path, tuple[object, Any]] = {}  # file -> its stamp, and its content
         self._reading, self._observing = Task(self._read), Task(self._observe)
-        self.read_at = time.time()  # when what is known was true
+        self.read_at = time.time()  # the time at which the known values were true
 
     @property
     def unread(self) -> float:
@@ -157,7 +157,7 @@ class _FollowedPart(NamedTuple):
     data: ChartsData | None  # of its charts
 
     def changes(self, since: int) -> dict[str, Any]:
-        """The key, and what has changed."""
+        """Return the key and the changes."""
         html = self.part.html if self.version > since else None
         data = None if self.data is None else self.data.changes(since)
         found = {"key": self.part.key, "html": html, "data": data}
@@ -217,7 +217,7 @@ class FollowedPage:
 
 
 class FollowedPages:
-    """The pages of a server: the first one, and those of the runs, sweeps and comparisons that pages link to."""
+    """The pages of a server: the first one, and one for each run, sweep and comparison that pages link to."""
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         """folders: of runs, sweeps and comparisons, or of folders of these."""

@@ -1,4 +1,4 @@
-"""The sections of a report about one training run: tables and charts of what it has logged, and the marks in them."""
+"""The sections of a report about one training run: tables and charts of its metrics, and the marks in them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Remove what a model will be evaluated on, found by shared n-grams (Brown et al. 2020, appendix C)."""
+"""Remove the evaluation data of a model, found by shared n-grams (Brown et al. 2020, appendix C)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple

@@ -24,7 +24,7 @@ class Step(DocumentStep[Config]):
     def apply(self, document: Document) -> Verdict | None:
         import ftfy
 
-        # What changes the meaning or the width of characters is off, as in datatrove's FTFYFormatter.
+        # Options that change the meaning or the width of characters are off, as in datatrove's FTFYFormatter.
         repaired = ftfy.fix_text(
             document.text,
             normalization=self.config.normalization,
