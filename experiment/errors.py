@@ -89,7 +89,7 @@ def is_quiet() -> bool:
 
 
 def escaped(message: str) -> str:
-    """The message without control characters, which would change the terminal, such as those of a quoted file."""
+    """Escape control characters, such as from a quoted file, which would change the terminal."""
     return _CONTROL_CHARACTER.sub(lambda found: f"\\x{ord(found[0]):02x}", message)
 
 

@@ -35,8 +35,8 @@ def unusable(host: str, port: int, error: OSError) -> UserError:
 
 
 def allowed_hosts(names: Sequence[str] | None, address: str) -> frozenset[str] | None:
-    """The names that a server answers to; None: any. names: of an option; without any, those of this machine where only
-    it can reach the `address` to listen on."""
+    """The names that a server answers to; None: any. names: of an option; without any, the names of this machine if
+    only it can reach the `address` to listen on."""
     if names:
         return frozenset(name.lower() for name in names)
     return LOCAL_HOSTS | {address} if ip_address(address).is_loopback else None

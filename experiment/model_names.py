@@ -40,8 +40,8 @@ def local_model(name: str, on_progress: Callable[[], None] = lambda: None, weigh
     """The path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub is
     copied to the user's cache folder first. Raises UserError.
 
-    on_progress: called when something has been received from the Hub. weights: whether to copy those of a model of the
-    Hub, too.
+    on_progress: called when something has been received from the Hub. weights: whether to copy the weights of a Hub
+    model, too.
     """
     _check_form(name)
     if is_url(name):

@@ -128,7 +128,7 @@ def open_folder(run: str | Path) -> RunFolder:
 
 
 def runs_in(folder: str | Path) -> list[Path]:
-    """A run, the runs of a sweep or comparison, or those of a folder with any of these.
+    """Return a run, the runs of a sweep or comparison, or all runs of a folder with any of these.
 
     Raises UserError if the folder does not exist.
     """

@@ -90,7 +90,7 @@ def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
 
 
 def move_events_to_end(order: Sequence[int], missing: Sequence[int], run: ResolvedRun) -> None:
-    """Let the events of other seeds come before those of the missing ones in metrics.jsonl, which drops all events that
+    """Let the events of other seeds come before events of missing ones in metrics.jsonl, which drops all events that
     follow the step at which training continues.
 
     Events of missing seeds go to the files from which `log_events_of_process` logs them again. order: of all seeds.

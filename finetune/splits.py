@@ -118,7 +118,7 @@ def make_task(
 def encode_split(
     table: Table, kind: TaskKind[Any], encoder: Encoder, training: bool, records: Iterable[Record] | None = None
 ) -> Split:
-    """The examples of all records. records: those of the table, with a progress bar. Raises UserError for an invalid
+    """Encode all records. records: the table's own, with a progress bar. Raises UserError for an invalid
     target."""
     expanded = [kind.expand(record, encoder, training) for record in records or table.records]
     return Split(

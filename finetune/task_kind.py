@@ -95,7 +95,7 @@ class TaskKind(ABC, Generic[ConfigT]):
     """The library that opens the model, as the Hub calls it."""
 
     def __init__(self, config: ConfigT, labels: tuple[str, ...]) -> None:
-        """labels: those of the config, or as `find_labels` gives them, in the order of their ids."""
+        """labels: as in the config, or as `find_labels` gives them, in the order of their ids."""
         self.config = config
         self.labels = labels
 

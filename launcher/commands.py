@@ -186,8 +186,8 @@ def export(options: ExportOptions) -> None:
     """Write a model as a Hugging Face folder, or as ONNX.
 
     By default, copies the Hugging Face folder of a checkpoint, or of a fine-tuned model. With --format onnx, the
-    outputs of ONNX Runtime are compared with those of PyTorch on texts of random tokens, and sizes and differences are
-    printed; if those in fp32 are more than 1e-4, nothing is written. `deepcloze predict` and `serve` run the folder.
+    outputs of ONNX Runtime and PyTorch are compared on texts of random tokens, and sizes and differences are
+    printed; if differences in fp32 exceed 1e-4, nothing is written. `deepcloze predict` and `serve` run the folder.
     Needs `pip install 'deepcloze[onnx]'`. To measure the effect of --int8, run `deepcloze predict --score` with both
     folders. See docs/exporting.md.
 

@@ -247,7 +247,7 @@ def _config_file(config: Config, config_type: type[Section], overrides: Override
     build_config(config_type, tree, text)
     run = text.get("run.dir") or (tree.get("run") or {}).get("dir") or "config"
     with tempfile.TemporaryDirectory(prefix="deepcloze-") as folder:
-        file = Path(folder, f"{Path(run).name}.yaml")  # a task without a name has that of its file
+        file = Path(folder, f"{Path(run).name}.yaml")  # a task without a name is called like its file
         write_text(file, write_yaml(tree))
         yield str(file)
 

@@ -45,7 +45,7 @@ class Section(BaseModel):
     )
 
     own_section: ClassVar[str | None] = None
-    """The key that tells this config from those of other commands, if it is the config of a command."""
+    """The key that tells this config from other commands' configs, if it is the config of a command."""
 
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:

@@ -43,7 +43,7 @@ class Line:
     smoothed: bool = False
     marked: bool = False
     dashed: bool = False
-    color: str | None = None  # default: that of `look`
+    color: str | None = None  # default: the color of `look`
     look: int | None = None  # default: the number of the line in its chart, among those without a color or a look
     run: int = 0  # which of the axes of its charts it has
     seed: str = ""  # tells lines of one label apart

@@ -71,7 +71,7 @@ class SeedHistory:
 
     @property
     def axis(self) -> Axis:
-        """The x axis. Time is that of the log events, without evaluations, checkpoints and work lost in a crash."""
+        """The x axis. Time is taken from the log events, without evaluations, checkpoints and work lost in a crash."""
         (steps, tokens), (_, seconds) = (curve.ends for curve in self._time)
         start = [0.0] if len(steps) else []
         found = {"step": steps, "tokens": tokens, "seconds": seconds}

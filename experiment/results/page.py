@@ -254,7 +254,7 @@ def _without_markup(data: object) -> str:
 
 @cache
 def open_templates(*folders: Path, autoescape: bool = True) -> Environment:
-    """The templates in these folders and in that of this module."""
+    """Open the templates in these folders and in this module's folder."""
     environment = Environment(
         loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=autoescape,

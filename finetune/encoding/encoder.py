@@ -77,7 +77,7 @@ class Encoder:
         return [ids or [self.tokenizer.unk_token_id] * bool(text) for ids, text in zip(found, texts, strict=True)]
 
     def ids_of_continuations(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of texts that continue others. SentencePiece would mark the beginning of each as that of a word,
+        """The tokens of texts that continue others. SentencePiece would mark the beginning of each as a word's,
         even if it is punctuation."""
         before, *found = self.ids_of_texts(["(", *(f"({text}" for text in texts)])
         known = self.tokenizer.unk_token_id not in before

@@ -71,7 +71,7 @@ class Kind(TaskKind[Config]):
 
     @property
     def head(self) -> dict[str, Any]:
-        # Otherwise that of a multi-label encoder would stay, and transformers' pipeline would not apply a softmax.
+        # Otherwise the type of a multi-label encoder would stay, and transformers' pipeline would not apply a softmax.
         return {**super().head, "problem_type": "single_label_classification"}
 
     def describe(self, train: Table) -> list[str]:

@@ -226,7 +226,7 @@ def _counted(texts: Sequence[str]) -> str:
 def _entity_tags(sentences: Sequence[Sequence[str]], labels: Sequence[str]) -> list[list[str]]:
     """The tags of each sentence as seqeval reads them: B-, I-, E- or S- and a type.
 
-    Those of BMES and BILOU are translated, and so are letters alone, if no label has a type. Any other tag is an entity
+    Tags of BMES and BILOU are translated, and so are letters alone, if no label has a type. Any other tag is an entity
     of one word.
     """
     others = {label for label in labels if label != "O"}

@@ -50,7 +50,7 @@ class MaskedCorpus:
     masker: Masker
 
     def read_and_mask(self, sequences: BatchSequences, lengths: NDArray[np.int64], rate: float | None) -> MaskedText:
-        """The text of sequences with these text lengths [S]. `rate` None: that of the masker."""
+        """The text of sequences with these text lengths [S]. `rate` None: the masker's."""
         masker = self.masker if rate is None else self.masker.with_rate(rate)
         starts = np.asarray(self.index.starts[sequences.ids])
         tokens = self.corpus.read(starts, lengths).astype(np.int64)

@@ -142,7 +142,7 @@ def detect_format(name: str) -> tuple[str | None, str]:
 
 
 def _suffixes(name: str) -> tuple[str, str]:
-    """The suffix that tells the format, and that of the compression; empty if there is none."""
+    """Return the suffixes of the format and of the compression; empty if there is none."""
     *suffixes, last = ["", *name.lower().split(".")[1:]]
     return (suffixes[-1], last) if suffixes and last in ("gz", "zst") else (last, "")
 

@@ -69,7 +69,7 @@ class TextOptions(Section):
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """The columns to read, that of the text first, and the options that name them."""
+        """The columns to read, the text first, and the options that name them."""
         return {self.column: self.name("column")}
 
 

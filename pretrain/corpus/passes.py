@@ -55,7 +55,7 @@ def tokenize(
 
 
 def total(digests: Iterable[SourceDigest]) -> SourceDigest:
-    """Return the digest of all documents, from those of all splits in order."""
+    """Return the digest of all documents, from the digests of all splits in order."""
     found = SourceDigest()
     for digest in digests:
         found.extend(digest)

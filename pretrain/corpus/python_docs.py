@@ -31,7 +31,7 @@ PYTHON = "python"  # the package name of the standard library
 
 
 class PythonDoc(NamedTuple):
-    """A docstring, page or package description. The field names are those of the JSON lines."""
+    """A docstring, page or package description. The fields are named as in the JSON lines."""
 
     text: str
     package: str  # name of the distribution; "python" for the standard library

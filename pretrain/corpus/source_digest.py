@@ -12,7 +12,7 @@ _BASE = 0x2F4C1B8D5E7A93061D2B4F6A8C0E1357  # any number; another one gives othe
 class SourceDigest:
     """Identifies documents and their order, whatever the files and splits that they come from.
 
-    A polynomial of the documents' hashes, as of Rabin and Karp: that of two sequences follows from those of both.
+    A polynomial of the documents' hashes, as of Rabin and Karp: two sequences' digests give the digest of both.
     """
 
     documents: int = 0

@@ -131,7 +131,7 @@ class _Characters:
         self._inside.update(*(word[1:] for word in words))
 
     def most_frequent(self, count: int, tokens: int) -> tuple[list[str], list[str]]:
-        """The most frequent characters, and those of them that also occur inside words: as many as fit in `tokens`."""
+        """Return the most frequent characters, and those that also occur inside words: as many as fit in `tokens`."""
         by_count = sorted(self.counts, key=lambda character: (-self.counts[character], character))[:count]
         # BERT's pre-tokenizer makes every punctuation character a word of its own.
         inside = {character for character in by_count if character in self._inside and not _is_punctuation(character)}

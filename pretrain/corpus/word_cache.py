@@ -1,4 +1,4 @@
-"""Tokenize each word once, for tokenizers that encode words independently, as those of BERT do.
+"""Tokenize each word once, for tokenizers that encode words independently, as BERT's do.
 
 A text has few different words. Looking them up takes half of the time of `tokenizers`, which computes each again. The
 ids are the same.
@@ -22,7 +22,7 @@ _ASCII_PIECE = re.compile(r"[a-zA-Z0-9]+|[^a-zA-Z0-9]")
 
 
 def encodes_words_independently(tokenizer_json: str) -> bool:
-    """Whether the ids of a text are those of its words, one after another: for WordPiece with BERT's normalizer and
+    """Whether the ids of a text are its words' ids, one after another: for WordPiece with BERT's normalizer and
     pre-tokenizer, which treat all whitespace alike and do not look past it."""
     state = json.loads(tokenizer_json)
     normalizer = state["normalizer"] or {}

@@ -336,7 +336,7 @@ def sum_over_ranks(
 
 
 def _copy_masters(masters: list[Tensor], weights: list[list[Tensor]], shared_memory: SharedMemory | None) -> None:
-    """Copy this rank's masters, [groups], to its partition of the weights, [groups][ranks], and those of other ranks to
+    """Copy this rank's masters, [groups], to its partition of the weights, [groups][ranks], and other ranks' masters to
     theirs. gloo's all-gather takes about twice as long as an exchange, in fp32 three times."""
     rank = dist.get_rank()
     for master, partitions in zip(masters, weights, strict=True):

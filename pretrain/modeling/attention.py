@@ -433,7 +433,7 @@ def _compare_dropped_weights(kernels: VarlenKernels, dtype: torch.dtype) -> None
     forward pass, or errors of Triton.
 
     For given dropped weights the output is linear in the values. Therefore its dot product with its gradient equals
-    the one of the values with theirs. Scores are small, so that the output depends mostly on the dropped weights.
+    the values' dot product with theirs. Scores are small, so that the output depends mostly on the dropped weights.
     """
     qkv, bounds, longest = _trial(dtype)
     options = (bounds, longest, 0.01, 0.25, None)

@@ -1,7 +1,7 @@
 """GELU after a layer with a bias: a Triton kernel for the backward pass.
 
 The kernel writes the gradient of the layer's output and sums it over rows, which is the gradient of the bias. Inductor
-would read the largest tensor of an encoder layer once more. The formula is that of `pretrain.modeling.fast_gelu`.
+would read the largest tensor of an encoder layer once more. For the formula, see `pretrain.modeling.fast_gelu`.
 
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernel on a CPU.
 

@@ -121,7 +121,7 @@ _LIKE_BERT = (
 )
 _TYPES: dict[str, type[nn.Module]] = {
     **{f"{model}SelfAttention": _BertAttention for model in _LIKE_BERT},
-    # That of RobertaPreLayerNorm begins with a norm.
+    # RobertaPreLayerNorm's begins with a norm.
     **{f"{model}Intermediate": _Intermediate for model in _LIKE_BERT if model != "RobertaPreLayerNorm"},
     "ModernBertAttention": _ModernBertAttention,
 }

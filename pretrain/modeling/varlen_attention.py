@@ -8,7 +8,7 @@ Method: Dao 2023, "FlashAttention-2", arXiv 2307.08691: scores are computed bloc
 backward pass recomputes the weights from the scores and the saved logsumexp of each query.
 
 The gradients of queries, keys and values are parts of one tensor, as the layer that computed all three needs them:
-those of the queries and keys before rotary positions (Su et al. 2021, arXiv 2104.09864), if there are any.
+with respect to queries and keys before rotary positions (Su et al. 2021, arXiv 2104.09864), if there are any.
 
 Importing this module imports Triton, for `pretrain.modeling.varlen_kernels`.
 
@@ -162,7 +162,7 @@ def _backward(
     dropout: float,
     reach: int,
 ) -> Tensor:
-    """[T, 3, H, D], the gradients of query, key and value. `gradient` is that of the output, and contiguous.
+    """Return the gradients of query, key and value, [T, 3, H, D]. `gradient`: of the output, contiguous.
 
     cosines, sines: [T, D], of rotary positions of query and key; the gradients are with respect to the unrotated ones.
     """

@@ -93,7 +93,7 @@ def _attends(queries, keys, end, REACH: tl.constexpr):  # type: ignore[no-untype
 
 @triton.jit
 def _random(numbers, seed):  # type: ignore[no-untyped-def]
-    """Odd numbers of 32 bits. Few operations: each thread computes those of its columns in each block."""
+    """Odd numbers of 32 bits. Few operations: each thread computes its columns' numbers in each block."""
     bits = numbers.to(tl.uint32) * 0x9E3779B1 + tl.load(seed).to(tl.uint32)
     return bits ^ (bits >> 16) | 1
 

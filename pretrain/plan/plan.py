@@ -152,8 +152,8 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
 def _seconds_of_run(
     stages: tuple[StageWork, ...], by_step: list[tuple[float, float]], budget: float | None, forked_at: int
 ) -> tuple[float, float, int | None]:
-    """Seconds of computation and of communication, given those of a step of each stage, and about how many steps a time
-    budget lasts for."""
+    """Return the seconds of computation and communication, given the seconds of a step of each stage, and about how
+    many steps a time budget lasts for."""
     if budget is None:
         computing, communicating = (
             sum(seconds * (stage.steps or 0) for seconds, stage in zip(each, stages, strict=True))

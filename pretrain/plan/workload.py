@@ -82,8 +82,8 @@ def _tokens(maker: BatchMaker, order: ShuffledOrder, end: int) -> int:
 
 
 def _stream_tokens(index: SequenceIndex, stream: CorpusStream, positions: int, special: int) -> int:
-    """Tokens of the first `positions` positions of a corpus's stream. Reads at most half of the lengths: those of the
-    last epoch's sequences, or of those that it does not reach."""
+    """Tokens of the first `positions` positions of a corpus's stream. Reads at most half of the lengths: of the
+    last epoch's sequences, or of the sequences that it does not reach."""
     epochs, rest = divmod(positions, len(index))
     whole = int(index.starts[-1]) + special * len(index)
     if rest > len(index) // 2:

@@ -34,7 +34,7 @@ def follow_runs(runs: Sequence[str], port: int) -> None:
 
 
 class PageServer(ThreadingHTTPServer):
-    """Answers with pages: at / with the first one, at /run/NAME with that of a run."""
+    """Answers with pages: at / with the first one, at /run/NAME with the page of a run."""
 
     def __init__(self, listener: socket, pages: FollowedPages) -> None:
         """listener: bound to an address of this machine."""

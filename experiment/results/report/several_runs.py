@@ -35,7 +35,7 @@ from experiment.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, pl
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
-_PRETRAINING = "pretrain"  # folder of a row, beside those of its tasks
+_PRETRAINING = "pretrain"  # folder of a row, beside the folders of its tasks
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
@@ -215,7 +215,7 @@ def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
 
 
 def _groups(folder: RunFolder, comparison: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, RunFolder]]:
-    """The runs whose curves belong together, by title: the pretrainings, and those of each task, by row."""
+    """Group the runs whose curves belong together, by title: pretraining runs, and the runs of each task, by row."""
     groups: dict[str, dict[str, RunFolder]] = {}
     for row, cells in comparison.items():
         for column, cell in cells.items():

@@ -1,6 +1,6 @@
 """Formats that `deepcloze corpus` does not read: one file each, found by its name.
 
-A reader has `matches(name)`, whether a file, a path or URL, has the format, by its name or that of its members, and
+A reader has `matches(name)`, whether a file, a path or URL, has the format, by its name or its members' names, and
 `read(name)`, which yields its documents. `read` raises UserError with file and place for a file that is damaged.
 """
 

@@ -12,7 +12,7 @@ from pretrain.cleaning.step import Arrays, Document, DuplicateStep, OpenedParts,
 
 
 class Config(Section):
-    """Drop documents whose text is that of an earlier one."""
+    """Drop documents with the same text as an earlier one."""
 
 
 class Step(DuplicateStep[Config]):
