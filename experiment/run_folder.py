@@ -46,7 +46,7 @@ class RunFolder:
     provenance = _Below("provenance.json")
     metrics = _Below("metrics.jsonl")
     results = _Below("results.json")
-    """The scores of a fine-tuning."""
+    """The scores of a fine-tuning run."""
     tensorboard = _Below("tensorboard")
     wandb = _Below("wandb")
     checkpoints = _Below("checkpoints")
@@ -79,12 +79,12 @@ class RunFolder:
     """Renewed by the process that writes to the folder, for other machines, see `run_lock`."""
 
     def seed_folder(self, seed: int) -> Path:
-        """Folder of a seed of fine-tuning, when it is finished."""
+        """Folder of a finished fine-tuning seed."""
         return self.path / f"seed-{seed}"
 
     @property
     def finished_seeds(self) -> dict[int, Path]:
-        """Seed -> the file with which a finished seed of fine-tuning is complete. Copies of a seed do not count."""
+        """Seed -> the file that marks a finished fine-tuning seed as complete. Copies of a seed do not count."""
         found = {path: _SEED.fullmatch(path.parent.name) for path in sorted(self.path.glob("seed-*/COMPLETE"))}
         return {int(name[1]): path for path, name in found.items() if name is not None}
 

@@ -42,7 +42,7 @@ def read_life(folder: RunFolder) -> Life:
 def _life_of_rank0(folder: RunFolder) -> Life:
     """Return the state of a run that DeepSpeed's launcher has started itself: no process has locked the folder."""
     process = read_rank_record(folder, 0)
-    if process is None and folder.results.exists():  # a fine-tuning with version 0.2.0
+    if process is None and folder.results.exists():  # a fine-tuning run of version 0.2.0
         return Life("done")
     if process is None:
         if any(path.exists() for path in (folder.metrics, folder.launches)):

@@ -1,4 +1,4 @@
-"""One process at a time writes to a run folder: the launch of a pretraining, or a fine-tuning.
+"""One process at a time writes to a run folder: the launch of a pretraining run, or a fine-tuning run.
 
 On one machine the system keeps the lock and releases it when the process ends, however it ends. Not all network file
 systems do that between machines. There the owner renews a file, and one that has not been renewed for a while counts as

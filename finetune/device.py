@@ -69,7 +69,7 @@ class Microbatch:
         size = min(self.size, len(examples))
         while not _fits(compute, [examples[start : start + size] for start in range(0, len(examples), size)]):
             if size == 1:
-                raise UserError("out of memory with a single example; lower model.max_seq_length of the fine-tuning")
+                raise UserError("out of memory with one example; lower model.max_seq_length in the fine-tuning config")
             size = -(-size // 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

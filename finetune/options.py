@@ -101,7 +101,7 @@ class ServeOptions(Section):
 
 class ExportOptions(Section):
     checkpoint: Annotated[PathText, Metavar("DIR")]
-    """Model to export: a checkpoint of a pretraining, or a run (its newest checkpoint), or the URL of one; a
+    """Model to export: a pretraining checkpoint, or a run (its newest checkpoint), or the URL of one; a
     fine-tuned model folder, or a run (its best seed on validation); or a folder of transformers, or NAME[@REVISION]
     of a model on the Hub."""
 

@@ -128,7 +128,7 @@ def plan(options: PlanOptions) -> None:
 
 
 def preflight(options: PreflightOptions) -> None:
-    """Check whether hosts can run a pretraining.
+    """Check whether hosts can carry out a pretraining run.
 
     Compares Python, packages, code and files of all hosts with this machine's, checks ssh, run folder, disk, devices,
     clocks and network, and times an all-reduce. Prints a row for each host, and a fix for each failure; exits with 2 if
@@ -283,7 +283,7 @@ def sweep(options: SweepOptions) -> None:
 def compare(options: CompareOptions) -> None:
     """Compare initializations: rows × tasks × seeds.
 
-    Fine-tunes each row of FILE on each of its tasks with each seed, after a pretraining on other text for rows that
+    Fine-tunes each row of FILE on each of its tasks with each seed, after pretraining on other text for rows that
     ask for one, and prints test scores with the significance of their differences. Run the same command again to
     resume: each cell runs once. Writes compare.json, .csv, .md, .png and a report. See docs/comparing.md.
 
@@ -402,7 +402,7 @@ def recipes(options: RecipesOptions) -> None:
 
 
 def validate(options: ValidateOptions) -> None:
-    """Check the config of a pretraining, fine-tuning, comparison or cleaning, and its files. Starts nothing.
+    """Check a pretraining, fine-tuning, comparison or cleaning config, and its files. Starts nothing.
 
     Example:
         deepcloze validate my-run.yaml

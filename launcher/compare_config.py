@@ -28,8 +28,8 @@ class RowConfig(Section):
     """`random` keeps the architecture and initializes the weights randomly, as a baseline."""
 
     pretrain: PretrainConfigName | None = None
-    """Config of a pretraining, or name of a recipe, that continues from `init_from` before the tasks, such as on their
-    own text; null: none."""
+    """Pretraining config, or name of a recipe, that continues from `init_from` before the tasks, such as on their own
+    text; null: none."""
 
     @model_validator(mode="after")
     def _pretrained_weights_are_used(self) -> Self:

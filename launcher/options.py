@@ -154,7 +154,7 @@ class CompareOptions(LaunchOptions):
 
 class WatchOptions(Section):
     run: Annotated[PathText, Positional("RUN")]
-    """Run folder of a pretraining, which may be running on other machines."""
+    """Folder of a pretraining run, which may be running on other machines."""
 
     task: Annotated[FinetuneConfigName, Metavar("FILE")]
     """The task as YAML, as for `deepcloze finetune`; its run.dir and model.init_from are replaced."""
@@ -195,7 +195,7 @@ class FinetuneOptions(Section):
 
 class ValidateOptions(Section):
     config: Annotated[ConfigName, Positional("FILE")]
-    """The config of a pretraining, fine-tuning, comparison or cleaning, or the name of a recipe."""
+    """A pretraining, fine-tuning, comparison or cleaning config, or the name of a recipe."""
 
     overrides: dict[str, str] = {}
     """Any config key, for example --optimizer.lr=1e-4."""

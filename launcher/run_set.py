@@ -196,7 +196,7 @@ def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:
 def _is_finished(folder: RunFolder, state: str | None) -> bool:
     """Whether a run is done, also if the command was killed before it could note that.
 
-    state: in the record. A fine-tuning that has other seeds now may have results of fewer seeds.
+    state: in the record. A fine-tuning run that has other seeds now may have results of fewer seeds.
     """
     outcome = read_outcome(folder)
     return state != _OTHER_SEEDS and outcome is not None and outcome.outcome is Outcome.DONE

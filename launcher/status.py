@@ -40,9 +40,9 @@ class RunStatus:
 
     run: str
     state: State
-    finished_seeds: int | None  # of a fine-tuning
+    finished_seeds: int | None  # of a fine-tuning run
     seeds: int | None
-    score: float | None  # mean of the seeds: of a fine-tuning that is done
+    score: float | None  # mean of the seeds: of a finished fine-tuning run
     metric: str | None
     split: str | None  # that the score is of: test, or validation without one
     host: str | None
@@ -57,7 +57,7 @@ class RunStatus:
     checkpoint_age: float | None  # seconds
     bad_batches: int
     goodput: float | None  # share of the time so far
-    attempts: int  # launches, and restarts by the launcher; of a fine-tuning, commands that have begun to train
+    attempts: int  # launches, and restarts by the launcher; in fine-tuning, commands that have begun to train
 
 
 def read_status(run: str) -> RunStatus:
@@ -132,8 +132,8 @@ def _seeds(folder: RunFolder) -> list[int] | None:
 
 
 def _times_of_commands(folder: RunFolder, step: int | None, logged: Sequence[Path]) -> list[AttemptTime]:
-    """The attempts at a fine-tuning, without activities: the start of each, and the last event of the last one. Empty
-    if provenance.json cannot be read, as in a copy that is not complete. logged: the files of the events."""
+    """Return the attempts at a fine-tuning run, without activities: the start of each, and the last event of the last
+    one. Empty if provenance.json cannot be read, as in an incomplete copy. logged: the files of the events."""
     lines = []
     with suppress(OSError, UserError, LookupError, TypeError, ValueError):
         for number, command in enumerate((read_provenance(folder) or {"attempts": []})["attempts"]):
@@ -147,7 +147,7 @@ def _times_of_commands(folder: RunFolder, step: int | None, logged: Sequence[Pat
 
 
 def _score(folder: RunFolder) -> tuple[str | None, str | None, float | None]:
-    """The metric of a fine-tuning, and the split and the mean of its main score."""
+    """Return the metric of a fine-tuning run, and the split and the mean of its main score."""
     with suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         results = read_json(folder.results)
         if (found := main_score(results)) is not None:

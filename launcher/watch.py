@@ -1,4 +1,4 @@
-"""`deepcloze watch`: score each new complete checkpoint of a pretraining once, oldest first.
+"""`deepcloze watch`: score each new complete checkpoint of a pretraining run once, oldest first.
 
 `RUN/downstream/TASK/step-XXXXXXXX.json` is the record that a checkpoint is scored. The events go to metrics.jsonl and
 Weights & Biases through the process that writes them: rank 0 while the run is running, this one when it has ended.
@@ -57,9 +57,9 @@ def watch_run(options: WatchOptions) -> None:
 
 
 def read_run_config(run: RunFolder) -> PretrainConfig:
-    """The config of a run. Raises UserError if the folder is not one of a pretraining, or is not complete."""
+    """Read the config of a run. Raises UserError if the folder is not a pretraining run, or is not complete."""
     if not run.config.is_file():
-        raise UserError(f"{run.path} is not the folder of a pretraining that has started: it has no {run.config.name}")
+        raise UserError(f"{run.path} is not a pretraining run that has started: it has no {run.config.name}")
     if next(run.path.glob("seed-*"), None) is not None:
         raise UserError(f"{run.path} is a run of `deepcloze finetune`; expected one of `deepcloze pretrain`")
     if read_provenance(run) is None:  # rank 0 writes it first

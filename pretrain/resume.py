@@ -102,7 +102,7 @@ def find_resume_candidates(run: RunConfig, folder: RunFolder) -> ResumeCandidate
     A fork that has saved a checkpoint resumes from it; one that has not forks again.
 
     Raises UserError for a `run.resume` that names no checkpoint, a run folder that should be unused, and one that holds
-    something else than a pretraining.
+    anything but a pretraining run.
     """
     check_run_folder(folder, "pretraining run")
     own = complete_checkpoints(folder.checkpoints)

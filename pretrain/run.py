@@ -66,7 +66,7 @@ def pretrain(
     recorder: RankRecorder,
     times: ActivityTimer,
 ) -> ReportedOutcome:
-    """Run or resume a pretraining on this rank. The process group is connected. Raises UserError."""
+    """Pretrain, or resume pretraining, on this rank. The process group is connected. Raises UserError."""
     with deadline(_timeout(config), partial(give_up, recorder, "the ranks did not connect to each other's hosts")):
         group = CpuGroup(_timeout(config), times.make_progress)
     try:

@@ -203,7 +203,7 @@ def _place(key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: M
 
 
 _KINDS = {
-    "corpus": ("a pretraining", "pretrain"),
+    "corpus": ("a pretraining run", "pretrain"),
     "task": ("a task", "finetune"),
     "rows": ("a comparison", "compare"),
     "steps": ("a cleaning", "clean"),

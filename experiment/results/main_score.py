@@ -1,4 +1,4 @@
-"""The score of a fine-tuning that `deepcloze status` and reports show."""
+"""The score of a fine-tuning run that `deepcloze status` and reports show."""
 
 from collections.abc import Mapping
 from typing import Any

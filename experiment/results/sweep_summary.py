@@ -44,7 +44,7 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
 
 
 def metric_title(metric: str, config: Mapping[str, object]) -> str:
-    """A metric with the split it is of, which metrics of a pretraining name themselves. config: of a run, flat."""
+    """Return a metric with its split, which metrics of a pretraining run name themselves. config: of a run, flat."""
     return f"validation {metric}" if "task.kind" in config else metric
 
 

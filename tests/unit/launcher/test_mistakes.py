@@ -150,11 +150,11 @@ CONFIGS = {
         r"train.csv is not a config: expected a YAML file, which names the data; see `deepcloze recipes`",
     ),
     "task to pretrain": Mistake("pretrain --config task.yaml", r"the config of a task, for `deepcloze finetune`"),
-    "pretraining to finetune": Mistake("finetune --config run.yaml", r"of a pretraining, for `deepcloze pretrain`"),
+    "pretraining to finetune": Mistake("finetune --config run.yaml", r"of a pretraining run, for `deepcloze pretrain`"),
     "comparison to pretrain": Mistake("pretrain --config compare.yaml", r"a comparison, for `deepcloze compare`"),
     "task to compare": Mistake("compare task.yaml", r"the config of a task, for `deepcloze finetune`"),
     "task to plan": Mistake("plan --config task.yaml", r"the config of a task, for `deepcloze finetune`"),
-    "pretraining to watch": Mistake("watch run --task run.yaml", r"of a pretraining, for `deepcloze pretrain`"),
+    "pretraining to watch": Mistake("watch run --task run.yaml", r"of a pretraining run, for `deepcloze pretrain`"),
     "tab": Mistake(
         "validate tab.yaml", r"tab.yaml, line 2: found a tab: use spaces, not tabs", {"tab.yaml": "run:\n\tdir: x\n"}
     ),

@@ -242,7 +242,7 @@ def test_mistakes_are_rejected_at_the_start(
     """Catches a watch that waits for ever in a folder that is no run, and two that score the same checkpoints."""
     monkeypatch.setattr("launcher.watch.read_watched_task", lambda file, probe: TASK)
     assert main(["watch", str(tmp_path), "--task", "toy.yaml"]) == 2
-    assert "is not the folder of a pretraining that has started: it has no config.yaml" in capsys.readouterr().err
+    assert "is not a pretraining run that has started: it has no config.yaml" in capsys.readouterr().err
     with lock_run(open_run_folder(run.downstream / "toy")):
         assert main(["watch", str(run.path), "--task", "toy.yaml"]) == 2
     assert f"another deepcloze process is using {run.downstream / 'toy'}" in capsys.readouterr().err

@@ -273,7 +273,7 @@ def test_running_out_of_memory_changes_no_loss(error: RuntimeError, caplog: pyte
 
 def test_too_little_memory_for_one_example_is_a_user_error() -> None:
     """Catches an endless loop, a traceback of the allocator, and advice that `deepcloze predict` has no key for."""
-    with pytest.raises(UserError, match=r"single example; lower model\.max_seq_length of the fine-tuning"):
+    with pytest.raises(UserError, match=r"one example; lower model\.max_seq_length in the fine-tuning config"):
         fit_without_dropout(TrainingConfig(batch_size=4), model=SmallMemory(0, OUT_OF_MEMORY[0]))
 
 
