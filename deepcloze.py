@@ -73,7 +73,7 @@ def run() -> NoReturn:
 
 
 def _put_own_packages_first() -> None:
-    """Raises ImportError if another module with the name of a package has been imported."""
+    """Put our packages first on the path. Raises ImportError if a module with the name of one has been imported."""
     hidden = [name for name in _PACKAGES if _location(name) != _ROOT / name]
     if not hidden:
         return

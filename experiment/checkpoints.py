@@ -178,7 +178,7 @@ def verify_name(checkpoint: Path) -> str | None:
 
 
 def files_below(folder: str) -> Callable[[list[str]], Sequence[str]]:
-    """Makes `verify` read one folder of a checkpoint."""
+    """Let `verify` read one folder of a checkpoint."""
     return lambda names: [name for name in names if name.startswith(f"{folder}/")]
 
 
@@ -188,7 +188,7 @@ def verify_descriptions(checkpoint: Path) -> str | None:
 
 
 def weights_digest(checkpoint: Path) -> str:
-    """Identifies the contents of a complete checkpoint's Hugging Face folder. Raises OSError or ValueError if its
+    """Identify the contents of a complete checkpoint's Hugging Face folder. Raises OSError or ValueError if its
     COMPLETE file cannot be read, as after the checkpoint was deleted."""
     checksums = read_json(checkpoint / COMPLETE)
     if not isinstance(checksums, dict):

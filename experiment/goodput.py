@@ -239,7 +239,7 @@ class ActivityTimer:
             write_text(self._folder.goodput, text)
 
     def _switch(self, activity: str, recorded: bool) -> str:
-        """Returns the activity before."""
+        """Switch the activity. Returns the one before."""
         self._settle()
         before, self._activity = self._activity, activity
         self._changes += 1

@@ -48,7 +48,7 @@ class Service:
 
 
 def webhook_service(environ: Mapping[str, str] = os.environ) -> Service:
-    """POSTs JSON to DEEPCLOZE_WEBHOOK_URL. Raises UserError without the URL, which is secret."""
+    """Return a service that POSTs JSON to DEEPCLOZE_WEBHOOK_URL. Raises UserError without the URL, which is secret."""
     url = environ.get(_WEBHOOK, "")
     if not url.startswith(("https://", "http://")):
         raise UserError(f"tracking.alerts.webhook: set {_WEBHOOK} to a URL that begins with https:// or http://")

@@ -126,7 +126,7 @@ class RankRecord:
     exit: int | None = None  # its exit code; None: it runs, or was killed
 
     def write(self, folder: RunFolder) -> None:
-        """Raises OSError."""
+        """Write the record. Raises OSError."""
         write_json(folder.rank_record(self.rank), asdict(self))
 
     @classmethod

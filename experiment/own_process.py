@@ -32,7 +32,7 @@ _given_device: list[str | None] = []  # the variable before `use_cpu`
 
 
 def module_command(module: str) -> tuple[str, ...]:
-    """Runs a module as a program; start it with `own_environment`."""
+    """Return the command of a module as a program; start it with `own_environment`."""
     return (sys.executable, "-P", "-m", module)
 
 

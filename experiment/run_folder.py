@@ -120,7 +120,7 @@ def is_run(folder: RunFolder) -> bool:
 
 
 def open_folder(run: str | Path) -> RunFolder:
-    """Raises UserError if there is no such folder."""
+    """Open a run folder. Raises UserError if there is none."""
     folder = RunFolder(Path(run).absolute())
     if not folder.path.is_dir():
         raise UserError(f"there is no run folder {folder.path}")

@@ -24,7 +24,7 @@ class Life:
 
 
 def read_life(folder: RunFolder) -> Life:
-    """Takes seconds if the run was last used on another machine, and has not ended properly."""
+    """Read the state of a run. Takes seconds if it was last used on another machine, and has not ended properly."""
     use = folder_use(folder)
     if use.alive:
         return Life("running", use.host)

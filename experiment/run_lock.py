@@ -44,7 +44,7 @@ Renewal = int
 def lock_run(
     folder: RunFolder, on_lost: Callable[[], object] = lambda: None, dead: Renewal | None = None
 ) -> Iterator[None]:
-    """Raises UserError if another process, of this machine or another one, uses the run folder, which must exist.
+    """Lock a run folder, which must exist. Raises UserError if another process, here or on another machine, uses it.
     Ranks that a dead launch has left get some time to end.
 
     Takes as long as `_DEAD_SECONDS` after a process on another machine, or before a reboot of this one, that did not
@@ -72,7 +72,7 @@ def lock_run(
 
 
 def check_unlocked(folder: RunFolder) -> Renewal | None:
-    """Raises UserError as `lock_run`. The folder may not exist, and nothing is written.
+    """Raise UserError like `lock_run`. The folder may not exist, and nothing is written.
 
     Returns the last renewal of a process on another machine that was found dead, for `lock_run`: it need not wait.
     """
@@ -106,7 +106,7 @@ def _is_held(lock: Path) -> bool:
 
 
 def _wait_for_processes(folder: RunFolder) -> None:
-    """Raises UserError if processes of an earlier command, which was killed, do not end within `_DEAD_SECONDS`."""
+    """Wait for processes of an earlier, killed command. Raises UserError if they do not end within `_DEAD_SECONDS`."""
     start, said = time.monotonic(), False
     while _is_held(folder.processes_lock):
         seconds = time.monotonic() - start
@@ -171,7 +171,7 @@ def _used(folder: RunFolder) -> UserError:
 
 
 def _check_other_machine(folder: RunFolder, dead: Renewal | None = None) -> Renewal | None:
-    """Raises UserError if a process on another machine renews its file. Returns when a dead one last did.
+    """Raise UserError if a process on another machine renews its file. Returns when a dead one last did.
 
     `dead`: the last renewal of a process that has been found dead before.
     """

@@ -108,7 +108,7 @@ class _SleepingTeam:
     """Threads of OpenMP that sleep."""
 
     def __init__(self, openmp: ctypes.CDLL, threads: int) -> None:
-        """Raises RuntimeError if they cannot be started."""
+        """Start the threads. Raises RuntimeError if they cannot be started."""
         _check_startable(threads)
         self._ended = threading.Event()
         ready = threading.Event()

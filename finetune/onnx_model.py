@@ -29,7 +29,7 @@ def holds_onnx_model(folder: Path) -> bool:
 
 
 def require_packages(*names: str) -> None:
-    """Raises UserError if one of the packages of the extra `onnx` is missing."""
+    """Raise UserError if one of the packages of the extra `onnx` is missing."""
     if missing := [name for name in names if find_spec(name) is None]:
         raise UserError(f"{', '.join(missing)} not installed; run: pip install 'deepcloze[onnx]'")
 

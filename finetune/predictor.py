@@ -101,7 +101,7 @@ class Predictor:
         return [self.kind.calibrate(prediction, self.temperature) for prediction in predictions]
 
     def check_calibrated(self, calibrated: bool) -> None:
-        """Raises UserError if calibrated probabilities are asked for, and there is no temperature."""
+        """Raise UserError if calibrated probabilities are asked for, and there is no temperature."""
         if calibrated and self.temperature is None:
             raise missing_temperature(self.folder)
 

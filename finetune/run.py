@@ -176,5 +176,5 @@ def _describe_training(resolved: ResolvedRun) -> str:
 
 
 def _log_from_step(tracker: Tracker, first: int) -> Log:
-    """Logs a seed's steps counted from `first`, so that the seeds of a run share one time axis."""
+    """Log a seed's steps counted from `first`, so that the seeds of a run share one time axis."""
     return lambda step, figures: tracker.log({"step": first + step, **figures})

@@ -109,7 +109,7 @@ def override_task(saved: SavedTask, overrides: Mapping[str, str]) -> SavedTask:
 
 
 def _verify(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Raises UserError for a file that is not as training wrote it. An ONNX folder lacks some of them."""
+    """Raise UserError for a file that is not as training wrote it. An ONNX folder lacks some of them."""
     for name, expected in checksums.items():
         path = folder / Path(name).name
         if path.is_file() and checksum(path) != expected:

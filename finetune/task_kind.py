@@ -161,11 +161,11 @@ class TaskKind(ABC, Generic[ConfigT]):
                 yield from _texts(record.values.get(role))
 
     def check_input(self, record: Record) -> None:
-        """Raises UserError for a record that cannot be predicted, as `expand` does: without a tokenizer, to find it
+        """Raise UserError for a record that cannot be predicted, as `expand` does: without a tokenizer, to find it
         early."""
 
     def check_target(self, record: Record) -> None:
-        """Raises UserError for an invalid target, as `expand` does: without a tokenizer, to find it early."""
+        """Raise UserError for an invalid target, as `expand` does: without a tokenizer, to find it early."""
 
     def count_options(self, record: Record) -> int:
         """The texts of a record that are scored one by one, such as choices; 0 if there are none."""

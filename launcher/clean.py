@@ -12,7 +12,7 @@ from pretrain.cleaning.config import CleanConfig
 
 
 def clean_command(options: CleanOptions) -> None:
-    """Raises UserError for bad input, and StoppedError if the cleaning can be resumed."""
+    """Clean documents. Raises UserError for bad input, and StoppedError if the cleaning can be resumed."""
     config = load_config(CleanConfig, options.config, options.overrides)
     from pretrain.cleaning.run import clean
 

@@ -357,7 +357,7 @@ def _filled(text: str, width: int) -> str:
 
 
 def table(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
-    """Two columns; the second one is wrapped."""
+    """Format two columns; the second one is wrapped."""
     column = max(len(left) for left, _ in rows) + 4
     return [
         textwrap.fill(

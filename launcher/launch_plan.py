@@ -164,7 +164,7 @@ def _resolve(config: PretrainConfig, ranks: int) -> "ResolvedRun":
 
 
 def _cache_needs(run: "ResolvedRun") -> CacheNeeds | None:
-    """Raises UserError if `corpus.cache_gib` is less than the corpora take."""
+    """Return the needs of the cache. Raises UserError if `corpus.cache_gib` is less than the corpora take."""
     config = run.config.corpus
     if config.cache is None or not any(map(is_url, config.sources)):
         return None

@@ -22,7 +22,7 @@ _RANK_LOG = re.compile(r"rank-(\d+)\.log")
 
 
 def print_logs(options: LogsOptions) -> None:
-    """Raises UserError if there is no such run, or no such log."""
+    """Print a log. Raises UserError if there is no such run, or no such log."""
     folder = find_run(options.run)
     try:
         with log_file(folder, options.rank).open("rb") as file:

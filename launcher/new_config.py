@@ -17,7 +17,7 @@ from launcher.options import RecipesOptions
 
 
 def recipes_command(options: RecipesOptions) -> None:
-    """Raises UserError for a missing or unknown name, and for a target that exists."""
+    """List or copy recipes. Raises UserError for a missing or unknown name, and for an existing target."""
     if options.action == "ls":
         print(_recipe_table())
         return

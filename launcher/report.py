@@ -135,7 +135,7 @@ def _sentences_of(folder: RunFolder) -> list[MaskedSentence]:
 def choose_sentences(
     texts: Iterator[tuple[NDArray[np.int32], NDArray[np.bool_] | None]], tokenizer: "PreTrainedTokenizerFast"
 ) -> list[MaskedSentence]:
-    """Ten different sentences, each with one masked word. texts: their beginnings [T] as token ids, and which of the
+    """Choose ten different sentences, each with one masked word. texts: their beginnings [T] as token ids, and which
     tokens begin a word, None: as the tokenizer says."""
     from pretrain.batching.vocabulary import build_vocabulary
 

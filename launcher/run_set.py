@@ -204,7 +204,7 @@ def _is_finished(folder: RunFolder, state: str | None) -> bool:
 
 @contextmanager
 def _locked(folder: RunFolder, option: str) -> Iterator[None]:
-    """Raises UserError that names the option of the folder."""
+    """Lock the folder. Raises UserError that names its option."""
     with ExitStack() as lock:
         try:
             lock.enter_context(lock_run(open_run_folder(folder.path)))

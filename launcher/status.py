@@ -101,7 +101,7 @@ def read_status(run: str) -> RunStatus:
 
 
 def find_run(run: str) -> RunFolder:
-    """Raises UserError if there is no such run."""
+    """Find a run. Raises UserError if there is none."""
     folder = open_folder(run)
     if is_run(folder):
         return folder
@@ -177,7 +177,7 @@ def _age(checkpoint: Path) -> float | None:
 
 
 def print_status(folders: Sequence[str], as_json: bool) -> None:
-    """Raises UserError if a folder does not exist, or if there is no run."""
+    """Print the status of runs. Raises UserError if a folder does not exist, or if there is no run."""
     runs = {folder: runs_in(folder) for folder in folders}
     if not any(runs.values()):
         raise UserError(f"{folders[0]} is not a run folder and contains none")

@@ -104,7 +104,7 @@ class Announcement:
 
 
 def make_announcement(command: str | None, mail: str | None) -> Announcement:
-    """Raises UserError if mail is wanted and the environment does not say how to send it."""
+    """Make an announcement. Raises UserError if mail is wanted and the environment does not say how to send it."""
     return Announcement(command, None if mail is None else (mail_service(mail), mail))
 
 
@@ -224,7 +224,7 @@ class Watch:
         return self._all_logged
 
     def _log_missing(self) -> bool:
-        """Returns whether this process could log."""
+        """Log missing results. Returns whether this process could."""
         if not has_ended(self._run):
             return False
         with ExitStack() as lock:

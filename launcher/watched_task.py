@@ -60,7 +60,7 @@ class WatchedTask:
 
 
 def read_watched_task(file: str, probe: bool) -> WatchedTask:
-    """Raises UserError for a config that cannot be scored on validation."""
+    """Read a task. Raises UserError for a config that cannot be scored on validation."""
     config = load_config(FinetuneConfig, file, {**_REPLACED, "run.dir": ".", "model.init_from": "."})
     with user_errors_in(file):
         check_validation(config, "checkpoints are scored on validation")

@@ -237,7 +237,7 @@ def _unique_names(corpora: Sequence[str]) -> list[str]:
 
 
 def _check_word_boundaries(unit: str, corpora: Sequence[TrainingCorpus], vocabulary: Vocabulary) -> None:
-    """Raises UserError where word boundaries are unknown; warns of text that seems to be written without spaces."""
+    """Raise UserError where word boundaries are unknown; warn of text that seems to be written without spaces."""
     for corpus in (given.corpus for given in corpora):
         if vocabulary.word_boundaries is None:
             raise UserError(
@@ -256,7 +256,7 @@ def _check_word_boundaries(unit: str, corpora: Sequence[TrainingCorpus], vocabul
 
 
 def _check_batches(config: PretrainConfig, positions: int | None, vocabulary: Vocabulary, world_size: int) -> None:
-    """Raises UserError for sequences that do not fit the model; warns of batches that do not occupy all ranks."""
+    """Raise UserError for sequences that do not fit the model; warn of batches that do not occupy all ranks."""
     lengths = {"batch.max_seq_length": config.batch.max_seq_length} | {
         f"max_seq_length of number {number + 1} of schedule.stages": stage.max_seq_length
         for number, stage in enumerate(config.stages)
@@ -293,7 +293,7 @@ def _plan_resume(
 
 
 def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None:
-    """Raises UserError for a fork of a model with another tokenizer, or one whose steps are already done.
+    """Raise UserError for a fork of a model with another tokenizer, or one whose steps are already done.
 
     A length in epochs or tokens has to wait for `open_stream`, which knows the steps in it.
     """

@@ -244,7 +244,7 @@ def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
 
 
 def check_fork_length(plan: ResumePlan, steps: int | None) -> None:
-    """Raises UserError for a fork that has nothing left to train. `steps`: in the whole run; None if unknown."""
+    """Raise UserError for a fork that has nothing left to train. `steps`: in the whole run; None if unknown."""
     if plan.fork and steps is not None and plan.step >= steps:
         raise UserError(
             f"the run has {steps} steps, but a fork continues its parent's step count, and {plan.checkpoint} is at "

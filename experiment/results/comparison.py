@@ -89,7 +89,7 @@ def score_charts(comparison: Comparison) -> list[DotChart]:
 
 
 def _dots(row: str, cell: Mapping[str, Any]) -> Dots:
-    """Raises TypeError or ValueError for values that are no numbers."""
+    """Convert a row to dots. Raises TypeError or ValueError for values that are no numbers."""
     interval = cell.get("interval")
     if interval is not None:
         low, high = interval

@@ -51,7 +51,7 @@ def render_card(
 
 
 def usage_section(*parts: str) -> str:
-    """Parts are Markdown. Empty without any."""
+    """Join parts, in Markdown, to a section; empty without any."""
     return "\n".join(["## Usage\n", *(f"{part.strip()}\n" for part in parts), ""]) if parts else ""
 
 

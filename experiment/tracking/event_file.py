@@ -28,7 +28,7 @@ _LENGTH, _CHECKSUM = 8, 4  # bytes: a record is its length, a checksum of that, 
 
 
 def require_tensorboard() -> None:
-    """Raises UserError if the package is missing."""
+    """Raise UserError if the package is missing."""
     if find_spec("tensorboard") is None:
         raise UserError("tracking.tensorboard: tensorboard not installed; run: pip install 'deepcloze[tensorboard]'")
 

@@ -110,7 +110,7 @@ class EventReader:
         return 1.0 - self._end / self._size if self._size else 0.0
 
     def read_new(self) -> Iterator[list[Event] | None]:
-        """Yields the events of complete lines that are new, in blocks; None before them if the file was rewritten or is
+        """Yield the events of complete lines that are new, in blocks; None before them if the file was rewritten or is
         gone: earlier events are no longer valid. Raises OSError."""
         try:
             file = self._path.open("rb")
@@ -140,7 +140,7 @@ def last_number(events: Sequence[Event], key: str) -> Any:
 
 
 def _parse(lines: bytes) -> list[Event]:
-    """Skips lines that are no events."""
+    """Parse lines, except those that are no events."""
     complete, _, last = lines.rpartition(b"\n")  # not str.splitlines, which also splits at U+2028 and others
     try:
         found = from_json(b"[" + complete.strip(b"\n").replace(b"\n", b",") + b"]")
@@ -174,7 +174,7 @@ class AppendFile:
         self._torn = False  # whether a failed write may have left a part of a record after `_end`
 
     def append(self, record: bytes) -> None:
-        """Raises OSError if the record does not fit."""
+        """Append a record. Raises OSError if it does not fit."""
         self._remove_torn_record()
         self._torn = True
         if self._file.write(record) != len(record):

@@ -48,7 +48,7 @@ class TrackedRun:
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Raises UserError if a tracker or an alert needs a package or an environment variable that is missing."""
+    """Raise UserError if a tracker or an alert needs a package or an environment variable that is missing."""
     if config.tensorboard:
         require_tensorboard()
     if config.wandb != "disabled":

@@ -45,7 +45,7 @@ _ROWS_PER_STEP = 10_000  # more than a step has events: scores of earlier checkp
 
 
 def require_wandb() -> None:
-    """Raises UserError if the package is missing."""
+    """Raise UserError if the package is missing."""
     if find_spec("wandb") is None:
         raise UserError("tracking.wandb: wandb not installed; run: pip install wandb, or set it to disabled")
 

@@ -65,7 +65,7 @@ class TurnJoiner:
             yield Record(record.place, {**record.values, "text": text}, turn.get("group"))
 
     def _check_order(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]]) -> None:
-        """Raises UserError for a turn of a dialogue without a number, and if a dialogue has two turns of the same
+        """Raise UserError for a turn of a dialogue without a number, and if a dialogue has two turns of the same
         number: they are two dialogues."""
         places: dict[tuple[str, float], str] = {}
         for record, turn in zip(records, turns, strict=True):
@@ -125,7 +125,7 @@ def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellTy
 
 
 def reject_two_spellings(places: Mapping[str, str]) -> None:
-    """Raises UserError if a label is another one with a point, such as 1.0, as pandas writes whole numbers beside empty
+    """Raise UserError if a label is another one with a point, such as 1.0, as pandas writes whole numbers beside empty
     cells: the number 1.0 is the label 1, the text stays as it is. places: label -> a row that has it."""
     for label, place in places.items():
         whole, point, digits = label.partition(".")
@@ -194,7 +194,7 @@ def _find_columns(
 def _reject_targets_as_inputs(
     row: Row, types: Mapping[str, CellType], found: Mapping[str, list[int]], key: str
 ) -> None:
-    """Raises UserError if a target and an input are the same column: the model would see its targets."""
+    """Raise UserError if a target and an input are the same column: the model would see its targets."""
     targets = [role for role in found if types[role].target]
     inputs = [role for role in found if not types[role].target]
     for target in targets:

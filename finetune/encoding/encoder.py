@@ -183,7 +183,7 @@ def load_task_tokenizer(folder: Path, task: TaskConfig) -> "PreTrainedTokenizerB
 
 
 def turn_joiner(folder: Path, task: TaskConfig) -> TurnJoiner | None:
-    """Joins the turns of dialogues for the model in a folder, if the task has any."""
+    """Return a joiner of dialogue turns for the model in a folder, if the task has any."""
     if task.dialogue is None:
         return None
     return TurnJoiner(task.dialogue, load_task_tokenizer(folder, task).sep_token)

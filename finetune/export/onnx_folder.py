@@ -70,7 +70,7 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
 
 
 def _load(folder: Path) -> LoadedModel:
-    """Raises UserError for a model that `deepcloze serve` rejects."""
+    """Load a model. Raises UserError for one that `deepcloze serve` rejects."""
     if is_masked_lm(folder):
         return load_on_cpu(folder, load_filling_tokenizer(folder), ranking_task())
     task = read_saved_task(folder)

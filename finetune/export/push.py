@@ -13,7 +13,7 @@ _EMPTY = {".gitattributes"}  # files of a repository that has just been created
 
 
 def parse_target(text: str) -> HubName:
-    """Raises UserError for a text that is not OWNER/NAME."""
+    """Parse OWNER/NAME. Raises UserError for any other text."""
     name = HubName.parse(text)
     if name is None or name.revision is not None or "/" not in name.repository:
         raise UserError(f"--push {text}: expected OWNER/NAME, the owner being a user or an organization")

@@ -37,7 +37,7 @@ class Config(TaskConfig):
 
 
 def _reject_numbers(train: Table) -> None:
-    """Raises UserError if the labels are numbers and not all of them whole."""
+    """Raise UserError if the labels are numbers and not all of them whole."""
     numbers = [as_number(record.values["label"]) for record in train.records]
     if None in numbers:
         return

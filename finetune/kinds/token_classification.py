@@ -99,7 +99,7 @@ class Kind(TaskKind[Config]):
         return list(_examples(record.values["words"], labels, encoder))
 
     def _tag_ids(self, record: Record) -> list[int]:
-        """Raises UserError for an unknown tag, and for another number of tags than words."""
+        """Return the tag ids. Raises UserError for an unknown tag, and for another number of tags than words."""
         words, tags = record.values["words"], record.values["tags"]
         if len(tags) != len(words):
             raise UserError(

@@ -220,7 +220,7 @@ def _html(name: str) -> HTMLResponse:
 
 
 async def _read_json_or_form(request: Request) -> Any:
-    """Raises HTTPException if it is neither."""
+    """Read JSON or a form. Raises HTTPException for anything else."""
     content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if content in _FORMS and not (await request.body()).lstrip().startswith(b"{"):  # `curl -d` calls JSON a form
@@ -233,7 +233,7 @@ async def _read_json_or_form(request: Request) -> Any:
 
 
 def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Record]:
-    """Raises UserError for input that the model does not accept, HTTPException if it does not predict."""
+    """Read the records. Raises UserError for input that the model rejects, HTTPException if it does not predict."""
     predictor = _predicting(served)
     if asked.records:
         return [predictor.record(f"records[{index}]", values) for index, values in enumerate(asked.records)]

@@ -116,7 +116,7 @@ class Services:
         return await self._embedded.submit(encoded, self._sizes(encoded))
 
     async def _predict(self, predictor: Predictor, records: Sequence[Record], calibrated: bool) -> list[Any]:
-        """Raises HTTPException for options that would take too much memory."""
+        """Predict for records. Raises HTTPException for options that would take too much memory."""
 
         def encode() -> Split:
             tokens = predictor.count_option_tokens(records)
@@ -130,7 +130,7 @@ class Services:
         return await asyncio.to_thread(predictor.decode, split, outputs, calibrated)
 
     def _sizes(self, items: Sequence[Example]) -> list[Size]:
-        """Raises HTTPException for an item that would take too long, or too much memory: it is computed at once."""
+        """Return sizes. Raises HTTPException for an item that takes too much time or memory: it is computed at once."""
         sizes = [Size(len(item.sequences), self._padded or item.longest) for item in items]
         if (most := max((size.tokens for size in sizes), default=0)) > _LARGEST_ITEM:
             message = f"a text whose options have {most:,} tokens; at most {_LARGEST_ITEM:,} are accepted"

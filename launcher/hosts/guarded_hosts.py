@@ -217,7 +217,7 @@ class _Connection:
             self._process.stdin.flush()
 
     def lines(self) -> Iterator[str]:
-        """Yields the lines of the guard, until the connection is closed."""
+        """Yield the lines of the guard, until the connection is closed."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             text = line.decode(errors="replace").strip()

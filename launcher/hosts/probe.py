@@ -159,7 +159,7 @@ def cpu_cores() -> int:
 
 
 def _machine() -> str | None:
-    """Identifies the machine until it reboots and, because containers share its kernel, the container."""
+    """Identify the machine until it reboots and, because containers share its kernel, the container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # see random(4)
         folders = (f"/proc/self/ns/{name}" for name in ("mnt", "net", "pid"))  # see namespaces(7)

@@ -161,7 +161,7 @@ def _end_workers(workers: Sequence[BaseProcess], closed: threading.Event) -> Non
 
 
 def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: Connection, reader: Connection) -> None:
-    """Runs in a worker. Sends the batches of its steps; or the last line and traceback of an error, which ends it."""
+    """Send the batches of a worker's steps, or the last line and traceback of an error, which ends it."""
     reader.close()  # else a worker would not notice that its rank has died
     _defer_signals()
     torch.set_num_threads(1)
@@ -179,7 +179,7 @@ def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: C
 def _receive_batches(
     pipes: Sequence[Connection], ready: "queue.Queue[_Received]", closed: threading.Event, device: int | None
 ) -> None:
-    """Runs in a thread of the rank. Ends after the first thing that is not a batch."""
+    """Receive batches in a thread of the rank, until the first message that is not a batch."""
     for pipe in itertools.cycle(pipes):
         received = _receive(pipe, device)
         while not closed.is_set():

@@ -30,7 +30,7 @@ class Vocabulary:
 
 
 def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-    """Raises UserError for a tokenizer that is unsuitable for masked language modelling."""
+    """Build a vocabulary. Raises UserError for a tokenizer that is unsuitable for masked language modelling."""
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         missing = [name for name in ("mask_token", "pad_token") if getattr(tokenizer, f"{name}_id") is None]
         raise UserError(f"the tokenizer {tokenizer.name_or_path} has no {' and no '.join(missing)}: it cannot mask")

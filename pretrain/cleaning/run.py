@@ -136,7 +136,7 @@ def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
 
 
 def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
-    """Raises UserError if the folder of an unfinished cleaning is of another one, or does not say of which."""
+    """Record the identity. Raises UserError if the folder holds parts of another cleaning, or an unknown one."""
     path, recorded = partial / _RECIPE, None
     with suppress(ValueError):
         recorded = read_json(path) if path.exists() else identity

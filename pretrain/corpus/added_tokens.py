@@ -53,7 +53,7 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
 
 
 def check_extends(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -> None:
-    """Raises UserError unless every token of `old` has the same id and role in `new`."""
+    """Raise UserError unless every token of `old` has the same id and role in `new`."""
     ids = new.get_vocab()
     for token, identifier in sorted(old.get_vocab().items(), key=lambda item: item[1]):
         if ids.get(token) != identifier:
@@ -166,7 +166,7 @@ def _has_no_spaces(character: str) -> bool:
 def _check_new_tokens(
     tokenizer: "PreTrainedTokenizerFast", new_ids: dict[str, int], lines: dict[str, int], path: Path
 ) -> None:
-    """Raises UserError, naming the line, for a word that did not become one token."""
+    """Raise UserError, naming the line, for a word that did not become one token."""
     prefix = _continuation_prefix(json.loads(tokenizer.backend_tokenizer.to_str()))
     for token, identifier in new_ids.items():
         found = tokenizer(token, add_special_tokens=False)["input_ids"]

@@ -233,7 +233,7 @@ def _check_existing(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
 
 
 def _check_same_recipe(plan: BuildPlan, manifests: dict[Part, Manifest], source: SourceDigest | None) -> None:
-    """Raises UserError for a corpus with another recipe. `source`: of all documents; None: not compared."""
+    """Raise UserError for a corpus with another recipe. `source`: of all documents; None: not compared."""
     for part, manifest in manifests.items():
         found = manifest.recipe
         expected = plan.recipe(part, found.source if source is None else str(source))

@@ -93,7 +93,7 @@ class CorpusCache:
         self._locks.append(lock)
 
     def _copy_locked(self, lock: int, source: str, manifest: Manifest, folder: Path) -> None:
-        """Returns when the copy is complete and `lock` is shared."""
+        """Wait until the copy is complete and `lock` is shared."""
         announced = False
         while True:
             if (corpus := _locked_copy(lock, folder)) and is_verified(corpus):

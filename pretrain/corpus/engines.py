@@ -127,7 +127,7 @@ def _fetched(job: Any) -> object:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises UserError if a task does not see a folder that its main process has made."""
+    """Raise UserError if a task does not see a folder that its main process has made."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist on {platform.node()}; expected a disk that all machines share")
 

@@ -94,7 +94,7 @@ _USED: dict[Any, str] = {
 
 @functools.cache
 def check_deepspeed() -> None:
-    """Raises UserError if the installed DeepSpeed lacks something of `_USED`."""
+    """Raise UserError if the installed DeepSpeed lacks something of `_USED`."""
     missing = [
         f"{owner.__name__}.{name}"
         for owner, names in _USED.items()

@@ -159,7 +159,7 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
 
 
 def check_device_support(settings: DeepSpeedSettings) -> None:
-    """Raises UserError where this machine lacks the precision, or a requirement of NVMe offload, naming the file to
+    """Raise UserError where this machine lacks the precision, or a requirement of NVMe offload, naming the file to
     use."""
     accelerator = get_accelerator()
     supported: dict[Precision, bool] = {
@@ -184,14 +184,14 @@ def warn_of_emulation(settings: DeepSpeedSettings) -> None:
 
 
 def emulation_warnings(settings: DeepSpeedSettings, device_type: str) -> Iterator[str]:
-    """Warn if devices of this type, cpu or cuda, compute bf16 several times slower than fp32 on this machine."""
+    """Yield a warning if devices of this type, cpu or cuda, compute bf16 several times slower than fp32 here."""
     if settings.precision == "bf16" and not has_native_bf16(device_type):
         preset = settings.preset("fp32", settings.offload)
         yield f"this device only emulates bf16, several times slower than fp32: use --engine.ds_config={preset}"
 
 
 def check_nvme(settings: DeepSpeedSettings) -> None:
-    """Raises UserError where NVMe offload cannot work on this machine."""
+    """Raise UserError where NVMe offload cannot work on this machine."""
     disk = settings.nvme_path
     if disk is not None and not (disk.is_dir() and os.access(disk, os.W_OK)):
         raise UserError(f"engine.ds_config: 'nvme_path' is {disk}, which is not a writable folder on this machine")

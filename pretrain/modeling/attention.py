@@ -408,7 +408,7 @@ def _tried_varlen_kernels(dtype: torch.dtype, has_windows: bool) -> VarlenKernel
 
 
 def _compare_with_flash_attention(kernels: VarlenKernels, dtype: torch.dtype, window: int | None) -> None:
-    """Raises AssertionError if the kernels compute something else, or errors of Triton."""
+    """Raise AssertionError if the kernels compute something else, or errors of Triton."""
     from pretrain.modeling.varlen_attention import apply_rotary
 
     qkv, bounds, longest = _trial(dtype)
@@ -429,7 +429,7 @@ def _compare_with_flash_attention(kernels: VarlenKernels, dtype: torch.dtype, wi
 
 
 def _compare_dropped_weights(kernels: VarlenKernels, dtype: torch.dtype) -> None:
-    """Raises AssertionError if the kernels drop another share, or other weights in the backward pass than in the
+    """Raise AssertionError if the kernels drop another share, or other weights in the backward pass than in the
     forward pass, or errors of Triton.
 
     For given dropped weights the output is linear in the values. Therefore its dot product with its gradient equals

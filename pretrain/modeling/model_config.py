@@ -140,7 +140,7 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
 def _new_config(
     default: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, fields: Mapping[str, Any]
 ) -> PreTrainedConfig:
-    """Raises UserError for values that make no config."""
+    """Make a config. Raises UserError for values that make none."""
     text = default.get_text_config()
     known = declared_fields(text)
     ids = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKEN_IDS if name in known}

@@ -245,7 +245,7 @@ def _gpu_losses(decoder: nn.Linear, values: Tensor) -> Tensor:
 
 
 def gpu_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Allocates as `pretrain.modeling.fused_cross_entropy.linear_cross_entropy`, without Triton. Returns no loss."""
+    """Allocate like `pretrain.modeling.fused_cross_entropy.linear_cross_entropy`, without Triton. Returns no loss."""
     padded = pad_vocabulary(weight), None if bias is None else pad_vocabulary(bias)
     loss: Tensor = _GpuCrossEntropy.apply(hidden, *padded, len(weight))  # type: ignore[no-untyped-call]
     return loss

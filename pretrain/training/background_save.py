@@ -85,7 +85,7 @@ class ThreadWork:
 
 
 def work_of_this_thread() -> ThreadWork:
-    """Measures the thread that calls this, from now on."""
+    """Measure the calling thread, from now on."""
     clock = time.pthread_getcpuclockid(threading.get_ident())
     work = ThreadWork(lambda: time.clock_gettime(clock))
     call_after_syncs(work.count_sync)

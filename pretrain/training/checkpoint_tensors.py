@@ -148,7 +148,7 @@ def write_hugging_face_folder(
 
 
 def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Copies of the buffers that belong to the weights of a model, on the host."""
+    """Copy the buffers that belong to the weights of a model, on the host."""
     persistent = model.state_dict().keys()
     return {
         name: buffer.detach().to("cpu", copy=True).contiguous()

@@ -39,7 +39,7 @@ _PRETRAINING = "pretrain"  # folder of a row, beside the folders of its tasks
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
-    """Runs by their path below the folder that has all of them."""
+    """Name runs by their path below the folder that has all of them."""
     shared = os.path.commonpath([path.parent for path in folders]) if folders else ""
     return {str(path.relative_to(shared)): RunFolder(path) for path in folders}
 
