@@ -183,7 +183,7 @@ def files_below(folder: str) -> Callable[[list[str]], Sequence[str]]:
 
 
 def verify_descriptions(checkpoint: Path) -> str | None:
-    """`verify` without the tensors: only the JSON files, which are small."""
+    """Run `verify` without the tensors: only on the JSON files, which are small."""
     return verify(checkpoint, lambda names: [name for name in names if name.endswith(".json")])
 
 
@@ -226,13 +226,13 @@ def link_model(checkpoint: Path, folder: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json: everything in a checkpoint that is not a tensor."""
+    """Read state.json: everything in a checkpoint that is not a tensor."""
     state: dict[str, Any] = read_json(checkpoint / _STATE)
     return state
 
 
 def state_around(model: Path) -> dict[str, Any]:
-    """state.json of the checkpoint that a Hugging Face folder is in; empty if there is none."""
+    """Read state.json of the checkpoint that a Hugging Face folder is in; empty if there is none."""
     checkpoint = model.resolve().parent
     if not ((checkpoint / COMPLETE).is_file() and (checkpoint / _STATE).is_file()):
         return {}

@@ -78,8 +78,8 @@ def common_decontamination(summaries: Collection[Mapping[str, Any] | None]) -> d
 
 
 def decontamination_of(model: Path) -> list[tuple[str, Sequence[str]]]:
-    """(corpus, digests of the texts of tasks) for all corpora of which that is known, and on which a model or the
-    models that it came from were pretrained.
+    """Return (corpus, digests of the texts of tasks) for all corpora of which that is known, and on which a model or
+    its ancestors were pretrained.
 
     model: a Hugging Face folder. Raises UserError if its deepcloze.json is damaged.
     """

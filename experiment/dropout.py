@@ -50,7 +50,7 @@ class _FastDropout(nn.Dropout):
 
 
 def _random_bytes(values: Tensor) -> Tensor:
-    """uint8, of the shape of `values`."""
+    """Draw uint8 in the shape of `values`."""
     words = torch.empty(-(-values.numel() // 8), dtype=torch.int64, device=values.device).random_(-(2**63), None)
     return words.view(torch.uint8)[: values.numel()].view(values.shape)
 
@@ -91,7 +91,7 @@ def _scaled_product(values: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("deepcloze::random_numbers", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _random_numbers(values: Tensor) -> Tensor:
-    """int32, one for each column of [..., columns], where they can be loaded four at a time, and one for each row."""
+    """Draw int32: for each column of [..., columns], where they can be loaded four at a time, and for each row."""
     count = _count_numbers(values)
     words = torch.empty((count + 1) // 2, dtype=torch.int64, device=values.device).random_(-(2**63), None)
     return words.view(torch.int32)[:count]
@@ -124,7 +124,7 @@ class ProductDropout(torch.autograd.Function):
 
 
 def _drop(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
-    """numbers: odd, as from `_random_numbers`."""
+    """Drop values. numbers: odd, as from `_random_numbers`."""
     columns = values.shape[-1]
     products = numbers[columns:].view(*values.shape[:-1], 1) * numbers[:columns]  # modulo 2^32
     kept = products >= round(probability * 2**32) - 2**31

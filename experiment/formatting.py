@@ -13,12 +13,12 @@ def show(value: float | None, spec: str) -> str:
 
 
 def counted(number: int, noun: str, plural: str = "s") -> str:
-    """'1 step', '1,000 steps'; with the plural 'es': '2 batches'."""
+    """Format a count: '1 step', '1,000 steps'; with the plural 'es': '2 batches'."""
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def describe_duration(seconds: float | None) -> str:
-    """'1h05m', '2m10s' or '9s'; '–' for None."""
+    """Format a duration: '1h05m', '2m10s' or '9s'; '–' for None."""
     if seconds is None:
         return UNKNOWN
     whole = max(0, round(seconds))
@@ -36,7 +36,7 @@ def format_perplexity(value: float | None) -> str:
 
 
 def format_parameters(count: int) -> str:
-    """'110.0 M parameters', '42,674 parameters'."""
+    """Format a parameter count: '110.0 M parameters', '42,674 parameters'."""
     return f"{count / 1e6:,.1f} M parameters" if count >= 1e5 else f"{count:,} parameters"
 
 

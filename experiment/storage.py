@@ -413,7 +413,7 @@ def retry(name: str, function: Callable[[], T], explain: Callable[[str, Exceptio
 
 
 def _error_of_server(error: Exception) -> Exception:
-    """fsspec raises FileNotFoundError for any error of a web server."""
+    """Return the cause: fsspec raises FileNotFoundError for any error of a web server."""
     cause = error.__cause__
     is_of_http = type(cause).__module__.startswith("aiohttp.")
     return cause if isinstance(cause, Exception) and is_of_http else error

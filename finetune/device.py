@@ -37,7 +37,7 @@ class Device:
 
 
 def choose_device(precision: str, key: str = "training.precision") -> Device:
-    """CUDA if available, else the CPU. Precision "auto" is bf16 if the device supports it natively, else fp32.
+    """Choose CUDA if available, else the CPU. Precision "auto" is bf16 if the device supports it natively, else fp32.
 
     key: the name of the precision in messages. Raises UserError for a precision that the device does not support.
     """

@@ -47,7 +47,7 @@ class MeanPooled(nn.Module):
         self.encoder = encoder
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
-        """logits: SD."""
+        """Pool the hidden states. logits: SD."""
         return SequenceClassifierOutput(logits=pool(self.encoder(**inputs)[0], inputs["attention_mask"], "mean"))
 
 
@@ -69,7 +69,7 @@ def probe(run: ResolvedRun) -> dict[str, float]:
 
 
 def features(model: MeanPooled, split: Split, run: ResolvedRun) -> NDArray[np.float32]:
-    """ND, one row for each example."""
+    """Compute features ND, a row for each example."""
     microbatch = evaluation_microbatch(run.training)
     inference = Inference(model, run.task.kind, run.task.padding, run.device, microbatch)
     outputs, _ = inference.compute(split.examples)

@@ -83,7 +83,7 @@ def _resolve(config: FinetuneConfig) -> ResolvedRun:
 
 
 def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str, Any]:
-    """config: to be written to the run folder and to trackers."""
+    """Train and score all seeds. config: to be written to the run folder and to trackers."""
     folder, model, seeds = resolved.folder, resolved.model, resolved.training.seeds
     finished = finished_seeds(folder, resolved.settings)
     write_text(folder.config, dump_config(config))

@@ -171,7 +171,7 @@ def related_records(records: Sequence[Record], columns: Columns) -> list[list[in
 
 
 def _too_small(table: Table, columns: Columns, once: int) -> UserError:
-    """once: how many units have a label that occurs once."""
+    """Return the error. once: how many units have a label that occurs once."""
     named = " and ".join(f"task.columns.{role}" for role in columns.roles(LABEL))
     if once > len(table) / 2:
         advice = f"{once:,} of its {len(table):,} rows have a label that no other row has: is {named} the column of the"

@@ -252,7 +252,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return None if classified is None else classified.losses
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
-        """CC counts, rows by label and columns by predicted label; None if nothing has one label of several."""
+        """Count CC, rows by label and columns by predicted label; None if nothing has one label of several."""
         return None
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
@@ -261,7 +261,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return {} if confusion is None else label_scores(confusion, self.labels)
 
     def library_files(self, model: "PreTrainedModel", max_seq_length: int) -> Mapping[str, Any]:
-        """JSON files that `library` needs in the model folder: path -> content."""
+        """Return the JSON files that `library` needs in the model folder: path -> content."""
         return {}
 
 

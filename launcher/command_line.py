@@ -149,7 +149,7 @@ class _UsageError(UserError):
 def _split(
     command: str, arguments: Sequence[str], options_type: type[Section]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """(raw texts by flag, raw text by config key). Only a repeated flag has several texts."""
+    """Return (raw texts by flag, raw text by config key). Only a repeated flag has several texts."""
     flags = flags_of(options_type)
     positional = [flag.name for flag in flags.values() if flag.positional]
     texts: dict[str, list[str]] = {}

@@ -99,7 +99,7 @@ def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
 
 
 def _damaged(cell: Path, problem: str) -> UserError:
-    """cell: its folder, DIR/ROW/TASK. A cell that is done runs again only without its folder."""
+    """Return the error of a damaged cell, DIR/ROW/TASK. A finished cell runs again only without its folder."""
     advice = f"to train this cell again, delete {cell} and run the same command again"
     return UserError(f"{'/'.join(cell.parts[-2:])}: {problem}; {advice}")
 

@@ -99,7 +99,7 @@ def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
-    """recorded: see `recorded_data`. Raises UserError for data that are not valid, and for tasks of the same name."""
+    """Read the tasks. recorded: see `recorded_data`. Raises UserError for invalid data and equal task names."""
     encoder = next(iter(config.rows.values())).init_from  # the data are valid for all encoders or for none
     replaced = {"run.dir": ".", "model.init_from": encoder}  # a file may leave them out
     loaded = [load_config(FinetuneConfig, file, replaced) for file in config.tasks]

@@ -136,14 +136,14 @@ def warnings_left_to_rank0() -> Iterator[None]:
 
 
 def announce_checks(config: str, slots: Slots) -> None:
-    """config: its file."""
+    """Announce the checks. config: its file."""
     ranks = sum(map(len, slots.values()))
     where = "this machine" if is_local(slots) else counted(len(slots), "host")
     inform(f"checking {config} for {counted(ranks, 'rank')} on {where}")
 
 
 def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: float) -> None:
-    """`before`: `saves` before this launch; `seconds`: that it took."""
+    """Announce the end. `before`: `saves` before this launch; `seconds`: that it took."""
     found = saves(folder.checkpoints)
     if not found:
         return

@@ -234,7 +234,7 @@ def _table(found: Sequence[RunStatus], names: Sequence[str]) -> Table:
 
 
 def _state(status: RunStatus) -> str:
-    """'running on node-1, evaluating'"""
+    """Describe the state: 'running on node-1, evaluating'."""
     where = f" on {status.host}" if status.host else ""
     what = f", {status.activity}" if status.activity else ""
     return f"{status.state}{where}{what}"

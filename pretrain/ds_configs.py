@@ -11,7 +11,7 @@ from experiment.provenance import REPOSITORY
 
 
 def find_ds_config(name: str) -> Path:
-    """`name` as a path from the working directory, else from the repository, else a preset. Raises ValueError."""
+    """Find `name` as a path from the working directory, else from the repository, else a preset. Raises ValueError."""
     presets = _presets()
     for path in (Path(name).absolute(), REPOSITORY / name, presets.get(name)):
         if path is not None and path.is_file():

@@ -84,7 +84,7 @@ class HeldOutCorpus:
 
 
 def open_held_out(corpus: Corpus, settings: HeldOutSettings, world: World, index_folder: Path) -> HeldOutCorpus:
-    """`index_folder`: for the sequence index, if the corpus folder is read-only."""
+    """Open a held-out corpus. `index_folder`: for the sequence index, if the corpus folder is read-only."""
     vocabulary, layout = settings.vocabulary, settings.layout
     index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, index_folder)
     order = SequentialOrder(len(index), _SEQUENCES)

@@ -156,7 +156,7 @@ def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelCo
 
 
 def _is_same_model(model: ModelConfig, saved: Mapping[str, Any]) -> bool:
-    """`saved`: the section `model` of a checkpoint. The model that `init_from` names may be gone."""
+    """Whether a model is the same. `saved`: `model` of a checkpoint. The model that `init_from` names may be gone."""
     if model.init_from is None or saved["init_from"] is None:
         return False
     now, hub = model.model_dump(mode="json"), HubName.of_model(model.init_from)

@@ -108,7 +108,7 @@ def _value_of_node(node: yaml.Node, annotation: Any) -> Any:
 
 
 def _value_of_scalar(text: str, value: Any, annotation: Any) -> Any:
-    """`text` if the annotation accepts nothing but text, otherwise `value`, which YAML reads it as."""
+    """Return `text` if the annotation accepts only text, otherwise `value`, which YAML reads it as."""
     fits = any(
         kind is Any
         or (type(value) is kind and kind is not str)
@@ -159,12 +159,12 @@ def describe_type(annotation: Any) -> str:
 
 
 def _joined(names: list[str]) -> str:
-    """'a, b or c'"""
+    """Join names: 'a, b or c'."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def describe_field(field: FieldInfo) -> str:
-    """`describe_type` of a field, with its limits: 'a whole number > 0 or null'."""
+    """Describe the type of a field with its limits: 'a whole number > 0 or null'."""
     return _describe_with_limits(field.annotation, field.metadata)
 
 
@@ -182,7 +182,7 @@ def _describe_with_limits(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def _plural(description: str) -> str:
-    """'numbers > 0' for 'a number > 0'"""
+    """Return the plural: 'numbers > 0' for 'a number > 0'."""
     return re.sub("^a (.*?)(number|mapping|list)", r"\1\2s", description)
 
 

@@ -31,7 +31,7 @@ _SYNONYMS = {
 
 
 def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
-    """(key, message) for each problem that the user has to solve."""
+    """Yield (key, message) for each problem that the user has to solve."""
     found = _without_other_branches(config_type, error.errors())
     missing = [key for key, details in found if _is_missing(details)]
     for key, details in found:
@@ -101,7 +101,7 @@ def _explain(config_type: type[BaseModel], key: KeyPath, details: ErrorDetails) 
 def _without_other_branches(
     config_type: type[BaseModel], errors: Sequence[ErrorDetails]
 ) -> list[tuple[KeyPath, ErrorDetails]]:
-    """(key, error) for each error of pydantic, except in union branches that the user did not mean.
+    """Return (key, error) for each error of pydantic, except in union branches that the user did not mean.
 
     For a list with a bad item in `str | list[Source]`, pydantic also reports that the list is not text.
     """

@@ -44,7 +44,7 @@ def write_yaml(value: Any) -> str:
 
 
 def explain_yaml(error: yaml.YAMLError) -> str:
-    """', line N: the problem', to append to the name of the file."""
+    """Return ', line N: the problem', to append to the name of the file."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
@@ -140,7 +140,7 @@ def _lines(node: yaml.Node | None, key: KeyPath, parents: tuple[yaml.Node, ...])
 
 
 def _children(node: yaml.Node) -> list[tuple[str, yaml.Node, yaml.Node]]:
-    """(key or index, node where its line is, value) of each value in a mapping or list."""
+    """Return (key or index, node where its line is, value) of each value in a mapping or list."""
     if isinstance(node, yaml.MappingNode):
         return [(str(name.value), name, value) for name, value in node.value]
     if isinstance(node, yaml.SequenceNode):

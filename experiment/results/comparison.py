@@ -55,7 +55,7 @@ def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells
 
 
 def as_markdown(comparison: Comparison, failed: Mapping[str, str]) -> str:
-    """failed: name of a run -> how it failed."""
+    """Format as Markdown. failed: name of a run -> how it failed."""
     parts = []
     for title, cells in tables(comparison, failed).items():
         header, *rows = [[escape(cell) for cell in row] for row in cells]

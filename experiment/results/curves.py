@@ -109,7 +109,7 @@ class Curve:
         return x, y
 
     def _buckets(self, limit: int) -> NDArray[np.float64]:
-        """[B, 10], merged until their points are at most `limit`."""
+        """Return the buckets, [B, 10], merged until their points are at most `limit`."""
         full, rest, size = self._state
         buckets = np.concatenate([full, _merged(rest, len(rest))])
         group = 1

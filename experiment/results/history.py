@@ -34,7 +34,7 @@ class SeedHistory:
     _time: tuple[Curve, Curve] = field(default_factory=lambda: (Curve(), Curve()))
 
     def extend(self, events: Sequence[Event], first_step: int) -> None:
-        """first_step: where the seed starts in the file."""
+        """Add events. first_step: where the seed starts in the file."""
         columns = {
             key: _numbers([event.get(key) for event in events])
             for key in dict.fromkeys(chain.from_iterable(events))

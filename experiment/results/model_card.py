@@ -83,8 +83,8 @@ def front_matter(
     scores: Iterable[tuple[str, str, str, float]],
     library: str = "transformers",
 ) -> ModelCardData:
-    """task, library: as the Hub calls them; ancestors: of the weights, as in deepcloze.json; scores: (data set, split,
-    metric, value)."""
+    """Make the metadata. task, library: as the Hub calls them; ancestors: of the weights, as in deepcloze.json; scores:
+    (data set, split, metric, value)."""
     bases = [name for ancestor in ancestors if (name := hub_name(str(ancestor["folder"])))]
     results = [
         # `dataset_type` is the name of a data set on the Hub; ours has none.

@@ -248,7 +248,7 @@ def render_page(title: str, parts: Sequence[tuple[Part, object]], version: int |
 
 
 def _without_markup(data: object) -> str:
-    """JSON in which nothing ends the element that it is in."""
+    """Format as JSON in which nothing ends its HTML element."""
     return to_json(data).decode().replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 

@@ -99,8 +99,8 @@ class ConsoleTracker:
 
 
 def describe_training(metrics: Metrics) -> str:
-    """'loss 6.1234 · lr 5.00e-04 · 12,345 tokens/s' for the keys that the event has; with the slowest rank if it is
-    slow."""
+    """Describe an event, 'loss 6.1234 · lr 5.00e-04 · 12,345 tokens/s' for the keys that it has; with the slowest rank
+    if it is slow."""
     shown = (("loss", "loss {:.4f}"), ("lr", "lr {:.2e}"), ("tokens_per_second", "{:,.0f} tokens/s"))
     values = [form.format(metrics[key]) for key, form in shown if metrics.get(key) is not None]
     ratio = metrics.get("slowest_rank_ratio")
@@ -110,7 +110,7 @@ def describe_training(metrics: Metrics) -> str:
 
 
 def describe_evaluation(metrics: Metrics) -> str:
-    """'wiki loss 3.21, perplexity 24.8, accuracy 0.412 · news …' from the keys `eval/<corpus>/<metric>`."""
+    """Describe the keys `eval/<corpus>/<metric>`: 'wiki loss 3.21, perplexity 24.8, accuracy 0.412 · news …'."""
     values = [
         (*key.removeprefix("eval/").rsplit("/", 1), value) for key, value in metrics.items() if key.startswith("eval/")
     ]

@@ -166,7 +166,7 @@ def _records(rows: Iterable[Row], columns: Columns, targets_required: bool, key:
 def _find_columns(
     row: Row, columns: Columns, types: Mapping[str, CellType], targets_required: bool, key: str
 ) -> Iterator[tuple[str, int | list[int]]]:
-    """(role, position of its column, or of each of its columns) for all roles that the row has.
+    """Yield (role, position of its column, or of each of its columns) for all roles that the row has.
 
     Spaces around a name do not count. A column may be called by its number, unless that is the name of one. Raises
     UserError for a column that is missing, or is input and target.

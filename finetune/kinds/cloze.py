@@ -363,7 +363,7 @@ def _mask_id(encoder: Encoder) -> int:
 def masked_logits(
     model: nn.Module, inputs: Mapping[str, Tensor], sequences: Sequence[int], positions: Sequence[int]
 ) -> Tensor:
-    """MV scores of the vocabulary at M positions, given by sequence and by place in it, counted without padding.
+    """Compute MV scores of the vocabulary at M positions, given by sequence and place in it, counted without padding.
 
     Only these positions reach the output layer, which would otherwise take most of time and memory. Some models,
     such as MobileBERT and Perceiver, do not call an output layer: all positions are computed.

@@ -133,7 +133,7 @@ class Kind(TaskKind[Config]):
         return same.fill_diagonal_(False)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """SD vectors."""
+        """Compute SD vectors."""
         hidden_STD = model.base_model(**batch.inputs).last_hidden_state  # type: ignore[operator]
         if (largest := max(self.config.dimensions, default=0)) > hidden_STD.shape[-1]:
             raise UserError(f"task.dimensions: {largest} is more than the model has: {hidden_STD.shape[-1]}")
@@ -255,8 +255,8 @@ def in_batch_negatives_loss(texts_ND: Tensor, candidates_MD: Tensor, excluded_NM
 
 
 def cosent_loss(texts_ND: Tensor, others_ND: Tensor, scores_N: Tensor, scale: float) -> Tensor:
-    """log(1 + Σ exp(scale · (cosine of i − cosine of j))) over all pairs i, j of which j has the higher score (Huang et
-    al. 2024, "CoSENT: Consistent Sentence Embedding via Similarity Ranking"). Vectors are unit vectors."""
+    """Compute log(1 + Σ exp(scale · (cosine of i − cosine of j))) over all pairs i, j of which j has the higher score
+    (Huang et al. 2024, "CoSENT: Consistent Sentence Embedding via Similarity Ranking"). Vectors are unit vectors."""
     cosines_N = scale * (texts_ND * others_ND).sum(dim=1)
     differences_NN = cosines_N[:, None] - cosines_N
     wrong = differences_NN[scores_N[:, None] < scores_N]

@@ -87,7 +87,7 @@ class Kind(TaskKind[Config]):
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]
 
     def _multi_hot(self, labels: Sequence[str], place: str) -> list[float]:
-        """1.0 for each label that is given, otherwise 0.0."""
+        """Return 1.0 for each label that is given, otherwise 0.0."""
         ids = {self.label_id(label, place) for label in labels}
         return [float(number in ids) for number in range(len(self.labels))]
 
@@ -148,7 +148,7 @@ class Kind(TaskKind[Config]):
         return scores_of_counts(self.labels, (gold * predicted).sum(axis=0), gold.sum(axis=0), predicted.sum(axis=0))
 
     def _gold(self, records: Sequence[Record]) -> NDArray[np.float64]:
-        """NC, 1 for each label that a record has, otherwise 0."""
+        """Return NC, 1 for each label that a record has, otherwise 0."""
         return np.array([self._multi_hot(_labels_of(record, self.config), record.place) for record in records])
 
     def _predicted(self, predictions: Sequence[Prediction]) -> NDArray[np.float64]:

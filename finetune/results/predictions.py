@@ -210,7 +210,7 @@ class ScoredSplit:
 
 
 def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> ScoredSplit:
-    """labels: as in the results of the run. Raises UserError if the data or the predictions are not as they were,
+    """Read a split. labels: as in the results of the run. Raises UserError if the data or the predictions have changed,
     DamagedPredictionsError if the latter cannot be read."""
     config = load_config(FinetuneConfig, folder.config)
     table = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)[split]

@@ -109,7 +109,7 @@ def _mean_and_std(scores: Mapping[str, Any], digits: int = 4) -> str:
 
 
 def _describe_confusions(split: str, confusions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """confusions: most frequent first."""
+    """Describe mistakes. confusions: most frequent first."""
     named = [f"{each['label']} as {each['predicted']} ({each['share']:.1%})" for each in confusions[:_CONFUSIONS]]
     return [f"most frequent mistakes on {split}: {', '.join(named)}"] if named else []
 

@@ -82,7 +82,7 @@ def _describe_predictor(predictor: Predictor, task: SavedTask) -> ModelInfo:
 
 
 def _describe(loaded: LoadedModel, **known: Any) -> ModelInfo:
-    """known: the fields that depend on the kind of the model; the others stay empty."""
+    """Describe a model. known: the fields that depend on the kind of the model; the others stay empty."""
     return ModelInfo(
         model=str(loaded.folder),
         max_seq_length=loaded.encoder.max_length,

@@ -135,7 +135,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C stop the server, SIGHUP reloads the model. uvicorn's own would end with the signal."""
+        """Stop on SIGTERM and Ctrl-C, reload the model on SIGHUP. uvicorn's own would end with the signal."""
         loop = asyncio.get_running_loop()
         handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGHUP: self._on_reload}
         for number, handler in handlers.items():

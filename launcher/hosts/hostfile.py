@@ -177,7 +177,7 @@ def _expand_counts(counts: str) -> Iterator[int]:
 
 
 def _mpi_hosts(text: str, path: str) -> Hosts:
-    """`NAME slots=N` for Open MPI, `NAME:N` for Intel MPI and MPICH. They add up the slots of several lines."""
+    """Read `NAME slots=N` for Open MPI, `NAME:N` for Intel MPI and MPICH. They add up the slots of several lines."""
     hosts: Counter[str] = Counter()
     for number, line in enumerate(text.splitlines(), start=1):
         if entry := line.partition("#")[0].strip():

@@ -61,7 +61,7 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _exchange_tokens(folder: str | None, token: str) -> tuple[bool | None, str | None]:
-    """(whether this host sees the launching machine's token in the folder, why its own cannot be written)"""
+    """Return (whether this host sees the launching machine's token in the folder, why its own cannot be written)."""
     if folder is None:
         return None, None
     deadline = time.monotonic() + _TOKEN_SECONDS
@@ -113,7 +113,7 @@ def _version(library: str) -> str | None:
 
 
 def _source_digest(project: str | None, packages: Sequence[str]) -> str | None:
-    """SHA-256 of the Python files of these packages, with their names; None if there are none."""
+    """Return the SHA-256 of the Python files of these packages, with their names; None if there are none."""
     if project is None:
         return None
     root, digest = Path(project), hashlib.sha256()
@@ -124,7 +124,7 @@ def _source_digest(project: str | None, packages: Sequence[str]) -> str | None:
 
 
 def _checksum(path: str) -> str | None:
-    """SHA-256 of a file; None if it cannot be read."""
+    """Return the SHA-256 of a file; None if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -150,7 +150,7 @@ def _gpu_memory_used() -> list[int] | None:
 
 
 def cpu_cores() -> int:
-    """CPU cores that this process may use: its affinity, limited by a container's quota (cgroup v2)."""
+    """Count the CPU cores that this process may use: its affinity, limited by a container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no such file, or no quota: 'max'
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -169,7 +169,7 @@ def _machine() -> str | None:
 
 
 def _way_to(peer: str | None) -> tuple[str | None, str | None]:
-    """(the own address of packets to a host, why there is none)."""
+    """Return (the source address of packets to a host, why there is none)."""
     if peer is None:
         return None, None
     try:
@@ -179,7 +179,7 @@ def _way_to(peer: str | None) -> tuple[str | None, str | None]:
 
 
 def route_to(name: str) -> tuple[str, str]:
-    """(the address of a host, the own address of packets to it). An IPv4 address unless there is no way to it.
+    """Return (the address of a host, the source address of packets to it), IPv4 unless there is no route to it.
 
     Raises OSError if the name has no address, or there is no way to any.
     """

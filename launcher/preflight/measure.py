@@ -129,7 +129,7 @@ def _transfer(peer: int, sends_first: bool, device: torch.device) -> float:
 
 
 def _all_reduce_seconds(device: torch.device) -> tuple[int, float]:
-    """(bytes, seconds) of an all-reduce that takes long enough, or is as large as in a run."""
+    """Measure (bytes, seconds) of an all-reduce that takes long enough, or is as large as in a run."""
     size = _FIRST_BYTES
     while True:
         values = torch.zeros(size // 4, device=device)

@@ -114,7 +114,7 @@ def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = Fals
 
 
 def _run_until_signal(coroutine: Coroutine[None, None, ResultT]) -> ResultT:
-    """`asyncio.run`, with the handlers of stop signals called once the event loop has ended.
+    """Like `asyncio.run`, with the handlers of stop signals called once the event loop has ended.
 
     A handler that raises inside the loop can lose a callback that the loop has taken from its queue, and the loop then
     waits for it forever. The signal cancels the task instead, as `asyncio.run` does for SIGINT. Raises CancelledError
@@ -186,7 +186,7 @@ async def _probe(host: str, program: str) -> Answer:
 
 
 def _parse(host: str, stdout: bytes, error: str, start: float, end: float) -> Answer:
-    """`start`, `end`: when ssh was started and when it ended, by the clock of the launching machine."""
+    """Parse an answer. `start`, `end`: of ssh, by the clock of the launching machine."""
     line = stdout.partition(probe.FACTS_MARK.encode())[2].partition(b"\n")[0]
     try:
         facts = _FACTS.validate_json(line)

@@ -68,8 +68,8 @@ def _network(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE of a rank that Open MPI, MVAPICH, MPICH, Intel MPI or srun has
-    started; nothing for one that has them, because DeepSpeed's launcher started it.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE of a rank that Open MPI, MVAPICH, MPICH, Intel MPI or srun
+    has started; nothing for one that has them, because DeepSpeed's launcher started it.
 
     In a job of SLURM, its variables describe the job unless srun has started the process: MPI comes first.
     """

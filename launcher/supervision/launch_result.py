@@ -109,7 +109,7 @@ def _killer(exit_code: int) -> signal.Signals | None:
 
 
 def _describe_kill(killer: signal.Signals, silent: Sequence[str]) -> str:
-    """`silent`: the ranks that may have been killed."""
+    """Describe a kill. `silent`: the ranks that may have been killed."""
     rank = " or ".join(silent) if 0 < len(silent) <= _MOST_NAMED else "a rank"
     reason = ", possibly because the system ran out of memory" if killer is signal.SIGKILL else ""
     return f"{rank} was killed by {killer.name}{reason}"

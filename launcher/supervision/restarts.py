@@ -81,7 +81,7 @@ def _advice(max_restarts: int, out_of_memory: bool) -> str:
 
 
 def _wait_seconds(attempts: Sequence[Attempt]) -> float:
-    """0 after the first failure since a checkpoint was saved, then doubling."""
+    """Return the wait: 0 after the first failure since a checkpoint was saved, then doubling."""
     failures = 0
     for attempt in reversed(attempts):
         failures += 1

@@ -242,7 +242,7 @@ def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding
 
 
 def _boundaries(segments: NDArray[np.int32]) -> NDArray[np.int32]:
-    """`cu_seqlens`: the flattened slots at which a sequence, a stretch of padding or a row begins, and the total."""
+    """Return `cu_seqlens`: the flattened slots at which a sequence, padding or a row begins, and the total."""
     flat = segments.reshape(-1)
     begins = np.ones(flat.size + 1, dtype=np.bool_)
     np.not_equal(flat[1:], flat[:-1], out=begins[1:-1])
@@ -251,7 +251,7 @@ def _boundaries(segments: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def _flat_boundaries(segments: NDArray[np.int32], longest: int) -> NDArray[np.int32]:
-    """`cu_seqlens` [N + 1] of a flat microbatch with `segments` [T], whose padding is at the end.
+    """Return `cu_seqlens` [N + 1] of a flat microbatch with `segments` [T], whose padding is at the end.
 
     Padding is split into parts of at most `longest` slots, which is the `max_seqlen` that flash attention is given. The
     last entries repeat T, so that N takes few values.

@@ -40,7 +40,7 @@ def make_key(parts: Iterable[int | str]) -> int:
 
 
 def make_keys(parts: Iterable[int | str], last: Iterable[int]) -> list[int]:
-    """`make_key((*parts, number))` for each number in `last`, several times as fast."""
+    """Return `make_key((*parts, number))` for each number in `last`, several times as fast."""
     text = _text((*parts, ""))[: -len("str:")]
     return [xxhash.xxh3_64_intdigest(f"{text}int:{number}".encode()) for number in last]
 
@@ -132,7 +132,7 @@ def _mixed(key: U64 | int, number: int, half_bits: tuple[int, int], half: _I64) 
 
 
 def _table(key: U64 | int, number: int, half_bits: tuple[int, int]) -> _I64:
-    """`_mixed` of all halves, in the last dimension."""
+    """Compute `_mixed` of all halves, in the last dimension."""
     return _mixed(key, number, half_bits, np.arange(1 << half_bits[number % 2]))
 
 

@@ -45,7 +45,7 @@ class CorpusStream:
     seed: int
 
     def at(self, positions: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(epochs, sequence ids) at positions of this stream, [positions]."""
+        """Return (epochs, sequence ids) at positions of this stream, [positions]."""
         epochs, ids = np.empty(len(positions), dtype=np.int64), np.empty(len(positions), dtype=np.int64)
         filled = 0
         while filled < len(positions):

@@ -174,7 +174,7 @@ class _OpenRows:
             self._sizes |= 1 << free
 
     def packed(self, order: NDArray[np.int64]) -> PackedRows:
-        """`order` [S]: the sequences in the order in which they were placed."""
+        """Return the rows. `order` [S]: the sequences in the order in which they were placed."""
         free, length, rows, each, last = np.array(self._fills, dtype=np.int64).reshape(-1, 5).T
         per_row = np.repeat(each, rows)
         per_row[np.cumsum(rows) - 1] = last
@@ -205,7 +205,7 @@ def round_up(count: int, parts: int) -> int:
 
 
 def next_multiple(count: int, divisor: int) -> int:
-    """`count` rounded up to a multiple of `divisor`; at least `divisor`."""
+    """Round `count` up to a multiple of `divisor`; at least `divisor`."""
     return max(1, -(-count // divisor)) * divisor
 
 

@@ -20,7 +20,7 @@ _BATCHES, _SEQUENCES = 16, 1024  # to compare widths, batches are packed until e
 
 
 def with_best_row_width(maker: BatchMaker, steps: range, warmup_steps: int, attention_ratio: float) -> BatchMaker:
-    """`maker` with the row width in which its batches take the least time, estimated from some of them.
+    """Return `maker` with the row width in which its batches take the least time, estimated from some of them.
 
     All ranks choose the same width, and a resumed run the one that it had.
 

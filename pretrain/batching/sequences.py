@@ -83,7 +83,7 @@ def _read_or_build(corpus: Corpus, capacity: int, path: Path) -> SequenceIndex:
 
 
 def _read(path: Path, capacity: int, tokens: int) -> tuple[SequenceIndex | None, str]:
-    """(index, "") if the file holds a valid one, (None, the problem) if not, (None, "") if there is no file."""
+    """Read (index, "") if the file holds a valid one, (None, the problem) if not, (None, "") if there is no file."""
     try:
         starts = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:

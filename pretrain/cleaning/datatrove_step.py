@@ -46,7 +46,7 @@ class FilterStep(DocumentStep[ConfigT]):
 
 
 def _word_tokenizer() -> "WordTokenizer":
-    """`words` for datatrove, whose own tokenizers need spaCy or download models."""
+    """Wrap `words` for datatrove, whose own tokenizers need spaCy or download models."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Words(WordTokenizer):  # type: ignore[misc]

@@ -52,7 +52,7 @@ class NgramSets:
 
 
 def sketch(sets: NgramSets, bands: Bands) -> NDArray[np.uint64]:
-    """[bands, documents]: a hash of the minimum hashes of each band. n-grams may be repeated."""
+    """Compute, for [bands, documents], a hash of the minimum hashes of each band. n-grams may be repeated."""
     keys = np.zeros((bands.count, len(sets.ends)), np.uint64)
     ngrams, starts = sets.ngrams.astype(np.uint64), np.concatenate([[0], sets.ends[:-1]])
     products = np.empty_like(ngrams)
@@ -66,7 +66,7 @@ def sketch(sets: NgramSets, bands: Bands) -> NDArray[np.uint64]:
 
 @lru_cache
 def _hash_functions(bands: Bands) -> NDArray[np.uint64]:
-    """[bands * rows, 3]: multiplier, offset, and the factor of the minimum hash in the hash of the band."""
+    """Draw [bands * rows, 3]: multiplier, offset, and the factor of the minimum hash in the hash of the band."""
     generator = np.random.Generator(np.random.PCG64(_SEED))
     functions = generator.integers(0, 2**64, (3, bands.count * bands.rows), np.uint64, endpoint=False)
     functions[::2] |= np.uint64(1)

@@ -84,7 +84,7 @@ class _Similarity:
         return self._similar[np.searchsorted(self._known, pairs)]
 
     def similar_pairs(self) -> Iterator[tuple[int, int]]:
-        """(later, earlier), in the order of the later ones."""
+        """Yield (later, earlier), in the order of the later ones."""
         for pair in self._known[self._similar].tolist():
             yield pair // self.count, pair % self.count
 

@@ -81,7 +81,7 @@ def _group(sources: Iterable[Source], options: TextOptions, size: int, opened: i
 
 
 def _split(spans: Sequence[Span], parts: int = 1) -> Split:
-    """`parts`: into how many the source is divided."""
+    """Make a split. `parts`: into how many the source is divided."""
     digest, size = xxhash.xxh3_128(), 0
     for source, part in spans:
         identity = source.kind, source.name, source.selection, source.bytes, source.version, part

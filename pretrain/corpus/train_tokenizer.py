@@ -104,7 +104,7 @@ def _train_wordpiece(text: _TrainingText, size: int, lowercase: bool) -> Tokeniz
 def _train_with_alphabet(
     untrained: Tokenizer, text: _TrainingText, size: int, specials: list[str], first: list[str], continuing: list[str]
 ) -> None:
-    """first, continuing: the characters that words may begin with, and may have inside."""
+    """Train WordPiece. first, continuing: the characters that words may begin with, and may have inside."""
     # The trainer numbers its initial pieces in the order of a hash map and breaks ties by number, so the same text
     # would give a different vocabulary each time. Special tokens are numbered in the order given here.
     trainer = trainers.WordPieceTrainer(

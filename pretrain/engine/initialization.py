@@ -23,7 +23,7 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> DeepSpeedEngine:
-    """`deepspeed.initialize`, without its output on the terminal."""
+    """Call `deepspeed.initialize`, without its output on the terminal."""
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # it warns of optimizers that it has not tested
     _import_muon()

@@ -56,7 +56,7 @@ def orthogonalization_flops(rows: int, columns: int) -> float:
 
 
 def orthogonalization_dtype(options: MuonConfig, precision: Precision) -> torch.dtype:
-    """`precision`: of the run."""
+    """Return the dtype of Newton–Schulz. `precision`: of the run."""
     return torch.bfloat16 if (options.precision or precision) == "bf16" else torch.float32
 
 
@@ -164,7 +164,7 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def _update_matrices(self, tensors: dict[int, tuple[Group, Tensor]]) -> None:
-        """`tensors`: by number."""
+        """Update matrices. `tensors`: by number."""
         plan = self._plan(tuple(tensors))
         updates = {number: self._advance(tensor) for number, (_, tensor) in tensors.items()}
         whole = {name: torch.empty(self._shapes[name], dtype=self._dtype, device=self._device) for name in plan.owned}
@@ -207,7 +207,7 @@ class Muon(AdamW):
         return _MATCHED_RMS * math.sqrt(max(rows, columns))
 
     def _plan(self, numbers: tuple[int, ...]) -> _Plan:
-        """`numbers`: of the tensors to update."""
+        """Plan an update. `numbers`: of the tensors to update."""
         if numbers not in self._plans:
             holders = {
                 name: parts for name, parts in self._holders.items() if next(iter(parts.values())).flat in numbers
@@ -234,7 +234,7 @@ class Muon(AdamW):
         return self._plans[numbers]
 
     def _exchange(self, transfers: Sequence[_Transfer]) -> _Exchange:
-        """`transfers`: of all ranks."""
+        """Select this rank's part of an exchange. `transfers`: of all ranks."""
         return _Exchange(
             own=[transfer for transfer in transfers if self._rank in (transfer.source, transfer.target)],
             leaves_ranks=any(transfer.source != transfer.target for transfer in transfers),
@@ -244,7 +244,7 @@ class Muon(AdamW):
     def _transfer(
         self, exchange: _Exchange, read: Callable[[str, _Slice], Tensor], write: Callable[[str, _Slice, Tensor], None]
     ) -> None:
-        """`read` gives the flat values of a part at its source, `write` takes them at its target. Collective."""
+        """Transfer parts: `read` gives flat values at the source, `write` takes them at the target. Collective."""
         sent: list[list[Tensor]] = [[] for _ in range(self._ranks)]
         received: list[list[_Transfer]] = [[] for _ in range(self._ranks)]
         for transfer in exchange.own:

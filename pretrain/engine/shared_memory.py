@@ -39,7 +39,7 @@ class SharedMemory:
 
     @collective("reduce_scatter")
     def reduce_scatter(self, parts: Sequence[Tensor], total: Tensor) -> None:
-        """`total` becomes the sum of the flat tensors that the ranks have for this one, as `sum_in_order`.
+        """Sum to `total` the flat tensors that the ranks have for this one, as `sum_in_order`.
 
         parts: [ranks], tensors of this rank for each of them.
         """
@@ -73,7 +73,7 @@ class SharedMemory:
                     part[first:end].copy_(halves[rank][: end - first])
 
     def _next_halves(self, dtype: torch.dtype) -> list[Tensor]:
-        """[ranks], flat."""
+        """Swap the halves; returns them, [ranks], flat."""
         self._halves = [(second, first) for first, second in self._halves]
         return [half.view(dtype) for half, _ in self._halves]
 

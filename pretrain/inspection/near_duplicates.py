@@ -119,7 +119,7 @@ class _Wanted:
         self._keys = np.array(sorted(self._documents), np.uint64)
 
     def candidates(self, shard: MappedShard, rows: range) -> list[tuple[int, int]]:
-        """(row, document) for all documents with which a row shares a band, in order."""
+        """Return (row, document) for all documents with which a row shares a band, in order."""
         offsets = shard.offsets[rows.start : rows.stop + 1].astype(np.int64)
         ngrams = _hash_ngrams(shard.ids[offsets[0] : offsets[-1]], offsets - offsets[0])
         keys = sketch(ngrams, _BANDS)  # [bands, rows]

@@ -65,7 +65,7 @@ def _sequence_lengths(lengths: NDArray[np.int64], documents: NDArray[np.int64], 
 
 
 def _filled(batches: NDArray[np.int64], layout: MicrobatchLayout) -> float:
-    """`batches` [batches, S]: lengths of sequences, special tokens included."""
+    """Return the filled share. `batches` [batches, S]: lengths of sequences, special tokens included."""
     slots = 0
     for lengths in batches:
         assignment = assign(lengths, 1, layout)

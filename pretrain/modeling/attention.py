@@ -68,7 +68,7 @@ class Predicted(NamedTuple):
         return self.columns.shape[1] > 0
 
     def select(self, output_BWHD: Tensor) -> Tensor:
-        """[1, M, H, D], of the output for all slots."""
+        """Select the predicted slots, [1, M, H, D], of the output for all."""
         return output_BWHD.flatten(0, 1)[self.positions][None]
 
 
@@ -118,7 +118,7 @@ class Packing:
         return copied
 
     def bias(self, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, W, W], to be added to scores: 0, or the least number where a slot must not attend to another."""
+        """Return [B, 1, W, W] to add to scores: 0, or the least number where a slot must not attend to another."""
         key = (sliding_window, dtype)
         if key not in self._biases:
             blocked = self._blocked(sliding_window)
@@ -126,7 +126,7 @@ class Packing:
         return self._biases[key]
 
     def _blocked(self, sliding_window: int | None) -> Tensor:
-        """bool [B, 1, W, W]: True where a slot must not attend to another."""
+        """Return bool [B, 1, W, W]: True where a slot must not attend to another."""
         blocked = self.segments[:, None, :, None] != self.segments[:, None, None, :]
         if sliding_window is not None:
             slot = torch.arange(self.segments.shape[1], device=self.segments.device)
@@ -147,7 +147,7 @@ class LayerInterrupted(Exception):  # noqa: N818  # it is not an error
 
 
 def interruptible(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
-    """`attend` for `pretrain.modeling.last_layer`, which runs a layer twice: the returned function raises
+    """Wrap `attend` for `pretrain.modeling.last_layer`, which runs a layer twice: the returned function raises
     LayerInterrupted in the first run, and returns the known output in the second. In the first run `attend` gets the
     option `predicted`, the slots whose output it has to return, [1, M, H, D]."""
 
@@ -260,7 +260,7 @@ def qkv_attention(
     sliding_window: int | None,
     predicted: Predicted | None = None,
 ) -> tuple[Tensor, None]:
-    """`packed_attention` for query, key and value in one tensor, by kernels of our own: call it where the packing
+    """Compute `packed_attention` for query, key and value in one tensor, by our own kernels: call it where the packing
     prefers them.
 
     rotation: of queries and keys, [B, W, D]; None: they have no rotary positions.
@@ -291,7 +291,7 @@ def predicted_attention(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """`matmul_attention` of predicted slots by row, [1, M, H, D]."""
+    """Compute `matmul_attention` of predicted slots by row, [1, M, H, D]."""
     index = predicted.columns[:, None, :, None]
     query_BHQD = query_BHWD.gather(2, index.expand(-1, query_BHWD.shape[1], -1, query_BHWD.shape[3]))
     bias = bias.gather(2, index.expand(-1, -1, -1, bias.shape[3]))
@@ -302,7 +302,7 @@ def predicted_attention(
 def matmul_attention(
     query_BHWD: Tensor, key_BHWD: Tensor, value_BHWD: Tensor, bias: Tensor, scaling: float, dropout: float
 ) -> Tensor:
-    """[B, W, H, D]. `bias`: as from `Packing.bias`."""
+    """Compute attention by matrix products, [B, W, H, D]. `bias`: as from `Packing.bias`."""
     scores_BHWW = torch.matmul(query_BHWD * scaling, key_BHWD.transpose(-1, -2)).add_(bias)
     weights_BHWW = F.softmax(scores_BHWW, dim=-1)
     if dropout:
@@ -313,7 +313,7 @@ def matmul_attention(
 def masked_attention(
     query_BHWD: Tensor, key_BHWD: Tensor, value_BHWD: Tensor, bias: Tensor, scaling: float, dropout: float
 ) -> Tensor:
-    """[B, W, H, D]. `bias`: as from `Packing.bias`; torch would turn a boolean mask into one in each layer."""
+    """Compute [B, W, H, D]. `bias`: as from `Packing.bias`; torch would turn a boolean mask into one in each layer."""
     output = F.scaled_dot_product_attention(query_BHWD, key_BHWD, value_BHWD, bias, dropout, scale=scaling)
     return output.transpose(1, 2)
 
@@ -328,7 +328,7 @@ def flash_attention(
     sliding_window: int | None,
     kernel: VarlenKernel | None = None,
 ) -> Tensor:
-    """[B, W, H, D]. kernel: None for FlashAttention-2."""
+    """Compute flash attention, [B, W, H, D]. kernel: None for FlashAttention-2."""
     query_THD, key_THD, value_THD = (
         tensor.transpose(1, 2).flatten(0, 1) for tensor in (query_BHWD, key_BHWD, value_BHWD)
     )
@@ -352,7 +352,7 @@ def flash_attention_2(
     dropout: float,
     reach: int | None,
 ) -> Tensor:
-    """[T, H, D]. Calls the operator of `torch.nn.attention.varlen`, whose function does not take a dropout."""
+    """Compute [T, H, D]. Calls the operator of `torch.nn.attention.varlen`, whose function does not take a dropout."""
     output_THD, *_ = torch.ops.aten._flash_attention_forward(
         *(query_THD, key_THD, value_THD),
         *(cu_seqlens, cu_seqlens),

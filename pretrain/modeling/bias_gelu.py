@@ -28,7 +28,7 @@ _DENSITY = tl.constexpr((2 * math.pi) ** -0.5)
 
 
 def bias_gelu(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of `F.linear(inputs, weight, bias)`, in 16 bit."""
+    """Compute GELU of `F.linear(inputs, weight, bias)`, in 16 bit."""
     result: Tensor = _BiasGelu.apply(F.linear(inputs, weight, bias.detach()), bias)  # type: ignore[no-untyped-call]
     return result
 

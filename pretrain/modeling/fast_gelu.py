@@ -28,7 +28,7 @@ def use_fast_gelu(model: nn.Module) -> None:
 
 
 def fast_gelu(values: Tensor) -> Tensor:
-    """GELU, of any shape. Outside of compiled code, on a CPU and in fp32 torch's own."""
+    """Compute GELU in any shape. Outside of compiled code, on a CPU and in fp32 torch's own."""
     if not supports_fast_gelu(values):
         return F.gelu(values)
     result: Tensor = Gelu.apply(values)  # type: ignore[no-untyped-call]
@@ -60,7 +60,7 @@ class Gelu(torch.autograd.Function):
 
 
 def gelu_in_fp32(values: Tensor) -> Tensor:
-    """GELU, computed in fp32 and returned in the dtype of `values`. Its derivative is not computed by autograd."""
+    """Compute GELU in fp32; returns the dtype of `values`. Its derivative is not computed by autograd."""
     wide = values.float()
     size = wide.abs()
     tail, _ = _normal_distribution(size)

@@ -42,7 +42,7 @@ def _fused_type(base: type[nn.Module], module: type[nn.Module]) -> type[nn.Modul
 
 
 def _split(qkv: Tensor, head_size: int) -> Tensor:
-    """[B, W, J, H, D]."""
+    """Split to [B, W, J, H, D]."""
     return qkv.view(*qkv.shape[:2], 3, -1, head_size)
 
 

@@ -82,7 +82,7 @@ def cross_entropy(output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, 
 
 
 def choose_head(model: PreTrainedModel, packed: bool) -> Head:
-    """`model`: on the CPU and not yet partitioned. `packed`: it uses the packed attention."""
+    """Choose a head. `model`: on the CPU and not yet partitioned. `packed`: it uses the packed attention."""
     if torch.cuda.is_available() and not _is_fused_loss_usable():
         return logits_head
     return choose_fused_head(model, packed)
@@ -91,7 +91,7 @@ def choose_head(model: PreTrainedModel, packed: bool) -> Head:
 def choose_fused_head(
     model: PreTrainedModel, packed: bool, fused: Callable[..., AbstractContextManager[None]] = fused_head
 ) -> Head:
-    """`fused`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
+    """Return `fused`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
     decoder = find_linear_decoder(model, packed)
     return logits_head if decoder is None else partial(fused, decoder)
 

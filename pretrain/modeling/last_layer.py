@@ -96,8 +96,8 @@ def _attend(forward: Forward, *inputs: Any, **options: Any) -> Tensor:
 
 
 def _select(tensor: Tensor, slots: torch.Size, positions: Tensor) -> Tensor:
-    """[1, M, …] of a tensor [B, W, …], such as one with rotary positions. Others, which have other first sizes, are
-    returned as they are."""
+    """Select [1, M, …] of a tensor [B, W, …], such as one with rotary positions. Others, which have other first sizes,
+    are returned as they are."""
     return tensor.flatten(0, 1)[positions][None] if tensor.shape[:2] == slots else tensor
 
 

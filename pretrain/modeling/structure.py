@@ -132,7 +132,7 @@ class FlopsModel:
         return 2.0 * self.hidden_size * len(self.windows) / self.encoder_parameters
 
     def per_step(self, tokens: int, squared_lengths: int, predicted: int) -> float:
-        """FLOPs of a step over `tokens` real tokens whose sequences' squared lengths sum to `squared_lengths`."""
+        """Count FLOPs of a step over `tokens` real tokens whose sequences' squared lengths sum to `squared_lengths`."""
         if tokens == 0:
             return 0.0
         mean_length = squared_lengths / tokens

@@ -72,7 +72,7 @@ def qkv_attention(
     dropout: float,
     reach: int | None,
 ) -> Tensor:
-    """`varlen_attention` for query, key and value in one tensor, which gets one gradient.
+    """Compute `varlen_attention` for query, key and value in one tensor, which gets one gradient.
 
     rotation: cosines and sines of rotary positions of queries and keys, [T, D], with two equal halves; None: they have
         none.

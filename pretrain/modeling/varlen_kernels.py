@@ -32,7 +32,7 @@ def _pointer(tensor, start, head, slot_stride, head_stride):  # type: ignore[no-
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load(tensor, rows, length, stride, DIMENSIONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[rows, DIMENSIONS] of one head and sequence; zeros from `length` on."""
+    """Load [rows, DIMENSIONS] of one head and sequence; zeros from `length` on."""
     places = rows[:, None] * stride + tl.arange(0, DIMENSIONS)[None, :]
     return tl.load(tensor + places, mask=(rows < length)[:, None], other=0.0)
 
@@ -84,7 +84,7 @@ def _within(first, length, BLOCK: tl.constexpr, REACH: tl.constexpr):  # type: i
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attends(queries, keys, end, REACH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """bool [queries, keys]: whether they attend to each other. `end`: of the keys."""
+    """Return bool [queries, keys]: whether they attend to each other. `end`: of the keys."""
     attends = (keys < end)[None, :]
     if REACH >= 0:
         attends = attends & (tl.abs(queries[:, None] - keys[None, :]) <= REACH)
@@ -100,7 +100,7 @@ def _random(numbers, seed):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _drop(weights, numbers, others, DROPPED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """0 in place of the weights whose product of numbers is less than `DROPPED`."""
+    """Replace with 0 the weights whose product of numbers is less than `DROPPED`."""
     if _INTERPRETED:
         return tl.where(numbers * others >= DROPPED, weights, 0.0)
     # As three operations together: else the comparisons of a block come first, and their results are kept as numbers.

@@ -69,7 +69,7 @@ class Computation:
 
 
 def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computation: Computation) -> MicrobatchMemory:
-    """`model`: on the meta device; it is changed. Raises RuntimeError or AssertionError if it does not run there."""
+    """Measure memory. `model`: on the meta device; changed. Raises RuntimeError or AssertionError if it cannot run."""
     with _UnknownValues(), torch.device("meta"):  # type: ignore[no-untyped-call]
         wrapped = _prepare(model, computation)
         for parameter in wrapped.parameters():

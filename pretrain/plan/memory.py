@@ -136,7 +136,7 @@ def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
 
 
 def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:
-    """`microbatch`: of the stage of the schedule whose microbatches take the most."""
+    """Estimate the memory. `microbatch`: of the stage of the schedule whose microbatches take the most."""
     resident = _resident(counts, settings) + Parts(buffers=0 if settings.on_gpu else _CPU_KERNELS)
     computing = Parts(activations=microbatch.activations, logits=microbatch.logits, gradients=microbatch.gradients)
     moments = {

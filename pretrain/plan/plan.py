@@ -88,7 +88,7 @@ class RunPlan:
 
 
 def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Rates) -> RunPlan:
-    """`rates.peak_flops` None: look it up by the device's name. Raises UserError as `open_stream`."""
+    """Plan a run. `rates.peak_flops` None: look it up by the device's name. Raises UserError as `open_stream`."""
     skeleton = meta_model(run.model_config)
     packed = is_packed(run.model_config)
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
@@ -216,7 +216,7 @@ def _largest_microbatch(
 
 
 def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], rate: float) -> list[float] | None:
-    """FLOPs per token in each stage, counted as in `pretrain.modeling.structure`."""
+    """Count FLOPs per token in each stage, counted as in `pretrain.modeling.structure`."""
     if flops is None:
         return None
     return [
@@ -226,7 +226,7 @@ def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], ra
 
 
 def _tokens_by_stage(stages: tuple[StageWork, ...], budget_steps: int | None) -> list[int]:
-    """`budget_steps`: the length of a run with a time budget; None if unknown."""
+    """Count the tokens. `budget_steps`: the length of a run with a time budget; None if unknown."""
     return [
         stage.tokens
         if stage.tokens is not None and (budget_steps is None or stage.first_step + (stage.steps or 0) <= budget_steps)
@@ -236,7 +236,7 @@ def _tokens_by_stage(stages: tuple[StageWork, ...], budget_steps: int | None) ->
 
 
 def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budget_steps: int | None) -> float:
-    """`budget_steps`: as for `_tokens_by_stage`."""
+    """Average over tokens. `budget_steps`: as for `_tokens_by_stage`."""
     tokens = _tokens_by_stage(stages, budget_steps)
     return sum(each * count for each, count in zip(by_stage, tokens, strict=True)) / max(1, sum(tokens))
 

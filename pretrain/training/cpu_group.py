@@ -192,7 +192,7 @@ class CpuGroup:
 
 
 def _call(function: Callable[[], object]) -> list[Any]:
-    """[result, None], or [None, message] of a UserError or an error of the disk."""
+    """Return [result, None], or [None, message] of a UserError or an error of the disk."""
     try:
         with readable_disk_errors():
             return [function(), None]

@@ -180,5 +180,5 @@ def describe_sequences(
 
 
 def _finite_or_none(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None

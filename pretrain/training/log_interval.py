@@ -51,7 +51,7 @@ class LogInterval:
         self.losses, self.masked_tokens = list(progress.interval_losses), progress.interval_masked
 
     def add(self, losses: Tensor | None, totals: StepTotals) -> None:
-        """`losses`: of this rank's microbatches; None for a step that was not trained on."""
+        """Add a step. `losses`: of this rank's microbatches; None for a step that was not trained on."""
         self._totals.append(totals)
         if losses is not None:
             self._pending.append(losses.sum(dtype=torch.float64))
@@ -91,5 +91,5 @@ class LogInterval:
         return Pace(seconds, tokens / seconds, data / seconds, checkpointing)
 
     def flops(self, model: FlopsModel) -> float:
-        """FLOPs of the steps that this process took part in, over all ranks."""
+        """Count the FLOPs of the steps that this process took part in, over all ranks."""
         return sum(model.per_step(step.tokens, step.squared_lengths, step.masked_tokens) for step in self._totals)

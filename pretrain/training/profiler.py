@@ -82,8 +82,8 @@ class StepProfiler:
 
 
 def _export_trace(finished: Any, path: Path) -> None:
-    """torch raises nothing if the disk is full: it leaves a part of the trace, and may not rename its own temporary
-    file."""
+    """Write a trace. torch raises nothing if the disk is full: it leaves a part of the trace, and may not rename its
+    own temporary file."""
     with atomic_write(path) as temporary:
         try:
             finished.export_chrome_trace(str(temporary))

@@ -86,7 +86,7 @@ def run_blocks(run: Run) -> list[Block]:
 
 
 def run_page(run: Run, blocks: Sequence[Block]) -> Page:
-    """blocks: of `run_blocks`."""
+    """Make the page of a run. blocks: of `run_blocks`."""
     if run.results is None or (run.life is not None and run.life.state == "running"):
         headline = training_headline(run)
     else:

@@ -229,7 +229,7 @@ class FollowedPages:
         self._pages = {"": FollowedPage(partial(self._make, ""))}
 
     def page(self, name: str) -> FollowedPage | None:
-        """name: '' for the first page, otherwise as in a link. None if no page has such a link."""
+        """Return a page; None if no page links to it. name: '' for the first page, otherwise as in a link."""
         if name and name not in self._linked:  # the address is from before a restart of the server
             self._pages[""].update()
         if name in self._linked and name not in self._pages:

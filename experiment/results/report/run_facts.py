@@ -52,7 +52,7 @@ def training_headline(run: Run) -> Headline:
 
 
 def task_headline(results: Mapping[str, Any]) -> Headline:
-    """results: of results.json, which is written when all seeds are done."""
+    """Return the headline. results: of results.json, which is written when all seeds are done."""
     metric, facts = results.get("metric"), []
     for split, scores in results["splits"].items():
         if metric in scores:
@@ -65,8 +65,8 @@ def task_headline(results: Mapping[str, Any]) -> Headline:
 
 
 def describe_state(run: Run) -> tuple[str, Tone]:
-    """'running on node-1, as of 2026-11-20 09:20 UTC', and its tone. A page that is followed shows the time
-    elsewhere."""
+    """Describe the state, 'running on node-1, as of 2026-11-20 09:20 UTC', and its tone. A followed page shows the
+    time elsewhere."""
     life = run.life
     if life is None:
         return "not known yet", "plain"
@@ -78,7 +78,7 @@ def describe_state(run: Run) -> tuple[str, Tone]:
 
 
 def _newest_state(folder: RunFolder) -> dict[str, Any]:
-    """state.json of the newest complete checkpoint; empty if there is none that can be read."""
+    """Read state.json of the newest complete checkpoint; empty if none can be read."""
     for checkpoint in reversed(complete_checkpoints(folder.checkpoints)):
         try:
             return read_state(checkpoint)
@@ -164,7 +164,7 @@ def _time_facts(run: Run) -> Iterator[Fact]:
 
 
 def scaled(count: float) -> str:
-    """'29.6M' for 29,612,345."""
+    """Shorten a number: '29.6M' for 29,612,345."""
     for size, letter in _SCALES:
         if count >= size:
             return f"{count / size:.3g}{letter}"
@@ -208,7 +208,7 @@ def provenance_blocks(folder: RunFolder) -> list[Block]:
 
 
 def _attempt_row(attempt: Mapping[str, Any]) -> list[str]:
-    """`attempt`: as in provenance.json; keys that an older version did not write are unknown."""
+    """Return a row. `attempt`: as in provenance.json; keys that an older version did not write are unknown."""
     commit, versions = describe_commit(attempt) or UNKNOWN, attempt.get("versions", {})
     date = str(attempt.get("date", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC")
     libraries = [str(versions.get(name) or UNKNOWN) for name in _LIBRARIES]

@@ -112,7 +112,7 @@ def _cell(value: float | None, spec: str) -> Cell:
 
 
 def _score_cell(run: Run) -> Cell:
-    """'0.8512 ± 0.0071 on test'"""
+    """Format the score: '0.8512 ± 0.0071 on test'."""
     if run.results is None or (score := main_score(run.results)) is None:
         return _cell(None, "")
     split, mean, std = score

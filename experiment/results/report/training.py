@@ -65,7 +65,7 @@ def optimization_plots(lines: Callable[[str, bool], Sequence[Line]]) -> list[Plo
 def _training_lines(
     seeds: Mapping[int | None, SeedHistory], key: str, smoothed: bool, color: str | None = None
 ) -> list[Line]:
-    """color: of a run with one seed."""
+    """Return the lines of seeds. color: of a run with one seed."""
     if len(seeds) == 1:
         return [Line(_TRAINING, history.curve(key), smoothed=smoothed, color=color) for history in seeds.values()]
     return [
