@@ -85,7 +85,7 @@ def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[
 
 
 def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[list[str], Iterator[CsvRow]]:
-    """Column names and rows of a CSV file. Empty lines are skipped.
+    """Read column names and rows of a CSV file. Empty lines are skipped.
 
     Without a header, columns are named "0", "1", …; warns if there seems to be one, and if quotes that seem to enclose
     cells are read as ordinary characters. A file without rows has no columns.
@@ -221,7 +221,7 @@ def column_index(names: Sequence[str], column: str, place: str, key: str, csv_fo
 
 
 def header_advice(csv_format: CsvFormat | None, names: Sequence[str]) -> str:
-    """Advice if the names of columns come from the first row of a CSV file; otherwise empty."""
+    """Return advice if the names of columns come from the first row of a CSV file; otherwise empty."""
     if csv_format is None or not csv_format.header:
         return ""
     option = csv_format.option("header", "null")
@@ -235,7 +235,7 @@ def missing_column(place: str, column: str, names: Iterable[str], key: str, advi
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names of columns, or cells, on one line of a message."""
+    """Return the names of columns, or cells, on one line of a message."""
     return ", ".join(textwrap.shorten(str(name), _MAX_NAME, placeholder=" …") for name in names)
 
 

@@ -28,7 +28,7 @@ class EvaluationText(NamedTuple):
 
 
 def texts_digest(texts: Iterable[str]) -> str:
-    """A checksum of the set of texts, whatever their order."""
+    """Return a checksum of the set of texts, whatever their order."""
     digest = xxhash.xxh3_128()
     for text in sorted(set(texts)):
         digest.update(text.encode() + b"\0")

@@ -172,7 +172,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_record(kind: type[T], text: str | bytes) -> T:
-    """A JSON text as a value of this type. Unknown keys are ignored. Raises ValueError."""
+    """Return a JSON text as a value of this type. Unknown keys are ignored. Raises ValueError."""
     found: T = _adapter(kind).validate_json(text)  # type: ignore[arg-type]  # to mypy, classes are not hashable
     return found
 
@@ -236,13 +236,13 @@ def fsync_tree(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_digest(value: Any) -> str:
-    """First 32 hexadecimal digits of the SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the first 32 hexadecimal digits of the SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
 
 

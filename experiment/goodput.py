@@ -182,7 +182,7 @@ class ActivityTimer:
         return add_up([*self._earlier, self._line()]).share
 
     def elapsed(self, activity: str) -> float:
-        """Seconds of an activity so far since this timer was made, `TRAINING` among them; compiling included."""
+        """Return seconds of an activity so far since this timer was made, `TRAINING` among them; compiling included."""
         self._settle()
         return self._elapsed[activity]
 

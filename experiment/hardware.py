@@ -37,7 +37,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: allocated CUDA memory or, without CUDA, resident memory."""
+    """Return the peak memory of this process in bytes: allocated CUDA memory or, without CUDA, resident memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -67,7 +67,7 @@ def lacks_avx512() -> bool:
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a device for dense matrices; None if unknown, as for every CPU.
+    """Return the peak FLOP/s of a device for dense matrices; None if unknown, as for every CPU.
 
     device_name: as from `torch.cuda.get_device_name`. precision: fp16 or bf16 (tensor cores, fp32 accumulation), or
     fp32 (no tensor cores).

@@ -161,7 +161,7 @@ def fetch(
 
 
 def local_checkpoint(name: str) -> Path:
-    """A copy of a model in the user's cache folder, without the state of the optimizer.
+    """Return a copy of a model in the user's cache folder, without the state of the optimizer.
 
     name: URL of a checkpoint, or of a mirror, whose newest one is meant. Raises UserError.
     """

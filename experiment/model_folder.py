@@ -69,7 +69,7 @@ def load_weights(
 def build_from_config(
     auto_model: Any, config: PreTrainedConfig, origin: str, weights: Path | None = None, **options: Any
 ) -> PreTrainedModel:
-    """A model with random weights from torch's generator.
+    """Return a model with random weights from torch's generator.
 
     Args:
         auto_model: a class of transformers, such as AutoModelForMaskedLM.

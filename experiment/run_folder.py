@@ -79,7 +79,7 @@ class RunFolder:
     """Renewed by the process that writes to the folder, for other machines, see `run_lock`."""
 
     def seed_folder(self, seed: int) -> Path:
-        """Folder of a finished fine-tuning seed."""
+        """Return the folder of a finished fine-tuning seed."""
         return self.path / f"seed-{seed}"
 
     @property
@@ -89,7 +89,7 @@ class RunFolder:
         return {int(name[1]): path for path, name in found.items() if name is not None}
 
     def bad_batch(self, step: int) -> Path:
-        """Folder with a dump of the bad batch of this step."""
+        """Return the folder with a dump of the bad batch of this step."""
         return self.path / "health" / f"step-{step:08d}"
 
     def rank_log(self, rank: int) -> Path:
@@ -145,7 +145,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def folder_name(text: str) -> str:
-    """A name for a folder: letters, digits and any of _.+- of a text; empty if it has none."""
+    """Return a name for a folder: letters, digits and any of _.+- of a text; empty if it has none."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.")
 
 

@@ -197,7 +197,7 @@ def delete(url: str) -> None:
 
 
 def local_folder(url: str, left_out: Collection[str]) -> Path:
-    """A copy of a folder in the user's cache folder, which is made unless there is one of the same files.
+    """Return a copy of a folder in the user's cache folder, which is made unless there is one of the same files.
 
     `left_out`: suffixes of files that are not copied. Raises StorageError.
     """

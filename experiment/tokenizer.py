@@ -38,7 +38,7 @@ _SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_
 
 
 def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
-    """A tokenizer for masked-LM pretraining, see `load_any_tokenizer`.
+    """Load a tokenizer for masked-LM pretraining, see `load_any_tokenizer`.
 
     Raises UserError also for one that is not backed by the tokenizers library, or lacks a special token that masked-LM
     pretraining needs.
@@ -191,14 +191,14 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def _without(value: Any, key: str) -> Any:
-    """A JSON value without an object key, at any depth."""
+    """Return a JSON value without an object key, at any depth."""
     if isinstance(value, dict):
         return {name: _without(below, key) for name, below in value.items() if name != key}
     return [_without(below, key) for below in value] if isinstance(value, list) else value
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Largest token id plus one."""
+    """Return the largest token id plus one."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 

@@ -92,7 +92,7 @@ def first_position(model: "nn.Module") -> int:
 
 
 def max_positions(model: "PreTrainedModel") -> int | None:
-    """Length in tokens of the longest sequence the model has positions for; None if it has no limit."""
+    """Return the length in tokens of the longest sequence the model has positions for; None if it has no limit."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return None if limit is None or limit <= 0 else int(limit) - first_position(model)
 
@@ -132,5 +132,5 @@ def check_freeze(freeze: tuple[str, ...], model: "nn.Module") -> None:
 
 
 def _modules(names: list[str]) -> set[str]:
-    """Short names of these parameters' modules: embeddings, layer.0, attention, …"""
+    """Return short names of these parameters' modules: embeddings, layer.0, attention, …"""
     return set(re.findall(r"(?<=\.)[a-zA-Z_]\w*(?:\.\d+)?(?=\.)", "\n".join(f".{name}" for name in names)))

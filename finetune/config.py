@@ -121,7 +121,7 @@ class TrainingConfig(Section):
     """`auto` is bf16 if the device supports it natively, otherwise fp32. fp16 needs CUDA."""
 
     def warnings(self) -> Iterator[str]:
-        """Settings that are probably mistakes."""
+        """Yield settings that are probably mistakes."""
         if self.lr > _HIGH_LR:
             yield f"training.lr is {self.lr:g}: usual learning rates are 1e-5 to 1e-3, see docs/finetuning.md"
 
@@ -172,7 +172,7 @@ def config_of_kind(kind: str) -> type[FinetuneConfig]:
 
 
 def changed_settings(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (recorded value, value now), of the settings of a seed that differ.
+    """Return dotted key -> (recorded value, value now), of the settings of a seed that differ.
 
     A key that an earlier version did not have had its default.
     """

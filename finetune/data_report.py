@@ -31,7 +31,7 @@ _MANY_UNKNOWN = 0.05  # share of the tokens of a split
 
 
 def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
-    """A line for each oddity of the splits, with examples."""
+    """Return a line for each oddity of the splits, with examples."""
     targets = [role for role, cell_type in columns.cell_types().items() if not cell_type.is_input]
     texts = columns.roles(TEXT, CONTEXT)
     lines = [
@@ -117,7 +117,7 @@ def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase, labels: S
 
 
 def unknown_warnings(splits: Mapping[str, Split], unknown_id: int | None) -> Iterator[str]:
-    """A line for each split with many unknown tokens. unknown_id: of the tokenizer, if it has one."""
+    """Yield a line for each split with many unknown tokens. unknown_id: of the tokenizer, if it has one."""
     for name, split in splits.items():
         ids = [tokens.input_ids for example in split.examples for tokens in example.sequences]
         share = (torch.cat(ids) == unknown_id).float().mean().item() if ids and unknown_id is not None else 0.0
@@ -183,7 +183,7 @@ def print_lengths(console: Console, splits: Mapping[str, Split], positions: int 
 
 
 def suggest_length(lengths: Mapping[str, Lengths], positions: int | None) -> str | None:
-    """A line with a length that holds 99 % of each split, if more than 1 % of one is cut."""
+    """Return a line with a length that holds 99 % of each split, if more than 1 % of one is cut."""
     if all(found.share_cut <= _ACCEPTABLE for found in lengths.values()):
         return None
     needed = _ROUND_TO * math.ceil(max(found.percentile(99) for found in lengths.values()) / _ROUND_TO)

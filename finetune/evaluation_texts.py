@@ -21,7 +21,7 @@ def evaluation_texts(config: str) -> list[EvaluationText]:
 
 
 def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
-    """A line, if a corpus that the model was pretrained on is known not to be decontaminated against the task.
+    """Yield a line, if a corpus that the model was pretrained on is known not to be decontaminated against the task.
 
     model: a Hugging Face folder.
     """

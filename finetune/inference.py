@@ -30,7 +30,7 @@ _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than paddi
 
 
 def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, device: torch.device) -> Batch:
-    """A batch of all sequences of the examples, padded to the longest of them."""
+    """Return a batch of all sequences of the examples, padded to the longest of them."""
     inputs = pad_sequences([tokens for example in examples for tokens in example.sequences], padding, device)
     targets = None if any(example.target is None for example in examples) else kind.targets(examples)
     return Batch(tuple(examples), inputs, None if targets is None else targets.to(device, non_blocking=True))

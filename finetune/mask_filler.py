@@ -132,7 +132,7 @@ class MaskFiller:
         return segments
 
     def option_record(self, text: str, options: Sequence[Sequence[str]], place: str) -> Record:
-        """A record for `ranking`. options: of each mask, two or more. Raises UserError for another number."""
+        """Return a record for `ranking`. options: of each mask, two or more. Raises UserError for another number."""
         segments = self.split(text, place)
         if len(segments) != len(options) + 1:
             raise UserError(f"{place}: {len(segments) - 1} {self.mask}, but {len(options)} lists of options")

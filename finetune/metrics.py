@@ -65,7 +65,7 @@ def confusion_matrix(gold: LabelIds, predicted: LabelIds, label_count: int) -> N
 
 
 def summarize(values: Sequence[float]) -> dict[str, list[float] | float | None]:
-    """A metric over the seeds: values, mean, sample standard deviation (None for a single seed) and median."""
+    """Return a metric over the seeds: values, mean, sample standard deviation (None for a single seed) and median."""
     return {
         "values": list(values),
         "mean": statistics.fmean(values),
@@ -188,7 +188,7 @@ def scale(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.
 
 
 def calibrate(prediction: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """A prediction with calibrated `probabilities`, which are a list or a mapping."""
+    """Return a prediction with calibrated `probabilities`, which are a list or a mapping."""
     probabilities = prediction["probabilities"]
     scaled = scale(np.array(list_probabilities(prediction)), temperature).tolist()
     named = dict(zip(probabilities, scaled, strict=True)) if isinstance(probabilities, Mapping) else scaled

@@ -106,7 +106,7 @@ class Predictor:
             raise missing_temperature(self.folder)
 
     def record(self, place: str, values: Mapping[str, Any]) -> Record:
-        """A record of values by role. place: its name in messages. Raises UserError as `predict`."""
+        """Return a record of values by role. place: its name in messages. Raises UserError as `predict`."""
         roles = self.kind.config.columns.without_targets().cell_types()
         if not isinstance(values, Mapping):
             raise UserError(f"{place}: expected a mapping of {', '.join(roles)} to values, found {values!r}")

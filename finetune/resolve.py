@@ -142,7 +142,7 @@ def config_settings(config: FinetuneConfig) -> dict[str, Any]:
 def _result_settings(
     config: FinetuneConfig, model: ModelSpec, device: Device, labels: Sequence[str], tables: Mapping[str, Table]
 ) -> dict[str, Any]:
-    """Everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
+    """Return everything the results of a seed depend on, apart from the seed: only equal settings may share a table."""
     tree = config_settings(config)
     tree["task"]["labels"] = list(labels)
     tree["training"]["precision"] = device.precision

@@ -59,7 +59,7 @@ def finished_seeds(
 
 
 def describe_differences(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Settings that differ: keys of the config with the value before and now, then files by name."""
+    """Return settings that differ: keys of the config with the value before and now, then files by name."""
     keys = sorted(changed, key=lambda key: key.startswith(_CHECKSUMS))
     return ", ".join(
         key if key.startswith(_CHECKSUMS) else "{} (was {!r}, is {!r})".format(key, *changed[key]) for key in keys

@@ -129,7 +129,7 @@ def encode_split(
 
 
 def describe_task(task: Task) -> list[str]:
-    """Lines on the training split, and on surprises in any split."""
+    """Return lines on the training split, and on surprises in any split."""
     lines = task.kind.describe(task.splits["train"].table) if "train" in task.splits else []
     unlabelled = [name for name, split in task.splits.items() if not split.table.labelled]
     return lines + [f"{name}: no labels, so it is predicted but not scored" for name in unlabelled]

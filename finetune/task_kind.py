@@ -129,7 +129,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return self.labels.index(label)
 
     def describe(self, train: Table) -> list[str]:
-        """Lines about the training split, for the user."""
+        """Return lines about the training split, for the user."""
         return []
 
     @property
@@ -176,7 +176,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return 0
 
     def probe(self, encoder: "Encoder") -> "Example":
-        """A small example without targets, to try a model."""
+        """Return a small example without targets, to try a model."""
         from finetune.encoding.examples import Example
 
         return Example((encoder.encode("a"),) * 2)
@@ -234,7 +234,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return {}
 
     def rows(self, record: Record, prediction: Prediction) -> Sequence[tuple[Mapping[str, Any], Prediction]]:
-        """Rows of the predictions file: usually one row with the values of the record and its prediction."""
+        """Return the rows of the predictions file: usually one row with the values of the record and its prediction."""
         return [(record.values, prediction)]
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified | None:
@@ -243,7 +243,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return None
 
     def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
-        """A prediction with calibrated probabilities, for kinds that have `classified`."""
+        """Return a prediction with calibrated probabilities, for kinds that have `classified`."""
         return calibrate(prediction, temperature)
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.float64] | None":

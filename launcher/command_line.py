@@ -267,7 +267,7 @@ def _value(flag: Flag, text: str) -> Any:
 
 
 def _explain(details: ErrorDetails, flags: Mapping[str, Flag], texts: Mapping[str, Sequence[str]]) -> str:
-    """An error that pydantic reports, as a message about a flag."""
+    """Return an error that pydantic reports, as a message about a flag."""
     if not details["loc"]:
         return str(details["ctx"]["error"])
     flag = flags[str(details["loc"][0])]

@@ -88,7 +88,7 @@ def _find_encoders(config: CompareConfig, file: str, recorded: Mapping[str, Flat
 
 
 def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
-    """Name -> name of its folder. Raises UserError if two would share one."""
+    """Return name -> name of its folder. Raises UserError if two would share one."""
     folders = {name: folder_name(name) for name in names}
     for name, folder in folders.items():
         if not folder:

@@ -223,7 +223,7 @@ def _options(options_type: type[OptionsT], function: str, values: Mapping[str, A
 
 
 def _as_json(value: Any) -> Any:
-    """Paths as text, tuples as lists."""
+    """Return paths as text, tuples as lists."""
     return json.loads(json.dumps(value, default=os.fspath))
 
 

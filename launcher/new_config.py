@@ -54,7 +54,7 @@ def _write_config(file: Path, text: str, kind: str) -> None:
 
 
 def _required_keys(section: type[BaseModel], indent: str = "") -> Iterator[str]:
-    """A line for each required key, with its meaning as a comment."""
+    """Yield a line for each required key, with its meaning as a comment."""
     for name, field in section.model_fields.items():
         if field.is_required():
             meaning = find_meaning(section, name).partition(". ")[0].removesuffix(".")

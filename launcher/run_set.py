@@ -214,7 +214,7 @@ def _locked(folder: RunFolder, option: str) -> Iterator[None]:
 
 
 def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
-    """A recorded config with the keys of `now` that an earlier version did not have, at their defaults."""
+    """Return a recorded config with the keys of `now` that an earlier version did not have, at their defaults."""
     kind = config_of_kind(str(now["task.kind"])) if "task.kind" in now else FinetuneConfig
     known = with_defaults(with_defaults(with_defaults(before, kind), PretrainConfig), PretrainConfig, "pretrain.")
     return {key: known[key] for key in now if key in known} | dict(before)

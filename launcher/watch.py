@@ -68,7 +68,7 @@ def read_run_config(run: RunFolder) -> PretrainConfig:
 
 
 def describe_scores(run: RunFolder, task: WatchedTask) -> str:
-    """A line on the scores of all checkpoints on a task."""
+    """Return a line on the scores of all checkpoints on a task."""
     results = _results_on(task, run)
     if not results:
         return f"{task.name}: no checkpoint is scored"

@@ -131,7 +131,7 @@ def _argv(task: WatchedTask, folder: Path) -> tuple[str, ...]:
 
 
 def _read_results(path: Path) -> tuple[dict[str, float], int]:
-    """Metric -> its mean over the seeds on validation; and how many seeds have collapsed. Raises ScoringError."""
+    """Read metric -> its mean over the seeds on validation; and how many seeds have collapsed. Raises ScoringError."""
     try:
         results = read_json(path)
         scores = {metric: found["mean"] for metric, found in results["splits"]["validation"].items()}

@@ -346,7 +346,7 @@ class PretrainConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def warnings(self, steps: int | None) -> Iterator[str]:
-        """Settings that have no effect, or a poor one. steps: of the run, if known."""
+        """Yield settings that have no effect, or a poor one. steps: of the run, if known."""
         if self.optimizer.lr > _HIGH_LR:
             yield f"optimizer.lr is {self.optimizer.lr:g}: usual learning rates are 1e-4 to 1e-2"
         if steps is not None:

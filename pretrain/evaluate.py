@@ -58,7 +58,7 @@ class Scores(NamedTuple):
     masked_tokens: int
 
     def finite(self) -> dict[str, float | int | None]:
-        """Values by name; None for values that are not finite, which JSON cannot express."""
+        """Return values by name; None for values that are not finite, which JSON cannot express."""
         return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
 
 
@@ -100,7 +100,7 @@ class HeldOutEvaluator:
     corpora: Mapping[str, HeldOutCorpus]  # by name
 
     def evaluate(self, predict: Predict, device: torch.device, show_progress: bool = False) -> dict[str, Scores]:
-        """Scores by corpus. Collective: every rank calls `predict` equally often, and the sums are reduced."""
+        """Return scores by corpus. Collective: every rank calls `predict` equally often, and the sums are reduced."""
         return {name: _score(name, corpus, predict, device, show_progress) for name, corpus in self.corpora.items()}
 
     def metrics(self, predict: Predict, device: torch.device) -> dict[str, float | int | None]:

@@ -286,5 +286,5 @@ def _lines(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value as in YAML, text in quotes."""
+    """Return a value as in YAML, text in quotes."""
     return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -79,7 +79,7 @@ class ScheduleConfig(Section):
         return self.steps
 
     def warnings(self, steps: int) -> Iterator[str]:
-        """Settings that have no effect in a run of this many steps."""
+        """Yield settings that have no effect in a run of this many steps."""
         for key in ("warmup_steps", "batch_warmup_steps"):
             if getattr(self, key) >= steps:
                 yield f"schedule.{key} is {getattr(self, key):,}, but the run has only {steps:,} steps"

@@ -107,7 +107,7 @@ def _keys(section: type[BaseModel], prefix: str) -> Iterator[ConfigKey]:
 
 
 def _keys_of_field(section: type[BaseModel], name: str, prefix: str) -> Iterator[ConfigKey]:
-    """A field and the keys below it; keys of a mapping's values as `rows.NAME.init_from`."""
+    """Yield a field and the keys below it; keys of a mapping's values as `rows.NAME.init_from`."""
     field = section.model_fields[name]
     if is_section(field.annotation):
         yield from _keys(field.annotation, f"{prefix}{name}.")

@@ -71,7 +71,7 @@ def explain_unknown_key(config_type: type[BaseModel], dotted: str) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """Type and value in words: 'a number (1.5)'."""
+    """Return type and value in words: 'a number (1.5)'."""
     if value is None:
         return "null"
     name = "true/false" if isinstance(value, bool) else TYPE_NAMES.get(type(value), type(value).__name__)

@@ -28,14 +28,14 @@ _CSV_COLUMNS = ("row", "task", "split", "metric", "mean", "std", "values", "coll
 
 
 def _score_cells(comparison: Comparison) -> Cells:
-    """A row for each initialization, a column for each task."""
+    """Return a row for each initialization, a column for each task."""
     columns = _columns(comparison)
     header = ["", *columns.values()]
     return [header] + [[row, *(_score(cells.get(column)) for column in columns)] for row, cells in comparison.items()]
 
 
 def _test_cells(comparison: Comparison) -> Cells:
-    """A row for each task and pair of initializations."""
+    """Return a row for each task and pair of initializations."""
     header = ["task", "row", "compared with", "difference", "95 % interval", "p"]
     tests = [
         [column, row, other, f"{test['difference']:+.4f}", _interval(test["interval"]), f"{test['p']:.3f}"]
@@ -47,7 +47,7 @@ def _test_cells(comparison: Comparison) -> Cells:
 
 
 def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells]:
-    """Title -> table, without those that have nothing to show. failed: name of a run -> how it failed."""
+    """Return the title -> table, without those that have nothing to show. failed: name of a run -> how it failed."""
     scores = _score_cells(comparison) if any(comparison.values()) else []
     failures = [["run", "what happened"], *map(list, failed.items())]
     found = {SCORES: scores, TESTS: _test_cells(comparison), FAILED: failures}
@@ -66,7 +66,7 @@ def as_markdown(comparison: Comparison, failed: Mapping[str, str]) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """A row for each initialization and task."""
+    """Return a row for each initialization and task."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)
@@ -80,7 +80,7 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def score_charts(comparison: Comparison) -> list[DotChart]:
-    """A chart for each task, with a row for each initialization."""
+    """Return a chart for each task, with a row for each initialization."""
     charts = []
     for column, title in _columns(comparison).items():
         cells = {row: cells[column] for row, cells in comparison.items() if column in cells}
@@ -98,7 +98,7 @@ def _dots(row: str, cell: Mapping[str, Any]) -> Dots:
 
 
 def comparison_blocks(comparison: Comparison) -> list[Block]:
-    """A section of a report."""
+    """Return a section of a report."""
     blocks: list[Block] = [Heading("Comparison")]
     if charts := score_charts(comparison):
         blocks += [Text(f"{INTERVALS}."), DotCharts("scores", charts)]

@@ -57,7 +57,7 @@ def read_fillings(folder: RunFolder) -> list[CheckpointFillings]:
 
 
 def filling_blocks(folder: RunFolder) -> list[Block]:
-    """A section of a report; empty without fillings."""
+    """Return a section of a report; empty without fillings."""
     checkpoints = spread(read_fillings(folder), _SHOWN)
     if not checkpoints:
         return []

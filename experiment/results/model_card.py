@@ -56,7 +56,7 @@ def usage_section(*parts: str) -> str:
 
 
 def snippet(language: str, code: str) -> str:
-    """Code to copy, as Markdown. It runs in the model folder."""
+    """Return code to copy, as Markdown. It runs in the model folder."""
     return f"```{language}\n{code.strip()}\n```"
 
 
@@ -122,7 +122,7 @@ def _lineage_row(ancestor: Mapping[str, Any]) -> list[str]:
 
 
 def attempt_row(attempt: Mapping[str, Any], device: str) -> list[str]:
-    """A row of the table of hardware and software. attempt: as in provenance.json."""
+    """Return a row of the table of hardware and software. attempt: as in provenance.json."""
     commit, versions = describe_commit(attempt) or UNKNOWN, attempt.get("versions", {})
     ranks, hosts = (format_number(attempt.get(key)) for key in ("world_size", "hosts"))
     return [device, ranks, hosts, *(str(versions.get(name) or UNKNOWN) for name in _LIBRARIES), commit]
@@ -149,6 +149,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    """A table with a row for each setting that has a value."""
+    """Return a table with a row for each setting that has a value."""
     rows = [[key, format_value(value)] for key, value in settings.items() if value not in (None, "", [], (), {})]
     return _table(["setting", "value"], rows, labels=2)

@@ -59,7 +59,7 @@ def _read_id(cell: object) -> str | None:
 
 
 def _read_group(cell: object) -> str | None:
-    """Text that is the same for the same cell, or the same cells of several columns; None if all are empty."""
+    """Read the text that is the same for the same cell, or the same cells of several columns; None if all are empty."""
     if not isinstance(cell, list):
         return _read_id(cell)
     ids = [_read_id(part) for part in cell]
@@ -78,7 +78,7 @@ def _read_texts(cell: object) -> list[str]:
 
 
 def _read_negatives(cell: object) -> list[str]:
-    """A list of texts, without empty ones; text that is not a list in JSON is one of them."""
+    """Read a list of texts, without empty ones; text that is not a list in JSON is one of them."""
     cell = _parse_json(cell)
     texts = _read_texts([cell] if isinstance(cell, str) else cell or [])
     return [text for text in texts if text]
@@ -106,7 +106,7 @@ def as_number(cell: str | float) -> float | None:
 
 
 def _read_labels(cell: object) -> list[str] | str:
-    """A list of labels, without empty ones; text that is not a list in JSON stays text.
+    """Read a list of labels, without empty ones; text that is not a list in JSON stays text.
 
     No labels are an empty list, not an empty cell.
     """
@@ -141,7 +141,7 @@ def _read_sentence(cell: object) -> list[str]:
 
 
 def _read_answers(cell: object) -> list[dict[str, Any]] | None:
-    """Dicts with `text` and `start`, the character at which the answer starts; [] if there is no answer."""
+    """Read dicts with `text` and `start`, the character at which the answer starts; [] if there is no answer."""
     cell = _parse_json(cell)
     if cell is None or cell == "":
         return None

@@ -135,7 +135,7 @@ def read_delimited(path: Path, csv_format: CsvFormat) -> Iterator[Row]:
 
 
 def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:
-    """A message if a field has line breaks, followed by text that looks like rows."""
+    """Return a message if a field has line breaks, followed by text that looks like rows."""
     for cell in row.cells:
         if csv_format.quoting != csv.QUOTE_NONE and ("\n" in cell or "\r" in cell):
             separators = [line.count(csv_format.separator or ",") for line in cell.splitlines()[1:]]

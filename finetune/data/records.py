@@ -103,7 +103,7 @@ def read_table(
 
 
 def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellType], required: bool) -> Table:
-    """A table in which all records have their targets or none has."""
+    """Return a table in which all records have their targets or none has."""
     found = {role for record in records for role in record.values}
     targets = [
         role for role, cell_type in types.items() if cell_type.target and (not cell_type.optional or role in found)

@@ -116,7 +116,7 @@ class Encoder:
         return room
 
     def assemble(self, *texts: Sequence[int], cut: int = 0) -> Tokens:
-        """A sequence of one text or a pair of texts, given as token ids. cut: how many were left out."""
+        """Return a sequence of one text or a pair of texts, given as token ids. cut: how many were left out."""
         frame = self._frames[len(texts) - 1]
         ids, types = map(list, frame.specials[0])
         for text, text_type, specials in zip(texts, frame.text_types, frame.specials[1:], strict=True):

@@ -47,7 +47,7 @@ class Padding:
     length: int | None = None  # of all batches; None: of the longest sequence of each batch
 
     def pad(self, rows: Sequence[Tensor], value: float) -> Tensor:
-        """Rows of one value per token, as one tensor ST."""
+        """Return the rows of one value per token, as one tensor ST."""
         padded = pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=self.side)
         missing = 0 if self.length is None else self.length - padded.shape[1]
         return F.pad(padded, (missing, 0) if self.side == "left" else (0, missing), value=value)
@@ -65,7 +65,7 @@ class Batch:
 
 
 def pad_sequences(sequences: Sequence[Tokens], padding: Padding, device: torch.device) -> dict[str, Tensor]:
-    """Arguments of a model's forward, ST each."""
+    """Return the arguments of a model's forward, ST each."""
     inputs = {
         "input_ids": padding.pad([tokens.input_ids for tokens in sequences], padding.token_id),
         "attention_mask": padding.pad([torch.ones_like(tokens.input_ids) for tokens in sequences], 0),
@@ -77,7 +77,7 @@ def pad_sequences(sequences: Sequence[Tokens], padding: Padding, device: torch.d
 
 
 def padding_last(outputs: Tensor, batch: Batch) -> Tensor:
-    """Outputs for each token (ST…), with the padding of each sequence moved behind its tokens."""
+    """Return outputs for each token (ST…), with the padding of each sequence moved behind its tokens."""
     order = torch.argsort(batch.inputs["attention_mask"], dim=1, descending=True, stable=True)
     return outputs[torch.arange(len(order), device=order.device)[:, None], order]
 

@@ -116,7 +116,7 @@ def _usage(source: Path, config: Mapping[str, Any]) -> str:
 
 
 def _corpora(state: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Rows of the training corpora. An older checkpoint has none: it knows their fingerprint only."""
+    """Yield the rows of the training corpora. An older checkpoint has none: it knows their fingerprint only."""
     train = state.get("corpora", {}).get("train", [])
     total = sum(corpus["weight"] for corpus in train)
     for corpus in train:
@@ -149,7 +149,7 @@ def _training(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changes(attempts: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    """Rows of the settings that a resume has changed. Older versions did not record them."""
+    """Yield the rows of the settings that a resume has changed. Older versions did not record them."""
     for attempt in attempts:
         for change in attempt.get("changes", []):
             if change.startswith(_CHANGES):
@@ -157,7 +157,7 @@ def _changes(attempts: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 
 
 def _held_out(state: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
-    """Rows of the held-out corpora. found: of `_held_out_metrics`."""
+    """Yield the rows of the held-out corpora. found: of `_held_out_metrics`."""
     details = {corpus["name"]: corpus for corpus in state.get("corpora", {}).get("held_out", [])}
     unknown = {"documents": None, "tokens": None, "fingerprint": UNKNOWN, "source": UNKNOWN}
     for name, metrics in found.items():

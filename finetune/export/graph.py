@@ -90,7 +90,7 @@ def write_graph(loaded: LoadedModel, path: Path) -> None:
 
 
 def _example_inputs(loaded: LoadedModel) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """Inputs of a model, and the names of their dimensions, which may have any size."""
+    """Return the inputs of a model, and the names of their dimensions, which may have any size."""
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * loaded.encoder.token_types
     tokens = loaded.padding.length or _TOKENS
     choices = takes_choices(loaded.model)

@@ -66,7 +66,7 @@ def sample_batches(loaded: LoadedModel) -> list[dict[str, Tensor]]:
 
 
 def _sample(encoder: Encoder, ids: list[int], draw: random.Random) -> Tokens:
-    """A text of these tokens, or a pair of texts."""
+    """Return a text of these tokens, or a pair of texts."""
     first = draw.randint(0, len(ids)) if draw.random() < 0.5 else len(ids)
     text, pair = encoder.tokenizer.decode(ids[:first]), encoder.tokenizer.decode(ids[first:])
     return encoder.encode(text, pair or None)

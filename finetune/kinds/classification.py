@@ -87,7 +87,7 @@ class Kind(TaskKind[Config]):
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
-        """Weights that give each label the same share of the loss."""
+        """Return weights that give each label the same share of the loss."""
         return balanced_weights([example.target for example in examples], len(self.labels))
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
@@ -113,7 +113,7 @@ class Kind(TaskKind[Config]):
     def _label_ids(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Labels and predicted labels, by id."""
+        """Return labels and predicted labels, by id."""
         ids = {label: number for number, label in enumerate(self.labels)}
         gold = np.array([ids[record.values["label"]] for record in records])
         return gold, np.array([ids[prediction["label"]] for prediction in predictions])

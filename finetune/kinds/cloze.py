@@ -155,7 +155,7 @@ class Kind(TaskKind[Config]):
         self._parse(record)
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        """Examples of each blank: one for each window that shows it."""
+        """Return the examples of each blank: one for each window that shows it."""
         segments, options, answers = self._parse(record)
         room = encoder.room()
         first, *others = (segment.rstrip() for segment in segments)
@@ -213,7 +213,7 @@ class Kind(TaskKind[Config]):
         return segments, options, [self._names(len(row)).index(letter) for row, letter in found]
 
     def _names(self, count: int) -> list[str]:
-        """Names of the options of a blank in `answers`: numbers from 1 for options without a letter."""
+        """Return the names of the options of a blank in `answers`: numbers from 1 for options without a letter."""
         return [*self._letters[:count], *(str(number + 1) for number in range(len(self._letters), count))]
 
     def _fillings(
@@ -309,7 +309,7 @@ class Kind(TaskKind[Config]):
     def breakdowns(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> dict[str, list[dict[str, Any]]]:
-        """Accuracy by article, and by the position of a blank in its article."""
+        """Return accuracy by article, and by the position of a blank in its article."""
         right = _right(records, predictions)
         positions = [[found[place] for found in right if len(found) > place] for place in range(max(map(len, right)))]
         return {
@@ -322,7 +322,7 @@ class Kind(TaskKind[Config]):
         return is_constant(answers, [letter for record in records for letter in record.values["answers"]])
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
-        """Labels and probabilities of each blank."""
+        """Return labels and probabilities of each blank."""
         gold = [answer for record in records for answer in self._parse(record)[2] or []]
         blanks = [{"probabilities": row} for prediction in predictions for row in prediction["probabilities"]]
         return Classified(np.array(gold), pad_probabilities(blanks))
@@ -332,7 +332,7 @@ class Kind(TaskKind[Config]):
         return {**prediction, "probabilities": scaled}
 
     def rows(self, record: Record, prediction: Prediction) -> list[tuple[Mapping[str, Any], Prediction]]:
-        """A row for each blank, with the words around it."""
+        """Return a row for each blank, with the words around it."""
         segments, options, _ = self._parse(record)
         answers = record.values.get("answers")
         return [

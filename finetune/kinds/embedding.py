@@ -164,7 +164,7 @@ class Kind(TaskKind[Config]):
         return {"embedding": vectors[0].tolist(), "similarity": similarity, "others": others}
 
     def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
-        """Numbers in place of vectors, see `_relate`; `dimensions` has the numbers of smaller vectors."""
+        """Return numbers in place of vectors, see `_relate`; `dimensions` has the numbers of smaller vectors."""
         sizes = self.config.dimensions
         rows, *smaller = (_relate(records, predictions, size) for size in (None, *sizes))
         if not sizes:

@@ -85,7 +85,7 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """Names of the first, second, … choice in the file; () if labels are the texts of the choices."""
+        """Return the names of the first, second, … choice in the file; () if labels are the texts of the choices."""
         most = max(len(record.values["choices"]) for record in train.records)
         numbers = [str(number) for number in range(most + 1)]
         fitting = [
@@ -202,7 +202,7 @@ def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list
 
 
 def _stripped(choices: Sequence[str]) -> list[str]:
-    """Choices as labels are read, without the space around them."""
+    """Return choices as labels are read, without the space around them."""
     return [choice.strip() for choice in choices]
 
 

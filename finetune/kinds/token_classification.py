@@ -112,7 +112,7 @@ class Kind(TaskKind[Config]):
         return pad_sequence([example.target for example in examples], batch_first=True, padding_value=_NO_TAG)
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
-        """Weights that give each tag the same share of the loss."""
+        """Return weights that give each tag the same share of the loss."""
         targets = torch.cat([example.target for example in examples])
         return balanced_weights(targets[targets != _NO_TAG].tolist(), len(self.labels))
 
@@ -166,7 +166,7 @@ class Kind(TaskKind[Config]):
         return np.array(losses)
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.int64]:
-        """Counts of words."""
+        """Return the counts of words."""
         ids = {label: number for number, label in enumerate(self.labels)}
         gold, predicted = (
             np.array([ids[tag] for tags in side for tag in tags], dtype=int) for side in _sides(records, predictions)
@@ -174,7 +174,7 @@ class Kind(TaskKind[Config]):
         return confusion_matrix(gold, predicted, len(self.labels))
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
-        """Scores of each type of entities; an entity is right as a whole or not at all."""
+        """Return the scores of each type of entities; an entity is right as a whole or not at all."""
         from seqeval.metrics.sequence_labeling import get_entities
 
         gold, predicted = (set(get_entities(_entity_tags(side, self.labels))) for side in _sides(records, predictions))

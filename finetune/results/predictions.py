@@ -159,7 +159,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 def prediction_rows(
     kind: TaskKind[Any], records: Sequence[Record], predictions: Sequence[Prediction], first: int = 1
 ) -> list[dict[str, Any]]:
-    """A row for each record, or several as its kind says: its number from `first`, the columns of the task,
+    """Return a row for each record, or several as its kind says: its number from `first`, the columns of the task,
     `predicted`, and further parts of the prediction, such as `probability_LABEL`."""
     return [
         {"row": number, **dict(_inputs(values, kind)), **dict(_flatten(part, kind))}
@@ -204,7 +204,7 @@ class ScoredSplit:
     predictions: Sequence[Sequence[Prediction]]  # by seed
 
     def score(self, metric: str, seed: int, rows: Sequence[int]) -> float:
-        """A metric of the records `rows`, in which one may occur several times. seed: its position."""
+        """Return a metric of the records `rows`, in which one may occur several times. seed: its position."""
         predictions = self.predictions[seed]
         return self.kind.scores([self.records[row] for row in rows], [predictions[row] for row in rows])[metric]
 

@@ -84,7 +84,7 @@ def _combine(
 
 
 def _summarize(split: str, metric: str, records: Sequence[SeedRecord]) -> dict[str, Any]:
-    """A metric over the seeds, with the mean of the confidence intervals of each seed if it has one."""
+    """Return a metric over the seeds, with the mean of the confidence intervals of each seed if it has one."""
     summary: dict[str, Any] = summarize([record.scores[split][metric] for record in records])
     intervals = [record.intervals[split][metric] for record in records if metric in record.intervals[split]]
     return {**summary, "interval": np.mean(intervals, axis=0).tolist()} if intervals else summary

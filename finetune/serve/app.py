@@ -199,13 +199,13 @@ async def readyz(serving: State) -> Response:
 
 @site.get("/metrics", tags=["operation"], responses={200: {"content": {"text/plain": {}}}, 401: {"model": Error}})
 async def metrics(serving: State) -> Response:
-    """Counts for Prometheus."""
+    """Return counts for Prometheus."""
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @site.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page() -> HTMLResponse:
-    """A page to try the model by hand."""
+    """Return a page to try the model by hand."""
     return _html("page.html")
 
 
@@ -249,7 +249,7 @@ def _predicting(served: ServedModel) -> Predictor:
 
 
 def _text_records(rows: Sequence[Sequence[str]], served: ServedModel) -> list[Record]:
-    """Records of single texts or of pairs. Raises UserError for input that the model does not accept."""
+    """Return the records of single texts or of pairs. Raises UserError for input that the model does not accept."""
     _predicting(served)
     asked, name = ("texts", "text") if len(rows[0]) == 1 else ("pairs", "pair")
     if asked not in served.info.accepts:

@@ -103,7 +103,7 @@ class LossMeter:
         self._tokens += tokens
 
     def interval(self) -> dict[str, float]:
-        """Metrics since the last call. Call it while training."""
+        """Return metrics since the last call. Call it while training."""
         loss, tokens = self._mean(0), self._tokens
         self._count_seconds()
         seconds, self.seconds[0], self._tokens = self.seconds[0], 0.0, 0
@@ -312,7 +312,7 @@ class _Fitting:
         return evaluate(self._model, self._task, self._task.splits[split], self._evaluated_at_once, self._device)
 
     def state(self) -> dict[str, Any]:
-        """State for `load_state`. The best weights are left out if they are the present ones."""
+        """Return state for `load_state`. The best weights are left out if they are the present ones."""
         return {
             "updater": self._updater.state(),
             "losses": self._meter.sums,

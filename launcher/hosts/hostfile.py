@@ -62,7 +62,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def hostfile_text(slots: Slots) -> str:
-    """A hostfile with room for the slots of each host."""
+    """Return a hostfile with room for the slots of each host."""
     return "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items())
 
 

@@ -101,7 +101,7 @@ def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> De
 
 
 def free_port() -> int:
-    """A TCP port of this machine on which no process listens now."""
+    """Return a TCP port of this machine on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]

@@ -79,7 +79,7 @@ def _gather(values: list[float], world: World, device: torch.device) -> list[lis
 
 
 def _compute_seconds(device: torch.device) -> float:
-    """Seconds of a matrix product, the fastest of a few: other processes disturb the rest."""
+    """Return the seconds of a matrix product, the fastest of a few: other processes disturb the rest."""
     side = 1024 if device.type == "cpu" else 8192
     matrix = torch.ones(side, side, device=device)
     return _fastest(lambda: matrix @ matrix, device)
@@ -111,7 +111,7 @@ def _rounds(hosts: int) -> list[list[tuple[int, int]]]:
 
 
 def _transfer(peer: int, sends_first: bool, device: torch.device) -> float:
-    """Bytes per second of a message there and back. Both ranks return the same value."""
+    """Return bytes per second of a message there and back. Both ranks return the same value."""
 
     def exchange(message: Tensor) -> None:
         for sends in (sends_first, not sends_first):

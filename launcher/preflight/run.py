@@ -174,7 +174,7 @@ def preflight_table(
     measured: Measurement | None,
     only_failed: bool,
 ) -> str:
-    """A table with a row for each host and a column for each check, then the problems with their fixes, then the
+    """Return a table with a row for each host and a column for each check, then the problems with their fixes, then the
     measurements.
 
     Args:

@@ -35,7 +35,7 @@ def mix(values: U64) -> U64:
 
 
 def make_key(parts: Iterable[int | str]) -> int:
-    """A 64-bit key from numbers and names; the same on every machine and in every version."""
+    """Return a 64-bit key from numbers and names; the same on every machine and in every version."""
     return xxhash.xxh3_64_intdigest(_text(parts).encode())
 
 
@@ -56,7 +56,7 @@ def fold_in(keys: U64 | int, values: NDArray[np.integer]) -> U64:
 
 
 def random_bits(keys: U64, counters: NDArray[np.integer]) -> U64:
-    """Random 64-bit words: word number `counter` of each key's SplitMix64 stream. Shapes broadcast."""
+    """Return random 64-bit words: word number `counter` of each key's SplitMix64 stream. Shapes broadcast."""
     return mix(keys + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 

@@ -67,11 +67,11 @@ class _TokenStreams(NamedTuple):
     positions: NDArray[np.int64]  # [T]
 
     def unit_bits(self, tokens: NDArray[np.int64] | slice) -> U64:
-        """Random words that decide whether the units that begin with these tokens are chosen."""
+        """Return random words that decide whether the units that begin with these tokens are chosen."""
         return random_bits(self.keys[tokens], 2 * self.positions[tokens])
 
     def replacement_bits(self, tokens: NDArray[np.int64]) -> U64:
-        """Random words that decide the inputs in place of these tokens."""
+        """Return random words that decide the inputs in place of these tokens."""
         return random_bits(self.keys[tokens], 2 * self.positions[tokens] + 1)
 
 

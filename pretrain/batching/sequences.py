@@ -38,7 +38,7 @@ class SequenceIndex:
 
 
 def split_documents(document_lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Lengths of the sequences into which documents of these lengths are split, in order.
+    """Return the lengths of the sequences into which documents of these lengths are split, in order.
 
     Each is at most `capacity`; sequences of one document differ by at most one token and add up to its length.
     """

@@ -26,7 +26,7 @@ def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
 
 
 def identity_of(sources: Sequence[Source]) -> str:
-    """A digest that tells whether sources are still the same: their names and sizes."""
+    """Return a digest that tells whether sources are still the same: their names and sizes."""
     return json_digest([[source.name, source.selection, source.bytes] for source in sources])
 
 

@@ -130,7 +130,7 @@ def _clean(
 
 
 def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
-    """A digest of everything that the result depends on besides the documents."""
+    """Return a digest of everything that the result depends on besides the documents."""
     tree = config.model_dump(mode="json", exclude={"output"})
     return json_digest({"config": tree, "steps": [dict(step.facts()) for step in steps]})
 

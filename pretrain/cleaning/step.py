@@ -122,7 +122,7 @@ class CollectionStep(Step[ConfigT]):
 
     @abstractmethod
     def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:
-        """Decisions for each part."""
+        """Return decisions for each part."""
 
     @abstractmethod
     def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:

@@ -22,7 +22,7 @@ _SENTENCE_END = regex.compile(r"(?<=[.!?…][\"'”’)\]]*)\s+|(?<=[。！？])
 
 
 def tokens(text: str) -> list[str]:
-    """Words and runs of punctuation, in order."""
+    """Return words and runs of punctuation, in order."""
     found: list[str] = _TOKEN.findall(text)
     return found
 

@@ -161,7 +161,7 @@ def read_record(path: Path, kind: type[T]) -> T | None:
 
 
 def parts_digest(parts: bytes) -> str:
-    """Digest of `SplitTask.parts`."""
+    """Return the digest of `SplitTask.parts`."""
     return xxhash.xxh3_64_hexdigest(parts)
 
 

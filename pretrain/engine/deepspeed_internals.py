@@ -105,7 +105,7 @@ def check_deepspeed() -> None:
 
 
 def _names(owner: Any) -> Iterator[str]:
-    """Names that a class or module of DeepSpeed defines, and names in its code, where instances get their
+    """Yield names that a class or module of DeepSpeed defines, and names in its code, where instances get their
     attributes."""
     yield from vars(owner)
     for member in vars(owner).values():

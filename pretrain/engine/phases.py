@@ -21,7 +21,7 @@ def phase(name: Phase) -> record_function:
 
 
 def collective(name: str) -> record_function:
-    """A context or decorator whose time a profile counts as communication, like torch's own collectives."""
+    """Return a context or decorator whose time a profile counts as communication, like torch's own collectives."""
     return record_function(COLLECTIVE_PREFIX + name)
 
 
@@ -57,7 +57,7 @@ class ForwardTimer:
             self._seconds += time.perf_counter() - started
 
     def take(self) -> float:
-        """Seconds since the last call. Unfinished work of a GPU counts at the next one."""
+        """Return seconds since the last call. Unfinished work of a GPU counts at the next one."""
         while self._pending and self._pending[0][1].query():  # type: ignore[no-untyped-call]
             start, end = self._pending.popleft()
             self._seconds += start.elapsed_time(end) / 1000

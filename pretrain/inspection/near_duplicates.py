@@ -102,7 +102,7 @@ def _hash_ngrams(ids: TokenIds, offsets: NDArray[np.int64]) -> NgramSets:
 
 
 def _blocks(shard: MappedShard) -> Iterator[range]:
-    """Rows that have about `_BLOCK` tokens together."""
+    """Yield rows that have about `_BLOCK` tokens together."""
     edges = np.searchsorted(shard.offsets, np.arange(0, len(shard.ids), _BLOCK))
     for first, end in pairwise(np.unique([*edges.tolist(), len(shard.offsets) - 1]).tolist()):
         yield range(first, end)

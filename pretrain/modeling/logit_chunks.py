@@ -19,6 +19,6 @@ def padded_columns(vocabulary: int) -> int:
 
 
 def pad_vocabulary(parameter: Tensor) -> Tensor:
-    """A decoder's weight [V, D] or bias [V] with zeros for the columns that are added. Differentiable."""
+    """Return a decoder's weight [V, D] or bias [V] with zeros for the columns that are added. Differentiable."""
     padding = padded_columns(len(parameter)) - len(parameter)
     return F.pad(parameter, (0, 0) * (parameter.ndim - 1) + (0, padding)) if padding else parameter

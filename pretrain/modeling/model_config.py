@@ -157,7 +157,7 @@ def _new_config(
 
 
 def _with_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """A copy with these fields set. Raises UserError for values that make no config."""
+    """Return a copy with these fields set. Raises UserError for values that make no config."""
     config = copy.deepcopy(config)
     try:
         for field, value in fields.items():

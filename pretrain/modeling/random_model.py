@@ -41,7 +41,7 @@ _FINE_TUNING_HEADS = (
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with random weights from torch's generator. Raises UserError for a config that makes no model."""
+    """Return a model with random weights from torch's generator. Raises UserError for a config that makes no model."""
     return build_from_config(AutoModelForMaskedLM, config, "model.config")
 
 
@@ -71,7 +71,7 @@ def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, 
 
 
 def declared_fields(config: PreTrainedConfig) -> set[str]:
-    """Fields with a default, aliases of them, and properties that can be set."""
+    """Return fields with a default, aliases of them, and properties that can be set."""
     members = inspect.getmembers_static(type(config))
     properties = {name for name, member in members if isinstance(member, property) and member.fset}
     return {*config.to_dict(), *config.attribute_map, *(name for name in properties if not name.startswith("_"))}
@@ -97,7 +97,7 @@ def _other_fields(config: PreTrainedConfig, field: str) -> dict[str, Any]:
 
 
 def _missing_lookups(config: PreTrainedConfig) -> set[str]:
-    """Attributes that models look up in their config while they are built, and that it does not have.
+    """Return attributes that models look up in their config while they are built, and that it does not have.
 
     Raises UserError for a config that makes no masked-LM model.
     """

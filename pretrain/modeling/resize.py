@@ -49,7 +49,7 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
 def resize_model(
     model: PreTrainedModel, config: PreTrainedConfig, pieces: Mapping[int, Sequence[int]]
 ) -> PreTrainedModel:
-    """A model with the weights of `model` and the larger vocabulary and positions of `config`.
+    """Return a model with the weights of `model` and the larger vocabulary and positions of `config`.
 
     pieces: id of each added token -> the ids that its text had before. Embedding, decoder row and decoder bias of an
     added token are the mean of its pieces', or of all tokens' if it has none. Learned positions are repeated blockwise

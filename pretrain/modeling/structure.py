@@ -41,7 +41,7 @@ def forward_without_checkpointing(layer: GradientCheckpointingLayer) -> Forward:
 
 
 def layer_ids(model: PreTrainedModel) -> dict[str, int]:
-    """Parameter name -> 0 for embeddings, 1 … L for the encoder's layers from the bottom, L + 1 for the head.
+    """Return parameter name -> 0 for embeddings, 1 … L for the encoder's layers from the bottom, L + 1 for the head.
 
     The numbering of ELECTRA (Clark et al. 2020) and BEiT. A layer is the outermost numbered module of the encoder, so
     layers that share their weights count once. Parameters shared by all layers (relative positions) count as

@@ -177,7 +177,7 @@ def _resident(counts: ParameterCounts, settings: MemorySettings) -> Parts:
 
 
 def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Bytes on all ranks together. Muon has no second moment of hidden matrices."""
+    """Return bytes on all ranks together. Muon has no second moment of hidden matrices."""
     return 2 * _FP32 * counts.total - (_FP32 * counts.hidden_matrices if settings.optimizer == "muon" else 0)
 
 
@@ -278,7 +278,7 @@ def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:
 
 
 def gathered_weights(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Elements of the weights that are whole on a rank at the end of the forward pass of ZeRO 3.
+    """Return the elements of the weights that are whole on a rank at the end of the forward pass of ZeRO 3.
 
     Small parameters stay gathered; of the others, those whose next use is at most `max_reuse_distance` elements away,
     there and back; and the next ones are prefetched.

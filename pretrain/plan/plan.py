@@ -81,7 +81,7 @@ class RunPlan:
         return high <= self.device.memory
 
     def needed_at(self, zero_stage: int) -> tuple[int, int]:
-        """Bytes of the device with the reserve, at least and at most."""
+        """Return the bytes of the device with the reserve, at least and at most."""
         total = self.zero[zero_stage].memory.parts.total
         low, high = self.device.reserve
         return total + low, total + high
@@ -242,7 +242,7 @@ def _mean_over_tokens(by_stage: list[float], stages: tuple[StageWork, ...], budg
 
 
 def sent_per_step(counts: ParameterCounts, settings: MemorySettings, microbatches: int) -> float:
-    """Bytes that each rank sends per step.
+    """Return bytes that each rank sends per step.
 
     A ring moves (w - 1) / w of a tensor past each of w ranks to gather or to scatter it, and twice that to reduce it
     for all (Rajbhandari et al. 2020, arXiv:1910.02054, section 7). A ring over several machines crosses the network of

@@ -73,7 +73,7 @@ def _stage(maker: BatchMaker, first_step: int, end: int | None, rate: float) -> 
 
 
 def _tokens(maker: BatchMaker, order: ShuffledOrder, end: int) -> int:
-    """Tokens of the stage's batches, special tokens included."""
+    """Return the tokens of the stage's batches, special tokens included."""
     counts = order.positions_by_corpus(order.start(end))
     return sum(
         _stream_tokens(corpus.index, stream, int(count), maker.vocabulary.num_special_tokens)
@@ -82,7 +82,7 @@ def _tokens(maker: BatchMaker, order: ShuffledOrder, end: int) -> int:
 
 
 def _stream_tokens(index: SequenceIndex, stream: CorpusStream, positions: int, special: int) -> int:
-    """Tokens of the first `positions` positions of a corpus's stream. Reads at most half of the lengths: of the
+    """Return tokens of the first `positions` positions of a corpus's stream. Reads at most half of the lengths: of the
     last epoch's sequences, or of the sequences that it does not reach."""
     epochs, rest = divmod(positions, len(index))
     whole = int(index.starts[-1]) + special * len(index)

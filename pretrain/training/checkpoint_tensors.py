@@ -221,7 +221,7 @@ class FragmentReader:
         return all(AVERAGE in entry["kinds"] for entry in self._index.values())
 
     def read(self, name: str, kind: str, span: tuple[int, int] | None = None) -> Tensor:
-        """Elements [start, end) of the flattened parameter (default: all); a scalar state whole."""
+        """Read elements [start, end) of the flattened parameter (default: all); a scalar state whole."""
         entry = self._index[name]
         start, end = span or (0, torch.Size(entry["shape"]).numel())
         if not entry["kinds"][kind]:

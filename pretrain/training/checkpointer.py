@@ -250,7 +250,7 @@ class Checkpointer:
         on_all_ranks(self._group, write if self._engine.world.rank == 0 else lambda: None)
 
     def _snapshot(self, progress: TrainingProgress) -> Snapshot:
-        """Everything that the checkpoint of this step contains, copied."""
+        """Return everything that the checkpoint of this step contains, copied."""
         step = progress.step
         buffers = persistent_buffers(self._model) if self._engine.world.rank == 0 else {}
         state = {

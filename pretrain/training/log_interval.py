@@ -41,7 +41,7 @@ class LogInterval:
         self._totals: list[StepTotals] = []  # of the steps that this process took
 
     def _clocks(self) -> dict[str, float]:
-        """Seconds of this process so far, by activity."""
+        """Return the seconds of this process so far, by activity."""
         return {name: self._times.elapsed(name) for name in (TRAINING, DATA, CHECKPOINTING)}
 
     def restart(self, progress: TrainingProgress) -> None:

@@ -20,7 +20,7 @@ from pretrain.training.cpu_group import CpuGroup
 
 
 def _signed(word: int) -> int:
-    """A 64-bit word as the number that torch's int64 makes of it."""
+    """Return a 64-bit word as the number that torch's int64 makes of it."""
     return word - (1 << 64) if word >> 63 else word
 
 
@@ -74,7 +74,7 @@ def _hash_weights(engine: Engine) -> dict[str, int]:
 
 
 def hash_bits(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of a tensor's bits and their places, a scalar on its device."""
+    """Return a 64-bit hash of a tensor's bits and their places, a scalar on its device."""
     if tensor.is_cuda:
         return _hash_on_device(tensor)
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)

@@ -45,7 +45,7 @@ def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
 
 
 def overlay_blocks(runs: Sequence[Run]) -> list[Block]:
-    """A table of the runs, charts, and the differences of their configs."""
+    """Return a table of the runs, charts, and the differences of their configs."""
     return [runs_table(runs), *_overlay_charts(runs), *difference_blocks(runs)]
 
 

@@ -62,7 +62,7 @@ def _subject(results: Mapping[str, Any]) -> str:
 
 
 def _score_table(results: Mapping[str, Any]) -> Table:
-    """A row for each metric and split, and the calibration errors."""
+    """Return a row for each metric and split, and the calibration errors."""
     calibration = results.get("calibration", {})
     rows = [
         [split, metric, *(show(scores[key], ".4f") for key in ("mean", "std", "median")), _joined(scores["values"])]
@@ -77,7 +77,7 @@ def _joined(values: Sequence[float]) -> str:
 
 
 def _label_tables(results: Mapping[str, Any]) -> list[Block]:
-    """Scores of each label and the most frequent mistakes on the last split that has them."""
+    """Return the scores of each label and the most frequent mistakes on the last split that has them."""
     blocks: list[Block] = []
     for split, labels in list(results.get("label_scores", {}).items())[-1:]:
         rows = [
@@ -96,7 +96,7 @@ def _label_tables(results: Mapping[str, Any]) -> list[Block]:
 
 
 def _seed_plots(folder: RunFolder, metric: str) -> list[Plot]:
-    """Losses and the metric on validation at each evaluation, from the epochs.csv of the seeds."""
+    """Return losses and the metric on validation at each evaluation, from the epochs.csv of the seeds."""
     losses, scores = [], []
     for number, path in enumerate(_seed_folders(folder)):
         rows, seed = _read_table(path / "epochs.csv"), path.name

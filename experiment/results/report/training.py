@@ -24,7 +24,7 @@ _TRAINING = "training"  # the line of a run with one seed
 
 
 def training_blocks(history: History, held_out: bool = True, marks: Sequence[Mark] = ()) -> list[Block]:
-    """Final metrics and curves; empty without events.
+    """Return the final metrics and curves; empty without events.
 
     held_out: whether to show evaluations too.
     """
