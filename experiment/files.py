@@ -172,7 +172,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_record(kind: type[T], text: str | bytes) -> T:
-    """Return a JSON text as a value of this type. Unknown keys are ignored. Raises ValueError."""
+    """Parse a JSON text as a value of this type. Unknown keys are ignored. Raises ValueError."""
     found: T = _adapter(kind).validate_json(text)  # type: ignore[arg-type]  # to mypy, classes are not hashable
     return found
 

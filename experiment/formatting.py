@@ -8,7 +8,7 @@ UNKNOWN = "–"
 
 
 def show(value: float | None, spec: str) -> str:
-    """Return a number in a format such as ',.1f'; '–' for None."""
+    """Format a number, such as with ',.1f'; '–' for None."""
     return UNKNOWN if value is None else format(value, spec)
 
 
@@ -47,7 +47,7 @@ def format_epochs(value: float) -> str:
 
 
 def escape(text: str) -> str:
-    """Return plain text as Markdown, on one line."""
+    """Escape plain text for Markdown, on one line."""
     text = re.sub(r"([\\`*<>|\[\]~&$])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # within a word it is an ordinary character
 

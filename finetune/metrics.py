@@ -188,7 +188,7 @@ def scale(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.
 
 
 def calibrate(prediction: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """Return a prediction with calibrated `probabilities`, which are a list or a mapping."""
+    """Calibrate the `probabilities` of a prediction, which are a list or a mapping."""
     probabilities = prediction["probabilities"]
     scaled = scale(np.array(list_probabilities(prediction)), temperature).tolist()
     named = dict(zip(probabilities, scaled, strict=True)) if isinstance(probabilities, Mapping) else scaled

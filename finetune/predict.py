@@ -49,7 +49,7 @@ class Input:
         return read_records(read_rows(self.path, self.format), columns, self.labelled, self.joiner, "--columns")
 
     def count(self) -> int:
-        """Return the number of rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""
+        """Count the rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""
         types = self.kind.config.columns.cell_types()
         targets = [role for role, cell_type in types.items() if cell_type.target and not cell_type.optional]
         count = 0
@@ -137,7 +137,7 @@ def _scores_file(output: Path) -> Path:
 
 
 def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str]:
-    """Return the keys of the task -> raw text."""
+    """Return keys of the task -> raw text."""
     for key, value in options.overrides.items():
         if not key.startswith("columns."):
             raise UserError(f"unknown flag '--{key}'; columns are named as --columns.text=NAME")

@@ -17,13 +17,13 @@ class StageConfig(Section):
     """Length of the stage. Only the last stage may omit it; it then takes the rest of the run."""
 
     max_seq_length: SequenceLength | None = None
-    """Replaces `batch.max_seq_length`."""
+    """Overrides `batch.max_seq_length`."""
 
     sequences: PositiveInt | None = None
-    """Replaces `batch.sequences`."""
+    """Overrides `batch.sequences`."""
 
     microbatch_tokens: PositiveInt | None = None
-    """Replaces `batch.microbatch_tokens`."""
+    """Overrides `batch.microbatch_tokens`."""
 
 
 class ScheduleConfig(Section):

@@ -57,7 +57,7 @@ class Section(BaseModel):
 
     @classmethod
     def variants(cls) -> Mapping[str, type[Self]]:
-        """Return the title -> type, of all types that `specialize` may give; empty if there is only this one."""
+        """Return title -> type, of all types that `specialize` may give; empty if there is only this one."""
         return {}
 
 

@@ -47,7 +47,7 @@ def _test_cells(comparison: Comparison) -> Cells:
 
 
 def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells]:
-    """Return the title -> table, without those that have nothing to show. failed: name of a run -> how it failed."""
+    """Return title -> table, without empty ones. failed: name of a run -> how it failed."""
     scores = _score_cells(comparison) if any(comparison.values()) else []
     failures = [["run", "what happened"], *map(list, failed.items())]
     found = {SCORES: scores, TESTS: _test_cells(comparison), FAILED: failures}

@@ -59,7 +59,7 @@ def _read_id(cell: object) -> str | None:
 
 
 def _read_group(cell: object) -> str | None:
-    """Read the text that is the same for the same cell, or the same cells of several columns; None if all are empty."""
+    """Read text that is the same for the same cell, or the same cells of several columns; None if all are empty."""
     if not isinstance(cell, list):
         return _read_id(cell)
     ids = [_read_id(part) for part in cell]

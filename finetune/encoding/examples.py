@@ -47,7 +47,7 @@ class Padding:
     length: int | None = None  # of all batches; None: of the longest sequence of each batch
 
     def pad(self, rows: Sequence[Tensor], value: float) -> Tensor:
-        """Return the rows of one value per token, as one tensor ST."""
+        """Stack rows of one value per token to a tensor ST."""
         padded = pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=self.side)
         missing = 0 if self.length is None else self.length - padded.shape[1]
         return F.pad(padded, (missing, 0) if self.side == "left" else (0, missing), value=value)

@@ -166,7 +166,7 @@ class Kind(TaskKind[Config]):
         return np.array(losses)
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.int64]:
-        """Return the counts of words."""
+        """Count words."""
         ids = {label: number for number, label in enumerate(self.labels)}
         gold, predicted = (
             np.array([ids[tag] for tags in side for tag in tags], dtype=int) for side in _sides(records, predictions)

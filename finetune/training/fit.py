@@ -312,7 +312,7 @@ class _Fitting:
         return evaluate(self._model, self._task, self._task.splits[split], self._evaluated_at_once, self._device)
 
     def state(self) -> dict[str, Any]:
-        """Return state for `load_state`. The best weights are left out if they are the present ones."""
+        """Return the state for `load_state`. The best weights are left out if they are the present ones."""
         return {
             "updater": self._updater.state(),
             "losses": self._meter.sums,

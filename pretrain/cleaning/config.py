@@ -55,7 +55,7 @@ class CleanConfig(TextOptions):
     own_section: ClassVar[str | None] = "steps"
 
     source: str | tuple[str, ...]
-    """The input: files, folders and globs, as for `deepcloze corpus`, and the formats of docs/cleaning.md."""
+    """Input: files, folders and globs, as for `deepcloze corpus`, and the formats of docs/cleaning.md."""
 
     output: LocalPath
     """Folder to write: documents as .jsonl.zst, clean.json and report.html."""

@@ -13,7 +13,7 @@ from experiment.config import Metavar, Section
 from experiment.config.field_types import LocalPath, PathName, PathOrUrl, Separator
 
 SourceName = str | Path | tuple[str | Path, ...]
-"""The input: a path, URL, glob, archive::members, hub:NAME[@REVISION][:SPLIT] or python-docs; several in a tuple or
+"""Input: a path, URL, glob, archive::members, hub:NAME[@REVISION][:SPLIT] or python-docs; several in a tuple or
 with commas."""
 
 
