@@ -63,7 +63,7 @@ def write_run(path: Path, events: int, seed: int) -> RunFolder:
 
 
 def _event(step: int, first: float, second: float) -> dict[str, Any]:
-    """With the keys of a pretraining on one rank."""
+    """Return an event with the keys of a pretraining run on one rank."""
     known = {"step": step, "tokens": 32_768 * step, "loss": 2.0 + 90.0 / (step + 9) + first, "lr": 1.0 / step}
     counts = {"loss_scale": None, "skipped_steps": 0, "overflows": 0, "checkpoint_seconds": 0.0, "memory": 2**34}
     speeds = {"tokens_per_second": 400_000 * (1 + second), "mfu": None, "data_wait": abs(second), "goodput": 0.9}

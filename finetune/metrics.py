@@ -60,7 +60,7 @@ def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, floa
 
 
 def confusion_matrix(gold: LabelIds, predicted: LabelIds, label_count: int) -> NDArray[np.int64]:
-    """Count CC: rows by gold label, columns by predicted label."""
+    """Return counts CC: rows by gold label, columns by predicted label."""
     return np.bincount(gold * label_count + predicted, minlength=label_count**2).reshape(label_count, label_count)
 
 

@@ -252,7 +252,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return None if classified is None else classified.losses
 
     def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
-        """Count CC, rows by label and columns by predicted label; None if nothing has one label of several."""
+        """Return counts CC, rows by label and columns by predicted label; None if nothing has one label of several."""
         return None
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:

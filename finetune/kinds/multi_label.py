@@ -148,7 +148,7 @@ class Kind(TaskKind[Config]):
         return scores_of_counts(self.labels, (gold * predicted).sum(axis=0), gold.sum(axis=0), predicted.sum(axis=0))
 
     def _gold(self, records: Sequence[Record]) -> NDArray[np.float64]:
-        """Return NC, 1 for each label that a record has, otherwise 0."""
+        """Return 1 for each label that a record has, otherwise 0, as NC."""
         return np.array([self._multi_hot(_labels_of(record, self.config), record.place) for record in records])
 
     def _predicted(self, predictions: Sequence[Prediction]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ _MAX_ANNOTATED = 25  # with more labels, the matrix shows colors only
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[str], title: str) -> None:
-    """Draw CC counts: rows by label, columns by predicted label; colored by the share of the row."""
+    """Draw counts CC: rows by label, columns by predicted label; colored by the share of the row."""
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     size = max(16 - len(labels) // 2, 10)  # of the text, in points
     side = min(2.5 + 0.05 * size * len(labels), 18.0)

@@ -194,7 +194,7 @@ class Terminal:
             assert server.wait(LIMIT) in (0, -signal.SIGTERM), (self._folder / "server.log").read_text(encoding="utf-8")
 
     def _deepcloze(self, text: str, message: str | None) -> None:
-        """In this process, which has imported everything. The ranks of a pretraining are processes of their own."""
+        """In this process, which has imported everything. The ranks of a pretraining run are processes of their own."""
         argv = subprocess.run(["bash", "-c", f"printf '%s\\0' {text}"], capture_output=True, text=True, check=True)
         with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
             with contextlib.redirect_stderr(errors):

@@ -1,4 +1,4 @@
-"""`deepcloze watch` beside a pretraining."""
+"""`deepcloze watch` beside a pretraining run."""
 
 import csv
 import random

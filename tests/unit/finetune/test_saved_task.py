@@ -60,7 +60,7 @@ def test_a_seed_whose_complete_file_is_damaged_is_rejected(tmp_path: Path, conte
 
 
 def test_a_damaged_checkpoint_is_rejected(tmp_path: Path) -> None:
-    """Catches weights of a pretraining that are served without being verified."""
+    """Catches weights of a pretraining run that are served without being verified."""
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     mark_complete(tmp_path)

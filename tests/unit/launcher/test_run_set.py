@@ -81,7 +81,7 @@ def test_a_fine_tuning_that_has_finished_is_not_started_again(
     assert finish(tmp_path, config, monkeypatch) == []
     more = {"training.seeds": [1, 2]}
     assert finish(tmp_path, more, monkeypatch) == ["command"]
-    run.outcome.unlink()  # as a fine-tuning does when it starts
+    run.outcome.unlink()  # as a fine-tuning run does when it starts
     assert finish(tmp_path, more, monkeypatch) == ["command"], "it was killed"
 
 

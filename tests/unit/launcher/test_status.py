@@ -139,7 +139,7 @@ def test_a_fine_tuning_of_an_earlier_version(folder: RunFolder) -> None:
 
 
 def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a fine-tuning that is shown as a pretraining without checkpoints, or without its scores."""
+    """Catches a fine-tuning run that is shown as a pretraining run without checkpoints, or without its scores."""
     folder = open_run_folder(make_run(tmp_path / "run"))
     folder.config.write_text("training: {seeds: [1, 2, 3]}\n")
     for seed in (2, 4):  # the last one was left out later

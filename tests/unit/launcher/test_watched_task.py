@@ -115,7 +115,7 @@ def test_the_child_accepts_its_command_line(
 def test_the_checkpoint_may_be_deleted_while_it_is_scored(
     run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a fine-tuning that reads from the checkpoint itself, and a disk without hard links."""
+    """Catches a fine-tuning run that reads from the checkpoint itself, and a disk without hard links."""
     write = watched_task.start
 
     def delete_then_start(child: ChildRun) -> str:

@@ -61,7 +61,7 @@ def test_a_replaced_result_is_logged_again(run: RunFolder) -> None:
 
 
 def test_damaged_and_foreign_files_are_skipped(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches a pretraining that stops because of a file of another command."""
+    """Catches a pretraining run that stops because of a file of another command."""
     write_result(run, result(100))
     folder = run.downstream / "toy"
     for name, text in (("step-00000200.json", "{"), ("step-00000300.json", '{"step": 300}'), ("step-x.json", "{}")):
@@ -77,7 +77,7 @@ def test_damaged_and_foreign_files_are_skipped(run: RunFolder, caplog: pytest.Lo
 def test_an_unreadable_folder_is_a_warning(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a pretraining that stops because a shared disk does not answer for a moment."""
+    """Catches a pretraining run that stops because a shared disk does not answer for a moment."""
     write_result(run, result(100))
     log = DownstreamLog(run)
 

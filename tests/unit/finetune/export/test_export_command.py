@@ -122,7 +122,7 @@ def test_a_home_folder_can_be_abbreviated(run: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_finetuned_run_gives_the_model_of_its_best_seed(trained_run: Path, tmp_path: Path) -> None:
-    """Catches a fine-tuned run taken for a pretraining, and a model folder without its task."""
+    """Catches a fine-tuned run taken for a pretraining run, and a model folder without its task."""
     export(trained_run, tmp_path / "model")
     results = json.loads((trained_run / "results.json").read_text())
     scores = dict(zip(results["seeds"], results["splits"]["validation"]["macro_f1"]["values"], strict=True))
