@@ -1,4 +1,4 @@
-"""Checkpoints on disk: their names, finding and verifying one, and which to keep. Independent of the engine.
+"""Checkpoints on disk: their names, finding and verifying one. Independent of the engine.
 
 A checkpoint is the folder RUN/checkpoints/step-XXXXXXXX. It is complete once it holds the file COMPLETE, which lists
 the checksums of all its other files and is written last.
@@ -7,9 +7,8 @@ the checksums of all its other files and is written last.
 import logging
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -275,72 +274,3 @@ def named_best(checkpoints: Path) -> Path | None:
 def checkpoint_step(checkpoint: Path) -> int:
     """The step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints to keep."""
-
-    keep_last: int
-    keep_every: int | None = None  # also keep every step that is a multiple of this
-    best: int | None = None  # also keep the best one, of this step
-    uploading: int | None = None  # also keep the one that is being copied to the mirror
-
-    def superseded(self, steps: Collection[int], newest: int) -> list[int]:
-        """The steps of a run whose checkpoints need not be kept.
-
-        newest: step of the checkpoint just saved. Checkpoints of later steps are damaged, or the run would have resumed
-        from them; they are left alone and do not count towards `keep_last`.
-        """
-        return [
-            step
-            for step in sorted(step for step in steps if step <= newest)[: -self.keep_last]
-            if step not in (self.best, self.uploading) and (self.keep_every is None or step % self.keep_every != 0)
-        ]
-
-
-def apply_retention(checkpoints: Path, keep: Retention, newest: int, before: int | None = None) -> None:
-    """Delete the checkpoints that need not be kept, and the leftovers of interrupted saves and deletions.
-
-    newest: step of the checkpoint just saved, see `Retention.superseded`. before: step of the undamaged one before it,
-    if any; those between them are damaged, or the run would have resumed from them. Warns about checkpoints that cannot
-    be deleted (open on a network file system, immutable); the next call tries again.
-    """
-    remove_leftovers(checkpoints)
-    best = named_best(checkpoints)  # an earlier one than `keep.best` if that could not be saved
-    by_step = {checkpoint_step(path): path for path in complete_checkpoints(checkpoints)}
-    damaged = [step for step in by_step if before is not None and before < step < newest]
-    for step in [*damaged, *keep.superseded(by_step.keys() - damaged, newest)]:
-        if by_step[step] != best:
-            discard(by_step[step])
-
-
-def remove_leftovers(checkpoints: Path) -> None:
-    """Delete leftovers of interrupted saves and deletions."""
-    for leftover in checkpoints.glob(".step-*.partial"):
-        _delete(leftover)
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint, complete or not. Warns if it cannot be deleted; `apply_retention` tries again."""
-    # Rename first: a kill while deleting must not leave a folder that looks complete. The name differs from the name of
-    # a save in progress, which a folder that cannot be deleted must not block.
-    doomed = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.deleted.partial")
-    try:
-        checkpoint.rename(doomed)
-    except OSError as error:
-        _warn(checkpoint, error)
-    else:
-        _delete(doomed)
-
-
-def _delete(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)  # delete the rest: the disk may be full
-        _warn(folder, error)
-
-
-def _warn(folder: Path, error: OSError) -> None:
-    log.warning("cannot delete %s, the next save tries again: %s", folder, error.strerror)

@@ -17,9 +17,10 @@ from typing import Any
 import xxhash
 from filelock import FileLock
 
-from experiment.checkpoints import BEST, COMPLETE, Retention, checkpoint_step, files_below, is_checkpoint_name, verify
+from experiment.checkpoints import BEST, COMPLETE, checkpoint_step, files_below, is_checkpoint_name, verify
 from experiment.errors import UserError
 from experiment.files import cache_folder, fsync_tree, json_digest, parse_json, write_text
+from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.storage import (
     DamagedError,

@@ -24,9 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiment.checkpoints import Retention, checkpoint_path, discard, remove_leftovers
+from experiment.checkpoints import checkpoint_path
 from experiment.errors import describe_disk_error
 from experiment.files import call_after_syncs
+from experiment.retention import Retention, discard, remove_leftovers
 from pretrain.training.checkpoint_tensors import (
     Share,
     WriteModel,

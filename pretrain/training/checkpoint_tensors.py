@@ -25,17 +25,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from experiment.checkpoints import (
-    Retention,
-    apply_retention,
-    checkpoint_step,
-    discard,
-    mark_complete,
-    read_state,
-    write_best,
-)
+from experiment.checkpoints import checkpoint_step, mark_complete, read_state, write_best
 from experiment.errors import UserError
 from experiment.files import checksum, fsync, write_json
+from experiment.retention import Retention, apply_retention, discard
 from experiment.tensor_files import save_tensors
 from experiment.tokenizer import save_tokenizer
 from experiment.transformers_models import limit_tokenizer

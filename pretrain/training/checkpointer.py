@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiment.checkpoints import (
-    Retention,
     checkpoint_path,
     complete_checkpoints,
     last_usable,
@@ -24,6 +23,7 @@ from experiment.checkpoints import (
 from experiment.goodput import CHECKPOINTING, ActivityTimer
 from experiment.mirror import Mirror
 from experiment.provenance import write_origin
+from experiment.retention import Retention
 from experiment.tracking.alerts import Alert
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from experiment.checkpoints import COMPLETE, Retention, checkpoint_step, complete_checkpoints
+from experiment.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints
 from experiment.errors import UserError
 from experiment.mirror import Mirror
+from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
 

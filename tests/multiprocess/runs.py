@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiment.checkpoints import Retention, checkpoint_path, read_state
+from experiment.checkpoints import checkpoint_path, read_state
 from experiment.config import build_config
 from experiment.files import cache_folder
 from experiment.goodput import ActivityTimer
+from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
 from pretrain.config import PretrainConfig

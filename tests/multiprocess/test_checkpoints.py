@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import Retention, checkpoint_path, complete_checkpoints, last_usable, verify
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
 from experiment.config import build_config
 from experiment.errors import UserError
+from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.tokenizer import load_tokenizer
 from pretrain.config import PretrainConfig

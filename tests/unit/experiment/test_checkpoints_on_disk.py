@@ -10,12 +10,9 @@ import pytest
 
 from experiment import checkpoints as checkpoints_module
 from experiment.checkpoints import (
-    Retention,
-    apply_retention,
     checkpoint_candidates,
     checkpoint_path,
     complete_checkpoints,
-    discard,
     find_checkpoint,
     find_model_folder,
     last_usable,
@@ -27,6 +24,7 @@ from experiment.checkpoints import (
 )
 from experiment.errors import UserError
 from experiment.files import checksum
+from experiment.retention import Retention, apply_retention, discard
 
 
 def make(checkpoints: Path, *steps: int) -> list[Path]:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from experiment.checkpoints import Retention, complete_checkpoints, find_model_folder, mark_complete, verify
+from experiment.checkpoints import complete_checkpoints, find_model_folder, mark_complete, verify
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.mirror import Mirror
 from experiment.model_names import local_model
+from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.storage import StorageError, exists, list_files, read_bytes, write_bytes
 

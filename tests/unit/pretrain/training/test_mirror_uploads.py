@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from experiment import storage
-from experiment.checkpoints import Retention, mark_complete
+from experiment.checkpoints import mark_complete
 from experiment.files import write_json
 from experiment.mirror import Mirror
+from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
 from pretrain.training.mirror_uploads import MirrorUploads
