@@ -18,13 +18,13 @@ from experiment.storage import is_url
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine
-from launcher.options import HostOptions, PretrainOptions
+from launcher.options import PretrainOptions
 from launcher.preflight.run import passing_hosts
 from launcher.preflight.target import CacheNeeds, Target, target_of_hosts, target_of_run
 from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine
 from launcher.ranks.environment import launch_environment
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
-from launcher.ranks.placement import check_launcher, is_local, place_ranks
+from launcher.ranks.placement import HostOptions, check_launcher, is_local, place_ranks
 from launcher.supervision.attempt import Launch, Layout
 from pretrain.config import PretrainConfig
 

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, Posit
 from experiment.config import Metavar, Positional, Section
 from experiment.config.field_types import LocalPath, PathName, PathText
 from experiment.recipes import find_config
-from launcher.ranks.placement import Launcher, PlacementOptions
+from launcher.ranks.placement import HostOptions, PlacementOptions
 
 PretrainConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain"))]
 FinetuneConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "finetune"))]
@@ -67,17 +67,6 @@ class PlanOptions(PlacementOptions):
 
     overrides: dict[str, str] = {}
     """Any config key, for example --batch.microbatch_tokens=16384."""
-
-
-class HostOptions(PlacementOptions):
-    """Options for starting ranks on other hosts."""
-
-    launcher: Launcher = "pdsh"
-    """Program that starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a SLURM job."""
-
-    env: Annotated[str | None, Metavar("NAME[,NAME…]")] = None
-    """More environment variables to send to other hosts, by name; WANDB_*, HF_*, OMP_*, NCCL_*, GLOO_*, MLFLOW_*,
-    PYTHON* and CUDA_* (except CUDA_VISIBLE_DEVICES) always are."""
 
 
 class PreflightOptions(HostOptions):

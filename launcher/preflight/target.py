@@ -11,9 +11,8 @@ from experiment.run_folder import RunFolder
 from experiment.storage import is_url
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
-from launcher.options import HostOptions
 from launcher.ranks.environment import forwarded_environment
-from launcher.ranks.placement import Launcher
+from launcher.ranks.placement import HostOptions, Launcher
 from pretrain.config import PretrainConfig
 
 # Of each parameter, in fp32. See `pretrain/training/checkpoint_tensors.py`.

@@ -37,6 +37,17 @@ class PlacementOptions(Section):
     """Allow more ranks than CPU cores."""
 
 
+class HostOptions(PlacementOptions):
+    """Options for starting ranks on other hosts."""
+
+    launcher: Launcher = "pdsh"
+    """Program that starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a SLURM job."""
+
+    env: Annotated[str | None, Metavar("NAME[,NAME…]")] = None
+    """More environment variables to send to other hosts, by name; WANDB_*, HF_*, OMP_*, NCCL_*, GLOO_*, MLFLOW_*,
+    PYTHON* and CUDA_* (except CUDA_VISIBLE_DEVICES) always are."""
+
+
 def place_ranks(devices: Devices, options: PlacementOptions, hosts: Hosts | None = None) -> Slots:
     """The slots of all ranks, by host, in rank order.
 

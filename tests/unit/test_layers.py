@@ -90,6 +90,20 @@ def test_packages_import_only_lower_packages(package: str, others: tuple[str, ..
     assert found == []
 
 
+def test_folders_of_the_launcher_do_not_import_its_commands() -> None:
+    """Catches a part of launching that depends on the command that uses it."""
+    folders = ("launcher.hosts", "launcher.ranks", "launcher.preflight", "launcher.supervision")
+    found = [
+        (module, name)
+        for module, imported in imports_by_module().items()
+        for name in imported
+        if any(is_within(module, folder) for folder in folders)
+        and is_within(name, "launcher")
+        and not any(is_within(name, folder) for folder in folders)
+    ]
+    assert found == []
+
+
 def test_nothing_imports_the_public_functions() -> None:
     """Catches code that starts commands from below, rather than calling what they call."""
     public = {"deepcloze", "launcher.functions"}

@@ -18,9 +18,8 @@ from launcher.hosts.machine import (
     launch_machine,
 )
 from launcher.hosts.probe import cpu_cores
-from launcher.options import PlacementOptions
 from launcher.ranks.environment import forwarded_environment
-from launcher.ranks.placement import place_ranks
+from launcher.ranks.placement import PlacementOptions, place_ranks
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from launcher.hosts.machine import Devices, Machine
-from launcher.options import HostOptions
 from launcher.preflight import bandwidth
 from launcher.preflight.bandwidth import RESULT_MARK, Measurement, MeasurementError, measure
 from launcher.preflight.measure import _ranks_by_host, _rounds
 from launcher.preflight.target import target_of_hosts
 from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.placement import HostOptions
 from stand_in_hosts import install_ssh
 
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)

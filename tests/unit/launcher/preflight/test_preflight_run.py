@@ -10,13 +10,13 @@ from experiment.run_folder import RunFolder
 from launcher import launch
 from launcher.cli import main
 from launcher.hosts.machine import Devices, Machine
-from launcher.options import HostOptions
 from launcher.preflight import run
 from launcher.preflight.bandwidth import Measurement, MeasurementError
 from launcher.preflight.checks import Problem
 from launcher.preflight.probe_hosts import Answer, HostAnswer, ProbeRequest, Unreachable
 from launcher.preflight.run import Report, check_hosts, preflight_table, require_hosts
 from launcher.preflight.target import Target, target_of_hosts
+from launcher.ranks.placement import HostOptions
 
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)
 SLOTS = {"localhost": (0, 1)}

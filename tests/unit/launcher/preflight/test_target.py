@@ -6,8 +6,8 @@ import pytest
 from experiment.config import build_config
 from experiment.run_folder import RunFolder
 from launcher.hosts.machine import Devices, Machine
-from launcher.options import HostOptions
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
+from launcher.ranks.placement import HostOptions
 from pretrain.config import PretrainConfig
 
 

@@ -8,8 +8,8 @@ from deepspeed.launcher.runner import encode_world_info, parse_args, parse_inclu
 from experiment.provenance import REPOSITORY
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Devices, Machine
-from launcher.options import Launcher
 from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine
+from launcher.ranks.placement import Launcher
 
 ARGUMENTS = [
     "--config",

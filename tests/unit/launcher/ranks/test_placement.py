@@ -8,9 +8,8 @@ from pydantic import ValidationError
 from experiment.errors import UserError
 from launcher.hosts.hostfile import Hosts, Slots
 from launcher.hosts.machine import Devices
-from launcher.options import PlacementOptions
 from launcher.ranks import placement
-from launcher.ranks.placement import parse_filter, select_slots
+from launcher.ranks.placement import PlacementOptions, parse_filter, select_slots
 
 CPU = Devices("cpu", (0, 1))
 GPUS = Devices("cuda", (0, 1, 2, 3))
