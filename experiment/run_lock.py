@@ -27,27 +27,37 @@ from experiment.outcome_file import read_rank_records
 from experiment.run_folder import RunFolder
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # see random(4)
-_RENEW_SECONDS = 2.0
 _LEASE_SECONDS = 120.0  # for which an NFS server keeps the lock of a dead client; Linux: 90
-_DEAD_SECONDS = 20.0
-"""A machine that has not renewed its file for so long is dead, or has lost the disk."""
 _POLL_SECONDS = 0.1
-_QUIET_SECONDS = 1.0
-_OBSERVED_SECONDS = 5.0
-"""How long `folder_use` waits for another machine to renew its file."""
 
 Renewal = int
 """The time a file was renewed: st_mtime_ns."""
 
 
+@dataclass(frozen=True)
+class LockTimes:
+    """Times of the lock, in seconds."""
+
+    renew: float = 2.0  # between two renewals of the file
+    dead: float = 20.0  # a machine that has not renewed its file for so long is dead, or has lost the disk
+    observe: float = 5.0  # for which `folder_use` waits for another machine to renew its file
+    quiet: float = 1.0  # of waiting for processes, until a message says so
+
+
+_TIMES = LockTimes()
+
+
 @contextmanager
 def lock_run(
-    folder: RunFolder, on_lost: Callable[[], object] = lambda: None, dead: Renewal | None = None
+    folder: RunFolder,
+    on_lost: Callable[[], object] = lambda: None,
+    dead: Renewal | None = None,
+    times: LockTimes = _TIMES,
 ) -> Iterator[None]:
     """Lock a run folder, which must exist. Raises UserError if another process, here or on another machine, uses it.
     Ranks that a dead launch has left get some time to end.
 
-    Takes as long as `_DEAD_SECONDS` after a process on another machine, or before a reboot of this one, that did not
+    Takes as long as `times.dead` after a process on another machine, or before a reboot of this one, that did not
     end properly, unless `dead` was returned by `check_unlocked`. `on_lost` is called in a thread if another
     machine takes the lock because this one has lost the disk for so long.
     """
@@ -57,29 +67,29 @@ def lock_run(
     except filelock.Timeout:
         if _other_owner(folder) is None:
             raise _used(folder) from None
-        dead = _check_other_machine(folder, dead)  # it is dead, but NFS keeps its lock for some time
+        dead = _check_other_machine(folder, times, dead)  # it is dead, but NFS keeps its lock for some time
         try:
             lock.acquire(timeout=_LEASE_SECONDS)
         except filelock.Timeout:
             raise _used(folder) from None
     try:
-        _check_other_machine(folder, dead)
-        _wait_for_processes(folder)
-        with _owner_file(folder.owner, on_lost):
+        _check_other_machine(folder, times, dead)
+        _wait_for_processes(folder, times)
+        with _owner_file(folder.owner, on_lost, times.renew):
             yield
     finally:
         lock.release()
 
 
-def check_unlocked(folder: RunFolder) -> Renewal | None:
+def check_unlocked(folder: RunFolder, times: LockTimes = _TIMES) -> Renewal | None:
     """Raise UserError like `lock_run`. The folder may not exist, and nothing is written.
 
     Returns the last renewal of a process on another machine that was found dead, for `lock_run`: it need not wait.
     """
-    dead = _check_other_machine(folder)
+    dead = _check_other_machine(folder, times)
     if _is_held(folder.lock) and _other_owner(folder) is None:
         raise _used(folder)
-    _wait_for_processes(folder)
+    _wait_for_processes(folder, times)
     return dead
 
 
@@ -105,15 +115,15 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def _wait_for_processes(folder: RunFolder) -> None:
-    """Wait for processes of an earlier, killed command. Raises UserError if they do not end within `_DEAD_SECONDS`."""
+def _wait_for_processes(folder: RunFolder, times: LockTimes) -> None:
+    """Wait for processes of an earlier, killed command. Raises UserError if they do not end within `times.dead`."""
     start, said = time.monotonic(), False
     while _is_held(folder.processes_lock):
         seconds = time.monotonic() - start
-        if seconds > _QUIET_SECONDS and not said:
+        if seconds > times.quiet and not said:
             notify(f"waiting for the processes of an earlier command to end, in {folder.path}")
             said = True
-        if seconds > _DEAD_SECONDS:
+        if seconds > times.dead:
             running = [f"process {rank.pid} on {rank.host}" for rank in read_rank_records(folder) if rank.exit is None]
             raise UserError(
                 f"run.dir: processes of an earlier command, which was killed, still use {folder.path}; end them: "
@@ -131,16 +141,16 @@ class FolderUse:
     silent_seconds: float = 0.0  # since the file was renewed, if it is not known
 
 
-def folder_use(folder: RunFolder) -> FolderUse:
+def folder_use(folder: RunFolder, times: LockTimes = _TIMES) -> FolderUse:
     """Whether a process of any machine uses the run folder. Takes seconds if the last one was on another machine and
     has not ended properly. Writes nothing."""
     owner, other = _owner(folder.owner), _other_owner(folder)
     host = None if owner is None else str(owner["host"])
     if other is None:
         return FolderUse(is_locked(folder), host)
-    renewed, deadline = _renewed(folder.owner), time.monotonic() + _OBSERVED_SECONDS
+    renewed, deadline = _renewed(folder.owner), time.monotonic() + times.observe
     while time.monotonic() < deadline:
-        time.sleep(_RENEW_SECONDS / 4)
+        time.sleep(times.renew / 4)
         if (last := _renewed(folder.owner)) != renewed:
             return FolderUse(last is not None, host)
     return FolderUse(None, host, max(0.0, time.time() - (renewed or 0) / 1e9))
@@ -170,7 +180,7 @@ def _used(folder: RunFolder) -> UserError:
     return UserError(f"run.dir: another deepcloze process is using {folder.path}")
 
 
-def _check_other_machine(folder: RunFolder, dead: Renewal | None = None) -> Renewal | None:
+def _check_other_machine(folder: RunFolder, times: LockTimes, dead: Renewal | None = None) -> Renewal | None:
     """Raise UserError if a process on another machine renews its file. Returns when a dead one last did.
 
     `dead`: the last renewal of a process that has been found dead before.
@@ -178,9 +188,9 @@ def _check_other_machine(folder: RunFolder, dead: Renewal | None = None) -> Rene
     owner = _other_owner(folder)
     if owner is None:
         return None
-    renewed, deadline = _renewed(folder.owner), time.monotonic() + _DEAD_SECONDS
+    renewed, deadline = _renewed(folder.owner), time.monotonic() + times.dead
     while renewed != dead and time.monotonic() < deadline:
-        time.sleep(_RENEW_SECONDS / 4)
+        time.sleep(times.renew / 4)
         if _owner(folder.owner) is None:
             return None
         if _renewed(folder.owner) != renewed:
@@ -205,7 +215,7 @@ def this_machine() -> dict[str, object]:
 
 
 @contextmanager
-def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
+def _owner_file(path: Path, on_lost: Callable[[], object], renew_seconds: float) -> Iterator[None]:
     """Write the file, renew it in a thread, and remove it at the end."""
     mine = {**this_machine(), "pid": os.getpid(), "id": os.urandom(8).hex()}
     write_json(path, mine)
@@ -213,7 +223,7 @@ def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
 
     def renew() -> None:
         warned = False
-        while not released.wait(_RENEW_SECONDS):
+        while not released.wait(renew_seconds):
             try:
                 if _owner(path) not in (None, mine):
                     on_lost()
@@ -234,7 +244,7 @@ def _owner_file(path: Path, on_lost: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         released.set()
-        thread.join(_RENEW_SECONDS)
+        thread.join(renew_seconds)
         with suppress(OSError):
             if _owner(path) == mine:
                 path.unlink()

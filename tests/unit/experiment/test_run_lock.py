@@ -18,13 +18,15 @@ from experiment import run_lock
 from experiment.errors import UserError
 from experiment.outcome_file import RankRecord
 from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import check_unlocked, is_locked, lock_run
+from experiment.run_lock import LockTimes, check_unlocked, is_locked, lock_run
 from waiting import wait_until
+
+FAST = LockTimes(renew=0.05)
+IMPATIENT = LockTimes(renew=0.05, dead=0.5)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(run_lock, "_RENEW_SECONDS", 0.05)
+def folder(tmp_path: Path) -> RunFolder:
     return open_run_folder(tmp_path / "run")
 
 
@@ -56,18 +58,20 @@ def test_a_live_process_on_another_machine_is_respected(folder: RunFolder) -> No
     """Catches two machines that write to one run on a network disk without locks."""
     be_elsewhere(folder)
     with renewed(folder):
-        with pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"), lock_run(folder):
+        with (
+            pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"),
+            lock_run(folder, times=FAST),
+        ):
             pass
         with pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"):
-            check_unlocked(folder)
+            check_unlocked(folder, FAST)
     assert not is_locked(folder)
     assert folder.owner.exists()
 
 
-def test_a_dead_machine_is_replaced(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.5)
+def test_a_dead_machine_is_replaced(folder: RunFolder) -> None:
     be_elsewhere(folder)
-    with lock_run(folder):
+    with lock_run(folder, times=IMPATIENT):
         assert json.loads(folder.owner.read_text())["pid"] == os.getpid()
         renewed = folder.owner.stat().st_mtime_ns
         wait_until(lambda: folder.owner.stat().st_mtime_ns != renewed)
@@ -78,23 +82,20 @@ def test_a_killed_process_of_this_machine_delays_nothing(folder: RunFolder, monk
     be_elsewhere(folder)
     monkeypatch.setattr(run_lock, "this_machine", lambda: {"host": "elsewhere", "boot": "1"})
     started = time.monotonic()
-    with lock_run(folder):
+    with lock_run(folder, times=FAST):
         pass
-    assert time.monotonic() - started < run_lock._DEAD_SECONDS / 2
+    assert time.monotonic() - started < FAST.dead / 2
 
 
-def test_the_lock_that_a_network_disk_keeps_for_a_dead_machine(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lock_that_a_network_disk_keeps_for_a_dead_machine(folder: RunFolder) -> None:
     """Catches a run that nobody can take over while NFS keeps the lock, and a check that fails for it."""
-    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.2)
     be_elsewhere(folder)
     kept = filelock.FileLock(folder.lock, thread_local=False)  # released by another thread
     kept.acquire()
-    dead = check_unlocked(folder)
+    dead = check_unlocked(folder, IMPATIENT)
     release = threading.Timer(0.5, kept.release)
     release.start()
-    with lock_run(folder, dead=dead):
+    with lock_run(folder, dead=dead, times=IMPATIENT):
         assert json.loads(folder.owner.read_text())["pid"] == os.getpid()
     release.join()
 
@@ -104,34 +105,39 @@ def test_machines_of_the_same_name_are_told_apart(folder: RunFolder, boot: str |
     """Catches two machines called `localhost` or `ubuntu` that write to one run. None: of an earlier version."""
     owner = {"host": platform.node(), "pid": 7} | ({"boot": boot} if boot else {})
     folder.owner.write_text(json.dumps(owner))
-    with renewed(folder), pytest.raises(UserError, match="another deepcloze process, 7 on"), lock_run(folder):
+    with (
+        renewed(folder),
+        pytest.raises(UserError, match="another deepcloze process, 7 on"),
+        lock_run(folder, times=FAST),
+    ):
         pass
 
 
-def test_a_dead_machine_is_waited_for_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_machine_is_waited_for_once(folder: RunFolder) -> None:
     """Catches 20 seconds before preflight and again before the ranks start."""
-    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.5)
     be_elsewhere(folder)
-    dead = check_unlocked(folder)
-    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 3600.0)
-    with lock_run(folder, dead=dead):
+    dead = check_unlocked(folder, IMPATIENT)
+    with lock_run(folder, dead=dead, times=LockTimes(dead=3600.0)):
         pass
-    assert check_unlocked(folder) is None
+    assert check_unlocked(folder, FAST) is None
 
 
-def test_a_dead_machine_that_returns_is_respected(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_machine_that_returns_is_respected(folder: RunFolder) -> None:
     """Catches a run that is taken from a machine that has renewed its file again."""
-    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.5)
     be_elsewhere(folder)
-    dead = check_unlocked(folder)
-    with renewed(folder), pytest.raises(UserError, match="7 on elsewhere"), lock_run(folder, dead=dead):
+    dead = check_unlocked(folder, IMPATIENT)
+    with (
+        renewed(folder),
+        pytest.raises(UserError, match="7 on elsewhere"),
+        lock_run(folder, dead=dead, times=IMPATIENT),
+    ):
         pass
 
 
 def test_a_process_that_was_replaced_is_told(folder: RunFolder) -> None:
     """Catches a machine that continues a run which another machine has taken over."""
     lost = threading.Event()
-    with lock_run(folder, lost.set):
+    with lock_run(folder, lost.set, times=FAST):
         be_elsewhere(folder)
         assert lost.wait(60)
     assert json.loads(folder.owner.read_text())["host"] == "elsewhere"
@@ -143,7 +149,7 @@ def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, monkeypatch: p
     said: list[str] = []
     monkeypatch.setattr(run_lock, "notify", said.append)
     lost = threading.Event()
-    with lock_run(folder, lost.set):
+    with lock_run(folder, lost.set, times=FAST):
         shutil.rmtree(folder.path)
         wait_until(lambda: bool(said))
         folder.logs.mkdir(parents=True)
@@ -155,16 +161,14 @@ def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, monkeypatch: p
 
 def test_a_damaged_file_is_ignored(folder: RunFolder) -> None:
     folder.owner.write_text("{")
-    check_unlocked(folder)
-    with lock_run(folder):
+    check_unlocked(folder, FAST)
+    with lock_run(folder, times=FAST):
         assert is_locked(folder)
         with pytest.raises(UserError, match="another deepcloze process is using"):
-            check_unlocked(folder)
+            check_unlocked(folder, FAST)
 
 
-def test_ranks_that_outlived_their_launch_are_respected(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ranks_that_outlived_their_launch_are_respected(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches two launches that train in one folder, after the first one and its watchdog were killed, and a launch
     that is refused because it follows a killed one too fast."""
     code = """
@@ -180,18 +184,15 @@ sys.stdin.read()
     (folder.logs / "rank-2.json").write_text("{")
     with subprocess.Popen(command, stdin=subprocess.PIPE) as rank:
         wait_until(folder.rank_record(0).exists, rank)
-        monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 0.2)
         message = f"still use {re.escape(str(folder.path))}; end them: process {rank.pid} on {platform.node()}$"
         with pytest.raises(UserError, match=message):
-            check_unlocked(folder)
-        with pytest.raises(UserError, match=message), lock_run(folder):
+            check_unlocked(folder, IMPATIENT)
+        with pytest.raises(UserError, match=message), lock_run(folder, times=IMPATIENT):
             pass
         assert is_locked(folder)
 
-        monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 60.0)
-        monkeypatch.setattr(run_lock, "_QUIET_SECONDS", 0.0)
         threading.Timer(0.3, rank.kill).start()
-        with lock_run(folder):
+        with lock_run(folder, times=LockTimes(dead=60.0, quiet=0.0)):
             assert rank.wait() != 0
     assert capsys.readouterr().err.count("waiting for the processes of an earlier command to end") == 1
     assert not is_locked(folder)

@@ -3,25 +3,27 @@ import os
 import platform
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiment import run_lock
+from experiment import run_life, run_lock
 from experiment.errors import UserError
 from experiment.goodput import CHECKPOINTING, ActivityTimer
 from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.provenance import write_provenance
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_life import Life, read_life
-from experiment.run_lock import FolderUse, folder_use, lock_run
+from experiment.run_lock import FolderUse, LockTimes, folder_use, lock_run
 from launcher.cli import main
 from launcher.status import find_run, read_status
 from launcher.supervision.launch_result import begin_attempt
 from launcher.supervision.rank_processes import polled
 
 HOST = platform.node()
+FAST = LockTimes(renew=0.05, observe=0.2)
 
 
 def make_run(path: Path) -> str:
@@ -165,8 +167,7 @@ def test_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(run_lock, "_OBSERVED_SECONDS", 0.2)
-    monkeypatch.setattr(run_lock, "_RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(run_life, "folder_use", partial(folder_use, times=FAST))
     return open_run_folder(tmp_path / "run")
 
 
@@ -209,7 +210,7 @@ def test_a_run_of_another_machine_is_alive_while_it_renews_its_file(folder: RunF
     assert life.message.startswith("elsewhere has not renewed logs/launch.owner for ")
     assert life.message.endswith("h" + life.message[-3:])
     folder.owner.unlink()
-    assert folder_use(folder) == FolderUse(alive=False)
+    assert folder_use(folder, FAST) == FolderUse(alive=False)
 
 
 def test_how_a_run_ended(folder: RunFolder) -> None:

@@ -7,15 +7,16 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import pytest
 
-from experiment import run_lock
 from experiment.heartbeat import Heartbeat
 from experiment.outcome_file import Cause, Outcome, RankRecord
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import LockTimes, lock_run
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import attempt, rank_processes, stop_signals, supervisor
@@ -247,7 +248,7 @@ def test_a_launch_that_another_machine_has_replaced_ends(
 ) -> None:
     """Catches two machines that train one run, and a record of launches that both write."""
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
-    monkeypatch.setattr(run_lock, "_RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(supervisor, "lock_run", partial(lock_run, times=LockTimes(renew=0.05)))
     owner = json.dumps({"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"})
     result = supervise(launch(folder, f"folder.owner.write_text({owner!r}); {HANG}"))
     assert result.outcome is Outcome.STOPPED
