@@ -26,8 +26,6 @@ from finetune.serve.request_checks import Admission, Limits
 from finetune.serve.served_model import ServedModel
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-_LARGEST_ITEM = 32768  # tokens of a text, with all its options
-_OPTION_TOKENS = 8 * _LARGEST_ITEM  # of the options of all texts
 _BATCH_COST = {"cpu": 64, "cuda": 4096}  # tokens that take as long to compute as the fixed costs of a batch
 
 
@@ -38,10 +36,16 @@ class Services:
     """A model that answers requests of many clients. Belongs to the running event loop."""
 
     def __init__(
-        self, served: ServedModel, limits: BatchLimits, thread: Executor, observe: Callable[[Size], None]
+        self,
+        served: ServedModel,
+        limits: Limits,
+        batch_limits: BatchLimits,
+        thread: Executor,
+        observe: Callable[[Size], None],
     ) -> None:
         """thread: the one that computes."""
         self.served = served
+        self._limits = limits
         self._users = 0
         self._unused = asyncio.Event()
         self._padded = served.loaded.padding.length
@@ -50,7 +54,7 @@ class Services:
             async def in_thread(items: list[Example]) -> Sequence[ResultT]:
                 return await asyncio.get_running_loop().run_in_executor(thread, compute, items)
 
-            return Batcher(in_thread, limits, observe)
+            return Batcher(in_thread, batch_limits, observe)
 
         predictor = served.predictor if served.filler is None else served.filler.ranking
         assert predictor is not None, "a model predicts or fills masks"
@@ -120,9 +124,9 @@ class Services:
 
         def encode() -> Split:
             tokens = predictor.count_option_tokens(records)
-            if tokens > _OPTION_TOKENS:  # before they are encoded, which takes as much memory
+            if tokens > self._limits.max_option_tokens:  # before they are encoded, which takes as much memory
                 message = f"ranking the options takes {tokens:,} tokens, as each of theirs is masked in turn"
-                raise HTTPException(413, f"{message}; at most {_OPTION_TOKENS:,} are accepted")
+                raise HTTPException(413, f"{message}; at most {self._limits.max_option_tokens:,} are accepted")
             return predictor.encode(records)
 
         split = await asyncio.to_thread(encode)
@@ -132,8 +136,8 @@ class Services:
     def _sizes(self, items: Sequence[Example]) -> list[Size]:
         """Return sizes. Raises HTTPException for an item that takes too much time or memory: it is computed at once."""
         sizes = [Size(len(item.sequences), self._padded or item.longest) for item in items]
-        if (most := max((size.tokens for size in sizes), default=0)) > _LARGEST_ITEM:
-            message = f"a text whose options have {most:,} tokens; at most {_LARGEST_ITEM:,} are accepted"
+        if (most := max((size.tokens for size in sizes), default=0)) > (limit := self._limits.max_item_tokens):
+            message = f"a text whose options have {most:,} tokens; at most {limit:,} are accepted"
             raise HTTPException(413, message)
         return sizes
 
@@ -211,5 +215,5 @@ class Serving:
     def _serve(self, served: ServedModel) -> Services:
         device = served.loaded.device.device.type
         tokens = self._batch_tokens or _BATCH_TOKENS[device]
-        limits = BatchLimits(tokens, self._delay, _BATCH_COST[device])
-        return Services(served, limits, self._thread, self.metrics.observe_batch)
+        batch_limits = BatchLimits(tokens, self._delay, _BATCH_COST[device])
+        return Services(served, self.limits, batch_limits, self._thread, self.metrics.observe_batch)

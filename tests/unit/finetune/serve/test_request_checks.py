@@ -19,7 +19,6 @@ from finetune.inference import Inference
 from finetune.kinds import cloze
 from finetune.predictor import Predictor
 from finetune.saved_task import SavedTask, write_saved_task
-from finetune.serve import serving
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import JsonFormatter
 from finetune.serve.request_checks import limit_size
@@ -268,13 +267,9 @@ def test_addresses_that_others_can_reach_have_any_name() -> None:
         ),
     ],
 )
-def test_too_much_for_masks(
-    body: Any, message: str, folders: dict[str, Path], connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_much_for_masks(body: Any, message: str, folders: dict[str, Path], connect: Connect) -> None:
     """Catches a request of few texts that takes gigabytes, and minutes of a core."""
-    monkeypatch.setattr(serving, "_LARGEST_ITEM", 500)
-    monkeypatch.setattr(serving, "_OPTION_TOKENS", 3000)
-    client = connect(folders["masked"])
+    client = connect(folders["masked"], max_item_tokens=500, max_option_tokens=3000)
     answer = client.post("/v1/fill-mask", json=body)
     assert answer.status_code == 413, answer.text
     assert re.search(message, answer.json()["error"])
@@ -304,12 +299,11 @@ def test_too_many_choices(
 ) -> None:
     """Catches a request of a few records that is refused only after it took gigabytes, and a queue that does not count
     their choices."""
-    monkeypatch.setattr(serving, "_OPTION_TOKENS", 1000)
     folder = folders[head]
     if head == "masked":
         folder = Path(shutil.copytree(folder, tmp_path / "cloze"))
         write_saved_task(folder, SavedTask(cloze.Kind(cloze.Config(scoring="zero_shot"), ()), None))
-    client = connect(folder)
+    client = connect(folder, max_option_tokens=1000)
     encode, encoded = Predictor.encode, []
     monkeypatch.setattr(Predictor, "encode", lambda self, records: encoded.append(records) or encode(self, records))
     answer = client.post("/v1/predict", json={"records": records})
