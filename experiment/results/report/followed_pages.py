@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +29,20 @@ from experiment.results.report.tasks import read_task_results
 from experiment.run_folder import RunFolder, is_run, planned_folders, runs_in
 from experiment.run_life import Life, read_life
 
-_WAIT = 1.0  # seconds for runs that are read; then a page shows the data read so far
-_LOCATE_WAIT = 0.2  # seconds of them until it is known which runs are the newest
-_PAGE_WAIT = 1.5  # seconds for a page
+_LOCATE_WAIT = 0.2  # seconds of the wait for runs until it is known which ones are the newest
 _READERS = 2  # more would need more memory, and slow down the answers
-_STUCK = 5.0  # seconds without progress after which readers count as waiting for their disks
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Limits of waiting for runs, pages and readers, in seconds."""
+
+    runs: float = 1.0  # for runs that are read; then a page shows the data read so far
+    page: float = 1.5
+    stuck: float = 5.0  # without progress, after which readers count as waiting for their disks
+
+
+_WAITS = Waits()
 
 
 class Task:
@@ -66,7 +75,8 @@ class Task:
 class Readers:
     """Lets few threads read at a time, but more if these wait for their disks."""
 
-    def __init__(self) -> None:
+    def __init__(self, stuck_seconds: float) -> None:
+        self._stuck_seconds = stuck_seconds
         self._free = threading.BoundedSemaphore(_READERS)
         self._progress = time.monotonic()  # the last
 
@@ -75,8 +85,8 @@ class Readers:
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        while not (found := self._free.acquire(timeout=_STUCK)):
-            if time.monotonic() - self._progress > _STUCK:
+        while not (found := self._free.acquire(timeout=self._stuck_seconds)):
+            if time.monotonic() - self._progress > self._stuck_seconds:
                 break
         try:
             yield
@@ -178,8 +188,8 @@ class _State(NamedTuple):
 class FollowedPage:
     """A page that `make` builds again on every request, and the runs on it."""
 
-    def __init__(self, make: Callable[[], tuple[Page, Sequence[FollowedRun]]]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], tuple[Page, Sequence[FollowedRun]]], wait_seconds: float) -> None:
+        self._make, self._wait_seconds = make, wait_seconds
         self._making = Task(self._make_again)
         (header,) = render_parts(Page("report", [], Headline("reading", "plain", "", [])))
         self._state = _State(0, "report", [_FollowedPart(header, 0, None)], time.time(), 1.0, 0.0)
@@ -198,7 +208,7 @@ class FollowedPage:
 
     def update(self) -> _State:
         """Make the page again, or show the one before if that takes long."""
-        self._making.ask().wait(_PAGE_WAIT)
+        self._making.ask().wait(self._wait_seconds)
         return self._state
 
     def _make_again(self) -> None:
@@ -219,21 +229,21 @@ class FollowedPage:
 class FollowedPages:
     """The pages of a server: the first one, and one for each run, sweep and comparison that pages link to."""
 
-    def __init__(self, folders: Sequence[RunFolder]) -> None:
+    def __init__(self, folders: Sequence[RunFolder], waits: Waits = _WAITS) -> None:
         """folders: of runs, sweeps and comparisons, or of folders of these."""
-        self._folders = folders
+        self._folders, self._waits = folders, waits
         self._base = folders[0].path if len(folders) == 1 else Path(os.path.commonpath([each.path for each in folders]))
         self._linked: dict[str, RunFolder] = {}  # by name: the path below `_base`
         self._runs: dict[Path, FollowedRun] = {}
-        self._readers = Readers()
-        self._pages = {"": FollowedPage(partial(self._make, ""))}
+        self._readers = Readers(waits.stuck)
+        self._pages = {"": FollowedPage(partial(self._make, ""), waits.page)}
 
     def page(self, name: str) -> FollowedPage | None:
         """Return a page; None if no page links to it. name: '' for the first page, otherwise as in a link."""
         if name and name not in self._linked:  # the address is from before a restart of the server
             self._pages[""].update()
         if name in self._linked and name not in self._pages:
-            self._pages[name] = FollowedPage(partial(self._make, name))
+            self._pages[name] = FollowedPage(partial(self._make, name), self._waits.page)
         return self._pages.get(name)
 
     def _make(self, name: str) -> tuple[Page, Sequence[FollowedRun]]:
@@ -269,12 +279,12 @@ class FollowedPages:
                 self._runs[folder.path] = FollowedRun(folder, self._readers)
         found = [self._runs[folder.path] for folder in folders.values()]
         opened += found
-        deadline = time.monotonic() + _WAIT
+        start = time.monotonic()
         for located in [run.locate() for run in found]:
-            located.wait(max(0.0, deadline - _WAIT + _LOCATE_WAIT - time.monotonic()))
+            located.wait(max(0.0, start + _LOCATE_WAIT - time.monotonic()))
         newest_first = sorted(found, key=lambda run: run.started, reverse=True)  # the charts show these
         for event in [event for run in newest_first for event in run.ask()]:
-            event.wait(max(0.0, deadline - time.monotonic()))
+            event.wait(max(0.0, start + self._waits.runs - time.monotonic()))
         return [
             run.known(name, self._link(folder, is_first))
             for run, (name, folder) in zip(found, folders.items(), strict=True)

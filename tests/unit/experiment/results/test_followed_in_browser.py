@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from page_view import View
+from patience import PATIENT
 from sample_run import make_run
 
 from experiment.local_server import bind
@@ -23,14 +24,15 @@ from experiment.run_folder import RunFolder, open_run_folder
 from runs import soak
 from waiting import wait_until
 
-pytestmark = pytest.mark.usefixtures("patient")
-
 Serve = Callable[..., str]
 
 
 @contextmanager
 def served(folder: Path, port: int = 0) -> Iterator[str]:
-    with bind("127.0.0.1", port) as listener, PageServer(listener, FollowedPages([RunFolder(folder)])) as server:
+    with (
+        bind("127.0.0.1", port) as listener,
+        PageServer(listener, FollowedPages([RunFolder(folder)], PATIENT)) as server,
+    ):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

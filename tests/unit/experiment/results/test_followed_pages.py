@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENT
 
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.outcome_file import Outcome, write_outcome
 from experiment.results.history import History
 from experiment.results.report import followed_pages
-from experiment.results.report.followed_pages import FollowedPage, FollowedPages, Readers, Task
+from experiment.results.report.followed_pages import FollowedPage, FollowedPages, Readers, Task, Waits
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_life import Life
 from experiment.run_lock import lock_run
 from experiment.tracking import jsonl
-from waiting import wait_until
-
-pytestmark = pytest.mark.usefixtures("patient")
+from waiting import LIMIT, wait_until
 
 
 def log(path: Path, *steps: int, **figures: Any) -> RunFolder:
@@ -72,7 +71,7 @@ def _name(line: Any) -> str:
 def test_an_answer_has_what_has_changed(tmp_path: Path) -> None:
     """Catches answers with everything, with nothing, or with all lines of all runs because one of them has grown."""
     a, b = (log(tmp_path / name, 1, 2) for name in "ab")
-    browser = Browser(FollowedPages([RunFolder(tmp_path)]).page(""))
+    browser = Browser(FollowedPages([RunFolder(tmp_path)], PATIENT).page(""))
     assert (browser.curve("a"), browser.curve("b")) == ([1, 2], [1, 2])
     assert browser.ask() == {"parts": {}, "lines": []}
     log(a.path, 3)
@@ -84,13 +83,13 @@ def test_an_answer_has_what_has_changed(tmp_path: Path) -> None:
         wait_until(lambda: bool(browser.ask()) and "running" in browser.html)
     write_outcome(b, Outcome.DONE)
     wait_until(lambda: bool(browser.ask()) and "running" not in browser.html)
-    assert Browser(FollowedPages([RunFolder(tmp_path)]).page("")).lines == browser.lines, "after a restart"
+    assert Browser(FollowedPages([RunFolder(tmp_path)], PATIENT).page("")).lines == browser.lines, "after a restart"
 
 
 def test_runs_begin_resume_and_disappear(tmp_path: Path) -> None:
     """Catches a folder without runs that is refused, runs that are not found later, steps of a resumed run that stay,
     and an error for a run that was deleted."""
-    browser = Browser(FollowedPages([RunFolder(tmp_path)]).page(""))
+    browser = Browser(FollowedPages([RunFolder(tmp_path)], PATIENT).page(""))
     assert "There are no runs yet" in browser.html
     run = log(tmp_path / "a", 1, 2, 3, 4)
     log(tmp_path / "b", 1)
@@ -122,7 +121,7 @@ def test_each_run_has_its_page(tmp_path: Path) -> None:
     write_json(tmp_path / "sweep" / "sweep.json", {"metric": "loss", "runs": {name: {"values": {"lr": "1e-4"}}}})
     log(tmp_path / "run", 3)
     (tmp_path / "other").mkdir()
-    pages = FollowedPages([RunFolder(tmp_path)])
+    pages = FollowedPages([RunFolder(tmp_path)], PATIENT)
     html = Browser(pages.page("")).html
     quoted = "sweep%2Flr%3D1e-4%2C%2050%20%25%20%3Cb%3E%2Fof"
     for link in ("run/run", "run/sweep", f"run/{quoted}"):
@@ -130,15 +129,15 @@ def test_each_run_has_its_page(tmp_path: Path) -> None:
     run = Browser(pages.page(f"sweep/{name}"))
     assert run.curve("training") == [1, 2]
     assert 'href="../"' in run.html
-    sweep = Browser(FollowedPages([RunFolder(tmp_path)]).page("sweep"))
+    sweep = Browser(FollowedPages([RunFolder(tmp_path)], PATIENT).page("sweep"))
     assert sweep.curve(name) == [1, 2]
     assert f'href="{quoted}"' in sweep.html, "beside this page"
     for missing in ("other", "..", "../x", "none"):
         assert pages.page(missing) is None
-    first = Browser(FollowedPages([RunFolder(tmp_path / "run")]).page(""))
+    first = Browser(FollowedPages([RunFolder(tmp_path / "run")], PATIENT).page(""))
     assert first.curve("training") == [3]
     assert "home" not in first.html
-    several = Browser(FollowedPages([RunFolder(tmp_path / "run"), RunFolder(tmp_path / "sweep")]).page(""))
+    several = Browser(FollowedPages([RunFolder(tmp_path / "run"), RunFolder(tmp_path / "sweep")], PATIENT).page(""))
     assert list(several.lines) == ["run", f"sweep/{name}"]
 
 
@@ -146,7 +145,7 @@ def test_a_run_that_begins_has_a_page(tmp_path: Path) -> None:
     """Catches a page that has to be opened again when its run logs the first time, evaluates, or is done."""
     folder = open_run_folder(tmp_path)
     folder.config.write_text("training: {seeds: [7, 8]}\n")
-    browser = Browser(FollowedPages([folder]).page(""))
+    browser = Browser(FollowedPages([folder], PATIENT).page(""))
     assert "finished of 2" in browser.html
     assert browser.lines == {}
     log(tmp_path, 1, 2)
@@ -168,7 +167,7 @@ def test_a_comparison_that_is_not_done(tmp_path: Path) -> None:
     write_json(tmp_path / "large/sst2/sweep.json", {"metric": "loss", "runs": {"lr=1": {}, "lr=2": {}}})
     log(tmp_path / "base/sst2", 1)
     log(tmp_path / "large/sst2/lr=2", 1, 2)
-    browser = Browser(FollowedPages([RunFolder(tmp_path)]).page(""))
+    browser = Browser(FollowedPages([RunFolder(tmp_path)], PATIENT).page(""))
     assert list(browser.lines) == ["base", "large/lr=2"]
     assert "Training: sst2" in browser.html
     assert "Training: cola" not in browser.html
@@ -188,7 +187,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / "sweep").mkdir()
     record = tmp_path / "sweep" / "sweep.json"
     record.write_text('{"runs": {"x": 1}}')
-    pages = FollowedPages([RunFolder(tmp_path)])
+    pages = FollowedPages([RunFolder(tmp_path)], PATIENT)
     run, sweep = Browser(pages.page("a")), Browser(pages.page("sweep"))
     assert "results.json is damaged" in run.html
     assert run.curve("training") == [1]
@@ -211,18 +210,17 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         read(history, *arguments)
 
     monkeypatch.setattr(History, "read", slow_read)
-    monkeypatch.setattr(followed_pages, "_STUCK", 0.01)
     yield event
     event.set()
 
 
-def test_a_disk_that_does_not_answer(tmp_path: Path, held: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_does_not_answer(tmp_path: Path, held: threading.Event) -> None:
     """Catches runs that are not shown because another one cannot be read, pages that wait for it, and a time that is
     not that of its figures."""
     for path in (tmp_path / "a", tmp_path / "slow", tmp_path / "b", tmp_path / "more" / "slow", tmp_path / "c"):
         log(path, 1)
-    monkeypatch.setattr(followed_pages, "_WAIT", 0.01)
-    browser = Browser(FollowedPages([RunFolder(tmp_path), RunFolder(tmp_path / "more")]).page(""))
+    waits = Waits(runs=0.01, page=LIMIT, stuck=0.01)
+    browser = Browser(FollowedPages([RunFolder(tmp_path), RunFolder(tmp_path / "more")], waits).page(""))
     wait_until(lambda: browser.ask() and {"a", "b", "c"} == set(browser.lines))
     before = browser.time
     log(tmp_path / "a", 2)
@@ -234,13 +232,10 @@ def test_a_disk_that_does_not_answer(tmp_path: Path, held: threading.Event, monk
     wait_until(lambda: browser.ask() and browser.time > before)
 
 
-def test_a_page_that_takes_long_is_shown_later(
-    tmp_path: Path, held: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_that_takes_long_is_shown_later(tmp_path: Path, held: threading.Event) -> None:
     """Catches a browser that waits for its page as long as the disk does not answer."""
     log(tmp_path / "slow", 1)
-    monkeypatch.setattr(followed_pages, "_PAGE_WAIT", 0.01)
-    page = FollowedPages([RunFolder(tmp_path / "slow")]).page("")
+    page = FollowedPages([RunFolder(tmp_path / "slow")], Waits(runs=LIMIT, page=0.01, stuck=0.01)).page("")
     browser = Browser(page)
     assert (browser.title, "reading" in browser.html) == ("report", True)
     assert page is not None
@@ -265,9 +260,9 @@ def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
     wait_until(lambda: done == [1])
 
 
-def test_readers_take_turns_unless_they_are_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_take_turns_unless_they_are_stuck() -> None:
     """Catches many files that are read at a time, which takes gigabytes, and readers that wait for ever."""
-    readers, inside, most, ready = Readers(), [0], [0], threading.Event()
+    readers, inside, most, ready = Readers(stuck_seconds=LIMIT), [0], [0], threading.Event()
 
     def read() -> None:
         with readers.slot():
@@ -284,8 +279,8 @@ def test_readers_take_turns_unless_they_are_stuck(monkeypatch: pytest.MonkeyPatc
     for thread in threads:
         thread.join()
     assert most == [2]
-    monkeypatch.setattr(followed_pages, "_STUCK", 0.01)
-    with readers.slot(), readers.slot(), readers.slot():
+    stuck = Readers(stuck_seconds=0.01)
+    with stuck.slot(), stuck.slot(), stuck.slot():
         pass
 
 
@@ -295,7 +290,7 @@ def test_only_new_lines_are_read_and_only_when_asked(tmp_path: Path, monkeypatch
     parse = jsonl._parse
     monkeypatch.setattr(jsonl, "_parse", lambda lines: read.append(len(lines)) or parse(lines))
     threads = threading.active_count()
-    pages = FollowedPages([folder])
+    pages = FollowedPages([folder], PATIENT)
     page = pages.page("")
     assert (read, threading.active_count()) == ([], threads)
     browser = Browser(page)
@@ -322,7 +317,7 @@ def test_a_silent_run_on_another_machine_does_not_hold_up_answers(
         return Life("unknown", "node-1", "silent")
 
     monkeypatch.setattr(followed_pages, "read_life", read_life)
-    browser = Browser(FollowedPages([RunFolder(tmp_path)]).page(""))
+    browser = Browser(FollowedPages([RunFolder(tmp_path)], PATIENT).page(""))
     assert "unknown" in browser.html
     log(tmp_path, 2)
     browser.ask()
@@ -333,7 +328,7 @@ def test_a_silent_run_on_another_machine_does_not_hold_up_answers(
 def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a thread that dies of a disk error, after which a page never changes."""
     log(tmp_path, 1)
-    browser = Browser(FollowedPages([RunFolder(tmp_path)]).page(""))
+    browser = Browser(FollowedPages([RunFolder(tmp_path)], PATIENT).page(""))
     monkeypatch.setattr(followed_pages, "run_blocks", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     browser.ask()
     assert "cannot be read" in browser.html

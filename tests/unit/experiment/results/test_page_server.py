@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENT
 
 from experiment.local_server import bind
 from experiment.results.report.followed_pages import FollowedPages
@@ -18,8 +19,6 @@ from experiment.results.report.page_server import PageServer
 from experiment.run_folder import RunFolder, open_run_folder
 from launcher.cli import main
 from waiting import wait_until
-
-pytestmark = pytest.mark.usefixtures("patient")
 
 
 @pytest.fixture
@@ -31,7 +30,10 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def port(run: Path) -> Iterator[int]:
-    with bind("127.0.0.1", 0) as listener, PageServer(listener, FollowedPages([RunFolder(run.parent)])) as server:
+    with (
+        bind("127.0.0.1", 0) as listener,
+        PageServer(listener, FollowedPages([RunFolder(run.parent)], PATIENT)) as server,
+    ):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server.server_address[1]
