@@ -14,28 +14,26 @@ from launcher import run_set
 from launcher.run_set import DONE, REJECTED, ChildRun, FlatConfig, PlannedRun, RunSet, start
 
 
+def shell(script: str) -> tuple[str, ...]:
+    return "sh", "-c", script
+
+
 def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run that counts as failed because the process that a killed command had just started was faster."""
-    run = ChildRun("compare", "[1/1] a/b", open_run_folder(tmp_path / "run"), ("command",))
-    lock, codes = filelock.FileLock(run.folder.lock), [2, 0]
-
-    def run_command(_run: ChildRun) -> int:
-        if len(codes) == 2:
-            lock.acquire(timeout=0)
-        return codes.pop(0)
-
-    monkeypatch.setattr(run_set, "_run_command", run_command)
+    refused_once = shell(f"test -e {tmp_path}/tried && exit 0; touch {tmp_path}/tried; exit 2")
+    run = ChildRun("compare", "[1/1] a/b", open_run_folder(tmp_path / "run"), refused_once)
+    lock = filelock.FileLock(run.folder.lock)
+    lock.acquire(timeout=0)
     monkeypatch.setattr(run_set.time, "sleep", lambda _: lock.release())
     assert start(run) == DONE
-    assert not codes
 
 
 @pytest.mark.parametrize(("code", "state"), [(0, DONE), (1, "failed (exit code 1)"), (2, REJECTED)])
-def test_a_state_tells_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, state: str) -> None:
+def test_a_state_tells_how_a_run_ended(tmp_path: Path, code: int, state: str) -> None:
     """Catches a mistake of the user that looks like a failure, and a run that is started twice."""
-    codes = [code]
-    monkeypatch.setattr(run_set, "_run_command", lambda argv: codes.pop(0))
-    assert start(ChildRun("compare", "a/b", open_run_folder(tmp_path / "run"), ())) == state
+    command = shell(f"echo started >> {tmp_path}/log; exit {code}")
+    assert start(ChildRun("compare", "a/b", open_run_folder(tmp_path / "run"), command)) == state
+    assert (tmp_path / "log").read_text() == "started\n"
 
 
 def test_a_signal_to_a_run_that_exits_with_0(tmp_path: Path) -> None:
@@ -51,26 +49,19 @@ def test_a_signal_to_a_run_that_exits_with_0(tmp_path: Path) -> None:
         start(run)
 
 
-def finish(folder: Path, config: FlatConfig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Finish a set with one run; returns the runs that it has started."""
-    started: list[str] = []
-
-    def run_command(run: ChildRun) -> int:
-        started.append(run.argv[0])
-        return 0
-
-    monkeypatch.setattr(run_set, "_run_command", run_command)
-    runs = (PlannedRun("a", ("command",), config),)
+def finish(folder: Path, config: FlatConfig) -> bool:
+    """Finish a set with one run; returns whether it was started."""
+    started = folder / "started"
+    started.unlink(missing_ok=True)
+    runs = (PlannedRun("a", ("touch", str(started)), config),)
     to_finish = RunSet("sweep", open_run_folder(folder), "--output", "sweep.json", runs, header={})
     with to_finish.opened() as records:
         to_finish.finish(records)
-    return started
+    return started.exists()
 
 
 @pytest.mark.parametrize("state", [None, DONE])
-def test_a_fine_tuning_that_has_finished_is_not_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str | None
-) -> None:
+def test_a_fine_tuning_that_has_finished_is_not_started_again(tmp_path: Path, state: str | None) -> None:
     """Catches a run that starts again because the command was killed before it could note the end; and seeds that are
     added and not trained."""
     config = {"training.seeds": [1]}
@@ -78,23 +69,21 @@ def test_a_fine_tuning_that_has_finished_is_not_started_again(
     write_json(tmp_path / "sweep.json", {"runs": {"a": record}})
     run = open_run_folder(tmp_path / "a")
     write_outcome(run, Outcome.DONE)
-    assert finish(tmp_path, config, monkeypatch) == []
+    assert not finish(tmp_path, config)
     more = {"training.seeds": [1, 2]}
-    assert finish(tmp_path, more, monkeypatch) == ["command"]
+    assert finish(tmp_path, more)
     run.outcome.unlink()  # as a fine-tuning run does when it starts
-    assert finish(tmp_path, more, monkeypatch) == ["command"], "it was killed"
+    assert finish(tmp_path, more), "it was killed"
 
 
-def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(tmp_path: Path) -> None:
     """Catches a record that outranks what the run itself has reported."""
     write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {}, "state": DONE}}})
     folder = open_run_folder(tmp_path / "a")
     write_outcome(folder, Outcome.FAILED)
-    assert finish(tmp_path, {}, monkeypatch) == ["command"]
+    assert finish(tmp_path, {})
     write_outcome(folder, Outcome.DONE)
-    assert finish(tmp_path, {}, monkeypatch) == []
+    assert not finish(tmp_path, {})
 
 
 @pytest.mark.parametrize(
@@ -107,34 +96,32 @@ def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(
         {"task.context": "article"},
     ],
 )
-def test_a_new_key_changes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newer: FlatConfig) -> None:
+def test_a_new_key_changes_no_run(tmp_path: Path, newer: FlatConfig) -> None:
     """Catches a sweep or comparison that a newer version, whose configs have one more key, cannot resume."""
     before = {"seed": 1, "task.kind": "cloze"}
     write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": before}}})
     (tmp_path / "a").mkdir()
-    assert finish(tmp_path, {**before, **newer}, monkeypatch) == ["command"]
+    assert finish(tmp_path, {**before, **newer})
 
 
-def test_a_new_key_with_another_value_changes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_key_with_another_value_changes_a_run(tmp_path: Path) -> None:
     """Catches one table of runs with and without a setting that an earlier version did not have."""
     write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match=r"another training\.adam_eps: 1e-08, now 1e-06"):
-        finish(tmp_path, {"seed": 1, "training.adam_eps": 1e-6}, monkeypatch)
+        finish(tmp_path, {"seed": 1, "training.adam_eps": 1e-6})
 
 
-def test_seeds_in_parallel_change_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeds_in_parallel_change_no_run(tmp_path: Path) -> None:
     """Catches a sweep that cannot go on with more seeds at a time."""
     for parallel in (1, 2):
-        finish(tmp_path, {"training.parallel_seeds": parallel, "training.microbatch_size": parallel}, monkeypatch)
+        finish(tmp_path, {"training.parallel_seeds": parallel, "training.microbatch_size": parallel})
         (tmp_path / "a").mkdir(exist_ok=True)
 
 
-def test_damaged_results_do_not_keep_other_runs_from_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_results_do_not_keep_other_runs_from_starting(tmp_path: Path) -> None:
     """Catches a sweep that ends at a damaged run, and starts the missing ones only after that has been removed."""
-    started: list[str] = []
-    monkeypatch.setattr(run_set, "_run_command", lambda run: started.append(run.argv[0]) or 0)
-    runs = tuple(PlannedRun(name, (name,), {}) for name in ("damaged", "good"))
+    runs = tuple(PlannedRun(name, shell(f"echo {name} >> {tmp_path}/log"), {}) for name in ("damaged", "good"))
 
     def measure(run: RunFolder) -> float:
         if run.path.name == "damaged":
@@ -144,6 +131,6 @@ def test_damaged_results_do_not_keep_other_runs_from_starting(tmp_path: Path, mo
     to_finish = RunSet("sweep", open_run_folder(tmp_path), "--output", "sweep.json", runs, header={})
     with pytest.raises(UserError, match="damaged results"), to_finish.opened() as records:
         to_finish.finish(records, measure)
-    assert started == ["damaged", "good"]
+    assert (tmp_path / "log").read_text() == "damaged\ngood\n"
     values = {name: run["value"] for name, run in read_json(tmp_path / "sweep.json")["runs"].items()}
     assert values == {"damaged": None, "good": 0.5}
