@@ -39,7 +39,9 @@ _DTYPES = {
 _ORDER = {dtype: number for number, dtype in enumerate(_DTYPES)}
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, part_bytes: int = _PART
+) -> None:
     """Write tensors on the host to a file, and wait until they are on disk.
 
     Raises OSError if the disk refuses it, TypeError for a tensor of a type that the format lacks.
@@ -54,10 +56,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     unsynced = 0
     try:
         with path.open("wb") as file:
-            for part in _parts(ordered, metadata):
+            for part in _parts(ordered, metadata, part_bytes):
                 file.write(part)
                 unsynced += len(part)
-                if unsynced >= _PART:
+                if unsynced >= part_bytes:
                     file.flush()
                     sync(file.fileno())
                     unsynced = 0
@@ -68,8 +70,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         raise
 
 
-def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Iterator[Any]:
-    """The content of the file: bytes and arrays of bytes. The header is one part, tensors are at most `_PART` long."""
+def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, part_bytes: int) -> Iterator[Any]:
+    """The content of the file: bytes and arrays of bytes. The header is one part, others are at most `part_bytes`."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
@@ -80,8 +82,8 @@ def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) ->
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         content = tensor.reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, len(content), _PART):
-            yield content[start : start + _PART]
+        for start in range(0, len(content), part_bytes):
+            yield content[start : start + part_bytes]
 
 
 def share_tensors(model: Path) -> None:

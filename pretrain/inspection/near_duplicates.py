@@ -56,17 +56,19 @@ class NearDuplicates:
         return (self.share, self.share) if self.is_complete else wilson_interval(self.share, self.documents)
 
 
-def find_near_duplicates(sample: Sample, advance: Callable[[float], None]) -> NearDuplicates:
+def find_near_duplicates(
+    sample: Sample, advance: Callable[[float], None], max_comparisons: int = _MAX_COMPARISONS, block: int = _BLOCK
+) -> NearDuplicates:
     """Look for each document of the sample in the shards of the sample. `advance` is called with tokens searched."""
     ngrams = lru_cache(64)(lambda number: ngram_set(sample.documents[number].ids))
     wanted, found, compared = _Wanted(sample), dict[int, Pair](), Counter[int]()
     ends = np.cumsum([shard.rows for shard in sample.corpus.manifest.shards])
     for index in sample.shards:
         shard = map_shard(sample.corpus.path / sample.corpus.manifest.shards[index].file)
-        for rows in _blocks(shard):
+        for rows in _blocks(shard, block):
             for row, number in wanted.candidates(shard, rows):
                 document = sample.documents[number]
-                done = number in found or compared[number] == _MAX_COMPARISONS
+                done = number in found or compared[number] == max_comparisons
                 if done or (document.shard, document.row) == (index, row):
                     continue
                 ids = shard.ids[shard.offsets[row] : shard.offsets[row + 1]]
@@ -101,9 +103,9 @@ def _hash_ngrams(ids: TokenIds, offsets: NDArray[np.int64]) -> NgramSets:
     return NgramSets((ngrams >> np.uint64(32)).astype(np.uint32), np.cumsum(counts))
 
 
-def _blocks(shard: MappedShard) -> Iterator[range]:
-    """Yield rows that have about `_BLOCK` tokens together."""
-    edges = np.searchsorted(shard.offsets, np.arange(0, len(shard.ids), _BLOCK))
+def _blocks(shard: MappedShard, tokens: int) -> Iterator[range]:
+    """Yield rows that have about that many tokens together."""
+    edges = np.searchsorted(shard.offsets, np.arange(0, len(shard.ids), tokens))
     for first, end in pairwise(np.unique([*edges.tolist(), len(shard.offsets) - 1]).tolist()):
         yield range(first, end)
 

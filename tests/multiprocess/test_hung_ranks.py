@@ -7,21 +7,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from experiment import files, tensor_files
+from experiment import files
 from experiment.checkpoints import checkpoint_path, verify
 from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer, add_up, read_attempt_times
 from experiment.heartbeat import main_stack
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.tensor_files import save_tensors
 from experiment.tracking.tracker import Trackers
 from fork_server import PATCH
 from launches import Start, config_file, patched, wait_for_exit
 from pretrain.rank_heartbeat import RankHeartbeat
+from pretrain.training import checkpoint_tensors
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
 from runs import Tree, logged, pretrain_case, run_config, soak
@@ -149,7 +152,7 @@ def slow_disk_case(world: World, tree: Tree, hang_seconds: float) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == world.size - 1:
-            patch.setattr(tensor_files, "_PART", 1000)
+            patch.setattr(checkpoint_tensors, "save_tensors", partial(save_tensors, part_bytes=1000))
             patch.setattr(files.os, "fsync", fsync)
         return beating_case(world, tree, hang_seconds)
 

@@ -20,22 +20,18 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 @pytest.mark.parametrize("part", [1, 100, 1 << 26])
-def test_files_are_those_of_the_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metadata: dict[str, str] | None, part: int
-) -> None:
+def test_files_are_those_of_the_library(tmp_path: Path, metadata: dict[str, str] | None, part: int) -> None:
     """Catches a file that other programs cannot read, and parts that are lost or written twice."""
-    monkeypatch.setattr(tensor_files, "_PART", part)
     path, written = tmp_path / "model.safetensors", tensors()
-    save_tensors(written, path, metadata)
+    save_tensors(written, path, metadata, part)
     assert path.read_bytes() == safetensors.torch.save(written, metadata)
 
 
 def test_each_part_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a save that leaves gigabytes to one fsync: a slow disk then looks like one that does not answer."""
     path, sizes = tmp_path / "model.safetensors", []
-    monkeypatch.setattr(tensor_files, "_PART", 4000)
     monkeypatch.setattr(os, "fsync", lambda _: sizes.append(path.stat().st_size))
-    save_tensors({"small": torch.zeros(10), "large": torch.zeros(10_000)}, path)
+    save_tensors({"small": torch.zeros(10), "large": torch.zeros(10_000)}, path, part_bytes=4000)
     assert all(after - before <= 8000 for before, after in zip([0, *sizes], sizes, strict=False))
     assert sizes[-1] == path.stat().st_size > 40_000
 
