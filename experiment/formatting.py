@@ -1,5 +1,7 @@
 """Numbers, durations and tables as text for people."""
 
+import csv
+import io
 import re
 from collections.abc import Iterable, Sequence
 
@@ -50,6 +52,13 @@ def escape(text: str) -> str:
     """Escape plain text for Markdown, on one line."""
     text = re.sub(r"([\\`*<>|\[\]~&$])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # within a word it is an ordinary character
+
+
+def csv_table(rows: Iterable[Sequence[object]]) -> str:
+    """Format rows as CSV; the first one names the columns."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int | None = None) -> str:

@@ -5,12 +5,10 @@ seeds, `folder`, `chosen` point of the grid, and `against`: another row -> `diff
 Files of version 0.2.0 have no intervals of means.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiment.formatting import UNKNOWN, escape, markdown_table, show
+from experiment.formatting import UNKNOWN, csv_table, escape, markdown_table, show
 from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.page import Block, Heading, Table, Text
 
@@ -67,16 +65,14 @@ def as_markdown(comparison: Comparison, failed: Mapping[str, str]) -> str:
 
 def as_csv(comparison: Comparison) -> str:
     """Return a row for each initialization and task."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
+    table: list[Sequence[object]] = [_CSV_COLUMNS]
     for row, cells in comparison.items():
         for column, cell in cells.items():
             values = " ".join(map(str, cell["values"]))
             chosen = " ".join(f"{k}={v}" for k, v in cell["chosen"].items())
             found = {**cell, "values": values, "chosen": chosen}
-            writer.writerow([row, column, *(found[key] for key in _CSV_COLUMNS[2:])])
-    return text.getvalue()
+            table.append([row, column, *(found[key] for key in _CSV_COLUMNS[2:])])
+    return csv_table(table)
 
 
 def score_charts(comparison: Comparison) -> list[DotChart]:

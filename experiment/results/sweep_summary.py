@@ -1,7 +1,5 @@
 """The results of a sweep: the metric of each run, one table and one plot."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +7,7 @@ from pathlib import Path
 
 from experiment.errors import UserError, reason
 from experiment.files import read_json, write_text
+from experiment.formatting import csv_table
 from experiment.results.charts import Line, Panel
 from experiment.results.curves import Curve
 from experiment.run_folder import RunFolder
@@ -67,12 +66,8 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
     """
     best_first = sort_results(results, lower_is_better)
     keys = list(best_first[0].values)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*keys, metric, "state", "folder"])
-    for result in best_first:
-        writer.writerow([*result.values.values(), result.value, result.state, result.name])
-    write_text(output / "sweep.csv", table.getvalue())
+    rows = [[*result.values.values(), result.value, result.state, result.name] for result in best_first]
+    write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder"], *rows]))
     _print_table(best_first, keys, metric)
     plotted = any(result.value is not None for result in best_first)
     if plotted:
