@@ -4,16 +4,17 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from experiment.results.curves import MAX_POINTS, Curve, Points
-from experiment.results.history import Axis
+from experiment.results.history import NO_AXIS, Axis
 
 # Okabe & Ito (2008), "Color universal design": distinguishable with any kind of color vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -184,6 +185,56 @@ class DotCharts:
 
     name: str  # of the PNG
     charts: Sequence[DotChart]
+
+
+class _Versioned(NamedTuple):
+    """A piece, and the version of the page since which it is the same."""
+
+    version: int
+    value: object
+    source: object  # equal ones give the same value
+
+
+class ChartsData:
+    """The data of charts, as `page.js` describes them, in pieces that change independently."""
+
+    def __init__(self, charts: Charts, before: "ChartsData | None" = None, version: int = 0) -> None:
+        """before: the data that a browser may have. version: of the page, which all differences from `before` get."""
+        self._charts = [(panel.options, panel.drawn) for panel in charts.panels]
+        self._axes = list(charts.axes) or [NO_AXIS]
+        self._pieces: dict[object, _Versioned] = {}
+        known = before._pieces if before else {}
+
+        def add(name: object, source: object, make: Callable[[], object]) -> None:
+            piece = known.get(name)
+            if piece is None or piece.source != source:
+                value = make()
+                piece = _Versioned(piece.version if piece and piece.value == value else version, value, source)
+            self._pieces[name] = piece
+
+        marks = [vars(mark) for mark in charts.marks]
+        add("marks", (marks, [[line.name for line in drawn] for _, drawn in self._charts]), lambda: marks)
+        for number, axis in enumerate(self._axes):
+            add(number, axis, partial(dict, axis))
+        for number, (_, drawn) in enumerate(self._charts):
+            for line in drawn:
+                add((number, line.name), line, partial(getattr, line, "data"))
+
+    def changes(self, since: int = -1) -> dict[str, Any] | None:
+        """Return the changes after this version of the page, by default all of it; None if nothing has changed."""
+        if all(piece.version <= since for piece in self._pieces.values()):
+            return None
+
+        def value(name: object, otherwise: str | None = None) -> object:
+            piece = self._pieces[name]
+            return piece.value if piece.version > since else otherwise
+
+        axes = [value(number) for number in range(len(self._axes))]
+        charts = [
+            {**options, "lines": [value((number, line.name), line.name) for line in drawn]}
+            for number, (options, drawn) in enumerate(self._charts)
+        ]
+        return {"axes": axes, "marks": self._pieces["marks"].value, "charts": charts}
 
 
 def charts_block(plots: Sequence[Plot], axes: Sequence[Axis] = (), marks: Sequence[Mark] = ()) -> list[Charts]:

@@ -17,8 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic_core import to_json
 
 from experiment.files import write_text
-from experiment.results.chart_data import ChartsData
-from experiment.results.charts import Charts, DotCharts
+from experiment.results.charts import Charts, ChartsData, DotCharts
 
 Tone = Literal["good", "busy", "warn", "bad", "plain"]
 

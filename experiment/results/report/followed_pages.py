@@ -19,7 +19,7 @@ from pydantic_core import to_json
 
 from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error
-from experiment.results.chart_data import ChartsData
+from experiment.results.charts import ChartsData
 from experiment.results.history import History
 from experiment.results.page import Block, Headline, Links, Page, Part, Text, render_page, render_parts
 from experiment.results.report import run_blocks, run_page, set_page

@@ -13,8 +13,7 @@ from safetensors.numpy import save_file
 from experiment.checkpoints import mark_complete, write_best
 from experiment.files import write_json, write_text
 from experiment.provenance import write_provenance
-from experiment.results.chart_data import ChartsData
-from experiment.results.charts import Charts
+from experiment.results.charts import Charts, ChartsData
 from experiment.results.fillings import CheckpointFillings, FilledSentence, MaskedSentence, add_fillings
 from experiment.run_folder import RunFolder, open_run_folder
 
