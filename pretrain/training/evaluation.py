@@ -62,9 +62,6 @@ class RunEvaluator:
                 )
             return replace(so_far, evaluations=history, evaluated=True)
 
-    def should_stop_early(self, progress: TrainingProgress) -> bool:
-        return should_stop_early(progress.evaluations, self._config)
-
     def _predict(self, microbatch: Microbatch) -> Predictions:
         self._times.make_progress()
         return self._engine.predict(microbatch)

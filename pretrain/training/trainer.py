@@ -26,7 +26,7 @@ from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.device_sums import DeviceSums
-from pretrain.training.evaluation import RunEvaluator, log_early_stop
+from pretrain.training.evaluation import RunEvaluator, log_early_stop, should_stop_early
 from pretrain.training.health import (
     ADVICE,
     BadBatchWriter,
@@ -54,7 +54,13 @@ class TrainedStep(NamedTuple):
 
     result: StepResult
     losses: Tensor | None  # summed, of each microbatch of this rank; None: the batch was not trained on
-    fault: Fault | None = None
+
+
+class FaultyStep(NamedTuple):
+    """Training on a bad batch, whose update was not applied."""
+
+    fault: Fault
+    losses: Tensor  # summed, of each microbatch of this rank
 
 
 SKIPPED = TrainedStep(StepResult(applied=False, grad_norm=math.nan), losses=None)
@@ -129,9 +135,9 @@ class Trainer:
             self._checkpointer.advance_if_done(votes.ranks_done)
             if self._profiler is not None:
                 self._profiler.step()
-            if trained.fault is not None:
-                self._respond(batch, trained.fault, trained.losses)
-                if self._config.health.policy == "rewind":
+            if isinstance(trained, FaultyStep):
+                rewound = self._respond(batch, trained)
+                if rewound:
                     continue
                 trained = SKIPPED
             self._count(totals, trained)
@@ -142,14 +148,13 @@ class Trainer:
             stopping = votes.stop_requests > 0 and not finished
             if self._reporter.is_due(self._progress, finished):
                 self._report(rate, trained.result.grad_norm, votes.work_microseconds)
-            if self._evaluator.is_due(self._progress, finished) and not stopping:
-                self._evaluate()
-                finished = self._is_finished()  # patience may end the run
-            self._checkpointer.save_if_due(self._progress, finished, stopping, votes.save_requests > 0)
+            if not stopping:
+                self._evaluate_if_due()  # patience may end the run
+            self._checkpointer.save_if_due(self._progress, self._is_finished(), stopping, votes.save_requests > 0)
             if stopping:
                 log.info("stopping after step %d: %s", self._progress.step, stop.reason or "on another rank")
                 return Outcome.STOPPED
-        if self._evaluator.should_stop_early(self._progress):
+        if should_stop_early(self._progress.evaluations, self._config.evaluation):
             log_early_stop(self._progress.evaluations)
         return Outcome.DONE
 
@@ -176,15 +181,13 @@ class Trainer:
 
     def _evaluate_and_save_at_start(self) -> None:
         """Evaluate and save before the next step. A run that stops leaves its last evaluation to the next attempt."""
-        is_evaluation_due = self._evaluator.is_due(self._progress, self._is_finished())
-        if is_evaluation_due:
-            self._evaluate()
-        self._checkpointer.save_at_start(self._progress, self._is_finished(), evaluated=is_evaluation_due)
+        evaluated = self._evaluate_if_due()
+        self._checkpointer.save_at_start(self._progress, self._is_finished(), evaluated)
 
     def _learning_rate(self, step: int, seconds: float) -> float:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)
 
-    def _train_step(self, batch: RankBatch, global_masked: int, rate: float) -> TrainedStep:
+    def _train_step(self, batch: RankBatch, global_masked: int, rate: float) -> TrainedStep | FaultyStep:
         """Train on one global batch, if `_is_trained_on` it."""
         if not self._is_trained_on(batch, global_masked):
             return SKIPPED
@@ -206,9 +209,9 @@ class Trainer:
         fault = diagnose(batch.step + 1, mean_loss, result.grad_norm, norms, scaled=engine.loss_scale is not None)
         if fault is None:
             engine.check_loss_scale()
-        else:
-            engine.load_loss_scaler_state(scaler)  # which treats every gradient that is not finite as an overflow
-        return TrainedStep(result, losses, fault)
+            return TrainedStep(result, losses)
+        engine.load_loss_scaler_state(scaler)  # which treats every gradient that is not finite as an overflow
+        return FaultyStep(fault, losses)
 
     def _accumulate(self, batch: RankBatch, global_masked: int, first: int, end: int | None = None) -> list[Tensor]:
         """Forward and backward of microbatches `first` to `end` of a batch. Returns the loss of each, summed."""
@@ -234,12 +237,12 @@ class Trainer:
         """Whether the batch has masked tokens and is not known to be bad."""
         return global_masked > 0 and batch.step + 1 not in self._progress.bad_steps
 
-    def _respond(self, batch: RankBatch, fault: Fault, losses: Tensor | None) -> None:
-        """Respond to a bad batch as `health.policy` says: skip it, or rewind. Raises AgreedFailureError if the run
-        ends."""
-        assert losses is not None, "a batch that was not trained on has no fault"
+    def _respond(self, batch: RankBatch, step: FaultyStep) -> bool:
+        """Respond to a bad batch as `health.policy` says: skip it, or rewind. Returns whether the run was rewound.
+        Raises AgreedFailureError if it ends."""
+        fault = step.fault
         with self._times.during(CHECKPOINTING):
-            dumped = self._bad_batches.dump_bad_batch(batch, losses.tolist(), fault)
+            dumped = self._bad_batches.dump_bad_batch(batch, step.losses.tolist(), fault)
             self._checkpointer.wait()  # it may be the one to go back to
         what, policy = f"{fault}\n  its batch: {dumped}", self._config.health.policy
         self._reporter.alert(Alert("bad_batch", f"{what}\n  policy: {policy}"))
@@ -254,9 +257,10 @@ class Trainer:
         self._progress = replace(self._progress, bad_steps=bad_steps)
         if policy == "skip":
             log.warning("%s\n  policy: skipping it", what)
-        else:
-            self._rewind()
-            log.warning("%s\n  policy: rewound to step %d, to skip it", what, self._progress.step)
+            return False
+        self._rewind()
+        log.warning("%s\n  policy: rewound to step %d, to skip it", what, self._progress.step)
+        return True
 
     def _save_before_fault(self) -> str:
         """Save the state before a bad batch unless it is broken; returns advice for the user."""
@@ -290,7 +294,7 @@ class Trainer:
             by_corpus[name] = by_corpus.get(name, 0) + tokens
         norms = append_norm(progress.grad_norms, result.grad_norm) if result.applied else progress.grad_norms
         unfreezes = progress.step + 1 == self._config.model.freeze_steps  # later norms cover more parameters
-        overflowed = trained.losses is not None and trained.fault is None and self._engine.overflowed(result)
+        overflowed = trained.losses is not None and self._engine.overflowed(result)
         self._progress = replace(
             progress,
             step=progress.step + 1,
@@ -308,15 +312,19 @@ class Trainer:
         saved_step = self._checkpointer.saved_step
         self._progress = self._reporter.report(self._progress, rate, grad_norm, saved_step, work_by_rank)
 
-    def _evaluate(self) -> None:
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate the model if it is due. Returns whether it was."""
+        if not self._evaluator.is_due(self._progress, self._is_finished()):
+            return False
         self._progress = progress = self._evaluator.evaluate(self._progress, self._reporter)
         if self._is_finished() and self._interval.losses:  # patience ends the run between two log events
             last_norm = progress.grad_norms[-1] if progress.grad_norms else math.nan
             self._report(self._learning_rate(progress.step - 1, progress.seconds), last_norm)
+        return True
 
     def _is_finished(self) -> bool:
         progress = self._progress
-        if self._evaluator.should_stop_early(progress):
+        if should_stop_early(progress.evaluations, self._config.evaluation):
             return True
         if self._stream.steps is not None:
             return progress.step >= self._stream.steps
