@@ -21,7 +21,7 @@ def evaluation_texts(config: str) -> list[EvaluationText]:
 
 
 def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
-    """Yield a line, if a corpus that the model was pretrained on is known not to be decontaminated against the task.
+    """Yield a line, if a corpus that the model was pretrained on is not known to be decontaminated against the task.
 
     model: a Hugging Face folder.
     """
@@ -29,8 +29,8 @@ def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
     digest = texts_digest(text.text for text in texts_of(task)) if known else ""
     if corpora := dict.fromkeys(corpus for corpus, digests in known if digest not in digests):
         yield (
-            f"the model was pretrained on {', '.join(corpora)}, which is not decontaminated against this task: its "
-            "scores may be too high"
+            f"the model was pretrained on {', '.join(corpora)}, which is not known to be decontaminated against this "
+            "task: if it holds validation or test texts, scores are too high; see docs/cleaning.md, Evaluation texts"
         )
 
 

@@ -85,7 +85,7 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     for warning in (
         *data_warnings(tables, config.task.columns),
         *training.warnings(),
-        *contamination_warnings(config.task, model.folder),
+        *(contamination_warnings(config.task, model.folder) if model.pretrained else ()),
     ):
         print_warning(f"{name}: {warning}")
     task = make_task(kind, tables, model, length, training)

@@ -106,7 +106,7 @@ class StopSignals:
                 notify(f"cannot create STOP: {reason}; send the signal again", _BAR_LINES)
         else:
             self._signal_name = "SIGINT (Ctrl-C)" if name == "SIGINT" else name
-            what = "created STOP, for which the ranks save a checkpoint and exit"
+            what = "created STOP: ranks that train save a checkpoint, and exit"
             notify(f"stopping: {what}; press Ctrl-C again to kill them", _BAR_LINES)
 
 

@@ -98,7 +98,7 @@ def test_ctrl_c_saves_and_says_so(terminal: Terminal, tmp_path: Path) -> None:
     said = lines.partition("^C")[
         2
     ]  # the bar may be drawn between ^C, which the terminal shows at once, and the message
-    message = "created STOP, for which the ranks save a checkpoint and exit; press Ctrl-C again to kill them"
+    message = "created STOP: ranks that train save a checkpoint, and exit; press Ctrl-C again to kill them"
     assert f"\ndeepcloze: stopping: {message}\n\n" in said
     assert any(line.startswith("deepcloze: stopping: ") for line in visible(shown)), visible(shown)
     *_, saved, stopped = lines.rstrip("\n").split("\n")

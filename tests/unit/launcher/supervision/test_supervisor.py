@@ -419,7 +419,7 @@ def test_a_signal_lets_the_ranks_save(folder: RunFolder, number: signal.Signals)
     process.send_signal(number)
     out, err = process.communicate()
     assert (process.returncode, out.strip()) == (75, "saved step 7")
-    assert "stopping: created STOP, for which the ranks save a checkpoint" in err
+    assert "stopping: created STOP: ranks that train save a checkpoint" in err
     assert not folder.stop.exists()
     assert launches(folder)[0]["exit"] == 75
 
