@@ -34,9 +34,14 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
-def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. Does not verify them."""
-    return [path for path in _named_checkpoints(checkpoints) if (path / COMPLETE).exists()]
+def complete_checkpoints(checkpoints: Path, last_step: int | None = None) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. Does not verify them.
+
+    last_step: that the run has finished, if known: checkpoints of later steps are damaged, or it would have resumed
+    from them, and are left out.
+    """
+    found = [path for path in _named_checkpoints(checkpoints) if (path / COMPLETE).exists()]
+    return [path for path in found if last_step is None or checkpoint_step(path) <= last_step]
 
 
 def saves(checkpoints: Path) -> set[tuple[int, int]] | None:

@@ -147,8 +147,9 @@ def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: floa
     found = saves(folder.checkpoints)
     if not found:
         return
-    path, (step, _) = folder.path, max(found)
-    if found <= before:
+    path, new = folder.path, found - before
+    step, _ = max(new or found)
+    if not new:
         inform(f"{path} was finished already, at step {step:,}; to train longer, raise its length in `schedule`")
         return
     losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]

@@ -65,12 +65,14 @@ def read_status(run: str) -> RunStatus:
     folder = RunFolder(Path(run).absolute())
     logged = [folder.metrics, *folder.logs.glob("seed-*.jsonl")]  # the others: of seeds that are trained at a time
     events, *others = map(read_last_events, logged)
-    checkpoints, seeds = complete_checkpoints(folder.checkpoints), _seeds(folder)
+    seeds, times = _seeds(folder), read_attempt_times(folder)
+    checkpoints = complete_checkpoints(folder.checkpoints, times[-1].step if times else None)
     saved = checkpoint_step(checkpoints[-1]) if checkpoints else None
     # Scores of `deepcloze watch` come later, and a checkpoint may be newer than the last event.
     steps = [max(event["step"] for event in found) for found in (events, *others) if found]
     step = max(([sum(steps)] if steps else []) + ([] if saved is None else [saved]), default=None)
-    times = read_attempt_times(folder) if seeds is None else _times_of_commands(folder, step, logged)
+    if seeds is not None:
+        times = _times_of_commands(folder, step, logged)
     attempts = last_lines(times)
     life = read_life(folder)
     total = _total_steps(folder, attempts)

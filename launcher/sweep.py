@@ -202,12 +202,17 @@ def grid_points(grid: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
     points: dict[str, dict[str, str]] = {}
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
-        name = "_".join(f"{labels[key]}={_UNSAFE.sub('-', value).strip('-')}" for key, value in point.items())
+        name = "_".join(f"{labels[key]}={_label(value)}" for key, value in point.items())
         if len(name.encode()) > _LONGEST_NAME:
             name = f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{json_digest(point)[:8]}"
         candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         points[next(candidate for candidate in candidates if candidate not in points)] = point
     return points
+
+
+def _label(value: str) -> str:
+    """Return a value as a part of a folder name. A number keeps its sign."""
+    return _UNSAFE.sub("-", value).strip("-") if _UNSAFE.search(value) else value
 
 
 def _split(text: str, separators: str) -> list[str]:

@@ -104,13 +104,15 @@ def allocated_hosts(environ: Mapping[str, str]) -> Hosts | None:
     Raises UserError for values that cannot be read, and for the tasks of `srun` or `mpirun` other than the first: one
     `deepcloze` starts all ranks.
     """
-    if found := [name for name in _RANKS if int(environ.get(name, "0")) > 0]:
+    if found := [name for name in _RANKS if environ.get(name, "").strip("0").isdecimal()]:
         started = f"srun or mpirun has started deepcloze several times, {found[0]} is {environ[found[0]]}"
         raise UserError(f"{started}; start it once for the job: it starts all ranks")
     hosts = _hosts_of_job(environ)
     for host in hosts or ():
         if re.fullmatch(HOST_NAME, host) is None:
             raise UserError(f"the job has a host {host!r}; expected a name such as node-1")
+    if hosts is not None and not (hosts and all(hosts.values())):
+        raise UserError(f"the job has {'a host without slots' if hosts else 'no hosts'}; expected at least one of each")
     return None if hosts is None or (len(hosts) == 1 and all(map(is_this_machine, hosts))) else hosts
 
 

@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from experiment.checkpoints import complete_checkpoints
 from experiment.config import read_recorded
 from experiment.errors import UserError, notify
 from experiment.goodput import AttemptTime, read_attempt_times
@@ -34,6 +36,12 @@ class Run:
     def attempt_times(self) -> list[AttemptTime]:
         """Time of the attempts by activity, see `goodput`. Raises OSError."""
         return read_attempt_times(self.folder)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints up to the last finished step. Raises OSError."""
+        times = self.attempt_times
+        return complete_checkpoints(self.folder.checkpoints, times[-1].step if times else None)
 
 
 OpenRuns = Callable[[Mapping[str, RunFolder]], Sequence[Run]]

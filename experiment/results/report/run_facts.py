@@ -44,7 +44,7 @@ def training_headline(run: Run) -> Headline:
         *_progress(run),
         *_tokens(run.history, state),
         *_losses(run.history),
-        *_checkpoints(run.folder),
+        *_checkpoints(run),
         *_precision(state),
         *_time_facts(run),
     ]
@@ -108,7 +108,7 @@ def _seeds(run: Run) -> Iterator[Fact]:
 def _progress(run: Run) -> Iterator[Fact]:
     total = last_lines(run.attempt_times)[-1].total_steps if run.attempt_times else None
     if run.history.seeds:
-        step = max([run.history.step, *map(checkpoint_step, complete_checkpoints(run.folder.checkpoints))])
+        step = max([run.history.step, *map(checkpoint_step, run.checkpoints)])
         note = "" if not total else f"of {total:,}, {step / total:.0%}"
         yield Fact("Steps", f"{step:,}", note)
 
@@ -139,14 +139,14 @@ def _losses(history: History) -> Iterator[Fact]:
         yield Fact("Training loss", f"{loss:.4f}", "last log event")
 
 
-def _checkpoints(folder: RunFolder) -> Iterator[Fact]:
+def _checkpoints(run: Run) -> Iterator[Fact]:
     """The last one, and the best one."""
     with suppress(OSError, ValueError, IndexError):  # being copied or deleted; IndexError: there is none
-        last = complete_checkpoints(folder.checkpoints)[-1]
+        last = run.checkpoints[-1]
         saved = datetime.fromtimestamp((last / COMPLETE).stat().st_mtime, UTC)
         yield Fact("Last checkpoint", f"{checkpoint_step(last):,}", f"{saved:%Y-%m-%d %H:%M} UTC")
     with suppress(OSError, ValueError):
-        best = named_best(folder.checkpoints)
+        best = named_best(run.folder.checkpoints)
         if best is not None:
             yield Fact("Best checkpoint", f"{checkpoint_step(best):,}", "step")
 

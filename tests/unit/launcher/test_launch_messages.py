@@ -91,6 +91,8 @@ def test_a_damaged_checkpoint_that_is_trained_again_does_not_count(
     mark_complete(earlier)
     announce_stop(run, before)
     assert capsys.readouterr().err.startswith("deepcloze: stopped at step 1,190, saved")
+    announce_done(run, before, seconds=9)  # as the config is shorter now
+    assert capsys.readouterr().err.startswith("deepcloze: done: 1,190 steps")
     mark_complete(checkpoint_path(run.checkpoints, 1200))
     announce_done(run, before, seconds=9)
     assert capsys.readouterr().err.startswith("deepcloze: done: 1,200 steps")

@@ -271,6 +271,11 @@ def test_the_figures_of_a_run(folder: RunFolder) -> None:
     assert 0 <= status.checkpoint_age < 3600
     assert status.goodput == pytest.approx(40 / 50)
     assert read_status(str(folder.path)).seconds_left is None, "it has ended"
+    damaged = folder.checkpoints / "step-00000040"  # the run has resumed from an earlier one
+    damaged.mkdir()
+    (damaged / "COMPLETE").touch()
+    status = read_status(str(folder.path))
+    assert (status.step, status.checkpoint_step) == (20, 10)
 
 
 def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

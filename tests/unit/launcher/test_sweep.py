@@ -78,6 +78,7 @@ def test_every_point_has_a_unique_name() -> None:
         "lr=5e-4_train=a-b_a.x=1_b.x=2-2",
     ]
     assert points["lr=5e-4_train=a-b_a.x=1_b.x=2-2"]["corpus.train"] == "a-b"
+    assert list(grid_points({"run.seed": ("-1", "1")})) == ["seed=-1", "seed=1"]
 
 
 def test_long_values_make_names_that_file_systems_accept() -> None:

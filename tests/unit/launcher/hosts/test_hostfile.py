@@ -113,6 +113,7 @@ def test_a_node_list_of_thousands_of_hosts() -> None:
         ({"SLURM_GPUS_PER_NODE": "h100:4"}, [4, 4, 4]),
         ({"SLURM_GPUS_ON_NODE": "0", "SLURM_TASKS_PER_NODE": "2(x2),5"}, [2, 2, 5]),
         ({}, [1, 1, 1]),
+        ({"SLURM_PROCID": "", "PMI_RANK": "none"}, [1, 1, 1]),
     ],
 )
 def test_slots_of_a_slurm_job(variables: dict[str, str], slots: list[int]) -> None:
@@ -133,6 +134,8 @@ def test_slots_of_a_slurm_job(variables: dict[str, str], slots: list[int]) -> No
         ),
         ({"SLURM_TASKS_PER_NODE": "many"}, "SLURM_TASKS_PER_NODE=many"),
         ({"SLURM_GPUS_ON_NODE": "all"}, "SLURM_GPUS_ON_NODE=all: expected a number"),
+        ({"SLURM_TASKS_PER_NODE": "0(x3)"}, "the job has a host without slots"),
+        ({"SLURM_JOB_NODELIST": "n[3-1]", "SLURM_GPUS_ON_NODE": "1"}, "the job has no hosts"),
     ],
 )
 def test_a_slurm_job_that_cannot_be_read_is_rejected(variables: dict[str, str], message: str) -> None:
