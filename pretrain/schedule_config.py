@@ -1,5 +1,6 @@
 """The section `schedule` of the config of a pretraining run, and its stages."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Literal, Self
@@ -134,8 +135,8 @@ class ScheduleConfig(Section):
 def _seconds(text: str) -> float:
     """The seconds of a duration such as 90s, 30m, 24h or 1d12h. Raises ValueError."""
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([dhms])", text)
     seconds = sum(float(number) * units[unit] for number, unit in parts)
-    if seconds <= 0 or "".join(number + unit for number, unit in parts) != text:
+    if not 0 < seconds < math.inf or "".join(number + unit for number, unit in parts) != text:
         raise ValueError(f"'{text}' is not a duration such as 90s, 30m, 24h or 1d12h")
     return seconds

@@ -72,8 +72,8 @@ class ConsoleTracker:
         assert isinstance(step, int)
         self._recent.append((self._clock(), step))
         values = describe_training(metrics)
-        is_end_known = self._total is not None or self._end is not None
-        left = f"{describe_duration(self._seconds_left())} left" if is_end_known else ""
+        seconds_left = self._seconds_left()
+        left = "" if seconds_left is None else f"{describe_duration(seconds_left)} left"
         of = "" if self._total is None else f"/{self._total}"
         line = " · ".join(filter(None, [f"step {step}{of}", values, left]))
         if self._live is not None:

@@ -65,9 +65,10 @@ def clean(
             shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
         else:
             summary = _clean(config, sources, steps, recipe, folder, opened)
-    print(f"{config.output}: {describe_kept(summary)}")
+    print(describe_kept(summary))
     if summary["steps"]:
         print_steps(summary)
+    print(f"{config.output}/report.html")
     return summary
 
 

@@ -51,7 +51,7 @@ def test_without_a_terminal_each_event_is_one_line() -> None:
     tracker.close(Outcome.DONE)
     figures = "loss 6.1234 · lr 5.00e-04 · 12,346 tokens/s"
     assert output.getvalue().splitlines() == [
-        f"step 10/100 · {figures} · – left",
+        f"step 10/100 · {figures}",
         f"step 20/100 · {figures} · 2m40s left",
         f"step 30/100 · {figures} · 1m45s left",
         "step 30: wiki loss 3.21, perplexity 24.78, accuracy 0.4123 · a/b loss –",
@@ -149,7 +149,7 @@ def test_a_narrow_terminal_shows_everything() -> None:
     tracker.close(Outcome.DONE)
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[?\d;]*\w", "", output.getvalue()))
     assert max(map(len, lines)) <= 60
-    assert any(re.fullmatch(r"step .{24} +50/1000000 – left", line.rstrip()) for line in lines)
+    assert any(re.fullmatch(r"step .{24} +50/1000000", line.rstrip()) for line in lines)
     assert describe_training({**TRAINING, **slow}) in " ".join(" ".join(lines).split())
 
 
