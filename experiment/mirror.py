@@ -20,6 +20,7 @@ from filelock import FileLock
 from experiment.checkpoints import BEST, COMPLETE, checkpoint_step, files_below, is_checkpoint_name, verify
 from experiment.errors import UserError
 from experiment.files import cache_folder, fsync_tree, json_digest, parse_json, write_text
+from experiment.provenance import parse_provenance, read_provenance
 from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.storage import (
@@ -81,13 +82,28 @@ class Mirror:
         with suppress(FileNotFoundError):
             upload(folder.checkpoints / BEST, join(self.url, BEST))
 
-    def ancestors(self) -> list[dict[str, Any]] | None:
-        """Return the ancestors of the run, see `provenance.ancestors_of`; None if provenance is missing or damaged."""
+    def provenance(self) -> dict[str, Any] | None:
+        """Return the provenance of the run in the mirror; None if it is missing or damaged. Raises StorageError."""
+        url = join(self.url, _RUN, "provenance.json")
         try:
-            found = parse_json(read_bytes(join(self.url, _RUN, "provenance.json"))).get("ancestors", [])
-            return [dict(ancestor) for ancestor in found]
-        except (MissingError, ValueError, AttributeError, TypeError):
+            content = read_bytes(url)
+        except MissingError:
             return None
+        with suppress(UserError):
+            return parse_provenance(content, url)
+        return None
+
+    def check_owner(self, folder: RunFolder) -> None:
+        """Raise UserError if the mirror belongs to another run than the one in this folder, or StorageError.
+
+        A mirror without provenance belongs to no run.
+        """
+        found, own = self.provenance(), read_provenance(folder)
+        if found is not None and (own is None or found["run_id"] != own["run_id"]):
+            raise UserError(
+                f"checkpoint.mirror: {self.url} belongs to another run (id {found['run_id']}) than {folder.path}; "
+                "choose another checkpoint.mirror. To continue that run, choose an empty run.dir"
+            )
 
     def delete(self, name: str) -> None:
         delete(join(self.url, name, COMPLETE))
@@ -102,7 +118,7 @@ class Mirror:
         return superseded
 
     def restore(self, folder: RunFolder, on_progress: Callable[[], None]) -> None:
-        """Copy the newest undamaged checkpoint, and the best one, to a run folder without checkpoints.
+        """Copy the run to a folder without checkpoints: the newest undamaged one, the best one, and the run's files.
 
         An interrupted copy leaves no checkpoint, so that it is repeated. Raises UserError if all are damaged, and
         OSError.
@@ -123,9 +139,7 @@ class Mirror:
             return True
 
         found = list(self.complete())
-        if not found:
-            return
-        if not any(copy(name) for name in reversed(found)):
+        if found and not any(copy(name) for name in reversed(found)):
             raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
         best = None
         with suppress(MissingError):

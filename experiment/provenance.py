@@ -25,7 +25,7 @@ from types import MappingProxyType
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.files import read_json, sha256, write_json
+from experiment.files import parse_json, read_json, sha256, write_json
 from experiment.hub_names import hub_name, public_name
 from experiment.run_folder import RunFolder
 
@@ -75,18 +75,22 @@ def write_provenance(
 def read_provenance(folder: RunFolder) -> dict[str, Any] | None:
     """RUN/provenance.json, None if the run was never started. Raises UserError if the file is damaged."""
     try:
-        record = read_json(folder.provenance)
+        return parse_provenance(folder.provenance.read_bytes(), str(folder.provenance))
+    except FileNotFoundError:
+        return None
+
+
+def parse_provenance(text: bytes, name: str) -> dict[str, Any]:
+    """Parse the content of a provenance.json. Raises UserError, with the name of the file, if it is damaged."""
+    try:
+        record = parse_json(text)
         attempts, ancestors = record["attempts"], record["ancestors"]
         if not (isinstance(record["run_id"], str) and isinstance(attempts, list) and isinstance(ancestors, list)):
             raise TypeError
         if not all(isinstance(entry, dict) for entry in (*attempts, *ancestors)):
             raise TypeError
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{folder.provenance} is damaged: expected an object with 'run_id', 'ancestors' and 'attempts'"
-        ) from None
+        raise UserError(f"{name} is damaged: expected an object with 'run_id', 'ancestors' and 'attempts'") from None
     return dict(record)
 
 

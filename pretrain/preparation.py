@@ -1,7 +1,9 @@
 """Prepare a run on all ranks: everything that may be refused, before the engine takes the device."""
 
+import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from experiment.hub_names import HubName
 from experiment.mirror import Mirror
 from experiment.model_names import local_model
 from experiment.run_folder import RunFolder, open_run_folder
+from experiment.storage import StorageError
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.packing import Rows
 from pretrain.config import CorpusConfig, PretrainConfig
@@ -27,6 +30,10 @@ from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
+
+log = logging.getLogger(__name__)
+
+_OWNER_SECONDS = 60.0  # for the storage to say to which run a mirror belongs
 
 
 def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[ResolvedRun, BuiltModel, TrainingStream]:
@@ -113,26 +120,42 @@ def download_model_to_hosts(world: World, group: CpuGroup, name: str) -> Path:
 
 
 def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -> None:
-    """Copy the newest checkpoint of `checkpoint.mirror` to a run folder without checkpoints. Collective; raises
-    AgreedError."""
+    """Copy the run in `checkpoint.mirror` to a run folder without checkpoints. Collective; raises AgreedError, also if
+    the mirror belongs to another run than the folder."""
     folder, url = RunFolder(Path(config.run.dir).absolute()), config.checkpoint.mirror
     if url is None:
         return
 
     def restore(on_progress: Callable[[], None]) -> None:
-        if world.rank != 0 or complete_checkpoints(folder.checkpoints):
+        if world.rank != 0:
             return
         mirror = Mirror(url)
-        if config.run.resume == "never" and mirror.complete():
-            raise UserError(
-                f"run.resume is 'never', but {url} already holds checkpoints; choose another checkpoint.mirror"
-            )
-        parent, ancestors = config.run.parent, mirror.ancestors() if mirror.complete() else None
-        if parent is not None and ancestors is not None and not is_fork_of(ancestors, parent):
+        if complete_checkpoints(folder.checkpoints):
+            _check_owner_in_time(mirror, folder)
+            return
+        if folder.provenance.exists():  # else the folder takes over the mirror's run
+            mirror.check_owner(folder)
+        parent, found = config.run.parent, mirror.provenance()
+        if config.run.resume == "never" and (found is not None or mirror.complete()):
+            raise UserError(f"run.resume is 'never', but {url} already holds a run; choose another checkpoint.mirror")
+        if parent is not None and found is not None and not is_fork_of(found["ancestors"], parent):
             raise UserError(f"{url} holds a run that is not a fork of {parent}; choose another checkpoint.mirror")
         mirror.restore(folder, on_progress)
 
     group.from_all_ranks_slowly(restore)
+
+
+def _check_owner_in_time(mirror: Mirror, folder: RunFolder) -> None:
+    """Raise UserError if the mirror belongs to another run. A storage that does not answer only gives a warning: a run
+    with checkpoints trains without it, and is checked again before each upload."""
+    thread = ThreadPoolExecutor(1, "owner of the mirror")
+    checking = thread.submit(mirror.check_owner, folder)
+    thread.shutdown(wait=False)
+    try:
+        checking.result(_OWNER_SECONDS)
+    except (StorageError, TimeoutError) as error:
+        problem = str(error) or f"no answer in {_OWNER_SECONDS:.0f} s"
+        log.warning("not checked whether the mirror %s belongs to this run: %s", mirror.url, problem)
 
 
 def verify_on_each_host(corpora: Sequence[Corpus], world: World, group: CpuGroup) -> None:

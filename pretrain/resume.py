@@ -223,10 +223,12 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, 
     for key, (old, new) in changes.items():
         if _is_below(key, fixed) and key not in _LAYOUT:
             what, which = ("a corpus with the fingerprint ", trained_on) if key == "corpus.train" else ("", "")
+            mirror = now.get("checkpoint.mirror")
+            other = f" and with another checkpoint.mirror: a new run.dir resumes from {mirror}" if mirror else ""
             raise UserError(
                 f"{where} cannot be resumed with another {key}: the run was started with {what}{_shown(old)}{which}, "
                 f"the config says {what}{_shown(new)}. Restore the value, or start a new run, or a fork of this one, "
-                "in another run.dir"
+                f"in another run.dir{other}"
             )
     return _lines(changes)
 

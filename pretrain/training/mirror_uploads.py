@@ -87,7 +87,8 @@ class MirrorUploads:
             self.uploading = None
 
     def _upload(self, keep: Retention) -> None:
-        """Copy the missing checkpoints, the newest one first."""
+        """Copy the missing checkpoints, the newest one first. Raises UserError if the mirror is another run's."""
+        self._mirror.check_owner(self._folder)  # each time: two runs may have found the mirror empty
         if self._known is None:
             self._known = self._mirror.complete()
         known = self._known

@@ -90,8 +90,15 @@ def test_a_run_from_object_storage_resumes_on_another_host(
 
     never = tree("third")
     never["run"] |= {"resume": "never"}
-    with pytest.raises(RankError, match=r"run.resume is 'never', but s3://.*/run already holds checkpoints"):
+    with pytest.raises(RankError, match=r"run.resume is 'never', but s3://.*/run already holds a run"):
         pools[2].run(storage_case, never, variables)
+
+    with pytest.raises(RankError, match=r"checkpoint.mirror: s3://.*/run belongs to another run .*choose another"):
+        pools[2].run(storage_case, tree("plain"), variables)
+    seeded = tree("fourth")
+    seeded["run"] |= {"seed": 9}
+    with pytest.raises(RankError, match=r"another run.seed.* in another run.dir and with another checkpoint.mirror"):
+        pools[2].run(storage_case, seeded, variables)
 
     def evaluate(*arguments: str) -> dict[str, Any]:
         assert main(["evaluate", "--json", *arguments]) == 0

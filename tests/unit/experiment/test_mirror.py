@@ -10,6 +10,7 @@ from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.mirror import Mirror
 from experiment.model_names import local_model
+from experiment.provenance import read_provenance, write_provenance
 from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.storage import StorageError, exists, list_files, read_bytes, write_bytes
@@ -33,7 +34,7 @@ def run(tmp_path: Path) -> RunFolder:
         save(folder, step)
     (folder.checkpoints / "best").write_text("step-00000002\n")
     folder.metrics.write_text('{"step": 1}\n')
-    folder.provenance.write_text("{}")
+    write_provenance(folder, {}, [])
     return folder
 
 
@@ -90,14 +91,36 @@ def test_an_interrupted_restore_is_repeated(mirror: Mirror, tmp_path: Path, monk
         assert folder.metrics.exists()
 
 
-def test_the_mirror_knows_what_its_run_was_forked_from(mirror: Mirror, run: RunFolder) -> None:
-    assert mirror.ancestors() == []
-    run.provenance.write_text('{"ancestors": [{"relation": "fork", "run_id": "a"}]}')
+def test_the_mirror_knows_whose_run_it_has(mirror: Mirror, run: RunFolder, tmp_path: Path) -> None:
+    """Catches a mirror in which two runs mix, one that refuses its own run, and an outage that is taken for a free
+    mirror."""
+    assert mirror.provenance() == read_provenance(run)
+    other = RunFolder(tmp_path / "other")
+    for check in (run, other):
+        write_provenance(check, {}, [])
+    mirror.check_owner(run)
+    message = f"^checkpoint.mirror: {mirror.url} belongs to another run .* than {other.path}; choose another"
+    with pytest.raises(UserError, match=message):
+        mirror.check_owner(other)
+    with pytest.raises(UserError, match="belongs to another run"):
+        mirror.check_owner(RunFolder(tmp_path / "without provenance"))
+    for content in (b"damaged", b"{}", b"[]"):
+        write_bytes(f"{mirror.url}/run/provenance.json", content)
+        assert mirror.provenance() is None
+        mirror.check_owner(other)
+    with pytest.raises(StorageError, match="there is no bucket"):
+        Mirror("s3://no-such-bucket/run").check_owner(other)
+
+
+def test_a_run_whose_first_upload_was_interrupted_keeps_its_identity(
+    bucket: str, run: RunFolder, tmp_path: Path
+) -> None:
+    """Catches a run that starts over on a new host under another id, for which its mirror is another run's."""
+    mirror, folder = Mirror(f"{bucket}/run"), RunFolder(tmp_path / "restored")
     mirror.upload_run_files(run)
-    assert mirror.ancestors() == [{"relation": "fork", "run_id": "a"}]
-    run.provenance.write_text("damaged")
-    mirror.upload_run_files(run)
-    assert mirror.ancestors() is None
+    mirror.restore(folder, lambda: None)
+    assert read_provenance(folder) == read_provenance(run)
+    assert complete_checkpoints(folder.checkpoints) == []
 
 
 def test_a_checkpoint_without_marker_does_not_exist(mirror: Mirror, run: RunFolder, tmp_path: Path) -> None:

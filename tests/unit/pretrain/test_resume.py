@@ -64,6 +64,15 @@ def test_changed_identity_cannot_resume(now: dict[str, Any], key: str) -> None:
     assert "RUN/checkpoints/step-00000010" in str(rejected.value)
 
 
+def test_a_new_run_needs_another_mirror_too() -> None:
+    """Catches advice to start a new run in another folder, which resumes the same checkpoint from the mirror."""
+    advice = r"in another run.dir and with another checkpoint.mirror: a new run.dir resumes from s3://bucket/a$"
+    with pytest.raises(UserError, match=advice):
+        check_resume(identity(), identity(run__seed=1, checkpoint__mirror="s3://bucket/a"), "step-00000010")
+    with pytest.raises(UserError, match=r"in another run.dir$"):
+        check_resume(identity(), identity(run__seed=1), "step-00000010")
+
+
 @pytest.mark.parametrize(
     ("before", "now", "key"),
     [

@@ -13,6 +13,7 @@ from experiment import storage
 from experiment.checkpoints import mark_complete
 from experiment.files import write_json
 from experiment.mirror import Mirror
+from experiment.provenance import write_provenance
 from experiment.retention import Retention
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
@@ -117,6 +118,20 @@ def test_failures_alert_and_are_tried_again(
     wait_until(lambda: uploads.problem is None)
     assert steps(mirror) == [1]
     uploads.close()
+
+
+def test_nothing_is_copied_to_the_mirror_of_another_run(bucket: str, run: RunFolder, tmp_path: Path) -> None:
+    """Catches two runs that both found the mirror empty when they started, and mix their checkpoints in it."""
+    mirror, alerts, other = Mirror(f"{bucket}/run"), list[Alert](), RunFolder(tmp_path / "other")
+    for step, folder in enumerate((run, other), start=1):
+        write_provenance(folder, {}, [])
+        save(folder, step)
+        uploads = MirrorUploads(mirror, folder, alerts.append)
+        uploads.update(Retention(keep_last=1))
+        uploads.close()
+    assert "belongs to another run" in alerts[0].text
+    assert steps(mirror) == [1]
+    mirror.check_owner(run)
 
 
 def test_the_wait_at_the_end_is_limited(
