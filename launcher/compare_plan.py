@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.config import load_config
+from experiment.config import load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
 from experiment.model_names import local_model
@@ -17,7 +17,15 @@ from finetune.model import model_files
 from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
-from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set, recorded_configs, recorded_data
+from launcher.run_set import (
+    CONFIGS,
+    FlatConfig,
+    PlannedRun,
+    RunSet,
+    record_model_of_set,
+    recorded_configs,
+    recorded_data,
+)
 from launcher.run_validation import validate_finetuning, validate_pretraining
 from launcher.sweep import grid_points, parse_grid
 from pretrain.config import PretrainConfig
@@ -26,7 +34,7 @@ _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
 # Beside the folders of the rows.
-_USED = ("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", COMPARISON_RECORD)
+_USED = ("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", CONFIGS, COMPARISON_RECORD)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
         raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
     recorded = recorded_configs(folder.path / COMPARISON_RECORD)
     config = _find_encoders(config, options.file, recorded)
+    files = [*config.tasks, *(row.pretrain for row in config.rows.values() if row.pretrain is not None)]
+    configs = {file: read_config_file(file) for file in files}
     tasks = _read_tasks(config, recorded_data(recorded))
     runs: list[PlannedRun] = []
     cells: dict[str, dict[str, PlannedRun]] = {}
@@ -72,7 +82,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
             pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
             cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config)
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
-    run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs))
+    run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs), configs=configs)
     return ComparePlan(run_set, cells, config.grid is not None)
 
 

@@ -2,7 +2,8 @@
 
 `deepcloze sweep` and `compare` plan a `RunSet` and finish it; `deepcloze watch` starts single runs. A record in the
 folder of the set keeps the config of each run and how it ended, so that a restarted command runs the missing ones and
-does not mix in runs of another config. A run that a killed command has left is waited for.
+does not mix in runs of another config. Runs read copies of config files, as they were planned: the user may edit a file
+meanwhile. A run that a killed command has left is waited for.
 """
 
 import shlex
@@ -11,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from experiment.config import with_defaults
+from experiment.config import read_config_file, with_defaults
 from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors
-from experiment.files import read_json, write_json
+from experiment.files import atomic_write, read_json, write_json
 from experiment.hub_data import PREFIX
 from experiment.hub_names import HubName
 from experiment.model_names import record_model
@@ -28,6 +29,9 @@ from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
 from pretrain.config import PretrainConfig
+
+CONFIGS = "configs"
+"""Folder of the copies of config files, in the folder of the set."""
 
 DONE = "done"
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
@@ -71,6 +75,7 @@ class RunSet:
     record: str  # name of the record in the folder
     runs: tuple[PlannedRun, ...]
     header: Mapping[str, object] | None = None  # other content of the record; None: it consists of the runs
+    configs: Mapping[str, bytes] = field(default_factory=dict)  # file after --config -> its content when it was planned
 
     def run_folder(self, run: PlannedRun) -> RunFolder:
         return RunFolder(self.folder.path / run.name)
@@ -83,9 +88,11 @@ class RunSet:
     def opened(self) -> Iterator[dict[str, RunRecord]]:
         """Lock the folder and read the record: name -> run, also runs of earlier plans.
 
-        At the end, raises SystemExit if runs failed. Raises UserError if another process uses the folder, or if runs
-        were started with another config; StoppedError in place of errors of the disk that may pass.
+        At the end, raises SystemExit if runs failed. Raises UserError if another process uses the folder, if runs were
+        started with another config, or if a config file was changed; StoppedError in place of errors of the disk that
+        may pass.
         """
+        check_unchanged(self.configs)
         resumable = stopped_by_disk_errors(f"{self.command}: ")
         with _locked(self.folder, self.option), recorded_outcome(self.folder), resumable:
             records = self._read()
@@ -130,9 +137,18 @@ class RunSet:
             return DONE
         inform(f"{self.command}: {label}: running")
         start_time = time.monotonic()
-        state = start(child)
+        state = start(replace(child, argv=self._argv_with_copy(run)))
         inform(f"{self.command}: {label}: {state} after {time.monotonic() - start_time:,.0f} s")
         return state
+
+    def _argv_with_copy(self, run: PlannedRun) -> tuple[str, ...]:
+        """Write the copy of the config file for a run, and return the command that reads it."""
+        if not self.configs:
+            return run.argv
+        at = run.argv.index("--config") + 1
+        file = run.argv[at]
+        copy = write_copy(file, self.configs[file], self.folder.path / CONFIGS / run.name)
+        return (*run.argv[:at], str(copy), *run.argv[at + 1 :])
 
     def _read(self) -> dict[str, RunRecord]:
         """The record, with the runs of this set. A run without a folder has not started, or was removed to run again.
@@ -167,6 +183,22 @@ class RunSet:
             if run.values:
                 records[run.name]["values"] = run.values
         return records
+
+
+def check_unchanged(configs: Mapping[str, bytes]) -> None:
+    """Raise UserError if a config file has another content than it had before it was checked."""
+    for file, content in configs.items():
+        if read_config_file(file) != content:
+            raise UserError(f"{file} was changed while it was checked; run the same command again")
+
+
+def write_copy(file: str, content: bytes, folder: Path) -> Path:
+    """Write the content of a config file to `folder`, and return the path. It has the same name: tasks are called like
+    their files."""
+    copy = folder / Path(file).name
+    with atomic_write(copy) as temporary:
+        temporary.write_bytes(content)
+    return copy
 
 
 def recorded_configs(record: Path) -> dict[str, FlatConfig]:

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from experiment.checkpoints import names_model_folder
-from experiment.config import did_you_mean, load_config
+from experiment.config import did_you_mean, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest
 from experiment.hub_names import HubName
@@ -48,9 +49,16 @@ class SweepPlan:
     lower_is_better: bool
 
     @classmethod
-    def of(cls, runs: tuple[PlannedRun, ...], output: Path, metric: str, lower_is_better: bool) -> Self:
+    def of(
+        cls,
+        runs: tuple[PlannedRun, ...],
+        output: Path,
+        metric: str,
+        lower_is_better: bool,
+        configs: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Self:
         header = {"metric": metric, "lower_is_better": lower_is_better}
-        run_set = RunSet("sweep", RunFolder(output), "--output", SWEEP_RECORD, runs, header)
+        run_set = RunSet("sweep", RunFolder(output), "--output", SWEEP_RECORD, runs, header, configs)
         return cls(run_set, metric, lower_is_better)
 
 
@@ -79,7 +87,8 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
 
     Raises UserError for anything that would keep one of the runs from starting.
     """
-    config, finetuning = options.config, command_of(options.config) == "finetune"
+    config, content = options.config, read_config_file(options.config)
+    finetuning = command_of(config) == "finetune"
     placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
     if finetuning and placement:
         raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")
@@ -111,7 +120,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
-    return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better)
+    return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better, {config: content})
 
 
 class _Pins:

@@ -4,11 +4,11 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiment.checkpoints import checkpoint_step, files_below, link_model, verify, verify_name
-from experiment.config import load_config
+from experiment.config import load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest, read_json, removed_on_error
 from experiment.own_process import module_command
@@ -18,7 +18,16 @@ from experiment.tracking.downstream import DownstreamResult
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig, check_validation
 from finetune.data.task_config import data_checksums
 from finetune.task_kind import find_kind
-from launcher.run_set import DONE, REJECTED, ChildRun, start, wait_for_other_process
+from launcher.run_set import (
+    CONFIGS,
+    DONE,
+    REJECTED,
+    ChildRun,
+    check_unchanged,
+    start,
+    wait_for_other_process,
+    write_copy,
+)
 
 _PROBED_KIND = "classification"
 _REPLACED = {
@@ -57,11 +66,14 @@ class WatchedTask:
     lower_is_better: bool
     config: str  # identifies the settings and the data that the scores depend on
     data: Mapping[str, str]  # overrides with the commits of data sets of the Hub
+    content: bytes = field(compare=False)  # of the file, which the user may edit meanwhile
 
 
 def read_watched_task(file: str, probe: bool) -> WatchedTask:
     """Read a task. Raises UserError for a config that cannot be scored on validation."""
+    content = read_config_file(file)
     config = load_config(FinetuneConfig, file, {**_REPLACED, "run.dir": ".", "model.init_from": "."})
+    check_unchanged({file: content})
     with user_errors_in(file):
         check_validation(config, "checkpoints are scored on validation")
         task = config.task.pinned()
@@ -80,7 +92,8 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
         name = f"{name}-probe"
         del settings["training"]
     lower_is_better = task.metric in find_kind(task.kind).lower_is_better
-    return WatchedTask(file, name, probe, task.metric, lower_is_better, json_digest(settings), task.hub_overrides())
+    digest, data = json_digest(settings), task.hub_overrides()
+    return WatchedTask(file, name, probe, task.metric, lower_is_better, digest, data, content)
 
 
 def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: RunFolder) -> DownstreamResult:
@@ -98,9 +111,8 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
         if problem := verify(folder, files_below("hf")) or verify_name(checkpoint):
             raise ScoringError(f"the checkpoint is damaged: {problem}")
     step = checkpoint_step(checkpoint)
-    child = ChildRun(
-        "watch", f"{task.name}: step {step}", RunFolder(folder / "run"), _argv(task, folder), shows_results=False
-    )
+    argv = _argv_with_copy(task, folder)
+    child = ChildRun("watch", f"{task.name}: step {step}", RunFolder(folder / "run"), argv, shows_results=False)
     wait_for_other_process(child)
     state = start(child)
     if state != DONE:
@@ -121,13 +133,15 @@ def _remove_leftovers(work: Path, kept: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _argv(task: WatchedTask, folder: Path) -> tuple[str, ...]:
+def _argv_with_copy(task: WatchedTask, folder: Path) -> tuple[str, ...]:
+    """Write a copy of the task's config to `folder`, and return the command that scores the model in it."""
+    config = str(write_copy(task.file, task.content, folder / CONFIGS))
     overrides = {**_REPLACED, **task.data, "model.init_from": str(folder / "hf"), "run.dir": str(folder / "run")}
     assignments = [f"{key}={value}" for key, value in overrides.items()]
     if task.probe:
-        return (*module_command("finetune.probe"), task.file, *assignments)
+        return (*module_command("finetune.probe"), config, *assignments)
     flags = (f"--{assignment}" for assignment in assignments)
-    return (*module_command("launcher"), "finetune", "--config", task.file, *flags)
+    return (*module_command("launcher"), "finetune", "--config", config, *flags)
 
 
 def _read_results(path: Path) -> tuple[dict[str, float], int]:

@@ -7,6 +7,7 @@ from experiment.config.loading import (
     dump_config,
     flatten,
     load_config,
+    read_config_file,
     read_recorded,
     with_defaults,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "dump_config",
     "flatten",
     "load_config",
+    "read_config_file",
     "read_recorded",
     "with_defaults",
 ]

@@ -76,11 +76,9 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
     path = Path(path)
     if path.suffix.lower() in _DATA_SUFFIXES:
         raise UserError(f"{path} is not a config: expected a YAML file, which names the data; see `deepcloze recipes`")
+    content = read_config_file(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        tree, lines = read_yaml_with_lines(text)
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror or error}") from None
+        tree, lines = read_yaml_with_lines(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8 text: {error.reason}") from None
@@ -91,6 +89,14 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections at the top level, found {describe_value(tree)}")
     return build_config(config_type, tree, overrides, str(path), lines)
+
+
+def read_config_file(path: Path | str) -> bytes:
+    """Read the content of a config file. Raises UserError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror or error}") from None
 
 
 def build_config(

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import StoppedError
 from experiment.run_folder import RunFolder
+from finetune.resolve import load_run_config
 from hub_server import HubServer
 from launcher import compare, run_set
 from launcher.cli import main
@@ -267,6 +268,25 @@ def test_cells_of_another_config_are_not_mixed_in(
     assert len(started) == 2
 
 
+def test_an_edit_of_a_task_reaches_no_cell(
+    write_files: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a row that is trained with other settings than the row above, and than runs.json records."""
+    file, task, seen = str(write_files()), tmp_path / "toy.yaml", []
+
+    def start(run: ChildRun) -> str:
+        config = load_run_config(run.argv[run.argv.index("--config") + 1], {"model.init_from": str(tmp_path)})
+        seen.append((config.task.name, config.training.epochs))
+        task.write_text(task.read_text().replace("epochs: 2", "epochs: 3"))
+        return "failed (exit code 1)"
+
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.setattr(run_set, "start", start)
+    with pytest.raises(SystemExit, match="2 of 2 runs failed"):
+        main(["compare", file])
+    assert seen == [("toy", 2), ("toy", 2)]
+
+
 def test_a_grid_is_chosen_by_validation(
     write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
 ) -> None:
@@ -327,6 +347,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(
         ({"rows": {}}, "rows"),
         ({"rows": {"a b": {"init_from": "."}, "a-b": {"init_from": "."}}}, "would share the folder 'a-b'"),
         ({"rows": {"runs.json": {"init_from": "."}}}, "'runs.json' is the name of a file or folder of the comparison"),
+        ({"rows": {"configs": {"init_from": "."}}}, "'configs' is the name of a file or folder of the comparison"),
         ({"rows": {"a": {"init_from": "/nowhere"}}}, r"rows\.a\.init_from: /nowhere does not exist"),
         ({"rows": {"a": {"init_from": ".", "weights": "random", "pretrain": "x.yaml"}}}, "would ignore what pretrain"),
         ({"grid": "training.lr=fast"}, r"training\.lr"),

@@ -134,3 +134,23 @@ def test_damaged_results_do_not_keep_other_runs_from_starting(tmp_path: Path) ->
     assert (tmp_path / "log").read_text() == "damaged\ngood\n"
     values = {name: run["value"] for name, run in read_json(tmp_path / "sweep.json")["runs"].items()}
     assert values == {"damaged": None, "good": 0.5}
+
+
+def test_runs_read_the_config_file_as_it_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a user's edit that reaches a later run of the set, and printed commands that only the set can run."""
+    file = tmp_path / "run.yaml"
+    file.write_text("planned\n")
+    script = f"echo edited > {file}; cat $1; cat $1 >> {tmp_path}/log"
+    runs = tuple(PlannedRun(f"row/{name}", (*shell(script), "--config", str(file)), {}) for name in "ab")
+    folder = RunFolder(tmp_path / "set")
+    to_finish = RunSet("compare", folder, "run.dir", "runs.json", runs, configs={str(file): b"planned\n"})
+    to_finish.print_commands()
+    assert capsys.readouterr().out.count(f"--config {file}\n") == 2
+    assert not folder.path.exists()
+    with to_finish.opened() as records:
+        to_finish.finish(records)
+    assert (tmp_path / "log").read_text() == "planned\n" * 2
+    assert (folder.path / "configs" / "row" / "b" / "run.yaml").read_text() == "planned\n"
+    assert file.read_text() == "edited\n"
+    with pytest.raises(UserError, match=r"run\.yaml was changed while it was checked"), to_finish.opened():
+        pass

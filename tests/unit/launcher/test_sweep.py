@@ -17,18 +17,23 @@ import pytest
 import yaml
 
 from experiment.checkpoints import checkpoint_path, mark_complete
+from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_json
-from experiment.run_folder import RunFolder
+from experiment.outcome_file import Outcome, write_outcome
+from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked
 from finetune.kinds.classification import Kind
 from hub_server import HubServer
 from launcher import run_set
 from launcher import sweep as sweep_module
 from launcher.cli import main
-from launcher.options import SweepOptions
-from launcher.run_set import PlannedRun
+from launcher.command_line import parse_command_line
+from launcher.commands import COMMANDS
+from launcher.options import PretrainOptions, SweepOptions
+from launcher.run_set import DONE, ChildRun, PlannedRun
 from launcher.sweep import SweepPlan, grid_points, parse_grid, plan_sweep, run_sweep
+from pretrain.config import PretrainConfig
 from waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -303,6 +308,35 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
     other = replace(first.runs, runs=(replace(run, config={**run.config, "run.seed": 2}),))
     with pytest.raises(UserError, match=r"lr=1e-4 was started with another run\.seed: 1, now 2"):
         run_sweep(replace(first, runs=other))
+
+
+def test_an_edit_of_the_config_reaches_no_run_of_a_sweep(
+    pretraining: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches points that are trained with other settings than sweep.json records, and a sweep that then continues
+    with neither config."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    before, trained = pretraining.read_text(), []
+
+    def start(run: ChildRun) -> str:
+        _, options = parse_command_line(run.argv[4:], COMMANDS)
+        assert isinstance(options, PretrainOptions)
+        trained.append(load_config(PretrainConfig, options.config, options.overrides).batch.sequences)
+        pretraining.write_text(before.replace("sequences: 8", "sequences: 4"))
+        write_outcome(open_run_folder(run.folder.path), Outcome.DONE)
+        return DONE
+
+    monkeypatch.setattr(run_set, "start", start)
+    options = SweepOptions(config=str(pretraining), grid="optimizer.lr=1e-4,5e-4")
+    run_sweep(plan_sweep(options))
+    assert trained == [8, 8]
+    record = json.loads((tmp_path / "run-sweep" / "sweep.json").read_text())
+    assert {run["config"]["batch.sequences"] for run in record["runs"].values()} == {8}
+    with pytest.raises(UserError, match=r"was started with another batch\.sequences: 8, now 4"):
+        run_sweep(plan_sweep(options))
+    pretraining.write_text(before)
+    run_sweep(plan_sweep(options))
+    assert len(trained) == 2, "finished"
 
 
 def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

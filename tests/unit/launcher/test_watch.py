@@ -25,7 +25,7 @@ from launcher.watch import Announcement, Watch, describe_scores, make_announceme
 from launcher.watched_task import ScoringError, TaskRejectedError, WatchedTask
 
 RESULT = DownstreamResult(100, "toy", "accuracy", False, {"accuracy": 0.9}, "weights", "config", 2.0)
-TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config", {})
+TASK = WatchedTask("toy.yaml", "toy", False, "accuracy", False, "config", {}, b"")
 
 Save = Callable[..., Path]
 End = Callable[..., None]

@@ -92,24 +92,50 @@ def test_a_checkpoint_with_the_name_of_another_step_is_not_scored(
 
 
 def test_the_child_accepts_its_command_line(
-    run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun]
+    run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a flag that `deepcloze finetune` rejects, and one that leaves a tracker or an alert of the task on."""
     file = write_task()
     alerts = {"email": "me@x", "webhook": True, "apprise": True, "wandb": True}
     tracking = {"wandb": "online", "tensorboard": True, "artifacts": True, "alerts": alerts}
     file.write_text(file.read_text() + yaml.safe_dump({"tracking": tracking}))
+    write, configs = watched_task.start, []
+
+    def parse_then_start(child: ChildRun) -> str:
+        assert child.argv[1:4] == ("-P", "-m", "launcher")
+        name, options = parse_command_line(child.argv[4:], COMMANDS)
+        assert name == "finetune"
+        assert isinstance(options, FinetuneOptions)
+        configs.append(load_config(FinetuneConfig, options.config, options.overrides))
+        return write(child)
+
+    monkeypatch.setattr(watched_task, "start", parse_then_start)
     checkpoint = save(100)
     score_checkpoint(checkpoint, weights_digest(checkpoint), task_of(file), run)
-    (child,) = started
-    assert child.argv[1:4] == ("-P", "-m", "launcher")
-    name, options = parse_command_line(child.argv[4:], COMMANDS)
-    assert name == "finetune"
-    assert isinstance(options, FinetuneOptions)
-    config = load_config(FinetuneConfig, options.config, options.overrides)
+    (config,), (child,) = configs, started
     assert config.tracking == TrackingConfig()
     assert config.task.test is None
     assert config.run.dir == str(child.folder.path)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_an_edit_of_the_task_does_not_change_its_scores(
+    run: RunFolder, save: Save, write_task: WriteTask, monkeypatch: pytest.MonkeyPatch, probe: bool
+) -> None:
+    """Catches scores of other settings that have the digest of those that the watch has read."""
+    checkpoint, task = save(100), task_of(write_task(), probe)
+    edited, seen = write_task(task__columns={"label": "label", "text": "other"}), []
+
+    def start(child: ChildRun) -> str:
+        (file,) = (Path(text) for text in child.argv if text.endswith(".yaml"))
+        overrides = {"run.dir": ".", "model.init_from": "."}
+        seen.append((file.name, load_config(FinetuneConfig, file, overrides).task.columns.text))
+        return "failed (exit code 1)"
+
+    monkeypatch.setattr(watched_task, "start", start)
+    with pytest.raises(ScoringError):
+        score_checkpoint(checkpoint, weights_digest(checkpoint), task, run)
+    assert seen == [(edited.name, "text")]
 
 
 def test_the_checkpoint_may_be_deleted_while_it_is_scored(
