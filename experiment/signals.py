@@ -1,6 +1,8 @@
 """The signals that ask a process to stop: which of them ends it at once, and how they are handled or blocked."""
 
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +19,9 @@ HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 REPEATED_SECONDS = 1.0
 """A signal within this time of the first one repeats it: terminals, `timeout` and launchers deliver one several times.
 """
+
+_AGAIN_SECONDS = 0.05  # until a signal during an import is sent again
+_IMPORT_SECONDS = 60.0  # that a signal waits for imports at most: one may hang
 
 
 class SignalHistory:
@@ -62,11 +67,20 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
     """Call `handler` with the number of each SIGINT, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP; restore the previous
     handlers on exit, unless they are ignored by then.
 
-    SIGHUP stays ignored under nohup.
+    SIGHUP stays ignored under nohup. The first signal during imports is handled when they have ended: an exception
+    would leave modules half imported, and libraries that catch it would use them.
     """
+    outside = _count_imports(sys._getframe())  # of a script that is imported itself
+    delayed: dict[int, float] = {}  # the signal that waits for an import -> since when
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        handler(number)
+        now = time.monotonic()
+        if _count_imports(frame) <= outside or now - min(delayed.values(), default=now) >= _IMPORT_SECONDS:
+            delayed.clear()
+            handler(number)
+        elif number in delayed or not delayed:
+            delayed.setdefault(number, now)
+            _send_again(number)
 
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     previous = {number: signal.signal(number, on_signal) for number in HANDLED_SIGNALS if number not in ignored}
@@ -76,6 +90,22 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
         for number, original in previous.items():
             if signal.getsignal(number) is on_signal:
                 signal.signal(number, original)
+
+
+def _count_imports(frame: FrameType | None) -> int:
+    """Count the frames of imports in progress, from this frame outwards."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+        frame = frame.f_back
+    return count
+
+
+def _send_again(number: int) -> None:
+    """Send a signal to this thread, the main one, in a moment."""
+    timer = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (threading.get_ident(), number))
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager
