@@ -2,15 +2,19 @@
 
 import atexit
 import os
+import signal
 import sys
 from typing import NoReturn
 
-from launcher.cli import main
+from experiment.signals import HANDLED_SIGNALS
 
 
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code, at once: to take apart all that was imported, as
     Python does at the end, takes a second after an import of torch."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)  # until `main` handles them, after the imports
+    from launcher.cli import main
+
     try:
         code = main()
     except SystemExit as ending:

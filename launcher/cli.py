@@ -2,14 +2,16 @@
 
 import importlib.metadata
 import select
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import fire
 
 from experiment.errors import StoppedError, UserError, describe_disk_error, notify
-from experiment.signals import ignore_stop_signals
+from experiment.signals import HANDLED_SIGNALS, handle_stop_signals, ignore_stop_signals, interrupt
 from launcher.command_line import help_text, is_help_request, parse_command_line, terminal_width
 from launcher.commands import COMMANDS
 
@@ -35,14 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    is_resumable = bool(argv) and argv[0] in RESUMABLE
     try:
-        if list(argv) == ["--version"]:
-            print(f"deepcloze {importlib.metadata.version('deepcloze')}")
-        elif is_help_request(argv):
-            print(help_text(argv, COMMANDS, ABOUT, width=terminal_width()))
-        else:
-            name, options = parse_command_line(argv, COMMANDS)
-            fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
+        with handle_stop_signals(interrupt) if is_resumable else nullcontext():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)  # which the start of the process has blocked
+            _run_command(argv)
     except UserError as error:
         return _fail(str(error), 2)
     except StoppedError as stopped:
@@ -50,7 +49,7 @@ def _run(argv: Sequence[str]) -> int:
         return _fail(str(stopped) or "stopped; run the same command again to resume", 75)
     except KeyboardInterrupt:
         ignore_stop_signals()
-        if argv[0] in RESUMABLE:
+        if is_resumable:
             return _fail("interrupted; run the same command again to resume", 75)
         return _fail("interrupted", 130)
     except BrokenPipeError:
@@ -64,6 +63,16 @@ def _run(argv: Sequence[str]) -> int:
             raise
         return _fail(message, 2)
     return 0
+
+
+def _run_command(argv: Sequence[str]) -> None:
+    if list(argv) == ["--version"]:
+        print(f"deepcloze {importlib.metadata.version('deepcloze')}")
+    elif is_help_request(argv):
+        print(help_text(argv, COMMANDS, ABOUT, width=terminal_width()))
+    else:
+        name, options = parse_command_line(argv, COMMANDS)
+        fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
 
 
 def _reader_has_ended() -> bool:

@@ -6,7 +6,6 @@ import sys
 from experiment.config import load_config
 from experiment.errors import UserError, inform
 from experiment.fast_imports import fast_imports, import_transformers_without_scipy
-from experiment.signals import handle_stop_signals, interrupt
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, terminal_width
 from launcher.options import (
@@ -43,7 +42,6 @@ def python_docs(options: PythonDocsOptions) -> None:
     write_python_docs(options.output, options.packages, options.files_per_package)
 
 
-@handle_stop_signals(interrupt)
 def clean(options: CleanOptions) -> None:
     """Clean raw documents: repair, filter, deduplicate, decontaminate.
 
@@ -81,7 +79,6 @@ def tokenizer(options: TokenizerOptions) -> None:
         train_tokenizer(options)
 
 
-@handle_stop_signals(interrupt)
 def corpus(options: CorpusOptions) -> None:
     """Build a tokenized corpus from raw text, verify corpora, or look at one.
 
@@ -208,15 +205,14 @@ def finetune(options: FinetuneOptions) -> None:
     Example:
         deepcloze finetune --config my-task.yaml --model.init_from=runs/mine
     """
-    with handle_stop_signals(interrupt):
-        from finetune.config import FinetuneConfig
+    from finetune.config import FinetuneConfig
 
-        load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
-        with fast_imports():  # takes seconds
-            import_transformers_without_scipy()
-            from finetune.run import finetune as run_finetuning
+    load_config(FinetuneConfig, options.config, options.overrides)  # before the imports, which take seconds
+    with fast_imports():  # takes seconds
+        import_transformers_without_scipy()
+        from finetune.run import finetune as run_finetuning
 
-        run_finetuning(options.config, options.overrides, options.dry_run)
+    run_finetuning(options.config, options.overrides, options.dry_run)
 
 
 def predict(options: PredictOptions) -> None:
@@ -259,7 +255,6 @@ def serve(options: ServeOptions) -> None:
     serve_command(options)
 
 
-@handle_stop_signals(interrupt)
 def sweep(options: SweepOptions) -> None:
     """Run a pretraining or fine-tuning config at every point of a grid.
 
@@ -279,7 +274,6 @@ def sweep(options: SweepOptions) -> None:
         run_sweep(plan)
 
 
-@handle_stop_signals(interrupt)
 def compare(options: CompareOptions) -> None:
     """Compare initializations: rows × tasks × seeds.
 

@@ -6,9 +6,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[3]
 CODE = """
-import atexit, launcher.__main__
+import atexit, launcher.__main__, launcher.cli
 def main(): {body}
-launcher.__main__.main = main
+launcher.cli.main = main
 atexit.register(print, "ended")
 class Kept:
     def __del__(self): print("taken apart")
@@ -31,6 +31,26 @@ def test_the_command_ends_at_once_with_its_exit_code(body: str, code: int, error
     """Catches a second spent on taking apart what was imported, lost output and exit codes, skipped exit handlers."""
     done = subprocess.run([sys.executable, "-c", CODE.format(body=body)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "ended\n", error)
+
+
+SIGNALED = """
+import signal, sys
+class Signal:
+    def find_spec(name, *_):
+        if name == "launcher.cli": signal.raise_signal(signal.{number})
+sys.meta_path.insert(0, Signal)
+sys.argv = ["deepcloze", "pretrain", "--config=none.yaml"]
+import launcher.__main__
+launcher.__main__.run()
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_while_the_command_starts_stops_it(number: str) -> None:
+    """Catches another exit code than 75 because the modules of the command line are still being imported."""
+    done = subprocess.run([sys.executable, "-c", SIGNALED.format(number=number)], capture_output=True, text=True)
+    expected = "deepcloze: interrupted; run the same command again to resume\n"
+    assert (done.returncode, done.stderr) == (75, expected)
 
 
 def test_python_m_deepcloze_is_the_command(tmp_path: Path) -> None:
