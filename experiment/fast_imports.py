@@ -4,12 +4,15 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from experiment.signals import await_delayed_signal
+
 
 @contextmanager
 def fast_imports() -> Iterator[None]:
     """Import torch and transformers in three quarters of the time, by collecting no garbage in the block.
 
-    The imports make a million objects that stay. Blocks may be nested.
+    The imports make a million objects that stay. Blocks may be nested. A stop signal during the imports is handled at
+    their end.
     """
     if not gc.isenabled():
         yield
@@ -21,6 +24,7 @@ def fast_imports() -> Iterator[None]:
         gc.freeze()
         gc.unfreeze()  # all objects are now in the oldest generation, which is rarely collected
         gc.enable()
+    await_delayed_signal()
 
 
 def import_transformers_without_scipy() -> None:

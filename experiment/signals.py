@@ -22,6 +22,7 @@ REPEATED_SECONDS = 1.0
 
 _AGAIN_SECONDS = 0.05  # until a signal during an import is sent again
 _IMPORT_SECONDS = 60.0  # that a signal waits for imports at most: one may hang
+_delayed: dict[int, float] = {}  # the signal that waits for an import -> since when
 
 
 class SignalHistory:
@@ -71,15 +72,14 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
     would leave modules half imported, and libraries that catch it would use them.
     """
     outside = _count_imports(sys._getframe())  # of a script that is imported itself
-    delayed: dict[int, float] = {}  # the signal that waits for an import -> since when
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if _count_imports(frame) <= outside or now - min(delayed.values(), default=now) >= _IMPORT_SECONDS:
-            delayed.clear()
+        if _count_imports(frame) <= outside or now - min(_delayed.values(), default=now) >= _IMPORT_SECONDS:
+            _delayed.clear()
             handler(number)
-        elif number in delayed or not delayed:
-            delayed.setdefault(number, now)
+        elif number in _delayed or not _delayed:
+            _delayed.setdefault(number, now)
             _send_again(number)
 
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
@@ -90,6 +90,13 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
         for number, original in previous.items():
             if signal.getsignal(number) is on_signal:
                 signal.signal(number, original)
+        _delayed.clear()
+
+
+def await_delayed_signal() -> None:
+    """Wait until a signal that came during imports is handled, if all have ended."""
+    while _delayed and _count_imports(sys._getframe()) == 0:
+        time.sleep(_AGAIN_SECONDS)
 
 
 def _count_imports(frame: FrameType | None) -> int:
