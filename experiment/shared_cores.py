@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 _SECONDS = 0.25  # between looks
-_BUSY, _IDLE = 0.1, 0.03  # share of its time for which a thread waits for a core
+_BUSY, _IDLE = 0.2, 0.06  # share of its time for which a thread waits for a core
 _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
@@ -35,7 +36,8 @@ def share_cores() -> None:
         return
     openmp = load_openmp()
     if openmp is not None and _counts_times():
-        threading.Thread(target=_watch, args=(Spinning(openmp, cores),), name="share-cores", daemon=True).start()
+        args = (Spinning(openmp, cores), torch.get_num_threads())
+        threading.Thread(target=_watch, args=args, name="share-cores", daemon=True).start()
 
 
 os.register_at_fork(after_in_child=share_cores.cache_clear)  # threads do not survive a fork
@@ -58,30 +60,48 @@ def _counts_times() -> bool:
     return False
 
 
-def _nanoseconds_waited() -> dict[int, int]:
-    """Return how long each thread of this process has waited for a core, by id. Skips threads of lower priority."""
+class ThreadTimes(NamedTuple):
+    """Nanoseconds since the start of a thread."""
+
+    ran: int
+    waited: int  # for a core
+
+
+def _thread_times() -> dict[int, ThreadTimes]:
+    """Return the times of each thread of this process, by id. Skips threads of lower priority."""
     niceness = os.getpriority(os.PRIO_PROCESS, 0)  # on Linux, of a thread
     found = {}
     for folder in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # the thread has ended
             if os.getpriority(os.PRIO_PROCESS, thread := int(folder.name)) <= niceness:
-                found[thread] = int((folder / "schedstat").read_bytes().split()[1])
+                found[thread] = ThreadTimes(*map(int, (folder / "schedstat").read_bytes().split()[:2]))
     return found
 
 
-def _watch(spinning: "Spinning") -> None:
-    start, before = time.monotonic(), _nanoseconds_waited()
+def _watch(spinning: "Spinning", team: int) -> None:
+    start, before = time.monotonic(), _thread_times()
     with suppress(RuntimeError):
         while True:
             time.sleep(_SECONDS)
-            now, waited = time.monotonic(), _nanoseconds_waited()
-            spinning.adapt(waiting_share(before, waited, now - start))
-            start, before = now, waited
+            now, times = time.monotonic(), _thread_times()
+            spinning.adapt(waiting_share(before, times, team, now - start))
+            start, before = now, times
 
 
-def waiting_share(before: Mapping[int, int], after: Mapping[int, int], seconds: float) -> float:
-    """The largest share of its time for which a thread waited for a core, from nanoseconds by thread id."""
-    return max(waited - before.get(thread, waited) for thread, waited in after.items()) / (1e9 * seconds)
+def waiting_share(
+    before: Mapping[int, ThreadTimes], after: Mapping[int, ThreadTimes], team: int, seconds: float
+) -> float:
+    """The largest share of its time for which a computing thread waited for a core.
+
+    before, after: times by thread id, `seconds` apart. team: number of threads that compute. They are the ones that ran
+    most: a server has other threads, which wait for them.
+    """
+    passed = [
+        ThreadTimes(times.ran - before[thread].ran, times.waited - before[thread].waited)
+        for thread, times in after.items()
+        if thread in before
+    ]
+    return max((times.waited for times in sorted(passed)[-team:]), default=0) / (1e9 * seconds)
 
 
 class Spinning:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiment.shared_cores import Spinning, waiting_share
+from experiment.shared_cores import Spinning, ThreadTimes, waiting_share
 from finetune.options import ServeOptions
 
 needs_cores = pytest.mark.skipif(
@@ -83,7 +83,7 @@ def test_spinning_adapts_to_the_share_of_waiting(run: Run) -> None:
     """Catches a team that does not stop the spinning or stays for ever, and a change at each look near one limit."""
     code = """
 spinning = Spinning(load_openmp(), cores)
-for share, expected in (0.0, True), (0.05, True), (0.5, False), (0.05, False), (0.0, True), (0.05, True):
+for share, expected in (0.0, True), (0.1, True), (0.5, False), (0.1, False), (0.0, True), (0.1, True):
     spinning.adapt(share)
     wait_until(lambda: spins() == expected)  # on a busy machine the other thread may not have been running
     print(threads().count("sleeping-team"), end=" ")
@@ -159,10 +159,18 @@ def test_too_few_threads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_share_of_waiting() -> None:
-    """Catches a share that falls when a thread ends, and one that counts what a new thread waited before."""
-    before = {1: 5_000_000_000, 2: 1_000_000_000, 3: 9_000_000_000}
-    after = {1: 5_100_000_000, 2: 1_400_000_000, 4: 7_000_000_000}
-    assert waiting_share(before, after, seconds=2.0) == pytest.approx(0.2)
+    """Catches a share that falls when a thread ends, one that counts how long a new thread waited before, and a
+    server's threads that wait for those that compute."""
+    second = 1_000_000_000
+    before = {thread: ThreadTimes(9 * second, 5 * second) for thread in (1, 2, 3, 4)}
+    after = {
+        1: ThreadTimes(9 * second + 1500, 5 * second + second // 10),
+        2: ThreadTimes(9 * second + 1600, 5 * second + second * 4 // 10),
+        3: ThreadTimes(9 * second + 20, 5 * second + second),
+        5: ThreadTimes(30 * second, 7 * second),
+    }
+    assert waiting_share(before, after, team=2, seconds=2.0) == pytest.approx(0.2)
+    assert waiting_share({}, after, team=2, seconds=2.0) == 0
 
 
 @pytest.mark.parametrize(
