@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Self
 
 from experiment.checkpoints import names_model_folder
@@ -55,7 +54,7 @@ class SweepPlan:
         output: Path,
         metric: str,
         lower_is_better: bool,
-        configs: Mapping[str, bytes] = MappingProxyType({}),
+        configs: Mapping[str, bytes],
     ) -> Self:
         header = {"metric": metric, "lower_is_better": lower_is_better}
         run_set = RunSet("sweep", RunFolder(output), "--output", SWEEP_RECORD, runs, header, configs)

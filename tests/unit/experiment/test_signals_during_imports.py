@@ -43,8 +43,8 @@ def output_of(folder: Path, argv: list[str], body: str, limit: float = 600) -> l
 
 
 def test_a_signal_waits_for_the_end_of_imports(tmp_path: Path) -> None:
-    """Catches a run that fails with a traceback of transformers, or goes on, because a library has caught Ctrl-C while
-    it imported others."""
+    """Catches a KeyboardInterrupt that is raised inside an import, where a library catches it: the command fails with
+    a traceback, or continues."""
     assert output_of(tmp_path, ["script.py"], "import library") == ["part imported", "library imported", "interrupted"]
 
 
@@ -54,7 +54,7 @@ def test_a_hanging_import_is_interrupted(tmp_path: Path) -> None:
     assert seen == ["interrupted"]
 
 
-@pytest.mark.parametrize("body", ["signal.raise_signal(signal.SIGTERM); print('goes on')", "import library"])
+@pytest.mark.parametrize("body", ["signal.raise_signal(signal.SIGTERM); print('continues')", "import library"])
 def test_a_script_that_is_imported_can_be_interrupted(tmp_path: Path, body: str) -> None:
-    """Catches a fine-tuning that no signal ends, because another script imports the one that calls it."""
+    """Catches signals that are delayed for ever, because the whole script runs inside an import."""
     assert output_of(tmp_path, ["-c", "import script"], body)[-1] == "interrupted"

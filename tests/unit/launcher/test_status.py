@@ -314,7 +314,7 @@ def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.Capture
 
 
 def test_a_clock_that_is_set_back(folder: RunFolder) -> None:
-    """Catches the figures of an earlier attempt, and less than no time left."""
+    """Catches the figures of an earlier attempt, and a negative time left."""
     now = 1000.0
 
     def clock() -> float:

@@ -243,7 +243,7 @@ def plan(output: Path, losses: dict[str, str], seconds: float = 0.0) -> SweepPla
         )
         for rate, loss in losses.items()
     ]
-    return SweepPlan.of(tuple(runs), output, "eval/held/loss", lower_is_better=True)
+    return SweepPlan.of(tuple(runs), output, "eval/held/loss", lower_is_better=True, configs={})
 
 
 def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -278,7 +278,7 @@ def test_scores_of_a_fine_tuning_name_their_split(tmp_path: Path, capfd: pytest.
     """Catches a table of validation scores that are taken for those of the test split."""
     (run,) = plan(tmp_path, {"1e-4": "4.5"}).runs.runs
     run = replace(run, config={**run.config, "task.kind": "regression"})
-    run_sweep(SweepPlan.of((run,), tmp_path, "loss", lower_is_better=True))
+    run_sweep(SweepPlan.of((run,), tmp_path, "loss", lower_is_better=True, configs={}))
     assert "validation loss" in capfd.readouterr().out
     assert "validation loss" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
