@@ -11,8 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,6 +56,17 @@ class Host:
     def popen(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
         """Start a command on the host."""
         return subprocess.Popen(self._enter(*argv), text=True, **options)
+
+    @contextmanager
+    def suspended(self, command: subprocess.Popen[Any]) -> Iterator[None]:
+        """Stop the process of a command that `popen` started, and continue it after the block."""
+        process = _child_of(command.pid)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in (command.pid, process):  # nsenter stops itself too
+                os.kill(pid, signal.SIGCONT)
 
     def processes(self) -> list[str]:
         """The command lines of all processes on the host but sshd, the fork server, and those that are ending:
