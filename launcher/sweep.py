@@ -105,10 +105,13 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
             output = f"{load_config(config_type, config, options.overrides | values).run.dir}-sweep"
     check_run_folder(RunFolder(Path(output).absolute()), None, "--output")
     pins, runs = _Pins(Path(output) / SWEEP_RECORD), []
+    loaded: dict[str, FinetuneConfig | PretrainConfig] = {}
     for name, values in points.items():
         overrides = options.overrides | values | {"run.dir": str(Path(output).absolute() / name)}
         with user_errors_in(f"sweep: {name}"):
-            pinned = pins.overrides(load_config(config_type, config, overrides), name, values)
+            loaded[name] = load_config(config_type, config, overrides)
+            _check_differs(name, loaded)
+            pinned = pins.overrides(loaded[name], name, values)
             if "task.test" in pinned:  # it has all of them; a key below it would come after it
                 overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
             overrides |= pinned
@@ -120,6 +123,14 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
     return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better, {config: content})
+
+
+def _check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
+    """Raise UserError if another point has the same config, as for the values 1e-3 and 0.001."""
+    for other, config in points.items():
+        moved = config.model_copy(update={"run": points[name].run})
+        if other != name and moved == points[name]:
+            raise UserError(f"same config as {other}; leave one of them out of --grid")
 
 
 class _Pins:

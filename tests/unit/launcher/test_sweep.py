@@ -142,7 +142,8 @@ def test_the_commands_of_a_sweep(pretraining: Path, tmp_path: Path, capsys: pyte
 
 
 def test_every_point_is_validated_before_the_first_run(reject: Reject) -> None:
-    """Catches a typo in the last value that is found hours later, and a metric that no run reports."""
+    """Catches a typo in the last value that is found hours later, two equal runs, and a metric that no run reports."""
+    assert "lr=0.001: same config as lr=1e-3" in reject("optimizer.lr=1e-4,1e-3,0.001")
     assert "lr=fast: command line: 'optimizer.lr'" in reject("optimizer.lr=1e-4,fast")
     assert "unknown config key 'optimizer.rate'" in reject("optimizer.rate=1e-4")
     assert "max_seq_length=128" in reject("batch.max_seq_length=32,128 batch.microbatch_tokens=128")
