@@ -81,7 +81,8 @@ def find_keys(config_type: type[Section], name: str) -> tuple[ConfigSection, ...
         if keys:
             found.append(replace(section, meaning="", keys=keys))
     if not found:
-        raise UserError(explain_unknown_key(config_type, name))
+        in_lists = [key.name.replace("[]", "") for section in reference for key in section.keys if "[]" in key.name]
+        raise UserError(explain_unknown_key(config_type, name, in_lists))
     return tuple(found)
 
 

@@ -52,11 +52,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
-def explain_unknown_key(config_type: type[BaseModel], dotted: str) -> str:
-    """Message about an unknown key, suggesting one of the same name in another section or with a similar spelling."""
+def explain_unknown_key(config_type: type[BaseModel], dotted: str, in_lists: Iterable[str] = ()) -> str:
+    """Message about an unknown key, suggesting one of the same name in another section or with a similar spelling.
+
+    in_lists: names of keys of list items, to suggest too.
+    """
     if "：" in dotted:
         return f"unknown config key '{dotted}': write ': ' with the colon of ASCII, not the full-width '：'"
-    known = list(known_keys(config_type))
+    known = [*known_keys(config_type), *in_lists]
     above, _, last = dotted.rpartition(".")
     last = _SYNONYMS.get(last, last)
     namesakes = [name for name in known if name.rpartition(".")[2] == last]

@@ -78,6 +78,7 @@ def test_config_explains_keys(line: str, expected: list[str], capsys: pytest.Cap
         ("config pretrain lr", "unknown config key 'lr'; did you mean 'optimizer.lr'?"),
         ("config pretrain optimiser", "unknown config key 'optimiser'; did you mean 'optimizer'?"),
         ("config finetune schedule.steps", "unknown config key 'schedule.steps'"),
+        ("config clean decontaminate", "did you mean 'steps.decontaminate'?"),
         (
             "config pretain",
             "expected 'pretrain', 'finetune', 'compare' or 'clean', found 'pretain'; did you mean 'pretrain'?",
