@@ -14,7 +14,7 @@ WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
-"""The signals of `handle_stop_signals`."""
+"""The signals that a command which can be resumed handles."""
 
 REPEATED_SECONDS = 1.0
 """A signal within this time of the first one repeats it: terminals, `timeout` and launchers deliver one several times.
@@ -64,9 +64,9 @@ def signals_blocked(numbers: Collection[int]) -> Iterator[None]:
 
 
 @contextmanager
-def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call `handler` with the number of each SIGINT, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP; restore the previous
-    handlers on exit, unless they are ignored by then.
+def handle_stop_signals(handler: Callable[[int], None], numbers: Collection[int] = HANDLED_SIGNALS) -> Iterator[None]:
+    """Call `handler` with the number of each of these signals; restore the previous handlers on exit, unless they are
+    ignored by then.
 
     SIGHUP stays ignored under nohup. The first signal during imports is handled when they have ended: an exception
     would leave modules half imported, and libraries that catch it would use them.
@@ -83,7 +83,7 @@ def handle_stop_signals(handler: Callable[[int], None]) -> Iterator[None]:
             _send_again(number)
 
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    previous = {number: signal.signal(number, on_signal) for number in HANDLED_SIGNALS if number not in ignored}
+    previous = {number: signal.signal(number, on_signal) for number in numbers if number not in ignored}
     try:
         yield
     finally:

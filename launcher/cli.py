@@ -5,7 +5,6 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import fire
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     is_resumable = bool(argv) and argv[0] in RESUMABLE
     try:
-        with handle_stop_signals(interrupt) if is_resumable else nullcontext():
+        with handle_stop_signals(interrupt, HANDLED_SIGNALS if is_resumable else (signal.SIGINT,)):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)  # which the start of the process has blocked
             _run_command(argv)
     except UserError as error:
