@@ -3,7 +3,7 @@
 Tensors carry a mark that they are on the GPU, one per storage. Their attributes and methods show and change it, and
 operators compute on the CPU and mark what they return. DeepSpeed's own accelerator for CUDA runs over gloo, and
 functions of torch stand in for Triton's kernels. Not simulated are compiled layers, the real kernels and NCCL, CUDA
-graphs, memory that the allocator reuses, and profiles.
+graphs, memory that the allocator reuses, and profiles. For compiled layers there is another simulation, without values.
 
 - gpu: `simulated_gpu`, a context in which there is one, and what it records
 - memory: what is known of the storages on the GPU and in pinned memory
@@ -12,4 +12,5 @@ graphs, memory that the allocator reuses, and profiles.
 - tensor_methods: attributes and methods of tensors that know devices
 - kernels: operators that torch has for CUDA only
 - cases: what the tests run on the ranks
+- lowering, compiler_device.cpp: the code that torch's compiler writes for a GPU
 """
