@@ -1,5 +1,6 @@
 """Charts as PNG files in one style."""
 
+import functools
 import logging
 import warnings
 from collections import Counter
@@ -145,4 +146,9 @@ def save_figure(canvas: Canvas, path: Path) -> None:
     for warning in other:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if len(other) < len(caught):  # there is one for each character
-        log.warning("%s: characters that no installed font has are boxes; for Chinese, install fonts-noto-cjk", path)
+        _warn_of_boxes()
+
+
+@functools.cache
+def _warn_of_boxes() -> None:
+    log.warning("characters that no installed font has are boxes in figures; for Chinese, install fonts-noto-cjk")

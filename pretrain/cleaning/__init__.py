@@ -3,7 +3,7 @@
 `deepcloze clean`, top-down:
 
 - config: the file of the user
-- run: the cleaning; stages: its passes over the collection; parts: the files between them
+- run: the cleaning; passes: its passes over the collection; parts: the files between them
 - step: the interface of steps; steps: one file for each step, found by its name
 - datatrove_step: steps that are filters of datatrove; words: how they and n-grams divide text into words
 - near_duplicates: which documents are kept; minhash: candidates, also for the inspection of a corpus

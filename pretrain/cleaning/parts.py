@@ -24,7 +24,7 @@ _LEVEL = 3  # of Zstandard
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassFolder:
     """The folder of one pass over the collection."""
 
     folder: Path

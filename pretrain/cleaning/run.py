@@ -21,10 +21,10 @@ from experiment.errors import UserError, readable_disk_errors
 from experiment.files import fsync_tree, json_digest, read_json, write_json
 from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
-from pretrain.cleaning.parts import SUFFIX, Pass
+from pretrain.cleaning.parts import SUFFIX, PassFolder
+from pretrain.cleaning.passes import Done, digest_of, plan_passes, run_passes
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
-from pretrain.cleaning.stages import Done, digest_of, plan_stages, run_stages
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.corpus.engines import Engine, open_engine
 from pretrain.corpus.sources import Source
@@ -104,10 +104,10 @@ def _clean(
 ) -> Summary:
     unfinished = folder.with_name(f"{folder.name}.partial")
     _check_unfinished(unfinished, {"recipe": recipe, "sources": identity_of(sources)})
-    stages = plan_stages(steps)
+    passes = plan_passes(steps)
     try:
-        with opened(stages) as run:
-            last, tallies = run_stages(stages, read_inputs(sources, config), unfinished, run)
+        with opened(passes) as run:
+            last, tallies = run_passes(passes, read_inputs(sources, config), unfinished, run)
     except UserError:
         if not _holds_parts(unfinished):
             shutil.rmtree(unfinished)
@@ -116,7 +116,7 @@ def _clean(
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     _join(last, result)
-    first, empty, kept, languages = Pass(unfinished / "pass-0"), 0, 0, Counter[str]()
+    first, empty, kept, languages = PassFolder(unfinished / "pass-0"), 0, 0, Counter[str]()
     for part in range(last.parts):
         tally = last.files.tally(part)
         empty += first.tally(part).empty

@@ -14,11 +14,11 @@ import zstandard
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain.cleaning import near_duplicates, run, stages, step
+from pretrain.cleaning import near_duplicates, passes, run, step
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents, write_documents
+from pretrain.cleaning.passes import digest_of
 from pretrain.cleaning.reading import find_inputs
-from pretrain.cleaning.stages import digest_of
 from pretrain.cleaning.step import Document
 from pretrain.corpus.sources import find_sources
 from small_disk import SmallDisk
@@ -44,7 +44,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CleanConfig:
     """A source of 600 lines in two files, a third of them duplicates."""
-    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 50)
+    monkeypatch.setattr(passes, "_PART_DOCUMENTS", 50)
     for name, start in (("a.txt", 0), ("b.txt", 200)):
         lines = [" ".join(f"{word}{number % 400}" for word in "abcdefgh") for number in range(start, start + 300)]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
@@ -64,7 +64,7 @@ def test_worker_processes_write_the_same_bytes(config: CleanConfig, tmp_path: Pa
 
 def test_more_parts_than_memory_maps(clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a collection of 100 GB that fails because all of its arrays are memory-mapped at once."""
-    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 1)
+    monkeypatch.setattr(passes, "_PART_DOCUMENTS", 1)
     monkeypatch.setattr(step, "_OPENED", 1)
     compare, mapped = near_duplicates._compare_band, list[int]()
 
@@ -84,16 +84,16 @@ def test_an_interrupted_cleaning_resumes_with_the_same_bytes(
 ) -> None:
     """Catches parts that are done again, lost or taken twice, wherever the process was killed."""
     whole = clean(config, tmp_path / "whole")
-    process, calls = stages._process, list[tuple[int, int]]()
+    process, calls = passes._process, list[tuple[int, int]]()
 
     def interrupted(job: Any, part: Any) -> int:
         if len(calls) % 7 == 6:
             calls.append((-1, -1))
             raise KeyboardInterrupt
-        calls.append((part.stage, part.number))
+        calls.append((part.pass_number, part.number))
         return process(job, part)
 
-    monkeypatch.setattr(stages, "_process", interrupted)
+    monkeypatch.setattr(passes, "_process", interrupted)
     for _ in range(20):
         try:
             found = clean(config, tmp_path / "out")
@@ -156,7 +156,7 @@ def test_a_full_disk(clean: Any, small_disk: SmallDisk) -> None:
 
 def test_languages_of_what_is_left_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches documents that are dropped by the last step and still counted, and parts that are not added up."""
-    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 2)
+    monkeypatch.setattr(passes, "_PART_DOCUMENTS", 2)
     rows = [
         {"text": "a text"},
         *({"text": f"text {number}", "language": "zh" if number > 4 else "en"} for number in range(8)),
@@ -173,7 +173,7 @@ def test_languages_of_what_is_left_are_counted(tmp_path: Path, monkeypatch: pyte
 
 def test_each_rule_has_twenty_examples_of_all_parts(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches examples that are the first ones."""
-    monkeypatch.setattr(stages, "_PART_DOCUMENTS", 40)
+    monkeypatch.setattr(passes, "_PART_DOCUMENTS", 40)
     found = clean([f"{number}" for number in range(400)], {"length": {"min_characters": 10}})
     examples = found["steps"][0]["rules"]["too_few_characters"]["examples"]
     assert len(examples) == 20
@@ -238,7 +238,7 @@ def test_an_unfinished_cleaning_of_another_text_is_refused(
 def test_a_damaged_part_is_one_message(config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a traceback, and documents that are lost without a word."""
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_decide", lambda *_: 1 / 0)
+        patch.setattr(passes, "_decide", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             clean(config, tmp_path / "out")
     for name in ("000001.jsonl.zst", "000001.json", "done.json"):

@@ -20,7 +20,7 @@ from experiment.errors import UserError
 from experiment.files import read_json, write_json
 from experiment.progress import progress
 from pretrain.cleaning.markup import to_text
-from pretrain.cleaning.parts import Pass
+from pretrain.cleaning.parts import PassFolder
 from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, OpenedParts, Step, Verdict
 from pretrain.cleaning.tally import PartTally, StepTally
 from pretrain.corpus.engines import Engine, check_shared
@@ -32,7 +32,7 @@ _DONE, _DECIDED = "done.json", "decided.json"
 
 
 @dataclass(frozen=True)
-class Stage:
+class Pass:
     """The work of one pass: apply decisions, then steps, then observe the rest for the next decisions."""
 
     decided: CollectionStep[Any] | None
@@ -45,31 +45,31 @@ class Stage:
         return (*((self.decided,) if self.decided is not None else ()), *self.steps)
 
 
-def plan_stages(steps: Sequence[Step[Any]]) -> tuple[Stage, ...]:
+def plan_passes(steps: Sequence[Step[Any]]) -> tuple[Pass, ...]:
     """Divide the steps into passes: one, and one more for each step that compares all documents."""
-    stages, decided = list[Stage](), None
+    passes, decided = list[Pass](), None
     current = list[DocumentStep[Any]]()
     for step in steps:
         if isinstance(step, CollectionStep):
-            stages.append(Stage(decided, tuple(current), step))
+            passes.append(Pass(decided, tuple(current), step))
             decided, current = step, []
         else:
             assert isinstance(step, DocumentStep)
             current.append(step)
-    return (*stages, Stage(decided, tuple(current), None))
+    return (*passes, Pass(decided, tuple(current), None))
 
 
 @dataclass(frozen=True)
 class Done:
     """A finished pass."""
 
-    files: Pass
+    files: PassFolder
     parts: int
     source: str  # digest of the documents that the first pass read
     tallies: tuple[StepTally, ...]
 
     @classmethod
-    def read(cls, files: Pass) -> Self | None:
+    def read(cls, files: PassFolder) -> Self | None:
         """Read a finished pass; None if it is not finished."""
         path = files.folder / _DONE
         if not path.exists():
@@ -88,31 +88,31 @@ class Done:
 class _Part(NamedTuple):
     """A part that a worker handles in one pass."""
 
-    stage: int
-    files: Pass
+    pass_number: int
+    files: PassFolder
     number: int
-    documents: list[Document] | Pass  # of the first pass; of later ones: the pass before, which has written them
+    documents: list[Document] | PassFolder  # of the first pass; of later ones: the pass before, which has written them
     digest: str = ""  # of the documents
 
 
-def run_stages(
-    stages: Sequence[Stage], documents: Iterator[Document], folder: Path, run: Engine
+def run_passes(
+    passes: Sequence[Pass], documents: Iterator[Document], folder: Path, run: Engine
 ) -> tuple[Done, list[StepTally]]:
-    """Run all passes that are not finished. run: an engine whose job are the stages.
+    """Run all passes that are not finished. run: an engine whose job are the passes.
 
     Returns the last pass, and the tallies of all steps. Raises UserError.
     """
     before, tallies = None, list[StepTally]()
-    for number, stage in enumerate(stages):
-        files = Pass(folder / f"pass-{number}")
+    for number, planned in enumerate(passes):
+        files = PassFolder(folder / f"pass-{number}")
         done = Done.read(files)
         if done is None:
             files.folder.mkdir(exist_ok=True)
-            label = f"cleaning, pass {number + 1} of {len(stages)}"
+            label = f"cleaning, pass {number + 1} of {len(passes)}"
             if before is None:
-                done = _first_pass(stage, documents, files, run, label)
+                done = _first_pass(planned, documents, files, run, label)
             else:
-                done = _next_pass(number, stage, before, files, run, label)
+                done = _next_pass(number, planned, before, files, run, label)
             done.write()
         if before is not None:
             before.files.remove_documents()
@@ -126,7 +126,7 @@ def digest_of(documents: Iterator[Document]) -> str:
     return _joined_digest(map(_digest, _chunks(documents)))
 
 
-def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, run: Engine, label: str) -> Done:
+def _first_pass(planned: Pass, documents: Iterator[Document], files: PassFolder, run: Engine, label: str) -> Done:
     """Divide the documents into parts, and handle those that are not finished."""
     digests = list[str]()
 
@@ -144,16 +144,16 @@ def _first_pass(stage: Stage, documents: Iterator[Document], files: Pass, run: E
     _handle(run, label, unfinished())
     if not digests:
         raise UserError("source: it holds no documents with text")
-    return Done(files, len(digests), _joined_digest(digests), _merged(stage, files, len(digests)))
+    return Done(files, len(digests), _joined_digest(digests), _merged(planned, files, len(digests)))
 
 
-def _next_pass(number: int, stage: Stage, before: Done, files: Pass, run: Engine, label: str) -> Done:
+def _next_pass(number: int, planned: Pass, before: Done, files: PassFolder, run: Engine, label: str) -> Done:
     """Decide, and handle the parts that are not finished."""
-    _decide(stage, before, files)
+    _decide(planned, before, files)
     left = (part for part in range(before.parts) if not files.is_finished(part))
     _handle(run, label, (_Part(number, files, part, before.files) for part in left))
-    tallies = _merged(stage, files, before.parts)
-    if isinstance(stage.decided, DuplicateStep):
+    tallies = _merged(planned, files, before.parts)
+    if isinstance(planned.decided, DuplicateStep):
         _name_kept(tallies[0], before)
     return Done(files, before.parts, before.source, tallies)
 
@@ -165,27 +165,27 @@ def _handle(run: Engine, label: str, parts: Iterable[_Part]) -> None:
             advance(read)
 
 
-def _merged(stage: Stage, files: Pass, parts: int) -> tuple[StepTally, ...]:
+def _merged(planned: Pass, files: PassFolder, parts: int) -> tuple[StepTally, ...]:
     """The tallies of the steps that the pass counts, over all parts in order."""
-    totals = tuple(StepTally() for _ in stage.counted)
+    totals = tuple(StepTally() for _ in planned.counted)
     for part in range(parts):
         for total, tally in zip(totals, files.tally(part).steps, strict=True):
             total.merge(tally)
     return totals
 
 
-def _process(stages: Sequence[Stage], part: _Part) -> int:
+def _process(passes: Sequence[Pass], part: _Part) -> int:
     """Handle one part, in a worker. Returns how many documents were read."""
     check_shared(part.files.folder)
-    stage = stages[part.stage]
-    if isinstance(part.documents, Pass):
+    planned = passes[part.pass_number]
+    if isinstance(part.documents, PassFolder):
         documents, empty = part.documents.read(part.number), 0
     else:
         documents = _without_markup(part.documents)
         empty = len(part.documents) - len(documents)
     read = len(documents)
     tallies = list[StepTally]()
-    for step in stage.counted:
+    for step in planned.counted:
         texts = [document.text for document in documents]
         verdicts = _apply(step, documents, part)
         verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
@@ -194,7 +194,7 @@ def _process(stages: Sequence[Stage], part: _Part) -> int:
             tallies[-1].count(document, text, verdict, step.lists_matches)
         pairs = zip(documents, verdicts, strict=True)
         documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
-    observed = {} if stage.observed is None else stage.observed.observe(documents)
+    observed = {} if planned.observed is None else planned.observed.observe(documents)
     languages = Counter(str(found) for document in documents if (found := document.metadata.get("language")))
     tally = PartTally(part.digest, empty, len(documents), dict(languages), tallies, sorted(observed))
     part.files.write(part.number, documents, observed, tally)
@@ -259,14 +259,14 @@ def _joined_digest(digests: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest("".join(digests).encode())
 
 
-def _decide(stage: Stage, before: Done, current: Pass) -> None:
+def _decide(planned: Pass, before: Done, current: PassFolder) -> None:
     """Let the step that the pass before observed for decide, unless it has."""
     if (current.folder / _DECIDED).exists():
         return
-    assert stage.decided is not None
+    assert planned.decided is not None
     shutil.rmtree(current.folder)
     current.folder.mkdir()
-    current.write_decisions(stage.decided.decide(OpenedParts(before.files.observed, before.parts)))
+    current.write_decisions(planned.decided.decide(OpenedParts(before.files.observed, before.parts)))
     write_json(current.folder / _DECIDED, {})
 
 
