@@ -1,7 +1,10 @@
-"""Metrics of predictions, how certain they are, and calibration of probabilities: pure functions of arrays."""
+"""Metrics of predictions, how certain they are, and calibration of probabilities: pure functions."""
 
+import re
 import statistics
+import string
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,7 @@ _TINY = 1e-37  # least probability: its logarithm is finite
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
 _ROUNDING = 1e-9  # largest error of a sum of right answers
 _ROWS = 256  # of a matrix of similarities that are computed at once
+_LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}  # of a tag -> for seqeval
 
 # Shape suffixes: C labels; N texts or queries, M documents, R rows of a part, D hidden.
 
@@ -28,6 +32,8 @@ Vectors = NDArray[np.float32]
 
 LabelScores = Mapping[str, Mapping[str, float]]
 """Label -> precision, recall, f1 and support (how often it occurs)."""
+
+Tags = Sequence[Sequence[str]]  # of the words of each sentence
 
 Scores = NDArray[np.float64]  # R resamples
 Score = Callable[[int, Sequence[int]], float]
@@ -297,6 +303,69 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
     error = np.sqrt((residuals**2).sum() * drawn / (drawn - 1)) / len(right)
     half = float(stdtrit(drawn - 1, 0.975) * error)
     return max(0.0, accuracy - half), min(1.0, accuracy + half)
+
+
+def entity_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> dict[str, float]:
+    """F1, precision and recall of whole entities, over all types (micro), as conlleval of CoNLL-2000 counts them."""
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+
+    sides = (_entity_tags(side, labels) for side in (gold, predicted))
+    precision, recall, f1, _ = precision_recall_fscore_support(*sides, average="micro", zero_division=0)
+    return {"f1": float(f1), "precision": float(precision), "recall": float(recall)}
+
+
+def entity_label_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> LabelScores:
+    """The scores of each type of entities; an entity is right as a whole or not at all."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    right, found = (set(get_entities(_entity_tags(side, labels))) for side in (gold, predicted))
+    (tags,) = _entity_tags([labels], labels)
+    types = sorted({tag[2:] for tag in tags if tag != "O"})
+    counts = [Counter(entity[0] for entity in entities) for entities in (right & found, right, found)]
+    return scores_of_counts(types, *(np.array([count[name] for name in types]) for count in counts))
+
+
+def _entity_tags(sentences: Tags, labels: Sequence[str]) -> list[list[str]]:
+    """The tags of each sentence as seqeval reads them: B-, I-, E- or S- and a type.
+
+    Tags of BMES and BILOU are translated, and so are letters alone, if no label has a type. Any other tag is an entity
+    of one word.
+    """
+    others = {label for label in labels if label != "O"}
+    untyped = "B" in others and others <= _LETTERS.keys()
+    has_prefixes = any(label.startswith("B-") for label in others)
+
+    def entity_tag(tag: str) -> str:
+        if tag == "O":
+            return tag
+        if untyped:
+            return f"{_LETTERS[tag]}-entity"
+        letter, dash, name = tag.partition("-")
+        is_prefix = dash and letter in _LETTERS and (has_prefixes or _LETTERS[letter] == letter)
+        return f"{_LETTERS[letter]}-{name}" if is_prefix else f"B-{tag}"
+
+    return [list(map(entity_tag, tags)) for tags in sentences]
+
+
+def exact_match(found: str, right: str) -> bool:
+    """Whether two answers have the same words, as the script of SQuAD (Rajpurkar et al. 2016) compares them: without
+    case, punctuation and articles."""
+    return _words(found) == _words(right)
+
+
+def word_f1(found: str, right: str) -> float:
+    """F1 of the words of an answer, as the script of SQuAD counts them."""
+    words, right_words = _words(found), _words(right)
+    common = (Counter(words) & Counter(right_words)).total()
+    if not words or not right_words:
+        return float(words == right_words)
+    return 2 * common / (len(words) + len(right_words))
+
+
+def _words(text: str) -> list[str]:
+    """Split a text into words in lower case, without punctuation and articles."""
+    without_punctuation = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
 
 
 def document_ranks(

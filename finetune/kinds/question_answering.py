@@ -1,8 +1,5 @@
 """Extractive question answering: the part of a text that answers a question."""
 
-import re
-import string
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -20,7 +17,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens, windows
 from finetune.encoding.examples import Batch, Example, padding_last
-from finetune.metrics import confidence_losses
+from finetune.metrics import confidence_losses, exact_match, word_f1
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 
@@ -185,16 +182,14 @@ class Kind(TaskKind[Config]):
         return {"answer": answer, "start": start + covered.index(answer), "score": score}
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Means over the questions, each against the right answer that fits best, as the script of SQuAD (Rajpurkar et
-        al. 2016) computes them, but in [0, 1]. Exact match ignores case, punctuation and articles; F1 is of words."""
+        """Means over the questions, in [0, 1]. Each answer is compared with the right one that fits best."""
         pairs = [
             (prediction["answer"], _right_answers(record))
             for record, prediction in zip(records, predictions, strict=True)
         ]
-        return {
-            "f1": float(np.mean([_best_f1(text, rights) for text, rights in pairs])),
-            "exact_match": float(np.mean([_words(text) in map(_words, rights) for text, rights in pairs])),
-        }
+        exact = [any(exact_match(text, right) for right in rights) for text, rights in pairs]
+        f1 = [_best_f1(text, rights) for text, rights in pairs]
+        return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Cross-entropy of an answer's probability with its F1 as the target: wrong answers that the model is sure of
@@ -209,7 +204,7 @@ def _right_answers(record: Record) -> list[str]:
 
 
 def _best_f1(text: str, rights: Sequence[str]) -> float:
-    return max(_word_f1(text, right) for right in rights)
+    return max(word_f1(text, right) for right in rights)
 
 
 def _classification_token(tokens: Tokens, encoder: Encoder) -> int:
@@ -243,17 +238,3 @@ def _best_span(scores_T2: NDArray[np.float32], max_tokens: int) -> _Span:
     allowed = np.triu(np.tril(np.ones_like(sums_TT, dtype=bool), max_tokens - 1))
     first, last = np.unravel_index(np.where(allowed, sums_TT, -np.inf).argmax(), sums_TT.shape)
     return _Span(int(first), int(last), float(sums_TT[first, last]))
-
-
-def _words(text: str) -> list[str]:
-    """Split a text into words in lower case, without punctuation and articles."""
-    without_punctuation = "".join(character for character in text.lower() if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
-
-
-def _word_f1(found: str, right: str) -> float:
-    words, right_words = _words(found), _words(right)
-    common = (Counter(words) & Counter(right_words)).total()
-    if not words or not right_words:
-        return float(words == right_words)
-    return 2 * common / (len(words) + len(right_words))

@@ -18,13 +18,19 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.kinds.classification import balanced_weights, weighted_cross_entropy
-from finetune.metrics import LabelScores, confidence_losses, confusion_matrix, is_constant, scores_of_counts
+from finetune.metrics import (
+    LabelScores,
+    confidence_losses,
+    confusion_matrix,
+    entity_label_scores,
+    entity_scores,
+    is_constant,
+)
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none, which cross-entropy ignores
 _SHOWN = 5  # words in a message
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
-_LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
 
 
 class TokenClassificationColumns(Columns):
@@ -137,16 +143,10 @@ class Kind(TaskKind[Config]):
         return {"tags": tags, "scores": scores}
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Precision, recall and F1 of whole entities, over all types (micro), as conlleval of CoNLL-2000 counts them;
-        accuracy of the tags."""
-        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
-
+        """Precision, recall and F1 of whole entities, over all types; accuracy of the tags."""
         gold, predicted = _sides(records, predictions)
-        sides = (_entity_tags(side, self.labels) for side in (gold, predicted))
-        found = precision_recall_fscore_support(*sides, average="micro", zero_division=0)
-        entities = dict(zip(("precision", "recall", "f1"), map(float, found[:3]), strict=True))
         right = [tag == other for pair in zip(gold, predicted, strict=True) for tag, other in zip(*pair, strict=True)]
-        return {**{name: entities[name] for name in ("f1", "precision", "recall")}, "accuracy": float(np.mean(right))}
+        return {**entity_scores(gold, predicted, self.labels), "accuracy": float(np.mean(right))}
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
         """Whether all words get the same tag."""
@@ -175,13 +175,7 @@ class Kind(TaskKind[Config]):
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
         """Return the scores of each type of entities; an entity is right as a whole or not at all."""
-        from seqeval.metrics.sequence_labeling import get_entities
-
-        gold, predicted = (set(get_entities(_entity_tags(side, self.labels))) for side in _sides(records, predictions))
-        (labels,) = _entity_tags([self.labels], self.labels)
-        types = sorted({label[2:] for label in labels if label != "O"})
-        counts = [Counter(entity[0] for entity in found) for found in (gold & predicted, gold, predicted)]
-        return scores_of_counts(types, *(np.array([count[name] for name in types]) for count in counts))
+        return entity_label_scores(*_sides(records, predictions), self.labels)
 
 
 def _sides(
@@ -221,25 +215,3 @@ def _whole_words(window: range, starts: Sequence[int]) -> range:
 
 def _counted(texts: Sequence[str]) -> str:
     return f"{len(texts)} ({', '.join(texts[:_SHOWN])}{', …' if len(texts) > _SHOWN else ''})"
-
-
-def _entity_tags(sentences: Sequence[Sequence[str]], labels: Sequence[str]) -> list[list[str]]:
-    """The tags of each sentence as seqeval reads them: B-, I-, E- or S- and a type.
-
-    Tags of BMES and BILOU are translated, and so are letters alone, if no label has a type. Any other tag is an entity
-    of one word.
-    """
-    others = {label for label in labels if label != "O"}
-    untyped = "B" in others and others <= _LETTERS.keys()
-    has_prefixes = any(label.startswith("B-") for label in others)
-
-    def entity_tag(tag: str) -> str:
-        if tag == "O":
-            return tag
-        if untyped:
-            return f"{_LETTERS[tag]}-entity"
-        letter, dash, name = tag.partition("-")
-        is_prefix = dash and letter in _LETTERS and (has_prefixes or _LETTERS[letter] == letter)
-        return f"{_LETTERS[letter]}-{name}" if is_prefix else f"B-{tag}"
-
-    return [list(map(entity_tag, tags)) for tags in sentences]
