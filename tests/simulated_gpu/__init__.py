@@ -12,5 +12,6 @@ graphs, memory that the allocator reuses, and profiles. For compiled layers ther
 - tensor_methods: attributes and methods of tensors that know devices
 - kernels: operators that torch has for CUDA only
 - cases: what the tests run on the ranks
+- rehearsal: a plugin that runs tests/gpu on the simulated GPU
 - lowering, compiler_device.cpp: the code that torch's compiler writes for a GPU
 """

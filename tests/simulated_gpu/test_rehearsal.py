@@ -18,12 +18,15 @@ CASES = (
     "test_a_bad_batch_after_which_a_microbatch_is_queued[bf16-skip]",
     "test_a_bad_batch_after_which_a_microbatch_is_queued[fp32-rewind]",
 )
-ON_SIMULATED_GPU = """
-import runpy, sys
+MEASURE = """
+import json, os, sys
+from dataclasses import asdict
+from benchmarks.gpu_training import parse_case, run
+from launcher.hosts.machine import free_port
 from simulated_gpu.gpu import simulated_gpu
-sys.argv = sys.argv[1:]
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 with simulated_gpu():
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    print(json.dumps(asdict(run(parse_case(sys.argv[1], tiny=True)))))
 """
 
 pytestmark = pytest.mark.soak
@@ -47,7 +50,7 @@ def test_tests_of_training() -> None:
 @pytest.mark.parametrize("case", ["bert-base-128-bf16-zero1-eager", "modernbert-base-128-fp16-zero3-eager"])
 def test_benchmark_of_training(case: str) -> None:
     """Catches a benchmark that fails, or measures another device."""
-    printed = run("-c", ON_SIMULATED_GPU, "benchmarks.gpu_training", "--tiny", case)
+    printed = run("-c", MEASURE, case)
     result = json.loads(printed.splitlines()[-1])
     assert (result["case"], result["device"], result["error"]) == (case, "NVIDIA H100 80GB HBM3", "")
     assert result["mfu"] > 0
