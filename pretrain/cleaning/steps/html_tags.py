@@ -14,8 +14,9 @@ _INLINE = (
     "a|abbr|acronym|b|big|body|cite|code|del|dfn|em|font|head|html|i|iframe|img|input|ins|kbd|label|link|mark|meta|q|s|"
     "samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr"
 )
-_HIDDEN = re.compile(r"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
-_BREAK = re.compile(rf"[ \t]*</?(?:{_BREAKS})(?:\s[^<>]*)?/?>[ \t]*", re.IGNORECASE)
+_OPENING = re.compile(r"<!--|<(script|style)\b[^<>]*>", re.IGNORECASE)
+_CLOSING = {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("script", "style")} | {"": re.compile("-->")}
+_BREAK = re.compile(rf"</?(?:{_BREAKS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_INLINE})(?:\s[^<>]*)?/?>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-f]+|[a-z][a-z0-9]*);", re.IGNORECASE)  # `&` alone may be part of a URL
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -30,9 +31,34 @@ class Step(DocumentStep[Config]):
     repairs = True
 
     def apply(self, document: Document) -> Verdict | None:
-        text = _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub("", document.text)))
-        text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+        text = "\n".join(_lines(_without_hidden(document.text)))
+        text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), _TAG.sub("", text))
         if text == document.text:
             return None
         document.text = _BLANK_LINES.sub("\n\n", text).strip()
         return Verdict("removed", dropped=False)
+
+
+def _without_hidden(text: str) -> str:
+    """The text without comments, scripts and styles; one that is not closed stays."""
+    kept, end, unclosed = list[str](), 0, set[str]()
+    for opening in _OPENING.finditer(text):
+        name = (opening[1] or "").lower()
+        if opening.start() < end or name in unclosed:
+            continue
+        closing = _CLOSING[name].search(text, opening.end())
+        if closing is None:
+            unclosed.add(name)
+            continue
+        kept.append(text[end : opening.start()])
+        end = closing.end()
+    return "".join([*kept, text[end:]])
+
+
+def _lines(text: str) -> list[str]:
+    """Split at tags that begin or end a line, and remove spaces there."""
+    first, *others = _BREAK.split(text)
+    if not others:
+        return [first]
+    *between, last = (piece.lstrip(" \t") for piece in others)
+    return [first.rstrip(" \t"), *(piece.rstrip(" \t") for piece in between), last]
