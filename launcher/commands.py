@@ -419,6 +419,7 @@ def validate(options: ValidateOptions) -> None:
 
         load_config(FinetuneConfig, file, overrides)  # before the imports, which take seconds
         with fast_imports():
+            import_transformers_without_scipy()
             from finetune.run import check
 
         check(file, overrides)

@@ -2,20 +2,22 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify
-from experiment.fast_imports import fast_imports
+from experiment.fast_imports import fast_imports, import_transformers_without_scipy
 from launcher.hosts.machine import launch_machine
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
 from launcher.options import PretrainOptions
-from launcher.run_set import FlatConfig
 from pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from launcher.run_set import FlatConfig
 
 _COMMANDS = {
     "task": "finetune",
@@ -39,14 +41,17 @@ def command_of(config: str) -> str:
 
 
 def check_pretraining(config: str, overrides: dict[str, str]) -> None:
-    """Print warnings. Raises UserError for anything that would keep the run from starting on this machine."""
+    """Run `deepcloze validate`: print warnings. Raises UserError for anything that would keep the run from starting on
+    this machine."""
     loaded = load_config(PretrainConfig, config, overrides)
+    with fast_imports():
+        import_transformers_without_scipy()
     plan_launch(PretrainOptions(config=config, overrides=overrides), loaded, launch_machine())
     for warning in loaded.warnings(loaded.schedule.known_steps):
         notify(f"warning: {warning}")
 
 
-def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> FlatConfig:
+def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> "FlatConfig":
     """The config of a pretraining run. placement: of `LaunchOptions`.
 
     Raises UserError for anything that would keep the run from starting.
@@ -57,7 +62,7 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
     return flatten(loaded)  # not the resolved one, whose model.init_from may be a newer checkpoint after a restart
 
 
-def validate_finetuning(config: str, overrides: Mapping[str, str]) -> FlatConfig:
+def validate_finetuning(config: str, overrides: Mapping[str, str]) -> "FlatConfig":
     """The config of a fine-tuning run. Raises UserError, as above."""
     with fast_imports():
         from finetune.resolve import load_run_config
