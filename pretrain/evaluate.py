@@ -81,6 +81,7 @@ class HeldOutCorpus:
 
     maker: BatchMaker
     batches: int
+    fingerprint: str  # of the corpus
 
 
 def open_held_out(corpus: Corpus, settings: HeldOutSettings, world: World, index_folder: Path) -> HeldOutCorpus:
@@ -90,7 +91,7 @@ def open_held_out(corpus: Corpus, settings: HeldOutSettings, world: World, index
     order = SequentialOrder(len(index), _SEQUENCES)
     masker = Masker(vocabulary, settings.masking, settings.seed, corpus.fingerprint)
     maker = BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)
-    return HeldOutCorpus(maker, order.steps)
+    return HeldOutCorpus(maker, order.steps, corpus.fingerprint)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ class RunEvaluator:
             if metrics:
                 reporter.log(progress, metrics)
             so_far = self._interval.include_in(progress)
-            history = update_history(progress.evaluations, self._config, progress.step, metrics, so_far.trained)
+            corpora = {name: corpus.fingerprint for name, corpus in self._held_out.corpora.items()}
+            comparable = forget_replaced(progress.evaluations, corpora)
+            history = update_history(comparable, self._config, progress.step, metrics, so_far.trained)
             for name in newly_overfitting(history, self._config):
                 log.warning(
                     "step %d: overfitting: the loss on %s has risen for %d evaluations while the training loss fell",
@@ -73,6 +75,23 @@ def log_early_stop(history: EvaluationHistory) -> None:
     if history.best is not None:
         found = f"the best was {history.best:.4g} at step {history.best_step}"
     log.info("stopping early: %s has not improved for %d evaluations; %s", history.metric, history.waited, found)
+
+
+def forget_replaced(history: EvaluationHistory, corpora: Mapping[str, str]) -> EvaluationHistory:
+    """Return the history without scores on corpora that were replaced since. corpora: name -> fingerprint."""
+    replaced = [name for name, fingerprint in corpora.items() if history.corpora.get(name, fingerprint) != fingerprint]
+    for name in replaced:
+        log.warning("corpus.eval.%s has other text than at the last evaluation: scores before are not compared", name)
+    metric = history.metric
+    if metric is not None and metric.removeprefix("eval/").rpartition("/")[0] in replaced:
+        metric = None
+    return replace(
+        history,
+        metric=metric,
+        held_out={name: loss for name, loss in history.held_out.items() if name not in replaced},
+        corpora=dict(corpora),
+        rising={name: times for name, times in history.rising.items() if name not in replaced},
+    )
 
 
 def update_history(
@@ -111,6 +130,7 @@ def update_history(
         trained=trained,
         train_loss=train_loss,
         held_out=held_out,
+        corpora=history.corpora,
         rising=rising,
         step=step,
         metrics=dict(metrics),

@@ -22,6 +22,7 @@ class EvaluationHistory:
     rising: dict[str, int] = field(default_factory=dict)  # corpus -> consecutive evaluations that suggest overfitting
     step: int | None = None  # of the last evaluation
     metrics: dict[str, float | int | None] = field(default_factory=dict)  # of the last evaluation, for model cards
+    corpora: dict[str, str] = field(default_factory=dict)  # corpus -> its fingerprint at the last evaluation
 
 
 @dataclass(frozen=True)

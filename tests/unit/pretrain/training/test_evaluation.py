@@ -3,7 +3,13 @@ from typing import Any
 import pytest
 
 from pretrain.config import EvaluationConfig
-from pretrain.training.evaluation import log_early_stop, newly_overfitting, should_stop_early, update_history
+from pretrain.training.evaluation import (
+    forget_replaced,
+    log_early_stop,
+    newly_overfitting,
+    should_stop_early,
+    update_history,
+)
 from pretrain.training.training_progress import EvaluationHistory
 
 
@@ -55,6 +61,20 @@ def test_another_metric_resets_the_best() -> None:
     config = EvaluationConfig(best_metric="eval/a/accuracy")
     history = update_history(history, config, 50, {"eval/a/accuracy": 0.1}, (0.0, 0))
     assert (history.best, history.best_step) == (0.1, 50)
+
+
+def test_a_replaced_corpus_resets_the_best(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a run that stops early, or keeps a best step, because of scores on another text of the same name."""
+    config = EvaluationConfig(best_metric="eval/a/loss", patience=1)
+    history = forget_replaced(histories_after(config, *losses(3.0))[-1], {"a": "1", "b": "1"})
+    history = update_history(history, config, 10, {"eval/a/loss": 2.9, "eval/b/loss": 1.0}, (0.0, 0))
+    assert forget_replaced(history, {"a": "1", "b": "2", "c": "1"}).metric == "eval/a/loss"
+    assert forget_replaced(history, {"b": "1"}).best_step == 10
+    now = forget_replaced(history, {"a": "2", "b": "1"})
+    assert now.held_out == {"b": 1.0}
+    assert caplog.messages[-1].startswith("corpus.eval.a has other text")
+    now = update_history(now, config, 20, {"eval/a/loss": 6.0}, (0.0, 0))
+    assert (now.best, now.best_step, should_stop_early(now, config)) == (6.0, 20, False)
 
 
 def test_overfitting_is_training_loss_down_and_held_out_loss_up() -> None:

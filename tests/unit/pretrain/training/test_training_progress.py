@@ -63,6 +63,7 @@ def test_names_in_state_json_do_not_change() -> None:
             "rising": {"a": 1},
             "step": None,
             "metrics": {},
+            "corpora": {},
         },
         "evaluated": True,
     }
