@@ -2,6 +2,7 @@
 
 import html
 import re
+from html.entities import html5
 
 from experiment.config import Section
 from pretrain.cleaning.step import Document, DocumentStep, Verdict
@@ -14,16 +15,22 @@ _INLINE = (
     "a|abbr|acronym|b|big|body|cite|code|del|dfn|em|font|head|html|i|iframe|img|input|ins|kbd|label|link|mark|meta|q|s|"
     "samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr"
 )
-_OPENING = re.compile(r"<!--|<(script|style)\b[^<>]*>", re.IGNORECASE)
-_CLOSING = {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("script", "style")} | {"": re.compile("-->")}
-_BREAK = re.compile(rf"</?(?:{_BREAKS})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_TAG = re.compile(rf"</?(?:{_INLINE})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-f]+|[a-z][a-z0-9]*);", re.IGNORECASE)  # `&` alone may be part of a URL
+_ATTRIBUTES = (
+    r"""(?:\s+[a-z_:][\w:.-]*\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'=<>`]+))*+\s*+"""  # in code, `i<a && j>b` has none
+)
+_OPENING = re.compile(rf"<!--|<(script|style){_ATTRIBUTES}>", re.IGNORECASE)
+_CLOSING = {name: re.compile(rf"</{name}\s*+>", re.IGNORECASE) for name in ("script", "style")} | {
+    "": re.compile("-->")
+}
+_BREAK = re.compile(rf"</?(?:{_BREAKS}){_ATTRIBUTES}/?>", re.IGNORECASE)
+_TAG = re.compile(rf"</?(?:{_INLINE}){_ATTRIBUTES}/?>", re.IGNORECASE)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|([a-z][a-z0-9]*));", re.IGNORECASE)
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 
 class Config(Section):
-    """Remove HTML tags and comments, such as `<br />` in reviews, and decode entities such as `&amp;`."""
+    """Remove HTML tags and comments, such as `<b>`, and decode entities such as `&amp;`; `<br />` and the tags of
+    paragraphs, lists and tables become line breaks. For prose: code may have texts that look like tags."""
 
 
 class Step(DocumentStep[Config]):
@@ -32,11 +39,17 @@ class Step(DocumentStep[Config]):
 
     def apply(self, document: Document) -> Verdict | None:
         text = "\n".join(_lines(_without_hidden(document.text)))
-        text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), _TAG.sub("", text))
+        text = _ENTITY.sub(_decoded, _TAG.sub("", text))
         if text == document.text:
             return None
         document.text = _BLANK_LINES.sub("\n\n", text).strip()
         return Verdict("removed", dropped=False)
+
+
+def _decoded(entity: re.Match[str]) -> str:
+    """The character of an entity. One that HTML does not know stays, such as `&regs;` in code."""
+    known = entity[1] is None or f"{entity[1]};" in html5
+    return html.unescape(entity[0]) if known else entity[0]
 
 
 def _without_hidden(text: str) -> str:
