@@ -186,11 +186,13 @@ def _split(
 
 def _plain_keys(command: str) -> list[str]:
     """The keys without a section in the config of the command, such as `seeds` of a comparison."""
-    if command not in ("compare", "clean"):
+    commands = ("compare", "clean") if command == "validate" else (command,)
+    if commands[0] not in ("compare", "clean"):
         return []
     from launcher.configs import CONFIGS  # takes a while to import
 
-    return [name for name, field in CONFIGS[command].model_fields.items() if not is_section(field.annotation)]
+    fields = {name: field for one in commands for name, field in CONFIGS[one].model_fields.items()}
+    return [name for name, field in fields.items() if not is_section(field.annotation)]
 
 
 def _meant_flag(

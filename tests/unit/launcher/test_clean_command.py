@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import main
-from pretrain.cleaning import stages
+from pretrain.cleaning import passes
 
 TASK = """\
 run: {dir: r}
@@ -41,7 +41,7 @@ def test_texts_of_a_task_are_removed(folder: Path) -> None:
 def test_a_signal_to_stop(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a batch system that ends a cleaning without a message, and leaves its lock."""
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_process", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(passes, "_process", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert main(["clean", "--config", "clean.yaml", "--workers=1"]) == 75
     assert "interrupted; run the same command again to resume" in capsys.readouterr().err
     assert not list(folder.glob(".*"))
@@ -76,6 +76,7 @@ def test_a_task_that_cannot_be_read(
 ) -> None:
     """Catches messages that do not say which task is meant."""
     assert main(["validate", "clean.yaml"]) == 0
+    assert main(["validate", "clean.yaml", "--output=other", "--source", "in.txt"]) == 0
     (folder / "empty.yaml").write_text(TASK.replace("test.tsv", "empty.tsv"))
     (folder / "empty.tsv").write_text("sentence\tlabel\n \t1\n")
     config = (folder / "clean.yaml").read_text()
