@@ -53,7 +53,8 @@ class PredictOptions(Section):
     data had none and the first row looks like names."""
 
     overrides: dict[str, str] = {}
-    """Column of the input, if it has another name than in training, for example --columns.text=review."""
+    """Column of the input, if it has another name than in training, for example --columns.text=review or
+    --dialogue.group=scene."""
 
 
 class ServeOptions(Section):

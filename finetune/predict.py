@@ -138,16 +138,17 @@ def _scores_file(output: Path) -> Path:
 
 def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str]:
     """Return keys of the task -> raw text."""
+    flags = ["--columns.text=NAME", *(["--dialogue.group=NAME"] if trained.dialogue is not None else [])]
     for key, value in options.overrides.items():
-        if not key.startswith("columns."):
-            raise UserError(f"unknown flag '--{key}'; columns are named as --columns.text=NAME")
+        if not f"--{key}".startswith(tuple(flag.partition(".")[0] + "." for flag in flags)):
+            raise UserError(f"unknown flag '--{key}'; columns are named as {' or '.join(flags)}")
         if trained.header is None and options.header is None and not _COLUMN_NUMBERS.fullmatch(value):
             raise UserError(
                 f"--{key}={value}: the training data had no header, so columns have numbers from 0; if {options.input} "
                 "has a header, set --header 0"
             )
-    flags = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": options.header}
-    written = {key: str(value) for key, value in flags.items() if value is not None}
+    keys = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": options.header}
+    written = {key: str(value) for key, value in keys.items() if value is not None}
     return {**options.overrides, **written}
 
 

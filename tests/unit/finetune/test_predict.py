@@ -13,7 +13,9 @@ from pyarrow import parquet
 from experiment.errors import UserError
 from finetune import predict as predict_module
 from finetune.data.formats import FileFormat
-from finetune.predict import Input
+from finetune.data.task_config import DialogueContext, TaskConfig
+from finetune.options import PredictOptions
+from finetune.predict import Input, _overrides
 from finetune.predictor import Predictor
 from finetune.saved_task import FILE
 from finetune.task_kind import Prediction, find_kind
@@ -195,6 +197,15 @@ def test_columns_and_separator_of_another_file(trained_run: Path, tmp_path: Path
     flags = ("--columns.text=1", "--columns.label=0", "--header=none")
     assert predict(trained_run, tmp_path / "bare.csv", tmp_path / "out.csv", *flags) == 0
     assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1", "word30"]
+
+
+def test_columns_of_a_dialogue() -> None:
+    """Catches names that a file for a model with context must have, and context for a model without it."""
+    options = PredictOptions(model="m", input="i.csv", output="o.csv", overrides={"dialogue.group": "scene"})
+    trained = TaskConfig(train="a.csv", metric="accuracy", dialogue=DialogueContext(group="id"))
+    assert _overrides(options, trained) == {"dialogue.group": "scene"}
+    with pytest.raises(UserError, match=r"^unknown flag '--dialogue.group'; columns are named as --columns.text=NAME$"):
+        _overrides(options, TaskConfig(train="a.csv", metric="accuracy"))
 
 
 def test_a_file_without_header_and_labels(
