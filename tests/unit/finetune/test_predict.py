@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
+from experiment.config import build_config
 from experiment.errors import UserError
 from finetune import predict as predict_module
 from finetune.data.formats import FileFormat
-from finetune.data.task_config import DialogueContext, TaskConfig
 from finetune.options import PredictOptions
 from finetune.predict import Input, _overrides
 from finetune.predictor import Predictor
@@ -202,10 +202,11 @@ def test_columns_and_separator_of_another_file(trained_run: Path, tmp_path: Path
 def test_columns_of_a_dialogue() -> None:
     """Catches names that a file for a model with context must have, and context for a model without it."""
     options = PredictOptions(model="m", input="i.csv", output="o.csv", overrides={"dialogue.group": "scene"})
-    trained = TaskConfig(train="a.csv", metric="accuracy", dialogue=DialogueContext(group="id"))
+    config_type, task = find_kind("classification").config_type, {"train": "a.csv", "metric": "accuracy"}
+    trained = build_config(config_type, task | {"dialogue": {"group": "id"}, "special_tokens_in_text": True})
     assert _overrides(options, trained) == {"dialogue.group": "scene"}
     with pytest.raises(UserError, match=r"^unknown flag '--dialogue.group'; columns are named as --columns.text=NAME$"):
-        _overrides(options, TaskConfig(train="a.csv", metric="accuracy"))
+        _overrides(options, build_config(config_type, task))
 
 
 def test_a_file_without_header_and_labels(
