@@ -39,9 +39,9 @@ def print_logs(options: LogsOptions) -> None:
 
 def log_file(folder: RunFolder, rank: int | None) -> Path:
     """The file to show, see `LogsOptions.rank`. Raises UserError if there is none."""
-    if rank is None and folder.launch_output.is_file():
-        return folder.launch_output
-    path = folder.rank_log(rank or 0)
+    path, output = folder.rank_log(rank or 0), folder.launch_output
+    if rank is None and output.is_file() and (output.stat().st_size or not path.is_file()):  # empty after --quiet
+        return output
     if not path.is_file():
         found = sorted(int(match[1]) for path in folder.logs.glob("*") if (match := _RANK_LOG.fullmatch(path.name)))
         known = f"there are logs of ranks {', '.join(map(str, found))}" if found else "there are none"

@@ -30,10 +30,12 @@ def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_which_log_is_shown(logged: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches the log of another rank, and one of rank 0 in place of what the launch prints."""
+    """Catches the log of another rank, one of rank 0 in place of what the launch prints, and an empty one."""
     run = str(logged.path)
     assert shown(capsys, run) == "message of rank 0\n"
     assert shown(capsys, run, "--rank=10") == "message of rank 10\n"
+    logged.launch_output.write_text("")  # of a launch with --quiet
+    assert shown(capsys, run) == "message of rank 0\n"
     logged.launch_output.write_text("step 1\n")
     assert shown(capsys, run) == "step 1\n"
     assert shown(capsys, run, "--rank=0") == "message of rank 0\n"
