@@ -7,6 +7,8 @@ import math
 
 from pretrain.schedule_config import ScheduleConfig
 
+_UNDECAYED = 0.3  # of the decay: less may be left where a step takes a tenth of a budget
+
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int | None, seconds: float) -> float:
     """Learning rate of step `step` (from 0).
@@ -26,6 +28,15 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int |
     done = _decay_fraction(schedule, step, steps, seconds)
     floor = schedule.min_lr_ratio
     return peak * warmup * (floor + (1.0 - floor) * _height(schedule, done))
+
+
+def ends_early(schedule: ScheduleConfig, peak: float, rate: float) -> bool:
+    """Whether a time budget has ended with this rate, well above the end of its decay: the last step, an evaluation or
+    a pause took longer than the decay."""
+    if schedule.budget_seconds is None or schedule.name in ("constant", "inverse_sqrt"):
+        return False
+    floor = schedule.min_lr_ratio * peak
+    return rate - floor > _UNDECAYED * (peak - floor)
 
 
 def _decay_fraction(schedule: ScheduleConfig, step: int, steps: int | None, seconds: float) -> float:

@@ -36,7 +36,7 @@ from pretrain.training.health import (
     diagnose,
     norm_limit,
 )
-from pretrain.training.learning_rate import learning_rate
+from pretrain.training.learning_rate import ends_early, learning_rate
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.profiler import StepProfiler
 from pretrain.training.replicas import compare_replicas
@@ -127,6 +127,7 @@ class Trainer:
         """
         self._times.begin_training()
         self._evaluate_and_save_at_start()
+        rate = 0.0
         while not self._is_finished():
             batch, totals = self._feed.take(stop)
             rate = self._learning_rate(batch.step, totals.seconds)
@@ -156,6 +157,8 @@ class Trainer:
                 return Outcome.STOPPED
         if should_stop_early(self._progress.evaluations, self._config.evaluation):
             log_early_stop(self._progress.evaluations)
+        elif ends_early(self._config.schedule, self._config.optimizer.lr, rate):
+            log.warning("the time budget ended at a learning rate of %.2e: its end took longer than planned", rate)
         return Outcome.DONE
 
     def finish_save(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pretrain.schedule_config import ScheduleConfig
-from pretrain.training.learning_rate import learning_rate
+from pretrain.training.learning_rate import ends_early, learning_rate
 
 NAMES = ["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"]
 
@@ -122,3 +122,11 @@ def test_invalid_schedules_are_rejected(fields: dict[str, Any], message: str) ->
     """Catches a run with an undefined length or schedule that fails only after the launch."""
     with pytest.raises(ValueError, match=message):
         ScheduleConfig.model_validate(fields)
+
+
+def test_a_budget_that_ends_before_the_decay() -> None:
+    """Catches a run that ends at its peak rate without a word, and a warning after a decay, or where there is none."""
+    wsd = ScheduleConfig.model_validate({"budget": "100s", "name": "wsd", "min_lr_ratio": 0.1})
+    assert [ends_early(wsd, 2.0, rate) for rate in (2.0, 0.8, 0.7, 0.2, 0.0)] == [True, True, False, False, False]
+    for fields in ({"budget": "100s", "name": "constant"}, {"steps": 10, "name": "wsd"}):
+        assert not ends_early(ScheduleConfig.model_validate(fields), 2.0, 2.0)
