@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, forkserver, get_context, parent_process
 from types import ModuleType
 from typing import TypeVarTuple
 
 from experiment.errors import StoppedError
+from experiment.signals import signals_blocked
 
 Args = TypeVarTuple("Args")
 
@@ -23,8 +24,8 @@ def worker_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """Open a pool of processes that each call `initializer(*initargs)` first.
 
-    Workers are forked from a fork server, which has no threads or locks that a fork could break. Raises StoppedError
-    with `advice` if a worker is killed.
+    Workers are forked from a fork server, which has no threads or locks that a fork could break. Ctrl-C does not reach
+    them, nor the fork server while it imports modules. Raises StoppedError with `advice` if a worker is killed.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["pretrain.corpus.tasks"])
@@ -32,6 +33,8 @@ def worker_pool(
     pool = ProcessPoolExecutor(workers, context, _start, (closed_to_stop, initializer, initargs))
     try:
         with _isolated():
+            with signals_blocked((signal.SIGINT,)):  # Ctrl-C reaches the whole process group; the parent handles it
+                forkserver.ensure_running()
             yield pool
     except BrokenProcessPool:
         raise StoppedError(f"a worker process was killed, perhaps because memory ran out; {advice}") from None
@@ -57,7 +60,6 @@ def _isolated() -> Iterator[None]:
 def _start(
     closed_to_stop: connection.Connection, initializer: Callable[[*Args], None] | None, initargs: tuple[*Args]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
     threading.Thread(target=_exit_with_parent, args=(closed_to_stop,), daemon=True).start()
     if initializer is not None:
         initializer(*initargs)

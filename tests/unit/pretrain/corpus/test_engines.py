@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 import threading
@@ -55,6 +56,13 @@ def array_task(patch: pytest.MonkeyPatch, number: int, count: int) -> None:
     """Set the variables of a task of --array=1-COUNT."""
     for name, value in {"ID": number, "MIN": 1, "MAX": count, "STEP": 1, "COUNT": count}.items():
         patch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+
+
+def test_ctrl_c_does_not_reach_workers() -> None:
+    """Catches tracebacks of workers, which are in the process group of the terminal, and of their fork server."""
+    with engines.open_engine(2, signal.SIG_BLOCK) as run:
+        for blocked in run(signal.pthread_sigmask, [(), ()]):
+            assert signal.SIGINT in blocked
 
 
 def test_tasks_of_a_job_array(
