@@ -40,6 +40,7 @@ def worker_pool(
         raise StoppedError(f"a worker process was killed, perhaps because memory ran out; {advice}") from None
     except KeyboardInterrupt:
         stop.close()  # tasks may take minutes
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # a worker that it starts now would fail
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
