@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
+
 from fork_server import TITLE
 from waiting import LIMIT, wait_until
 
@@ -60,13 +62,14 @@ class Host:
     @contextmanager
     def suspended(self, command: subprocess.Popen[Any]) -> Iterator[None]:
         """Stop the process of a command that `popen` started, and continue it after the block."""
-        process = _child_of(command.pid)
-        os.kill(process, signal.SIGSTOP)
+        processes = [psutil.Process(pid) for pid in (command.pid, _child_of(command.pid))]
+        processes[1].suspend()
+        wait_until(lambda: all(process.status() == psutil.STATUS_STOPPED for process in processes))  # nsenter follows
         try:
             yield
         finally:
-            for pid in (command.pid, process):  # nsenter stops itself too
-                os.kill(pid, signal.SIGCONT)
+            for process in processes:
+                process.resume()
 
     def processes(self) -> list[str]:
         """The command lines of all processes on the host but sshd, the fork server, and those that are ending:
