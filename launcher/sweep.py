@@ -127,8 +127,9 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
 
 def _check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
     """Raise UserError if another point has the same config, as for the values 1e-3 and 0.001."""
+    run_dir = points[name].run.dir
     for other, config in points.items():
-        moved = config.model_copy(update={"run": points[name].run})
+        moved = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
         if other != name and moved == points[name]:
             raise UserError(f"same config as {other}; leave one of them out of --grid")
 

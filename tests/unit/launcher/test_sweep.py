@@ -128,6 +128,8 @@ def reject(
 def test_the_commands_of_a_sweep(pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches overrides or flags that do not reach the runs, two runs in one folder, and commands that a user would not
     type."""
+    assert main(["sweep", "--config", str(pretraining), "--grid", "run.seed=1,2", "--dry_run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
     grid = "optimizer.lr=1e-4,5e-4 optimizer.betas=[0.9,0.98],[0.9,0.999]"
     arguments = ["--config", str(pretraining), "--grid", grid, "--num_gpus", "1", "--schedule.steps=3", "--dry_run"]
     assert main(["sweep", *arguments]) == 0
