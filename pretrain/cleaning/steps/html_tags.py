@@ -15,13 +15,11 @@ _INLINE = (
     "a|abbr|acronym|b|big|body|cite|code|del|dfn|em|font|head|html|i|iframe|img|input|ins|kbd|label|link|mark|meta|q|s|"
     "samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr"
 )
-_ATTRIBUTES = (
-    r"""(?:\s+[a-z_:][\w:.-]*\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'=<>`]+))*+\s*+"""  # in code, `i<a && j>b` has none
-)
-_OPENING = re.compile(rf"<!--|<(script|style){_ATTRIBUTES}>", re.IGNORECASE)
-_CLOSING = {name: re.compile(rf"</{name}\s*+>", re.IGNORECASE) for name in ("script", "style")} | {
-    "": re.compile("-->")
-}
+_SWITCHES = "async|checked|controls|defer|disabled|hidden|loop|multiple|muted|noshade|nowrap|readonly|required|selected"
+_VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'=<>`][^\s"'<>`]*)"""
+_ATTRIBUTES = rf"(?:\s+(?:[a-z_:][\w:.-]*\s*=\s*{_VALUE}|{_SWITCHES}))*\s*"  # in code, `i<a && j>b` has none
+_OPENING = re.compile(r"<!--|<(script|style)(?:\s[^<>]*)?>", re.IGNORECASE)
+_CLOSING = {"": re.compile("-->")} | {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("script", "style")}
 _BREAK = re.compile(rf"</?(?:{_BREAKS}){_ATTRIBUTES}/?>", re.IGNORECASE)
 _TAG = re.compile(rf"</?(?:{_INLINE}){_ATTRIBUTES}/?>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|([a-z][a-z0-9]*));", re.IGNORECASE)
