@@ -20,7 +20,8 @@ _TINY = 1e-37  # least probability: its logarithm is finite
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
 _ROUNDING = 1e-9  # largest error of a sum of right answers
 _ROWS = 256  # of a matrix of similarities that are computed at once
-_LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}  # of a tag -> for seqeval
+# Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
+_LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
 
 # Shape suffixes: C labels; N texts or queries, M documents, R rows of a part, D hidden.
 
@@ -318,10 +319,10 @@ def entity_label_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> L
     """The scores of each type of entities; an entity is right as a whole or not at all."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    right, found = (set(get_entities(_entity_tags(side, labels))) for side in (gold, predicted))
+    gold_entities, found = (set(get_entities(_entity_tags(side, labels))) for side in (gold, predicted))
     (tags,) = _entity_tags([labels], labels)
     types = sorted({tag[2:] for tag in tags if tag != "O"})
-    counts = [Counter(entity[0] for entity in entities) for entities in (right & found, right, found)]
+    counts = [Counter(entity[0] for entity in entities) for entities in (gold_entities & found, gold_entities, found)]
     return scores_of_counts(types, *(np.array([count[name] for name in types]) for count in counts))
 
 

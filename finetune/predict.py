@@ -140,7 +140,7 @@ def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str
     """Return keys of the task -> raw text."""
     flags = ["--columns.text=NAME", *(["--dialogue.group=NAME"] if trained.dialogue is not None else [])]
     for key, value in options.overrides.items():
-        if not f"--{key}".startswith(tuple(flag.partition(".")[0] + "." for flag in flags)):
+        if key == "dialogue.turns" or not f"--{key}".startswith(tuple(flag.partition(".")[0] + "." for flag in flags)):
             raise UserError(f"unknown flag '--{key}'; columns are named as {' or '.join(flags)}")
         if trained.header is None and options.header is None and not _COLUMN_NUMBERS.fullmatch(value):
             raise UserError(

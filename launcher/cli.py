@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     is_resumable = bool(argv) and argv[0] in RESUMABLE
     try:
-        with handle_stop_signals(interrupt, HANDLED_SIGNALS if is_resumable else (signal.SIGINT,)):
+        with handle_stop_signals(interrupt, HANDLED_SIGNALS if is_resumable else _interrupts()):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)  # which the start of the process has blocked
             _run_command(argv)
     except UserError as error:
@@ -62,6 +62,11 @@ def _run(argv: Sequence[str]) -> int:
             raise
         return _fail(message, 2)
     return 0
+
+
+def _interrupts() -> tuple[signal.Signals, ...]:
+    """SIGINT, unless it is ignored, as by shells in a script for commands in the background."""
+    return () if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else (signal.SIGINT,)
 
 
 def _run_command(argv: Sequence[str]) -> None:

@@ -41,8 +41,8 @@ def command_of(config: str) -> str:
 
 
 def check_pretraining(config: str, overrides: dict[str, str]) -> None:
-    """Run `deepcloze validate`: print warnings. Raises UserError for anything that would keep the run from starting on
-    this machine."""
+    """Check a config for `deepcloze validate`, and print warnings. Raises UserError for anything that would keep the
+    run from starting on this machine."""
     loaded = load_config(PretrainConfig, config, overrides)
     with fast_imports():
         import_transformers_without_scipy()

@@ -30,7 +30,6 @@ from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none, which cross-entropy ignores
 _SHOWN = 5  # words in a message
-# Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 
 
 class TokenClassificationColumns(Columns):

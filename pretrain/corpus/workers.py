@@ -40,7 +40,6 @@ def worker_pool(
         raise StoppedError(f"a worker process was killed, perhaps because memory ran out; {advice}") from None
     except KeyboardInterrupt:
         stop.close()  # tasks may take minutes
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # a worker that it starts now would fail
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -61,6 +60,7 @@ def _isolated() -> Iterator[None]:
 def _start(
     closed_to_stop: connection.Connection, initializer: Callable[[*Args], None] | None, initargs: tuple[*Args]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # if the fork server has been started by others
     threading.Thread(target=_exit_with_parent, args=(closed_to_stop,), daemon=True).start()
     if initializer is not None:
         initializer(*initargs)

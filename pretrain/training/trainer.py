@@ -158,7 +158,7 @@ class Trainer:
         if should_stop_early(self._progress.evaluations, self._config.evaluation):
             log_early_stop(self._progress.evaluations)
         elif ends_early(self._config.schedule, self._config.optimizer.lr, rate):
-            log.warning("the time budget ended at a learning rate of %.2e: its end took longer than planned", rate)
+            log.warning("a step, an evaluation or a pause outlasted the decay: the learning rate ended at %.2e", rate)
         return Outcome.DONE
 
     def finish_save(self) -> None:
