@@ -1,7 +1,9 @@
 import errno
+import importlib
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from experiment.errors import QUIET_VARIABLE, StoppedError, UserError, inform, is_quiet, notify
+from experiment.fast_imports import fast_imports
 from experiment.progress import terminal
 from launcher.cli import RESUMABLE, main
 from launcher.command_line import flags_of, options_of, parse_command_line
@@ -191,6 +194,27 @@ def test_exceptions_become_exit_codes(
     for bug in (ZeroDivisionError(), FileNotFoundError(2, "No such file or directory", "x")):
         with pytest.raises(type(bug)):
             ends_with(bug)
+
+
+def test_ctrl_c_during_an_import_is_delayed(
+    report_stand_in: Callable[[Callable[..., object]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback of a half imported library, and a command in the background of a script that stops."""
+    (tmp_path / "slow_library.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\ndone = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = []
+
+    def report_runs(*_: object) -> None:
+        with fast_imports():
+            imported.append(importlib.import_module("slow_library").done)
+        sys.modules.pop("slow_library")
+
+    report_stand_in(report_runs)
+    assert main(["report", "2024_01"]) == 130
+    sys.modules.pop("slow_library")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert main(["report", "2024_01"]) == 0
+    assert imported == [True, True]
 
 
 def test_a_closed_terminal_does_not_change_the_exit_code(
