@@ -138,10 +138,12 @@ def _scores_file(output: Path) -> Path:
 
 def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str]:
     """Return keys of the task -> raw text."""
-    flags = ["--columns.text=NAME", *(["--dialogue.group=NAME"] if trained.dialogue is not None else [])]
+    has_dialogue = trained.dialogue is not None
     for key, value in options.overrides.items():
-        if key == "dialogue.turns" or not f"--{key}".startswith(tuple(flag.partition(".")[0] + "." for flag in flags)):
-            raise UserError(f"unknown flag '--{key}'; columns are named as {' or '.join(flags)}")
+        is_of_dialogue = has_dialogue and key.startswith("dialogue.") and key != "dialogue.turns"
+        if not key.startswith("columns.") and not is_of_dialogue:
+            more = " or --dialogue.group=NAME" if has_dialogue else ""
+            raise UserError(f"unknown flag '--{key}'; columns are named as --columns.text=NAME{more}")
         if trained.header is None and options.header is None and not _COLUMN_NUMBERS.fullmatch(value):
             raise UserError(
                 f"--{key}={value}: the training data had no header, so columns have numbers from 0; if {options.input} "

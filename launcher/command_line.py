@@ -186,8 +186,8 @@ def _split(
 
 def _plain_keys(command: str) -> list[str]:
     """The keys without a section in the config of the command, such as `seeds` of a comparison."""
-    commands = ("compare", "clean") if command == "validate" else (command,)
-    if commands[0] not in ("compare", "clean"):
+    commands = [name for name in ("compare", "clean") if command in (name, "validate")]
+    if not commands:
         return []
     from launcher.configs import CONFIGS  # takes a while to import
 
