@@ -86,7 +86,7 @@ def _put_own_packages_first() -> None:
 
 
 def _location(name: str) -> Path:
-    """The folder, or the file, that `import name` would import."""
+    """Return the folder, or the file, that `import name` would import."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         return Path(name)

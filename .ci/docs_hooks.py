@@ -41,7 +41,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _readme_section(heading: str) -> str:
-    """A section of the README, whose links start at docs/."""
+    """Return a section of the README, whose links start at docs/."""
     text = (_ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"^## {heading}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, f"README.md has no section '{heading}'"

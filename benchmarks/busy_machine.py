@@ -102,7 +102,7 @@ def busy_machine(
 
 
 def write_inputs(folder: Path) -> Inputs:
-    """A corpus, a pretrained and a fine-tuned model, and configs of endless runs."""
+    """Return a corpus, a pretrained and a fine-tuned model, and configs of endless runs."""
     inputs = Inputs(folder)
     config = write_small_run(folder)
     deepcloze("pretrain", "--config", str(config), f"--run.dir={inputs.pretrained}")
@@ -144,13 +144,13 @@ def _in_folder(*arguments: str) -> Start:
 
 
 def _repeated(*arguments: str) -> Start:
-    """A command again and again, in one process."""
+    """Run a command again and again, in one process."""
     work = (*module_command("benchmarks.busy_machine"), "--work")
     return lambda folder, variables: _start((*work, str(folder), *arguments), folder, variables)
 
 
 def _served(*arguments: str) -> Start:
-    """A server, and a client in this process that waits for each answer."""
+    """Start a server, and a client in this process that waits for each answer."""
 
     def start(folder: Path, variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         process = _start((*_DEEPCLOZE, *arguments), folder, variables)
@@ -269,7 +269,7 @@ def _measure(
 
 
 def _rate(path: Path, seconds: float) -> float:
-    """Lines per second that are appended to a file."""
+    """Return lines per second that are appended to a file."""
     time.sleep(_SETTLE_SECONDS)
     end = time.time() + seconds
     first = _next_line(path, path.stat().st_size, end + _PATIENCE_SECONDS)
@@ -282,7 +282,7 @@ def _rate(path: Path, seconds: float) -> float:
 
 
 def _next_line(path: Path, size: int, end: float) -> os.stat_result:
-    """The state of a file when it is larger, or at the end."""
+    """Return the state of a file when it is larger, or at the end."""
     while (found := path.stat()).st_size <= size and time.time() < end:
         time.sleep(0.002)
     return found

@@ -36,7 +36,7 @@ def write_documents(path: Path, documents: int) -> None:
 
 
 def memory(process: psutil.Process) -> Iterator[int]:
-    """Bytes of anonymous memory of a process and of all that it has started."""
+    """Yield bytes of anonymous memory of a process and of all that it has started."""
     for each in (process, *process.children(recursive=True)):
         try:
             info = each.memory_info()

@@ -80,7 +80,7 @@ def _commands(inputs: Inputs) -> dict[str, list[str]]:
 
 
 def _time(argv: list[str], output: Path) -> tuple[float, float]:
-    """Seconds to the first byte of output, and to the end of the process."""
+    """Return seconds to the first byte of output, and to the end of the process."""
     argv = [argument.replace("OUTPUT", str(output)) for argument in argv]
     environ = own_environment()
     start = time.monotonic()

@@ -82,7 +82,7 @@ def _build_corpus(folder: Path, source: str, tokenizer: str, *flags: str) -> Non
 
 
 def _best_run(name: str, work: Path, model: dict[str, Any], size: RunSize, rates: str) -> tuple[str, Path]:
-    """The learning rate with the lowest held-out loss, and the folder of its run."""
+    """Return the learning rate with the lowest held-out loss, and the folder of its run."""
     folder = work / name.replace(" ", "-")
     config = _write_config(folder.with_suffix(".yaml"), work, model, size)
     try:
@@ -96,7 +96,7 @@ def _best_run(name: str, work: Path, model: dict[str, Any], size: RunSize, rates
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
-    """The config of the folder's model, without its weights."""
+    """Return the config of the folder's model, without its weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     details = ("hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "initializer_range")

@@ -77,7 +77,7 @@ def _contestant(name: str, source: str, tokenizer: str, threads: int, output: Pa
 
 
 def _watch(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, str]:
-    """Seconds, peak memory in bytes and output of a process."""
+    """Return seconds, peak memory in bytes and output of a process."""
     variables = os.environ | dict(environment)
     start = time.monotonic()
     with PeakMemory(seconds=0.5) as memory:

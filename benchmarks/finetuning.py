@@ -118,7 +118,7 @@ def _measure_trainer(run: ResolvedRun, seed: int, grouped: bool) -> tuple[float,
 
 
 def _rows(split: Split) -> list[dict[str, Any]]:
-    """A split as the Trainer takes it."""
+    """Return a split as the Trainer takes it."""
     rows = []
     for example in split.examples:
         (tokens,) = example.sequences

@@ -51,7 +51,7 @@ def measure(runs: int = 50, events: int = 2000, rounds: int = 5, follow: float =
 
 
 def write_run(path: Path, events: int, seed: int) -> RunFolder:
-    """A run that has ended."""
+    """Return a run that has ended."""
     folder, draw = open_run_folder(path), np.random.default_rng(seed).normal(0.0, 0.05, (events, 2))
     with folder.metrics.open("w", encoding="utf-8") as file:
         for number, (first, second) in enumerate(draw.tolist(), start=1):

@@ -79,7 +79,7 @@ ENVIRONMENT = Job("environment", 180, ("-m", "benchmarks.gpu_environment"), need
 
 
 def plan() -> Iterator[Job]:
-    """All jobs by importance."""
+    """Yield all jobs by importance."""
     in_runs = "runs_with or gets_the"
     yield _tests("kernels", 180, "attention", "optimizers", "head", "sums", "dropout", "gelu", only=f"not ({in_runs})")
     yield Job("kernel-times", 120, ("-m", "benchmarks.gpu_kernels", "bf16"))
@@ -172,7 +172,7 @@ class Session:
 
 
 def select(jobs: Iterable[Job], names: Sequence[str]) -> list[Job]:
-    """The jobs with names that begin so, in the order of these. Raises UserError if there is none."""
+    """Return the jobs with names that begin so, in the order of these. Raises UserError if there is none."""
     jobs = list(jobs)
     found = {name: [job for job in jobs if job.name.startswith(name)] for name in names}
     for name, selected in found.items():
@@ -208,12 +208,12 @@ def run_session(folder: Path, minutes: float, jobs: Sequence[Job], again: Iterab
 
 
 def next_job(jobs: Iterable[Job], left: float) -> Job | None:
-    """The first one whose limit fits into the seconds that are left."""
+    """Return the first one whose limit fits into the seconds that are left."""
     return next((job for job in jobs if job.seconds + 2 * _GRACE <= left), None)
 
 
 def _run_process(job: Job, folder: Path, log: IO[str]) -> int | None:
-    """The exit code of a job; None if it ran into its limit. It ends with this process, whatever happens."""
+    """Return the exit code of a job; None if it ran into its limit. It ends with this process, whatever happens."""
     command = [argument.replace(RESULTS, str(folder)) for argument in job.command]
     variables = {"PYTHONFAULTHANDLER": "1", "WANDB_MODE": "disabled"}
     with ExitStack() as job_ends:

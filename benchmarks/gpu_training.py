@@ -227,7 +227,7 @@ def _profile(engine: Engine, batches: list[RankBatch], folder: Path) -> None:
 
 
 def make_batches(case: TrainingCase, built: BuiltModel, pinned: bool) -> list[RankBatch]:
-    """A few batches of one microbatch each: a batch whose sequences do not fit into one is left out."""
+    """Return a few batches of one microbatch each: a batch whose sequences do not fit into one is left out."""
     config = built.model.config
     special = np.zeros(config.vocab_size, dtype=np.bool_)
     special[:_SPECIAL] = True
@@ -263,7 +263,8 @@ def _pin(batch: RankBatch) -> RankBatch:
 def _train(
     engine: Engine, batches: list[RankBatch], first: int, steps: int, after_step: Callable[[], object] = lambda: None
 ) -> float:
-    """Seconds that these steps of one microbatch take. As in `Trainer`, the host may read a norm one step later."""
+    """Return seconds that these steps of one microbatch take. As in `Trainer`, the host may read a norm one step
+    later."""
     _wait(engine.device)
     start = time.perf_counter()
     before = None

@@ -79,7 +79,7 @@ def _target(folder: Path, python: str) -> list[str]:
 def _select(
     resolved: list[dict[str, Any]], needed: Iterable[Requirement], there: dict[str, str | None]
 ) -> Iterable[str]:
-    """The packages to carry, as NAME==VERSION. `resolved`: metadata of all that deepcloze and torch need."""
+    """Yield the packages to carry, as NAME==VERSION. `resolved`: metadata of all that deepcloze and torch need."""
     accepted = list(needed) + [
         requirement
         for metadata in resolved
@@ -96,7 +96,7 @@ def _select(
 
 
 def _pip(*arguments: str) -> str:
-    """The output of pip."""
+    """Return the output of pip."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:

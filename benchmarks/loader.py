@@ -193,7 +193,7 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _rate(maker: BatchMaker, seconds: float) -> float:
-    """Tokens per second that one worker makes of this rank's shares."""
+    """Return tokens per second that one worker makes of this rank's shares."""
     batches = load_batches(maker, 0, None, workers=1)
     next(batches)
     start, tokens = time.perf_counter(), 0

@@ -136,7 +136,7 @@ def checkpoint(*, ranks: Sequence[int] = (64, 1024), folder: str | None = None) 
 
 
 def _share(rank: int, count: int) -> Share:
-    """The masters of one flat parameter, cut into equal parts; their moments are not read by rank 0."""
+    """Return the masters of one flat parameter, cut into equal parts; their moments are not read by rank 0."""
     size = _PARAMETERS // count
     numel = size if rank < count - 1 else _PARAMETERS - size * rank
     fragment = {"file": f"rank-{rank:05d}.safetensors", "start": size * rank, "numel": numel}
@@ -153,7 +153,7 @@ def _complete(checkpoint: Path, shares: list[WrittenShare]) -> None:
 
 
 def _timed(function: Callable[[], Any]) -> float:
-    """Seconds of processor time."""
+    """Return seconds of processor time."""
     start = time.process_time()
     function()
     return time.process_time() - start

@@ -39,7 +39,7 @@ class ProductSettings:
 
 
 def run(settings: ProductSettings) -> float:
-    """Tokens per second, from the median time of the products."""
+    """Return tokens per second, from the median time of the products."""
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
     products = list(_products(settings))
@@ -63,7 +63,7 @@ def _products(settings: ProductSettings) -> Iterator[Callable[[], Tensor]]:
 
 
 def _linear_layer(rows: int, inputs: int, outputs: int, precision: str) -> Iterator[Callable[[], Tensor]]:
-    """The outputs, and the gradients of inputs and weight."""
+    """Yield the outputs, and the gradients of inputs and weight."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     values, weight, gradient = (torch.randn(*size, dtype=dtype) for size in _sizes(rows, inputs, outputs))
     for left, right in ((values, weight), (gradient, weight.t()), (gradient.t(), values.t())):
@@ -72,7 +72,7 @@ def _linear_layer(rows: int, inputs: int, outputs: int, precision: str) -> Itera
 
 
 def _seconds(multiply: Callable[[], Tensor]) -> float:
-    """The shortest time of a few."""
+    """Return the shortest time of a few."""
 
     def once() -> float:
         start = time.perf_counter()

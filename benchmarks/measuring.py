@@ -36,7 +36,7 @@ def deepcloze(*arguments: str, threads: int | None = None, environment: Mapping[
 def run_module(
     module: str, settings: dict[str, Any], threads: int | None = None, environment: Mapping[str, str] | None = None
 ) -> Any:
-    """The JSON that `python -m module SETTINGS` prints last; raises CalledProcessError if it fails."""
+    """Return the JSON that `python -m module SETTINGS` prints last; raises CalledProcessError if it fails."""
     command = [sys.executable, "-m", module, json.dumps(settings)]
     variables = _variables(threads, environment)
     finished = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
@@ -123,8 +123,8 @@ def describe_machine() -> str:
 
 
 def _cpu() -> str:
-    """The name, with family and model where /proc/cpuinfo has them: virtual machines may give CPUs of all generations
-    one name, and the latest may be twice as fast."""
+    """Return the name, with family and model where /proc/cpuinfo has them: virtual machines may give CPUs of all
+    generations one name, and the latest may be twice as fast."""
     first_core = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     pairs = (line.partition(":") for line in first_core.splitlines())
     fields = {name.strip(): value.strip() for name, _, value in pairs}

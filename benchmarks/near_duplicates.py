@@ -65,7 +65,7 @@ def measure(texts: Sequence[str], threshold: float) -> Result:
 
 
 def _brute_force(sets: NgramSets) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]]:
-    """All pairs of documents with a similarity of at least 0.3, and their similarities."""
+    """Return all pairs of documents with a similarity of at least 0.3, and their similarities."""
     _, columns = np.unique(sets.ngrams, return_inverse=True)
     sizes = np.diff(sets.ends, prepend=0)
     rows = np.repeat(np.arange(len(sizes)), sizes)

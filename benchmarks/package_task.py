@@ -90,7 +90,7 @@ def make_package_task(documents: Sequence[PackageDocument], sizes: Mapping[str, 
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a document, with white space normalized to single spaces."""
+    """Yield the sentences of a document, with white space normalized to single spaces."""
     for sentence in _SENTENCE_END.split(text):
         if words := sentence.split():
             yield " ".join(words)
@@ -128,7 +128,7 @@ def _shingle(sentence: str) -> Shingle:
 
 
 def _count_documents(shingles: set[Shingle], documents: Sequence[PackageDocument]) -> Counter[Shingle]:
-    """The number of documents that contain each shingle."""
+    """Return the number of documents that contain each shingle."""
     counts: Counter[Shingle] = Counter()
     for document in documents:
         words = document.text.lower().split()

@@ -35,7 +35,7 @@ class RunSettings:
     update_tokens: int  # real tokens of an update, about
 
     def config(self, **sections: dict[str, Any]) -> Config:
-        """The config of a run. `sections`: keys to add or replace."""
+        """Return the config of a run. `sections`: keys to add or replace."""
         config: Config = {
             "run": {"dir": "set on the command line"},
             "model": {"config": {"model_type": "bert", **self.model}},
@@ -51,7 +51,8 @@ class RunSettings:
         return config | {name: config.get(name, {}) | keys for name, keys in sections.items()}
 
     def timed_config(self, steps: int, **run: Any) -> Config:
-        """The config of a run of `steps` steps that logs each of them and only evaluates at the end. `run`: keys."""
+        """Return the config of a run of `steps` steps that logs each of them and only evaluates at the end. `run`:
+        keys."""
         return self.config(run={"log_every": 1, **run}, schedule={"steps": steps}, evaluation={"every_steps": steps})
 
 
@@ -64,7 +65,7 @@ class Step(NamedTuple):
 
 
 def mean_length(corpus: Path, length: int) -> float:
-    """Mean number of tokens of a sequence, special tokens included."""
+    """Return the mean number of tokens of a sequence, special tokens included."""
     documents = [shard.astype(np.int64) for shard in open_corpus(corpus).document_lengths()]
     return float(np.concatenate([split_documents(shard, length - 2) for shard in documents]).mean()) + 2
 
@@ -85,7 +86,7 @@ def pretrain(
 
 
 def read_steps(folder: Path) -> list[Step]:
-    """The steps of a run that logged each of them."""
+    """Return the steps of a run that logged each of them."""
     events = [{"tokens": 0}, *read_events(RunFolder(folder).metrics)]
     tokens = ((event, event["tokens"] - before["tokens"]) for before, event in pairwise(events))
     return [Step(event, new, new / event["tokens_per_second"]) for event, new in tokens if "loss" in event]

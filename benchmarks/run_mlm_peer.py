@@ -132,13 +132,14 @@ def run_for_minutes(settings: LimitedPeerSettings) -> int:
 
 
 def timed_tokens(tokens: Sequence[int], settings: PeerSettings) -> int:
-    """The tokens of the timed updates. `tokens`: per microbatch, with one more that accelerate collates ahead."""
+    """Return the tokens of the timed updates. `tokens`: per microbatch, with one more that accelerate collates
+    ahead."""
     first, last = settings.warmup_updates * settings.accumulated, settings.updates * settings.accumulated
     return sum(tokens[first:last])
 
 
 def build_trainer(recipe: Recipe, tokenizer: Any, examples: list[dict[str, list[int]]], **arguments: Any) -> Trainer:
-    """A Trainer for the recipe. `arguments`: further TrainingArguments."""
+    """Return a Trainer for the recipe. `arguments`: further TrainingArguments."""
     torch.set_num_threads(recipe.threads)
     set_seed(42)
     config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), **recipe.model)
@@ -164,7 +165,7 @@ def mask(tokenizer: Any) -> DataCollatorForLanguageModeling:
 
 
 def tokenize(recipe: Recipe, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """The examples of one epoch."""
+    """Return the examples of one epoch."""
     text = Path(recipe.source).read_text(encoding="utf-8").splitlines()
     encoded = tokenizer(
         [line for line in text if line and not line.isspace()],

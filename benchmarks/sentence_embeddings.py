@@ -54,7 +54,7 @@ def _list(values: Sequence[float]) -> str:
 
 
 def train_peer(config: FinetuneConfig, tables: dict[str, Rows], seed: int) -> dict[str, float]:
-    """The scores of sentence-transformers by split."""
+    """Return the scores of sentence-transformers by split."""
     training = config.training
     model = SentenceTransformer(config.model.init_from, device="cpu")
     model.max_seq_length = config.model.max_seq_length

@@ -111,7 +111,7 @@ def _soak(name: str, load: Load, process: psutil.Process, requests: int) -> None
 
 
 def _ask(load: Load, is_over: Callable[[int, float], bool]) -> list[float]:
-    """The latencies of requests in seconds. is_over: of the number of requests so far, and the time."""
+    """Return the latencies of requests in seconds. is_over: of the number of requests so far, and the time."""
     latencies: list[float] = []
 
     def client(seed: int) -> None:
@@ -159,7 +159,7 @@ def _server(folder: str, clients: int, precision: str | None) -> Iterator[tuple[
 
 
 def serve_plainly(folder: str) -> None:
-    """The plain server."""
+    """Run the plain server."""
     import socket
 
     import uvicorn
@@ -183,7 +183,7 @@ def serve_plainly(folder: str) -> None:
 
 
 def _save_model(folder: Path) -> str:
-    """A classifier of the size of BERT base, with random weights and a vocabulary of words w0, w1, …"""
+    """Return a classifier of the size of BERT base, with random weights and a vocabulary of words w0, w1, …"""
     from transformers import BertConfig, BertForSequenceClassification
 
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(_VOCABULARY))]

@@ -90,7 +90,7 @@ def _wait_until(has_ended: Callable[[], object], process: "subprocess.Popen[byte
 
 
 def _runs(tree: psutil.Process, module: str) -> bool:
-    """Whether a process below `tree` runs `module`."""
+    """Return whether a process below `tree` runs `module`."""
     for process in tree.children(recursive=True):
         with suppress(psutil.Error):
             if module in process.cmdline():

@@ -182,7 +182,7 @@ def _peer(
 
 
 def _plain_config(settings: RunSettings, budget: Budget) -> Config:
-    """The update rule, learning rates and batch size of run_mlm."""
+    """Return the update rule, learning rates and batch size of run_mlm."""
     return settings.config(schedule={"name": "constant", "warmup_steps": budget.warmup})
 
 
@@ -220,7 +220,7 @@ def _minutes_to(loss: float, saved: Sequence[Saved], score: Callable[[Path], flo
 
 
 def _score(model: Path, corpus: Path) -> float:
-    """The held-out loss of a checkpoint or a Hugging Face folder."""
+    """Return the held-out loss of a checkpoint or a Hugging Face folder."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = model
         if (model / "hf").is_dir():  # copied, because a checkpoint in a run is scored with the masks of the run
@@ -249,7 +249,7 @@ def _print(peers: dict[str, Peer], runs: dict[str, list[Run]], minutes: float, t
 
 
 def _compare(reached: Sequence[float | None], minutes: float) -> tuple[str, str]:
-    """The minutes to the loss of run_mlm after `minutes`, and the speedup."""
+    """Return the minutes to the loss of run_mlm after `minutes`, and the speedup."""
     found = [each for each in reached if each is not None]
     if len(found) < len(reached):
         return f"not reached in {len(reached) - len(found)} of {len(reached)} runs", ""

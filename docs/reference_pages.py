@@ -40,14 +40,14 @@ config also take any of its keys as `--section.key=value`, see [config.md](confi
 
 
 def config_page() -> str:
-    """The Markdown of docs/config.md."""
+    """Return the Markdown of docs/config.md."""
     titles = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "compare": "Comparisons", "clean": "Cleaning"}
     sections = [f"## {titles[kind]}\n\n{_tables(config_reference(config))}" for kind, config in CONFIGS.items()]
     return "\n".join([_CONFIG_HEAD, *sections])
 
 
 def _tables(reference: Sequence[ConfigSection]) -> str:
-    """A heading and a table for each section."""
+    """Return a heading and a table for each section."""
     parts = []
     for section in reference:
         rows = [
@@ -76,7 +76,7 @@ def _linked(text: str) -> str:
 
 
 def commands_page() -> str:
-    """The Markdown of docs/commands.md."""
+    """Return the Markdown of docs/commands.md."""
     return "\n".join([_COMMANDS_HEAD, *(_command_section(name, command) for name, command in COMMANDS.items())])
 
 

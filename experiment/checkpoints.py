@@ -35,7 +35,7 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 
 
 def complete_checkpoints(checkpoints: Path, last_step: int | None = None) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. Does not verify them.
+    """Return the complete checkpoints of a run, oldest first. Does not verify them.
 
     last_step: that the run has finished, if known: checkpoints of later steps are damaged, or it would have resumed
     from them, and are left out.
@@ -45,8 +45,8 @@ def complete_checkpoints(checkpoints: Path, last_step: int | None = None) -> lis
 
 
 def saves(checkpoints: Path) -> set[tuple[int, int]] | None:
-    """The steps of the complete checkpoints, each with the time at which it was completed, as st_mtime_ns: another one
-    if a damaged checkpoint is saved again. None for a disk error."""
+    """Return the steps of the complete checkpoints, each with the time at which it was completed, as st_mtime_ns:
+    another one if a damaged checkpoint is saved again. None for a disk error."""
     with suppress(OSError):
         found = complete_checkpoints(checkpoints)
         return {(checkpoint_step(path), (path / COMPLETE).stat().st_mtime_ns) for path in found}
@@ -64,7 +64,8 @@ def _named_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def find_model_folder(path: Path) -> Path:
-    """The Hugging Face folder that `path` refers to: itself, or the one of the checkpoint that `find_checkpoint` finds.
+    """Return the Hugging Face folder that `path` refers to: itself, or the one of the checkpoint that `find_checkpoint`
+    finds.
 
     Raises UserError like `find_checkpoint`, and for a folder of a complete checkpoint, or of a finished seed of
     fine-tuning, that is damaged.
@@ -78,7 +79,7 @@ def find_model_folder(path: Path) -> Path:
 
 
 def names_model_folder(path: Path, folder: Path) -> bool:
-    """Whether `find_model_folder` may have found `folder` by the name `path`, which may be gone since."""
+    """Return whether `find_model_folder` may have found `folder` by the name `path`, which may be gone since."""
     names = {folder}
     if _NAME.fullmatch(folder.parent.name):
         checkpoints = folder.parent.parent
@@ -87,7 +88,7 @@ def names_model_folder(path: Path, folder: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The undamaged checkpoint that `path` refers to.
+    """Return the undamaged checkpoint that `path` refers to.
 
     `path` is a checkpoint, `RUN/checkpoints/best`, or a run: then it is the newest checkpoint, and a damaged one is
     skipped with a warning. Raises UserError if there is none, if all are damaged, or if the checkpoint that `path`
@@ -113,7 +114,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def checkpoint_candidates(path: Path) -> list[Path]:
-    """The complete checkpoints that `path` refers to, oldest first: a checkpoint itself, the one that
+    """Return the complete checkpoints that `path` refers to, oldest first: a checkpoint itself, the one that
     `RUN/checkpoints/best` names, or all of a run. Empty if there are none. Does not verify them."""
     if _is_best(path):
         name = _read_best(path)
@@ -134,7 +135,7 @@ def _read_best(path: Path) -> str:
 
 
 def last_usable(candidates: Sequence[Path], verify: Verify) -> Path:
-    """The last undamaged one of one or more complete checkpoints; logs a warning for each damaged one it skips.
+    """Return the last undamaged one of one or more complete checkpoints; logs a warning for each damaged one it skips.
 
     Raises UserError if all are damaged.
     """
@@ -171,7 +172,7 @@ def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list
 
 
 def verify_name(checkpoint: Path) -> str | None:
-    """The problem if a checkpoint has the name of another step; None without one, or if its step is unknown."""
+    """Return the problem if a checkpoint has the name of another step; None without one, or if its step is unknown."""
     try:
         step = read_state(checkpoint)["step"]
     except (OSError, ValueError, KeyError, TypeError):  # not among the files that were to be read
@@ -272,10 +273,10 @@ def write_best(checkpoints: Path, step: int) -> None:
 
 
 def named_best(checkpoints: Path) -> Path | None:
-    """The checkpoint that `RUN/checkpoints/best` names."""
+    """Return the checkpoint that `RUN/checkpoints/best` names."""
     return checkpoints / _read_best(checkpoints / BEST) if _is_best(checkpoints / BEST) else None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint."""
+    """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))

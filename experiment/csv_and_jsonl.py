@@ -58,7 +58,7 @@ class JsonRow(NamedTuple):
 
 
 def raw_lines(stream: IO[bytes], origin: str, first: int = 1) -> Iterator[bytes]:
-    """The lines of a file, with their line ends. Raises UserError for a line that is too long to be one. `first`:
+    """Yield the lines of a file, with their line ends. Raises UserError for a line that is too long to be one. `first`:
     number of the first line."""
     for number, line in enumerate(iter(partial(stream.readline, _MAX_LINE + 1), b""), first):
         if len(line) > _MAX_LINE:
@@ -111,7 +111,8 @@ def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[
 
 
 def looks_like_header(cells: Sequence[str], words: int = 3) -> bool:
-    """Whether the cells of a row may be names of columns: distinct, short, of at most 3 `words`, and no numbers."""
+    """Return whether the cells of a row may be names of columns: distinct, short, of at most 3 `words`, and no
+    numbers."""
     return len(set(cells)) == len(cells) and all(_looks_like_name(cell.strip(), words) for cell in cells)
 
 
@@ -149,8 +150,8 @@ def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Itera
 
 
 def _quoted_cell(cells: Sequence[str], is_first: bool) -> str | None:
-    """A cell whose quotes seem to enclose it: with doubled quotes inside, or in a first row where all cells have them.
-    Other texts may begin and end with a quotation."""
+    """Return a cell whose quotes seem to enclose it: with doubled quotes inside, or in a first row where all cells have
+    them. Other texts may begin and end with a quotation."""
     quoted = [cell for cell in cells if _is_quoted(cell)]
     if is_first and len(quoted) == len(cells):
         return quoted[0]
@@ -158,7 +159,7 @@ def _quoted_cell(cells: Sequence[str], is_first: bool) -> str | None:
 
 
 def _is_quoted(cell: str) -> bool:
-    """Whether quotes enclose the cell, and those inside are doubled."""
+    """Return whether quotes enclose the cell, and those inside are doubled."""
     return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
 
@@ -193,7 +194,8 @@ def _separator_hint(csv_format: CsvFormat) -> str:
 
 
 def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterator[JsonRow]:
-    """The rows of a file with one JSON object per line. Empty lines are skipped. `first`: number of the first line."""
+    """Yield the rows of a file with one JSON object per line. Empty lines are skipped. `first`: number of the first
+    line."""
     for number, line in enumerate(lines, first):
         if not line.strip():
             continue
@@ -211,8 +213,8 @@ def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterat
 
 
 def column_index(names: Sequence[str], column: str, place: str, key: str, csv_format: CsvFormat | None = None) -> int:
-    """Position of a column. place: file, perhaps with line; key: the option that names the column; csv_format: if the
-    file is a CSV file."""
+    """Return the position of a column. place: file, perhaps with line; key: the option that names the column;
+    csv_format: if the file is a CSV file."""
     if column not in names:
         raise missing_column(place, column, names, key, header_advice(csv_format, names))
     if names.count(column) > 1:
@@ -245,8 +247,8 @@ def unexpected_cell(place: str, column: str, value: object, expected: str = "tex
 
 
 def is_unicode(value: Any) -> bool:
-    """Whether all texts are free of halves of surrogate pairs, which tokenizers and files refuse: JSON may escape them,
-    and Python writes bytes of a file name that are not UTF-8 with them."""
+    """Return whether all texts are free of halves of surrogate pairs, which tokenizers and files refuse: JSON may
+    escape them, and Python writes bytes of a file name that are not UTF-8 with them."""
     if isinstance(value, str):
         try:
             value.encode()

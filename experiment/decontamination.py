@@ -36,13 +36,14 @@ def texts_digest(texts: Iterable[str]) -> str:
 
 
 def is_clean_summary(name: str) -> bool:
-    """Whether a file, a path or URL, is the clean.json of `deepcloze clean`, which is not text for a corpus."""
+    """Return whether a file, a path or URL, is the clean.json of `deepcloze clean`, which is not text for a corpus."""
     return basename(name) == CLEAN_SUMMARY and read_clean_summary(dirname(name) or ".") is not None
 
 
 def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
-    """The clean.json of a folder, a path or URL; None if the folder was not written by `deepcloze clean`: the file is
-    missing, or of another kind, such as JSON Lines. Raises UserError if it is damaged: empty, or neither of them."""
+    """Return the clean.json of a folder, a path or URL; None if the folder was not written by `deepcloze clean`: the
+    file is missing, or of another kind, such as JSON Lines. Raises UserError if it is damaged: empty, or neither of
+    them."""
     path = join(folder, CLEAN_SUMMARY)
     try:
         with open_file(path) as file:
@@ -89,5 +90,5 @@ def decontamination_of(model: Path) -> list[tuple[str, Sequence[str]]]:
 
 
 def is_summary(found: object) -> bool:
-    """Whether this is what `deepcloze clean` writes to clean.json."""
+    """Return whether this is what `deepcloze clean` writes to clean.json."""
     return isinstance(found, dict) and {"recipe", "read", "kept", "steps"} <= found.keys()

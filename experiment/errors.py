@@ -53,7 +53,8 @@ def reason(error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, and the second if the first announces it; its type if it has none."""
+    """Return the first line of an error's message, and the second if the first announces it; its type if it has
+    none."""
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
@@ -101,7 +102,7 @@ def end_line() -> None:
 
 
 def describe_disk_error(error: BaseException) -> str | None:
-    """The error of a disk, with the file if it is known; None for an error of another kind."""
+    """Return the error of a disk, with the file if it is known; None for an error of another kind."""
     number = _errno(error)
     if number not in _REFUSALS:
         return None
@@ -136,7 +137,7 @@ def stopped_by_disk_errors(where: str = "") -> Iterator[None]:
 
 
 def _errno(error: BaseException) -> int | None:
-    """The system's number for an error that a disk may have given."""
+    """Return the system's number for an error that a disk may have given."""
     if isinstance(error, UserError | StoppedError):  # has a message of its own
         return None
     if isinstance(error, OSError) and not isinstance(error, shutil.Error):
@@ -147,7 +148,7 @@ def _errno(error: BaseException) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a device, or of the host, does not suffice. For the host torch has no type."""
+    """Return whether the memory of a device, or of the host, does not suffice. For the host torch has no type."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

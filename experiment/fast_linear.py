@@ -77,7 +77,7 @@ def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
 
 
 def _computes(values: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes the product."""
+    """Return whether oneDNN computes the product."""
     return values.device.type == "cpu" and values.dtype in ONEDNN_DTYPES and values.dtype == weight.dtype
 
 

@@ -117,7 +117,7 @@ def temporary_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[P
 
 
 def _is_left(folder: Path, now: float, made_here: bool) -> bool:
-    """Whether the process that made the folder has ended."""
+    """Return whether the process that made the folder has ended."""
     age = now - folder.stat().st_mtime
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -158,8 +158,8 @@ def create_json(path: Path, value: Any) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError with one line, also for a key that an object has twice, of which
-    Python keeps the last, for a whole number of more than 4300 digits, and for nesting that is too deep."""
+    """Return the value of a JSON text. Raises ValueError with one line, also for a key that an object has twice, of
+    which Python keeps the last, for a whole number of more than 4300 digits, and for nesting that is too deep."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_int=_whole_number)
     except RecursionError:
@@ -167,7 +167,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises OSError, and ValueError as `parse_json`."""
+    """Return the value of a JSON file. Raises OSError, and ValueError as `parse_json`."""
     return parse_json(path.read_text(encoding="utf-8"))
 
 
@@ -178,7 +178,7 @@ def parse_record(kind: type[T], text: str | bytes) -> T:
 
 
 def parse_records(kind: type[T], lines: bytes) -> list[T]:
-    """The lines of a file of records, as `parse_record`; without damaged ones, such as one that was cut off."""
+    """Return the lines of a file of records, as `parse_record`; without damaged ones, such as one that was cut off."""
     found = []
     for line in lines.split(b"\n"):  # not splitlines, which also splits at U+2028 and others
         with suppress(ValueError):
@@ -247,13 +247,14 @@ def json_digest(value: Any) -> str:
 
 
 def checksum(path: Path) -> str:
-    """Hexadecimal XXH3-128 of a file: detects damage, far faster than SHA-256, but not secure against forgery."""
+    """Return the hexadecimal XXH3-128 of a file: detects damage, far faster than SHA-256, but not secure against
+    forgery."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def cache_folder() -> Path:
-    """The folder of files that deepcloze may delete and make again: `deepcloze` in XDG_CACHE_HOME, by default
+    """Return the folder of files that deepcloze may delete and make again: `deepcloze` in XDG_CACHE_HOME, by default
     `~/.cache`. It may not exist, nor be writable."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (never raises)
     return Path(home) / "deepcloze"

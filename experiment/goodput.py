@@ -72,7 +72,7 @@ class Goodput:
 
 
 def add_up(lines: Sequence[AttemptTime]) -> Goodput:
-    """The sum over the attempts with these lines, of which there is one at least."""
+    """Return the sum over the attempts with these lines, of which there is one at least."""
     attempts = last_lines(lines)
     seconds = {activity: sum(attempt.seconds.get(activity, 0.0) for attempt in attempts) for activity in _MEASURED}
     wall_clock = max(attempt.time for attempt in attempts) - min(attempt.start for attempt in attempts)
@@ -80,7 +80,8 @@ def add_up(lines: Sequence[AttemptTime]) -> Goodput:
 
 
 def last_lines(lines: Sequence[AttemptTime]) -> list[AttemptTime]:
-    """The last line of each attempt, oldest attempt first: as in the file, because the clock may have been set back."""
+    """Return the last line of each attempt, oldest attempt first: as in the file, because the clock may have been set
+    back."""
     return list({line.start: line for line in lines}.values())
 
 

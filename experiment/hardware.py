@@ -47,7 +47,7 @@ def peak_memory() -> int:
 
 
 def has_native_bf16(device_type: str) -> bool:
-    """Whether a device computes bf16 itself; False where it is emulated, several times slower than fp32.
+    """Return whether a device computes bf16 itself; False where it is emulated, several times slower than fp32.
 
     device_type: cpu or cuda.
     """
@@ -59,7 +59,8 @@ def has_native_bf16(device_type: str) -> bool:
 
 
 def lacks_avx512() -> bool:
-    """Whether this machine's CPU is an x86 one without AVX-512, which multiplies matrices at half the speed or less."""
+    """Return whether this machine's CPU is an x86 one without AVX-512, which multiplies matrices at half the speed or
+    less."""
     import torch
 
     features = torch.cpu.get_capabilities()

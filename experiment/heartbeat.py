@@ -72,7 +72,8 @@ def request_stack(pid: int) -> None:
 
 
 def main_stack(log: Path, offset: int) -> list[str]:
-    """The frames of the main thread in the last stacks of a rank's log, innermost first; empty if there are none.
+    """Return the frames of the main thread in the last stacks of a rank's log, innermost first; empty if there are
+    none.
 
     offset: bytes of the log to skip, which earlier attempts have written.
     """
@@ -94,7 +95,8 @@ def main_stack(log: Path, offset: int) -> list[str]:
 
 
 def is_whole_stack(frames: list[str]) -> bool:
-    """Whether a stack of the main thread has been written to its end: a rank writes line by line, other threads first.
+    """Return whether a stack of the main thread has been written to its end: a rank writes line by line, other threads
+    first.
 
     frames: innermost first.
     """

@@ -29,7 +29,8 @@ _CANDIDATES = 50  # repositories to compare a misspelt name with
 
 
 def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
-    """The name with the commit that its revision is now; if the Hub cannot be reached, the one that is cached."""
+    """Return the name with the commit that its revision is now; if the Hub cannot be reached, the one that is
+    cached."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import logging
 
@@ -46,7 +47,7 @@ def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
 
 
 def download_model(name: HubName, weights: bool = True, on_progress: Callable[[], None] = lambda: None) -> Path:
-    """The folder with a model's config and tokenizer, and its weights in safetensors.
+    """Return the folder with a model's config and tokenizer, and its weights in safetensors.
 
     Cached files are not downloaded again; waits for another process that downloads the same. Shows a progress bar
     on a terminal.
@@ -73,7 +74,7 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
 
 
 def _cached(name: HubName, weights: bool) -> Path | None:
-    """The folder, if all its files are known to be there. Does not access the network."""
+    """Return the folder, if all its files are known to be there. Does not access the network."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
@@ -175,7 +176,7 @@ def _other_revisions(name: HubName, kind: Kind) -> str:
 
 
 def _similar_name(name: HubName, kind: Kind) -> str:
-    """The end of a message about a repository that does not exist: the most similar one, if any.
+    """Return the end of a message about a repository that does not exist: the most similar one, if any.
 
     The Hub finds parts of names. A misspelt name is right in its first or in its second half, unless it is wrong twice.
     """

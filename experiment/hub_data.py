@@ -49,12 +49,12 @@ class HubData(NamedTuple):
         return Path(self.name).exists()
 
     def absolute(self) -> Self:
-        """The same with the absolute path of a folder."""
+        """Return the same with the absolute path of a folder."""
         return self._replace(name=str(Path(self.name).absolute()))
 
     def pinned(self, earlier: Iterable[Self] = ()) -> Self:
-        """The same with the commit that its revision is now; without a revision, with the one that a data set of the
-        same name has in `earlier`. Raises UserError."""
+        """Return the same with the commit that its revision is now; without a revision, with the one that a data set of
+        the same name has in `earlier`. Raises UserError."""
         if self.is_folder:
             return self
         if self.revision is None and (same := [data for data in earlier if data.name == self.name]):
@@ -69,7 +69,7 @@ class HubData(NamedTuple):
 
 @cache
 def load_rows(data: HubData) -> "datasets.Dataset":
-    """The rows of a split. Raises UserError if it cannot be loaded."""
+    """Return the rows of a split. Raises UserError if it cannot be loaded."""
     import datasets
 
     if not terminal().is_interactive:

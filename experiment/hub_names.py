@@ -36,7 +36,7 @@ class HubName(NamedTuple):
         return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
 
     def may_mean(self, pinned: str | None) -> bool:
-        """Whether a run that was started with this name may have recorded `pinned`, the name with a commit."""
+        """Return whether a run that was started with this name may have recorded `pinned`, the name with a commit."""
         other = None if pinned is None else HubName.parse(pinned)
         same_revision = not self.is_commit or other is None or self.revision == other.revision
         return other is not None and other.is_commit and other.repository == self.repository and same_revision
@@ -46,18 +46,19 @@ class HubName(NamedTuple):
 
 
 def meant_name(text: str) -> str | None:
-    """The name of the model whose page on the Hub has this address, or that is written like data, as hub:NAME."""
+    """Return the name of the model whose page on the Hub has this address, or that is written like data, as
+    hub:NAME."""
     found = _OTHER_FORM.fullmatch(text)
     return found[1] if found else None
 
 
 def hub_name(folder: str) -> str | None:
-    """The name of a model on the Hub, if its folder is in transformers' cache."""
+    """Return the name of a model on the Hub, if its folder is in transformers' cache."""
     found = HUB_CACHE.search(folder)
     return "/".join(part for part in found.groups() if part) if found else None
 
 
 def public_name(folder: str) -> str:
-    """The name of a folder; in transformers' cache with the folders above it that name the model."""
+    """Return the name of a folder; in transformers' cache with the folders above it that name the model."""
     found = HUB_CACHE.search(folder)
     return folder[found.start() :] if found else Path(folder).name

@@ -13,7 +13,7 @@ LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but does not listen yet. Raises UserError for an address that cannot be used."""
+    """Return a socket that is bound, but does not listen yet. Raises UserError for an address that cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -35,8 +35,8 @@ def unusable(host: str, port: int, error: OSError) -> UserError:
 
 
 def allowed_hosts(names: Sequence[str] | None, address: str) -> frozenset[str] | None:
-    """The names that a server answers to; None: any. names: of an option; without any, the names of this machine if
-    only it can reach the `address` to listen on."""
+    """Return the names that a server answers to; None: any. names: of an option; without any, the names of this machine
+    if only it can reach the `address` to listen on."""
     if names:
         return frozenset(name.lower() for name in names)
     return LOCAL_HOSTS | {address} if ip_address(address).is_loopback else None

@@ -51,7 +51,7 @@ class Mirror:
         self.url = url
 
     def complete(self) -> dict[str, bytes]:
-        """The complete checkpoints, oldest first: name -> content of COMPLETE. Raises StorageError."""
+        """Return the complete checkpoints, oldest first: name -> content of COMPLETE. Raises StorageError."""
         found = {}
         for name in sorted(filter(is_checkpoint_name, list_folders(self.url)), key=_step):
             with suppress(MissingError):
@@ -196,7 +196,7 @@ def local_checkpoint(name: str) -> Path:
 
 
 def _checksums(url: str, marker: bytes) -> dict[str, str]:
-    """The content of a COMPLETE file. Raises DamagedError."""
+    """Return the content of a COMPLETE file. Raises DamagedError."""
     try:
         found: dict[str, str] = parse_json(marker)
         if not found or any(".." in Path(name).parts or Path(name).is_absolute() for name in found):

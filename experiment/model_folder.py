@@ -25,7 +25,7 @@ _SPARE = 1 << 24  # elements of parts that the weights lack, such as a pooler an
 
 
 def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
-    """The config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read."""
+    """Return the config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read."""
     check_label_count(folder)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -42,8 +42,8 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
 def load_weights(
     auto_model: Any, folder: Path, config: PreTrainedConfig
 ) -> tuple[PreTrainedModel, Mapping[str, Collection[Any]]]:
-    """The model of a Hugging Face folder in fp32, and transformers' report of weights that are missing, unused or of
-    another shape, which are initialized. auto_model: a class such as AutoModelForMaskedLM.
+    """Return the model of a Hugging Face folder in fp32, and transformers' report of weights that are missing, unused
+    or of another shape, which are initialized. auto_model: a class such as AutoModelForMaskedLM.
 
     Raises UserError if the weights cannot be loaded.
     """
@@ -160,5 +160,5 @@ def first_use(model: nn.Module) -> Iterator[None]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there are weights of PyTorch in a Hugging Face folder."""
+    """Return whether there are weights of PyTorch in a Hugging Face folder."""
     return any(path.is_file() for pattern in WEIGHT_FILES for path in folder.glob(pattern))

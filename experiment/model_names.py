@@ -22,7 +22,8 @@ _WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")
 
 
 def record_model(name: str, earlier: str | None = None) -> str:
-    """The name to record in a config: the absolute path of a Hugging Face folder, or NAME@COMMIT of a model of the Hub.
+    """Return the name to record in a config: the absolute path of a Hugging Face folder, or NAME@COMMIT of a model of
+    the Hub.
 
     earlier: the name that the run recorded when it began, if it did. For a name without a revision, it determines the
     commit. Raises UserError if there is no such model.
@@ -37,8 +38,8 @@ def record_model(name: str, earlier: str | None = None) -> str:
 
 
 def local_model(name: str, on_progress: Callable[[], None] = lambda: None, weights: bool = True) -> Path:
-    """The path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub is
-    copied to the user's cache folder first. Raises UserError.
+    """Return the path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub
+    is copied to the user's cache folder first. Raises UserError.
 
     on_progress: called when something has been received from the Hub. weights: whether to copy the weights of a Hub
     model, too.

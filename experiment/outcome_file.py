@@ -106,7 +106,7 @@ def recorded_outcome(folder: RunFolder) -> Iterator[None]:
 
 
 def read_outcome(folder: RunFolder) -> ReportedOutcome | None:
-    """The outcome that the ranks reported; None if the file is missing or damaged."""
+    """Return the outcome that the ranks reported; None if the file is missing or damaged."""
     try:
         found = read_json(folder.outcome)
         cause = None if found["cause"] is None else Cause(found["cause"])
@@ -155,5 +155,5 @@ def read_rank_records(folder: RunFolder) -> list[RankRecord]:
 
 
 def rank_records(folder: RunFolder) -> Iterator[Path]:
-    """The files of the ranks that have started."""
+    """Return the files of the ranks that have started."""
     return folder.logs.glob("rank-*.json")

@@ -16,8 +16,8 @@ class LockedError(UserError):
 
 
 def is_free(folder: Path) -> bool:
-    """Whether the folder is missing or empty. Raises UserError for a link to such a folder: a finished folder cannot be
-    renamed to it."""
+    """Return whether the folder is missing or empty. Raises UserError for a link to such a folder: a finished folder
+    cannot be renamed to it."""
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if free and folder.is_symlink():
         raise UserError(f"{folder} is a link to a folder that is empty or missing; name that folder instead")
@@ -25,7 +25,7 @@ def is_free(folder: Path) -> bool:
 
 
 def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
-    """Whether the folder has a result of this kind, and so this file; False if it is free. Raises UserError for
+    """Return whether the folder has a result of this kind, and so this file; False if it is free. Raises UserError for
     anything else. key: of the folder, for messages."""
     if is_free(folder):
         return False

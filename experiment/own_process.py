@@ -51,7 +51,8 @@ def use_cpu() -> None:
 
 
 def given_environment() -> dict[str, str]:
-    """The environment without the choice of `use_cpu`, which is not the user's: ranks on other hosts may have GPUs."""
+    """Return the environment without the choice of `use_cpu`, which is not the user's: ranks on other hosts may have
+    GPUs."""
     environment = dict(os.environ)
     if _given_device and environment.get(_DEVICE) == "cpu":
         del environment[_DEVICE]
@@ -61,7 +62,7 @@ def given_environment() -> dict[str, str]:
 
 
 def python_path(environ: Mapping[str, str]) -> str:
-    """PYTHONPATH with the repository as its first entry."""
+    """Return PYTHONPATH with the repository as its first entry."""
     others = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(REPOSITORY))]
     return ":".join([str(REPOSITORY), *others])
 
@@ -79,7 +80,7 @@ def wait_at_gate() -> None:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether the process that made a temporary folder still runs, see `temporary_folder`."""
+    """Return whether the process that made a temporary folder still runs, see `temporary_folder`."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:

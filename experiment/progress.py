@@ -23,8 +23,8 @@ _WITHOUT_WARNINGS = "warnings too"  # value of the variable for quiet processes
 
 @cache
 def terminal() -> Console:
-    """The console on stderr, which prints text as it is; the progress bar and the log messages share it so as not to
-    overwrite each other. With `--quiet`, it prints nothing."""
+    """Return the console on stderr, which prints text as it is; the progress bar and the log messages share it so as
+    not to overwrite each other. With `--quiet`, it prints nothing."""
     return _console(force_interactive=sys.stderr.isatty() and not is_quiet(), quiet=is_quiet())
 
 

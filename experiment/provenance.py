@@ -117,7 +117,7 @@ def read_origin(model: Path) -> dict[str, Any] | None:
 
 
 def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
-    """The ancestors of a run that starts from the weights in a Hugging Face folder, oldest first.
+    """Return the ancestors of a run that starts from the weights in a Hugging Face folder, oldest first.
 
     relation: of the run to the last ancestor, "init_from" (weights only) or "fork" (full state). A model that was not
     written by deepcloze is identified by its folder and the SHA-256 of its weight files, which model hubs show too; one
@@ -134,7 +134,7 @@ def ancestors_of(model: Path, relation: str) -> list[dict[str, Any]]:
 
 
 def forked_from(ancestors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The ancestor that a run with these ancestors began as a fork of; None if it is no fork."""
+    """Return the ancestor that a run with these ancestors began as a fork of; None if it is no fork."""
     return ancestors[-1] if ancestors and ancestors[-1].get("relation") == "fork" else None
 
 
@@ -166,13 +166,13 @@ def _version(library: str) -> str | None:
 
 
 def describe_commit(attempt: Mapping[str, Any]) -> str | None:
-    """The commit of an attempt in provenance.json; None if it is not known."""
+    """Return the commit of an attempt in provenance.json; None if it is not known."""
     git = attempt.get("git")
     return f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else None
 
 
 def describe_devices(hardware: Mapping[str, Any]) -> str:
-    """The devices of a host, from an attempt in provenance.json: its GPUs, or its CPU."""
+    """Return the devices of a host, from an attempt in provenance.json: its GPUs, or its CPU."""
     gpus = Counter(hardware.get("gpus") or [])
     return ", ".join(f"{count} × {name}" for name, count in gpus.items()) or describe_cpu(hardware)
 

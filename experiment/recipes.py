@@ -37,7 +37,7 @@ def all_recipes(kinds: Sequence[RecipeKind] = _KINDS) -> list[Recipe]:
 
 
 def find_recipe(name: str, kinds: Sequence[RecipeKind] = _KINDS) -> Recipe:
-    """The recipe of that name, or KIND/NAME. Raises UserError if there is none, or more than one."""
+    """Return the recipe of that name, or KIND/NAME. Raises UserError if there is none, or more than one."""
     known = all_recipes(kinds)
     found = [recipe for recipe in known if name in (recipe.name, f"{recipe.kind}/{recipe.name}")]
     if not found:
@@ -50,7 +50,7 @@ def find_recipe(name: str, kinds: Sequence[RecipeKind] = _KINDS) -> Recipe:
 
 
 def find_config(name: str, *kinds: RecipeKind) -> str:
-    """The file that `name` refers to: itself, or a recipe for one of the commands if there is no such file.
+    """Return the file that `name` refers to: itself, or a recipe for one of the commands if there is no such file.
 
     Raises UserError for a name, or KIND/NAME, that is neither.
     """

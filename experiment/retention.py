@@ -21,7 +21,7 @@ class Retention:
     uploading: int | None = None  # also keep the one that is being copied to the mirror
 
     def superseded(self, steps: Collection[int], newest: int) -> list[int]:
-        """The steps of a run whose checkpoints need not be kept.
+        """Return the steps of a run whose checkpoints need not be kept.
 
         newest: step of the checkpoint just saved. Checkpoints of later steps are damaged, or the run would have resumed
         from them; they are left alone and do not count towards `keep_last`.

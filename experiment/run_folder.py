@@ -96,16 +96,16 @@ class RunFolder:
         return self.logs / f"rank-{rank}.log"
 
     def rank_record(self, rank: int) -> Path:
-        """The process of a rank, see `outcome_file.RankRecord`."""
+        """Return the process of a rank, see `outcome_file.RankRecord`."""
         return self.logs / f"rank-{rank}.json"
 
     def heartbeat(self, rank: int) -> Path:
-        """The activity of a rank, see `heartbeat.Heartbeat`."""
+        """Return the activity of a rank, see `heartbeat.Heartbeat`."""
         return self.logs / f"rank-{rank}.beat"
 
 
 def planned_folders(folder: Path) -> list[Path]:
-    """The run folders of a sweep or comparison, also of runs that have not started; empty if it is none."""
+    """Return the run folders of a sweep or comparison, also of runs that have not started; empty if it is none."""
     for name in (SWEEP_RECORD, COMPARISON_RECORD):
         with suppress(OSError, ValueError, KeyError, TypeError):
             content = read_json(folder / name)
@@ -114,7 +114,7 @@ def planned_folders(folder: Path) -> list[Path]:
 
 
 def is_run(folder: RunFolder) -> bool:
-    """Whether the folder has something that only a run has. Sweeps and comparisons have logs, too."""
+    """Return whether the folder has something that only a run has. Sweeps and comparisons have logs, too."""
     known = (folder.config, folder.metrics, folder.launches)
     return any(path.exists() for path in known) or (folder.logs.is_dir() and not planned_folders(folder.path))
 
@@ -170,7 +170,7 @@ def check_creatable(folder: RunFolder) -> None:
 
 
 def open_run_folder(path: Path | str) -> RunFolder:
-    """The run folder at `path`, created if needed. Raises UserError if it is not writable."""
+    """Return the run folder at `path`, created if needed. Raises UserError if it is not writable."""
     folder = RunFolder(Path(path).absolute())
     try:
         folder.logs.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ def lock_until_exit(folder: RunFolder) -> None:
 
 
 def is_locked(folder: RunFolder) -> bool:
-    """Whether another process of this machine, or a rank, uses the run folder, which may not exist."""
+    """Return whether another process of this machine, or a rank, uses the run folder, which may not exist."""
     return _is_held(folder.lock) or _is_held(folder.processes_lock)
 
 
@@ -142,8 +142,8 @@ class FolderUse:
 
 
 def folder_use(folder: RunFolder, times: LockTimes = _TIMES) -> FolderUse:
-    """Whether a process of any machine uses the run folder. Takes seconds if the last one was on another machine and
-    has not ended properly. Writes nothing."""
+    """Return whether a process of any machine uses the run folder. Takes seconds if the last one was on another machine
+    and has not ended properly. Writes nothing."""
     owner, other = _owner(folder.owner), _other_owner(folder)
     host = None if owner is None else str(owner["host"])
     if other is None:
@@ -201,7 +201,7 @@ def _check_other_machine(folder: RunFolder, times: LockTimes, dead: Renewal | No
 
 
 def _other_owner(folder: RunFolder) -> dict[str, object] | None:
-    """The content of the owner's file, if the owner is on another machine."""
+    """Return the content of the owner's file, if the owner is on another machine."""
     owner = _owner(folder.owner)
     return None if owner is None or owner.items() >= this_machine().items() else owner
 

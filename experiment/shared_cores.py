@@ -44,7 +44,7 @@ os.register_at_fork(after_in_child=share_cores.cache_clear)  # threads do not su
 
 
 def load_openmp() -> ctypes.CDLL | None:
-    """The GNU OpenMP library that torch uses; None if it uses none, or if that is uncertain."""
+    """Return the GNU OpenMP library that torch uses; None if it uses none, or if that is uncertain."""
     with suppress(OSError):
         lines = Path("/proc/self/maps").read_bytes().splitlines()
         loaded = {os.fsdecode(line.split(maxsplit=5)[-1]) for line in lines if b"/libgomp" in line}
@@ -91,7 +91,7 @@ def _watch(spinning: "Spinning", team: int) -> None:
 def waiting_share(
     before: Mapping[int, ThreadTimes], after: Mapping[int, ThreadTimes], team: int, seconds: float
 ) -> float:
-    """The largest share of its time for which a computing thread waited for a core.
+    """Return the largest share of its time for which a computing thread waited for a core.
 
     before, after: times by thread id, `seconds` apart. team: number of threads that compute. They are the ones that ran
     most: a server has other threads, which wait for them.

@@ -132,7 +132,7 @@ def ignore_stop_signals() -> None:
 
 
 def interrupt(_number: int) -> None:
-    """A handler for `handle_stop_signals` that treats the first signal as Ctrl-C, and ignores others while the command
-    ends, which takes seconds. Raises KeyboardInterrupt."""
+    """Handle the first signal as Ctrl-C, and ignore others while the command ends, which takes seconds: a handler for
+    `handle_stop_signals`. Raises KeyboardInterrupt."""
     ignore_stop_signals()
     raise KeyboardInterrupt

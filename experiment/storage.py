@@ -93,12 +93,12 @@ def is_url(name: str) -> bool:
 
 
 def join(url: str, *names: str) -> str:
-    """The URL of a file below a folder."""
+    """Return the URL of a file below a folder."""
     return "/".join([url.rstrip("/"), *names])
 
 
 def list_files(url: str) -> dict[str, FileInfo]:
-    """The files that a URL names, sorted: itself, those below a folder, or those that match a pattern such as
+    """Return the files that a URL names, sorted: itself, those below a folder, or those that match a pattern such as
     `s3://bucket/*.jsonl`. Raises StorageError if there are none."""
 
     def find(fs: Any, path: str) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def list_files(url: str) -> dict[str, FileInfo]:
 
 
 def _is_file(name: str, info: dict[str, Any]) -> bool:
-    """Whether this is a file: not a folder, nor the empty object with which some programs mark one."""
+    """Return whether this is a file: not a folder, nor the empty object with which some programs mark one."""
     return info["type"] == "file" and not (name.endswith("/") and info["size"] == 0)
 
 
@@ -133,7 +133,8 @@ def _without_size(url: str) -> StorageError:
 
 
 def list_folders(url: str) -> list[str]:
-    """The names of the folders in a folder, sorted. Empty if it does not exist, as folders without files do not."""
+    """Return the names of the folders in a folder, sorted. Empty if it does not exist, as folders without files do
+    not."""
     try:
         found = _call(url, lambda fs, path: fs.ls(path, detail=True))
     except MissingError:
@@ -142,7 +143,7 @@ def list_folders(url: str) -> list[str]:
 
 
 def exists(url: str) -> bool:
-    """Whether there is a file or folder of this name."""
+    """Return whether there is a file or folder of this name."""
     try:
         _call(url, lambda fs, path: fs.info(path))
     except MissingError:
@@ -359,7 +360,7 @@ class _Reader(io.RawIOBase):
 
 
 def _open_filesystem(url: str) -> tuple[Any, str]:
-    """The file system of fsspec, one per thread and process, and the path in it."""
+    """Return the file system of fsspec, one per thread and process, and the path in it."""
     import fsspec  # takes 0.1 s, and the libraries of the protocols a second
 
     protocol = url.partition("://")[0]

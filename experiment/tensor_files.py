@@ -71,7 +71,8 @@ def save_tensors(
 
 
 def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, part_bytes: int) -> Iterator[Any]:
-    """The content of the file: bytes and arrays of bytes. The header is one part, others are at most `part_bytes`."""
+    """Yield the content of the file: bytes and arrays of bytes. The header is one part, others are at most
+    `part_bytes`."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():

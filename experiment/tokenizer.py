@@ -54,7 +54,8 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
 
 
 def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a Hugging Face folder, or in a folder with just a BERT `vocab.txt`; never from the network.
+    """Return the tokenizer in a Hugging Face folder, or in a folder with just a BERT `vocab.txt`; never from the
+    network.
 
     If the folder does not say which tokens are special, tokens with BERT's or RoBERTa's names are used. A vocab.txt on
     its own is uncased if no entry has an upper-case letter.
@@ -110,7 +111,7 @@ def _expected(folder: Path) -> str:
 
 
 def _is_bare_vocabulary(folder: Path) -> bool:
-    """Whether there is a vocab.txt and nothing says that it belongs to another tokenizer than BERT's."""
+    """Return whether there is a vocab.txt and nothing says that it belongs to another tokenizer than BERT's."""
     if not (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
         return False
     tokenizer_class = _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
@@ -139,7 +140,7 @@ def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no file."""
+    """Return the object in a JSON file, empty if there is no file."""
     try:
         found = read_json(path)
     except FileNotFoundError:

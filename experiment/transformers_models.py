@@ -49,7 +49,7 @@ def check_label_count(folder: Path) -> None:
 
 
 def _label_counts(value: Any) -> Iterator[float]:
-    """The values of `num_labels` in a config and in its parts."""
+    """Yield the values of `num_labels` in a config and in its parts."""
     for key, child in value.items() if isinstance(value, dict) else ():
         if key == "num_labels" and isinstance(child, int | float):
             yield child
@@ -57,7 +57,7 @@ def _label_counts(value: Any) -> Iterator[float]:
 
 
 def has_masked_lm_head(architectures: Sequence[str] | None) -> bool:
-    """Whether the model predicts masked tokens. architectures: as in the config of transformers."""
+    """Return whether the model predicts masked tokens. architectures: as in the config of transformers."""
     return isinstance(architectures, list) and any(str(name).endswith(_MASKED_LM) for name in architectures[:1])
 
 
@@ -81,8 +81,8 @@ def describe_unused_layers(folder: Path, unused: Iterable[str]) -> str | None:
 
 
 def first_position(model: "nn.Module") -> int:
-    """Position id of a sequence's first token: 0, or padding_idx + 1 if the position embeddings have a padding row, as
-    in the RoBERTa family."""
+    """Return the position id of a sequence's first token: 0, or padding_idx + 1 if the position embeddings have a
+    padding row, as in the RoBERTa family."""
     from torch import nn
 
     for name, module in model.named_modules():
@@ -114,7 +114,7 @@ def keep_fixed(model: "PreTrainedModel", new: "PreTrainedModel") -> None:
 
 
 def is_in_module(parameter: str, module: str) -> bool:
-    """Whether `module` is one part, or several consecutive dotted parts, of the parameter's name."""
+    """Return whether `module` is one part, or several consecutive dotted parts, of the parameter's name."""
     return f".{module}." in f".{parameter}."
 
 

@@ -151,7 +151,7 @@ class FinetuneConfig(Section):
 
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
-        """The type with the keys of the task's kind. Raises UserError for an unknown kind."""
+        """Return the type with the keys of the task's kind. Raises UserError for an unknown kind."""
         task = tree.get("task")
         if not isinstance(task, dict):
             return cls  # which rejects it
@@ -167,7 +167,7 @@ class FinetuneConfig(Section):
 
 @cache
 def config_of_kind(kind: str) -> type[FinetuneConfig]:
-    """The config of a run whose task is of this kind."""
+    """Return the config of a run whose task is of this kind."""
     return create_model("FinetuneConfig", __base__=FinetuneConfig, task=(find_kind(kind).config_type, ...))
 
 

@@ -96,7 +96,7 @@ def _shared(tables: Mapping[str, Table], targets: Sequence[str]) -> Iterator[str
 
 
 def _inputs(record: Record, targets: Sequence[str]) -> str:
-    """The inputs of a record, as a key."""
+    """Return the inputs of a record, as a key."""
     values: dict[str, Any] = {role: value for role, value in record.values.items() if role not in targets}
     return repr(values)
 
@@ -106,8 +106,8 @@ def _shorten(text: str) -> str:
 
 
 def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> str:
-    """The tokens and the target of the first example, as the model gets them: they show a wrong tokenizer, or columns
-    that are swapped. labels: the names of targets that are numbers of labels."""
+    """Return the tokens and the target of the first example, as the model gets them: they show a wrong tokenizer, or
+    columns that are swapped. labels: the names of targets that are numbers of labels."""
     example = split.examples[0]
     ids = example.sequences[0].input_ids.tolist()
     tokens = tokenizer.convert_ids_to_tokens(ids[:_SHOWN_TOKENS])

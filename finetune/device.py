@@ -81,7 +81,7 @@ class Microbatch:
 
 
 def _fits(compute: Callable[[Sequence[Sequence[T]]], None], parts: Sequence[Sequence[T]]) -> bool:
-    """Whether memory suffices. When this returns, a failed computation has released its own."""
+    """Return whether memory suffices. When this returns, a failed computation has released its own."""
     try:
         compute(parts)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ from finetune.task_kind import find_kind
 
 
 def evaluation_texts(config: str) -> list[EvaluationText]:
-    """The texts that a config file evaluates on, see `texts_of`. Raises UserError, also if there are none."""
+    """Return the texts that a config file evaluates on, see `texts_of`. Raises UserError, also if there are none."""
     found = texts_of(load_config(FinetuneConfig, config).task)
     if not found:
         raise UserError("it has no validation or test texts; expected task.validation or task.test")
@@ -35,8 +35,8 @@ def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
 
 
 def texts_of(task: TaskConfig) -> list[EvaluationText]:
-    """The texts of the validation and test splits. Without a validation file, of the part of the training split that
-    fine-tuning draws. Raises UserError for files that cannot be read."""
+    """Return the texts of the validation and test splits. Without a validation file, of the part of the training split
+    that fine-tuning draws. Raises UserError for files that cannot be read."""
     tables: dict[str, Table] = {
         split: read_table(Path(path), task.columns, task.file_format(), targets_required=False)
         for split, path in task.files().items()

@@ -47,7 +47,7 @@ class Inference:
     microbatch: Microbatch
 
     def compute(self, examples: Sequence[Example], options: LossOptions | None = None) -> tuple[Outputs, Loss | None]:
-        """The outputs of every example, and the loss of the examples with targets; None without any.
+        """Return the outputs of every example, and the loss of the examples with targets; None without any.
 
         Microbatches consist of examples of similar length. options: None to compute no loss.
         """
@@ -70,7 +70,7 @@ class Inference:
     def _compute_batch(
         self, examples: Sequence[Example], options: LossOptions | None
     ) -> tuple[Iterator[NDArray[np.float32]], Loss | None]:
-        """The outputs of all sequences in order, and the loss."""
+        """Return the outputs of all sequences in order, and the loss."""
         batch = collate(self.kind, examples, self.padding, self.device.device)
         with self.device.autocast():
             outputs = self.kind.forward(self.model, batch)
@@ -86,7 +86,7 @@ def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int
 
 
 def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Prediction, ...]:
-    """The predictions of all records from the outputs of all examples."""
+    """Return the predictions of all records from the outputs of all examples."""
     examples_of: list[list[int]] = [[] for _ in split.table.records]
     for index, record in enumerate(split.record_of):
         examples_of[record].append(index)
@@ -131,7 +131,7 @@ def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch,
 
 
 def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int) -> tuple[Task, Device, list[str]]:
-    """The task and the device as the model needs them, and a line for each change.
+    """Return the task and the device as the model needs them, and a line for each change.
 
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
     depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`. Raises
@@ -152,7 +152,7 @@ def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int
 
 
 def _ignores_padding(model: nn.Module, task: Task, examples: Sequence[Example]) -> bool:
-    """Whether the outputs of short examples stay the same next to a long one. examples: the shortest first."""
+    """Return whether the outputs of short examples stay the same next to a long one. examples: the shortest first."""
     compared = [*examples[:_EXAMPLES], examples[-1]]
     model.eval()
     with first_use(model), torch.inference_mode():
@@ -166,7 +166,7 @@ def _outputs(model: nn.Module, task: Task, examples: Sequence[Example]) -> Tenso
 
 
 def _same(alone: Tensor, together: Tensor) -> bool:
-    """Whether outputs are the same but for rounding. together: perhaps for more tokens, which are padding."""
+    """Return whether outputs are the same but for rounding. together: perhaps for more tokens, which are padding."""
     shown = together[tuple(map(slice, alone.shape))]
     return bool((alone - shown).abs().max() <= _TOLERANCE * (1 + alone.abs().max()))
 
@@ -174,7 +174,8 @@ def _same(alone: Tensor, together: Tensor) -> bool:
 def computes(
     model: nn.Module, kind: TaskKind[Any], batch: Batch, device: Device, options: LossOptions | None = None
 ) -> bool:
-    """Whether a model can compute a batch in the precision of the device; with loss options, the gradients too."""
+    """Return whether a model can compute a batch in the precision of the device; with loss options, the gradients
+    too."""
     try:
         with torch.set_grad_enabled(options is not None):
             with device.autocast():

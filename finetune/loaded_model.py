@@ -69,7 +69,7 @@ def load_model(
 
 
 def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask) -> LoadedModel:
-    """The model as transformers computes it, in fp32; or the ONNX model in the folder. Raises UserError."""
+    """Return the model as transformers computes it, in fp32; or the ONNX model in the folder. Raises UserError."""
     spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
     inputs = read_model_inputs(spec, tokenizer)
     model = OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)
@@ -92,12 +92,12 @@ def _build(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _probe(loaded: LoadedModel, kind: TaskKind[Any]) -> Batch:
-    """The smallest batch."""
+    """Return the smallest batch."""
     return collate(kind, [kind.probe(loaded.encoder)], loaded.padding, loaded.device.device)
 
 
 def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch, device: Device) -> Device:
-    """The device, in fp32 if the model cannot compute in its precision, as DeBERTa (v1) on a CPU."""
+    """Return the device, in fp32 if the model cannot compute in its precision, as DeBERTa (v1) on a CPU."""
     if device.dtype is None or computes(model, kind, probe, device):
         return device
     name = model.config.model_type
@@ -119,7 +119,7 @@ class Embedder:
             return [Example((self.loaded.encoder.encode(text),), details=pooling or self.pooling) for text in texts]
 
     def compute(self, texts: Sequence[Example]) -> list[list[float]]:
-        """The vectors of encoded texts, D numbers each: hidden states of the last layer, pooled."""
+        """Return the vectors of encoded texts, D numbers each: hidden states of the last layer, pooled."""
         inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
             hidden_STD = self.loaded.model.base_model(**inputs).last_hidden_state

@@ -43,14 +43,14 @@ class _OptionRanking(cloze.Kind):
 
 
 def ranking_task() -> SavedTask:
-    """The task of a masked language model: to rank options for the masks in a text."""
+    """Return the task of a masked language model: to rank options for the masks in a text."""
     # Masks are special tokens in the text, as in the fill-mask pipeline of transformers.
     config = cloze.Config(scoring="zero_shot", other_blanks="masked", special_tokens_in_text=True)
     return SavedTask(_OptionRanking(config, ()), None)
 
 
 def load_filling_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a masked language model. Raises UserError if it has no mask."""
+    """Return the tokenizer of a masked language model. Raises UserError if it has no mask."""
     return load_any_tokenizer(folder, ["pad_token", "mask_token"])
 
 
@@ -88,7 +88,7 @@ class MaskFiller:
         return [self.describe(candidates) for candidates in self.compute(masked)]
 
     def encode(self, text: str, place: str, top_k: int) -> Example:
-        """The first step of `fill`; `details`: its masks. place: the name of the text in messages."""
+        """Return the first step of `fill`; `details`: its masks. place: the name of the text in messages."""
         with self.loaded.encoding:
             tokens = self.loaded.encoder.encode(text)
         positions = (tokens.input_ids == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
@@ -97,7 +97,7 @@ class MaskFiller:
         return Example((tokens,), details=Masks(tuple(positions), min(top_k, len(self.tokenizer))))
 
     def compute(self, texts: Sequence[Example]) -> list[Candidates]:
-        """The second step, for any texts together."""
+        """Return the second step, for any texts together."""
         masks: list[Masks] = [text.details for text in texts]
         rows = [row for row, found in enumerate(masks) for _ in found.positions]
         positions = [position for found in masks for position in found.positions]
@@ -118,14 +118,15 @@ class MaskFiller:
         ]
 
     def describe(self, candidates: Candidates) -> list[list[dict[str, Any]]]:
-        """The last step: candidates as {token, probability}. A token is text, without the marks of its vocabulary."""
+        """Return the last step: candidates as {token, probability}. A token is text, without the marks of its
+        vocabulary."""
         return [
             [{"token": self.tokenizer.decode([token]).strip(), "probability": found} for token, found in mask]
             for mask in candidates
         ]
 
     def split(self, text: str, place: str) -> list[str]:
-        """The text before, between and behind the masks. Raises UserError if there is none."""
+        """Return the text before, between and behind the masks. Raises UserError if there is none."""
         segments = text.split(self.mask)
         if len(segments) == 1:
             raise UserError(f"{place}: no {self.mask} to fill")
@@ -140,7 +141,7 @@ class MaskFiller:
 
     @staticmethod
     def rank(record: Record, probabilities: Sequence[Sequence[float]]) -> list[list[dict[str, Any]]]:
-        """The options of each mask as {token, probability}, the most probable first."""
+        """Return the options of each mask as {token, probability}, the most probable first."""
         return [
             [
                 {"token": option, "probability": probability}

@@ -82,7 +82,7 @@ def summarize(values: Sequence[float]) -> dict[str, list[float] | float | None]:
 
 
 def label_scores(confusion: Confusion, labels: Sequence[str]) -> LabelScores:
-    """The scores of labels of which each record has one."""
+    """Return the scores of labels of which each record has one."""
     return scores_of_counts(labels, np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
 
 
@@ -98,7 +98,7 @@ def scores_of_counts(
 
 
 def top_confusions(confusion: Confusion, labels: Sequence[str], count: int = 10) -> list[dict[str, Any]]:
-    """The most frequent mistakes, as {label, predicted, count, share}. share: of the label's records."""
+    """Return the most frequent mistakes, as {label, predicted, count, share}. share: of the label's records."""
     mistakes = confusion - np.diag(np.diag(confusion))
     order = np.argsort(-mistakes, axis=None, kind="stable")[:count]
     places = [divmod(int(place), len(labels)) for place in order]
@@ -115,7 +115,8 @@ def top_confusions(confusion: Confusion, labels: Sequence[str], count: int = 10)
 
 
 def is_constant(answers: Sequence[Any], targets: Sequence[Any]) -> bool:
-    """Whether all answers are the same although the targets differ. For numbers: whether their spread is near zero.
+    """Return whether all answers are the same although the targets differ. For numbers: whether their spread is near
+    zero.
 
     Such a model has collapsed. Fine-tuning on little data ends this way for some seeds (Devlin et al. 2019; Mosbach et
     al. 2021, "On the Stability of Fine-tuning BERT"), and the mean over the seeds then says little.
@@ -140,7 +141,7 @@ class Classified:
 
 
 def confidence_losses(confidences: Sequence[float], right: Sequence[float]) -> NDArray[np.float64]:
-    """N cross-entropies of the probabilities of N answers, and how right the answers are, from 0 to 1."""
+    """Return N cross-entropies of the probabilities of N answers, and how right the answers are, from 0 to 1."""
     p, share = np.asarray(confidences, dtype=float), np.asarray(right, dtype=float)
     return np.asarray(-share * np.log(np.maximum(p, _TINY)) - (1 - share) * np.log(np.maximum(1 - p, _TINY)))
 
@@ -156,7 +157,7 @@ def calibration_error(classified: Classified) -> float:
 
 
 def fit_temperature(classified: Classified) -> float:
-    """The temperature with the lowest loss (Guo et al. 2017, "On Calibration of Modern Neural Networks"). If all
+    """Return the temperature with the lowest loss (Guo et al. 2017, "On Calibration of Modern Neural Networks"). If all
     records are predicted right, the loss falls until the lower end of the range, 0.05 to 20."""
 
     def loss(log_temperature: float) -> float:
@@ -170,8 +171,8 @@ def fit_temperature(classified: Classified) -> float:
 
 
 def measure_calibration(splits: Mapping[str, Classified | None]) -> tuple[float | None, dict[str, dict[str, float]]]:
-    """The temperature that is best on validation, and {`ece`, `calibrated_ece`} of each split; None and {} if there is
-    nothing to calibrate."""
+    """Return the temperature that is best on validation, and {`ece`, `calibrated_ece`} of each split; None and {} if
+    there is nothing to calibrate."""
     validation = splits.get("validation")
     if validation is None:
         return None, {}
@@ -203,13 +204,13 @@ def calibrate(prediction: Mapping[str, Any], temperature: float) -> dict[str, An
 
 
 def list_probabilities(prediction: Mapping[str, Any]) -> list[float]:
-    """The `probabilities` of a prediction, in their order."""
+    """Return the `probabilities` of a prediction, in their order."""
     probabilities = prediction["probabilities"]
     return list(probabilities.values() if isinstance(probabilities, Mapping) else probabilities)
 
 
 def pad_probabilities(predictions: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-    """The probabilities NC of N predictions, C being the most that one has; the others get zeros."""
+    """Return the probabilities NC of N predictions, C being the most that one has; the others get zeros."""
     rows = [list_probabilities(prediction) for prediction in predictions]
     width = max(map(len, rows))
     return np.array([row + [0.0] * (width - len(row)) for row in rows])
@@ -239,7 +240,7 @@ def draw_records(units: Sequence[Sequence[int]], resamples: int) -> list[NDArray
 
 
 def bootstrap_scores(score: Score, seeds: int, samples: Sequence[NDArray[np.int64]], stream: int) -> Scores:
-    """The score, as a mean over drawn seeds, for each sample of records.
+    """Return the score, as a mean over drawn seeds, for each sample of records.
 
     This is the Multi-Bootstrap of Sellam et al. (2022), https://arxiv.org/abs/2106.16163. A score varies with the seed
     and with the records of the test split. Both are drawn with replacement: the records once for all models, which
@@ -260,7 +261,8 @@ def bootstrap_scores(score: Score, seeds: int, samples: Sequence[NDArray[np.int6
 def compare_scores(
     first: Sequence[float], second: Sequence[float], first_drawn: Scores, second_drawn: Scores
 ) -> Difference:
-    """The difference of the mean scores over seeds. first, second: scores by seed; drawn: as from `bootstrap_scores`.
+    """Return the difference of the mean scores over seeds. first, second: scores by seed; drawn: as from
+    `bootstrap_scores`.
 
     The p-value of the bootstrap counts the resamples on the other side of zero, twice; it is at least 2 / (R + 1).
     From few seeds a bootstrap finds differences where there are none: n draws of n seeds vary less than n new seeds.
@@ -279,13 +281,13 @@ def compare_scores(
 
 
 def percentile_interval(scores: Scores) -> Interval:
-    """The 95 % interval of bootstrap scores."""
+    """Return the 95 % interval of bootstrap scores."""
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)
 
 
 def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
-    """The interval of an accuracy, for other questions of the same kind.
+    """Return the interval of an accuracy, for other questions of the same kind.
 
     groups: the subject of each question. If each has its own, Wilson's (1927) interval. Otherwise Student's interval
     of a ratio over groups (Cochran 1977, sections 6.3 and 9A.2): questions about one text are not independent, and an
@@ -307,7 +309,8 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
 
 
 def entity_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> dict[str, float]:
-    """F1, precision and recall of whole entities, over all types (micro), as conlleval of CoNLL-2000 counts them."""
+    """Return F1, precision and recall of whole entities, over all types (micro), as conlleval of CoNLL-2000 counts
+    them."""
     from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
     sides = (_entity_tags(side, labels) for side in (gold, predicted))
@@ -316,7 +319,7 @@ def entity_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> dict[st
 
 
 def entity_label_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> LabelScores:
-    """The scores of each type of entities; an entity is right as a whole or not at all."""
+    """Return the scores of each type of entities; an entity is right as a whole or not at all."""
     from seqeval.metrics.sequence_labeling import get_entities
 
     gold_entities, found = (set(get_entities(_entity_tags(side, labels))) for side in (gold, predicted))
@@ -327,7 +330,7 @@ def entity_label_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> L
 
 
 def _entity_tags(sentences: Tags, labels: Sequence[str]) -> list[list[str]]:
-    """The tags of each sentence as seqeval reads them: B-, I-, E- or S- and a type.
+    """Return the tags of each sentence as seqeval reads them: B-, I-, E- or S- and a type.
 
     Tags of BMES and BILOU are translated, and so are letters alone, if no label has a type. Any other tag is an entity
     of one word.
@@ -349,13 +352,13 @@ def _entity_tags(sentences: Tags, labels: Sequence[str]) -> list[list[str]]:
 
 
 def exact_match(found: str, right: str) -> bool:
-    """Whether two answers have the same words, as the script of SQuAD (Rajpurkar et al. 2016) compares them: without
-    case, punctuation and articles."""
+    """Return whether two answers have the same words, as the script of SQuAD (Rajpurkar et al. 2016) compares them:
+    without case, punctuation and articles."""
     return _words(found) == _words(right)
 
 
 def word_f1(found: str, right: str) -> float:
-    """F1 of the words of an answer, as the script of SQuAD counts them."""
+    """Return F1 of the words of an answer, as the script of SQuAD counts them."""
     words, right_words = _words(found), _words(right)
     common = (Counter(words) & Counter(right_words)).total()
     if not words or not right_words:
@@ -372,7 +375,7 @@ def _words(text: str) -> list[str]:
 def document_ranks(
     queries_ND: Vectors, documents_MD: Vectors, own_N: NDArray[np.int64], left_out_N: NDArray[np.int64]
 ) -> list[int]:
-    """The rank of each query's own document among all documents, from 1.
+    """Return the rank of each query's own document among all documents, from 1.
 
     own_N: its number. left_out_N: the number of a document that does not count, such as the query's own text; the
     query's own document always counts.
@@ -404,7 +407,7 @@ def _discounted(ranks: Sequence[int]) -> float:
 
 
 def potentials(vectors_ND: Vectors) -> NDArray[np.float64]:
-    """N, the mean of exp(−2 ‖x − y‖²) over the other vectors y of a vector x.
+    """Return N, the mean of exp(−2 ‖x − y‖²) over the other vectors y of a vector x.
 
     The logarithm of their mean is the uniformity of Wang and Isola (2020), https://arxiv.org/abs/2005.10242: 0 if all
     vectors are equal, down to −4 in the limit of vectors spread over the sphere.

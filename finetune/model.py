@@ -58,7 +58,7 @@ class ModelInputs:
 
 
 def model_files(folder: Path, weights: bool) -> list[Path]:
-    """The config and the tokenizer in a Hugging Face folder, and perhaps its weights."""
+    """Return the config and the tokenizer in a Hugging Face folder, and perhaps its weights."""
     patterns = ("config.json", *_TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()))
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
@@ -89,7 +89,7 @@ def _has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def build_model(spec: ModelSpec) -> BuiltModel:
-    """The model; torch's global generator draws its new weights.
+    """Return the model; torch's global generator draws its new weights.
 
     A head in the folder is kept if it is of the same class and its labels have the same names in the same order.
 
@@ -107,7 +107,8 @@ def build_model(spec: ModelSpec) -> BuiltModel:
 
 
 def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -> list[str]:
-    """Lines on the size of a model and where its weights come from. uses_head: whether its head is of interest."""
+    """Return lines on the size of a model and where its weights come from. uses_head: whether its head is of
+    interest."""
     parameters = list(built.model.parameters())
     count = sum(map(torch.Tensor.numel, parameters))
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
@@ -152,7 +153,8 @@ def _is_in_head(parameter: str, model: PreTrainedModel) -> bool:
 
 
 def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
-    """Whether the head in the folder, if any, is for the same labels. Otherwise its weights mean something else."""
+    """Return whether the head in the folder, if any, is for the same labels. Otherwise its weights mean something
+    else."""
     config = load_config(spec.folder)
     architecture = (config.architectures or ["Model"])[0]
     if architecture.endswith("Model") or has_masked_lm_head(config.architectures):  # no head for a task

@@ -24,7 +24,7 @@ PRECISION = "precision"
 
 
 def holds_onnx_model(folder: Path) -> bool:
-    """Whether a model folder has no weights but an ONNX model."""
+    """Return whether a model folder has no weights but an ONNX model."""
     return (folder / FILE).is_file() and not has_weights(folder)
 
 
@@ -55,11 +55,11 @@ class OnnxModel(nn.Module):
         self.precision: str = metadata[PRECISION]
 
     def forward(self, **inputs: Tensor) -> SimpleNamespace:
-        """The outputs of the head."""
+        """Return the outputs of the head."""
         return SimpleNamespace(**self.compute(self._head, inputs))
 
     def base_model(self, **inputs: Tensor) -> SimpleNamespace:
-        """The hidden states STD of the encoder. The head is not computed."""
+        """Return the hidden states STD of the encoder. The head is not computed."""
         return SimpleNamespace(**self.compute([HIDDEN], inputs))
 
     def get_output_embeddings(self) -> None:

@@ -10,7 +10,7 @@ Pooling = Literal["mean", "cls"]
 
 
 def pool(hidden_STD: Tensor, mask_ST: Tensor, pooling: Pooling) -> Tensor:
-    """The vectors SD of S texts, in fp32. mask_ST: 0 for padding, which may be on either side."""
+    """Return the vectors SD of S texts, in fp32. mask_ST: 0 for padding, which may be on either side."""
     if pooling == "cls":
         return hidden_STD[torch.arange(len(mask_ST), device=mask_ST.device), mask_ST.argmax(dim=1)].float()
     mask_ST1 = mask_ST.unsqueeze(-1).float()

@@ -62,7 +62,7 @@ class Predictor:
         return f"Predictor({str(self.folder)!r}, {self.kind.config.kind})"
 
     def predict(self, records: Sequence[Mapping[str, Any]], calibrated: bool = False) -> list[Prediction]:
-        """The predictions for records, in order. A record maps the roles of columns, such as `text`, to values.
+        """Return the predictions for records, in order. A record maps the roles of columns, such as `text`, to values.
 
         Raises UserError for a record that lacks a role, has an unknown one or another type of value, and if there is no
         temperature.
@@ -79,7 +79,7 @@ class Predictor:
         return self.decode(split, self.compute(split.examples), calibrated)
 
     def encode(self, records: Sequence[Record]) -> Split:
-        """The first step of `predict_records`. Raises UserError for a record that cannot be encoded."""
+        """Return the first step of `predict_records`. Raises UserError for a record that cannot be encoded."""
         table = Table(self.folder, tuple(records), labelled=False)
         with self.loaded.encoding:
             return encode_split(table, self.kind, self.loaded.encoder, training=False)
@@ -90,11 +90,11 @@ class Predictor:
             return self.kind.count_option_tokens(records, self.loaded.encoder)
 
     def compute(self, examples: Sequence[Example]) -> Outputs:
-        """The second step: the outputs of any examples, also of several calls of `encode`."""
+        """Return the second step: the outputs of any examples, also of several calls of `encode`."""
         return self._inference.compute(examples)[0]
 
     def decode(self, split: Split, outputs: Outputs, calibrated: bool = False) -> list[Prediction]:
-        """The last step. outputs: of the examples of the split."""
+        """Return the last step. outputs: of the examples of the split."""
         predictions = decode(self.kind, split, outputs)
         if not calibrated or self.temperature is None:
             return list(predictions)

@@ -52,7 +52,7 @@ class MeanPooled(nn.Module):
 
 
 def probe(run: ResolvedRun) -> dict[str, float]:
-    """The metrics on validation of a probe that was fitted on train. Raises UserError."""
+    """Return the metrics on validation of a probe that was fitted on train. Raises UserError."""
     kind, splits = run.task.kind, run.task.splits
     encoder = build_model(run.model).model.base_model.to(run.device.device).eval()
     model = MeanPooled(encoder)

@@ -49,7 +49,7 @@ class ResolvedRun:
 
 
 def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
-    """The config of a file with absolute paths, the model that init_from refers to, and a task name.
+    """Return the config of a file with absolute paths, the model that init_from refers to, and a task name.
 
     overrides: dotted keys to raw text. Raises UserError, also if init_from refers to no usable model.
     """
@@ -122,7 +122,7 @@ def check_data(config: FinetuneConfig) -> None:
 
 
 def _read_data(config: FinetuneConfig) -> tuple[Mapping[str, Table], TaskKind[Any], ModelSpec]:
-    """The rows of each split, the kind of the task with its labels, and the model with a head for them."""
+    """Return the rows of each split, the kind of the task with its labels, and the model with a head for them."""
     folder = local_model(config.model.init_from)
     tables = read_splits(config.task, folder, config.training.fit_on)
     kind = make_kind(config.task, tables)
@@ -131,7 +131,7 @@ def _read_data(config: FinetuneConfig) -> tuple[Mapping[str, Table], TaskKind[An
 
 
 def config_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """The keys of a config that the results of a seed depend on."""
+    """Return the keys of a config that the results of a seed depend on."""
     tree = config.model_dump(mode="json")
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
     for key in CHANGE_ROUNDING_ONLY:

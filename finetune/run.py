@@ -120,7 +120,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
 
 
 def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:
-    """The seeds of a run, and seeds that it no longer has but has logged. Logged seeds keep their places."""
+    """Return the seeds of a run, and seeds that it no longer has but has logged. Logged seeds keep their places."""
     logged = (event["seed"] for event in read_events(folder.metrics) if isinstance(event.get("seed"), int))
     return list(dict.fromkeys([*logged, *seeds]))
 
@@ -156,7 +156,7 @@ def _in_parallel(seeds: Sequence[int], resolved: ResolvedRun) -> bool:
 
 
 def _describe_finished(seeds: Sequence[int], left_out: Sequence[int], resolved: ResolvedRun) -> list[str]:
-    """Lines on the seeds that are not trained again. left_out: those that the config does not name."""
+    """Return lines on the seeds that are not trained again. left_out: those that the config does not name."""
     folder = resolved.folder
     lines = [f"already finished in {folder.path}: seed {', '.join(map(str, seeds))}"] if seeds else []
     if left_out:

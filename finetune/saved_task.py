@@ -75,7 +75,7 @@ def write_saved_task(folder: Path, task: SavedTask) -> None:
 
 
 def read_saved_task(folder: Path) -> SavedTask:
-    """The task of a model folder.
+    """Return the task of a model folder.
 
     Raises UserError for a damaged file, or one that is not as training wrote it, and for a folder without the file
     whose model has no head that shows its task.
@@ -99,7 +99,7 @@ def read_saved_task(folder: Path) -> SavedTask:
 
 
 def override_task(saved: SavedTask, overrides: Mapping[str, str]) -> SavedTask:
-    """The same task with other values of some keys. Raises UserError for an unknown key.
+    """Return the same task with other values of some keys. Raises UserError for an unknown key.
 
     overrides: dotted keys of the `task` section, such as `columns.text` -> raw text of the command line.
     """
@@ -120,12 +120,12 @@ def _verify(folder: Path, checksums: Mapping[str, str]) -> None:
 
 
 def is_masked_lm(folder: Path) -> bool:
-    """Whether a model folder is for no task but has a masked-LM head."""
+    """Return whether a model folder is for no task but has a masked-LM head."""
     return has_masked_lm_head(load_config(folder).architectures) and not (folder / FILE).is_file()
 
 
 def _read_foreign(folder: Path) -> SavedTask:
-    """The task of a model that was trained elsewhere."""
+    """Return the task of a model that was trained elsewhere."""
     config = load_config(folder)
     architecture = str((config.architectures or ["none"])[0])
     kind_name = next((kind for end, kind in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
@@ -144,7 +144,7 @@ def _read_foreign(folder: Path) -> SavedTask:
 
 
 def find_model(path: Path) -> tuple[Path, str]:
-    """The model folder that `path` refers to, and a line that says which it is.
+    """Return the model folder that `path` refers to, and a line that says which it is.
 
     path: a model folder, the folder of a seed, or a run. Raises UserError if it is none of these, and for the folder of
     a damaged seed or checkpoint.
@@ -171,7 +171,7 @@ def _no_model(path: Path) -> UserError:
 
 
 def _best_seed(run: RunFolder) -> tuple[Path, str]:
-    """The first of the best seeds whose model was kept."""
+    """Return the first of the best seeds whose model was kept."""
     try:
         results = read_json(run.results)
         metric, seeds, validation = results["metric"], results["seeds"], results["splits"].get("validation")

@@ -38,7 +38,7 @@ _SMALL_MODEL = 30_000_000  # parameters
 def finished_seeds(
     folder: RunFolder, settings: Mapping[str, Any], unknown: tuple[str, ...] = ()
 ) -> dict[int, SeedRecord]:
-    """The finished seeds in a run folder. unknown: how the keys of settings begin that are not compared.
+    """Return the finished seeds in a run folder. unknown: how the keys of settings begin that are not compared.
 
     Raises UserError for a folder of a run with other settings.
     """
@@ -67,7 +67,7 @@ def describe_differences(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def state_file(seed: int, run: ResolvedRun) -> StateFile:
-    """The state from which an interrupted training with this seed resumes."""
+    """Return the state from which an interrupted training with this seed resumes."""
     return StateFile(_working_folder(seed, run.folder) / "state.pt", run.settings)
 
 

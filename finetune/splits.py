@@ -42,13 +42,13 @@ class Task:
         return LossOptions(weights, self.label_smoothing)
 
     def is_better(self, scores: Mapping[str, float], others: Mapping[str, float]) -> bool:
-        """Whether scores are better than others, by the task's metric."""
+        """Return whether scores are better than others, by the task's metric."""
         score, other = scores[self.metric], others[self.metric]
         return score < other if self.metric in self.kind.lower_is_better else score > other
 
 
 def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[str, Table]:
-    """The rows of each split; `validation` is drawn from `train` if it has no file.
+    """Return the rows of each split; `validation` is drawn from `train` if it has no file.
 
     model: the folder whose tokenizer has the separator of the turns of a dialogue. fit_on: as in the training config;
     with "train+validation", the former has the rows of both.
@@ -72,7 +72,8 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
 
 
 def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
-    """The kind of a task, with its labels. Raises UserError if there is only one, or if a needed split is missing."""
+    """Return the kind of a task, with its labels. Raises UserError if there is only one, or if a needed split is
+    missing."""
     if "train" not in tables and task.is_trained:
         raise UserError(f"task.train is missing: tasks of kind '{task.kind}' are trained")
     kind = find_kind(task.kind)
@@ -161,8 +162,8 @@ def split_off(table: Table, columns: Columns, share: float, seed: int) -> tuple[
 
 
 def related_records(records: Sequence[Record], columns: Columns) -> list[list[int]]:
-    """The numbers of records that belong together, in order: turns of a dialogue, and records with the same context (a
-    column of type CONTEXT), such as the questions on a text. Any other record is alone."""
+    """Return the numbers of records that belong together, in order: turns of a dialogue, and records with the same
+    context (a column of type CONTEXT), such as the questions on a text. Any other record is alone."""
     shared = columns.roles(CONTEXT)
     units: dict[Hashable, list[int]] = {}
     for index, record in enumerate(records):

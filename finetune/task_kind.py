@@ -57,7 +57,7 @@ class Loss:
 
     @classmethod
     def of(cls, total: "Tensor", count: int) -> Self:
-        """The loss of `count` parts of the same weight. total: the sum of their losses."""
+        """Return the loss of `count` parts of the same weight. total: the sum of their losses."""
         return cls(total, total.new_tensor(float(count)))
 
 
@@ -101,13 +101,13 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     @classmethod
     def metrics(cls) -> tuple[str, ...]:
-        """All metrics."""
+        """Return all metrics."""
         return get_args(cls.config_type.model_fields["metric"].annotation)
 
     @classmethod
     def find_labels(cls, config: ConfigT, train: Table) -> tuple[str, ...]:
-        """The labels of a task whose config names none, in the order of their ids; () if it has none. Raises UserError
-        if there is only one."""
+        """Return the labels of a task whose config names none, in the order of their ids; () if it has none. Raises
+        UserError if there is only one."""
         return ()
 
     @property
@@ -123,7 +123,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         }
 
     def label_id(self, label: str, place: str) -> int:
-        """The id of a label. place: file and line. Raises UserError for an unknown label."""
+        """Return the id of a label. place: file and line. Raises UserError for an unknown label."""
         if label not in self.labels:
             raise UserError(f"{place}: unknown label '{label}'{did_you_mean(label, self.labels)}")
         return self.labels.index(label)
@@ -151,11 +151,11 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def expand(self, record: Record, encoder: "Encoder", training: bool) -> list["Example"]:
-        """The examples of a record, without targets if it has none. Raises UserError for an invalid target."""
+        """Return the examples of a record, without targets if it has none. Raises UserError for an invalid target."""
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
-        """The texts of a record that pretraining text must not have, if it is evaluated on: all that the model reads.
-        A list of words, such as a tagged sentence, is one text."""
+        """Yield the texts of a record that pretraining text must not have, if it is evaluated on: all that the model
+        reads. A list of words, such as a tagged sentence, is one text."""
         for role, cell_type in self.config.columns.cell_types().items():
             if cell_type.is_input:
                 yield from _texts(record.values.get(role))
@@ -168,11 +168,12 @@ class TaskKind(ABC, Generic[ConfigT]):
         """Raise UserError for an invalid target, as `expand` does: without a tokenizer, to find it early."""
 
     def count_options(self, record: Record) -> int:
-        """The texts of a record that are scored one by one, such as choices; 0 if there are none."""
+        """Return the texts of a record that are scored one by one, such as choices; 0 if there are none."""
         return 0
 
     def count_option_tokens(self, records: Sequence[Record], encoder: "Encoder") -> int:
-        """A lower bound of the tokens of `expand`, where they grow with the square of the options' lengths; else 0."""
+        """Return a lower bound of the tokens of `expand`, where they grow with the square of the options' lengths; else
+        0."""
         return 0
 
     def probe(self, encoder: "Encoder") -> "Example":
@@ -182,7 +183,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return Example((encoder.encode("a"),) * 2)
 
     def targets(self, examples: Sequence["Example"]) -> "Tensor":
-        """The targets of a batch."""
+        """Return the targets of a batch."""
         import torch
 
         return torch.tensor([example.target for example in examples])
@@ -192,31 +193,31 @@ class TaskKind(ABC, Generic[ConfigT]):
         raise UserError(f"training.class_weights: tasks of kind '{self.config.kind}' have no classes to weight")
 
     def forward(self, model: "nn.Module", batch: "Batch") -> "Tensor":
-        """The outputs of a model; the first dimension is S."""
+        """Return the outputs of a model; the first dimension is S."""
         logits: Tensor = model(**batch.inputs).logits
         return logits
 
     @abstractmethod
     def loss(self, outputs: "Tensor", batch: "Batch", options: LossOptions) -> Loss:
-        """The loss of a batch that has targets. outputs: as from `forward`."""
+        """Return the loss of a batch that has targets. outputs: as from `forward`."""
 
     @abstractmethod
     def decode(
         self, record: Record, examples: Sequence["Example"], outputs: Sequence["NDArray[np.float32]"]
     ) -> Prediction:
-        """The prediction for a record. outputs: one for each sequence of its examples, in order."""
+        """Return the prediction for a record. outputs: one for each sequence of its examples, in order."""
 
     def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
-        """The predictions for all records of a split with targets, as they are scored and kept: with values that depend
-        on the other records, such as ranks."""
+        """Return the predictions for all records of a split with targets, as they are scored and kept: with values that
+        depend on the other records, such as ranks."""
         return predictions
 
     @abstractmethod
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """All metrics of predictions for records with targets."""
+        """Return all metrics of predictions for records with targets."""
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
-        """Whether a model predicts the same for all records although their targets differ, see `is_constant`."""
+        """Return whether a model predicts the same for all records although their targets differ, see `is_constant`."""
         roles = [role for role, cell_type in self.config.columns.cell_types().items() if cell_type.target]
         targets = [record.values[role] for record in records for role in roles]
         return is_constant([prediction[self.answer] for prediction in predictions], targets)
@@ -224,7 +225,7 @@ class TaskKind(ABC, Generic[ConfigT]):
     def intervals(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> Mapping[str, tuple[float, float]]:
-        """The 95 % confidence intervals of those metrics that have one, see `metrics.accuracy_interval`."""
+        """Return the 95 % confidence intervals of those metrics that have one, see `metrics.accuracy_interval`."""
         return {}
 
     def breakdowns(
@@ -238,8 +239,8 @@ class TaskKind(ABC, Generic[ConfigT]):
         return [(record.values, prediction)]
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified | None:
-        """Labels and probabilities of all decisions about records with targets; None if the kind has no probability
-        for each label."""
+        """Return labels and probabilities of all decisions about records with targets; None if the kind has no
+        probability for each label."""
         return None
 
     def calibrate(self, prediction: Prediction, temperature: float) -> Prediction:
@@ -256,7 +257,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return None
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
-        """The scores of each label; empty if the kind has no labels."""
+        """Return the scores of each label; empty if the kind has no labels."""
         confusion = self.confusion(records, predictions)
         return {} if confusion is None else label_scores(confusion, self.labels)
 
@@ -266,14 +267,14 @@ class TaskKind(ABC, Generic[ConfigT]):
 
 
 def find_kind(name: str) -> type[TaskKind[Any]]:
-    """The kind of this name, one of `kinds.kind_names`."""
+    """Return the kind of this name, one of `kinds.kind_names`."""
     with fast_imports():
         kind: type[TaskKind[Any]] = importlib.import_module(f"{kinds.__name__}.{name}").Kind
     return kind
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in a cell."""
+    """Yield the texts in a cell."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list) and all(isinstance(part, str) for part in value):

@@ -74,7 +74,7 @@ class TrialsFailedError(Exception):
 
 
 def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
-    """The plan with the microbatch that trials found to be the fastest. Prints a table of the trials.
+    """Return the plan with the microbatch that trials found to be the fastest. Prints a table of the trials.
 
     `dead_owner`: as `check_unlocked` returns it.
 
@@ -139,7 +139,7 @@ def find_fastest(run_trial: Callable[[Sequence[int]], TrialResult], sizes: range
 
 
 def fastest(speeds: Mapping[int, Speed]) -> int:
-    """The smallest size that no larger one beats clearly."""
+    """Return the smallest size that no larger one beats clearly."""
     choice, *larger = sorted(speeds)
     for size in larger:
         if _is_faster(speeds[size], speeds[choice]):
@@ -148,7 +148,7 @@ def fastest(speeds: Mapping[int, Speed]) -> int:
 
 
 def is_enough(speeds: Sequence[Speed]) -> bool:
-    """Whether the last size is no faster than the one before: larger ones will not be either."""
+    """Return whether the last size is no faster than the one before: larger ones will not be either."""
     return len(speeds) > 1 and not _is_faster(speeds[-1], speeds[-2])
 
 
@@ -170,7 +170,7 @@ def _print_table(plan: LaunchPlan, findings: Findings) -> None:
 
 
 def _cells(findings: Findings, size: int) -> tuple[str, str, str]:
-    """Tokens per second, memory and a remark."""
+    """Return tokens per second, memory and a remark."""
     chosen = "chosen" if size == findings.choice else ""
     if (speed := findings.speeds.get(size)) is not None:
         return f"{speed.tokens_per_second:,.0f}", f"{speed.memory / 2**30:.1f} GiB", chosen
@@ -181,7 +181,7 @@ def _cells(findings: Findings, size: int) -> tuple[str, str, str]:
 
 
 def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder) -> PretrainConfig:
-    """The config of a trial: the run with every part trained and its largest batches, but without evaluation,
+    """Return the config of a trial: the run with every part trained and its largest batches, but without evaluation,
     checkpoints, trackers and profile.
 
     Args:
@@ -222,7 +222,7 @@ def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder
 
 
 def measured_speeds(events: Sequence[Event], sizes: Sequence[int], stages: int) -> dict[int, Speed]:
-    """The speed with each size whose steps are complete. `events`: of metrics.jsonl; `stages`: of the run."""
+    """Return the speed with each size whose steps are complete. `events`: of metrics.jsonl; `stages`: of the run."""
     by_step = {event["step"]: event for event in events}
     speeds = {}
     for number, size in enumerate(sizes):

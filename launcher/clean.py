@@ -27,7 +27,7 @@ def check_cleaning(config: str, overrides: Mapping[str, str]) -> None:
 
 
 def read_task(name: str) -> Sequence[EvaluationText]:
-    """The texts of the validation and test splits of a fine-tuning config, named by its path or as a recipe."""
+    """Return the texts of the validation and test splits of a fine-tuning config, named by its path or as a recipe."""
     with fast_imports():
         from finetune.evaluation_texts import evaluation_texts
 

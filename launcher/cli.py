@@ -80,7 +80,7 @@ def _run_command(argv: Sequence[str]) -> None:
 
 
 def _reader_has_ended() -> bool:
-    """Whether nothing reads stdout any more, as in `deepcloze --help | head -1`."""
+    """Return whether nothing reads stdout any more, as in `deepcloze --help | head -1`."""
     stdout = select.poll()
     stdout.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in stdout.poll(0))

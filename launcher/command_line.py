@@ -75,12 +75,12 @@ class CommandDescription:
 
 
 def is_help_request(argv: Sequence[str]) -> bool:
-    """Whether the command line is empty or asks for help."""
+    """Return whether the command line is empty or asks for help."""
     return not argv or "--help" in argv or "-h" in argv
 
 
 def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, Section]:
-    """The command's name and its options.
+    """Return the command's name and its options.
 
     Raises UserError for an unknown command or flag (suggesting a known one), a stray argument, a flag without its
     value, a missing required flag, and a value of the wrong type or out of range.
@@ -95,7 +95,7 @@ def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> 
 
 
 def _find_command(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple[str, Command]:
-    """The command that a command line begins with. Raises UserError for an unknown one."""
+    """Return the command that a command line begins with. Raises UserError for an unknown one."""
     name = argv[0].replace("-", "_")
     if name not in commands:
         raise UserError(f"unknown command '{argv[0]}'{did_you_mean(name, list(commands))} (deepcloze --help)")
@@ -103,14 +103,14 @@ def _find_command(argv: Sequence[str], commands: Mapping[str, Command]) -> tuple
 
 
 def options_of(command: Command) -> type[Section]:
-    """The type of a command's only argument."""
+    """Return the type of a command's only argument."""
     (parameter,) = inspect.signature(command).parameters.values()
     options_type: type[Section] = parameter.annotation
     return options_type
 
 
 def flags_of(options_type: type[Section]) -> dict[str, Flag]:
-    """The flags by name, in the order of the fields."""
+    """Return the flags by name, in the order of the fields."""
     flags = {}
     for field_name, field in options_type.model_fields.items():
         name = field.alias or field_name
@@ -131,12 +131,12 @@ def flags_of(options_type: type[Section]) -> dict[str, Flag]:
 
 
 def terminal_width() -> int:
-    """Columns of help and descriptions."""
+    """Return the columns that help and descriptions may take."""
     return min(100, shutil.get_terminal_size().columns)
 
 
 def help_text(argv: Sequence[str], commands: Mapping[str, Command], about: str, width: int) -> str:
-    """The overview of all commands, or the help of the command that `argv` begins with. Raises UserError."""
+    """Return the overview of all commands, or the help of the command that `argv` begins with. Raises UserError."""
     if not argv or argv[0].startswith("-"):
         return _overview(commands, about, width)
     return _command_help(*_find_command(argv, commands), width)
@@ -185,7 +185,7 @@ def _split(
 
 
 def _plain_keys(command: str) -> list[str]:
-    """The keys without a section in the config of the command, such as `seeds` of a comparison."""
+    """Return the keys without a section in the config of the command, such as `seeds` of a comparison."""
     commands = [name for name in ("compare", "clean") if command in (name, "validate")]
     if not commands:
         return []
@@ -217,8 +217,8 @@ def _meant_flag(
 
 
 def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_type: type[Section]) -> str:
-    """The config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps; else the
-    most similar flag."""
+    """Return the config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps;
+    else the most similar flag."""
     if _overrides_field(options_type) is not None:
         from launcher.configs import CONFIGS  # takes a while to import
 
@@ -255,7 +255,7 @@ def _build_options(
 
 
 def _value(flag: Flag, text: str) -> Any:
-    """The value that raw text stands for; the text itself where it fits none of the flag's types."""
+    """Return the value that raw text stands for; the text itself where it fits none of the flag's types."""
     for kind in flag.types:
         if kind is int and re.fullmatch(r"-?[0-9]+", text):
             return int(text)
@@ -283,7 +283,7 @@ def _explain(details: ErrorDetails, flags: Mapping[str, Flag], texts: Mapping[st
 
 
 def _overrides_field(options_type: type[Section]) -> str | None:
-    """The field that collects `--section.key=value`, if the command takes a config."""
+    """Return the field that collects `--section.key=value`, if the command takes a config."""
     return next((name for name, field in options_type.model_fields.items() if field.annotation == dict[str, str]), None)
 
 

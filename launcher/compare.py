@@ -77,7 +77,7 @@ def run_comparison(plan: ComparePlan) -> None:
 
 
 def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
-    """The scores of a finished cell for each labelled test split; on validation if there is none.
+    """Return the scores of a finished cell for each labelled test split; on validation if there is none.
 
     grid: whether the folder holds a sweep. Raises UserError for a damaged file.
     """
@@ -134,7 +134,7 @@ def test_rows(cells: ScoresByRow) -> Tests:
 
 
 def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]:
-    """The bootstrap scores of each row."""
+    """Return the bootstrap scores of each row."""
     splits = {row: _read_split(cell) for row, cell in cells.items()}
     (count, *others) = {len(split.records) for split in splits.values()}
     if others:

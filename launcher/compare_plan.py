@@ -87,7 +87,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
 
 
 def _find_encoders(config: CompareConfig, file: str, recorded: Mapping[str, FlatConfig]) -> CompareConfig:
-    """The config with the model that each `init_from` refers to now: all cells of a row start from the
+    """Return the config with the model that each `init_from` refers to now: all cells of a row start from the
     same checkpoint, although a run may save newer ones meanwhile. Raises UserError."""
     rows = {}
     for name, row in config.rows.items():
@@ -149,7 +149,7 @@ def _plan_cells(
     tasks: Sequence[_Task],
     config: CompareConfig,
 ) -> dict[str, PlannedRun]:
-    """The runs of a row by task. Their configs have the checksums of all files that they read."""
+    """Return the runs of a row by task. Their configs have the checksums of all files that they read."""
     files = model_files(local_model(row.init_from), weights=row.weights == "pretrained")
     origin: dict[str, object] = {f"encoder.{path.name}": checksum(path) for path in files}
     seeds = ",".join(map(str, config.seeds))
@@ -169,7 +169,8 @@ def _plan_cells(
 
 
 def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> FlatConfig:
-    """The config of a cell, as flat keys. Raises UserError for one that is not valid, at any point of the grid."""
+    """Return the config of a cell, as flat keys. Raises UserError for one that is not valid, at any point of the
+    grid."""
     for point in grid_points(parse_grid(grid)).values() if grid is not None else ():
         keys = {**overrides, "run.dir": str(folder), **point}
         check_validation(load_config(FinetuneConfig, file, keys), "the points of the grid are compared on validation")

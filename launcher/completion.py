@@ -62,7 +62,7 @@ def _fish(commands: Mapping[str, Command]) -> str:
 
 
 def _flags(name: str, command: Command) -> list[str]:
-    """The flags of a command, and the config keys that it takes."""
+    """Return the flags of a command, and the config keys that it takes."""
     options = options_of(command)
     flags = [f"--{flag.name}" for flag in flags_of(options).values() if not flag.positional]
     keys = CONFIGS.get(_KEYS_OF.get(name, name))

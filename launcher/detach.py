@@ -62,13 +62,13 @@ def launch_detached(options: PretrainOptions) -> None:
 
 
 def background_command(options: PretrainOptions) -> Sequence[str]:
-    """The command without `--detach`."""
+    """Return the command without `--detach`."""
     flags = options.model_dump(exclude={"detach", "overrides"}, exclude_defaults=True) | options.overrides
     return [*module_command("launcher"), "pretrain", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def _trains(folder: RunFolder, before: RankRecord | None) -> bool:
-    """Whether rank 0 trains. before: its record before the launch."""
+    """Return whether rank 0 trains. before: its record before the launch."""
     record = read_rank_record(folder, 0)
     return record is not None and record != before and record.training
 

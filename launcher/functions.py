@@ -199,7 +199,8 @@ def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool =
 
 
 def read_metrics(run: str | Path) -> list[Event]:
-    """The events that a run has logged, in the order of training: a mapping with `step`, `loss` and others for each.
+    """Return the events that a run has logged, in the order of training: a mapping with `step`, `loss` and others for
+    each.
 
     The run may be active. See docs/tracking.md for the metrics.
 
@@ -213,7 +214,7 @@ def read_metrics(run: str | Path) -> list[Event]:
 
 
 def _options(options_type: type[OptionsT], function: str, values: Mapping[str, Any]) -> OptionsT:
-    """The options of a command. Raises UserError."""
+    """Return the options of a command. Raises UserError."""
     if others := _NOT_FOR_FUNCTIONS & values.keys():
         raise UserError(f"{function}: '{min(others)}': only the command has this flag")
     try:

@@ -73,14 +73,15 @@ def launch_pretraining(options: PretrainOptions) -> None:
 def _ranks_started_early(
     options: PretrainOptions, slots: Slots, machine: Machine
 ) -> contextlib.AbstractContextManager[HeldRanks | None]:
-    """The ranks of a launch on this machine, which import their libraries while the launch is checked."""
+    """Return the ranks of a launch on this machine, which import their libraries while the launch is checked."""
     if not is_local(slots) or options.autotune:  # others depend on the plan
         return contextlib.nullcontext()
     return held_ranks(local_command(options, slots, machine))
 
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
-    """The plan for the hosts that pass preflight. Raises UserError if one fails, unless `--allow_missing` is given."""
+    """Return the plan for the hosts that pass preflight. Raises UserError if one fails, unless `--allow_missing` is
+    given."""
     report = check_hosts(plan.target, plan.machine, only_failed=True)
     if report.passed != plan.slots or not is_quiet():
         print(report.text, file=sys.stderr, flush=True)
@@ -91,7 +92,7 @@ def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
 
 
 def _describe_plan(plan: LaunchPlan) -> str:
-    """The plan as text: the config, the added environment and the command."""
+    """Return the plan as text: the config, the added environment and the command."""
     variables = "\n".join(f"{name}={shlex.quote(value)}" for name, value in plan.added_environment.items())
     argv = plan.command(Layout(plan.slots)).argv
     config = dump_config(plan.config)
@@ -165,9 +166,9 @@ def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: floa
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether the loss of a run has left the range of its start and has not come back: the mean of the last tenth is
-    higher than the first value. A diverged run may end only a few percent higher, having learned token frequencies.
-    """
+    """Return whether the loss of a run has left the range of its start and has not come back: the mean of the last
+    tenth is higher than the first value. A diverged run may end only a few percent higher, having learned token
+    frequencies."""
     if not losses:
         return False
     first, end = losses[0], fmean(losses[-max(1, len(losses) // 10) :])

@@ -60,7 +60,7 @@ class LaunchPlan:
         return launch_environment(self.machine.environ, self.machine.devices.kind if self.local else None)
 
     def launch(self) -> Launch:
-        """The settings with which the supervisor starts the ranks."""
+        """Return the settings with which the supervisor starts the ranks."""
         max_restarts = self.options.max_restarts
         if max_restarts is None:
             max_restarts = 0 if self.local else _MAX_RESTARTS_ON_HOSTS
@@ -200,7 +200,7 @@ def _check_paths(folder: RunFolder) -> None:
 
 
 def chosen_slots(options: HostOptions, machine: Machine) -> Slots:
-    """The slots that the options select, of the hostfile, the job or this machine. Raises UserError."""
+    """Return the slots that the options select, of the hostfile, the job or this machine. Raises UserError."""
     hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
     slots = place_ranks(machine.devices, options, hosts)
     if not is_local(slots):

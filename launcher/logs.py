@@ -38,7 +38,7 @@ def print_logs(options: LogsOptions) -> None:
 
 
 def log_file(folder: RunFolder, rank: int | None) -> Path:
-    """The file to show, see `LogsOptions.rank`. Raises UserError if there is none."""
+    """Return the file to show, see `LogsOptions.rank`. Raises UserError if there is none."""
     path, output = folder.rank_log(rank or 0), folder.launch_output
     if rank is None and output.is_file() and (output.stat().st_size or not path.is_file()):  # empty after --quiet
         return output

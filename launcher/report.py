@@ -64,7 +64,7 @@ def _logged_runs(folder: RunFolder) -> list[Path]:
 
 
 def _has_logged(run: RunFolder) -> bool:
-    """A task that is not trained has results and no events."""
+    """Return whether there are events, or results: a task that is not trained has only these."""
     return run.results.exists() or (run.metrics.exists() and run.metrics.stat().st_size > 0)
 
 

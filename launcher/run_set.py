@@ -151,7 +151,8 @@ class RunSet:
         return (*run.argv[:at], str(copy), *run.argv[at + 1 :])
 
     def _read(self) -> dict[str, RunRecord]:
-        """The record, with the runs of this set. A run without a folder has not started, or was removed to run again.
+        """Return the record, with the runs of this set. A run without a folder has not started, or was removed to run
+        again.
 
         Raises UserError if the record is damaged, or if a run was started with another config.
         """
@@ -202,7 +203,7 @@ def write_copy(file: str, content: bytes, folder: Path) -> Path:
 
 
 def recorded_configs(record: Path) -> dict[str, FlatConfig]:
-    """The config of each run in the record of a set. Empty if it has not begun, or the record is damaged, which
+    """Return the config of each run in the record of a set. Empty if it has not begun, or the record is damaged, which
     `RunSet.opened` rejects."""
     with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
         content = read_json(record)
@@ -211,8 +212,8 @@ def recorded_configs(record: Path) -> dict[str, FlatConfig]:
 
 
 def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig]) -> str:
-    """The model that runs of a set start from, as `record_model` gives it: all that name the same one of the Hub get
-    the commit that the first of them began with. configs: `recorded_configs` of the set. Raises UserError."""
+    """Return the model that runs of a set start from, as `record_model` gives it: all that name the same one of the Hub
+    get the commit that the first of them began with. configs: `recorded_configs` of the set. Raises UserError."""
     name = HubName.of_model(init_from)
     recorded = (str(config.get("model.init_from")) for config in configs.values())
     earlier = next((model for model in recorded if name is not None and name.may_mean(model)), None)
@@ -220,13 +221,14 @@ def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig]) -> st
 
 
 def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:
-    """The data sets of the Hub, with the commits that runs of a set began with. configs: `recorded_configs` of it."""
+    """Return the data sets of the Hub, with the commits that runs of a set began with. configs: `recorded_configs` of
+    it."""
     texts = dict.fromkeys(str(value) for config in configs.values() for value in config.values())
     return [text for text in texts if text.startswith(PREFIX)]
 
 
 def _is_finished(folder: RunFolder, state: str | None) -> bool:
-    """Whether a run is done, also if the command was killed before it could note that.
+    """Return whether a run is done, also if the command was killed before it could note that.
 
     state: in the record. A fine-tuning run that has other seeds now may have results of fewer seeds.
     """

@@ -31,7 +31,7 @@ _COMMANDS = {
 
 
 def command_of(config: str) -> str:
-    """The command that a config file is for; `pretrain` for one that cannot be read."""
+    """Return the command that a config file is for; `pretrain` for one that cannot be read."""
     try:
         tree = read_yaml(Path(config).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -52,7 +52,7 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
 
 
 def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> "FlatConfig":
-    """The config of a pretraining run. placement: of `LaunchOptions`.
+    """Return the config of a pretraining run. placement: of `LaunchOptions`.
 
     Raises UserError for anything that would keep the run from starting.
     """
@@ -63,7 +63,7 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
 
 
 def validate_finetuning(config: str, overrides: Mapping[str, str]) -> "FlatConfig":
-    """The config of a fine-tuning run. Raises UserError, as above."""
+    """Return the config of a fine-tuning run. Raises UserError, as above."""
     with fast_imports():
         from finetune.resolve import load_run_config
 

@@ -61,7 +61,7 @@ class RunStatus:
 
 
 def read_status(run: str) -> RunStatus:
-    """The status of a run, which may not have started. Raises OSError if its files cannot be read."""
+    """Return the status of a run, which may not have started. Raises OSError if its files cannot be read."""
     folder = RunFolder(Path(run).absolute())
     logged = [folder.metrics, *folder.logs.glob("seed-*.jsonl")]  # the others: of seeds that are trained at a time
     events, *others = map(read_last_events, logged)

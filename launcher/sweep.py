@@ -147,7 +147,7 @@ class _Pins:
     def overrides(
         self, config: FinetuneConfig | PretrainConfig, point: str, values: Mapping[str, str]
     ) -> dict[str, str]:
-        """The overrides of a point. config: without them. values: of the grid. Raises UserError."""
+        """Return the overrides of a point. config: without them. values: of the grid. Raises UserError."""
         pinned, init_from = dict[str, str](), config.model.init_from
         if isinstance(config, FinetuneConfig):
             check_validation(config, "the points of a sweep are compared on validation")
@@ -175,7 +175,8 @@ class _Pins:
 
 
 def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:
-    """The metric to compare runs by, and whether lower is better. Raises UserError for one that runs do not report."""
+    """Return the metric to compare runs by, and whether lower is better. Raises UserError for one that runs do not
+    report."""
     if finetuning:
         from finetune.task_kind import find_kind
 

@@ -165,7 +165,7 @@ class Watch:
             inform(f"watch: {self._task.name}: waiting {awaited}")
 
     def _next_checkpoint(self, done: bool) -> tuple[Path, str, int] | None:
-        """The oldest checkpoint that is due, its weights, and the newest step."""
+        """Return the oldest checkpoint that is due, its weights, and the newest step."""
         found = {checkpoint_step(path): path for path in complete_checkpoints(self._run.checkpoints)}
         for step in sorted(self._waiting - found.keys()):
             notify(f"watch: {self._task.name}: step {step}: skipped: the checkpoint was deleted before it was scored")
@@ -187,7 +187,7 @@ class Watch:
         return None
 
     def _is_due(self, step: int, weights: str, newest: int, done: bool) -> bool:
-        """A failed checkpoint is due again when there is a newer one, or there will be none."""
+        """Return whether to score it: a failed one again when there is a newer one, or there will be none."""
         failures = self._failures.get((step, weights), [])
         return not failures or (len(failures) < _ATTEMPTS and (done or newest > failures[-1]))
 
@@ -254,7 +254,7 @@ def log_results(run: RunFolder, config: PretrainConfig) -> None:
 
 
 def has_ended(run: RunFolder) -> bool:
-    """Whether rank 0 has ended properly, and no launcher of this machine may start it again.
+    """Return whether rank 0 has ended properly, and no launcher of this machine may start it again.
 
     The lock alone does not tell: ranks that were started by `deepspeed` hold none.
     """

@@ -30,7 +30,7 @@ def _add_examples(schema: dict[str, Any]) -> None:
 
 
 def _check_preset(name: str) -> str:
-    """A file is looked for later: a config may be read on a machine that lacks it."""
+    """Refuse unknown presets. A file is looked for later: a config may be read on a machine that lacks it."""
     if not Path(name).suffix and len(Path(name).parts) == 1:
         find_ds_config(name)
     return name

@@ -105,7 +105,7 @@ class HeldOutEvaluator:
         return {name: _score(name, corpus, predict, device, show_progress) for name, corpus in self.corpora.items()}
 
     def metrics(self, predict: Predict, device: torch.device) -> dict[str, float | int | None]:
-        """The scores as flat metrics: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
+        """Return the scores as flat metrics: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
         return {
             f"eval/{name}/{kind}": value
             for name, scores in self.evaluate(predict, device).items()
@@ -115,7 +115,7 @@ class HeldOutEvaluator:
 
 
 def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: World) -> HeldOutEvaluator:
-    """The evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable.
+    """Return the evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable.
 
     `rows`, `first_position`: of the model, see MicrobatchLayout.
     """
@@ -153,7 +153,7 @@ def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
 
 
 def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool = True) -> dict[str, Scores]:
-    """The scores of a checkpoint, a run's newest checkpoint or any Hugging Face folder, by name of the corpus.
+    """Return the scores of a checkpoint, a run's newest checkpoint or any Hugging Face folder, by name of the corpus.
 
     A checkpoint is scored with its run's seed, masking and sequence length; any other folder with the defaults.
     Raises UserError.

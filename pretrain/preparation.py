@@ -68,7 +68,7 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
 
 
 def _build_model(run: ResolvedRun) -> BuiltModel:
-    """The model of the run; its weights are still to be loaded if the run resumes."""
+    """Return the model of the run; its weights are still to be loaded if the run resumes."""
     model = build_model(run.model_source, run.model_config, run.config.run.seed)
     if run.config.model.output_bias == "log_frequency" and run.resume_plan.checkpoint is None:
         frequencies = token_frequencies([each.corpus for each in run.corpora], [each.weight for each in run.corpora])
@@ -77,7 +77,7 @@ def _build_model(run: ResolvedRun) -> BuiltModel:
 
 
 def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
-    """The rows of all ranks: windows unless every rank, whose GPU may be of another type, can compute flat ones.
+    """Return the rows of all ranks: windows unless every rank, whose GPU may be of another type, can compute flat ones.
     Collective.
 
     Rows decide which sequences of a batch a rank takes. `rows`: the choice of this rank alone.

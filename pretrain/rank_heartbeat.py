@@ -70,7 +70,7 @@ class RankHeartbeat:
 
 
 def _main_frame() -> FrameType | None:
-    """The innermost frame of the main thread.
+    """Return the innermost frame of the main thread.
 
     Python 3.11 before 3.11.12 deadlocks if it collects garbage meanwhile (https://github.com/python/cpython/issues/106883).
     """

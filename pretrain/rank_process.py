@@ -111,7 +111,7 @@ def exit_process(outcome: Outcome) -> NoReturn:
 
 
 def _call(train: Callable[[], Outcome], recorder: RankRecorder) -> ReportedOutcome:
-    """The outcome on this rank, and the reason for a failure."""
+    """Return the outcome on this rank, and the reason for a failure."""
     here = f"{platform.node()}, rank {recorder.rank}"
     try:
         return ReportedOutcome(train(), "")
@@ -130,7 +130,7 @@ def _call(train: Callable[[], Outcome], recorder: RankRecorder) -> ReportedOutco
 
 
 def cause_of(error: BaseException) -> Cause:
-    """The meaning of an exception that ends a rank for a restart."""
+    """Return the meaning of an exception that ends a rank for a restart."""
     if is_out_of_memory(error):
         return Cause.OUT_OF_MEMORY
     if isinstance(error, dist.DistError | LostRankError) or any(words in str(error) for words in _GLOO_ERRORS):

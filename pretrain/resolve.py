@@ -137,8 +137,8 @@ def resolve(
 
 
 def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainConfig:
-    """The config with every path absolute but `model.init_from`, so that RUN/config.yaml starts the same run from any
-    directory."""
+    """Return the config with every path absolute but `model.init_from`, so that RUN/config.yaml starts the same run
+    from any directory."""
     run, model, corpus = config.run, config.model, config.corpus
     train: str | tuple[WeightedCorpus, ...]
     if isinstance(corpus.train, str):
@@ -163,7 +163,7 @@ def _with_absolute_paths(config: PretrainConfig, ds_config: Path) -> PretrainCon
 
 
 def _with_folder(model: ModelConfig, find_model: Callable[[str], Path]) -> ModelConfig:
-    """The section `model` with a folder in place of the name of a model of the Hub."""
+    """Return the section `model` with a folder in place of the name of a model of the Hub."""
     if model.init_from is None:
         return model
     with user_errors_in("model.init_from"):
@@ -177,7 +177,8 @@ def _absolute(path: str) -> str:
 def _open_corpora(
     config: CorpusConfig, copies: Mapping[str, Path]
 ) -> tuple[tuple[TrainingCorpus, ...], dict[str, Corpus]]:
-    """The training corpora, and the held-out ones by name. Raises UserError unless all have the same tokenizer."""
+    """Return the training corpora, and the held-out ones by name. Raises UserError unless all have the same
+    tokenizer."""
     corpora = _open_mixture(config.train, copies)
     held_out = {name: _open_corpus(f"corpus.eval.{name}", path, copies) for name, path in config.eval.items()}
     first, *others = [given.corpus for given in corpora]
@@ -227,7 +228,7 @@ def _open_corpus(key: str, path: str, copies: Mapping[str, Path]) -> Corpus:
 
 
 def _unique_names(corpora: Sequence[str]) -> list[str]:
-    """The names of folders or URLs, with as many parent folders as make them unique."""
+    """Return the names of folders or URLs, with as many parent folders as make them unique."""
     paths = [Path(name) if is_url(name) else Path(name).resolve() for name in corpora]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]

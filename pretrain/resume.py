@@ -92,12 +92,12 @@ class ResumeCandidates:
     fork: bool  # they are another run's
 
     def choose(self, verify: Verify) -> ResumePoint | None:
-        """The newest undamaged one. Raises UserError if all are damaged."""
+        """Return the newest undamaged one. Raises UserError if all are damaged."""
         return ResumePoint(last_usable(self.checkpoints, verify), self.fork) if self.checkpoints else None
 
 
 def find_resume_candidates(run: RunConfig, folder: RunFolder) -> ResumeCandidates:
-    """The checkpoints that `run.resume` means for a run folder.
+    """Return the checkpoints that `run.resume` means for a run folder.
 
     A fork that has saved a checkpoint resumes from it; one that has not forks again.
 
@@ -127,7 +127,7 @@ def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:
 
 
 def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelConfig, ModelConfig]:
-    """The section `model` with the model that `init_from` refers to, and the section to build the model from.
+    """Return the section `model` with the model that `init_from` refers to, and the section to build the model from.
 
     They are the same, unless the checkpoint was written with the same options: then the model is built from its copy in
     the checkpoint, and `init_from` stays the folder that the run began with. Raises UserError for an `init_from` that
@@ -156,7 +156,8 @@ def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelCo
 
 
 def _is_same_model(model: ModelConfig, saved: Mapping[str, Any]) -> bool:
-    """Whether a model is the same. `saved`: `model` of a checkpoint. The model that `init_from` names may be gone."""
+    """Return whether a model is the same. `saved`: `model` of a checkpoint. The model that `init_from` names may be
+    gone."""
     if model.init_from is None or saved["init_from"] is None:
         return False
     now, hub = model.model_dump(mode="json"), HubName.of_model(model.init_from)
@@ -189,7 +190,7 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
 
 
 def _parent_checkpoints(parent: str, folder: RunFolder, has_own: bool) -> Sequence[Path]:
-    """The complete checkpoints that a run to fork has. `has_own`: the fork itself has some."""
+    """Return the complete checkpoints that a run to fork has. `has_own`: the fork itself has some."""
     found = checkpoint_candidates(Path(parent))
     if has_own:
         ancestors = (read_provenance(folder) or {}).get("ancestors", [])
@@ -206,7 +207,8 @@ def _parent_checkpoints(parent: str, folder: RunFolder, has_own: bool) -> Sequen
 
 
 def is_fork_of(ancestors: Sequence[Mapping[str, Any]], parent: str) -> bool:
-    """Whether a run with these ancestors began as a fork of `parent`, a run or a checkpoint, which may be gone."""
+    """Return whether a run with these ancestors began as a fork of `parent`, a run or a checkpoint, which may be
+    gone."""
     origin, checkpoints = forked_from(ancestors), checkpoint_candidates(Path(parent))
     if origin is None:
         return False
@@ -257,7 +259,7 @@ def check_fork_length(plan: ResumePlan, steps: int | None) -> None:
 def run_identity(
     config: PretrainConfig, model_config: Mapping[str, Any], corpora: Sequence[tuple[str, float]]
 ) -> dict[str, Any]:
-    """The identity of a run: its config, with model, corpora and stages as they resolve.
+    """Return the identity of a run: its config, with model, corpora and stages as they resolve.
 
     `corpora`: fingerprint and weight of each training corpus.
     """

@@ -133,7 +133,7 @@ class ScheduleConfig(Section):
 
 
 def _seconds(text: str) -> float:
-    """The seconds of a duration such as 90s, 30m, 24h or 1d12h. Raises ValueError."""
+    """Return the seconds of a duration such as 90s, 30m, 24h or 1d12h. Raises ValueError."""
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)([dhms])", text)
     seconds = sum(float(number) * units[unit] for number, unit in parts)

@@ -61,7 +61,7 @@ class TrainingStream:
 def open_stream(
     run: ResolvedRun, world: World, *, rows: Rows, first_position: int, attention_ratio: float | None = None
 ) -> TrainingStream:
-    """The stream of a run.
+    """Return the stream of a run.
 
     Args:
         rows, first_position: of the model, see MicrobatchLayout.
@@ -96,7 +96,8 @@ def open_stream(
 
 
 def _open_stage(run: ResolvedRun, number: int, stage: Stage) -> tuple[tuple[MaskedCorpus, ...], ShuffledOrder]:
-    """The corpora of stage `number`, split into its sequences, with masks that no other stage has; and their order.
+    """Return the corpora of stage `number`, split into its sequences, with masks that no other stage has; and their
+    order.
 
     The stage has other sequences than the one before it, so it starts new epochs. The weights of a mixture are shares
     of tokens; an order deals positions to corpora, one per sequence, so its shares are the weights divided by the mean

@@ -29,7 +29,7 @@ class Positional(Metavar):
 
 
 def union_members(annotation: Any) -> list[Any]:
-    """The members of a union, without constraints; a single type is a union of one."""
+    """Return the members of a union, without constraints; a single type is a union of one."""
     if get_origin(annotation) is Annotated:
         return union_members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -42,12 +42,12 @@ def is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
 
 
 def accepts(annotation: Any, plain: type) -> bool:
-    """Whether the annotation accepts a value of the YAML type `plain` (str, int, float, bool, list or dict)."""
+    """Return whether the annotation accepts a value of the YAML type `plain` (str, int, float, bool, list or dict)."""
     return any(kind is Any or _yaml_type(kind) is plain for kind in union_members(annotation))
 
 
 def annotation_below(annotation: Any, part: str) -> Any:
-    """The annotation of the field, list item or mapping value called `part`; Any if unknown."""
+    """Return the annotation of the field, list item or mapping value called `part`; Any if unknown."""
     for kind in union_members(annotation):
         arguments = get_args(kind)
         if is_section(kind) and part in kind.model_fields:
@@ -60,7 +60,7 @@ def annotation_below(annotation: Any, part: str) -> Any:
 
 
 def known_keys(annotation: Any, above: str = "") -> Iterator[str]:
-    """The dotted keys of all fields of a section, nested sections included."""
+    """Yield the dotted keys of all fields of a section, nested sections included."""
     for section in filter(is_section, union_members(annotation)):
         for name, field in section.model_fields.items():
             yield above + name
@@ -68,7 +68,7 @@ def known_keys(annotation: Any, above: str = "") -> Iterator[str]:
 
 
 def parse_value(annotation: Any, raw: str) -> Any:
-    """The plain value that raw text from a command line stands for, given the type of its field."""
+    """Return the plain value that raw text from a command line stands for, given the type of its field."""
     if type(None) in union_members(annotation) and raw in ("null", "None"):
         return None
     try:
@@ -90,7 +90,7 @@ def parse_value(annotation: Any, raw: str) -> Any:
 
 
 def _accepts_single_value(annotation: Any) -> bool:
-    """Whether the annotation accepts a single value as well as a list."""
+    """Return whether the annotation accepts a single value as well as a list."""
     return any(_yaml_type(kind) not in (list, dict, type(None)) for kind in union_members(annotation))
 
 
@@ -120,7 +120,7 @@ def _value_of_scalar(text: str, value: Any, annotation: Any) -> Any:
 
 
 def _yaml_type(kind: Any) -> Any:
-    """The YAML type of an annotation: str, int, float, bool, list or dict."""
+    """Return the YAML type of an annotation: str, int, float, bool, list or dict."""
     origin = get_origin(kind) or kind
     if origin is tuple:
         return list
@@ -144,7 +144,7 @@ TYPE_NAMES: Mapping[Any, str] = {
 
 
 def describe_type(annotation: Any) -> str:
-    """The accepted values in words: 'text or a list', "'online', 'offline' or 'disabled'"."""
+    """Return the accepted values in words: 'text or a list', "'online', 'offline' or 'disabled'"."""
     names: list[str] = []
     for kind in union_members(annotation):
         if get_origin(kind) is Literal:
@@ -187,7 +187,7 @@ def _plural(description: str) -> str:
 
 
 def _limits(metadata: Iterable[Any]) -> str:
-    """The numeric limits in the metadata of a field, such as '>= 0 and < 1'."""
+    """Return the numeric limits in the metadata of a field, such as '>= 0 and < 1'."""
     limits: list[str] = []
     for entry in metadata:
         match entry:

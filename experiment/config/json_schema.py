@@ -10,7 +10,8 @@ from experiment.config.reference import find_meaning
 
 
 def json_schema(config_type: type[Section]) -> dict[str, Any]:
-    """The JSON Schema of a config, draft 2020-12. If the config has variants, `task.kind` decides which one applies.
+    """Return the JSON Schema of a config, draft 2020-12. If the config has variants, `task.kind` decides which one
+    applies.
 
     It accepts all configs that `load_config` accepts, and configs that break a rule about several keys.
     """
@@ -45,7 +46,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def _kind(config_type: type[Section]) -> Any:
-    """The field `task.kind`."""
+    """Return the field `task.kind`."""
     return config_type.model_fields["task"].annotation.model_fields["kind"]  # type: ignore[union-attr]
 
 

@@ -49,7 +49,8 @@ class Section(BaseModel):
 
     @classmethod
     def specialize(cls, tree: Mapping[str, Any]) -> type[Self]:
-        """The type to build from a tree of plain values: one of `variants`, if its fields depend on a value in it.
+        """Return the type to build from a tree of plain values: one of `variants`, if its fields depend on a value in
+        it.
 
         Raises UserError if that value is not valid.
         """
@@ -133,7 +134,7 @@ def build_config(
 
 
 def dump_config(config: Section) -> str:
-    """The config as YAML, with all keys; `load_config` of it gives an equal config."""
+    """Return the config as YAML, with all keys; `load_config` of it gives an equal config."""
     return write_yaml(config.model_dump(mode="json"))
 
 
@@ -150,7 +151,7 @@ def flatten(config: Section | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_recorded(path: Path) -> dict[str, Any]:
-    """The nested values of the config.yaml that a run has written; empty if it cannot be read."""
+    """Return the nested values of the config.yaml that a run has written; empty if it cannot be read."""
     try:
         config = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -184,7 +185,7 @@ def _set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _annotation_of_override(config_type: type[Section], dotted: str) -> Any:
-    """The annotation of an overridden key. Raises UserError for an unknown key."""
+    """Return the annotation of an overridden key. Raises UserError for an unknown key."""
     annotation: Any = config_type
     parts = dotted.split(".")
     for depth, part in enumerate(parts):

@@ -64,13 +64,13 @@ def _sections(config_type: type[Section]) -> list[ConfigSection]:
 
 
 def _difference(variant: ConfigSection, section: ConfigSection) -> tuple[ConfigKey, ...]:
-    """The keys of a variant's section that another section has not, but for the key that names the variant."""
+    """Return the keys of a variant's section that another section has not, but for the key that names the variant."""
     return tuple(key for key in variant.keys if key not in section.keys and not key.name.endswith(".kind"))
 
 
 def find_keys(config_type: type[Section], name: str) -> tuple[ConfigSection, ...]:
-    """The sections called `name`, or the key of that name and those below it; the `[]` of list items may be omitted.
-    Raises UserError for an unknown one."""
+    """Return the sections called `name`, or the key of that name and those below it; the `[]` of list items may be
+    omitted. Raises UserError for an unknown one."""
     reference = config_reference(config_type)
     if named := tuple(section for section in reference if section.name == name):
         return named
@@ -126,7 +126,7 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _item_sections(annotation: Any, containers: tuple[type, ...]) -> list[type[BaseModel]]:
-    """The sections that the items of a list, or the values of a mapping, may be."""
+    """Return the sections that the items of a list, or the values of a mapping, may be."""
     found = [kind for kind in union_members(annotation) if get_origin(kind) in containers]
     return [item for kind in found for part in get_args(kind) for item in _sections_in(part)]
 
@@ -139,7 +139,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def find_meaning(section: type[BaseModel], name: str) -> str:
-    """The docstring of a field, perhaps of a base class, or of the section that it holds."""
+    """Return the docstring of a field, perhaps of a base class, or of the section that it holds."""
     fields = [kind.model_fields[name] for kind in section.__mro__ if is_section(kind) and name in kind.model_fields]
     found = next((_one_line(field.description) for field in fields if field.description), "")
     annotation = section.model_fields[name].annotation

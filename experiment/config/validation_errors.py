@@ -46,14 +46,15 @@ def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iter
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: '; did you mean …?', or '; known: …' if none is similar."""
+    """Return the end of a message about an unknown word: '; did you mean …?', or '; known: …' if none is similar."""
     known = sorted(set(known))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
 def explain_unknown_key(config_type: type[BaseModel], dotted: str, in_lists: Iterable[str] = ()) -> str:
-    """Message about an unknown key, suggesting one of the same name in another section or with a similar spelling.
+    """Return the message about an unknown key, suggesting one of the same name in another section or with a similar
+    spelling.
 
     in_lists: names of keys of list items, to suggest too.
     """
@@ -117,7 +118,7 @@ def _without_other_branches(
 
 
 def _locate(config_type: type[BaseModel], details: ErrorDetails) -> tuple[KeyPath, list[KeyPath]]:
-    """The key that an error is about, and those keys on the path to it whose type is a union."""
+    """Return the key that an error is about, and those keys on the path to it whose type is a union."""
     location = [str(part) for part in details["loc"][: -1 if _is_short_tuple(details) else None]]
     annotation: Any = config_type
     key: KeyPath = ()
@@ -140,7 +141,7 @@ def _is_missing(details: ErrorDetails) -> bool:
 
 
 def _is_mismatch(details: ErrorDetails) -> bool:
-    """Whether the value has the wrong type, or number of items, for its field."""
+    """Return whether the value has the wrong type, or number of items, for its field."""
     kind = details["type"]
     is_long_tuple = kind == "too_long" and details["ctx"]["field_type"] == "Tuple"
     return kind.endswith("_type") or kind == "literal_error" or is_long_tuple or _is_short_tuple(details)
@@ -151,7 +152,8 @@ def _is_short_tuple(details: ErrorDetails) -> bool:
 
 
 def _yaml_problem(value: Any, to_mapping: bool) -> str:
-    """The YAML error, if the value is text that looks like a list or mapping; how to write one, if one is expected."""
+    """Return the YAML error, if the value is text that looks like a list or mapping; how to write one, if one is
+    expected."""
     if isinstance(value, str) and value.startswith(("[", "{")):
         try:
             read_yaml(value)

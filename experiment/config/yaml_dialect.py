@@ -16,7 +16,7 @@ KeyPath = tuple[str, ...]  # path of a value: keys and, in lists, indices
 
 
 def read_yaml(text: str) -> Any:
-    """The value of one YAML document. Raises yaml.YAMLError."""
+    """Return the value of one YAML document. Raises yaml.YAMLError."""
     with _deep_nesting_is_an_error():
         return yaml.load(text, Loader=Loader)
 
@@ -39,7 +39,7 @@ def _deep_nesting_is_an_error() -> Iterator[None]:
 
 
 def write_yaml(value: Any) -> str:
-    """YAML text that `read_yaml`, or any other YAML reader, reads as `value`."""
+    """Return YAML text that `read_yaml`, or any other YAML reader, reads as `value`."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -174,7 +174,7 @@ class DotChart:
         return [float(f"{number * step:.9g}") for number in range(first, max(last, first + 1) + 1)]
 
     def place(self, value: float) -> float:
-        """The position of a value on the axis, in percent of its length."""
+        """Return the position of a value on the axis, in percent of its length."""
         first, *_, last = self.ticks
         return round(100 * (value - first) / (last - first), 2)
 
@@ -238,7 +238,7 @@ class ChartsData:
 
 
 def charts_block(plots: Sequence[Plot], axes: Sequence[Axis] = (), marks: Sequence[Mark] = ()) -> list[Charts]:
-    """The panels that have data, as one block; empty if none has."""
+    """Return the panels that have data, as one block; empty if none has."""
     filled = [
         Plot(plot.name, [panel for panel in plot.panels if any(len(line.curve) for line in panel.lines)])
         for plot in plots
@@ -248,7 +248,7 @@ def charts_block(plots: Sequence[Plot], axes: Sequence[Axis] = (), marks: Sequen
 
 
 def look(number: int) -> tuple[str, str]:
-    """The color and the dashes of the line of this number; `LOOKS` of them differ."""
+    """Return the color and the dashes of the line of this number; `LOOKS` of them differ."""
     return COLORS[number % len(COLORS)], _DASHES[number // len(COLORS) % len(_DASHES)]
 
 

@@ -104,7 +104,7 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
 
 
 def _columns(comparison: Comparison) -> dict[str, str]:
-    """The columns with their titles, which name the metric, and the split if it is not one of test."""
+    """Return the columns with their titles, which name the metric, and the split if it is not one of test."""
     found = {column: cell for cells in comparison.values() for column, cell in cells.items()}
     return {
         column: f"{column}, {cell['metric']}{_SPLIT_SHOWN.get(cell['split'], '')}" for column, cell in found.items()

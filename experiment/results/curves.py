@@ -53,12 +53,13 @@ class Curve:
         self._state = full, rest, size
 
     def __len__(self) -> int:
-        """The number of points that were added."""
+        """Return the number of points that were added."""
         full, rest, size = self._state
         return len(full) * size + len(rest)
 
     def points(self, limit: int = MAX_POINTS) -> Points:
-        """The first, lowest, highest and last point of each bucket, at most `limit`: all points of a short curve."""
+        """Return the first, lowest, highest and last point of each bucket, at most `limit`: all points of a short
+        curve."""
         corners = self._buckets(limit)[:, :8].reshape(-1, 4, 2)
         by_x = np.take_along_axis(corners, corners[:, :, :1].argsort(axis=1, kind="stable"), axis=1).reshape(-1, 2)
         kept = np.ones(len(by_x), dtype=np.bool_)
@@ -66,7 +67,7 @@ class Curve:
         return by_x[kept, 0], by_x[kept, 1]
 
     def average(self, limit: int = MAX_POINTS) -> Points:
-        """The moving average of all points, one value per bucket.
+        """Return the moving average of all points, one value per bucket.
 
         Near the start the window is symmetric, so that the average follows a loss that falls fast. Near the end it is
         not: it keeps all buckets on the left, so that the curve does not end in the noise of a single value.

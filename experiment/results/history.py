@@ -127,14 +127,14 @@ class History:
         return list(dict.fromkeys(key.removeprefix(_EVALUATION).rsplit("/", 1)[0] for key in keys))
 
     def last(self, key: str) -> float | None:
-        """The last number with this key; None without any."""
+        """Return the last number with this key; None without any."""
         return next((curve.last[1] for curve in reversed(list(self._curves(key)))), None)
 
     def highest(self, key: str) -> float | None:
         return max((curve.highest[1] for curve in self._curves(key)), default=None)
 
     def best_loss(self, corpus: str) -> tuple[float, int] | None:
-        """The lowest loss on a held-out corpus, and its step; None without any."""
+        """Return the lowest loss on a held-out corpus, and its step; None without any."""
         found = [curve.lowest for curve in self._curves(f"{_EVALUATION}{corpus}/loss")]
         return min(((loss, int(step)) for step, loss in found), default=None)
 

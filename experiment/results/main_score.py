@@ -5,7 +5,7 @@ from typing import Any
 
 
 def main_score(results: Mapping[str, Any]) -> tuple[str, float, float | None] | None:
-    """The primary metric on the last split that has it: the split, mean and standard deviation over the seeds.
+    """Return the primary metric on the last split that has it: the split, mean and standard deviation over the seeds.
     results: of results.json."""
     metric = results.get("metric")
     scored = [(split, scores[metric]) for split, scores in results["splits"].items() if metric in scores]

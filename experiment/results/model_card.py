@@ -33,7 +33,7 @@ _HUB_METRICS = dict.fromkeys(("macro_f1", "micro_f1", "weighted_f1"), "f1") | {
 def render_card(
     template: Path, title: str, usage: str, ancestors: Sequence[Mapping[str, Any]] | None, **values: Any
 ) -> str:
-    """The content of README.md.
+    """Return the content of README.md.
 
     Args:
         template: extends `model_card.md.j2`.
@@ -61,7 +61,7 @@ def snippet(language: str, code: str) -> str:
 
 
 def replace_usage(text: str, usage: str, library: str) -> str:
-    """The content of README.md for the same model in another format.
+    """Return the content of README.md for the same model in another format.
 
     library: as the Hub calls it, such as onnx. Everything but the section *Usage* stays, also if a user wrote it. A new
     section comes before the others.

@@ -217,7 +217,7 @@ def write_page(path: Path, page: Page) -> Path:
 
 
 def render_parts(page: Page) -> Iterator[Part]:
-    """The header, and the blocks."""
+    """Yield the header, and the blocks."""
     render = open_templates().get_template(BLOCKS).module.render  # type: ignore[attr-defined]
     yield Part("header", str(render("Header", page)))
     seen = Counter[str]()
@@ -230,7 +230,8 @@ def render_parts(page: Page) -> Iterator[Part]:
 
 
 def render_page(title: str, parts: Sequence[tuple[Part, object]], version: int | None = None) -> str:
-    """The HTML of a page. parts: with the data of their charts. version: of these, if a server keeps them current."""
+    """Return the HTML of a page. parts: with the data of their charts. version: of these, if a server keeps them
+    current."""
     style, script = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
     # The only script that browsers run, should text of the user ever end up as markup.
     digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()

@@ -25,7 +25,7 @@ class SweepResult:
 
 
 def read_metric(folder: RunFolder, metric: str) -> float | None:
-    """The metric of a finished run: on validation in results.json, or its last value in metrics.jsonl.
+    """Return the metric of a finished run: on validation in results.json, or its last value in metrics.jsonl.
 
     Raises UserError for a damaged results.json.
     """

@@ -160,7 +160,7 @@ class _Channel:
 
 
 def alert_services(config: AlertsConfig) -> list[Service]:
-    """The services that `config` names. Raises UserError if an environment variable is missing or wrong."""
+    """Return the services that `config` names. Raises UserError if an environment variable is missing or wrong."""
     services = [webhook_service()] if config.webhook else []
     services += [mail_service(config.email)] if config.email is not None else []
     return services + (apprise_services() if config.apprise else [])

@@ -56,7 +56,7 @@ def read_results(folder: RunFolder) -> list[DownstreamResult]:
 
 
 def best_result(results: Sequence[DownstreamResult]) -> DownstreamResult:
-    """The best one by the primary metric, of one task; the first of equal ones."""
+    """Return the best one by the primary metric, of one task; the first of equal ones."""
     return (min if results[0].lower_is_better else max)(results, key=lambda result: result.value)
 
 
@@ -68,7 +68,7 @@ class DownstreamLog:
         self._taken: dict[Path, int] = {}  # file -> when it was written, as st_mtime_ns
 
     def take_new(self, last_step: int) -> list[Metrics]:
-        """The events of results up to `last_step`, in the order of their steps, each once.
+        """Return the events of results up to `last_step`, in the order of their steps, each once.
 
         A result that was replaced is new: its checkpoint had other weights before.
         """
@@ -106,7 +106,7 @@ def _event(result: DownstreamResult) -> Metrics:
 
 
 def _files(folder: RunFolder) -> Iterator[tuple[Path, int]]:
-    """The files of results, and when they were written."""
+    """Yield the files of results, and when they were written."""
     for path in sorted(folder.downstream.glob("*/step-*.json")):
         if path.stem.removeprefix("step-").isdecimal():
             yield path, path.stat().st_mtime_ns

@@ -90,7 +90,7 @@ class SeedsTensorBoardTracker:
 
 
 def tag_of(name: str) -> str:
-    """The tag of a metric. TensorBoard groups tags by the part before the first slash."""
+    """Return the tag of a metric. TensorBoard groups tags by the part before the first slash."""
     return name if "/" in name else f"{'speed' if name in _SPEED else 'train'}/{name}"
 
 
@@ -118,7 +118,7 @@ def _kept_records(files: list[Path], resumed_step: int, evaluates_again: bool) -
 
 
 def _read_records(path: Path) -> Iterator[bytes]:
-    """The records of a file, without one that a killed process left incomplete."""
+    """Yield the records of a file, without one that a killed process left incomplete."""
     with path.open("rb") as file:
         while len(header := file.read(_LENGTH + _CHECKSUM)) == _LENGTH + _CHECKSUM:
             length = int.from_bytes(header[:_LENGTH], "little") + _CHECKSUM

@@ -49,12 +49,12 @@ class JsonlTracker:
 
 
 def kept_events(path: Path, resumed_step: int, evaluates_again: bool = False) -> list[Event]:
-    """The events in the file that a resumed run does not log again, see `is_kept`."""
+    """Return the events in the file that a resumed run does not log again, see `is_kept`."""
     return [event for event in read_events(path) if is_kept(event["step"], event, resumed_step, evaluates_again)]
 
 
 def is_kept(step: int, names: Iterable[str], resumed_step: int, evaluates_again: bool) -> bool:
-    """Whether a run that resumes after `resumed_step` does not log an event again.
+    """Return whether a run that resumes after `resumed_step` does not log an event again.
 
     Args:
         step: of the event.
@@ -66,12 +66,12 @@ def is_kept(step: int, names: Iterable[str], resumed_step: int, evaluates_again:
 
 
 def is_evaluation(names: Iterable[str]) -> bool:
-    """Whether these are the metrics of an evaluation."""
+    """Return whether these are the metrics of an evaluation."""
     return any(name.startswith("eval/") for name in names)
 
 
 def read_events(path: Path) -> list[Event]:
-    """The events in the file; empty if there is no file. Skips a line that a killed process left incomplete."""
+    """Return the events in the file; empty if there is no file. Skips a line that a killed process left incomplete."""
     try:
         return _parse(path.read_bytes())
     except FileNotFoundError:
@@ -84,7 +84,7 @@ def write_events(path: Path, events: Iterable[Metrics]) -> None:
 
 
 def read_last_events(path: Path) -> list[Event]:
-    """The last events in the file, hundreds at least, as `read_events`; fast for files of any size."""
+    """Return the last events in the file, hundreds at least, as `read_events`; fast for files of any size."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
@@ -134,7 +134,7 @@ class EventReader:
 
 
 def last_number(events: Sequence[Event], key: str) -> Any:
-    """The last number with this key; None without any."""
+    """Return the last number with this key; None without any."""
     values = (event.get(key) for event in reversed(events))
     return next((value for value in values if type(value) in (int, float)), None)
 
@@ -189,7 +189,8 @@ class AppendFile:
             self._remove_torn_record()
 
     def _remove_torn_record(self) -> None:
-        """The file is open for appending: the next write goes to its new end, wherever the last one stopped."""
+        """Cut it off. The file is open for appending: the next write goes to its new end, wherever the last one
+        stopped."""
         if self._torn:
             self._file.truncate(self._end)
             self._torn = False

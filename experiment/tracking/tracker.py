@@ -137,7 +137,7 @@ class Trackers:
 
 
 def _ending(outcome: Outcome, last: Metrics) -> Alert:
-    """The alert at the end of a run. `last`: metric -> its last value."""
+    """Return the alert at the end of a run. `last`: metric -> its last value."""
     loss = f", loss {value:.4f}" if isinstance(value := last.get("loss"), float) else ""
     text = f"{outcome} at step {last['step']}{loss}" if last else str(outcome)
     return Alert("crash" if outcome is Outcome.FAILED else "finish", text, repeated=False)

@@ -152,7 +152,7 @@ class WandbTracker:
         return run, first_number
 
     def _write_report(self, outcome: Outcome) -> Path | None:
-        """The page; None if it cannot be written."""
+        """Return the page; None if it cannot be written."""
         try:
             from experiment.results.report import write_report  # reads the files of trackers, too
 
@@ -200,7 +200,7 @@ class _Rows:
             self._run.log(row, step=self._last_number, commit=True)
 
     def _next(self, event: Metrics) -> tuple[int, bool]:
-        """The number of an event, and whether it is of an earlier step than the training."""
+        """Return the number of an event, and whether it is of an earlier step than the training."""
         step = event["step"]
         assert isinstance(step, int)
         if step > self._step:
@@ -216,8 +216,8 @@ def _describe(error: Exception) -> str:
 
 
 def last_step(folder: Path, run_id: str) -> int:
-    """The largest W&B step of a run in the local files of all its attempts, `RUN/wandb/*run-*-ID*/run-ID.wandb`; -1 if
-    there is none."""
+    """Return the largest W&B step of a run in the local files of all its attempts, `RUN/wandb/*run-*-ID*/run-ID.wandb`;
+    -1 if there is none."""
     files = list(folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"))
     if not files:
         return -1
@@ -233,7 +233,7 @@ def last_step(folder: Path, run_id: str) -> int:
 
 
 def _read_records(data: bytes) -> Iterator[bytes]:
-    """The records of a file, up to the first one that a killed process left incomplete."""
+    """Yield the records of a file, up to the first one that a killed process left incomplete."""
     record, position = b"", _FILE_HEADER
     while position + _HEADER.size <= len(data):
         if _BLOCK - position % _BLOCK < _HEADER.size:  # the rest of a block is empty

@@ -98,7 +98,7 @@ def _read_number(cell: object) -> float | None:
 
 
 def as_number(cell: str | float) -> float | None:
-    """The number that a cell holds; None if it holds something else."""
+    """Return the number that a cell holds; None if it holds something else."""
     try:
         return float(cell)
     except (ValueError, OverflowError):  # a whole number that is too large
@@ -170,7 +170,7 @@ def _is_answer(value: Any) -> bool:
 
 
 def _parse_json(cell: object) -> object:
-    """The list or object that a text is in JSON; any other cell as it is.
+    """Return the list or object that a text is in JSON; any other cell as it is.
 
     Raises ValueError for text that is nearly JSON: pandas writes lists to CSV files as Python prints them.
     """
@@ -189,7 +189,7 @@ LABEL = CellType("a label", _read_label, target=True)
 
 
 def _number_as_text(value: Any) -> Any:
-    """Labels and column names are text, even if YAML reads `0` or `1` as a number."""
+    """Return a number as text: labels and column names are text, even if YAML reads them as numbers."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -224,7 +224,7 @@ class Columns(Section):
     """Names of the columns, or their numbers from 0: in CSV files, always if `task.header` is null."""
 
     def names(self, role: str) -> tuple[str, ...]:
-        """The columns that hold a role: usually one, none if it is not given."""
+        """Return the columns that hold a role: usually one, none if it is not given."""
         names = getattr(self, role)
         return () if names is None else names if isinstance(names, tuple) else (names,)
 
@@ -238,7 +238,7 @@ class Columns(Section):
         }
 
     def roles(self, *cell_types: CellType) -> list[str]:
-        """The roles of those given columns that have one of these types."""
+        """Return the roles of those given columns that have one of these types."""
         return [role for role, found in self.cell_types().items() if any(found is wanted for wanted in cell_types)]
 
     def without_targets(self) -> Self:
@@ -258,11 +258,11 @@ class TextColumns(Columns):
 
     @staticmethod
     def texts(values: Mapping[str, Any]) -> list[str]:
-        """The text, or the pair of texts, of a record."""
+        """Return the text, or the pair of texts, of a record."""
         return [values[role] for role in ("text", "text_pair") if role in values]
 
 
 def _cell_types(parts: Any) -> list[CellType]:
-    """The cell types in the metadata and the annotation of a field."""
+    """Return the cell types in the metadata and the annotation of a field."""
     found = [part for part in parts if isinstance(part, CellType)]
     return found or [cell_type for part in parts for cell_type in _cell_types(get_args(part))]

@@ -68,7 +68,7 @@ class FileFormat:
 
 
 def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
-    """The rows of a file, perhaps compressed (.gz), of all .json files of a folder, or of a data set of the Hub.
+    """Return the rows of a file, perhaps compressed (.gz), of all .json files of a folder, or of a data set of the Hub.
 
     Raises UserError with file and line.
     """
@@ -109,7 +109,7 @@ def _suffix(path: Path) -> str:
 
 
 def read_hub(data: HubData) -> Iterator[Row]:
-    """The rows of a data set of the Hub. Labels have their names."""
+    """Yield the rows of a data set of the Hub. Labels have their names."""
     rows = load_rows(data)
     names = rows.column_names
     for number, cells in enumerate(read_cells(rows, names), start=1):
@@ -117,7 +117,7 @@ def read_hub(data: HubData) -> Iterator[Row]:
 
 
 def read_delimited(path: Path, csv_format: CsvFormat) -> Iterator[Row]:
-    """The rows of a CSV file.
+    """Yield the rows of a CSV file.
 
     If a quoted field seems to hold further rows, rejects it if the separator is a tab; otherwise warns, since texts
     have commas.
@@ -149,13 +149,13 @@ def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """The rows of a file with one object per line."""
+    """Yield the rows of a file with one object per line."""
     with open_lines(path) as lines:
         yield from _rows_of_lines(lines, path)
 
 
 def read_json_folder(folder: Path) -> Iterator[Row]:
-    """The rows of all .json files in a folder and below it, by file name, as CLOTH (Xie et al. 2018) comes."""
+    """Yield the rows of all .json files in a folder and below it, by file name, as CLOTH (Xie et al. 2018) comes."""
     files = sorted(folder.rglob("*.json"))
     if not files:
         raise UserError(f"{folder}: a folder without .json files")
@@ -164,7 +164,7 @@ def read_json_folder(folder: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """The rows of a .json file: its objects, or its questions if they are nested.
+    """Yield the rows of a .json file: its objects, or its questions if they are nested.
 
     DREAM (Sun et al. 2019) and C3 (Sun et al. 2020) give `context` (the lines of the dialogue, joined by line breaks),
     `question`, `choices`, `answer` and `id`; SQuAD (Rajpurkar et al. 2016) `title`, `context`, `question`, `answers`
@@ -248,7 +248,7 @@ def _squad_questions(title: object, paragraphs: list[Any]) -> Iterator[dict[str,
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file."""
+    """Yield the rows of a Parquet file."""
     try:
         with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
             names = file.schema_arrow.names
@@ -259,7 +259,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_conll(path: Path) -> Iterator[Row]:
-    """The sentences of a file. The cells of each are lists with an item for each token.
+    """Yield the sentences of a file. The cells of each are lists with an item for each token.
 
     They are named by the number of their column, from 0; the first is also called `tokens`, the last `tags`. Fields are
     separated by tabs or, in lines without any, by spaces. Document borders (-DOCSTART-) are skipped.

@@ -143,7 +143,7 @@ def read_records(
     joiner: TurnJoiner | None = None,
     key: str = "task.columns",
 ) -> Iterator[Record]:
-    """The rows as records; their targets may be empty. They are read one by one, but all at once with a joiner.
+    """Return the rows as records; their targets may be empty. They are read one by one, but all at once with a joiner.
 
     key: the name of the columns in messages. Raises UserError with file and line.
     """
@@ -206,14 +206,14 @@ def _reject_targets_as_inputs(
 
 
 def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:
-    """The value of a cell, or of the list of several cells."""
+    """Return the value of a cell, or of the list of several cells."""
     cell = row.cells[found] if isinstance(found, int) else [row.cells[index] for index in found]
     indices = [found] if isinstance(found, int) else found
     return read_value(cell, cell_type, row.place, ", ".join(row.names[index] for index in indices))
 
 
 def read_value(cell: object, cell_type: CellType, place: str, column: str) -> Any:
-    """The value of a cell. Raises UserError, with its place and column, if it holds something else."""
+    """Return the value of a cell. Raises UserError, with its place and column, if it holds something else."""
     try:
         value = cell_type.read(cell)
     except ValueError as hint:

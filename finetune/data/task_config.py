@@ -142,7 +142,7 @@ class TaskConfig(Section):
         return {split: path for split, path in splits.items() if path is not None}
 
     def pinned(self, earlier: Iterable[str] = ()) -> Self:
-        """The same task with absolute paths, and with the commits of its data sets of the Hub. Raises UserError.
+        """Return the same task with absolute paths, and with the commits of its data sets of the Hub. Raises UserError.
 
         earlier: names; a data set without a revision gets the first commit that it has there.
         """
@@ -158,13 +158,13 @@ class TaskConfig(Section):
         return self.with_files(files)
 
     def hub_overrides(self) -> dict[str, str]:
-        """The keys of splits that are data sets of the Hub, as overrides."""
+        """Return the keys of splits that are data sets of the Hub, as overrides."""
         test = json.dumps(dict(self.test)) if isinstance(self.test, Mapping) else self.test
         files = {"task.train": self.train, "task.validation": self.validation, "task.test": test}
         return {key: text for key, text in files.items() if text is not None and PREFIX in text}
 
     def with_files(self, files: Mapping[str, str]) -> Self:
-        """The same task with other files. files: as `files` returns them."""
+        """Return the same task with other files. files: as `files` returns them."""
         train, validation = files.get("train"), files.get("validation")
         tests = {split: path for split, path in files.items() if split not in ("train", "validation")}
         test = tests if isinstance(self.test, Mapping) else tests.get("test")

@@ -50,7 +50,7 @@ class Encoder:
     special_tokens_in_text: bool = False  # whether those written out in a text are special; otherwise they are text
 
     def encode(self, text: str, text_pair: str | None = None) -> Tokens:
-        """A text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
+        """Return a text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
         encoded = self._tokenize(text, text_pair, truncation="longest_first", max_length=self.max_length)
         ids = encoded["input_ids"]
         cut = 0 if len(ids) < self.max_length else self._count_cut(encoded, text, text_pair)
@@ -67,17 +67,17 @@ class Encoder:
         return sum(len(part) - added for part in encoded.encodings[0].overflowing)
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text, without special tokens."""
+        """Return the tokens of a text, without special tokens."""
         found: list[int] = self._tokenize(text, special=False)["input_ids"]
         return found
 
     def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, without special tokens, at least one each unless the text is empty."""
+        """Return the tokens of each text, without special tokens, at least one each unless the text is empty."""
         found: list[list[int]] = self._tokenize(texts, special=False)["input_ids"] if texts else []
         return [ids or [self.tokenizer.unk_token_id] * bool(text) for ids, text in zip(found, texts, strict=True)]
 
     def ids_of_continuations(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of texts that continue others. SentencePiece would mark the beginning of each as a word's,
+        """Return the tokens of texts that continue others. SentencePiece would mark the beginning of each as a word's,
         even if it is punctuation."""
         before, *found = self.ids_of_texts(["(", *(f"({text}" for text in texts)])
         known = self.tokenizer.unk_token_id not in before
@@ -87,7 +87,8 @@ class Encoder:
         ]
 
     def ids_and_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of a text, without special tokens, and the characters (start, end) that each of them covers.
+        """Return the tokens of a text, without special tokens, and the characters (start, end) that each of them
+        covers.
 
         Raises UserError for a tokenizer that does not know them.
         """
@@ -100,7 +101,7 @@ class Encoder:
         return encoded["input_ids"], encoded["offset_mapping"]
 
     def ids_of_words(self, words: Sequence[str]) -> list[list[int]]:
-        """The tokens of each word of a sentence, at least one each."""
+        """Return the tokens of each word of a sentence, at least one each."""
         # Tokenizers that tell the start of a word by the space before it need that space.
         texts = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
         return [ids or [self.tokenizer.unk_token_id] for ids in self.ids_of_texts(texts)]
@@ -174,7 +175,7 @@ class Encoder:
 
 
 def load_task_tokenizer(folder: Path, task: TaskConfig) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs."""
+    """Return the tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs."""
     needed = ["pad_token"] if task.dialogue is None else ["pad_token", "sep_token"]
     tokenizer = load_any_tokenizer(folder, needed)
     if task.dialogue is not None:

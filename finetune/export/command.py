@@ -41,7 +41,7 @@ def export_command(options: ExportOptions) -> None:
 
 
 def _find_source(path: Path) -> Path:
-    """The model folder that `path` refers to: itself, or the one of a checkpoint or a run of either kind."""
+    """Return the model folder that `path` refers to: itself, or the one of a checkpoint or a run of either kind."""
     is_finetuned = RunFolder(path).results.is_file() or (path / "model" / "config.json").is_file()
     return find_model(path)[0] if is_finetuned else find_model_folder(path)
 

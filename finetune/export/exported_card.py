@@ -94,7 +94,7 @@ def _make_card(source: Path, title: str) -> str:
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    """The config of the transformers model. Raises UserError if it is damaged."""
+    """Return the config of the transformers model. Raises UserError if it is damaged."""
     path = source / "config.json"
     try:
         return dict(read_json(path))
@@ -126,7 +126,7 @@ def _corpora(state: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _corpus_row(corpus: Mapping[str, Any]) -> list[str]:
-    """The first columns of a table of corpora."""
+    """Return the first columns of a table of corpora."""
     counts = (format_number(corpus[key]) for key in ("documents", "tokens"))
     return [corpus["name"], *counts, corpus["fingerprint"], corpus["source"]]
 

@@ -54,7 +54,7 @@ class ModelGraph(nn.Module):
 
 
 def takes_choices(model: PreTrainedModel) -> bool:
-    """Whether inputs are BST, not ST."""
+    """Return whether inputs are BST, not ST."""
     return type(model).__name__.endswith("ForMultipleChoice")
 
 
@@ -179,7 +179,7 @@ def _is_lookup(node: NodeProto) -> bool:
 
 
 def _int8_lookup(node: NodeProto) -> Iterator[NodeProto]:
-    """The nodes that take the place of a lookup."""
+    """Yield the nodes that take the place of a lookup."""
     (table, ids), (found,) = node.input, node.output
     yield helper.make_node("Gather", [f"{table}_int8", ids], [f"{found}_int8"])
     yield helper.make_node("Gather", [f"{table}_scale", ids], [f"{found}_scale"])

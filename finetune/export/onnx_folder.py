@@ -89,7 +89,7 @@ def _megabytes(*files: Path) -> str:
 
 
 def _usage(original: LoadedModel) -> str:
-    """The section *Usage* of the card. original: the model that was exported."""
+    """Return the section *Usage* of the card. original: the model that was exported."""
     length = original.padding.length
     padding = "True" if length is None else f'"max_length", max_length={length}'
     value = "tokens[each.name][None]" if takes_choices(original.model) else "tokens[each.name]"

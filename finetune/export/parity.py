@@ -49,7 +49,8 @@ class Comparison:
 
 
 def sample_batches(loaded: LoadedModel) -> list[dict[str, Tensor]]:
-    """Inputs of a model, ST, in batches of similar length: texts and pairs of few tokens up to the longest possible."""
+    """Return inputs of a model, ST, in batches of similar length: texts and pairs of few tokens up to the longest
+    possible."""
     longest = loaded.padding.length or min(max_positions(loaded.model) or loaded.encoder.max_length, _LONGEST)
     encoder = replace(loaded.encoder, max_length=longest)
     tokenizer, draw = encoder.tokenizer, random.Random(0)

@@ -57,7 +57,7 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """The labels of the training split, sorted, as numbers if all of them are.
+        """Return the labels of the training split, sorted, as numbers if all of them are.
 
         Raises UserError if there is only one, if they are numbers and not all whole, or for one with two spellings.
         """
@@ -91,7 +91,7 @@ class Kind(TaskKind[Config]):
         return balanced_weights([example.target for example in examples], len(self.labels))
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Cross-entropy, weighted by label."""
+        """Return the cross-entropy, weighted by label."""
         assert batch.targets is not None
         return Loss.of(weighted_cross_entropy(outputs, batch.targets, options), len(batch.targets))
 
@@ -120,7 +120,7 @@ class Kind(TaskKind[Config]):
 
 
 def weighted_cross_entropy(outputs: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
-    """The sum of cross-entropies, each weighted by its own label. outputs: NC; targets: N, -100 does not count.
+    """Return the sum of cross-entropies, each weighted by its own label. outputs: NC; targets: N, -100 does not count.
 
     torch's own weights would multiply the smoothed share of every other label by the weight of that label, so that
     frequent labels have rare ones as their target.
@@ -130,7 +130,7 @@ def weighted_cross_entropy(outputs: Tensor, targets: Tensor, options: LossOption
 
 
 def balanced_weights(targets: Sequence[int], labels: int) -> tuple[float, ...]:
-    """N / (C · count) for each label, King & Zeng (2001); 0 for a label without targets."""
+    """Return N / (C · count) for each label, King & Zeng (2001); 0 for a label without targets."""
     counts = np.bincount(targets, minlength=labels)
     share = len(targets) / np.count_nonzero(counts)
     return tuple(float(share / count) if count else 0.0 for count in counts)

@@ -143,7 +143,7 @@ class Kind(TaskKind[Config]):
         return [f"{sum(len(record.values['options']) for record in train.records):,} blanks in train"]
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
-        """The article with the right options in its blanks; without answers, the text between blanks."""
+        """Yield the article with the right options in its blanks; without answers, the text between blanks."""
         segments, options, answers = self._parse(record)
         if answers is None:
             yield from segments
@@ -187,11 +187,11 @@ class Kind(TaskKind[Config]):
         return self.expand(Record("", {"article": "a _", "options": [["b", "c"]]}), encoder, training=False)[0]
 
     def segments(self, record: Record) -> list[str]:
-        """The text before, between and behind the blanks of a record."""
+        """Return the text before, between and behind the blanks of a record."""
         return list(record.values["article"].split(_BLANK))
 
     def _parse(self, record: Record) -> tuple[list[str], list[list[str]], list[int] | None]:
-        """The text between the blanks, the options, and the index of each right option if the record has them.
+        """Return the text between the blanks, the options, and the index of each right option if the record has them.
 
         Raises UserError for another number of blanks, options and answers, and for an unknown letter.
         """
@@ -219,7 +219,7 @@ class Kind(TaskKind[Config]):
     def _fillings(
         self, option_ids: Sequence[Sequence[list[int]]], answers: Sequence[int] | None, encoder: Encoder
     ) -> list[list[int]]:
-        """The tokens in each blank while another one is asked for. answers: None if they must not be shown."""
+        """Return the tokens in each blank while another one is asked for. answers: None if they must not be shown."""
         if self.config.other_blanks == "filled" and answers is not None:
             return [row[answer] for row, answer in zip(option_ids, answers, strict=True)]
         if self.config.other_blanks == "dropped":
@@ -245,8 +245,9 @@ class Kind(TaskKind[Config]):
         return Example(tuple(sequences), target, _Blank(blank, lengths, tuple(masked.values())))
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """S1 scores of a multiple-choice head, S2 scores of wrong and right; or, zero-shot, the log-probability of the
-        masked token of each option (as many columns as a blank has options), 0 for options that mask another one."""
+        """Return S1 scores of a multiple-choice head, S2 scores of wrong and right; or, zero-shot, the log-probability
+        of the masked token of each option (as many columns as a blank has options), 0 for options that mask another
+        one."""
         if self.config.scoring == "multiple_choice":
             logits: Tensor = model(**{name: tensor[None] for name, tensor in batch.inputs.items()}).logits
             return logits.reshape(-1, 1)
@@ -261,7 +262,8 @@ class Kind(TaskKind[Config]):
         return log_probabilities_SV.gather(1, options_SO.clamp(min=0)) * (options_SO >= 0)
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Cross-entropy over the options of each blank; for binary scoring, of right and wrong for each option."""
+        """Return the cross-entropy over the options of each blank; for binary scoring, of right and wrong for each
+        option."""
         assert batch.targets is not None
         sizes = [len(example.sequences) for example in batch.examples]
         if self.config.scoring == "binary":
@@ -286,7 +288,7 @@ class Kind(TaskKind[Config]):
         }
 
     def _option_scores(self, outputs: Tensor, blank: _Blank) -> Tensor:
-        """The scores of the options of a blank, log-probabilities up to a constant.
+        """Return the scores of the options of a blank, log-probabilities up to a constant.
 
         Zero-shot: the pseudo-log-likelihood (Salazar et al. 2020) of the option's tokens, each masked in turn, divided
         by their number: otherwise short options would win.
@@ -348,7 +350,7 @@ class Kind(TaskKind[Config]):
 
 
 def _excerpt(segments: Sequence[str], blank: int) -> str:
-    """The words around a blank, which is longer than other blanks in them."""
+    """Return the words around a blank, which is longer than other blanks in them."""
     before, after = (_BLANK.join(part).split() for part in (segments[: blank + 1], segments[blank + 1 :]))
     return " ".join([*before[-_EXCERPT_WORDS:], 3 * _BLANK, *after[:_EXCERPT_WORDS]])
 
@@ -386,7 +388,7 @@ def masked_logits(
 
 
 def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[list[bool]]:
-    """Whether each blank of each article is right."""
+    """Return whether each blank of each article is right."""
     return [
         [right == found for right, found in zip(record.values["answers"], prediction["answers"], strict=True)]
         for record, prediction in zip(records, predictions, strict=True)
@@ -401,7 +403,7 @@ def _accuracy_row(name: str, number: int, right: Sequence[bool]) -> dict[str, An
 def _surroundings(
     segments: Sequence[list[int]], fillings: Sequence[list[int]], blank: int, context: Context, size: int
 ) -> list[_Surroundings]:
-    """The context around a blank, once for each sequence that shows it. At most `size` tokens each.
+    """Return the context around a blank, once for each sequence that shows it. At most `size` tokens each.
 
     segments: the tokens between the blanks of an article, one list more than blanks. fillings: the tokens in each
     blank; `blank` itself does not count. context: "article" gives all windows over the article that show
@@ -423,5 +425,5 @@ def _surroundings(
 
 
 def _shows(window: range, position: int, length: int) -> bool:
-    """Whether a window shows tokens before and after a position, if there are any."""
+    """Return whether a window shows tokens before and after a position, if there are any."""
     return (window.start < position or window.start == 0) and (window.stop > position or window.stop == length)

@@ -120,8 +120,9 @@ class Kind(TaskKind[Config]):
         return [Example(tuple(map(encoder.encode, [text, *others])), target, details=text)]
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
-        """N scores; or, of pairs without scores, NM: whether a candidate is no negative, because it is the text itself,
-        another document of it, or the same as its own. The candidates are the N documents, then all negatives."""
+        """Return N scores; or, of pairs without scores, NM: whether a candidate is no negative, because it is the text
+        itself, another document of it, or the same as its own. The candidates are the N documents, then all
+        negatives."""
         if isinstance(examples[0].target, float):
             return torch.tensor([example.target for example in examples])
         documents: dict[str, set[str]] = {}
@@ -198,7 +199,7 @@ class Kind(TaskKind[Config]):
     def breakdowns(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        """The scores of vectors cut to each of `dimensions`."""
+        """Return the scores of vectors cut to each of `dimensions`."""
         rows = []
         for size in self.config.dimensions:
             cut = [prediction["dimensions"][str(size)] for prediction in predictions]
@@ -206,7 +207,7 @@ class Kind(TaskKind[Config]):
         return {"dimensions": rows} if rows else {}
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
-        """Whether all texts have nearly the same vector."""
+        """Return whether all texts have nearly the same vector."""
         return self.scores(records, predictions)["uniformity"] > math.log(_COLLAPSED)
 
     def rows(self, record: Record, prediction: Prediction) -> Sequence[tuple[Mapping[str, Any], Prediction]]:
@@ -243,8 +244,8 @@ class Kind(TaskKind[Config]):
 
 
 def in_batch_negatives_loss(texts_ND: Tensor, candidates_MD: Tensor, excluded_NM: Tensor, scale: float) -> Tensor:
-    """Cross-entropy of a text's own document, which has the number of the text, among all candidates (Henderson et al.
-    2017, "Efficient Natural Language Response Suggestion for Smart Reply"). Vectors are unit vectors.
+    """Return the cross-entropy of a text's own document, which has the number of the text, among all candidates
+    (Henderson et al. 2017, "Efficient Natural Language Response Suggestion for Smart Reply"). Vectors are unit vectors.
 
     excluded_NM: candidates that do not count for a text.
     """
@@ -269,7 +270,7 @@ def _score(record: Record) -> float | None:
 
 
 def _others(record: Record) -> list[str]:
-    """The other text of a record, and its negatives; scored records need none."""
+    """Return the other text of a record, and its negatives; scored records need none."""
     if "text_pair" not in record.values:
         return []
     return [record.values["text_pair"], *(record.values.get("negative", ()) if _score(record) is None else ())]

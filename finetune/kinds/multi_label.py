@@ -53,7 +53,7 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """The labels of the training split, sorted. Raises UserError if there is only one, or for one with two
+        """Return the labels of the training split, sorted. Raises UserError if there is only one, or for one with two
         spellings."""
         rows = reversed(train.records)
         places = {label: record.place for record in rows for label in _labels_of(record, config)}
@@ -92,17 +92,16 @@ class Kind(TaskKind[Config]):
         return [float(number in ids) for number in range(len(self.labels))]
 
     def label_weights(self, examples: Sequence[Example]) -> tuple[float, ...]:
-        """The weight of each label where it is present, then of each where it is absent: N / (2 · count), so that all
-        labels have the same share of the loss, half of it where they are present. 1 for a label that is always
-        present, or never.
-        """
+        """Return the weight of each label where it is present, then of each where it is absent: N / (2 · count), so
+        that all labels have the same share of the loss, half of it where they are present. 1 for a label that is always
+        present, or never."""
         present = np.sum([example.target for example in examples], axis=0)
         counts = np.stack([present, len(examples) - present])
         balanced = len(examples) / (2 * np.maximum(counts, 1))
         return tuple(np.where((counts == 0).any(axis=0), 1.0, balanced).flatten().tolist())
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Binary cross-entropy, mean over the labels."""
+        """Return the binary cross-entropy, mean over the labels."""
         assert batch.targets is not None
         weights = None
         if options.label_weights is not None:
@@ -120,8 +119,9 @@ class Kind(TaskKind[Config]):
         }
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """F1 of each label's yes or no: over all decisions (micro), or the mean over the labels, equal or weighted by
-        frequency; 0 for a label that neither occurs nor is predicted. accuracy: rows with exactly the right labels."""
+        """Return F1 of each label's yes or no: over all decisions (micro), or the mean over the labels, equal or
+        weighted by frequency; 0 for a label that neither occurs nor is predicted. accuracy: rows with exactly the right
+        labels."""
         from sklearn.metrics import accuracy_score, f1_score  # takes a second
 
         gold, predicted = self._gold(records), self._predicted(predictions)
@@ -132,7 +132,7 @@ class Kind(TaskKind[Config]):
         return {**f1, "accuracy": float(accuracy_score(gold, predicted))}
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """Binary cross-entropy, mean over the labels."""
+        """Return the binary cross-entropy, mean over the labels."""
         return np.asarray(self.classified(records, predictions).losses.reshape(len(records), -1).mean(axis=1))
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:

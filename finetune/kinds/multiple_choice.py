@@ -148,19 +148,19 @@ class Kind(TaskKind[Config]):
         return names.index(label)
 
     def _names(self, choices: Sequence[str], place: str) -> list[str]:
-        """The names of the choices of a row in the file."""
+        """Return the names of the choices of a row in the file."""
         if self.labels and len(choices) > len(self.labels):
             raise UserError(f"{place}: {len(choices)} choices, but only {len(self.labels)} labels: {self.labels}")
         return list(self.labels[: len(choices)]) or _stripped(choices)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """S1 scores."""
+        """Return S1 scores."""
         # All sequences of a batch as the choices of one question: questions may differ in their number of choices.
         logits: Tensor = model(**{name: tensor[None] for name, tensor in batch.inputs.items()}).logits
         return logits.reshape(-1, 1)
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Cross-entropy over the choices of each question."""
+        """Return the cross-entropy over the choices of each question."""
         assert batch.targets is not None
         sizes = [len(example.sequences) for example in batch.examples]
         return choice_loss(torch.split(outputs[:, 0].float(), sizes), batch.targets)
@@ -189,7 +189,8 @@ class Kind(TaskKind[Config]):
 
 
 def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
-    """Cross-entropy over the choices of each question. scores: of its choices. targets: indices of the right ones."""
+    """Return the cross-entropy over the choices of each question. scores: of its choices. targets: indices of the right
+    ones."""
     padded = pad_sequence(list(scores), batch_first=True, padding_value=float("-inf"))
     losses = F.cross_entropy(padded, targets, reduction="none")
     return Loss.of(losses.sum(), len(losses))

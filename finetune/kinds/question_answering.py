@@ -137,7 +137,8 @@ class Kind(TaskKind[Config]):
         return examples
 
     def _answer_tokens(self, record: Record, offsets_N2: NDArray[np.int64]) -> range | None:
-        """The tokens of the context that cover the first answer; empty for no answer, None for an unlabelled record."""
+        """Return the tokens of the context that cover the first answer; empty for no answer, None for an unlabelled
+        record."""
         if (answers := record.values.get("answers")) is None:
             return None
         self.check_target(record)
@@ -155,7 +156,7 @@ class Kind(TaskKind[Config]):
         return padding_last(scores.masked_fill(padding[..., None], torch.finfo(torch.float32).min), batch)
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Cross-entropy of the start and of the end; its mean is over windows."""
+        """Return the cross-entropy of the start and of the end; its mean is over windows."""
         assert batch.targets is not None
         losses = F.cross_entropy(outputs, batch.targets, reduction="sum") / 2
         return Loss.of(losses, len(outputs))
@@ -192,8 +193,8 @@ class Kind(TaskKind[Config]):
         return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """Cross-entropy of an answer's probability with its F1 as the target: wrong answers that the model is sure of
-        are the worst."""
+        """Return the cross-entropy of an answer's probability with its F1 as the target: wrong answers that the model
+        is sure of are the worst."""
         pairs = zip(records, predictions, strict=True)
         f1 = [_best_f1(prediction["answer"], _right_answers(record)) for record, prediction in pairs]
         return confidence_losses([prediction["score"] for prediction in predictions], f1)
@@ -215,7 +216,8 @@ def _classification_token(tokens: Tokens, encoder: Encoder) -> int:
 
 
 def _target(window: _Window, shown: range, answer: range) -> list[int]:
-    """Position of the first and of the last token of the answer; of no answer if the window does not show all of it."""
+    """Return the position of the first and of the last token of the answer; of no answer if the window does not show
+    all of it."""
     if not answer or answer.start < shown.start or answer.stop > shown.stop:
         return [window.nothing, window.nothing]
     return [window.start + answer.start - shown.start, window.start + answer.stop - 1 - shown.start]
@@ -233,7 +235,7 @@ def _best_scores(windows: Sequence[_Window], shown: Sequence[NDArray[np.float32]
 
 
 def _best_span(scores_T2: NDArray[np.float32], max_tokens: int) -> _Span:
-    """The span of at most max_tokens tokens with the largest sum of start and end score."""
+    """Return the span of at most max_tokens tokens with the largest sum of start and end score."""
     sums_TT = scores_T2[:, None, 0] + scores_T2[None, :, 1]
     allowed = np.triu(np.tril(np.ones_like(sums_TT, dtype=bool), max_tokens - 1))
     first, last = np.unravel_index(np.where(allowed, sums_TT, -np.inf).argmax(), sums_TT.shape)

@@ -51,7 +51,7 @@ class Kind(TaskKind[Config]):
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), record.values.get("label"))]
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Squared error."""
+        """Return the squared error."""
         assert batch.targets is not None
         losses = F.mse_loss(outputs.float()[:, 0], batch.targets, reduction="none")
         return Loss.of(losses.sum(), len(losses))
@@ -60,8 +60,8 @@ class Kind(TaskKind[Config]):
         return {"value": float(outputs[0][0])}
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """The correlation coefficients of Pearson and Spearman, in [-1, 1]; 0 if undefined: if all numbers of one side
-        are the same."""
+        """Return the correlation coefficients of Pearson and Spearman, in [-1, 1]; 0 if undefined: if all numbers of
+        one side are the same."""
         from scipy.stats import pearsonr, spearmanr  # takes half a second
 
         gold = np.array([record.values["label"] for record in records])
@@ -72,6 +72,6 @@ class Kind(TaskKind[Config]):
         return {name: float(np.nan_to_num(value)) for name, value in found.items()}
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """Squared errors."""
+        """Return the squared errors."""
         pairs = zip(records, predictions, strict=True)
         return np.array([(record.values["label"] - prediction["value"]) ** 2 for record, prediction in pairs])

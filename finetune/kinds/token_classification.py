@@ -85,7 +85,7 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """The tags of the training split, sorted."""
+        """Return the tags of the training split, sorted."""
         labels = sorted({tag for record in train.records for tag in record.values["tags"]})
         if len(labels) < 2:
             raise UserError(f"{train.path}: every word has the tag '{labels[0]}'; expected two or more tags")
@@ -126,7 +126,7 @@ class Kind(TaskKind[Config]):
         return padding_last(model(**batch.inputs).logits, batch)
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Cross-entropy, weighted by tag; its mean is over words."""
+        """Return the cross-entropy, weighted by tag; its mean is over words."""
         assert batch.targets is not None
         scores_NC = outputs[:, : batch.targets.shape[1]].flatten(0, 1)
         losses = weighted_cross_entropy(scores_NC, batch.targets.flatten(), options)
@@ -148,7 +148,7 @@ class Kind(TaskKind[Config]):
         return {**entity_scores(gold, predicted, self.labels), "accuracy": float(np.mean(right))}
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
-        """Whether all words get the same tag."""
+        """Return whether all words get the same tag."""
         tags = [tag for prediction in predictions for tag in prediction["tags"]]
         return is_constant(tags, [tag for record in records for tag in record.values["tags"]])
 
@@ -180,7 +180,7 @@ class Kind(TaskKind[Config]):
 def _sides(
     records: Sequence[Record], predictions: Sequence[Prediction]
 ) -> tuple[list[Sequence[str]], list[Sequence[str]]]:
-    """The right tags of each sentence, and the predicted ones."""
+    """Return the right tags of each sentence, and the predicted ones."""
     return [record.values["tags"] for record in records], [prediction["tags"] for prediction in predictions]
 
 
@@ -207,7 +207,7 @@ def _examples(words: Sequence[str], labels: Sequence[int] | None, encoder: Encod
 
 
 def _whole_words(window: range, starts: Sequence[int]) -> range:
-    """The part of a window of tokens that consists of whole words. starts: of the words, and the end."""
+    """Return the part of a window of tokens that consists of whole words. starts: of the words, and the end."""
     inside = [start for start in starts if window.start <= start <= window.stop]
     return range(inside[0], inside[-1])
 

@@ -127,7 +127,7 @@ def _interval(interval: Sequence[float] | None) -> str:
 
 
 def _label_rows(record: SeedRecord) -> list[tuple[str, list[list[str]]]]:
-    """The last split that has scores of labels, and their rows; empty without any."""
+    """Return the last split that has scores of labels, and their rows; empty without any."""
     found = []
     for split, labels in list(record.label_scores.items())[-1:]:
         rows = [

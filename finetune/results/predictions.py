@@ -149,7 +149,7 @@ class DamagedPredictionsError(UserError):
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """The predictions in a file of `save_predictions`. Raises DamagedPredictionsError."""
+    """Return the predictions in a file of `save_predictions`. Raises DamagedPredictionsError."""
     try:
         return [parse_json(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
@@ -169,7 +169,7 @@ def prediction_rows(
 
 
 def _inputs(values: Mapping[str, Any], kind: TaskKind[Any]) -> Iterator[tuple[str, Any]]:
-    """The values of a record: its texts first, then its target."""
+    """Yield the values of a record: its texts first, then its target."""
     types = kind.config.columns.cell_types()
     for role in sorted(values, key=lambda role: role in types and types[role].target):
         yield role, values[role]
@@ -186,7 +186,7 @@ def _flatten(prediction: Prediction, kind: TaskKind[Any]) -> Iterator[tuple[str,
 def write_worst_rows(
     path: Path, kind: TaskKind[Any], records: Sequence[Record], predictions: Sequence[Prediction]
 ) -> None:
-    """The 50 rows of the predictions file with the highest loss, highest first; no file if the kind has no losses."""
+    """Write the 50 rows of the predictions with the highest loss, highest first; no file if the kind has no losses."""
     losses = kind.losses(records, predictions)
     if losses is None:
         return

@@ -57,7 +57,7 @@ def write_results(run: ResolvedRun, records: Mapping[int, SeedRecord]) -> dict[s
 def _combine(
     run: ResolvedRun, records: Mapping[int, SeedRecord], confusions: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, Any]:
-    """The content of results.json. confusions: split -> CC counts, of all seeds together."""
+    """Return the content of results.json. confusions: split -> CC counts, of all seeds together."""
     task, labels = run.task.kind.config, run.task.kind.labels
     first, by_seed = next(iter(records.values())), list(records.values())
     return {

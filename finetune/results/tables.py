@@ -21,7 +21,7 @@ Describe = Callable[[Any], str]
 def print_scores(
     title: str, splits: Mapping[str, Mapping[str, Any]], metric: str | None, describe: Describe = "{:.4f}".format
 ) -> None:
-    """A row for each metric, a column for each split. metric: the one to mark, if any."""
+    """Print a row for each metric, a column for each split. metric: the one to mark, if any."""
     if not splits:
         return
     table = _table(title, *splits)
@@ -34,7 +34,7 @@ def print_scores(
 def print_label_scores(
     title: str, labels: Mapping[str, Mapping[str, Any]], describe: Describe = "{:.4f}".format
 ) -> None:
-    """A row for each label, the most frequent first."""
+    """Print a row for each label, the most frequent first."""
     table = _table("label", "precision", "recall", "f1", "support")
     table.title = title
     by_support = sorted(labels.items(), key=lambda item: -item[1]["support"])
@@ -115,7 +115,7 @@ def _describe_confusions(split: str, confusions: Sequence[Mapping[str, Any]]) ->
 
 
 def _describe_calibration(calibration: Mapping[str, Any]) -> list[str]:
-    """The calibration error on the last split."""
+    """Return the calibration error on the last split."""
     return [
         f"calibration error on {split}: {errors['ece']['mean']:.4f}; with temperatures fitted on validation: "
         f"{errors['calibrated_ece']['mean']:.4f}"

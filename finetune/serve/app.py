@@ -82,7 +82,7 @@ _CLEARER = {
 
 
 def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None = None) -> ASGIApp:
-    """The whole application. hosts: that it answers to; None: any."""
+    """Yield the whole application. hosts: that it answers to; None: any."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -179,19 +179,19 @@ async def model_prediction(serving: State, request: Request) -> Response:
 
 @api.get("/model", response_model=ModelInfo)
 async def model(serving: State) -> ModelInfo:
-    """The model, and the requests that it accepts."""
+    """Return the model, and the requests that it accepts."""
     return serving.served.info
 
 
 @site.get("/healthz", response_model=Status, tags=["operation"])
 async def healthz() -> Response:
-    """Whether the process answers."""
+    """Return whether the process answers."""
     return JSONResponse({"status": "ok"})
 
 
 @site.get("/readyz", response_model=Status, responses={503: {"model": Error}}, tags=["operation"])
 async def readyz(serving: State) -> Response:
-    """Whether it takes further requests."""
+    """Return whether it takes further requests."""
     if serving.admission.is_full:
         raise busy("too many texts are waiting")
     return JSONResponse({"status": "ready"})
@@ -211,7 +211,7 @@ async def page() -> HTMLResponse:
 
 @site.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
 async def docs() -> HTMLResponse:
-    """The OpenAPI schema, readable; it needs no network."""
+    """Return the OpenAPI schema, readable; it needs no network."""
     return _html("docs.html")
 
 
@@ -289,7 +289,7 @@ def handle_errors(app: FastAPI) -> None:
 
 
 def describe_errors(errors: Sequence[Any]) -> str:
-    """The first error that pydantic reports, as one line such as `texts[2]: input should be a valid string`."""
+    """Return the first error that pydantic reports, as one line such as `texts[2]: input should be a valid string`."""
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in errors[0]["loc"][1:])
     message = errors[0]["msg"].removeprefix("Value error, ")
     if errors[0]["type"] == "extra_forbidden":

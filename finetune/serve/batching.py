@@ -99,7 +99,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self._task = asyncio.create_task(self._run())
 
     async def submit(self, items: Sequence[ItemT], sizes: Sequence[Size]) -> list[ResultT]:
-        """The results of items, in order. If the caller is cancelled, items that wait are dropped.
+        """Return the results of items, in order. If the caller is cancelled, items that wait are dropped.
 
         Raises the errors of `compute` for them.
         """
@@ -135,7 +135,7 @@ class Batcher(Generic[ItemT, ResultT]):
             self._forget()
 
     def _draw(self) -> Iterator[_Part[ItemT, ResultT]]:
-        """The items of the next batches: one of each job in turn, up to the limit of tokens."""
+        """Yield the items of the next batches: one of each job in turn, up to the limit of tokens."""
         room = self._limits.tokens
         while room > 0 and any(job.waiting for job in self._jobs):
             job = self._jobs[0]

@@ -74,7 +74,7 @@ def serve_command(options: ServeOptions) -> None:
 
 
 def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
-    """The token of a file, or else of the environment. Raises UserError for one that clients cannot send."""
+    """Return the token of a file, or else of the environment. Raises UserError for one that clients cannot send."""
     if path is None:
         token, origin = environment.get(TOKEN_VARIABLE), TOKEN_VARIABLE
         if token is None:

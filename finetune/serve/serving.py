@@ -100,7 +100,7 @@ class Services:
         return await asyncio.to_thread(lambda: [filler.describe(candidates) for candidates in found])
 
     async def rank(self, texts: Sequence[str], options: Sequence[Sequence[Sequence[str]]]) -> list[Any]:
-        """The options of each mask of each text, the most probable first. The model must fill masks."""
+        """Return the options of each mask of each text, the most probable first. The model must fill masks."""
         filler = self.served.filler
         assert filler is not None
         if len(texts) != len(options):

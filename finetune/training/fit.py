@@ -47,7 +47,7 @@ class StateFile:
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def load(self) -> State | None:
-        """The last state; None if there is none for these settings. Raises UserError if the file is damaged."""
+        """Return the last state; None if there is none for these settings. Raises UserError if the file is damaged."""
         saved = self._read()
         return None if saved is None or changed_settings(self.settings, saved["settings"]) else saved["state"]
 
@@ -68,7 +68,7 @@ class StateFile:
             ) from None
 
     def other_settings(self) -> dict[str, tuple[Any, Any]]:
-        """The settings of the last state that differ, with both values."""
+        """Return the settings of the last state that differ, with both values."""
         saved = self._read()
         return {} if saved is None else changed_settings(self.settings, saved["settings"])
 
@@ -110,7 +110,7 @@ class LossMeter:
         return {"loss": loss, "tokens_per_second": tokens / seconds}
 
     def evaluation(self) -> tuple[float, float]:
-        """Mean loss, and seconds of training, since the last call."""
+        """Return the mean loss, and seconds of training, since the last call."""
         seconds, self.seconds[1] = self.seconds[1], 0.0
         return self._mean(1), seconds
 
@@ -246,7 +246,7 @@ class _Fitting:
         return not self.done or self._config.score_train or bool(others)
 
     def _must_evaluate(self) -> bool:
-        """Whether an evaluation is due after the last update."""
+        """Return whether an evaluation is due after the last update."""
         steps, config = self._updater.steps, self._config
         every = steps_per_epoch(self._task, config) if config.evaluate_every == "epoch" else config.evaluate_every
         evaluated = self._epochs[-1].steps if self._epochs else 0
@@ -300,7 +300,7 @@ class _Fitting:
             self._best = _Best(len(self._epochs) - 1, weights, validation)
 
     def predict(self) -> Fitted:
-        """The evaluations of all splits, with the best weights."""
+        """Return the evaluations of all splits, with the best weights."""
         assert self._best is not None
         self._model.load_state_dict(self._best.weights)
         evaluations = {"train": self._evaluate("train")} if self._config.score_train else {}
@@ -341,7 +341,7 @@ class _Fitting:
 
 
 def _copy_to_cpu(model: nn.Module, into: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The weights of a model. into: an earlier copy, whose memory is used again."""
+    """Return the weights of a model. into: an earlier copy, whose memory is used again."""
     state = model.state_dict()
     if into is None:
         return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}

@@ -176,7 +176,7 @@ def steps_per_epoch(task: Task, config: TrainingConfig) -> int:
 def training_order(
     lengths: Sequence[int], batch_size: int, seed: int, first: int = 0
 ) -> Iterator[tuple[int, list[int]]]:
-    """The epoch (from 1) and the examples of each update from number `first` on, without end.
+    """Yield the epoch (from 1) and the examples of each update from number `first` on, without end.
 
     A pure function of the seed and the number of the update.
     """
@@ -189,7 +189,7 @@ def training_order(
 
 
 def training_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """The examples of one epoch by index: each once, in shuffled batches of similar length.
+    """Return the examples of one epoch by index: each once, in shuffled batches of similar length.
 
     If the last batch is smaller than the others, its examples are drawn at random like theirs.
     """

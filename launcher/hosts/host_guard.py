@@ -43,12 +43,12 @@ _LEAVE_SECONDS = 40.0
 
 
 def environment_file(launch: str) -> Path:
-    """The file with the environment variables of a launch on this host, in memory."""
+    """Return the file with the environment variables of a launch on this host, in memory."""
     return Path("/dev/shm") / f"deepcloze-{launch}.json"
 
 
 def read_environment(launch: str) -> Mapping[str, str]:
-    """The variables of a launch. Raises FileNotFoundError if it has ended on this host."""
+    """Return the variables of a launch. Raises FileNotFoundError if it has ended on this host."""
     environment: Mapping[str, str] = json.loads(environment_file(launch).read_bytes())
     return environment
 
@@ -123,7 +123,8 @@ def _end_launches(name: str, keep: str | None = None) -> None:
 
 
 def _processes(name: str, keep: str | None = None) -> Iterator[int]:
-    """The user's processes on this host that belong to launches whose name starts with `name`, but not to `keep`."""
+    """Yield the user's processes on this host that belong to launches whose name starts with `name`, but not to
+    `keep`."""
     marker = f"\0{LAUNCH_VARIABLE}={name}".encode()
     kept = f"\0{LAUNCH_VARIABLE}={keep}\0".encode()
     for folder in Path("/proc").glob("[0-9]*"):
@@ -144,7 +145,7 @@ def _write_environment(path: Path, environment: Mapping[str, str]) -> None:
 
 
 def _address(name: str) -> str | None:
-    """The address by which this host reaches another. A host's own name often has a loopback address."""
+    """Return the address by which this host reaches another. A host's own name often has a loopback address."""
     with suppress(OSError):
         return route_to(name)[0]
     return None

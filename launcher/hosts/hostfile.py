@@ -39,7 +39,7 @@ def read_hostfile(path: Path | str) -> Hosts:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file. Raises UserError that calls it `what`."""
+    """Return the text of a file. Raises UserError that calls it `what`."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -49,7 +49,7 @@ def read_text(path: Path, what: str) -> str:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a host name, or the address it resolves to, belongs to this machine."""
+    """Return whether a host name, or the address it resolves to, belongs to this machine."""
     if host == "localhost" or host in (socket.gethostname(), socket.getfqdn()):
         return True
     try:
@@ -96,8 +96,8 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
 
 
 def allocated_hosts(environ: Mapping[str, str]) -> Hosts | None:
-    """The hosts of the job that this process runs in, in rank order, with a slot for each GPU or, without GPUs, for
-    each task; None outside a job, and in a job on this machine alone, whose devices are counted instead.
+    """Return the hosts of the job that this process runs in, in rank order, with a slot for each GPU or, without GPUs,
+    for each task; None outside a job, and in a job on this machine alone, whose devices are counted instead.
 
     SLURM: SLURM_JOB_NODELIST. PBS: PBS_NODEFILE. Kubernetes: the hostfile of the MPI operator's launcher pod.
 
@@ -148,7 +148,8 @@ def _slurm_hosts(environ: Mapping[str, str]) -> Hosts:
 
 
 def expand_nodelist(nodelist: str) -> tuple[str, ...]:
-    """The names in a node list of SLURM, such as `gpu[01-03,7],login`. Raises UserError for one that is malformed."""
+    """Return the names in a node list of SLURM, such as `gpu[01-03,7],login`. Raises UserError for one that is
+    malformed."""
     if re.fullmatch(f"{_ENTRY}(?:,{_ENTRY})*", nodelist) is None:
         raise UserError(f"SLURM_JOB_NODELIST={nodelist}: expected names such as gpu[01-03,7],login")
     names: list[str] = []
@@ -159,7 +160,7 @@ def expand_nodelist(nodelist: str) -> tuple[str, ...]:
 
 
 def _expand_ranges(part: str) -> list[str]:
-    """The numbers of `[01-03,7]` with their leading zeros; other parts of a name as they are."""
+    """Return the numbers of `[01-03,7]` with their leading zeros; other parts of a name as they are."""
     if not part.startswith("["):
         return [part]
     numbers: list[str] = []
@@ -170,7 +171,7 @@ def _expand_ranges(part: str) -> list[str]:
 
 
 def _expand_counts(counts: str) -> Iterator[int]:
-    """The numbers of `2(x3),1`: 2, 2, 2, 1."""
+    """Yield the numbers of `2(x3),1`: 2, 2, 2, 1."""
     for item in counts.split(","):
         match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", item)
         if match is None:

@@ -38,12 +38,13 @@ class Machine:
     deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
 
     def deepspeed_env_text(self) -> str:
-        """The lines of all these files. Raises UserError for one that cannot be read."""
+        """Return the lines of all these files. Raises UserError for one that cannot be read."""
         return "\n".join(read_text(path, "the DeepSpeed environment file") for path in self.deepspeed_env_files)
 
 
 def launch_machine() -> Machine:
-    """The current state of this machine and the environment of this process, which uses the CPU if there is no GPU."""
+    """Return the current state of this machine and the environment of this process, which uses the CPU if there is no
+    GPU."""
     environ = given_environment()
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
     home = Path(os.path.expanduser("~"))  # noqa: PTH111 (never raises: a container's user may have no home)
@@ -59,7 +60,7 @@ def launch_machine() -> Machine:
 
 
 def find_devices(environ: Mapping[str, str]) -> Devices:
-    """The GPUs in CUDA_VISIBLE_DEVICES, or, without GPUs, the cores this process may use.
+    """Return the GPUs in CUDA_VISIBLE_DEVICES, or, without GPUs, the cores this process may use.
 
     DS_ACCELERATOR=cpu selects the cores on a machine with GPUs too. GPUs that are not listed by number are a
     problem only if ranks are to run on them.
@@ -91,7 +92,7 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
 
 
 def guess_device(environ: Mapping[str, str], devices: Path = Path("/dev")) -> DeviceKind:
-    """The kind of device for ranks on this machine, found without torch, whose import takes seconds.
+    """Return the kind of device for ranks on this machine, found without torch, whose import takes seconds.
 
     'cuda' where there may be a GPU: DeepSpeed asks torch. 'cpu' where no driver has made a device.
     """

@@ -37,7 +37,7 @@ def main(request: str) -> None:
 
 
 def collect(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that a `ProbeRequest`, as a dict, asks for."""
+    """Return the facts that a `ProbeRequest`, as a dict, asks for."""
     shared, write_error = _exchange_tokens(request["token_folder"], request["token"])
     address, network_error = _way_to(request["peer"])
     return {
@@ -136,8 +136,8 @@ def _checksum(path: str) -> str | None:
 
 
 def _gpu_memory_used() -> list[int] | None:
-    """Bytes in use of each NVIDIA GPU, by its number; 0 where nvidia-smi is missing; None: there are GPUs of another
-    maker, which are not counted."""
+    """Return the bytes in use of each NVIDIA GPU, by its number; 0 where nvidia-smi is missing; None: there are GPUs of
+    another maker, which are not counted."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=30)

@@ -14,6 +14,7 @@ KEEP_ALIVE = "-o ServerAliveInterval=5"
 
 
 def ssh_argv(host: str, command: Sequence[str], connect_seconds: int = CONNECT_SECONDS) -> list[str]:
-    """The argv that runs a command on a host. ssh asks for nothing: where it would, it fails with `SSH_FAILED`."""
+    """Return the argv that runs a command on a host. ssh asks for nothing: where it would, it fails with
+    `SSH_FAILED`."""
     options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={connect_seconds}", *KEEP_ALIVE.split())
     return ["ssh", *options, host, shlex.join(command)]

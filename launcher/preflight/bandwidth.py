@@ -87,7 +87,7 @@ def _check_lost(guards: GuardedHosts) -> None:
 
 
 def _run(command: Command, folder: Path, processes: RankProcesses) -> str:
-    """The output of the command. Kills it, and all that it has started here, if it does not end in time."""
+    """Return the output of the command. Kills it, and all that it has started here, if it does not end in time."""
     path, limit = folder / "output", LIMIT_SECONDS + _EXIT_SECONDS
     with path.open("wb") as file, started(command, time.time(), file) as process, processes.running(process.pid):
         try:

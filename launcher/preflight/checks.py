@@ -42,7 +42,7 @@ Problems = Mapping[str, Sequence[Problem]]
 def find_problems(
     answers: Mapping[str, Answer], own: HostFacts, target: Target, tokens: Set[str]
 ) -> dict[str, list[Problem]]:
-    """The problems of each host, in the order of the hosts.
+    """Return the problems of each host, in the order of the hosts.
 
     Args:
         answers: by host, the first one of the run first.
@@ -171,7 +171,8 @@ def _network_problems(host: str, facts: HostFacts, target: Target) -> Iterator[P
 
 
 def find_slow_hosts(slots: Slots, measured: Measurement) -> dict[str, list[Problem]]:
-    """The hosts that are far slower than the others; with two hosts, the slower link cannot be told from the faster."""
+    """Return the hosts that are far slower than the others; with two hosts, the slower link cannot be told from the
+    faster."""
     problems: dict[str, list[Problem]] = {host: [] for host in slots}
     usual_link = median_high(measured.link_bandwidths) if measured.link_bandwidths else 0.0
     usual_compute = median_low(measured.compute_seconds)

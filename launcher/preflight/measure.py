@@ -43,7 +43,7 @@ def main() -> NoReturn:
 
 
 def _measure(world: World) -> dict[str, object]:
-    """The fields of a `Measurement`."""
+    """Return the fields of a `Measurement`."""
     device = torch.device("cuda", world.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
     compute = _compute_seconds(device)
     sizes = [int(row[0]) for row in _gather([float(os.environ["LOCAL_SIZE"])], world, device)]
@@ -62,7 +62,7 @@ def _measure(world: World) -> dict[str, object]:
 
 
 def _ranks_by_host(sizes: Sequence[int]) -> list[range]:
-    """The ranks on each host, which follow each other. sizes: of each rank, how many its host has."""
+    """Return the ranks on each host, which follow each other. sizes: of each rank, how many its host has."""
     hosts, start = list[range](), 0
     while start < len(sizes):
         hosts.append(range(start, start + sizes[start]))
@@ -71,7 +71,7 @@ def _ranks_by_host(sizes: Sequence[int]) -> list[range]:
 
 
 def _gather(values: list[float], world: World, device: torch.device) -> list[list[float]]:
-    """The values of each rank."""
+    """Return the values of each rank."""
     own = torch.tensor(values, dtype=torch.float64, device=device)
     rows = [torch.empty_like(own) for _ in range(world.size)]
     dist.all_gather(rows, own)
@@ -86,8 +86,8 @@ def _compute_seconds(device: torch.device) -> float:
 
 
 def _link_bandwidth(leaders: list[int], world: World, device: torch.device) -> float:
-    """Bytes per second to the better connected of the two neighbouring hosts, in a ring of all hosts; 0 on ranks that
-    do not lead a host.
+    """Return bytes per second to the better connected of the two neighbouring hosts, in a ring of all hosts; 0 on ranks
+    that do not lead a host.
 
     A slow host is slow towards both; its neighbours have another one.
     """
@@ -102,7 +102,7 @@ def _link_bandwidth(leaders: list[int], world: World, device: torch.device) -> f
 
 
 def _rounds(hosts: int) -> list[list[tuple[int, int]]]:
-    """The neighbours in a ring of hosts as two or three rounds of disjoint pairs."""
+    """Return the neighbours in a ring of hosts as two or three rounds of disjoint pairs."""
     if hosts < 3:
         return [[(0, 1)]] if hosts == 2 else []
     ring = [(host, (host + 1) % hosts) for host in range(hosts)]

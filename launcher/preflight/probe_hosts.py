@@ -96,7 +96,7 @@ _FACTS = TypeAdapter(HostFacts)
 
 
 def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = False) -> dict[str, Answer]:
-    """The facts of each host, or why it gave none. Bounded in time: a host has a minute to answer.
+    """Return the facts of each host, or why it gave none. Bounded in time: a host has a minute to answer.
 
     After a signal whose handler does not raise, no host has given any.
 
@@ -159,7 +159,7 @@ async def _probe_all(requests: Mapping[str, ProbeRequest], show_progress: bool) 
 
 
 def probe_program(request: ProbeRequest) -> str:
-    """The program that `PYTHON -` reads on a host. It prints the facts as one line."""
+    """Return the program that `PYTHON -` reads on a host. It prints the facts as one line."""
     return _PROGRAM.format(source=inspect.getsource(probe), request=json.dumps(asdict(request)))
 
 

@@ -85,7 +85,8 @@ def passing_hosts(target: Target, printed: dict[str, str], hosts: Collection[str
 
 
 def require_hosts(report: Report, target: Target, allow_missing: bool) -> Slots:
-    """The slots of the hosts that passed. Raises UserError if all have failed, or one without `allow_missing`."""
+    """Return the slots of the hosts that passed. Raises UserError if all have failed, or one without
+    `allow_missing`."""
     if report.failure is not None:
         raise UserError(f"preflight: {report.failure}")
     failed = [host for host in target.slots if host not in report.passed]
@@ -97,7 +98,7 @@ def require_hosts(report: Report, target: Target, allow_missing: bool) -> Slots:
 
 
 def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measurement | None, str | None]:
-    """The measurement, or why it failed; neither for less than two ranks."""
+    """Return the measurement, or why it failed; neither for less than two ranks."""
     ranks = sum(map(len, slots.values()))
     if ranks < 2:
         return None, None
@@ -110,7 +111,7 @@ def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measuremen
 
 
 def _probe(target: Target, show_progress: bool = True) -> tuple[Mapping[str, Answer], HostFacts, set[str]]:
-    """The answers of the hosts, the facts of this machine, and the hosts whose tokens are in the run folder."""
+    """Return the answers of the hosts, the facts of this machine, and the hosts whose tokens are in the run folder."""
     request = ProbeRequest(
         libraries=LIBRARIES,
         project=target.project,
@@ -158,7 +159,7 @@ def _token_folder(run: Path | None) -> Iterator[Path | None]:
 
 
 def _seen_tokens(folder: Path, expected: Mapping[str, str]) -> set[str]:
-    """The hosts whose tokens are in the folder. `expected`: token -> host."""
+    """Return the hosts whose tokens are in the folder. `expected`: token -> host."""
     deadline = time.monotonic() + _TOKEN_SECONDS
     while True:
         names = {path.name for path in folder.iterdir()}
@@ -205,7 +206,7 @@ def _row(host: str, answer: Answer, problems: Problems) -> list[str]:
 
 
 def _values(answer: HostAnswer) -> dict[Check, str]:
-    """The texts that are shown in place of 'ok'."""
+    """Return the texts that are shown in place of 'ok'."""
     facts = answer.facts
     values: dict[Check, str] = {"Python": facts.python, "clock": f"{answer.clock_offset:+.0f} s"}
     if facts.shared is None:

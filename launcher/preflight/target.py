@@ -57,12 +57,13 @@ class Target:
     cache: CacheNeeds | None = None  # None: no corpus is a URL
 
     def peer_of(self, host: str) -> str | None:
-        """The host that another one must reach: the first one, and for that the second."""
+        """Return the host that another one must reach: the first one, and for that the second."""
         return next((peer for peer in self.slots if peer != host), None)
 
 
 def target_of_hosts(slots: Slots, machine: Machine, options: HostOptions) -> Target:
-    """The requirements of any launch over these slots. Raises UserError for a name in `--env` that is not set."""
+    """Return the requirements of any launch over these slots. Raises UserError for a name in `--env` that is not
+    set."""
     names = [name.strip() for name in (options.env or "").split(",") if name.strip()]
     return Target(
         slots=slots,
@@ -89,14 +90,16 @@ def target_of_run(
 
 
 def _named_interfaces(environ: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The interfaces that settings of gloo and NCCL name; without the prefixes and exclusions that NCCL accepts."""
+    """Return the interfaces that settings of gloo and NCCL name; without the prefixes and exclusions that NCCL
+    accepts."""
     gloo, nccl = environ.get("GLOO_SOCKET_IFNAME", ""), environ.get("NCCL_SOCKET_IFNAME", "")
     found = {"GLOO_SOCKET_IFNAME": gloo, "NCCL_SOCKET_IFNAME": nccl[1:] if nccl.startswith("=") else ""}
     return {variable: tuple(names.split(",")) for variable, names in found.items() if names}
 
 
 def _required_files(config: PretrainConfig) -> tuple[Path, ...]:
-    """The files that stand for all that the ranks read: manifests of corpora have the checksums of the shards."""
+    """Return the files that stand for all that the ranks read: manifests of corpora have the checksums of the
+    shards."""
     files = [Path(source) / "manifest.json" for source in config.corpus.sources if not is_url(source)]
     files.append(Path(config.engine.ds_config))
     if config.model.init_from is not None and Path(config.model.init_from).is_absolute():  # hosts download others
@@ -107,8 +110,8 @@ def _required_files(config: PretrainConfig) -> tuple[Path, ...]:
 
 
 def _checkpoint_bytes(config: PretrainConfig, num_parameters: int, folder: RunFolder) -> int:
-    """Bytes of the checkpoints that a run will still write: those it keeps, and one that is being written while they
-    are there, less the ones that it has.
+    """Return the bytes of the checkpoints that a run will still write: those it keeps, and one that is being written
+    while they are there, less the ones that it has.
 
     Each holds the weights and the two moments of Adam in fp32 and a Hugging Face folder; with `model.ema_decay`, the
     averaged weights in both.

@@ -38,7 +38,7 @@ class Command:
 
 
 def command_on_this_machine(slots: Slots, arguments: Sequence[str], machine: Machine) -> Command:
-    """The command for ranks that all run on this machine."""
+    """Return the command for ranks that all run on this machine."""
     # `deepspeed` starts this on each host. Started directly, one process less has to import torch, which takes seconds.
     argv = (
         *_PYTHON,
@@ -60,7 +60,7 @@ def command_on_hosts(
     forwarded: Mapping[str, str],
     rendezvous: Rendezvous | None,
 ) -> Command:
-    """The command for ranks on other hosts, with its hostfile and the variables to export.
+    """Return the command for ranks on other hosts, with its hostfile and the variables to export.
 
     Args:
         machine: the machine that it is started on.

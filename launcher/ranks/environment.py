@@ -26,8 +26,9 @@ GLIBC_TUNABLES = (
 
 
 def launch_environment(environ: Mapping[str, str], device: DeviceKind | None) -> dict[str, str]:
-    """The variables that a launch adds for its ranks on all hosts. Ranks import the repository's modules, and nothing
-    from the working directory, whatever files the user has there. Other variables set by the user are not changed.
+    """Return the variables that a launch adds for its ranks on all hosts. Ranks import the repository's modules, and
+    nothing from the working directory, whatever files the user has there. Other variables set by the user are not
+    changed.
 
     Args:
         environ: the launcher's own environment.
@@ -38,7 +39,7 @@ def launch_environment(environ: Mapping[str, str], device: DeviceKind | None) ->
 
 
 def host_environment(environ: Mapping[str, str], cores: int, ranks: int, device: DeviceKind) -> dict[str, str]:
-    """The variables that a rank adds on its host. Variables that are set are not changed.
+    """Return the variables that a rank adds on its host. Variables that are set are not changed.
 
     Args:
         environ: the environment that the rank was started with.
@@ -57,7 +58,7 @@ def _missing(environ: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str,
 
 
 def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
-    """The environment of DeepSpeed's launcher, which the ranks on this machine inherit.
+    """Return the environment of DeepSpeed's launcher, which the ranks on this machine inherit.
 
     CUDA_VISIBLE_DEVICES is removed: the slots already reflect it, and DeepSpeed sets it for the ranks.
     """
@@ -65,7 +66,7 @@ def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) 
 
 
 def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """The variables of this process that ranks on other hosts get too. They may be secret: see `host_guard`.
+    """Return the variables of this process that ranks on other hosts get too. They may be secret: see `host_guard`.
 
     Variables of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA, MLflow, Python and alerts, and named ones; not
     PYTHONPATH, which the launch extends and DeepSpeed exports. Raises UserError for a named one that is not set.
@@ -78,7 +79,8 @@ def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> d
 
 
 def exported_variables(added: Mapping[str, str], rendezvous: Rendezvous | None, launcher: Launcher) -> dict[str, str]:
-    """The variables that DeepSpeed's launcher exports on other hosts: the added ones, and the name of the launch."""
+    """Return the variables that DeepSpeed's launcher exports on other hosts: the added ones, and the name of the
+    launch."""
     if rendezvous is None:
         return dict(added)
     exported = {**added, LAUNCH_VARIABLE: rendezvous.launch}
@@ -88,7 +90,8 @@ def exported_variables(added: Mapping[str, str], rendezvous: Rendezvous | None, 
 
 
 def exported_text(exported: Mapping[str, str], user_text: str = "") -> str:
-    """The text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts, in logged command lines.
+    """Return the text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts, in logged command
+    lines.
 
     The file replaces the user's own `.deepspeed_env`, so the lines of that one, `user_text`, are included and take
     precedence.
@@ -109,7 +112,7 @@ def remote_deepspeed_environment(
 
 
 def network_interface(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
-    """The settings that make gloo and NCCL use the interface through which a host reaches the first one.
+    """Return the settings that make gloo and NCCL use the interface through which a host reaches the first one.
 
     Args:
         environ: the environment of the rank; variables that are set are not changed.

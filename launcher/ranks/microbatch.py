@@ -22,8 +22,8 @@ def max_doublings(config: PretrainConfig, ranks: int) -> int:
 
 
 def scaled_microbatch(config: PretrainConfig, doublings: int) -> PretrainConfig:
-    """The config with microbatches doubled so often, in all stages; with a negative number halved, but of at least one
-    sequence."""
+    """Return the config with microbatches doubled so often, in all stages; with a negative number halved, but of at
+    least one sequence."""
     if doublings == 0:
         return config
     batch = config.batch.model_copy(

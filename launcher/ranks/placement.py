@@ -49,7 +49,7 @@ class HostOptions(PlacementOptions):
 
 
 def place_ranks(devices: Devices, options: PlacementOptions, hosts: Hosts | None = None) -> Slots:
-    """The slots of all ranks, by host, in rank order.
+    """Return the slots of all ranks, by host, in rank order.
 
     Without hosts (or if the only host is this machine) the slots are this machine's, under the name `localhost`. The
     default is all its GPUs, or one rank on a CPU, where slot numbers have no meaning beyond their count. With hosts,
@@ -72,7 +72,7 @@ def place_ranks(devices: Devices, options: PlacementOptions, hosts: Hosts | None
 
 
 def is_local(slots: Slots) -> bool:
-    """Whether all ranks run on this machine."""
+    """Return whether all ranks run on this machine."""
     return len(slots) == 1 and is_this_machine(next(iter(slots)))
 
 
@@ -96,7 +96,7 @@ def check_launcher(launcher: Launcher, slots: Slots, environ: Mapping[str, str])
 
 
 def name_localhost(slots: Slots) -> Slots:
-    """The slots, under the name `localhost` if all are on this machine: it needs no ssh."""
+    """Return the slots, under the name `localhost` if all are on this machine: it needs no ssh."""
     return {"localhost": next(iter(slots.values()))} if is_local(slots) else slots
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """The variables that the launch has sent to this host."""
+    """Return the variables that the launch has sent to this host."""
     launch = environ.get(LAUNCH_VARIABLE)
     if launch is None:
         return {}
@@ -58,7 +58,7 @@ def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _network(environ: Mapping[str, str]) -> dict[str, str]:
-    """The interface through which this host reaches the first one; nothing if that is unknown."""
+    """Return the interface through which this host reaches the first one; nothing if that is unknown."""
     try:
         _, own = route_to(environ["MASTER_ADDR"])
     except (OSError, KeyError):

@@ -139,7 +139,7 @@ def _run(
 def _result(
     launch: Launch, stop: StopSignals, hung: str | None, left: str | None, exit_code: int, start_time: float
 ) -> LaunchResult:
-    """The result of processes that have exited.
+    """Return the result of processes that have exited.
 
     Args:
         hung: the message if they were killed because a rank hung.
@@ -163,7 +163,7 @@ def _result(
 
 
 def _wait(process: "subprocess.Popen[bytes]", launch: Launch) -> int:
-    """The exit code of DeepSpeed's launcher, once its process group is empty. On this machine, the rest of the
+    """Return the exit code of DeepSpeed's launcher, once its process group is empty. On this machine, the rest of the
     group is killed when all ranks are done: DeepSpeed takes up to a second to notice that and to exit."""
     ranks = sum(map(len, launch.slots.values()))
     exit_code = None

@@ -112,7 +112,7 @@ class HangWatch:
         return process is not None and process.exit is not None
 
     def _can_write(self) -> bool:
-        """Whether the run folder can be written: heartbeats need it."""
+        """Return whether the run folder can be written: heartbeats need it."""
         try:
             os.utime(self._folder.logs)
         except OSError:
@@ -132,7 +132,7 @@ class HangWatch:
         self._end_ranks()
 
     def _get_stacks(self, named: Sequence[RankLife]) -> None:
-        """A rank that makes no progress has written its stack; the others are asked to."""
+        """Ask ranks for their stacks, but those that make no progress, which have written theirs."""
         missing = {life.beat.rank for life in named if not is_whole_stack(self._frames(life.beat.rank))}
         for life in named:
             if life.beat.rank in missing:

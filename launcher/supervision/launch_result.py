@@ -34,12 +34,12 @@ class LaunchResult:
 
 
 def has_begun(folder: RunFolder) -> bool:
-    """Whether a rank has begun: until then, signals end it at once."""
+    """Return whether a rank has begun: until then, signals end it at once."""
     return any(rank_records(folder))
 
 
 def all_done(folder: RunFolder, ranks: int) -> bool:
-    """Whether the run is done, and the processes of all its ranks, which are on this machine, have ended."""
+    """Return whether the run is done, and the processes of all its ranks, which are on this machine, have ended."""
     reported = read_outcome(folder)
     if reported is None or reported.outcome is not Outcome.DONE:
         return False
@@ -48,7 +48,7 @@ def all_done(folder: RunFolder, ranks: int) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process that has not ended."""
+    """Return whether there is such a process that has not ended."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -56,7 +56,7 @@ def is_running(pid: int) -> bool:
 
 
 def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bool) -> LaunchResult:
-    """The result of a launch whose processes have exited.
+    """Return the result of a launch whose processes have exited.
 
     Args:
         exit_code: of DeepSpeed's launcher.
@@ -92,7 +92,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
 
 
 def _silent_ranks(folder: RunFolder) -> Iterator[str]:
-    """The processes of the ranks that have started and not recorded their end."""
+    """Yield the processes of the ranks that have started and not recorded their end."""
     for process in read_rank_records(folder):
         if process.exit is None:
             beat = read_heartbeat(folder, process.rank)
@@ -101,7 +101,7 @@ def _silent_ranks(folder: RunFolder) -> Iterator[str]:
 
 
 def _killer(exit_code: int) -> signal.Signals | None:
-    """The signal that an exit code means: -N if it ended DeepSpeed's launcher, 256 - N if it ended a rank."""
+    """Return the signal that an exit code means: -N if it ended DeepSpeed's launcher, 256 - N if it ended a rank."""
     try:
         return signal.Signals(-exit_code if exit_code < 0 else 256 - exit_code)
     except ValueError:
@@ -116,7 +116,7 @@ def _describe_kill(killer: signal.Signals, silent: Sequence[str]) -> str:
 
 
 def _failure_message(folder: RunFolder, reason: str, start_time: float) -> str:
-    """The message for ranks that exited without writing an outcome, with the end of the failed rank's log."""
+    """Return the message for ranks that exited without writing an outcome, with the end of the failed rank's log."""
     message = f"the ranks exited without reporting an outcome ({reason}); their logs are in {folder.logs}"
     logs = [path for path in sorted(folder.logs.glob("rank-*.log")) if path.stat().st_mtime >= start_time]
     tails = {path: tail for path in logs if (tail := _tail(path))}
@@ -133,7 +133,7 @@ def _modified_ns(path: Path) -> int:
 
 
 def _tail(path: Path) -> str:
-    """The last lines of a log, which may have grown for weeks."""
+    """Return the last lines of a log, which may have grown for weeks."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:])
@@ -197,7 +197,7 @@ def count_attempts(folder: RunFolder) -> int:
 
 
 def _read(folder: RunFolder) -> list[dict[str, object]]:
-    """The attempts so far. Skips truncated lines, after a full disk or a power cut, with a message."""
+    """Return the attempts so far. Skips truncated lines, after a full disk or a power cut, with a message."""
     content = _read_bytes(folder)
     attempts, lines = parse_records(dict[str, object], content), sum(map(bool, content.split(b"\n")))
     if damaged := lines - len(attempts):

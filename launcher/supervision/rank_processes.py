@@ -161,7 +161,7 @@ class SurvivingRanks:
         return True
 
     def _is_running(self, pid: int) -> bool:
-        """A process of another group has got the number of one that has ended."""
+        """Return whether the process runs. Another group's process may have got the number of one that has ended."""
         with suppress(ProcessLookupError):
             return os.getpgid(pid) == self._group and is_running(pid)
         return False
@@ -190,7 +190,7 @@ def filtered_output(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def _binary(stream: TextIO, descriptor: int) -> IO[bytes]:
-    """The stream for bytes. In a notebook, it takes none, but the notebook shows output to its descriptor."""
+    """Return the stream for bytes. In a notebook, it takes none, but the notebook shows output to its descriptor."""
     return stream.buffer if hasattr(stream, "buffer") else open(descriptor, "wb", closefd=False)
 
 

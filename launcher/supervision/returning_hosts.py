@@ -18,7 +18,7 @@ _POLL_SECONDS = 10.0
 
 
 def usable_hosts(hosts: Collection[str], folder: RunFolder) -> set[str]:
-    """The hosts that answer within seconds and have this Python and the run folder. Asks all at once."""
+    """Return the hosts that answer within seconds and have this Python and the run folder. Asks all at once."""
     command = ["test", "-x", sys.executable, "-a", "-d", str(folder.logs)]
     processes = {
         host: subprocess.Popen(

@@ -130,7 +130,7 @@ def kill_on_early_stop(folder: RunFolder, stop: StopSignals) -> Iterator[threadi
 
 
 def _has_begun_to_train(folder: RunFolder) -> bool:
-    """Whether rank 0 trains, or has ended."""
+    """Return whether rank 0 trains, or has ended."""
     record = folder.rank_record(0)
     if record not in folder.logs.iterdir():  # a network file system may answer a lookup by name from a cache
         return False

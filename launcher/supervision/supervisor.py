@@ -86,7 +86,7 @@ class LaunchAlerts:
             self._messenger.alert(alert)
 
     def _send_to_wandb(self, alert: Alert) -> None:
-        """The next attempt will have the W&B run open, if there is one."""
+        """Send it now: the next attempt will have the W&B run open, if there is one."""
         if not alert.repeated:
             send_last_alert(self._project, self._folder, alert)
 
@@ -127,7 +127,7 @@ class _Supervisor:
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
 
     def _stop_requested(self) -> bool:
-        """Whether a signal or a STOP file asks to stop. If the run folder cannot be read, only signals count."""
+        """Return whether a signal or a STOP file asks to stop. If the run folder cannot be read, only signals count."""
         with suppress(OSError):
             list(self._folder.path.iterdir())  # else a network file system may remember that there was none
             if self._folder.stop.exists():
@@ -165,7 +165,7 @@ class _Supervisor:
         return before is not None and now is not None and not now <= before
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:
-        """The result, and whether the attempt was ended to take hosts back."""
+        """Return the result, and whether the attempt was ended to take hosts back."""
         if self._stop_requested():
             message = f"found {self._folder.stop}; run the same command again to resume"
             return LaunchResult(Outcome.STOPPED, message), False
@@ -188,8 +188,8 @@ class _Supervisor:
         self._alerts.report(attempt.result, f"restarting{when}{smaller}")
 
     def _usable_slots(self, trusted: Collection[str]) -> Slots:
-        """The slots of the hosts that answer. Hosts that are not `trusted` must pass preflight too: a host that is back
-        may lack its GPUs or disks."""
+        """Return the slots of the hosts that answer. Hosts that are not `trusted` must pass preflight too: a host that
+        is back may lack its GPUs or disks."""
         wanted = self._launch.slots
         if self._launch.local:
             return wanted
@@ -226,7 +226,7 @@ def _disk_failure(error: OSError | UserError) -> LaunchResult:
 
 
 def _as_stop(result: LaunchResult) -> LaunchResult:
-    """The result of a launch that would have been restarted, but was asked to stop."""
+    """Return the result of a launch that would have been restarted, but was asked to stop."""
     if result.outcome is Outcome.STOPPED:
         return result
     message = f"{result.message}\nstopped instead of restarting; run the same command again to resume"

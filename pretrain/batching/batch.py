@@ -61,7 +61,7 @@ def flatten_batch(batch: RankBatch) -> FlatRankBatch:
 
 
 def unflatten_batch(flat: FlatRankBatch, data: torch.Tensor) -> RankBatch:
-    """The batch that was flattened. Its tensors are views of `data`, the flat data as a tensor."""
+    """Return the batch that was flattened. Its tensors are views of `data`, the flat data as a tensor."""
     columns: list[list[torch.Tensor]] = [[] for _ in flat.fields]
     start = 0
     for number, dtype, shapes in flat.fields:

@@ -24,6 +24,6 @@ class BatchSizes:
         return max(warm - self.first_step, grown) + (step - warm) * self.sequences
 
     def end(self, positions: int) -> int:
-        """The first step of the run at whose start `positions` positions of the stream have been read."""
+        """Return the first step of the run at whose start `positions` positions of the stream have been read."""
         steps = range(self.first_step, self.first_step + positions + 1)  # each batch has at least one
         return self.first_step + bisect_left(steps, positions, key=self.start)

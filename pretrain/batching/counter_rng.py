@@ -24,7 +24,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, SplitMix64's inc
 
 
 def mix(values: U64) -> U64:
-    """A bijection of 64-bit words in which each output bit depends on all input bits; any shape."""
+    """Return a bijection of 64-bit words in which each output bit depends on all input bits; any shape."""
     shifted = values >> np.uint64(30)
     mixed = np.asarray(values ^ shifted)
     for factor, shift in ((0xBF58476D1CE4E5B9, 27), (0x94D049BB133111EB, 31)):
@@ -81,7 +81,7 @@ _Round = Callable[[_I64], _I64]
 
 
 def permute(seed: int, epoch: int, indices: _I64, n: int) -> _I64:
-    """The image of each of `indices` [I] (values in [0, n)) in the permutation of (seed, epoch)."""
+    """Return the image of each of `indices` [I] (values in [0, n)) in the permutation of (seed, epoch)."""
     assert n >= 1
     if n == 1:
         return np.zeros_like(indices)
@@ -94,7 +94,7 @@ def permute(seed: int, epoch: int, indices: _I64, n: int) -> _I64:
 
 
 def permutations(seed: int, epochs: Sequence[int], n: int) -> _I64:
-    """The whole permutations of several epochs, [epochs, n]: row e is `permute(seed, epochs[e], arange(n), n)`.
+    """Return the whole permutations of several epochs, [epochs, n]: row e is `permute(seed, epochs[e], arange(n), n)`.
 
     `n`: a power of two, at most 2^32.
     """
@@ -118,7 +118,7 @@ def _half_bits(n: int) -> tuple[int, int]:
 
 @functools.lru_cache(_KEPT_TABLES)
 def _rounds(seed: int, epoch: int, half_bits: tuple[int, int]) -> list[_Round]:
-    """The rounds of a permutation's network. They are kept: the next batch has the same."""
+    """Return the rounds of a permutation's network. They are kept: the next batch has the same."""
     keys = _round_keys(seed, epoch)
     if max(half_bits) > _TABLE_BITS:
         return [functools.partial(_mixed, key, number, half_bits) for number, key in enumerate(keys)]
@@ -126,7 +126,7 @@ def _rounds(seed: int, epoch: int, half_bits: tuple[int, int]) -> list[_Round]:
 
 
 def _mixed(key: U64 | int, number: int, half_bits: tuple[int, int], half: _I64) -> _I64:
-    """The change of the low half in round `number` for each high half if it is odd, else the other way round."""
+    """Return the change of the low half in round `number` for each high half if it is odd, else the other way round."""
     mask = (1 << half_bits[1 - number % 2]) - 1
     return (fold_in(key, half) & np.uint64(mask)).view(np.int64)
 
@@ -137,13 +137,13 @@ def _table(key: U64 | int, number: int, half_bits: tuple[int, int]) -> _I64:
 
 
 def _lookup_by_row(table: _I64) -> _Round:
-    """A round that looks up each row of its halves in the table of that row."""
+    """Return a round that looks up each row of its halves in the table of that row."""
     first = np.arange(len(table))[:, None] * table.shape[1]
     return lambda half: table.take(half + first)
 
 
 def _network(words: _I64, n: int, rounds: Iterable[_Round]) -> _I64:
-    """An unbalanced Feistel network: each round mixes one half of the bits into the other."""
+    """Return an unbalanced Feistel network: each round mixes one half of the bits into the other."""
     low_bits, _ = _half_bits(n)
     low, high = words & ((1 << low_bits) - 1), words >> low_bits
     for number, mixed in enumerate(rounds):

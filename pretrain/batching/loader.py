@@ -193,7 +193,7 @@ def _receive_batches(
 
 
 def _receive(pipe: Connection, device: int | None) -> _Received:
-    """The message of a worker, pinned for `device`."""
+    """Return the message of a worker, pinned for `device`."""
     try:
         message = pipe.recv_bytes()
         if message == _STARTED:
@@ -233,7 +233,7 @@ def _describe_state(worker: BaseProcess) -> str:
 
 
 def _defer_signals() -> None:
-    """A launcher that stops a run signals the whole process tree, but the rank needs batches to finish its step."""
+    """Ignore stop signals: a launcher signals the whole process tree, but the rank needs batches to finish its step."""
     signal.set_wakeup_fd(-1)  # the rank's own, which would take the signal for one to the rank
     for number in (signal.SIGINT, *WARNING_SIGNALS):
         signal.signal(number, signal.SIG_IGN)

@@ -25,7 +25,7 @@ class Ranges(NamedTuple):
     sizes: NDArray[np.int64]  # [R]
 
     def indices(self) -> NDArray[np.int64]:
-        """The indices of every range, concatenated; shape [sum of sizes]."""
+        """Return the indices of every range, concatenated; shape [sum of sizes]."""
         before = np.cumsum(self.sizes) - self.sizes
         indices: NDArray[np.int64] = np.arange(self.sizes.sum()) + np.repeat(self.starts - before, self.sizes)
         return indices
@@ -45,8 +45,8 @@ class MaskingSchedule:
     steps: int
 
     def at(self, step: int) -> float:
-        """The rate at `step`. Linear: interpolated between the rates, which are equally spaced over the run; the first
-        and last step have the first and last rate. Stepped: each rate for an equal part of the run."""
+        """Return the rate at `step`. Linear: interpolated between the rates, which are equally spaced over the run; the
+        first and last step have the first and last rate. Stepped: each rate for an equal part of the run."""
         if self.schedule == "stepped":
             return self.rates[min(step * len(self.rates) // self.steps, len(self.rates) - 1)]
         at = step / max(1, self.steps - 1) * (len(self.rates) - 1)
@@ -91,11 +91,11 @@ class Masker:
         return self.masking.rates[-1]
 
     def with_rate(self, rate: float) -> Self:
-        """The same masker with another masking rate."""
+        """Return the same masker with another masking rate."""
         return replace(self, masking=self.masking.model_copy(update={"rate": rate}))
 
     def keys(self, sequences: BatchSequences) -> U64:
-        """The key of each sequence's random stream [S]."""
+        """Return the key of each sequence's random stream [S]."""
         stream = make_key(("masks", self.seed, self.corpus, self.stage))
         return fold_in(fold_in(stream, sequences.epochs), sequences.ids)
 
@@ -152,7 +152,7 @@ class Masker:
     def _words(
         self, tokens: NDArray[np.int64], starts: NDArray[np.int64], word_starts: NDArray[np.bool_] | None
     ) -> Ranges:
-        """The words of sequences that start at the tokens `starts` [S]. A word never crosses sequences."""
+        """Return the words of sequences that start at the tokens `starts` [S]. A word never crosses sequences."""
         if word_starts is None:
             assert self.vocabulary.word_boundaries is not None, "rejected when the run was resolved"
             word_starts = self.vocabulary.word_boundaries.word_starts(tokens)
@@ -164,7 +164,7 @@ class Masker:
     def _replace(
         self, tokens: NDArray[np.int64], indices: NDArray[np.int64], action: NDArray[np.float64], bits: U64
     ) -> NDArray[np.int64]:
-        """The inputs of the model [T]. `action` [M] in [0, 1) decides between mask, random and unchanged."""
+        """Return the inputs of the model [T]. `action` [M] in [0, 1) decides between mask, random and unchanged."""
         mask_share, random_share = self.masking.mask_share, self.masking.random_share
         inputs = tokens.copy()
         inputs[indices[action < mask_share]] = self.vocabulary.mask_id

@@ -33,7 +33,7 @@ class Order(Protocol):
     """Step -> global batch."""
 
     def batch(self, step: int) -> BatchSequences:
-        """The global batch of this step, counted from 0."""
+        """Return the global batch of this step, counted from 0."""
         ...
 
 
@@ -76,7 +76,7 @@ class ShuffledOrder:
         return None if self.positions is None else self.sizes.end(self.positions)
 
     def start(self, step: int) -> int:
-        """The position at which the batch of this step starts: how many positions the steps before it read."""
+        """Return the position at which the batch of this step starts: how many positions the steps before it read."""
         start = self.sizes.start(step)
         return start if self.positions is None else min(start, self.positions)
 
@@ -97,8 +97,8 @@ class ShuffledOrder:
         return self._split_by_corpus(positions, positions)[1]
 
     def _split_by_corpus(self, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The corpora of the positions [start, end) of a mixture, [end - start], and how many positions before `start`
-        each corpus has."""
+        """Return the corpora of the positions [start, end) of a mixture, [end - start], and how many positions before
+        `start` each corpus has."""
         seed = make_key(("mixture", *(corpus.seed for corpus in self.corpora)))
         blocks = range(start // _BLOCK, -(-end // _BLOCK))
         before = np.array([quotas(self.shares, block * _BLOCK) for block in (*blocks, blocks.stop)])

@@ -80,7 +80,7 @@ class Assignment:
     width: int  # slots in a row
 
     def first_slots(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first slot of each of these sequences in its rank's flattened microbatches; same shape."""
+        """Return the first slot of each of these sequences in its rank's flattened microbatches; same shape."""
         rows = self.microbatch[sequences] * self.rows + self.row[sequences]
         return rows * self.width + self.offset[sequences]
 
@@ -188,18 +188,18 @@ class _OpenRows:
 
 
 def longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The order [S] of falling lengths; equal ones keep their order."""
+    """Return the order [S] of falling lengths; equal ones keep their order."""
     return stable_argsort(lengths.max(initial=0) - lengths)
 
 
 def stable_argsort(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The order of rising values, none of them negative; equal ones keep their order."""
+    """Return the order of rising values, none of them negative; equal ones keep their order."""
     # numpy sorts 16-bit integers by radix, ten times faster.
     return np.argsort(values.astype(np.uint16) if values.max(initial=0) < 1 << 16 else values, kind="stable")
 
 
 def round_up(count: int, parts: int) -> int:
-    """The next multiple of a power of two that is larger by less than one part in `parts`; few counts remain."""
+    """Return the next multiple of a power of two that is larger by less than one part in `parts`; few counts remain."""
     step = 1 << max(0, (count // parts).bit_length() - 1)
     return -(-count // step) * step
 
@@ -279,7 +279,7 @@ def deal(lengths: NDArray[np.int64], world_size: int, capacity: int) -> Assignme
 
 
 def _deal_level(falling: NDArray[np.int64], bins: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The bin [S] of each length, and the sum [bins] of the lengths in each bin.
+    """Return the bin [S] of each length, and the sum [bins] of the lengths in each bin.
 
     In each of the first rounds, the longest goes to the bin that has least (cf. Graham 1969, "Bounds on multiprocessing
     timing anomalies"); further rounds alternate between this order and its reverse.

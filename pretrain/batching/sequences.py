@@ -33,7 +33,7 @@ class SequenceIndex:
         return len(self.starts) - 1
 
     def lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The number of tokens of each sequence in `ids` [S], special tokens not counted."""
+        """Return the number of tokens of each sequence in `ids` [S], special tokens not counted."""
         return np.asarray(self.starts[ids + 1]) - np.asarray(self.starts[ids])
 
 
@@ -50,7 +50,8 @@ def split_documents(document_lengths: NDArray[np.int64], capacity: int) -> NDArr
 
 
 def open_index(corpus: Corpus, capacity: int, fallback: Path) -> SequenceIndex:
-    """The index of `corpus` split into sequences of at most `capacity` text tokens; built and saved on first use.
+    """Return the index of `corpus` split into sequences of at most `capacity` text tokens; built and saved on first
+    use.
 
     Saved in the corpus folder, or in `fallback` if that is read-only or its disk full; a damaged one is built again.
     Safe to call from several processes.
@@ -95,7 +96,7 @@ def _read(path: Path, capacity: int, tokens: int) -> tuple[SequenceIndex | None,
 
 
 def _find_damage(starts: NDArray[np.int64], capacity: int, tokens: int) -> str:
-    """A contradiction to the invariants of an index, "" without one. Reads the whole file, block by block."""
+    """Return a contradiction to the invariants of an index, "" without one. Reads the whole file, block by block."""
     if starts.dtype != np.int64 or starts.ndim != 1 or len(starts) == 0:
         return f"an array of type {starts.dtype} and shape {starts.shape}"
     if starts[0] != 0 or starts[-1] != tokens:

@@ -51,7 +51,7 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
 
 
 def _special_affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special ids that the tokenizer's post-processor puts before and after a text."""
+    """Return the special ids that the tokenizer's post-processor puts before and after a text."""
     text = next(word for word in tokenizer.get_vocab() if word.isalnum())
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     full = tokenizer(text)["input_ids"]

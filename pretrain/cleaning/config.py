@@ -32,7 +32,7 @@ class OneStep(Section):
         return name
 
     def make(self) -> Step[Any]:
-        """The step, with the defaults of its config for the keys that are not given."""
+        """Return the step, with the defaults of its config for the keys that are not given."""
         step_type = find_step(self.name)
         return step_type(getattr(self, self.name) or step_type.config_type())
 

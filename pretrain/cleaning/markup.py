@@ -11,7 +11,7 @@ _BLANK_LINES = regex.compile(r"\n{3,}")
 
 
 def to_text(text: str, markup: str) -> str:
-    """The text without markup; empty if there is none."""
+    """Return the text without markup; empty if there is none."""
     return _from_html(text) if markup == "html" else _from_wikitext(text) if markup == "wikitext" else text
 
 

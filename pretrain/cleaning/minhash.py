@@ -74,6 +74,6 @@ def _hash_functions(bands: Bands) -> NDArray[np.uint64]:
 
 
 def jaccard(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> float:
-    """The similarity of two sets of hashes, each of them distinct."""
+    """Return the similarity of two sets of hashes, each of them distinct."""
     shared = len(np.intersect1d(first, second, assume_unique=True))
     return shared / (len(first) + len(second) - shared)

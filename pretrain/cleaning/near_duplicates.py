@@ -22,7 +22,7 @@ _MEMBERS = 32  # representatives of a band's bucket that a document is compared 
 
 
 def hash_ngrams(text: str, ngram: int) -> NDArray[np.uint32]:
-    """The n-grams of a text as sorted, distinct hashes. A shorter text is one n-gram."""
+    """Return the n-grams of a text as sorted, distinct hashes. A shorter text is one n-gram."""
     words = normalized_words(text)
     grams = [" ".join(words[start : start + ngram]) for start in range(max(len(words) - ngram + 1, 1))]
     return np.unique(np.array([xxhash.xxh32_intdigest(gram.encode()) for gram in grams], np.uint32))
@@ -31,7 +31,7 @@ def hash_ngrams(text: str, ngram: int) -> NDArray[np.uint32]:
 def choose_duplicates(
     bands: Sequence[NDArray[np.uint64]], sets: Sequence[NgramSets], threshold: float
 ) -> NDArray[np.int64]:
-    """The index of the kept document that each document duplicates, or -1.
+    """Return the index of the kept document that each document duplicates, or -1.
 
     bands, sets: as `sketch` and `NgramSets` have them, of consecutive parts of the collection.
     """

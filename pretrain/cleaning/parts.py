@@ -33,7 +33,7 @@ class PassFolder:
         return self.folder / f"{part:06d}{SUFFIX}"
 
     def read(self, part: int) -> list[Document]:
-        """The documents of a finished part. Raises UserError for a file that is damaged."""
+        """Return the documents of a finished part. Raises UserError for a file that is damaged."""
         path = self.documents(part)
         try:
             found = list(read_documents(path))
@@ -88,7 +88,7 @@ class PassFolder:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of a file, in order."""
+    """Yield the documents of a file, in order."""
     with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
         for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
             row = json.loads(line)

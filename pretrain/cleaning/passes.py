@@ -122,7 +122,7 @@ def run_passes(
 
 
 def digest_of(documents: Iterator[Document]) -> str:
-    """The `source` of a cleaning of these documents."""
+    """Return the `source` of a cleaning of these documents."""
     return _joined_digest(map(_digest, _chunks(documents)))
 
 
@@ -166,7 +166,7 @@ def _handle(run: Engine, label: str, parts: Iterable[_Part]) -> None:
 
 
 def _merged(planned: Pass, files: PassFolder, parts: int) -> tuple[StepTally, ...]:
-    """The tallies of the steps that the pass counts, over all parts in order."""
+    """Return the tallies of the steps that the pass counts, over all parts in order."""
     totals = tuple(StepTally() for _ in planned.counted)
     for part in range(parts):
         for total, tally in zip(totals, files.tally(part).steps, strict=True):
@@ -202,7 +202,7 @@ def _process(passes: Sequence[Pass], part: _Part) -> int:
 
 
 def _without_markup(documents: list[Document]) -> list[Document]:
-    """The documents with plain text; those without any are left out, as are empty lines of a file."""
+    """Return the documents with plain text; those without any are left out, as are empty lines of a file."""
     for document in documents:
         if document.markup:
             try:

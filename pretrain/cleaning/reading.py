@@ -50,7 +50,7 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
 
 
 def _reader(name: str, config: CleanConfig) -> Reader | None:
-    """The reader of a file; None for formats of `deepcloze corpus`."""
+    """Return the reader of a file; None for formats of `deepcloze corpus`."""
     return reader_of(name) if config.format == "auto" else find_reader(config.format)
 
 

@@ -48,7 +48,7 @@ def summarize(
     tallies: Sequence["StepTally"],
     steps: Sequence["Step[Any]"],
 ) -> Summary:
-    """The content of clean.json.
+    """Return the content of clean.json.
 
     identity: digests of config and documents. empty: documents whose markup held no text, which no step reads. kept,
     languages: documents.

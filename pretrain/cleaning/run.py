@@ -151,7 +151,7 @@ def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
 
 
 def _holds_parts(partial: Path) -> bool:
-    """Whether there is something to resume from."""
+    """Return whether there is something to resume from."""
     return any(partial.glob("pass-*/*.json"))
 
 

@@ -138,7 +138,7 @@ class DuplicateStep(CollectionStep[ConfigT]):
 
 
 def joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """The arrays of all parts in memory, one after another."""
+    """Return the arrays of all parts in memory, one after another."""
     return np.concatenate([np.array(part) for part in parts])
 
 
@@ -148,8 +148,8 @@ def split_by_part(values: NDArray[Any], counts: Sequence[int]) -> list[NDArray[A
 
 
 def first_of_equal(ordered: NDArray[Any]) -> NDArray[np.int64]:
-    """The place of the first of the equal values that each value is one of. ordered: equal values are neighbours; [N]
-    or [N, K]."""
+    """Return the place of the first of the equal values that each value is one of. ordered: equal values are
+    neighbours; [N] or [N, K]."""
     differs = np.ones(len(ordered), bool)
     differs[1:] = (ordered[1:] != ordered[:-1]).any(axis=tuple(range(1, ordered.ndim)))
     return np.maximum.accumulate(np.where(differs, np.arange(len(ordered)), 0))
@@ -163,6 +163,6 @@ def check_installed(place: str, packages: Sequence[str]) -> None:
 
 
 def find_step(name: str) -> type[Step[Any]]:
-    """The step of this name, one of `steps.step_names`."""
+    """Return the step of this name, one of `steps.step_names`."""
     step: type[Step[Any]] = importlib.import_module(f"{steps.__name__}.{name}").Step
     return step

@@ -33,12 +33,12 @@ def sentences(text: str) -> list[str]:
 
 
 def normalized_words(text: str) -> list[str]:
-    """The words of a text without punctuation, case and diacritics, for comparing texts."""
+    """Return the words of a text without punctuation, case and diacritics, for comparing texts."""
     return [_normalize(word) for word in _WORD.findall(text)]
 
 
 def count_words(words: Sequence[str]) -> float:
-    """The number of words of `normalized_words`. Two characters of a script without spaces count as one word."""
+    """Return the number of words of `normalized_words`. Two characters of a script without spaces count as one word."""
     return sum(0.5 if _CHARACTER.fullmatch(word) else 1.0 for word in words)
 
 

@@ -159,7 +159,7 @@ def _added_token(token: str, identifier: int, state: dict[str, Any]) -> dict[str
 
 
 def _has_no_spaces(character: str) -> bool:
-    """Whether words with this character stand side by side in a text: Han, Kana or Thai."""
+    """Return whether words with this character stand side by side in a text: Han, Kana or Thai."""
     return unicodedata.name(character, "").startswith(("CJK ", "HIRAGANA ", "KATAKANA ", "THAI "))
 
 

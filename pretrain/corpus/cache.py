@@ -51,7 +51,7 @@ class CorpusCache:
         return self.folder / manifest.fingerprint[:16] / Path(source).name
 
     def locate(self, sources: Sequence[str]) -> dict[str, Path]:
-        """The folder to open for each corpus: its copy, which is made if it is missing.
+        """Return the folder to open for each corpus: its copy, which is made if it is missing.
 
         If the disk is full, or cannot be written, it is the source itself, with a warning. Raises UserError if that is
         a URL, or cannot be read.
@@ -59,7 +59,7 @@ class CorpusCache:
         return {source: self._locate(source) for source in sources}
 
     def release(self) -> None:
-        """The copies are not used any more."""
+        """Release the copies, which are not used any more."""
         while self._locks:
             os.close(self._locks.pop())
 
@@ -177,14 +177,14 @@ def open_local(source: str) -> Corpus:
 
 
 def _read_manifest(source: str) -> Manifest:
-    """The manifest of a corpus, given as a folder or a URL. Raises UserError."""
+    """Return the manifest of a corpus, given as a folder or a URL. Raises UserError."""
     if not is_url(source):
         return read_manifest(Path(source).absolute())
     return parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
 
 
 def _sizes(source: str, manifest: Manifest) -> dict[str, int]:
-    """The size of each file of a corpus, by its path in the folder."""
+    """Return the size of each file of a corpus, by its path in the folder."""
     if is_url(source):
         start = len(source.rstrip("/")) + 1
         found = {name[start:]: info.size for name, info in list_files(source).items()}
@@ -208,7 +208,7 @@ def _complete(folder: Path) -> Corpus | None:
 
 
 def _locked_copy(lock: int, folder: Path) -> Corpus | None:
-    """The copy, with `lock` shared; None, without a lock, if there is none, or another process writes it.
+    """Return the copy, with `lock` shared; None, without a lock, if there is none, or another process writes it.
 
     Processes that find none take no lock, because they would refuse each other the right to copy.
     """

@@ -129,7 +129,7 @@ def _begins_member(file: IO[bytes], compression: str, start: int) -> bool:
 
 
 def has_several_members(file: IO[bytes], compression: str) -> bool:
-    """Whether the first member is small and another one follows it. `file`: at its start."""
+    """Return whether the first member is small and another one follows it. `file`: at its start."""
     member = _decompressor(compression)
     while not member.eof and file.tell() < _PROBED_BYTES and (data := file.read(_INPUT_BYTES)):
         member.decompress(data)

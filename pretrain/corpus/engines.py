@@ -120,7 +120,7 @@ def _ray(address: str | None, job: object) -> Iterator[Engine]:
 
 @lru_cache(maxsize=1)
 def _fetched(job: Any) -> object:
-    """The job, which the tasks of a worker share: it keeps models and lists that take long to load."""
+    """Return the job, which the tasks of a worker share: it keeps models and lists that take long to load."""
     import ray
 
     return ray.get(job)

@@ -76,7 +76,7 @@ class Document(NamedTuple):
         return f"{self.origin}:{self.line}"
 
     def utf8(self) -> bytes:
-        """The text in UTF-8. Raises UserError if it cannot be encoded."""
+        """Return the text in UTF-8. Raises UserError if it cannot be encoded."""
         try:
             return self.text.encode()
         except UnicodeEncodeError:

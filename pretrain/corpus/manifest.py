@@ -153,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, path: str) -> Manifest:
-    """The manifest in the content of a file. Raises UserError, which names `path`, if it is damaged."""
+    """Return the manifest in the content of a file. Raises UserError, which names `path`, if it is damaged."""
     try:
         head = _HEAD.validate_json(content, strict=True)
         if head.format != FORMAT:

@@ -70,7 +70,8 @@ def cleanings_of(corpus: Path) -> list[Cleaning]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart, and one without wildcards: the same names in any folder."""
+    """Return the last parts of paths, as many as tell them apart, and one without wildcards: the same names in any
+    folder."""
     paths = [name.partition("::") for name in names]
     parts = [path.rstrip("/").split("/") for path, *_ in paths]
     for count in range(1, max(map(len, parts), default=0)):

@@ -106,7 +106,7 @@ def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> Non
 
 
 def holds_work(folder: Path, counts: bool) -> bool:
-    """Whether a build has written something that a later one could use, if `counts` also counts of documents."""
+    """Return whether a build has written something that a later one could use, if `counts` also counts of documents."""
     names = _names(folder) if folder.is_dir() else ()
     return any(".arrow" in name or (counts and name.endswith(".count.json")) for name in names)
 

@@ -153,7 +153,7 @@ def join_pieces(folder: Path, pieces: Sequence[Piece], path: Path) -> tuple[Shar
 
 
 def _flags(shard: "MappedShard") -> BoolArray:
-    """The word starts of a shard, [tokens]."""
+    """Return the word starts of a shard, [tokens]."""
     assert shard.word_starts is not None
     return np.unpackbits(shard.word_starts, count=len(shard.ids), bitorder="little").astype(np.bool_)
 

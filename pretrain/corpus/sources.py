@@ -195,7 +195,7 @@ def _split_names(named: SourceName, key: str) -> list[str]:
 
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
-    """Whether the folder is not in `seen`, to which this adds it."""
+    """Return whether the folder is not in `seen`, to which this adds it."""
     found = os.stat(folder)  # noqa: PTH116
     before = len(seen)
     seen.add((found.st_dev, found.st_ino))
@@ -213,7 +213,7 @@ def is_selected(name: str, pattern: str) -> bool:
 
 
 def is_hidden_member(name: str) -> bool:
-    """Whether an archive member is hidden, or one of the files that macOS adds."""
+    """Return whether an archive member is hidden, or one of the files that macOS adds."""
     is_hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
     return is_hidden or name.startswith("__MACOSX/")
 

@@ -100,7 +100,7 @@ class DocumentEncoder:
         )
 
     def _tokenize(self, texts: list[str]) -> tuple[TokenIds, Counts, BoolArray | None]:
-        """The ids, lengths and word starts of `EncodedBatch`."""
+        """Return the ids, lengths and word starts of `EncodedBatch`."""
         if self._words is not None and (found := self._words.encode(texts)) is not None:
             return *found, None
         segmented = self._spec.segmenter is not None
@@ -133,7 +133,7 @@ class DocumentEncoder:
 
 
 def hide_special_tokens(tokenizer_json: str, special_ids: Container[int]) -> str:
-    """The tokenizer with other names for its special tokens, which no text has; all ids stay.
+    """Return the tokenizer with other names for its special tokens, which no text has; all ids stay.
 
     `encode_special_tokens` does not keep a model from finding a literal `<s>` in its vocabulary, as Unigram does.
     Tokens in the merges of BPE keep their names.

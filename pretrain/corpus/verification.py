@@ -38,7 +38,7 @@ def verified_shards(corpora: Iterable[Corpus], show_progress: bool) -> Iterator[
 
 
 def is_verified(corpus: Corpus) -> bool:
-    """Whether this host has verified the corpus, and no shard has changed since."""
+    """Return whether this host has verified the corpus, and no shard has changed since."""
     path, content = _record(corpus)
     try:
         return bool(content == read_json(path))
@@ -87,7 +87,8 @@ def _find_damage(corpus: Corpus, show_progress: bool) -> Iterator[tuple[Path, st
 
 
 def _record(corpus: Corpus) -> tuple[Path, dict[str, object]]:
-    """The file that records that this host has verified a corpus, and its content, with the shards as they are now."""
+    """Return the file that records that this host has verified a corpus, and its content, with the shards as they are
+    now."""
     name = json_digest([platform.node(), str(corpus.path)])
     stats = [(shard, (corpus.path / shard.file).stat()) for shard in corpus.manifest.shards]
     return cache_folder() / "verified" / f"{name}.json", {

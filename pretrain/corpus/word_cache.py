@@ -22,7 +22,7 @@ _ASCII_PIECE = re.compile(r"[a-zA-Z0-9]+|[^a-zA-Z0-9]")
 
 
 def encodes_words_independently(tokenizer_json: str) -> bool:
-    """Whether the ids of a text are its words' ids, one after another: for WordPiece with BERT's normalizer and
+    """Return whether the ids of a text are its words' ids, one after another: for WordPiece with BERT's normalizer and
     pre-tokenizer, which treat all whitespace alike and do not look past it."""
     state = json.loads(tokenizer_json)
     normalizer = state["normalizer"] or {}
@@ -56,7 +56,7 @@ class WordCache:
         self._lengths: Counts = np.zeros(0, np.int64)  # [words] tokens
 
     def encode(self, texts: list[str]) -> tuple[TokenIds, Counts] | None:
-        """The ids of D texts, concatenated, and the number of tokens of each, [D].
+        """Return the ids of D texts, concatenated, and the number of tokens of each, [D].
 
         None for texts without spaces between words, such as Chinese.
         """

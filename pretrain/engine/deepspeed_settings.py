@@ -66,7 +66,7 @@ class DeepSpeedSettings:
     raw: Mapping[str, Any]
 
     def preset(self, precision: Precision, offload: OffloadDevice) -> str:
-        """The file in ds_configs/ with the same ZeRO stage and another precision or offload device."""
+        """Return the file in ds_configs/ with the same ZeRO stage and another precision or offload device."""
         suffix = "" if offload == "none" else f"_{offload}_offload"
         stage = max(self.requested_zero_stage, 2) if suffix else self.requested_zero_stage
         return f"ds_configs/{precision}_zero{stage}{suffix}.json"
@@ -84,7 +84,7 @@ class DeepSpeedSettings:
         return self.nvme_path / f"deepcloze-{xxh64_hexdigest(str(run).encode())}"
 
     def engine_config(self, grad_clip: float, swap_folder: Path | None = None) -> dict[str, Any]:
-        """The config for `deepspeed.initialize`: the JSON and the settings of deepcloze.
+        """Return the config for `deepspeed.initialize`: the JSON and the settings of deepcloze.
 
         `swap_folder`: this rank's folder for NVMe offload.
         """
@@ -115,7 +115,7 @@ class DeepSpeedSettings:
 
 
 def uses_zero1_optimizer(zero_stage: int, offload: OffloadDevice) -> bool:
-    """Whether `Zero1Optimizer` accumulates and reduces the gradients, and not DeepSpeed."""
+    """Return whether `Zero1Optimizer` accumulates and reduces the gradients, and not DeepSpeed."""
     return zero_stage == 1 and offload == "none"
 
 
@@ -204,7 +204,7 @@ def check_nvme(settings: DeepSpeedSettings) -> None:
 
 
 def _usable_stage(requested: int, precision: Precision, offload: OffloadDevice) -> tuple[int, str]:
-    """The ZeRO stage that a run uses, and why it is not the requested one."""
+    """Return the ZeRO stage that a run uses, and why it is not the requested one."""
     if requested == 0 and precision != "fp32":
         return 1, "DeepSpeed's stage 0 changes 16-bit weights at start-up and cannot accumulate gradients in fp32"
     if requested < 3 and offload == "nvme":
@@ -240,7 +240,7 @@ def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The section zero_optimization."""
+    """Return the section zero_optimization."""
     zero: dict[str, Any] = raw.get("zero_optimization", {})
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
@@ -263,7 +263,7 @@ def _offload_device(zero: Mapping[str, Any], key: str) -> OffloadDevice:
 
 
 def _nvme_paths(zero: Mapping[str, Any]) -> list[str]:
-    """The values of `nvme_path` of the parts that are offloaded to NVMe."""
+    """Return the values of `nvme_path` of the parts that are offloaded to NVMe."""
     sections = [zero[key] for key in ("offload_optimizer", "offload_param") if _offload_device(zero, key) == "nvme"]
     return [section["nvme_path"] for section in sections if section.get("nvme_path") is not None]
 

@@ -215,7 +215,8 @@ class Engine:
             )
 
     def overflowed(self, result: StepResult) -> bool:
-        """Whether an update was skipped because gradients overflowed fp16, as happens while the loss scale settles."""
+        """Return whether an update was skipped because gradients overflowed fp16, as happens while the loss scale
+        settles."""
         return self.precision == "fp16" and not math.isfinite(result.grad_norm)
 
     def loss_scaler_state(self) -> dict[str, float]:
@@ -270,8 +271,8 @@ class Engine:
         return StepResult(applied, norm)
 
     def _is_update_allowed(self) -> bool:
-        """The optimizer asks for each of its groups, when DeepSpeed knows the norm before clipping (ZeRO 1 to 3); the
-        norm is copied to the host once per step."""
+        """Return the optimizer asks for each of its groups, when DeepSpeed knows the norm before clipping (ZeRO 1 to
+        3); the norm is copied to the host once per step."""
         if self._update_allowed is None:
             self._update_allowed = self._is_within_limit(float(self._deepspeed.optimizer._global_grad_norm))
         return self._update_allowed

@@ -20,8 +20,8 @@ class HostCopy:
         self._copied.record()
 
     def wait(self) -> list[Any]:
-        """The numbers, as `Tensor.tolist` returns them. Polls in this file, which tells `RankHeartbeat` that the rank
-        waits."""
+        """Return the numbers, as `Tensor.tolist` returns them. Polls in this file, which tells `RankHeartbeat` that the
+        rank waits."""
         while not self._copied.query():  # type: ignore[no-untyped-call]
             time.sleep(_POLL_SECONDS)
         return self._host.tolist()

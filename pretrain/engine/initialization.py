@@ -49,7 +49,7 @@ def _import_muon() -> None:
 
 
 def _is_not_overflow_message(record: logging.LogRecord) -> bool:
-    """The trainer reports gradients that are not finite in more detail."""
+    """Return the trainer reports gradients that are not finite in more detail."""
     return "OVERFLOW! Skipping step" not in record.getMessage()
 
 
@@ -74,7 +74,7 @@ class Fp16LossScaler(DynamicLossScaler):  # type: ignore[misc]
         return {key: getattr(self, key) for key in _SCALER_STATE}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """An empty state, from a run in another precision, changes nothing."""
+        """Load a state. An empty one, from a run in another precision, changes nothing."""
         for key, value in state.items():
             setattr(self, key, value)
 

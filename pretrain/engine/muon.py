@@ -61,8 +61,8 @@ def orthogonalization_dtype(options: MuonConfig, precision: Precision) -> torch.
 
 
 def assign(costs: Mapping[str, float], held: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The rank that orthogonalizes each matrix. The most expensive first, each on the rank that has the least to do; if
-    there are several, on the one that holds most of it.
+    """Return the rank that orthogonalizes each matrix. The most expensive first, each on the rank that has the least to
+    do; if there are several, on the one that holds most of it.
 
     held: elements of each matrix on each rank, [ranks].
     """

@@ -217,5 +217,5 @@ class ExponentialMovingAverage:
             torch._foreach_lerp_(averages, masters, 1 - self._decay)
 
     def of(self, fragment: Fragment) -> Tensor:
-        """The average of a fragment's master, [numel]."""
+        """Return the average of a fragment's master, [numel]."""
         return self._averages[fragment.name]

@@ -55,7 +55,7 @@ class Partitions:
                 return self._fragments_zero0()
 
     def flat_tensors(self) -> list[Tensor]:
-        """The tensors that hold the fragments. Tensor n holds slices of the same parameters on every rank."""
+        """Return the tensors that hold the fragments. Tensor n holds slices of the same parameters on every rank."""
         match self._stage:
             case 3:
                 return list(self._engine.optimizer.fp32_partitioned_groups_flat)
@@ -65,14 +65,14 @@ class Partitions:
                 return [parameter for group in self._engine.optimizer.param_groups for parameter in group["params"]]
 
     def resident_fragments(self) -> Iterator[list[Fragment]]:
-        """The fragments, in lists whose tensors are valid together: one list, except under NVMe offload."""
+        """Yield the fragments, in lists whose tensors are valid together: one list, except under NVMe offload."""
         if getattr(self._engine.optimizer, "optimizer_swapper", None) is None:
             yield list(self.fragments())
         else:
             yield from ([fragment] for fragment in self.fragments())
 
     def optimizer_state(self, fragment: Fragment) -> dict[str, Tensor]:
-        """The optimizer state of a fragment: a view [numel] of each per-element state, scalars unchanged.
+        """Return the optimizer state of a fragment: a view [numel] of each per-element state, scalars unchanged.
 
         Empty before the first update.
         """
@@ -125,7 +125,7 @@ class Partitions:
             optimizer._hp_optimizer_states_linked = False
 
     def replicated_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of the model that every rank holds in full, by name.
+        """Yield the weights of the model that every rank holds in full, by name.
 
         At ZeRO 3 these are the small ones that DeepSpeed keeps gathered; the others exist once, sharded across ranks.
         """
@@ -134,7 +134,7 @@ class Partitions:
                 yield name, weight.data
 
     def masters_are_finite(self) -> bool:
-        """Whether all fp32 masters that this rank owns are finite."""
+        """Return whether all fp32 masters that this rank owns are finite."""
         return all(bool(fragment.master.isfinite().all()) for fragment in self.fragments())
 
     def _fragments_zero3(self) -> Iterator[Fragment]:

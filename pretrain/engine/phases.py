@@ -16,7 +16,8 @@ COLLECTIVE_PREFIX = "deepcloze collective: "
 
 
 def phase(name: Phase) -> record_function:
-    """A context whose time a profile counts as this part of the step. Costs a microsecond where nothing is profiled."""
+    """Return a context whose time a profile counts as this part of the step. Costs a microsecond where nothing is
+    profiled."""
     return record_function(PREFIX + name)
 
 

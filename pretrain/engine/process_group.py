@@ -91,7 +91,7 @@ def _local_world() -> World:
 
 
 def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) -> dist.Store:
-    """The store of the process group, when all ranks have connected to it."""
+    """Return the store of the process group, when all ranks have connected to it."""
     # torchrun serves the store itself.
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(
@@ -116,7 +116,7 @@ def _meet(world: World, address: str, port: int, timeout: datetime.timedelta) ->
 
 
 def _listen(address: str, port: int) -> int:
-    """The file descriptor of a socket that listens on this address only, not on all networks of the machine.
+    """Return the file descriptor of a socket that listens on this address only, not on all networks of the machine.
 
     For a name, it listens on all of them: on the machine itself, its own name often resolves to a loopback address.
     """

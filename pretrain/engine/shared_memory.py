@@ -82,7 +82,7 @@ class SharedMemory:
 
 
 def _slot(sender: int, receiver: int) -> int:
-    """The place in the buffer of one rank of the data for another."""
+    """Return the place in the buffer of one rank of the data for another."""
     return receiver - (receiver > sender)
 
 
@@ -118,7 +118,7 @@ def open_shared_memory() -> SharedMemory | None:
 
 
 def _create_file() -> int | None:
-    """The descriptor of a file in memory, which needs no place in /dev/shm and no deletion."""
+    """Return the descriptor of a file in memory, which needs no place in /dev/shm and no deletion."""
     if sys.platform != "linux" or not hasattr(os, "memfd_create"):  # some builds of Python lack it
         return None
     try:
@@ -147,7 +147,7 @@ def _describe(file: int) -> _Buffer | None:
 
 
 def _map(found: Sequence[_Buffer]) -> list[Tensor]:
-    """The buffers that belong to these ranks; none if they are on several machines or in several containers."""
+    """Return the buffers that belong to these ranks; none if they are on several machines or in several containers."""
     buffers = []
     if len({buffer.processes for buffer in found}) == 1:
         for expected in found:

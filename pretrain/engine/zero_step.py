@@ -97,7 +97,7 @@ class Zero1Optimizer(_FlatOptimizer):
 
     @torch.no_grad()
     def process_gradients(self, parameter: Tensor, group: int) -> None:
-        """The gradient of a parameter is complete in this backward pass."""
+        """Add a gradient that is complete in this backward pass."""
         assert parameter.grad is not None
         number = parameter.param_idx_in_group  # type: ignore[attr-defined]
         total, gradient = self._parts[group][number], parameter.grad.view(-1)
@@ -135,7 +135,7 @@ class Zero1Optimizer(_FlatOptimizer):
             sum_over_ranks(whole, partition, self.communication_dtype, self.shared_memory)
 
     def measure(self) -> float:
-        """The norm of the whole gradient, unscaled; NaN or infinite if it is not finite. Collective."""
+        """Return the norm of the whole gradient, unscaled; NaN or infinite if it is not finite. Collective."""
         return _measure(self, self._partitions)
 
     def update(self, norm: float) -> None:

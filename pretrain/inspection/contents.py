@@ -24,7 +24,7 @@ _SCRIPT = regex.compile("|".join(rf"(?P<{name}>\p{{Script={name}}})" for name in
 
 
 def count_lengths(corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The lengths of documents in tokens that occur, ascending, and how many documents have each: [L], [L].
+    """Return the lengths of documents in tokens that occur, ascending, and how many documents have each: [L], [L].
 
     Reads all shards' offsets: 4 bytes per document.
     """
@@ -37,7 +37,7 @@ def count_lengths(corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def script_shares(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
-    """The share of each script among the letters of documents, falling. Less than 0.1 % is left out."""
+    """Return the share of each script among the letters of documents, falling. Less than 0.1 % is left out."""
     texts = tokenizer.batch_decode([document.ids[:SCRIPT_TOKENS].tolist() for document in documents])
     letters = Counter(character for text in texts for character in text if character.isalpha())
     scripts: Counter[str] = Counter()

@@ -16,7 +16,7 @@ _DOCUMENTS = 8
 
 
 def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[SeenText]:
-    """The first sequences of some documents of the sample, with the default masking."""
+    """Return the first sequences of some documents of the sample, with the default masking."""
     vocabulary = build_vocabulary(tokenizer)
     masker = Masker(vocabulary, MaskingConfig(), sample.seed, sample.corpus.fingerprint)
     count = min(_DOCUMENTS, len(sample.documents))
@@ -47,6 +47,6 @@ def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list
 
 
 def token_text(tokenizer: PreTrainedTokenizerFast, token: int) -> str:
-    """A token for people. One that is a part of a character in UTF-8 as in the vocabulary."""
+    """Return a token for people. One that is a part of a character in UTF-8 as in the vocabulary."""
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     return text if text.strip() and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))

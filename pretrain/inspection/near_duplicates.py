@@ -82,13 +82,13 @@ def find_near_duplicates(
 
 
 def ngram_set(ids: TokenIds) -> NDArray[np.uint32]:
-    """The hashes of the different n-grams of a document. A shorter document is one n-gram."""
+    """Return the hashes of the different n-grams of a document. A shorter document is one n-gram."""
     return np.unique(_hash_ngrams(ids, np.array([0, len(ids)])).ngrams)
 
 
 def _hash_ngrams(ids: TokenIds, offsets: NDArray[np.int64]) -> NgramSets:
-    """The n-grams of documents, with repetitions: multilinear hashes (Carter and Wegman 1979), the upper half modulo
-    2^64. `ids` [T]; `offsets` [D + 1]: where each document begins, and where the last one ends."""
+    """Return the n-grams of documents, with repetitions: multilinear hashes (Carter and Wegman 1979), the upper half
+    modulo 2^64. `ids` [T]; `offsets` [D + 1]: where each document begins, and where the last one ends."""
     tokens = np.pad(ids.astype(np.uint64) + np.uint64(1), (0, NGRAM))  # zeros stand for none
     hashes = np.zeros(len(ids), np.uint64)
     for place, factor in enumerate(_FACTORS):

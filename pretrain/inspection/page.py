@@ -83,7 +83,7 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
 
 
 def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The summary, several lines."""
+    """Return the summary, several lines."""
     manifest, duplicates = found.manifest, found.near_duplicates
     filled = ", ".join(f"{each.filled['windows']:.1%} at {each.max_seq_length:,}" for each in found.packing)
     frequent = _frequent_tokens(found, tokenizer)[:_SUMMARY_TOKENS]
@@ -143,7 +143,7 @@ def _length_blocks(found: Inspection) -> list[Block]:
 
 
 def _length_bins(lengths: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
-    """The labels of bins that double, and the bin of each length [L]."""
+    """Return the labels of bins that double, and the bin of each length [L]."""
     powers = np.frexp(lengths.astype(np.float64))[1] - 1  # floor of log2
     first = int(powers.min())
     labels = [_range(2**power, 2 ** (power + 1) - 1) for power in range(first, int(powers.max()) + 1)]

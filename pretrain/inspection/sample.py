@@ -50,7 +50,7 @@ def draw_sample(corpus: Corpus, seed: int) -> Sample:
 
 
 def read_documents(corpus: Corpus, numbers: list[int]) -> tuple[Document, ...]:
-    """The documents with these ascending numbers, counted from 0."""
+    """Return the documents with these ascending numbers, counted from 0."""
     ends = np.cumsum([shard.rows for shard in corpus.manifest.shards])
     found: list[Document] = []
     for number in numbers:

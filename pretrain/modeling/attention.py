@@ -104,7 +104,7 @@ class Packing:
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def prefers_varlen(self, sliding_window: int | None) -> bool:
-        """Whether there are kernels of our own, and they are faster than FlashAttention-2."""
+        """Return whether there are kernels of our own, and they are faster than FlashAttention-2."""
         if self.varlen is None:
             return False
         if sliding_window is not None and self.max_length > 2 * sliding_window:
@@ -112,7 +112,7 @@ class Packing:
         return _prefers_without_window(self.capability)
 
     def interrupting(self) -> Self:
-        """The same, for a layer that is to run until it has computed its attention."""
+        """Return the same, for a layer that is to run until it has computed its attention."""
         copied = copy.copy(self)
         copied.interrupts = True
         return copied
@@ -171,14 +171,14 @@ def register_packed_attention() -> None:
 
 
 def choose_kernel(capability: Capability | None, head_size: int, dtype: torch.dtype) -> Kernel:
-    """The kernel for a device of this capability (None: a CPU)."""
+    """Return the kernel for a device of this capability (None: a CPU)."""
     if capability is None:
         return "matmul"
     return "flash" if supports_flash(capability, head_size, dtype) else "sdpa"
 
 
 def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -> bool:
-    """Whether torch's FlashAttention-2 can train on a device of this capability. These are the limits of torch's
+    """Return whether torch's FlashAttention-2 can train on a device of this capability. These are the limits of torch's
     `sdp_utils.cpp` and `flash_api.cpp`."""
     small_shared_memory = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
     return (
@@ -190,7 +190,7 @@ def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -
 
 
 def uses_flash(config: PreTrainedConfig, capability: Capability | None, dtype: torch.dtype) -> bool:
-    """Whether flash attention computes the layers of a model on a device of this capability (None: a CPU)."""
+    """Return whether flash attention computes the layers of a model on a device of this capability (None: a CPU)."""
     size = _head_size(config)
     return capability is not None and size is not None and supports_flash(capability, size, dtype)
 
@@ -223,7 +223,7 @@ def packed_attention(
     predicted: Predicted | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention output [B, W, H, D]. transformers dictates the signature.
+    """Return the attention output [B, W, H, D]. transformers dictates the signature.
 
     predicted: the slots whose output is returned, [1, M, H, D]; None: all.
     `sliding_window`: a slot attends to slots less than this many slots away, as in transformers' flash attention
@@ -338,7 +338,7 @@ def flash_attention(
 
 
 def _reach(sliding_window: int | None) -> int | None:
-    """The slots on each side that a slot attends to, without the slot itself."""
+    """Return the slots on each side that a slot attends to, without the slot itself."""
     return None if sliding_window is None else sliding_window - 1
 
 

@@ -51,7 +51,7 @@ class _BiasGelu(torch.autograd.Function):
 
 @custom_op("deepcloze::bias_gelu_backward", mutates_args=())
 def _backward(gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `values` [R, N], and its sums over parts of the rows, fp32 [parts, N]."""
+    """Return the gradient of `values` [R, N], and its sums over parts of the rows, fp32 [parts, N]."""
     assert gradient.is_contiguous()
     assert values.is_contiguous()
     of_values, sums = _allocate(gradient, values)

@@ -44,7 +44,8 @@ class BuiltModel:
 
 
 def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_head: bool = True) -> BuiltModel:
-    """The model in fp32 on the CPU, the same on every rank. `config`: from `resolve_model_config`; it is not changed.
+    """Return the model in fp32 on the CPU, the same on every rank. `config`: from `resolve_model_config`; it is not
+    changed.
 
     new_head: whether a folder without a masked-LM head gets a randomly initialized one. Raises UserError for a config
     that makes no model, for weights that do not fit it, and for a missing head otherwise.
@@ -69,7 +70,7 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
 
 
 def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
-    """The model in `model.init_from`, resized to `config`."""
+    """Return the model in `model.init_from`, resized to `config`."""
     assert model.init_from is not None
     built = _load(Path(model.init_from), source_config(model), new_head)
     if model.added_tokens is None and model.max_positions is None:
@@ -116,7 +117,7 @@ def _report_missing_head(folder: Path, missing: Collection[str], new_head: bool)
 
 
 def unused_parameters(model: PreTrainedModel, packed: bool, first_position: int) -> frozenset[str]:
-    """The names of the parameters from which no path of autograd leads to the logits, such as a pooler's or
+    """Return the names of the parameters from which no path of autograd leads to the logits, such as a pooler's or
     Longformer's global attention. The model is on the CPU.
 
     Weight decay must not shrink them: ZeRO gives every parameter a gradient, zeros if there is none.
@@ -154,8 +155,8 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def attention_ratio(flops: FlopsModel | None) -> float | None:
-    """The ratio from which the width of windows is chosen. None on CUDA, where no width has been measured: windows are
-    as wide as the longest sequence."""
+    """Return the ratio from which the width of windows is chosen. None on CUDA, where no width has been measured:
+    windows are as wide as the longest sequence."""
     return None if flops is None or torch.cuda.is_available() else flops.attention_ratio
 
 

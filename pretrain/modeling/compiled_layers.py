@@ -112,7 +112,7 @@ class _Compiler:
         _use_cache(self._trial or self._cache)  # Triton still compiles the loss
 
     def _keep_trial(self) -> None:
-        """The layers compile with an empty cache: it takes the place of the damaged one."""
+        """Put the cache with which the layers compile in the place of the damaged one."""
         if self._trial is None:
             return
         shutil.rmtree(self._cache, ignore_errors=True)
@@ -128,8 +128,8 @@ class _Compiler:
 
 
 def _open_cache(usual: Path) -> Path:
-    """A folder for compiled code that this process can write: below the one that the user has set for torch, or the
-    usual one, or torch's default."""
+    """Return a folder for compiled code that this process can write: below the one that the user has set for torch, or
+    the usual one, or torch's default."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     set_by_user = given is not None and given not in (default_cache_dir(), str(usual))  # torch sets it too
     folder = Path(given) / "deepcloze" if given is not None and set_by_user else usual

@@ -20,8 +20,8 @@ _CHUNK_LOGITS = 2**20  # 4 MiB in fp32
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Cross-entropy of `hidden @ weight.T + bias` in nats, summed over the rows whose label is not IGNORED: a scalar in
-    fp32. Differentiable with respect to `hidden`, `weight` and `bias`, once.
+    """Return the cross-entropy of `hidden @ weight.T + bias` in nats, summed over the rows whose label is not IGNORED:
+    a scalar in fp32. Differentiable with respect to `hidden`, `weight` and `bias`, once.
 
     Args:
         hidden: [M, D], in bf16 or fp32, as `weight` [V, D] and `bias` [V].
@@ -60,7 +60,7 @@ def _weight_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _to_gradients(logits: Tensor, labels: Tensor) -> Tensor:
-    """The losses, fp32 [M, 1], whose gradients take the place of the logits. `labels`: [M, 1]."""
+    """Return the losses, fp32 [M, 1], whose gradients take the place of the logits. `labels`: [M, 1]."""
     losses = torch.empty_like(labels, dtype=torch.float32)
     rows = max(1, _CHUNK_LOGITS // logits.shape[1])
     for chunk, label, loss in zip(*(torch.split(tensor, rows) for tensor in (logits, labels, losses)), strict=True):

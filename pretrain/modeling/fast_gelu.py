@@ -68,7 +68,8 @@ def gelu_in_fp32(values: Tensor) -> Tensor:
 
 
 def _normal_distribution(size: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of standard normal values that are larger than `size`, which is not negative, and the density."""
+    """Return the share of standard normal values that are larger than `size`, which is not negative, and the
+    density."""
     bell = torch.exp2(size * size * (-0.5 * math.log2(math.e)))
     inverse = 1.0 / (1.0 + SLOPE * 0.5**0.5 * size)
     first, *others = POLYNOMIAL

@@ -35,7 +35,7 @@ class CrossEntropy(NamedTuple):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_logits: int = CHUNK_LOGITS
 ) -> CrossEntropy:
-    """Cross-entropy of `hidden @ weight.T + bias`. Differentiable with respect to these three.
+    """Return the cross-entropy of `hidden @ weight.T + bias`. Differentiable with respect to these three.
 
     Args:
         hidden: [M, D], in fp16, bf16 or fp32, as `weight` [V, D] and `bias` [V].
@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scale(dtype: torch.dtype) -> float:
-    """The scale of the gradients of logits, which are between -1 and 1."""
+    """Return the scale of the gradients of logits, which are between -1 and 1."""
     return _FP16_SCALE if dtype == torch.float16 else 1.0
 
 

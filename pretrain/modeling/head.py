@@ -36,7 +36,7 @@ the input of `cross_entropy` for these positions."""
 
 
 def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
-    """The model returns logits."""
+    """Return the model returns logits."""
     return nullcontext()
 
 
@@ -72,8 +72,8 @@ def _cpu_losses(decoder: nn.Linear, labels: Tensor, values: Tensor) -> Tensor:
 
 
 def cross_entropy(output: Tensor, labels: Tensor, count: bool) -> tuple[Tensor, Tensor | None]:
-    """The summed loss in fp32, and with `count` the number of correct predictions. `output`: of the model in place of
-    its logits, in the context of a head."""
+    """Return the summed loss in fp32, and with `count` the number of correct predictions. `output`: of the model in
+    place of its logits, in the context of a head."""
     if output.ndim == 1:
         return output[0], output[1].long() if count else None
     logits_MV = output.reshape(-1, output.shape[-1]).float()
@@ -97,7 +97,7 @@ def choose_fused_head(
 
 
 def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | None:
-    """The layer whose output the model returns as its logits, unchanged. None if there is none."""
+    """Return the layer whose output the model returns as its logits, unchanged. None if there is none."""
     decoder = model.get_output_embeddings()
     if type(decoder) not in (nn.Linear, FastLinear):
         return None
@@ -115,7 +115,7 @@ def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | Non
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, packed: bool) -> Tensor:
-    """The logits of a short sequence, without dropout."""
+    """Return the logits of a short sequence, without dropout."""
     with next(model.parameters()).device:
         ids = torch.arange(8) % model.config.get_text_config().vocab_size
         inputs: Mapping[str, Any] = (
@@ -127,7 +127,7 @@ def _probe(model: PreTrainedModel, packed: bool) -> Tensor:
 
 
 def _runs_triton(device: torch.device) -> bool:
-    """Whether Triton runs. On a CPU, it has to be installed, and its interpreter enabled."""
+    """Return whether Triton runs. On a CPU, it has to be installed, and its interpreter enabled."""
     if device.type != "cpu":
         return device.type == "cuda"
     try:
@@ -139,7 +139,7 @@ def _runs_triton(device: torch.device) -> bool:
 
 @functools.cache
 def _is_fused_loss_usable() -> bool:
-    """Whether Triton is installed and its kernel works on this rank's device; warns once if not."""
+    """Return whether Triton is installed and its kernel works on this rank's device; warns once if not."""
     try:
         from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 

@@ -14,7 +14,7 @@ def chunk_rows(vocabulary: int, logits: int = CHUNK_LOGITS) -> int:
 
 
 def padded_columns(vocabulary: int) -> int:
-    """Columns of the logits that are computed."""
+    """Return columns of the logits that are computed."""
     return -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
 
 

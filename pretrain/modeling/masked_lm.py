@@ -60,7 +60,7 @@ class MaskedLanguageModel(nn.Module):
         predicted_columns: Tensor,
         predicted_entries: Tensor,
     ) -> Predictions:
-        """The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
+        """Predict the masked tokens. The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
         self._masked_positions = masked_positions
         try:
             with self._head(labels, not self.training):
@@ -90,8 +90,8 @@ class MaskedLanguageModel(nn.Module):
         return self._short_layer[0]
 
     def _fill_empty_rows(self, input_ids: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """The ids [B, W] and the attention mask of padded rows. A row without a sequence gets a token that predicts
-        nothing: ESM divides by the number of tokens in a row, and mBART looks for the last one."""
+        """Return the ids [B, W] and the attention mask of padded rows. A row without a sequence gets a token that
+        predicts nothing: ESM divides by the number of tokens in a row, and mBART looks for the last one."""
         visible = (segments > 0).long()
         special = (self.model.config.pad_token_id, getattr(self.model.config, "mask_token_id", None))
         ordinary = next(number for number in range(3) if number not in special)

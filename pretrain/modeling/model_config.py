@@ -31,7 +31,7 @@ _SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token
 
 
 def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """The transformers config of the model to train. The tokenizer sets vocabulary size and special token ids.
+    """Return the transformers config of the model to train. The tokenizer sets vocabulary size and special token ids.
 
     Raises UserError for an unknown model type or field, a type without a masked-LM head, a folder that cannot be read,
     a vocabulary smaller than the tokenizer's, and a padding id other than the tokenizer's.
@@ -60,7 +60,7 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
 
 
 def source_config(model: ModelConfig) -> PreTrainedConfig:
-    """The config that matches the weights in `model.init_from`, with the fields of `model.config` set.
+    """Return the config that matches the weights in `model.init_from`, with the fields of `model.config` set.
 
     Raises UserError for one that makes no model, or a far larger one.
     """
@@ -91,7 +91,7 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
 
 
 def _default_config(model: ModelConfig) -> PreTrainedConfig:
-    """The config without the fields of `model.config`: the model type's defaults, or the config of
+    """Return the config without the fields of `model.config`: the model type's defaults, or the config of
     `model.init_from`."""
     given = (model.config or {}).get("model_type")
     if model.init_from is not None:
@@ -168,7 +168,7 @@ def _with_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrai
 
 
 def _resized_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """The config of the model in `model.init_from` with room for added tokens and positions."""
+    """Return the config of the model in `model.init_from` with room for added tokens and positions."""
     config = source_config(model)
     if model.max_positions is not None:
         scale_rope = "rope_parameters" not in (model.config or {})

@@ -20,8 +20,8 @@ _SHARDS = 4  # of at most 32 Mi tokens: 128 Mi tokens are enough for the frequen
 
 
 def token_frequencies(corpora: Sequence[Corpus], weights: Sequence[float]) -> NDArray[np.float64]:
-    """The share of each token in a mixture of corpora: [V]. Every token counts once more than it occurs, so that no
-    share is 0. Reads up to four shards of each corpus.
+    """Return the share of each token in a mixture of corpora: [V]. Every token counts once more than it occurs, so that
+    no share is 0. Reads up to four shards of each corpus.
 
     weights: share of the tokens of each corpus in the mixture, relative to each other.
     """

@@ -54,8 +54,8 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
 
 
 def ignores_padding(model: PreTrainedModel) -> bool:
-    """Whether the logits of a sequence stay the same if padding follows, which the attention mask hides: convolutions
-    (ConvBERT) and Fourier transforms (FNet) see it. Raises UserError for a model that cannot compute."""
+    """Return whether the logits of a sequence stay the same if padding follows, which the attention mask hides:
+    convolutions (ConvBERT) and Fourier transforms (FNet) see it. Raises UserError for a model that cannot compute."""
     length, vocabulary = _LENGTHS[0], model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     padded = F.pad(ids, (0, _WIDTH - length), value=model.config.pad_token_id or 0)
@@ -107,8 +107,8 @@ def packed_inputs(
 
 
 def is_packed(config: PreTrainedConfig) -> bool:
-    """Whether a model of this config can be packed, tested with a small model of the same kind: its own weights may not
-    fit here."""
+    """Return whether a model of this config can be packed, tested with a small model of the same kind: its own weights
+    may not fit here."""
     with quiet_transformers():
         try:
             model = random_model(_small(config))

@@ -46,7 +46,8 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: modules, names and shapes without memory for weights. Raises as `random_model`."""
+    """Return the model on the meta device: modules, names and shapes without memory for weights. Raises as
+    `random_model`."""
     with torch.device("meta"):
         return random_model(config)
 
@@ -78,7 +79,7 @@ def declared_fields(config: PreTrainedConfig) -> set[str]:
 
 
 def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> bool:
-    """Whether the value of an undeclared field influences anything but the attribute of that name.
+    """Return whether the value of an undeclared field influences anything but the attribute of that name.
 
     The value tried supports no operation, so that computing with it raises, and equals no other, so that passing it on
     is seen.
@@ -92,7 +93,8 @@ def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], Pre
 
 
 def _other_fields(config: PreTrainedConfig, field: str) -> dict[str, Any]:
-    """The other fields that are set. Private attributes are transformers' own, such as the attention implementation."""
+    """Return the other fields that are set. Private attributes are transformers' own, such as the attention
+    implementation."""
     return {name: value for name, value in vars(config).items() if name != field and not name.startswith("_")}
 
 

@@ -15,7 +15,7 @@ _LEARNED_POSITIONS = "position_embeddings.weight"
 
 
 def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool) -> PreTrainedConfig:
-    """The config of the same model for sequences of up to `wanted` tokens. The model may be on the meta device.
+    """Return the config of the same model for sequences of up to `wanted` tokens. The model may be on the meta device.
 
     Learned positions are extended by `resize_model`. Rotary positions of full attention get a larger base by the
     NTK-aware formula (bloc97 2023; Peng et al. 2023, "YaRN", section 3.1), base · s^(d / (d - 2)) for s times the
@@ -89,7 +89,7 @@ def _copy_parameters(model: PreTrainedModel, larger: PreTrainedModel) -> None:
 
 
 def _repeated(table_PD: Tensor, rows: int, first: int) -> Tensor:
-    """The table with the rows from `first` repeated until there are `rows`; earlier rows are not positions."""
+    """Return the table with the rows from `first` repeated until there are `rows`; earlier rows are not positions."""
     positions = torch.arange(rows - first) % (len(table_PD) - first) + first
     return torch.cat([table_PD[:first], table_PD[positions]])
 
@@ -100,7 +100,7 @@ def _vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
-    """Tensors with a row per token: input embeddings, decoder and its bias; tied tensors once."""
+    """Return tensors with a row per token: input embeddings, decoder and its bias; tied tensors once."""
     output = model.get_output_embeddings()
     tables = [model.get_input_embeddings().weight, output.weight, getattr(output, "bias", None)]
     return list({id(table): table for table in tables if table is not None}.values())
@@ -112,7 +112,7 @@ def _persistent_buffers(model: nn.Module, larger: nn.Module) -> dict[str, Tensor
 
 
 def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The rotary parameters of layers with full attention; a local window never spans the new distances."""
+    """Return the rotary parameters of layers with full attention; a local window never spans the new distances."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" in parameters:
         return [parameters]

@@ -35,7 +35,7 @@ def encoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 
 def forward_without_checkpointing(layer: GradientCheckpointingLayer) -> Forward:
-    """The layer's own `forward`, which transformers wraps for activation checkpointing."""
+    """Return the layer's own `forward`, which transformers wraps for activation checkpointing."""
     forward: Forward = getattr(type(layer).forward, "__wrapped__", type(layer).forward)
     return MethodType(forward, layer)
 
@@ -64,8 +64,8 @@ def layer_ids(model: PreTrainedModel) -> dict[str, int]:
 
 
 def hidden_matrices(model: PreTrainedModel) -> list[str]:
-    """Names of the weights that hidden states are multiplied by: of linear layers, except the decoder, also where
-    it is tied to the embeddings."""
+    """Return names of the weights that hidden states are multiplied by: of linear layers, except the decoder, also
+    where it is tied to the embeddings."""
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     decoder = model.get_output_embeddings()
     matrices = {
@@ -92,7 +92,7 @@ class ParameterCounts:
 
 
 def _in_embeddings(model: PreTrainedModel) -> set[int]:
-    """The ids of the parameters in modules called `embeddings`."""
+    """Return the ids of the parameters in modules called `embeddings`."""
     return {
         id(parameter)
         for name, module in model.base_model.named_modules()

@@ -126,7 +126,8 @@ def _forward(
     dropout: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output [T, H, D]; the logsumexp of scores, to base 2, fp32 [H, T]; and seeds of dropout, int64, if any."""
+    """Return the output [T, H, D]; the logsumexp of scores, to base 2, fp32 [H, T]; and seeds of dropout, int64, if
+    any."""
     assert query.shape == key.shape == value.shape
     assert all(tensor.stride(-1) == 1 for tensor in (query, key, value)), "dimensions must be contiguous"
     output, logsumexp, seeds = _allocate(query, dropout)

@@ -25,7 +25,7 @@ def _find_block(bounds, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def _pointer(tensor, start, head, slot_stride, head_stride):  # type: ignore[no-untyped-def]
-    """The pointer to one head of a sequence's first slot."""
+    """Return the pointer to one head of a sequence's first slot."""
     # In 64 bit: heads outside of slots, as rotary positions leave them, may be 2^31 elements apart.
     return tensor + start.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
 
@@ -58,7 +58,7 @@ def _store_gradient(  # type: ignore[no-untyped-def]
     DIMENSIONS: tl.constexpr,
     ROTATES: tl.constexpr,
 ):
-    """The gradient of queries (part 0), keys (1) or values (2), before rotary positions if `ROTATES`."""
+    """Store the gradient of queries (part 0), keys (1) or values (2), before rotary positions if `ROTATES`."""
     part = heads * DIMENSIONS
     place = _pointer(gradients, start, head, 3 * part, DIMENSIONS) + PART * part
     if ROTATES:

@@ -210,7 +210,7 @@ def _gpu_attention(
     predicted: Predicted | None = None,
     **__: Any,
 ) -> Any:
-    """Attention output [B, W, H, D] of query, key and value [B, H, W, D], or a selection of it."""
+    """Return the attention output [B, W, H, D] of query, key and value [B, H, W, D], or a selection of it."""
     output = _GpuAttention.apply(query, key, value).transpose(1, 2)  # type: ignore[no-untyped-call]
     return output if predicted is None else predicted.select(output), None
 

@@ -40,7 +40,7 @@ class Device:
 
 
 def local_gpu() -> Device | None:
-    """The first GPU that nvidia-smi lists, with its power limit; None if it lists none."""
+    """Return the first GPU that nvidia-smi lists, with its power limit; None if it lists none."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,power.limit", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True).stdout
@@ -82,7 +82,7 @@ class Cost:
 
 
 def run_cost(computing: float, communicating: float, ranks: int, rates: Rates) -> Cost:
-    """The cost of a run that takes these seconds."""
+    """Return the cost of a run that takes these seconds."""
     hours = (computing + communicating) / 3600 * ranks
     return Cost(
         computing,

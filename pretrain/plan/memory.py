@@ -182,14 +182,14 @@ def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
 
 
 def _copied(counts: ParameterCounts, settings: MemorySettings, owners: int) -> int:
-    """Bytes of the first of this many ranks or machines for a checkpoint: each copies its part of masters, moments and
-    averages, at ZeRO 0 only the first; rank 0 the whole model, too."""
+    """Return the bytes of the first of this many ranks or machines for a checkpoint: each copies its part of masters,
+    moments and averages, at ZeRO 0 only the first; rank 0 the whole model, too."""
     states = (_FP32 + settings.average_bytes) * counts.total + _moments(counts, settings)
     return (states if settings.zero_stage == 0 else -(-states // owners)) + _FP32 * counts.total
 
 
 def _shares_memory(settings: MemorySettings) -> bool:
-    """Whether ranks exchange weights and gradients in memory, as CPU ranks of one host do."""
+    """Return whether ranks exchange weights and gradients in memory, as CPU ranks of one host do."""
     return not settings.on_gpu and settings.hosts == 1 and settings.ranks > 1
 
 
@@ -262,8 +262,8 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
 
 
 def _temporary(counts: ParameterCounts, share: int, settings: MemorySettings) -> int:
-    """Tensors of the optimizer during an update. Muon's: the matrices that this rank orthogonalizes, and, with several
-    ranks, the data that it sends and receives."""
+    """Return tensors of the optimizer during an update. Muon's: the matrices that this rank orthogonalizes, and, with
+    several ranks, the data that it sends and receives."""
     if settings.optimizer == "muon":
         copies = 1 if settings.ranks == 1 else 3
         return copies * settings.orthogonalization_bytes * counts.hidden_matrices // settings.ranks
@@ -271,8 +271,8 @@ def _temporary(counts: ParameterCounts, share: int, settings: MemorySettings) ->
 
 
 def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """The flat tensor of weights that ZeRO 3 gathers ahead and copies each weight from; it is freed when the last one
-    is used, for a small model in the head."""
+    """Return the flat tensor of weights that ZeRO 3 gathers ahead and copies each weight from; it is freed when the
+    last one is used, for a small model in the head."""
     kept = sum(size for size in counts.sizes if size <= settings.persistence_threshold)
     return settings.weight_bytes * min(counts.total - kept, settings.prefetch_bucket)
 

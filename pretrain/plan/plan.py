@@ -74,7 +74,7 @@ class RunPlan:
         return self.fits_at(self.zero_stage)
 
     def fits_at(self, zero_stage: int) -> bool | None:
-        """Whether the run fits. None: unknown, or it depends on the reserve."""
+        """Return whether the run fits. None: unknown, or it depends on the reserve."""
         low, high = self.needed_at(zero_stage)
         if self.device.memory is None or low <= self.device.memory < high:
             return None
@@ -172,7 +172,7 @@ def _seconds_of_run(
 
 
 def _forked_at(run: ResolvedRun) -> int:
-    """The step that a fork began with, also if it resumes; 0 for other runs."""
+    """Return the step that a fork began with, also if it resumes; 0 for other runs."""
     if run.resume_plan.fork:
         return run.resume_plan.step
     provenance = read_provenance(run.folder) if run.resume_plan.checkpoint is not None else None
@@ -181,7 +181,7 @@ def _forked_at(run: ResolvedRun) -> int:
 
 
 def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
-    """The settings at each ZeRO stage that the precision and the offload device allow."""
+    """Return the settings at each ZeRO stage that the precision and the offload device allow."""
     lowest = {"nvme": 3, "cpu": 1}.get(settings.offload, 0 if settings.precision == "fp32" else 1)
     stages = sorted({*range(lowest, 4), settings.zero_stage})
     return [
@@ -193,7 +193,8 @@ def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
 def _largest_microbatch(
     run: ResolvedRun, stages: tuple[StageWork, ...], packed: bool, on_gpu: bool, gradients_stay: bool
 ) -> MicrobatchMemory:
-    """The memory of the microbatch that takes the most. Raises UserError for a model that cannot run without values."""
+    """Return the memory of the microbatch that takes the most. Raises UserError for a model that cannot run without
+    values."""
     shapes = {(stage.batch.largest, stage.batch.microbatches > 1) for stage in stages}
     computation = Computation(
         dtype=weight_dtype(run.deepspeed),

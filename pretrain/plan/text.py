@@ -34,7 +34,7 @@ def print_plan(plan: RunPlan) -> None:
 
 
 def as_json(plan: RunPlan) -> dict[str, Any]:
-    """Bytes, seconds, FLOP/s and counts, without units in the names; null where unknown."""
+    """Return bytes, seconds, FLOP/s and counts, without units in the names; null where unknown."""
     return {
         "hosts": plan.hosts,
         "ranks": plan.ranks,

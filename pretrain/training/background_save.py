@@ -76,11 +76,11 @@ class ThreadWork:
         self._seen = processor_seconds(), 0
 
     def count_sync(self) -> None:
-        """The thread has synced a file. To write a small one takes hardly any processor time."""
+        """Count a synced file: to write a small one takes hardly any processor time."""
         self._syncs += 1
 
     def has_worked(self) -> bool:
-        """Whether the thread has used the processor, or synced a file, since the last call of this method."""
+        """Return whether the thread has used the processor, or synced a file, since the last call of this method."""
         (seconds, syncs), self._seen = self._seen, (self._processor_seconds(), self._syncs)
         return self._seen[0] - seconds >= _WORK_SECONDS or self._seen[1] > syncs
 
@@ -217,7 +217,7 @@ def on_all_ranks(group: CpuGroup, write: Callable[[], T]) -> list[T]:
 
 
 def _join(problems: Sequence[str | None]) -> str:
-    """The problems of the ranks in one line; one that all of them have, once."""
+    """Return the problems of the ranks in one line; one that all of them have, once."""
     if len(set(problems)) == 1:
         return str(problems[0])
     return "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)

@@ -27,7 +27,7 @@ class UpcomingBatch(NamedTuple):
     agreement: PendingTotals
 
     def wait(self, group: CpuGroup) -> tuple[RankBatch, StepTotals]:
-        """The share, and the totals of the batch. Collective.
+        """Return the share, and the totals of the batch. Collective.
 
         Raises DataWorkerError on all ranks if one has no share: only now, so that the step before it is completed.
         """
@@ -87,15 +87,15 @@ class BatchFeed:
         return batch, totals
 
     def peek(self) -> tuple[RankBatch, StepTotals] | None:
-        """The batch that `take` will return next, and its totals; None if the stream has ended or a rank has no share.
-        Collective; call after the step is queued."""
+        """Return the batch that `take` will return next, and its totals; None if the stream has ended or a rank has no
+        share. Collective; call after the step is queued."""
         totals = self.wait_for_votes()
         assert self._upcoming is not None, "a batch was taken"
         share = self._upcoming.share
         return (share, totals) if isinstance(share, RankBatch) and not totals.failed_batches else None
 
     def wait_for_votes(self) -> StepTotals:
-        """The agreement of the ranks that was made while the step was computed. Collective."""
+        """Return the agreement of the ranks that was made while the step was computed. Collective."""
         assert self._upcoming is not None, "a batch was taken"
         with phase("wait for ranks"):
             return self._upcoming.agreement.wait()

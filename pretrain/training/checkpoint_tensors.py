@@ -67,7 +67,7 @@ class HostMemory:
 
     @torch.no_grad()
     def copy(self, engine: Engine) -> Share:
-        """The masters and optimizer state as they are now. The next call overwrites them.
+        """Return the masters and optimizer state as they are now. The next call overwrites them.
 
         At ZeRO 0 every rank owns everything: rank 0 writes.
         """
@@ -207,7 +207,7 @@ class FragmentReader:
         return tuple(self._index[name]["shape"])
 
     def kinds(self, name: str) -> list[str]:
-        """The saved tensors of a parameter: the fp32 master, optimizer states, the average."""
+        """Return the saved tensors of a parameter: the fp32 master, optimizer states, the average."""
         return list(self._index[name]["kinds"])
 
     def has_averages(self) -> bool:

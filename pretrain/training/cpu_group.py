@@ -46,7 +46,7 @@ class PendingSums:
         self._on_progress = on_progress
 
     def wait(self) -> list[int]:
-        """The sums, when every rank has contributed."""
+        """Return the sums, when every rank has contributed."""
         self._work.wait()
         self._on_progress()
         return self._sums.tolist()
@@ -70,7 +70,7 @@ class CpuGroup:
                 self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
-        """The sum of each number over all ranks."""
+        """Return the sum of each number over all ranks."""
         return self.start_all_reduce_sum(numbers).wait()
 
     def start_all_reduce_sum(self, numbers: Sequence[int]) -> "PendingSums":
@@ -102,7 +102,7 @@ class CpuGroup:
                 raise TimeoutError(self.first_message(problem, always_name_rank=True))
 
     def all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The numbers of every rank, by rank."""
+        """Return the numbers of every rank, by rank."""
         own = torch.tensor(numbers, dtype=torch.int64)
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(gathered, own, group=self._group)
@@ -110,7 +110,7 @@ class CpuGroup:
         return [of_rank.tolist() for of_rank in gathered]
 
     def all_gather_objects(self, value: T) -> list[T]:
-        """The picklable value of every rank, by rank. Collective."""
+        """Return the picklable value of every rank, by rank. Collective."""
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(gathered, value, group=self._group)
         self._on_progress()
@@ -171,8 +171,8 @@ class CpuGroup:
         return self.from_all_ranks(part.result)
 
     def first_message(self, message: str | None, always_name_rank: bool = False) -> str | None:
-        """The message of the first rank that has one, with its host and rank unless all have one; None if none has.
-        Collective. `always_name_rank`: also if all have one."""
+        """Return the message of the first rank that has one, with its host and rank unless all have one; None if none
+        has. Collective. `always_name_rank`: also if all have one."""
         gathered = self.all_gather_objects((platform.node(), message))
         found = [(rank, host, text) for rank, (host, text) in enumerate(gathered) if text is not None]
         if not found:

@@ -40,7 +40,7 @@ class PendingDeviceSums:
         self._on_progress = on_progress
 
     def wait(self) -> list[int]:
-        """The sums. They are complete when the GPUs have finished the step before the one in which they were
+        """Return the sums. They are complete when the GPUs have finished the step before the one in which they were
         started."""
         sums = self._sums.wait()
         self._on_progress()

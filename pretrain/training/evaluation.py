@@ -40,7 +40,7 @@ class RunEvaluator:
         self._first_step = first_step
 
     def is_due(self, progress: TrainingProgress, finished: bool) -> bool:
-        """Whether this step is to be evaluated, and has not been. A run that is asked to stop saves at once: the
+        """Return whether this step is to be evaluated, and has not been. A run that is asked to stop saves at once: the
         evaluation of that step is left to its next attempt."""
         is_chosen = progress.step == self._first_step or progress.is_multiple_of(self._config.every_steps)
         return (finished or is_chosen) and not progress.evaluated
@@ -101,7 +101,8 @@ def update_history(
     metrics: EvaluationMetrics,
     trained: tuple[float, int],
 ) -> EvaluationHistory:
-    """The history after the evaluation of `step`. `trained`: summed training loss and masked tokens up to this step."""
+    """Return the history after the evaluation of `step`. `trained`: summed training loss and masked tokens up to this
+    step."""
     best, best_step, waited = history.best, history.best_step, history.waited + 1
     if config.best_metric != history.metric:
         best, best_step, waited = None, None, 1
@@ -138,12 +139,12 @@ def update_history(
 
 
 def should_stop_early(history: EvaluationHistory, config: EvaluationConfig) -> bool:
-    """Whether `patience` evaluations have passed without a new best."""
+    """Return whether `patience` evaluations have passed without a new best."""
     return config.patience is not None and history.metric == config.best_metric and history.waited >= config.patience
 
 
 def newly_overfitting(history: EvaluationHistory, config: EvaluationConfig) -> list[str]:
-    """The corpora to warn about now: each once per streak."""
+    """Return the corpora to warn about now: each once per streak."""
     return [name for name, times in history.rising.items() if times == config.overfitting_after]
 
 

@@ -63,7 +63,8 @@ class Fault:
 
 
 def norm_limit(norms: Sequence[float], spike_factor: float) -> float:
-    """The largest gradient norm that is not a spike after these recent ones; infinite while there are too few."""
+    """Return the largest gradient norm that is not a spike after these recent ones; infinite while there are too
+    few."""
     if len(norms) < MIN_NORMS:
         return math.inf
     if (middle := median(norms)) == 0:  # every norm would be a spike
@@ -72,12 +73,12 @@ def norm_limit(norms: Sequence[float], spike_factor: float) -> float:
 
 
 def append_norm(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:
-    """The recent norms after an applied update. Norms of bad batches are never added."""
+    """Return the recent norms after an applied update. Norms of bad batches are never added."""
     return (*norms, norm)[-NORM_WINDOW:]
 
 
 def diagnose(step: int, loss: float, grad_norm: float, norms: Sequence[float], scaled: bool) -> Fault | None:
-    """The fault of a step whose update was not applied; None for an ordinary fp16 overflow.
+    """Return the fault of a step whose update was not applied; None for an ordinary fp16 overflow.
 
     `scaled`: the loss is scaled dynamically, so that gradients overflow now and then although the loss is finite.
     """
@@ -153,7 +154,7 @@ class BadBatchWriter:
 def describe_sequences(
     batch: RankBatch, losses: Sequence[float], corpora: Sequence[str], decode: Decode
 ) -> list[dict[str, Any]]:
-    """The sequences of a rank's share, in the order of its microbatches."""
+    """Return the sequences of a rank's share, in the order of its microbatches."""
     rows = []
     for number, (microbatch, loss) in enumerate(zip(batch.microbatches, losses, strict=True)):
         shown, segments = microbatch.input_ids.reshape(-1), microbatch.segments.reshape(-1)

@@ -11,7 +11,7 @@ _UNDECAYED = 0.3  # of the decay: less may be left where a step takes a tenth of
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int | None, seconds: float) -> float:
-    """Learning rate of step `step` (from 0).
+    """Return the learning rate of step `step` (from 0).
 
     Linear warmup over `warmup_steps` to `peak`; the first rate is not zero. Then a decay to `min_lr_ratio * peak`,
     which would be reached at step `steps`. Under a time budget the decay depends only on the fraction of the budget
@@ -31,8 +31,8 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int |
 
 
 def ends_early(schedule: ScheduleConfig, peak: float, rate: float) -> bool:
-    """Whether a time budget has ended with this rate, well above the end of its decay: the last step, an evaluation or
-    a pause took longer than the decay."""
+    """Return whether a time budget has ended with this rate, well above the end of its decay: the last step, an
+    evaluation or a pause took longer than the decay."""
     if schedule.budget_seconds is None or schedule.name in ("constant", "inverse_sqrt"):
         return False
     floor = schedule.min_lr_ratio * peak

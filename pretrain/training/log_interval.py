@@ -58,12 +58,12 @@ class LogInterval:
             self.masked_tokens += totals.masked_tokens
 
     def include_in(self, progress: TrainingProgress) -> TrainingProgress:
-        """The progress with the losses of this interval. Waits for the device. Collective."""
+        """Return the progress with the losses of this interval. Waits for the device. Collective."""
         self.all_reduce_losses()
         return replace(progress, interval_losses=tuple(self.losses), interval_masked=self.masked_tokens)
 
     def end(self, progress: TrainingProgress) -> TrainingProgress:
-        """The progress with the losses of this interval and of earlier ones. The next interval begins."""
+        """Return the progress with the losses of this interval and of earlier ones. The next interval begins."""
         included = self.include_in(progress)
         self._clear()
         loss_sum, masked_tokens = included.trained
@@ -83,7 +83,7 @@ class LogInterval:
         return sum(self.losses) / self.masked_tokens if self.masked_tokens else None
 
     def measure_pace(self) -> Pace:
-        """The pace of the interval. Time from now on, such as for logging, belongs to the next one."""
+        """Return the pace of the interval. Time from now on, such as for logging, belongs to the next one."""
         before, self._measured = self._measured, self._clocks()
         training, data, checkpointing = (now - before[name] for name, now in self._measured.items())
         seconds = max(training + data, 1e-9)

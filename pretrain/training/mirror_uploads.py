@@ -43,7 +43,7 @@ class MirrorUploads:
         self._thread.start()
 
     def update(self, keep: Retention) -> None:
-        """A checkpoint was saved. Returns at once."""
+        """Upload a checkpoint that was saved. Returns at once."""
         with self._wanted:
             self._keep, self._is_wanted = keep, True
             self._wanted.notify()

@@ -94,7 +94,7 @@ def _export_trace(finished: Any, path: Path) -> None:
 
 
 def _is_complete(trace: Path) -> bool:
-    """Whether the last key of a trace is there, and its last bracket. Parsing all of it would take gigabytes."""
+    """Return whether the last key of a trace is there, and its last bracket. Parsing all of it would take gigabytes."""
     if not trace.exists():
         return False
     with trace.open("rb") as file:
@@ -129,8 +129,8 @@ def _step_times(finished: Any, on_gpu: bool) -> StepTimes:
 
 
 def _gpu_phases(events: Sequence[Any], phases: Sequence[Any]) -> dict[str, float]:
-    """Microseconds of the kernels that were launched in each phase, on any thread: autograd launches kernels of the
-    backward pass on a thread of its own, so they are not part of the phase's own `device_time_total`."""
+    """Return microseconds of the kernels that were launched in each phase, on any thread: autograd launches kernels of
+    the backward pass on a thread of its own, so they are not part of the phase's own `device_time_total`."""
     annotations = {event.name for event in events if event.is_user_annotation}
     ordered = sorted(phases, key=lambda phase: phase.time_range.start)
     starts = [phase.time_range.start for phase in ordered]
@@ -147,19 +147,19 @@ def _gpu_phases(events: Sequence[Any], phases: Sequence[Any]) -> dict[str, float
 
 
 def _gpu_communication(events: Sequence[Any]) -> float:
-    """Microseconds of NCCL's kernels. The annotations around them, `nccl:…`, are events of the device too."""
+    """Return microseconds of NCCL's kernels. The annotations around them, `nccl:…`, are events of the device too."""
     kernels = [event.time_range for event in events if _is_on_gpu(event) and _NCCL_KERNEL.match(event.name)]
     return float(sum(kernel.end - kernel.start for kernel in kernels))
 
 
 def _is_on_gpu(event: Any) -> bool:
-    """Whether this is a kernel, copy or fill: not its launch on the CPU, nor an annotation around several."""
+    """Return whether this is a kernel, copy or fill: not its launch on the CPU, nor an annotation around several."""
     return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
 def _cpu_communication(events: Sequence[Any], phases: Sequence[Any]) -> float:
-    """Microseconds in which collectives that a phase began were in flight, and in which this rank waited for others.
-    The agreement on the next batch, which begins between two phases, is in flight during the whole step."""
+    """Return microseconds in which collectives that a phase began were in flight, and in which this rank waited for
+    others. The agreement on the next batch, which begins between two phases, is in flight during the whole step."""
     waits = [event.time_range for event in phases if event.name == PREFIX + "wait for ranks"]
     spans = [event.time_range for event in phases]
     sent = [event.time_range for event in events if event.name.startswith(_COLLECTIVES)]

@@ -48,7 +48,7 @@ def compare_replicas(engine: Engine, group: CpuGroup, batch: RankBatch, learning
 
 
 def first_difference(names: Mapping[str, int], by_rank: Sequence[Sequence[int]]) -> str | None:
-    """The first of the named values that differs between ranks, and which ranks are in the minority; None if all
+    """Return the first of the named values that differs between ranks, and which ranks are in the minority; None if all
     agree."""
     for name, values in zip(names, zip(*by_rank, strict=True), strict=True):
         (value, ranks), *others = Counter(values).most_common()
@@ -82,8 +82,8 @@ def hash_bits(tensor: Tensor) -> Tensor:
 
 
 def _hash_on_device(tensor: Tensor) -> Tensor:
-    """The sum modulo 2^64 of a hash of each element and its position: SplitMix64 (see `batching.counter_rng`), whose
-    counter is the position, with the element's bits added to its state."""
+    """Return the sum modulo 2^64 of a hash of each element and its position: SplitMix64 (see `batching.counter_rng`),
+    whose counter is the position, with the element's bits added to its state."""
     bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, bits.numel(), _HASHED_AT_ONCE):

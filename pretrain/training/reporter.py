@@ -81,7 +81,7 @@ def open_run_tracker(
 
 
 def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:
-    """The models that the run's first weights came from; None for a resumed run, which has recorded them."""
+    """Return the models that the run's first weights came from; None for a resumed run, which has recorded them."""
     if run.resume_plan.checkpoint is not None:
         return ancestors_of(run.resume_plan.checkpoint / "hf", "fork") if run.resume_plan.fork else None
     init_from = run.model_source.init_from
@@ -233,7 +233,8 @@ class SlowRanks:
         self._intervals = 0  # in which it was the slowest one, and slow
 
     def update(self, times: Sequence[int]) -> SlowestRank | None:
-        """The slowest rank of an interval; None if unknown. Warns once of a rank that was slow in several in a row.
+        """Return the slowest rank of an interval; None if unknown. Warns once of a rank that was slow in several in a
+        row.
 
         times: that each rank took for work in which it waits for no other rank, in any unit; 0: unknown. May be empty.
         """
@@ -269,7 +270,7 @@ class CheckpointAlarm:
         self._due = self._saved_at + self._seconds
 
     def check(self, saved_step: int | None) -> str | None:
-        """The message to send now, if any. `saved_step`: of the newest checkpoint."""
+        """Return the message to send now, if any. `saved_step`: of the newest checkpoint."""
         now = self._clock()
         if saved_step != self._saved_step:
             self._saved_step, self._saved_at = saved_step, now

@@ -42,7 +42,7 @@ class StepTotals(NamedTuple):
         return [number for value in self for number in (value if isinstance(value, tuple) else (value,))]
 
     def unflatten(self, numbers: Sequence[int]) -> "StepTotals":
-        """The totals with fields as long as in `self` that flatten to `numbers`."""
+        """Return the totals with fields as long as in `self` that flatten to `numbers`."""
         rest = iter(numbers)
         fields: dict[str, Any] = {
             name: tuple(islice(rest, len(value))) if isinstance(value, tuple) else next(rest)

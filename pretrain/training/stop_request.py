@@ -75,7 +75,7 @@ def _wait_for_request(received: int, stop_file: Path | None) -> str | None:
 
 
 def _exists(stop_file: Path) -> bool:
-    """Whether the file exists; False while the disk does not answer."""
+    """Return whether the file exists; False while the disk does not answer."""
     with suppress(OSError):
         return stop_file.exists()
     return False

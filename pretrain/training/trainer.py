@@ -237,7 +237,7 @@ class Trainer:
         self._started = self._accumulate(batch, totals.masked_tokens, 0, 1)
 
     def _is_trained_on(self, batch: RankBatch, global_masked: int) -> bool:
-        """Whether the batch has masked tokens and is not known to be bad."""
+        """Return whether the batch has masked tokens and is not known to be bad."""
         return global_masked > 0 and batch.step + 1 not in self._progress.bad_steps
 
     def _respond(self, batch: RankBatch, step: FaultyStep) -> bool:

@@ -55,7 +55,7 @@ class TrainingProgress:
         return self.evaluations.best_step == self.step
 
     def is_multiple_of(self, steps: int | None) -> bool:
-        """Whether something that happens every `steps` steps, None: never, is due."""
+        """Return whether something that happens every `steps` steps, None: never, is due."""
         return steps is not None and self.step % steps == 0
 
 
@@ -64,7 +64,7 @@ def progress_to_json(progress: TrainingProgress) -> dict[str, Any]:
 
 
 def progress_from_json(saved: dict[str, Any]) -> TrainingProgress:
-    """The progress that a checkpoint's state.json holds."""
+    """Return the progress that a checkpoint's state.json holds."""
     names = {old: new for new, old in _SAVED_AS.items()}
     fields: dict[str, Any] = {
         names.get(key, key): tuple(value) if isinstance(value, list) else value for key, value in saved.items()

@@ -63,7 +63,7 @@ def _write(directory: Path, page: Page, png: bool) -> Path:
 
 
 def set_page(folder: RunFolder, open_runs: OpenRuns) -> Page | None:
-    """The page of a sweep or comparison; None for another folder. Raises UserError for damaged files."""
+    """Return the page of a sweep or comparison; None for another folder. Raises UserError for damaged files."""
     blocks = [*compare_blocks(folder, open_runs), *sweep_blocks(folder, open_runs)]
     return Page(folder.path.name, [*blocks, *provenance_blocks(folder)]) if blocks else None
 
@@ -95,7 +95,7 @@ def run_page(run: Run, blocks: Sequence[Block]) -> Page:
 
 
 def _overlay_page(runs: Sequence[Run]) -> Page:
-    """The page of several runs."""
+    """Return the page of several runs."""
     configs = [
         Code(f"{run.name}: config.yaml", run.folder.config.read_text(encoding="utf-8", errors="replace"))
         for run in runs

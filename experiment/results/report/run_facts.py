@@ -140,7 +140,7 @@ def _losses(history: History) -> Iterator[Fact]:
 
 
 def _checkpoints(run: Run) -> Iterator[Fact]:
-    """The last one, and the best one."""
+    """Yield the last one, and the best one."""
     with suppress(OSError, ValueError, IndexError):  # being copied or deleted; IndexError: there is none
         last = run.checkpoints[-1]
         saved = datetime.fromtimestamp((last / COMPLETE).stat().st_mtime, UTC)
@@ -189,7 +189,7 @@ def goodput_blocks(run: Run) -> list[Block]:
 
 
 def provenance_blocks(folder: RunFolder) -> list[Block]:
-    """The attempts at the run with their machines and library versions, and the config."""
+    """Return the attempts at the run with their machines and library versions, and the config."""
     blocks: list[Block] = []
     try:
         provenance = read_provenance(folder)

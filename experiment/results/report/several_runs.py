@@ -127,7 +127,7 @@ def _of_total(step: int, config: Mapping[str, Any]) -> str:
 
 
 def difference_blocks(runs: Sequence[Run]) -> list[Block]:
-    """The config keys whose values differ: a row each, or a column each if there are more runs than keys."""
+    """Return the config keys whose values differ: a row each, or a column each if there are more runs than keys."""
     if len(runs) < 2:
         return []
     configs = {run.name: flatten(run.config) for run in runs}
@@ -155,7 +155,8 @@ def _value(config: Mapping[str, Any], key: str) -> str:
 
 
 def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
-    """The runs of a sweep, best first, from DIR/sweep.json; empty if there is none. Raises UserError if damaged."""
+    """Return the runs of a sweep, best first, from DIR/sweep.json; empty if there is none. Raises UserError if
+    damaged."""
     path = folder.path / SWEEP_RECORD
     try:
         record = read_json(path)
@@ -194,7 +195,7 @@ def _sweep_table(best_first: list[SweepResult], metric: str) -> Table:
 
 
 def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
-    """The tables of a comparison, from DIR/compare.json, and its runs by task; empty for another folder.
+    """Return the tables of a comparison, from DIR/compare.json, and its runs by task; empty for another folder.
 
     Raises UserError for a damaged file.
     """

@@ -132,7 +132,7 @@ def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[Conf
 
 
 def worst_rows(folder: RunFolder, splits: Sequence[str]) -> Iterator[Table]:
-    """The rows with the highest loss of the first seed, on the last split that has them."""
+    """Yield the rows with the highest loss of the first seed, on the last split that has them."""
     seeds = _seed_folders(folder)
     files = [path for split in reversed(splits) for seed in seeds if (path := seed / f"worst-{split}.csv").is_file()]
     for path in files[:1]:
@@ -153,7 +153,7 @@ def _shortened(text: str) -> str:
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file of ours; empty if it cannot be read."""
+    """Return the rows of a CSV file of ours; empty if it cannot be read."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [row for row in csv.DictReader(file) if None not in row]
@@ -162,7 +162,7 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def downstream_blocks(folder: RunFolder, axis: Axis) -> list[Block]:
-    """The scores of the run's checkpoints on tasks, by step, see `deepcloze watch`; empty without any.
+    """Return the scores of the run's checkpoints on tasks, by step, see `deepcloze watch`; empty without any.
 
     axis: of the run.
     """

@@ -52,7 +52,7 @@ def _training_plots(seeds: Mapping[int | None, SeedHistory], corpora: Sequence[s
 
 
 def optimization_plots(lines: Callable[[str, bool], Sequence[Line]]) -> list[Plot]:
-    """Learning rate, gradient norm and speed. lines: of a metric, and whether they are smoothed."""
+    """Return the learning rate, gradient norm and speed. lines: of a metric, and whether they are smoothed."""
     speed = Panel("tokens/s", lines("tokens_per_second", True), from_zero=True, title=SPEED)
     wait = Panel("data wait", lines("data_wait", True), percent=True, from_zero=True, title=WAIT)
     return [

@@ -22,23 +22,23 @@ class Reader(Protocol):
 
 
 def reader_names() -> list[str]:
-    """The names of all formats, found without importing them."""
+    """Return the names of all formats, found without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def find_reader(name: str) -> Reader:
-    """The reader of this name, one of `reader_names`."""
+    """Return the reader of this name, one of `reader_names`."""
     return cast(Reader, importlib.import_module(f"{__name__}.{name}"))
 
 
 @lru_cache(maxsize=16)
 def reader_of(name: str) -> Reader | None:
-    """The reader for a file; None if it is a file for `deepcloze corpus`."""
+    """Return the reader for a file; None if it is a file for `deepcloze corpus`."""
     return next((reader for reader in map(find_reader, reader_names()) if reader.matches(name)), None)
 
 
 def has_suffix(name: str, *suffixes: str) -> bool:
-    """Whether the name ends in one of the suffixes, perhaps with .gz after it."""
+    """Return whether the name ends in one of the suffixes, perhaps with .gz after it."""
     return name.lower().removesuffix(".gz").endswith(suffixes)
 
 
@@ -57,7 +57,7 @@ def open_members(name: str, is_wanted: Callable[[str], object]) -> Iterator[tupl
 
 @lru_cache(maxsize=16)
 def zip_members(name: str) -> tuple[str, ...]:
-    """The names of the files in a zip; none if the file is not a zip, or damaged, which reading it will tell."""
+    """Return the names of the files in a zip; none if the file is not a zip, or damaged, which reading it will tell."""
     if not name.lower().endswith(".zip"):
         return ()
     try:

@@ -38,7 +38,7 @@ def read(name: str) -> Iterator[Document]:
 
 
 def _rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each line. Raises UserError for a missing file, and for a line with too few cells."""
+    """Yield the cells of each line. Raises UserError for a missing file, and for a line with too few cells."""
     for number, line in enumerate(io.StringIO(_content(path, name).decode("iso-8859-1")), 1):
         cells = line.rstrip("\r\n").split(_SEPARATOR)
         if len(cells) < 4:

@@ -31,8 +31,8 @@ def read(name: str) -> Iterator[Document]:
 
 
 def decode_page(content: bytes, charset: str = "") -> str:
-    """The text of a page, in the encoding that its server gives (charset) or the page itself; otherwise in UTF-8, or in
-    the encoding that its bytes suggest."""
+    """Return the text of a page, in the encoding that its server gives (charset) or the page itself; otherwise in
+    UTF-8, or in the encoding that its bytes suggest."""
     from trafilatura.utils import decode_file
 
     declared = _CHARSET.search(content, 0, _HEAD_BYTES)

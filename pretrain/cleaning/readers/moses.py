@@ -43,7 +43,7 @@ def read(name: str) -> Iterator[Document]:
 
 
 def _language(name: str) -> str:
-    """The language of a member; empty if it is another file."""
+    """Return the language of a member; empty if it is another file."""
     found = _SIDE.search(name)
     return found[3] if found and found[3] in found.group(1, 2) else ""
 

@@ -4,5 +4,5 @@ import pkgutil
 
 
 def step_names() -> list[str]:
-    """The names of all steps, found without importing them."""
+    """Return the names of all steps, found without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))

@@ -105,7 +105,7 @@ class Step(DocumentStep[Config]):
 
 
 def _cut(text: str, matches: Sequence[Match]) -> str:
-    """The text without the sentences that overlap a match."""
+    """Return the text without the sentences that overlap a match."""
     spans = word_spans(text)
     found = [(spans[match.start][0], spans[match.end - 1][1]) for match in matches]
     sentences = [sentence.span() for sentence in _SENTENCE.finditer(text) if sentence.group()]

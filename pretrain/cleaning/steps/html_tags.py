@@ -45,13 +45,13 @@ class Step(DocumentStep[Config]):
 
 
 def _decoded(entity: re.Match[str]) -> str:
-    """The character of an entity. One that HTML does not know stays, such as `&regs;` in code."""
+    """Return the character of an entity. One that HTML does not know stays, such as `&regs;` in code."""
     known = entity[1] is None or f"{entity[1]};" in html5
     return html.unescape(entity[0]) if known else entity[0]
 
 
 def _without_hidden(text: str) -> str:
-    """The text without comments, scripts and styles; one that is not closed stays."""
+    """Return the text without comments, scripts and styles; one that is not closed stays."""
     kept, end, unclosed = list[str](), 0, set[str]()
     for opening in _OPENING.finditer(text):
         name = (opening[1] or "").lower()

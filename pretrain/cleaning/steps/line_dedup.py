@@ -41,7 +41,7 @@ class Step(CollectionStep[Config]):
     config_type = Config
 
     def facts(self) -> Mapping[str, Any]:
-        """An unfinished cleaning that has split texts in another way is refused."""
+        """Return how texts are split: an unfinished cleaning that has split them in another way is refused."""
         return {"separator": _SEPARATORS[self.config.unit]}
 
     def observe(self, documents: Sequence[Document]) -> Arrays:
