@@ -22,6 +22,13 @@ class SweepResult:
     values: Mapping[str, str]  # dotted config key -> raw text; the same keys in all runs of a sweep
     state: str  # "done", or how it failed
     value: float | None  # of the metric; None if the run has none
+    collapsed: str = ""  # "2 of 3 seeds collapsed", if seeds of a fine-tuning run have
+
+    def shown(self) -> str:
+        """Return the value for a table, with the share of collapsed seeds."""
+        if self.value is None:
+            return "–" if self.state == "done" else self.state
+        return f"{self.value:.4f} ({self.collapsed})" if self.collapsed else f"{self.value:.4f}"
 
 
 def read_metric(folder: RunFolder, metric: str) -> float | None:
@@ -40,6 +47,16 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
             ) from None
     values = [event[metric] for event in read_events(folder.metrics) if event.get(metric) is not None]
     return float(values[-1]) if values else None
+
+
+def describe_collapsed(folder: RunFolder) -> str:
+    """Return how many seeds of a fine-tuning run have collapsed, as in `SweepResult`."""
+    try:
+        results = read_json(folder.results)
+        collapsed, seeds = len(results["collapsed"]), len(results["seeds"])
+    except (OSError, ValueError, KeyError, TypeError):  # pretraining, not done, or damaged, which `read_metric` reports
+        return ""
+    return f"{collapsed} of {seeds} seeds collapsed" if collapsed else ""
 
 
 def metric_title(metric: str, config: Mapping[str, object]) -> str:
@@ -84,8 +101,7 @@ def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric:
         table.add_column(key, justify="right", overflow="fold")
     table.add_column(metric, justify="right")
     for result in best_first:
-        shown = f"{result.value:.4f}" if result.value is not None else ("–" if result.state == "done" else result.state)
-        table.add_row(*result.values.values(), shown)
+        table.add_row(*result.values.values(), result.shown())
     Console(highlight=False, markup=False, emoji=False).print(table)
 
 

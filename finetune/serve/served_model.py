@@ -71,12 +71,16 @@ def _describe_predictor(predictor: Predictor, task: SavedTask) -> ModelInfo:
         *(["pairs"] if pairs_too or set(roles) == {"text", "text_pair"} else []),
         "records",
     ]
+    fields = {role: cell_type.description for role, cell_type in roles.items()}
+    if task.kind.config.dialogue is not None:
+        separator = predictor.loaded.encoder.tokenizer.sep_token
+        fields["text"] += f", after the previous turns of its dialogue, with {separator} after each of them"
     return _describe(
         predictor.loaded,
         kind=task.kind.config.kind,
         labels=list(task.kind.labels),
         accepts=accepts,
-        fields={role: cell_type.description for role, cell_type in roles.items()},
+        fields=fields,
         calibrated=predictor.temperature is not None,
     )
 

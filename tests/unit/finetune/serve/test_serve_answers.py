@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from finetune.predictor import Predictor
+from finetune.saved_task import FILE, find_model, override_task, read_saved_task, write_saved_task
 from runs import sampled, soak
 
 CLOSE = 1e-5
@@ -182,6 +184,19 @@ def test_a_finetuned_model_answers_as_predict(trained_run: Path, connect: Connec
         assert_same(
             found, [each["probabilities"] for each in predictor.predict([{"text": text} for text in given], calibrated)]
         )
+
+
+def test_a_model_says_that_it_expects_dialogues(trained_run: Path, connect: Connect, tmp_path: Path) -> None:
+    """Catches clients that cannot know that a text has the turns before it, and how they are separated."""
+    model, _ = find_model(trained_run)
+    shutil.copytree(model, folder := tmp_path / "model")
+    task = read_saved_task(folder)
+    dialogue = {"dialogue.group": "scene", "special_tokens_in_text": "true"}
+    (folder / FILE).unlink()
+    write_saved_task(folder, override_task(task, dialogue))
+    fields = connect(folder).get("/v1/model").json()["fields"]
+    assert fields == {"text": "text, after the previous turns of its dialogue, with [SEP] after each of them"}
+    assert connect(model).get("/v1/model").json()["fields"] == {"text": "text"}
 
 
 @pytest.mark.parametrize("send", ["json", "data", "files"])
