@@ -71,7 +71,9 @@ def _step(name: str, tally: "StepTally", step: "Step[Any]") -> dict[str, Any]:
             "dropped": found.dropped,
             "changed": found.changed,
             "examples": [
-                {"id": example.id, "text": example.text, "detail": example.detail} for example in found.examples
+                {"id": example.id, "text": example.text, "detail": example.detail}
+                | ({"after": example.after} if example.after else {})
+                for example in found.examples
             ],
         }
         for rule, found in sorted(tally.rules.items())
@@ -140,6 +142,13 @@ def _rows(summary: Summary) -> Iterator[list[str]]:
             yield ["", name, "", dropped, share, changed]
 
 
+def _example(example: Mapping[str, str]) -> list[str]:
+    text = [example["text"]]
+    if after := example.get("after"):
+        text = ["before:", *text, "after:", after]
+    return [example["id"], example["detail"] and f"→ {example['detail']}", *text]
+
+
 def _examples(summary: Summary) -> Iterator[Block]:
     for number, step in enumerate(summary["steps"], 1):
         if not step["rules"]:
@@ -148,12 +157,7 @@ def _examples(summary: Summary) -> Iterator[Block]:
         for name, rule in step["rules"].items():
             count = rule["dropped"] or rule["changed"]
             done = "dropped" if rule["dropped"] else "changed"
-            texts = [
-                "\n".join(
-                    filter(None, [example["id"], example["detail"] and f"→ {example['detail']}", example["text"]])
-                )
-                for example in rule["examples"]
-            ]
+            texts = ["\n".join(filter(None, _example(example))) for example in rule["examples"]]
             yield Code(f"{name}: {len(texts)} of {count:,} {done}, drawn at random", "\n\n".join(texts))
         if matches := step.get("matches"):
             if len(matches) > _LISTED:

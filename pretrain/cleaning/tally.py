@@ -11,6 +11,7 @@ from pretrain.cleaning.step import Document, Verdict
 _EXAMPLES = 20
 _MATCHES = 10_000
 _SHOWN = 400  # characters of an example
+_UNCHANGED = 80  # of them, before the first change
 
 
 @dataclass(order=True, frozen=True)
@@ -20,15 +21,20 @@ class Example:
 
     priority: int
     id: str
-    text: str
+    text: str  # before the step, shortened
     detail: str
+    after: str = ""  # the step, of a changed text: the same place
 
 
 @dataclass
 class RuleTally:
     dropped: int = 0
     changed: int = 0
-    examples: list[Example] = field(default_factory=list)  # the texts before the step, shortened
+    examples: list[Example] = field(default_factory=list)  # sorted
+
+    def wants(self, priority: int) -> bool:
+        """Return whether an example of this priority would be kept."""
+        return len(self.examples) < _EXAMPLES or priority < self.examples[-1].priority
 
     def merge(self, other: Self) -> None:
         self.dropped += other.dropped
@@ -50,9 +56,10 @@ class StepTally:
         if verdict is None:
             return
         priority = xxhash.xxh3_64_intdigest(f"{verdict.rule}\0{document.id}".encode())
-        example = Example(priority, document.id, text[:_SHOWN], verdict.detail)
-        rule = RuleTally(int(verdict.dropped), int(not verdict.dropped), [example])
-        self.rules.setdefault(verdict.rule, RuleTally()).merge(rule)
+        rule = self.rules.setdefault(verdict.rule, RuleTally())
+        excerpts = _excerpts(text, document.text, verdict.dropped) if rule.wants(priority) else None
+        examples = [Example(priority, document.id, excerpts[0], verdict.detail, excerpts[1])] if excerpts else []
+        rule.merge(RuleTally(int(verdict.dropped), int(not verdict.dropped), examples))
         if listed and len(self.matches) < _MATCHES:
             self.matches.append({"id": document.id, "rule": verdict.rule, "match": verdict.detail})
 
@@ -62,6 +69,16 @@ class StepTally:
         for name, rule in other.rules.items():
             self.rules.setdefault(name, RuleTally()).merge(rule)
         self.matches = [*self.matches, *other.matches][:_MATCHES]
+
+
+def _excerpts(before: str, after: str, dropped: bool) -> tuple[str, str]:
+    """Return the start of a dropped text, or a changed text around its first change, before and after."""
+    if dropped:
+        return before[:_SHOWN], ""
+    same = next((place for place, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
+    start = max(0, (min(len(before), len(after)) if same is None else same) - _UNCHANGED)
+    cut = "…" if start else ""
+    return cut + before[start : start + _SHOWN], cut + after[start : start + _SHOWN]
 
 
 @dataclass(frozen=True)

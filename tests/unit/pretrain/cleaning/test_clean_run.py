@@ -278,3 +278,19 @@ def test_results_can_be_cleaned_again(config: CleanConfig, tmp_path: Path) -> No
     run.clean(config, lambda _: [], 1)
     again = build_config(CleanConfig, {"source": config.output, "output": str(tmp_path / "again")})
     assert [source.name for source in find_inputs(again)] == [f"{config.output}/data-00000.jsonl.zst"]
+
+
+def test_examples_of_changed_texts_show_the_change(clean: Any, tmp_path: Path) -> None:
+    """Catches examples that show the start of a long text, in which nothing changed, or only the text before."""
+    start, end = "word " * 100, "other words " * 100
+    found = clean([f"{start}a<br />line{end}", "<b>short"], {"html_tags": {}})
+    (rule,) = found["steps"][0]["rules"].values()
+    long, short = sorted(rule["examples"], key=lambda example: -len(example["text"]))
+    unchanged = f"{start}a"[-80:]
+    assert long["text"].startswith(f"…{unchanged}<br />line")
+    assert long["after"].startswith(f"…{unchanged}")
+    assert "<br" not in long["after"]
+    assert max(len(long["text"]), len(long["after"])) == 401
+    assert (short["text"], short["after"]) == ("<b>short", "short")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "before:\n&lt;b&gt;short\nafter:\nshort" in page
