@@ -155,6 +155,20 @@ def test_every_point_is_validated_before_the_first_run(reject: Reject) -> None:
     assert "did you mean 'eval/held/loss'" in reject("optimizer.lr=1e-4", "--metric=eval/hold/loss")
 
 
+def test_a_point_that_the_sweep_has_under_another_name(pretraining: Path, tmp_path: Path) -> None:
+    """Catches a value that is trained again because it is written in another way than before."""
+
+    def planned(grid: str) -> SweepPlan:
+        return plan_sweep(SweepOptions(config=str(pretraining), grid=grid, output=str(tmp_path / "sweep")))
+
+    runs = {run.name: {"config": run.config} for run in planned("optimizer.lr=1e-3,2e-3").runs.runs}
+    (tmp_path / "sweep").mkdir()
+    write_json(tmp_path / "sweep" / "sweep.json", {"runs": runs})
+    with pytest.raises(UserError, match=r"lr=0.001: this sweep has the same config as lr=1e-3; write the values"):
+        planned("optimizer.lr=0.001,3e-3")
+    assert len(planned("optimizer.lr=1e-3,3e-3").runs.runs) == 2
+
+
 def test_the_run_folder_of_the_config_may_be_in_use(
     pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
