@@ -5,15 +5,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import connection, forkserver, get_context, parent_process
 from types import ModuleType
-from typing import TypeVarTuple
+from typing import Any, TypeVarTuple
 
 from experiment.errors import StoppedError
-from experiment.signals import signals_blocked
+from experiment.signals import signals_blocked, uninterrupted
 
 Args = TypeVarTuple("Args")
 
@@ -30,7 +30,7 @@ def worker_pool(
     context = get_context("forkserver")
     context.set_forkserver_preload(["pretrain.corpus.tasks"])
     closed_to_stop, stop = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, _start, (closed_to_stop, initializer, initargs))
+    pool = _Pool(workers, context, _start, (closed_to_stop, initializer, initargs))
     try:
         with _isolated():
             with signals_blocked((signal.SIGINT,)):  # Ctrl-C reaches the whole process group; the parent handles it
@@ -43,6 +43,14 @@ def worker_pool(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Pool(ProcessPoolExecutor):
+    def submit(self, *call: Any, **arguments: Any) -> "Future[Any]":
+        """Ctrl-C waits: it would let the pool forget a process that starts, whose semaphores are then removed."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        with uninterrupted() if in_main_thread else nullcontext():
+            return super().submit(*call, **arguments)
 
 
 @contextmanager
