@@ -19,10 +19,9 @@ from experiment.hub_names import HubName
 from experiment.model_names import record_model
 from experiment.own_process import module_command
 from experiment.results.sweep_summary import (
-    SweepResult,
-    describe_collapsed,
     metric_title,
     read_metric,
+    read_results,
     short_names,
     sort_results,
     write_summary,
@@ -71,13 +70,7 @@ def run_sweep(plan: SweepPlan) -> None:
     runs, output = plan.runs, plan.runs.folder.path
     with runs.opened() as records:
         runs.finish(records, partial(read_metric, metric=plan.metric))
-        found = [(run, records[run.name]) for run in runs.runs]
-        results = [
-            SweepResult(
-                run.name, run.values, record["state"], record["value"], describe_collapsed(runs.run_folder(run))
-            )
-            for run, record in found
-        ]
+        results = read_results(runs.folder, {run.name: records[run.name] for run in runs.runs})
         best = sort_results(results, plan.lower_is_better)[0]
         runs.save(records, best=best.name if best.value is not None else None)
         title = metric_title(plan.metric, runs.runs[0].config)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiment.errors import UserError, reason
 from experiment.files import read_json, write_text
@@ -49,7 +50,22 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
     return float(values[-1]) if values else None
 
 
-def describe_collapsed(folder: RunFolder) -> str:
+def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> list[SweepResult]:
+    """Return the results of a sweep's runs. runs: of its record, by name."""
+    return [
+        SweepResult(
+            name,
+            dict(run["values"]),
+            str(run.get("state", "not done")),
+            run.get("value"),
+            _describe_collapsed(RunFolder(folder.path / name)),
+        )
+        for name, run in runs.items()
+        if "values" in run
+    ]
+
+
+def _describe_collapsed(folder: RunFolder) -> str:
     """Return how many seeds of a fine-tuning run have collapsed, as in `SweepResult`."""
     try:
         results = read_json(folder.results)

@@ -30,7 +30,7 @@ from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, T
 from experiment.results.report.run import OpenRuns, Run
 from experiment.results.report.run_facts import describe_state, scaled
 from experiment.results.report.training import optimization_plots
-from experiment.results.sweep_summary import SweepResult, describe_collapsed, metric_title, sort_results
+from experiment.results.sweep_summary import SweepResult, metric_title, read_results, sort_results
 from experiment.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
@@ -160,7 +160,7 @@ def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
     path = folder.path / SWEEP_RECORD
     try:
         record = read_json(path)
-        lower, results = bool(record.get("lower_is_better", True)), _results(folder, record["runs"])
+        lower, results = bool(record.get("lower_is_better", True)), read_results(folder, record["runs"])
         best_first = sort_results(results, lower)
         configs = [run.get("config", {}) for run in record["runs"].values()]
         metric = metric_title(str(record["metric"]), configs[0] if configs else {})
@@ -175,20 +175,6 @@ def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
     names = [result.name for result in results if (folder.path / result.name).is_dir()]
     runs = open_runs({name: RunFolder(folder.path / name) for name in names})
     return [Heading("Sweep"), table, *charts, *overlay_blocks(runs)]
-
-
-def _results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> list[SweepResult]:
-    return [
-        SweepResult(
-            name,
-            dict(run["values"]),
-            str(run.get("state", "not done")),
-            run.get("value"),
-            describe_collapsed(RunFolder(folder.path / name)),
-        )
-        for name, run in runs.items()
-        if "values" in run
-    ]
 
 
 def _sweep_table(best_first: list[SweepResult], metric: str) -> Table:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.results.sweep_summary import SweepResult, describe_collapsed, read_metric, sort_results
+from experiment.results.sweep_summary import SweepResult, read_metric, read_results, sort_results
 from experiment.run_folder import RunFolder
 
 
@@ -32,16 +32,21 @@ def test_damaged_results_of_fine_tuning(tmp_path: Path, content: str) -> None:
         read_metric(RunFolder(tmp_path), "macro_f1")
 
 
-@pytest.mark.parametrize(("collapsed", "shown"), [([], "0.5000"), ([7, 9], "0.5000 (2 of 3 seeds collapsed)")])
-def test_collapsed_seeds_are_marked(tmp_path: Path, collapsed: list[int], shown: str) -> None:
-    """Catches a table in which a point looks worse, or even best, because its seeds predict one label."""
-    (tmp_path / "results.json").write_text(json.dumps({"collapsed": collapsed, "seeds": [7, 8, 9]}))
-    assert SweepResult("a", {}, "done", 0.5, describe_collapsed(RunFolder(tmp_path))).shown() == shown
-
-
-def test_nothing_is_known_of_collapsed_seeds(tmp_path: Path) -> None:
-    """Catches a traceback for runs that pretrain or have not ended, and for damaged results."""
-    folder = RunFolder(tmp_path)
-    assert describe_collapsed(folder) == ""
-    folder.results.write_text('{"splits": ')
-    assert describe_collapsed(folder) == ""
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ('{"collapsed": [], "seeds": [7, 8, 9]}', "0.5000"),
+        ('{"collapsed": [7, 9], "seeds": [7, 8, 9]}', "0.5000 (2 of 3 seeds collapsed)"),
+        ('{"splits": ', "0.5000"),
+        (None, "0.5000"),
+    ],
+)
+def test_collapsed_seeds_are_marked(tmp_path: Path, content: str | None, shown: str) -> None:
+    """Catches a table in which a point looks worse, or even best, because its seeds predict one label; and a traceback
+    for runs that pretrain, and for damaged results."""
+    folder = RunFolder(tmp_path / "lr=1")
+    folder.path.mkdir()
+    if content is not None:
+        folder.results.write_text(content)
+    (result,) = read_results(RunFolder(tmp_path), {"lr=1": {"values": {"lr": "1"}, "state": "done", "value": 0.5}})
+    assert result.shown() == shown
