@@ -246,6 +246,9 @@ def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
     if zero.get("round_robin_gradients"):
         raise UserError(f"{path}: 'round_robin_gradients' breaks DeepSpeed's parameter mapping; remove it")
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if zero.get(old):
+            raise UserError(f"{path}: '{old}' is an old name; use '{new}': {{\"device\": \"cpu\"}}")
     if zero.get("compute_grad_norm") is False:
         raise UserError(f"{path}: 'compute_grad_norm' is false, but every update needs the norm; remove it")
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
