@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers.decoders import ByteLevel
 
 from experiment.errors import UserError
 
@@ -70,7 +71,8 @@ def word_boundaries(tokenizer_json: str) -> WordBoundaries | None:
     elif model["type"] == "WordLevel":
         begins[ids] = True
     elif "ByteLevel" in pre_tokenizers:
-        texts = [_decode_byte_level(piece) for piece in pieces]
+        decode = ByteLevel().decode
+        texts = [decode([piece]) for piece in pieces]  # U+FFFD for bytes that form no whole character
         begins[ids] = [text[:1] == " " or _splits_words(text[:1]) for text in texts]
         ends[ids] = [_splits_words(text[-1:]) for text in texts]
         spaces[ids] = [text == " " for text in texts]
@@ -90,20 +92,6 @@ def _flatten(pre_tokenizer: dict[str, Any] | None) -> Iterator[tuple[str, dict[s
         yield pre_tokenizer["type"], pre_tokenizer
         for member in pre_tokenizer.get("pretokenizers", ()):
             yield from _flatten(member)
-
-
-def _decode_byte_level(piece: str) -> str:
-    """Decode a byte-level token to text, with U+FFFD for bytes that form no whole character.
-
-    GPT-2 (Radford et al. 2019) writes printable Latin-1 bytes as themselves and the others as U+0100 and up.
-    """
-    return bytes(_BYTE_OF.get(character, 0) for character in piece).decode(errors="replace")
-
-
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + index): byte for index, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
-}
 
 
 def _splits_words(character: str) -> bool:

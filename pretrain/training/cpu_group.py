@@ -40,16 +40,16 @@ class AgreedError(UserError):
 class PendingSums:
     """Sums over all ranks that are being computed."""
 
-    def __init__(self, sums: torch.Tensor, work: dist.Work, on_progress: Callable[[], None]) -> None:
-        self._sums = sums
-        self._work = work
+    def __init__(self, get: Callable[[], list[int]], on_progress: Callable[[], None]) -> None:
+        """get: waits for the sums."""
+        self._get = get
         self._on_progress = on_progress
 
     def wait(self) -> list[int]:
         """Return the sums, when every rank has contributed."""
-        self._work.wait()
+        sums = self._get()
         self._on_progress()
-        return self._sums.tolist()
+        return sums
 
 
 class CpuGroup:
@@ -73,13 +73,19 @@ class CpuGroup:
         """Return the sum of each number over all ranks."""
         return self.start_all_reduce_sum(numbers).wait()
 
-    def start_all_reduce_sum(self, numbers: Sequence[int]) -> "PendingSums":
+    def start_all_reduce_sum(self, numbers: Sequence[int]) -> PendingSums:
         """Start to sum each number over all ranks, while this rank does other work. Collective."""
         return self._start_sum(numbers, self._on_progress)
 
-    def _start_sum(self, numbers: Sequence[int], on_progress: Callable[[], None]) -> "PendingSums":
+    def _start_sum(self, numbers: Sequence[int], on_progress: Callable[[], None]) -> PendingSums:
         sums = torch.tensor(numbers, dtype=torch.int64)
-        return PendingSums(sums, dist.all_reduce(sums, group=self._group, async_op=True), on_progress)
+        work = dist.all_reduce(sums, group=self._group, async_op=True)
+
+        def get() -> list[int]:
+            work.wait()
+            return sums.tolist()
+
+        return PendingSums(get, on_progress)
 
     def wait_for_all(self, part: "Future[Any]", made_progress: Callable[[], bool]) -> None:
         """Wait until `part` has ended on all ranks, however long that takes. Collective.
@@ -100,14 +106,6 @@ class CpuGroup:
             if ranks_stuck:
                 problem = f"no progress for {self._timeout_seconds:.0f} s" if is_stuck else None
                 raise TimeoutError(self.first_message(problem, always_name_rank=True))
-
-    def all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Return the numbers of every rank, by rank."""
-        own = torch.tensor(numbers, dtype=torch.int64)
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(gathered, own, group=self._group)
-        self._on_progress()
-        return [of_rank.tolist() for of_rank in gathered]
 
     def all_gather_objects(self, value: T) -> list[T]:
         """Return the picklable value of every rank, by rank. Collective."""

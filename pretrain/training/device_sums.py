@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.engine.host_copy import HostCopy
+from pretrain.training.cpu_group import PendingSums
 
 
 class DeviceSums:
@@ -23,25 +24,11 @@ class DeviceSums:
         # their calls.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def start_all_reduce_sum(self, numbers: Sequence[int]) -> "PendingDeviceSums":
-        """Start to sum each number over all ranks. Collective of the default group, in the order of its calls."""
+    def start_all_reduce_sum(self, numbers: Sequence[int]) -> PendingSums:
+        """Start to sum each number over all ranks. Collective of the default group, in the order of its calls. The sums
+        are complete when the GPUs have finished the step before this one."""
         host = torch.tensor(numbers, dtype=torch.int64).pin_memory()
         with torch.cuda.stream(self._stream):
             sums = host.to(self._device, non_blocking=True)
             dist.all_reduce(sums)
-            return PendingDeviceSums(HostCopy(sums), self._on_progress)
-
-
-class PendingDeviceSums:
-    """Sums that are being computed."""
-
-    def __init__(self, sums: HostCopy, on_progress: Callable[[], None]) -> None:
-        self._sums = sums
-        self._on_progress = on_progress
-
-    def wait(self) -> list[int]:
-        """Return the sums. They are complete when the GPUs have finished the step before the one in which they were
-        started."""
-        sums = self._sums.wait()
-        self._on_progress()
-        return sums
+            return PendingSums(HostCopy(sums).wait, self._on_progress)

@@ -38,7 +38,7 @@ def compare_replicas(engine: Engine, group: CpuGroup, batch: RankBatch, learning
         "the sequences of the batch": batch.fingerprint,
         "the learning rate": int(struct.unpack("<q", struct.pack("<d", learning_rate))[0]),  # its bits
     } | _hash_weights(engine)
-    difference = first_difference(own, group.all_gather(list(own.values())))
+    difference = first_difference(own, group.all_gather_objects(list(own.values())))
     if difference is not None:
         raise AgreedFailureError(
             f"step {batch.step + 1}: {difference}\n"

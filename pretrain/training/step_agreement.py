@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.training.cpu_group import CpuGroup, PendingSums
-from pretrain.training.device_sums import DeviceSums, PendingDeviceSums
+from pretrain.training.device_sums import DeviceSums
 from pretrain.training.training_progress import TrainingClock
 from pretrain.world import World
 
@@ -102,7 +102,7 @@ class StepAgreement:
 class PendingTotals:
     """An agreement that is in flight."""
 
-    def __init__(self, own: StepTotals, sums: PendingSums | PendingDeviceSums) -> None:
+    def __init__(self, own: StepTotals, sums: PendingSums) -> None:
         """`own`: this rank's part of the sums."""
         self._own = own
         self._sums = sums

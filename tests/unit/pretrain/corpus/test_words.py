@@ -18,7 +18,7 @@ from pretrain.batching.masking import Masker
 from pretrain.batching.order import BatchSequences
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.config import MaskingConfig
-from pretrain.corpus import build_plan, shards, splits, tasks, words
+from pretrain.corpus import build_plan, shards, splits, tasks
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
@@ -351,12 +351,3 @@ def test_segmented_words_are_masked_whole(tmp_path: Path, chinese: Path, source:
         assert set(whole) <= {0.0, 1.0}
         hits += hit
     assert hits.mean() / 40 == pytest.approx(0.15, abs=0.005)
-
-
-def test_byte_alphabet_equals_tokenizers() -> None:
-    """Catches bytes that are decoded to another character than GPT-2 encodes them as."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    assert set(words._BYTE_OF) == set(alphabet)
-    for text in ("é", "\n", "天", " ", "\x7f", "—", "­"):
-        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-        assert words._decode_byte_level("".join(piece for piece, _ in pieces)) == text
