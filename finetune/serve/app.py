@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -67,6 +68,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'unsafe-inline' 'self'; img-src data:; frame-ancestors 'none'"}
 _FORMS = (FORM, "multipart/form-data")
+_FIELDS = 10  # of a form
 _JSON_PATHS = ("/v1/predict", "/v1/fill-mask", "/v1/embed")
 
 api = APIRouter(prefix="/v1", responses=_ERRORS)
@@ -223,13 +225,27 @@ async def _read_json_or_form(request: Request) -> Any:
     """Read JSON or a form. Raises HTTPException for anything else."""
     content = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
-        if content in _FORMS and not (await request.body()).lstrip().startswith(b"{"):  # `curl -d` calls JSON a form
-            return dict(await request.form(max_files=0, max_fields=10))
-        return json.loads(await request.body())
+        body = await request.body()
+        if content not in _FORMS or body.lstrip().startswith(b"{"):  # `curl -d` calls JSON a form
+            return json.loads(body)
+        if content == FORM:
+            return _parse_form(body)
+        return dict(await request.form(max_files=0, max_fields=_FIELDS))
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, NOT_JSON) from error
     except ClientDisconnect as error:
         raise HTTPException(400, "the client is gone") from error
+
+
+def _parse_form(body: bytes) -> dict[str, str]:
+    """Parse a form whose text may be UTF-8 as it is, as `curl -d` sends it: Starlette would read it as Latin-1. Raises
+    HTTPException."""
+    if body.count(b"&") >= _FIELDS:
+        raise HTTPException(400, f"Too many fields. Maximum number of fields is {_FIELDS}.")
+    try:
+        return dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict"))
+    except UnicodeDecodeError as error:
+        raise HTTPException(400, "the form is not UTF-8") from error
 
 
 def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Record]:

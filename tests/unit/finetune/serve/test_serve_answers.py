@@ -3,6 +3,7 @@
 import itertools
 import random
 import shutil
+import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -210,6 +211,18 @@ def test_label_and_score_for_older_clients(send: str, folders: dict[str, Path], 
     assert score == pytest.approx(expected[label], abs=CLOSE)
     label, score = client.post("/v1/model_prediction/", json={"sentence1": "word1", "sentence2": ""}).json()
     assert score == pytest.approx(probabilities(folders["sequence"], ["word1"])[0][label], abs=CLOSE)
+
+
+@pytest.mark.parametrize("quote", [str, urllib.parse.quote_plus])  # as curl -d and --data-urlencode send it
+def test_text_of_a_form_in_utf_8(quote: Callable[[str], str], folders: dict[str, Path], connect: Connect) -> None:
+    """Catches text of `curl -d` that is read as Latin-1, and answered all the same."""
+    client = connect(folders["sequence"])
+    text = "word1 花呗 wörd2"
+    expected = client.post("/v1/model_prediction/", json={"sentence1": text, "sentence2": ""}).json()
+    body = f"sentence1={quote(text)}&sentence2="
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    found = client.post("/v1/model_prediction/", content=body.encode(), headers=headers).json()
+    assert found == expected
 
 
 def answer_of(client: TestClient, path: str, body: Any) -> Any:
