@@ -31,7 +31,9 @@ Confusion = NDArray[np.int64]  # CC counts: rows by label, columns by predicted 
 Vectors = NDArray[np.float32]
 """Vectors of length 1, so that products are cosines."""
 
-LabelScores = Mapping[str, Mapping[str, float]]
+Number = int | float  # pydantic would turn whole numbers into floats if the type were float
+
+LabelScores = Mapping[str, Mapping[str, Number]]
 """Label -> precision, recall, f1 and support (how often it occurs)."""
 
 Tags = Sequence[Sequence[str]]  # of the words of each sentence

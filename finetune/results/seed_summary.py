@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from experiment.files import write_json
 from experiment.formatting import counted
-from finetune.metrics import LabelScores, summarize, top_confusions
+from finetune.metrics import LabelScores, Number, summarize, top_confusions
 from finetune.resolve import ResolvedRun
 
 
@@ -18,8 +18,8 @@ class SeedRecord:
     """The results of a finished seed, stored in `seed-N/COMPLETE`."""
 
     settings: dict[str, Any]  # of its run, see `finetune.resolve.ResolvedRun`
-    best_epoch: float
-    epochs: list[dict[str, float]]
+    best_epoch: Number
+    epochs: list[dict[str, Number]]
     scores: dict[str, dict[str, float]]  # split -> metric -> value, of the best epoch
     intervals: dict[str, dict[str, Sequence[float]]]  # split -> metric -> [low, high], of 95 % confidence
     confusion: dict[str, list[list[int]]]  # split -> counts: rows by label, columns by predicted label

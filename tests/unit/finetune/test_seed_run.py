@@ -39,10 +39,13 @@ def results(run: Path) -> dict[str, Any]:
 
 
 def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, seeds_trained: list[int]) -> None:
-    """Catches a restart that trains finished seeds again, and results without the seeds of the first start."""
+    """Catches a restart that trains finished seeds again, results without the seeds of the first start, and counts that
+    become 78.0 when they are read from disk."""
     finetune(config_file, {"training.seeds": "[1]"})
     weights = tmp_path / "run" / "seed-1" / "model" / "model.safetensors"
-    written = weights.stat().st_mtime_ns
+    written, result = weights.stat().st_mtime_ns, (tmp_path / "run" / "results.json").read_text()
+    finetune(config_file, {"training.seeds": "[1]"})
+    assert (tmp_path / "run" / "results.json").read_text() == result
     finetune(config_file, {"training.seeds": "[1, 2]"})
     assert seeds_trained == [1, 2]
     assert weights.stat().st_mtime_ns == written
