@@ -26,6 +26,8 @@ _MAX_FIELD = 1 << 27
 _MAX_LINE = 1 << 30  # bytes; a compressed file of a megabyte may contain a line that does not fit into memory
 _WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
 _MAX_NAME = 40  # characters
+_WITHOUT_SPACES = re.compile("[\u3040-\u30ff\u3400-\u9fff]")  # characters of Chinese and Japanese
+_MAX_WITHOUT_SPACES = 6  # of them in a name, such as 情感类别
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[
                 ) from None
             raise UserError(
                 f"{origin}:{number}: not UTF-8 text (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
-                "convert the file first, for instance with iconv"
+                "convert the file first, for instance with iconv -f ENCODING -t UTF-8; Chinese may be GB18030 or BIG5"
             ) from None
         yield line.removeprefix("\ufeff") if number == 1 else line
 
@@ -118,6 +120,7 @@ def looks_like_header(cells: Sequence[str], words: int = 3) -> bool:
 
 def _looks_like_name(cell: str, words: int) -> bool:
     fits = len(cell) <= _MAX_NAME and cell.count(" ") < words and not cell.endswith(".")
+    fits &= len(_WITHOUT_SPACES.findall(cell)) <= _MAX_WITHOUT_SPACES
     return fits and _WORDS_OF_A_NAME.fullmatch(cell) is not None
 
 

@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MANY_UNKNOWN = 0.05  # share of the tokens of a corpus
-_MAX_TOKENS_PER_WORD = 5.0  # higher values are rare in text that is written with spaces
 
 
 @dataclass(frozen=True)
@@ -245,14 +244,13 @@ def _check_word_boundaries(unit: str, corpora: Sequence[TrainingCorpus], vocabul
                 f"masking.unit is '{unit}', but the tokenizer of {corpus.path} does not mark word boundaries as "
                 "WordPiece, byte-level BPE or SentencePiece do; expected 'token'"
             )
-        tokens_per_word = corpus.manifest.tokens_per_word
-        if corpus.manifest.recipe.segmenter is None and tokens_per_word > _MAX_TOKENS_PER_WORD:
+        if corpus.manifest.lacks_words:
             log.warning(
                 "masking.unit is '%s', but %s has %.1f tokens between spaces, so its word boundaries are unknown. "
                 "Build Chinese corpora with --segmenter jieba; for other text without spaces use masking.unit 'token'",
                 unit,
                 corpus.path,
-                tokens_per_word,
+                corpus.manifest.tokens_per_word,
             )
 
 

@@ -257,6 +257,13 @@ def summary(folder: Path, manifest: Manifest) -> str:
         f"  {counted(manifest.documents, 'document')} ({counted(manifest.empty_documents, 'empty one')} dropped), "
         f"{manifest.tokens:,} tokens in {counted(len(manifest.shards), 'shard')}\n"
         + (f"  sources, share of the tokens: {', '.join(shares)}\n" if shares else "")
-        + f"  {manifest.unknown_token_rate:.3%} unknown tokens, {manifest.tokens_per_word:.2f} tokens per word\n"
+        + f"  {manifest.unknown_token_rate:.3%} unknown tokens, {_describe_words(manifest)}\n"
         f"  document lengths in tokens: {lengths}"
     )
+
+
+def _describe_words(manifest: Manifest) -> str:
+    if manifest.lacks_words:
+        advice = "for masking.unit: word, build Chinese corpora with --segmenter jieba"
+        return f"{manifest.tokens_per_word:.2f} tokens between spaces; {advice}"
+    return f"{manifest.tokens_per_word:.2f} tokens per word"

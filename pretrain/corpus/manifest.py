@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 
+_MAX_TOKENS_PER_WORD = 5.0  # higher values are rare in text that is written with spaces
 _NO_OTHER_KEYS = ConfigDict(extra="forbid")
 
 
@@ -93,6 +94,11 @@ class Manifest:
     @property
     def tokens_per_word(self) -> float:
         return self.tokens / max(1, sum(shard.words for shard in self.shards))
+
+    @property
+    def lacks_words(self) -> bool:
+        """Whether the text seems to be written without spaces, and no segmenter has found its words."""
+        return self.recipe.segmenter is None and self.tokens_per_word > _MAX_TOKENS_PER_WORD
 
     @property
     def fingerprint(self) -> str:
