@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, first_line, is_out_of_memory
 from experiment.files import read_json
-from experiment.transformers_models import check_label_count, quiet_transformers
+from experiment.transformers_models import LOADING, check_label_count, quiet_transformers
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _MAX_LAYERS = 1000  # more are a mistake, and would be built one by one until the memory is full
@@ -85,7 +85,7 @@ def build_from_config(
         raise UserError(f"{origin}: 'num_hidden_layers' is {layers:,}; expected 1 to {_MAX_LAYERS:,}")
     try:
         # transformers stores dtype and attention implementation in the config it is given.
-        with _limited_tensors(origin):
+        with LOADING, _limited_tensors(origin):
             model: PreTrainedModel = auto_model.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
     except UserError:
         raise

@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,20 +21,27 @@ _MAX_LABELS = 1 << 20
 _NUMBERED = re.compile(r"\.\d+\.")
 
 
+LOADING = threading.RLock()
+"""Held while transformers builds or loads a model: it replaces functions and settings of its own meanwhile, and two
+threads would restore each other's."""
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars; the caller reports problems in its own words."""
+    """Silence transformers' warnings and progress bars; the caller reports problems in its own words. One thread at a
+    time, as with `LOADING`."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with LOADING:
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
 
 
 def check_label_count(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Models that are built from the config of a Hugging Face folder. Commands: tests/unit/test_damaged_inputs.py."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def test_an_onnx_model_is_no_weights(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").touch()
     with pytest.raises(UserError, match=r"no weights: expected \*\.safetensors .*, found an ONNX model"):
         load_weights(AutoModelForMaskedLM, tmp_path, BertConfig())
+
+
+def test_threads_load_models_one_after_the_other(tmp_path: Path) -> None:
+    """Catches threads that leave transformers without a function that it replaces while it loads: all later models of
+    the process then lack the weights of their heads."""
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    build_from_config(AutoModelForMaskedLM, config, "config.json").save_pretrained(tmp_path)
+
+    def missing(_: int) -> int:
+        return len(load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))[1]["missing_keys"])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(missing, range(12))) == {0}
+    assert missing(0) == 0
 
 
 def test_labels_of_parts_are_counted(tmp_path: Path) -> None:
