@@ -63,7 +63,7 @@ def build_corpus(
         holdout: put this many documents, drawn at random, into the corpus OUTPUT-heldout instead.
         limit: keep only this many documents, drawn at random.
         workers: number of processes; default: one per core.
-        quiet: print warnings only.
+        quiet: print results and warnings only.
         flags: any other flag of `deepcloze corpus`, such as `document="blank_line"`.
 
     Example:
@@ -139,7 +139,8 @@ def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str,
     with fast_imports():
         from pretrain.evaluate import evaluate as evaluate_corpora
 
-    return evaluate_corpora(str(checkpoint), list(map(str, corpora)))
+    with _own_torch_state():
+        return evaluate_corpora(str(checkpoint), list(map(str, corpora)))
 
 
 def finetune(config: Config, overrides: Overrides | None = None, *, quiet: bool = False) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def finetune(config: Config, overrides: Overrides | None = None, *, quiet: bool 
             from finetune.resolve import load_run_config
             from finetune.run import run
 
-        return run(load_run_config(options.config, options.overrides))
+        with _own_torch_state():
+            return run(load_run_config(options.config, options.overrides))
 
 
 def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool = False, **flags: Any) -> dict[str, Any]:
@@ -218,21 +220,33 @@ def _options(options_type: type[OptionsT], function: str, values: Mapping[str, A
     if others := _NOT_FOR_FUNCTIONS & values.keys():
         raise UserError(f"{function}: '{min(others)}': only the command has this flag")
     try:
-        return build_config(options_type, _as_json(values), origin=function)
+        plain = {name: _as_json(value, f"{function}: '{name}'") for name, value in values.items()}
+        return build_config(options_type, plain, origin=function)
     except UserError as error:
         raise UserError(str(error).replace("unknown config key", "unknown argument")) from None
 
 
-def _as_json(value: Any) -> Any:
-    """Return paths as text, tuples as lists."""
-    return json.loads(json.dumps(value, default=os.fspath))
+def _as_json(value: Any, place: str) -> Any:
+    """Return paths as text, tuples as lists, numbers of NumPy and PyTorch as Python's. Raises UserError for others."""
+    try:
+        return json.loads(json.dumps(value, default=_as_plain))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"expected numbers, text, paths, lists and mappings, found {type(value).__name__}: {value!r}")
 
 
 def _as_text(overrides: Overrides | None) -> dict[str, str]:
     """Overrides as on a command line. Raises UserError."""
     if not isinstance(overrides, Mapping | None):
         raise UserError(f"'overrides': expected a mapping, such as {{'optimizer.lr': 1e-4}}, found {overrides!r}")
-    plain = _as_json(overrides or {})
+    plain = {key: _as_json(value, f"overrides: '{key}'") for key, value in (overrides or {}).items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in plain.items()}
 
 
@@ -244,13 +258,23 @@ def _config_file(config: Config, config_type: type[Section], overrides: Override
         return
     if not isinstance(config, Mapping):
         raise UserError(f"'config': expected a file, the name of a recipe or a mapping, found {config!r}")
-    tree, text = _as_json(config), _as_text(overrides)
+    tree, text = _as_json(config, "'config'"), _as_text(overrides)
     build_config(config_type, tree, text)
     run = text.get("run.dir") or (tree.get("run") or {}).get("dir") or "config"
     with tempfile.TemporaryDirectory(prefix="deepcloze-") as folder:
         file = Path(folder, f"{Path(run).name}.yaml")  # a task without a name is called like its file
         write_text(file, write_yaml(tree))
         yield str(file)
+
+
+@contextmanager
+def _own_torch_state() -> Iterator[None]:
+    """Keep the random state of the caller's process, and compute gradients if the caller does not."""
+    import torch
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        yield
 
 
 @contextmanager

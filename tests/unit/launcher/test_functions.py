@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import deepcloze
 from deepcloze import UserError
@@ -134,6 +136,14 @@ def test_unknown_names_are_rejected() -> None:
             "pretrain: 'config': with a hostfile, expected a file, which the other hosts read too",
         ),
         (
+            lambda: deepcloze.pretrain(RUN, {"model.freeze": {"embeddings"}}),
+            "overrides: 'model.freeze': expected numbers, text, paths, lists and mappings, found set: {'embeddings'}",
+        ),
+        (
+            lambda: deepcloze.build_corpus(iter(["a"]), "tokenizer", "out"),  # type: ignore[arg-type]
+            "build_corpus: 'source': expected numbers, text, paths, lists and mappings, found list_iterator",
+        ),
+        (
             lambda: deepcloze.pretrain("pretrain/demo", detach=True),
             "pretrain: 'detach': only the command has this flag",
         ),
@@ -188,11 +198,12 @@ def test_the_caller_survives_a_failed_run(
 
     monkeypatch.setattr("launcher.launch.launch_pretraining", launch)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    overrides = {"optimizer.lr": 1e-5, "run.dir": Path("runs/other"), "schedule.steps": np.int64(4)}
     with pytest.raises(type(expected)) as error:
-        deepcloze.pretrain(RUN, {"optimizer.lr": 1e-5, "run.dir": Path("runs/other")}, num_gpus=2, oversubscribe=True)
+        deepcloze.pretrain(RUN, overrides, num_gpus=2, oversubscribe=True)
     assert str(error.value) == str(expected)
     assert {number: signal.getsignal(number) for number in handlers} == handlers
-    assert received[0].overrides == {"optimizer.lr": "1e-05", "run.dir": "runs/other"}
+    assert received[0].overrides == {"optimizer.lr": "1e-05", "run.dir": "runs/other", "schedule.steps": "4"}
     assert (received[0].num_gpus, received[0].oversubscribe) == (2, True)
     assert not Path(received[0].config).exists(), "a temporary file"
 
@@ -214,6 +225,22 @@ def test_a_quiet_call_ends_with_its_function(monkeypatch: pytest.MonkeyPatch) ->
         deepcloze.pretrain(RUN, {"run.dir": "runs/other"}, quiet=True)
         assert is_quiet()
     assert (names, modes) == (3 * ["other.yaml"], [True, False, True])
+
+
+def test_the_state_of_torch_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a notebook whose random numbers repeat after each evaluation, and training without gradients because the
+    notebook computes none."""
+
+    def evaluate(*_: object) -> dict[str, Any]:
+        torch.manual_seed(0)
+        return {"gradients": torch.is_grad_enabled()}
+
+    monkeypatch.setattr("pretrain.evaluate.evaluate", evaluate)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        assert deepcloze.evaluate("runs/mine", ["corpus"]) == {"gradients": True}
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_another_thread_is_rejected() -> None:
