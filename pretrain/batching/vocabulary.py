@@ -1,5 +1,6 @@
 """Facts about a tokenizer for batching: special ids around a sequence, ids never masked, ids for random replacement."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,24 +39,34 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     real = sorted(set(tokenizer.get_vocab().values()))
     unmaskable = np.zeros(real[-1] + 1, dtype=np.bool_)
     unmaskable[sorted(special)] = True
-    prefix, suffix = _special_affixes(tokenizer)
+    replacements = [token for token in real if token not in special]
+    prefix, suffix = _special_affixes(tokenizer, replacements)
     return Vocabulary(
         prefix=prefix,
         suffix=suffix,
         pad_id=tokenizer.pad_token_id,
         mask_id=tokenizer.mask_token_id,
         unmaskable=unmaskable,
-        replacements=np.array([token for token in real if token not in special], dtype=np.int64),
+        replacements=np.array(replacements, dtype=np.int64),
         word_boundaries=word_boundaries(tokenizer.backend_tokenizer.to_str()),
     )
 
 
-def _special_affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the special ids that the tokenizer's post-processor puts before and after a text."""
-    text = next(word for word in tokenizer.get_vocab() if word.isalnum())
-    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-    full = tokenizer(text)["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return tuple(full[:start]), tuple(full[start + len(bare) :])
-    raise UserError(f"the tokenizer {tokenizer.name_or_path} changes the tokens of a text when it adds special tokens")
+def _special_affixes(
+    tokenizer: PreTrainedTokenizerFast, ordinary: Iterable[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special ids that the tokenizer's post-processor puts before and after a text. ordinary: ids of tokens
+    that are not special, as text of which the first one is tried that has tokens."""
+    for token in ordinary:
+        text = tokenizer.convert_ids_to_tokens(int(token))
+        encoding = tokenizer(text, return_special_tokens_mask=True)
+        ids, added = encoding["input_ids"], encoding["special_tokens_mask"]
+        if 0 not in added:
+            continue
+        start, end = added.index(0), len(added) - added[::-1].index(0)
+        if ids[start:end] == tokenizer(text, add_special_tokens=False)["input_ids"]:
+            return tuple(ids[:start]), tuple(ids[end:])
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} changes the tokens of a text when it adds special tokens"
+        )
+    raise UserError(f"the tokenizer {tokenizer.name_or_path} makes no tokens of the words in its vocabulary")

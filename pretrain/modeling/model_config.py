@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from experiment.config import did_you_mean
 from experiment.errors import UserError, first_line, user_errors_in
 from experiment.model_folder import build_from_config, load_config
-from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
+from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from experiment.transformers_models import quiet_transformers
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import check_extends
@@ -144,7 +144,7 @@ def _new_config(
     text = default.get_text_config()
     known = declared_fields(text)
     ids = {name: getattr(tokenizer, name) for name in _SPECIAL_TOKEN_IDS if name in known}
-    of_tokenizer = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids
+    of_tokenizer = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id} | ids
     given = of_tokenizer | dict(fields)
     if text is not default:  # a part of it, as in ModernVBERT
         chosen = fields.get("text_config", {})

@@ -43,8 +43,9 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
     model.set_attn_implementation(PACKED)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0))
-    if getattr(model.config, "mask_token_id", None) is not None:
-        ids[:3] = model.config.mask_token_id  # ESM scales a row's embeddings by its share of masked tokens
+    mask = getattr(model.config, "mask_token_id", None)
+    if mask is not None and 0 <= mask < vocabulary:  # a folder may keep that of another vocabulary
+        ids[:3] = mask  # ESM scales a row's embeddings by its share of masked tokens
     try:
         with evaluation_mode(model):
             same = _same_logits(model, ids, first_position)

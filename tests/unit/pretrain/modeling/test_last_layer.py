@@ -60,6 +60,11 @@ def tiny(model_type: str, **fields: Any) -> PreTrainedModel:
     return model
 
 
+def test_a_mask_token_of_another_vocabulary() -> None:
+    """Catches an IndexError for a folder whose config names a mask token that its vocabulary does not have."""
+    tiny("bert", mask_token_id=128_002)
+
+
 def test_models_whose_layers_share_weights_stay_as_they_are() -> None:
     """Catches ALBERT, whose one layer is every layer."""
     assert shorten_last_layer(tiny("albert", embedding_size=16)) is None
