@@ -112,6 +112,13 @@ def resolve(
     check_tokenizer(model_source, train.tokenizer_fingerprint, train.path)
     tokenizer = load_tokenizer(train.tokenizer_path)
     vocabulary = build_vocabulary(tokenizer)
+    if tokenizer.cls_token is not None and not vocabulary.num_special_tokens:
+        log.warning(
+            "the tokenizer of %s has the token %s, but puts no special tokens around a text: tokenizer.json lacks a "
+            "post-processor",
+            train.path,
+            tokenizer.cls_token,
+        )
     if config.masking.unit != "token":
         _check_word_boundaries(config.masking.unit, corpora, vocabulary)
     model_config = resolve_model_config(model_source, tokenizer)

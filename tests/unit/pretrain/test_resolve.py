@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import Sequence
 
 from experiment.config import build_config
+from experiment.tokenizer import load_tokenizer, save_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
@@ -52,6 +54,26 @@ def test_unknown_tokens_are_warned_of(
         resolve(config_of(tmp_path / "run", tmp_path / "corpus"), 1)
     assert (f"100 % of the tokens of {tmp_path / 'corpus'} are unknown" in caplog.text) == warned
     assert ("unknown" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_tokenizer_without_a_template_is_warned_of(
+    tmp_path: Path, wordpiece: Path, caplog: pytest.LogCaptureFixture, has_template: bool
+) -> None:
+    """Catches sequences without [CLS] and [SEP], as of a tokenizer that was made without a post-processor."""
+    tokenizer = load_tokenizer(wordpiece)
+    if not has_template:
+        tokenizer.backend_tokenizer.post_processor = Sequence([])
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    (tmp_path / "s.txt").write_text("de fi go\n", encoding="utf-8")
+    build_corpus(
+        CorpusOptions(
+            source=tmp_path / "s.txt", tokenizer=tmp_path / "tokenizer", output=tmp_path / "corpus", workers=1
+        )
+    )
+    with caplog.at_level(logging.WARNING):
+        resolve(config_of(tmp_path / "run", tmp_path / "corpus"), 1)
+    assert ("has the token [CLS], but puts no special tokens around a text" in caplog.text) != has_template
 
 
 @pytest.mark.parametrize(("seed", "warned"), [(8, True), (9, False)])
