@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has rep
 _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _OTHER_SEEDS = "started with other seeds"
 _IRRELEVANT = ("tracking.", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))  # beginnings of keys
+_OWN_PATHS = ("run.dir", "checkpoint.mirror")  # keys; each run of a set has its own
 _POLL_SECONDS = 0.5
 
 FlatConfig = Mapping[str, object]
@@ -171,6 +172,7 @@ class RunSet:
                 "and run the same command again: finished runs are kept"
             ) from None
         for run in self.runs:
+            self._refuse_other_name(run, records)
             folder, new = self.run_folder(run).path, RunRecord(config=run.config)
             record = records.get(run.name, new) if folder.exists() else new
             before = _with_new_keys(record["config"], run.config)
@@ -184,6 +186,22 @@ class RunSet:
             if run.values:
                 records[run.name]["values"] = run.values
         return records
+
+    def _refuse_other_name(self, run: PlannedRun, records: Mapping[str, RunRecord]) -> None:
+        """Raise UserError if a point of a grid was started under another name, as with 0.001 for 1e-3: it would be
+        trained again."""
+        if not run.values or self.run_folder(run).path.exists():
+            return
+        planned = {other.name for other in self.runs}
+        for name, record in records.items():
+            same_keys = record.get("values", {}).keys() == run.values.keys()
+            if name in planned or not same_keys or not (self.folder.path / name).exists():
+                continue
+            if _changed_key(_with_new_keys(record["config"], run.config), run.config, _OWN_PATHS) is None:
+                raise UserError(
+                    f"{run.name} has the same config as {name}, which was started in {self.folder.path}; write its "
+                    f"values as they were, or choose another {self.option}"
+                )
 
 
 def check_unchanged(configs: Mapping[str, bytes]) -> None:
@@ -254,8 +272,8 @@ def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
     return {key: known[key] for key in now if key in known} | dict(before)
 
 
-def _changed_key(before: FlatConfig, now: FlatConfig) -> str | None:
-    keys = sorted(key for key in {*before, *now} - {_SEEDS} if not key.startswith(_IRRELEVANT))
+def _changed_key(before: FlatConfig, now: FlatConfig, ignored: Sequence[str] = ()) -> str | None:
+    keys = sorted(key for key in {*before, *now} - {_SEEDS, *ignored} if not key.startswith(_IRRELEVANT))
     return next((key for key in keys if before.get(key) != now.get(key)), None)
 
 

@@ -5,7 +5,7 @@ OUTPUT/sweep.json is the record of the runs.
 
 import itertools
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,7 +118,6 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
                 validated = validate_finetuning(config, overrides)
             else:
                 validated = validate_pretraining(config, overrides, placement)
-            pins.check_new(validated, points)
         argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
@@ -163,13 +162,6 @@ class _Pins:
             pinned["model.init_from"] = self._models[init_from]
         return pinned
 
-    def check_new(self, config: FlatConfig, points: Container[str]) -> None:
-        """Raise UserError if the sweep has this config under a name that is not among `points`: it would be trained
-        again."""
-        for name, recorded in self._configs.items():
-            if name not in points and _without_own_paths(recorded) == _without_own_paths(config):
-                raise UserError(f"this sweep has the same config as {name}; write the values in --grid as there")
-
     def _find_model(self, init_from: str, point: str, varies: bool) -> str:
         """varies: whether points differ in `model.init_from`."""
         if HubName.of_model(init_from) is not None:
@@ -179,11 +171,6 @@ class _Pins:
         began = {str(config.get("model.init_from")) for config in same}
         kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
         return kept[0] if len(kept) == 1 else record_model(init_from)
-
-
-def _without_own_paths(config: FlatConfig) -> dict[str, object]:
-    """Return the config of a point without the keys that name its own folders."""
-    return {key: value for key, value in config.items() if key not in ("run.dir", "checkpoint.mirror")}
 
 
 def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:

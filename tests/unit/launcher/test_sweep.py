@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,20 +156,6 @@ def test_every_point_is_validated_before_the_first_run(reject: Reject) -> None:
     assert "did you mean 'eval/held/loss'" in reject("optimizer.lr=1e-4", "--metric=eval/hold/loss")
 
 
-def test_a_point_that_the_sweep_has_under_another_name(pretraining: Path, tmp_path: Path) -> None:
-    """Catches a value that is trained again because it is written in another way than before."""
-
-    def planned(grid: str) -> SweepPlan:
-        return plan_sweep(SweepOptions(config=str(pretraining), grid=grid, output=str(tmp_path / "sweep")))
-
-    runs = {run.name: {"config": run.config} for run in planned("optimizer.lr=1e-3,2e-3").runs.runs}
-    (tmp_path / "sweep").mkdir()
-    write_json(tmp_path / "sweep" / "sweep.json", {"runs": runs})
-    with pytest.raises(UserError, match=r"lr=0.001: this sweep has the same config as lr=1e-3; write the values"):
-        planned("optimizer.lr=0.001,3e-3")
-    assert len(planned("optimizer.lr=1e-3,3e-3").runs.runs) == 2
-
-
 def test_the_run_folder_of_the_config_may_be_in_use(
     pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +276,36 @@ def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureF
         "lr=1e-2": 3.5,
         "lr=1e-1": 6.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "is_started", "refused"),
+    [
+        ({"optimizer.lr": "0.001"}, True, True),
+        ({"optimizer.lr": "0.001"}, False, False),
+        ({"optimizer.lr": "1e-3", "run.seed": "1"}, True, False),
+    ],
+    ids=["another spelling", "not started", "a grid of other keys"],
+)
+def test_a_point_that_was_trained_under_another_name(
+    values: dict[str, str], is_started: bool, refused: bool, tmp_path: Path
+) -> None:
+    """Catches a value that is trained again because it is written in another way, and a refusal without need."""
+    earlier = plan(tmp_path, {"1e-3": "2.5"})
+    run_sweep(earlier)
+    if not is_started:
+        shutil.rmtree(tmp_path / "lr=1e-3")
+    (run,) = earlier.runs.runs
+    config = {**run.config, "run.dir": "another", "tracking.name": "another"}
+    argv = (*run.argv[:3], str(tmp_path / "renamed"), *run.argv[4:])
+    renamed = replace(run, name="renamed", values=values, argv=argv, config=config)
+    sweep = SweepPlan.of((renamed,), tmp_path, "eval/held/loss", lower_is_better=True, configs={})
+    if refused:
+        with pytest.raises(UserError, match=r"renamed has the same config as lr=1e-3, which was started in .*; write"):
+            run_sweep(sweep)
+    else:
+        run_sweep(sweep)
+    assert (tmp_path / "renamed").exists() != refused
 
 
 def test_scores_of_a_fine_tuning_name_their_split(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
