@@ -269,7 +269,7 @@ def _measure(
 
 
 def _rate(path: Path, seconds: float) -> float:
-    """Return lines per second that are appended to a file."""
+    """Return how many lines per second are appended to a file."""
     time.sleep(_SETTLE_SECONDS)
     end = time.time() + seconds
     first = _next_line(path, path.stat().st_size, end + _PATIENCE_SECONDS)

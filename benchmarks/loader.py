@@ -120,7 +120,7 @@ def _document_lengths(documents: str, tokens: int) -> NDArray[np.int64]:
 
 
 def _make_corpus(folder: Path, lengths: NDArray[np.int64]) -> Corpus:
-    """Documents of random tokens."""
+    """Write documents of random tokens."""
     writer, nothing = PieceWriter(folder, "piece", SHARD_TOKENS), np.zeros_like(lengths)
     ids = np.random.default_rng(1).integers(5, _VOCABULARY, lengths.sum(), dtype=np.uint16)
     writer.add(EncodedBatch(ids, lengths, nothing, nothing, None, None), nothing)
@@ -176,7 +176,7 @@ def _phases(maker: BatchMaker, step: int) -> dict[str, float]:
 
 
 def _read_and_mask(source: MaskedCorpus, number: int, origins: BatchSequences) -> tuple[float, float]:
-    """Milliseconds to read and to mask the sequences of corpus `number`."""
+    """Return the milliseconds to read and to mask the sequences of corpus `number`."""
     own = BatchSequences(*(column[origins.corpora == number] for column in origins))
     starts, lengths = np.asarray(source.index.starts[own.ids]), source.index.lengths(own.ids)
     read, ids = _timed(lambda: source.corpus.read(starts, lengths))

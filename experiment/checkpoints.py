@@ -202,8 +202,8 @@ def weights_digest(checkpoint: Path) -> str:
 
 
 def unlisted_files(model: Path) -> set[Path]:
-    """Files and folders in a Hugging Face folder that its complete checkpoint does not list, so that they are no part
-    of it. Empty for a folder that is in no checkpoint."""
+    """Return files and folders in a Hugging Face folder that its complete checkpoint does not list, so that they are no
+    part of it. Empty for a folder that is in no checkpoint."""
     folder = model.resolve()
     try:
         listed = read_json(folder.parent / COMPLETE)

@@ -26,8 +26,8 @@ _MAX_FIELD = 1 << 27
 _MAX_LINE = 1 << 30  # bytes; a compressed file of a megabyte may contain a line that does not fit into memory
 _WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
 _MAX_NAME = 40  # characters
-_WITHOUT_SPACES = re.compile("[\u3040-\u30ff\u3400-\u9fff]")  # characters of Chinese and Japanese
-_MAX_WITHOUT_SPACES = 6  # of them in a name, such as 情感类别
+_HAN = re.compile("[\u3400-\u9fff]")  # characters of Chinese, which has no spaces
+_MAX_HAN = 8  # of them in a name, such as 情感类别
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def looks_like_header(cells: Sequence[str], words: int = 3) -> bool:
 
 def _looks_like_name(cell: str, words: int) -> bool:
     fits = len(cell) <= _MAX_NAME and cell.count(" ") < words and not cell.endswith(".")
-    fits &= len(_WITHOUT_SPACES.findall(cell)) <= _MAX_WITHOUT_SPACES
+    fits &= len(_HAN.findall(cell)) <= _MAX_HAN
     return fits and _WORDS_OF_A_NAME.fullmatch(cell) is not None
 
 

@@ -34,7 +34,7 @@ class SignalHistory:
         self._first: dict[int, float] = {}  # signal -> when it first came
 
     def is_second(self, number: int) -> bool:
-        """Add a signal. Whether it comes after another one, and is not a repetition.
+        """Add a signal. Return whether it comes after another one, and is not a repetition.
 
         SIGTERM comes second only after SIGTERM: batch systems send it after a warning and before SIGKILL. SIGHUP never
         does: it tells that the terminal was closed, perhaps during the save that another signal asked for.

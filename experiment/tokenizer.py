@@ -204,7 +204,7 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Ids of all special tokens: tokens with a role, such as the padding token, and tokens that are only marked as
-    special in tokenizer.json."""
+    """Return the ids of all special tokens: tokens with a role, such as the padding token, and tokens that are only
+    marked as special in tokenizer.json."""
     marked = {identifier for identifier, token in tokenizer.added_tokens_decoder.items() if token.special}
     return marked | set(tokenizer.all_special_ids)

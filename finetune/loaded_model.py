@@ -92,7 +92,7 @@ def _build(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _probe(loaded: LoadedModel, kind: TaskKind[Any]) -> Batch:
-    """Return the smallest batch."""
+    """Make the smallest batch."""
     return collate(kind, [kind.probe(loaded.encoder)], loaded.padding, loaded.device.device)
 
 

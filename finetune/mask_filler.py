@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_any_tokenizer
+from experiment.tokenizer import load_any_tokenizer, vocabulary_size
 from finetune.data.records import Record
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, pad_sequences
@@ -88,7 +88,7 @@ class MaskFiller:
         return [self.describe(candidates) for candidates in self.compute(masked)]
 
     def encode(self, text: str, place: str, top_k: int) -> Example:
-        """Return the first step of `fill`; `details`: its masks. place: the name of the text in messages."""
+        """Do the first step of `fill`: encode a text; `details`: its masks. place: the name of the text in messages."""
         with self.loaded.encoding:
             tokens = self.loaded.encoder.encode(text)
         positions = (tokens.input_ids == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
@@ -97,7 +97,7 @@ class MaskFiller:
         return Example((tokens,), details=Masks(tuple(positions), min(top_k, len(self.tokenizer))))
 
     def compute(self, texts: Sequence[Example]) -> list[Candidates]:
-        """Return the second step, for any texts together."""
+        """Do the second step, for any texts together."""
         masks: list[Masks] = [text.details for text in texts]
         rows = [row for row, found in enumerate(masks) for _ in found.positions]
         positions = [position for found in masks for position in found.positions]
@@ -105,7 +105,7 @@ class MaskFiller:
         with torch.inference_mode(), self.loaded.device.autocast():
             logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
         # Some vocabularies are padded: the last scores are not of tokens.
-        probabilities_MV = logits_MV.softmax(-1)[:, : len(self.tokenizer)]
+        probabilities_MV = logits_MV.softmax(-1)[:, : vocabulary_size(self.tokenizer)]
         found = probabilities_MV.topk(max(each.top_k for each in masks))
         best = [
             list(zip(ids, probabilities, strict=True))
@@ -118,7 +118,7 @@ class MaskFiller:
         ]
 
     def describe(self, candidates: Candidates) -> list[list[dict[str, Any]]]:
-        """Return the last step: candidates as {token, probability}. A token is text, without the marks of its
+        """Do the last step: return the candidates as {token, probability}. A token is text, without the marks of its
         vocabulary."""
         return [
             [{"token": self.tokenizer.decode([token]).strip(), "probability": found} for token, found in mask]

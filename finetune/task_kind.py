@@ -168,7 +168,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         """Raise UserError for an invalid target, as `expand` does: without a tokenizer, to find it early."""
 
     def count_options(self, record: Record) -> int:
-        """Return the texts of a record that are scored one by one, such as choices; 0 if there are none."""
+        """Return how many texts of a record are scored one by one, such as choices; 0 if there are none."""
         return 0
 
     def count_option_tokens(self, records: Sequence[Record], encoder: "Encoder") -> int:

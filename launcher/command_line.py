@@ -131,7 +131,7 @@ def flags_of(options_type: type[Section]) -> dict[str, Flag]:
 
 
 def terminal_width() -> int:
-    """Return the columns that help and descriptions may take."""
+    """Return the number of columns that help and descriptions may take."""
     return min(100, shutil.get_terminal_size().columns)
 
 

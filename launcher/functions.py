@@ -6,6 +6,7 @@ input, StoppedError for work that was stopped and that the same call resumes, an
 
 import json
 import os
+import reprlib
 import signal
 import tempfile
 import threading
@@ -220,33 +221,37 @@ def _options(options_type: type[OptionsT], function: str, values: Mapping[str, A
     if others := _NOT_FOR_FUNCTIONS & values.keys():
         raise UserError(f"{function}: '{min(others)}': only the command has this flag")
     try:
-        plain = {name: _as_json(value, f"{function}: '{name}'") for name, value in values.items()}
+        plain = {name: _as_plain(value, f"{function}: {name}") for name, value in values.items()}
         return build_config(options_type, plain, origin=function)
     except UserError as error:
         raise UserError(str(error).replace("unknown config key", "unknown argument")) from None
 
 
-def _as_json(value: Any, place: str) -> Any:
-    """Return paths as text, tuples as lists, numbers of NumPy and PyTorch as Python's. Raises UserError for others."""
-    try:
-        return json.loads(json.dumps(value, default=_as_plain))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{place}: {error}") from None
-
-
-def _as_plain(value: Any) -> Any:
+def _as_plain(value: Any, place: str) -> Any:
+    """Return paths as text, tuples as lists, numbers and arrays of NumPy and PyTorch as Python's. Raises UserError for
+    others, with their place."""
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if getattr(value, "ndim", None) == 0:
-        return value.item()
-    raise TypeError(f"expected numbers, text, paths, lists and mappings, found {type(value).__name__}: {value!r}")
+    if isinstance(value, Mapping):
+        return {str(key): _as_plain(item, f"{place}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    if type(plain) is type(value):
+        kind = type(value).__name__
+        raise UserError(
+            f"{place}: expected numbers, text, paths, lists and mappings, found {kind}: {reprlib.repr(value)}"
+        )
+    return plain
 
 
 def _as_text(overrides: Overrides | None) -> dict[str, str]:
-    """Overrides as on a command line. Raises UserError."""
+    """Return overrides as on a command line. Raises UserError."""
     if not isinstance(overrides, Mapping | None):
         raise UserError(f"'overrides': expected a mapping, such as {{'optimizer.lr': 1e-4}}, found {overrides!r}")
-    plain = {key: _as_json(value, f"overrides: '{key}'") for key, value in (overrides or {}).items()}
+    plain = {str(key): _as_plain(value, f"overrides: {key}") for key, value in (overrides or {}).items()}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in plain.items()}
 
 
@@ -258,7 +263,7 @@ def _config_file(config: Config, config_type: type[Section], overrides: Override
         return
     if not isinstance(config, Mapping):
         raise UserError(f"'config': expected a file, the name of a recipe or a mapping, found {config!r}")
-    tree, text = _as_json(config, "'config'"), _as_text(overrides)
+    tree, text = _as_plain(config, "config"), _as_text(overrides)
     build_config(config_type, tree, text)
     run = text.get("run.dir") or (tree.get("run") or {}).get("dir") or "config"
     with tempfile.TemporaryDirectory(prefix="deepcloze-") as folder:
@@ -267,13 +272,22 @@ def _config_file(config: Config, config_type: type[Section], overrides: Override
         yield str(file)
 
 
+_TORCH_STATE = threading.RLock()
+
+
 @contextmanager
 def _own_torch_state() -> Iterator[None]:
-    """Keep the random state of the caller's process, and compute gradients if the caller does not."""
+    """Keep the random state of the caller's process, and compute gradients if the caller does not. One thread at a
+    time."""
     import torch
 
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with (
+        _TORCH_STATE,
+        torch.random.fork_rng(devices),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
         yield
 
 

@@ -130,7 +130,7 @@ def _call(train: Callable[[], Outcome], recorder: RankRecorder) -> ReportedOutco
 
 
 def cause_of(error: BaseException) -> Cause:
-    """Return the meaning of an exception that ends a rank for a restart."""
+    """Return what an exception that ends a rank means for a restart."""
     if is_out_of_memory(error):
         return Cause.OUT_OF_MEMORY
     if isinstance(error, dist.DistError | LostRankError) or any(words in str(error) for words in _GLOO_ERRORS):

@@ -114,8 +114,8 @@ def resolve(
     vocabulary = build_vocabulary(tokenizer)
     if tokenizer.cls_token is not None and not vocabulary.num_special_tokens:
         log.warning(
-            "the tokenizer of %s has the token %s, but puts no special tokens around a text: tokenizer.json lacks a "
-            "post-processor",
+            "the tokenizer of %s has the token %s, but adds no special tokens to a text, so sequences have none; if "
+            "that is not intended, add a post-processor to its tokenizer.json",
             train.path,
             tokenizer.cls_token,
         )

@@ -134,8 +134,8 @@ def _masking_rate(masking: MaskingConfig, steps: int | None) -> MaskingSchedule 
 def _total_steps(
     schedule: ScheduleConfig, orders: Sequence[ShuffledOrder], mean_lengths: Sequence[float]
 ) -> int | None:
-    """Steps in the run; None under a time budget. `orders`, `mean_lengths`: by stage; mean tokens per sequence, special
-    tokens included."""
+    """Return the steps in the run; None under a time budget. `orders`, `mean_lengths`: by stage; mean tokens per
+    sequence, special tokens included."""
     last = orders[-1]
     if schedule.tokens is None:
         return schedule.known_steps or last.end

@@ -189,8 +189,8 @@ class AppendFile:
             self._remove_torn_record()
 
     def _remove_torn_record(self) -> None:
-        """Cut it off. The file is open for appending: the next write goes to its new end, wherever the last one
-        stopped."""
+        """Cut off a torn record. The file is open for appending: the next write goes to its new end, wherever the last
+        one stopped."""
         if self._torn:
             self._file.truncate(self._end)
             self._torn = False

@@ -191,7 +191,7 @@ def turn_joiner(folder: Path, task: TaskConfig) -> TurnJoiner | None:
 
 
 def windows(length: int, size: int) -> list[range]:
-    """Windows of `size` positions that cover `length` positions, each overlapping the next by a third or more."""
+    """Return windows of `size` positions that cover `length` positions. Each overlaps the next by a third or more."""
     if length <= size:
         return [range(length)]
     step = max(size - size // 3, 1)

@@ -84,7 +84,7 @@ _CLEARER = {
 
 
 def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None = None) -> ASGIApp:
-    """Yield the whole application. hosts: that it answers to; None: any."""
+    """Return the whole application. hosts: that it answers to; None: any."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -193,7 +193,7 @@ async def healthz() -> Response:
 
 @site.get("/readyz", response_model=Status, responses={503: {"model": Error}}, tags=["operation"])
 async def readyz(serving: State) -> Response:
-    """Return whether it takes further requests."""
+    """Return whether the server takes further requests."""
     if serving.admission.is_full:
         raise busy("too many texts are waiting")
     return JSONResponse({"status": "ready"})
@@ -241,7 +241,7 @@ def _parse_form(body: bytes) -> dict[str, str]:
     """Parse a form whose text may be UTF-8 as it is, as `curl -d` sends it: Starlette would read it as Latin-1. Raises
     HTTPException."""
     if body.count(b"&") >= _FIELDS:
-        raise HTTPException(400, f"Too many fields. Maximum number of fields is {_FIELDS}.")
+        raise HTTPException(400, f"the form has more than {_FIELDS} fields")
     try:
         return dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict"))
     except UnicodeDecodeError as error:

@@ -132,7 +132,7 @@ class HangWatch:
         self._end_ranks()
 
     def _get_stacks(self, named: Sequence[RankLife]) -> None:
-        """Ask ranks for their stacks, but those that make no progress, which have written theirs."""
+        """Ask ranks for their stacks, except those that make no progress, which have written theirs."""
         missing = {life.beat.rank for life in named if not is_whole_stack(self._frames(life.beat.rank))}
         for life in named:
             if life.beat.rank in missing:

@@ -86,7 +86,7 @@ class LaunchAlerts:
             self._messenger.alert(alert)
 
     def _send_to_wandb(self, alert: Alert) -> None:
-        """Send it now: the next attempt will have the W&B run open, if there is one."""
+        """Send an alert to W&B now: the next attempt will have the W&B run open, if there is one."""
         if not alert.repeated:
             send_last_alert(self._project, self._folder, alert)
 

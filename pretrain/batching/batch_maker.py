@@ -50,7 +50,7 @@ class MaskedCorpus:
     masker: Masker
 
     def read_and_mask(self, sequences: BatchSequences, lengths: NDArray[np.int64], rate: float | None) -> MaskedText:
-        """Return the text of sequences with these text lengths [S]. `rate` None: the masker's."""
+        """Return the text of sequences with these text lengths [S], masked. `rate` None: the masker's."""
         masker = self.masker if rate is None else self.masker.with_rate(rate)
         starts = np.asarray(self.index.starts[sequences.ids])
         tokens = self.corpus.read(starts, lengths).astype(np.int64)
@@ -222,7 +222,7 @@ class BatchMaker:
 
 
 def _used_width(segments: NDArray[np.int32]) -> int:
-    """Return columns up to the last that is not padding in every row, rounded up to a bucket."""
+    """Return the number of columns up to the last that is not padding in every row, rounded up to a bucket."""
     used = int(np.flatnonzero(segments.any(axis=0)).max(initial=0)) + 1
     width: int = min(segments.shape[1], next_multiple(used, _WIDTH_BUCKET))
     return width

@@ -24,7 +24,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, SplitMix64's inc
 
 
 def mix(values: U64) -> U64:
-    """Return a bijection of 64-bit words in which each output bit depends on all input bits; any shape."""
+    """Map 64-bit words by a bijection in which each output bit depends on all input bits; any shape."""
     shifted = values >> np.uint64(30)
     mixed = np.asarray(values ^ shifted)
     for factor, shift in ((0xBF58476D1CE4E5B9, 27), (0x94D049BB133111EB, 31)):
@@ -61,12 +61,14 @@ def random_bits(keys: U64, counters: NDArray[np.integer]) -> U64:
 
 
 def uniform(bits: U64) -> NDArray[np.float64]:
-    """Random words -> floats in [0, 1) with 53 random bits."""
+    """Convert random words to floats in [0, 1) with 53 random bits."""
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def randint(bits: U64, bound: int) -> NDArray[np.int64]:
-    """Random words -> integers in [0, bound), bound < 2^32, by multiplication (Lemire 2019); bias < 2^-32 * bound."""
+    """Convert random words to integers in [0, bound), bound < 2^32, by multiplication (Lemire 2019).
+
+    The bias is less than 2^-32 * bound."""
     return ((bits >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
 
 
@@ -111,7 +113,7 @@ def _round_keys(seed: int, epoch: int) -> list[int]:
 
 
 def _half_bits(n: int) -> tuple[int, int]:
-    """Bits of the low and of the high half of the words below n."""
+    """Return the number of bits of the low and of the high half of the words below n."""
     bits = (n - 1).bit_length()
     return bits // 2, bits - bits // 2
 
@@ -126,7 +128,8 @@ def _rounds(seed: int, epoch: int, half_bits: tuple[int, int]) -> list[_Round]:
 
 
 def _mixed(key: U64 | int, number: int, half_bits: tuple[int, int], half: _I64) -> _I64:
-    """Return the change of the low half in round `number` for each high half if it is odd, else the other way round."""
+    """Return the change of one half in round `number` for each value of the other: of the low half if the number is
+    odd, else of the high half."""
     mask = (1 << half_bits[1 - number % 2]) - 1
     return (fold_in(key, half) & np.uint64(mask)).view(np.int64)
 
@@ -143,7 +146,7 @@ def _lookup_by_row(table: _I64) -> _Round:
 
 
 def _network(words: _I64, n: int, rounds: Iterable[_Round]) -> _I64:
-    """Return an unbalanced Feistel network: each round mixes one half of the bits into the other."""
+    """Apply an unbalanced Feistel network: each round mixes one half of the bits into the other."""
     low_bits, _ = _half_bits(n)
     low, high = words & ((1 << low_bits) - 1), words >> low_bits
     for number, mixed in enumerate(rounds):

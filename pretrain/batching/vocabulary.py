@@ -56,7 +56,7 @@ def _special_affixes(
     tokenizer: PreTrainedTokenizerFast, ordinary: Iterable[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the special ids that the tokenizer's post-processor puts before and after a text. ordinary: ids of tokens
-    that are not special, as text of which the first one is tried that has tokens."""
+    that are not special; the first whose text gives tokens is used."""
     for token in ordinary:
         text = tokenizer.convert_ids_to_tokens(int(token))
         encoding = tokenizer(text, return_special_tokens_mask=True)

@@ -264,6 +264,6 @@ def summary(folder: Path, manifest: Manifest) -> str:
 
 def _describe_words(manifest: Manifest) -> str:
     if manifest.lacks_words:
-        advice = "for masking.unit: word, build Chinese corpora with --segmenter jieba"
-        return f"{manifest.tokens_per_word:.2f} tokens between spaces; {advice}"
+        causes = "either the tokenizer does not fit, or the text has few spaces (Chinese: --segmenter jieba)"
+        return f"{manifest.tokens_per_word:.2f} tokens between spaces: {causes}"
     return f"{manifest.tokens_per_word:.2f} tokens per word"

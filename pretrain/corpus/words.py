@@ -95,7 +95,7 @@ def _flatten(pre_tokenizer: dict[str, Any] | None) -> Iterator[tuple[str, dict[s
 
 
 def _splits_words(character: str) -> bool:
-    """True for punctuation, symbols, and whitespace other than the space, which belongs to the word after it."""
+    """Return True for punctuation, symbols, and whitespace other than the space, which belongs to the word after it."""
     if character in ("", " ", "\ufffd"):
         return False
     return character.isspace() or unicodedata.category(character)[0] in "PS"

@@ -46,8 +46,9 @@ def worker_pool(
 
 
 class _Pool(ProcessPoolExecutor):
-    def submit(self, *call: Any, **arguments: Any) -> "Future[Any]":
-        """Ctrl-C waits: it would let the pool forget a process that starts, whose semaphores are then removed."""
+    def submit(self, *call: Any, **arguments: Any) -> Future[Any]:
+        """Submit a call. Ctrl-C waits until then: otherwise the pool could forget a worker that is starting, and remove
+        semaphores that it is about to open."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         with uninterrupted() if in_main_thread else nullcontext():
             return super().submit(*call, **arguments)

@@ -271,8 +271,8 @@ class Engine:
         return StepResult(applied, norm)
 
     def _is_update_allowed(self) -> bool:
-        """Return the optimizer asks for each of its groups, when DeepSpeed knows the norm before clipping (ZeRO 1 to
-        3); the norm is copied to the host once per step."""
+        """Return whether the optimizer may update. It asks for each of its groups, when DeepSpeed knows the norm before
+        clipping (ZeRO 1 to 3); the norm is copied to the host once per step."""
         if self._update_allowed is None:
             self._update_allowed = self._is_within_limit(float(self._deepspeed.optimizer._global_grad_norm))
         return self._update_allowed

@@ -49,7 +49,7 @@ def _import_muon() -> None:
 
 
 def _is_not_overflow_message(record: logging.LogRecord) -> bool:
-    """Return the trainer reports gradients that are not finite in more detail."""
+    """Drop DeepSpeed's messages about overflows: the trainer reports gradients that are not finite in more detail."""
     return "OVERFLOW! Skipping step" not in record.getMessage()
 
 

@@ -112,7 +112,7 @@ class Packing:
         return _prefers_without_window(self.capability)
 
     def interrupting(self) -> Self:
-        """Return the same, for a layer that is to run until it has computed its attention."""
+        """Return a copy for a layer that is to run until it has computed its attention."""
         copied = copy.copy(self)
         copied.interrupts = True
         return copied

@@ -36,7 +36,7 @@ the input of `cross_entropy` for these positions."""
 
 
 def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
-    """Return the model returns logits."""
+    """Return a context that changes nothing: the model returns logits."""
     return nullcontext()
 
 

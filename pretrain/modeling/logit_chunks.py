@@ -9,12 +9,12 @@ _ALIGNMENT = 64  # columns of logits are padded to a multiple: matrix products o
 
 
 def chunk_rows(vocabulary: int, logits: int = CHUNK_LOGITS) -> int:
-    """C, how many rows are computed at once. `logits`: in a chunk, about."""
+    """Return C, how many rows are computed at once. `logits`: in a chunk, about."""
     return max(1, logits // vocabulary // _ROW_TILE) * _ROW_TILE
 
 
 def padded_columns(vocabulary: int) -> int:
-    """Return columns of the logits that are computed."""
+    """Return how many columns of the logits are computed."""
     return -(-vocabulary // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -175,7 +175,7 @@ def _resized_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> P
         config = config_with_positions(meta_model(config), model.max_positions, scale_rope)
     if model.added_tokens is not None:
         text = config.get_text_config()
-        text.vocab_size = max(text.vocab_size, len(tokenizer))
+        text.vocab_size = max(text.vocab_size, vocabulary_size(tokenizer))
     return config
 
 

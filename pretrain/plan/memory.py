@@ -218,7 +218,7 @@ def _offloaded(counts: ParameterCounts, settings: MemorySettings) -> int:
 
 
 def _backward_buffers(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Buckets and gathered weights in the backward pass.
+    """Return the bytes of buckets and gathered weights in the backward pass.
 
     The bucket is allocated whole, but a CPU's memory is taken only as far as it is written: at ZeRO 2 when most
     activations are freed already.
@@ -262,8 +262,8 @@ def _update(counts: ParameterCounts, settings: MemorySettings) -> Parts:
 
 
 def _temporary(counts: ParameterCounts, share: int, settings: MemorySettings) -> int:
-    """Return tensors of the optimizer during an update. Muon's: the matrices that this rank orthogonalizes, and, with
-    several ranks, the data that it sends and receives."""
+    """Return the bytes of the optimizer's tensors during an update. Muon's: the matrices that this rank orthogonalizes,
+    and, with several ranks, the data that it sends and receives."""
     if settings.optimizer == "muon":
         copies = 1 if settings.ranks == 1 else 3
         return copies * settings.orthogonalization_bytes * counts.hidden_matrices // settings.ranks
@@ -271,8 +271,8 @@ def _temporary(counts: ParameterCounts, share: int, settings: MemorySettings) ->
 
 
 def _prefetched(counts: ParameterCounts, settings: MemorySettings) -> int:
-    """Return the flat tensor of weights that ZeRO 3 gathers ahead and copies each weight from; it is freed when the
-    last one is used, for a small model in the head."""
+    """Return the bytes of the flat tensor of weights that ZeRO 3 gathers ahead and copies each weight from; it is freed
+    when the last one is used, for a small model in the head."""
     kept = sum(size for size in counts.sizes if size <= settings.persistence_threshold)
     return settings.weight_bytes * min(counts.total - kept, settings.prefetch_bucket)
 

@@ -66,7 +66,7 @@ def _join(ranks: Sequence[int]) -> str:
 
 
 def _hash_weights(engine: Engine) -> dict[str, int]:
-    """Hashes of the bits, by their name in messages. One wait for the device."""
+    """Return hashes of the bits, by their name in messages. One wait for the device."""
     weights = dict(engine.partitions.replicated_weights())
     hashes = [hash_bits(tensor).to(engine.device) for tensor in weights.values()]
     values = torch.stack(hashes).tolist() if hashes else []

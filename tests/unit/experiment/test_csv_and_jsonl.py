@@ -46,7 +46,8 @@ def test_a_row_is_found_where_it_begins() -> None:
         (["", "text"], False),
         (["It was good.", "positive"], False),
         (["nothing was as good as this", "positive"], False),
-        (["文本一", "情感类别"], True),
+        (["文本一", "您对服务是否满意", "カスタマーレビュー"], True),
+        (["蚂蚁借呗是否等额还款", "借呗"], False),
         (["蚂蚁借呗等额还款可以换成先息后本吗", "借呗"], False),
     ],
 )

@@ -137,11 +137,19 @@ def test_unknown_names_are_rejected() -> None:
         ),
         (
             lambda: deepcloze.pretrain(RUN, {"model.freeze": {"embeddings"}}),
-            "overrides: 'model.freeze': expected numbers, text, paths, lists and mappings, found set: {'embeddings'}",
+            "overrides: model.freeze: expected numbers, text, paths, lists and mappings, found set: {'embeddings'}",
+        ),
+        (
+            lambda: deepcloze.pretrain({**RUN, "model": {"freeze": [np.longdouble(1)]}}),
+            "config.model.freeze[0]: expected numbers, text, paths, lists and mappings, found longdouble",
+        ),
+        (
+            lambda: deepcloze.pretrain(RUN, {5: 1}),  # type: ignore[dict-item]
+            "overrides: unknown config key '5'",
         ),
         (
             lambda: deepcloze.build_corpus(iter(["a"]), "tokenizer", "out"),  # type: ignore[arg-type]
-            "build_corpus: 'source': expected numbers, text, paths, lists and mappings, found list_iterator",
+            "build_corpus: source: expected numbers, text, paths, lists and mappings, found list_iterator",
         ),
         (
             lambda: deepcloze.pretrain("pretrain/demo", detach=True),
@@ -199,11 +207,13 @@ def test_the_caller_survives_a_failed_run(
     monkeypatch.setattr("launcher.launch.launch_pretraining", launch)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     overrides = {"optimizer.lr": 1e-5, "run.dir": Path("runs/other"), "schedule.steps": np.int64(4)}
+    overrides |= {"optimizer.betas": np.array([0.9, 0.98])}
     with pytest.raises(type(expected)) as error:
         deepcloze.pretrain(RUN, overrides, num_gpus=2, oversubscribe=True)
     assert str(error.value) == str(expected)
     assert {number: signal.getsignal(number) for number in handlers} == handlers
-    assert received[0].overrides == {"optimizer.lr": "1e-05", "run.dir": "runs/other", "schedule.steps": "4"}
+    texts = {"optimizer.lr": "1e-05", "optimizer.betas": "[0.9, 0.98]", "run.dir": "runs/other", "schedule.steps": "4"}
+    assert received[0].overrides == texts
     assert (received[0].num_gpus, received[0].oversubscribe) == (2, True)
     assert not Path(received[0].config).exists(), "a temporary file"
 
@@ -227,19 +237,25 @@ def test_a_quiet_call_ends_with_its_function(monkeypatch: pytest.MonkeyPatch) ->
     assert (names, modes) == (3 * ["other.yaml"], [True, False, True])
 
 
-def test_the_state_of_torch_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["pretrain.evaluate.evaluate", "finetune.run.run"])
+def test_the_state_of_torch_is_the_callers(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a notebook whose random numbers repeat after each evaluation, and training without gradients because the
     notebook computes none."""
 
-    def evaluate(*_: object) -> dict[str, Any]:
+    def compute(*_: object) -> dict[str, Any]:
         torch.manual_seed(0)
-        return {"gradients": torch.is_grad_enabled()}
+        return {"gradients": torch.is_grad_enabled() and not torch.is_inference_mode_enabled()}
 
-    monkeypatch.setattr("pretrain.evaluate.evaluate", evaluate)
+    monkeypatch.setattr(function, compute)
+    monkeypatch.setattr("finetune.resolve.load_run_config", lambda *_: None)
     before = torch.get_rng_state()
-    with torch.no_grad():
-        assert deepcloze.evaluate("runs/mine", ["corpus"]) == {"gradients": True}
-        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        if function == "finetune.run.run":
+            found: Any = deepcloze.finetune(TASK)
+        else:
+            found = deepcloze.evaluate("runs/mine", ["corpus"])
+        assert torch.is_inference_mode_enabled()
+    assert found == {"gradients": True}
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -73,7 +73,7 @@ def test_a_tokenizer_without_a_template_is_warned_of(
     )
     with caplog.at_level(logging.WARNING):
         resolve(config_of(tmp_path / "run", tmp_path / "corpus"), 1)
-    assert ("has the token [CLS], but puts no special tokens around a text" in caplog.text) != has_template
+    assert ("has the token [CLS], but adds no special tokens to a text" in caplog.text) != has_template
 
 
 @pytest.mark.parametrize(("seed", "warned"), [(8, True), (9, False)])

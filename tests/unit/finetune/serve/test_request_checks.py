@@ -182,7 +182,11 @@ def test_a_body_that_is_never_read_is_not_awaited(client: TestClient) -> None:
     ("kind", "body", "message"),
     [
         ("multipart/form-data", b"--x", "Missing boundary in multipart."),
-        ("application/x-www-form-urlencoded", b"&".join(b"a%d=1" % number for number in range(100)), "Too many fields"),
+        (
+            "application/x-www-form-urlencoded",
+            b"&".join(b"a%d=1" % number for number in range(100)),
+            "the form has more than 10 fields",
+        ),
         ("application/x-www-form-urlencoded", b"sentence1=\xbb\xa8\xdf\xc2", "the form is not UTF-8"),
         ("application/x-www-form-urlencoded", b"sentence1=%bb%a8", "the form is not UTF-8"),
         ("application/json", b"[" * 20_000, "the request is not JSON in UTF-8, or is nested too deeply"),

@@ -235,13 +235,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @needs_jieba
 @pytest.mark.parametrize(
-    ("segmenter", "shown"), [(None, "tokens between spaces; for masking.unit: word"), ("jieba", "tokens per word")]
+    ("segmenter", "shown"),
+    [(None, "tokens between spaces: either the tokenizer"), ("jieba", "tokens per word")],
 )
 def test_chinese_text_without_words(
     segmenter: str | None, shown: str, tmp_path: Path, chinese: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a corpus for whole-word masking whose words are unknown, which its build does not say, and a figure that
-    looks as if the tokenizer did not fit the text."""
+    """Catches a corpus for whole-word masking whose words are unknown, which its build does not say."""
     source.write_text("天气很好，我们去北京大学。\n" * 20, encoding="utf-8")
     options = CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "out", workers=1, segmenter=segmenter)
     build_corpus(options)
