@@ -59,7 +59,10 @@ def _special_affixes(
     that are not special; the first whose text gives tokens is used."""
     for token in ordinary:
         text = tokenizer.convert_ids_to_tokens(int(token))
-        encoding = tokenizer(text, return_special_tokens_mask=True)
+        try:
+            encoding = tokenizer(text, return_special_tokens_mask=True)
+        except Exception:  # tokenizers raises it for a word without tokens, such as ##a
+            continue
         ids, added = encoding["input_ids"], encoding["special_tokens_mask"]
         if 0 not in added:
             continue
