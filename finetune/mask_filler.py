@@ -74,6 +74,11 @@ class MaskFiller:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.loaded.encoder.tokenizer
 
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """The scores that are of tokens; those after them pad the vocabulary of some models."""
+        return vocabulary_size(self.tokenizer)
+
     @property
     def mask(self) -> str:
         """The text of a mask."""
@@ -104,8 +109,7 @@ class MaskFiller:
         inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
             logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
-        # Some vocabularies are padded: the last scores are not of tokens.
-        probabilities_MV = logits_MV.softmax(-1)[:, : vocabulary_size(self.tokenizer)]
+        probabilities_MV = logits_MV.softmax(-1)[:, : self.vocabulary_size]
         found = probabilities_MV.topk(max(each.top_k for each in masks))
         best = [
             list(zip(ids, probabilities, strict=True))

@@ -221,8 +221,7 @@ def _options(options_type: type[OptionsT], function: str, values: Mapping[str, A
     if others := _NOT_FOR_FUNCTIONS & values.keys():
         raise UserError(f"{function}: '{min(others)}': only the command has this flag")
     try:
-        plain = {name: _as_plain(value, f"{function}: {name}") for name, value in values.items()}
-        return build_config(options_type, plain, origin=function)
+        return build_config(options_type, _as_plain(values, function), origin=function)
     except UserError as error:
         raise UserError(str(error).replace("unknown config key", "unknown argument")) from None
 
@@ -231,7 +230,7 @@ def _as_plain(value: Any, place: str) -> Any:
     """Return paths as text, tuples as lists, numbers and arrays of NumPy and PyTorch as Python's. Raises UserError for
     others, with their place."""
     if value is None or isinstance(value, str | int | float):
-        return value
+        return json.loads(json.dumps(value))  # of subclasses, such as numpy.float64, the plain value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
@@ -251,7 +250,7 @@ def _as_text(overrides: Overrides | None) -> dict[str, str]:
     """Return overrides as on a command line. Raises UserError."""
     if not isinstance(overrides, Mapping | None):
         raise UserError(f"'overrides': expected a mapping, such as {{'optimizer.lr': 1e-4}}, found {overrides!r}")
-    plain = {str(key): _as_plain(value, f"overrides: {key}") for key, value in (overrides or {}).items()}
+    plain = _as_plain(overrides or {}, "overrides")
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in plain.items()}
 
 

@@ -58,7 +58,7 @@ def _special_affixes(
     """Return the special ids that the tokenizer's post-processor puts before and after a text. ordinary: ids of tokens
     that are not special; the first whose text gives tokens is used."""
     for token in ordinary:
-        text = tokenizer.convert_ids_to_tokens(int(token))
+        text = tokenizer.convert_ids_to_tokens(token)
         try:
             encoding = tokenizer(text, return_special_tokens_mask=True)
         except Exception:  # tokenizers raises it for a word without tokens, such as ##a

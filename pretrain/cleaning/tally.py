@@ -57,8 +57,10 @@ class StepTally:
             return
         priority = xxhash.xxh3_64_intdigest(f"{verdict.rule}\0{document.id}".encode())
         rule = self.rules.setdefault(verdict.rule, RuleTally())
-        excerpts = _excerpts(text, document.text, verdict.dropped) if rule.wants(priority) else None
-        examples = [Example(priority, document.id, excerpts[0], verdict.detail, excerpts[1])] if excerpts else []
+        examples = []
+        if rule.wants(priority):
+            before, after = _excerpts(text, document.text, verdict.dropped)
+            examples = [Example(priority, document.id, before, verdict.detail, after)]
         rule.merge(RuleTally(int(verdict.dropped), int(not verdict.dropped), examples))
         if listed and len(self.matches) < _MATCHES:
             self.matches.append({"id": document.id, "rule": verdict.rule, "match": verdict.detail})
@@ -75,8 +77,9 @@ def _excerpts(before: str, after: str, dropped: bool) -> tuple[str, str]:
     """Return the start of a dropped text, or a changed text around its first change, before and after."""
     if dropped:
         return before[:_SHOWN], ""
-    same = next((place for place, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
-    start = max(0, (min(len(before), len(after)) if same is None else same) - _UNCHANGED)
+    pairs = enumerate(zip(before, after, strict=False))
+    first_change = next((place for place, (old, new) in pairs if old != new), min(len(before), len(after)))
+    start = max(0, first_change - _UNCHANGED)
     cut = "…" if start else ""
     return cut + before[start : start + _SHOWN], cut + after[start : start + _SHOWN]
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.transformers_models import LOADING, first_position, max_positions
+from experiment.model_folder import build_from_config
+from experiment.transformers_models import first_position, max_positions
 
 _LEARNED_POSITIONS = "position_embeddings.weight"
 
@@ -56,8 +57,7 @@ def resize_model(
     (Beltagy et al. 2020, "Longformer", section 5): nothing changes up to the old limit, and beyond it local order is
     known from the start. Raises UserError if `config` changes another shape.
     """
-    with LOADING:
-        larger: PreTrainedModel = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    larger = build_from_config(AutoModelForMaskedLM, config, "model.init_from", dtype=torch.float32)
     _copy_parameters(model, larger)
     with torch.no_grad():
         known = sorted(set(range(_vocabulary_size(model))) - pieces.keys())

@@ -17,9 +17,11 @@ import torch
 import deepcloze
 from deepcloze import UserError
 from experiment import progress
+from experiment.config import load_config
 from experiment.errors import is_quiet
 from experiment.signals import ignore_stop_signals
 from launcher.options import PretrainOptions
+from pretrain.config import PretrainConfig
 
 RUN = {
     "run": {"dir": "runs/mine"},
@@ -137,7 +139,7 @@ def test_unknown_names_are_rejected() -> None:
         ),
         (
             lambda: deepcloze.pretrain(RUN, {"model.freeze": {"embeddings"}}),
-            "overrides: model.freeze: expected numbers, text, paths, lists and mappings, found set: {'embeddings'}",
+            "overrides.model.freeze: expected numbers, text, paths, lists and mappings, found set: {'embeddings'}",
         ),
         (
             lambda: deepcloze.pretrain({**RUN, "model": {"freeze": [np.longdouble(1)]}}),
@@ -149,7 +151,7 @@ def test_unknown_names_are_rejected() -> None:
         ),
         (
             lambda: deepcloze.build_corpus(iter(["a"]), "tokenizer", "out"),  # type: ignore[arg-type]
-            "build_corpus: source: expected numbers, text, paths, lists and mappings, found list_iterator",
+            "build_corpus.source: expected numbers, text, paths, lists and mappings, found list_iterator",
         ),
         (
             lambda: deepcloze.pretrain("pretrain/demo", detach=True),
@@ -216,6 +218,17 @@ def test_the_caller_survives_a_failed_run(
     assert received[0].overrides == texts
     assert (received[0].num_gpus, received[0].oversubscribe) == (2, True)
     assert not Path(received[0].config).exists(), "a temporary file"
+
+
+def test_a_config_may_have_values_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches values that are kinds of Python's numbers and text, which YAML cannot write."""
+    written: list[PretrainConfig] = []
+    monkeypatch.setattr(
+        "launcher.launch.launch_pretraining",
+        lambda options: written.append(load_config(PretrainConfig, options.config)),
+    )
+    deepcloze.pretrain({**RUN, "optimizer": {"lr": np.float64(1e-3), "name": np.str_("lamb")}})
+    assert (written[0].optimizer.lr, written[0].optimizer.name) == (1e-3, "lamb")
 
 
 def test_a_quiet_call_ends_with_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
