@@ -81,7 +81,9 @@ ENVIRONMENT = Job("environment", 180, ("-m", "benchmarks.gpu_environment"), need
 def plan() -> Iterator[Job]:
     """Yield all jobs by importance."""
     in_runs = "runs_with or gets_the"
-    yield _tests("kernels", 180, "attention", "optimizers", "head", "sums", "dropout", "gelu", only=f"not ({in_runs})")
+    yield _tests(
+        "kernels", 180, "attention", "optimizers", "head", "sums", "dropout", "gelu", "norm", only=f"not ({in_runs})"
+    )
     yield Job("kernel-times", 120, ("-m", "benchmarks.gpu_kernels", "bf16"))
     yield _tests("training", 240, "training", only="fp32 or 16_bit")
     yield _tests("syncs", 240, "syncs")
@@ -172,9 +174,13 @@ class Session:
 
 
 def select(jobs: Iterable[Job], names: Sequence[str]) -> list[Job]:
-    """Return the jobs with names that begin so, in the order of these. Raises UserError if there is none."""
+    """Return the jobs with these names, in this order, or where there is none the jobs with names that begin so. Raises
+    UserError if there is none either."""
     jobs = list(jobs)
-    found = {name: [job for job in jobs if job.name.startswith(name)] for name in names}
+    found = {
+        name: [job for job in jobs if job.name == name] or [job for job in jobs if job.name.startswith(name)]
+        for name in names
+    }
     for name, selected in found.items():
         if not selected:
             raise UserError(f"--only {name}: no such job; the jobs are {', '.join(job.name for job in jobs)}")

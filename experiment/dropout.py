@@ -112,19 +112,25 @@ class ProductDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, probability: float) -> Tensor:
-        numbers = _random_numbers(values) | 1
+        numbers = odd_numbers(values)
         ctx.save_for_backward(numbers)
         ctx.probability = probability
-        return _drop(values, numbers, probability)
+        return drop(values, numbers, probability)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (numbers,) = ctx.saved_tensors
-        return _drop(gradient, numbers, ctx.probability), None
+        return drop(gradient, numbers, ctx.probability), None
 
 
-def _drop(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
-    """Drop values. numbers: odd, as from `_random_numbers`."""
+def odd_numbers(values: Tensor) -> Tensor:
+    """Draw odd int32: for each column of [..., columns], then for each row."""
+    numbers: Tensor = _random_numbers(values)
+    return numbers | 1
+
+
+def drop(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
+    """Drop values. numbers: from `odd_numbers`, for both directions."""
     columns = values.shape[-1]
     products = numbers[columns:].view(*values.shape[:-1], 1) * numbers[:columns]  # modulo 2^32
     kept = products >= round(probability * 2**32) - 2**31

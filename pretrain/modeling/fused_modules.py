@@ -5,6 +5,7 @@
   weights are parameters of three modules where the model has three. They are concatenated in each pass, which is a
   thousandth of the product.
 - The bias and GELU of the feed-forward layer: see `pretrain.modeling.bias_gelu`.
+- Layer norms, with the dropout and residual connections beside them: see `pretrain.modeling.fused_norm`.
 
 Shapes: B rows, W slots, J = 3, H heads, D dimensions of a head.
 """
@@ -21,6 +22,7 @@ from pretrain.modeling.attention import Packing, Rotation, qkv_attention
 from pretrain.modeling.fast_gelu import supports_fast_gelu
 
 _Output = tuple[Tensor, Tensor | None]
+_MAX_NORM_COLUMNS = 2048  # a kernel keeps sums of all columns in registers
 
 
 def use_fused_modules(model: nn.Module) -> None:
@@ -101,6 +103,72 @@ class _ModernBertAttention(nn.Module):
         return self.out_drop(self.Wo(output_BWHD.flatten(2))), None
 
 
+def _fuses_norm(hidden_BWD: Tensor, norm: nn.Module) -> bool:
+    fits = type(norm) is nn.LayerNorm and hidden_BWD.shape[-1] <= _MAX_NORM_COLUMNS
+    return fits and supports_fast_gelu(hidden_BWD)
+
+
+class _BertOutput(nn.Module):
+    """The layer after attention or feed-forward, dropout, residual connection and norm."""
+
+    dense: nn.Linear
+    dropout: nn.Dropout
+    LayerNorm: nn.LayerNorm
+    twice: bool
+
+    def forward(self, hidden_BWD: Tensor, residual_BWD: Tensor) -> Tensor | tuple[Tensor, ...]:
+        probability = self.dropout.p if self.training else 0.0
+        if not _fuses_norm(residual_BWD, self.LayerNorm) or probability == 1:
+            return super().forward(hidden_BWD, residual_BWD)  # type: ignore[no-any-return]
+        from pretrain.modeling.fused_norm import dropout_add_norm  # imports Triton
+
+        bias = self.dense.bias
+        values = F.linear(hidden_BWD, self.dense.weight, bias.detach())
+        outputs = dropout_add_norm(values, bias, probability, residual_BWD, self.LayerNorm, self.twice)
+        return outputs if self.twice else outputs[0]
+
+
+class _BertAttentionOutput(_BertOutput):
+    """Its layer computes a product of the first output, and passes the second one on."""
+
+    twice = True
+
+
+class _BertFeedForwardOutput(_BertOutput):
+    twice = False
+
+
+class _BertLayer(nn.Module):
+    intermediate: nn.Module
+    output: nn.Module
+
+    def feed_forward_chunk(self, attention_output: Tensor | tuple[Tensor, ...]) -> Tensor:
+        if isinstance(attention_output, Tensor):
+            return super().feed_forward_chunk(attention_output)  # type: ignore[no-any-return, misc]
+        hidden_BWD, residual_BWD = attention_output
+        return self.output(self.intermediate(hidden_BWD), residual_BWD)  # type: ignore[no-any-return]
+
+
+class _ModernBertLayer(nn.Module):
+    attn_norm: nn.Module
+    attn: nn.Module
+    mlp_norm: nn.LayerNorm
+    mlp: nn.Module
+
+    def forward(self, hidden_BWD: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        if not _fuses_norm(hidden_BWD, self.mlp_norm):
+            return super().forward(hidden_BWD, *inputs, **options)  # type: ignore[no-any-return]
+        from pretrain.modeling.fused_norm import norm_beside_residual  # imports Triton
+
+        if type(self.attn_norm) is nn.Identity:  # in the first layer
+            normed_BWD = hidden_BWD
+        else:
+            normed_BWD, hidden_BWD = norm_beside_residual(hidden_BWD, self.attn_norm)  # type: ignore[arg-type]
+        attended_BWD, _ = self.attn(normed_BWD, *inputs, **options)
+        normed_BWD, hidden_BWD = norm_beside_residual(hidden_BWD + attended_BWD, self.mlp_norm)
+        return hidden_BWD + self.mlp(normed_BWD)  # type: ignore[no-any-return]
+
+
 class _Intermediate(nn.Module):
     """The first feed-forward layer and its activation."""
 
@@ -119,9 +187,14 @@ _LIKE_BERT = (
     *("Bert", "Camembert", "Data2VecText", "Electra", "Ernie", "Roberta", "RobertaPreLayerNorm", "XLMRoberta"),
     "XLMRobertaXL",
 )
+_POST_NORM = tuple(model for model in _LIKE_BERT if model not in ("RobertaPreLayerNorm", "XLMRobertaXL"))
 _TYPES: dict[str, type[nn.Module]] = {
     **{f"{model}SelfAttention": _BertAttention for model in _LIKE_BERT},
     # RobertaPreLayerNorm's begins with a norm.
     **{f"{model}Intermediate": _Intermediate for model in _LIKE_BERT if model != "RobertaPreLayerNorm"},
+    **{f"{model}SelfOutput": _BertAttentionOutput for model in _POST_NORM},
+    **{f"{model}Output": _BertFeedForwardOutput for model in _POST_NORM},
+    **{f"{model}Layer": _BertLayer for model in _POST_NORM},
     "ModernBertAttention": _ModernBertAttention,
+    "ModernBertEncoderLayer": _ModernBertLayer,
 }

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 2**26  # 128 MiB in 16 bit; more rows than keep a GPU busy
+CHUNK_LOGITS = 2**28  # 512 MiB in 16 bit; the products of fewer rows are slower
 _ROW_TILE = 128  # a chunk has a multiple of this number of rows, and matrix products have whole tiles
 _ALIGNMENT = 64  # columns of logits are padded to a multiple: matrix products of other widths are slow
 

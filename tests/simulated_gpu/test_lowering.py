@@ -59,9 +59,10 @@ def test_layers_of_bert(device: Path) -> None:
     query, key and value, and more kernels than on the GPU for which they were counted."""
     layer, last = lower(device, model_type="bert", num_hidden_layers=4, vocab_size=512)
     assert others(layer[0]) == LAYER + Counter({"deepcloze.random_numbers.default": 2})
-    assert others(layer[1]) == BACKWARD + Counter({"deepcloze.bias_gelu_backward.default": 1})
+    fused = {"deepcloze.bias_gelu_backward.default": 1, "deepcloze.norm_backward.default": 2}
+    assert others(layer[1]) == BACKWARD + Counter(fused)
     assert [len(code.calls) - others(code).total() for code in layer] == [4, 8]
-    assert [0 < len(code.kernels) <= most for code, most in zip(layer, (5, 11), strict=True)] == [True, True]
+    assert [0 < len(code.kernels) <= most for code, most in zip(layer, (5, 6), strict=True)] == [True, True]
     assert [0 < len(code.kernels) <= most for code, most in zip(last, (3, 4), strict=True)] == [True, True]
     assert [others(code) for code in last] == [LAYER, BACKWARD]
     assert [len(code.calls) - others(code).total() for code in last] == [1, 2]
@@ -72,8 +73,9 @@ def test_layers_of_modernbert(device: Path) -> None:
     special = {"pad_token_id": 0, "cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}
     graphs = lower(device, model_type="modernbert", num_hidden_layers=8, vocab_size=512, **special)
     assert len(graphs) == 4  # the first layer, which has no norm, layers with a window and without one, and the last
-    for layer in graphs:
-        assert [others(code) for code in layer] == [LAYER, BACKWARD]
-        assert [0 < len(code.kernels) <= 6 for code in layer] == [True, True]
+    for layer, norms in zip(graphs, (1, 2, 2, 0), strict=True):
+        norm_gradients = Counter({"deepcloze.norm_backward.default": norms})
+        assert [others(code) for code in layer] == [LAYER, BACKWARD + norm_gradients]
+        assert [0 < len(code.kernels) <= 5 for code in layer] == [True, True]
     for layer in graphs[:-1]:
         assert [len(code.calls) - others(code).total() for code in layer] == [4, 8]

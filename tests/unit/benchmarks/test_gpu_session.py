@@ -102,6 +102,7 @@ def test_selected_jobs_run_in_the_order_given() -> None:
         "mfu2-base",
     ]
     assert select(jobs, [""]) == jobs
+    assert select([job("compile"), job("compiled-layers")], ["compile"]) == [job("compile")]
     with pytest.raises(UserError, match="--only profile: no such job; the jobs are kernels, mfu-base"):
         select(jobs, ["kernels", "profile"])
 

@@ -27,14 +27,22 @@ SHAPE = {
 }
 ATTENTION_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.2}
 MODERNBERT = {"attention_dropout": 0.2, "local_attention": 16, "global_attn_every_n_layers": 2, "layer_types": None}
-LIKE_BERT = ("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta", "xlm-roberta-xl")
-CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    # type of model, changes of its config, layers whose bias and GELU are computed together
-    **{name: (name, ATTENTION_DROPOUT, LAYERS) for name in LIKE_BERT},
-    "roberta-prelayernorm": ("roberta-prelayernorm", ATTENTION_DROPOUT, 0),
-    "modernbert": ("modernbert", MODERNBERT, 0),
-    "modernbert with biases": ("modernbert", MODERNBERT | {"attention_bias": True}, 0),
-    "another activation": ("bert", ATTENTION_DROPOUT | {"hidden_act": "gelu_new"}, 0),
+LIKE_BERT = ("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta")
+# The last layer has no norm beside a residual connection: its part after attention is not the model's own `forward`.
+MODERNBERT_NORMS = {"norm_beside_residual": 2 * (LAYERS - 1) - 1}  # none before attention in the first layer
+BERT_NORMS = {"dropout_add_norm": 2 * LAYERS}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
+    # type of model, changes of its config, uses of kernels but those of attention
+    **{name: (name, ATTENTION_DROPOUT, {"bias_gelu": LAYERS} | BERT_NORMS) for name in LIKE_BERT},
+    "xlm-roberta-xl": ("xlm-roberta-xl", ATTENTION_DROPOUT, {"bias_gelu": LAYERS}),
+    "roberta-prelayernorm": ("roberta-prelayernorm", ATTENTION_DROPOUT, {}),
+    "modernbert": ("modernbert", MODERNBERT, MODERNBERT_NORMS),
+    "modernbert with biases": (
+        "modernbert",
+        MODERNBERT | {"attention_bias": True, "norm_bias": True},
+        MODERNBERT_NORMS,
+    ),
+    "another activation": ("bert", ATTENTION_DROPOUT | {"hidden_act": "gelu_new"}, BERT_NORMS),
 }
 LENGTHS = (70, 30)
 
@@ -52,13 +60,13 @@ def build(model_type: str, changes: dict[str, Any]) -> Any:
     return model.half()
 
 
-def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) -> tuple[list[str], int, int]:
-    """The gradients that differ with and without fused modules, and how often qkv attention and the kernel for bias
-    and GELU were used."""
-    from pretrain.modeling import bias_gelu, varlen_attention
+def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) -> tuple[list[str], dict[str, int]]:
+    """The gradients that differ with and without fused modules, and how often qkv attention, the kernel for bias and
+    GELU, and the one for norms were used."""
+    from pretrain.modeling import bias_gelu, fused_norm, varlen_attention
 
     model = build(model_type, changes).train(training)
-    used = {"qkv_attention": 0, "bias_gelu": 0}
+    used = {"qkv_attention": 0, "bias_gelu": 0, "dropout_add_norm": 0, "norm_beside_residual": 0}
 
     def counted(module: Any, name: str) -> Any:
         function = getattr(module, name)
@@ -79,7 +87,12 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_modules, "supports_fast_gelu", lambda _: True)
-        patch.setattr(bias_gelu, "bias_gelu", counted(bias_gelu, "bias_gelu"))
+        for module, name in (
+            (bias_gelu, "bias_gelu"),
+            (fused_norm, "dropout_add_norm"),
+            (fused_norm, "norm_beside_residual"),
+        ):
+            patch.setattr(module, name, counted(module, name))
         for fused in (False, True):
             if fused:
                 use_fused_modules(model)
@@ -96,7 +109,7 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
     # Softmax does not depend on a bias of keys, so its gradient is noise.
     names = [name for name in expected if not name.endswith("key.bias")]
     different = [name for name in names if (found[name] - expected[name]).norm() > 0.02 * expected[name].norm()]
-    return different, used["qkv_attention"], used["bias_gelu"]
+    return different, used
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -106,5 +119,6 @@ def test_modules_compute_what_those_of_the_model_do(
 ) -> None:
     """Catches a type of model whose modules do something else, one that is not recognized, and dropout in evaluation or
     none in training."""
-    model_type, changes, gelus = CASES[case]
-    assert interpreting_pools[1].run(compare, model_type, changes, training) == [([], LAYERS, gelus)]
+    model_type, changes, kernels = CASES[case]
+    used = {"qkv_attention": LAYERS, "bias_gelu": 0, "dropout_add_norm": 0, "norm_beside_residual": 0} | kernels
+    assert interpreting_pools[1].run(compare, model_type, changes, training) == [([], used)]
