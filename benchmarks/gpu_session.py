@@ -127,13 +127,10 @@ class Session:
                 outcome.status = "interrupted"
 
     def forget(self, names: Iterable[str]) -> None:
-        """Run jobs again: those whose names begin with one of these; 'failed': those that failed. Raises UserError."""
+        """Run jobs again: those that `matching` finds; 'failed': those that failed. Raises UserError."""
         for name in filter(None, names):
-            found = [
-                key
-                for key, outcome in self.outcomes.items()
-                if (outcome.has_failed if name == "failed" else key.startswith(name))
-            ]
+            failed = [key for key, outcome in self.outcomes.items() if outcome.has_failed]
+            found = failed if name == "failed" else matching(name, self.outcomes)
             if not found:
                 raise UserError(f"--again {name}: no such job in {self._state}")
             for key in found:
@@ -173,17 +170,19 @@ class Session:
             print(f"{job.name}: {outcome.summary}", flush=True)
 
 
+def matching(name: str, names: Iterable[str]) -> list[str]:
+    """Return the name if it is one of the names, else those that begin with it."""
+    names = list(names)
+    return [name] if name in names else [one for one in names if one.startswith(name)]
+
+
 def select(jobs: Iterable[Job], names: Sequence[str]) -> list[Job]:
-    """Return the jobs with these names, in this order, or where there is none the jobs with names that begin so. Raises
-    UserError if there is none either."""
-    jobs = list(jobs)
-    found = {
-        name: [job for job in jobs if job.name == name] or [job for job in jobs if job.name.startswith(name)]
-        for name in names
-    }
+    """Return the jobs that `matching` finds for these names, in this order. Raises UserError if there is none."""
+    by_name = {job.name: job for job in jobs}
+    found = {name: [by_name[key] for key in matching(name, by_name)] for name in names}
     for name, selected in found.items():
         if not selected:
-            raise UserError(f"--only {name}: no such job; the jobs are {', '.join(job.name for job in jobs)}")
+            raise UserError(f"--only {name}: no such job; the jobs are {', '.join(by_name)}")
     return list(dict.fromkeys(job for selected in found.values() for job in selected))
 
 

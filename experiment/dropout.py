@@ -129,9 +129,14 @@ def odd_numbers(values: Tensor) -> Tensor:
     return numbers | 1
 
 
+def smallest_kept(probability: float) -> int:
+    """Return the smallest product of two numbers, as int32, of an element that is kept."""
+    return round(probability * 2**32) - 2**31
+
+
 def drop(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
     """Drop values. numbers: from `odd_numbers`, for both directions."""
     columns = values.shape[-1]
     products = numbers[columns:].view(*values.shape[:-1], 1) * numbers[:columns]  # modulo 2^32
-    kept = products >= round(probability * 2**32) - 2**31
+    kept = products >= smallest_kept(probability)
     return torch.where(kept, values * (1 / (1 - probability)), 0.0)

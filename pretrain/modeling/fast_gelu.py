@@ -29,13 +29,13 @@ def use_fast_gelu(model: nn.Module) -> None:
 
 def fast_gelu(values: Tensor) -> Tensor:
     """Compute GELU in any shape. Outside of compiled code, on a CPU and in fp32 torch's own."""
-    if not supports_fast_gelu(values):
+    if not is_compiled_in_16_bit(values):
         return F.gelu(values)
     result: Tensor = Gelu.apply(values)  # type: ignore[no-untyped-call]
     return result
 
 
-def supports_fast_gelu(values: Tensor) -> bool:
+def is_compiled_in_16_bit(values: Tensor) -> bool:
     return values.is_cuda and values.element_size() == 2 and torch.compiler.is_compiling()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from pretrain.modeling.attention import Packing, Rotation, qkv_attention
-from pretrain.modeling.fast_gelu import supports_fast_gelu
+from pretrain.modeling.fast_gelu import is_compiled_in_16_bit
 
 _Output = tuple[Tensor, Tensor | None]
 _MAX_NORM_COLUMNS = 2048  # a kernel keeps sums of all columns in registers
@@ -27,7 +27,8 @@ _MAX_NORM_COLUMNS = 2048  # a kernel keeps sums of all columns in registers
 
 def use_fused_modules(model: nn.Module) -> None:
     """Let the model's modules compute parts together: query, key and value where a microbatch's `Packing` prefers
-    kernels of our own, bias and GELU in 16 bit on a GPU. Other types of modules stay as they are.
+    kernels of our own; in 16 bit on a GPU, bias and GELU, and norms and what is beside them. Other types of modules
+    stay as they are.
 
     Modules inside these are not called then: call this for layers whose parameters are gathered together.
     """
@@ -105,7 +106,7 @@ class _ModernBertAttention(nn.Module):
 
 def _fuses_norm(hidden_BWD: Tensor, norm: nn.Module) -> bool:
     fits = type(norm) is nn.LayerNorm and hidden_BWD.shape[-1] <= _MAX_NORM_COLUMNS
-    return fits and supports_fast_gelu(hidden_BWD)
+    return fits and is_compiled_in_16_bit(hidden_BWD)
 
 
 class _BertOutput(nn.Module):
@@ -141,6 +142,7 @@ class _BertFeedForwardOutput(_BertOutput):
 class _BertLayer(nn.Module):
     intermediate: nn.Module
     output: nn.Module
+    chunk_size_feed_forward = property(lambda _: 0)  # whole: chunks are computed of one tensor, with the same result
 
     def feed_forward_chunk(self, attention_output: Tensor | tuple[Tensor, ...]) -> Tensor:
         if isinstance(attention_output, Tensor):
@@ -155,16 +157,23 @@ class _ModernBertLayer(nn.Module):
     mlp_norm: nn.LayerNorm
     mlp: nn.Module
 
-    def forward(self, hidden_BWD: Tensor, *inputs: Any, **options: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_BWD: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Rotation | None = None,
+        **options: Any,
+    ) -> Tensor:
         if not _fuses_norm(hidden_BWD, self.mlp_norm):
-            return super().forward(hidden_BWD, *inputs, **options)  # type: ignore[no-any-return]
+            return super().forward(hidden_BWD, attention_mask, position_embeddings, **options)  # type: ignore[no-any-return]
         from pretrain.modeling.fused_norm import norm_beside_residual  # imports Triton
 
         if type(self.attn_norm) is nn.Identity:  # in the first layer
             normed_BWD = hidden_BWD
         else:
             normed_BWD, hidden_BWD = norm_beside_residual(hidden_BWD, self.attn_norm)  # type: ignore[arg-type]
-        attended_BWD, _ = self.attn(normed_BWD, *inputs, **options)
+        options |= {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+        attended_BWD, _ = self.attn(normed_BWD, **options)
         normed_BWD, hidden_BWD = norm_beside_residual(hidden_BWD + attended_BWD, self.mlp_norm)
         return hidden_BWD + self.mlp(normed_BWD)  # type: ignore[no-any-return]
 
@@ -176,7 +185,7 @@ class _Intermediate(nn.Module):
     intermediate_act_fn: nn.Module
 
     def forward(self, hidden_BWD: Tensor) -> Tensor:
-        if type(self.intermediate_act_fn) is not GELUActivation or not supports_fast_gelu(hidden_BWD):
+        if type(self.intermediate_act_fn) is not GELUActivation or not is_compiled_in_16_bit(hidden_BWD):
             return super().forward(hidden_BWD)  # type: ignore[no-any-return]
         from pretrain.modeling.bias_gelu import bias_gelu  # imports Triton
 

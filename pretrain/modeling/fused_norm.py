@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.library import custom_op
 
-from experiment.dropout import drop, odd_numbers
+from experiment.dropout import drop, odd_numbers, smallest_kept
 
-_PROGRAMS = 1024
+_PROGRAMS, _WARPS = 1024, 4
 # What a second gradient belongs to
 _NOTHING, _OUTPUT, _INPUT = (tl.constexpr(value) for value in range(3))
 
@@ -112,10 +112,10 @@ def _backward(
 
     mean, scale: of each row of the inputs, the scale is 1 / standard deviation.
     """
-    gradient = gradient.contiguous()
+    gradient, inputs = gradient.contiguous(), inputs.contiguous()
     other = gradient if other is None else other.contiguous()
-    assert inputs.is_contiguous()
     columns = inputs.shape[-1]
+    padded = triton.next_power_of_2(columns)
     of_inputs, of_values, sums = _allocate(inputs, numbers, parts)
     _backward_kernel[len(sums),](
         gradient,
@@ -130,15 +130,22 @@ def _backward(
         sums,
         inputs.numel() // columns,
         columns,
+        smallest_kept(dropout),
         1 / (1 - dropout),
         OTHER_OF=belongs_to,
-        DROPPED=-1 if numbers is None else round(dropout * 2**32),
+        DROPS=numbers is not None,
         PARTS=parts,
-        ROWS=4 if parts == 1 else 2,  # with 4 warps, the fastest of seven combinations on an H200
-        COLUMNS=triton.next_power_of_2(columns),
-        num_warps=4,
+        ROWS=rows_at_once(padded, parts),
+        COLUMNS=padded,
+        num_warps=_WARPS,
     )
     return of_inputs, of_values, sums
+
+
+def rows_at_once(columns: int, parts: int) -> int:
+    """Return how many rows of padded columns, a power of 2, a program computes at once: with these, it keeps them and
+    the sums of `parts` parameters in registers. Among the fastest combinations on an H200."""
+    return max(1, (4096 if parts == 1 else 2048) // columns)
 
 
 def _allocate(inputs: Tensor, numbers: Tensor | None, parts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,18 +175,22 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     sums,
     rows,
     columns,
+    smallest_kept,
     kept_scale,
     OTHER_OF: tl.constexpr,
-    DROPPED: tl.constexpr,
+    DROPS: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program computes every P-th block of rows. kept_scale: of values that dropout keeps."""
+    """A program computes every P-th block of rows.
+
+    smallest_kept: product of the numbers of a row and a column whose element dropout keeps; kept_scale: of its value.
+    """
     column = tl.arange(0, COLUMNS)
     inside = column < columns
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    if DROPPED >= 0:
+    if DROPS:
         column_numbers = tl.load(numbers + column, mask=inside, other=0)
     of_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
     of_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -205,10 +216,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         of_weight += upstream * normal
         if PARTS > 1:
             of_bias += upstream
-        if DROPPED >= 0:
+        if DROPS:
             row_numbers = tl.load(numbers + columns + row, mask=exists, other=0)
             products = row_numbers[:, None] * column_numbers[None, :]
-            result = tl.where(products >= DROPPED - 2147483648, result * kept_scale, 0.0)
+            result = tl.where(products >= smallest_kept, result * kept_scale, 0.0)
             tl.store(of_values + places, result.to(of_values.dtype.element_ty), mask=mask)
         if PARTS > 2:
             of_layer_bias += result

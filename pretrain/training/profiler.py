@@ -46,12 +46,17 @@ class StepProfiler:
             acc_events=True,  # without it, torch 2.11 warns that other cycles are not kept; there is one
         )
         self._done = False
+        self._steps = 0
         self._profile.start()
 
     def step(self) -> None:
         """Call after each step."""
-        if not self._done:
-            self._profile.step()
+        if self._done:
+            return
+        self._steps += 1
+        if self._on_gpu and self._steps in (SKIPPED, SKIPPED + PROFILED):
+            torch.cuda.synchronize()  # else kernels of the step before are counted, and some of the last one are not
+        self._profile.step()
 
     def close(self) -> None:
         """Call at the end of training."""

@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import torch
 from gpu_runs import MODEL, gpu_run
+from packaging.version import Version
 
 from pretrain.world import World
 from runs import Tree, logged, pretrain_case
 
 STEPS = 8
+# The part of the last layer is compiled again for an input that is no view: with ZeRO 3 in torch 2.11, it is one in the
+# forward pass, but not when activation checkpointing computes the layer again.
+COMPILED_AGAIN = Version(torch.__version__).release < (2, 13)
 RELATIVE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}  # fused operations round less often
 
 
@@ -34,9 +38,9 @@ def test_compiled_layers_follow_layers_as_they_are(
         tree = gpu_run(tmp_path / str(compiled), wordpiece_corpus, f"{precision}_zero{stage}", schedule__steps=STEPS)
         tree["engine"]["compile"] = compiled
         tree["model"]["activation_checkpointing"] = checkpointing
-        assert set(gpus.run(graphs_case, tree)) == {
-            ("done", 2 * compiled)
-        }  # of the layers, and of the first part of the last one
+        again = stage == 3 and checkpointing and COMPILED_AGAIN
+        graphs = 2 + again if compiled else 0  # of the layers, and of the first part of the last one
+        assert set(gpus.run(graphs_case, tree)) == {("done", graphs)}
     plain, compiled_losses = (logged(tmp_path / name) for name in ("False", "True"))
     assert compiled_losses == pytest.approx(plain, rel=RELATIVE[precision])
 

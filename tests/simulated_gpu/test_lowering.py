@@ -72,7 +72,9 @@ def test_layers_of_modernbert(device: Path) -> None:
     """Catches, for windows, rotary positions and gated linear units, the same."""
     special = {"pad_token_id": 0, "cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}
     graphs = lower(device, model_type="modernbert", num_hidden_layers=8, vocab_size=512, **special)
-    assert len(graphs) == 4  # the first layer, which has no norm, layers with a window and without one, and the last
+    assert (
+        len(graphs) == 4
+    )  # the first layer, without a norm before attention, layers with a window and without one, and the last
     for layer, norms in zip(graphs, (1, 2, 2, 0), strict=True):
         norm_gradients = Counter({"deepcloze.norm_backward.default": norms})
         assert [others(code) for code in layer] == [LAYER, BACKWARD + norm_gradients]

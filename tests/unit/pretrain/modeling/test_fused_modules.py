@@ -28,7 +28,7 @@ SHAPE = {
 ATTENTION_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.2}
 MODERNBERT = {"attention_dropout": 0.2, "local_attention": 16, "global_attn_every_n_layers": 2, "layer_types": None}
 LIKE_BERT = ("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta")
-# The last layer has no norm beside a residual connection: its part after attention is not the model's own `forward`.
+# The last layer runs the model's own `forward`, twice.
 MODERNBERT_NORMS = {"norm_beside_residual": 2 * (LAYERS - 1) - 1}  # none before attention in the first layer
 BERT_NORMS = {"dropout_add_norm": 2 * LAYERS}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
         MODERNBERT | {"attention_bias": True, "norm_bias": True},
         MODERNBERT_NORMS,
     ),
+    "chunks": ("bert", ATTENTION_DROPOUT | {"chunk_size_feed_forward": 4}, {"bias_gelu": LAYERS} | BERT_NORMS),
     "another activation": ("bert", ATTENTION_DROPOUT | {"hidden_act": "gelu_new"}, BERT_NORMS),
 }
 LENGTHS = (70, 30)
@@ -58,6 +59,27 @@ def build(model_type: str, changes: dict[str, Any]) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms that do something
     return model.half()
+
+
+def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return float((found.double() - expected.double()).norm()) <= 0.02 * float(expected.double().norm())
+
+
+def run(model: Any) -> torch.Tensor:
+    """Logits by kernels of our own."""
+    from pretrain.modeling import varlen_attention
+
+    slots = sum(LENGTHS)
+    ids = torch.randint(1, 50, (1, slots), generator=torch.Generator().manual_seed(2))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None] + 2
+    segments = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor(LENGTHS))[None]
+    bounds = torch.tensor([0, LENGTHS[0], slots], dtype=torch.int32)
+    predicted = Predicted(torch.tensor([3, 50, 71, 99]), torch.empty(1, 0, dtype=torch.long), torch.arange(4))
+    kernels = VarlenKernels(varlen_attention.varlen_attention, varlen_attention.qkv_attention)
+    packing = Packing(segments, bounds, max(LENGTHS), predicted, kernels)
+    packing.capability = (9, 0)
+    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, packing=packing).logits
+    return logits
 
 
 def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) -> tuple[list[str], dict[str, int]]:
@@ -77,17 +99,11 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
 
         return call
 
-    slots = sum(LENGTHS)
-    ids = torch.randint(1, 50, (1, slots))
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None] + 2
-    segments = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor(LENGTHS))[None]
-    bounds = torch.tensor([0, LENGTHS[0], slots], dtype=torch.int32)
-    predicted = Predicted(torch.tensor([3, 50, 71, 99]), torch.empty(1, 0, dtype=torch.long), torch.arange(4))
-    kernels = VarlenKernels(varlen_attention.varlen_attention, counted(varlen_attention, "qkv_attention"))
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_modules, "supports_fast_gelu", lambda _: True)
+        patch.setattr(fused_modules, "is_compiled_in_16_bit", lambda _: True)
         for module, name in (
+            (varlen_attention, "qkv_attention"),
             (bias_gelu, "bias_gelu"),
             (fused_norm, "dropout_add_norm"),
             (fused_norm, "norm_beside_residual"),
@@ -96,10 +112,8 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
         for fused in (False, True):
             if fused:
                 use_fused_modules(model)
-            packing = Packing(segments, bounds, max(LENGTHS), predicted, kernels)
-            packing.capability = (9, 0)
             torch.manual_seed(1)  # the same masks of dropout
-            logits = model(input_ids=ids, position_ids=positions, packing=packing).logits
+            logits = run(model)
             model.zero_grad()
             logits.float().square().sum().backward()
             gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
@@ -108,7 +122,7 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
     assert expected.keys() == found.keys()
     # Softmax does not depend on a bias of keys, so its gradient is noise.
     names = [name for name in expected if not name.endswith("key.bias")]
-    different = [name for name in names if (found[name] - expected[name]).norm() > 0.02 * expected[name].norm()]
+    different = [name for name in names if not is_close(found[name], expected[name])]
     return different, used
 
 
@@ -117,8 +131,34 @@ def compare(_: World, model_type: str, changes: dict[str, Any], training: bool) 
 def test_modules_compute_what_those_of_the_model_do(
     interpreting_pools: dict[int, RankPool], case: str, training: bool
 ) -> None:
-    """Catches a type of model whose modules do something else, one that is not recognized, and dropout in evaluation or
-    none in training."""
+    """Catches a type of model whose modules do something else, one that is not recognized, and attention dropout in
+    evaluation or none in training."""
     model_type, changes, kernels = CASES[case]
     used = {"qkv_attention": LAYERS, "bias_gelu": 0, "dropout_add_norm": 0, "norm_beside_residual": 0} | kernels
     assert interpreting_pools[1].run(compare, model_type, changes, training) == [([], used)]
+
+
+def used_dropout(_: World, training: bool) -> set[float]:
+    """The dropout before norms, of a model with 0.25."""
+    from pretrain.modeling import fused_norm
+
+    model = build("bert", {"hidden_dropout_prob": 0.25, "attention_probs_dropout_prob": 0.0}).train(training)
+    use_fused_modules(model)
+    used = set()
+    function = fused_norm.dropout_add_norm
+
+    def recorded(values: torch.Tensor, bias: torch.Tensor, dropout: float, *others: Any) -> tuple[torch.Tensor, ...]:
+        used.add(dropout)
+        return function(values, bias, dropout, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_modules, "is_compiled_in_16_bit", lambda _: True)
+        patch.setattr(fused_norm, "dropout_add_norm", recorded)
+        run(model)
+    return used
+
+
+@pytest.mark.parametrize(("training", "dropout"), [(False, 0.0), (True, 0.25)])
+def test_dropout_before_norms(interpreting_pools: dict[int, RankPool], training: bool, dropout: float) -> None:
+    """Catches dropout in evaluation, and none in training."""
+    assert interpreting_pools[1].run(used_dropout, training) == [{dropout}]

@@ -1,5 +1,6 @@
 """Norms beside residual connections, in Triton's interpreter; and compiled for several devices."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,15 @@ def check_after_dropout(_: World, dropout: float, twice: bool) -> None:
     torch.manual_seed(0)
     norm, values, residual, bias = random_norm(), draw(1, ROWS, COLUMNS), draw(1, ROWS, COLUMNS), draw(COLUMNS)
     upstreams = list(torch.randn(1 + twice, 1, ROWS, COLUMNS).half())
-    numbers = []
+    numbers, draw_numbers = [], module.odd_numbers
 
     def recorded(like: Tensor) -> Tensor:
-        numbers.append(module_numbers(like))
+        numbers.append(draw_numbers(like))
         return numbers[-1]
 
-    module_numbers, module.odd_numbers = module.odd_numbers, recorded
-    outputs = module.dropout_add_norm(values, bias, dropout, residual, norm, twice)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "odd_numbers", recorded)
+        outputs = module.dropout_add_norm(values, bias, dropout, residual, norm, twice)
     found = gradients(outputs, [values, residual, bias, norm.weight, norm.bias], upstreams)
 
     exact: list[Any] = [tensor.detach().double().requires_grad_() for tensor in (values, residual, bias)]
@@ -115,20 +117,21 @@ def compile_kernel(_: World, capability: int, dtype: str, cache: Path) -> list[s
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from pretrain.modeling.fused_norm import _backward_kernel
+    from pretrain.modeling.fused_norm import _WARPS, _backward_kernel, rows_at_once
 
-    kinds = {"numbers": "*i32", "rows": "i32", "columns": "i32", "kept_scale": "fp32"}
+    kinds = {"numbers": "*i32", "kept_scale": "fp32"} | dict.fromkeys(("rows", "columns", "smallest_kept"), "i32")
     kinds |= dict.fromkeys(("means", "scales", "sums"), "*fp32")
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(cache))
-        for other_of, dropped, parts in ((1, 2**28, 3), (2, -1, 1)):
-            constants = {"OTHER_OF": other_of, "DROPPED": dropped, "PARTS": parts, "ROWS": 2, "COLUMNS": 1024}
+        for (other_of, drops, parts), columns in itertools.product(((1, True, 3), (2, False, 1)), (1024, 2048)):
+            constants = {"OTHER_OF": other_of, "DROPS": drops, "PARTS": parts}
+            constants |= {"ROWS": rows_at_once(columns, parts), "COLUMNS": columns}
             names = [name for name in _backward_kernel.arg_names if name not in constants]
             signature = {name: kinds.get(name, f"*{dtype}") for name in names} | dict.fromkeys(constants, "constexpr")
             source = ASTSource(_backward_kernel, signature=signature, constexprs=constants)
             target = GPUTarget("cuda", capability, 32)
-            compiled.append(set(compile(source, target=target, options={"num_warps": 4}).asm))
+            compiled.append(set(compile(source, target=target, options={"num_warps": _WARPS}).asm))
     return compiled
 
 

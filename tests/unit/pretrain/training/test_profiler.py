@@ -8,6 +8,7 @@ import torch
 from torch.autograd import DeviceType
 
 from pretrain.engine.phases import PREFIX
+from pretrain.training import profiler as profiler_module
 from pretrain.training.profiler import (
     PROFILED,
     SKIPPED,
@@ -176,3 +177,19 @@ def test_nothing_is_recorded_after_the_end(tmp_path: Path, steps: int) -> None:
     profile_steps(tmp_path / "profile", steps)
     assert not torch.autograd._profiler_enabled()
     assert (tmp_path / "profile").exists() == (steps >= SKIPPED + PROFILED)
+
+
+def test_a_gpu_finishes_its_work_before_and_after_the_profiled_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches kernels of the step before in the profile, which the GPU still computes when the host goes on."""
+    calls: list[str] = []
+    recorder = SimpleNamespace(start=lambda: None, step=lambda: calls.append("step"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(profiler_module, "profile", lambda **_: recorder)
+    profiler = StepProfiler(tmp_path)
+    for _ in range(SKIPPED + PROFILED + 1):
+        profiler.step()
+    before = ["step"] * (SKIPPED - 1)
+    assert calls == [*before, "wait", "step", *["step"] * (PROFILED - 1), "wait", "step", "step"]
