@@ -16,7 +16,8 @@ from runs import sampled
 pytest.importorskip("triton")
 
 COLUMNS = 48  # not a power of 2
-ROWS = 9_001  # more than all programs compute at once, and not a multiple of their rows
+PROGRAMS = 3  # the interpreter takes milliseconds for each
+ROWS = 301  # more than these compute at once, and not a multiple of their rows
 
 
 def compare(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
@@ -53,9 +54,10 @@ def check_after_dropout(_: World, dropout: float, twice: bool) -> None:
         return numbers[-1]
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PROGRAMS", PROGRAMS)
         patch.setattr(module, "odd_numbers", recorded)
         outputs = module.dropout_add_norm(values, bias, dropout, residual, norm, twice)
-    found = gradients(outputs, [values, residual, bias, norm.weight, norm.bias], upstreams)
+        found = gradients(outputs, [values, residual, bias, norm.weight, norm.bias], upstreams)
 
     exact: list[Any] = [tensor.detach().double().requires_grad_() for tensor in (values, residual, bias)]
     weights = [parameter.detach().double().requires_grad_() for parameter in norm.parameters()]
@@ -64,7 +66,7 @@ def check_after_dropout(_: World, dropout: float, twice: bool) -> None:
         (of_all,) = numbers
         assert bool((of_all % 2 == 1).all())
         kept = module.drop(torch.ones(1, ROWS, COLUMNS), of_all, dropout).double()
-        assert abs(float((kept == 0).double().mean()) - dropout) < 0.01
+        assert abs(float((kept == 0).double().mean()) - dropout) < 0.03
     shifted = exact[0] + exact[2] - exact[2].detach()  # values include the bias
     output = F.layer_norm(shifted * kept + exact[1], (COLUMNS,), *weights)
     compare(gradients((output,) * (1 + twice), exact + weights, upstreams), found)
@@ -77,12 +79,15 @@ def test_norm_after_dropout(interpreting_pools: dict[int, RankPool], dropout: fl
 
 
 def check_beside_residual(_: World, bias: bool) -> None:
-    from pretrain.modeling.fused_norm import norm_beside_residual
+    from pretrain.modeling import fused_norm as module
 
     torch.manual_seed(0)
     norm, values = random_norm(bias), draw(1, ROWS, COLUMNS)
     upstreams = list(torch.randn(2, 1, ROWS, COLUMNS).half())
-    found = gradients(norm_beside_residual(values, norm), [values, *norm.parameters()], upstreams)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PROGRAMS", PROGRAMS)
+        outputs = module.norm_beside_residual(values, norm)
+        found = gradients(outputs, [values, *norm.parameters()], upstreams)
     exact = values.detach().double().requires_grad_()
     weights = [parameter.detach().double().requires_grad_() for parameter in norm.parameters()]
     output = F.layer_norm(exact, (COLUMNS,), *weights)
@@ -103,8 +108,10 @@ def check_operator(_: World) -> None:
     rows = torch.randn(2, 40)
     inputs = (values[2], *rows, torch.randn(20).half())
     numbers = torch.randint(-(2**31), 2**31, (60,), dtype=torch.int32) | 1
-    torch.library.opcheck(module._backward, (values[0], values[1], 1, *inputs, numbers, 0.1, 3))
-    torch.library.opcheck(module._backward, (values[0], None, 0, *inputs, None, 0.0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PROGRAMS", PROGRAMS)
+        torch.library.opcheck(module._backward, (values[0], values[1], 1, *inputs, numbers, 0.1, 3))
+        torch.library.opcheck(module._backward, (values[0], None, 0, *inputs, None, 0.0, 1))
 
 
 def test_operator_can_be_compiled(interpreting_pools: dict[int, RankPool]) -> None:
