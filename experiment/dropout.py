@@ -130,12 +130,12 @@ def odd_numbers(values: Tensor) -> Tensor:
 
 
 def smallest_kept(probability: float) -> int:
-    """Return the smallest product of two numbers, as int32, of an element that is kept."""
+    """Return the threshold in int32: an element is kept if the product of its two numbers is at least this."""
     return round(probability * 2**32) - 2**31
 
 
 def drop(values: Tensor, numbers: Tensor, probability: float) -> Tensor:
-    """Drop values. numbers: from `odd_numbers`, for both directions."""
+    """Zero elements and scale the others up. numbers: from `odd_numbers`, the same in the backward pass."""
     columns = values.shape[-1]
     products = numbers[columns:].view(*values.shape[:-1], 1) * numbers[:columns]  # modulo 2^32
     kept = products >= smallest_kept(probability)

@@ -13,6 +13,6 @@
 - small_embeddings: gradients of tables of a few rows
 - structure: the repeated layers, the layer of each parameter, FLOPs of a step
 - compiled_layers: `torch.compile` of the layers; fast_gelu, bias_gelu: their activation
-- fused_modules: modules of transformers' models whose parts are computed together; fused_norm: norms and what is
-  beside them
+- fused_modules: modules of transformers' models whose parts are computed together; fused_norm: layer norms and
+  their residual connections
 """

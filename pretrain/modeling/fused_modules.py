@@ -5,7 +5,7 @@
   weights are parameters of three modules where the model has three. They are concatenated in each pass, which is a
   thousandth of the product.
 - The bias and GELU of the feed-forward layer: see `pretrain.modeling.bias_gelu`.
-- Layer norms, with the dropout and residual connections beside them: see `pretrain.modeling.fused_norm`.
+- Layer norms, dropout and residual connections: see `pretrain.modeling.fused_norm`.
 
 Shapes: B rows, W slots, J = 3, H heads, D dimensions of a head.
 """
@@ -27,8 +27,8 @@ _MAX_NORM_COLUMNS = 2048  # a kernel keeps sums of all columns in registers
 
 def use_fused_modules(model: nn.Module) -> None:
     """Let the model's modules compute parts together: query, key and value where a microbatch's `Packing` prefers
-    kernels of our own; in 16 bit on a GPU, bias and GELU, and norms and what is beside them. Other types of modules
-    stay as they are.
+    kernels of our own; in 16 bit on a GPU, bias and GELU, and layer norms with their residual connections. Other types
+    of modules are not changed.
 
     Modules inside these are not called then: call this for layers whose parameters are gathered together.
     """
@@ -130,7 +130,7 @@ class _BertOutput(nn.Module):
 
 
 class _BertAttentionOutput(_BertOutput):
-    """Its layer computes a product of the first output, and passes the second one on."""
+    """Returns its output twice: for the feed-forward layer and for the residual connection."""
 
     twice = True
 
@@ -142,7 +142,7 @@ class _BertFeedForwardOutput(_BertOutput):
 class _BertLayer(nn.Module):
     intermediate: nn.Module
     output: nn.Module
-    chunk_size_feed_forward = property(lambda _: 0)  # whole: chunks are computed of one tensor, with the same result
+    chunk_size_feed_forward = property(lambda _: 0)  # transformers cannot split a tuple; the result is the same
 
     def feed_forward_chunk(self, attention_output: Tensor | tuple[Tensor, ...]) -> Tensor:
         if isinstance(attention_output, Tensor):

@@ -1,8 +1,8 @@
-"""Layer norm and the residual connection beside it: a Triton kernel for their backward pass.
+"""Layer norm with its residual connection: a Triton kernel for the backward pass.
 
-The kernel reads each tensor once. It adds the gradient of the residual connection, repeats the dropout before the norm,
-and sums the gradients of the norm's parameters and of the bias of the layer before the dropout. Inductor writes two to
-four kernels, which read most of these tensors again.
+The kernel reads each tensor once. It adds the gradient of the residual connection, applies the mask of the preceding
+dropout, and sums the gradients of the norm's parameters and of the preceding layer's bias. Inductor generates two to
+four kernels that read most of these tensors again.
 
 Importing this module imports Triton. Its interpreter (`TRITON_INTERPRET=1`) runs the kernel on a CPU.
 
@@ -20,7 +20,7 @@ from torch.library import custom_op
 from experiment.dropout import drop, odd_numbers, smallest_kept
 
 _PROGRAMS, _WARPS = 1024, 4
-# What a second gradient belongs to
+# The tensor that the second gradient, `other`, is the gradient of
 _NOTHING, _OUTPUT, _INPUT = (tl.constexpr(value) for value in range(3))
 
 
@@ -31,7 +31,7 @@ def dropout_add_norm(
 
     Args:
         values: a layer's output, [..., N] in 16 bit.
-        layer_bias: of this layer, which gets a gradient. The layer has to leave it without one (`detach`).
+        layer_bias: [N], the bias of this layer. Its gradient is computed here: pass `bias.detach()` to the layer.
         dropout: a probability less than 1.
     """
     parameters = (layer_bias, norm.weight, norm.bias, norm.eps)
@@ -40,7 +40,7 @@ def dropout_add_norm(
 
 
 def norm_beside_residual(values: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Return `norm(values)`, and the values, for the residual connection around what follows. 16 bit."""
+    """Return `norm(values)`, and the values for the residual connection. values: [..., N] in 16 bit."""
     output, residual = _NormBesideResidual.apply(values, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
     return output, residual
 
@@ -143,8 +143,11 @@ def _backward(
 
 
 def rows_at_once(columns: int, parts: int) -> int:
-    """Return how many rows of padded columns, a power of 2, a program computes at once: with these, it keeps them and
-    the sums of `parts` parameters in registers. Among the fastest combinations on an H200."""
+    """Return the number of rows that a program processes at once, such that they and the sums fit into registers. Tuned
+    on an H200.
+
+    columns: with padding, a power of 2; parts: as for `_backward`.
+    """
     return max(1, (4096 if parts == 1 else 2048) // columns)
 
 

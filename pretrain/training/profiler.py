@@ -55,7 +55,7 @@ class StepProfiler:
             return
         self._steps += 1
         if self._on_gpu and self._steps in (SKIPPED, SKIPPED + PROFILED):
-            torch.cuda.synchronize()  # else kernels of the step before are counted, and some of the last one are not
+            torch.cuda.synchronize()  # the host runs ahead: kernels of the previous step would be counted
         self._profile.step()
 
     def close(self) -> None:

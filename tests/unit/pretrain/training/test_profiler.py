@@ -179,10 +179,10 @@ def test_nothing_is_recorded_after_the_end(tmp_path: Path, steps: int) -> None:
     assert (tmp_path / "profile").exists() == (steps >= SKIPPED + PROFILED)
 
 
-def test_a_gpu_finishes_its_work_before_and_after_the_profiled_steps(
+def test_the_gpu_is_synchronized_before_and_after_the_profiled_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Catches kernels of the step before in the profile, which the GPU still computes when the host goes on."""
+    """Catches a profile that includes kernels of the previous step, because the host runs ahead of the GPU."""
     calls: list[str] = []
     recorder = SimpleNamespace(start=lambda: None, step=lambda: calls.append("step"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
