@@ -12,6 +12,10 @@ from pretrain.cleaning.step import Document, DocumentStep, Verdict
 if TYPE_CHECKING:
     from datatrove.pipeline.formatters import PIIFormatter
 
+# An address has at most 64 characters before its @ (RFC 5321). Without this limit the pattern looks for an @ from each
+# word to the end of a text such as "a.a.a.…", which takes quadratic time.
+_LOCAL_PART_FOLLOWS = r"(?=[^@\s]{1,64}@)"
+
 
 class Config(Section):
     """Replace email addresses and public IP addresses."""
@@ -38,8 +42,9 @@ class Step(DocumentStep[Config]):
         from datatrove.pipeline.formatters import PIIFormatter
 
         formatter = PIIFormatter(**self.config.model_dump())
+        emails = formatter.emails_replacer
         # For ASCII, a Chinese character is the border of a word.
-        formatter.emails_replacer.regex = re.compile(formatter.emails_replacer.regex.pattern, re.ASCII)
+        emails.regex = re.compile(_LOCAL_PART_FOLLOWS + emails.regex.pattern, re.ASCII)
         return formatter
 
     def apply(self, document: Document) -> Verdict | None:

@@ -90,6 +90,12 @@ def test_tags_of_a_large_text_take_linear_time(repeated: str) -> None:
     assert apply("html_tags", text)[0] == ""
 
 
+@pytest.mark.parametrize("repeated", ["a.", "a@", "a@a.", "@", "1."])
+def test_addresses_of_a_large_text_take_linear_time(repeated: str) -> None:
+    """Catches a page that a worker searches for hours."""
+    assert apply("pii", repeated * 200_000 + " !")[0] in ("", "masked")
+
+
 def test_words_of_a_list_are_found(tmp_path: Path) -> None:
     """Catches words inside others, case, and phrases."""
     (tmp_path / "words").write_text("# comment\nass\nbad phrase\n")
