@@ -40,8 +40,8 @@ _SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_
 def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
     """Load a tokenizer for masked-LM pretraining, see `load_any_tokenizer`.
 
-    Raises UserError also for one that is not backed by the tokenizers library, or lacks a special token that masked-LM
-    pretraining needs.
+    Raises UserError also for one that is not backed by the tokenizers library, lacks a special token that masked-LM
+    pretraining needs, or has no token of its own for masks.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +50,9 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
         raise UserError(
             f"tokenizer: {path} holds a {type(tokenizer).__name__}, which cannot be converted to a tokenizer.json"
         )
+    for role in ("cls_token", "sep_token", "pad_token", "unk_token"):
+        if getattr(tokenizer, role) == tokenizer.mask_token:
+            raise UserError(f"tokenizer: {path} has one token, {tokenizer.mask_token}, as mask_token and {role}")
     return tokenizer
 
 

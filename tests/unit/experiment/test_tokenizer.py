@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models
 from transformers import BertConfig
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_any_tokenizer, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from experiment.tokenizer import BERT_TOKENS, load_any_tokenizer, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -96,4 +96,14 @@ def test_special_tokens_are_needed_only_where_they_are_asked_for(tmp_path: Path)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
     assert load_any_tokenizer(tmp_path, needed=("pad_token",)).pad_token_id == 0
     with pytest.raises(UserError, match="has no cls_token, sep_token, mask_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_mask_is_no_other_special_token(tmp_path: Path) -> None:
+    """Catches masked tokens that the model takes for padding."""
+    tokens = [*(token for token in BERT_TOKENS.values() if token != "[MASK]"), "a"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**BERT_TOKENS, "mask_token": "[PAD]"}))
+    with pytest.raises(UserError, match=r"has one token, \[PAD\], as mask_token and pad_token"):
         load_tokenizer(tmp_path)
