@@ -133,7 +133,7 @@ class MaskFiller:
         """Return the text before, between and behind the masks. Raises UserError if there is none."""
         segments = text.split(self.mask)
         if len(segments) == 1:
-            raise UserError(f"{place}: no {self.mask} to fill")
+            raise UserError(f"{place}: no {self.mask} to fill{cloze.full_width_advice(self.mask, text)}")
         return segments
 
     def option_record(self, text: str, options: Sequence[Sequence[str]], place: str) -> Record:

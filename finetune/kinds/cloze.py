@@ -2,6 +2,7 @@
 
 import string
 import threading
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -202,6 +203,7 @@ class Kind(TaskKind[Config]):
             raise UserError(
                 f"{record.place}: {counts[0]} blanks '{_BLANK}' in the article, {counts[1]} lists of options and "
                 f"{counts[2]} answers; expected one or more, and as many of each"
+                + full_width_advice(_BLANK, _BLANK.join(segments))
             )
         if letters is None:
             return segments, options, None
@@ -353,6 +355,12 @@ def _excerpt(segments: Sequence[str], blank: int) -> str:
     """Return the words around a blank, which is longer than other blanks in them."""
     before, after = (_BLANK.join(part).split() for part in (segments[: blank + 1], segments[blank + 1 :]))
     return " ".join([*before[-_EXCERPT_WORDS:], 3 * _BLANK, *after[:_EXCERPT_WORDS]])
+
+
+def full_width_advice(mark: str, text: str) -> str:
+    """Return advice for a text whose marks may have full-width characters, as Chinese input methods write them."""
+    found = unicodedata.normalize("NFKC", text).count(mark) - text.count(mark)
+    return f"; it has {found} in full-width characters: write '{mark}' in ASCII" if found > 0 else ""
 
 
 def _mask_id(encoder: Encoder) -> int:

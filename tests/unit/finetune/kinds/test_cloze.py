@@ -196,6 +196,7 @@ def test_binary_scoring_weighs_every_option(encoder: Path) -> None:
         ({"answers": ["A", "B"]}, r"3 lists of options and 2 answers"),
         ({"answers": ["A", "C", "C"]}, r"f:1, blank 2: unknown answer 'C'; known: A, B"),
         ({"article": "word0", "options": [], "answers": []}, r"0 blanks"),
+        ({"article": "word0 _ ＿ ＿ word1"}, r"1 blanks .*; it has 2 in full-width characters: write '_' in ASCII"),
     ],
 )
 def test_mistakes_are_named(encoder: Path, values: dict[str, Any], message: str) -> None:
