@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import fire
 
@@ -75,6 +76,10 @@ def _run_command(argv: Sequence[str]) -> None:
     elif is_help_request(argv):
         print(help_text(argv, COMMANDS, ABOUT, width=terminal_width()))
     else:
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            raise UserError("the working directory does not exist any more; change to another one") from None
         name, options = parse_command_line(argv, COMMANDS)
         fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
 

@@ -132,6 +132,8 @@ def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str,
         scores = deepcloze.evaluate("runs/mine", ["corpora/books-heldout"])
         print(scores["books-heldout"].loss)
     """
+    if not isinstance(checkpoint, str | Path):
+        raise UserError(f"evaluate: 'checkpoint': expected a folder or the name of a model, found {checkpoint!r}")
     if isinstance(corpora, str | Path):
         raise UserError(f"evaluate: 'corpora': expected a list of folders, found one: [{str(corpora)!r}]")
     from launcher.hosts.machine import launch_machine

@@ -287,3 +287,12 @@ def test_report_prints_the_path(
 def test_every_resumable_command_exists() -> None:
     """Catches a command that was renamed, and whose message after Ctrl-C no longer says how to resume."""
     assert set(RESUMABLE) <= set(COMMANDS)
+
+
+def test_a_deleted_working_directory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Catches a traceback without the name of a file."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["status", "runs/mine"]) == 2
+    assert "the working directory does not exist any more" in capsys.readouterr().err

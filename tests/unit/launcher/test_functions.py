@@ -66,6 +66,10 @@ def test_unknown_names_are_rejected() -> None:
     ("call", "message"),
     [
         (
+            lambda: deepcloze.evaluate(None, ["corpora/books"]),  # type: ignore[arg-type]
+            "evaluate: 'checkpoint': expected a folder or the name of a model, found None",
+        ),
+        (
             lambda: deepcloze.evaluate("runs/mine", "corpora/books"),
             "evaluate: 'corpora': expected a list of folders, found one: ['corpora/books']",
         ),
