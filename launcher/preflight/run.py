@@ -185,7 +185,8 @@ def preflight_table(
     """
     failed = [host for host in answers if problems[host]]
     shown = failed if only_failed else list(answers)
-    rows = [_row(host, answers[host], problems) for host in shown]
+    timed = {} if measured is None else slots
+    rows = [_row(host, answers[host], problems, is_timed=host in timed) for host in shown]
     parts = [_aligned([["host", *_CHECKS], *rows])] if rows else []
     for host in failed:
         for problem in problems[host]:
@@ -197,11 +198,11 @@ def preflight_table(
     return "\n".join(parts)
 
 
-def _row(host: str, answer: Answer, problems: Problems) -> list[str]:
+def _row(host: str, answer: Answer, problems: Problems, is_timed: bool) -> list[str]:
     failed = {problem.check for problem in problems[host]}
     if isinstance(answer, Unreachable):
         return [host, *(_FAILED if check in failed else _UNKNOWN for check in _CHECKS)]
-    values = _values(answer)
+    values = _values(answer) | ({} if is_timed else {"speed": "-"})
     return [host, *(_FAILED if check in failed else values.get(check, _OK) for check in _CHECKS)]
 
 

@@ -158,6 +158,7 @@ def test_a_row_for_each_host_and_a_fix_for_each_problem(answer: Callable[..., Ho
     assert second.count("FAILED") == 2
     assert second[header.index("clock") :].startswith("FAILED")
     assert second[header.index("disk") :].startswith("FAILED")
+    assert first.endswith("ok")
     assert third.split()[:3] == ["node-10", "FAILED", "?"]
     assert rest[:6] == [
         "node-2: clock: an hour ahead",
@@ -179,3 +180,9 @@ def test_before_a_launch_healthy_hosts_need_no_row(answer: Callable[..., HostAns
     assert table(answer, only_failed=True).splitlines()[1].startswith("node-2")
     healthy = preflight_table({"node-1": answer()}, {"node-1": []}, {"node-1": (0,)}, None, only_failed=True)
     assert healthy == "preflight: 1 of 1 host passed"
+
+
+def test_a_host_that_was_not_timed_is_not_fast(answer: Callable[..., HostAnswer]) -> None:
+    """Catches a speed that is ok although nothing was measured, as for a single rank."""
+    table = preflight_table({"node-1": answer()}, {"node-1": []}, {"node-1": (0,)}, None, only_failed=False)
+    assert table.splitlines()[1].split()[-1] == "-"
