@@ -2,11 +2,12 @@
 
     python -m benchmarks.busy_machine [--beside 0,1,2,4] [--seconds 1.2] [--rounds 3] [--commands finetune,serve]
 
-A small model is fine-tuned, pretrained by one rank and by as many as there are cores, evaluated, predicts and serves.
-Each command runs once with each setting; all but one are stopped. In windows of `seconds` that alternate between the
-settings, one of them continues beside so many endless loops in Python, each in a session of its own, as if other users
-had started them. Start-up is not measured. Prints the medians of units per second (updates, batches or requests), and
-the speed compared with torch's defaults on the idle machine. Takes 15 minutes on two cores.
+A small model is fine-tuned, pretrained by one rank and by as many as there are cores, evaluated, predicts, and serves
+as many clients as there are cores. Each command runs once with each setting, or as several processes; all but one
+setting are stopped. In windows of `seconds` that alternate between the settings, one of them continues beside so many
+endless loops in Python, each in a session of its own, as if other users had started them. Start-up is not measured.
+Prints the medians of units per second (updates, batches or requests), and the speed compared with torch's defaults on
+the idle machine. Takes 15 minutes on two cores.
 """
 
 import http.client
@@ -38,6 +39,7 @@ from launcher.hosts.probe import cpu_cores
 
 CORES = cpu_cores()
 TORCH = "torch's defaults"
+PROCESSES = "a process of one thread on each core"
 SETTINGS: dict[str, dict[str, str]] = {
     TORCH: {"GOMP_SPINCOUNT": "300000"},  # of GNU's OpenMP
     "deepcloze": {},
@@ -45,6 +47,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread less": {"OMP_NUM_THREADS": str(max(1, CORES - 1))},
+    PROCESSES: {"OMP_NUM_THREADS": "1"},
 }
 _FOREVER = 1_000_000_000  # steps
 _TEXTS = 8  # of a request
@@ -53,8 +56,8 @@ _SETTLE_SECONDS = 1.0  # deepcloze notices within a quarter of a second that cor
 _PATIENCE_SECONDS = 2.0  # for a unit that takes longer than a window
 
 
-Start = Callable[[Path, Mapping[str, str]], "subprocess.Popen[bytes]"]
-"""Starts a command, with a new folder and more environment variables."""
+Start = Callable[[Path, Mapping[str, str], int], "subprocess.Popen[bytes]"]
+"""Starts a command, with a new folder, more environment variables, and the number of its clients if it serves."""
 
 
 @dataclass(frozen=True)
@@ -140,26 +143,28 @@ def _commands(inputs: Inputs) -> dict[str, Command]:
 
 
 def _in_folder(*arguments: str) -> Start:
-    return lambda folder, variables: _start((*_DEEPCLOZE, *arguments, f"--run.dir={folder / 'run'}"), folder, variables)
+    argv = (*_DEEPCLOZE, *arguments)
+    return lambda folder, variables, _: _start((*argv, f"--run.dir={folder / 'run'}"), folder, variables)
 
 
 def _repeated(*arguments: str) -> Start:
     """Run a command again and again, in one process."""
     work = (*module_command("benchmarks.busy_machine"), "--work")
-    return lambda folder, variables: _start((*work, str(folder), *arguments), folder, variables)
+    return lambda folder, variables, _: _start((*work, str(folder), *arguments), folder, variables)
 
 
 def _served(*arguments: str) -> Start:
-    """Start a server, and a client in this process that waits for each answer."""
+    """Start a server, and clients in this process that wait for each answer."""
 
-    def start(folder: Path, variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    def start(folder: Path, variables: Mapping[str, str], clients: int) -> "subprocess.Popen[bytes]":
         process = _start((*_DEEPCLOZE, *arguments), folder, variables)
         output = folder / "output"
         while not (line := output.read_text().partition("\n")[0]).startswith("http"):
             assert process.poll() is None, output.read_text()
             time.sleep(0.05)
         port = int(line.split()[0].rpartition(":")[2])
-        threading.Thread(target=_ask, args=(port, folder / "units"), daemon=True).start()
+        for _ in range(clients):
+            threading.Thread(target=_ask, args=(port, folder / "units"), daemon=True).start()
         return process
 
     return start
@@ -241,27 +246,33 @@ def _measure(
     """Units per second in each window, by setting and number of busy processes."""
     rates: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as started:
-        processes = {}
+        processes: dict[str, list[tuple[subprocess.Popen[bytes], Path]]] = {}
         for place, (name, variables) in enumerate(settings.items()):
             of_setting = folder / str(place)
-            process = command.start(of_setting, variables)
-            started.callback(_kill, process)
-            while sum(path.read_bytes().count(b"\n") for path in of_setting.glob(command.files)) < _WARM_UP:
-                assert process.poll() is None, (of_setting / "output").read_text()
-                time.sleep(0.05)
-            processes[name] = (process, of_setting)
-            _signal(process, signal.SIGSTOP)
+            copies = CORES if name == PROCESSES else 1
+            processes[name] = []
+            for copy in range(copies):
+                of_copy = of_setting / str(copy)
+                process = command.start(of_copy, variables, CORES // copies)
+                started.callback(_kill, process)
+                while sum(path.read_bytes().count(b"\n") for path in of_copy.glob(command.files)) < _WARM_UP:
+                    assert process.poll() is None, (of_copy / "output").read_text()
+                    time.sleep(0.05)
+                processes[name].append((process, of_copy))
+                _signal(process, signal.SIGSTOP)
         for number, round_number in itertools.product(numbers, range(rounds)):
             names = list(processes)[:: 1 if round_number % 2 else -1]
             for each in busy[:number]:
                 each.send_signal(signal.SIGCONT)
             for name in names:
-                process, of_setting = processes[name]
-                _signal(process, signal.SIGCONT)
+                for process, _ in processes[name]:
+                    _signal(process, signal.SIGCONT)
                 try:
-                    rate = sum(_rate(path, seconds) for path in of_setting.glob(command.files))
+                    files = [path for _, of_copy in processes[name] for path in of_copy.glob(command.files)]
+                    rate = sum(_rate(path, seconds) for path in files)
                 finally:
-                    _signal(process, signal.SIGSTOP)
+                    for process, _ in processes[name]:
+                        _signal(process, signal.SIGSTOP)
                 rates.setdefault((name, number), []).append(rate)
             for each in busy[:number]:
                 each.send_signal(signal.SIGSTOP)
