@@ -7,7 +7,7 @@ from experiment.config import load_config
 from experiment.decontamination import EvaluationText, decontamination_of, texts_digest
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
-from finetune.data.records import Table, read_table
+from finetune.data.records import Table, TurnJoiner, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.task_kind import find_kind
 
@@ -37,8 +37,9 @@ def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
 def texts_of(task: TaskConfig) -> list[EvaluationText]:
     """Return the texts of the validation and test splits. Without a validation file, of the part of the training split
     that fine-tuning draws. Raises UserError for files that cannot be read."""
+    joiner = None if task.dialogue is None else TurnJoiner(task.dialogue, separator=None)
     tables: dict[str, Table] = {
-        split: read_table(Path(path), task.columns, task.file_format(), targets_required=False)
+        split: read_table(Path(path), task.columns, task.file_format(), split == "train", joiner)
         for split, path in task.files().items()
         if split != "train" or (task.validation is None and task.is_trained)
     }
@@ -51,6 +52,6 @@ def texts_of(task: TaskConfig) -> list[EvaluationText]:
         EvaluationText(split, record.place, text)
         for split, table in tables.items()
         for record in table.records
-        for text in kind.evaluated_texts(record)
+        for text in (*record.values.get("previous", ()), *kind.evaluated_texts(record))
         if text.strip()
     ]

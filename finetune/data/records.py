@@ -55,11 +55,16 @@ class TurnJoiner:
     """Puts the previous turns of a dialogue before the texts."""
 
     context: DialogueContext
-    separator: str  # of turns
+    separator: str | None  # of turns; None: `text` stays as it is, and `previous` has the turns in columns of their own
 
     def join(self, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Record]:
         turns = [record.values for record in _records(rows, self.context, True, "task.dialogue")]
         self._check_order(records, turns)
+        if self.separator is None:
+            for record, turn in zip(records, turns, strict=True):
+                previous = turn.get("previous", [])
+                yield Record(record.place, {**record.values, "previous": previous}, turn.get("group"))
+            return
         texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
         for record, turn, text in zip(records, turns, texts, strict=True):
             yield Record(record.place, {**record.values, "text": text}, turn.get("group"))

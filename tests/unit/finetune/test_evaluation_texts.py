@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiment.config import load_config
 from experiment.decontamination import texts_digest
@@ -11,7 +12,8 @@ from experiment.errors import UserError
 from experiment.provenance import write_origin
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
-from finetune.evaluation_texts import contamination_warnings, evaluation_texts
+from finetune.evaluation_texts import contamination_warnings, evaluation_texts, texts_of
+from finetune.splits import read_splits
 
 
 def write(folder: Path, name: str, *lines: str) -> Path:
@@ -50,6 +52,40 @@ def test_without_a_validation_file_the_drawn_part_counts(tmp_path: Path) -> None
     found = evaluation_texts(config(tmp_path, "train"))
     assert {text.split for text in found} == {"validation"}
     assert len(found) == 8
+
+
+def dialogue_config(folder: Path, dialogue: dict[str, object]) -> FinetuneConfig:
+    task = {
+        "columns": {"text": "a", "label": "label"},
+        "special_tokens_in_text": True,
+        "train": str(folder / "train.tsv"),
+    }
+    tree = {"run": {"dir": "r"}, "model": {"init_from": "m"}, "task": {**task, "dialogue": dialogue}}
+    return load_config(FinetuneConfig, write(folder, "task.yaml", yaml.safe_dump(tree)))
+
+
+def test_the_drawn_dialogues_are_the_ones_of_fine_tuning(tmp_path: Path, encoder: Path) -> None:
+    """Catches turns that are drawn one by one, so that other ones than the evaluated turns leave the corpus."""
+    turns = (f"text {number}\t{number % 2}\t{number // 4}" for number in range(120))
+    write(tmp_path, "train.tsv", "a\tlabel\tgroup", *turns)
+    task = dialogue_config(tmp_path, {"group": "group", "turns": 1}).task
+    drawn = read_splits(task, encoder)["validation"].records
+    assert {text.place for text in texts_of(task)} == {record.place for record in drawn}
+    assert all(text.text.count("text") == 1 for text in texts_of(task))
+
+
+def test_previous_turns_in_columns_are_evaluated_too(tmp_path: Path) -> None:
+    turns = (f"text {number}\t{number % 2}\tbefore {number}" for number in range(40))
+    write(tmp_path, "train.tsv", "a\tlabel\tp", *turns)
+    found = [text.text.partition(" ") for text in texts_of(dialogue_config(tmp_path, {"previous": ["p"]}).task)]
+    assert {number for word, _, number in found if word == "before"} == {n for word, _, n in found if word == "text"}
+
+
+def test_training_rows_without_labels_are_reported(tmp_path: Path) -> None:
+    """Catches a traceback of `deepcloze clean` for a misspelled column."""
+    write(tmp_path, "train.tsv", "a\tb\tlabels", *(f"text {number}\tx\t0" for number in range(40)))
+    with pytest.raises(UserError, match=r"train\.tsv:1: no column 'label'"):
+        evaluation_texts(config(tmp_path, "train"))
 
 
 def test_a_corpus_that_was_not_decontaminated_is_named(tmp_path: Path) -> None:
