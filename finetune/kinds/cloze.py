@@ -161,9 +161,7 @@ class Kind(TaskKind[Config]):
         room = encoder.room()
         first, *others = (segment.rstrip() for segment in segments)
         segment_ids = [*encoder.ids_of_texts([first]), *encoder.ids_of_continuations(others)]
-        # Tokenizers that tell the start of a word by the space before it need that space.
-        found = iter(encoder.ids_of_texts([f" {option}" for row in options for option in row]))
-        option_ids = [[next(found)[: room // 2] for _ in row] for row in options]
+        option_ids = [[ids[: room // 2] for ids in row] for row in _option_ids(segments, options, encoder)]
         fillings = self._fillings(option_ids, answers if training else None, encoder)
         examples = []
         for blank, ids in enumerate(option_ids):
@@ -349,6 +347,26 @@ class Kind(TaskKind[Config]):
                 zip(prediction["answers"], prediction["probabilities"], strict=True)
             )
         ]
+
+
+def _option_ids(
+    segments: Sequence[str], options: Sequence[Sequence[str]], encoder: Encoder
+) -> Iterator[list[list[int]]]:
+    """Yield the tokens of the options of each blank, as they are in a text that has them: after a space or not.
+
+    Tokenizers that tell the start of a word by the space before it would give a space of its own to an option that
+    follows a quotation mark, or Chinese.
+    """
+    before = segments[:-1]
+    spaces = [" " if text[-1:].isspace() else "" for text in before]
+    continued = [
+        not space and bool(number or text) for number, (text, space) in enumerate(zip(before, spaces, strict=True))
+    ]
+    blanks = list(zip(spaces, continued, options, strict=True))
+    found = iter(encoder.ids_of_texts([f"{space}{text}" for space, after, row in blanks if not after for text in row]))
+    found_after = iter(encoder.ids_of_continuations([text for _, after, row in blanks if after for text in row]))
+    for _, after, row in blanks:
+        yield [next(found_after if after else found) for _ in row]
 
 
 def _excerpt(segments: Sequence[str], blank: int) -> str:

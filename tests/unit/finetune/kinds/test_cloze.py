@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertForMaskedLM
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import RobertaProcessing
+from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from experiment.config import build_config
 from experiment.errors import UserError
@@ -341,3 +343,22 @@ def test_a_model_without_a_masked_lm_head_is_refused(exam: dict[str, Any], encod
     exam["model"]["init_from"] = str(tmp_path / "headless")
     with pytest.raises(UserError, match=r"headless: its weights lack cls\.predictions.*, and the task is not trained"):
         run(build_config(FinetuneConfig, exam, {}))
+
+
+@pytest.mark.parametrize("article", ['he said "_ is red"', "Paris _ red", "_ is red", "the(_) red"])
+def test_options_have_the_tokens_that_they_have_in_a_text(tmp_path: Path, article: str) -> None:
+    """Catches a space before an option that the text does not have, which byte-level BPE gives a token of its own."""
+    special = {role: f"<{role}>" for role in ("cls_token", "sep_token", "pad_token", "unk_token", "mask_token")}
+    words = ["Paris", "London", "said", "red", "is", "he", "the"]
+    lines = [f'{word} {word} ({word}) "{word}"' for word in words]
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(9 * lines, vocab_size=400, min_frequency=1, special_tokens=[*special.values()])
+    ends = [(special[role], tokenizer.token_to_id(special[role])) for role in ("sep_token", "cls_token")]
+    tokenizer.post_processor = RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special).save_pretrained(tmp_path)
+    encode = make(tmp_path)
+    values = {"article": article, "options": [["Paris", "London"]]}
+    asked = kind(scoring="multiple_choice").expand(Record("f:1", values), encode, False)
+    found = [sequence.input_ids.tolist()[1:-1] for sequence in asked[0].sequences]
+    natural = [article.replace("_", option) for option in ("Paris", "London")]
+    assert found == [encode.ids(text) for text in natural]
