@@ -67,7 +67,7 @@ def run_comparison(plan: ComparePlan) -> None:
             row: [
                 cell
                 for task, run in row_runs.items()
-                if states[run.name] == DONE
+                if states[run.name] == DONE or (plan.grid and _has_best(runs.run_folder(run)))
                 for cell in _read_cell(task, runs.run_folder(run), plan.grid)
             ]
             for row, row_runs in plan.cells.items()
@@ -76,8 +76,17 @@ def run_comparison(plan: ComparePlan) -> None:
         _write_tables(runs.folder, cells, test_rows(cells), failed)
 
 
+def _has_best(sweep: RunFolder) -> bool:
+    """Return whether some runs of a sweep are done, although others failed."""
+    try:
+        return read_json(sweep.path / SWEEP_RECORD)["best"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
-    """Return the scores of a finished cell for each labelled test split; on validation if there is none.
+    """Return the scores of a finished cell for each test split that has the task's metric; on validation if there is
+    none.
 
     grid: whether the folder holds a sweep. Raises UserError for a damaged file.
     """
@@ -91,7 +100,8 @@ def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
             folder, chosen = RunFolder(cell / best), sweep["runs"][best]["values"]
             path = folder.results
         results = read_json(path)
-        splits = [split for split in results["splits"] if split not in _FITTED_ON] or ["validation"]
+        scored = [split for split, scores in results["splits"].items() if results["metric"] in scores]
+        splits = [split for split in scored if split not in _FITTED_ON] or ["validation"]
         columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}
         return [_scores(column, folder, split, chosen, results) for column, split in columns.items()]
     except (OSError, ValueError, KeyError, TypeError) as error:

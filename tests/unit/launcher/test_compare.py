@@ -86,7 +86,10 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str,
         if key in finished and not run.folder.path.exists():
             shutil.copytree(finished[key], run.folder.path)
             return DONE
-        code = main(run.argv[4:])
+        try:
+            code = main(run.argv[4:])
+        except SystemExit:
+            code = 1
         if code == 0:
             finished[key] = shutil.copytree(run.folder.path, copy)
         return DONE if code == 0 else f"failed (exit code {code})"
@@ -300,6 +303,35 @@ def test_a_grid_is_chosen_by_validation(
     assert cell["folder"] == f"ours/toy/{best}"
     assert cell["chosen"] == {"training.lr": best.removeprefix("lr=")}
     assert cell["mean"] == scores[best]["test"]["accuracy"]["mean"]
+
+
+def test_a_point_of_a_grid_that_fails_leaves_the_others(
+    write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
+) -> None:
+    """Catches a row that is missing in the tables because one learning rate diverged."""
+    rows = {"ours": {"init_from": str(encoder)}}
+    file = write_files(rows=rows, grid="training.lr=1e-2,1e30", seeds=[1])
+    task = tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("epochs: 2", "epochs: 2\n  grad_clip: 0"))
+    with pytest.raises(SystemExit, match="1 of 1 runs failed: ours/toy"):
+        main(["compare", str(file)])
+    assert read_tables(tmp_path / "compare")["ours"]["toy"]["chosen"] == {"training.lr": "1e-2"}
+    assert "| ours/toy | failed (exit code 1) |" in (tmp_path / "compare" / "compare.md").read_text()
+
+
+def test_a_task_that_cannot_be_scored_is_rejected(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches hours of training whose tables cannot be written."""
+    file, task = write_files(), tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("epochs: 2", "epochs: 2\n  fit_on: train+validation"))
+    (tmp_path / "test.csv").write_text("text\nba\n")
+    assert main(["compare", str(file)]) == 2
+    assert (
+        "toy.yaml: nothing to score: expected a validation split, or a test split with labels"
+        in capsys.readouterr().err
+    )
+    assert not started
 
 
 def test_a_cell_that_fails_leaves_the_others(
