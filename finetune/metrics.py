@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ _TEMPERATURES = (0.05, 20.0)
 _TINY = 1e-37  # least probability: its logarithm is finite
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
 _ROUNDING = 1e-9  # largest error of a sum of right answers
+_CACHED_ANSWERS = 1 << 18  # pairs of answers that are compared once: a bootstrap draws them a thousand times
 _ROWS = 256  # of a matrix of similarities that are computed at once
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
@@ -353,12 +355,14 @@ def _entity_tags(sentences: Tags, labels: Sequence[str]) -> list[list[str]]:
     return [list(map(entity_tag, tags)) for tags in sentences]
 
 
+@lru_cache(_CACHED_ANSWERS)
 def exact_match(found: str, right: str) -> bool:
     """Return whether two answers have the same words, as the script of SQuAD (Rajpurkar et al. 2016) compares them:
     without case, punctuation and articles."""
     return _words(found) == _words(right)
 
 
+@lru_cache(_CACHED_ANSWERS)
 def word_f1(found: str, right: str) -> float:
     """Return F1 of the words of an answer, as the script of SQuAD counts them."""
     words, right_words = _words(found), _words(right)

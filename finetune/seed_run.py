@@ -33,6 +33,7 @@ _COMPLETE = "COMPLETE"  # written last into a seed's folder
 _EVALUATIONS = "evaluations"  # folder of the models of all evaluations
 _CHECKSUMS = ("data.", "encoder.")
 _SMALL_MODEL = 30_000_000  # parameters
+_CONFUSION_LABELS = 1000  # whose counts are kept: files of more would have tens of megabytes
 
 
 def finished_seeds(
@@ -194,7 +195,11 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
         epochs=[_epoch_row(epoch, run.task.metric) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},
         intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
-        confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
+        confusion={
+            split: matrix.tolist()
+            for split, matrix in confusion.items()
+            if matrix is not None and len(matrix) <= _CONFUSION_LABELS
+        },
         label_scores={split: scores for split, scores in label_scores.items() if scores},
         collapsed=[split for split, found in labelled.items() if kind.is_collapsed(*found)],
         temperature=temperature,

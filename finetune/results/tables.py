@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiment.formatting import UNKNOWN
+
 _LABELS = 30  # more are in results.json only
 _CONFUSIONS = 3
 _TITLES = {"steps": "step", "train_loss": "train loss", "validation_loss": "valid. loss"}
@@ -21,12 +23,13 @@ Describe = Callable[[Any], str]
 def print_scores(
     title: str, splits: Mapping[str, Mapping[str, Any]], metric: str | None, describe: Describe = "{:.4f}".format
 ) -> None:
-    """Print a row for each metric, a column for each split. metric: the one to mark, if any."""
+    """Print a row for each metric, a column for each split. Splits may have different ones. metric: the one to mark, if
+    any."""
     if not splits:
         return
     table = _table(title, *splits)
-    for name in next(iter(splits.values())):
-        cells = [describe(scores[name]) for scores in splits.values()]
+    for name in dict.fromkeys(name for scores in splits.values() for name in scores):
+        cells = [describe(scores[name]) if name in scores else UNKNOWN for scores in splits.values()]
         table.add_row(f"{name} *" if name == metric else name, *cells)
     Console(markup=False, emoji=False).print(table)
 

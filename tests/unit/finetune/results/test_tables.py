@@ -32,6 +32,15 @@ def test_the_legend_fits_the_table(
     assert ("95 % confidence interval" in out) == (interval is not None)
 
 
+def test_splits_may_have_different_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback after the training of pairs that are validated by scores."""
+    splits = {"train": {"mrr": {"mean": 0.5, "std": None}}, "validation": {"spearman": {"mean": 0.25, "std": None}}}
+    print_results({**results([], 1), "splits": splits}, Path("results.json"))
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["mrr", "0.5000", "–"] in rows
+    assert ["spearman", "–", "0.2500"] in rows
+
+
 def test_the_results_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a mean, a deviation and a count of seeds where there is one seed, and a legend below another table."""
     scores = {name: {"mean": 0.25, "std": None} for name in ("precision", "recall", "f1")}
