@@ -72,14 +72,17 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
 
 
 def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:
-    """Return the kind of a task, with its labels. Raises UserError if there is only one, or if a needed split is
-    missing."""
+    """Return the kind of a task, with its labels: of the training split, and of a validation split that was drawn from
+    it. Raises UserError if there is only one, or if a needed split is missing."""
     if "train" not in tables and task.is_trained:
         raise UserError(f"task.train is missing: tasks of kind '{task.kind}' are trained")
     kind = find_kind(task.kind)
     if task.labels is not None or "train" not in tables:
         return kind(task, task.labels or ())
-    return kind(task, kind.find_labels(task, tables["train"]))
+    train = tables["train"]
+    if task.validation is None and "validation" in tables:
+        train = replace(train, records=(*train.records, *tables["validation"].records))
+    return kind(task, kind.find_labels(task, train))
 
 
 def make_task(
@@ -163,11 +166,14 @@ def split_off(table: Table, columns: Columns, share: float, seed: int) -> tuple[
 
 def related_records(records: Sequence[Record], columns: Columns) -> list[list[int]]:
     """Return the numbers of records that belong together, in order: turns of a dialogue, and records with the same
-    context (a column of type CONTEXT), such as the questions on a text. Any other record is alone."""
+    context (a column of type CONTEXT), such as the questions on a text. Any other record is alone, also one whose
+    context is empty."""
     shared = columns.roles(CONTEXT)
     units: dict[Hashable, list[int]] = {}
     for index, record in enumerate(records):
-        units.setdefault(record.group or _values(record, shared) or index, []).append(index)
+        context = _values(record, shared)
+        has_context = any(text.strip() for text in context)
+        units.setdefault(record.group or (context if has_context else index), []).append(index)
     return list(units.values())
 
 

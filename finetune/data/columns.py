@@ -41,9 +41,8 @@ def _read_text(cell: object) -> str:
 
 
 def _read_label(cell: object) -> str | None:
-    if isinstance(cell, float) and not cell.is_integer():
-        raise ValueError("; for regression set task.kind: regression")
-    return _read_id(cell)
+    """Read an id, or a fraction, which needs `task.labels` as in CSV files."""
+    return repr(cell) if isinstance(cell, float) and not cell.is_integer() else _read_id(cell)
 
 
 def _read_id(cell: object) -> str | None:
@@ -67,14 +66,25 @@ def _read_group(cell: object) -> str | None:
 
 
 def _read_texts(cell: object) -> list[str]:
+    """Read a list of texts, or of cells of several columns, in which null is an empty text."""
     cell = _parse_json(cell)
-    if isinstance(cell, list) and all(isinstance(text, str) for text in cell):
-        return cell
+    if isinstance(cell, list) and all(isinstance(text, str | None) for text in cell):
+        return [text or "" for text in cell]
     raise ValueError(
         ""
         if isinstance(cell, list)
         else "; for texts in several columns, list their names; in one cell, write a JSON list"
     )
+
+
+def _read_choices(cell: object) -> list[str]:
+    """Read texts without empty ones at the end, as rows with fewer choices than columns have them."""
+    texts = _read_texts(cell)
+    while texts and not texts[-1].strip():
+        del texts[-1]
+    if not all(text.strip() for text in texts):
+        raise ValueError("; a choice before the last one is empty")
+    return texts
 
 
 def _read_negatives(cell: object) -> list[str]:
@@ -202,6 +212,7 @@ IdColumn = Annotated[Name, CellType("text or a whole number", _read_id)]
 OrderColumn = Annotated[Name, CellType("a number", _read_number)]
 GroupColumn = Annotated[Name | tuple[Name, ...], CellType("text or a whole number", _read_group)]
 TextsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_texts)]  # or one column for each
+ChoicesColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_choices)]  # the same
 WordsColumn = Annotated[Name, CellType("a list of words, or words separated by spaces", _read_sentence)]
 ChoiceColumn = Annotated[Name, CellType("the right choice", _read_label, target=True)]
 LabelsColumn = Annotated[Name, CellType("a list of labels, or text", _read_labels, target=True)]

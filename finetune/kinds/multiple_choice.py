@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from experiment.errors import UserError
-from finetune.data.columns import ChoiceColumn, Columns, ContextColumn, TextColumn, TextsColumn
+from finetune.data.columns import ChoiceColumn, ChoicesColumn, Columns, ContextColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
@@ -29,7 +29,7 @@ class MultipleChoiceColumns(Columns):
     """Column with the right choice: its number from 0 or from 1, its letter, or its text. All rows use the same of
     these; `task.labels` names the first, second, … choice if it is not clear which."""
 
-    choices: TextsColumn = "choices"
+    choices: ChoicesColumn = "choices"
     """Column with a list of choices, in CSV as JSON; or a list of columns with one choice each."""
 
     question: TextColumn | None = "question"
@@ -184,7 +184,7 @@ class Kind(TaskKind[Config]):
 
     def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
         """Questions about one context are not independent."""
-        contexts = [record.values.get("context", record.place) for record in records]
+        contexts = [record.values.get("context", "").strip() or record.place for record in records]
         return {"accuracy": accuracy_interval(_right(records, predictions), contexts)}
 
 

@@ -6,11 +6,12 @@ import pytest
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn
 from finetune.data.records import Record, Table
+from finetune.kinds import multi_label
 from finetune.kinds.classification import ClassificationColumns
 from finetune.kinds.multiple_choice import MultipleChoiceColumns
 from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.kinds.regression import RegressionColumns
-from finetune.splits import split_off
+from finetune.splits import make_kind, related_records, split_off
 
 TEXTS = ClassificationColumns()
 
@@ -84,6 +85,21 @@ def test_questions_on_one_text_stay_together() -> None:
     assert len(validation) == 8
     contexts = [{record.values["context"] for record in split.records} for split in (train, validation)]
     assert not contexts[0] & contexts[1]
+
+
+def test_questions_without_a_text_are_not_related() -> None:
+    """Catches a validation split with all rows whose context is empty, or with none of them."""
+    rows = table(*({"context": "" if number % 2 else str(number), "question": str(number)} for number in range(80)))
+    assert related_records(rows.records, QuestionAnsweringColumns()) == [[number] for number in range(80)]
+
+
+def test_labels_of_a_drawn_validation_split_are_known() -> None:
+    """Catches a rare label of the training file that is unknown because its row was drawn for validation."""
+    config = multi_label.Config(train="f.jsonl")
+    train, drawn = table({"text": "a", "labels": ["x", "y"]}), table({"text": "b", "labels": ["z"]})
+    assert make_kind(config, {"train": train, "validation": drawn}).labels == ("x", "y", "z")
+    given = config.model_copy(update={"validation": "v.jsonl"})
+    assert make_kind(given, {"train": train, "validation": drawn}).labels == ("x", "y")
 
 
 def test_too_few_rows_are_rejected() -> None:

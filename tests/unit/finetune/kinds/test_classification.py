@@ -79,6 +79,15 @@ def test_fractions_are_no_labels() -> None:
     assert make_kind(listed, {"train": table("0.5", "1.0")}).labels == ("0.5", "1.0")
 
 
+def test_fractions_in_json_are_like_fractions_in_csv(tmp_path: Path) -> None:
+    """Catches listed labels that only CSV files may have."""
+    (tmp_path / "f.jsonl").write_text('{"sentence1": "a", "label": 0.5}\n{"sentence1": "b", "label": 1.0}\n')
+    found = read_table(tmp_path / "f.jsonl", CONFIG.columns)
+    assert [record.values["label"] for record in found.records] == ["0.5", "1"]
+    with pytest.raises(UserError, match=r"f\.jsonl:1: the label 0\.5 is a fraction; for regression"):
+        Kind.find_labels(CONFIG, found)
+
+
 @pytest.mark.parametrize("other", ["joy", "2"])
 def test_a_number_and_its_text_with_a_point_are_not_two_labels(tmp_path: Path, other: str) -> None:
     """Catches one class that becomes two, because its label is 1.0 in a part of the rows and "1.0" in others; versions

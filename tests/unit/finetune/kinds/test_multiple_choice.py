@@ -1,3 +1,5 @@
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig
-from finetune.data.records import Record, Table
+from finetune.data.records import Record, Table, read_table
 from finetune.data_report import data_warnings
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
@@ -191,3 +193,27 @@ def test_choices_can_be_calibrated(labels: tuple[str, ...]) -> None:
     outputs = [np.log(np.array(row, dtype=np.float32)) for row in ([0.1, 0.2, 0.3, 0.4], [0.7, 0.3])]
     predictions = [kind.decode(one, [], [row]) for one, row in zip(records, outputs, strict=True)]
     assert np.exp(-kind.classified(records, predictions).losses) == pytest.approx([0.4, 0.7])
+
+
+def test_rows_may_have_fewer_choices_than_columns(tmp_path: Path) -> None:
+    """Catches an empty cell that is scored as a choice, and null that is refused."""
+    columns = MultipleChoiceColumns(choices=("a", "b", "c"))
+    (tmp_path / "f.csv").write_text("question,a,b,c,label\nq,x,y,,1\nq,x,y,z,2\n")
+    rows = [{"question": "q", "a": "x", "b": "y", "c": each, "label": 1} for each in (None, "z")]
+    (tmp_path / "f.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for name in ("f.csv", "f.jsonl"):
+        found = read_table(tmp_path / name, columns).records
+        assert [record.values["choices"] for record in found] == [["x", "y"], ["x", "y", "z"]]
+    (tmp_path / "f.csv").write_text("question,a,b,c,label\nq,x,,z,1\n")
+    with pytest.raises(UserError, match="a choice before the last one is empty"):
+        read_table(tmp_path / "f.csv", columns)
+
+
+def test_questions_without_a_context_are_independent() -> None:
+    """Catches an interval of hundreds of questions as if they were about one text."""
+    rows = [
+        Record(f"f:{n}", {"context": "", "question": str(n), "choices": ["a", "b"], "label": "a"}) for n in range(40)
+    ]
+    found = [{"label": "ab"[number % 2]} for number in range(40)]
+    alone = [replace(row, values={name: row.values[name] for name in row.values if name != "context"}) for row in rows]
+    assert Kind(config(), ()).intervals(rows, found) == Kind(config(), ()).intervals(alone, found)
