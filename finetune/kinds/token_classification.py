@@ -88,7 +88,8 @@ class Kind(TaskKind[Config]):
         """Return the tags of the training split, sorted."""
         labels = sorted({tag for record in train.records for tag in record.values["tags"]})
         if len(labels) < 2:
-            raise UserError(f"{train.path}: every word has the tag '{labels[0]}'; expected two or more tags")
+            found = f"every word has the tag '{labels[0]}'" if labels else "no words"
+            raise UserError(f"{train.path}: {found}; expected two or more tags")
         return tuple(labels)
 
     def describe(self, train: Table) -> list[str]:

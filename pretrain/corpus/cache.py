@@ -1,10 +1,11 @@
 """Copies of corpora on a local disk, one for all ranks of a host: `corpus.cache`.
 
-    CACHE/FINGERPRINT/NAME/    the copy of a corpus folder
-    CACHE/FINGERPRINT/.lock    locked by a process that copies the corpus or uses the copy; its time is the last use
+    CACHE/DIGEST/NAME/    the copy of a corpus folder; the digest is of its fingerprint and name
+    CACHE/DIGEST/.lock    locked by a process that copies the corpus or uses the copy; its time is the last use
 
 A copy is complete when all its shards have the sizes of the manifest, because each file is complete or does not exist.
-An interrupted copy continues, at the byte where it was interrupted.
+An interrupted copy continues, at the byte where it was interrupted. The files beside the shards, such as manifest and
+tokenizer, may change without another fingerprint: they are compared, and written again, at every use.
 """
 
 import fcntl
@@ -16,11 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
-
 from experiment.errors import UserError, describe_disk_error
-from experiment.files import cache_folder
-from experiment.storage import Download, download, download_files, is_url, join, list_files, read_bytes
+from experiment.files import atomic_write, cache_folder, json_digest
+from experiment.storage import Download, download_files, is_url, join, list_files, read_bytes
 from pretrain.config import CorpusConfig
 from pretrain.corpus.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
 from pretrain.corpus.reader import Corpus, open_corpus
@@ -48,7 +47,8 @@ class CorpusCache:
 
     def folder_of(self, source: str, manifest: Manifest) -> Path:
         """Return the folder of a corpus's copy."""
-        return self.folder / manifest.fingerprint[:16] / Path(source).name
+        name = Path(source).name
+        return self.folder / json_digest([manifest.fingerprint, name])[:16] / name
 
     def locate(self, sources: Sequence[str]) -> dict[str, Path]:
         """Return the folder to open for each corpus: its copy, which is made if it is missing.
@@ -84,15 +84,19 @@ class CorpusCache:
         lock = os.open(folder.parent / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         os.utime(lock)
         try:
-            self._copy_locked(lock, source, manifest, folder)
+            description = _read_description(source, manifest)
+            self._copy_locked(lock, source, manifest, description, folder)
         except BaseException as error:
             if isinstance(error, CacheFullError | OSError) and not is_url(source):
                 shutil.rmtree(folder, ignore_errors=True)  # it will not be continued
             os.close(lock)
             raise
         self._locks.append(lock)
+        _write_description(description, folder)
 
-    def _copy_locked(self, lock: int, source: str, manifest: Manifest, folder: Path) -> None:
+    def _copy_locked(
+        self, lock: int, source: str, manifest: Manifest, description: Mapping[str, bytes], folder: Path
+    ) -> None:
         """Wait until the copy is complete and `lock` is shared."""
         announced = False
         while True:
@@ -100,7 +104,7 @@ class CorpusCache:
                 return
             # A lock that is not granted is lost, so two processes cannot wait for each other.
             if _granted(lock, fcntl.LOCK_EX):
-                self._copy(source, manifest, folder)
+                self._copy(source, manifest, description, folder)
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 return
             if _locked_copy(lock, folder):  # in use, perhaps on a host with another name
@@ -111,17 +115,17 @@ class CorpusCache:
             self.on_progress()
             time.sleep(_POLL_SECONDS)
 
-    def _copy(self, source: str, manifest: Manifest, folder: Path) -> None:
+    def _copy(self, source: str, manifest: Manifest, description: Mapping[str, bytes], folder: Path) -> None:
         url = source if is_url(source) else f"file://{Path(source).absolute()}"
-        sizes = _sizes(source, manifest)
-        self._make_space(sizes, folder)
+        shards = {shard.file: shard.bytes for shard in manifest.shards}
+        self._make_space(shards | {name: len(content) for name, content in description.items()}, folder)
         log.info("copying %s to %s", source, folder)
-        digests = {shard.file: shard.sha256 for shard in manifest.shards}
-        files = [Download(join(url, name), folder / name, size, digests.get(name)) for name, size in sizes.items()]
-        files.sort(key=lambda file: file.path.name == MANIFEST)  # last
+        files = [
+            Download(join(url, shard.file), folder / shard.file, shard.bytes, shard.sha256) for shard in manifest.shards
+        ]
         label = f"copying {Path(source).name} to {self.folder}"
-        download_files(files[:-1], label, on_progress=self.on_progress, show_progress=self.show_progress)
-        download(*files[-1])
+        download_files(files, label, on_progress=self.on_progress, show_progress=self.show_progress)
+        _write_description(description, folder)
 
     def _make_space(self, sizes: Mapping[str, int], folder: Path) -> None:
         """Delete the copies that were not used for longest if the limit says so. Raises CacheFullError."""
@@ -162,10 +166,7 @@ def open_metadata(source: str) -> Corpus:
     manifest = _read_manifest(source)
     folder = _user_cache().folder_of(source, manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / ".description"):
-        for name, size in _sizes(source, manifest).items():
-            if not name.endswith(".arrow") and not (folder / name).exists():
-                download(join(source, name), folder / name, size)
+    _write_description(_read_description(source, manifest), folder)
     return Corpus(folder, manifest)
 
 
@@ -183,16 +184,26 @@ def _read_manifest(source: str) -> Manifest:
     return parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
 
 
-def _sizes(source: str, manifest: Manifest) -> dict[str, int]:
-    """Return the size of each file of a corpus, by its path in the folder."""
+def _read_description(source: str, manifest: Manifest) -> dict[str, bytes]:
+    """Return the content of all files of a corpus but its shards, by their paths in the folder."""
+    shards = {shard.file for shard in manifest.shards}
     if is_url(source):
         start = len(source.rstrip("/")) + 1
-        found = {name[start:]: info.size for name, info in list_files(source).items()}
-    else:
-        folder = Path(source)
-        found = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    shards = {shard.file: shard.bytes for shard in manifest.shards}
-    return shards | {name: size for name, size in found.items() if name not in shards and not _is_left_out(name)}
+        names = [url[start:] for url in list_files(source)]
+        return {name: read_bytes(join(source, name)) for name in names if name not in shards and not _is_left_out(name)}
+    folder = Path(source)
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if name not in shards and not _is_left_out(name)}
+
+
+def _write_description(description: Mapping[str, bytes], folder: Path) -> None:
+    """Write the files that are missing or differ, the manifest last. Other processes may read them, or do the same."""
+    for name in sorted(description, key=lambda name: name == MANIFEST):
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != description[name]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(description[name])
 
 
 def _is_left_out(name: str) -> bool:

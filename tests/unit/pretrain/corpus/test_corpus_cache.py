@@ -78,6 +78,37 @@ def test_what_is_complete_is_not_copied_again(stored: str, tmp_path: Path, monke
     assert [name for name in opened if name.endswith("@0")] == []
 
 
+def test_one_corpus_under_two_names(wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a process that waits for itself: the copy of the first name is locked."""
+    (tmp_path / "latest").symlink_to(wordpiece_corpus)
+    sources = [str(wordpiece_corpus), str(tmp_path / "latest")]
+    calls: list[None] = []
+    cache = CorpusCache(
+        tmp_path / "cache", on_progress=lambda: calls.append(None) if len(calls) < 20 else pytest.fail()
+    )
+    found = cache.locate(sources)
+    assert [found[source].name for source in sources] == [wordpiece_corpus.name, "latest"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "url", "metadata"])
+def test_files_beside_the_shards_are_current(wordpiece_corpus: Path, tmp_path: Path, kind: str) -> None:
+    """Catches an old tokenizer in the copy, and the rest of a longer file that is appended to an older one."""
+    folder = tmp_path / "text"
+    shutil.copytree(wordpiece_corpus, folder)
+    source = str(folder) if kind == "folder" else f"file://{folder}"
+    for change in ("", " ", "\n  \n", ""):
+        (folder / "tokenizer" / "tokenizer.json").write_text(
+            (wordpiece_corpus / "tokenizer" / "tokenizer.json").read_text() + change
+        )
+        if kind == "metadata":
+            copy = open_metadata(source).path
+        else:
+            cache = CorpusCache(tmp_path / "cache")
+            copy = cache.locate([source])[source]
+            cache.release()
+        assert (copy / "tokenizer" / "tokenizer.json").read_text().endswith("}" + change)
+
+
 def test_a_damaged_copy_is_copied_again(stored: str, tmp_path: Path) -> None:
     """Catches a copy that stays damaged, so that no run can use the host."""
     cache = CorpusCache(tmp_path)
