@@ -120,12 +120,15 @@ def resolve(
             tokenizer.cls_token,
         )
     if config.masking.unit != "token":
-        _check_word_boundaries(config.masking.unit, corpora, vocabulary)
+        all_corpora = [*(given.corpus for given in corpora), *held_out.values()]
+        _check_word_boundaries(config.masking.unit, all_corpora, vocabulary)
     model_config = resolve_model_config(model_source, tokenizer)
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
     _check_batches(config, max_positions(skeleton), vocabulary, world_size)
-    identity = run_identity(config, model_config.to_dict(), [(c.corpus.fingerprint, c.weight) for c in corpora])
+    fingerprints = [(given.corpus.fingerprint, given.weight) for given in corpora]
+    affixes = (vocabulary.prefix, vocabulary.suffix)
+    identity = run_identity(config, model_config.to_dict(), fingerprints, affixes)
     return ResolvedRun(
         config=config,
         folder=folder,
@@ -243,9 +246,9 @@ def _unique_names(corpora: Sequence[str]) -> list[str]:
     return names
 
 
-def _check_word_boundaries(unit: str, corpora: Sequence[TrainingCorpus], vocabulary: Vocabulary) -> None:
+def _check_word_boundaries(unit: str, corpora: Sequence[Corpus], vocabulary: Vocabulary) -> None:
     """Raise UserError where word boundaries are unknown; warn of text that seems to be written without spaces."""
-    for corpus in (given.corpus for given in corpora):
+    for corpus in corpora:
         if vocabulary.word_boundaries is None:
             raise UserError(
                 f"masking.unit is '{unit}', but the tokenizer of {corpus.path} does not mark word boundaries as "

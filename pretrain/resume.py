@@ -33,11 +33,13 @@ from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 log = logging.getLogger(__name__)
 
 # Keys that determine which sequences are in a batch.
+_SPECIAL_TOKENS = "corpus.special_tokens"
 _STREAM = (
     "run.seed",
     "batch.sequences",
     "batch.max_seq_length",
     "corpus.train",
+    _SPECIAL_TOKENS,
     "schedule.batch_warmup_steps",
     "schedule.stages",
 )
@@ -257,11 +259,16 @@ def check_fork_length(plan: ResumePlan, steps: int | None) -> None:
 
 
 def run_identity(
-    config: PretrainConfig, model_config: Mapping[str, Any], corpora: Sequence[tuple[str, float]]
+    config: PretrainConfig,
+    model_config: Mapping[str, Any],
+    corpora: Sequence[tuple[str, float]],
+    special_tokens: tuple[Sequence[int], Sequence[int]],
 ) -> dict[str, Any]:
     """Return the identity of a run: its config, with model, corpora and stages as they resolve.
 
-    `corpora`: fingerprint and weight of each training corpus.
+    Args:
+        corpora: fingerprint and weight of each training corpus.
+        special_tokens: before and after the text of a sequence, which leave it less room.
     """
     plain = {key: value for key, value in flatten(config).items() if not key.startswith(_BY_CONTENT)}
     ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")
@@ -269,6 +276,7 @@ def run_identity(
     stages = [[stage.first_step, stage.max_seq_length, stage.sequences] for stage in config.stages]
     resolved = {
         "corpus.train": [list(corpus) for corpus in corpora] if len(corpora) > 1 else corpora[0][0],
+        _SPECIAL_TOKENS: [list(ids) for ids in special_tokens],
         "schedule.stages": stages if config.schedule.stages else [],
         "schedule.steps": config.schedule.known_steps,
     }
@@ -277,7 +285,8 @@ def run_identity(
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     old, new = with_defaults(flatten(before), PretrainConfig), with_defaults(flatten(now), PretrainConfig)
-    keys = sorted((old.keys() | new.keys()) - _NO_EFFECT)
+    ignored = _NO_EFFECT | ({_SPECIAL_TOKENS} - old.keys())  # older identities do not have them
+    keys = sorted((old.keys() | new.keys()) - ignored)
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 

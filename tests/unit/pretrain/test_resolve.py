@@ -43,6 +43,18 @@ def test_word_masking_warns_of_text_without_spaces(
     assert ("--segmenter jieba" in caplog.text) == warned
 
 
+def test_held_out_text_without_spaces_is_warned_of_too(
+    tmp_path: Path, wordpiece: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a held-out loss of masked characters that is compared with one of masked words."""
+    (tmp_path / "s.txt").write_text("你好世界今天天气\n", encoding="utf-8")
+    build_corpus(CorpusOptions(source=tmp_path / "s.txt", tokenizer=wordpiece, output=tmp_path / "held", workers=1))
+    corpora = {"train": str(wordpiece_corpus), "eval": {"held": str(tmp_path / "held")}}
+    with caplog.at_level(logging.WARNING):
+        resolve(config_of(tmp_path / "run", wordpiece_corpus, corpus=corpora, masking={"unit": "word"}), 1)
+    assert f"{tmp_path / 'held'} has" in caplog.text
+
+
 @pytest.mark.parametrize(("text", "warned"), [("你好 世界", True), ("de fi go lu mar nes", False)])
 def test_unknown_tokens_are_warned_of(
     tmp_path: Path, wordpiece: Path, caplog: pytest.LogCaptureFixture, text: str, warned: bool

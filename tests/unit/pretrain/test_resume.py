@@ -30,13 +30,16 @@ STAGES = [{"steps": 3, "max_seq_length": 64}, {"sequences": 32}]
 
 
 def identity(
-    model: dict[str, Any] = MODEL, corpora: tuple[tuple[str, float], ...] = (("f1", 1.0),), **changes: Any
+    model: dict[str, Any] = MODEL,
+    corpora: tuple[tuple[str, float], ...] = (("f1", 1.0),),
+    special_tokens: tuple[tuple[int, ...], tuple[int, ...]] = ((2,), (3,)),
+    **changes: Any,
 ) -> dict[str, Any]:
     tree: dict[str, Any] = {**CONFIG, "schedule": {"steps": 10}}
     for dotted, value in changes.items():
         section, _, key = dotted.partition("__")
         tree[section] = tree.get(section, {}) | {key: value}
-    return run_identity(build_config(PretrainConfig, tree), model, corpora)
+    return run_identity(build_config(PretrainConfig, tree), model, corpora, special_tokens)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ def identity(
         (identity(optimizer__name="lamb"), "optimizer.name"),
         (identity(corpora=(("f2", 1.0),)), "corpus.train"),
         (identity(corpora=(("f1", 1.0), ("f2", 1.0))), "corpus.train"),
+        (identity(special_tokens=((), ())), "corpus.special_tokens"),
         (identity(schedule__batch_warmup_steps=5), "schedule.batch_warmup_steps"),
         (identity(schedule__stages=STAGES), "schedule.stages"),
     ],
@@ -62,6 +66,13 @@ def test_changed_identity_cannot_resume(now: dict[str, Any], key: str) -> None:
         check_resume(identity(), now, "RUN/checkpoints/step-00000010")
     assert f"another {key}" in str(rejected.value)
     assert "RUN/checkpoints/step-00000010" in str(rejected.value)
+
+
+def test_a_checkpoint_without_its_special_tokens_can_resume() -> None:
+    """Catches a run of an earlier version that cannot continue."""
+    before = identity()
+    del before["corpus.special_tokens"]
+    assert check_resume(before, identity(), "a checkpoint") == []
 
 
 def test_a_new_run_needs_another_mirror_too() -> None:
@@ -170,7 +181,7 @@ def test_a_fork_can_change_what_a_resume_cannot() -> None:
 
 def identity_with_model(settings: dict[str, Any]) -> dict[str, Any]:
     tree = {**CONFIG, "schedule": {"steps": 10}, "model": settings}
-    return run_identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)])
+    return run_identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)], ((2,), (3,)))
 
 
 def make_run(
