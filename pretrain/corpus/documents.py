@@ -170,7 +170,8 @@ def tar_compression(name: str) -> str:
 
 
 def hub_data(source: Source) -> HubData:
-    return HubData(source.name, source.version or None, source.selection)
+    data = HubData(source.name, None, source.selection)
+    return data if data.is_folder else data._replace(revision=source.version or None)
 
 
 def _read_hub(source: Source, options: TextOptions, part: Range) -> Iterator[Document]:

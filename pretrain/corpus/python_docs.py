@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from experiment.csv_and_jsonl import is_unicode
 from experiment.errors import UserError, describe_disk_error
 from experiment.files import atomic_write
 from experiment.progress import progress
@@ -81,7 +82,9 @@ def read_python_docs(
     seen: set[bytes] = set()
 
     def unseen(package: str, name: str, text: str) -> Iterator[PythonDoc]:
-        identity = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+        if not is_unicode(text):  # half of a surrogate pair, which files and tokenizers refuse
+            return
+        identity = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if text and identity not in seen:
             seen.add(identity)
             document = f"{package}/{name}"

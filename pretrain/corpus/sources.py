@@ -67,7 +67,8 @@ class _Finder:
                 data = HubData.parse(item).pinned()
             except UserError as error:
                 raise UserError(f"{self.key} {error}") from None
-            return [Source("hub", data.name, data.split, version=data.revision or "")]
+            version = _folder_version(Path(data.name)) if data.is_folder else data.revision or ""
+            return [Source("hub", data.name, data.split, version=version)]
         if "::" in item:
             archive, _, members = item.partition("::")
             return [self._archive(archive, members or "*")]
@@ -222,3 +223,9 @@ def report_skipped(where: str, count: int, example: str) -> None:
     """Say how many files or members of other formats are left out."""
     if count:
         print(f"{where}: {count} files of other formats are skipped, such as {example}", file=sys.stderr)
+
+
+def _folder_version(folder: Path) -> str:
+    """Return a digest of the files below a folder that changes with them."""
+    found = sorted((str(path), stat_file(str(path))) for path in folder.rglob("*") if path.is_file())
+    return json_digest(found)

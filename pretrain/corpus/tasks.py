@@ -5,7 +5,7 @@ again.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -34,7 +34,7 @@ from pretrain.corpus.records import (
 from pretrain.corpus.shards import Piece, PieceWriter, join_pieces
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.splits import Split
-from pretrain.corpus.tokenization import DocumentEncoder, TokenizerSpec
+from pretrain.corpus.tokenization import DocumentEncoder, EncodedBatch, TokenizerSpec
 
 R = TypeVar("R")
 
@@ -127,9 +127,10 @@ def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Docum
     plain = _encoder(replace(job.tokenizer, segmenter=None))
     for document in read_documents(split.spans, job.text_options, stats):
         text = document.utf8()
-        # Letters and digits always give a token, control characters may not. Sampling must count the documents that
-        # will be in the corpus.
-        if any(map(str.isalnum, document.text)) or plain.encode([document.text]).lengths[0]:
+        # Letters and digits give a token if there is one for unknown text, control characters may not. Sampling must
+        # count the documents that will be in the corpus.
+        has_token = job.tokenizer.unknown_id is not None and any(map(str.isalnum, document.text))
+        if has_token or _encode(plain, [document]).lengths[0]:
             yield document, text
         else:
             stats.empty_documents += 1
@@ -138,6 +139,16 @@ def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Docum
             with explain_read_errors(source.name):
                 if stat_file(source.name) != (source.bytes, source.version):
                     raise changed_source(source.name)
+
+
+def _encode(encoder: DocumentEncoder, documents: Sequence[Document]) -> EncodedBatch:
+    """Encode documents. Raises UserError if the tokenizer fails."""
+    try:
+        return encoder.encode([document.text for document in documents])
+    except Exception as error:  # tokenizers raises bare Exception
+        first, last = documents[0].place, documents[-1].place
+        where = first if len(documents) == 1 else f"a document between {first} and {last}"
+        raise UserError(f"the tokenizer fails on {where}: {error}") from None
 
 
 def changed_source(name: str) -> UserError:
@@ -191,11 +202,7 @@ class _Batch:
 
     def _encode(self) -> None:
         documents = self._documents
-        try:
-            encoded = _encoder(self._job.tokenizer).encode([document.text for document in documents])
-        except Exception as error:  # tokenizers raises bare Exception
-            first, last = documents[0].place, documents[-1].place
-            raise UserError(f"the tokenizer fails on a document between {first} and {last}: {error}") from None
+        encoded = _encode(_encoder(self._job.tokenizer), documents)
         if encoded.special is not None:
             raise UserError(
                 f"{documents[encoded.special].place}: the tokenizer turns this text into one of its special tokens; "

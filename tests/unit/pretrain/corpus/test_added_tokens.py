@@ -154,6 +154,11 @@ def test_command_reports_skipped_words(wordpiece: Path, tmp_path: Path, capsys: 
         ("wordpiece", ["z" * 101], "line 1: 'zzz.* would not become one token"),
         ("wordpiece", ["ba", "de"], "all 2 words of"),
         ("wordpiece", [""], "has no words"),
+        (
+            "wordpiece",
+            ["ba", "\u200b"],
+            r"line 2: '\\u200b': nothing is left of it after the tokenizer's normalization",
+        ),
         ("byte_level", ["##zzed"], "line 1: '##zzed': only WordPiece"),
     ],
 )

@@ -15,6 +15,8 @@ import numpy as np
 import psutil
 import pytest
 from filelock import FileLock
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import StoppedError, UserError
 from experiment.tokenizer import load_tokenizer, save_tokenizer
@@ -471,6 +473,19 @@ def test_empty_source(tmp_path: Path, corpus: Build, text: str) -> None:
     with pytest.raises(UserError, match="none of its documents gives a token"):
         corpus("c", source=path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.txt", "source.txt"]
+
+
+def test_documents_whose_letters_are_no_tokens(tmp_path: Path, corpus: Build) -> None:
+    """Catches documents without tokens that are counted where they are drawn: letters of an alphabet without a token
+    for unknown text may give none."""
+    tokens = {f"{role}_token": f"<{role}>" for role in ("cls", "sep", "pad", "mask")}
+    vocabulary = {token: number for number, token in enumerate([*tokens.values(), *"ACGT"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(tmp_path / "letters")
+    path = tmp_path / "a.txt"
+    path.write_text("NNNN\n" * 5 + "\n")
+    with pytest.raises(UserError, match="none of its documents gives a token"):
+        corpus("a", source=path, tokenizer=tmp_path / "letters")
 
 
 def test_bad_input_late_in_the_source(tmp_path: Path, corpus: Build, source: Path) -> None:

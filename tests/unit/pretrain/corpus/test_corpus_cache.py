@@ -84,7 +84,7 @@ def test_one_corpus_under_two_names(wordpiece_corpus: Path, tmp_path: Path) -> N
     sources = [str(wordpiece_corpus), str(tmp_path / "latest")]
     calls: list[None] = []
     cache = CorpusCache(
-        tmp_path / "cache", on_progress=lambda: calls.append(None) if len(calls) < 20 else pytest.fail()
+        tmp_path / "cache", on_progress=lambda: calls.append(None) if len(calls) < 20 else pytest.fail("waits")
     )
     found = cache.locate(sources)
     assert [found[source].name for source in sources] == [wordpiece_corpus.name, "latest"]

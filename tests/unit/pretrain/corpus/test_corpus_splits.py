@@ -196,6 +196,17 @@ def test_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_a_folder_of_rows_that_changes(tmp_path: Path) -> None:
+    """Catches an interrupted build that continues with splits of the rows as they were before."""
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "one"}\n')
+    (before,) = find_sources(f"hub:{tmp_path}")
+    path.write_text('{"text": "another"}\n')
+    (after,) = find_sources(f"hub:{tmp_path}")
+    assert before != after
+    assert find_sources(f"hub:{tmp_path}") == (after,)
+
+
 def test_a_damaged_member_at_a_border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a member that is skipped because the search for the next one does not recognize it."""
     data = gzip_members(TEXT.encode())

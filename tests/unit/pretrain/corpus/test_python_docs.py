@@ -152,6 +152,14 @@ def test_read_installed_packages(installed: Path) -> None:
     assert list(read_python_docs()) == docs
 
 
+def test_texts_that_are_not_unicode_are_left_out(installed: Path) -> None:
+    """Catches a docstring of an installed package that ends the command."""
+    text = "A byte becomes the character \\udc80, which eight words surround here."
+    (installed / "site" / "shapes" / "area.py").write_text(f'"""{text}"""\n')
+    write_python_docs(installed / "docs.jsonl")
+    assert "shapes.area" not in (installed / "docs.jsonl").read_text()
+
+
 def test_packages_and_files_can_be_chosen(installed: Path) -> None:
     """Catches packages that are read although they were not asked for, and a name that nothing has."""
     assert {doc.package for doc in read_python_docs(["python"])} == {"python"}
