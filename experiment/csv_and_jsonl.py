@@ -75,6 +75,10 @@ def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
+            if number == 1 and raw.startswith(b"PK\x03\x04"):
+                raise UserError(
+                    f"{origin}: a ZIP archive, such as a workbook of Excel; save the sheet as CSV UTF-8"
+                ) from None
             if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise UserError(
                     f"{origin}: UTF-16 text; convert the file first, for instance with iconv -f UTF-16 -t UTF-8"

@@ -35,6 +35,7 @@ TRAINING = "training"  # useful or redone
 _MEASURED = (USEFUL, REDONE, COMPILING, EVALUATING, CHECKPOINTING, DATA, STARTING)
 ACTIVITIES = (*_MEASURED, DOWN)
 
+_LATEST = 1e11  # seconds since 1970: later times are damage
 _MOST_LINES = 1000
 _KEPT_LINES = 50  # of an attempt that has written more: enough to estimate its speed
 
@@ -88,7 +89,8 @@ def last_lines(lines: Sequence[AttemptTime]) -> list[AttemptTime]:
 def read_attempt_times(folder: RunFolder) -> list[AttemptTime]:
     """Read all lines; empty without a file. Skips damaged ones, such as one that a copy has cut off. Raises OSError."""
     try:
-        return parse_records(AttemptTime, folder.goodput.read_bytes())
+        found = parse_records(AttemptTime, folder.goodput.read_bytes())
+        return [line for line in found if 0 <= line.start <= _LATEST]
     except FileNotFoundError:
         return []
 

@@ -21,6 +21,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 _WITHOUT_WARNINGS = "warnings too"  # value of the variable for quiet processes
 
 
+class _Stderr(Console):
+    def on_broken_pipe(self) -> None:
+        """Drop what nobody reads, as after `2>&1 | head`: a run, which has log files, goes on. The default exits."""
+        self.quiet = True
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+
+
 @cache
 def terminal() -> Console:
     """Return the console on stderr, which prints text as it is; the progress bar and the log messages share it so as
@@ -29,7 +37,7 @@ def terminal() -> Console:
 
 
 def _console(**options: Any) -> Console:
-    return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, **options)
+    return _Stderr(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, **options)
 
 
 def print_warning(line: str) -> None:

@@ -53,9 +53,10 @@ def lock_run(
     on_lost: Callable[[], object] = lambda: None,
     dead: Renewal | None = None,
     times: LockTimes = _TIMES,
+    await_processes: bool = True,
 ) -> Iterator[None]:
     """Lock a run folder, which must exist. Raises UserError if another process, here or on another machine, uses it.
-    Ranks that a dead launch has left get some time to end.
+    Ranks that a dead launch has left get some time to end, unless `await_processes` is False.
 
     Takes as long as `times.dead` after a process on another machine, or before a reboot of this one, that did not
     end properly, unless `dead` was returned by `check_unlocked`. `on_lost` is called in a thread if another
@@ -74,7 +75,8 @@ def lock_run(
             raise _used(folder) from None
     try:
         _check_other_machine(folder, times, dead)
-        _wait_for_processes(folder, times)
+        if await_processes:
+            _wait_for_processes(folder, times)
         with _owner_file(folder.owner, on_lost, times.renew):
             yield
     finally:

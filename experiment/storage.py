@@ -259,7 +259,7 @@ def download(
 ) -> None:
     """Copy a file to a local path, which is complete or does not exist. No other process may do so.
 
-    With a checksum, continues the partial copy of an interrupted call. Copies again if the size or checksum is wrong.
+    Continues the partial copy of an interrupted call. Copies again if the size or checksum is wrong.
 
     Args:
         size: the expected bytes.
@@ -271,9 +271,6 @@ def download(
     """
     partial = path.with_name(f".{path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    if checksum is None:  # nothing tells whether the beginning of an older file is the same
-        path.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
     if path.exists():
         path.replace(partial)
     problem = ""

@@ -20,7 +20,7 @@ _TEMPERATURES = (0.05, 20.0)
 _TINY = 1e-37  # least probability: its logarithm is finite
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
 _ROUNDING = 1e-9  # largest error of a sum of right answers
-_CACHED_ANSWERS = 1 << 18  # pairs of answers that are compared once: a bootstrap draws them a thousand times
+_CACHED_ANSWERS = 1 << 18  # pairs; a bootstrap compares each a thousand times
 _ROWS = 256  # of a matrix of similarities that are computed at once
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}

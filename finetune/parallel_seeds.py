@@ -41,6 +41,7 @@ _POLL_SECONDS = 0.5  # reads the end of a file for each seed
 class _SeedProcess:
     seed: int
     process: "subprocess.Popen[bytes]"
+    log_start: int  # bytes of its log file that earlier processes have written
 
 
 def train_seeds_in_parallel(run: ResolvedRun, logs: Mapping[int, Log]) -> dict[int, SeedRecord]:
@@ -89,6 +90,14 @@ def log_events_of_process(seed: int, run: ResolvedRun, log: Log) -> None:
         path.unlink(missing_ok=True)
 
 
+def count_logged(finished: Sequence[int], folder: RunFolder) -> int:
+    """Return how many of the first finished seeds have logged all events of their processes. A command that was killed
+    may have logged some events of the next one, which are dropped and logged again."""
+    is_left = [_events_file(seed, folder).exists() for seed in finished]
+    first = is_left.index(True) if any(is_left) else len(finished)
+    return first if all(is_left[first:]) else len(finished)
+
+
 def move_events_to_end(order: Sequence[int], missing: Sequence[int], run: ResolvedRun) -> None:
     """Let the events of other seeds come before events of missing ones in metrics.jsonl, which drops all events that
     follow the step at which training continues.
@@ -123,7 +132,7 @@ def _start(seed: int, slot: int, slots: int, run: ResolvedRun) -> _SeedProcess:
             stderr=output,
             start_new_session=True,
         )
-    return _SeedProcess(seed, process)
+        return _SeedProcess(seed, process, output.tell())
 
 
 def _share(slot: int, slots: int, run: ResolvedRun) -> dict[str, str]:
@@ -142,7 +151,7 @@ def _finish(ended: _SeedProcess, run: ResolvedRun) -> None:
         print_seed(seed, finished_seeds(run.folder, run.settings)[seed], run)
         return
     output = _log_file(seed, run.folder)
-    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = output.read_bytes()[ended.log_start :].decode("utf-8", errors="replace").splitlines()
     last = lines[-1].removeprefix("deepcloze: ") if lines else ""
     if code == Outcome.STOPPED.exit_code:
         raise StoppedError(last)

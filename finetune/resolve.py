@@ -119,9 +119,9 @@ def check_data(config: FinetuneConfig) -> None:
     """Read and encode the splits of a config, which shows mistakes in the data. Raises UserError, also if no split can
     be scored."""
     tables, kind, model = _read_data(config)
-    make_task(kind, tables, model, config.model.max_seq_length, config.training)
     if not any(table.labelled for split, table in tables.items() if split != "train"):
         raise UserError("nothing to score: expected a validation split, or a test split with labels")
+    make_task(kind, tables, model, config.model.max_seq_length, config.training)
 
 
 def _read_data(config: FinetuneConfig) -> tuple[Mapping[str, Table], TaskKind[Any], ModelSpec]:

@@ -27,7 +27,12 @@ from experiment.tracking.jsonl import read_events
 from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
 from finetune.config import FinetuneConfig
-from finetune.parallel_seeds import log_events_of_process, move_events_to_end, train_seeds_in_parallel
+from finetune.parallel_seeds import (
+    count_logged,
+    log_events_of_process,
+    move_events_to_end,
+    train_seeds_in_parallel,
+)
 from finetune.resolve import OF_DATA_AND_MODEL, ResolvedRun, config_settings, load_run_config, resolve
 from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
@@ -109,7 +114,9 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     steps, total = resolved.steps, resolved.steps * len(order)
     done = {"step": steps * len(kept) + sum(resumed.values()), "total_steps": total or None}
     run_id = write_provenance(folder, {**collect_provenance(sys.argv), **done}, ancestors)
-    tracked = TrackedRun(run_id, flatten(config), total, steps * len(kept) + started, seed_steps=steps)
+    logged = count_logged(kept, folder)
+    resumed_step = steps * logged + (started if logged == len(kept) else 0)
+    tracked = TrackedRun(run_id, flatten(config), total, resumed_step, seed_steps=steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
     records |= _train_seeds(missing, resolved, tracker, logs)

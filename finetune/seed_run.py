@@ -184,7 +184,8 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
         for split, found in fitted.evaluations.items()
         if found.scores
     }
-    confusion = {split: kind.confusion(*found) for split, found in labelled.items()}
+    has_few_labels = len(kind.labels) <= _CONFUSION_LABELS
+    confusion = {split: kind.confusion(*found) if has_few_labels else None for split, found in labelled.items()}
     label_scores = {split: kind.label_scores(*found) for split, found in labelled.items()}
     temperature, calibration = measure_calibration(
         {split: kind.classified(*found) for split, found in labelled.items()}
@@ -195,11 +196,7 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
         epochs=[_epoch_row(epoch, run.task.metric) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},
         intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
-        confusion={
-            split: matrix.tolist()
-            for split, matrix in confusion.items()
-            if matrix is not None and len(matrix) <= _CONFUSION_LABELS
-        },
+        confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
         label_scores={split: scores for split, scores in label_scores.items() if scores},
         collapsed=[split for split, found in labelled.items() if kind.is_collapsed(*found)],
         temperature=temperature,

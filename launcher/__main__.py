@@ -12,6 +12,7 @@ from experiment.signals import HANDLED_SIGNALS
 def run() -> NoReturn:
     """Run the command line and end the process with its exit code, at once: to take apart all that was imported, as
     Python does at the end, takes a second after an import of torch."""
+    _open_closed_streams()
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)  # until `main` handles them, after the imports
     from launcher.cli import main
 
@@ -28,6 +29,17 @@ def run() -> NoReturn:
     except OSError:
         code = code or 120  # as Python
     os._exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Let stdin, stdout and stderr lead nowhere where the shell has closed them, as with `>&-`: a file that is opened
+    later would be one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 if __name__ == "__main__":

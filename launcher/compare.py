@@ -4,6 +4,7 @@ DIR/runs.json is the record of the runs, DIR/compare.json their scores, see `exp
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -24,7 +25,7 @@ from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, r
 from finetune.splits import related_records
 from launcher.compare_plan import ComparePlan
 from launcher.report import print_report
-from launcher.run_set import DONE
+from launcher.run_set import DONE, PlannedRun
 
 RESAMPLES = 1000
 
@@ -64,24 +65,21 @@ def run_comparison(plan: ComparePlan) -> None:
         runs.finish(records)
         states = {run.name: records[run.name]["state"] for run in runs.runs}
         cells = {
-            row: [
-                cell
-                for task, run in row_runs.items()
-                if states[run.name] == DONE or (plan.grid and _has_best(runs.run_folder(run)))
-                for cell in _read_cell(task, runs.run_folder(run), plan.grid)
-            ]
+            row: [cell for task, run in row_runs.items() for cell in _cells_of(plan, task, run, states[run.name])]
             for row, row_runs in plan.cells.items()
         }
         failed = {name: state for name, state in states.items() if state != DONE}
         _write_tables(runs.folder, cells, test_rows(cells), failed)
 
 
-def _has_best(sweep: RunFolder) -> bool:
-    """Return whether some runs of a sweep are done, although others failed."""
-    try:
-        return read_json(sweep.path / SWEEP_RECORD)["best"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _cells_of(plan: ComparePlan, task: str, run: PlannedRun, state: str) -> list[CellScores]:
+    """Return the scores of a cell, see `_read_cell`. Of a failed sweep, the best of its other runs, if any."""
+    folder = plan.runs.run_folder(run)
+    if state == DONE:
+        return _read_cell(task, folder, plan.grid)
+    with suppress(UserError):
+        return _read_cell(task, folder, grid=True) if plan.grid else []
+    return []
 
 
 def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:

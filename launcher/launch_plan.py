@@ -168,12 +168,12 @@ def _cache_needs(run: "ResolvedRun") -> CacheNeeds | None:
     config = run.config.corpus
     if config.cache is None or not any(map(is_url, config.sources)):
         return None
-    from pretrain.corpus.cache import CorpusCache
+    from pretrain.corpus.cache import CorpusCache, read_description
 
     cache = CorpusCache(Path(config.cache))
     corpora = [*(given.corpus for given in run.corpora), *run.held_out.values()]
     copies = {
-        str(cache.folder_of(source, corpus.manifest)): sum(shard.bytes for shard in corpus.manifest.shards)
+        str(cache.folder_of(source, read_description(source))): sum(shard.bytes for shard in corpus.manifest.shards)
         for source, corpus in zip(config.all_sources, corpora, strict=True)
         if is_url(source)
     }

@@ -176,7 +176,7 @@ class RunSet:
             folder, new = self.run_folder(run).path, RunRecord(config=run.config)
             record = records.get(run.name, new) if folder.exists() else new
             before = _with_new_keys(record["config"], run.config)
-            if key := _changed_key(before, run.config):
+            if key := _changed_key(before, run.config, ["run.dir"]):  # which follows from the folder of the set
                 raise UserError(
                     f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
                     f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"

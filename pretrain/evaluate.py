@@ -173,6 +173,10 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     model_config = ModelConfig(init_from=str(folder))
     config = resolve_model_config(model_config, tokenizer)
     corpora = _open_all(corpus_folders, tokenizer_fingerprint(tokenizer), folder)
+    if masking.unit != "token":
+        from pretrain.resolve import check_word_boundaries
+
+        check_word_boundaries(masking.unit, corpora.values(), vocabulary)
     for _ in verified_shards(corpora.values(), show_progress=show_progress):
         pass
 

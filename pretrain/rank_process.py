@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError, is_out_of_memory
 from experiment.outcome_file import Cause, Outcome, RankRecord, ReportedOutcome, write_first_outcome, write_outcome
-from experiment.own_process import LAUNCH_VARIABLE, raise_limit_of_open_files
-from experiment.run_folder import RunFolder
-from experiment.run_lock import lock_until_exit
+from experiment.own_process import LAUNCH_VARIABLE, has_launcher, raise_limit_of_open_files
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import lock_run, lock_until_exit
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.training.cpu_group import AgreedError
@@ -75,6 +75,24 @@ class RankRecorder:
 def run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> NoReturn:
     """Call `train` and end the process with the exit code of its outcome, or of its exception."""
     raise_limit_of_open_files()
+    with ExitStack() as resources:
+        if recorder.rank == 0 and not has_launcher():
+            _take_run_folder(recorder, resources)
+        outcome = _run_rank(train, recorder)
+    exit_process(outcome)
+
+
+def _take_run_folder(recorder: RankRecorder, resources: ExitStack) -> None:
+    """Do what `deepcloze` does before it starts ranks: lock the run folder, and remove an old STOP file."""
+    try:
+        folder = open_run_folder(recorder.folder.path)
+        resources.enter_context(lock_run(folder, await_processes=False))  # other ranks of this launch may be faster
+        folder.stop.unlink(missing_ok=True)
+    except UserError as error:
+        exit_refused(error, recorder.rank)
+
+
+def _run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> Outcome:
     # On several hosts the launcher ends all ranks at once: others would wait for one that ends alone.
     stop_file = recorder.folder.stop if recorder.rank == 0 and LAUNCH_VARIABLE not in os.environ else None
     with exit_on_stop_request(partial(_stop_before_training, recorder), stop_file):
@@ -83,7 +101,7 @@ def run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> NoReturn:
         if ending.outcome in (Outcome.FAILED, Outcome.REFUSED):
             recorder.fail(*ending)
         recorder.end(ending.outcome.exit_code)
-        exit_process(ending.outcome)
+        return ending.outcome
 
 
 def exit_refused(error: UserError, rank: int) -> NoReturn:
@@ -105,8 +123,9 @@ def stop_at_once(recorder: RankRecorder, reason: str) -> NoReturn:
 
 def exit_process(outcome: Outcome) -> NoReturn:
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
 
 

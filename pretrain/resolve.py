@@ -5,7 +5,7 @@ starts from. The launcher, every rank, `--dry_run` and sweeps call it. The code 
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -121,7 +121,7 @@ def resolve(
         )
     if config.masking.unit != "token":
         all_corpora = [*(given.corpus for given in corpora), *held_out.values()]
-        _check_word_boundaries(config.masking.unit, all_corpora, vocabulary)
+        check_word_boundaries(config.masking.unit, all_corpora, vocabulary)
     model_config = resolve_model_config(model_source, tokenizer)
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
@@ -246,7 +246,7 @@ def _unique_names(corpora: Sequence[str]) -> list[str]:
     return names
 
 
-def _check_word_boundaries(unit: str, corpora: Sequence[Corpus], vocabulary: Vocabulary) -> None:
+def check_word_boundaries(unit: str, corpora: Iterable[Corpus], vocabulary: Vocabulary) -> None:
     """Raise UserError where word boundaries are unknown; warn of text that seems to be written without spaces."""
     for corpus in corpora:
         if vocabulary.word_boundaries is None:

@@ -224,6 +224,12 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, 
     that may not. For messages: `where`: the checkpoint; `trained_on`: its corpora."""
     changes = _changes(before, now)
     fixed = _FIXED if before["masking.schedule"] == "constant" else (*_FIXED, *_LENGTH)
+    if _SPECIAL_TOKENS in changes:
+        old, new = map(_shown, changes[_SPECIAL_TOKENS])
+        raise UserError(
+            f"{where} cannot be resumed with another tokenizer: it put the special tokens {old} before and after the "
+            f"text of a sequence, now it puts {new}. Restore the tokenizer of the corpus, or start a new run"
+        )
     for key, (old, new) in changes.items():
         if _is_below(key, fixed) and key not in _LAYOUT:
             what, which = ("a corpus with the fingerprint ", trained_on) if key == "corpus.train" else ("", "")
@@ -268,7 +274,7 @@ def run_identity(
 
     Args:
         corpora: fingerprint and weight of each training corpus.
-        special_tokens: before and after the text of a sequence, which leave it less room.
+        special_tokens: token ids before and after the text of each sequence.
     """
     plain = {key: value for key, value in flatten(config).items() if not key.startswith(_BY_CONTENT)}
     ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")

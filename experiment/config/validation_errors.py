@@ -93,8 +93,9 @@ def _explain(config_type: type[BaseModel], key: KeyPath, details: ErrorDetails) 
         return f"'{dotted}': expected {describe_type(annotation)}, found {describe_value(details['input'])}{hint}"
     if _is_missing(details):
         return f"'{dotted}' is missing: it has no default"
-    if details["type"] == "json_invalid":  # we have written it: pydantic reads 200 levels
-        return "nested too deeply"
+    if details["type"] == "json_invalid":  # we have written it: pydantic reads 200 levels, and Unicode only
+        is_name = "surrogate" in str(details["ctx"]["error"])
+        return "a name is not UTF-8; rename the file or folder" if is_name else "nested too deeply"
     if details["type"] == "value_error":
         message = str(details["ctx"]["error"])
         return f"'{dotted}': {message}" if key else message

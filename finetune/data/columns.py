@@ -42,7 +42,8 @@ def _read_text(cell: object) -> str:
 
 def _read_label(cell: object) -> str | None:
     """Read an id, or a fraction, which needs `task.labels` as in CSV files."""
-    return repr(cell) if isinstance(cell, float) and not cell.is_integer() else _read_id(cell)
+    is_fraction = isinstance(cell, float) and math.isfinite(cell) and not cell.is_integer()
+    return repr(cell) if is_fraction else _read_id(cell)
 
 
 def _read_id(cell: object) -> str | None:
@@ -59,17 +60,17 @@ def _read_id(cell: object) -> str | None:
 
 def _read_group(cell: object) -> str | None:
     """Read text that is the same for the same cell, or the same cells of several columns; None if all are empty."""
-    if not isinstance(cell, list):
+    if not isinstance(cell, list | tuple):
         return _read_id(cell)
     ids = [_read_id(part) for part in cell]
     return json.dumps(ids, ensure_ascii=False) if any(ids) else None
 
 
 def _read_texts(cell: object) -> list[str]:
-    """Read a list of texts, or of cells of several columns, in which null is an empty text."""
-    cell = _parse_json(cell)
-    if isinstance(cell, list) and all(isinstance(text, str | None) for text in cell):
-        return [text or "" for text in cell]
+    """Read a list of texts, or a tuple of the cells of several columns, in which null is an empty text."""
+    cell = ["" if text is None else text for text in cell] if isinstance(cell, tuple) else _parse_json(cell)
+    if isinstance(cell, list) and all(isinstance(text, str) for text in cell):
+        return cell
     raise ValueError(
         ""
         if isinstance(cell, list)
@@ -78,8 +79,10 @@ def _read_texts(cell: object) -> list[str]:
 
 
 def _read_choices(cell: object) -> list[str]:
-    """Read texts without empty ones at the end, as rows with fewer choices than columns have them."""
+    """Read texts. Rows with fewer choices than columns have empty cells at the end, which are left out."""
     texts = _read_texts(cell)
+    if not isinstance(cell, tuple):
+        return texts
     while texts and not texts[-1].strip():
         del texts[-1]
     if not all(text.strip() for text in texts):
@@ -212,7 +215,9 @@ IdColumn = Annotated[Name, CellType("text or a whole number", _read_id)]
 OrderColumn = Annotated[Name, CellType("a number", _read_number)]
 GroupColumn = Annotated[Name | tuple[Name, ...], CellType("text or a whole number", _read_group)]
 TextsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_texts)]  # or one column for each
-ChoicesColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_choices)]  # the same
+ChoicesColumn = Annotated[
+    Name | tuple[Name, ...], CellType("a list of texts", _read_choices)
+]  # with fewer in some rows
 WordsColumn = Annotated[Name, CellType("a list of words, or words separated by spaces", _read_sentence)]
 ChoiceColumn = Annotated[Name, CellType("the right choice", _read_label, target=True)]
 LabelsColumn = Annotated[Name, CellType("a list of labels, or text", _read_labels, target=True)]

@@ -52,10 +52,13 @@ class Table:
 
 @dataclass(frozen=True)
 class TurnJoiner:
-    """Puts the previous turns of a dialogue before the texts."""
+    """Finds the dialogue of each text, and puts the previous turns before the text.
+
+    Without a separator of turns, `text` stays as it is, and `previous` has the turns that are columns.
+    """
 
     context: DialogueContext
-    separator: str | None  # of turns; None: `text` stays as it is, and `previous` has the turns in columns of their own
+    separator: str | None
 
     def join(self, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Record]:
         turns = [record.values for record in _records(rows, self.context, True, "task.dialogue")]
@@ -211,18 +214,20 @@ def _reject_targets_as_inputs(
 
 
 def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:
-    """Return the value of a cell, or of the list of several cells."""
-    cell = row.cells[found] if isinstance(found, int) else [row.cells[index] for index in found]
+    """Return the value of a cell, or of several."""
+    cell = row.cells[found] if isinstance(found, int) else tuple(row.cells[index] for index in found)
     indices = [found] if isinstance(found, int) else found
     return read_value(cell, cell_type, row.place, ", ".join(row.names[index] for index in indices))
 
 
 def read_value(cell: object, cell_type: CellType, place: str, column: str) -> Any:
-    """Return the value of a cell. Raises UserError, with its place and column, if it holds something else."""
+    """Return the value of a cell, or of a tuple of cells. Raises UserError, with its place and column, if it holds
+    something else."""
     try:
         value = cell_type.read(cell)
     except ValueError as hint:
-        raise unexpected_cell(place, column, cell, cell_type.description, str(hint)) from None
+        found = list(cell) if isinstance(cell, tuple) else cell
+        raise unexpected_cell(place, column, found, cell_type.description, str(hint)) from None
     if not is_unicode(value):
         raise UserError(f"{place}: expected Unicode text in '{column}', found half of a surrogate pair")
     return value

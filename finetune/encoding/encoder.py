@@ -77,12 +77,13 @@ class Encoder:
         return [ids or [self.tokenizer.unk_token_id] * bool(text) for ids, text in zip(found, texts, strict=True)]
 
     def ids_of_continuations(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of texts that continue others. SentencePiece would mark the beginning of each as a word's,
-        even if it is punctuation."""
+        """Return the tokens of texts that continue others, at least one each unless the text is empty. SentencePiece
+        would mark the beginning of each as a word's, even if it is punctuation."""
         before, *found = self.ids_of_texts(["(", *(f"({text}" for text in texts)])
         known = self.tokenizer.unk_token_id not in before
         return [
-            ids[len(before) :] if known and ids[: len(before)] == before else self.ids(text)
+            (ids[len(before) :] if known and ids[: len(before)] == before else self.ids(text))
+            or [self.tokenizer.unk_token_id] * bool(text)
             for text, ids in zip(texts, found, strict=True)
         ]
 

@@ -352,21 +352,17 @@ class Kind(TaskKind[Config]):
 def _option_ids(
     segments: Sequence[str], options: Sequence[Sequence[str]], encoder: Encoder
 ) -> Iterator[list[list[int]]]:
-    """Yield the tokens of the options of each blank, as they are in a text that has them: after a space or not.
+    """Yield the tokens of each blank's options, encoded with the space before the blank, if there is one.
 
-    Tokenizers that tell the start of a word by the space before it would give a space of its own to an option that
-    follows a quotation mark, or Chinese.
+    Byte-level BPE and SentencePiece would otherwise add a token for a space, as after a quotation mark or in Chinese.
     """
-    before = segments[:-1]
-    spaces = [" " if text[-1:].isspace() else "" for text in before]
-    continued = [
-        not space and bool(number or text) for number, (text, space) in enumerate(zip(before, spaces, strict=True))
-    ]
-    blanks = list(zip(spaces, continued, options, strict=True))
-    found = iter(encoder.ids_of_texts([f"{space}{text}" for space, after, row in blanks if not after for text in row]))
-    found_after = iter(encoder.ids_of_continuations([text for _, after, row in blanks if after for text in row]))
-    for _, after, row in blanks:
-        yield [next(found_after if after else found) for _ in row]
+    for number, (before, row) in enumerate(zip(segments[:-1], options, strict=True)):
+        if before[-1:].isspace():
+            yield encoder.ids_of_texts([f" {option}" for option in row])
+        elif number or before:
+            yield encoder.ids_of_continuations(row)
+        else:
+            yield encoder.ids_of_texts(row)
 
 
 def _excerpt(segments: Sequence[str], blank: int) -> str:

@@ -39,7 +39,9 @@ def write_results(run: ResolvedRun, records: Mapping[int, SeedRecord]) -> dict[s
     folder, task, labels = run.folder.path, run.task.kind.config, run.task.kind.labels
     first = next(iter(records.values()))
     confusions = {
-        split: np.sum([record.confusion[split] for record in records.values()], axis=0) for split in first.confusion
+        split: np.sum([record.confusion[split] for record in records.values()], axis=0)
+        for split in first.confusion
+        if all(split in record.confusion for record in records.values())  # earlier versions had them for any labels
     }
     results = _combine(run, records, confusions)
     if confusions:

@@ -1,11 +1,10 @@
 """Copies of corpora on a local disk, one for all ranks of a host: `corpus.cache`.
 
-    CACHE/DIGEST/NAME/    the copy of a corpus folder; the digest is of its fingerprint and name
+    CACHE/DIGEST/NAME/    the copy of a corpus folder; the digest is of its name and all its files
     CACHE/DIGEST/.lock    locked by a process that copies the corpus or uses the copy; its time is the last use
 
 A copy is complete when all its shards have the sizes of the manifest, because each file is complete or does not exist.
-An interrupted copy continues, at the byte where it was interrupted. The files beside the shards, such as manifest and
-tokenizer, may change without another fingerprint: they are compared, and written again, at every use.
+An interrupted copy continues, at the byte where it was interrupted.
 """
 
 import fcntl
@@ -16,6 +15,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from xxhash import xxh3_128_hexdigest
 
 from experiment.errors import UserError, describe_disk_error
 from experiment.files import atomic_write, cache_folder, json_digest
@@ -29,6 +31,13 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _LOCK = ".lock"
+
+
+class Description(NamedTuple):
+    """A corpus without its shards."""
+
+    manifest: Manifest
+    files: Mapping[str, bytes]  # path in the folder -> content, the manifest's too
 
 
 class CacheFullError(UserError):
@@ -45,10 +54,12 @@ class CorpusCache:
     show_progress: bool = True
     _locks: list[int] = field(default_factory=list)  # file descriptors: the copies are in use until the process ends
 
-    def folder_of(self, source: str, manifest: Manifest) -> Path:
-        """Return the folder of a corpus's copy."""
+    def folder_of(self, source: str, description: Description) -> Path:
+        """Return the folder of a corpus's copy. Another tokenizer, for example, has another folder, although the
+        fingerprint of the corpus may be the same."""
         name = Path(source).name
-        return self.folder / json_digest([manifest.fingerprint, name])[:16] / name
+        files = {path: xxh3_128_hexdigest(content) for path, content in sorted(description.files.items())}
+        return self.folder / json_digest([name, files])[:16] / name
 
     def locate(self, sources: Sequence[str]) -> dict[str, Path]:
         """Return the folder to open for each corpus: its copy, which is made if it is missing.
@@ -64,10 +75,10 @@ class CorpusCache:
             os.close(self._locks.pop())
 
     def _locate(self, source: str) -> Path:
-        manifest = _read_manifest(source)
-        folder = self.folder_of(source, manifest)
         try:
-            self._make(source, manifest, folder)
+            description = read_description(source)
+            folder = self.folder_of(source, description)
+            self._make(source, description, folder)
         except (CacheFullError, OSError) as error:
             refusal = str(error) if isinstance(error, CacheFullError) else describe_disk_error(error)
             if refusal is None:
@@ -78,25 +89,19 @@ class CorpusCache:
             return Path(source)
         return folder
 
-    def _make(self, source: str, manifest: Manifest, folder: Path) -> None:
+    def _make(self, source: str, description: Description, folder: Path) -> None:
         """Copy the corpus unless that is done, and lock the copy, so that nobody deletes it."""
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder.parent / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         os.utime(lock)
         try:
-            description = _read_description(source, manifest)
-            self._copy_locked(lock, source, manifest, description, folder)
-        except BaseException as error:
-            if isinstance(error, CacheFullError | OSError) and not is_url(source):
-                shutil.rmtree(folder, ignore_errors=True)  # it will not be continued
+            self._copy_locked(lock, source, description, folder)
+        except BaseException:
             os.close(lock)
             raise
         self._locks.append(lock)
-        _write_description(description, folder)
 
-    def _copy_locked(
-        self, lock: int, source: str, manifest: Manifest, description: Mapping[str, bytes], folder: Path
-    ) -> None:
+    def _copy_locked(self, lock: int, source: str, description: Description, folder: Path) -> None:
         """Wait until the copy is complete and `lock` is shared."""
         announced = False
         while True:
@@ -104,7 +109,7 @@ class CorpusCache:
                 return
             # A lock that is not granted is lost, so two processes cannot wait for each other.
             if _granted(lock, fcntl.LOCK_EX):
-                self._copy(source, manifest, description, folder)
+                self._copy(source, description, folder)
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 return
             if _locked_copy(lock, folder):  # in use, perhaps on a host with another name
@@ -115,17 +120,24 @@ class CorpusCache:
             self.on_progress()
             time.sleep(_POLL_SECONDS)
 
-    def _copy(self, source: str, manifest: Manifest, description: Mapping[str, bytes], folder: Path) -> None:
+    def _copy(self, source: str, description: Description, folder: Path) -> None:
         url = source if is_url(source) else f"file://{Path(source).absolute()}"
-        shards = {shard.file: shard.bytes for shard in manifest.shards}
-        self._make_space(shards | {name: len(content) for name, content in description.items()}, folder)
-        log.info("copying %s to %s", source, folder)
-        files = [
-            Download(join(url, shard.file), folder / shard.file, shard.bytes, shard.sha256) for shard in manifest.shards
-        ]
+        shards = description.manifest.shards
+        sizes = {shard.file: shard.bytes for shard in shards}
+        sizes |= {name: len(content) for name, content in description.files.items()}
         label = f"copying {Path(source).name} to {self.folder}"
-        download_files(files, label, on_progress=self.on_progress, show_progress=self.show_progress)
-        _write_description(description, folder)
+        try:
+            self._make_space(sizes, folder)
+            log.info("copying %s to %s", source, folder)
+            files = [
+                Download(join(url, shard.file), folder / shard.file, shard.bytes, shard.sha256) for shard in shards
+            ]
+            download_files(files, label, on_progress=self.on_progress, show_progress=self.show_progress)
+            _write_description(description, folder)
+        except (CacheFullError, OSError):
+            if not is_url(source):
+                shutil.rmtree(folder, ignore_errors=True)  # it will not be continued
+            raise
 
     def _make_space(self, sizes: Mapping[str, int], folder: Path) -> None:
         """Delete the copies that were not used for longest if the limit says so. Raises CacheFullError."""
@@ -163,11 +175,10 @@ def open_metadata(source: str) -> Corpus:
     to the user's cache folder. Raises UserError."""
     if not is_url(source):
         return open_corpus(Path(source))
-    manifest = _read_manifest(source)
-    folder = _user_cache().folder_of(source, manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_description(_read_description(source, manifest), folder)
-    return Corpus(folder, manifest)
+    description = read_description(source)
+    folder = _user_cache().folder_of(source, description)
+    _write_description(description, folder)
+    return Corpus(folder, description.manifest)
 
 
 def open_local(source: str) -> Corpus:
@@ -184,31 +195,29 @@ def _read_manifest(source: str) -> Manifest:
     return parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
 
 
-def _read_description(source: str, manifest: Manifest) -> dict[str, bytes]:
-    """Return the content of all files of a corpus but its shards, by their paths in the folder."""
-    shards = {shard.file for shard in manifest.shards}
+def read_description(source: str) -> Description:
+    """Read a corpus, given as a folder or a URL, without its shards. Raises UserError for its manifest."""
+    manifest = _read_manifest(source)
     if is_url(source):
         start = len(source.rstrip("/")) + 1
         names = [url[start:] for url in list_files(source)]
-        return {name: read_bytes(join(source, name)) for name in names if name not in shards and not _is_left_out(name)}
+        return Description(manifest, {name: read_bytes(join(source, name)) for name in names if not _is_left_out(name)})
     folder = Path(source)
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in paths.items() if name not in shards and not _is_left_out(name)}
+    return Description(manifest, {name: path.read_bytes() for name, path in paths.items() if not _is_left_out(name)})
 
 
-def _write_description(description: Mapping[str, bytes], folder: Path) -> None:
-    """Write the files that are missing or differ, the manifest last. Other processes may read them, or do the same."""
-    for name in sorted(description, key=lambda name: name == MANIFEST):
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != description[name]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                temporary.write_bytes(description[name])
+def _write_description(description: Description, folder: Path) -> None:
+    """Write the files that are missing, the manifest last. Other processes may do the same."""
+    for name in sorted(description.files, key=lambda name: name == MANIFEST):
+        if not (folder / name).is_file():
+            with atomic_write(folder / name) as temporary:
+                temporary.write_bytes(description.files[name])
 
 
 def _is_left_out(name: str) -> bool:
-    """Hidden files, such as locks, and indexes, which are made where they are needed."""
-    return name.startswith("index/") or any(part.startswith(".") for part in name.split("/"))
+    """Shards, hidden files, such as locks, and indexes, which are made where they are needed."""
+    return name.endswith(".arrow") or name.startswith("index/") or any(part[:1] == "." for part in name.split("/"))
 
 
 def _complete(folder: Path) -> Corpus | None:

@@ -67,7 +67,7 @@ class _Finder:
                 data = HubData.parse(item).pinned()
             except UserError as error:
                 raise UserError(f"{self.key} {error}") from None
-            version = _folder_version(Path(data.name)) if data.is_folder else data.revision or ""
+            version = self._folder_version(Path(data.name)) if data.is_folder else data.revision or ""
             return [Source("hub", data.name, data.split, version=version)]
         if "::" in item:
             archive, _, members = item.partition("::")
@@ -101,8 +101,16 @@ class _Finder:
             [self._file(name, files[name]) for name in names] if glob.has_magic(url) else self._known(url, names, files)
         )
 
+    def _folder_version(self, folder: Path) -> str:
+        """Return a digest that changes with the files below a local data set."""
+        return json_digest(sorted((name, stat_file(name)) for name in self._files_below(folder)))
+
     def _folder(self, folder: Path) -> list[Source]:
         """Return all files of a known format below `folder`, except hidden ones."""
+        return self._known(str(folder), self._files_below(folder), {})
+
+    def _files_below(self, folder: Path) -> list[str]:
+        """Return all files below `folder`, except hidden ones. Raises UserError if the output is there too."""
         found = list[str]()
         seen = set[tuple[int, int]]()  # folders: links may make a circle
         _is_new(str(folder), seen)
@@ -113,7 +121,7 @@ class _Finder:
             inside[:] = [name for name in visible if _is_new(os.path.join(directory, name), seen)]  # noqa: PTH118
             paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")  # noqa: PTH118
             found += (path for path in paths if os.path.isfile(path))  # noqa: PTH113
-        return self._known(str(folder), found, {})
+        return found
 
     def _known(self, folder: str, names: Iterable[str], files: Mapping[str, FileInfo]) -> list[Source]:
         known, others = list[str](), list[str]()
@@ -223,9 +231,3 @@ def report_skipped(where: str, count: int, example: str) -> None:
     """Say how many files or members of other formats are left out."""
     if count:
         print(f"{where}: {count} files of other formats are skipped, such as {example}", file=sys.stderr)
-
-
-def _folder_version(folder: Path) -> str:
-    """Return a digest of the files below a folder that changes with them."""
-    found = sorted((str(path), stat_file(str(path))) for path in folder.rglob("*") if path.is_file())
-    return json_digest(found)

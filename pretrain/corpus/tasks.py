@@ -127,9 +127,8 @@ def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Docum
     plain = _encoder(replace(job.tokenizer, segmenter=None))
     for document in read_documents(split.spans, job.text_options, stats):
         text = document.utf8()
-        # Letters and digits give a token if there is one for unknown text, control characters may not. Sampling must
-        # count the documents that will be in the corpus.
-        has_token = job.tokenizer.unknown_id is not None and any(map(str.isalnum, document.text))
+        # Control characters may give no token. Sampling must count the documents that will be in the corpus.
+        has_token = job.tokenizer.letters_give_tokens and any(map(str.isalnum, document.text))
         if has_token or _encode(plain, [document]).lengths[0]:
             yield document, text
         else:

@@ -39,6 +39,16 @@ class TokenizerSpec:
     token_type: str  # uint16 | uint32
     segmenter: str | None = None  # finds word starts; None: they are not stored
 
+    @cached_property
+    def letters_give_tokens(self) -> bool:
+        """Whether each letter and digit gives a token: it is known, or has bytes or a token for unknown text."""
+        state = json.loads(self.tokenizer_json)
+        model, splitting = state["model"], json.dumps(state["pre_tokenizer"])
+        unknown = model.get("unk_token"), model.get("unk_id")
+        return (
+            any(each is not None for each in unknown) or model.get("byte_fallback", False) or "ByteLevel" in splitting
+        )
+
 
 def tokenizer_spec(tokenizer: "PreTrainedTokenizerFast", segmenter: str | None = None) -> TokenizerSpec:
     """Extract the spec of a tokenizer."""

@@ -12,9 +12,9 @@ from pretrain.cleaning.step import Document, DocumentStep, Verdict
 if TYPE_CHECKING:
     from datatrove.pipeline.formatters import PIIFormatter
 
-# An address has at most 64 characters before its @ (RFC 5321). Without this limit the pattern looks for an @ from each
-# word to the end of a text such as "a.a.a.…", which takes quadratic time.
-_LOCAL_PART_FOLLOWS = r"(?=[^@\s]{1,64}@)"
+# An address has at most 64 characters before its @ (RFC 5321), those of bounced mail more. Without a limit the pattern
+# looks for an @ from each word to the end of a text such as "a.a.a.…", which takes quadratic time.
+_LOCAL_PART_FOLLOWS = r"(?=[^@\s]{1,256}@)"
 
 
 class Config(Section):

@@ -11,6 +11,8 @@ from experiment.config.field_types import PathText
 from experiment.errors import UserError, reason
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
 
+_NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # between words
+
 
 class Config(Section):
     """Drop documents with words or phrases of a list."""
@@ -22,7 +24,7 @@ class Config(Section):
     """Occurrences that a document may have."""
 
     whole_words: bool = True
-    """Match whole words only; false for scripts without spaces."""
+    """Match whole words only. Words of scripts without spaces, such as Chinese, match anywhere."""
 
 
 class Step(DocumentStep[Config]):
@@ -39,8 +41,13 @@ class Step(DocumentStep[Config]):
 
     @cached_property
     def _pattern(self) -> regex.Pattern[str]:
-        boundary = (r"(?<!\w)", r"(?!\w)") if self.config.whole_words else ("", "")
-        return regex.compile(rf"{boundary[0]}\L<words>{boundary[1]}", regex.IGNORECASE, words=self.words)
+        letter = rf"[^\W{_NO_SPACES}]"
+        patterns = {"anywhere": r"\L<anywhere>", "whole": rf"(?<!{letter})\L<whole>(?!{letter})"}
+        lists: dict[str, list[str]] = {}
+        for word in self.words:
+            is_whole = self.config.whole_words and not regex.search(rf"[{_NO_SPACES}]", word)
+            lists.setdefault("whole" if is_whole else "anywhere", []).append(word)
+        return regex.compile("|".join(patterns[name] for name in lists), regex.IGNORECASE, **lists)
 
     def apply(self, document: Document) -> Verdict | None:
         found = [match.group() for match in self._pattern.finditer(document.text)]

@@ -1,5 +1,8 @@
 import io
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -7,7 +10,9 @@ from rich.progress import Progress
 
 from experiment import progress as module
 from experiment.progress import print_warning, progress, quiet, terminal, track
+from waiting import LIMIT
 
+REPOSITORY = Path(__file__).parents[3]
 Screen = tuple[Console, io.StringIO]
 
 
@@ -67,3 +72,19 @@ def test_a_bar_in_a_bar_is_left_out(screen: Screen) -> None:
     with Progress(console=console), progress("reading", 2, "files", clock=lambda: next(seconds)) as advance:
         advance(1)
         advance(1)
+
+
+def test_progress_that_nobody_reads_ends_no_run() -> None:
+    """Catches a run that fails because `tee` or `head`, which read its output, have ended."""
+    code = (
+        "import sys\nfrom experiment.progress import terminal\nsys.stdin.readline()\n"
+        "for _ in range(3):\n    terminal().print('step')\n    print('step', file=sys.stderr, flush=True)\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stderr=pipe, cwd=REPOSITORY) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.wait(LIMIT) == 0

@@ -75,6 +75,7 @@ def test_the_drawn_dialogues_are_the_ones_of_fine_tuning(tmp_path: Path, encoder
 
 
 def test_previous_turns_in_columns_are_evaluated_too(tmp_path: Path) -> None:
+    """Catches texts that the model reads, and that stay in the corpus."""
     turns = (f"text {number}\t{number % 2}\tbefore {number}" for number in range(40))
     write(tmp_path, "train.tsv", "a\tlabel\tp", *turns)
     found = [text.text.partition(" ") for text in texts_of(dialogue_config(tmp_path, {"previous": ["p"]}).task)]

@@ -289,7 +289,9 @@ def test_every_resumable_command_exists() -> None:
     assert set(RESUMABLE) <= set(COMMANDS)
 
 
-def test_a_deleted_working_directory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_deleted_working_directory_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a traceback without the name of a file."""
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from waiting import LIMIT
+
 REPOSITORY = Path(__file__).parents[3]
 CODE = """
 import atexit, launcher.__main__, launcher.cli
@@ -59,3 +61,14 @@ def test_python_m_deepcloze_is_the_command(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 2
     assert str(tmp_path / "run") in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, tmp_path: Path) -> None:
+    """Catches a command that fails at its end, or before it begins, because the shell has closed a stream."""
+    command = f"{sys.executable} -m launcher status {tmp_path} {closed}"
+    done = subprocess.run(command, shell=True, cwd=REPOSITORY, timeout=LIMIT, check=False)
+    assert (
+        done.returncode
+        == subprocess.run(command.removesuffix(closed), shell=True, cwd=REPOSITORY, check=False).returncode
+    )

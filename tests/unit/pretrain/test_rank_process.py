@@ -4,6 +4,7 @@ import os
 import platform
 import resource
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome
-from experiment.run_folder import RunFolder
+from experiment.own_process import LAUNCH_VARIABLE, START_VARIABLE
+from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_lock import lock_run
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.rank_process import RankRecorder, run_rank
@@ -185,3 +188,21 @@ def test_a_run_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     recorder.fail(Outcome.FAILED, "", Cause.ERROR)
     recorder.agree(ReportedOutcome(Outcome.DONE, ""))
     recorder.end(1)
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_a_run_that_deepspeed_starts_has_its_folder_alone(
+    tmp_path: Path, in_use: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches two runs that write to one folder, and an old STOP file that stops each start."""
+    for variable in (LAUNCH_VARIABLE, START_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    folder = open_run_folder(tmp_path / "run")
+    folder.stop.touch()
+
+    with lock_run(folder) if in_use else nullcontext(), pytest.raises(Exited) as exited:
+        run_rank(lambda: Outcome.DONE, RankRecorder(folder, 0))
+    assert exited.value.args[0] == (Outcome.REFUSED if in_use else Outcome.DONE).exit_code
+    assert folder.stop.exists() == in_use
+    assert (f"another deepcloze process is using {folder.path}" in capfd.readouterr().err) == in_use
+    assert not folder.owner.exists()

@@ -55,7 +55,7 @@ def identity(
         (identity(optimizer__name="lamb"), "optimizer.name"),
         (identity(corpora=(("f2", 1.0),)), "corpus.train"),
         (identity(corpora=(("f1", 1.0), ("f2", 1.0))), "corpus.train"),
-        (identity(special_tokens=((), ())), "corpus.special_tokens"),
+        (identity(special_tokens=((), ())), "tokenizer"),
         (identity(schedule__batch_warmup_steps=5), "schedule.batch_warmup_steps"),
         (identity(schedule__stages=STAGES), "schedule.stages"),
     ],

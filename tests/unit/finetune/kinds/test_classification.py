@@ -86,6 +86,9 @@ def test_fractions_in_json_are_like_fractions_in_csv(tmp_path: Path) -> None:
     assert [record.values["label"] for record in found.records] == ["0.5", "1"]
     with pytest.raises(UserError, match=r"f\.jsonl:1: the label 0\.5 is a fraction; for regression"):
         Kind.find_labels(CONFIG, found)
+    (tmp_path / "f.jsonl").write_text('{"sentence1": "a", "label": "joy"}\n{"sentence1": "b", "label": NaN}\n')
+    with pytest.raises(UserError, match=r"f\.jsonl:2: expected a label in 'label', found NaN"):
+        read_table(tmp_path / "f.jsonl", CONFIG.columns)
 
 
 @pytest.mark.parametrize("other", ["joy", "2"])

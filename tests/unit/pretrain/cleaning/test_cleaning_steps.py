@@ -73,6 +73,7 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("fineweb_quality", {}, PROSE, ("", PROSE)),
         ("fineweb_quality", {}, "\n".join(f"item number {number}" for number in range(9)), ("line_punct_ratio", "")),
         ("pii", {}, "Write to a.b@c.org now", ("masked", "Write to email@example.com now")),
+        ("pii", {}, f"{'b.' * 60}c@x.org", ("masked", "email@example.com")),
         ("pii", {}, "请发邮件到zhang.san@qq.com吧", ("masked", "请发邮件到email@example.com吧")),
         ("pii", {}, "at 8.8.8.8 and 10.0.0.1", ("masked", "at 192.0.2.1 and 10.0.0.1")),
         ("sample", {"rate": 1.0}, "a", ("", "a")),
@@ -96,12 +97,19 @@ def test_addresses_of_a_large_text_take_linear_time(repeated: str) -> None:
     assert apply("pii", repeated * 200_000 + " !")[0] in ("", "masked")
 
 
+def test_chinese_words_of_a_list_are_found(tmp_path: Path) -> None:
+    """Catches a list that finds nothing, because no spaces are around its words."""
+    (tmp_path / "words").write_text("赌博\n", encoding="utf-8")
+    assert apply("word_list", "这里有赌博网站", file=str(tmp_path / "words"))[0] == "listed_word"
+
+
 def test_words_of_a_list_are_found(tmp_path: Path) -> None:
     """Catches words inside others, case, and phrases."""
     (tmp_path / "words").write_text("# comment\nass\nbad phrase\n")
     keys = {"file": str(tmp_path / "words")}
     assert apply("word_list", "a classic passage", **keys)[0] == ""
     assert apply("word_list", "such an ASS!", **keys)[0] == "listed_word"
+    assert apply("word_list", "他说ass了", **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", max_count=1, **keys)[0] == ""
     with pytest.raises(UserError, match=r"word_list.file: cannot read .*none"):

@@ -16,7 +16,7 @@ from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.storage import StorageError, delete, list_files, read_bytes, upload, write_bytes
 from pretrain.config import CorpusConfig
-from pretrain.corpus.cache import CorpusCache, open_metadata
+from pretrain.corpus.cache import CorpusCache, open_metadata, read_description
 from pretrain.corpus.reader import open_corpus
 from small_disk import SmallDisk
 
@@ -109,6 +109,16 @@ def test_files_beside_the_shards_are_current(wordpiece_corpus: Path, tmp_path: P
         assert (copy / "tokenizer" / "tokenizer.json").read_text().endswith("}" + change)
 
 
+def test_a_copy_in_use_outlives_errors_of_the_source(wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches a copy that is deleted under a run because another run cannot read the source."""
+    folder = tmp_path / "text"
+    shutil.copytree(wordpiece_corpus, folder)
+    copy = CorpusCache(tmp_path / "cache").locate([str(folder)])[str(folder)]
+    (folder / "notes").symlink_to("/proc/self/mem")  # reading it fails
+    assert CorpusCache(tmp_path / "cache").locate([str(folder)]) == {str(folder): folder}
+    assert open_corpus(copy).manifest == open_corpus(folder).manifest
+
+
 def test_a_damaged_copy_is_copied_again(stored: str, tmp_path: Path) -> None:
     """Catches a copy that stays damaged, so that no run can use the host."""
     cache = CorpusCache(tmp_path)
@@ -153,7 +163,7 @@ def test_a_process_that_waits_holds_no_lock(wordpiece_corpus: Path, tmp_path: Pa
     copy."""
     source = str(wordpiece_corpus)
     manifest = open_corpus(wordpiece_corpus).manifest
-    path = CorpusCache(tmp_path).folder_of(source, manifest).parent / ".lock"
+    path = CorpusCache(tmp_path).folder_of(source, read_description(source)).parent / ".lock"
     path.parent.mkdir(parents=True)
     with path.open("w") as other:  # of another process that has just looked
         fcntl.flock(other, fcntl.LOCK_SH)
