@@ -26,6 +26,7 @@ from finetune.metrics import Classified, Interval, accuracy_interval, is_constan
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _BLANK = "_"
+_BRACKETS = str.maketrans("【】", "[]")  # which the key of [ and ] gives in Chinese input methods
 _EXCERPT_WORDS = 12  # on each side
 _HOOKED = threading.Lock()  # one thread at a time: a hook applies to all threads that compute the model
 _MODELS = {
@@ -373,7 +374,8 @@ def _excerpt(segments: Sequence[str], blank: int) -> str:
 
 def full_width_advice(mark: str, text: str) -> str:
     """Return advice for a text whose marks may have full-width characters, as Chinese input methods write them."""
-    found = unicodedata.normalize("NFKC", text).count(mark) - text.count(mark)
+    ascii_text = unicodedata.normalize("NFKC", text).translate(_BRACKETS)
+    found = ascii_text.count(mark) - text.count(mark)
     return f"; it has {found} in full-width characters: write '{mark}' in ASCII" if found > 0 else ""
 
 

@@ -102,6 +102,10 @@ def test_no_texts_have_no_predictions(client: TestClient, folders: dict[str, Pat
             {"texts": ["［MASK］"]},
             "texts[0]: no [MASK] to fill; it has 1 in full-width characters: write '[MASK]' in ASCII",
         ),
+        (
+            {"texts": ["【MASK】"]},
+            "texts[0]: no [MASK] to fill; it has 1 in full-width characters: write '[MASK]' in ASCII",
+        ),
         ({"texts": ["word1 " * 80 + "[MASK]"]}, "texts[0]: a [MASK] is beyond the first 64 tokens"),
         ({"texts": ["[MASK]"], "top_k": 0}, "top_k: input should be greater than or equal to 1"),
         ({"texts": ["[MASK]"], "options": []}, "options: expected a list for each of 1 texts, found 0"),
