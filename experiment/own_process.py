@@ -26,15 +26,14 @@ GATE_VARIABLE = "DEEPCLOZE_GATE"
 """A file. The ranks wait for it after their imports: meanwhile the launch checks the config. Only on the machine of the
 launch."""
 
+_DEVICE = "DS_ACCELERATOR"
+_POLL_SECONDS = 0.01
+_given_device: list[str | None] = []  # the variable before `use_cpu`
+
 
 def has_launcher() -> bool:
     """Return whether `deepcloze` has started this rank, and not `deepspeed` alone."""
     return START_VARIABLE in os.environ or LAUNCH_VARIABLE in os.environ
-
-
-_DEVICE = "DS_ACCELERATOR"
-_POLL_SECONDS = 0.01
-_given_device: list[str | None] = []  # the variable before `use_cpu`
 
 
 def module_command(module: str) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ _WITHOUT_WARNINGS = "warnings too"  # value of the variable for quiet processes
 
 class _Stderr(Console):
     def on_broken_pipe(self) -> None:
-        """Drop what nobody reads, as after `2>&1 | head`: a run, which has log files, goes on. The default exits."""
+        """Drop further output if its reader has ended, as after `2>&1 | head`. The default exits, but a run has log
+        files and can go on."""
         self.quiet = True
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
