@@ -188,3 +188,9 @@ def test_extra_columns_are_dropped_on_request() -> None:
     assert next(rows).cells == ["3", "4"]
     with pytest.raises(UserError, match=r"f\.csv:3: expected 2 columns, found 1"):
         next(rows)
+
+
+def test_a_workbook_with_the_name_of_a_table() -> None:
+    """Catches advice to convert the encoding of an Excel file, which never helps."""
+    with pytest.raises(UserError, match=r"^a\.csv: a ZIP archive, such as a workbook of Excel; save the sheet as CSV"):
+        list(text_lines([b"PK\x03\x04\x9b\n"], "a.csv"))

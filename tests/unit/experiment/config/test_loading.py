@@ -412,3 +412,13 @@ def test_a_config_cannot_be_changed() -> None:
     """Catches a section that can be modified after validation."""
     with pytest.raises(ValueError, match="frozen"):
         Config().run.lr = 1.0  # type: ignore[misc]
+
+
+def test_a_name_that_is_not_unicode() -> None:
+    """Catches bytes of a file name that are called nesting."""
+
+    class Config(Section):
+        path: str
+
+    with pytest.raises(UserError, match="a name is not UTF-8; rename the file or folder"):
+        build_config(Config, {"path": "a"}, {"path": "\udcff"})
