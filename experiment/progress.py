@@ -23,8 +23,8 @@ _WITHOUT_WARNINGS = "warnings too"  # value of the variable for quiet processes
 
 class _Stderr(Console):
     def on_broken_pipe(self) -> None:
-        """Drop further output if its reader has ended, as after `2>&1 | head`. The default exits, but a run has log
-        files and can go on."""
+        """Drop further output if the process that reads it has exited, as in `2>&1 | head`. The default raises
+        SystemExit, but a run can continue: it has log files."""
         self.quiet = True
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)

@@ -32,8 +32,8 @@ def run() -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-    """Let stdin, stdout and stderr lead nowhere where the shell has closed them, as with `>&-`: a file that is opened
-    later would be one of them."""
+    """Open /dev/null for each standard stream that the shell has closed, as with `>&-`. Otherwise the next file that is
+    opened would take its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -79,7 +79,7 @@ def _run_command(argv: Sequence[str]) -> None:
         try:
             Path.cwd()
         except FileNotFoundError:
-            raise UserError("the working directory does not exist any more; change to another one") from None
+            raise UserError("the working directory no longer exists; change to another one") from None
         name, options = parse_command_line(argv, COMMANDS)
         fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
 

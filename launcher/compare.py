@@ -77,8 +77,9 @@ def _cells_of(plan: ComparePlan, task: str, run: PlannedRun, state: str) -> list
     folder = plan.runs.run_folder(run)
     if state == DONE:
         return _read_cell(task, folder, plan.grid)
-    with suppress(UserError):
-        return _read_cell(task, folder, grid=True) if plan.grid else []
+    if plan.grid:
+        with suppress(UserError):
+            return _read_cell(task, folder, grid=True)
     return []
 
 

@@ -124,7 +124,7 @@ def stop_at_once(recorder: RankRecorder, reason: str) -> NoReturn:
 def exit_process(outcome: Outcome) -> NoReturn:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError):  # the process that read it has exited
             stream.flush()
     os._exit(outcome.exit_code)  # a normal exit with live collective threads sometimes aborts
 

@@ -32,8 +32,8 @@ from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
-# Keys that determine which sequences are in a batch.
 _SPECIAL_TOKENS = "corpus.special_tokens"
+# Keys that determine which sequences are in a batch.
 _STREAM = (
     "run.seed",
     "batch.sequences",

@@ -215,9 +215,7 @@ IdColumn = Annotated[Name, CellType("text or a whole number", _read_id)]
 OrderColumn = Annotated[Name, CellType("a number", _read_number)]
 GroupColumn = Annotated[Name | tuple[Name, ...], CellType("text or a whole number", _read_group)]
 TextsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_texts)]  # or one column for each
-ChoicesColumn = Annotated[
-    Name | tuple[Name, ...], CellType("a list of texts", _read_choices)
-]  # with fewer in some rows
+ChoicesColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_choices)]
 WordsColumn = Annotated[Name, CellType("a list of words, or words separated by spaces", _read_sentence)]
 ChoiceColumn = Annotated[Name, CellType("the right choice", _read_label, target=True)]
 LabelsColumn = Annotated[Name, CellType("a list of labels, or text", _read_labels, target=True)]

@@ -26,7 +26,7 @@ from finetune.metrics import Classified, Interval, accuracy_interval, is_constan
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _BLANK = "_"
-_BRACKETS = str.maketrans("【】", "[]")  # which the key of [ and ] gives in Chinese input methods
+_BRACKETS = str.maketrans("【】", "[]")  # typed with the keys [ and ] in Chinese input methods
 _EXCERPT_WORDS = 12  # on each side
 _HOOKED = threading.Lock()  # one thread at a time: a hook applies to all threads that compute the model
 _MODELS = {

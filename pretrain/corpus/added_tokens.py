@@ -121,7 +121,7 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
     normalize = backend.normalizer.normalize_str if backend.normalizer else str
     normal = normalize(rest)
     if not normal.strip():
-        raise UserError(f"{where}: {word!r}: nothing is left of it after the tokenizer's normalization")
+        raise UserError(f"{where}: {word!r} is empty after the tokenizer's normalization")
     if prefix is None:
         return normal, False
     normal = normal.strip()  # BERT puts spaces around Chinese characters

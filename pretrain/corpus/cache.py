@@ -201,10 +201,13 @@ def read_description(source: str) -> Description:
     if is_url(source):
         start = len(source.rstrip("/")) + 1
         names = [url[start:] for url in list_files(source)]
-        return Description(manifest, {name: read_bytes(join(source, name)) for name in names if not _is_left_out(name)})
-    folder = Path(source)
-    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return Description(manifest, {name: path.read_bytes() for name, path in paths.items() if not _is_left_out(name)})
+    else:
+        names = [str(path.relative_to(source)) for path in Path(source).rglob("*") if path.is_file()]
+    return Description(manifest, {name: _read_file(source, name) for name in names if not _is_left_out(name)})
+
+
+def _read_file(source: str, name: str) -> bytes:
+    return read_bytes(join(source, name)) if is_url(source) else Path(source, name).read_bytes()
 
 
 def _write_description(description: Description, folder: Path) -> None:

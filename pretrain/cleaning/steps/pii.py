@@ -12,8 +12,8 @@ from pretrain.cleaning.step import Document, DocumentStep, Verdict
 if TYPE_CHECKING:
     from datatrove.pipeline.formatters import PIIFormatter
 
-# An address has at most 64 characters before its @ (RFC 5321), those of bounced mail more. Without a limit the pattern
-# looks for an @ from each word to the end of a text such as "a.a.a.…", which takes quadratic time.
+# An address has at most 64 characters before its @ (RFC 5321); addresses of bounced mail may be longer. Without a
+# limit, the pattern searches from each word to the end of a text such as "a.a.a.…", which takes quadratic time.
 _LOCAL_PART_FOLLOWS = r"(?=[^@\s]{1,256}@)"
 
 

@@ -11,7 +11,9 @@ from experiment.config.field_types import PathText
 from experiment.errors import UserError, reason
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
 
-_NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # between words
+_NO_SPACES = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts without spaces between words
+)
 
 
 class Config(Section):

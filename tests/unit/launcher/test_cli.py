@@ -297,4 +297,4 @@ def test_a_deleted_working_directory_is_reported(
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert main(["status", "runs/mine"]) == 2
-    assert "the working directory does not exist any more" in capsys.readouterr().err
+    assert "the working directory no longer exists" in capsys.readouterr().err

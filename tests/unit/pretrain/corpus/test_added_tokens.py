@@ -157,7 +157,7 @@ def test_command_reports_skipped_words(wordpiece: Path, tmp_path: Path, capsys: 
         (
             "wordpiece",
             ["ba", "\u200b"],
-            r"line 2: '\\u200b': nothing is left of it after the tokenizer's normalization",
+            r"line 2: '\\u200b' is empty after the tokenizer's normalization",
         ),
         ("byte_level", ["##zzed"], "line 1: '##zzed': only WordPiece"),
     ],
