@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +158,27 @@ def check_run_folder(folder: RunFolder, kind: RunKind | None, key: str = "run.di
         found = next(folder.path.glob(pattern), None)
         if found is not None and content != kind:
             raise UserError(f"{key}: {folder.path} holds a {content} ({pattern}); choose another folder")
+
+
+def check_not_moved(config: str | Path, overrides: Collection[str], folder: RunFolder) -> None:
+    """Raise UserError for RUN/config.yaml of a run that was moved: it would start another run in the old folder.
+
+    Args:
+        overrides: keys that override the config.
+        folder: `run.dir` of the config.
+    """
+    moved = RunFolder(Path(config).absolute().parent)
+    if (
+        "run.dir" in overrides
+        or is_run(folder)
+        or not moved.provenance.exists()
+        or moved.config.name != Path(config).name
+    ):
+        return
+    raise UserError(
+        f"run.dir: {config} belongs to a run that was in {folder.path}, and is not there now: to resume it, add "
+        f"--run.dir={shlex.quote(str(moved.path))}"
+    )
 
 
 def check_creatable(folder: RunFolder) -> None:

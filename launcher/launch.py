@@ -16,7 +16,7 @@ from experiment.errors import StoppedError, UserError, end_line, inform, is_quie
 from experiment.formatting import counted, describe_duration
 from experiment.outcome_file import Outcome
 from experiment.own_process import raise_limit_of_open_files
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_folder import RunFolder, check_not_moved, open_run_folder
 from experiment.run_lock import check_unlocked
 from experiment.signals import handle_stop_signals, interrupt
 from experiment.tracking.jsonl import read_events, read_last_events
@@ -49,12 +49,14 @@ def launch_pretraining(options: PretrainOptions) -> None:
     raise_limit_of_open_files()
     with handle_stop_signals(interrupt):
         config = load_config(PretrainConfig, options.config, options.overrides)
+        folder = RunFolder(Path(config.run.dir).absolute())
+        check_not_moved(options.config, options.overrides, folder)
         machine = launch_machine()
         if options.dry_run:
             print(_describe_plan(plan_launch(options, config, machine)))
             return
         # Before the plan and preflight: a run that is active deletes checkpoints, and its devices are busy.
-        dead_owner = check_unlocked(RunFolder(Path(config.run.dir).absolute()))
+        dead_owner = check_unlocked(folder)
         slots = chosen_slots(options, machine)
         announce_checks(options.config, slots)
         with _ranks_started_early(options, slots, machine) as held:

@@ -128,7 +128,7 @@ def resolve(
     _check_batches(config, max_positions(skeleton), vocabulary, world_size)
     fingerprints = [(given.corpus.fingerprint, given.weight) for given in corpora]
     affixes = (vocabulary.prefix, vocabulary.suffix)
-    identity = run_identity(config, model_config.to_dict(), fingerprints, affixes)
+    identity = run_identity(config, model_config.to_dict(), fingerprints, affixes, deepspeed.raw)
     return ResolvedRun(
         config=config,
         folder=folder,

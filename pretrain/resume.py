@@ -33,6 +33,7 @@ from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 log = logging.getLogger(__name__)
 
 _SPECIAL_TOKENS = "corpus.special_tokens"
+_DS_CONFIG = "engine.ds_config."
 # Keys that determine which sequences are in a batch.
 _STREAM = (
     "run.seed",
@@ -269,12 +270,14 @@ def run_identity(
     model_config: Mapping[str, Any],
     corpora: Sequence[tuple[str, float]],
     special_tokens: tuple[Sequence[int], Sequence[int]],
+    ds_config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the identity of a run: its config, with model, corpora and stages as they resolve.
 
     Args:
         corpora: fingerprint and weight of each training corpus.
         special_tokens: token ids before and after the text of each sequence.
+        ds_config: the DeepSpeed JSON.
     """
     plain = {key: value for key, value in flatten(config).items() if not key.startswith(_BY_CONTENT)}
     ignored = ("transformers_version", "_name_or_path", "dtype", "architectures")
@@ -286,13 +289,15 @@ def run_identity(
         "schedule.stages": stages if config.schedule.stages else [],
         "schedule.steps": config.schedule.known_steps,
     }
-    return plain | model | resolved
+    engine = {_DS_CONFIG + key: value for key, value in flatten(ds_config).items()}
+    return plain | model | engine | resolved
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     old, new = with_defaults(flatten(before), PretrainConfig), with_defaults(flatten(now), PretrainConfig)
-    ignored = _NO_EFFECT | ({_SPECIAL_TOKENS} - old.keys())  # older identities do not have them
-    keys = sorted((old.keys() | new.keys()) - ignored)
+    # Older identities do not have these.
+    unknown = tuple(part for part in (_SPECIAL_TOKENS, _DS_CONFIG) if not any(key.startswith(part) for key in old))
+    keys = sorted(key for key in (old.keys() | new.keys()) - _NO_EFFECT if not key.startswith(unknown))
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 

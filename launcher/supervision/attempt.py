@@ -38,7 +38,9 @@ from launcher.supervision.stop_signals import StopSignals, kill_on_early_stop
 
 _POLL_SECONDS = 0.2
 _SURVIVORS_SECONDS = 1.0
-_KILLED = LaunchResult(Outcome.STOPPED, "killed; the run can resume from its last complete checkpoint")
+_KILLED = LaunchResult(
+    Outcome.STOPPED, "killed; the same command resumes from the last complete checkpoint, or starts over without one"
+)
 _STOPPED_EARLY = LaunchResult(
     Outcome.STOPPED, "stopped before the first step; run the same command again", Cause.SIGNAL
 )

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed equals the uninterrupted run."""
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from experiment.checkpoints import checkpoint_path, complete_checkpoints
+from experiment.provenance import read_provenance
+from experiment.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
@@ -184,3 +187,20 @@ def test_layer_decay_can_change_on_resume(
     assert pools[2].run(step_or_load_case, tree, moved, checkpoint_path(made, 1)) == [8, 8]
     one, other = saved_tensors(checkpoint_path(made, 1)), saved_tensors(checkpoint_path(moved, 1))
     assert_same_tensors(one, other)
+
+
+def test_a_run_of_which_only_checkpoints_were_copied(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches another id, with which W&B shows another run, and ancestors that are lost."""
+    tree = run_config(tmp_path / "first", wordpiece_corpus, schedule__steps=2)
+    assert pools[1].run(pretrain_case, tree, 1) == ["stopped"]
+    first, copied = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "copied")
+    shutil.copytree(first.checkpoints, copied.checkpoints)
+    tree["run"]["dir"] = str(copied.path)
+    assert pools[1].run(pretrain_case, tree) == ["done"]
+    before, after = read_provenance(first), read_provenance(copied)
+    assert before is not None
+    assert after is not None
+    assert (after["run_id"], after["ancestors"]) == (before["run_id"], before["ancestors"])
+    assert [attempt["step"] for attempt in after["attempts"]] == [0, 1]

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.run_folder import open_run_folder
+from experiment.run_folder import RunFolder, check_not_moved, open_run_folder
 
 
 def test_opening_creates_the_folder_and_makes_its_path_absolute(
@@ -32,3 +32,18 @@ def test_a_folder_without_write_permission_is_rejected(tmp_path: Path, monkeypat
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match="not writable"):
         open_run_folder(tmp_path)
+
+
+def test_the_config_of_a_moved_run_is_refused(tmp_path: Path) -> None:
+    """Catches a run that starts again, from nothing, in the folder that it was moved from."""
+    old, new = tmp_path / "old", tmp_path / "my runs" / "new"
+    (old / "logs").mkdir(parents=True)
+    (old / "config.yaml").touch()
+    check_not_moved(old / "config.yaml", (), RunFolder(old))
+    (old / "provenance.json").touch()
+    check_not_moved(old / "config.yaml", (), RunFolder(old))
+    new.parent.mkdir()
+    old.rename(new)
+    with pytest.raises(UserError, match=rf"run that was in {old}, .* --run.dir='{new}'$"):
+        check_not_moved(new / "config.yaml", (), RunFolder(old))
+    check_not_moved(new / "config.yaml", {"run.dir": str(tmp_path / "another")}, RunFolder(tmp_path / "another"))

@@ -26,6 +26,7 @@ from pretrain.training.training_progress import TrainingProgress, fork_progress
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}
 NEW_MODEL = ModelConfig(config={"model_type": "bert"})
+DS_CONFIG = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
 STAGES = [{"steps": 3, "max_seq_length": 64}, {"sequences": 32}]
 
 
@@ -33,13 +34,14 @@ def identity(
     model: dict[str, Any] = MODEL,
     corpora: tuple[tuple[str, float], ...] = (("f1", 1.0),),
     special_tokens: tuple[tuple[int, ...], tuple[int, ...]] = ((2,), (3,)),
+    ds_config: dict[str, Any] = DS_CONFIG,
     **changes: Any,
 ) -> dict[str, Any]:
     tree: dict[str, Any] = {**CONFIG, "schedule": {"steps": 10}}
     for dotted, value in changes.items():
         section, _, key = dotted.partition("__")
         tree[section] = tree.get(section, {}) | {key: value}
-    return run_identity(build_config(PretrainConfig, tree), model, corpora, special_tokens)
+    return run_identity(build_config(PretrainConfig, tree), model, corpora, special_tokens, ds_config)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +70,26 @@ def test_changed_identity_cannot_resume(now: dict[str, Any], key: str) -> None:
     assert "RUN/checkpoints/step-00000010" in str(rejected.value)
 
 
-def test_a_checkpoint_without_its_special_tokens_can_resume() -> None:
-    """Catches a run of an earlier version that cannot continue."""
-    before = identity()
-    del before["corpus.special_tokens"]
+def test_a_checkpoint_without_special_tokens_and_deepspeed_json_can_resume() -> None:
+    """Catches a run of an earlier version that cannot continue, or that reports changes."""
+    earlier = identity()
+    before = {
+        key: value
+        for key, value in earlier.items()
+        if key != "corpus.special_tokens" and not key.startswith("engine.ds_config.")
+    }
+    assert len(before) < len(earlier)
     assert check_resume(before, identity(), "a checkpoint") == []
+
+
+def test_an_edited_deepspeed_json_is_reported() -> None:
+    """Catches another precision and ZeRO stage that a resumed run does not report."""
+    now = identity(ds_config={"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}})
+    assert check_resume(identity(), now, "a checkpoint") == [
+        "engine.ds_config.bf16.enabled: true -> null",
+        "engine.ds_config.fp16.enabled: null -> true",
+        "engine.ds_config.zero_optimization.stage: 1 -> 2",
+    ]
 
 
 def test_a_new_run_needs_another_mirror_too() -> None:
@@ -181,7 +198,7 @@ def test_a_fork_can_change_what_a_resume_cannot() -> None:
 
 def identity_with_model(settings: dict[str, Any]) -> dict[str, Any]:
     tree = {**CONFIG, "schedule": {"steps": 10}, "model": settings}
-    return run_identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)], ((2,), (3,)))
+    return run_identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)], ((2,), (3,)), DS_CONFIG)
 
 
 def make_run(
