@@ -91,7 +91,8 @@ def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[
 
 
 def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[list[str], Iterator[CsvRow]]:
-    """Read column names and rows of a CSV file. Empty lines are skipped.
+    """Read column names and rows of a CSV file. Empty lines are skipped, and empty cells at the end, as in files of
+    Excel.
 
     Without a header, columns are named "0", "1", …; warns if there seems to be one, and if quotes that seem to enclose
     cells are read as ordinary characters. A file without rows has no columns.
@@ -140,6 +141,7 @@ def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Itera
     reader = csv.reader(lines, delimiter=csv_format.separator or ",", quoting=quoting, strict=True)
     line = 1
     suspected = quoting != csv.QUOTE_NONE  # no need to look for quotes that enclose cells
+    blank: list[CsvRow] = []  # since the last row with text
     try:
         for cells in reader:
             if cells:
@@ -149,7 +151,10 @@ def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Itera
                         f"{origin}:{line}: quotes are read as a part of {listed([quoted])}; if they enclose cells, "
                         f"set {csv_format.option('quoting', '0')}"
                     )
-                yield CsvRow(line, cells)
+                blank.append(CsvRow(line, cells))
+                if len(cells) == 1 or any(cells):
+                    yield from blank
+                    blank.clear()
             line = reader.line_num + 1
     except csv.Error as error:
         problem = str(error).replace("\t", "\\t")  # the separator that was expected

@@ -20,7 +20,7 @@ from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.sources import Source, find_sources
 from pretrain.corpus.splits import Split, plan_splits
 from pretrain.corpus.tokenization import TokenizerSpec, tokenizer_spec
-from pretrain.corpus.words import segmenter_identity, word_boundaries
+from pretrain.corpus.words import SegmenterSpec, read_segmenter, segmenter_identity, word_boundaries
 from pretrain.corpus.workers import worker_pool
 
 Part = Literal["main", "heldout"]
@@ -97,7 +97,7 @@ class BuildTokenizer:
         fsync_tree(folder)
 
 
-def load_build_tokenizer(name: str, segmenter: str | None) -> BuildTokenizer:
+def load_build_tokenizer(name: str, segmenter: SegmenterSpec | None) -> BuildTokenizer:
     """Load a tokenizer, by a name that `local_tokenizer` takes, without importing torch. Raises UserError as
     `load_tokenizer`, and StoppedError if a worker process is killed."""
     path = local_tokenizer(name)
@@ -107,14 +107,14 @@ def load_build_tokenizer(name: str, segmenter: str | None) -> BuildTokenizer:
         return pool.submit(_load_without_torch, path, segmenter).result()
 
 
-def _load_without_torch(path: Path, segmenter: str | None) -> BuildTokenizer:
+def _load_without_torch(path: Path, segmenter: SegmenterSpec | None) -> BuildTokenizer:
     """Load a tokenizer in a worker process."""
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that torch is missing
     sys.modules["torch"] = None  # type: ignore[assignment]
     return _load(path, segmenter)
 
 
-def _load(path: Path, segmenter: str | None) -> BuildTokenizer:
+def _load(path: Path, segmenter: SegmenterSpec | None) -> BuildTokenizer:
     tokenizer = load_tokenizer(path)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -187,8 +187,9 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
     assert options.tokenizer is not None
     assert options.output is not None
     sources = find_sources(options.source, output=options.output)
-    tokenizer = load_build_tokenizer(options.tokenizer, options.segmenter)
-    if options.segmenter is not None and word_boundaries(tokenizer.spec.tokenizer_json) is None:
+    segmenter = None if options.segmenter is None else read_segmenter(options.segmenter, options.user_dictionary)
+    tokenizer = load_build_tokenizer(options.tokenizer, segmenter)
+    if segmenter is not None and word_boundaries(tokenizer.spec.tokenizer_json) is None:
         raise UserError(
             f"--segmenter {options.segmenter}: cannot tell where words begin for the tokenizer {options.tokenizer}"
         )
@@ -199,5 +200,5 @@ def plan_build(options: CorpusOptions) -> BuildPlan:
         options=options,
         sampling=Sampling(options.seed, options.limit, options.holdout),
         tokenizer=tokenizer,
-        segmenter=None if options.segmenter is None else segmenter_identity(options.segmenter),
+        segmenter=None if segmenter is None else segmenter_identity(segmenter),
     )

@@ -161,6 +161,9 @@ class CorpusOptions(TextOptions):
     segmenter: Literal["jieba"] | None = None
     """Find the words of Chinese text for whole-word and span masking; needs `pip install 'deepcloze[chinese]'`."""
 
+    user_dictionary: Annotated[LocalPath | None, Metavar("FILE")] = None
+    """Words of your field for the segmenter: a user dictionary of jieba, or any file with one word per line."""
+
     verify: Annotated[LocalPath | None, Metavar("DIR[,DIR…]")] = None
     """Instead of building: corpus folders to compare with their checksums."""
 
@@ -185,4 +188,6 @@ class CorpusOptions(TextOptions):
             )
         if self.ray_address is not None and self.engine != "ray":
             raise ValueError("--ray_address needs --engine ray")
+        if self.user_dictionary is not None and self.segmenter is None:
+            raise ValueError("--user_dictionary needs --segmenter jieba")
         return self

@@ -19,6 +19,7 @@ from pretrain.corpus.word_cache import Counts, TokenIds, WordCache, encodes_word
 from pretrain.corpus.words import (
     BoolArray,
     Segmenter,
+    SegmenterSpec,
     WordBoundaries,
     load_segmenter,
     segmented_word_starts,
@@ -37,7 +38,7 @@ class TokenizerSpec:
     unknown_id: int | None
     special_ids: tuple[int, ...]  # without the unknown token
     token_type: str  # uint16 | uint32
-    segmenter: str | None = None  # finds word starts; None: they are not stored
+    segmenter: SegmenterSpec | None = None  # finds word starts; None: they are not stored
 
     @cached_property
     def letters_give_tokens(self) -> bool:
@@ -50,7 +51,7 @@ class TokenizerSpec:
         )
 
 
-def tokenizer_spec(tokenizer: "PreTrainedTokenizerFast", segmenter: str | None = None) -> TokenizerSpec:
+def tokenizer_spec(tokenizer: "PreTrainedTokenizerFast", segmenter: SegmenterSpec | None = None) -> TokenizerSpec:
     """Extract the spec of a tokenizer."""
     unknown = tokenizer.unk_token_id
     return TokenizerSpec(

@@ -6,6 +6,7 @@ A segmenter finds the real words, but it needs the raw text, which is available 
 """
 
 import hashlib
+import io
 import json
 import unicodedata
 import warnings
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,13 @@ from experiment.errors import UserError
 
 BoolArray = NDArray[np.bool_]
 Segmenter = Callable[[str], Iterator[str]]  # text -> its words, which joined give the text again
+
+
+class SegmenterSpec(NamedTuple):
+    """Plain data of a segmenter for a worker, which can be pickled."""
+
+    name: str
+    user_dictionary: str = ""  # lines of `word [frequency] [tag]`, as jieba reads them
 
 
 @dataclass(frozen=True)
@@ -138,23 +146,46 @@ def _is_chinese(characters: NDArray[np.uint32]) -> BoolArray:
     return found
 
 
-def segmenter_identity(name: str) -> str:
-    """Return the segmenter's version and dictionary hash, which determine its words. Raises UserError if missing."""
+def read_segmenter(name: str, user_dictionary: str | Path | None) -> SegmenterSpec:
+    """Return the spec of a segmenter with the words of a file, one per line. Raises UserError."""
+    if user_dictionary is None:
+        return SegmenterSpec(name)
+    try:
+        lines = Path(user_dictionary).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        problem = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"--user_dictionary: cannot read {user_dictionary}: {problem}") from None
+    entries = [" ".join(line.split()) for line in lines if line.strip()]  # jieba separates columns at single spaces
+    if not entries:
+        raise UserError(f"--user_dictionary: {user_dictionary} has no words; expected one per line")
+    return SegmenterSpec(name, "\n".join(entries))
+
+
+def segmenter_identity(spec: SegmenterSpec) -> str:
+    """Return the segmenter's version and the hashes of its dictionaries, which determine its words. Raises UserError if
+    it is missing."""
     jieba = _import_jieba()
-    return f"{name} {jieba.__version__}, dictionary {hashlib.sha256(_dictionary(jieba).read_bytes()).hexdigest()[:16]}"
+    user = f", user dictionary {_digest(spec.user_dictionary.encode())}" if spec.user_dictionary else ""
+    return f"{spec.name} {jieba.__version__}, dictionary {_digest(_dictionary(jieba).read_bytes())}{user}"
 
 
-def load_segmenter(name: str) -> Segmenter:
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def load_segmenter(spec: SegmenterSpec) -> Segmenter:
     """Load jieba in its default mode: the most likely split into dictionary words, and an HMM for unknown words.
 
     The dictionary is read here because jieba itself would log, and would load a cache from the temporary folder that
     anyone may have written. Raises UserError if jieba is missing.
     """
-    assert name == "jieba"
+    assert spec.name == "jieba"
     jieba = _import_jieba()
     tokenizer = jieba.Tokenizer()
     tokenizer.FREQ, tokenizer.total = jieba.Tokenizer.gen_pfdict(_dictionary(jieba).open("rb"))
     tokenizer.initialized = True
+    if spec.user_dictionary:
+        tokenizer.load_userdict(io.StringIO(spec.user_dictionary))
     return lambda text: tokenizer.cut(text, cut_all=False, HMM=True)
 
 

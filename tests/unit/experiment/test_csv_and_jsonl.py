@@ -116,6 +116,13 @@ def test_a_file_without_rows_has_no_columns() -> None:
         assert (names, list(rows)) == ([], [])
 
 
+def test_empty_cells_at_the_end_are_skipped() -> None:
+    """Catches the empty rows below a table of Excel that are read as data, and one between others that is not."""
+    lines = ["text,label\n", ",\n", "good,1\n", ",\n", ",,\n", "\n"]
+    assert [row.line for row in read_csv(lines, "f.csv", CsvFormat())[1]] == [2, 3]
+    assert [row.cells for row in read_csv(["a\n", "x\n", '""\n'], "f.csv", CsvFormat())[1]] == [["x"], [""]]
+
+
 def test_bad_text_is_found_while_reading() -> None:
     """Catches an error that is raised before the good rows are read, or that does not say where it is."""
 

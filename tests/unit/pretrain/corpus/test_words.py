@@ -22,7 +22,13 @@ from pretrain.corpus import build_plan, shards, splits, tasks
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
-from pretrain.corpus.words import WordBoundaries, segmented_word_starts, word_boundaries
+from pretrain.corpus.words import (
+    WordBoundaries,
+    load_segmenter,
+    read_segmenter,
+    segmented_word_starts,
+    word_boundaries,
+)
 
 needs_jieba = pytest.mark.skipif(find_spec("jieba") is None, reason="the package jieba is not installed")
 
@@ -326,11 +332,44 @@ def test_killed_segmented_build_resumes_to_same_bytes(
 
 
 @needs_jieba
+def test_words_of_a_user_dictionary(tmp_path: Path, chinese: Path, source: Path) -> None:
+    """Catches words that jieba does not get, such as those after a byte order mark or before a tab, and a corpus that
+    is taken for one with other words."""
+    words = tmp_path / "words.txt"
+    words.write_text("\ufeff他用\n\n图书馆看\t9\tn\n很好\n", encoding="utf-8")
+    options = CorpusOptions(
+        source=source, tokenizer=chinese, output=tmp_path / "c", workers=1, segmenter="jieba", user_dictionary=words
+    )
+    segment = load_segmenter(read_segmenter("jieba", words))
+    assert list(segment("我在图书馆看电影")) == ["我", "在", "图书馆看", "电影"]
+    assert list(segment("天气很好")) == ["天气", "很好"]
+    corpus = build_corpus(options)
+    plain = build_corpus(options.model_copy(update={"user_dictionary": None, "output": tmp_path / "plain"}))
+    assert corpus.tokens == plain.tokens
+    assert corpus.tokens_per_word > plain.tokens_per_word
+    words.write_text("他用\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"another segmenter: jieba .*, user dictionary [0-9a-f]{16}\)"):
+        build_corpus(options)
+
+
+def test_user_dictionaries_that_cannot_be_read(tmp_path: Path) -> None:
+    """Catches a dictionary without effect."""
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    (tmp_path / "gb.txt").write_bytes("词".encode("gb18030"))
+    for name, problem in {"empty.txt": "has no words", "gb.txt": "not UTF-8 text", "none.txt": "No such file"}.items():
+        with pytest.raises(UserError, match=rf"--user_dictionary: .*{name}.*{problem}"):
+            read_segmenter("jieba", tmp_path / name)
+    with pytest.raises(ValueError, match="--user_dictionary needs --segmenter jieba"):
+        CorpusOptions(source="s.txt", tokenizer="t", output=tmp_path, user_dictionary=tmp_path / "empty.txt")
+
+
+@needs_jieba
 def test_jieba_is_quiet_and_leaves_no_cache(tmp_path: Path) -> None:
     """Catches jieba's defaults: log lines, a cache in the temporary folder, and words from a cache that someone else
     left there."""
     (tmp_path / "jieba.cache").write_bytes(b"of another version")
-    code = "from pretrain.corpus.words import load_segmenter as o; print('|'.join(o('jieba')('他来到了网易杭研大厦')))"
+    code = "from pretrain.corpus.words import SegmenterSpec, load_segmenter"
+    code += "; print('|'.join(load_segmenter(SegmenterSpec('jieba'))('他来到了网易杭研大厦')))"
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
         env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
