@@ -141,9 +141,11 @@ def runs_in(folder: str | Path) -> list[Path]:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    if is_run(RunFolder(folder)):
-        return [folder]
-    return [run for planned in planned_folders(folder) for run in _runs_in(planned) or [planned]]
+    with suppress(PermissionError):  # a folder of another user, or lost+found
+        if is_run(RunFolder(folder)):
+            return [folder]
+        return [run for planned in planned_folders(folder) for run in _runs_in(planned) or [planned]]
+    return []
 
 
 def folder_name(text: str) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import filelock
 import psutil
@@ -108,13 +109,22 @@ def is_locked(folder: RunFolder) -> bool:
 
 def _is_held(lock: Path) -> bool:
     try:
-        with lock.open("r+b") as file:
+        with _opened(lock) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # there is none; or `open_run_folder` says why it cannot be written
         return False
     return False
+
+
+def _opened(lock: Path) -> IO[bytes]:
+    try:
+        return lock.open("r+b")  # NFS needs write access
+    except FileNotFoundError:
+        raise
+    except OSError:  # of another user, or read-only
+        return lock.open("rb")
 
 
 def _wait_for_processes(folder: RunFolder, times: LockTimes) -> None:

@@ -1,6 +1,7 @@
 """Prints oddities in the data of a task, and lengths in tokens, before training."""
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,18 @@ def _odd_labels(labels: Sequence[str], role: str) -> Iterator[str]:
         )
     elif len(counts) > _MANY_NUMBERS and None not in map(as_number, counts):
         yield f"train: {len(counts):,} labels, and all are numbers: if they are a scale, set task.kind: regression"
+    seen: dict[str, str] = {}
+    for label in sorted(counts):
+        if (other := seen.setdefault(_appearance(label), label)) != label:
+            places = " and ".join(f"{each!r} ({counted(counts[each], 'row')})" for each in (other, label))
+            yield f"train: the labels {places} look alike, but are two classes"
+            break
+
+
+def _appearance(label: str) -> str:
+    """Return a label without case, spaces, invisible characters and full-width forms."""
+    characters = unicodedata.normalize("NFKC", label)
+    return "".join(each for each in characters if unicodedata.category(each) not in ("Cf", "Zs")).casefold()
 
 
 def _swapped(labels: Sequence[str], texts: Sequence[str], role: str) -> Iterator[str]:

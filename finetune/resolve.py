@@ -14,7 +14,7 @@ from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
 from experiment.model_names import local_model, record_model
 from experiment.progress import print_warning, terminal
-from experiment.run_folder import RunFolder, check_run_folder
+from experiment.run_folder import RunFolder, check_not_moved, check_run_folder
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.records import Table
@@ -51,10 +51,12 @@ class ResolvedRun:
 def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
     """Return the config of a file with absolute paths, the model that init_from refers to, and a task name.
 
-    overrides: dotted keys to raw text. Raises UserError, also if init_from refers to no usable model.
+    overrides: dotted keys to raw text. Raises UserError, also if init_from refers to no usable model, and for the
+    config.yaml of a run that was moved.
     """
     config = load_config(FinetuneConfig, file, overrides)
     folder = RunFolder(Path(config.run.dir).absolute())
+    check_not_moved(file, overrides or (), folder)
     earlier = flatten(read_recorded(folder.config))  # with the commits of models and data of the Hub
     task = config.task.pinned(map(str, earlier.values()))
     with user_errors_in("model.init_from"):

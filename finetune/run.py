@@ -21,7 +21,7 @@ from experiment.hardware import prepare_process
 from experiment.outcome_file import Outcome, recorded_outcome
 from experiment.progress import terminal
 from experiment.provenance import ancestors_of, collect_provenance, write_provenance
-from experiment.run_folder import RunFolder, check_creatable, check_not_moved, open_run_folder
+from experiment.run_folder import RunFolder, check_creatable, open_run_folder
 from experiment.run_lock import check_unlocked, lock_run
 from experiment.tracking.jsonl import read_events
 from experiment.tracking.rank_logs import logging_set_up
@@ -47,13 +47,11 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
     dry_run: only print the plan.
     """
     loaded = load_run_config(config, overrides)
-    folder = RunFolder(Path(loaded.run.dir))
-    check_not_moved(config, overrides or (), folder)
     if dry_run:
         print(f"# config\n{dump_config(loaded)}")
         print(_describe_training(_resolve(loaded)))
     else:
-        start = time.monotonic()
+        folder, start = RunFolder(Path(loaded.run.dir)), time.monotonic()
         results = run(loaded)
         print_results(results, folder.results)
         terminal().print(f"done: {describe_duration(time.monotonic() - start)} in this command")

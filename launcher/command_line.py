@@ -179,7 +179,10 @@ def _split(
         if is_override:
             overrides[written] = value
         else:
-            texts[name] = [*texts.get(name, []), value] if flags[name].is_repeated else [value]
+            texts.setdefault(name, []).append(value)
+            if len(texts[name]) > 1 and not flags[name].is_repeated:
+                hint = f": join the values by commas, {flags[name].metavar}" if "," in flags[name].metavar else ""
+                raise _UsageError(f"--{written} is given twice{hint}")
             positional = [other for other in positional if other != name]
     return texts, overrides
 

@@ -5,15 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.config import load_config, read_config_file
+from experiment.config import flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
-from experiment.files import checksum
-from experiment.model_names import local_model
 from experiment.own_process import module_command
 from experiment.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig, check_validation
-from finetune.data.task_config import data_checksums
-from finetune.model import model_files
 from finetune.resolve import check_data
 from launcher.compare_config import CompareConfig, RowConfig
 from launcher.options import CompareOptions, LaunchOptions
@@ -26,7 +22,7 @@ from launcher.run_set import (
     recorded_configs,
     recorded_data,
 )
-from launcher.run_validation import validate_finetuning, validate_pretraining
+from launcher.run_validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from launcher.sweep import grid_points, parse_grid
 from pretrain.config import PretrainConfig
 
@@ -123,8 +119,7 @@ def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
         with user_errors_in(file):
             task = task_config.task.pinned(recorded)
             check_data(task_config.model_copy(update={"task": task}))
-            data = {f"data.{split}": found for split, found in data_checksums(task).items()}
-        tasks.append(_Task(folders[name], file, data, task.hub_overrides()))
+            tasks.append(_Task(folders[name], file, data_origin(task), task.hub_overrides()))
     return tasks
 
 
@@ -150,13 +145,12 @@ def _plan_cells(
     config: CompareConfig,
 ) -> dict[str, PlannedRun]:
     """Return the runs of a row by task. Their configs have the checksums of all files that they read."""
-    files = model_files(local_model(row.init_from), weights=row.weights == "pretrained")
-    origin: dict[str, object] = {f"encoder.{path.name}": checksum(path) for path in files}
+    origin = encoder_origin(row.init_from, row.weights)
     seeds = ",".join(map(str, config.seeds))
     now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}
     then = now
     if pretraining is not None:
-        origin |= {f"pretrain.{key}": value for key, value in pretraining.config.items()}
+        origin = {**origin, **{f"pretrain.{key}": value for key, value in pretraining.config.items()}}
         then = {**now, "model.init_from": str(parent / pretraining.name)}
     cells = {}
     for task in tasks:
@@ -175,7 +169,7 @@ def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str
         keys = {**overrides, "run.dir": str(folder), **point}
         check_validation(load_config(FinetuneConfig, file, keys), "the points of the grid are compared on validation")
         validate_finetuning(file, keys)
-    config = validate_finetuning(file, {**overrides, "run.dir": str(folder)})
+    config = flatten(validate_finetuning(file, {**overrides, "run.dir": str(folder)}))
     return {**{key: value for key, value in config.items() if not key.startswith(_IRRELEVANT)}, "grid": grid}
 
 

@@ -17,7 +17,7 @@ from experiment.config import load_config
 from experiment.errors import notify
 from experiment.outcome_file import RankRecord, read_rank_record
 from experiment.own_process import module_command, own_environment
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_folder import RunFolder, check_not_moved, open_run_folder
 from experiment.run_lock import check_unlocked
 from launcher.options import PretrainOptions
 from pretrain.config import PretrainConfig
@@ -32,6 +32,7 @@ def launch_detached(options: PretrainOptions) -> None:
     that ends before.
     """
     folder = RunFolder(Path(load_config(PretrainConfig, options.config, options.overrides).run.dir).absolute())
+    check_not_moved(options.config, options.overrides, folder)
     check_unlocked(folder)
     is_new = not folder.path.exists()
     before = read_rank_record(folder, 0)  # of an earlier attempt

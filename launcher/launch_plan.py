@@ -3,10 +3,10 @@
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiment.checkpoints import complete_checkpoints
 from experiment.config import dump_config
@@ -47,6 +47,7 @@ class LaunchPlan:
     machine: Machine
     target: Target  # requirements for preflight
     summary: str = ""  # model and engine, in words
+    identity: Mapping[str, Any] = field(default_factory=dict)  # see `pretrain.resume.run_identity`
     config_changed: bool = False  # whether `config` differs from the options
 
     @property
@@ -132,7 +133,7 @@ def plan_launch(
         _check_paths(run.folder)
     hosts = target_of_hosts(slots, machine, options)
     target = target_of_run(hosts, run.config, run.num_parameters, run.folder, _cache_needs(run))
-    return LaunchPlan(options, run.config, run.folder, slots, machine, target, _summary(run))
+    return LaunchPlan(options, run.config, run.folder, slots, machine, target, _summary(run), run.identity)
 
 
 def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> Command:

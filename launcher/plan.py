@@ -58,6 +58,7 @@ def print_run_plan(options: PlanOptions) -> None:
 def _planned_slots(options: PlanOptions, machine: Machine) -> Slots:
     """Return the slots as for a launch, but `--num_gpus` without a hostfile may exceed this machine's devices."""
     hosts = read_hostfile(options.hostfile) if options.hostfile else allocated_hosts(machine.environ)
-    if hosts is None and options.num_gpus is not None:
+    is_filtered = options.include is not None or options.exclude is not None  # which `place_ranks` rejects
+    if hosts is None and options.num_gpus is not None and not is_filtered:
         return {"localhost": tuple(range(options.num_gpus))}
     return place_ranks(machine.devices, options.model_copy(update={"oversubscribe": True}), hosts)

@@ -38,7 +38,12 @@ REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has rep
 
 _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _OTHER_SEEDS = "started with other seeds"
-_IRRELEVANT = ("tracking.", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))  # beginnings of keys
+_IRRELEVANT = (  # beginnings of keys
+    "tracking.",
+    *(f"pretrain.{key}" for key in ("tracking.", "run.dir", "run.log_every", "checkpoint.mirror")),
+    *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY),
+)
+_ORIGINS = ("data.", "encoder.", "pretrain.data.")  # beginnings of keys that records of earlier versions may lack
 _OWN_PATHS = ("run.dir", "checkpoint.mirror")  # keys; each run of a set has its own
 _POLL_SECONDS = 0.5
 
@@ -176,7 +181,9 @@ class RunSet:
             folder, new = self.run_folder(run).path, RunRecord(config=run.config)
             record = records.get(run.name, new) if folder.exists() else new
             before = _with_new_keys(record["config"], run.config)
-            if key := _changed_key(before, run.config, ["run.dir"]):  # which follows from the folder of the set
+            # These follow from the folder of the set.
+            own = ["run.dir", *(["model.init_from"] if run.pretraining is not None else [])]
+            if key := _changed_key(before, run.config, own):
                 raise UserError(
                     f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
                     f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"
@@ -269,7 +276,9 @@ def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
     """Return a recorded config with the keys of `now` that an earlier version did not have, at their defaults."""
     kind = config_of_kind(str(now["task.kind"])) if "task.kind" in now else FinetuneConfig
     known = with_defaults(with_defaults(with_defaults(before, kind), PretrainConfig), PretrainConfig, "pretrain.")
-    return {key: known[key] for key in now if key in known} | dict(before)
+    missing = tuple(part for part in _ORIGINS if not any(key.startswith(part) for key in before))
+    origins = {key: value for key, value in now.items() if key.startswith(missing)}
+    return origins | {key: known[key] for key in now if key in known} | dict(before)
 
 
 def _changed_key(before: FlatConfig, now: FlatConfig, ignored: Sequence[str] = ()) -> str | None:

@@ -10,6 +10,9 @@ from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify
 from experiment.fast_imports import fast_imports, import_transformers_without_scipy
+from experiment.files import checksum
+from experiment.model_names import local_model
+from finetune.data.task_config import TaskConfig, data_checksums
 from launcher.hosts.machine import launch_machine
 from launcher.launch import warnings_left_to_rank0
 from launcher.launch_plan import plan_launch
@@ -17,6 +20,7 @@ from launcher.options import PretrainOptions
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
     from launcher.run_set import FlatConfig
 
 _COMMANDS = {
@@ -28,6 +32,8 @@ _COMMANDS = {
     "output": "clean",
 }
 """Section of a config -> the command that the config is for."""
+
+_BY_CONTENT = ("corpus.train", "engine.ds_config.")  # beginnings of keys of `run_identity`
 
 
 def command_of(config: str) -> str:
@@ -52,19 +58,38 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
 
 
 def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> "FlatConfig":
-    """Return the config of a pretraining run. placement: of `LaunchOptions`.
+    """Return the config of a pretraining run, and the content of its corpora and DeepSpeed JSON as `data.KEY`.
+    placement: of `LaunchOptions`.
 
     Raises UserError for anything that would keep the run from starting.
     """
     loaded = load_config(PretrainConfig, config, overrides)
     with warnings_left_to_rank0():
-        plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), loaded, launch_machine())
-    return flatten(loaded)  # not the resolved one, whose model.init_from may be a newer checkpoint after a restart
+        plan = plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), loaded, launch_machine())
+    content = {f"data.{key}": value for key, value in plan.identity.items() if key.startswith(_BY_CONTENT)}
+    # Not the resolved config, whose model.init_from may be a newer checkpoint after a restart.
+    return flatten(loaded) | content
 
 
-def validate_finetuning(config: str, overrides: Mapping[str, str]) -> "FlatConfig":
+def validate_finetuning(config: str, overrides: Mapping[str, str]) -> "FinetuneConfig":
     """Return the config of a fine-tuning run. Raises UserError, as above."""
     with fast_imports():
         from finetune.resolve import load_run_config
 
-    return flatten(load_run_config(config, overrides))
+    return load_run_config(config, overrides)
+
+
+def data_origin(task: TaskConfig) -> "FlatConfig":
+    """Return the checksums of the data of a fine-tuning run, `data.SPLIT`. Raises UserError for missing files."""
+    return {f"data.{split}": found for split, found in data_checksums(task).items()}
+
+
+def encoder_origin(init_from: str, weights: str) -> "FlatConfig":
+    """Return the checksums of the files that a fine-tuning run starts from, `encoder.FILE`.
+
+    weights: see `finetune.config.ModelConfig`.
+    """
+    from finetune.model import model_files  # imports torch
+
+    files = model_files(local_model(init_from), weights=weights == "pretrained")
+    return {f"encoder.{path.name}": checksum(path) for path in files}

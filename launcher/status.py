@@ -189,8 +189,18 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     each: dict[Path, Path] = {}
     for run in chain.from_iterable(runs.values()):
         each.setdefault(run.resolve(), run)
+
+    def read(run: Path) -> RunStatus | None:
+        try:
+            return read_status(str(run))
+        except PermissionError as error:
+            if len(each) == 1:
+                raise
+            notify(f"{run} is skipped: {error.filename}: {error.strerror}")
+            return None
+
     with ThreadPoolExecutor() as readers:  # runs on other machines take seconds
-        found = list(readers.map(read_status, map(str, each.values())))
+        found = [status for status in readers.map(read, each.values()) if status is not None]
     if as_json:
         print(json.dumps([asdict(status) for status in found], ensure_ascii=False))
     elif len(found) == 1:

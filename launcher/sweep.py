@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from experiment.checkpoints import names_model_folder
-from experiment.config import did_you_mean, load_config, read_config_file
+from experiment.config import did_you_mean, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest
 from experiment.hub_names import HubName
@@ -30,7 +30,7 @@ from experiment.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
 from finetune.config import FinetuneConfig, check_validation
 from launcher.options import LaunchOptions, SweepOptions
 from launcher.run_set import FlatConfig, PlannedRun, RunSet, record_model_of_set, recorded_configs, recorded_data
-from launcher.run_validation import command_of, validate_finetuning, validate_pretraining
+from launcher.run_validation import command_of, data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
 _CLOSING = {"[": "]", "{": "}"}
@@ -101,7 +101,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     if output is None:  # the folder that the config names may be in use: no run of the sweep writes to it
         name, values = next(iter(points.items()))
         with user_errors_in(f"sweep: {name}"):
-            output = f"{load_config(config_type, config, options.overrides | values).run.dir}-sweep"
+            output = f"{Path(load_config(config_type, config, options.overrides | values).run.dir)}-sweep"
     check_run_folder(RunFolder(Path(output).absolute()), None, "--output")
     pins, runs = _Pins(Path(output) / SWEEP_RECORD), []
     loaded: dict[str, FinetuneConfig | PretrainConfig] = {}
@@ -114,8 +114,11 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
             if "task.test" in pinned:  # it has all of them; a key below it would come after it
                 overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
             overrides |= pinned
+            validated: FlatConfig
             if finetuning:
-                validated = validate_finetuning(config, overrides)
+                run = validate_finetuning(config, overrides)
+                model = run.model
+                validated = {**flatten(run), **data_origin(run.task), **encoder_origin(model.init_from, model.weights)}
             else:
                 validated = validate_pretraining(config, overrides, placement)
         argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))

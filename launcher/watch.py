@@ -99,8 +99,10 @@ class Announcement:
             subject = f"{run.path.name}: {result.task} {result.metric} {result.value:.4f} at step {result.step}"
             try:
                 service.send(Message(subject, text))
-            except OSError as error:
-                notify(f"watch: warning: cannot send mail to {to}: {error}")
+            except (OSError, ValueError) as error:
+                # smtplib raises ValueErrors that show parts of the password.
+                reason = error if isinstance(error, OSError) else type(error).__name__
+                notify(f"watch: warning: cannot send mail to {to}: {reason}")
 
 
 def make_announcement(command: str | None, mail: str | None) -> Announcement:

@@ -82,7 +82,7 @@ def load_config(config_type: type[ConfigT], path: Path | str, overrides: Mapping
         tree, lines = read_yaml_with_lines(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text: {error.reason}") from None
+        raise UserError(f"{path}, line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}{explain_yaml(error)}") from None
     if tree is None:

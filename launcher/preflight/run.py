@@ -65,11 +65,12 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
 
 
 def passing_hosts(target: Target, printed: dict[str, str], hosts: Collection[str]) -> set[str]:
-    """Return the hosts of `hosts` that pass the checks. Measures nothing.
+    """Return the hosts of `hosts` that pass the checks for a run that has begun. Measures nothing, and expects no room
+    for checkpoints, some of which are there by now.
 
     Prints why a host that answers does not pass, unless it is in `printed`: host -> the last printed reason.
     """
-    subset = replace(target, slots={host: target.slots[host] for host in hosts})
+    subset = replace(target, slots={host: target.slots[host] for host in hosts}, checkpoint_bytes=0)
     try:
         answers, own, tokens = _probe(subset, show_progress=False)
     except (OSError, UserError):  # the run folder does not answer

@@ -40,10 +40,18 @@ def main(argv: Sequence[str]) -> None:
     environ = {**os.environ, **_of_launch(os.environ)}
     environ |= rank_variables(environ)
     ranks = int(environ.get("LOCAL_SIZE", "1"))
-    environ |= host_environment(environ, cpu_cores(), ranks, guess_device(environ))
+    environ |= host_environment(environ, _cores_of_ranks(ranks), ranks, guess_device(environ))
     if int(environ.get("WORLD_SIZE", "1")) > ranks:
         environ |= _network(environ)
     os.execve(sys.executable, [sys.executable, "-u", "-m", module, *argv], environ)
+
+
+def _cores_of_ranks(ranks: int) -> int:
+    """Return the cores that the ranks of this host share. MPI and srun may have bound this one to a part of those that
+    their own process, its parent, may use."""
+    cores, of_parent = cpu_cores(), len(os.sched_getaffinity(os.getppid()))
+    is_bound = len(os.sched_getaffinity(0)) < of_parent
+    return min(cores * ranks, of_parent) if is_bound else cores
 
 
 def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:

@@ -180,15 +180,17 @@ def begin_attempt(folder: RunFolder, slots: Slots, start_time: float) -> Attempt
         path.unlink(missing_ok=True)
     reserve_outcome(folder)
     attempts = _read(folder)
+    numbers = (number for attempt in attempts if isinstance(number := attempt.get("attempt"), int))
+    new = max(numbers, default=0) + 1  # lines may be missing
     record: dict[str, object] = {
-        "attempt": len(attempts) + 1,
+        "attempt": new,
         "time": datetime.fromtimestamp(start_time).astimezone().isoformat(timespec="seconds"),
         "hosts": {host: list(numbers) for host, numbers in slots.items()},
         "outcome": None,  # remains null if the launcher is killed, or the disk is full when the attempt ends
         "exit": None,
     }
     _write(folder, [*attempts, record])
-    return AttemptRecord(folder, len(attempts) + 1, start_time)
+    return AttemptRecord(folder, new, start_time)
 
 
 def count_attempts(folder: RunFolder) -> int:

@@ -55,12 +55,12 @@ def open_run(name: str, folder: RunFolder, life: Life | None = None) -> Run:
 
 
 def open_runs(folders: Mapping[str, RunFolder]) -> list[Run]:
-    """Read runs; without those whose results are damaged, of which it warns."""
+    """Read runs; without those that are damaged or not readable, of which it warns."""
 
     def opened(name: str, folder: RunFolder) -> Run | None:
         try:
             return open_run(name, folder)
-        except UserError as error:
+        except (UserError, OSError) as error:
             notify(f"warning: {name} is left out: {error}")
             return None
 

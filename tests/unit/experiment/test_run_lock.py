@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import filelock
 import pytest
@@ -157,6 +158,23 @@ def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, monkeypatch: p
         assert lost.wait(60)
     message = "was deleted while a run writes there: stop the run, and start it again"
     assert said == [f"warning: {folder.logs} {message}"]
+
+
+def test_a_lock_of_another_user(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a live run of someone else that counts as killed."""
+    path_open = Path.open
+
+    def open_file(path: Path, mode: str = "r", **options: Any) -> IO[Any]:
+        if path == folder.lock and "+" in mode:
+            raise PermissionError(13, "Permission denied")
+        return path_open(path, mode, **options)
+
+    with lock_run(folder):
+        monkeypatch.setattr(Path, "open", open_file)
+        assert is_locked(folder)
+        monkeypatch.undo()
+    monkeypatch.setattr(Path, "open", open_file)
+    assert not is_locked(folder)
 
 
 def test_a_damaged_file_is_ignored(folder: RunFolder) -> None:

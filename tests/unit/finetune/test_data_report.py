@@ -97,6 +97,11 @@ def test_empty_texts_are_counted() -> None:
             [("ab"[n % 2], "x", f"a long text {n // 2}") for n in range(9)],
             "train: the labels are longer than the texts",
         ),
+        (
+            [(f"text {n}", "x", ["a", "b", "ａ\u200b"][n % 3]) for n in range(8)],
+            "train: the labels 'a' (3 rows) and 'ａ\\u200b' (2 rows) look alike, but are two classes",
+        ),
+        ([(f"text {n}", "x", ["no", "No "][n % 2]) for n in range(8)], "train: the labels 'No ' (4 rows) and 'no' (4"),
     ],
 )
 def test_a_wrong_label_column_is_suspected(rows: list[tuple[str, ...]], message: str) -> None:

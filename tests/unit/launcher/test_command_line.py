@@ -177,6 +177,7 @@ def test_a_positional_argument():
         ("train|--config=c|--unit=file|--ranks=1", "--unit file takes no --ranks (deepcloze train --help)"),
         ("train|--config=c|--dry_run=maybe", "--dry_run: expected nothing, true or false, found 'maybe'"),
         ("train|--config=c|--", "unknown flag '--'"),
+        ("train|--config=c|--ranks=1|--ranks=2", "--ranks is given twice (deepcloze train --help)"),
     ],
 )
 def test_mistakes_are_rejected(line: str, message: str):

@@ -114,6 +114,12 @@ def test_mistakes_start_nothing(
         assert run_in_background(monkeypatch, TRAINS) == 2
     assert "another deepcloze process is using" in capsys.readouterr().err
     assert not folder.launch_output.exists()
+    moved = open_run_folder(Path("moved").absolute())
+    moved.config.write_text(CONFIG.replace("my-run", "old-run"))
+    moved.provenance.write_text("{}")
+    assert main(["pretrain", f"--config={moved.config}", "--detach"]) == 2
+    assert "--run.dir=" in capsys.readouterr().err
+    assert not Path("old-run").exists()
     Path("run.yaml").write_text("run: {dir: other}\nmodle: {}\n")
     assert run_in_background(monkeypatch, TRAINS) == 2
     assert "unknown config key 'modle'" in capsys.readouterr().err

@@ -159,6 +159,12 @@ def test_a_missing_corpus_is_rejected_as_for_a_run(config: Path, capsys: pytest.
     assert "corpus.train: nowhere is not a corpus" in capsys.readouterr().err.replace(str(Path.cwd()) + "/", "")
 
 
+def test_a_number_of_ranks_takes_no_filter(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan for more ranks than `pretrain` would start."""
+    assert main(["plan", "--config", str(config), "--num_gpus=8", "--include=localhost:0,1"]) == 2
+    assert "--num_gpus" in capsys.readouterr().err
+
+
 def test_corpora_by_url_are_copied(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a plan that cannot read the corpora of the run, or differs with where they are."""
     tree = yaml.safe_load(config.read_text(encoding="utf-8"))

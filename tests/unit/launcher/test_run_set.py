@@ -154,3 +154,39 @@ def test_runs_read_the_config_file_as_it_was_planned(tmp_path: Path, capsys: pyt
     assert file.read_text() == "edited\n"
     with pytest.raises(UserError, match=r"run\.yaml was changed while it was checked"), to_finish.opened():
         pass
+
+
+def test_other_content_changes_a_run(tmp_path: Path) -> None:
+    """Catches one table of runs on other data; and a set of an earlier version, which did not record them, that cannot
+    continue."""
+    (tmp_path / "a").mkdir()
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})
+    assert finish(tmp_path, {"seed": 1, "data.train": "one", "encoder.config.json": "one"})
+    with pytest.raises(UserError, match=r"another data\.train: 'one', now 'two'"):
+        finish(tmp_path, {"seed": 1, "data.train": "two", "encoder.config.json": "one"})
+    with pytest.raises(UserError, match=r"another data\.validation: None, now 'new'"):
+        finish(tmp_path, {"seed": 1, "data.train": "one", "data.validation": "new", "encoder.config.json": "one"})
+
+
+def test_a_chain_may_be_moved(tmp_path: Path) -> None:
+    """Catches scores that must be made again because the folder of a comparison was moved, or its pretraining tracks or
+    logs differently."""
+    before = {"seed": 1, "model.init_from": "/old/a/pretrain", "pretrain.run.dir": "/old/a/pretrain"}
+    now = before | {"model.init_from": "/new/a/pretrain", "pretrain.run.dir": "/new/a/pretrain"}
+    for config in (before, now | {"pretrain.run.log_every": 7, "pretrain.tracking.wandb": "disabled"}):
+        runs = (
+            PlannedRun("a/pretrain", shell("true"), {}),
+            PlannedRun("a/task", shell("true"), config, pretraining="a/pretrain"),
+        )
+        with RunSet("compare", open_run_folder(tmp_path), "run.dir", "runs.json", runs).opened() as records:
+            assert records["a/task"]["config"] == config
+            for record in records.values():
+                record["state"] = DONE
+        (tmp_path / "a" / "task").mkdir(parents=True, exist_ok=True)
+        write_json(tmp_path / "runs.json", records)
+    seeds = (PlannedRun("a/task", shell("true"), {**now, "pretrain.run.seed": 2}, pretraining="a/pretrain"),)
+    with (
+        pytest.raises(UserError, match=r"another pretrain\.run\.seed"),
+        RunSet("compare", open_run_folder(tmp_path), "run.dir", "runs.json", seeds).opened(),
+    ):
+        pass

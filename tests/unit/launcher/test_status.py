@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
@@ -14,7 +15,8 @@ from experiment.errors import UserError
 from experiment.goodput import CHECKPOINTING, ActivityTimer
 from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.provenance import write_provenance
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.results.report.run import open_runs
+from experiment.run_folder import RunFolder, is_run, open_run_folder
 from experiment.run_life import Life, read_life
 from experiment.run_lock import FolderUse, LockTimes, folder_use, lock_run
 from launcher.cli import main
@@ -97,6 +99,32 @@ def test_folders_that_are_no_runs_are_skipped(tmp_path: Path, capsys: pytest.Cap
     assert captured.err == f"deepcloze: {report} is skipped: it is not a run folder and contains none\n"
     assert main(["status", report, report]) == 2
     assert "report is not a run folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_read_hides_no_other_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches `status` of a disk that has a folder of another user, such as lost+found, or a file that is private."""
+    names = {name: make_run(tmp_path / name) for name in ("lost+found", "private", "run")}
+
+    def refuse(function: Callable[..., object], name: str) -> Callable[..., object]:
+        def refused(folder: RunFolder | str) -> object:
+            if name in str(folder):
+                raise PermissionError(13, "Permission denied", names[name])
+            return function(folder)
+
+        return refused
+
+    monkeypatch.setattr("experiment.run_folder.is_run", refuse(is_run, "lost+found"))
+    monkeypatch.setattr("launcher.status.read_status", refuse(read_status, "private"))
+    monkeypatch.setattr("experiment.results.report.run.read_life", refuse(read_life, "private"))
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [status["run"] for status in json.loads(captured.out)] == [names["run"]]
+    assert captured.err == f"deepcloze: {names['private']} is skipped: {names['private']}: Permission denied\n"
+    opened = open_runs({name: RunFolder(Path(path)) for name, path in names.items() if name != "lost+found"})
+    assert [run.name for run in opened] == ["run"]
+    assert "warning: private is left out: " in capsys.readouterr().err
 
 
 def test_all_runs_of_a_folder(

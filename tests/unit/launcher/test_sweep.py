@@ -35,6 +35,7 @@ from launcher.options import PretrainOptions, SweepOptions
 from launcher.run_set import DONE, ChildRun, PlannedRun
 from launcher.sweep import SweepPlan, grid_points, parse_grid, plan_sweep, run_sweep
 from pretrain.config import PretrainConfig
+from pretrain.corpus.reader import open_corpus
 from waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -197,7 +198,9 @@ def test_the_direction_of_a_metric_of_a_task(
     monkeypatch.setattr(Kind, "lower_is_better", ("accuracy",) if lower_is_better else ())
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
-    tree = {"run": {"dir": "a"}, "task": {"train": "t.csv"}, "model": {"init_from": str(tmp_path / "model")}}
+    data = tmp_path / "t.csv"
+    data.touch()
+    tree = {"run": {"dir": "a"}, "task": {"train": str(data)}, "model": {"init_from": str(tmp_path / "model")}}
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(tree))
     plan = plan_sweep(SweepOptions(config=str(tmp_path / "task.yaml"), grid="training.lr=1e-5"))
     assert (plan.metric, plan.lower_is_better) == ("accuracy", lower_is_better)
@@ -342,6 +345,36 @@ def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
     other = replace(first.runs, runs=(replace(run, config={**run.config, "run.seed": 2}),))
     with pytest.raises(UserError, match=r"lr=1e-4 was started with another run\.seed: 1, now 2"):
         run_sweep(replace(first, runs=other))
+
+
+def test_points_have_the_same_data_and_encoder(task: Path, pretraining: Path, tmp_path: Path) -> None:
+    """Catches one table of runs that were trained on other data, or start from other files, of the same names."""
+
+    def config(file: Path, grid: str) -> dict[str, object]:
+        (run,) = plan_sweep(SweepOptions(config=str(file), grid=grid)).runs.runs
+        return dict(run.config)
+
+    first = config(task, "training.lr=1e-5")
+    (tmp_path / "t.csv").write_text("text,label")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    second = config(task, "training.lr=1e-5")
+    assert {key for key in first if first[key] != second[key]} == {"data.train", "encoder.config.json"}
+    assert (
+        config(pretraining, "optimizer.lr=1e-4").items()
+        >= {
+            "data.corpus.train": open_corpus(yaml.safe_load(pretraining.read_text())["corpus"]["train"]).fingerprint,
+            "data.engine.ds_config.zero_optimization.stage": 1,
+        }.items()
+    )
+
+
+def test_a_sweep_is_beside_the_folder_of_the_config(
+    pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a sweep in the folder of a run, where `status` and `report` do not find it."""
+    arguments = ["--config", str(pretraining), "--grid", "run.seed=1", f"--run.dir={tmp_path}/run/", "--dry_run"]
+    assert main(["sweep", *arguments]) == 0
+    assert f"--run.dir={tmp_path}/run-sweep/seed=1" in capsys.readouterr().out
 
 
 def test_an_edit_of_the_config_reaches_no_run_of_a_sweep(
@@ -506,7 +539,9 @@ def test_all_points_start_from_one_commit(hub: HubServer, tmp_path: Path, capsys
     files = {"config.json": b"{}", "model.safetensors": b"weights"}
     commit = hub.repository("org/model").push(files)
     config = tmp_path / "task.yaml"
-    tree = {"run": {"dir": str(tmp_path / "run")}, "task": {"train": "t.csv"}, "model": {"init_from": "org/model"}}
+    data = tmp_path / "t.csv"
+    data.touch()
+    tree = {"run": {"dir": str(tmp_path / "run")}, "task": {"train": str(data)}, "model": {"init_from": "org/model"}}
     config.write_text(yaml.safe_dump(tree))
 
     def models(grid: str) -> list[str]:
@@ -532,8 +567,10 @@ def dry_run(capsys: pytest.CaptureFixture[str], config: Path, grid: str, *overri
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Path:
-    """A fine-tuning config. Its data are not read."""
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fine-tuning config. Its data are not parsed."""
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").touch()
     path = tmp_path / "task.yaml"
     model = tmp_path / "model"
     model.mkdir()

@@ -332,6 +332,12 @@ def test_mail_says_what_was_scored(run: RunFolder, capsys: pytest.CaptureFixture
     Announcement(mail=(Service("mail", fail), "me@home.example")).send(run, RESULT)
     assert "warning: cannot send mail to me@home.example: refused" in capsys.readouterr().err
 
+    def fail_at_login(message: Message) -> None:
+        "pass\u00e4".encode("ascii")
+
+    Announcement(mail=(Service("mail", fail_at_login), "me@home.example")).send(run, RESULT)
+    assert "warning: cannot send mail to me@home.example: UnicodeEncodeError\n" in capsys.readouterr().err
+
 
 def test_mail_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a mistake that shows at the first result."""

@@ -109,6 +109,17 @@ def test_a_host_that_does_not_pass_is_explained_once(
     assert "Python 3.13.0" in second
 
 
+def test_a_host_that_comes_back_needs_no_room_for_saved_checkpoints(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a host that is left out because the run itself has filled the disk."""
+    seen = []
+    monkeypatch.setattr(run, "_probe", lambda subset, **_: seen.append(subset) or ({}, None, {}))
+    monkeypatch.setattr(run, "find_problems", lambda *_: {"localhost": []})
+    run.passing_hosts(replace(target, checkpoint_bytes=1 << 60), {}, ["localhost"])
+    assert [subset.checkpoint_bytes for subset in seen] == [0]
+
+
 def test_an_all_reduce_that_fails_fails_preflight(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches hosts that pass one by one but do not work together, and --allow_missing that ignores it."""
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.hosts.probe import cpu_cores
-from launcher.ranks.environment import GLIBC_TUNABLES
+from launcher.ranks import start_rank
+from launcher.ranks.environment import GLIBC_TUNABLES, host_environment
 
 ROOT = Path(__file__).parents[4]
 
@@ -41,6 +42,20 @@ def test_a_rank_runs_in_the_environment_of_its_host(folder: Path) -> None:
     assert seen["argv"] == ["--local_rank=1", "--run.dir=a b"]
     added = {"OMP_NUM_THREADS": str(max(1, cpu_cores() // 2)), "GLIBC_TUNABLES": GLIBC_TUNABLES}
     assert {name: seen["environ"].get(name) for name in environ | added} == environ | added
+
+
+@pytest.mark.parametrize(
+    ("own", "of_parent", "ranks", "threads"),
+    [(8, 8, 2, 4), (32, 64, 2, 32), (1, 64, 2, 1), (32, 64, 4, 16)],
+    ids=["not bound", "bound by srun", "bound to a core", "two bound to a socket"],
+)
+def test_cores_that_a_rank_is_bound_to_are_not_divided_again(
+    monkeypatch: pytest.MonkeyPatch, own: int, of_parent: int, ranks: int, threads: int
+) -> None:
+    """Catches ranks of MPI or srun that use a part of their cores, or more than there are."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(own if pid == 0 else of_parent)))
+    environ = host_environment({}, start_rank._cores_of_ranks(ranks), ranks, "cpu")
+    assert environ["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_starting_a_rank_imports_no_torch() -> None:

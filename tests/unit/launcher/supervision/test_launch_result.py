@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 from experiment.heartbeat import Heartbeat, write_heartbeat
 from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.run_folder import RunFolder, open_run_folder
-from launcher.supervision.launch_result import all_done, begin_attempt, read_result
+from launcher.supervision.launch_result import LaunchResult, all_done, begin_attempt, read_result
 
 STOPPED = {75, 256 - 15, 256 - 2, 256 - 10, 256 - 12}
 OUT_OF_MEMORY = "was killed by SIGKILL, possibly because the system ran out of memory"
@@ -143,3 +144,19 @@ def test_a_run_is_done_when_all_its_ranks_have_ended(folder: RunFolder) -> None:
     assert not all_done(folder, 2), "one is being written"
     rank(1, 1)
     assert not all_done(folder, 2), "one has failed"
+
+
+def test_attempts_have_numbers_of_their_own(folder: RunFolder) -> None:
+    """Catches an attempt that is recorded as ended like another one, because a line between them is damaged."""
+    for _ in range(3):
+        attempt = begin_attempt(folder, {"localhost": (0,)}, 0.0)
+    attempt.end(LaunchResult(Outcome.FAILED, "disk full"))
+    lines = folder.launches.read_text().splitlines()
+    folder.launches.write_text("\n".join([lines[0], lines[1][:9], lines[2]]) + "\n")
+    begin_attempt(folder, {"localhost": (0,)}, 0.0).end(LaunchResult(Outcome.DONE, ""))
+    attempts = [json.loads(line) for line in folder.launches.read_text().splitlines()]
+    assert [(attempt["attempt"], attempt["outcome"]) for attempt in attempts] == [
+        (1, None),
+        (3, "failed"),
+        (4, "done"),
+    ]
