@@ -1,5 +1,6 @@
 """Files on disk: atomic writes, fsync, JSON and checksums."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -69,7 +70,7 @@ def atomic_write(path: Path, durable: bool = True) -> Iterator[Path]:
                 error.filename = str(path)
             raise
     if durable:
-        with suppress(OSError):  # some network file systems cannot sync a folder
+        with suppress(OSError):  # it may not be readable
             fsync(path.parent)
 
 
@@ -214,6 +215,9 @@ def fsync(*paths: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             sync(descriptor)
+        except OSError as error:  # some network file systems cannot sync a folder
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+                raise
         finally:
             os.close(descriptor)
 

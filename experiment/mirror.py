@@ -21,7 +21,7 @@ from experiment.checkpoints import BEST, COMPLETE, checkpoint_step, files_below,
 from experiment.errors import UserError
 from experiment.files import cache_folder, fsync_tree, json_digest, parse_json, write_text
 from experiment.provenance import parse_provenance, read_provenance
-from experiment.retention import Retention
+from experiment.retention import Retention, discard
 from experiment.run_folder import RunFolder
 from experiment.storage import (
     DamagedError,
@@ -109,10 +109,14 @@ class Mirror:
         delete(join(self.url, name, COMPLETE))
         delete(join(self.url, name))
 
-    def apply_retention(self, names: Sequence[str], keep: Retention, newest: int) -> list[str]:
-        """Delete the checkpoints of `names` that need not be kept, see `Retention.superseded`. Returns their names."""
+    def apply_retention(self, names: Sequence[str], keep: Retention, newest: int, drop_later: bool) -> list[str]:
+        """Delete the checkpoints of `names` that need not be kept, see `Retention.superseded`. Returns their names.
+
+        drop_later: also delete those of steps after `newest`.
+        """
         steps = {_step(name): name for name in names}
-        superseded = [steps[step] for step in keep.superseded(list(steps), newest)]
+        later = [step for step in steps if drop_later and step > newest]
+        superseded = [steps[step] for step in (*keep.superseded(list(steps), newest), *later)]
         for name in superseded:
             self.delete(name)
         return superseded
@@ -151,7 +155,10 @@ class Mirror:
                 if not path.exists():
                     write_text(path, read_bytes(join(self.url, _RUN, path.name)).decode())
         for name, copied in copies.items():  # the newest one first
-            copied.rename(folder.checkpoints / name)
+            target = folder.checkpoints / name
+            if target.exists():  # incomplete
+                discard(target)
+            copied.rename(target)
         if best in copies:
             (folder.checkpoints / BEST).write_text(f"{best}\n", encoding="utf-8")
 

@@ -36,7 +36,7 @@ from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import MaskingConfig, ModelConfig
 from pretrain.corpus.cache import open_local
-from pretrain.corpus.reader import Corpus
+from pretrain.corpus.reader import Corpus, unique_names
 from pretrain.corpus.verification import verified_shards
 from pretrain.modeling.build import build_model, choose_rows
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
@@ -213,14 +213,13 @@ def _settings(folder: Path) -> tuple[MaskingConfig, int, int]:
 
 
 def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str, Corpus]:
-    opened: dict[str, Corpus] = {}
-    for name in map(expand_home, names):
-        corpus = open_local(name)
-        if corpus.tokenizer_fingerprint != fingerprint:
-            raise UserError(f"the corpus {name} was built with another tokenizer than the one in {folder}")
-        opened[corpus.name if corpus.name not in opened else name] = corpus
-    if not opened:
+    if not names:
         raise UserError("--corpus is empty: expected corpus folders")
+    paths = [expand_home(name) for name in names]
+    opened = {name: open_local(path) for name, path in zip(unique_names(paths), paths, strict=True)}
+    for corpus in opened.values():
+        if corpus.tokenizer_fingerprint != fingerprint:
+            raise UserError(f"the corpus {corpus.path} was built with another tokenizer than the one in {folder}")
     return opened
 
 

@@ -23,7 +23,7 @@ from experiment.transformers_models import check_freeze, max_positions
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, WeightedCorpus
 from pretrain.corpus.cache import open_metadata
-from pretrain.corpus.reader import Corpus, open_corpus
+from pretrain.corpus.reader import Corpus, open_corpus, unique_names
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
@@ -227,23 +227,13 @@ def _open_mixture(train: str | Sequence[WeightedCorpus], copies: Mapping[str, Pa
                 raise UserError(f"corpus.train: {other.path} and {corpus.path} are the same corpus; add up the weights")
     return tuple(
         TrainingCorpus(name, corpus, given.weight)
-        for name, corpus, given in zip(_unique_names([given.path for given in train]), opened, train, strict=True)
+        for name, corpus, given in zip(unique_names([given.path for given in train]), opened, train, strict=True)
     )
 
 
 def _open_corpus(key: str, path: str, copies: Mapping[str, Path]) -> Corpus:
     with user_errors_in(key):
         return open_corpus(copies[path]) if path in copies else open_metadata(path)
-
-
-def _unique_names(corpora: Sequence[str]) -> list[str]:
-    """Return the names of folders or URLs, with as many parent folders as make them unique."""
-    paths = [Path(name) if is_url(name) else Path(name).resolve() for name in corpora]
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def check_word_boundaries(unit: str, corpora: Iterable[Corpus], vocabulary: Vocabulary) -> None:

@@ -106,8 +106,9 @@ class Trackers:
         if not (alert.event == "crash" and is_launched) and self._filter.passes(alert):
             self._each(lambda tracker: tracker.alert(alert) if isinstance(tracker, AlertSender) else None)
 
-    def close(self, outcome: Outcome) -> None:
-        self.alert(_ending(outcome, self._last))
+    def close(self, outcome: Outcome, step: int | None = None) -> None:
+        """`step`: the last one, if the last event may be of another step."""
+        self.alert(_ending(outcome, self._last if step is None else {**self._last, "step": step}))
         self._each(lambda tracker: tracker.close(outcome))
 
     def _open_missing(self, step: object) -> None:

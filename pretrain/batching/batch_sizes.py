@@ -25,5 +25,8 @@ class BatchSizes:
 
     def end(self, positions: int) -> int:
         """Return the first step of the run at whose start `positions` positions of the stream have been read."""
-        steps = range(self.first_step, self.first_step + positions + 1)  # each batch has at least one
-        return self.first_step + bisect_left(steps, positions, key=self.start)
+        warm = max(self.first_step, self.warmup_steps)
+        left = positions - self.start(warm)
+        if left > 0:
+            return warm + -(-left // self.sequences)
+        return self.first_step + bisect_left(range(self.first_step, warm), positions, key=self.start)

@@ -1,7 +1,7 @@
 """Read a finished corpus through memory maps."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from experiment.errors import UserError
 from experiment.files import sha256
+from experiment.storage import is_url
 from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.corpus.manifest import TOKENIZER, Manifest, Shard, read_manifest
 from pretrain.corpus.shards import MappedShard, map_shard
@@ -184,3 +185,13 @@ def open_corpus(path: Path | str) -> Corpus:
         if size != shard.bytes:
             raise UserError(f"{folder} is damaged: {shard.file} has {size:,} bytes, expected {shard.bytes:,}")
     return Corpus(folder, manifest)
+
+
+def unique_names(corpora: Sequence[str]) -> list[str]:
+    """Return the names of folders or URLs, with as many parent folders as make them unique."""
+    paths = [Path(name) if is_url(name) else Path(name).resolve() for name in corpora]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -49,6 +49,11 @@ _KNOWN_KEYS = (
     *("memory_breakdown", "steps_per_print", "dump_state"),
 )
 
+_SHORT_MASTERS = (
+    ("bf16", "bf16_master_weights_and_grads"),
+    ("bf16", "bf16_optimizer_states"),
+    ("fp16", "fp16_master_weights_and_grads"),
+)
 _PROFILERS = ("wall_clock_breakdown", "flops_profiler")  # they report from DeepSpeed's step, which is not always called
 
 
@@ -303,6 +308,9 @@ def _check_precision_keys(raw: Mapping[str, Any], path: Path) -> Precision:
             f"{path}: 'torch_autocast' scales gradients after their norm is taken and clipped; remove it and enable "
             "'fp16' or 'bf16'"
         )
+    for section, key in _SHORT_MASTERS:
+        if raw.get(section, {}).get(key):
+            raise UserError(f"{path}: '{section}.{key}' keeps master weights in 16 bits; remove it")
     if fp16.get("enabled") and bf16.get("enabled"):
         raise UserError(f"{path}: both 'fp16' and 'bf16' are enabled; choose one")
     if fp16.get("enabled"):

@@ -173,7 +173,7 @@ class BackgroundSave:
             keep = replace(snapshot.keep, uploading=self._uploads.uploading) if self._uploads else snapshot.keep
             publish(partial, checkpoint_path(self._checkpoints, snapshot.step), keep, before=self.saved_step)
             if self._uploads is not None:
-                self._uploads.update(snapshot.keep)
+                self._uploads.update(snapshot.keep, snapshot.step)
 
     def _fail(self, step: int, error: UnwritableError) -> None:
         """Leave nothing of the save behind, the disk may be full, and let training continue a few times."""

@@ -28,7 +28,6 @@ from experiment.tracking.alerts import Alert
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
 from pretrain.resolve import ResolvedRun
-from pretrain.resume import ResumePlan
 from pretrain.training.background_save import BackgroundSave, Snapshot, UnwritableError, on_all_ranks
 from pretrain.training.checkpoint_tensors import (
     HostMemory,
@@ -45,14 +44,16 @@ from pretrain.training.training_progress import (
     fork_progress,
     progress_from_json,
     progress_to_json,
+    rename_corpora,
 )
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
 
-def load_resumed(plan: ResumePlan, engine: Engine) -> TrainingProgress:
-    """Load the checkpoint of the resume plan, if any, and return the progress to start at. Collective."""
+def load_resumed(run: ResolvedRun, engine: Engine) -> TrainingProgress:
+    """Load the checkpoint that the run resumes or forks, if any, and return the progress to start at. Collective."""
+    plan = run.resume_plan
     if plan.checkpoint is None:
         return TrainingProgress()
     changes = "".join(f"\n  {line}" for line in plan.changes)
@@ -60,8 +61,16 @@ def load_resumed(plan: ResumePlan, engine: Engine) -> TrainingProgress:
     if not plan.load_optimizer_state:
         log.warning("the checkpoint has another optimizer: optimizer states start at zero")
     load_checkpoint(engine, plan.checkpoint, plan.load_optimizer_state)
-    progress = progress_from_json(read_state(plan.checkpoint)["progress"])
+    progress = _read_progress(plan.checkpoint, run)
     return fork_progress(progress, plan.same_stream) if plan.fork else progress
+
+
+def _read_progress(checkpoint: Path, run: ResolvedRun) -> TrainingProgress:
+    """Read the progress, with the tokens of each corpus under the name that it has in this run."""
+    state = read_state(checkpoint)
+    progress, now = progress_from_json(state["progress"]), _describe_corpora(run)
+    before = state.get("corpora", now)  # older checkpoints have none
+    return replace(progress, tokens_by_corpus=rename_corpora(progress.tokens_by_corpus, before["train"], now["train"]))
 
 
 def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | None:
@@ -147,7 +156,7 @@ class Checkpointer:
         verify_candidate = partial(verify_together, self._group, self._engine.world)
         newest = self._group.call(lambda: last_usable(candidates, verify_candidate))
         load_checkpoint(self._engine, newest)
-        progress = progress_from_json(read_state(newest)["progress"])
+        progress = _read_progress(newest, self._run)
         self._saves.saved_step = progress.step
         return progress
 
@@ -240,7 +249,8 @@ class Checkpointer:
     def _upload(self, progress: TrainingProgress) -> None:
         """Let the mirror have the checkpoints that are there."""
         if self._uploads is not None:
-            self._uploads.update(self._retention(progress))
+            assert self.saved_step is not None
+            self._uploads.update(self._retention(progress), self.saved_step, is_new=False)
 
     def _retention(self, progress: TrainingProgress) -> Retention:
         options = self._run.config.checkpoint

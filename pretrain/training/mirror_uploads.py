@@ -35,6 +35,7 @@ class MirrorUploads:
         self._retry_seconds = retry_seconds
         self._known: dict[str, bytes] | None = None  # name -> COMPLETE, of the mirror; None: not looked up
         self._keep: Retention | None = None  # of the newest checkpoint
+        self._newest, self._has_saved = 0, False
         self._wanted = threading.Condition()
         self._is_wanted, self._is_closing = False, False
         self.uploading: int | None = None  # step
@@ -42,10 +43,14 @@ class MirrorUploads:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
-    def update(self, keep: Retention) -> None:
-        """Upload a checkpoint that was saved. Returns at once."""
+    def update(self, keep: Retention, newest: int, is_new: bool = True) -> None:
+        """Upload the checkpoint of step `newest`, and older ones. Returns at once.
+
+        is_new: it was just saved, so that later ones are of steps that the run has trained again.
+        """
         with self._wanted:
-            self._keep, self._is_wanted = keep, True
+            self._keep, self._newest, self._is_wanted = keep, newest, True
+            self._has_saved |= is_new
             self._wanted.notify()
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
@@ -70,13 +75,13 @@ class MirrorUploads:
                 )
                 if self._is_closing and not self._is_wanted:
                     return
-                self._is_wanted, keep = False, self._keep
+                self._is_wanted, keep, newest = False, self._keep, self._newest
             if keep is not None:
-                self._try(keep)
+                self._try(keep, newest)
 
-    def _try(self, keep: Retention) -> None:
+    def _try(self, keep: Retention, newest: int) -> None:
         try:
-            self._upload(keep)
+            self._upload(keep, newest)
             self.problem = None
         except Exception as error:  # training continues, whatever it is
             self.problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -86,23 +91,24 @@ class MirrorUploads:
         finally:
             self.uploading = None
 
-    def _upload(self, keep: Retention) -> None:
-        """Copy the missing checkpoints, the newest one first. Raises UserError if the mirror is another run's."""
+    def _upload(self, keep: Retention, newest: int) -> None:
+        """Copy the missing checkpoints, the newest one first; later ones are damaged, or the run would have resumed
+        from them. Returns early if there is a newer one. Raises UserError if the mirror is another run's."""
         self._mirror.check_owner(self._folder)  # each time: two runs may have found the mirror empty
         if self._known is None:
             self._known = self._mirror.complete()
         known = self._known
-        checkpoints = complete_checkpoints(self._folder.checkpoints)
-        steps = [checkpoint_step(path) for path in checkpoints]
-        newest = max(steps, default=0)
-        superseded = keep.superseded(steps, newest)
+        found = {checkpoint_step(path): path for path in complete_checkpoints(self._folder.checkpoints)}
+        superseded = keep.superseded(list(found), newest)
+        wanted = [step for step in sorted(found, reverse=True) if step <= newest and step not in superseded]
         self._mirror.upload_run_files(self._folder)  # first: a resumed run drops the events that follow its checkpoint
-        for checkpoint, step in zip(reversed(checkpoints), reversed(steps), strict=True):
-            if step not in superseded:
-                self.uploading = step
-                self._upload_one(checkpoint, known)
+        for step in wanted:
+            if step != newest and self._is_wanted:
+                return
+            self.uploading = step
+            self._upload_one(found[step], known)
         self._mirror.upload_best(self._folder)
-        for name in self._mirror.apply_retention(list(known), keep, newest):
+        for name in self._mirror.apply_retention(list(known), keep, newest, drop_later=self._has_saved):
             del known[name]
 
     def _upload_one(self, checkpoint: Path, known: dict[str, bytes]) -> None:

@@ -181,13 +181,14 @@ class Reporter:
         if self._tracker is not None:
             self._tracker.alert(alert)
 
-    def close(self, outcome: Outcome, group: CpuGroup) -> None:
-        """Close the trackers, which may wait for servers until their timeouts. Collective unless the run has failed.
+    def close(self, outcome: Outcome, step: int, group: CpuGroup) -> None:
+        """Close the trackers, which may wait for servers until their timeouts. `step`: the last finished one.
+        Collective unless the run has failed.
 
         Raises TimeoutError if they wait far longer, as for a disk that does not answer; not if the run has failed.
         """
         thread = ThreadPoolExecutor(1, "trackers")
-        closing = thread.submit(self._close_tracker, outcome)
+        closing = thread.submit(self._close_tracker, outcome, step)
         thread.shutdown(wait=False)
         if outcome is Outcome.FAILED:
             wait([closing], CLOSE_SECONDS)
@@ -196,9 +197,9 @@ class Reporter:
             group.wait_for_all(closing, lambda: time.monotonic() < deadline)
             closing.result()
 
-    def _close_tracker(self, outcome: Outcome) -> None:
+    def _close_tracker(self, outcome: Outcome, step: int) -> None:
         if self._tracker is not None:
-            self._tracker.close(outcome)
+            self._tracker.close(outcome, step)
 
     def _slowest_rank(self, work_by_rank: Sequence[int]) -> Metrics:
         if self._tracker is None or not self._engine.forward_timer.enabled:

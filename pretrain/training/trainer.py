@@ -87,7 +87,7 @@ class Trainer:
         self._group = group
         self._times = times
         held_out = group.call(lambda: open_evaluator(run, stream.rows, model.first_position, world))
-        self._progress = load_resumed(run.resume_plan, engine)
+        self._progress = load_resumed(run, engine)
         self._interval = LogInterval(times, engine.device)
         first_step = self._progress.step if run.resume_plan.fork else 0
         self._evaluator = RunEvaluator(config.evaluation, held_out, engine, self._interval, times, first_step)
@@ -173,7 +173,7 @@ class Trainer:
         self._times.end_training()
         if outcome is not Outcome.FAILED:
             self._checkpointer.close()
-        self._reporter.close(outcome, self._group)
+        self._reporter.close(outcome, self._progress.step, self._group)
         self._times.record()
 
     def _start_at(self, progress: TrainingProgress) -> None:

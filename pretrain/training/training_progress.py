@@ -1,6 +1,8 @@
 """Progress of a run: the content of a checkpoint besides tensors, and the clock of its training."""
 
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -85,6 +87,30 @@ def fork_progress(parent: TrainingProgress, same_stream: bool) -> TrainingProgre
         tokens_by_corpus=parent.tokens_by_corpus,
         bad_steps=parent.bad_steps if same_stream else (),
     )
+
+
+def rename_corpora(
+    tokens: Mapping[str, int], before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> dict[str, int]:
+    """Return tokens by corpus under their present names: a folder may have been renamed, and the corpora of a fork may
+    have the names of others. The name of a corpus that the run does not have gets its fingerprint.
+
+    Args:
+        tokens: by name before.
+        before, now: `name` and `fingerprint` of the training corpora.
+    """
+    present: dict[str, list[str]] = {}
+    for corpus in now:
+        present.setdefault(corpus["fingerprint"], []).append(corpus["name"])
+    renamed = Counter[str]()
+    fingerprints = {corpus["name"]: corpus["fingerprint"] for corpus in before}
+    for name, count in tokens.items():
+        fingerprint = fingerprints.get(name)
+        if fingerprint is not None and name not in (names := present.get(fingerprint, [f"{name}@{fingerprint[:8]}"])):
+            renamed[names[0]] += count
+        else:
+            renamed[name] += count
+    return dict(renamed)
 
 
 class TrainingClock:

@@ -1,6 +1,8 @@
+import errno
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from experiment.files import (
     atomic_write,
     checksum,
     created_parents,
+    fsync_tree,
     removed_on_error,
     sha256,
     temporary_folder,
@@ -55,6 +58,22 @@ def test_a_reader_never_sees_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_text(path, "new")
     assert seen == ["old", "new"], "the file before it is renamed, then its folder"
     assert path.read_text() == "new"
+
+
+def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches network file systems on which no checkpoint can be saved, and a file whose error is ignored."""
+    (tmp_path / "a").touch()
+    failing = [stat.S_ISDIR]
+
+    def sync(descriptor: int) -> None:
+        if any(is_kind(os.fstat(descriptor).st_mode) for is_kind in failing):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("os.fsync", sync)
+    fsync_tree(tmp_path)
+    failing.append(stat.S_ISREG)
+    with pytest.raises(OSError, match="Invalid argument"):
+        fsync_tree(tmp_path)
 
 
 def test_an_error_while_writing_keeps_the_old_content(tmp_path: Path) -> None:

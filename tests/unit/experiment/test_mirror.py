@@ -54,8 +54,10 @@ def names(*steps: int) -> list[str]:
 
 
 def test_an_empty_run_folder_gets_the_newest_and_the_best(mirror: Mirror, tmp_path: Path) -> None:
-    """Catches a run that starts over on a new host, or loses its best checkpoint, metrics or identity."""
+    """Catches a run that starts over on a new host, or loses its best checkpoint, metrics or identity; and one whose
+    folder has an incomplete copy of a checkpoint."""
     folder = RunFolder(tmp_path / "restored")
+    (folder.checkpoints / "step-00000004" / "hf").mkdir(parents=True)
     mirror.restore(folder, lambda: None)
     assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 4)
     assert [verify(path) for path in complete_checkpoints(folder.checkpoints)] == [None, None]
@@ -183,7 +185,8 @@ def test_nothing_is_restored_from_an_empty_mirror(bucket: str, tmp_path: Path) -
 
 def test_retention(mirror: Mirror) -> None:
     """Catches a mirror that grows forever, or loses the best checkpoint."""
-    assert mirror.apply_retention(names(1, 2, 3, 4), Retention(keep_last=1, best=2), newest=4) == names(1, 3)
+    keep = Retention(keep_last=1, best=2)
+    assert mirror.apply_retention(names(1, 2, 3, 4), keep, newest=4, drop_later=False) == names(1, 3)
     assert list(mirror.complete()) == names(2, 4)
 
 

@@ -125,6 +125,23 @@ def test_the_table_has_the_accuracy_of_other_outputs(capsys: pytest.CaptureFixtu
     assert "│ 0.3595   │" in capsys.readouterr().out
 
 
+def test_corpora_of_the_same_name(
+    folder: Path,
+    heldout_corpus: Path,
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches the scores of one corpus under the name of another."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(heldout_corpus, "old/held")
+    shutil.copytree(wordpiece_corpus, "held")
+    for names in ("old/held,held", "held,old/held"):
+        evaluate_command(str(folder), names, json=True)
+        assert set(json.loads(capsys.readouterr().out)) == {"old/held", f"{tmp_path.name}/held"}
+
+
 def test_evaluate_scores_any_hugging_face_folder(
     folder: Path, heldout_corpus: Path, wordpiece_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,6 +194,16 @@ def test_a_crash_is_sent_by_rank_0_only_without_a_launcher(
     assert len(mails) == len(events)
 
 
+def test_the_end_is_of_the_last_step(tmp_path: Path, mails: list[tuple[str, str, str]]) -> None:
+    """Catches the step of a late score of an earlier checkpoint, and of the last event before a stop."""
+    trackers = opened(tmp_path, AlertsConfig(email="me@x"))
+    trackers.log({"step": 1000, "loss": 2.5})
+    trackers.log({"step": 500, "downstream/task/accuracy": 0.5})
+    trackers.close(Outcome.STOPPED, step=1096)
+    ((_, _, text),) = mails
+    assert "stopped at step 1096, loss 2.5000" in text
+
+
 class WandbSpy:
     """Stands for the tracker of W&B; keeps the alerts."""
 

@@ -26,3 +26,10 @@ def test_the_end_is_the_first_step_that_reaches_all_positions(sequences, warmup,
     sizes = BatchSizes(sequences, warmup, first_step)
     end = sizes.end(positions)
     assert sizes.start(end - 1) < positions <= sizes.start(end)
+
+
+def test_a_mistyped_length_has_an_end() -> None:
+    """Catches an OverflowError instead of a plan that shows the mistake."""
+    sizes = BatchSizes(8, warmup_steps=3)
+    end = sizes.end(10**21)
+    assert sizes.start(end - 1) < 10**21 <= sizes.start(end)

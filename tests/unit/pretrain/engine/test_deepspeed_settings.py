@@ -134,6 +134,8 @@ def test_engine_config_does_not_change_its_input() -> None:
         ),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}', "expected a JSON object"),
         ('{"fp16": {"enabled": true, "loss_scale": 128}}', "'fp16.loss_scale' is 128"),
+        ('{"bf16": {"enabled": true, "bf16_optimizer_states": true}}', "'bf16.bf16_optimizer_states' keeps master"),
+        ('{"fp16": {"fp16_master_weights_and_grads": true}}', "keeps master weights in 16 bits; remove it"),
         ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "remove it and enable 'fp16' or 'bf16'"),
         ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "'compute_grad_norm' is false"),
         ('{"zero_optimisation": {"stage": 3}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),

@@ -57,7 +57,7 @@ def test_new_checkpoints_are_copied_and_old_ones_deleted(bucket: str, run: RunFo
     uploads = MirrorUploads(mirror, run, lambda alert: None)
     for step in (1, 2, 3, 4):
         save(run, step)
-        uploads.update(Retention(keep_last=2, best=1 if step > 1 else None))
+        uploads.update(Retention(keep_last=2, best=1 if step > 1 else None), step)
         wait_until(lambda step=step: step in steps(mirror))
     uploads.close()
     assert steps(mirror) == [1, 3, 4]
@@ -70,9 +70,48 @@ def test_checkpoints_of_an_earlier_attempt_are_copied(bucket: str, run: RunFolde
     save(run, 2)
     mirror = Mirror(f"{bucket}/run")
     uploads = MirrorUploads(mirror, run, lambda alert: None)
-    uploads.update(Retention(keep_last=1))
+    uploads.update(Retention(keep_last=1), 2, is_new=False)
     uploads.close()
     assert steps(mirror) == [2]
+
+
+def test_checkpoints_that_the_run_did_not_resume_from(bucket: str, run: RunFolder) -> None:
+    """Catches a damaged checkpoint that takes the place of good ones, and an abandoned one that a new host resumes
+    from."""
+    mirror = Mirror(f"{bucket}/run")
+    for step in (100, 200):
+        save(run, step)
+        mirror.upload(run.checkpoints / f"step-{step:08d}")
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    uploads.update(Retention(keep_last=1), 100, is_new=False)
+    wait_until(lambda: uploads._known is not None and not uploads._is_wanted and uploads.uploading is None)
+    assert steps(mirror) == [100, 200]  # the disk alone may be damaged
+    save(run, 150)
+    uploads.update(Retention(keep_last=1), 150)
+    uploads.close()
+    assert steps(mirror) == [150]
+
+
+def test_the_newest_checkpoint_does_not_wait_for_older_ones(
+    bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a long run whose new mirror gets all old checkpoints before the one that was just saved."""
+    order, upload = list[int](), Mirror.upload
+
+    def record(mirror: Mirror, checkpoint: Path) -> bytes:
+        order.append(int(checkpoint.name[-8:]))
+        if order == [3]:
+            save(run, 4)
+            uploads.update(Retention(keep_last=9), 4)
+        return upload(mirror, checkpoint)
+
+    monkeypatch.setattr(Mirror, "upload", record)
+    for step in (1, 2, 3):
+        save(run, step)
+    uploads = MirrorUploads(Mirror(f"{bucket}/run"), run, lambda alert: None)
+    uploads.update(Retention(keep_last=9), 3, is_new=False)
+    uploads.close()
+    assert order == [3, 4, 2, 1]
 
 
 def test_an_upload_does_not_hold_up_training(bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +127,12 @@ def test_an_upload_does_not_hold_up_training(bucket: str, run: RunFolder, monkey
     monkeypatch.setattr(Mirror, "upload", slow)
     uploads = MirrorUploads(mirror, run, lambda alert: None)
     save(run, 1)
-    uploads.update(Retention(keep_last=1))
+    uploads.update(Retention(keep_last=1), 1)
     wait_until(lambda: uploads.uploading == 1)
     for step in (2, 3):
         save(run, step)
         shutil.rmtree(run.checkpoints / f"step-{step - 1:08d}")  # retention
-        uploads.update(Retention(keep_last=1))
+        uploads.update(Retention(keep_last=1), step)
     go.set()
     uploads.close()
     assert steps(mirror) == [3]
@@ -109,7 +148,7 @@ def test_failures_alert_and_are_tried_again(
     mirror = Mirror(f"{bucket}/run")
     uploads = MirrorUploads(mirror, run, alerts.append, retry_seconds=0.05)
     save(run, 1)
-    uploads.update(Retention(keep_last=1))
+    uploads.update(Retention(keep_last=1), 1)
     wait_until(lambda: alerts)
     assert alerts[0].event == "mirror"
     assert "access denied" in alerts[0].text
@@ -127,7 +166,7 @@ def test_nothing_is_copied_to_the_mirror_of_another_run(bucket: str, run: RunFol
         write_provenance(folder, {}, [])
         save(folder, step)
         uploads = MirrorUploads(mirror, folder, alerts.append)
-        uploads.update(Retention(keep_last=1))
+        uploads.update(Retention(keep_last=1), step)
         uploads.close()
     assert "belongs to another run" in alerts[0].text
     assert steps(mirror) == [1]
@@ -143,7 +182,7 @@ def test_the_wait_at_the_end_is_limited(
     monkeypatch.setattr(Mirror, "complete", lambda self: go.wait(60) and {})
     uploads = MirrorUploads(Mirror(f"{bucket}/run"), run, lambda alert: None)
     save(run, 1)
-    uploads.update(Retention(keep_last=1))
+    uploads.update(Retention(keep_last=1), 1)
     start = time.monotonic()
     uploads.close(seconds=0.2)
     assert time.monotonic() - start < 50

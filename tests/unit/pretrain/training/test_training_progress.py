@@ -9,6 +9,7 @@ from pretrain.training.training_progress import (
     TrainingProgress,
     progress_from_json,
     progress_to_json,
+    rename_corpora,
 )
 
 PROGRESS = TrainingProgress(
@@ -80,3 +81,20 @@ def test_training_time_covers_all_attempts(monkeypatch: pytest.MonkeyPatch) -> N
     clock.restart_save_timer()
     now += 30.0
     assert (clock.seconds, clock.minutes_since_save) == (170.0, 0.5)
+
+
+def test_tokens_belong_to_a_corpus_not_to_its_name() -> None:
+    """Catches epochs of a corpus that its run has read under another name, or that a fork's parent has read of another
+    one of this name."""
+
+    def corpora(**fingerprints: str) -> list[dict[str, str]]:
+        return [{"name": name, "fingerprint": fingerprint} for name, fingerprint in fingerprints.items()]
+
+    tokens = {"a": 5, "b": 7, "older": 1}
+    before = corpora(a="f1" * 8, b="f2" * 8)
+    assert rename_corpora(tokens, before, before) == tokens
+    assert rename_corpora(tokens, before, corpora(new="f1" * 8, b="f2" * 8)) == {"new": 5, "b": 7, "older": 1}
+    assert rename_corpora(tokens, before, corpora(a="f3" * 8, c="f2" * 8)) == {"a@f1f1f1f1": 5, "c": 7, "older": 1}
+    twice = corpora(a="f1" * 8, b="f1" * 8)
+    assert rename_corpora(tokens, twice, twice) == tokens
+    assert rename_corpora(tokens, twice, corpora(c="f1" * 8)) == {"c": 12, "older": 1}
