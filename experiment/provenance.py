@@ -1,8 +1,8 @@
 """`RUN/provenance.json`: the code, machine, libraries and models that a run came from.
 
 {"run_id": …, "ancestors": […], "attempts": [{"command": …, "git": …, "versions": …, "hardware": …, …}, …]}
-Attempts also have the `step` that they resume from; in pretraining, `changes` of settings, "key: old -> new"; in
-fine-tuning, `total_steps`, with steps counted over all seeds.
+Attempts also have the `step` that they resume from; in pretraining, `changes` of settings, "key: old -> new", and the
+run's `folder`; in fine-tuning, `total_steps`, with steps counted over all seeds.
 
 Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
 It is copied along with the folder, so a run that starts from the model can record all of its ancestors. Such folders
@@ -70,6 +70,20 @@ def write_provenance(
     write_json(folder.provenance, {**record, "attempts": [*record["attempts"], dict(attempt)]})
     run_id: str = record["run_id"]
     return run_id
+
+
+def separate_copy(folder: RunFolder) -> Path | None:
+    """Give a copied run folder an id of its own if the first folder is still there: W&B and mirrors would take the two
+    for one run. Returns the first folder of such a copy."""
+    record = read_provenance(folder)
+    first = Path(record["attempts"][-1].get("folder", folder.path)) if record and record["attempts"] else folder.path
+    if record is None or not first.is_dir() or first.samefile(folder.path):
+        return None
+    there = read_provenance(RunFolder(first))
+    if there is None or there["run_id"] != record["run_id"]:
+        return None
+    write_json(folder.provenance, {**record, "run_id": secrets.token_hex(8)})
+    return first
 
 
 def read_provenance(folder: RunFolder) -> dict[str, Any] | None:

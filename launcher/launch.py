@@ -10,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from experiment.checkpoints import checkpoint_path, saves
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, saves
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError, UserError, end_line, inform, is_quiet, notify
 from experiment.formatting import counted, describe_duration
+from experiment.mirror import Mirror
 from experiment.outcome_file import Outcome
 from experiment.own_process import raise_limit_of_open_files
 from experiment.run_folder import RunFolder, check_not_moved, open_run_folder
-from experiment.run_lock import check_unlocked
+from experiment.run_lock import Renewal, check_unlocked, lock_run
 from experiment.signals import handle_stop_signals, interrupt
+from experiment.storage import StorageError
 from experiment.tracking.jsonl import read_events, read_last_events
 from launcher.autotune import autotune
 from launcher.hosts.hostfile import Slots
@@ -32,6 +34,7 @@ from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.rank_processes import HeldRanks, held_ranks
 from launcher.supervision.supervisor import supervise
 from pretrain.config import PretrainConfig
+from pretrain.restore import restore_run
 
 _PEAK_RATIO = 1.5  # highest loss divided by the first one; healthy runs stay below, also with batches of two sequences
 
@@ -57,6 +60,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
             return
         # Before the plan and preflight: a run that is active deletes checkpoints, and its devices are busy.
         dead_owner = check_unlocked(folder)
+        _restore_for_plan(config, folder, dead_owner)
         slots = chosen_slots(options, machine)
         announce_checks(options.config, slots)
         with _ranks_started_early(options, slots, machine) as held:
@@ -70,6 +74,21 @@ def launch_pretraining(options: PretrainOptions) -> None:
                 plan = autotune(plan, dead_owner)
             start = replace(plan.launch(), checked_at=checked_at, dead_owner=dead_owner, held=held)
             launch(start, plan.summary)
+
+
+def _restore_for_plan(config: PretrainConfig, folder: RunFolder, dead_owner: Renewal | None) -> None:
+    """Copy the run from its mirror if the plan may need its checkpoint: the model or run that it began with may have
+    been on a host that is lost. Otherwise rank 0 copies it. Raises UserError and OSError."""
+    url = config.checkpoint.mirror
+    needed = config.model.init_from is not None or config.run.parent is not None
+    if url is None or not needed or complete_checkpoints(folder.checkpoints):
+        return
+    try:
+        if Mirror(url).complete():
+            with lock_run(open_run_folder(folder.path), dead=dead_owner):
+                restore_run(config, lambda: None)
+    except StorageError as error:  # this machine may have no access
+        notify(f"warning: the run is not copied from {url} before the checks: {error}")
 
 
 def _ranks_started_early(

@@ -3,17 +3,13 @@
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from experiment.checkpoints import complete_checkpoints
-from experiment.errors import UserError
 from experiment.hub_names import HubName
-from experiment.mirror import Mirror
 from experiment.model_names import local_model
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.storage import StorageError
+from experiment.provenance import separate_copy
+from experiment.run_folder import open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.packing import Rows
 from pretrain.config import CorpusConfig, PretrainConfig
@@ -25,7 +21,7 @@ from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, ch
 from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
-from pretrain.resume import is_fork_of
+from pretrain.restore import restore_run
 from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
@@ -33,15 +29,13 @@ from pretrain.world import World
 
 log = logging.getLogger(__name__)
 
-_OWNER_SECONDS = 60.0  # for the storage to say to which run a mirror belongs
-
 
 def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[ResolvedRun, BuiltModel, TrainingStream]:
     """Resolve the config, verify the corpora, build the model and open the stream of batches. Collective.
 
     Raises AgreedError: a UserError on any rank, such as a host that lacks the corpus, is raised on all.
     """
-    group.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
+    group.call(lambda: _open_folder(config, world))
     restore_from_mirror(config, world, group)
     run = group.call(
         lambda: resolve(
@@ -65,6 +59,13 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
         )
     )
     return run, model, stream
+
+
+def _open_folder(config: PretrainConfig, world: World) -> None:
+    folder = open_run_folder(config.run.dir)
+    set_up_logging(folder, world.rank)
+    if world.rank == 0 and (first := separate_copy(folder)) is not None:
+        log.warning("this is a copy of the run in %s: it gets an id of its own", first)
 
 
 def _build_model(run: ResolvedRun) -> BuiltModel:
@@ -120,42 +121,9 @@ def download_model_to_hosts(world: World, group: CpuGroup, name: str) -> Path:
 
 
 def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -> None:
-    """Copy the run in `checkpoint.mirror` to a run folder without checkpoints. Collective; raises AgreedError, also if
-    the mirror belongs to another run than the folder."""
-    folder, url = RunFolder(Path(config.run.dir).absolute()), config.checkpoint.mirror
-    if url is None:
-        return
-
-    def restore(on_progress: Callable[[], None]) -> None:
-        if world.rank != 0:
-            return
-        mirror = Mirror(url)
-        if complete_checkpoints(folder.checkpoints):
-            _check_owner_in_time(mirror, folder)
-            return
-        if folder.provenance.exists():  # else the folder takes over the mirror's run
-            mirror.check_owner(folder)
-        parent, found = config.run.parent, mirror.provenance()
-        if config.run.resume == "never" and (found is not None or mirror.complete()):
-            raise UserError(f"run.resume is 'never', but {url} already holds a run; choose another checkpoint.mirror")
-        if parent is not None and found is not None and not is_fork_of(found["ancestors"], parent):
-            raise UserError(f"{url} holds a run that is not a fork of {parent}; choose another checkpoint.mirror")
-        mirror.restore(folder, on_progress)
-
-    group.from_all_ranks_slowly(restore)
-
-
-def _check_owner_in_time(mirror: Mirror, folder: RunFolder) -> None:
-    """Raise UserError if the mirror belongs to another run. A storage that does not answer only gives a warning: a run
-    with checkpoints trains without it, and is checked again before each upload."""
-    thread = ThreadPoolExecutor(1, "owner of the mirror")
-    checking = thread.submit(mirror.check_owner, folder)
-    thread.shutdown(wait=False)
-    try:
-        checking.result(_OWNER_SECONDS)
-    except (StorageError, TimeoutError) as error:
-        problem = str(error) or f"no answer in {_OWNER_SECONDS:.0f} s"
-        log.warning("not checked whether the mirror %s belongs to this run: %s", mirror.url, problem)
+    """Like `restore_run`, on rank 0. Collective; raises AgreedError."""
+    if config.checkpoint.mirror is not None:
+        group.from_all_ranks_slowly(lambda on_progress: restore_run(config, on_progress) if world.rank == 0 else None)
 
 
 def verify_on_each_host(corpora: Sequence[Corpus], world: World, group: CpuGroup) -> None:

@@ -44,7 +44,11 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
         write_json(run.folder.provenance, read_state(checkpoint)["provenance"])  # if only checkpoints were copied here
     tasks = {given.name: given.corpus.manifest.decontaminated for given in run.corpora}
     known = {name: sorted(found.values()) for name, found in tasks.items() if found is not None}
-    changes = {"step": run.resume_plan.step, "changes": list(run.resume_plan.changes)}
+    changes = {
+        "step": run.resume_plan.step,
+        "changes": list(run.resume_plan.changes),
+        "folder": str(run.folder.path),
+    }
     attempt = collect_provenance(sys.argv, world_size, hosts) | changes
     write_provenance(run.folder, attempt, _ancestors(run), known)
     write_text(run.folder.config, dump_config(run.config))

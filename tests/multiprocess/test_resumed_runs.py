@@ -192,7 +192,8 @@ def test_layer_decay_can_change_on_resume(
 def test_a_run_of_which_only_checkpoints_were_copied(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches another id, with which W&B shows another run, and ancestors that are lost."""
+    """Catches another id, with which W&B shows another run, and ancestors that are lost; and a copy of a whole run that
+    W&B and a mirror take for the same one."""
     tree = run_config(tmp_path / "first", wordpiece_corpus, schedule__steps=2)
     assert pools[1].run(pretrain_case, tree, 1) == ["stopped"]
     first, copied = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "copied")
@@ -204,3 +205,9 @@ def test_a_run_of_which_only_checkpoints_were_copied(
     assert after is not None
     assert (after["run_id"], after["ancestors"]) == (before["run_id"], before["ancestors"])
     assert [attempt["step"] for attempt in after["attempts"]] == [0, 1]
+    shutil.copytree(first.path, tmp_path / "twin")
+    tree["run"]["dir"] = str(tmp_path / "twin")
+    assert pools[1].run(pretrain_case, tree) == ["done"]
+    twin = read_provenance(RunFolder(tmp_path / "twin"))
+    assert twin is not None
+    assert twin["run_id"] != before["run_id"]

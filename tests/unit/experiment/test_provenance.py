@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from experiment.provenance import (
     git_state,
     read_origin,
     read_provenance,
+    separate_copy,
     write_origin,
     write_provenance,
 )
@@ -143,3 +145,21 @@ def test_a_damaged_origin_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "deepcloze.json").write_text('{"run_id": "a"}')
     with pytest.raises(UserError, match=r"deepcloze\.json is damaged"):
         read_origin(tmp_path)
+
+
+def test_a_copied_run_gets_an_id_of_its_own(tmp_path: Path) -> None:
+    """Catches two runs that log to one run of W&B and write to one mirror; and a moved run that becomes another one."""
+    first, copy = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "copy")
+    run_id = write_provenance(first, {"folder": str(first.path)}, [])
+    assert separate_copy(first) is None
+    assert separate_copy(copy) is None
+    (tmp_path / "link").symlink_to(first.path)
+    assert separate_copy(RunFolder(tmp_path / "link")) is None
+    shutil.copytree(first.path, copy.path)
+    assert separate_copy(copy) == first.path
+    own = write_provenance(copy, {"folder": str(copy.path)})
+    assert own != run_id
+    assert separate_copy(copy) is None
+    moved = RunFolder(copy.path.rename(tmp_path / "moved"))
+    assert separate_copy(moved) is None
+    assert write_provenance(moved, {}) == own

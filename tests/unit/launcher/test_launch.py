@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
+from experiment.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
 from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
+from experiment.mirror import Mirror
 from experiment.outcome_file import Outcome
+from experiment.provenance import write_provenance
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import lock_run
 from launcher import launch
@@ -70,7 +73,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
         resolved = config.model_copy(update={"run": absolute})
         offload = "nvme" if "nvme" in config.engine.ds_config else "none"
         deepspeed = SimpleNamespace(precision="fp16", zero_stage=1, offload=offload)
-        return SimpleNamespace(config=resolved, folder=folder, deepspeed=deepspeed, num_parameters=1000)
+        return SimpleNamespace(config=resolved, folder=folder, deepspeed=deepspeed, num_parameters=1000, identity={})
 
     module.resolve = resolve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pretrain.resolve", module)
@@ -218,6 +221,27 @@ def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[La
     assert command.environment["DS_ACCELERATOR"] == "cpu"
     ((settings, world_size),) = resolved
     assert (settings.schedule.steps, world_size) == (20, 2)
+
+
+def test_a_run_is_restored_before_its_plan(
+    config: str, launches: list[Launch], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that does not continue on new hosts because the model that it began with was on the lost one."""
+    lost = RunFolder(tmp_path / "lost")
+    write_provenance(lost, {}, [])
+    checkpoint = checkpoint_path(lost.checkpoints, 1)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    mark_complete(checkpoint)
+    mirror = Mirror(f"file://{tmp_path}/mirror")
+    mirror.upload_run_files(lost)
+    mirror.upload(checkpoint)
+    overrides = {"checkpoint.mirror": mirror.url, "model.init_from": "gone", "model.config": "null"}
+    launch_pretraining(PretrainOptions(config=config, overrides=overrides))
+    assert complete_checkpoints(Path("my-run/checkpoints")) == [Path("my-run/checkpoints/step-00000001")]
+    overrides |= {"run.dir": "other", "checkpoint.mirror": f"file://{tmp_path}/empty"}
+    launch_pretraining(PretrainOptions(config=config, overrides=overrides))
+    assert len(launches) == 2
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(

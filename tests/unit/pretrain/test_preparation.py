@@ -121,7 +121,7 @@ def test_a_run_with_checkpoints_does_not_need_the_storage(
         raise StorageError("the storage is down")
 
     monkeypatch.setattr(Mirror, "provenance", fail)
-    monkeypatch.setattr(preparation, "_OWNER_SECONDS", 60.0 if answers else 0.05)
+    monkeypatch.setattr("pretrain.restore._OWNER_SECONDS", 60.0 if answers else 0.05)
     assert len(restore(RunFolder(tmp_path / "first"), mirror)) == 1
     problem = "the storage is down" if answers else "no answer in 0 s"
     assert f"not checked whether the mirror {mirror.url} belongs to this run: {problem}" in caplog.text

@@ -32,7 +32,7 @@ def stuck_trackers() -> Iterator[Trackers]:
 
 def reporter(trackers: Trackers) -> Any:
     stub: Any = SimpleNamespace(_tracker=trackers)
-    stub._close_tracker = lambda outcome: Reporter._close_tracker(stub, outcome)
+    stub._close_tracker = lambda outcome, step: Reporter._close_tracker(stub, outcome, step)
     return stub
 
 
@@ -50,7 +50,7 @@ def test_trackers_that_never_close_are_stuck(stuck_trackers: Trackers, monkeypat
 
     group: Any = SimpleNamespace(wait_for_all=wait_for_all)
     with pytest.raises(TimeoutError):
-        Reporter.close(reporter(stuck_trackers), Outcome.DONE, group)
+        Reporter.close(reporter(stuck_trackers), Outcome.DONE, 1, group)
     assert made == [True, True, False]
 
 
@@ -60,7 +60,7 @@ def test_trackers_that_never_close_do_not_hide_a_failure(
     """Catches a rank that has failed and stays, or reports the trackers in place of the failure."""
     monkeypatch.setattr(reporter_module, "CLOSE_SECONDS", 0.01)
     group: Any = SimpleNamespace(wait_for_all=lambda *_: None)
-    Reporter.close(reporter(stuck_trackers), Outcome.FAILED, group)
+    Reporter.close(reporter(stuck_trackers), Outcome.FAILED, 1, group)
 
 
 def test_the_slowest_rank_is_found() -> None:
