@@ -14,6 +14,7 @@ if not __package__:  # started as a file, by srun: import from the repository, n
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import psutil
 
@@ -49,9 +50,13 @@ def main(argv: Sequence[str]) -> None:
 def _cores_of_ranks(ranks: int) -> int:
     """Return the cores that the ranks of this host share. MPI and srun may have bound this one to a part of those that
     their own process, its parent, may use."""
-    cores, of_parent = cpu_cores(), len(os.sched_getaffinity(os.getppid()))
-    is_bound = len(os.sched_getaffinity(0)) < of_parent
-    return min(cores * ranks, of_parent) if is_bound else cores
+    cores = cpu_cores()
+    if sys.platform == "linux":
+        with suppress(OSError):  # SELinux may forbid it
+            of_parent = len(os.sched_getaffinity(os.getppid()))
+            if len(os.sched_getaffinity(0)) < of_parent:
+                return min(cores * ranks, of_parent)
+    return cores
 
 
 def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
