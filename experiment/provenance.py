@@ -19,6 +19,7 @@ import socket
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -76,14 +77,15 @@ def separate_copy(folder: RunFolder) -> Path | None:
     """Give a copied run folder an id of its own if the first folder is still there: W&B and mirrors would take the two
     for one run. Returns the first folder of such a copy."""
     record = read_provenance(folder)
-    first = Path(record["attempts"][-1].get("folder", folder.path)) if record and record["attempts"] else folder.path
-    if record is None or not first.is_dir() or first.samefile(folder.path):
+    if record is None or not record["attempts"] or "folder" not in record["attempts"][-1]:
         return None
-    there = read_provenance(RunFolder(first))
-    if there is None or there["run_id"] != record["run_id"]:
-        return None
-    write_json(folder.provenance, {**record, "run_id": secrets.token_hex(8)})
-    return first
+    first = Path(record["attempts"][-1]["folder"])
+    with suppress(OSError, UserError):  # it is gone, or may not be read
+        there = read_provenance(RunFolder(first))
+        if there is not None and there["run_id"] == record["run_id"] and not first.samefile(folder.path):
+            write_json(folder.provenance, {**record, "run_id": secrets.token_hex(8)})
+            return first
+    return None
 
 
 def read_provenance(folder: RunFolder) -> dict[str, Any] | None:

@@ -170,12 +170,12 @@ def check_not_moved(config: str | Path, overrides: Collection[str], folder: RunF
         folder: `run.dir` of the config.
     """
     moved = RunFolder(Path(config).absolute().parent)
-    if (
-        "run.dir" in overrides
-        or is_run(folder)
-        or not moved.provenance.exists()
-        or moved.config.name != Path(config).name
-    ):
+    if "run.dir" in overrides or moved.config.name != Path(config).name or not moved.provenance.exists():
+        return
+    with suppress(PermissionError):  # a folder of another user, where the run is not
+        if is_run(folder):
+            return
+    if not moved.logs.is_dir():  # a mirror has the other files, too
         return
     raise UserError(
         f"run.dir: {config} belongs to a run that was in {folder.path}, and is not there now: to resume it, add "

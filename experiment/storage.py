@@ -13,10 +13,11 @@ import io
 import logging
 import os
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -233,10 +234,16 @@ def download_files(
 
     `on_progress` is called in this thread, only if something has been copied since the last call.
     """
-    counts = deque[int]()  # bytes
+    counts, is_ending = deque[int](), threading.Event()  # bytes
+
+    def count(size: int) -> None:
+        if is_ending.is_set():  # a file of gigabytes would hold up Ctrl-C
+            raise CancelledError
+        counts.append(size)
+
     bar = progress(label, sum(file.size for file in files) / 1e6, "MB", show_progress)
     with bar as advance, ThreadPoolExecutor(_FILES_AT_ONCE, "download") as pool:
-        running = {pool.submit(download, *file, algorithm, counts.append) for file in files}
+        running = {pool.submit(download, *file, algorithm, count) for file in files}
         try:
             while running:
                 done, running = wait(running, _POLL_SECONDS)
@@ -246,6 +253,7 @@ def download_files(
                 for future in done:
                     future.result()
         finally:
+            is_ending.set()
             pool.shutdown(cancel_futures=True)
 
 

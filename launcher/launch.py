@@ -17,7 +17,7 @@ from experiment.formatting import counted, describe_duration
 from experiment.mirror import Mirror
 from experiment.outcome_file import Outcome
 from experiment.own_process import raise_limit_of_open_files
-from experiment.run_folder import RunFolder, check_not_moved, open_run_folder
+from experiment.run_folder import RunFolder, check_not_moved, check_run_folder, open_run_folder
 from experiment.run_lock import Renewal, check_unlocked, lock_run
 from experiment.signals import handle_stop_signals, interrupt
 from experiment.storage import StorageError
@@ -83,6 +83,7 @@ def _restore_for_plan(config: PretrainConfig, folder: RunFolder, dead_owner: Ren
     needed = config.model.init_from is not None or config.run.parent is not None
     if url is None or not needed or complete_checkpoints(folder.checkpoints):
         return
+    check_run_folder(folder, "pretraining run")
     try:
         if Mirror(url).complete():
             with lock_run(open_run_folder(folder.path), dead=dead_owner):

@@ -43,7 +43,9 @@ _IRRELEVANT = (  # beginnings of keys
     *(f"pretrain.{key}" for key in ("tracking.", "run.dir", "run.log_every", "checkpoint.mirror")),
     *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY),
 )
-_ORIGINS = ("data.", "encoder.", "pretrain.data.")  # beginnings of keys that records of earlier versions may lack
+_PRETRAIN_ORIGINS = ("corpus.fingerprint", "engine.ds_config.")
+_ORIGINS = ("data.", "encoder.", *_PRETRAIN_ORIGINS, *(f"pretrain.{key}" for key in _PRETRAIN_ORIGINS))
+"""Beginnings of keys that records of earlier versions may lack."""
 _OWN_PATHS = ("run.dir", "checkpoint.mirror")  # keys; each run of a set has its own
 _POLL_SECONDS = 0.5
 
@@ -181,9 +183,9 @@ class RunSet:
             folder, new = self.run_folder(run).path, RunRecord(config=run.config)
             record = records.get(run.name, new) if folder.exists() else new
             before = _with_new_keys(record["config"], run.config)
-            # These follow from the folder of the set.
-            own = ["run.dir", *(["model.init_from"] if run.pretraining is not None else [])]
-            if key := _changed_key(before, run.config, own):
+            # The folders are moved with the set. `encoder.*` tells the content of a model.
+            has_content = run.pretraining is not None or any(key.startswith("encoder.") for key in record["config"])
+            if key := _changed_key(before, run.config, ["run.dir", *(["model.init_from"] if has_content else [])]):
                 raise UserError(
                     f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
                     f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"

@@ -12,6 +12,7 @@ from experiment.errors import notify
 from experiment.fast_imports import fast_imports, import_transformers_without_scipy
 from experiment.files import checksum
 from experiment.model_names import local_model
+from experiment.run_folder import RunFolder, check_not_moved
 from finetune.data.task_config import TaskConfig, data_checksums
 from launcher.hosts.machine import launch_machine
 from launcher.launch import warnings_left_to_rank0
@@ -33,7 +34,8 @@ _COMMANDS = {
 }
 """Section of a config -> the command that the config is for."""
 
-_BY_CONTENT = ("corpus.train", "engine.ds_config.")  # beginnings of keys of `run_identity`
+_PRECISION = tuple(f"engine.ds_config.{key}" for key in ("bf16.", "fp16.", "data_types.", "communication_data_type"))
+"""Beginnings of keys of `run_identity`. Others change the results by rounding at most."""
 
 
 def command_of(config: str) -> str:
@@ -50,6 +52,7 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
     """Check a config for `deepcloze validate`, and print warnings. Raises UserError for anything that would keep the
     run from starting on this machine."""
     loaded = load_config(PretrainConfig, config, overrides)
+    check_not_moved(config, overrides, RunFolder(Path(loaded.run.dir).absolute()))
     with fast_imports():
         import_transformers_without_scipy()
     plan_launch(PretrainOptions(config=config, overrides=overrides), loaded, launch_machine())
@@ -58,17 +61,17 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
 
 
 def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> "FlatConfig":
-    """Return the config of a pretraining run, and the content of its corpora and DeepSpeed JSON as `data.KEY`.
-    placement: of `LaunchOptions`.
+    """Return the config of a pretraining run, the fingerprint of its training corpus, and the settings of precision in
+    its DeepSpeed JSON. placement: of `LaunchOptions`.
 
     Raises UserError for anything that would keep the run from starting.
     """
     loaded = load_config(PretrainConfig, config, overrides)
     with warnings_left_to_rank0():
         plan = plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), loaded, launch_machine())
-    content = {f"data.{key}": value for key, value in plan.identity.items() if key.startswith(_BY_CONTENT)}
+    content = {key: value for key, value in plan.identity.items() if key.startswith(_PRECISION)}
     # Not the resolved config, whose model.init_from may be a newer checkpoint after a restart.
-    return flatten(loaded) | content
+    return flatten(loaded) | content | {"corpus.fingerprint": plan.identity["corpus.train"]}
 
 
 def validate_finetuning(config: str, overrides: Mapping[str, str]) -> "FinetuneConfig":

@@ -216,8 +216,10 @@ def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str,
     if not names:
         raise UserError("--corpus is empty: expected corpus folders")
     paths = [expand_home(name) for name in names]
-    opened = {name: open_local(path) for name, path in zip(unique_names(paths), paths, strict=True)}
-    for corpus in opened.values():
+    corpora = [open_local(path) for path in paths]
+    names = [corpus.name for corpus in corpora]
+    opened = dict(zip(names if len(set(names)) == len(names) else unique_names(paths), corpora, strict=True))
+    for corpus in corpora:
         if corpus.tokenizer_fingerprint != fingerprint:
             raise UserError(f"the corpus {corpus.path} was built with another tokenizer than the one in {folder}")
     return opened

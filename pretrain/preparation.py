@@ -3,9 +3,12 @@
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from experiment.checkpoints import complete_checkpoints, read_state
+from experiment.files import write_json
 from experiment.hub_names import HubName
 from experiment.model_names import local_model
 from experiment.provenance import separate_copy
@@ -64,7 +67,13 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
 def _open_folder(config: PretrainConfig, world: World) -> None:
     folder = open_run_folder(config.run.dir)
     set_up_logging(folder, world.rank)
-    if world.rank == 0 and (first := separate_copy(folder)) is not None:
+    if world.rank != 0:
+        return
+    checkpoints = complete_checkpoints(folder.checkpoints)
+    if checkpoints and not folder.provenance.exists():  # they alone were copied here
+        with suppress(ValueError, KeyError):  # a damaged one is refused later
+            write_json(folder.provenance, read_state(checkpoints[-1])["provenance"])
+    if (first := separate_copy(folder)) is not None:
         log.warning("this is a copy of the run in %s: it gets an id of its own", first)
 
 

@@ -217,7 +217,8 @@ def is_fork_of(ancestors: Sequence[Mapping[str, Any]], parent: str) -> bool:
         return False
     found = [each for checkpoint in checkpoints if (each := read_origin(checkpoint / "hf")) is not None]
     known = ("run_id", "step") if checkpoints == [Path(parent)] else ("run_id",)
-    return all(each[key] == origin.get(key) for each in found for key in known)
+    # Checkpoints that a copied run has not saved itself have the id of the first one.
+    return not found or any(all(each[key] == origin.get(key) for key in known) for each in found)
 
 
 def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, trained_on: str = "") -> list[str]:

@@ -40,7 +40,7 @@ from experiment.files import cache_folder
 from experiment.goodput import ActivityTimer, attempt_start
 from experiment.outcome_file import Cause, Outcome, ReportedOutcome
 from experiment.own_process import wait_at_gate
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, check_not_moved
 from experiment.shared_cores import share_cores
 from pretrain.batching.loader import DataWorkerError
 from pretrain.config import EngineConfig, PretrainConfig
@@ -161,7 +161,10 @@ def read_arguments(argv: Sequence[str]) -> PretrainConfig:
     arguments.pop("local_rank", None)  # LOCAL_RANK in the environment is the same
     if "config" not in arguments:
         raise UserError("--config FILE is missing")
-    return load_config(PretrainConfig, arguments.pop("config"), arguments)
+    file = arguments.pop("config")
+    config = load_config(PretrainConfig, file, arguments)
+    check_not_moved(file, arguments, RunFolder(Path(config.run.dir).absolute()))
+    return config
 
 
 def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder) -> Outcome:

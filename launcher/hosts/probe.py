@@ -150,8 +150,12 @@ def _gpu_memory_used() -> list[int] | None:
 
 
 def cpu_cores() -> int:
-    """Count the CPU cores that this process may use: its affinity, limited by a container's quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """Count the CPU cores that this process may use: its affinity, limited by a container's quota."""
+    return within_quota(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+
+
+def within_quota(cores: int) -> int:
+    """Return at most as many cores as a container's quota allows (cgroup v2)."""
     with suppress(OSError, ValueError):  # no such file, or no quota: 'max'
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, max(1, quota // period))

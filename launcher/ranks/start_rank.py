@@ -21,7 +21,7 @@ import psutil
 from experiment.own_process import LAUNCH_VARIABLE
 from launcher.hosts.host_guard import read_environment
 from launcher.hosts.machine import guess_device
-from launcher.hosts.probe import cpu_cores, route_to
+from launcher.hosts.probe import cpu_cores, route_to, within_quota
 from launcher.ranks.environment import host_environment, network_interface
 
 MEASURE = "--measure"
@@ -50,13 +50,12 @@ def main(argv: Sequence[str]) -> None:
 def _cores_of_ranks(ranks: int) -> int:
     """Return the cores that the ranks of this host share. MPI and srun may have bound this one to a part of those that
     their own process, its parent, may use."""
-    cores = cpu_cores()
     if sys.platform == "linux":
         with suppress(OSError):  # SELinux may forbid it
-            of_parent = len(os.sched_getaffinity(os.getppid()))
-            if len(os.sched_getaffinity(0)) < of_parent:
-                return min(cores * ranks, of_parent)
-    return cores
+            own, of_parent = (len(os.sched_getaffinity(process)) for process in (0, os.getppid()))
+            if own < of_parent:
+                return within_quota(min(own * ranks, of_parent))
+    return cpu_cores()
 
 
 def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:

@@ -93,7 +93,7 @@ class MirrorUploads:
 
     def _upload(self, keep: Retention, newest: int) -> None:
         """Copy the missing checkpoints, the newest one first; later ones are damaged, or the run would have resumed
-        from them. Returns early if there is a newer one. Raises UserError if the mirror is another run's."""
+        from them. Leaves out older ones if there is a newer one. Raises UserError if the mirror is another run's."""
         self._mirror.check_owner(self._folder)  # each time: two runs may have found the mirror empty
         if self._known is None:
             self._known = self._mirror.complete()
@@ -104,7 +104,7 @@ class MirrorUploads:
         self._mirror.upload_run_files(self._folder)  # first: a resumed run drops the events that follow its checkpoint
         for step in wanted:
             if step != newest and self._is_wanted:
-                return
+                break
             self.uploading = step
             self._upload_one(found[step], known)
         self._mirror.upload_best(self._folder)

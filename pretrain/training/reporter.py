@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiment.checkpoints import read_state
 from experiment.config import dump_config
-from experiment.files import write_json, write_text
+from experiment.files import write_text
 from experiment.formatting import counted, format_epochs
 from experiment.goodput import ActivityTimer
 from experiment.hardware import peak_flops, peak_memory
@@ -39,9 +38,6 @@ _SLOW_INTERVALS = 5  # in a row
 
 def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:
     """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
-    checkpoint = run.resume_plan.checkpoint
-    if checkpoint is not None and not (run.resume_plan.fork or run.folder.provenance.exists()):
-        write_json(run.folder.provenance, read_state(checkpoint)["provenance"])  # if only checkpoints were copied here
     tasks = {given.name: given.corpus.manifest.decontaminated for given in run.corpora}
     known = {name: sorted(found.values()) for name, found in tasks.items() if found is not None}
     changes = {

@@ -99,17 +99,15 @@ def rename_corpora(
         tokens: by name before.
         before, now: `name` and `fingerprint` of the training corpora.
     """
-    present: dict[str, list[str]] = {}
+    present: dict[str, list[str]] = {}  # beginning of the fingerprint -> names
     for corpus in now:
-        present.setdefault(corpus["fingerprint"], []).append(corpus["name"])
+        present.setdefault(corpus["fingerprint"][:8], []).append(corpus["name"])
+    known = {corpus["name"]: corpus["fingerprint"][:8] for corpus in before}
     renamed = Counter[str]()
-    fingerprints = {corpus["name"]: corpus["fingerprint"] for corpus in before}
     for name, count in tokens.items():
-        fingerprint = fingerprints.get(name)
-        if fingerprint is not None and name not in (names := present.get(fingerprint, [f"{name}@{fingerprint[:8]}"])):
-            renamed[names[0]] += count
-        else:
-            renamed[name] += count
+        plain, _, digits = (name, "", known[name]) if name in known else name.rpartition("@")
+        names = present.get(digits, [f"{plain}@{digits}" if plain else name])
+        renamed[name if name in names else names[0]] += count
     return dict(renamed)
 
 

@@ -11,6 +11,7 @@ import torch
 from experiment.checkpoints import checkpoint_path, complete_checkpoints
 from experiment.provenance import read_provenance
 from experiment.run_folder import RunFolder
+from pretrain.resume import is_fork_of
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
@@ -198,16 +199,19 @@ def test_a_run_of_which_only_checkpoints_were_copied(
     assert pools[1].run(pretrain_case, tree, 1) == ["stopped"]
     first, copied = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "copied")
     shutil.copytree(first.checkpoints, copied.checkpoints)
+    before = read_provenance(first)
+    first.path.rename(tmp_path / "elsewhere")
     tree["run"]["dir"] = str(copied.path)
     assert pools[1].run(pretrain_case, tree) == ["done"]
-    before, after = read_provenance(first), read_provenance(copied)
+    after = read_provenance(copied)
     assert before is not None
     assert after is not None
     assert (after["run_id"], after["ancestors"]) == (before["run_id"], before["ancestors"])
     assert [attempt["step"] for attempt in after["attempts"]] == [0, 1]
-    shutil.copytree(first.path, tmp_path / "twin")
+    shutil.copytree(copied.checkpoints, tmp_path / "twin" / "checkpoints")
     tree["run"]["dir"] = str(tmp_path / "twin")
     assert pools[1].run(pretrain_case, tree) == ["done"]
     twin = read_provenance(RunFolder(tmp_path / "twin"))
     assert twin is not None
     assert twin["run_id"] != before["run_id"]
+    assert is_fork_of([{"relation": "fork", "run_id": before["run_id"], "step": 2}], str(tmp_path / "twin"))

@@ -156,6 +156,9 @@ def test_a_copied_run_gets_an_id_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(first.path)
     assert separate_copy(RunFolder(tmp_path / "link")) is None
     shutil.copytree(first.path, copy.path)
+    first.provenance.write_text("damaged")
+    assert separate_copy(copy) is None
+    shutil.copy(copy.provenance, first.provenance)
     assert separate_copy(copy) == first.path
     own = write_provenance(copy, {"folder": str(copy.path)})
     assert own != run_id

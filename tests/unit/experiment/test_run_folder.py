@@ -46,4 +46,7 @@ def test_the_config_of_a_moved_run_is_refused(tmp_path: Path) -> None:
     old.rename(new)
     with pytest.raises(UserError, match=rf"run that was in {old}, .* --run.dir='{new}'$"):
         check_not_moved(new / "config.yaml", (), RunFolder(old))
+    (new / "logs").rename(tmp_path / "logs")
+    check_not_moved(new / "config.yaml", (), RunFolder(old))  # as in a mirror
+    (tmp_path / "logs").rename(new / "logs")
     check_not_moved(new / "config.yaml", {"run.dir": str(tmp_path / "another")}, RunFolder(tmp_path / "another"))

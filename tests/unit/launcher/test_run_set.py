@@ -164,6 +164,8 @@ def test_other_content_changes_a_run(tmp_path: Path) -> None:
     assert finish(tmp_path, {"seed": 1, "data.train": "one", "encoder.config.json": "one"})
     with pytest.raises(UserError, match=r"another data\.train: 'one', now 'two'"):
         finish(tmp_path, {"seed": 1, "data.train": "two", "encoder.config.json": "one"})
+    # A sweep that was moved with the comparison that it is a part of.
+    assert finish(tmp_path, {"seed": 1, "data.train": "one", "encoder.config.json": "one", "model.init_from": "/new"})
     with pytest.raises(UserError, match=r"another data\.validation: None, now 'new'"):
         finish(tmp_path, {"seed": 1, "data.train": "one", "data.validation": "new", "encoder.config.json": "one"})
 

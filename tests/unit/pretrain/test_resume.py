@@ -17,6 +17,7 @@ from pretrain.resume import (
     check_fork,
     check_resume,
     find_resume_candidates,
+    is_fork_of,
     locate_model,
     plan_resume,
     run_identity,
@@ -286,6 +287,18 @@ def test_a_path_without_a_checkpoint_is_rejected(tmp_path: Path, resume: str, wh
     """Catches a misspelled path that starts a new run."""
     with pytest.raises(UserError, match=rf"'run\.resume': expected auto, never.*{why}"):
         plan(tmp_path / "run", resume or str(tmp_path))
+
+
+def test_a_fork_of_a_copied_run(tmp_path: Path) -> None:
+    """Catches a fork that cannot resume because its parent, a copy, has checkpoints of two ids."""
+    parent = make_run(tmp_path / "parent", (2,))
+    first = ancestors_of(checkpoint_path(parent / "checkpoints", 2) / "hf", "fork")
+    RunFolder(parent).provenance.unlink()
+    make_run(parent, (4,))
+    for ancestors in (first, ancestors_of(checkpoint_path(parent / "checkpoints", 4) / "hf", "fork")):
+        assert is_fork_of(ancestors, str(parent))
+    other = make_run(tmp_path / "other", (2,))
+    assert not is_fork_of(first, str(other))
 
 
 def test_never_needs_an_unused_folder(tmp_path: Path) -> None:

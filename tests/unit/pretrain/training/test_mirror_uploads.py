@@ -114,6 +114,28 @@ def test_the_newest_checkpoint_does_not_wait_for_older_ones(
     assert order == [3, 4, 2, 1]
 
 
+def test_a_mirror_does_not_grow_while_uploads_are_slower_than_saves(
+    bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches retention that waits until training ends."""
+    held, upload = list[int](), Mirror.upload
+
+    def record(mirror: Mirror, checkpoint: Path) -> bytes:
+        step = int(checkpoint.name[-8:]) + 1
+        if step <= 6:
+            save(run, step)
+            uploads.update(Retention(keep_last=2), step)
+        held.append(len(steps(mirror)))
+        return upload(mirror, checkpoint)
+
+    monkeypatch.setattr(Mirror, "upload", record)
+    save(run, 1)
+    uploads = MirrorUploads(Mirror(f"{bucket}/run"), run, lambda alert: None)
+    uploads.update(Retention(keep_last=2), 1)
+    uploads.close()
+    assert held == [0, 1, 2, 2, 2, 2]
+
+
 def test_an_upload_does_not_hold_up_training(bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an `update` that waits, and uploads that never catch up with saves."""
     mirror = Mirror(f"{bucket}/run")

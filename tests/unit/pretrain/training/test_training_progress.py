@@ -95,6 +95,9 @@ def test_tokens_belong_to_a_corpus_not_to_its_name() -> None:
     assert rename_corpora(tokens, before, before) == tokens
     assert rename_corpora(tokens, before, corpora(new="f1" * 8, b="f2" * 8)) == {"new": 5, "b": 7, "older": 1}
     assert rename_corpora(tokens, before, corpora(a="f3" * 8, c="f2" * 8)) == {"a@f1f1f1f1": 5, "c": 7, "older": 1}
+    away = rename_corpora(tokens, before, corpora(a="f3" * 8))
+    assert away == {"a@f1f1f1f1": 5, "b@f2f2f2f2": 7, "older": 1}
+    assert rename_corpora(away | {"a": 2}, corpora(a="f3" * 8), before) == tokens | {"a@f3f3f3f3": 2}
     twice = corpora(a="f1" * 8, b="f1" * 8)
     assert rename_corpora(tokens, twice, twice) == tokens
     assert rename_corpora(tokens, twice, corpora(c="f1" * 8)) == {"c": 12, "older": 1}
