@@ -22,7 +22,7 @@ from experiment.formatting import counted
 log = logging.getLogger(__name__)
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
-_MAX_FIELD = 1 << 27
+MAX_FIELD = 1 << 27
 _MAX_LINE = 1 << 30  # bytes; a compressed file of a megabyte may contain a line that does not fit into memory
 _WORDS_OF_A_NAME = re.compile(r"(?:[^\W\d]|#)[\w.()%#/:-]*(?: [\w(#][\w.()%#/:-]*){0,2}")  # '#1 ID', 'score (1-5)'
 _MAX_NAME = 40  # characters
@@ -136,7 +136,7 @@ def warn_once(message: str) -> None:
 
 
 def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Iterator[CsvRow]:
-    csv.field_size_limit(_MAX_FIELD)
+    csv.field_size_limit(MAX_FIELD)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if csv_format.quoting == csv.QUOTE_NONE else csv.QUOTE_MINIMAL
     reader = csv.reader(lines, delimiter=csv_format.separator or ",", quoting=quoting, strict=True)
     line = 1

@@ -148,7 +148,7 @@ def _describe_target(target: Any, labels: Sequence[str]) -> str:
         case [int(), *_] as of_tokens if labels:
             return " ".join(labels[label] if label >= 0 else "–" for label in of_tokens[:_SHOWN_TOKENS])
         case other:
-            return str(other)
+            return _shorten(str(other))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from finetune.encoding.encoder import turn_joiner
 from finetune.metrics import calibration_error, top_confusions
 from finetune.options import PredictOptions
 from finetune.predictor import Predictor, missing_temperature
-from finetune.results.predictions import check_row_file, open_row_file, prediction_rows
+from finetune.results.predictions import check_row_file, open_row_file, optional_inputs, prediction_rows
 from finetune.results.tables import print_label_scores, print_scores
 from finetune.saved_task import find_model, override_task, read_saved_task
 from finetune.task_kind import Prediction, TaskKind
@@ -166,11 +166,12 @@ def _input_format(options: PredictOptions, task: TaskConfig, trained: TaskConfig
 def _write(output: Path, predictor: Predictor, rows: Input, count: int, options: PredictOptions) -> Scored | None:
     """Predict in chunks, and write each. Returns rows and predictions to score, if any."""
     scored = Scored() if options.score else None
+    optional = optional_inputs(predictor.kind, rows if options.score else ())
     done = 0
     with open_row_file(output) as write, progress("predicting", count, "rows") as advance:
         for chunk in _chunks(rows, options.batch_size * _CHUNK):
             predictions = predictor.predict_records(chunk, options.calibrated)
-            write(prediction_rows(predictor.kind, chunk, predictions, first=done + 1))
+            write(prediction_rows(predictor.kind, chunk, predictions, done + 1, optional))
             done += len(chunk)
             advance(len(chunk))
             if scored is not None:

@@ -60,16 +60,17 @@ class _Content(Section):
 
 def write_saved_task(folder: Path, task: SavedTask) -> None:
     """Call when the model and its tokenizer are in the folder. Of the data files, only the names are written: the
-    folder may be published."""
+    folder may be published. An earlier task file in it is replaced."""
     config = task.kind.config
     names = {split: Path(path).name for split, path in config.files().items()}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != FILE)
     value = {
         "task": config.with_files(names).model_dump(mode="json"),
         "labels": list(task.kind.labels),
         "max_seq_length": task.max_seq_length,
         "padded": task.padded,
         "temperature": task.temperature,
-        "checksums": {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.is_file()},
+        "checksums": {path.name: checksum(path) for path in files},
     }
     write_json(folder / FILE, value)
 

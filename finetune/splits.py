@@ -62,13 +62,25 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
         if split != "train" or task.is_trained
     }
     if fit_on == "train+validation" and "train" in tables:
-        validation = tables.pop("validation", None)
-        train = tables["train"]
-        tables["train"] = replace(train, records=(*train.records, *(validation.records if validation else ())))
+        if validation := tables.pop("validation", None):
+            tables["train"] = _joined(tables["train"], validation, task.columns)
     elif "train" in tables and "validation" not in tables:
         train, validation = split_off(tables.pop("train"), task.columns, task.validation_share, task.split_seed)
         tables = {"train": train, "validation": validation, **tables}
     return tables
+
+
+def _joined(train: Table, validation: Table, columns: Columns) -> Table:
+    """Return the rows of both splits. Raises UserError if only one has an optional target, such as scores of pairs."""
+    for role, cell_type in columns.cell_types().items():
+        found = [role in table.records[0].values for table in (train, validation)]
+        if cell_type.optional and not cell_type.encoded and found[0] != found[1]:
+            having, lacking = (train, validation) if found[0] else (validation, train)
+            raise UserError(
+                f"training.fit_on: train+validation: {having.path} has the column of task.columns.{role}, "
+                f"{lacking.path} has not; add it, or set training.fit_on: train"
+            )
+    return replace(train, records=(*train.records, *validation.records))
 
 
 def make_kind(task: TaskConfig, tables: Mapping[str, Table]) -> TaskKind[Any]:

@@ -6,7 +6,7 @@ file is read again by programs, and escaping formulas would also change texts an
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -156,21 +156,39 @@ def read_predictions(path: Path) -> list[Prediction]:
         raise DamagedPredictionsError(f"{path} is damaged: {reason(error)}") from None
 
 
+def optional_inputs(kind: TaskKind[Any], records: Iterable[Record]) -> Set[str]:
+    """Return the optional columns that the model reads, such as `negative`, and that any of the records has."""
+    types = kind.config.columns.cell_types()
+    roles = {role for role, cell_type in types.items() if cell_type.optional and cell_type.encoded}
+    return {role for record in records for role in roles & record.values.keys()} if roles else roles
+
+
 def prediction_rows(
-    kind: TaskKind[Any], records: Sequence[Record], predictions: Sequence[Prediction], first: int = 1
+    kind: TaskKind[Any],
+    records: Sequence[Record],
+    predictions: Sequence[Prediction],
+    first: int = 1,
+    optional: Set[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return a row for each record, or several as its kind says: its number from `first`, the columns of the task,
-    `predicted`, and further parts of the prediction, such as `probability_LABEL`."""
+    `predicted`, and further parts of the prediction, such as `probability_LABEL`.
+
+    optional: of all records of the file, see `optional_inputs`; None: these are all.
+    """
+    optional = optional_inputs(kind, records) if optional is None else optional
     return [
-        {"row": number, **dict(_inputs(values, kind)), **dict(_flatten(part, kind))}
+        {"row": number, **dict(_inputs(values, kind, optional)), **dict(_flatten(part, kind))}
         for number, (record, prediction) in enumerate(zip(records, predictions, strict=True), start=first)
         for values, part in kind.rows(record, prediction)
     ]
 
 
-def _inputs(values: Mapping[str, Any], kind: TaskKind[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a record: its texts first, then its target."""
+def _inputs(values: Mapping[str, Any], kind: TaskKind[Any], optional: Set[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a record: its texts first, then its target. optional: columns that are empty if it lacks
+    them."""
     types = kind.config.columns.cell_types()
+    if not optional <= values.keys():
+        values = {role: values.get(role, []) for role in types if role in values or role in optional} | dict(values)
     for role in sorted(values, key=lambda role: role in types and types[role].target):
         yield role, values[role]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiment.csv_and_jsonl import MAX_FIELD
 from experiment.errors import UserError
 from experiment.files import read_json
 from experiment.formatting import show
@@ -154,6 +155,7 @@ def _shortened(text: str) -> str:
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file of ours; empty if it cannot be read."""
+    csv.field_size_limit(MAX_FIELD)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [row for row in csv.DictReader(file) if None not in row]

@@ -53,7 +53,8 @@ def test_texts_with_different_labels_are_counted() -> None:
 
 
 def test_an_example_shows_what_the_model_gets() -> None:
-    """Catches a line that shows the text, not its tokens, hides the target, or shows the number of a label."""
+    """Catches a line that shows the text, not its tokens, hides the target, shows the number of a label, or has whole
+    documents."""
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"t{number}" for number in ids])
 
     def shown(count: int, target: object, *labels: str) -> str:
@@ -67,6 +68,7 @@ def test_an_example_shows_what_the_model_gets() -> None:
     assert shown(3, [0.0, 0.0], "a", "b").endswith("; target: no label")
     assert shown(3, torch.tensor([-100, 1, 0, -100]), "B-X", "O").endswith("; target: – O B-X –")
     assert shown(3, [5, 7]).endswith("; target: [5, 7]")
+    assert shown(3, ["long " * 9]).endswith("; target: ['long long long long long long long lo…")
     assert shown(41, None) == f"first example: {' '.join(f't{number}' for number in range(40))} … (41 tokens)"
 
 

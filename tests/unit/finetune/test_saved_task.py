@@ -5,8 +5,8 @@ import pytest
 
 from experiment.checkpoints import mark_complete
 from experiment.errors import UserError
-from finetune.kinds.classification import Kind
-from finetune.saved_task import find_model
+from finetune.kinds.classification import Config, Kind
+from finetune.saved_task import SavedTask, find_model, read_saved_task, write_saved_task
 
 
 def run_with(folder: Path, values: list[float], kept: list[int]) -> Path:
@@ -68,3 +68,10 @@ def test_a_damaged_checkpoint_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "hf" / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"is damaged: hf/config\.json has checksum"):
         find_model(tmp_path / "hf")
+
+
+def test_a_task_is_written_again(tmp_path: Path) -> None:
+    """Catches a folder that is called damaged because a run that was killed after an evaluation wrote it twice."""
+    for length in (8, 16):
+        write_saved_task(tmp_path, SavedTask(Kind(Config(train="f.csv"), ("a", "b")), length, padded=False))
+    assert read_saved_task(tmp_path).max_seq_length == 16

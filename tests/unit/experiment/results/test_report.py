@@ -1,3 +1,4 @@
+import csv
 import json
 import platform
 import re
@@ -16,7 +17,7 @@ from experiment.results.charts import Charts, Mark
 from experiment.results.history import NO_AXIS, History
 from experiment.results.page import Heading, Table
 from experiment.results.report import write_overlay, write_report
-from experiment.results.report.tasks import confusion_matrix, downstream_blocks, result_blocks
+from experiment.results.report.tasks import confusion_matrix, downstream_blocks, result_blocks, worst_rows
 from experiment.results.report.training import (
     NORM,
     RATE,
@@ -270,6 +271,19 @@ def test_the_curves_of_the_seeds_of_a_task(tmp_path: Path) -> None:
     losses, scores = [2.0, 1.0], [0.5, 0.7]
     expected = [("seed-9, train", losses), ("seed-10, train", losses), ("seed-9", scores), ("seed-10", scores)]
     assert lines == [(label, [10, 20], y) for label, y in expected]
+
+
+def test_the_highest_losses_of_long_texts(tmp_path: Path) -> None:
+    """Catches a table that is left out because a text is longer than the 131,072 characters that Python's csv reads."""
+    folder = open_run_folder(tmp_path / "task")
+    (folder.path / "seed-1").mkdir()
+    (folder.path / "seed-1" / "worst-test.csv").write_text(f"loss,text\n2.5,{'a' * 140_000}\n")
+    limit = csv.field_size_limit(131_072)
+    try:
+        (table,) = worst_rows(folder, ["test"])
+    finally:
+        csv.field_size_limit(limit)
+    assert table.rows == [["2.5", f"{'a' * 300}…"]]
 
 
 def test_the_report_says_how_the_time_was_spent(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pyarrow import parquet
 from torch import Tensor
 from transformers import BertModel
 
@@ -28,10 +29,10 @@ from finetune.model import ModelSpec, build_model
 from finetune.options import PredictOptions
 from finetune.predict import predict_command
 from finetune.predictor import Predictor
-from finetune.results.predictions import read_predictions
+from finetune.results.predictions import open_row_file, optional_inputs, prediction_rows, read_predictions
 from finetune.run import run
 from finetune.serve.served_model import load_served_model
-from finetune.splits import Task
+from finetune.splits import Task, read_splits
 from finetune.task_kind import Loss, LossOptions
 from finetune.training.updater import Updater
 
@@ -415,3 +416,45 @@ def test_predict_writes_vectors_and_scores(model: Path, tmp_path: Path) -> None:
     ]
     scores = json.loads((tmp_path / "vectors.scores.json").read_text())["scores"]
     assert set(scores) == {"mrr", "ndcg@10", "alignment", "uniformity"}
+    mixed = ({"sentence1": "word1", "sentence2": f"word{2 + len(more)}", **more} for more in ({}, {"hard": ["word9"]}))
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, mixed)))
+    options = PredictOptions(model=str(model), input=str(tmp_path / "mixed.jsonl"), output=str(output), score=True)
+    predict_command(options)
+    assert [json.loads(line)["negative"] for line in output.read_text().splitlines()] == [[], ["word9"]]
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_rows_may_lack_negatives(tmp_path: Path, format: str) -> None:
+    """Catches a traceback after training, and negatives that are dropped, if only some JSON objects have the key."""
+    kind = make_kind(columns={"negative": "negative"})
+    lines = [{"negative": negatives} if negatives else {} for negatives in ([], ["c"], [])]
+    rows = [json.dumps({"sentence1": "a", "sentence2": "b", **line}) for line in lines]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    records = read_table(tmp_path / "rows.jsonl", kind.config.columns).records
+    with open_row_file(tmp_path / f"out.{format}") as write:
+        for record in records:  # as `deepcloze predict` writes chunks
+            write(prediction_rows(kind, [record], [{"similarity": 0.5}], optional=optional_inputs(kind, records)))
+    if format == "csv":
+        found = list(csv.DictReader((tmp_path / "out.csv").open()))
+    else:
+        found = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert list(found[0]) == ["row", "text", "text_pair", "negative", "similarity"]
+    assert [row["negative"] for row in found] == ["[]", '["c"]', "[]"]
+    together = prediction_rows(kind, records, [{"similarity": 0.5}] * 3)
+    assert [row["negative"] for row in together] == [[], ["c"], []]
+
+
+def test_pairs_and_scored_pairs_are_not_trained_together(encoder: Path, tmp_path: Path) -> None:
+    """Catches a traceback, and a message about the model, for a loss that fits one of two splits only."""
+    files = {
+        "train": write_rows(tmp_path / "train.jsonl", 0, count=2),
+        "validation": write_rows(tmp_path / "validation.jsonl", 1, count=2, score=score),
+    }
+    found = {"columns": {"score": "score"}, "metric": "spearman"}
+    for task in (files, {"train": files["validation"], "validation": files["train"]}):
+        with pytest.raises(
+            UserError, match=r"fit_on: .*/validation\.jsonl has .* task\.columns\.score, .*/train\.jsonl"
+        ):
+            read_splits(build_config(Config, {**task, **found}), encoder, "train+validation")
+    both = build_config(Config, {**files, "validation": files["train"], **found})
+    assert len(read_splits(both, encoder, "train+validation")["train"]) == 4
