@@ -26,6 +26,7 @@ Outputs = list[list[NDArray[np.float32]]]
 _EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
 
 _EXAMPLES = 4
+_PADDING = 8  # tokens, at least: examples may be equally long
 _TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than padding changes if it counts
 
 
@@ -139,7 +140,7 @@ def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int
     """
     examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
     lines, name = [], getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if not _ignores_padding(model, task, examples):
+    if not ignores_padding(model, task.kind, task.padding, [*examples[:_EXAMPLES], examples[-1]], max_length):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))
     if device.dtype is not None:
@@ -151,18 +152,24 @@ def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int
     return task, device, lines
 
 
-def _ignores_padding(model: nn.Module, task: Task, examples: Sequence[Example]) -> bool:
-    """Return whether the outputs of short examples stay the same next to a long one. examples: the shortest first."""
-    compared = [*examples[:_EXAMPLES], examples[-1]]
+def ignores_padding(
+    model: nn.Module, kind: TaskKind[Any], padding: Padding, examples: Sequence[Example], max_length: int
+) -> bool:
+    """Return whether the outputs of each example stay the same if all are padded, to `max_length` tokens at most.
+
+    The model is on the CPU.
+    """
+    length = min(max(example.longest for example in examples) + _PADDING, max_length)
     model.eval()
     with first_use(model), torch.inference_mode():
-        together = torch.split(_outputs(model, task, compared), [len(example.sequences) for example in compared])
-        return all(map(_same, [_outputs(model, task, [example]) for example in compared], together))
+        outputs = _outputs(model, kind, replace(padding, length=length), examples)
+        together = torch.split(outputs, [len(example.sequences) for example in examples])
+        return all(map(_same, [_outputs(model, kind, padding, [example]) for example in examples], together))
 
 
-def _outputs(model: nn.Module, task: Task, examples: Sequence[Example]) -> Tensor:
+def _outputs(model: nn.Module, kind: TaskKind[Any], padding: Padding, examples: Sequence[Example]) -> Tensor:
     """Compute the outputs in fp32 on the CPU. The first dimension: sequences."""
-    return task.kind.forward(model, collate(task.kind, examples, task.padding, torch.device("cpu"))).float()
+    return kind.forward(model, collate(kind, examples, padding, torch.device("cpu"))).float()
 
 
 def _same(alone: Tensor, together: Tensor) -> bool:

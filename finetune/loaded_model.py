@@ -17,7 +17,7 @@ from experiment.model_folder import first_use
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding, pad_sequences
-from finetune.inference import collate, computes
+from finetune.inference import collate, computes, ignores_padding
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.onnx_model import OnnxModel, holds_onnx_model
 from finetune.pooling import Pooling, pool
@@ -72,12 +72,18 @@ def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTas
     """Return the model as transformers computes it, in fp32; or the ONNX model in the folder. Raises UserError."""
     spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
     inputs = read_model_inputs(spec, tokenizer)
-    model = OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)
+    model = (OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)).eval().requires_grad_(False)
     length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
     encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
-    padding = replace(Padding.of(tokenizer), length=length if task.padded else None)
-    device = Device(torch.device("cpu"), dtype=None)
-    loaded = LoadedModel(folder, model.eval().requires_grad_(False), encoder, padding, device)
+    padding, padded = Padding.of(tokenizer), task.padded
+    if padded is None:  # the rounding of int8 depends on all of a batch anyway
+        is_int8 = isinstance(model, OnnxModel) and model.precision == "int8"
+        padded = not is_int8 and not ignores_padding(model, task.kind, padding, [task.kind.probe(encoder)], length)
+        if padded:
+            name = model.config.model_type
+            log.warning("%s: its outputs depend on padding, so all sequences are padded to %d tokens", name, length)
+    padding = replace(padding, length=length if padded else None)
+    loaded = LoadedModel(folder, model, encoder, padding, Device(torch.device("cpu"), dtype=None))
     with first_use(model), torch.inference_mode():
         task.kind.forward(model, _probe(loaded, task.kind))
     return loaded

@@ -46,7 +46,7 @@ def ranking_task() -> SavedTask:
     """Return the task of a masked language model: to rank options for the masks in a text."""
     # Masks are special tokens in the text, as in the fill-mask pipeline of transformers.
     config = cloze.Config(scoring="zero_shot", other_blanks="masked", special_tokens_in_text=True)
-    return SavedTask(_OptionRanking(config, ()), None)
+    return SavedTask(_OptionRanking(config, ()), None, padded=None)
 
 
 def load_filling_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

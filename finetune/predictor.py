@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from experiment.errors import UserError
 from experiment.model_names import local_model
+from finetune.data.columns import TEXT
 from finetune.data.records import Record, Table, read_value
 from finetune.device import Microbatch
 from finetune.encoding.encoder import load_task_tokenizer
@@ -25,6 +26,7 @@ class Predictor:
     kind: TaskKind[Any]
     temperature: float | None  # of calibrated probabilities, see `finetune.metrics`
     loaded: LoadedModel
+    accepts_pairs: bool  # beside single texts, see `SavedTask`
     _inference: Inference
 
     @classmethod
@@ -52,7 +54,7 @@ class Predictor:
     def of(cls, loaded: LoadedModel, task: SavedTask, batch_size: int = 128) -> Self:
         """Predict with a model that is loaded already, and has the head of the task."""
         inference = Inference(loaded.model, task.kind, loaded.padding, loaded.device, Microbatch(batch_size))
-        return cls(task.kind, task.temperature, loaded, inference)
+        return cls(task.kind, task.temperature, loaded, task.accepts_pairs, inference)
 
     @property
     def folder(self) -> Path:
@@ -110,6 +112,8 @@ class Predictor:
         roles = self.kind.config.columns.without_targets().cell_types()
         if not isinstance(values, Mapping):
             raise UserError(f"{place}: expected a mapping of {', '.join(roles)} to values, found {values!r}")
+        if self.accepts_pairs and "text_pair" in values:
+            roles["text_pair"] = TEXT
         if set(values) != set(roles):
             raise UserError(f"{place}: expected {', '.join(roles)}; found {', '.join(values) or 'nothing'}")
         return Record(place, {role: read_value(values[role], roles[role], place, role) for role in roles})

@@ -42,9 +42,17 @@ class SavedTask:
 
     kind: TaskKind[Any]
     max_seq_length: int | None  # None: as many tokens as the model has positions
-    padded: bool = False  # whether all sequences are padded to this length, because the outputs depend on padding
+    # Whether all sequences are padded to this length, because the outputs depend on padding. None: not known, loading
+    # the model shows it.
+    padded: bool | None = False
     temperature: float | None = None  # of calibrated probabilities; None if not known
-    foreign: bool = False  # whether it was trained elsewhere; a classifier then predicts for texts and for pairs
+    foreign: bool = False  # whether it was trained elsewhere; see `accepts_pairs`
+
+    @property
+    def accepts_pairs(self) -> bool:
+        """Whether pairs of texts are accepted beside single texts: a classifier that was trained elsewhere does not say
+        which it is for."""
+        return self.foreign and set(self.kind.config.columns.without_targets().cell_types()) == {"text"}
 
 
 class _Content(Section):
@@ -141,7 +149,7 @@ def _read_foreign(folder: Path) -> SavedTask:
             "`deepcloze finetune` makes a folder to predict with"
         )
     kind = find_kind(kind_name)
-    return SavedTask(kind(build_config(kind.config_type, {}), labels), None, foreign=True)
+    return SavedTask(kind(build_config(kind.config_type, {}), labels), None, padded=None, foreign=True)
 
 
 def find_model(path: Path) -> tuple[Path, str]:

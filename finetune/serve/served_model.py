@@ -65,10 +65,9 @@ def _own_weights(model: nn.Module) -> None:
 
 def _describe_predictor(predictor: Predictor, task: SavedTask) -> ModelInfo:
     roles = task.kind.config.columns.without_targets().cell_types()
-    pairs_too = task.foreign and set(roles) == {"text"}
     accepts = [
         *(["texts"] if set(roles) == {"text"} else []),
-        *(["pairs"] if pairs_too or set(roles) == {"text", "text_pair"} else []),
+        *(["pairs"] if task.accepts_pairs or set(roles) == {"text", "text_pair"} else []),
         "records",
     ]
     fields = {role: cell_type.description for role, cell_type in roles.items()}

@@ -74,6 +74,16 @@ def test_padding_shows_in_outputs_whatever_the_loss_is() -> None:
         assert adapt_to_model(Model(uses_mask=True), task, FP32, max_length=16)[2] == []
 
 
+def test_padding_shows_in_texts_of_the_same_length() -> None:
+    """Catches a check that compares examples that are not padded, such as texts that are cut, or of one length."""
+    made = make_task()
+    train = made.splits["train"]
+    examples = tuple(Example((Tokens(torch.randint(3, 20, (5,)), None),), number % 2) for number in range(8))
+    task = replace(made, splits={"train": replace(train, examples=examples)})
+    assert adapt_to_model(Model(uses_mask=False), task, FP32, max_length=16)[0].padding.length == 16
+    assert adapt_to_model(Model(uses_mask=True), task, FP32, max_length=16)[0].padding.length is None
+
+
 def test_models_that_ignore_padding_keep_dynamic_padding() -> None:
     """Catches fixed padding, which is slow, for models that do not need it."""
     made = make_task()

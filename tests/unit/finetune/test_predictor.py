@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    ConvBertConfig,
+    ConvBertForMaskedLM,
+    ConvBertForSequenceClassification,
+)
 from transformers.models.bert.modeling_bert import BertPooler
 
 from experiment.errors import UserError
+from finetune.mask_filler import MaskFiller
 from finetune.predictor import Predictor
 from finetune.saved_task import FILE, override_task, read_saved_task
 from hub_server import HubServer
@@ -155,6 +161,10 @@ def test_a_classifier_of_transformers_works(classifier: Path) -> None:
     (prediction,) = predictor.predict([{"text": "word1 " * 500}])
     assert list(prediction["probabilities"]) == ["no", "yes"]
     assert prediction["label"] in ("no", "yes")
+    with pytest.raises(UserError, match=r"expected text; found text, context"):
+        predictor.predict([{"text": "word1", "context": "word2"}])
+    with pytest.raises(UserError, match=r"expected text in 'text_pair', found 5"):
+        predictor.predict([{"text": "word1", "text_pair": 5}])
 
 
 def test_a_model_of_the_hub(hub: HubServer, classifier: Path) -> None:
@@ -198,6 +208,40 @@ def test_a_model_that_depends_on_padding_is_padded_as_in_training(model: Path) -
     )
     predictor.predict([{"text": "word1"}, {"text": "word1 word2 word3"}])
     assert lengths == [16, 16]
+
+
+@pytest.fixture
+def convolutions(encoder: Path, tmp_path: Path) -> Path:
+    """A ConvBERT of transformers with a masked-LM head. Large weights, so that padding shows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "embedding_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ConvBertConfig(vocab_size=45, intermediate_size=64, initializer_range=0.3, **sizes)
+    ConvBertForMaskedLM(config).save_pretrained(tmp_path / "convolutions")
+    shutil.copy(encoder / "vocab.txt", tmp_path / "convolutions")
+    return tmp_path / "convolutions"
+
+
+def test_the_other_texts_do_not_change_the_answer_of_a_foreign_model(
+    convolutions: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a model whose outputs depend on padding, trained elsewhere, that is not padded to a fixed length."""
+    texts = ["word1 [MASK]", "word2 [MASK] word3 word4 word5 word6 word7"]
+    filler = MaskFiller.load(convolutions, "fp32")
+    candidates = [filler.fill([text])[0][0][0] for text in texts]
+    assert [found[0][0] for found in filler.fill(texts)] == [
+        {"token": found["token"], "probability": pytest.approx(found["probability"], abs=1e-6)} for found in candidates
+    ]
+    assert "convbert: its outputs depend on padding, so all sequences are padded to 512 tokens" in caplog.text
+    ConvBertForSequenceClassification.from_pretrained(convolutions).save_pretrained(convolutions)
+    predictor = Predictor.load(convolutions, "fp32")
+    alone = [predictor.predict([{"text": text}])[0]["probabilities"] for text in texts]
+    together = predictor.predict([{"text": text} for text in texts])
+    assert [found["probabilities"] for found in together] == [pytest.approx(each, abs=1e-6) for each in alone]
+
+
+def test_a_foreign_model_that_ignores_padding_is_not_padded(classifier: Path) -> None:
+    """Catches fixed padding, which is slow, for models that do not need it."""
+    assert Predictor.load(classifier, "fp32").loaded.padding.length is None
 
 
 def test_a_precision_that_the_model_cannot_compute_in(

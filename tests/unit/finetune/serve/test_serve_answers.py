@@ -63,13 +63,19 @@ def assert_same(predictions: Sequence[Any], expected: Sequence[dict[str, float]]
 
 
 def test_classification_of_texts_and_pairs(folders: dict[str, Path], connect: Connect) -> None:
-    """Catches labels that are not the model's, truncation or special tokens that differ, and pairs as single texts."""
+    """Catches labels that are not the model's, truncation or special tokens that differ, pairs as single texts, and
+    records of one of them that are rejected."""
     client, given = connect(folders["sequence"]), [*texts(20), "word1 " * 200, ""]
     pairs = [[text, f"{text} word3"] for text in given]
     found = post(client, "/v1/predict", {"texts": given})["predictions"]
     assert_same(found, probabilities(folders["sequence"], given))
     found = post(client, "/v1/predict", {"pairs": pairs})["predictions"]
-    assert_same(found, probabilities(folders["sequence"], [{"text": a, "text_pair": b} for a, b in pairs]))
+    records = [{"text": a, "text_pair": b} for a, b in pairs]
+    assert_same(found, probabilities(folders["sequence"], records))
+    mixed = [*records, {"text": "word1"}]
+    assert_same(
+        post(client, "/v1/predict", {"records": mixed})["predictions"], probabilities(folders["sequence"], mixed)
+    )
 
 
 def test_answers_under_load(folders: dict[str, Path], connect: Connect) -> None:
