@@ -5,6 +5,7 @@ its variants. The string literal below each field documents it; docs/config.md i
 `finetune/recipes/*.yaml` are complete examples.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -22,6 +23,7 @@ from finetune.task_kind import find_kind
 CHANGE_ROUNDING_ONLY = ("microbatch_size", "eval_batch_size", "parallel_seeds")
 """Keys of `training` that change results only by rounding and by other dropout masks."""
 
+_PATHS = re.compile(r"task\.(train|validation|test(\..*)?)|model\.init_from")  # keys of settings
 _HIGH_LR = 0.01  # even for small models
 
 
@@ -174,11 +176,13 @@ def config_of_kind(kind: str) -> type[FinetuneConfig]:
 def changed_settings(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return dotted key -> (recorded value, value now), of the settings of a seed that differ.
 
-    A key that an earlier version did not have had its default.
+    A key that an earlier version did not have had its default. Paths of data and models are not compared: `data` and
+    `encoder` have checksums of their contents.
     """
     config_type = FinetuneConfig.specialize(now)
     old, new = with_defaults(flatten(recorded), config_type), with_defaults(flatten(now), config_type)
-    return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+    keys = sorted(key for key in {*old, *new} if not _PATHS.fullmatch(key))
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
 def check_validation(config: FinetuneConfig, use: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiment.config import load_config
 from experiment.errors import UserError, reason
-from experiment.files import atomic_write, parse_json, write_text
+from experiment.files import atomic_write, parse_json, read_json, write_text
 from experiment.model_names import local_model
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
@@ -234,8 +234,25 @@ def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> S
     table = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)[split]
     kind = find_kind(config.task.kind)(config.task, tuple(labels))
     paths = [folder.seed_folder(seed) / f"predictions-{split}.jsonl" for seed in config.training.seeds]
+    for seed in config.training.seeds:
+        if _scored_data(folder, seed, split) != table.digest:
+            raise UserError(
+                f"{table.path} has changed since {folder.seed_folder(seed)} was scored on it; restore it, or delete "
+                f"{folder.path} and run the same command again"
+            )
     predictions = [read_predictions(path) for path in paths]
     for path, found in zip(paths, predictions, strict=True):
         if len(found) != len(table):
-            raise UserError(f"{path} has {len(found):,} predictions, {table.path} now has {len(table):,} rows")
+            raise DamagedPredictionsError(
+                f"{path} is damaged: expected {len(table):,} predictions, found {len(found):,}"
+            )
     return ScoredSplit(kind, table.records, predictions)
+
+
+def _scored_data(folder: RunFolder, seed: int, split: str) -> str:
+    """Return the checksum of the data that a finished seed was scored on. Raises DamagedPredictionsError."""
+    path = folder.seed_folder(seed) / "COMPLETE"
+    try:
+        return str(read_json(path)["settings"]["data"][split])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DamagedPredictionsError(f"{path} is damaged: expected the settings of a finished seed") from None

@@ -137,6 +137,19 @@ def test_another_encoder_in_the_same_place_does_not_mix_into_a_run(
         finetune(config_file, overrides)
 
 
+def test_a_copied_project_is_the_same_run(
+    config_file: Path, encoder: Path, trained_run: Path, tmp_path: Path, seeds_trained: list[int]
+) -> None:
+    """Catches seeds that cannot be added where data and encoder have other paths."""
+    shutil.copytree(encoder, tmp_path / "encoder")
+    shutil.copytree(trained_run, tmp_path / "run")  # its data have the content of `task_files`
+    overrides = {"model.init_from": str(tmp_path / "encoder"), "training.seeds": "[1]"}
+    finetune(config_file, overrides)
+    assert not seeds_trained
+    with pytest.raises(UserError, match=r"other settings: data\.again, data\.test; choose"):
+        finetune(config_file, {**overrides, "task.test": json.dumps({"again": str(config_file.parent / "test.tsv")})})
+
+
 def test_another_resolved_precision_does_not_mix_into_a_run(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches seeds of bf16 and fp32 in one table, trained with `precision: auto` on two machines."""
     overrides = {"training.precision": "auto", "training.seeds": "[1]", "training.epochs": "1"}

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +7,9 @@ import pytest
 from pyarrow import parquet
 
 from experiment.errors import UserError
+from experiment.run_folder import RunFolder
 from finetune.results import predictions
-from finetune.results.predictions import open_row_file
+from finetune.results.predictions import DamagedPredictionsError, open_row_file, read_scored_split
 
 ROWS: list[list[dict[str, Any]]] = [
     [{"row": 1, "spans": [[0, 2]], "p": 0.5, "note": None}],
@@ -92,3 +94,22 @@ def test_numbers_after_many_rows_without_any(tmp_path: Path) -> None:
     table = parquet.read_table(path)
     assert table.schema.types == ["int64", "double"]
     assert table["start"].to_pylist() == [None, 3, None]
+
+
+def test_data_are_those_that_were_scored(trained_run: Path, tmp_path: Path) -> None:
+    """Catches a comparison of predictions with the labels of a file that was edited since, with as many rows."""
+    run = RunFolder(Path(shutil.copytree(trained_run, tmp_path / "run")))
+    data = tmp_path / "test.tsv"
+    shutil.copy(trained_run.parent / "test.tsv", data)
+    run.config.write_text(run.config.read_text().replace(str(trained_run.parent / "test.tsv"), str(data)))
+    assert len(read_scored_split(run, "test", ["high", "low"]).records) == 30
+    predictions = run.path / "seed-2" / "predictions-test.jsonl"
+    predictions.write_text("".join(predictions.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DamagedPredictionsError, match=r"predictions-test\.jsonl is damaged: expected 30 .*, found 29"):
+        read_scored_split(run, "test", ["high", "low"])
+    data.write_text(data.read_text().replace("low", "high", 1))
+    with pytest.raises(UserError, match=r"test\.tsv has changed since .*/seed-1 was scored on it; restore it, or"):
+        read_scored_split(run, "test", ["high", "low"])
+    (run.path / "seed-1" / "COMPLETE").write_text("{}")
+    with pytest.raises(DamagedPredictionsError, match="COMPLETE is damaged"):
+        read_scored_split(run, "test", ["high", "low"])
