@@ -5,7 +5,7 @@ import statistics
 import string
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -229,21 +229,21 @@ class Difference:
     p: float  # two-sided, of no difference
 
 
-def draw_records(units: Sequence[Sequence[int]], resamples: int) -> list[NDArray[np.int64]]:
-    """R samples of numbers of records, to be used for all models.
+def draw_records(units: Sequence[Sequence[int]], resamples: int) -> Iterator[NDArray[np.int64]]:
+    """Yield R samples of numbers of records. Each call yields the same samples, one for each model.
 
     units: numbers of records that are drawn together, because they are not independent.
     """
     numbers, sizes = np.concatenate(units), np.array([len(unit) for unit in units])
     starts = sizes.cumsum() - sizes
-    samples = []
-    for drawn in np.random.default_rng(0).integers(0, len(units), size=(resamples, len(units))):
+    draw = np.random.default_rng(0)
+    for _ in range(resamples):
+        drawn = draw.integers(0, len(units), size=len(units))
         ends = sizes[drawn].cumsum()
-        samples.append(numbers[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + sizes[drawn], sizes[drawn])])
-    return samples
+        yield numbers[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + sizes[drawn], sizes[drawn])]
 
 
-def bootstrap_scores(score: Score, seeds: int, samples: Sequence[NDArray[np.int64]], stream: int) -> Scores:
+def bootstrap_scores(score: Score, seeds: int, samples: Iterable[NDArray[np.int64]], stream: int) -> Scores:
     """Return the score, as a mean over drawn seeds, for each sample of records.
 
     This is the Multi-Bootstrap of Sellam et al. (2022), https://arxiv.org/abs/2106.16163. A score varies with the seed
@@ -254,12 +254,12 @@ def bootstrap_scores(score: Score, seeds: int, samples: Sequence[NDArray[np.int6
     stream: another number for each model, so that its seeds are drawn separately.
     """
     draw = np.random.default_rng([stream, seeds])
-    scores = np.empty(len(samples))
-    for resample, sample in enumerate(samples):
+    scores = []
+    for sample in samples:
         rows = sample.tolist()  # one at a time: a number takes five times as much memory as in an array
         drawn, counts = np.unique(draw.integers(0, seeds, size=seeds), return_counts=True)
-        scores[resample] = np.average([score(int(seed), rows) for seed in drawn], weights=counts)
-    return scores
+        scores.append(np.average([score(int(seed), rows) for seed in drawn], weights=counts))
+    return np.array(scores)
 
 
 def compare_scores(

@@ -149,12 +149,12 @@ def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]
     if others:
         raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
     any_row = next(iter(splits.values()))
-    samples = draw_records(related_records(any_row.records, any_row.kind.config.columns), RESAMPLES)
+    units = related_records(any_row.records, any_row.kind.config.columns)
     shown = track(enumerate(splits.items()), f"{column}: bootstrap", len(splits), "rows")
     scores: dict[str, Scores] = {}
     for stream, (row, split) in shown:
         score = partial(ScoredSplit.score, split, cells[row].metric)
-        scores[row] = bootstrap_scores(score, len(split.predictions), samples, stream)
+        scores[row] = bootstrap_scores(score, len(split.predictions), draw_records(units, RESAMPLES), stream)
     return scores
 
 

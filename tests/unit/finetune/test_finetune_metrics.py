@@ -208,9 +208,10 @@ def accuracy(right: np.ndarray) -> Score:
 
 
 def compare(first: np.ndarray, second: np.ndarray, resamples: int = 2000) -> Difference:
-    records = draw_records([[number] for number in range(first.shape[1])], resamples)
+    units = [[number] for number in range(first.shape[1])]
     scores = [
-        bootstrap_scores(accuracy(right), len(right), records, stream) for stream, right in enumerate((first, second))
+        bootstrap_scores(accuracy(right), len(right), draw_records(units, resamples), stream)
+        for stream, right in enumerate((first, second))
     ]
     return compare_scores(first.mean(axis=1), second.mean(axis=1), *scores)
 
@@ -239,12 +240,21 @@ def test_a_large_difference_is_found_and_has_a_sign() -> None:
 def test_related_records_are_drawn_together() -> None:
     """Catches questions on one text that count as independent ones: p would be small too often."""
     units = [[0, 3], [1], [2, 4, 5]]
-    samples = draw_records(units, 50)
+    samples = list(draw_records(units, 50))
     for sample in samples:
         counts = np.bincount(sample, minlength=6)
         assert all(len({counts[number] for number in unit}) == 1 for unit in units)
         assert sum(counts[unit[0]] for unit in units) == len(units)
     assert len({tuple(sorted(sample)) for sample in samples}) > 5
+
+
+@pytest.mark.parametrize("count", [3, 7, 1000, 4096])
+def test_samples_are_drawn_one_by_one(count: int) -> None:
+    """Catches samples that are all in memory, 8 GB for a million records, and others than those drawn at once."""
+    samples = draw_records([[number] for number in range(count)], 20)
+    assert next(samples).shape == (count,)
+    expected = np.random.default_rng(0).integers(0, count, size=(20, count))
+    assert np.array_equal(list(draw_records([[number] for number in range(count)], 20)), expected)
 
 
 def test_three_seeds_are_not_sure() -> None:
