@@ -85,9 +85,10 @@ def summarize(values: Sequence[float]) -> dict[str, list[float] | float | None]:
     }
 
 
-def label_scores(confusion: Confusion, labels: Sequence[str]) -> LabelScores:
+def label_scores(gold: LabelIds, predicted: LabelIds, labels: Sequence[str]) -> LabelScores:
     """Return the scores of labels of which each record has one."""
-    return scores_of_counts(labels, np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
+    ids = gold[gold == predicted], gold, predicted
+    return scores_of_counts(labels, *(np.bincount(each, minlength=len(labels)) for each in ids))
 
 
 def scores_of_counts(
@@ -101,20 +102,29 @@ def scores_of_counts(
     return {label: {name: values[at].item() for name, values in columns.items()} for at, label in enumerate(labels)}
 
 
-def top_confusions(confusion: Confusion, labels: Sequence[str], count: int = 10) -> list[dict[str, Any]]:
+def counted_pairs(confusion: Confusion) -> tuple[LabelIds, LabelIds]:
+    """Return the label and the predicted label of each record that a matrix of `confusion_matrix` counts, sorted."""
+    gold, predicted = np.nonzero(confusion)
+    counts = confusion[gold, predicted]
+    return gold.repeat(counts), predicted.repeat(counts)
+
+
+def top_confusions(gold: LabelIds, predicted: LabelIds, labels: Sequence[str], count: int = 10) -> list[dict[str, Any]]:
     """Return the most frequent mistakes, as {label, predicted, count, share}. share: of the label's records."""
-    mistakes = confusion - np.diag(np.diag(confusion))
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:count]
-    places = [divmod(int(place), len(labels)) for place in order]
+    wrong = gold != predicted
+    pairs, counts = np.unique(gold[wrong] * len(labels) + predicted[wrong], return_counts=True)
+    support = np.bincount(gold, minlength=len(labels))
+    order = np.argsort(-counts, kind="stable")[:count]
     return [
         {
-            "label": labels[row],
-            "predicted": labels[column],
-            "count": int(mistakes[row, column]),
-            "share": float(mistakes[row, column] / confusion[row].sum()),
+            "label": labels[label],
+            "predicted": labels[other],
+            "count": found,
+            "share": float(found / support[label]),
         }
-        for row, column in places
-        if mistakes[row, column]
+        for label, other, found in zip(
+            *(each[order].tolist() for each in (*np.divmod(pairs, len(labels)), counts)), strict=True
+        )
     ]
 
 

@@ -191,7 +191,7 @@ def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: Pr
     kind = predictor.kind
     found = scored.records, kind.relate(scored.records, scored.predictions)
     scores, metric = kind.scores(*found), kind.config.metric
-    confusion, classified = kind.confusion(*found), kind.classified(*found)
+    pairs, classified = kind.label_pairs(*found), kind.classified(*found)
     labels = kind.label_scores(*found)
     written = {
         "model": str(predictor.folder.absolute()),
@@ -201,7 +201,7 @@ def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: Pr
         "metric": metric,
         "scores": scores,
         "label_scores": labels,
-        "confusions": [] if confusion is None else top_confusions(confusion, kind.labels),
+        "confusions": [] if pairs is None else top_confusions(*pairs, kind.labels),
         "ece": None if classified is None else calibration_error(classified),
     }
     write_json(path, written)

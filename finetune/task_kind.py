@@ -8,6 +8,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_args
 
 from experiment.config import did_you_mean
@@ -16,7 +17,7 @@ from experiment.fast_imports import fast_imports
 from finetune import kinds
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.metrics import Classified, LabelScores, calibrate, is_constant, label_scores
+from finetune.metrics import Classified, LabelScores, calibrate, confusion_matrix, is_constant, label_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,14 +120,19 @@ class TaskKind(ABC, Generic[ConfigT]):
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: number for number, label in enumerate(self.labels)},
+            "label2id": dict(self.label_ids),
         }
+
+    @cached_property
+    def label_ids(self) -> Mapping[str, int]:
+        """Label -> id."""
+        return {label: number for number, label in enumerate(self.labels)}
 
     def label_id(self, label: str, place: str) -> int:
         """Return the id of a label. place: file and line. Raises UserError for an unknown label."""
-        if label not in self.labels:
+        if label not in self.label_ids:
             raise UserError(f"{place}: unknown label '{label}'{did_you_mean(label, self.labels)}")
-        return self.labels.index(label)
+        return self.label_ids[label]
 
     def describe(self, train: Table) -> list[str]:
         """Return lines about the training split, for the user."""
@@ -252,14 +258,21 @@ class TaskKind(ABC, Generic[ConfigT]):
         classified = self.classified(records, predictions)
         return None if classified is None else classified.losses
 
-    def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
-        """Return counts CC, rows by label and columns by predicted label; None if nothing has one label of several."""
+    def label_pairs(
+        self, records: Sequence[Record], predictions: Sequence[Prediction]
+    ) -> "tuple[NDArray[np.int64], NDArray[np.int64]] | None":
+        """Return the ids of N labels, and of the predicted ones; None if nothing has one label of several."""
         return None
+
+    def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> "NDArray[np.int64] | None":
+        """Return counts CC, rows by label and columns by predicted label; None without `label_pairs`."""
+        pairs = self.label_pairs(records, predictions)
+        return None if pairs is None else confusion_matrix(*pairs, len(self.labels))
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
         """Return the scores of each label; empty if the kind has no labels."""
-        confusion = self.confusion(records, predictions)
-        return {} if confusion is None else label_scores(confusion, self.labels)
+        pairs = self.label_pairs(records, predictions)
+        return {} if pairs is None else label_scores(*pairs, self.labels)
 
     def library_files(self, model: "PreTrainedModel", max_seq_length: int) -> Mapping[str, Any]:
         """Return the JSON files that `library` needs in the model folder: path -> content."""

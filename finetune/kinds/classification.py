@@ -17,7 +17,7 @@ from finetune.data.records import Record, Table, reject_two_spellings
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.metrics import Classified, classification_scores, confusion_matrix, pad_probabilities
+from finetune.metrics import Classified, classification_scores, pad_probabilities
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 
@@ -101,22 +101,17 @@ class Kind(TaskKind[Config]):
         return {"label": max(by_label, key=by_label.__getitem__), "probabilities": by_label}
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        return classification_scores(*self._label_ids(records, predictions))
+        return classification_scores(*self.label_pairs(records, predictions))
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
-        gold, _ = self._label_ids(records, predictions)
+        gold, _ = self.label_pairs(records, predictions)
         return Classified(gold, pad_probabilities(predictions))
 
-    def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.int64]:
-        return confusion_matrix(*self._label_ids(records, predictions), len(self.labels))
-
-    def _label_ids(
+    def label_pairs(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return labels and predicted labels, by id."""
-        ids = {label: number for number, label in enumerate(self.labels)}
-        gold = np.array([ids[record.values["label"]] for record in records])
-        return gold, np.array([ids[prediction["label"]] for prediction in predictions])
+        gold = np.array([self.label_ids[record.values["label"]] for record in records])
+        return gold, np.array([self.label_ids[prediction["label"]] for prediction in predictions])
 
 
 def weighted_cross_entropy(outputs: Tensor, targets: Tensor, options: LossOptions) -> Tensor:

@@ -21,7 +21,6 @@ from finetune.kinds.classification import balanced_weights, weighted_cross_entro
 from finetune.metrics import (
     LabelScores,
     confidence_losses,
-    confusion_matrix,
     entity_label_scores,
     entity_scores,
     is_constant,
@@ -165,13 +164,15 @@ class Kind(TaskKind[Config]):
             losses.append(confidence_losses(prediction["scores"], right).max(initial=0.0))
         return np.array(losses)
 
-    def confusion(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.int64]:
-        """Count words."""
-        ids = {label: number for number, label in enumerate(self.labels)}
+    def label_pairs(
+        self, records: Sequence[Record], predictions: Sequence[Prediction]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tags of all words."""
         gold, predicted = (
-            np.array([ids[tag] for tags in side for tag in tags], dtype=int) for side in _sides(records, predictions)
+            np.array([self.label_ids[tag] for tags in side for tag in tags], dtype=int)
+            for side in _sides(records, predictions)
         )
-        return confusion_matrix(gold, predicted, len(self.labels))
+        return gold, predicted
 
     def label_scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> LabelScores:
         """Return the scores of each type of entities; an entity is right as a whole or not at all."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from experiment.files import write_json
 from experiment.formatting import counted
-from finetune.metrics import LabelScores, Number, summarize, top_confusions
+from finetune.metrics import LabelScores, Number, counted_pairs, summarize, top_confusions
 from finetune.resolve import ResolvedRun
 
 
@@ -76,7 +76,7 @@ def _combine(
             for split, metrics in first.scores.items()
         },
         "label_scores": {split: _label_scores(split, by_seed) for split in first.label_scores},
-        "confusions": {split: top_confusions(matrix, labels) for split, matrix in confusions.items()},
+        "confusions": {split: top_confusions(*counted_pairs(matrix), labels) for split, matrix in confusions.items()},
         "temperatures": [record.temperature for record in by_seed],
         "calibration": {
             split: {name: summarize([record.calibration[split][name] for record in by_seed]) for name in errors}

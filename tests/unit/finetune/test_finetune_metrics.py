@@ -20,6 +20,7 @@ from finetune.metrics import (
     classification_scores,
     compare_scores,
     confusion_matrix,
+    counted_pairs,
     draw_records,
     fit_temperature,
     is_constant,
@@ -83,23 +84,35 @@ def test_summarize_over_seeds() -> None:
 def test_scores_are_those_of_scikit_learn() -> None:
     """Catches precision and recall mixed up, and a division by zero for a label that is never predicted or never
     occurs."""
-    gold, predicted = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 3, 0]
-    matrix = metrics.confusion_matrix(gold, predicted, labels=range(4))
+    gold, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 0])
     expected = precision_recall_fscore_support(gold, predicted, labels=range(4), zero_division=0.0)
-    found = label_scores(matrix, LABELS)
+    found = label_scores(gold, predicted, LABELS)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [found[label][name] for label in LABELS] == pytest.approx(values.tolist())
+
+
+def test_pairs_are_those_that_a_matrix_counts() -> None:
+    """Catches pairs that are transposed, and mistakes in another order than that of the matrix."""
+    gold, predicted = np.random.default_rng(0).integers(0, 4, size=(2, 200))
+    matrix = confusion_matrix(gold, predicted, 4)
+    assert np.array_equal(matrix, metrics.confusion_matrix(gold, predicted))
+    assert np.array_equal(confusion_matrix(*counted_pairs(matrix), 4), matrix)
+    found = top_confusions(gold, predicted, LABELS, count=99)
+    assert found == top_confusions(*counted_pairs(matrix), LABELS, count=99)
+    counts = matrix - np.diag(np.diag(matrix))
+    order = [divmod(place, 4) for place in np.argsort(-counts, axis=None, kind="stable")[:12].tolist()]
+    assert [(mistake["label"], mistake["predicted"]) for mistake in found] == [(LABELS[a], LABELS[b]) for a, b in order]
 
 
 def test_mistakes_are_ordered_by_count() -> None:
     """Catches right answers among the mistakes, transposed labels, and mistakes that never happened."""
     matrix = np.array([[9, 1, 0, 0], [4, 5, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
-    assert top_confusions(matrix, LABELS) == [
+    assert top_confusions(*counted_pairs(matrix), LABELS) == [
         {"label": "b", "predicted": "a", "count": 4, "share": 0.4},
         {"label": "a", "predicted": "b", "count": 1, "share": 0.1},
         {"label": "b", "predicted": "c", "count": 1, "share": 0.1},
     ]
-    assert len(top_confusions(matrix, LABELS, count=2)) == 2
+    assert len(top_confusions(*counted_pairs(matrix), LABELS, count=2)) == 2
 
 
 @pytest.mark.parametrize(
