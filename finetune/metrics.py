@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,18 @@ def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, floa
 def confusion_matrix(gold: LabelIds, predicted: LabelIds, label_count: int) -> NDArray[np.int64]:
     """Return counts CC: rows by gold label, columns by predicted label."""
     return np.bincount(gold * label_count + predicted, minlength=label_count**2).reshape(label_count, label_count)
+
+
+def correlation(name: Literal["pearson", "spearman"], first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Return the correlation coefficient of Pearson or Spearman of N pairs of numbers, in [-1, 1].
+
+    It is 0 if undefined: if all numbers of one side are the same.
+    """
+    from scipy.stats import pearsonr, spearmanr  # takes half a second
+
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    return float(np.nan_to_num({"pearson": pearsonr, "spearman": spearmanr}[name](first, second).statistic))
 
 
 def summarize(values: Sequence[float]) -> dict[str, list[float] | float | None]:
@@ -232,9 +244,9 @@ def pad_probabilities(predictions: Sequence[Mapping[str, Any]]) -> NDArray[np.fl
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of the scores of two models."""
+    """The difference of the scores of two models, as in compare.json."""
 
-    mean: float
+    difference: float  # of the means over seeds
     interval: Interval
     p: float  # two-sided, of no difference
 
@@ -325,22 +337,26 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
 def entity_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> dict[str, float]:
     """Return F1, precision and recall of whole entities, over all types (micro), as conlleval of CoNLL-2000 counts
     them."""
-    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
-
-    sides = (_entity_tags(side, labels) for side in (gold, predicted))
-    precision, recall, f1, _ = precision_recall_fscore_support(*sides, average="micro", zero_division=0)
-    return {"f1": float(f1), "precision": float(precision), "recall": float(recall)}
+    gold_entities, found = _entities(gold, labels), _entities(predicted, labels)
+    right = len(gold_entities & found)
+    precision, recall = right / max(len(found), 1), right / max(len(gold_entities), 1)
+    return {"f1": 2 * precision * recall / ((precision + recall) or 1.0), "precision": precision, "recall": recall}
 
 
 def entity_label_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> LabelScores:
     """Return the scores of each type of entities; an entity is right as a whole or not at all."""
-    from seqeval.metrics.sequence_labeling import get_entities
-
-    gold_entities, found = (set(get_entities(_entity_tags(side, labels))) for side in (gold, predicted))
+    gold_entities, found = _entities(gold, labels), _entities(predicted, labels)
     (tags,) = _entity_tags([labels], labels)
     types = sorted({tag[2:] for tag in tags if tag != "O"})
     counts = [Counter(entity[0] for entity in entities) for entities in (gold_entities & found, gold_entities, found)]
     return scores_of_counts(types, *(np.array([count[name] for name in types]) for count in counts))
+
+
+def _entities(sentences: Tags, labels: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Return the type of each entity, and its first and last word, counted over all sentences."""
+    from seqeval.metrics.sequence_labeling import get_entities  # imports scikit-learn
+
+    return set(get_entities(_entity_tags(sentences, labels)))
 
 
 def _entity_tags(sentences: Tags, labels: Sequence[str]) -> list[list[str]]:

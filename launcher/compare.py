@@ -5,7 +5,7 @@ DIR/runs.json is the record of the runs, DIR/compare.json their scores, see `exp
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_rows(cells: ScoresByRow) -> Tests:
             found[column, row] = {"interval": percentile_interval(drawn), "against": {}}
         for a, b in combinations(resampled, 2):
             test = compare_scores(by_row[a].values, by_row[b].values, resampled[a], resampled[b])
-            found[column, a]["against"][b] = {"difference": test.mean, "interval": test.interval, "p": test.p}
+            found[column, a]["against"][b] = asdict(test)
     return found
 
 

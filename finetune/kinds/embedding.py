@@ -17,7 +17,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.metrics import Vectors, document_ranks, ndcg, potentials
+from finetune.metrics import Vectors, correlation, document_ranks, ndcg, potentials
 from finetune.pooling import Pooling, pool
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
@@ -188,10 +188,7 @@ class Kind(TaskKind[Config]):
             found = {"mrr": _mean(predictions, "reciprocal_rank"), "ndcg@10": _mean(predictions, "ndcg@10")}
             similar = similarity
         else:
-            from scipy.stats import spearmanr  # takes half a second
-
-            constant = np.ptp(scores) == 0 or np.ptp(similarity) == 0
-            found = {"spearman": 0.0 if constant else float(spearmanr(scores, similarity).statistic)}
+            found = {"spearman": correlation("spearman", scores, similarity)}
             similar = similarity[scores >= scores.min() + _SIMILAR * np.ptp(scores)]
         alignment = float(np.mean(2 - 2 * similar))
         return {**found, "alignment": alignment, "uniformity": math.log(_mean(predictions, "potential"))}

@@ -13,6 +13,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
+from finetune.metrics import correlation
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 
@@ -60,16 +61,9 @@ class Kind(TaskKind[Config]):
         return {"value": float(outputs[0][0])}
 
     def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Return the correlation coefficients of Pearson and Spearman, in [-1, 1]; 0 if undefined: if all numbers of
-        one side are the same."""
-        from scipy.stats import pearsonr, spearmanr  # takes half a second
-
         gold = np.array([record.values["label"] for record in records])
         predicted = np.array([prediction["value"] for prediction in predictions])
-        if np.ptp(gold) == 0 or np.ptp(predicted) == 0:
-            return {"pearson": 0.0, "spearman": 0.0}
-        found = {"pearson": pearsonr(gold, predicted).statistic, "spearman": spearmanr(gold, predicted).statistic}
-        return {name: float(np.nan_to_num(value)) for name, value in found.items()}
+        return {metric: correlation(metric, gold, predicted) for metric in ("pearson", "spearman")}
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Return the squared errors."""

@@ -245,8 +245,8 @@ def test_a_large_difference_is_found_and_has_a_sign() -> None:
     """Catches models that are swapped, and a p-value below what the number of resamples allows."""
     better, worse = answers(0.9, 3, 0), answers(0.6, 3, 1)
     found, swapped = compare(better, worse), compare(worse, better)
-    assert 0.2 < found.interval[0] < found.mean < found.interval[1] < 0.4
-    assert swapped.mean == -found.mean
+    assert 0.2 < found.interval[0] < found.difference < found.interval[1] < 0.4
+    assert swapped.difference == -found.difference
     assert found.p == swapped.p == pytest.approx(2 / 2001)
 
 
@@ -289,7 +289,7 @@ def test_one_seed_gives_the_paired_bootstrap() -> None:
     gained, lost = np.flatnonzero(~first[0])[:14], np.flatnonzero(first[0])[:4]
     second[0, gained], second[0, lost] = True, False
     found = compare(second, first)
-    assert found.mean == pytest.approx(10 / RECORDS)
+    assert found.difference == pytest.approx(10 / RECORDS)
     assert found.p == pytest.approx(binomtest(14, 18).pvalue, abs=0.02)
 
 

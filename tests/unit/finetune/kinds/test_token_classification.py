@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
@@ -134,6 +136,23 @@ def test_scores_of_each_type_of_entity() -> None:
     assert found["Z"]["support"] == 0
     matrix = kind.confusion(records, predictions)
     assert (matrix[1, 3], matrix[2, 3], matrix.sum(), np.trace(matrix)) == (1, 1, 6, 4)
+
+
+def test_scores_are_those_of_seqeval() -> None:
+    """Catches entities that are counted in another way, and a division by zero where there are none."""
+    draw = random.Random(0)
+    labels = ("B-X", "B-Y", "E-Y", "I-X", "I-Y", "O", "S-X")
+    kind = Kind(CONFIG, labels)
+    for number in range(50):
+        gold, predicted = ([draw.choices(labels, k=length) for length in (3, 1, 6)] for _ in range(2))
+        if number < 2:
+            predicted = [["O"] * len(tags) for tags in predicted]
+        if number == 0:
+            gold = predicted
+        records = [Record("f", {"tags": tags}) for tags in gold]
+        found = kind.scores(records, [{"tags": tags} for tags in predicted])
+        expected = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
+        assert (found["precision"], found["recall"], found["f1"]) == expected[:3]
 
 
 def test_the_worst_sentence_has_the_worst_word() -> None:
