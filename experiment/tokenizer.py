@@ -60,8 +60,8 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
     """Return the tokenizer in a Hugging Face folder, or in a folder with just a BERT `vocab.txt`; never from the
     network.
 
-    If the folder does not say which tokens are special, tokens with BERT's or RoBERTa's names are used. A vocab.txt on
-    its own is uncased if no entry has an upper-case letter.
+    If the folder does not say which tokens are special, tokens with BERT's or RoBERTa's names are used. A vocab.txt of
+    BERT is uncased if no entry has an upper-case letter, unless tokenizer_config.json sets `do_lower_case`.
 
     needed: special tokens it must have, such as "pad_token". Raises UserError if one is missing, or if there is no
     tokenizer.
@@ -73,7 +73,7 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
             f"tokenizer: {folder} {problem}; expected a Hugging Face folder, or one with a vocab.txt; "
             "`deepcloze tokenizer` makes one"
         )
-    tokenizer = _load_bare_vocabulary(folder) if _is_bare_vocabulary(folder) else _load_folder(folder)
+    tokenizer = _load_folder(folder)
     vocabulary = tokenizer.get_vocab()
     for family in (BERT_TOKENS, ROBERTA_TOKENS):
         if all(token in vocabulary for token in family.values()):
@@ -89,12 +89,15 @@ def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTo
 
 
 def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, BertTokenizer
 
     check_label_count(folder)
+    loader, settings = AutoTokenizer, dict[str, bool]()
+    if _is_bert_vocabulary(folder):  # AutoTokenizer needs a config, and takes cased vocabularies for uncased ones
+        loader, settings = BertTokenizer, {"do_lower_case": _is_uncased(folder)}
     with quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
             tokenizer("")  # fails if the special tokens that it adds are not defined
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -113,7 +116,7 @@ def _expected(folder: Path) -> str:
     return f"expected a Hugging Face folder with a tokenizer.json, or one with a vocab.txt, found {found}"
 
 
-def _is_bare_vocabulary(folder: Path) -> bool:
+def _is_bert_vocabulary(folder: Path) -> bool:
     """Return whether there is a vocab.txt and nothing says that it belongs to another tokenizer than BERT's."""
     if not (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
         return False
@@ -123,23 +126,23 @@ def _is_bare_vocabulary(folder: Path) -> bool:
     return tokenizer_class in (None, "BertTokenizer", "BertTokenizerFast")
 
 
-def _load_bare_vocabulary(folder: Path) -> "PreTrainedTokenizerFast":
-    from transformers import BertTokenizer
-
+def _is_uncased(folder: Path) -> bool:
+    """Return whether a BERT vocabulary is uncased. Raises UserError if it lacks a special token."""
     path = folder / "vocab.txt"
     try:
         entries = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"tokenizer: cannot read {path}: {reason(error)}") from None
-    if absent := [token for token in BERT_TOKENS.values() if token not in entries]:
-        raise UserError(f"tokenizer: {path} is not a BERT vocabulary: it has no {', '.join(absent)}")
     config = _read_json(folder / "tokenizer_config.json")
+    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+    tokens = [named.get(role) or token for role, token in BERT_TOKENS.items()]
+    texts = [str(token.get("content") if isinstance(token, dict) else token) for token in tokens]
+    known = {*entries, *_read_json(folder / "added_tokens.json")}
+    if absent := [text for text in texts if text not in known]:
+        raise UserError(f"tokenizer: {path} is not a BERT vocabulary: it has no {', '.join(absent)}")
     special = re.compile(r"\[.*\]|<.*>")  # [CLS], [unused1], <S>
     lowercase = not any(entry != entry.lower() for entry in entries if not special.fullmatch(entry))
-    settings = {
-        key: config[key] for key in ("tokenize_chinese_chars", "strip_accents", "model_max_length") if key in config
-    }
-    return BertTokenizer(vocab=str(path), do_lower_case=bool(config.get("do_lower_case", lowercase)), **settings)
+    return bool(config.get("do_lower_case", lowercase))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

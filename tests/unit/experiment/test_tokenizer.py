@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import BertConfig
+from transformers import AutoTokenizer, BertConfig
 
 from experiment.errors import UserError
 from experiment.tokenizer import BERT_TOKENS, load_any_tokenizer, load_tokenizer, save_tokenizer, tokenizer_fingerprint
@@ -36,6 +36,22 @@ def test_a_bare_vocabulary_is_cased_or_not(
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert json.loads(load_tokenizer(tmp_path).backend_tokenizer.to_str())["normalizer"]["lowercase"] is lowercase
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_tokens_that_were_added_to_a_vocabulary_are_kept(tmp_path: Path, decoder: bool) -> None:
+    """Catches a folder of transformers 4, without tokenizer.json, whose added and special tokens are ignored."""
+    (tmp_path / "vocab.txt").write_text("[PAD]\n<s>\n[SEP]\n[MASK]\n<unk>\nthe\nco\n##vid\n中\n")
+    (tmp_path / "special_tokens_map.json").write_text('{"unk_token": {"content": "<unk>"}}')
+    config = {"tokenizer_class": "BertTokenizer", "cls_token": "<s>", "unk_token": "<unk>"}
+    if decoder:
+        config["added_tokens_decoder"] = {"9": {"content": "covid", "normalized": True}}
+    else:
+        (tmp_path / "added_tokens.json").write_text('{"covid": 9}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = AutoTokenizer.from_pretrained(tmp_path)("The covid中中!").input_ids
+    assert expected == [1, 5, 9, 8, 8, 4, 2]
+    assert load_tokenizer(tmp_path)("The covid中中!").input_ids == expected
 
 
 def test_fingerprint_is_of_what_makes_ids(tmp_path: Path, vocabulary_folder: Path) -> None:
