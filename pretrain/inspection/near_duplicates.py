@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -68,14 +69,15 @@ def find_near_duplicates(
         for rows in _blocks(shard, block):
             for row, number in wanted.candidates(shard, rows):
                 document = sample.documents[number]
-                done = number in found or compared[number] == max_comparisons
-                if done or (document.shard, document.row) == (index, row):
+                if (document.shard, document.row) == (index, row):
                     continue
                 ids = shard.ids[shard.offsets[row] : shard.offsets[row + 1]]
                 if (similarity := jaccard(ngrams(number), ngram_set(ids))) >= THRESHOLD:
                     in_corpus = int(ends[index]) - (len(shard.offsets) - 1) + row
                     found[number] = Pair(document, Document(index, row, in_corpus, ids), similarity)
                 compared[number] += 1
+                if number in found or compared[number] == max_comparisons:
+                    wanted.remove(number)
             advance(int(shard.offsets[rows.stop] - shard.offsets[rows.start]))
     pairs = tuple(found[number] for number in sorted(found))
     return NearDuplicates(len(sample.documents), pairs, len(sample.documents) == sample.corpus.documents)
@@ -114,19 +116,29 @@ class _Wanted:
     """The bands of sampled documents."""
 
     def __init__(self, sample: Sample) -> None:
-        self._documents = defaultdict[int, list[int]](list)  # by the hash of a band
-        for number, document in enumerate(sample.documents):
-            for key in sketch(_hash_ngrams(document.ids, np.array([0, len(document.ids)])), _BANDS).ravel().tolist():
-                self._documents[key].append(number)
+        self._documents = defaultdict[int, set[int]](set)  # by the hash of a band
+        self._bands = [
+            sketch(_hash_ngrams(document.ids, np.array([0, len(document.ids)])), _BANDS).ravel().tolist()
+            for document in sample.documents
+        ]
+        for number, keys in enumerate(self._bands):
+            for key in keys:
+                self._documents[key].add(number)
         self._keys = np.array(sorted(self._documents), np.uint64)
 
-    def candidates(self, shard: MappedShard, rows: range) -> list[tuple[int, int]]:
-        """Return (row, document) for all documents with which a row shares a band, in order."""
+    def candidates(self, shard: MappedShard, rows: range) -> Iterator[tuple[int, int]]:
+        """Yield (row, document) for all documents with which a row shares a band, in order."""
         offsets = shard.offsets[rows.start : rows.stop + 1].astype(np.int64)
         ngrams = _hash_ngrams(shard.ids[offsets[0] : offsets[-1]], offsets - offsets[0])
-        keys = sketch(ngrams, _BANDS)  # [bands, rows]
+        keys = sketch(ngrams, _BANDS).T  # [rows, bands]
         nearest = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        pairs = set[tuple[int, int]]()
-        for band, row in np.argwhere(self._keys[nearest] == keys).tolist():
-            pairs |= {(rows.start + row, number) for number in self._documents[int(keys[band, row])]}
-        return sorted(pairs)
+        matches = np.argwhere(self._keys[nearest] == keys).tolist()
+        for row, bands in groupby(matches, key=itemgetter(0)):
+            numbers = set[int]().union(*(self._documents[int(keys[row, band])] for _, band in bands))
+            for number in sorted(numbers):
+                yield rows.start + row, number
+
+    def remove(self, number: int) -> None:
+        """Leave a document out of the candidates of the rows that follow."""
+        for key in self._bands[number]:
+            self._documents[key].discard(number)

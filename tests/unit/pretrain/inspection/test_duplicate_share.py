@@ -1,6 +1,6 @@
 """How many documents have a near-duplicate, compared with brute force."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -102,3 +102,19 @@ def test_a_document_that_all_others_resemble_is_not_compared_with_all(
     found = find_near_duplicates(draw_sample(make_corpus([documents]), 1), nothing, max_comparisons=5, block=100)
     assert found.pairs == ()
     assert len(calls) <= 100 * 6
+
+
+def test_equal_documents_are_no_candidates_once_found(make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches quadratic time and memory in a corpus of many equal documents."""
+    seen = []
+    candidates = near_duplicates._Wanted.candidates
+
+    def counted(*given: object) -> Iterator[tuple[int, int]]:
+        for pair in candidates(*given):
+            seen.append(pair)
+            yield pair
+
+    monkeypatch.setattr(near_duplicates._Wanted, "candidates", counted)
+    found = find_near_duplicates(draw_sample(make_corpus([[RANDOM.integers(5, 1000, 20)] * 100]), 1), nothing)
+    assert [pair.duplicate.row for pair in found.pairs] == [1, *[0] * 99]
+    assert len(seen) <= 102
