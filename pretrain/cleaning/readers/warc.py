@@ -1,12 +1,16 @@
 """Web archives (ISO 28500): pages of .warc files, texts of .wet files, as Common Crawl publishes them."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING
+
+import zstandard
 
 from experiment.errors import UserError, first_line
 from experiment.storage import open_file
 from pretrain.cleaning.readers import has_suffix
 from pretrain.cleaning.readers.html import decode_page
+from pretrain.cleaning.step import check_installed
 from pretrain.corpus.compression import MemberReader
 from pretrain.corpus.formats import Document, detect_format, explain_read_errors
 
@@ -26,7 +30,10 @@ def matches(name: str) -> bool:
 def read(name: str) -> Iterator[Document]:
     """Yield a document for each page, with its `url`; records of other kinds are skipped."""
     from warcio.archiveiterator import WARCIterator
+    from warcio.bufferedreaders import BufferedReader
 
+    BufferedReader.DECOMPRESSORS["zstd"] = lambda: zstandard.ZstdDecompressor().decompressobj()
+    BufferedReader.DECOMPRESSORS["br"] = _brotli_decompressor
     with open_file(name) as file:
         content = _Content(file, name)
         records = WARCIterator(content)
@@ -34,14 +41,16 @@ def read(name: str) -> Iterator[Document]:
             while (record := next(records, None)) is not None:
                 if not (record.rec_headers.get_header("Content-Length") or "").isdigit():
                     raise _damaged(content, "its header has no Content-Length")
+                if _header(record, "Content-Encoding") == "br":
+                    check_installed(content.place, ["brotli"])
                 payload = record.content_stream().read()
                 if record.raw_stream.limit > 0:
                     raise _damaged(content, f"it lacks {record.raw_stream.limit:,} bytes")
                 url = record.rec_headers.get_header("WARC-Target-URI") or ""
                 if record.rec_type == "conversion":
                     yield Document(payload.decode("utf-8", "replace"), name, content.record, {"url": url})
-                elif record.rec_type == "response" and (content_type := _content_type(record)).startswith(_PAGES):
-                    charset = content_type.partition("charset=")[2].partition(";")[0].strip(" \"'")
+                elif record.rec_type == "response" and (kind := _header(record, "Content-Type")).startswith(_PAGES):
+                    charset = kind.partition("charset=")[2].partition(";")[0].strip(" \"'")
                     yield Document(decode_page(payload, charset), name, content.record, {"url": url}, "html")
                 content.record += 1
         except UserError:
@@ -73,9 +82,16 @@ class _Content:
             return self._stream.read(size) or b""
 
 
-def _content_type(record: "ArcWarcRecord") -> str:
+def _brotli_decompressor() -> SimpleNamespace:
+    import brotli  # warcio's own decompressor is for another package of this name
+
+    return SimpleNamespace(decompress=brotli.Decompressor().process, unused_data=b"")
+
+
+def _header(record: "ArcWarcRecord", name: str) -> str:
+    """Return the value of an HTTP header in lower case, empty if there is none."""
     headers = record.http_headers
-    return "" if headers is None else (headers.get_header("Content-Type") or "").lower()
+    return "" if headers is None else (headers.get_header(name) or "").lower()
 
 
 def _damaged(content: _Content, problem: str) -> UserError:

@@ -6,10 +6,12 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from experiment.config import build_config
 from experiment.errors import UserError
@@ -53,7 +55,7 @@ def make_zip(path: Path, members: Mapping[str, str]) -> Path:
     return path
 
 
-def warc(path: Path, kind: str = "response", pages: Sequence[bytes] = (HTML.encode(),) * 2) -> Path:
+def warc(path: Path, kind: str = "response", pages: Sequence[bytes] = (HTML.encode(),) * 2, **more: str) -> Path:
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
 
@@ -61,7 +63,7 @@ def warc(path: Path, kind: str = "response", pages: Sequence[bytes] = (HTML.enco
         writer = WARCWriter(file, gzip=path.suffix == ".gz")
         for number, page in enumerate(pages):
             content = io.BytesIO(page if kind == "response" else f"Text {number}".encode())
-            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
+            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html"), *more.items()], protocol="HTTP/1.1")
             http = headers if kind == "response" else None
             writer.write_record(
                 writer.create_warc_record(f"http://a.org/{number}", kind, payload=content, http_headers=http)
@@ -74,6 +76,23 @@ def test_web_archives(tmp_path: Path) -> None:
     assert list(pages) == ["a.warc.gz:1", "a.warc.gz:2"]
     assert all(text.startswith("Lobsters\nThe lobster") and "Shop" not in text for text in pages.values())
     assert read(warc(tmp_path / "b.warc.wet", "conversion")) == {"b.warc.wet:1": "Text 0", "b.warc.wet:2": "Text 1"}
+
+
+def test_compressed_pages_of_web_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches pages that are lost as bytes without text, because warcio does not know how they are compressed."""
+    page = HTML.encode()
+    plain = read(warc(tmp_path / "a.warc"))["a.warc:1"]
+    pages = {"zstd": zstandard.compress(page), "identity": page}
+    if find_spec("brotli") is not None:
+        import brotli
+
+        pages["br"] = brotli.compress(page)
+    for name, content in pages.items():
+        found = read(warc(tmp_path / "b.warc", pages=[content], **{"Content-Encoding": name}))
+        assert found == {"b.warc:1": plain}, name
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "brotli" else find_spec(name))
+    with pytest.raises(UserError, match=r"c\.warc: record 1: brotli is not installed; run: pip install"):
+        read(warc(tmp_path / "c.warc", pages=[b"\x0b"], **{"Content-Encoding": "br"}))
 
 
 @pytest.mark.parametrize(
