@@ -72,10 +72,15 @@ def common_decontamination(summaries: Collection[Mapping[str, Any] | None]) -> d
     """
     if not any(summaries):
         return None
-    steps = [summary["steps"] if summary else () for summary in summaries]
-    found = [{name: str(digest) for step in each for name, digest in step.get("against", {}).items()} for each in steps]
+    found = [_tasks_of(summary) if summary else {} for summary in summaries]
     shared = set[str].intersection(*({*tasks.values()} for tasks in found))
     return {name: digest for tasks in found for name, digest in tasks.items() if digest in shared}
+
+
+def _tasks_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tasks of the steps, and of the cleaning of the sources."""
+    each = (summary.get("decontaminated", {}), *(step.get("against", {}) for step in summary["steps"]))
+    return {name: str(digest) for tasks in each for name, digest in tasks.items()}
 
 
 def decontamination_of(model: Path) -> list[tuple[str, Sequence[str]]]:

@@ -41,7 +41,7 @@ Summary = Mapping[str, Any]
 
 def summarize(
     config: "CleanConfig",
-    identity: Mapping[str, str],
+    identity: Mapping[str, Any],
     empty: int,
     kept: int,
     languages: Counter[str],
@@ -50,8 +50,8 @@ def summarize(
 ) -> Summary:
     """Return the content of clean.json.
 
-    identity: digests of config and documents. empty: documents whose markup held no text, which no step reads. kept,
-    languages: documents.
+    identity: digests of config and documents; the tasks that the sources were decontaminated against. empty: documents
+    whose markup held no text, which no step reads. kept, languages: documents.
     """
     return {
         **identity,

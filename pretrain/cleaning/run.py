@@ -27,6 +27,7 @@ from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.step import ReadTask, Step, check_installed
 from pretrain.corpus.engines import Engine, open_engine
+from pretrain.corpus.origins import read_cleanings
 from pretrain.corpus.sources import Source
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
@@ -122,7 +123,13 @@ def _clean(
         empty += first.tally(part).empty
         kept += tally.kept
         languages.update(tally.languages)
-    summary = summarize(config, {"recipe": recipe, "source": last.source}, empty, kept, languages, tallies, steps)
+    _, decontaminated = read_cleanings(sources)
+    identity = {
+        "recipe": recipe,
+        "source": last.source,
+        **({"decontaminated": decontaminated} if decontaminated else {}),
+    }
+    summary = summarize(config, identity, empty, kept, languages, tallies, steps)
     write_report(result, summary)
     fsync_tree(result)
     result.replace(folder)

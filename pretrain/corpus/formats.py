@@ -314,6 +314,8 @@ def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:
     options_of, columns = options.columns, list(options.columns)
     for number, row in read_json_lines(lines.in_range(), lines.origin, lines.first):
         for column, option in options_of.items():
+            if option == "metadata" and column not in row and isinstance(kept := row.get("metadata"), dict):
+                row = {**kept, **row}  # as `deepcloze clean` writes it
             if column not in row:
                 raise missing_column(f"{lines.origin}:{number}", column, row, option)
         yield row_document([row[column] for column in columns], lines.origin, number, columns)

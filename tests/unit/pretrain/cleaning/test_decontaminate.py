@@ -6,6 +6,7 @@ import pytest
 
 from experiment.decontamination import common_decontamination, read_clean_summary, texts_digest
 from experiment.errors import UserError
+from pretrain.cleaning.parts import read_documents
 from pretrain.cleaning.steps.decontaminate import Index
 
 LONG = "a gorgeous, witty and seductive movie that takes its time to say what nobody in the room had dared to say"
@@ -65,6 +66,21 @@ def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
     assert read_clean_summary(str(tmp_path)) is None
 
 
+def test_cleaning_in_two_stages_keeps_the_record(clean: Any, tmp_path: Any) -> None:
+    """Catches a second stage that forgets the decontamination of its sources, and their metadata."""
+    (tmp_path / "in.jsonl").write_text('{"text": "one two three", "url": "http://a.org"}\n')
+    step = {"decontaminate": {"against": ["task"]}}
+    clean([], step, evaluated=[LONG], source=str(tmp_path / "in.jsonl"), metadata=["url"])
+    first, second = str(tmp_path / "out"), str(tmp_path / "second")
+    clean([], {"exact_dedup": {}}, source=first, output=second, metadata=["url"])
+    assert common_decontamination([read_clean_summary(second)]) == {"task": texts_digest([LONG])}
+    (document,) = read_documents(tmp_path / "second" / "data-00000.jsonl.zst")
+    assert document.metadata == {"url": "http://a.org"}
+    (tmp_path / "other.txt").write_text("four\n")
+    clean([], source=[first, str(tmp_path / "other.txt")], output=str(tmp_path / "third"))
+    assert "decontaminated" not in (read_clean_summary(str(tmp_path / "third")) or {})
+
+
 def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:
     """Catches a cut that takes the whole document, or leaves a part of the match."""
     lines = [f"One. Two says {LONG}. Three.", LONG]
@@ -73,8 +89,6 @@ def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:
     assert (step["changed"], step["dropped"], len(step["matches"])) == (1, 1, 2)
     example = step["rules"]["contaminated_sentences"]["examples"][0]
     assert example["text"] == lines[0]
-    from pretrain.cleaning.parts import read_documents
-
     (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
     assert document.text == "One. Three."
 
