@@ -147,7 +147,8 @@ def _is_chinese(characters: NDArray[np.uint32]) -> BoolArray:
 
 
 def read_segmenter(name: str, user_dictionary: str | Path | None) -> SegmenterSpec:
-    """Return the spec of a segmenter with the words of a file, one per line. Raises UserError."""
+    """Return the spec of a segmenter with the words of a file, one per line. Raises UserError, also for a word that
+    jieba never finds: it splits text at other characters first."""
     if user_dictionary is None:
         return SegmenterSpec(name)
     try:
@@ -155,10 +156,20 @@ def read_segmenter(name: str, user_dictionary: str | Path | None) -> SegmenterSp
     except (OSError, UnicodeDecodeError) as error:
         problem = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"--user_dictionary: cannot read {user_dictionary}: {problem}") from None
-    entries = [" ".join(line.split()) for line in lines if line.strip()]  # jieba separates columns at single spaces
+    entries = {  # jieba separates columns at single spaces
+        number: " ".join(line.split()) for number, line in enumerate(lines, 1) if line.strip()
+    }
     if not entries:
         raise UserError(f"--user_dictionary: {user_dictionary} has no words; expected one per line")
-    return SegmenterSpec(name, "\n".join(entries))
+    jieba = _import_jieba()
+    for number, entry in entries.items():
+        word = jieba.re_userdict.match(entry)[1]
+        if not jieba.re_han_default.fullmatch(word):
+            raise UserError(
+                f"--user_dictionary: {user_dictionary}:{number}: jieba never finds '{word}'; a word may have the "
+                "characters from U+4E00 to U+9FD5, letters and digits of ASCII, and + # & . _ % -"
+            )
+    return SegmenterSpec(name, "\n".join(entries.values()))
 
 
 def segmenter_identity(spec: SegmenterSpec) -> str:

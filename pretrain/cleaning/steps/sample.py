@@ -1,5 +1,6 @@
 """Sampling, by a hash of each document: which are kept does not depend on the others."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -49,10 +50,18 @@ class Step(DocumentStep[Config]):
         if self.config.by == "source":
             rate = next((value for part, value in self.config.rates.items() if part in document.source), rate)
         elif self.config.by is not None:
-            rate = self.config.rates.get(str(document.metadata.get(self.config.by)), rate)
+            names = _names(document.metadata.get(self.config.by))
+            rate = next((self.config.rates[name] for name in names if name in self.config.rates), rate)
         if self.config.weight is not None:
             rate *= _number(document, self.config.weight)
         return rate
+
+
+def _names(value: object) -> tuple[str, ...]:
+    """Return how a key of `rates` may give the value: true, false and null as in YAML; 2.0 also as 2."""
+    if value is None or isinstance(value, bool):
+        return (json.dumps(value),)
+    return (str(value), f"{value:.0f}") if isinstance(value, float) and value.is_integer() else (str(value),)
 
 
 def _number(document: Document, column: str) -> float:

@@ -155,6 +155,14 @@ def test_samples_by_weight_and_source_have_their_size() -> None:
         step.apply(Document("a:1", "a", "", {"score": float("nan")}))
 
 
+@pytest.mark.parametrize(
+    ("value", "key"), [(True, "true"), (False, "false"), (None, "null"), (2, "2"), (2.0, "2"), (2.0, "2.0"), ("x", "x")]
+)
+def test_rates_by_values_that_are_no_text(value: object, key: str) -> None:
+    """Catches a rate that is never used, because Python writes the value in another way than YAML."""
+    assert apply("sample", "a", {"column": value}, by="column", rates={key: 0.0})[0] == "not_sampled"
+
+
 def write_language_model(model: Path) -> None:
     """Write a model of English and German words. It is not trained: in this wheel training starts from memory that is
     not initialized."""

@@ -23,6 +23,7 @@ from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.words import (
+    SegmenterSpec,
     WordBoundaries,
     load_segmenter,
     read_segmenter,
@@ -350,6 +351,20 @@ def test_words_of_a_user_dictionary(tmp_path: Path, chinese: Path, source: Path)
     words.write_text("他用\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"another segmenter: jieba .*, user dictionary [0-9a-f]{16}\)"):
         build_corpus(options)
+
+
+@needs_jieba
+def test_words_that_jieba_never_finds(tmp_path: Path) -> None:
+    """Catches entries without effect."""
+    words = tmp_path / "words.txt"
+    words.write_text("c++语言 5 n\nT细胞\n", encoding="utf-8")
+    assert list(load_segmenter(read_segmenter("jieba", words))("学c++语言和T细胞")) == ["学", "c++语言", "和", "T细胞"]
+    for word in ("β受体阻滞剂", "阿莫西林·克拉维酸", "T 细胞白血病"):
+        words.write_text(f"阿莫西林\n\n{word} 9 n\n", encoding="utf-8")
+        with pytest.raises(UserError, match=rf"words\.txt:3: jieba never finds '{word}'; a word may have"):
+            read_segmenter("jieba", words)
+        segment = load_segmenter(SegmenterSpec("jieba", f"{word} 9 n"))
+        assert word not in segment(f"他用{word}治病")
 
 
 def test_user_dictionaries_that_cannot_be_read(tmp_path: Path) -> None:
