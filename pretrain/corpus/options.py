@@ -161,7 +161,7 @@ class CorpusOptions(TextOptions):
     segmenter: Literal["jieba"] | None = None
     """Find the words of Chinese text for whole-word and span masking; needs `pip install 'deepcloze[chinese]'`."""
 
-    user_dictionary: Annotated[LocalPath | None, Metavar("FILE")] = None
+    user_dictionary: Annotated[PathName | None, Metavar("FILE")] = None
     """Words of your field for the segmenter: a user dictionary of jieba, or any file with one word per line."""
 
     verify: Annotated[LocalPath | None, Metavar("DIR[,DIR…]")] = None
