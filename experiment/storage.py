@@ -8,11 +8,13 @@ For other errors, and at the last attempt, they raise StorageError: one line tha
 """
 
 import errno
+import glob
 import hashlib
 import io
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -103,10 +105,10 @@ def list_files(url: str) -> dict[str, FileInfo]:
     `s3://bucket/*.jsonl`. Raises StorageError if there are none."""
 
     def find(fs: Any, path: str) -> dict[str, Any]:
-        if any(letter in path for letter in "*["):
+        if glob.has_magic(path):
             found: dict[str, Any] = fs.glob(path, detail=True)
             if not found:
-                fs.info(path.split("*")[0].split("[")[0].rpartition("/")[0])  # raises if there is no such folder
+                fs.info(re.split(r"[*?[]", path)[0].rpartition("/")[0])  # raises if there is no such folder
         else:
             info = fs.info(path)
             found = {info["name"]: info} if info["type"] == "file" else fs.find(path, detail=True)

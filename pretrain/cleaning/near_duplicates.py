@@ -22,8 +22,9 @@ _MEMBERS = 32  # representatives of a band's bucket that a document is compared 
 
 
 def hash_ngrams(text: str, ngram: int) -> NDArray[np.uint32]:
-    """Return the n-grams of a text as sorted, distinct hashes. A shorter text is one n-gram."""
-    words = normalized_words(text)
+    """Return the n-grams of a text as sorted, distinct hashes. A shorter text is one n-gram, and so is one
+    without letters and digits."""
+    words = normalized_words(text) or [text]
     grams = [" ".join(words[start : start + ngram]) for start in range(max(len(words) - ngram + 1, 1))]
     return np.unique(np.array([xxhash.xxh32_intdigest(gram.encode()) for gram in grams], np.uint32))
 

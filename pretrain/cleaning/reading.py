@@ -26,8 +26,8 @@ def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
 
 
 def identity_of(sources: Sequence[Source]) -> str:
-    """Return a digest that tells whether sources are still the same: their names and sizes."""
-    return json_digest([[source.name, source.selection, source.bytes] for source in sources])
+    """Return a digest that tells whether sources are still the same: their names, sizes and versions."""
+    return json_digest([[source.name, source.selection, source.bytes, source.version] for source in sources])
 
 
 def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Document]:

@@ -74,11 +74,10 @@ class _Finder:
             return [self._archive(archive, members or "*")]
         if is_url(item):
             return self._below_url(item)
-        path = Path(item)
-        if path.is_dir():
-            return self._folder(path)
-        if path.is_file():
-            return [self._file(str(path))]
+        if os.path.isdir(item):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
+            return self._folder(Path(item))
+        if os.path.isfile(item):  # noqa: PTH113
+            return [self._file(str(Path(item)))]
         if glob.has_magic(item):
             names = glob.glob(item, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute patterns)
             found = sorted(name for name in names if os.path.isfile(name))  # noqa: PTH113
@@ -149,7 +148,7 @@ class _Finder:
         return Source("file", name, "", *(info or stat_file(name)))
 
     def _archive(self, name: str, members: str, info: FileInfo | None = None) -> Source:
-        if not is_url(name) and not Path(name).is_file():
+        if not is_url(name) and not os.path.isfile(name):  # noqa: PTH113
             raise UserError(f"{self.key} {name}::{members}: no such archive")
         if not name.lower().endswith((".zip", *_TAR)):
             raise UserError(f"{self.key} {name}::{members}: expected a .zip, {', '.join(_TAR)} before the '::'")
@@ -194,7 +193,7 @@ def find_sources(
 def _split_names(named: SourceName, key: str) -> list[str]:
     if isinstance(named, str | Path):
         text = str(named)
-        items = [text] if Path(text).exists() else text.split(",")
+        items = [text] if os.path.exists(text) else text.split(",")  # noqa: PTH110  (Path raises if it is too long)
     else:
         items = [str(item) for item in named]
     items = [expand_home(item.strip()).removeprefix("file://") for item in items if item.strip()]

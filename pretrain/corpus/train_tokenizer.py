@@ -15,7 +15,7 @@ from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.formatting import counted
 from experiment.output_folder import new_folder
 from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
-from pretrain.corpus.documents import read_documents, reading_progress
+from pretrain.corpus.documents import check_read, read_documents, reading_progress
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions, TokenizerOptions
 from pretrain.corpus.sources import Source, Span, find_sources
@@ -34,6 +34,7 @@ class _TrainingText:
     sources: tuple[Source, ...]
     options: TextOptions
     documents: int = 0  # in the last pass
+    is_checked: bool = False  # after the first pass
 
     def read(self, label: str) -> Iterator[str]:
         """Yield the text of each document. `label`: of the progress bar."""
@@ -48,14 +49,17 @@ class _TrainingText:
                     advance(stats.bytes_read - shown, _SHOWN_DOCUMENTS, text_bytes)
                     shown, text_bytes = stats.bytes_read, 0
                 yield document.text
+        if not self.is_checked:
+            check_read(self.sources, self.options, stats.start_matches, stats.archives)
+            self.is_checked = True
 
 
 def train_tokenizer(options: TokenizerOptions) -> None:
     """Train a tokenizer on `options.source` and write it to `options.output`, which `AutoTokenizer` can load.
 
     `kind` is `wordpiece`, as in BERT, with [PAD] [UNK] [CLS] [SEP] [MASK], or `bpe`, byte-level as in RoBERTa, with <s>
-    <pad> </s> <unk> <mask>. Raises UserError for a vocabulary that is too small, an empty source, and an output folder
-    that is not empty, is being written by another process or cannot be written.
+    <pad> </s> <unk> <mask>. Raises UserError for a vocabulary that is too small, an empty source, a pattern that
+    matches nothing, and an output folder that is not empty, is being written by another process or cannot be written.
     """
     assert options.source is not None
     assert options.vocab_size is not None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -228,9 +229,13 @@ def test_an_unfinished_cleaning_of_another_text_is_refused(
         patch.setattr(run, "_join", fail)
         with pytest.raises(KeyboardInterrupt):
             clean(config, tmp_path / "out")
-    (tmp_path / "out.partial" / "pass-0" / "done.json").unlink()
-    text = (tmp_path / "a.txt").read_text()
+    text, modified = (tmp_path / "a.txt").read_text(), (tmp_path / "a.txt").stat().st_mtime_ns
     (tmp_path / "a.txt").write_text(text.replace("a0", "z0"))
+    os.utime(tmp_path / "a.txt", ns=(modified + 1, modified + 1))
+    with pytest.raises(UserError, match="another config, or of other sources"):
+        clean(config, tmp_path / "out")
+    os.utime(tmp_path / "a.txt", ns=(modified, modified))
+    (tmp_path / "out.partial" / "pass-0" / "done.json").unlink()
     with pytest.raises(UserError, match="the source changed"):
         clean(config, tmp_path / "out")
 

@@ -31,6 +31,11 @@ def test_bands_find_the_threshold_with_few_hashes(threshold: float) -> None:
     assert bands.rows * bands.count <= 128
 
 
+def test_texts_without_words_are_compared_as_a_whole() -> None:
+    """Catches texts of symbols that are all removed but one."""
+    assert kept_instead("⚀ ⚁", "!!!", "⚀ ⚁", "…") == [-1, -1, 0, -1]
+
+
 def test_similarity_is_not_passed_on_along_a_chain() -> None:
     """Catches connected components: the last text is similar to the one before it only, which is removed."""
     words = [f"w{number}" for number in range(140)]

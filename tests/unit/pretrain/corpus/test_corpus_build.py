@@ -565,6 +565,18 @@ def test_other_text_is_not(lines: list[str]) -> None:
     assert not is_hard_wrapped(lines)
 
 
+def test_a_list_of_many_files_is_no_name(tmp_path: Path) -> None:
+    """Catches a list that is taken for the name of a file, which is too long for one."""
+    names = [f"{tmp_path}/{number:0>200}.txt" for number in range(30)]
+    for name in names:
+        Path(name).touch()
+    assert [source.name for source in find_sources(",".join(names))] == names
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_sources([",".join(names)])
+    with pytest.raises(UserError, match="no such archive"):
+        find_sources(f"{'a' * 300}.zip::*.txt")
+
+
 def test_sources_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a glob that names other files than meant, without a sign of it."""
     for number in range(12):

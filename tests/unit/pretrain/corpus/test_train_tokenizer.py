@@ -1,3 +1,4 @@
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,20 @@ def test_invalid_options(tmp_path: Path, text: Path) -> None:
     with lock_output(tmp_path / "t", ""), pytest.raises(UserError, match="another process is writing it"):
         train_tokenizer(TokenizerOptions(source=tmp_path / "missing", output=tmp_path / "t", vocab_size=300))
     assert not (tmp_path / "t").exists()
+
+
+def test_patterns_that_match_nothing(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a tokenizer of other text than its options say, which `deepcloze corpus` would reject."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", TEXT)
+        archive.writestr("a.png", "")
+    shared = {"output": tmp_path / "t", "vocab_size": 300}
+    with pytest.raises(UserError, match=r"a\.zip: no member matches '\*\.md'"):
+        train_tokenizer(TokenizerOptions(source=f"{text},{tmp_path}/a.zip::*.md", **shared))
+    with pytest.raises(UserError, match=r"--document_start '\^# ' matches no line"):
+        train_tokenizer(TokenizerOptions(source=text, document_start="^# ", **shared))
+    train_tokenizer(TokenizerOptions(source=tmp_path / "a.zip", **shared))
+    assert capsys.readouterr().err.count("1 files of other formats are skipped, such as a.png") == 1
 
 
 @pytest.mark.parametrize("free", [0, 4096, 12288])

@@ -84,6 +84,7 @@ def test_names_of_objects(bucket: str, files: Path) -> None:
         write_bytes(f"{url}/{name}", b"" if name.endswith("/") else b"text")
     assert names(f"{url}/*.csv,{url}/a.txt") == [("c.csv", ""), ("a.txt", "")]
     assert names(f"{url}/*.txt") == [("[1].txt", ""), ("a.txt", ""), ("q?.txt", "")]
+    assert names(f"{url}/?.txt,{url}/?.csv") == [("a.txt", ""), ("c.csv", "")]
     assert [stat_file(f"{url}/{name}").size for name in ("[1].txt", "q?.txt")] == [4, 4]
     delete(f"{url}/q?.txt")
     assert names(f"{url}/e.zip::3*") == [("e.zip", "3*")]
