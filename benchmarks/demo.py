@@ -31,6 +31,7 @@ from experiment.files import read_json
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.hardware import has_native_bf16
 from experiment.outcome_file import Outcome
+from experiment.output_folder import lock_output
 from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.history import History
 from experiment.results.page import PAGE, Block, Code, Heading, Page, Table, Text, write_page
@@ -277,7 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         output = arguments.output.absolute()
         os.chdir(REPOSITORY)
-        demo(output.relative_to(REPOSITORY) if output.is_relative_to(REPOSITORY) else output, arguments.minutes)
+        output = output.relative_to(REPOSITORY) if output.is_relative_to(REPOSITORY) else output
+        with lock_output(output, "--output"):
+            demo(output, arguments.minutes)
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

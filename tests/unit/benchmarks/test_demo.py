@@ -23,6 +23,7 @@ from benchmarks.demo import (
 )
 from documented import commands
 from experiment.config import load_config
+from experiment.output_folder import lock_output
 from experiment.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig
@@ -46,6 +47,17 @@ def test_the_folder_of_an_earlier_demo_is_emptied(tmp_path: Path) -> None:
     (output / "docs.jsonl").write_text("of the first demo")
     prepare_folder(output)
     assert not (output / "docs.jsonl").exists()
+
+
+def test_the_folder_of_a_running_demo_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second demo would delete the text and checkpoints of the first one."""
+    monkeypatch.setattr(benchmarks.demo, "demo", lambda *_: pytest.fail("it began"))
+    output = tmp_path / "demo"
+    with lock_output(output, "--output"):
+        assert main(["--output", str(output)]) == 2
+    assert f"demo: --output {output}: another process is writing it" in capsys.readouterr().err
 
 
 def test_the_recipes_fit_the_demo() -> None:
