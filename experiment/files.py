@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, fsync, JSON and checksums."""
+"""Files on disk: atomic writes, fsync, JSON, lists and checksums."""
 
 import errno
 import fcntl
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
+
+from experiment.errors import UserError, reason
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -156,6 +158,19 @@ def create_json(path: Path, value: Any) -> None:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_items(path: Path | str, key: str) -> list[tuple[int, str]]:
+    """Return (line number, item) of each line that is not empty, without spaces around it.
+
+    key: of the file, for messages. Raises UserError if it cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason(error)
+        raise UserError(f"{key}: cannot read {path}: {problem}") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def parse_json(text: str | bytes) -> Any:

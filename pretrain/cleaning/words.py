@@ -10,12 +10,12 @@ from functools import lru_cache
 
 import regex
 
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts without spaces between words
 _LETTER = r"[\p{L}\p{N}]--[\uff9e\uff9f]"
 _INSIDE = r"\p{M}\u00ad\u200c\u200d\uff9e\uff9f"  # marks, soft hyphens, joiners, half-width voicing
-_RUN = rf"[{_LETTER}--[{_UNSPACED}]][[\p{{L}}\p{{N}}{_INSIDE}]--[{_UNSPACED}]]*"
+_RUN = rf"[{_LETTER}--[{UNSPACED}]][[\p{{L}}\p{{N}}{_INSIDE}]--[{UNSPACED}]]*"
 _WORD = regex.compile(rf"(?V1){_RUN}(?:['’]{_RUN})*|[{_LETTER}][{_INSIDE}]*")
-_CHARACTER = regex.compile(rf"[{_UNSPACED}]\p{{M}}*")
+_CHARACTER = regex.compile(rf"[{UNSPACED}]\p{{M}}*")
 _TOKEN = regex.compile(rf"{_WORD.pattern}|[^\p{{L}}\p{{N}}\s]+")
 _IGNORED = regex.compile(r"[\p{Cf}\ufe00-\ufe0f]")  # they only change how others look
 _SENTENCE_END = regex.compile(r"(?<=[.!?…][\"'”’)\]]*)\s+|(?<=[。！？])")

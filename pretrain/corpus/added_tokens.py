@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from experiment.errors import UserError, readable_disk_errors, reason
+from experiment.errors import UserError, readable_disk_errors
+from experiment.files import read_items
 from experiment.model_names import local_tokenizer
 from experiment.output_folder import new_folder
 from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
@@ -86,11 +87,7 @@ def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -
 
 def _read_words(path: Path) -> list[tuple[int, str]]:
     """Return (line number, word) of each line that is not empty."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--added: cannot read {path}: {reason(error)}") from None
-    words = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    words = read_items(path, "--added")
     for number, word in words:
         if len(word.split()) > 1:
             raise UserError(f"{path}, line {number}: expected one word per line, found '{word}'")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel
 
 from experiment.errors import UserError
+from experiment.files import read_items
 
 BoolArray = NDArray[np.bool_]
 Segmenter = Callable[[str], Iterator[str]]  # text -> its words, which joined give the text again
@@ -151,25 +152,19 @@ def read_segmenter(name: str, user_dictionary: str | Path | None) -> SegmenterSp
     jieba never finds: it splits text at other characters first."""
     if user_dictionary is None:
         return SegmenterSpec(name)
-    try:
-        lines = Path(user_dictionary).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        problem = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"--user_dictionary: cannot read {user_dictionary}: {problem}") from None
-    entries = {  # jieba separates columns at single spaces
-        number: " ".join(line.split()) for number, line in enumerate(lines, 1) if line.strip()
-    }
+    items = read_items(user_dictionary, "--user_dictionary")
+    entries = [(number, " ".join(item.split())) for number, item in items]  # jieba separates columns at single spaces
     if not entries:
         raise UserError(f"--user_dictionary: {user_dictionary} has no words; expected one per line")
     jieba = _import_jieba()
-    for number, entry in entries.items():
+    for number, entry in entries:
         word = jieba.re_userdict.match(entry)[1]
         if not jieba.re_han_default.fullmatch(word):
             raise UserError(
                 f"--user_dictionary: {user_dictionary}:{number}: jieba never finds '{word}'; a word may have the "
                 "characters from U+4E00 to U+9FD5, letters and digits of ASCII, and + # & . _ % -"
             )
-    return SegmenterSpec(name, "\n".join(entries.values()))
+    return SegmenterSpec(name, "\n".join(entry for _, entry in entries))
 
 
 def segmenter_identity(spec: SegmenterSpec) -> str:

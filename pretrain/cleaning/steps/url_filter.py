@@ -1,7 +1,6 @@
 """Lists of domains, URLs and words in URLs, of datatrove."""
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
@@ -9,7 +8,8 @@ from pydantic import PositiveInt
 from experiment.config import Section
 from experiment.config.field_types import PathText
 from experiment.csv_and_jsonl import unexpected_cell
-from experiment.errors import UserError, reason
+from experiment.errors import UserError
+from experiment.files import read_items
 from pretrain.cleaning.datatrove_step import FilterStep
 from pretrain.cleaning.step import Document, ReadTask, Verdict
 
@@ -71,11 +71,7 @@ class Step(FilterStep[Config]):
 
 
 def _read_list(key: str, path: str, of_words: bool) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"steps: {key}: cannot read {path}: {reason(error)}") from None
-    items = [line.strip() for line in lines if line.strip()]
+    items = [item for _, item in read_items(path, f"steps: {key}")]
     for item in items if of_words else ():
         if not re.search("[a-zA-Z0-9]", item) and not item.startswith("#"):  # datatrove drops all others
             raise UserError(f"steps: {key}: {path}: '{item}' has no letters or digits of ASCII, the only ones in words")

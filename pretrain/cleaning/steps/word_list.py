@@ -1,19 +1,16 @@
 """Documents with words of a list."""
 
 from functools import cached_property
-from pathlib import Path
 
 import regex
 from pydantic import NonNegativeInt
 
 from experiment.config import Section
 from experiment.config.field_types import PathText
-from experiment.errors import UserError, reason
+from experiment.errors import UserError
+from experiment.files import read_items
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
-
-_NO_SPACES = (
-    r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts without spaces between words
-)
+from pretrain.cleaning.words import UNSPACED
 
 
 class Config(Section):
@@ -33,21 +30,18 @@ class Step(DocumentStep[Config]):
     config_type = Config
 
     def prepare(self, read_task: ReadTask) -> None:
-        try:
-            lines = Path(self.config.file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"steps: word_list.file: cannot read {self.config.file}: {reason(error)}") from None
-        self.words = sorted({word for line in lines if (word := line.strip()) and not word.startswith("#")})
+        items = read_items(self.config.file, "steps: word_list.file")
+        self.words = sorted({word for _, word in items if not word.startswith("#")})
         if not self.words:
             raise UserError(f"steps: word_list.file: {self.config.file} has no words")
 
     @cached_property
     def _pattern(self) -> regex.Pattern[str]:
-        letter = rf"[^\W{_NO_SPACES}]"
+        letter = rf"[^\W{UNSPACED}]"
         patterns = {"anywhere": r"\L<anywhere>", "whole": rf"(?<!{letter})\L<whole>(?!{letter})"}
         lists: dict[str, list[str]] = {}
         for word in self.words:
-            is_whole = self.config.whole_words and not regex.search(rf"[{_NO_SPACES}]", word)
+            is_whole = self.config.whole_words and not regex.search(rf"[{UNSPACED}]", word)
             lists.setdefault("whole" if is_whole else "anywhere", []).append(word)
         return regex.compile("|".join(patterns[name] for name in lists), regex.IGNORECASE, **lists)
 
