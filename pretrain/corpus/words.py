@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.decoders import ByteLevel
 
-from experiment.errors import UserError
+from experiment.errors import UserError, notify
 from experiment.files import read_items
+from experiment.formatting import counted
 
 BoolArray = NDArray[np.bool_]
 Segmenter = Callable[[str], Iterator[str]]  # text -> its words, which joined give the text again
@@ -148,23 +149,25 @@ def _is_chinese(characters: NDArray[np.uint32]) -> BoolArray:
 
 
 def read_segmenter(name: str, user_dictionary: str | Path | None) -> SegmenterSpec:
-    """Return the spec of a segmenter with the words of a file, one per line. Raises UserError, also for a word that
-    jieba never finds: it splits text at other characters first."""
+    """Return the spec of a segmenter with the words of a file, one per line. Leaves out words that jieba never finds,
+    with a warning: it splits text at other characters first. Raises UserError."""
     if user_dictionary is None:
         return SegmenterSpec(name)
     items = read_items(user_dictionary, "--user_dictionary")
     entries = [(number, " ".join(item.split())) for number, item in items]  # jieba separates columns at single spaces
-    if not entries:
-        raise UserError(f"--user_dictionary: {user_dictionary} has no words; expected one per line")
     jieba = _import_jieba()
-    for number, entry in entries:
-        word = jieba.re_userdict.match(entry)[1]
-        if not jieba.re_han_default.fullmatch(word):
-            raise UserError(
-                f"--user_dictionary: {user_dictionary}:{number}: jieba never finds '{word}'; a word may have the "
-                "characters from U+4E00 to U+9FD5, letters and digits of ASCII, and + # & . _ % -"
-            )
-    return SegmenterSpec(name, "\n".join(entry for _, entry in entries))
+    words = [(number, entry, jieba.re_userdict.match(entry)[1]) for number, entry in entries]
+    found = [entry for _, entry, word in words if jieba.re_han_default.fullmatch(word)]
+    if not found:
+        raise UserError(f"--user_dictionary: {user_dictionary} has no words that jieba finds; expected one per line")
+    if len(found) < len(words):
+        number, _, word = next(each for each in words if not jieba.re_han_default.fullmatch(each[2]))
+        notify(
+            f"warning: --user_dictionary: left out {counted(len(words) - len(found), 'word')} of {user_dictionary} "
+            f"that jieba never finds, such as '{word}' in line {number}: it splits text at all characters but U+4E00 "
+            "to U+9FD5, letters and digits of ASCII, and + # & . _ % -"
+        )
+    return SegmenterSpec(name, "\n".join(found))
 
 
 def segmenter_identity(spec: SegmenterSpec) -> str:
