@@ -17,10 +17,11 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PRODUCT = ("launcher", "pretrain", "finetune", "experiment")
 # Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate,
 # starlette's test client httpx2, and its forms python-multipart; torch.onnx needs onnxscript; datatrove's URL filter
-# needs fasteners and pyahocorasick, trafilatura lxml_html_clean. A test asks pytest for schemathesis; moto's server,
-# ipykernel and MkDocs are started as processes.
+# needs fasteners and pyahocorasick, trafilatura lxml_html_clean, warcio brotli. A test asks pytest for schemathesis;
+# moto's server, ipykernel and MkDocs are started as processes.
 NOT_IMPORTED = {
     "accelerate",
+    "brotli",
     "fasteners",
     "httpx2",
     "ipykernel",
@@ -45,15 +46,11 @@ def normalised(name: str) -> str:
 
 
 def declared(*extras: str) -> set[str]:
-    """The distributions in `dependencies`, or in these extras and the extras that they name."""
+    """The distributions in `dependencies`, or in these extras."""
     lists = [PYPROJECT["project"]["optional-dependencies"][extra] for extra in extras] or [
         PYPROJECT["project"]["dependencies"]
     ]
-    found = set[str]()
-    for requirement in (requirement for requirements in lists for requirement in requirements):
-        named = re.fullmatch(r"deepcloze\[(.+)\]", requirement)
-        found |= declared(*named[1].split(",")) if named else {normalised(requirement)}
-    return found
+    return {normalised(requirement) for requirements in lists for requirement in requirements}
 
 
 @functools.cache
