@@ -59,6 +59,11 @@ class Flag:
         return len(self.types) == 1 and get_origin(self.types[0]) is tuple
 
     @property
+    def separator(self) -> str:
+        """What separates several values in one text; empty if there is only one value."""
+        return "," if self.metavar.endswith("…]") else " " if self.metavar == "GRID" else ""
+
+    @property
     def label(self) -> str:
         """The name in messages."""
         return self.metavar if self.positional else f"--{self.name}"
@@ -179,10 +184,11 @@ def _split(
         if is_override:
             overrides[written] = value
         else:
-            texts.setdefault(name, []).append(value)
-            if len(texts[name]) > 1 and not flags[name].is_repeated:
-                hint = f": join the values by commas, {flags[name].metavar}" if "," in flags[name].metavar else ""
-                raise _UsageError(f"--{written} is given twice{hint}")
+            before, separator = texts.get(name, []), flags[name].separator
+            if flags[name].is_repeated:
+                texts[name] = [*before, value]
+            else:  # the last one counts, unless all do
+                texts[name] = [separator.join([*before, value])] if separator else [value]
             positional = [other for other in positional if other != name]
     return texts, overrides
 

@@ -12,7 +12,7 @@ from experiment.files import write_json
 from experiment.hub_names import HubName
 from experiment.model_names import local_model
 from experiment.provenance import separate_copy
-from experiment.run_folder import open_run_folder
+from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.packing import Rows
 from pretrain.config import CorpusConfig, PretrainConfig
@@ -38,7 +38,8 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
 
     Raises AgreedError: a UserError on any rank, such as a host that lacks the corpus, is raised on all.
     """
-    group.call(lambda: _open_folder(config, world))
+    group.call(lambda: set_up_logging(open_run_folder(config.run.dir), world.rank))
+    group.from_rank0(lambda: _identify_copy(RunFolder(Path(config.run.dir).absolute())))
     restore_from_mirror(config, world, group)
     run = group.call(
         lambda: resolve(
@@ -64,11 +65,8 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
     return run, model, stream
 
 
-def _open_folder(config: PretrainConfig, world: World) -> None:
-    folder = open_run_folder(config.run.dir)
-    set_up_logging(folder, world.rank)
-    if world.rank != 0:
-        return
+def _identify_copy(folder: RunFolder) -> None:
+    """Give the folder the id in its checkpoints if it has none, and a copy of another folder an id of its own."""
     checkpoints = complete_checkpoints(folder.checkpoints)
     if checkpoints and not folder.provenance.exists():  # they alone were copied here
         with suppress(ValueError, KeyError):  # a damaged one is refused later

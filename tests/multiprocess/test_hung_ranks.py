@@ -161,9 +161,9 @@ def slow_server_case(world: World, tree: Tree, hang_seconds: float) -> str:
     """A run whose trackers wait longer than the timeout for a server when they are closed."""
     close = Trackers.close
 
-    def slow(trackers: Trackers, outcome: Outcome) -> None:
+    def slow(trackers: Trackers, outcome: Outcome, step: int) -> None:
         time.sleep(1.2 * hang_seconds)
-        close(trackers, outcome)
+        close(trackers, outcome, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trackers, "close", slow)

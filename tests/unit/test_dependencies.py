@@ -17,11 +17,10 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PRODUCT = ("launcher", "pretrain", "finetune", "experiment")
 # Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate,
 # starlette's test client httpx2, and its forms python-multipart; torch.onnx needs onnxscript; datatrove's URL filter
-# needs fasteners and pyahocorasick, trafilatura lxml_html_clean, warcio brotli. A test asks pytest for schemathesis;
+# needs fasteners and pyahocorasick, trafilatura lxml_html_clean. A test asks pytest for schemathesis;
 # moto's server, ipykernel and MkDocs are started as processes.
 NOT_IMPORTED = {
     "accelerate",
-    "brotli",
     "fasteners",
     "httpx2",
     "ipykernel",

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pytest
@@ -177,7 +178,6 @@ def test_a_positional_argument():
         ("train|--config=c|--unit=file|--ranks=1", "--unit file takes no --ranks (deepcloze train --help)"),
         ("train|--config=c|--dry_run=maybe", "--dry_run: expected nothing, true or false, found 'maybe'"),
         ("train|--config=c|--", "unknown flag '--'"),
-        ("train|--config=c|--ranks=1|--ranks=2", "--ranks is given twice (deepcloze train --help)"),
     ],
 )
 def test_mistakes_are_rejected(line: str, message: str):
@@ -218,6 +218,18 @@ def test_help_lists_flags_defaults_and_an_example():
     overview = help_text([], COMMANDS, "about " * 30, width=60)
     assert "  train  Train a model." in overview
     assert max(map(len, overview.splitlines())) <= 60
+
+
+def test_values_of_a_flag_that_is_given_twice(tmp_path: Path) -> None:
+    """Catches a corpus without its first source, and half of a grid."""
+    from launcher.commands import COMMANDS
+
+    line = ["corpus", "--source=a,b", "--source", "c", "--tokenizer=t", "--output=first", "--output=last"]
+    _, options = parse_command_line(line, COMMANDS)
+    assert (options.source, options.output.name) == ("a,b,c", "last")
+    (tmp_path / "c").touch()
+    _, options = parse_command_line(["sweep", f"--config={tmp_path}/c", "--grid=a=1,2", "--grid", "b=3"], COMMANDS)
+    assert options.grid == "a=1,2 b=3"
 
 
 def test_an_argument_may_be_repeated() -> None:

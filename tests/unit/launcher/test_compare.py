@@ -449,11 +449,14 @@ def test_a_row_starts_from_one_checkpoint(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a row whose tasks start from different checkpoints, because its run saved a newer one between them."""
+    """Catches a row whose tasks start from different checkpoints, because its run saved a newer one between them; and
+    one that is refused although the newer one has the same weights."""
 
-    def save(step: int) -> Path:
+    def save(step: int, last_bytes: bytes = b"") -> Path:
         checkpoint = checkpoint_path(tmp_path / "run" / "checkpoints", step)
         shutil.copytree(encoder, checkpoint / "hf")
+        weights = checkpoint / "hf" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: -len(last_bytes) or None] + last_bytes)
         mark_complete(checkpoint)
         return checkpoint / "hf"
 
@@ -463,8 +466,11 @@ def test_a_row_starts_from_one_checkpoint(
     assert f"--model.init_from={first}" in capsys.readouterr().out
     assert main(["compare", str(file)]) == 0
     save(2)
+    assert main(["compare", str(file)]) == 0
+    save(3, b"\1\2\3\4")
     assert main(["compare", str(file)]) == 2
-    assert f"was started with another model.init_from: '{first}', now " in capsys.readouterr().err
+    assert "was started with another encoder.model.safetensors: " in capsys.readouterr().err
+    assert started == ["ours/toy"]
 
 
 def test_a_run_whose_folder_was_removed_runs_again(
