@@ -359,14 +359,15 @@ def test_words_that_jieba_never_finds(tmp_path: Path, capsys: pytest.CaptureFixt
     words = tmp_path / "words.txt"
     words.write_text("c++语言 5 n\nT细胞\n", encoding="utf-8")
     assert list(load_segmenter(read_segmenter("jieba", words))("学c++语言和T细胞")) == ["学", "c++语言", "和", "T细胞"]
-    for word in ("β受体阻滞剂", "阿莫西林·克拉维酸", "T 细胞白血病"):
+    never = ("β受体阻滞剂", "阿莫西林·克拉维酸", "T 细胞白血病")
+    segment = load_segmenter(SegmenterSpec("jieba", "".join(f"{word} 9 n\n" for word in never)))
+    for word in never:
+        assert word not in segment(f"他用{word}治病")
         words.write_text(f"阿莫西林\n\n{word} 9 n\n", encoding="utf-8")
         assert read_segmenter("jieba", words) == SegmenterSpec("jieba", "阿莫西林")
         shown = capsys.readouterr().err
         assert "left out 1 word of " in shown
         assert f"never finds, such as '{word}' in line 3: " in shown
-        segment = load_segmenter(SegmenterSpec("jieba", f"{word} 9 n"))
-        assert word not in segment(f"他用{word}治病")
 
 
 @needs_jieba
