@@ -102,7 +102,8 @@ def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # many types, also the PanicException of tokenizers, which is no Exception
-            reason = f": {' '.join(str(error).split())}" if (folder / "tokenizer.json").is_file() else ""
+            has_vocabulary = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+            reason = f": {' '.join(str(error).split())}" if has_vocabulary else ""
             raise UserError(f"tokenizer: cannot load {folder}{reason}; {_expected(folder)}") from None
     # Without a vocabulary file, some tokenizers of transformers load with their special tokens and nothing else.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -137,7 +138,8 @@ def _is_uncased(folder: Path) -> bool:
     named = {**_read_json(folder / "special_tokens_map.json"), **config}
     tokens = [named.get(role) or token for role, token in BERT_TOKENS.items()]
     texts = [str(token.get("content") if isinstance(token, dict) else token) for token in tokens]
-    known = {*entries, *_read_json(folder / "added_tokens.json")}
+    added = (str(token.get("content")) for token in config.get("added_tokens_decoder", {}).values())
+    known = {*entries, *_read_json(folder / "added_tokens.json"), *added}
     if absent := [text for text in texts if text not in known]:
         raise UserError(f"tokenizer: {path} is not a BERT vocabulary: it has no {', '.join(absent)}")
     special = re.compile(r"\[.*\]|<.*>")  # [CLS], [unused1], <S>

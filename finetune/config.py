@@ -23,7 +23,9 @@ from finetune.task_kind import find_kind
 CHANGE_ROUNDING_ONLY = ("microbatch_size", "eval_batch_size", "parallel_seeds")
 """Keys of `training` that change results only by rounding and by other dropout masks."""
 
-_PATHS = re.compile(r"task\.(train|validation|test(\..*)?)|model\.init_from")  # keys of settings
+PATHS = re.compile(r"task\.(train|validation|test(\..*)?)|model\.init_from")
+"""Keys of paths, whose contents are recorded beside them."""
+
 _HIGH_LR = 0.01  # even for small models
 
 
@@ -181,7 +183,7 @@ def changed_settings(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dic
     """
     config_type = FinetuneConfig.specialize(now)
     old, new = with_defaults(flatten(recorded), config_type), with_defaults(flatten(now), config_type)
-    keys = sorted(key for key in {*old, *new} if not _PATHS.fullmatch(key))
+    keys = sorted(key for key in {*old, *new} if not PATHS.fullmatch(key))
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 

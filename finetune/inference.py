@@ -3,9 +3,10 @@
 A few examples show before training which precision a model can compute in, and whether padding changes its outputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from finetune.encoding.examples import Batch, Example, Padding, Split, pad_seque
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
+T = TypeVar("T")
 Outputs = list[list[NDArray[np.float32]]]
 """The outputs of a model for each example: one array per sequence."""
 
@@ -64,7 +66,8 @@ class Inference:
                 losses.extend([loss] if loss else [])
 
         with torch.inference_mode():
-            for indices in evaluation_batches([example.longest for example in examples], self.microbatch.size):
+            lengths = [example.longest for example in examples]
+            for indices in evaluation_batches(lengths, self.microbatch.size, self.padding.is_avoided):
                 self.microbatch.compute(indices, compute)
         return outputs, _total(losses) if losses else None
 
@@ -79,11 +82,24 @@ class Inference:
         return iter(outputs.float().cpu().numpy()), loss
 
 
-def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batch all examples, by index, with others of similar length. The longest come first, to run out of memory early
-    if at all."""
+def evaluation_batches(lengths: Sequence[int], batch_size: int, equal: bool = False) -> list[list[int]]:
+    """Batch all examples, by index, with others of similar length, or only of the same one. The longest come first, to
+    run out of memory early if at all."""
     by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
+    groups = [list(group) for _, group in groupby(by_length, lengths.__getitem__)] if equal else [by_length]
+    return [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
+
+
+def compute_together(
+    examples: Sequence[Example], padding: Padding, compute: Callable[[Sequence[Example]], Sequence[T]]
+) -> list[T]:
+    """Compute all examples in one batch or, if padding is to be avoided, in one for each length."""
+    if not padding.is_avoided:
+        return list(compute(examples))
+    found: dict[int, T] = {}
+    for indices in evaluation_batches([example.longest for example in examples], len(examples), equal=True):
+        found.update(zip(indices, compute([examples[index] for index in indices]), strict=True))
+    return [found[index] for index in range(len(examples))]
 
 
 def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Prediction, ...]:

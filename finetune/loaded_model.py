@@ -17,7 +17,7 @@ from experiment.model_folder import first_use
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding, pad_sequences
-from finetune.inference import collate, computes, ignores_padding
+from finetune.inference import collate, compute_together, computes, ignores_padding
 from finetune.model import ModelSpec, build_model, read_model_inputs
 from finetune.onnx_model import OnnxModel, holds_onnx_model
 from finetune.pooling import Pooling, pool
@@ -75,14 +75,13 @@ def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTas
     model = (OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)).eval().requires_grad_(False)
     length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
     encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
-    padding, padded = Padding.of(tokenizer), task.padded
-    if padded is None:  # the rounding of int8 depends on all of a batch anyway
-        is_int8 = isinstance(model, OnnxModel) and model.precision == "int8"
-        padded = not is_int8 and not ignores_padding(model, task.kind, padding, [task.kind.probe(encoder)], length)
-        if padded:
-            name = model.config.model_type
-            log.warning("%s: its outputs depend on padding, so all sequences are padded to %d tokens", name, length)
-    padding = replace(padding, length=length if padded else None)
+    padding = Padding.of(tokenizer)
+    # The rounding of int8 depends on all of a batch anyway.
+    if task.padded is None and not (isinstance(model, OnnxModel) and model.precision == "int8"):
+        ignores = ignores_padding(model, task.kind, padding, [task.kind.probe(encoder)], length)
+        padding = replace(padding, is_avoided=not ignores)
+    elif task.padded:
+        padding = replace(padding, length=length)
     loaded = LoadedModel(folder, model, encoder, padding, Device(torch.device("cpu"), dtype=None))
     with first_use(model), torch.inference_mode():
         task.kind.forward(model, _probe(loaded, task.kind))
@@ -126,6 +125,9 @@ class Embedder:
 
     def compute(self, texts: Sequence[Example]) -> list[list[float]]:
         """Return the vectors of encoded texts, D numbers each: hidden states of the last layer, pooled."""
+        return compute_together(texts, self.loaded.padding, self._compute_batch)
+
+    def _compute_batch(self, texts: Sequence[Example]) -> list[list[float]]:
         inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
             hidden_STD = self.loaded.model.base_model(**inputs).last_hidden_state

@@ -15,6 +15,7 @@ from experiment.tokenizer import load_any_tokenizer, vocabulary_size
 from finetune.data.records import Record
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, pad_sequences
+from finetune.inference import compute_together
 from finetune.kinds import cloze
 from finetune.loaded_model import LoadedModel, load_model
 from finetune.predictor import Predictor
@@ -103,6 +104,9 @@ class MaskFiller:
 
     def compute(self, texts: Sequence[Example]) -> list[Candidates]:
         """Do the second step, for any texts together."""
+        return compute_together(texts, self.loaded.padding, self._compute_batch)
+
+    def _compute_batch(self, texts: Sequence[Example]) -> list[Candidates]:
         masks: list[Masks] = [text.details for text in texts]
         rows = [row for row, found in enumerate(masks) for _ in found.positions]
         positions = [position for found in masks for position in found.positions]

@@ -42,8 +42,8 @@ class SavedTask:
 
     kind: TaskKind[Any]
     max_seq_length: int | None  # None: as many tokens as the model has positions
-    # Whether all sequences are padded to this length, because the outputs depend on padding. None: not known, loading
-    # the model shows it.
+    # Whether all sequences are padded to this length, because the outputs depend on padding. None: it was not trained
+    # so, and loading the model shows whether padding has to be avoided.
     padded: bool | None = False
     temperature: float | None = None  # of calibrated probabilities; None if not known
     foreign: bool = False  # whether it was trained elsewhere; see `accepts_pairs`

@@ -61,7 +61,7 @@ class Flag:
     @property
     def separator(self) -> str:
         """What separates several values in one text; empty if there is only one value."""
-        return "," if self.metavar.endswith("…]") else " " if self.metavar == "GRID" else ""
+        return "," if self.metavar.endswith("…]") else {"GRID": " ", "FILTER": "@"}.get(self.metavar, "")
 
     @property
     def label(self) -> str:

@@ -27,7 +27,7 @@ from experiment.own_process import module_command, own_environment
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.run_lock import is_locked, lock_run
 from experiment.signals import handle_stop_signals
-from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, config_of_kind
+from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
 from pretrain.config import PretrainConfig
 
 CONFIGS = "configs"
@@ -183,9 +183,10 @@ class RunSet:
             folder, new = self.run_folder(run).path, RunRecord(config=run.config)
             record = records.get(run.name, new) if folder.exists() else new
             before = _with_new_keys(record["config"], run.config)
-            # The folders are moved with the set. `encoder.*` tells the content of a model.
-            has_content = run.pretraining is not None or any(key.startswith("encoder.") for key in record["config"])
-            if key := _changed_key(before, run.config, ["run.dir", *(["model.init_from"] if has_content else [])]):
+            # The folders are moved with the set. `encoder.*` and `data.*` tell the contents of models and data.
+            has_content = any(key.startswith("encoder.") for key in record["config"])
+            moved = [key for key in {*before, *run.config} if has_content and PATHS.fullmatch(key)]
+            if key := _changed_key(before, run.config, ["run.dir", *moved]):
                 raise UserError(
                     f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
                     f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"

@@ -45,6 +45,7 @@ class Padding:
     side: str  # "left" or "right"
     token_type_id: int
     length: int | None = None  # of all batches; None: of the longest sequence of each batch
+    is_avoided: bool = False  # whether examples share a batch only if their longest sequences are equally long
 
     def pad(self, rows: Sequence[Tensor], value: float) -> Tensor:
         """Stack rows of one value per token to a tensor ST."""

@@ -236,9 +236,9 @@ def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> S
     paths = [folder.seed_folder(seed) / f"predictions-{split}.jsonl" for seed in config.training.seeds]
     for seed in config.training.seeds:
         if _scored_data(folder, seed, split) != table.digest:
-            raise UserError(
-                f"{table.path} has changed since {folder.seed_folder(seed)} was scored on it; restore it, or delete "
-                f"{folder.path} and run the same command again"
+            raise DamagedPredictionsError(
+                f"{table.path} differs from the data that {folder.seed_folder(seed)} was scored on: it was edited, or "
+                "another version has read it"
             )
     predictions = [read_predictions(path) for path in paths]
     for path, found in zip(paths, predictions, strict=True):

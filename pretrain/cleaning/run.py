@@ -150,8 +150,8 @@ def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
         recorded = read_json(path) if path.exists() else identity
     if recorded != identity and _holds_parts(partial):
         raise UserError(
-            f"{partial} holds an unfinished cleaning with another config, or of other sources; use the same to resume "
-            "it, or delete it to start over"
+            f"{partial} holds an unfinished cleaning with another config, or of other sources, also if files were "
+            "changed or copied since; use the same to resume it, or delete it to start over"
         )
     partial.mkdir(exist_ok=True)
     write_json(path, identity)

@@ -313,12 +313,21 @@ def _strip_line_end(line: str) -> str:
 def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:
     options_of, columns = options.columns, list(options.columns)
     for number, row in read_json_lines(lines.in_range(), lines.origin, lines.first):
-        for column, option in options_of.items():
-            if option == "metadata" and column not in row and isinstance(kept := row.get("metadata"), dict):
-                row = {**kept, **row}  # as `deepcloze clean` writes it
+        names = columns
+        if _is_cleaned(row):  # some have no metadata, or not all
+            kept = row.get("metadata") or {}
+            names = [name for name in columns if options_of[name] != "metadata" or name in kept]
+            row = {**row, **{name: kept[name] for name in names if options_of[name] == "metadata"}}
+        for column in names:
             if column not in row:
-                raise missing_column(f"{lines.origin}:{number}", column, row, option)
-        yield row_document([row[column] for column in columns], lines.origin, number, columns)
+                raise missing_column(f"{lines.origin}:{number}", column, row, options_of[column])
+        yield row_document([row[column] for column in names], lines.origin, number, names)
+
+
+def _is_cleaned(row: Mapping[str, Any]) -> bool:
+    """Return whether `deepcloze clean` has written a row: its id begins with its source."""
+    keys = {"id", "source", "text"}
+    return keys <= row.keys() <= {*keys, "metadata"} and str(row["id"]).startswith(f"{row['source']}:")
 
 
 def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: Range) -> Iterator[Document]:

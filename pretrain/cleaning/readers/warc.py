@@ -32,7 +32,7 @@ def read(name: str) -> Iterator[Document]:
     from warcio.archiveiterator import WARCIterator
     from warcio.bufferedreaders import BufferedReader
 
-    BufferedReader.DECOMPRESSORS["zstd"] = lambda: zstandard.ZstdDecompressor().decompressobj()
+    BufferedReader.DECOMPRESSORS["zstd"] = lambda: zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
     BufferedReader.DECOMPRESSORS["br"] = _brotli_decompressor
     with open_file(name) as file:
         content = _Content(file, name)
@@ -41,15 +41,17 @@ def read(name: str) -> Iterator[Document]:
             while (record := next(records, None)) is not None:
                 if not (record.rec_headers.get_header("Content-Length") or "").isdigit():
                     raise _damaged(content, "its header has no Content-Length")
-                if _header(record, "Content-Encoding") == "br":
+                kind = _header(record, "Content-Type")
+                is_page = record.rec_type == "response" and kind.startswith(_PAGES)
+                if is_page and _header(record, "Content-Encoding") == "br":
                     check_installed(content.place, ["brotli"])
-                payload = record.content_stream().read()
+                payload = (record.content_stream() if is_page else record.raw_stream).read()
                 if record.raw_stream.limit > 0:
                     raise _damaged(content, f"it lacks {record.raw_stream.limit:,} bytes")
                 url = record.rec_headers.get_header("WARC-Target-URI") or ""
                 if record.rec_type == "conversion":
                     yield Document(payload.decode("utf-8", "replace"), name, content.record, {"url": url})
-                elif record.rec_type == "response" and (kind := _header(record, "Content-Type")).startswith(_PAGES):
+                elif is_page:
                     charset = kind.partition("charset=")[2].partition(";")[0].strip(" \"'")
                     yield Document(decode_page(payload, charset), name, content.record, {"url": url}, "html")
                 content.record += 1

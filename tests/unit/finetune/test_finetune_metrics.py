@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -264,8 +265,13 @@ def test_related_records_are_drawn_together() -> None:
 @pytest.mark.parametrize("count", [3, 7, 1000, 4096])
 def test_samples_are_drawn_one_by_one(count: int) -> None:
     """Catches samples that are all in memory, 8 GB for a million records, and others than those drawn at once."""
-    samples = draw_records([[number] for number in range(count)], 20)
+    units = [[number] for number in range(count)]
+    tracemalloc.start()
+    samples = draw_records(units, 200)
     assert next(samples).shape == (count,)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * (count + 100) * 8  # bytes
     expected = np.random.default_rng(0).integers(0, count, size=(20, count))
     assert np.array_equal(list(draw_records([[number] for number in range(count)], 20)), expected)
 

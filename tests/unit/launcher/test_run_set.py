@@ -173,8 +173,10 @@ def test_other_content_changes_a_run(tmp_path: Path) -> None:
 def test_a_chain_may_be_moved(tmp_path: Path) -> None:
     """Catches scores that must be made again because the folder of a comparison was moved, or its pretraining tracks or
     logs differently."""
-    before = {"seed": 1, "model.init_from": "/old/a/pretrain", "pretrain.run.dir": "/old/a/pretrain"}
+    content = {"encoder.config.json": "one", "data.train": "one", "task.train": "/old/train.csv"}
+    before = {"seed": 1, "model.init_from": "/old/a/pretrain", "pretrain.run.dir": "/old/a/pretrain"} | content
     now = before | {"model.init_from": "/new/a/pretrain", "pretrain.run.dir": "/new/a/pretrain"}
+    now["task.train"] = "/new/train.csv"
     for config in (before, now | {"pretrain.run.log_every": 7, "pretrain.tracking.wandb": "disabled"}):
         runs = (
             PlannedRun("a/pretrain", shell("true"), {}),

@@ -88,6 +88,11 @@ def test_an_epoch_visits_every_example_once(lengths: list[int], batch_size: int,
         assert len(order) == -(-len(lengths) // batch_size)
 
 
+def test_batches_of_one_length() -> None:
+    """Catches padding for a model whose outputs depend on it."""
+    assert evaluation_batches([3, 5, 3, 5, 3, 1], 2, equal=True) == [[1, 3], [0, 2], [4], [5]]
+
+
 def test_no_two_epochs_or_seeds_have_the_same_order() -> None:
     """Catches seeds that share an order, so that their scores differ less than they should."""
 

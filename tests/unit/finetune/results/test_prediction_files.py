@@ -108,7 +108,7 @@ def test_data_are_those_that_were_scored(trained_run: Path, tmp_path: Path) -> N
     with pytest.raises(DamagedPredictionsError, match=r"predictions-test\.jsonl is damaged: expected 30 .*, found 29"):
         read_scored_split(run, "test", ["high", "low"])
     data.write_text(data.read_text().replace("low", "high", 1))
-    with pytest.raises(UserError, match=r"test\.tsv has changed since .*/seed-1 was scored on it; restore it, or"):
+    with pytest.raises(UserError, match=r"test\.tsv differs from the data that .*/seed-1 was scored on: it was"):
         read_scored_split(run, "test", ["high", "low"])
     (run.path / "seed-1" / "COMPLETE").write_text("{}")
     with pytest.raises(DamagedPredictionsError, match="COMPLETE is damaged"):

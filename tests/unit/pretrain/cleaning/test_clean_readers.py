@@ -63,7 +63,8 @@ def warc(path: Path, kind: str = "response", pages: Sequence[bytes] = (HTML.enco
         writer = WARCWriter(file, gzip=path.suffix == ".gz")
         for number, page in enumerate(pages):
             content = io.BytesIO(page if kind == "response" else f"Text {number}".encode())
-            headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html"), *more.items()], protocol="HTTP/1.1")
+            fields = {"Content-Type": "text/html", **more}
+            headers = StatusAndHeaders("200 OK", [*fields.items()], protocol="HTTP/1.1")
             http = headers if kind == "response" else None
             writer.write_record(
                 writer.create_warc_record(f"http://a.org/{number}", kind, payload=content, http_headers=http)
@@ -82,7 +83,7 @@ def test_compressed_pages_of_web_archives(tmp_path: Path, monkeypatch: pytest.Mo
     """Catches pages that are lost as bytes without text, because warcio does not know how they are compressed."""
     page = HTML.encode()
     plain = read(warc(tmp_path / "a.warc"))["a.warc:1"]
-    pages = {"zstd": zstandard.compress(page), "identity": page}
+    pages = {"zstd": zstandard.compress(page[:99]) + zstandard.compress(page[99:]), "identity": page}
     if find_spec("brotli") is not None:
         import brotli
 
@@ -93,6 +94,8 @@ def test_compressed_pages_of_web_archives(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "brotli" else find_spec(name))
     with pytest.raises(UserError, match=r"c\.warc: record 1: brotli is not installed; run: pip install"):
         read(warc(tmp_path / "c.warc", pages=[b"\x0b"], **{"Content-Encoding": "br"}))
+    script = {"Content-Encoding": "br", "Content-Type": "text/javascript"}
+    assert read(warc(tmp_path / "d.warc", pages=[b"\x0b"], **script)) == {}
 
 
 @pytest.mark.parametrize(

@@ -68,14 +68,17 @@ def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
 
 def test_cleaning_in_two_stages_keeps_the_record(clean: Any, tmp_path: Any) -> None:
     """Catches a second stage that forgets the decontamination of its sources, and their metadata."""
-    (tmp_path / "in.jsonl").write_text('{"text": "one two three", "url": "http://a.org"}\n')
+    (tmp_path / "in.jsonl").write_text('{"text": "one two three", "url": "http://a.org", "source": "web"}\n')
+    (tmp_path / "plain.txt").write_text("four five\n")
     step = {"decontaminate": {"against": ["task"]}}
-    clean([], step, evaluated=[LONG], source=str(tmp_path / "in.jsonl"), metadata=["url"])
+    sources, metadata = [str(tmp_path / name) for name in ("in.jsonl", "plain.txt")], ["url", "source"]
+    clean([], step, evaluated=[LONG], source=sources, metadata=metadata)
     first, second = str(tmp_path / "out"), str(tmp_path / "second")
-    clean([], {"exact_dedup": {}}, source=first, output=second, metadata=["url"])
+    clean([], {"exact_dedup": {}}, source=first, output=second, metadata=metadata)
     assert common_decontamination([read_clean_summary(second)]) == {"task": texts_digest([LONG])}
-    (document,) = read_documents(tmp_path / "second" / "data-00000.jsonl.zst")
-    assert document.metadata == {"url": "http://a.org"}
+    files = sorted((tmp_path / "second").glob("*.jsonl.zst"))
+    found = [document.metadata for file in files for document in read_documents(file)]
+    assert found == [{"url": "http://a.org", "source": "web"}, {}]
     (tmp_path / "other.txt").write_text("four\n")
     clean([], source=[first, str(tmp_path / "other.txt")], output=str(tmp_path / "third"))
     assert "decontaminated" not in (read_clean_summary(str(tmp_path / "third")) or {})
