@@ -47,6 +47,7 @@ class Flag:
     required: bool
     default: Any
     metavar: str  # empty for a switch
+    separator: str  # see `Metavar`
     meaning: str
     expected: str  # 'a whole number > 0'
 
@@ -57,11 +58,6 @@ class Flag:
     @property
     def is_repeated(self) -> bool:
         return len(self.types) == 1 and get_origin(self.types[0]) is tuple
-
-    @property
-    def separator(self) -> str:
-        """What separates several values in one text; empty if there is only one value."""
-        return "," if self.metavar.endswith("…]") else {"GRID": " ", "FILTER": "@"}.get(self.metavar, "")
 
     @property
     def label(self) -> str:
@@ -129,6 +125,7 @@ def flags_of(options_type: type[Section]) -> dict[str, Flag]:
                 required=field.is_required(),
                 default=field.default,
                 metavar=metavar.name if metavar else _default_metavar(types),
+                separator=metavar.separator if metavar else "",
                 meaning=_one_line(field.description),
                 expected=describe_field(field).removesuffix(" or null"),
             )

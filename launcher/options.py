@@ -114,7 +114,7 @@ class SweepOptions(LaunchOptions):
     config: Annotated[ConfigName, Metavar("FILE")]
     """The run as YAML, for pretraining or fine-tuning, or the name of a recipe."""
 
-    grid: Annotated[str, Metavar("GRID")]
+    grid: Annotated[str, Metavar("GRID", separator=" ")]
     """Values of any config keys, as 'KEY=VALUE,VALUE KEY=VALUE,VALUE'; put lists in brackets."""
 
     output: Annotated[LocalPath | None, Metavar("DIR")] = None
@@ -163,7 +163,7 @@ class EvaluateOptions(Section):
     """Checkpoint of a run, or its URL; or any Hugging Face folder with a masked-LM head, or NAME[@REVISION] of one on
     the Hub."""
 
-    corpus: Annotated[str, Metavar("DIR[,DIR…]")]
+    corpus: Annotated[str, Metavar("DIR[,DIR…]", separator=",")]
     """Folders built by `deepcloze corpus` with the model's tokenizer, or their URLs."""
 
     json_output: Annotated[bool, Field(alias="json")] = False

@@ -21,6 +21,7 @@ class Metavar:
     """The placeholder for the value of a flag in the help, such as FILE: `config: Annotated[str, Metavar("FILE")]`."""
 
     name: str
+    separator: str = ""  # of several values in one text; the values of a flag that is given again are added with it
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ class PlacementOptions(Section):
     """Ranks per machine; default: all slots of the hostfile, else one per GPU, or 1 on a CPU, where each rank is a
     process."""
 
-    include: Annotated[str | None, Metavar("FILTER")] = None
+    include: Annotated[str | None, Metavar("FILTER", separator="@")] = None
     """GPUs to use, as HOST[:SLOT,…][@HOST…], for example localhost:0,2; on a CPU, only their number counts."""
 
-    exclude: Annotated[str | None, Metavar("FILTER")] = None
+    exclude: Annotated[str | None, Metavar("FILTER", separator="@")] = None
     """GPUs not to use."""
 
     oversubscribe: bool = False
@@ -43,7 +43,7 @@ class HostOptions(PlacementOptions):
     launcher: Launcher = "pdsh"
     """Program that starts the ranks on other hosts: pdsh (ssh), an MPI, or srun in a SLURM job."""
 
-    env: Annotated[str | None, Metavar("NAME[,NAME…]")] = None
+    env: Annotated[str | None, Metavar("NAME[,NAME…]", separator=",")] = None
     """More environment variables to send to other hosts, by name; WANDB_*, HF_*, OMP_*, NCCL_*, GLOO_*, MLFLOW_*,
     PYTHON* and CUDA_* (except CUDA_VISIBLE_DEVICES) always are."""
 

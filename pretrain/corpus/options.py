@@ -95,7 +95,7 @@ class TokenizerOptions(TextOptions):
     output: Annotated[PathName, Metavar("DIR")]
     """Tokenizer folder to write."""
 
-    source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
+    source: Annotated[SourceName | None, Metavar("PATH[,PATH…]", separator=",")] = None
     """Text to train on: files, folders and globs, as for `deepcloze corpus`."""
 
     vocab_size: PositiveInt | None = None
@@ -129,7 +129,7 @@ class TokenizerOptions(TextOptions):
 class CorpusOptions(TextOptions):
     """Either `source`, `tokenizer` and `output` (build a corpus), or `verify`, or `inspect`."""
 
-    source: Annotated[SourceName | None, Metavar("PATH[,PATH…]")] = None
+    source: Annotated[SourceName | None, Metavar("PATH[,PATH…]", separator=",")] = None
     """Files, folders, globs and URLs of .txt, .jsonl, .csv, .tsv or .parquet, plain or compressed (.gz, .zst); members
     of an archive as a.zip::*.txt; hub:NAME[@REVISION][:SPLIT]; or python-docs."""
 
@@ -164,7 +164,7 @@ class CorpusOptions(TextOptions):
     user_dictionary: Annotated[PathName | None, Metavar("FILE")] = None
     """Words of your field for the segmenter: a user dictionary of jieba, or any file with one word per line."""
 
-    verify: Annotated[LocalPath | None, Metavar("DIR[,DIR…]")] = None
+    verify: Annotated[LocalPath | None, Metavar("DIR[,DIR…]", separator=",")] = None
     """Instead of building: corpus folders to compare with their checksums."""
 
     inspect: Annotated[PathName | None, Metavar("DIR")] = None

@@ -230,6 +230,8 @@ def test_values_of_a_flag_that_is_given_twice(tmp_path: Path) -> None:
     (tmp_path / "c").touch()
     _, options = parse_command_line(["sweep", f"--config={tmp_path}/c", "--grid=a=1,2", "--grid", "b=3"], COMMANDS)
     assert options.grid == "a=1,2 b=3"
+    _, options = parse_command_line(["pretrain", f"--config={tmp_path}/c", "--include=n1", "--include=n2:0"], COMMANDS)
+    assert options.include == "n1@n2:0"
 
 
 def test_an_argument_may_be_repeated() -> None:
