@@ -3,7 +3,6 @@
 import ctypes
 import re
 import resource
-import sys
 from contextlib import suppress
 
 from experiment.own_process import use_cpu
@@ -42,8 +41,7 @@ def peak_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def has_native_bf16(device_type: str) -> bool:

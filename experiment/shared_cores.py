@@ -31,7 +31,7 @@ def share_cores() -> None:
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cores = len(os.sched_getaffinity(0))
     if torch.cuda.is_available() or min(cores, torch.get_num_threads()) == 1 or any(map(os.environ.get, _CHOICES)):
         return
     openmp = load_openmp()

@@ -12,7 +12,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -151,7 +150,7 @@ def _gpu_memory_used() -> list[int] | None:
 
 def cpu_cores() -> int:
     """Count the CPU cores that this process may use: its affinity, limited by a container's quota."""
-    return within_quota(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    return within_quota(len(os.sched_getaffinity(0)))
 
 
 def within_quota(cores: int) -> int:

@@ -50,11 +50,10 @@ def main(argv: Sequence[str]) -> None:
 def _cores_of_ranks(ranks: int) -> int:
     """Return the cores that the ranks of this host share. MPI and srun may have bound this one to a part of those that
     their own process, its parent, may use."""
-    if sys.platform == "linux":
-        with suppress(OSError):  # SELinux may forbid it
-            own, of_parent = (len(os.sched_getaffinity(process)) for process in (0, os.getppid()))
-            if own < of_parent:
-                return within_quota(min(own * ranks, of_parent))
+    with suppress(OSError):  # SELinux may forbid it
+        own, of_parent = (len(os.sched_getaffinity(process)) for process in (0, os.getppid()))
+        if own < of_parent:
+            return within_quota(min(own * ranks, of_parent))
     return cpu_cores()
 
 

@@ -6,7 +6,6 @@ and more than twice as long for its weights (benchmarks/RESULTS.md, "Experiments
 
 import functools
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ def open_shared_memory() -> SharedMemory | None:
 
 def _create_file() -> int | None:
     """Return the descriptor of a file in memory, which needs no place in /dev/shm and no deletion."""
-    if sys.platform != "linux" or not hasattr(os, "memfd_create"):  # some builds of Python lack it
+    if not hasattr(os, "memfd_create"):  # some builds of Python lack it
         return None
     try:
         file = os.memfd_create("deepcloze")
