@@ -205,7 +205,7 @@ def _place(key: KeyPath, origin: str, lines: Mapping[KeyPath, int], overrides: M
     if any(f"{dotted}.".startswith(f"{override}.") for override in overrides):
         return "command line"
     line = next((lines[key[:depth]] for depth in range(len(key), 0, -1) if key[:depth] in lines), None)
-    refined = [f"--{override}" for override in overrides if key and override.startswith(f"{dotted}.")]
+    refined = [f"--{override}" for override in overrides if override.startswith(f"{dotted}.")]
     return origin + (f", line {line}" if line else "") + (f", with {' and '.join(refined)}" if refined else "")
 
 

@@ -169,7 +169,7 @@ def test_a_message_names_the_file_or_the_command_line(tmp_path: Path) -> None:
     """Catches a message that blames a line of the file for the value of an override."""
     text = "schedule:\n  epochs: 2\nrun:\n  lr: 1\n"
     assert message_of_file(tmp_path, text, {"run.lr": "fast"}).startswith("command line: 'run.lr': expected a number")
-    both = message_of_file(tmp_path, text, {"schedule.steps": "3"})
+    both = message_of_file(tmp_path, text, {"schedule.steps": "3", "run.lr": "2"})
     assert both == "FILE, line 1, with --schedule.steps: 'schedule': needs one of 'steps' and 'epochs'"
 
 
