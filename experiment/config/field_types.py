@@ -113,7 +113,6 @@ def _value_of_scalar(text: str, value: Any, annotation: Any) -> Any:
     fits = any(
         kind is Any
         or (type(value) is kind and kind is not str)
-        or (kind is float and type(value) is int)
         or (get_origin(kind) is Literal and (type(value), value) in [(type(known), known) for known in get_args(kind)])
         for kind in union_members(annotation)
     )
