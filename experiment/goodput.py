@@ -273,7 +273,7 @@ class ActivityTimer:
 
 
 def _append(folder: RunFolder, line: AttemptTime) -> None:
-    with folder.goodput.open("ab", buffering=0) as file:
+    with folder.goodput.open("ab") as file:
         file.write(b"\n" + _json(line))  # in front: the last line may be cut off
 
 
