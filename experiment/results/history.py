@@ -52,8 +52,6 @@ class SeedHistory:
         self, steps: NDArray[np.float64], tokens: NDArray[np.float64], speeds: NDArray[np.float64]
     ) -> None:
         known = ~np.isnan(steps + tokens + speeds)
-        if not known.any():
-            return
         of_tokens, of_seconds = map(copy.copy, self._time)
         before, start = (curve.last[1] if len(curve) else 0.0 for curve in self._time)
         if not len(of_tokens):  # a fork begins with the tokens of its parent, which it logs with an evaluation
