@@ -157,7 +157,7 @@ def choose_sentences(
 
 
 def _first_sentence(ids: NDArray[np.int32], tokenizer: "PreTrainedTokenizerFast") -> NDArray[np.int32]:
-    for end in range(_SHORTEST, len(ids) + 1):
+    for end in range(_SHORTEST, len(ids)):
         if tokenizer.decode([int(ids[end - 1])]).strip() in _ENDS:
             return ids[:end]
     return ids
