@@ -141,7 +141,8 @@ def test_an_edit_of_the_task_does_not_change_its_scores(
 def test_the_checkpoint_may_be_deleted_while_it_is_scored(
     run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a fine-tuning run that reads from the checkpoint itself, and a disk without hard links."""
+    """Catches a fine-tuning run that reads from the checkpoint itself, or a file that is no part of it, and a disk
+    without hard links."""
     write = watched_task.start
 
     def delete_then_start(child: ChildRun) -> str:
@@ -150,11 +151,13 @@ def test_the_checkpoint_may_be_deleted_while_it_is_scored(
         checkpoint.rmdir()
         (model,) = (text.partition("=")[2] for text in child.argv if text.startswith("--model.init_from="))
         assert (Path(model) / "model.safetensors").read_text() == f"of step {checkpoint.name[-3:]}"
+        assert not (Path(model) / "added_tokens.json").exists()
         return write(child)
 
     monkeypatch.setattr(watched_task, "start", delete_then_start)
     for step in (100, 200):
         checkpoint = save(step)
+        (checkpoint / "hf" / "added_tokens.json").write_text("{}")
         assert score_checkpoint(checkpoint, weights_digest(checkpoint), task_of(write_task()), run).step == step
 
         def refuse(*_: object, **__: object) -> None:
