@@ -37,10 +37,14 @@ def test_one_run_is_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """Catches figures that are missing, and a failure without its reason."""
     run = make_run(tmp_path / "first")
     write_outcome(open_run_folder(run), Outcome.FAILED, "rank 1 was killed", Cause.KILLED)
+    checkpoint = Path(run, "checkpoints", "step-00001100")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE").touch()
     assert main(["status", run]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     expected = "state failed", "step 1,200", "loss 3.2500", "tokens/s 45,679", "attempts 0", "rank 1 was killed"
     assert [text.split() for text in expected if text.split() not in lines] == []
+    assert ["last", "checkpoint", "1,100,"] in [line[:3] for line in lines]
 
 
 def test_several_runs_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,6 +320,9 @@ def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.Capture
     with lock_run(folder):
         assert (read_status(str(folder.path)).total_steps, read_status(str(folder.path)).attempts) == (None, 1)
     write_provenance(folder, {"date": now.isoformat(), "step": 200, "total_steps": 900})
+    folder.metrics.touch()
+    with lock_run(folder):
+        assert read_status(str(folder.path)).seconds_left is None, "nothing is logged yet"
     write_events(folder, {"step": 100, "loss": 1.0, "seed": 1})
     os.utime(folder.metrics, (0, now.timestamp() + 50))
     with lock_run(folder):
@@ -377,7 +384,8 @@ def test_the_time_left_of_a_budget(folder: RunFolder) -> None:
 def test_a_folder_that_is_being_copied(folder: RunFolder) -> None:
     """Catches a traceback for files that are cut off or not there yet, and a run that has not started with a loss."""
     folder.config.write_text("schedule:\n  steps: 400\n")
-    assert read_status(str(folder.path)).total_steps == 400
+    with lock_run(folder):
+        assert (read_status(str(folder.path)).total_steps, read_status(str(folder.path)).seconds_left) == (400, None)
     write_events(folder, {"step": 10, "loss": 5.0})
     with folder.metrics.open("a") as file:
         file.write('{"step": 11, "lo')
