@@ -55,7 +55,8 @@ def test_tokens_that_were_added_to_a_vocabulary_are_kept(tmp_path: Path, decoder
 
 
 def test_fingerprint_is_of_what_makes_ids(tmp_path: Path, vocabulary_folder: Path) -> None:
-    """Catches a fingerprint that changes with padding, or stays the same with another normalizer or vocabulary."""
+    """Catches a fingerprint that changes with padding, or stays the same with another normalizer or vocabulary, and a
+    saved tokenizer that pads."""
     tokenizer = load_tokenizer(vocabulary_folder)
     plain = tokenizer_fingerprint(tokenizer)
     tokenizer.backend_tokenizer.enable_padding(length=8)
@@ -63,6 +64,8 @@ def test_fingerprint_is_of_what_makes_ids(tmp_path: Path, vocabulary_folder: Pat
     assert tokenizer_fingerprint(tokenizer) == plain
     save_tokenizer(tokenizer, tmp_path / "saved")
     assert tokenizer_fingerprint(load_tokenizer(tmp_path / "saved")) == plain
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert (saved["padding"], saved["truncation"]) == (None, None)
     cased = tmp_path / "cased"
     cased.mkdir()
     (cased / "vocab.txt").write_bytes((vocabulary_folder / "vocab.txt").read_bytes())
