@@ -32,6 +32,7 @@ def test_what_would_happen_again_is_not_restarted() -> None:
 def test_memory_that_runs_out_halves_the_microbatch() -> None:
     assert after(FULL) == Restart(0.0, halve_microbatch=True)
     assert isinstance(after(FULL, can_halve=False), End)
+    assert after(FULL, FULL, max_restarts=1) == End("not restarted: --max_restarts=1 within an hour")
     advice = after(FULL, max_restarts=0)
     assert isinstance(advice, End)
     assert "batch.microbatch_tokens" in advice.advice
