@@ -261,16 +261,16 @@ def test_the_curves_of_the_seeds_of_a_task(tmp_path: Path) -> None:
     """Catches a report that fails for an epochs.csv whose last line is cut off, missing curves, and seeds in the order
     of their names, which has other colors than that of the training curves."""
     folder = open_run_folder(tmp_path / "task")
-    epochs = "epoch,steps,train_loss,accuracy\n1,10,2.0,0.5\n2,20,1.0,0.7\n3,30"
+    epochs = "epoch,steps,train_loss,validation_loss,accuracy\n1,10,2.0,3.0,0.5\n2,20,1.0,,0.7\n3,30"
     for seed in (10, 9):
         (folder.path / f"seed-{seed}").mkdir()
         (folder.path / f"seed-{seed}" / "epochs.csv").write_text(epochs)
     (charts,) = [block for block in result_blocks(folder, RESULTS) if isinstance(block, Charts)]
     assert [panel.title for panel in charts.panels] == ["Loss by seed", "accuracy on validation, by seed"]
     lines = [(line["label"], line["x"], line["y"]) for chart in data_of(charts)["charts"] for line in chart["lines"]]
-    losses, scores = [2.0, 1.0], [0.5, 0.7]
-    expected = [("seed-9, train", losses), ("seed-10, train", losses), ("seed-9", scores), ("seed-10", scores)]
-    assert lines == [(label, [10, 20], y) for label, y in expected]
+    curves = {", train": ([10, 20], [2.0, 1.0]), ", validation": ([10], [3.0]), "": ([10, 20], [0.5, 0.7])}
+    losses = [(f"seed-{seed}{name}", *curves[name]) for seed in (9, 10) for name in (", train", ", validation")]
+    assert lines == [*losses, *((f"seed-{seed}", *curves[""]) for seed in (9, 10))]
 
 
 def test_the_highest_losses_of_long_texts(tmp_path: Path) -> None:
