@@ -20,8 +20,9 @@ def test_one_process_at_a_time_writes_a_new_folder(tmp_path: Path) -> None:
         (partial / "file").write_text("first")
         with pytest.raises(LockedError, match=r"--output .*new: another process is writing it"):
             write(folder)
-    with pytest.raises(UserError, match="already holds something"):
-        write(folder)
+    for existing in (folder, folder / "file"):
+        with pytest.raises(UserError, match="already holds something"):
+            write(existing)
     assert (folder / "file").read_text() == "first"
     assert list(folder.parent.iterdir()) == [folder]
 
