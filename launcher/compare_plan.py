@@ -29,8 +29,11 @@ from pretrain.config import PretrainConfig
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
-# Beside the folders of the rows.
-_USED = ("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", CONFIGS, COMPARISON_RECORD)
+# Beside the folders of the rows; `checkpoints` is that of a pretraining run.
+_USED = (
+    *("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", "checkpoints"),
+    *(CONFIGS, COMPARISON_RECORD),
+)
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,10 @@ def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
     replaced = {"run.dir": ".", "model.init_from": encoder}  # a file may leave them out
     loaded = [load_config(FinetuneConfig, file, replaced) for file in config.tasks]
     names = [task.task.name or Path(file).stem for file, task in zip(config.tasks, loaded, strict=True)]
-    for name in names:
-        if names.count(name) > 1 or name == _PRETRAINING:
-            raise UserError(f"tasks: the name '{name}' is used twice; set task.name in one of the files")
     folders = _folders("tasks", names)
+    for name in names:
+        if names.count(name) > 1 or folders[name] == _PRETRAINING:
+            raise UserError(f"tasks: the name '{name}' is used twice; set task.name in one of the files")
     tasks = []
     for name, file, task_config in zip(names, config.tasks, loaded, strict=True):
         with user_errors_in(file):

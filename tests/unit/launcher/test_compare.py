@@ -380,6 +380,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(
         ({"rows": {"a b": {"init_from": "."}, "a-b": {"init_from": "."}}}, "would share the folder 'a-b'"),
         ({"rows": {"runs.json": {"init_from": "."}}}, "'runs.json' is the name of a file or folder of the comparison"),
         ({"rows": {"configs": {"init_from": "."}}}, "'configs' is the name of a file or folder of the comparison"),
+        ({"rows": {"checkpoints": {"init_from": "."}}}, "'checkpoints' is the name of a file or folder of"),
         ({"rows": {"a": {"init_from": "/nowhere"}}}, r"rows\.a\.init_from: /nowhere does not exist"),
         ({"rows": {"a": {"init_from": ".", "weights": "random", "pretrain": "x.yaml"}}}, "would ignore what pretrain"),
         ({"grid": "training.lr=fast"}, r"training\.lr"),
@@ -400,6 +401,17 @@ def test_mistakes_are_rejected_before_anything_runs(
     assert re.search(message, said), said
     assert not started
     assert not (tmp_path / "compare").exists()
+
+
+def test_tasks_have_names_of_their_own(
+    write_files: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches two runs in one folder, such as a task in that of the pretraining."""
+    for other in ("toy", "(pretrain)"):
+        file = write_files(tasks=[str(tmp_path / "toy.yaml"), str(tmp_path / f"{other}.yaml")])
+        (tmp_path / f"{other}.yaml").write_text((tmp_path / "toy.yaml").read_text())
+        assert main(["compare", str(file)]) == 2
+        assert f"tasks: the name '{other}' is used twice" in capsys.readouterr().err
 
 
 def test_data_are_checked_before_anything_runs(
