@@ -121,8 +121,6 @@ def _is_held(lock: Path) -> bool:
 def _opened(lock: Path) -> IO[bytes]:
     try:
         return lock.open("r+b")  # NFS needs write access
-    except FileNotFoundError:
-        raise
     except OSError:  # of another user, or read-only
         return lock.open("rb")
 
