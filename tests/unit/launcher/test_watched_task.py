@@ -186,9 +186,10 @@ def test_a_stopped_scoring_resumes(
 ) -> None:
     """Catches a restart that trains finished seeds again, and leftovers of other checkpoints that stay for ever."""
     checkpoints = [save(100), save(200)]
-    folders = []
+    folders, resumed = [], []
 
     def stop(child: ChildRun) -> str:
+        resumed.append(child.folder.path.exists())
         child.folder.path.mkdir(parents=True, exist_ok=True)
         folders.append(child.folder.path)
         raise StoppedError
@@ -198,6 +199,7 @@ def test_a_stopped_scoring_resumes(
         with pytest.raises(StoppedError):
             score_checkpoint(checkpoint, weights_digest(checkpoint), task_of(write_task()), run)
     assert folders[0] == folders[1] != folders[2]
+    assert resumed == [False, True, False]
     assert not folders[0].exists()
     assert folders[2].exists()
     with pytest.raises(StoppedError):  # an edited task has nothing to resume
