@@ -15,7 +15,7 @@ from launcher.preflight.bandwidth import Measurement, MeasurementError
 from launcher.preflight.checks import Problem
 from launcher.preflight.probe_hosts import Answer, HostAnswer, ProbeRequest, Unreachable
 from launcher.preflight.run import Report, check_hosts, preflight_table, require_hosts
-from launcher.preflight.target import Target, target_of_hosts
+from launcher.preflight.target import CacheNeeds, Target, target_of_hosts
 from launcher.ranks.placement import HostOptions
 
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)
@@ -58,6 +58,13 @@ def test_a_run_folder_keeps_its_files(target: Target) -> None:
     (logs / "rank-0.log").touch()
     check_hosts(target, MACHINE)
     assert [path.name for path in logs.iterdir()] == ["rank-0.log"]
+
+
+def test_a_host_without_room_for_the_corpora_fails(target: Target, tmp_path: Path) -> None:
+    """Catches a launch whose copies of the corpora fill the disk."""
+    report = check_hosts(replace(target, cache=CacheNeeds(str(tmp_path), None, {"copy": 1 << 60})), MACHINE)
+    assert report.passed == {}
+    assert f"for corpora at {tmp_path}" in report.text
 
 
 def test_folders_of_killed_preflights_are_removed(target: Target) -> None:
