@@ -146,7 +146,7 @@ class Watch:
             logged = self._log_results()
             if due is None:
                 if done and logged:
-                    return sorted(step for step, _ in self._failures)
+                    return sorted({step for step, _ in self._failures})
                 self._check_folder()
                 self._say_what_is_awaited()
                 self._wait()
@@ -215,7 +215,7 @@ class Watch:
         write_result(self._run, result)
         self._scored[step], self._all_logged, self._described = weights, False, True
         self._waiting.discard(step)
-        self._failures.pop((step, weights), None)
+        self._failures = {key: failed for key, failed in self._failures.items() if key[0] != step}
         inform(f"watch: {name}: step {step}: {result.metric} {result} on validation, {result.seconds:,.0f} s")
         self._announcement.send(self._run, result)
 

@@ -93,6 +93,21 @@ def test_other_weights_of_a_step_are_scored(run: RunFolder, save: Save, end: End
     assert scorer.steps == [100, 100]
 
 
+@pytest.mark.parametrize(("errors", "missing"), [(1, []), (4, [100])])
+def test_a_checkpoint_that_fails_and_is_saved_again(
+    run: RunFolder, save: Save, end: End, errors: int, missing: list[int]
+) -> None:
+    """Catches a watch that fails for a damaged checkpoint although the run has replaced it, or names it twice."""
+    left = iter([ScoringError("damaged")] * errors)
+
+    def fail(_step: int) -> None:
+        for error in left:
+            raise error
+
+    save(100)
+    assert watch(run, Scorer(fail), lambda: save(100, "others"), end) == missing
+
+
 def test_a_checkpoint_that_is_deleted_is_skipped(
     run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]
 ) -> None:
