@@ -4,14 +4,13 @@ Only rank 0 opens trackers. A tracker that fails is reported once and never stop
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from experiment.outcome_file import Outcome
-from experiment.own_process import LAUNCH_VARIABLE, START_VARIABLE
+from experiment.own_process import has_launcher
 from experiment.run_folder import RunFolder
 from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, alert_services
 from experiment.tracking.config import AlertEvent, TrackingConfig
@@ -102,8 +101,7 @@ class Trackers:
 
         The launcher sends those about crashes, if there is one: this process might be killed.
         """
-        is_launched = not {START_VARIABLE, LAUNCH_VARIABLE}.isdisjoint(os.environ)
-        if not (alert.event == "crash" and is_launched) and self._filter.passes(alert):
+        if not (alert.event == "crash" and has_launcher()) and self._filter.passes(alert):
             self._each(lambda tracker: tracker.alert(alert) if isinstance(tracker, AlertSender) else None)
 
     def close(self, outcome: Outcome, step: int | None = None) -> None:
