@@ -27,6 +27,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import parse_json, read_json, sha256, write_json
+from experiment.formatting import UNKNOWN
 from experiment.hub_names import hub_name, public_name
 from experiment.run_folder import RunFolder
 
@@ -181,10 +182,10 @@ def _version(library: str) -> str | None:
         return None
 
 
-def describe_commit(attempt: Mapping[str, Any]) -> str | None:
-    """Return the commit of an attempt in provenance.json; None if it is not known."""
+def describe_commit(attempt: Mapping[str, Any]) -> str:
+    """Return the commit of an attempt in provenance.json; '–' if it is not known."""
     git = attempt.get("git")
-    return f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else None
+    return f"{git['commit'][:10]}{' (changed)' if git['dirty'] else ''}" if git else UNKNOWN
 
 
 def describe_devices(hardware: Mapping[str, Any]) -> str:
@@ -194,7 +195,7 @@ def describe_devices(hardware: Mapping[str, Any]) -> str:
 
 
 def describe_cpu(hardware: Mapping[str, Any]) -> str:
-    return f"{hardware.get('cores', '–')} cores, {hardware.get('cpu', '–')}"
+    return f"{hardware.get('cores', UNKNOWN)} cores, {hardware.get('cpu', UNKNOWN)}"
 
 
 def _hardware() -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _lineage_row(ancestor: Mapping[str, Any]) -> list[str]:
 
 def attempt_row(attempt: Mapping[str, Any], device: str) -> list[str]:
     """Return a row of the table of hardware and software. attempt: as in provenance.json."""
-    commit, versions = describe_commit(attempt) or UNKNOWN, attempt.get("versions", {})
+    commit, versions = describe_commit(attempt), attempt.get("versions", {})
     ranks, hosts = (format_number(attempt.get(key)) for key in ("world_size", "hosts"))
     return [device, ranks, hosts, *(str(versions.get(name) or UNKNOWN) for name in _LIBRARIES), commit]
 

@@ -209,7 +209,7 @@ def provenance_blocks(folder: RunFolder) -> list[Block]:
 
 def _attempt_row(attempt: Mapping[str, Any]) -> list[str]:
     """Return a row. `attempt`: as in provenance.json; keys that an older version did not write are unknown."""
-    commit, versions = describe_commit(attempt) or UNKNOWN, attempt.get("versions", {})
+    commit, versions = describe_commit(attempt), attempt.get("versions", {})
     date = str(attempt.get("date", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC")
     libraries = [str(versions.get(name) or UNKNOWN) for name in _LIBRARIES]
     host, ranks = (str(attempt.get(key, UNKNOWN)) for key in ("host", "world_size"))
