@@ -6,10 +6,12 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.provenance import REPOSITORY
+from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
 from launcher.ranks.environment import (
     deepspeed_environment,
     exported_text,
+    exported_variables,
     forwarded_environment,
     host_environment,
     launch_environment,
@@ -109,6 +111,14 @@ def test_variables_for_other_hosts():
     }
     with pytest.raises(UserError, match="--env: OTHER is not set"):
         forwarded_environment(environ, ["OTHER"])
+
+
+def test_ranks_of_mpi_and_srun_get_the_address_where_they_meet():
+    """Catches ranks that cannot find each other."""
+    rendezvous, launch = Rendezvous("run-1", "10.0.0.1", 29500), {"A": "1", "DEEPCLOZE_LAUNCH": "run-1"}
+    assert exported_variables({"A": "1"}, rendezvous, "pdsh") == launch
+    met = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert exported_variables({"A": "1"}, rendezvous, "slurm") == launch | met
 
 
 def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_user_wants_it():

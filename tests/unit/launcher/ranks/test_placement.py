@@ -1,5 +1,6 @@
 import re
 import socket
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from experiment.errors import UserError
 from launcher.hosts.hostfile import Hosts, Slots
 from launcher.hosts.machine import Devices
 from launcher.ranks import placement
-from launcher.ranks.placement import PlacementOptions, parse_filter, select_slots
+from launcher.ranks.placement import Launcher, PlacementOptions, check_launcher, parse_filter, select_slots
 
 CPU = Devices("cpu", (0, 1))
 GPUS = Devices("cuda", (0, 1, 2, 3))
@@ -133,3 +134,19 @@ def test_rejects_filters_that_do_not_fit(include: str | None, exclude: str | Non
     """Catches a filter for a missing host or slot, which would run fewer ranks than requested."""
     with pytest.raises(UserError, match=re.escape(message)):
         select_slots(TWO_HOSTS, include, exclude)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "slots", "message"),
+    [
+        ("openmpi", {"a": (0, 1), "b": (1, 2)}, "uses the first GPUs of a host, not GPUs 1, 2 of b"),
+        ("slurm", {"a": (0,), "b": (0,)}, "this job has --gpus-per-task"),
+        ("mpich", {"a": (0, 1), "b": (0,)}, "--launcher mpich needs the same number of slots on every host"),
+        ("openmpi", {"a": (0, 1), "b": (0,)}, None),
+        ("pdsh", {"a": (0, 1), "b": (2,)}, None),
+    ],
+)
+def test_rejects_slots_that_a_launcher_cannot_start(launcher: Launcher, slots: Slots, message: str | None):
+    """Catches ranks on other GPUs than requested, and several on one GPU."""
+    with pytest.raises(UserError, match=re.escape(message)) if message else nullcontext():
+        check_launcher(launcher, slots, {"SLURM_GPUS_PER_TASK": "1"})
