@@ -66,7 +66,7 @@ def save_tensors(
             file.flush()
             sync(file.fileno())
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = str(path)
         raise
 
 
