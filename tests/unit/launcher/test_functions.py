@@ -249,9 +249,9 @@ def test_a_quiet_call_ends_with_its_function(monkeypatch: pytest.MonkeyPatch) ->
         deepcloze.pretrain(RUN, {"run.dir": "runs/other"}, quiet=quiet)
         assert not is_quiet()
     with progress.quiet():
-        deepcloze.pretrain(RUN, {"run.dir": "runs/other"}, quiet=True)
+        deepcloze.pretrain(RUN, quiet=True)
         assert is_quiet()
-    assert (names, modes) == (3 * ["other.yaml"], [True, False, True])
+    assert (names, modes) == (["other.yaml", "other.yaml", "mine.yaml"], [True, False, True])
 
 
 @pytest.mark.parametrize("function", ["pretrain.evaluate.evaluate", "finetune.run.run"])
