@@ -85,8 +85,6 @@ _Round = Callable[[_I64], _I64]
 def permute(seed: int, epoch: int, indices: _I64, n: int) -> _I64:
     """Return the image of each of `indices` [I] (values in [0, n)) in the permutation of (seed, epoch)."""
     assert n >= 1
-    if n == 1:
-        return np.zeros_like(indices)
     rounds = _rounds(seed, epoch, _half_bits(n))
     blocks = np.array_split(indices, -(-len(indices) // _BLOCK) or 1)
     words = np.concatenate([_network(block, n, rounds) for block in blocks])
