@@ -58,7 +58,7 @@ class _Slices(NamedTuple):
 
     spans: list[tuple[int, int]]  # offset in the flattened tensor, number of elements
     parameters: Tensor  # int64: which parameter each belongs to; numbers are the same on all ranks
-    sizes: Tensor  # float64: elements in the whole parameter
+    sizes: Tensor  # int64: elements in the whole parameter
 
     def views(self, tensor: Tensor) -> list[Tensor]:
         flat = tensor.view(-1)
@@ -87,11 +87,7 @@ class PerParameterOptimizer(GatedOptimizer):
             flat: _Slices(
                 spans=[(fragment.offset, fragment.numel) for fragment in slices],
                 parameters=torch.tensor([numbers[fragment.name] for fragment in slices], device=flat.device),
-                sizes=torch.tensor(
-                    [torch.Size(fragment.shape).numel() for fragment in slices],
-                    dtype=torch.float64,
-                    device=flat.device,
-                ),
+                sizes=torch.tensor([torch.Size(fragment.shape).numel() for fragment in slices], device=flat.device),
             )
             for flat, slices in held.items()
         }
