@@ -95,7 +95,7 @@ class DeepSpeedSettings:
         """
         zero = self.raw.get("zero_optimization", {}) | {"stage": self.zero_stage}
         for key in ("offload_optimizer", "offload_param"):
-            if swap_folder is not None and (zero.get(key) or {}).get("device") == "nvme":
+            if swap_folder is not None and _offload_device(zero, key) == "nvme":
                 zero[key] = zero[key] | {"nvme_path": str(swap_folder)}
         if self.zero_stage == 3:
             zero.setdefault("memory_efficient_linear", False)  # it would replace F.linear in the whole process
