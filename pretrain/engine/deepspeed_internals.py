@@ -109,11 +109,10 @@ def _names(owner: Any) -> Iterator[str]:
     attributes."""
     yield from vars(owner)
     for member in vars(owner).values():
-        function = member.fget if isinstance(member, property) else member
-        if inspect.isclass(function) and function.__module__ == owner.__name__:
-            yield from _names(function)
-        elif inspect.isroutine(function):
-            code = getattr(inspect.unwrap(function), "__code__", None)
+        if inspect.isclass(member) and member.__module__ == owner.__name__:
+            yield from _names(member)
+        elif inspect.isroutine(member):
+            code = getattr(inspect.unwrap(member), "__code__", None)
             yield from () if code is None else _names_in_code(code)
     for base in getattr(owner, "__bases__", ()):
         if base.__module__.startswith("deepspeed."):
