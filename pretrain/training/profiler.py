@@ -51,8 +51,6 @@ class StepProfiler:
 
     def step(self) -> None:
         """Call after each step."""
-        if self._done:
-            return
         self._steps += 1
         if self._on_gpu and self._steps in (SKIPPED, SKIPPED + PROFILED):
             torch.cuda.synchronize()  # the host runs ahead: kernels of the previous step would be counted
@@ -62,7 +60,6 @@ class StepProfiler:
         """Call at the end of training."""
         if not self._done:
             log.warning("the run ended before its steps %d to %d were profiled", SKIPPED + 1, SKIPPED + PROFILED)
-            self._done = True
             self._profile.on_trace_ready = None
         self._profile.stop()
 
