@@ -116,7 +116,7 @@ def update_history(
     held_out = {
         key.removeprefix("eval/").removesuffix("/loss"): float(loss)
         for key, loss in metrics.items()
-        if key.startswith("eval/") and key.endswith("/loss") and loss is not None
+        if key.endswith("/loss") and loss is not None
     }
     rising = {
         name: history.rising.get(name, 0) + 1
