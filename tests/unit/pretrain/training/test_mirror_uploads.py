@@ -64,15 +64,19 @@ def test_new_checkpoints_are_copied_and_old_ones_deleted(bucket: str, run: RunFo
     assert uploads.problem is None
 
 
-def test_checkpoints_of_an_earlier_attempt_are_copied(bucket: str, run: RunFolder) -> None:
-    """Catches a mirror that lacks what was saved just before a crash."""
-    save(run, 1)
-    save(run, 2)
+def test_checkpoints_of_an_earlier_attempt_are_copied(
+    bucket: str, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a mirror that lacks what was saved just before a crash, or gets what need not be kept or is damaged."""
+    for step in (1, 2, 3):
+        save(run, step)
     mirror = Mirror(f"{bucket}/run")
     uploads = MirrorUploads(mirror, run, lambda alert: None)
-    uploads.update(Retention(keep_last=1), 2, is_new=False)
+    caplog.set_level(logging.INFO)
+    uploads.update(Retention(keep_last=1), 2, is_new=False)  # the run did not resume from step 3
     uploads.close()
     assert steps(mirror) == [2]
+    assert caplog.text.count("copied") == 1
 
 
 def test_checkpoints_that_the_run_did_not_resume_from(bucket: str, run: RunFolder) -> None:
