@@ -78,8 +78,7 @@ class Partitions:
         """
         state = {}
         for key, value in self._engine.basic_optimizer.state.get(fragment.flat, {}).items():
-            per_element = value.dim() > 0 and value.numel() == fragment.flat.numel()
-            state[key] = value.reshape(-1).narrow(0, fragment.offset, fragment.numel) if per_element else value
+            state[key] = value.view(-1).narrow(0, fragment.offset, fragment.numel) if value.dim() else value
         return state
 
     @torch.no_grad()
