@@ -227,7 +227,7 @@ def _describe_exit(worker: BaseProcess) -> str:
 def _describe_state(worker: BaseProcess) -> str:
     try:
         state = Path(f"/proc/{worker.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+    except OSError:
         return "its state is unknown"
     return _STATES.get(state, f"its process state is {state}")
 
