@@ -145,7 +145,7 @@ def flops_model(model: PreTrainedModel) -> FlopsModel | None:
     """Count the parameters of a model that is not yet partitioned (ZeRO 3). None for a type whose config does not have
     the sizes that the formula needs, such as Perceiver, or has sizes of its own for each layer."""
     config = model.config
-    if getattr(config, "is_heterogeneous", False) or any(getattr(config, name, None) is None for name in _FLOPS_SIZES):
+    if config.is_heterogeneous or any(getattr(config, name, None) is None for name in _FLOPS_SIZES):
         return None
     in_embeddings = _in_embeddings(model)
     layers: int = config.num_hidden_layers
