@@ -20,9 +20,9 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
 
     Learned positions are extended by `resize_model`. Rotary positions of full attention get a larger base by the
     NTK-aware formula (bloc97 2023; Peng et al. 2023, "YaRN", section 3.1), base · s^(d / (d - 2)) for s times the
-    positions and heads of d dimensions: the slowest rotation then covers the new length as it covered the old one, and
-    the fastest hardly changes. `scale_rope` False keeps the base. Raises UserError for fewer positions than the model
-    has, and for models whose positions are of another kind.
+    positions and d rotated dimensions of a head: the slowest rotation then covers the new length as it covered the old
+    one, and the fastest hardly changes. `scale_rope` False keeps the base. Raises UserError for fewer positions than
+    the model has, and for models whose positions are of another kind.
     """
     config, present = model.config, max_positions(model)
     learned = any(name.endswith(_LEARNED_POSITIONS) for name, _ in model.named_parameters())
@@ -36,13 +36,14 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
     larger = copy.deepcopy(config)
     larger.max_position_embeddings = wanted + first_position(model)
     if scale_rope and wanted > present:
-        dimensions = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         for rope in _rope_parameters(larger):
             if rope.get("rope_type", "default") != "default":
                 raise UserError(
                     f"model.max_positions: the model's rotary positions are already scaled ('{rope['rope_type']}'); "
                     "set model.config.rope_parameters as a whole"
                 )
+            dimensions = int(head_size * rope.get("partial_rotary_factor", 1.0))
             rope["rope_theta"] *= (wanted / present) ** (dimensions / (dimensions - 2))
     return larger
 

@@ -14,7 +14,8 @@ from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces
 from pretrain.modeling.build import build_model
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
-from pretrain.modeling.random_model import meta_model
+from pretrain.modeling.random_model import meta_model, random_model
+from pretrain.modeling.resize import config_with_positions
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 
 MODEL_TYPES = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
@@ -131,6 +132,22 @@ def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
     kept = old | {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
     own = ModelConfig(init_from=str(tmp_path), max_positions=280, config={"rope_parameters": kept})
     assert resolve_model_config(own, tokenizer).rope_parameters["full_attention"]["rope_theta"] == 1e6
+
+
+@pytest.mark.parametrize("model_type", ["eurobert", "neomme"])
+def test_the_slowest_rotation_covers_all_positions(model_type: str) -> None:
+    """Catches parameters that all layers share and that are not found, and dimensions that count but do not rotate."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    sizes |= {"intermediate_size": 8, "vocab_size": 8, "num_hidden_layers": 1, "max_position_embeddings": 70}
+    ids = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "mask")}
+    config = AutoConfig.for_model(model_type, **sizes, **ids)
+    slowest = [
+        buffer.min()
+        for larger in (config, config_with_positions(meta_model(config), 280, scale_rope=True))
+        for name, buffer in random_model(larger).named_buffers()
+        if name.endswith(("emb.inv_freq", "full_attention_inv_freq"))
+    ]
+    assert slowest[0] / slowest[1] == pytest.approx(4)
 
 
 def test_as_many_positions_as_there_are(wordpiece: Path, tmp_path: Path) -> None:
