@@ -239,6 +239,8 @@ def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
     for key, value in _leaves(raw):
         if value == "auto":
             raise UserError(f"{path}: '{key}' is \"auto\", which deepcloze does not support; set a value or remove it")
+        if isinstance(value, str) and value.lower() in ("true", "false"):  # read as false by DeepSpeed, true in Python
+            raise UserError(f"{path}: '{key}' is \"{value}\", expected {value.lower()} without quotes")
     for section in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(raw.get(section, {}), dict):
             raise UserError(f"{path}: '{section}' is {json.dumps(raw[section])}, expected a JSON object")

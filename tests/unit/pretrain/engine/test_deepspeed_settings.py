@@ -103,6 +103,7 @@ def test_engine_config_does_not_change_its_input() -> None:
         ('{"gradient_clipping": 1.0}', "'gradient_clipping' is set by optimizer.grad_clip"),
         ('{"optimizer": {"type": "Adam"}}', "'optimizer' is set by the section 'optimizer'"),
         ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', "'zero_optimization.reduce_bucket_size' is \"auto\""),
+        ('{"bf16": {"enabled": "False"}}', "'bf16.enabled' is \"False\", expected false without quotes"),
         ('{"zero_optimization": {"stage": 4}}', "'zero_optimization.stage' is 4"),
         ('{"zero_optimization": {"round_robin_gradients": true}}', "round_robin_gradients"),
         ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "both 'fp16' and 'bf16'"),
