@@ -42,7 +42,7 @@ class MicrobatchLayout:
     """The shape of a microbatch, and how sequences fill its rows."""
 
     max_seq_length: int  # slots of the longest sequence, special tokens included
-    microbatch_tokens: int  # slots that a rank computes at once
+    microbatch_tokens: int  # slots that a rank computes at once, at least one row
     rows: Rows = "windows"
     first_position: int = 0  # position id of a sequence's first token; padding_idx + 1 in the RoBERTa family
     wide_rows: int | None = None  # slots of a row of windows, if it is wider than the longest sequence
@@ -51,11 +51,6 @@ class MicrobatchLayout:
     def row_width(self) -> int:
         """W, slots of a row of windows, or of a padded one."""
         return self.wide_rows or self.max_seq_length
-
-    @property
-    def capacity(self) -> int:
-        """The most slots of a microbatch: it holds at least one sequence."""
-        return max(self.max_seq_length, self.microbatch_tokens)
 
 
 @dataclass(frozen=True)
@@ -224,7 +219,7 @@ def assign_to_ranks(
     filled = np.bincount(packed.row, weights=lengths, minlength=packed.count).astype(np.int64)
     fullest_first = longest_first(filled)
     width = layout.row_width
-    max_rows = layout.capacity // width
+    max_rows = layout.microbatch_tokens // width
     microbatches = max(1, -(-packed.count // (world_size * max_rows)))
     bucket = max(1, max_rows // _ROW_BUCKETS)
     rows = -(-packed.count // (world_size * microbatches))
@@ -250,7 +245,7 @@ def assign_to_ranks(
 def assign(lengths: NDArray[np.int64], world_size: int, layout: MicrobatchLayout) -> Assignment:
     """Assign sequences with these lengths [S], at most `layout.max_seq_length`, to the microbatches of all ranks."""
     if layout.rows == "flat":
-        return deal(lengths, world_size, layout.capacity)
+        return deal(lengths, world_size, layout.microbatch_tokens)
     rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.row_width)
     return assign_to_ranks(lengths, rows, world_size, layout)
 
