@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,11 +243,10 @@ def test_what_a_fork_loads(tmp_path: Path) -> None:
     for changes, moments, same_stream in cases:
         planned = plan(tmp_path / "new", str(parent), **changes)
         assert (planned.load_optimizer_state, planned.same_stream) == (moments, same_stream)
-    progress = TrainingProgress(
-        step=4, tokens=9, seconds=5.0, grad_norms=(1.0,), bad_steps=(2, 6), interval_masked=3, evaluated=True
-    )
-    assert fork_progress(progress, same_stream=True) == TrainingProgress(step=4, tokens=9, bad_steps=(2, 6))
-    assert fork_progress(progress, same_stream=False) == TrainingProgress(step=4, tokens=9)
+    kept = TrainingProgress(step=4, tokens=9, tokens_by_corpus={"f1": 9}, bad_steps=(2, 6))
+    progress = replace(kept, seconds=5.0, grad_norms=(1.0,), interval_masked=3, evaluated=True)
+    assert fork_progress(progress, same_stream=True) == kept
+    assert fork_progress(progress, same_stream=False) == replace(kept, bad_steps=())
 
 
 def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
