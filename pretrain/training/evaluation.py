@@ -90,7 +90,6 @@ def forget_replaced(history: EvaluationHistory, corpora: Mapping[str, str]) -> E
         metric=metric,
         held_out={name: loss for name, loss in history.held_out.items() if name not in replaced},
         corpora=dict(corpora),
-        rising={name: times for name, times in history.rising.items() if name not in replaced},
     )
 
 
