@@ -48,7 +48,7 @@ def layer_ids(model: PreTrainedModel) -> dict[str, int]:
     embeddings, those after the last layer (a final norm) as head.
     """
     encoder = f"{model.base_model_prefix}."
-    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    tables = _tables(model)
     ids: dict[str, int] = {}
     layers = 0
     for name, parameter in model.named_parameters():
@@ -66,7 +66,7 @@ def layer_ids(model: PreTrainedModel) -> dict[str, int]:
 def hidden_matrices(model: PreTrainedModel) -> list[str]:
     """Return names of the weights that hidden states are multiplied by: of linear layers, except the decoder, also
     where it is tied to the embeddings."""
-    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    tables = _tables(model)
     decoder = model.get_output_embeddings()
     matrices = {
         id(module.weight)
@@ -83,7 +83,7 @@ class ParameterCounts:
     """Shared parameters, such as a decoder tied to the embeddings, count once."""
 
     total: int
-    embeddings: int  # modules called `embeddings`
+    embeddings: int  # lookup tables, and modules called `embeddings`
     encoder: int  # the rest of the base model
     head: int  # outside the base model
     hidden_matrices: int  # see the function of this name
@@ -91,9 +91,14 @@ class ParameterCounts:
     sizes: tuple[int, ...]  # of each parameter
 
 
+def _tables(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters of lookup tables."""
+    return {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+
+
 def _in_embeddings(model: PreTrainedModel) -> set[int]:
-    """Return the ids of the parameters in modules called `embeddings`."""
-    return {
+    """Return the ids of the parameters of lookup tables, and of others in modules called `embeddings`."""
+    return _tables(model.base_model) | {
         id(parameter)
         for name, module in model.base_model.named_modules()
         if name.split(".")[-1] == "embeddings"

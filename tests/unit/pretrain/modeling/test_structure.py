@@ -7,7 +7,7 @@ from model_examples import LOCAL_WINDOW, Example
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from pretrain.modeling.random_model import meta_model
-from pretrain.modeling.structure import FlopsModel, flops_model, hidden_matrices, layer_ids
+from pretrain.modeling.structure import FlopsModel, count_parameters, flops_model, hidden_matrices, layer_ids
 
 HIDDEN, INNER, VOCABULARY = 24, 40, 200
 LAYER = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN * INNER + INNER + HIDDEN + 4 * HIDDEN  # attention, MLP, two norms
@@ -52,6 +52,17 @@ def test_layers_that_share_parameters_all_count(groups: int) -> None:
     model = flops_model(meta_model(config))
     assert model is not None
     assert model.encoder_parameters == 4 * LAYER + 16 * HIDDEN + HIDDEN
+
+
+def test_a_table_by_another_name_is_an_embedding() -> None:
+    """Catches the speed of EuroBERT, whose tokens are in `embed_tokens`, as if each token were multiplied with them."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 2, "num_key_value_heads": 2}
+    ids = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "mask")}
+    model = meta_model(AutoConfig.for_model("eurobert", vocab_size=VOCABULARY, num_hidden_layers=3, **sizes, **ids))
+    counts, flops = count_parameters(model), flops_model(model)
+    assert counts.embeddings == VOCABULARY * HIDDEN
+    assert flops is not None
+    assert flops.encoder_parameters == counts.encoder == 3 * (4 * HIDDEN**2 + 3 * HIDDEN * INNER + 2 * HIDDEN) + HIDDEN
 
 
 def test_an_empty_step_has_no_flops(example: Callable[[str], Example]) -> None:
