@@ -91,11 +91,10 @@ def describe_unused_layers(folder: Path, unused: Iterable[str]) -> str | None:
 def first_position(model: "nn.Module") -> int:
     """Return the position id of a sequence's first token: 0, or padding_idx + 1 if the position embeddings have a
     padding row, as in the RoBERTa family."""
-    from torch import nn
-
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.padding_idx + 1
+        padding: int | None = getattr(module, "padding_idx", None)  # I-BERT's table has a class of its own
+        if name.endswith("position_embeddings") and padding is not None:
+            return padding + 1
     return 0
 
 

@@ -36,13 +36,13 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
     larger = copy.deepcopy(config)
     larger.max_position_embeddings = wanted + first_position(model)
     if scale_rope and wanted > present:
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         for rope in _rope_parameters(larger):
             if rope.get("rope_type", "default") != "default":
                 raise UserError(
                     f"model.max_positions: the model's rotary positions are already scaled ('{rope['rope_type']}'); "
                     "set model.config.rope_parameters as a whole"
                 )
+            head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             dimensions = int(head_size * rope.get("partial_rotary_factor", 1.0))
             rope["rope_theta"] *= (wanted / present) ** (dimensions / (dimensions - 2))
     return larger

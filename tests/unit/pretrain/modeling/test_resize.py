@@ -15,7 +15,7 @@ from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces
 from pretrain.modeling.build import build_model
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model, random_model
-from pretrain.modeling.resize import config_with_positions
+from pretrain.modeling.resize import config_with_positions, resize_model
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 
 MODEL_TYPES = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet")
@@ -114,6 +114,16 @@ def test_learned_positions(wordpiece: Path, tmp_path: Path, model_type: str) -> 
     )
     for position in (0, usable - 1, usable, 2 * usable, 149):
         assert torch.equal(new[first + position], old[first + position % usable])
+
+
+@pytest.mark.parametrize(("model_type", "unusable"), [("fnet", 0), ("ibert", 2)])
+def test_learned_positions_of_unusual_models(model_type: str, unusable: int) -> None:
+    """Catches a config without attention heads that is refused, and a padding row in a table of I-BERT's own class."""
+    sizes = {"hidden_size": 12, "intermediate_size": 8, "vocab_size": 9, "num_hidden_layers": 1, "pad_token_id": 1}
+    model = random_model(AutoConfig.for_model(model_type, **sizes, max_position_embeddings=20))
+    assert max_positions(model) == 20 - unusable
+    larger = resize_model(model, config_with_positions(model, 40, scale_rope=True), {})
+    assert larger(input_ids=torch.full((1, 40), 5)).logits.isfinite().all()
 
 
 def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
