@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from experiment.local_server import allowed_hosts
 from finetune.inference import Inference
-from finetune.kinds import cloze
+from finetune.kinds import cloze, embedding
 from finetune.predictor import Predictor
 from finetune.saved_task import SavedTask, write_saved_task
 from finetune.serve.app import make_app
@@ -128,11 +128,16 @@ def test_what_the_server_does_not_have(client: TestClient, method: str, path: st
     assert answer.json()["error"].endswith("; /docs lists those of this server")
 
 
-def test_what_the_model_cannot_do(folders: dict[str, Path], connect: Connect) -> None:
+def test_what_the_model_cannot_do(folders: dict[str, Path], connect: Connect, tmp_path: Path) -> None:
     """Catches answers of a model that was not made for the question."""
     masked, tagger = connect(folders["masked"]), connect(folders["token"])
     for path, body in (("predict", {"texts": ["a"]}), ("model_prediction/", {"sentence1": "a"})):
         assert masked.post(f"/v1/{path}", json=body).status_code == 404
+    embedder = Path(shutil.copytree(folders["sequence"], tmp_path / "embedder"))
+    write_saved_task(embedder, SavedTask(embedding.Kind(embedding.Config(), ()), None))
+    answer = connect(embedder).post("/v1/model_prediction/", json={"sentence1": "a"})
+    assert answer.status_code == 404
+    assert answer.json()["error"] == "a model of kind embedding predicts no label; use /v1/predict"
     assert tagger.post("/v1/fill-mask", json={"texts": ["a [MASK]"]}).status_code == 404
     answer = tagger.post("/v1/predict", json={"texts": ["a"]})
     assert answer.status_code == 422
