@@ -1,6 +1,5 @@
 """The formats of data files: CSV, JSON, Parquet and CoNLL-2003. Each gives the rows of a file as named cells."""
 
-import csv
 import gzip
 import re
 import zlib
@@ -137,7 +136,7 @@ def read_delimited(path: Path, csv_format: CsvFormat) -> Iterator[Row]:
 def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:
     """Return a message if a field has line breaks, followed by text that looks like rows."""
     for cell in row.cells:
-        if csv_format.quoting != csv.QUOTE_NONE and ("\n" in cell or "\r" in cell):
+        if "\n" in cell or "\r" in cell:
             separators = [line.count(csv_format.separator or ",") for line in cell.splitlines()[1:]]
             expected = 1 if csv_format.separator == "\t" else len(row.cells) - 1
             if expected and any(count >= expected for count in separators):

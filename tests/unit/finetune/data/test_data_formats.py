@@ -82,12 +82,13 @@ def test_a_quote_that_swallows_rows_of_a_tsv_file_is_rejected(tmp_path: Path) ->
     assert len(cells(path, FileFormat(csv=CsvFormat(quoting=csv.QUOTE_NONE)))) == 4
 
 
+@pytest.mark.parametrize("end", ["\n", "\r"])
 def test_a_quote_that_may_have_swallowed_rows_of_a_csv_file_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    end: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches rows that vanish without a word, and texts with commas and line breaks that are rejected."""
     path = tmp_path / "a.csv"
-    path.write_text("label,text\n" + SWALLOWED.replace("\t", ","))
+    path.write_text(f"label,text\n{SWALLOWED}".replace("\t", ",").replace("\n", end))
     assert len(cells(path)) == 2
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}:2: a quoted field spans 3 lines that look like rows: is its quote an ordinary character? "
