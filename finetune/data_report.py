@@ -44,7 +44,7 @@ def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
         for role in columns.roles(LABEL):
             labels = [record.values[role] for record in train.records]
             lines += _odd_labels(labels, role)
-            lines += _swapped(labels, [record.values[texts[0]] for record in train.records], role) if texts else []
+            lines += _swapped(labels, [record.values[texts[0]] for record in train.records], role)
         lines += _contradictions(train, targets)
     return [*lines, *_shared(tables, targets)]
 

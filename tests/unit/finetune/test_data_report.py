@@ -36,6 +36,7 @@ def test_ordinary_data_is_not_remarked_upon() -> None:
     assert oddities(train=GOOD, test=[("other", "more"), ("texts", "more")]) == []
     numbers = [(f"text {number}", "more", str(number // 2)) for number in range(60)]
     assert oddities(train=numbers) == []
+    assert oddities(train=[(str(number), "more", ["negative", "positive"][number % 2]) for number in range(9)]) == []
 
 
 def test_texts_that_splits_share_are_counted() -> None:
