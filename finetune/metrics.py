@@ -168,7 +168,7 @@ class Classified:
 
 def confidence_losses(confidences: Sequence[float], right: Sequence[float]) -> NDArray[np.float64]:
     """Return N cross-entropies of the probabilities of N answers, and how right the answers are, from 0 to 1."""
-    p, share = np.asarray(confidences, dtype=float), np.asarray(right, dtype=float)
+    p, share = np.asarray(confidences), np.asarray(right)
     return np.asarray(-share * np.log(np.maximum(p, _TINY)) - (1 - share) * np.log(np.maximum(1 - p, _TINY)))
 
 
@@ -324,7 +324,7 @@ def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Inte
 
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     ids = np.array([numbers[group] for group in groups])
-    counts, hits = np.bincount(ids), np.bincount(ids, weights=np.asarray(right, dtype=float))
+    counts, hits = np.bincount(ids), np.bincount(ids, weights=right)
     accuracy, drawn = float(np.mean(right)), len(counts)
     residuals = hits - accuracy * counts
     if drawn == len(right) or np.abs(residuals).max() < _ROUNDING:
@@ -435,7 +435,7 @@ def ndcg(ranks: Sequence[int], cutoff: int = 10) -> float:
 
 
 def _discounted(ranks: Sequence[int]) -> float:
-    return float((1 / np.log2(1 + np.asarray(ranks, dtype=float))).sum())
+    return float((1 / np.log2(1 + np.asarray(ranks))).sum())
 
 
 def potentials(vectors_ND: Vectors) -> NDArray[np.float64]:

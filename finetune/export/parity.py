@@ -60,7 +60,7 @@ def sample_batches(loaded: LoadedModel) -> list[dict[str, Tensor]]:
     sequences = sorted((_sample(encoder, ids, draw) for ids in texts), key=len)
     batches: list[list[Tokens]] = [[]]
     for sequence in sequences:
-        if batches[-1] and (len(batches[-1]) + 1) * len(sequence) > _BATCH_TOKENS:
+        if (len(batches[-1]) + 1) * len(sequence) > _BATCH_TOKENS:
             batches.append([])
         batches[-1].append(sequence)
     return [pad_sequences(batch, loaded.padding, torch.device("cpu")) for batch in batches]
