@@ -72,15 +72,15 @@ class Input:
         first = next(iter(read_rows(self.path, self.format)))
         columns, header = self.kind.config.columns.without_targets(), [name.strip() for name in first.names]
         asked = {role: columns.names(role) for role in columns.cell_types()}
-        by_number = all(name.isdecimal() and name not in header for names in asked.values() for name in names)
-        if not by_number or first.csv is None or not first.csv.header:
+        # Without a header, and in other formats than CSV, the numbers are the names.
+        if not all(name.isdecimal() and name not in header for names in asked.values() for name in names):
             return
         found = (f"{role}: {listed(repr(header[int(name)]) for name in names)}" for role, names in asked.items())
         terminal().print(f"columns by number, {', '.join(found)}")
         if labels := [name for name in header if name in self.kind.labels]:
             warn_once(
                 f"{self.path}: the first row is read as a header, but {labels[0]!r} in it is one of the labels; if it "
-                f"is data, set {first.csv.option('header', 'null')}"
+                f"is data, set {self.format.csv.option('header', 'null')}"
             )
 
 
