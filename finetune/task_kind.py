@@ -163,8 +163,10 @@ class TaskKind(ABC, Generic[ConfigT]):
         """Yield the texts of a record that pretraining text must not have, if it is evaluated on: all that the model
         reads. A list of words, such as a tagged sentence, is one text."""
         for role, cell_type in self.config.columns.cell_types().items():
-            if cell_type.is_input:
-                yield from _texts(record.values.get(role))
+            if cell_type.is_input and role in record.values:
+                value = record.values[role]
+                texts = [value] if isinstance(value, str) else value
+                yield from texts if any(" " in text for text in texts) else [" ".join(texts)]
 
     def check_input(self, record: Record) -> None:
         """Raise UserError for a record that cannot be predicted, as `expand` does: without a tokenizer, to find it
@@ -284,14 +286,3 @@ def find_kind(name: str) -> type[TaskKind[Any]]:
     with fast_imports():
         kind: type[TaskKind[Any]] = importlib.import_module(f"{kinds.__name__}.{name}").Kind
     return kind
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a cell."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list) and all(isinstance(part, str) for part in value):
-        yield from value if any(" " in part for part in value) else [" ".join(value)]
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)

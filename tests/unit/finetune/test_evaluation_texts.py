@@ -113,6 +113,15 @@ def test_the_blanks_of_a_cloze_exam_are_filled(tmp_path: Path) -> None:
     assert found == ["She drove quickly to the police station.", "She drove ", " to the ", " station."]
 
 
+def test_negatives_are_evaluated_too_where_a_split_has_them(tmp_path: Path) -> None:
+    """Catches negatives that stay in the corpus, and a traceback for a split without their column."""
+    write(tmp_path, "validation.tsv", "a\tb", "v one\tv two")
+    write(tmp_path, "test.tsv", "a\tb\tn", 't one\tt two\t["n one", "n two"]')
+    columns = "{text: a, text_pair: b, negative: n}"
+    found = evaluation_texts(config(tmp_path, "validation", "test", kind="embedding", columns=columns))
+    assert [text.text for text in found] == ["v one", "v two", "t one", "t two", "n one", "n two"]
+
+
 def test_a_task_without_evaluation_texts(tmp_path: Path) -> None:
     write(tmp_path, "test.tsv", "a\tb\tlabel", " \t \t1")
     with pytest.raises(UserError, match=r"^it has no validation or test texts"):
