@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from experiment.errors import is_out_of_memory
 from experiment.model_folder import first_use
@@ -140,14 +141,16 @@ def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch,
     inference = Inference(model, task.kind, task.padding, device, microbatch)
     outputs, loss = inference.compute(split.examples, task.loss_options(device.device))
     predictions = decode(task.kind, split, outputs)
-    if not split.table.labelled or loss is None:
+    if loss is None:
         return Evaluation(predictions, None, {})
     records = split.table.records
     related = tuple(task.kind.relate(records, predictions))
     return Evaluation(related, (loss.sum / loss.weight).item(), task.kind.scores(records, related))
 
 
-def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int) -> tuple[Task, Device, list[str]]:
+def adapt_to_model(
+    model: PreTrainedModel, task: Task, device: Device, max_length: int
+) -> tuple[Task, Device, list[str]]:
     """Return the task and the device as the model needs them, and a line for each change.
 
     Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
@@ -155,7 +158,7 @@ def adapt_to_model(model: nn.Module, task: Task, device: Device, max_length: int
     UserError for a model that cannot compute at all.
     """
     examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
-    lines, name = [], getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    lines, name = [], model.config.model_type
     if not ignores_padding(model, task.kind, task.padding, [*examples[:_EXAMPLES], examples[-1]], max_length):
         lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
         task = replace(task, padding=replace(task.padding, length=max_length))

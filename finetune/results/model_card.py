@@ -116,7 +116,7 @@ def _usage(run: ResolvedRun) -> str:
 
 def _score_rows(record: SeedRecord) -> list[list[str]]:
     return [
-        [split, metric, format_number(value, 4), _interval(record.intervals.get(split, {}).get(metric))]
+        [split, metric, format_number(value, 4), _interval(record.intervals[split].get(metric))]
         for split, metrics in record.scores.items()
         for metric, value in metrics.items()
     ]

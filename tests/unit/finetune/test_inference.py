@@ -35,6 +35,8 @@ def make_task(side: str = "right") -> Task:
 class Model(nn.Module):
     """Classifies by the mean of word vectors, padding included or not."""
 
+    config = SimpleNamespace(model_type="mean")
+
     def __init__(self, uses_mask: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -51,7 +53,7 @@ def test_models_that_see_padding_get_fixed_padding(side: str) -> None:
     """Catches predictions that change with the batch size, and padding to a length that varies."""
     made = make_task(side)
     task, device, lines = adapt_to_model(Model(uses_mask=False), made, FP32, max_length=16)
-    assert lines == ["Model: its outputs depend on padding, so all sequences are padded to 16 tokens"]
+    assert lines == ["mean: its outputs depend on padding, so all sequences are padded to 16 tokens"]
     assert device == FP32
     for examples in (made.splits["train"].examples[:1], made.splits["train"].examples):
         inputs = collate(task.kind, examples, task.padding, FP32.device).inputs
@@ -70,7 +72,7 @@ def test_padding_shows_in_outputs_whatever_the_loss_is() -> None:
         splits = {"train": replace(train, examples=examples, table=replace(train.table, labelled=targets is not None))}
         task = replace(made, kind=Regression(RegressionConfig(train="f.csv"), ()), splits=splits)
         _, _, lines = adapt_to_model(Model(uses_mask=False), task, FP32, max_length=16)
-        assert lines == ["Model: its outputs depend on padding, so all sequences are padded to 16 tokens"]
+        assert lines == ["mean: its outputs depend on padding, so all sequences are padded to 16 tokens"]
         assert adapt_to_model(Model(uses_mask=True), task, FP32, max_length=16)[2] == []
 
 
