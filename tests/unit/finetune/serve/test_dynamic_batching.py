@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from finetune.serve import batching
 from finetune.serve.batching import Batcher, BatchLimits, Size, plan_batches
 
 LIMITS = BatchLimits(tokens=100, delay=0.0, padding=20)
@@ -210,6 +211,22 @@ def test_a_full_batch_does_not_wait(tokens: int) -> None:
         batcher = Batcher(Squares(), BatchLimits(tokens=tokens, delay=1e9 if tokens == 10 else 0.001, padding=0))
         assert await batcher.submit([2], ones(1)) == [4]
         await batcher.close()
+
+    run(test)
+
+
+def test_a_server_without_requests_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a loop that looks for items as fast as it can, and takes a core."""
+    planned = []
+    monkeypatch.setattr(batching, "plan_batches", lambda *given: planned.append(given) or plan_batches(*given))
+
+    async def test() -> None:
+        batcher = Batcher(Squares(), LIMITS)
+        assert await batcher.submit([2], ones(1)) == [4]
+        for _ in range(100):
+            await asyncio.sleep(0)
+        await batcher.close()
+        assert len(planned) == 1
 
     run(test)
 

@@ -79,7 +79,7 @@ def test_classification_of_texts_and_pairs(folders: dict[str, Path], connect: Co
 
 
 def test_answers_under_load(folders: dict[str, Path], connect: Connect) -> None:
-    """Catches answers that depend on the texts of other clients, or go to the wrong client."""
+    """Catches answers that depend on the texts of other clients, or go to the wrong client, and wrong counts."""
     client, given = connect(folders["sequence"], batch_tokens=128), texts(120)
     expected = probabilities(folders["sequence"], given)
     sizes = [1, 2, 5, 1, 11] * 6
@@ -93,6 +93,8 @@ def test_answers_under_load(folders: dict[str, Path], connect: Connect) -> None:
     metrics = client.get("/metrics").text
     (batches,) = (line for line in metrics.splitlines() if line.startswith("deepcloze_batch_sequences_count"))
     assert float(batches.split()[1]) < 120
+    assert 'deepcloze_requests_total{path="/v1/predict",status="200"} 30.0' in metrics
+    assert 'deepcloze_texts_total{path="/v1/predict"} 120.0' in metrics
 
 
 def test_filled_masks(folders: dict[str, Path], connect: Connect) -> None:
