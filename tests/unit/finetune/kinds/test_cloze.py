@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import RobertaProcessing
-from transformers import BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import BertForMaskedLM, PreTrainedTokenizerFast, XLNetTokenizer
 
 from experiment.config import build_config
 from experiment.errors import UserError
@@ -218,9 +218,9 @@ def test_answers_may_have_other_names(encoder: Path) -> None:
     assert asked.decode(record, made, list(outputs))["answers"] == ["2", "2", "1"]
 
 
-@pytest.mark.parametrize("options", [[["word1"]], ["word1", "word2"], [["word1", " "]], "word1"])
+@pytest.mark.parametrize("options", [[["word1"]], ["word1", "word2"], [["word1", " "]], "word1", None])
 def test_options_are_lists_of_lists(tmp_path: Path, options: Any) -> None:
-    """Catches a traceback for one flat list of options."""
+    """Catches a traceback for one flat list of options, and for null."""
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps({"article": "a _ b", "options": options, "answers": ["A"]}))
     with pytest.raises(UserError, match=r"f\.jsonl:1: expected a list with two or more options for each blank in"):
@@ -362,3 +362,15 @@ def test_options_have_the_tokens_that_they_have_in_a_text(tmp_path: Path, articl
     found = [sequence.input_ids.tolist()[1:-1] for sequence in asked[0].sequences]
     natural = [article.replace("_", option) for option in ("Paris", "London")]
     assert found == [encode.ids(text) for text in natural]
+
+
+@pytest.mark.parametrize("article", ["_ red", "(_) red", "Paris _ red"])
+def test_options_have_the_word_marks_that_they_have_in_a_text(article: str) -> None:
+    """Catches an option of SentencePiece that is a word after a bracket, or no word at the beginning of a text."""
+    specials = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>"]
+    pieces = ["▁", "▁(", "(", ")", "Paris", "▁Paris", "London", "▁London", "▁red"]
+    tokenizer = XLNetTokenizer(vocab=[*((token, 0.0) for token in specials), *((piece, -3.0) for piece in pieces)])
+    encode = Encoder(tokenizer, 16, token_types=True)
+    (asked,) = kind().expand(Record("f:1", {"article": article, "options": [["Paris", "London"]]}), encode, False)
+    found = [sequence.input_ids.tolist()[:-2] for sequence in asked.sequences]  # <sep> and <cls> are at the end
+    assert found == [encode.ids(article.replace("_", option)) for option in ("Paris", "London")]

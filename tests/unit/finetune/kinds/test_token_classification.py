@@ -99,8 +99,9 @@ def test_one_tag_for_all_words_is_a_collapse() -> None:
 
 def test_tags_without_a_prefix_are_entities() -> None:
     """Catches the first letter of a tag taken for its prefix: `NOUN` would be an `OUN`."""
-    found = scores("NOUN VERB O", "NOUN NOUN O")
-    assert (found["precision"], found["recall"]) == (0.5, 0.5)
+    for noun in ("NOUN", "PROPER-NOUN"):
+        found = scores(f"{noun} VERB O", f"{noun} {noun} O")
+        assert (found["precision"], found["recall"]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,17 @@ def test_tags_that_are_nearly_right_are_rejected(tmp_path: Path, tags: str, hint
     path.write_text(f"tokens\ttags\na b\t{tags}\n")
     with pytest.raises(UserError, match=rf"f\.tsv:2: expected a list of tags.* in 'tags', found .*; {hint}"):
         read_table(path, CONFIG.columns, FileFormat(csv=CsvFormat(quoting=3)))
+
+
+def test_null_tags_and_numbers_for_words(tmp_path: Path) -> None:
+    """Catches a test split without tags that is rejected, and a traceback for words that are no text."""
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"tokens": ["a", "b"], "tags": null}\n')
+    table = read_table(path, CONFIG.columns, targets_required=False)
+    assert ([record.values for record in table.records], table.labelled) == ([{"words": ["a", "b"]}], False)
+    path.write_text('{"tokens": [1, 2], "tags": null}\n')
+    with pytest.raises(UserError, match=r"f\.jsonl:1: expected a list of words.* in 'tokens', found \[1, 2\]"):
+        read_table(path, CONFIG.columns, targets_required=False)
 
 
 def test_one_tag_is_no_task() -> None:
