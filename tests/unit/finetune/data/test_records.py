@@ -166,6 +166,14 @@ def test_bad_files_are_rejected_with_file_and_line(tmp_path: Path, name: str, te
         read_table(write(tmp_path / name, text), COLUMNS)
 
 
+def test_a_test_split_has_all_labels_or_none(tmp_path: Path) -> None:
+    """Catches rows without a label among those that are scored."""
+    path = write(tmp_path / "a.csv", "text,label\na,1\nb,\n")
+    with pytest.raises(UserError, match=r"a\.csv:3: the label is empty"):
+        read_table(path, COLUMNS, targets_required=False)
+    assert values(read_table(write(path, "text,label\na,\n"), COLUMNS, targets_required=False)) == [{"text": "a"}]
+
+
 def test_minus_one_may_be_a_label(tmp_path: Path) -> None:
     """Catches sentiment labels -1, 0 and 1 that are taken for missing ones."""
     path = write(tmp_path / "a.csv", "text,label\na,-1\nb,1\n")

@@ -155,6 +155,25 @@ def test_items_of_a_cancelled_request_are_dropped() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("item", [3, -3])
+def test_a_client_may_leave_while_its_items_are_computed(item: int) -> None:
+    """Catches a batcher that ends with a result, or an error, for nobody: all later requests would wait forever."""
+
+    async def test() -> None:
+        squares = Squares(open_from_start=False)
+        batcher = Batcher(squares, LIMITS)
+        gone = asyncio.create_task(batcher.submit([item], ones(1)))
+        while not squares.batches:
+            await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        squares.permitted.set()
+        assert await batcher.submit([2], ones(1)) == [4]
+        await batcher.close()
+
+    run(test)
+
+
 def test_items_of_a_request_cancelled_between_its_batches_are_dropped() -> None:
     """Catches batches that were planned before a client left, and are computed for it."""
 
