@@ -50,6 +50,13 @@ def test_windows_without_the_answer_point_to_the_classification_token(encoder: P
     assert all(len(example.sequences[0]) <= 13 for example in made)
 
 
+def test_an_answer_without_tokens_is_no_answer(encoder: Path) -> None:
+    """Catches a traceback for an answer whose characters the tokenizer drops."""
+    values = {"context": "word0 \x01 word1", "answers": [{"text": "\x01", "start": 6}]}
+    (example,) = KIND.expand(record(**values), encode(encoder), training=True)
+    assert example.target == [0, 0]
+
+
 def scores_for(made: Any, window: int, span: tuple[int, int], nothing: float = -5.0) -> list[Any]:
     """Outputs that prefer a span (of tokens of the context) in a window."""
     outputs = [np.full((len(example.sequences[0]) + 3, 2), -10.0, dtype=np.float32) for example in made]
