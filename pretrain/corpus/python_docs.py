@@ -92,16 +92,16 @@ def read_python_docs(
             yield PythonDoc(text, package, document if names[document] == 1 else f"{document}#{names[document]}")
 
     distributions = _distributions()
+    wanted = installed = {PYTHON, *(name for name, _ in distributions)}
     if packages is not None:
         wanted = {_normalized(name) for name in packages}
-        missing = wanted - {PYTHON, *(name for name, _ in distributions)}
-        if missing:
+        if missing := wanted - installed:
             raise UserError(f"--packages: not installed: {', '.join(sorted(missing))}")
         distributions = [(name, found) for name, found in distributions if name in wanted]
     for package, distribution in distributions:
         yield from unseen(package, "METADATA", _description(distribution))
     by_package = [list(_package_files(package, found)) for package, found in distributions]
-    if packages is None or PYTHON in packages:
+    if PYTHON in wanted:
         by_package = [list(_standard_library()), *by_package]
     files = [file for found in by_package for file in _spread(found, files_per_package)]
     with (

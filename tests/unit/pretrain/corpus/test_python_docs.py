@@ -162,7 +162,7 @@ def test_texts_that_are_not_unicode_are_left_out(installed: Path) -> None:
 
 def test_packages_and_files_can_be_chosen(installed: Path) -> None:
     """Catches packages that are read although they were not asked for, and a name that nothing has."""
-    assert {doc.package for doc in read_python_docs(["python"])} == {"python"}
+    assert {doc.package for doc in read_python_docs(["Python"])} == {"python"}
     assert {doc.package for doc in read_python_docs(["My_Shapes"])} == {"my-shapes"}
     files = [doc.document for doc in read_python_docs(["my-shapes"], files_per_package=1)]
     assert files == ["my-shapes/METADATA", "my-shapes/shapes", "my-shapes/shapes.f"]
