@@ -37,7 +37,7 @@ def choose_duplicates(
     bands, sets: as `sketch` and `NgramSets` have them, of consecutive parts of the collection.
     """
     similarity = _Similarity(sets, threshold)
-    for band in range(bands[0].shape[0] if bands else 0):
+    for band in range(len(bands[0])):
         _compare_band(joined(part[band] for part in bands), similarity)
     kept = np.full(similarity.count, -1, np.int64)
     for later, earlier in similarity.similar_pairs():

@@ -148,8 +148,7 @@ class CorpusCache:
             for other in sorted(self.folder.glob(f"*/{_LOCK}"), key=lambda lock: lock.stat().st_mtime):
                 if used + missing <= self.limit:
                     break
-                if other.parent != folder.parent:
-                    used -= _evict(other)
+                used -= _evict(other)  # not this copy, which is locked
             if used + missing > self.limit:
                 raise CacheFullError(
                     f"corpus.cache_gib allows {_readable(self.limit)}, expected {_readable(used + missing)} with "

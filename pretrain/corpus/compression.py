@@ -142,7 +142,7 @@ def estimate_content_bytes(file: IO[bytes], compression: str, size: int) -> int:
 
     Equal files give equal estimates on every machine: text has no boundaries that depend on how far a library reads.
     """
-    if compression == "gz" and size > 4:
+    if compression == "gz":
         file.seek(size - 4)
         modulo = int.from_bytes(file.read(4), "little")  # of 2**32
         estimate = modulo + (max(0, _USUAL_RATIO * size - modulo) >> 32 << 32)

@@ -17,7 +17,7 @@ import numpy as np
 from experiment.errors import UserError
 from experiment.files import checksum, sha256, write_json
 from experiment.storage import stat_file
-from pretrain.corpus.build_plan import MAIN, PART_CODES, Part
+from pretrain.corpus.build_plan import HELDOUT, MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
 from pretrain.corpus.engines import check_shared
 from pretrain.corpus.formats import Document, ReadStats, explain_read_errors
@@ -157,7 +157,7 @@ def changed_source(name: str) -> UserError:
 def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
     check_shared(job.folder)
     stats, digest, text_bytes = ReadStats(), SourceDigest(), 0
-    batches = {part: _Batch(job, split, part) for part in PART_CODES if part is not None}
+    batches = {part: _Batch(job, split, part) for part in (MAIN, HELDOUT)}
     for document, text in _read(job, split, stats):
         if parts and digest.documents == len(parts):
             raise changed_source(split.spans[0].source.name)
@@ -166,7 +166,7 @@ def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
         text_bytes += len(text)
         if part is not None:
             batches[part].add(document, len(text))
-    if parts and digest.documents < len(parts):
+    if digest.documents < len(parts):
         raise changed_source(split.spans[0].source.name)
     pieces = {part: batch.finish() for part, batch in batches.items()}
     empty = stats.empty_documents + batches[MAIN].writer.empty_documents
