@@ -9,7 +9,7 @@ from pretrain.engine.shared_memory import BUFFER_BYTES
 from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
 from pretrain.plan.memory import MemorySettings, Parts, gathered_weights, rank_memory
-from pretrain.plan.plan import sent_per_step
+from pretrain.plan.plan import _alternatives, sent_per_step
 
 N = 1_000_000_000
 COUNTS = ParameterCounts(
@@ -74,6 +74,8 @@ def test_averages_and_offload() -> None:
     assert on_cpu.host == 0
     assert on_cpu.moments["backward"].optimizer == 18 * N // 8
     assert rank_memory(COUNTS, NOTHING, replace(offloaded, zero_stage=3, offload="nvme")).disk == 16 * N // 8
+    weights_too = replace(offloaded, zero_stage=3, offloads_weights=True)
+    assert [resident(each).weights for each in _alternatives(weights_too)] == [2 * N, 2 * N, 0]
 
 
 def test_checkpoints_are_copied_to_the_host() -> None:

@@ -19,7 +19,7 @@ OpenWork = Callable[..., Work]
 
 @pytest.fixture
 def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> OpenWork:
-    def open_with(mixed: bool = False, ranks: int = 2, **sections: Any) -> Work:
+    def open_with(mixed: bool = False, ranks: int = 2, ratio: float | None = None, **sections: Any) -> Work:
         mixture = [{"path": str(wordpiece_corpus), "weight": 3.0}, {"path": str(heldout_corpus), "weight": 1.0}]
         tree = {
             "run": {"dir": str(tmp_path), "seed": 4},
@@ -30,7 +30,8 @@ def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> O
             "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
         }
         config = build_config(PretrainConfig, tree | sections)
-        stream = open_stream(resolve(config, ranks), World(0, ranks), rows="windows", first_position=0)
+        run, world = resolve(config, ranks), World(0, ranks)
+        stream = open_stream(run, world, rows="windows", first_position=0, attention_ratio=ratio)
         return stream, stage_work(stream, config.masking)
 
     return open_with
@@ -64,9 +65,12 @@ def test_tokens_are_those_of_the_batches(open_work: OpenWork, sections: dict[str
         assert stage.tokens == sum(int(each.sum()) for each in lengths)
 
 
-def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork) -> None:
-    """Catches microbatches of another shape than those that a rank computes."""
-    stream, (stage,) = open_work(ranks=1)
+@pytest.mark.parametrize("ratio", [None, 0.0])
+def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork, ratio: float | None) -> None:
+    """Catches microbatches of another shape than those that a rank computes, whose rows may be wider than a sequence
+    (0.0: attention takes no time)."""
+    stream, (stage,) = open_work(ranks=1, ratio=ratio)
+    assert (stream.makers[0].layout.row_width > 32) == (ratio is not None)
     batches = [stream[step] for step in range(15)]  # the sample has all of so few
     rows, width = max(batch.microbatches[0].input_ids.shape for batch in batches)
     assert (stage.batch.largest.rows, stage.batch.largest.width) == (rows, width)
