@@ -96,6 +96,7 @@ def test_compressed_pages_of_web_archives(tmp_path: Path, monkeypatch: pytest.Mo
         read(warc(tmp_path / "c.warc", pages=[b"\x0b"], **{"Content-Encoding": "br"}))
     script = {"Content-Encoding": "br", "Content-Type": "text/javascript"}
     assert read(warc(tmp_path / "d.warc", pages=[b"\x0b"], **script)) == {}
+    assert read(warc(tmp_path / "e.warc", **{"Content-Type": "text/javascript"})) == {}
 
 
 @pytest.mark.parametrize(
@@ -223,13 +224,15 @@ def test_a_zip_with_a_password(tmp_path: Path) -> None:
         read(archive)
 
 
-def test_dialogues(tmp_path: Path) -> None:
+def test_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     separator = " +++$+++ "
     lines = [["L1", "u0", "m0", "A", "Hi café"], ["L2", "u1", "m0", "B", "Hello."]]
     (tmp_path / "movie_lines.txt").write_text("\n".join(map(separator.join, lines)), encoding="iso-8859-1")
     conversations = tmp_path / "movie_conversations.txt"
     conversations.write_text(separator.join(["u0", "u1", "m0", "['L1', 'L2']"]))
-    assert read(conversations) == {"movie_conversations.txt:1": "Hi café\nHello."}
+    monkeypatch.chdir(tmp_path)
+    for source in (conversations, conversations.name):
+        assert read(source) == {"movie_conversations.txt:1": "Hi café\nHello."}
     conversations.write_text(separator.join(["u0", "u1", "m0", "['L1', 'L9']"]))
     with pytest.raises(UserError, match=r"movie_conversations.txt:1: expected a list of lines of movie_lines.txt"):
         read(conversations)

@@ -9,7 +9,7 @@ import pytest
 
 from experiment.errors import UserError
 from pretrain.cleaning.parts import read_documents
-from pretrain.cleaning.step import Document, DocumentStep, find_step
+from pretrain.cleaning.step import Document, DocumentStep, Verdict, find_step
 from pretrain.cleaning.steps import step_names
 
 SENTENCE = "The river was long and it ran to the sea with all of the water that people have there. "
@@ -112,6 +112,7 @@ def test_words_of_a_list_are_found(tmp_path: Path) -> None:
     assert apply("word_list", "他说ass了", **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", max_count=1, **keys)[0] == ""
+    assert apply("word_list", "a # comment", **keys)[0] == ""
     with pytest.raises(UserError, match=r"word_list.file: cannot read .*none"):
         apply("word_list", "a", file=str(tmp_path / "none"))
 
@@ -128,7 +129,7 @@ def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch
     keys = {"domains": str(tmp_path / "domains"), "words": str(tmp_path / "words"), "built_in": False}
     rules = {
         url: apply("url_filter", "a", {"url": url} if url else {}, **keys)[0]
-        for url in ("http://www.spam.co.uk/x", "http://good.org/casino/1", "http://good.org/", "")
+        for url in ("http://www.spam.co.uk/x", "http://good.org/casino/1", "http://good.org/porn", "")
     }
     assert list(rules.values()) == ["domain", "hard_blacklisted", "", "no_url"]
     (tmp_path / "words").write_text("赌博\n", encoding="utf-8")
@@ -149,6 +150,7 @@ def test_samples_by_weight_and_source_have_their_size() -> None:
         kept[source] += step.apply(Document(f"{source}:{number}", source, "", {"score": 0.5})) is None
     assert 190 < kept["a"] < 310
     assert 430 < kept["b"] < 570
+    assert step.apply(Document("b:1", "b", "", {"score": 0})) == Verdict("not_sampled")
     with pytest.raises(UserError, match=r"a:1: expected a number >= 0 in 'score', found \"high\""):
         step.apply(Document("a:1", "a", "", {"score": "high"}))
     with pytest.raises(UserError, match=r"a:1: expected a number >= 0 in 'score', found NaN"):
