@@ -90,9 +90,15 @@ def test_a_tokenizer_without_a_template_is_warned_of(
 
 @pytest.mark.parametrize(("seed", "warned"), [(8, True), (9, False)])
 def test_init_from_warns_of_the_same_corpus_and_seed(
-    tmp_path: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture, seed: int, warned: bool
+    tmp_path: Path,
+    wordpiece_corpus: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    warned: bool,
 ) -> None:
-    """Catches a missing warning about continued pretraining on the same batches with the same masks."""
+    """Catches a missing warning about continued pretraining on the same batches with the same masks, and relative paths
+    in RUN/config.yaml."""
     first = {"dir": str(tmp_path / "first"), "seed": 8}
     model = {"config": TINY | {"intermediate_size": 32}}
     config = config_of(tmp_path, wordpiece_corpus, run=first, model=model)
@@ -102,10 +108,12 @@ def test_init_from_warns_of_the_same_corpus_and_seed(
     (tmp_path / "step" / "state.json").write_text(json.dumps({"identity": run.identity}))
 
     second = {"dir": str(tmp_path / "second"), "seed": seed}
-    config = config_of(tmp_path, wordpiece_corpus, run=second, model={"init_from": str(tmp_path / "step" / "hf")})
+    extended = {"init_from": str(tmp_path / "step" / "hf"), "added_tokens": "tokenizer"}
+    monkeypatch.chdir(wordpiece_corpus)
     with caplog.at_level(logging.WARNING):
-        resolve(config, 1)
+        run = resolve(config_of(tmp_path, wordpiece_corpus, run=second, model=extended), 1)
     assert ("another seed" in caplog.text) == warned
+    assert run.config.model.added_tokens == str(wordpiece_corpus / "tokenizer")
 
 
 @pytest.mark.parametrize(("held", "warned"), [("wordpiece_corpus", True), ("heldout_corpus", False)])

@@ -213,6 +213,16 @@ def test_compressed_files_of_several_members(tmp_path: Path, suffix: str) -> Non
     assert texts(path) == ["a", "b"]
 
 
+def test_windows_of_two_gibibytes_are_read(tmp_path: Path) -> None:
+    """Catches files of `zstd --long=31` that are rejected."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    frame = bytearray(compressor.compress(b"a\nb\n") + compressor.flush())
+    frame[5] = (31 - 10) << 3  # the window descriptor, see RFC 8878, 3.1.1.1.2
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(frame)
+    assert texts(path) == ["a", "b"]
+
+
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_truncated_file_is_rejected(tmp_path: Path, suffix: str) -> None:
     """Catches a partial download that gives a partial corpus."""

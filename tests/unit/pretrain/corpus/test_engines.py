@@ -214,12 +214,14 @@ class _NoCluster:
     """Stands for Ray without a cluster."""
 
     @staticmethod
-    def init(**_: object) -> None:
-        raise ConnectionError("Could not find any running Ray instance.\nMore lines")
+    def init(address: str | None = None, **_: object) -> None:
+        raise ConnectionError(f"Could not find {address}.\nMore lines")
 
 
-def test_no_cluster_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback instead of the address that does not answer."""
+@pytest.mark.parametrize(("given", "address"), [("10.0.0.1:6379", "10.0.0.1:6379"), (None, "auto")])
+def test_no_cluster_answers(monkeypatch: pytest.MonkeyPatch, given: str | None, address: str) -> None:
+    """Catches a traceback instead of the address that does not answer, and a cluster that Ray starts for this run."""
     monkeypatch.setitem(sys.modules, "ray", _NoCluster)
-    with pytest.raises(UserError, match=r"--ray_address 10\.0\.0\.1:6379: no Ray cluster answers \(Could not find"):
-        engines.open_engine(1, None, "ray", "10.0.0.1:6379").__enter__()
+    message = rf"--ray_address {address}: no Ray cluster answers \(Could not find {address}\.\)"
+    with pytest.raises(UserError, match=message):
+        engines.open_engine(1, None, "ray", given).__enter__()

@@ -58,7 +58,7 @@ def test_a_special_token_that_merges_give_is_detected() -> None:
     vocabulary = {"<unk>": 0, "<s>": 1, "<": 2, "s": 3, ">": 4, "<s": 5, "a": 6}
     tokenizer = Tokenizer(models.BPE(vocabulary, [("<", "s"), ("<s", ">")], unk_token="<unk>"))
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
-    assert DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "a<s>"]).special == 1
+    assert DocumentEncoder(tokenizer_spec(wrapped)).encode(["a", "<s>a"]).special == 1
 
 
 def test_counts_per_document(vocabulary_folder: Path) -> None:

@@ -83,6 +83,7 @@ def test_names_of_objects(bucket: str, files: Path) -> None:
     for name in ("[1].txt", "folder/", "q?.txt"):
         write_bytes(f"{url}/{name}", b"" if name.endswith("/") else b"text")
     assert names(f"{url}/*.csv,{url}/a.txt") == [("c.csv", ""), ("a.txt", "")]
+    assert names(f"{url}/pic*") == [("picture.png", "")]
     assert names(f"{url}/*.txt") == [("[1].txt", ""), ("a.txt", ""), ("q?.txt", "")]
     assert names(f"{url}/?.txt,{url}/?.csv") == [("a.txt", ""), ("c.csv", "")]
     assert [stat_file(f"{url}/{name}").size for name in ("[1].txt", "q?.txt")] == [4, 4]

@@ -124,7 +124,8 @@ def test_the_command_writes_a_page_and_leaves_the_corpus_alone(
     page = corpus.path.with_name("books-inspect.html")
     out = capsys.readouterr().out
     assert f"{corpus.documents:,} documents (3 empty ones dropped), {corpus.tokens:,} tokens in 4 shards" in out
-    assert "4.00 bytes per token" in out
+    used = np.unique([token for document in read_documents(corpus, [*range(120)]) for token in document.ids]).size
+    assert f"4.00 bytes per token, {used:,} of 1,002 tokens of the vocabulary occur\n" in out
     assert f"page: {page}" in out
     text = page.read_text(encoding="utf-8")
     assert "[MASK]" in text
