@@ -32,6 +32,6 @@ def _from_wikitext(source: str) -> str:
     for node in (*media, *tags):
         with suppress(ValueError):  # it was in one that is removed already
             code.remove(node)
-    plain: str = code.strip_code(normalize=True, collapse=True, keep_template_params=False)
+    plain: str = code.strip_code()
     text = str(_BLANK_LINES.sub("\n\n", plain))
     return text.strip()

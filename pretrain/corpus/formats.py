@@ -366,7 +366,6 @@ def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, part: R
 def _copy_to_disk(stream: IO[bytes]) -> IO[bytes]:
     copy = tempfile.TemporaryFile()  # noqa: SIM115  (deleted when it is closed)
     shutil.copyfileobj(stream, copy, 1 << 20)
-    copy.seek(0)
     return copy
 
 

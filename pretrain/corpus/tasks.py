@@ -207,5 +207,5 @@ class _Batch:
                 f"{documents[encoded.special].place}: the tokenizer turns this text into one of its special tokens; "
                 "a corpus cannot be built with such a tokenizer"
             )
-        self.writer.add(encoded, np.array(self._text_bytes, dtype=np.int64))
+        self.writer.add(encoded, np.array(self._text_bytes))
         self._documents, self._text_bytes, self._total = [], [], 0
