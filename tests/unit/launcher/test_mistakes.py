@@ -260,6 +260,9 @@ CONFIGS = {
     "metric of no corpus": Mistake(
         "pretrain --config run.yaml --evaluation.best_metric=eval/held/loss", r"'eval/held/loss'; corpus.eval is empty"
     ),
+    "patience with no metric": Mistake(
+        "pretrain --config run.yaml --evaluation.patience=2", r"'evaluation': 'patience' needs 'best_metric'"
+    ),
     "unknown kind of task": Mistake(
         "finetune --config task.yaml --task.kind=classifier", r"did you mean 'classification'"
     ),

@@ -22,6 +22,7 @@ from pretrain.cleaning.reading import find_inputs, read_inputs
 PARAGRAPH = "The lobster is a large animal that lives in the sea, and people like to eat it. "
 HTML = (
     f"<html><body><nav>Home | Shop</nav><article><h1>Lobsters</h1><p>{PARAGRAPH * 4}</p><p>{PARAGRAPH * 3}</p>"
+    "<table><tr><td>Weight</td><td>5 kg</td></tr></table>"
     "</article></body></html>"
 )
 WIKI = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/">
@@ -75,7 +76,9 @@ def warc(path: Path, kind: str = "response", pages: Sequence[bytes] = (HTML.enco
 def test_web_archives(tmp_path: Path) -> None:
     pages = read(warc(tmp_path / "a.warc.gz"))
     assert list(pages) == ["a.warc.gz:1", "a.warc.gz:2"]
-    assert all(text.startswith("Lobsters\nThe lobster") and "Shop" not in text for text in pages.values())
+    assert all(
+        text.startswith("Lobsters\nThe lobster") and "Shop" not in text and "kg" not in text for text in pages.values()
+    )
     assert read(warc(tmp_path / "b.warc.wet", "conversion")) == {"b.warc.wet:1": "Text 0", "b.warc.wet:2": "Text 1"}
 
 
@@ -226,7 +229,7 @@ def test_a_zip_with_a_password(tmp_path: Path) -> None:
 
 def test_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     separator = " +++$+++ "
-    lines = [["L1", "u0", "m0", "A", "Hi café"], ["L2", "u1", "m0", "B", "Hello."]]
+    lines = [["L1", "u0", "m0", "A", "Hi café"], ["L2", "u1", "m0", "B", "Hello."], ["L3", "u0", "m0", "A"]]
     (tmp_path / "movie_lines.txt").write_text("\n".join(map(separator.join, lines)), encoding="iso-8859-1")
     conversations = tmp_path / "movie_conversations.txt"
     conversations.write_text(separator.join(["u0", "u1", "m0", "['L1', 'L2']"]))

@@ -100,7 +100,7 @@ def test_addresses_of_a_large_text_take_linear_time(repeated: str) -> None:
 def test_chinese_words_of_a_list_are_found(tmp_path: Path) -> None:
     """Catches a list that finds nothing, because no spaces are around its words."""
     (tmp_path / "words").write_text("赌博\n", encoding="utf-8")
-    assert apply("word_list", "这里有赌博网站", file=str(tmp_path / "words"))[0] == "listed_word"
+    assert apply("word_list", "这里有App赌博网站", file=str(tmp_path / "words"))[0] == "listed_word"
 
 
 def test_words_of_a_list_are_found(tmp_path: Path) -> None:

@@ -260,6 +260,10 @@ def tar_of(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, data in members.items():
+            if "/" in name:
+                folder = tarfile.TarInfo(name.rpartition("/")[0])
+                folder.type = tarfile.DIRTYPE
+                archive.addfile(folder)
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))

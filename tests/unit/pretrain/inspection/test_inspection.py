@@ -155,7 +155,7 @@ def test_sources_and_cleanings_are_shown(corpus: Corpus, capsys: pytest.CaptureF
     write_cleanings(corpus.path, [{"folder": "", **summary}])
     main(["corpus", "--inspect", str(corpus.path)])
     out = capsys.readouterr().out
-    assert "sources, share of the tokens: wiki 75.0%, books 25.0%" in out
+    assert "sources, share of the tokens: wiki 75.0%, books 25.0%\n" in out
     assert "  cleaning: 1 of 3 documents kept; dropped: length 2" in out
     page = corpus.path.with_name("books-inspect.html").read_text(encoding="utf-8")
     for text in ("Sources", "too_few_words: 2 of 2 dropped", "&lt;b&gt;short", "Languages", "66.67%"):

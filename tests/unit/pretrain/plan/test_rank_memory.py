@@ -76,6 +76,7 @@ def test_averages_and_offload() -> None:
     assert rank_memory(COUNTS, NOTHING, replace(offloaded, zero_stage=3, offload="nvme")).disk == 16 * N // 8
     weights_too = replace(offloaded, zero_stage=3, offloads_weights=True)
     assert [resident(each).weights for each in _alternatives(weights_too)] == [2 * N, 2 * N, 0]
+    assert [resident(each).gradients for each in _alternatives(weights_too)] == [4 * N // 8, 4 * N // 8, 0]
 
 
 def test_checkpoints_are_copied_to_the_host() -> None:
