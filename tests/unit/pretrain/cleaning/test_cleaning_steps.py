@@ -188,6 +188,7 @@ def test_languages_are_told_by_a_model(tmp_path: Path) -> None:
     assert apply("language", "the and\nof", metadata, **keys)[0] == ""
     assert metadata == {"language": "en"}
     assert apply("language", "der und von", **keys)[0] == "other_language"
+    assert apply("language", "der und von", **keys | {"keep": None})[0] == ""
     (tmp_path / "other.bin").write_bytes(b"not a model" * 100)
     with pytest.raises(UserError, match=r"other.bin is not a fastText model, or damaged"):
         apply("language", "a", model=str(tmp_path / "other.bin"))
