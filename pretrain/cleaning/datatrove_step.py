@@ -47,7 +47,7 @@ class FilterStep(DocumentStep[ConfigT]):
 
 def _word_tokenizer() -> "WordTokenizer":
     """Wrap `words` for datatrove, whose own tokenizers need spaCy or download models."""
-    from datatrove.utils.word_tokenizers import WordTokenizer
+    from datatrove.utils.word_tokenizers import WordTokenizer, simple_span_tokenize
 
     class Words(WordTokenizer):  # type: ignore[misc]
         def word_tokenize(self, text: str) -> list[str]:
@@ -57,11 +57,6 @@ def _word_tokenizer() -> "WordTokenizer":
             return sentences(text)
 
         def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-            spans, start = [], 0
-            for sentence in sentences(text):
-                start = text.index(sentence, start)
-                spans.append((start, start + len(sentence)))
-                start += len(sentence)
-            return spans
+            return list(simple_span_tokenize(text, sentences(text)))
 
     return Words()
