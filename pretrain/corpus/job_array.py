@@ -109,7 +109,7 @@ def _wait_for_others(corpus: Path, tasks: Sequence[T], unfinished: Callable[[Seq
     while: its other tasks may not be running."""
     left, changed = unfinished(tasks), time.monotonic()
     while left and time.monotonic() - changed < _PATIENCE and not holds_corpus(corpus):
-        time.sleep(min(_POLL_SECONDS, _PATIENCE))
+        time.sleep(_POLL_SECONDS)
         before = len(left)
         with suppress(FileNotFoundError):  # published, and the pieces deleted
             left = unfinished(left)

@@ -57,16 +57,14 @@ class NearDuplicates:
         return (self.share, self.share) if self.is_complete else wilson_interval(self.share, self.documents)
 
 
-def find_near_duplicates(
-    sample: Sample, advance: Callable[[float], None], max_comparisons: int = _MAX_COMPARISONS, block: int = _BLOCK
-) -> NearDuplicates:
+def find_near_duplicates(sample: Sample, advance: Callable[[float], None]) -> NearDuplicates:
     """Look for each document of the sample in the shards of the sample. `advance` is called with tokens searched."""
     ngrams = lru_cache(64)(lambda number: ngram_set(sample.documents[number].ids))
     wanted, found, compared = _Wanted(sample), dict[int, Pair](), Counter[int]()
     ends = np.cumsum([shard.rows for shard in sample.corpus.manifest.shards])
     for index in sample.shards:
         shard = map_shard(sample.corpus.path / sample.corpus.manifest.shards[index].file)
-        for rows in _blocks(shard, block):
+        for rows in _blocks(shard):
             for row, number in wanted.candidates(shard, rows):
                 document = sample.documents[number]
                 if (document.shard, document.row) == (index, row):
@@ -76,7 +74,7 @@ def find_near_duplicates(
                     in_corpus = int(ends[index]) - (len(shard.offsets) - 1) + row
                     found[number] = Pair(document, Document(index, row, in_corpus, ids), similarity)
                 compared[number] += 1
-                if number in found or compared[number] == max_comparisons:
+                if number in found or compared[number] == _MAX_COMPARISONS:
                     wanted.remove(number)
             advance(int(shard.offsets[rows.stop] - shard.offsets[rows.start]))
     pairs = tuple(found[number] for number in sorted(found))
@@ -105,9 +103,9 @@ def _hash_ngrams(ids: TokenIds, offsets: NDArray[np.int64]) -> NgramSets:
     return NgramSets((ngrams >> np.uint64(32)).astype(np.uint32), np.cumsum(counts))
 
 
-def _blocks(shard: MappedShard, tokens: int) -> Iterator[range]:
-    """Yield rows that have about that many tokens together."""
-    edges = np.searchsorted(shard.offsets, np.arange(0, len(shard.ids), tokens))
+def _blocks(shard: MappedShard) -> Iterator[range]:
+    """Yield rows that have about `_BLOCK` tokens together."""
+    edges = np.searchsorted(shard.offsets, np.arange(0, len(shard.ids), _BLOCK))
     for first, end in pairwise(np.unique([*edges.tolist(), len(shard.offsets) - 1]).tolist()):
         yield range(first, end)
 

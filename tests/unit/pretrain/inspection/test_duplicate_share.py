@@ -41,9 +41,12 @@ def nothing(_: float) -> None:
 
 
 @pytest.mark.parametrize("block", [50, 2**16])
-def test_the_same_documents_are_found_as_by_brute_force(make_corpus: MakeCorpus, block: int) -> None:
+def test_the_same_documents_are_found_as_by_brute_force(
+    make_corpus: MakeCorpus, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
     """Catches near-duplicates that are missed at the ends of documents, blocks and shards, or if they are short;
     documents that are compared with themselves; and pairs that are not similar."""
+    monkeypatch.setattr(near_duplicates, "_BLOCK", block)
     documents = random_documents(60)
     documents += [
         changed(ids, int(len(ids) * share)) for ids, share in zip(documents, np.arange(60) / 600, strict=True)
@@ -52,7 +55,7 @@ def test_the_same_documents_are_found_as_by_brute_force(make_corpus: MakeCorpus,
     documents = [documents[at] for at in RANDOM.permutation(len(documents))]
     corpus = make_corpus([documents[:50], documents[50:52], documents[52:]])
     progress: list[float] = []
-    found = find_near_duplicates(draw_sample(corpus, 1), progress.append, block=block)
+    found = find_near_duplicates(draw_sample(corpus, 1), progress.append)
     sets = [ngrams(ids) for ids in documents]
     similar = [max(jaccard(own, other) for other in sets if other is not own) for own in sets]
     expected = [at for at, value in enumerate(similar) if value >= THRESHOLD]
@@ -99,7 +102,9 @@ def test_a_document_that_all_others_resemble_is_not_compared_with_all(
     monkeypatch.setattr(near_duplicates, "jaccard", lambda *given: calls.append(1) or compare(*given))
     boilerplate = RANDOM.integers(5, 1000, 60)
     documents = [np.concatenate([boilerplate, RANDOM.integers(5, 1000, 30)]) for _ in range(100)]
-    found = find_near_duplicates(draw_sample(make_corpus([documents]), 1), nothing, max_comparisons=5, block=100)
+    monkeypatch.setattr(near_duplicates, "_MAX_COMPARISONS", 5)
+    monkeypatch.setattr(near_duplicates, "_BLOCK", 100)
+    found = find_near_duplicates(draw_sample(make_corpus([documents]), 1), nothing)
     assert found.pairs == ()
     assert len(calls) <= 100 * 6
 
