@@ -202,6 +202,19 @@ def test_the_copy_that_was_not_used_for_longest_is_deleted(
         CorpusCache(tmp_path / "cache", 10).locate([f"file://{text}"])
 
 
+def test_copies_that_vanish_while_the_cache_is_measured(
+    wordpiece_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that does not start because another one deletes a copy."""
+    gone = tmp_path / "cache" / "0123456789abcdef" / "text"
+    gone.mkdir(parents=True)
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(gone / "deleted" if str(path) == str(gone) else path))
+    (copy,) = CorpusCache(tmp_path / "cache", 1e9).locate([str(wordpiece_corpus)]).values()
+    assert open_corpus(copy).fingerprint == open_corpus(wordpiece_corpus).fingerprint
+    assert copy.is_relative_to(tmp_path / "cache")
+
+
 def test_a_full_disk(
     wordpiece_corpus: Path, small_disk: SmallDisk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
