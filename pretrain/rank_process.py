@@ -55,7 +55,7 @@ class RankRecorder:
     def announce_refusal(self, error: UserError) -> None:
         """Print and record a mistake that all ranks have raised. Only rank 0 does."""
         if self.rank == 0:
-            print(f"deepcloze: {error}", file=sys.stderr, flush=True)
+            print(f"deepcloze: {error}", file=sys.stderr)
         self.agree(ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED))
 
     def fail(self, outcome: Outcome, message: str, cause: Cause | None) -> None:
@@ -166,7 +166,7 @@ def _end_early(recorder: RankRecorder, outcome: Outcome, message: str, cause: Ca
     message = f"{platform.node()}, rank {recorder.rank}: {message}"
     recorder.fail(outcome, message, cause)
     recorder.end(outcome.exit_code)
-    print(f"deepcloze: {message}", file=sys.stderr, flush=True)
+    print(f"deepcloze: {message}", file=sys.stderr)
     os._exit(outcome.exit_code)
 
 

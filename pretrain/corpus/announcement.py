@@ -31,7 +31,6 @@ def announce_sources(sources: Sequence[Source], options: TextOptions) -> None:
             f"warning: the lines of {first.name} look like parts of paragraphs; with `--document line` each is "
             "a document of its own; if blank lines separate paragraphs, use `--document blank_line`",
             file=sys.stderr,
-            flush=True,
         )
 
 
