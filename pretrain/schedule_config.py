@@ -75,7 +75,7 @@ class ScheduleConfig(Section):
     @property
     def known_steps(self) -> int | None:
         """The length of the run, if the config gives it in steps."""
-        if self.steps is None and self.stages and self.stages[-1].steps is not None:
+        if self.stages and self.stages[-1].steps is not None:
             return sum(stage.steps or 0 for stage in self.stages)
         return self.steps
 
