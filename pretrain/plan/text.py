@@ -15,6 +15,7 @@ from pretrain.plan.plan import RunPlan
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total")
 
+_UNKNOWN_FLOPS = "unknown for this model type"
 _SMALL_MICROBATCH = 4096  # slots; a GPU's matrix units idle below, whatever the model
 _SMALL_FOR_ZERO3 = 1_000_000_000  # parameters
 _WELL_FILLED = 0.7
@@ -85,7 +86,7 @@ def _sections(plan: RunPlan) -> list[tuple[str, list[str]]]:
 
 def _model(plan: RunPlan) -> list[str]:
     counts = plan.parameters
-    flops = "unknown for this model type" if plan.flops_per_token is None else f"{plan.flops_per_token:.4g}"
+    flops = _UNKNOWN_FLOPS if plan.flops_per_token is None else f"{plan.flops_per_token:.4g}"
     return [
         f"{counts.total:,} parameters: {counts.embeddings:,} in the embeddings, {counts.encoder:,} in the encoder, "
         f"{counts.head:,} in the head",
@@ -176,7 +177,8 @@ def _cost(plan: RunPlan) -> list[str]:
         f"{'between machines' if plan.hosts > 1 else 'between devices'} (--bandwidth)"
     ]
     if cost is None:
-        return [*lines, "unknown: state the device's peak as --peak_tflops"]
+        needs_peak = plan.flops_per_token is not None
+        return [*lines, "unknown: state the device's peak as --peak_tflops" if needs_peak else _UNKNOWN_FLOPS]
     steps = plan.steps or (plan.budget_steps or 0) - plan.forked_at  # a fork has a budget of its own
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
     duration = describe_duration(cost.seconds) if cost.seconds >= 10 else f"{cost.seconds:.3g} s"

@@ -104,6 +104,17 @@ def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]
         assert expected in printed
 
 
+def test_a_model_type_with_unknown_flops(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback, and advice to state a peak, which is known and does not help."""
+    monkeypatch.setattr("pretrain.plan.plan.flops_model", lambda model: None)
+    assert main(["plan", "--config", str(config), "--num_gpus=8", *H100]) == 0
+    printed = capsys.readouterr().out
+    assert "forward and backward: unknown for this model type; packed\n" in printed
+    assert printed.partition("time and cost\n")[2].splitlines()[1] == "  unknown for this model type"
+
+
 def test_a_time_budget_that_ends_before_the_last_stage(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a plan of all steps of the first stage, for which the time does not suffice."""
     stages = "[{steps: 1000000}, {max_seq_length: 64}]"
