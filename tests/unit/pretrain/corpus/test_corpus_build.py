@@ -111,6 +111,13 @@ def test_the_manifest_says_what_a_source_was_decontaminated_against(corpus: Buil
     assert "decontaminated" not in (tmp_path / "b" / "manifest.json").read_text()
 
 
+def test_small_pieces_share_a_shard() -> None:
+    """Catches a shard for each split, of which a large source has thousands."""
+    pieces = [shards.Piece("", 1, tokens, 0, 1, 1, "") for tokens in (60, 40, 1, 99, 101, 5)]
+    groups = shards.compose_shards(pieces, 100)
+    assert [[piece.tokens for piece in group] for group in groups] == [[60, 40], [1, 99], [101], [5]]
+
+
 def test_sources_and_cleanings_are_recorded(
     corpus: Build, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,3 +188,6 @@ def test_the_plan_counts_what_the_loss_allocates(interpreting_pools: dict[int, R
     shapes = {"hidden": (64, 96), "weight": (1000, 96), "bias": (1000,)}
     real, planned = (interpreting_pools[1].run(allocated_by_loss, shapes, plan)[0] for plan in (False, True))
     assert planned == pytest.approx(real, rel=0.01)
+    hidden, weight = (torch.empty(shapes[name], device="meta", requires_grad=True) for name in ("hidden", "weight"))
+    gpu_cross_entropy(hidden, weight, None).backward()
+    assert (hidden.grad is None, weight.grad is None) == (False, False)

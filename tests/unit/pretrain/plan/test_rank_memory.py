@@ -53,7 +53,10 @@ def resident(settings: MemorySettings) -> Parts:
 )
 def test_bytes_per_parameter(stage: int, precision: Precision, expected: float) -> None:
     """Catches a part that is partitioned, or not, at the wrong stage (table in ds_configs/README.md)."""
-    assert resident(replace(BF16, zero_stage=stage, precision=precision)).total == pytest.approx(expected * N)
+    settings = replace(BF16, zero_stage=stage, precision=precision)
+    assert resident(settings).total == pytest.approx(expected * N)
+    start = rank_memory(COUNTS, NOTHING, settings).moments["start"]  # before the first backward pass
+    assert start.gradients == resident(settings).gradients
 
 
 def test_ranks_on_one_host_do_not_copy_what_others_send() -> None:
