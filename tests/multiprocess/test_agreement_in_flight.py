@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from runs import events_without_timing, logged, pretrain_case, run_config, step_
 
 def recorded_case(world: World, tree: Mapping[str, Any]) -> list[str]:
     """What a run does with agreements and microbatches, in order."""
+    from experiment.goodput import ActivityTimer
     from pretrain.engine.engine import Engine
     from pretrain.training.step_agreement import PendingTotals, StepAgreement
 
@@ -35,6 +37,7 @@ def recorded_case(world: World, tree: Mapping[str, Any]) -> list[str]:
         record(StepAgreement, "begin", "begin")
         record(Engine, "accumulate", "compute")
         record(PendingTotals, "wait", "wait")
+        record(ActivityTimer, "make_progress", "progress")
         pretrain_case(world, tree)
     return events
 
@@ -42,11 +45,13 @@ def recorded_case(world: World, tree: Mapping[str, Any]) -> list[str]:
 def test_each_agreement_begins_before_the_step_and_ends_after_it(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches ranks that wait for each other before each step, which takes 0.3 s at 1,024 ranks."""
-    tree = run_config(tmp_path, wordpiece_corpus, batch__microbatch_tokens=4000, schedule__steps=3)
+    """Catches ranks that wait for each other before each step, which takes 0.3 s at 1,024 ranks, and a long step
+    of many microbatches that counts as hung."""
+    tree = run_config(tmp_path, wordpiece_corpus, batch__microbatch_tokens=300, schedule__steps=3)
     for events in pools[2].run(recorded_case, tree):
-        step = ["wait", "begin", "compute", "wait"]
-        assert events == ["begin", *step * 3]
+        assert ("compute", "compute") not in pairwise(events)
+        step = ["wait", "begin", "compute", "compute", "wait"]
+        assert [event for event in events if event != "progress"] == ["begin", *step * 3]
 
 
 def test_ranks_are_compared_once_a_forward_pass_has_ended(
@@ -107,7 +112,7 @@ class _Event:
         return before
 
 
-def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int | None) -> tuple[str, list[str]]:
+def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int) -> tuple[str, list[str]]:
     """A run whose ranks agree as those with GPUs do. Returns its outcome, and steps and collectives of the hosts, in
     order."""
     import torch
@@ -152,18 +157,19 @@ def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int | No
         return pretrain_case(world, tree, stop_after), events
 
 
-@pytest.mark.parametrize(("stop_after", "outcome"), [(None, "done"), (2, "stopped")])
+@pytest.mark.parametrize(("stop_after", "outcome"), [(4, "done"), (2, "stopped")])
 def test_gpus_agree_without_a_collective_of_the_hosts(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stop_after: int | None, outcome: str
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, stop_after: int, outcome: str
 ) -> None:
     """Catches a collective of the hosts in each step, which takes longer than a short one at 1,024 ranks, totals that
-    differ from those of the hosts, and a stop that only one rank learns of."""
+    differ from those of the hosts, a stop that only one rank learns of, and one in the last step that leaves a finished
+    run to be resumed."""
     trees = [run_config(tmp_path / name, wordpiece_corpus, schedule__steps=4) for name in ("hosts", "gpus")]
     assert set(pools[2].run(pretrain_case, trees[0], stop_after)) == {outcome}
     for found, events in pools[2].run(device_sums_case, trees[1], stop_after):
         assert found == outcome
         first, last = events.index("step"), len(events) - 1 - events[::-1].index("step")
-        assert events[first : last + 1] == ["step"] * (stop_after or 4)
+        assert events[first : last + 1] == ["step"] * stop_after
     hosts, gpus = (events_without_timing(tmp_path / name) for name in ("hosts", "gpus"))
     assert hosts == gpus
-    assert len(step_events(tmp_path / "gpus")) == (stop_after or 4)
+    assert len(step_events(tmp_path / "gpus")) == stop_after

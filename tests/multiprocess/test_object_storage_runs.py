@@ -32,10 +32,14 @@ def put_corpus(corpus: Path, url: str) -> str:
 def storage_case(
     world: World, tree: Mapping[str, Any], variables: Mapping[str, str], stop_after: int | None = None
 ) -> str:
-    """`pretrain_case` with environment variables."""
+    """`pretrain_case` with environment variables. Only rank 0 uploads."""
     import s3fs
 
+    from pretrain.training import checkpointer
+
     with pytest.MonkeyPatch.context() as patch:
+        if world.rank != 0:
+            patch.delattr(checkpointer, "MirrorUploads")
         for name, value in variables.items():
             patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
