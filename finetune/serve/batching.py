@@ -135,15 +135,18 @@ class Batcher(Generic[ItemT, ResultT]):
             self._forget()
 
     def _draw(self) -> Iterator[_Part[ItemT, ResultT]]:
-        """Yield the items of the next batches: one of each job in turn, up to the limit of tokens."""
+        """Yield the items of the next batches: one of each job in turn, up to the limit of tokens, but at least one."""
         room = self._limits.tokens
-        while room > 0 and any(job.waiting for job in self._jobs):
+        while any(job.waiting for job in self._jobs):
             job = self._jobs[0]
-            self._jobs.rotate(-1)
             if job.waiting:
-                index = job.waiting.popleft()
-                room -= job.sizes[index].tokens
-                yield job, index
+                index = job.waiting[0]
+                tokens = job.sizes[index].tokens
+                if tokens > room < self._limits.tokens:  # the next batches begin with it
+                    return
+                room -= tokens
+                yield job, job.waiting.popleft()
+            self._jobs.rotate(-1)
 
     async def _compute_batch(self, parts: Sequence[_Part[ItemT, ResultT]]) -> None:
         """Compute items together; if that fails, the items of each job on their own, so that only some fail."""

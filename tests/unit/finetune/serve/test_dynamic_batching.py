@@ -95,6 +95,19 @@ def test_what_waits_forms_the_next_batch() -> None:
     run(test)
 
 
+def test_batches_are_full() -> None:
+    """Catches an item more than a batch has room for, which is then computed alone, as every second batch."""
+
+    async def test() -> None:
+        squares = Squares()
+        batcher = Batcher(squares, LIMITS)
+        await batcher.submit(list(range(8)), [Size(1, 30)] * 8)
+        assert squares.batches == [[0, 1, 2], [3, 4, 5], [6, 7]]
+        await batcher.close()
+
+    run(test)
+
+
 def test_a_small_request_is_not_behind_a_large_one() -> None:
     """Catches a queue in order of arrival, in which one client makes all others wait."""
 
