@@ -15,7 +15,9 @@ LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that is bound, but does not listen yet. Raises UserError for an address that cannot be used."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host: cannot listen on '{host}': {error}") from None
