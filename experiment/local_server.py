@@ -15,6 +15,7 @@ LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that is bound, but does not listen yet. Raises UserError for an address that cannot be used."""
     try:
+        # AI_PASSIVE: without it, '*' is the loopback address.
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]

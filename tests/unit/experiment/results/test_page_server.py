@@ -48,6 +48,12 @@ def get(port: int, path: str, host: str | None = None) -> tuple[int, str, dict[s
     return answer.status, answer.read().decode(), dict(answer.headers)
 
 
+def test_a_star_is_any_address() -> None:
+    """Catches a server in a container that only the container itself can reach."""
+    with bind("*", 0) as listener:
+        assert listener.getsockname()[0] in ("0.0.0.0", "::")
+
+
 def test_routes(port: int) -> None:
     """Catches pages that a browser keeps, that other sites can frame or read, and data that are no JSON."""
     status, text, headers = get(port, "/")
