@@ -239,11 +239,13 @@ def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
     for key, value in _leaves(raw):
         if value == "auto":
             raise UserError(f"{path}: '{key}' is \"auto\", which deepcloze does not support; set a value or remove it")
-        if isinstance(value, str) and value.lower() in ("true", "false"):  # read as false by DeepSpeed, true in Python
-            raise UserError(f"{path}: '{key}' is \"{value}\", expected {value.lower()} without quotes")
     for section in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(raw.get(section, {}), dict):
             raise UserError(f"{path}: '{section}' is {json.dumps(raw[section])}, expected a JSON object")
+    for section in ("fp16", "bf16"):
+        enabled = raw.get(section, {}).get("enabled", False)
+        if not isinstance(enabled, bool):  # DeepSpeed takes "off" and the like as false
+            raise UserError(f"{path}: '{section}.enabled' is {json.dumps(enabled)}, expected true or false")
 
 
 def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
@@ -256,8 +258,10 @@ def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if zero.get(old):
             raise UserError(f"{path}: '{old}' is an old name; use '{new}': {{\"device\": \"cpu\"}}")
-    if zero.get("compute_grad_norm") is False:
-        raise UserError(f"{path}: 'compute_grad_norm' is false, but every update needs the norm; remove it")
+    if (norm := zero.get("compute_grad_norm", True)) is not True:
+        raise UserError(
+            f"{path}: 'compute_grad_norm' is {json.dumps(norm)}, but every update needs the norm; remove it"
+        )
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         _check_offload(zero, key, lowest, path)
     if _offload_device(zero, "offload_param") == "nvme" and _offload_device(zero, "offload_optimizer") != "nvme":
