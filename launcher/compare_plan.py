@@ -29,10 +29,10 @@ from pretrain.config import PretrainConfig
 _COMMAND = module_command("launcher")
 _IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
 _PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
-# Beside the folders of the rows; `checkpoints` is that of a pretraining run.
+# Beside the folders of the rows: of the comparison, or what would make its folder one of another kind.
 _USED = (
-    *("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", "checkpoints"),
-    *(CONFIGS, COMPARISON_RECORD),
+    *("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", CONFIGS, COMPARISON_RECORD),
+    *("checkpoints", "config.json", "config.yaml", "launch.jsonl", "manifest.json", "metrics.jsonl"),
 )
 
 
@@ -108,15 +108,17 @@ def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
-    """Read the tasks. recorded: see `recorded_data`. Raises UserError for invalid data and equal task names."""
+    """Read the tasks. recorded: see `recorded_data`. Raises UserError for invalid data and names."""
     encoder = next(iter(config.rows.values())).init_from  # the data are valid for all encoders or for none
     replaced = {"run.dir": ".", "model.init_from": encoder}  # a file may leave them out
     loaded = [load_config(FinetuneConfig, file, replaced) for file in config.tasks]
     names = [task.task.name or Path(file).stem for file, task in zip(config.tasks, loaded, strict=True)]
     folders = _folders("tasks", names)
     for name in names:
-        if names.count(name) > 1 or folders[name] == _PRETRAINING:
+        if names.count(name) > 1:
             raise UserError(f"tasks: the name '{name}' is used twice; set task.name in one of the files")
+        if folders[name] == _PRETRAINING:
+            raise UserError(f"tasks: the folder '{_PRETRAINING}' of '{name}' is for pretraining runs; set task.name")
     tasks = []
     for name, file, task_config in zip(names, config.tasks, loaded, strict=True):
         with user_errors_in(file):

@@ -381,6 +381,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(
         ({"rows": {"runs.json": {"init_from": "."}}}, "'runs.json' is the name of a file or folder of the comparison"),
         ({"rows": {"configs": {"init_from": "."}}}, "'configs' is the name of a file or folder of the comparison"),
         ({"rows": {"checkpoints": {"init_from": "."}}}, "'checkpoints' is the name of a file or folder of"),
+        ({"rows": {"config.json": {"init_from": "."}}}, "'config.json' is the name of a file or folder of"),
         ({"rows": {"a": {"init_from": "/nowhere"}}}, r"rows\.a\.init_from: /nowhere does not exist"),
         ({"rows": {"a": {"init_from": ".", "weights": "random", "pretrain": "x.yaml"}}}, "would ignore what pretrain"),
         ({"grid": "training.lr=fast"}, r"training\.lr"),
@@ -407,11 +408,12 @@ def test_tasks_have_names_of_their_own(
     write_files: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches two runs in one folder, such as a task in that of the pretraining."""
-    for other in ("toy", "(pretrain)"):
+    messages = {"toy": "the name 'toy' is used twice", "(pretrain)": "the folder 'pretrain' of '(pretrain)' is for"}
+    for other, message in messages.items():
         file = write_files(tasks=[str(tmp_path / "toy.yaml"), str(tmp_path / f"{other}.yaml")])
         (tmp_path / f"{other}.yaml").write_text((tmp_path / "toy.yaml").read_text())
         assert main(["compare", str(file)]) == 2
-        assert f"tasks: the name '{other}' is used twice" in capsys.readouterr().err
+        assert f"tasks: {message}" in capsys.readouterr().err
 
 
 def test_data_are_checked_before_anything_runs(
