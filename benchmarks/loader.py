@@ -101,13 +101,13 @@ def _cases(
 ) -> Iterator[tuple[str, BatchMaker]]:
     rows: Rows
     for rows in ("windows", "flat"):
-        layout = MicrobatchLayout(length, microbatch_tokens, rows)
+        layout = MicrobatchLayout(length, max(length, microbatch_tokens), rows)
         for world_size, sequences in ((1, 256), (1, 4096), (1024, 65536)):
             world = World(world_size // 2, world_size)
             name = f"{rows}, {sequences:,} sequences, {world_size:,} ranks"
             yield name, _make_maker([corpora[documents]], (1.0,), layout, sequences, world)
         mixture = [corpora[part] for part in _MIXTURE]
-        layout = replace(layout, max_seq_length=_LONGEST)
+        layout = replace(layout, max_seq_length=_LONGEST, microbatch_tokens=max(_LONGEST, microbatch_tokens))
         yield f"{name}, mixture", _make_maker(mixture, tuple(_MIXTURE.values()), layout, sequences, world)
 
 

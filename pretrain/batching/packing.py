@@ -244,6 +244,7 @@ def assign_to_ranks(
 
 def assign(lengths: NDArray[np.int64], world_size: int, layout: MicrobatchLayout) -> Assignment:
     """Assign sequences with these lengths [S], at most `layout.max_seq_length`, to the microbatches of all ranks."""
+    assert layout.microbatch_tokens >= layout.row_width
     if layout.rows == "flat":
         return deal(lengths, world_size, layout.microbatch_tokens)
     rows = one_per_row(lengths) if layout.rows == "padded" else pack(lengths, layout.row_width)
