@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from experiment.run_folder import RunFolder
+from experiment.run_lock import is_locked
 from launches import LONG, SLOW_STEPS, Start, config_file, patched, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer, RankPool
 from runs import logged, pretrain_case, run_config
@@ -141,6 +143,7 @@ def test_no_step_is_doubled_or_missing_after_a_kill(
         wait_until(lambda: len(server.history) > 20, killed)
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
+        wait_until(lambda: not is_locked(RunFolder(folder)))  # its process, which the fork server kills, has ended
         reached = len(logged(folder))
         resumed = start(*command, **_variables(server.url, tmp_path), **fork_server.environment())
         wait_for_steps(folder, reached + 10, resumed)
