@@ -12,6 +12,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
+from experiment.run_folder import RunFolder
+from experiment.run_lock import is_locked
 from launches import Start, wait_for_exit
 from runs import TINY, run_config
 from waiting import wait_until
@@ -55,6 +57,7 @@ def test_a_chain_is_compared_with_its_start(
     wait_until((folder / "pretrain" / "metrics.jsonl").exists, killed)
     killed.kill()  # its pretraining runs on
     killed.wait()
+    wait_until(lambda: not is_locked(RunFolder(folder.parent)))  # its process, which the fork server kills
     code, output = wait_for_exit(start(*command))
     assert code == 0, output
     assert "[1/3] start/toy: already finished" in output

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from experiment.run_folder import RunFolder
+from experiment.run_lock import is_locked
 from launches import Start, config_file, wait_for_exit, wait_for_steps
 from runs import logged, run_config
+from waiting import wait_until
 
 
 @pytest.mark.soak
@@ -47,6 +49,7 @@ def test_a_killed_sweep_is_taken_over(start: Start, wordpiece_corpus: Path, tmp_
     try:
         killed.kill()
         killed.wait()
+        wait_until(lambda: not is_locked(RunFolder(folder.parent)))  # its process, which the fork server kills
         code, output = wait_for_exit(start(*command))
         assert code == 0, output
         assert f"waiting for the process that is using {folder}" in output
