@@ -141,7 +141,7 @@ def test_an_edit_of_the_task_does_not_change_its_scores(
 def test_the_checkpoint_may_be_deleted_while_it_is_scored(
     run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a fine-tuning run that reads from the checkpoint itself, or a file that is no part of it, and a disk
+    """Catches a fine-tuning run that reads from the checkpoint itself, or a file that does not belong to it, and a disk
     without hard links."""
     write = watched_task.start
 
