@@ -19,7 +19,7 @@ Slots = Mapping[str, tuple[int, ...]]
 Hosts = Mapping[str, int]
 """Host name -> the number of its slots, hosts in rank order."""
 
-HOST_NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*)"
+HOST_NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(?:\.[A-Za-z0-9_-]{1,63})*\.?)"  # parts as in RFC 1035
 _LINE = re.compile(HOST_NAME + r"\s+slots=(?P<slots>[0-9]{1,4})")
 _PBS_HOSTFILE = "PBS_NODEFILE"  # has a host once for each of its MPI processes
 _MPI_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "HYDRA_HOST_FILE")
@@ -56,7 +56,7 @@ def is_this_machine(host: str) -> bool:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.bind(address)  # succeeds for this machine's own addresses only
-    except (OSError, UnicodeError):  # UnicodeError: a part of the name is empty or too long
+    except OSError:
         return False
     return True
 

@@ -187,9 +187,7 @@ def route_to(name: str) -> tuple[str, str]:
     Raises OSError if the name has no address, or there is no way to any.
     """
     failure = OSError(f"no address of {name}")
-    found = []
-    with suppress(UnicodeError):  # a part of the name is empty or too long
-        found = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)
+    found = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)
     for family, kind, protocol, _, address in sorted(found, key=lambda info: info[0] != socket.AF_INET):
         try:
             with socket.socket(family, kind, protocol) as probe:

@@ -124,7 +124,7 @@ def _listen(address: str, port: int) -> int:
         numeric = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         family, _, _, _, resolved = numeric[0]
         return socket.create_server(resolved, family=family, backlog=socket.SOMAXCONN).detach()
-    except (socket.gaierror, UnicodeError):  # UnicodeError: a part of the name is empty or too long
+    except socket.gaierror:
         pass
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:

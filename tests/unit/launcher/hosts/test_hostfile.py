@@ -32,6 +32,8 @@ def test_reads_hosts_in_order_past_comments_and_blank_lines():
         "worker-1, worker-2 slots=2",
         "-oProxyCommand=x slots=2",
         "user@worker-1 slots=2",
+        "worker..1 slots=2",
+        f"{64 * 'w'} slots=2",
     ],
 )
 def test_rejects_a_bad_line_by_its_number(line: str):
@@ -73,7 +75,10 @@ def test_rejects_a_file_that_is_not_text(tmp_path: Path):
         read_hostfile(tmp_path / "hosts")
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z0-9][a-z0-9.-]{0,8}", fullmatch=True), st.integers(1, 99), min_size=1))
+NAMES = st.from_regex(r"[a-z0-9][a-z0-9-]{0,4}(\.[a-z0-9-]{1,4}){0,2}\.?", fullmatch=True)
+
+
+@given(st.dictionaries(NAMES, st.integers(1, 99), min_size=1))
 def test_reads_back_what_was_written(hosts: dict[str, int]):
     """Catches names or counts that do not round-trip."""
     text = "".join(f"{name} slots={slots}\n" for name, slots in hosts.items())

@@ -57,7 +57,6 @@ def test_recognizes_this_machine():
     assert is_this_machine(socket.gethostname())
     assert is_this_machine("127.0.0.1")
     assert not is_this_machine("192.0.2.1")
-    assert not is_this_machine("node..1")
 
 
 def test_ds_accelerator_selects_the_cpu():
