@@ -101,7 +101,17 @@ def _cache_bytes(cache: str | None, kept: Sequence[str]) -> int | None:
     free = _free_bytes(str(existing))
     if free is None or not os.access(existing, os.W_OK):
         return 0
-    return free + sum(path.stat().st_size for folder in kept for path in Path(folder).rglob("*") if path.is_file())
+    return free + sum(_bytes_below(folder) for folder in kept)
+
+
+def _bytes_below(folder: str) -> int:
+    """Return the size of the files below a folder, in which runs may rename and delete some meanwhile."""
+    size = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(directory, name).stat().st_size
+    return size
 
 
 def _version(library: str) -> str | None:

@@ -50,6 +50,12 @@ def test_the_space_of_a_cache_has_what_is_in_it(tmp_path: Path) -> None:
     assert facts().cache_bytes is None
 
 
+def test_a_copy_may_be_deleted_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that is called unreachable because another run freed space in the cache at that moment."""
+    monkeypatch.setattr(probe.os, "walk", lambda folder: [(folder, [], ["deleted"])])
+    assert facts(cache=str(tmp_path), kept=(str(tmp_path),)).cache_bytes > 0
+
+
 def test_a_change_of_the_source_changes_its_digest(tmp_path: Path) -> None:
     """Catches hosts with other code."""
     package = tmp_path / "package"
