@@ -73,18 +73,24 @@ def _import_everything() -> None:
     import gc
 
     gc.disable()
+    import deepspeed.comm.mori
     import deepspeed.launcher.launch
     import deepspeed.launcher.runner
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import pytest  # by the cases of ranks
     import sklearn.metrics  # also sets variables that are read at an import
     import torch
     import transformers.models.bert.modeling_bert
+    import transformers.models.bert.tokenization_bert
 
     import finetune.run
     import launcher.cli
     import launcher.launch
     import pretrain.run
 
-    del deepspeed, sklearn, transformers, finetune, launcher, pretrain
+    del deepspeed, pytest, sklearn, transformers, finetune, launcher, pretrain
     set_start_method("fork", force=True)  # for processes that ranks start: the default on Linux
     torch.set_num_threads(1)  # torch may have been imported before the variable was set
     gc.freeze()
