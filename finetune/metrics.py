@@ -1,25 +1,18 @@
-"""Metrics of predictions, how certain they are, and calibration of probabilities: pure functions."""
+"""Metrics of predictions: pure functions."""
 
 import re
 import statistics
 import string
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experiment.intervals import wilson_interval
-
-_BINS = 15  # of the calibration error
-_TEMPERATURES = (0.05, 20.0)
-_TINY = 1e-37  # least probability: its logarithm is finite
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
-_ROUNDING = 1e-9  # largest error of a sum of right answers
 _CACHED_ANSWERS = 1 << 18  # pairs; a bootstrap compares each a thousand times
 _ROWS = 256  # of a matrix of similarities that are computed at once
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
@@ -39,13 +32,6 @@ LabelScores = Mapping[str, Mapping[str, Number]]
 """Label -> precision, recall, f1 and support (how often it occurs)."""
 
 Tags = Sequence[Sequence[str]]  # of the words of each sentence
-
-Scores = NDArray[np.float64]  # R resamples
-Score = Callable[[int, Sequence[int]], float]
-"""(number of the seed, numbers of the drawn records) -> score"""
-
-Interval = tuple[float, float]
-"""Low and high end of a confidence interval of 95 %."""
 
 
 def classification_scores(gold: LabelIds, predicted: LabelIds) -> dict[str, float]:
@@ -150,188 +136,6 @@ def is_constant(answers: Sequence[Any], targets: Sequence[Any]) -> bool:
     if all(isinstance(value, float) for value in (*answers, *targets)):
         return bool(statistics.pstdev(answers) < _CONSTANT * statistics.pstdev(targets))
     return all(answer == answers[0] for answer in answers) and any(target != targets[0] for target in targets)
-
-
-@dataclass(frozen=True)
-class Classified:
-    """Labels and predictions of N records, for kinds that predict one of C labels for each."""
-
-    gold: NDArray[np.int64]  # N
-    probabilities: NDArray[np.float64]  # NC
-
-    @property
-    def losses(self) -> NDArray[np.float64]:
-        """N, negative log-probabilities of the labels."""
-        gold = np.take_along_axis(self.probabilities, self.gold[:, None], axis=1)[:, 0]
-        return np.asarray(-np.log(np.maximum(gold, _TINY)))
-
-
-def confidence_losses(confidences: Sequence[float], right: Sequence[float]) -> NDArray[np.float64]:
-    """Return N cross-entropies of the probabilities of N answers, and how right the answers are, from 0 to 1."""
-    p, share = np.asarray(confidences), np.asarray(right)
-    return np.asarray(-share * np.log(np.maximum(p, _TINY)) - (1 - share) * np.log(np.maximum(1 - p, _TINY)))
-
-
-def calibration_error(classified: Classified) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy in 15 bins of equal width, weighted by
-    their sizes. The confidence is the probability of the predicted label."""
-    confidence = classified.probabilities.max(axis=1)
-    right = classified.probabilities.argmax(axis=1) == classified.gold
-    bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # upper ends belong to a bin
-    distances = np.bincount(bins, weights=confidence - right, minlength=_BINS)
-    return float(np.abs(distances).sum() / len(confidence))
-
-
-def fit_temperature(classified: Classified) -> float:
-    """Return the temperature with the lowest loss (Guo et al. 2017, "On Calibration of Modern Neural Networks"). If all
-    records are predicted right, the loss falls until the lower end of the range, 0.05 to 20."""
-
-    def loss(log_temperature: float) -> float:
-        scaled = scale(classified.probabilities, float(np.exp(log_temperature)))
-        return float(Classified(classified.gold, scaled).losses.mean())
-
-    from scipy.optimize import minimize_scalar  # takes half a second, and every kind of task imports this module
-
-    low, high = np.log(_TEMPERATURES)
-    return float(np.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x))
-
-
-def measure_calibration(splits: Mapping[str, Classified | None]) -> tuple[float | None, dict[str, dict[str, float]]]:
-    """Return the temperature that is best on validation, and {`ece`, `calibrated_ece`} of each split; None and {} if
-    there is nothing to calibrate."""
-    validation = splits.get("validation")
-    if validation is None:
-        return None, {}
-    temperature = fit_temperature(validation)
-    return temperature, {
-        split: {
-            "ece": calibration_error(found),
-            "calibrated_ece": calibration_error(Classified(found.gold, scale(found.probabilities, temperature))),
-        }
-        for split, found in splits.items()
-        if found is not None
-    }
-
-
-def scale(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Probabilities, along the last axis, of logits divided by a temperature. It changes no order; 0 stays 0."""
-    with np.errstate(divide="ignore"):
-        logits = np.log(probabilities) / temperature
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
-
-
-def calibrate(prediction: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """Calibrate the `probabilities` of a prediction, which are a list or a mapping."""
-    probabilities = prediction["probabilities"]
-    scaled = scale(np.array(list_probabilities(prediction)), temperature).tolist()
-    named = dict(zip(probabilities, scaled, strict=True)) if isinstance(probabilities, Mapping) else scaled
-    return {**prediction, "probabilities": named}
-
-
-def list_probabilities(prediction: Mapping[str, Any]) -> list[float]:
-    """Return the `probabilities` of a prediction, in their order."""
-    probabilities = prediction["probabilities"]
-    return list(probabilities.values() if isinstance(probabilities, Mapping) else probabilities)
-
-
-def pad_probabilities(predictions: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-    """Return the probabilities NC of N predictions, C being the most that one has; the others get zeros."""
-    rows = [list_probabilities(prediction) for prediction in predictions]
-    width = max(map(len, rows))
-    return np.array([row + [0.0] * (width - len(row)) for row in rows])
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The difference of the scores of two models, as in compare.json."""
-
-    difference: float  # of the means over seeds
-    interval: Interval
-    p: float  # two-sided, of no difference
-
-
-def draw_records(units: Sequence[Sequence[int]], resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Yield R samples of numbers of records. Each call yields the same samples, one for each model.
-
-    units: numbers of records that are drawn together, because they are not independent.
-    """
-    numbers, sizes = np.concatenate(units), np.array([len(unit) for unit in units])
-    starts = sizes.cumsum() - sizes
-    draw = np.random.default_rng(0)
-    for _ in range(resamples):
-        drawn = draw.integers(0, len(units), size=len(units))
-        ends = sizes[drawn].cumsum()
-        yield numbers[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + sizes[drawn], sizes[drawn])]
-
-
-def bootstrap_scores(score: Score, seeds: int, samples: Iterable[NDArray[np.int64]], stream: int) -> Scores:
-    """Return the score, as a mean over drawn seeds, for each sample of records.
-
-    This is the Multi-Bootstrap of Sellam et al. (2022), https://arxiv.org/abs/2106.16163. A score varies with the seed
-    and with the records of the test split. Both are drawn with replacement: the records once for all models, which
-    makes the test a paired one, the seeds for each model separately, because seeds of different initializations have
-    nothing in common. With one seed it is the paired bootstrap over records.
-
-    stream: another number for each model, so that its seeds are drawn separately.
-    """
-    draw = np.random.default_rng([stream, seeds])
-    scores = []
-    for sample in samples:
-        rows = sample.tolist()  # one at a time: a number takes five times as much memory as in an array
-        drawn, counts = np.unique(draw.integers(0, seeds, size=seeds), return_counts=True)
-        scores.append(np.average([score(int(seed), rows) for seed in drawn], weights=counts))
-    return np.array(scores)
-
-
-def compare_scores(
-    first: Sequence[float], second: Sequence[float], first_drawn: Scores, second_drawn: Scores
-) -> Difference:
-    """Return the difference of the mean scores over seeds. first, second: scores by seed; drawn: as from
-    `bootstrap_scores`.
-
-    The p-value of the bootstrap counts the resamples on the other side of zero, twice; it is at least 2 / (R + 1).
-    From few seeds a bootstrap finds differences where there are none: n draws of n seeds vary less than n new seeds.
-    So the result is the more cautious one of the bootstrap and of Welch's (1947) test of the scores by seed.
-    """
-    differences = first_drawn - second_drawn
-    opposite = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    (low, high), p = percentile_interval(differences), min(1.0, 2 * (opposite + 1) / (len(differences) + 1))
-    if min(len(first), len(second)) > 1 and np.ptp(first) + np.ptp(second) > _ROUNDING:
-        from scipy.stats import ttest_ind  # takes a second
-
-        welch = ttest_ind(first, second, equal_var=False)
-        by_seed = welch.confidence_interval()
-        low, high, p = min(low, by_seed.low), max(high, by_seed.high), max(p, welch.pvalue)
-    return Difference(float(np.mean(first) - np.mean(second)), (float(low), float(high)), float(p))
-
-
-def percentile_interval(scores: Scores) -> Interval:
-    """Return the 95 % interval of bootstrap scores."""
-    low, high = np.percentile(scores, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def accuracy_interval(right: Sequence[bool], groups: Sequence[Hashable]) -> Interval:
-    """Return the interval of an accuracy, for other questions of the same kind.
-
-    groups: the subject of each question. If each has its own, Wilson's (1927) interval. Otherwise Student's interval
-    of a ratio over groups (Cochran 1977, sections 6.3 and 9A.2): questions about one text are not independent, and an
-    interval that ignores it is too narrow. If all groups are alike, it has no width: Wilson's interval of as many
-    questions as there are groups.
-    """
-    from scipy.special import stdtrit
-
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    ids = np.array([numbers[group] for group in groups])
-    counts, hits = np.bincount(ids), np.bincount(ids, weights=right)
-    accuracy, drawn = float(np.mean(right)), len(counts)
-    residuals = hits - accuracy * counts
-    if drawn == len(right) or np.abs(residuals).max() < _ROUNDING:
-        return wilson_interval(accuracy, drawn)
-    error = np.sqrt((residuals**2).sum() * drawn / (drawn - 1)) / len(right)
-    half = float(stdtrit(drawn - 1, 0.975) * error)
-    return max(0.0, accuracy - half), min(1.0, accuracy + half)
 
 
 def entity_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> dict[str, float]:

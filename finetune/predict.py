@@ -17,11 +17,12 @@ from experiment.formatting import counted
 from experiment.hardware import prepare_process
 from experiment.model_names import local_model
 from experiment.progress import progress, terminal
+from finetune.calibration import calibration_error
 from finetune.data.formats import FileFormat, read_rows, separator
 from finetune.data.records import Record, TurnJoiner, read_records
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import turn_joiner
-from finetune.metrics import calibration_error, top_confusions
+from finetune.metrics import top_confusions
 from finetune.options import PredictOptions
 from finetune.predictor import Predictor, missing_temperature
 from finetune.results.predictions import check_row_file, open_row_file, optional_inputs, prediction_rows

@@ -24,7 +24,7 @@ class Predictor:
     """A fine-tuned model, ready to predict. Threads may share it."""
 
     kind: TaskKind[Any]
-    temperature: float | None  # of calibrated probabilities, see `finetune.metrics`
+    temperature: float | None  # of calibrated probabilities, see `finetune.calibration`
     loaded: LoadedModel
     accepts_pairs: bool  # beside single texts, see `SavedTask`
     _inference: Inference

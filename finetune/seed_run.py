@@ -17,9 +17,9 @@ from experiment.formatting import format_parameters
 from experiment.progress import print_warning, terminal
 from experiment.provenance import read_provenance, write_origin
 from experiment.run_folder import RunFolder
+from finetune.calibration import measure_calibration
 from finetune.config import changed_settings
 from finetune.encoding.encoder import load_task_tokenizer
-from finetune.metrics import measure_calibration
 from finetune.model import build_model, save_model
 from finetune.resolve import ResolvedRun
 from finetune.results.model_card import write_seed_card

@@ -15,9 +15,10 @@ from experiment.config import did_you_mean
 from experiment.errors import UserError
 from experiment.fast_imports import fast_imports
 from finetune import kinds
+from finetune.calibration import Classified, calibrate
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.metrics import Classified, LabelScores, calibrate, confusion_matrix, is_constant, label_scores
+from finetune.metrics import LabelScores, confusion_matrix, is_constant, label_scores
 
 if TYPE_CHECKING:
     import numpy as np

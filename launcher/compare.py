@@ -20,8 +20,8 @@ from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
 from experiment.results.plots import draw_dots
 from experiment.run_folder import SWEEP_RECORD, RunFolder
-from finetune.metrics import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
 from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, read_scored_split
+from finetune.significance import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
 from finetune.splits import related_records
 from launcher.compare_plan import ComparePlan
 from launcher.report import print_report
@@ -123,7 +123,7 @@ def _scores(
 
 
 def test_rows(cells: ScoresByRow) -> Tests:
-    """Bootstrap the scores and test all pairs of rows in each column, see `finetune.metrics.bootstrap_scores`.
+    """Bootstrap the scores and test all pairs of rows in each column, see `finetune.significance.bootstrap_scores`.
 
     Raises UserError if data have changed since they were scored, and for damaged predictions.
     """
