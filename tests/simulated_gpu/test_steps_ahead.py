@@ -21,10 +21,11 @@ POISONS = {"loss": Poison(NAN), "spike": Poison(1e4), "gradient": Poison(NAN, in
 
 
 @pytest.fixture(scope="module")
-def ranks(fork_server: ForkServer) -> Iterator[RankPool]:
-    pool = RankPool(fork_server, 2)
-    yield pool
-    pool.close()
+def ranks(fork_server: ForkServer) -> Iterator[dict[int, RankPool]]:
+    pools = {size: RankPool(fork_server, size) for size in (1, 2)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
 
 
 def ahead_case(
@@ -72,47 +73,54 @@ def ahead_case(
     ],
 )
 def test_the_next_microbatch_is_queued_before_the_norm_is_read(
-    ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path, ds_config: str, changes: dict[str, Any], order: str
+    ranks: dict[int, RankPool],
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    ds_config: str,
+    changes: dict[str, Any],
+    order: str,
 ) -> None:
     """Catches a GPU without work until the host has read the norm, and a microbatch that is queued although the
     optimizer needs the host's decision, or the next microbatch the new loss scale."""
     tree = run_config(tmp_path, wordpiece_corpus, ds_config, schedule__steps=3, **changes)
-    for outcome, calls, races in ranks.run(ahead_case, tree, {}):
+    for outcome, calls, races in ranks[2].run(ahead_case, tree, {}):
         assert (outcome, races) == ("done", [])
         assert "".join(calls) == order.replace(" ", "")
 
 
 @pytest.mark.parametrize("poison", ["loss", *soak("spike", "gradient")])
 def test_a_bad_batch_after_which_a_microbatch_is_queued(
-    ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path, poison: str
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, poison: str
 ) -> None:
     """Catches an update from a bad batch, moments or step counters that it changes, and a microbatch that counts twice,
     not at all, or after a rewind. The three policies end in the same run, bit by bit."""
-    trees = runs_by_policy(tmp_path, wordpiece_corpus, "bf16_zero1", 6)
+    trees = runs_by_policy(tmp_path, wordpiece_corpus, "bf16_zero1", 5)
     bad = {4: POISONS[poison]}
     for policy in ("skip", "rewind"):
-        assert [found[0] for found in ranks.run(ahead_case, trees[policy], bad)] == ["done", "done"]
-    assert saved_progress(tmp_path / "skip", 6)["skipped"] == [4]
+        assert [found[0] for found in ranks[2].run(ahead_case, trees[policy], bad)] == ["done", "done"]
+    assert saved_progress(tmp_path / "skip", 5)["skipped"] == [4]
     assert "rewound to step 2" in RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
     assert None not in logged(tmp_path / "skip")
-    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 6)
+    assert_same_run(tmp_path / "skip", tmp_path / "rewind", 5)
 
-    messages = [found[0] for found in ranks.run(ahead_case, trees["stop"], bad)]
+    messages = [found[0] for found in ranks[2].run(ahead_case, trees["stop"], bad)]
     assert messages[0].startswith("step 4: the ")
     assert complete_checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == "step-00000003"
     again = trees["stop"] | {"health": {"policy": "skip"}}
-    assert [found[0] for found in ranks.run(ahead_case, again, bad)] == ["done", "done"]
-    assert_same_run(tmp_path / "skip", tmp_path / "stop", 6)
+    assert [found[0] for found in ranks[2].run(ahead_case, again, bad)] == ["done", "done"]
+    assert_same_run(tmp_path / "skip", tmp_path / "stop", 5)
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_weights(
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
     """Catches a microbatch that is queued although the run stops, and one that the resumed run leaves out. Of two bad
     batches in a row, the second is queued before the norm of the first is read."""
     bad = {3: Poison(NAN), 4: Poison(NAN)}
-    for name, stops in (("whole", []), ("stopped", [2, 3])):
-        tree = run_config(tmp_path / name, wordpiece_corpus, "bf16_zero1", schedule__steps=6, health__policy="skip")
+    for name, stops in (("whole", []), ("stopped", [2, 2])):
+        tree = run_config(tmp_path / name, wordpiece_corpus, "bf16_zero1", schedule__steps=5, health__policy="skip")
         for stop_after in stops:
-            found = ranks.run(ahead_case, tree, bad, stop_after)
-            assert [(outcome, calls[-2:]) for outcome, calls, _ in found] == [("stopped", ["s", "r"])] * 2
-        assert [outcome for outcome, _, _ in ranks.run(ahead_case, tree, bad)] == ["done", "done"]
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 6)
+            found = ranks[1].run(ahead_case, tree, bad, stop_after)
+            assert [(outcome, calls[-2:]) for outcome, calls, _ in found] == [("stopped", ["s", "r"])]
+        assert [outcome for outcome, _, _ in ranks[1].run(ahead_case, tree, bad)] == ["done"]
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 5)

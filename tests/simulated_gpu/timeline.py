@@ -6,6 +6,7 @@ what the host knows to be done when it launches it. Waiting for a stream or an e
 of which at least one writes, have to be ordered by the clocks (as in ThreadSanitizer).
 """
 
+import functools
 import sys
 import threading
 from collections import defaultdict
@@ -172,6 +173,11 @@ def merge(clock: Clock, other: Clock) -> None:
 def caller() -> str:
     """The innermost line of code that is not in `_PASSED`. (`traceback` would read the files.)"""
     frame: Any = sys._getframe(1)
-    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _PASSED):
+    while frame.f_back is not None and _is_passed(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+
+
+@functools.cache
+def _is_passed(file: str) -> bool:
+    return any(part in file for part in _PASSED)
