@@ -13,13 +13,15 @@ from experiment.checkpoints import complete_checkpoints
 from experiment.outcome_file import Cause
 from fork_server import PATCH
 from hosts import Cluster, Host
-from launches import SLOW_STEPS, patched
+from launches import LONG, SLOW_STEPS, patched
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, pretrain_case, run_config, soak
-from test_cluster_launches import DEEPCLOZE, write_hostfile
+from runs import NO_DROPOUT, SHALLOW, Tree, pretrain_case, run_config, soak
+from test_cluster_launches import DEEPCLOZE, UNMEASURED, write_hostfile
 from waiting import LIMIT, wait_until
 
 KEYWORD = os.urandom(8).hex()
+# Few steps while the launcher notices what has happened.
+PATIENT = SLOW_STEPS.replace("sleep(0.1)", "sleep(1)") + UNMEASURED
 SECRET = f"{KEYWORD} 'and' \"quotes\" $HOME"
 
 
@@ -33,14 +35,14 @@ class Run:
         self.hostfile = write_hostfile(folder / "hostfile", hosts)
 
     def start(
-        self, host: Host, *flags: str, variables: tuple[str, ...] = (), patch: str = SLOW_STEPS
+        self, host: Host, *flags: str, variables: tuple[str, ...] = (), patch: str = PATIENT
     ) -> "subprocess.Popen[str]":
         """`patch`: code that each process of deepcloze runs first."""
         variables += tuple(f"{name}={value}" for name, value in patched(self.folder.parent, patch).items())
         command = ["env", "OMP_NUM_THREADS=1", *variables, *DEEPCLOZE]
         command += [f"--hostfile={self.hostfile}", f"--env={PATCH}", *flags]
         config = self.folder.with_suffix(".yaml")
-        config.write_text(yaml.safe_dump(self.config(self.folder, 10**6)), encoding="utf-8")
+        config.write_text(yaml.safe_dump(self.config(self.folder, LONG)), encoding="utf-8")
         self.output, self.errors = (self.folder.with_name(f"{host.name}-{name}") for name in ("stdout", "stderr"))
         # Not to pipes, which nobody reads until the end: a full one would block the launcher.
         with self.output.open("w") as output, self.errors.open("w") as errors:
@@ -56,11 +58,11 @@ class Run:
         return run_config(
             folder,
             self.corpus,
-            model__config=TINY | NO_DROPOUT,
+            model__config=SHALLOW | NO_DROPOUT,
             schedule__steps=steps,
             schedule__name="constant",
             optimizer__lr=1e-4,
-            checkpoint__every_steps=5,
+            checkpoint__every_steps=2 if steps == LONG else None,
             checkpoint__keep_last=2,
             health__hang_seconds=60,
         )
@@ -140,11 +142,8 @@ def test_a_stop_while_ranks_wait_for_each_other_ends_all_hosts(
     """Catches ranks that wait for one that has stopped, longer than a batch system waits, and print a stack dump."""
     head, second, _ = cluster.hosts
     run = Run(tmp_path, wordpiece_corpus, [head, second])
-    patch = (
-        "import os, sys, time\n"
-        f"if 'pretrain.run' in sys.orig_argv and os.uname().nodename == {second.name!r}: time.sleep(3600)\n"
-    )
-    run.start(head, patch=patch)
+    sleep = f"if 'pretrain.run' in sys.orig_argv and os.uname().nodename == {second.name!r}: time.sleep(3600)\n"
+    run.start(head, patch=f"import os{PATIENT}{sleep}")
     wait_until((run.folder / "logs" / "rank-0.json").exists, run.process)
     _, errors = run.stop()
     assert errors.endswith("deepcloze: stopped before the first step; run the same command again\n")

@@ -18,10 +18,11 @@ import yaml
 
 from hosts import REPOSITORY, Cluster, Host
 from launcher.preflight.bandwidth import LIMIT_SECONDS
+from launches import patched
 from rank_pool import RankPool
 from runs import logged, pretrain_case, run_config
 from small_disk import SmallDisk, mounted_small_disk
-from test_cluster_launches import write_hostfile
+from test_cluster_launches import UNMEASURED, write_hostfile
 from waiting import wait_until
 
 DEEPCLOZE = ("env", "OMP_NUM_THREADS=1", sys.executable, "-m", "launcher")
@@ -136,17 +137,19 @@ def test_a_run_starts_without_the_hosts_that_failed(
     """
     head, broken, _ = cluster.hosts
     hide(broken, wordpiece_corpus)
-    pretrain = (*DEEPCLOZE, "pretrain", f"--hostfile={hostfile}", f"--config={config}")
-    done = head.run(*pretrain)
+    pretrain = (*DEEPCLOZE, "pretrain", f"--hostfile={hostfile}", f"--config={config}", "--schedule.steps=3")
+    unmeasured = (f"{name}={value}" for name, value in patched(tmp_path, UNMEASURED).items())
+    done = head.run("env", *unmeasured, *pretrain)
     assert done.returncode == 2
     assert f"{broken.name}: files: {wordpiece_corpus}/manifest.json cannot be read" in done.stderr
     assert "1 of 3 hosts failed: node-2; --allow_missing leaves them out" in done.stderr
     assert not (tmp_path / "run").exists()
     done = head.run(*pretrain, "--allow_missing")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "timing an all-reduce over 2 ranks" in done.stderr
     (attempt,) = map(json.loads, (tmp_path / "run" / "launch.jsonl").read_text().splitlines())
     assert attempt["hosts"] == {"node-1": [0], "node-3": [0]}
-    pools[2].run(pretrain_case, run_config(tmp_path / "one_host", wordpiece_corpus))
+    pools[2].run(pretrain_case, run_config(tmp_path / "one_host", wordpiece_corpus, schedule__steps=3))
     assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "one_host"), abs=1e-5)
 
 
