@@ -9,6 +9,7 @@ import yaml
 
 from experiment.run_folder import RunFolder
 from fork_server import PATCH
+from rank_pool import ForkServer
 from runs import logged, run_config
 from waiting import LIMIT, wait_until
 
@@ -40,6 +41,15 @@ def patched(tmp_path: Path, code: str) -> dict[str, str]:
     path = tmp_path / "patch.py"
     path.write_text(code, encoding="utf-8")
     return {PATCH: str(path)}
+
+
+def partly_forked(tmp_path: Path, fork_server: ForkServer, condition: str, code: str = "") -> dict[str, str]:
+    """Variables for tests marked `real_start`: of the commands and of the processes that they start, those are forked
+    for which this expression is true. All others run `code` first."""
+    path, _, others = fork_server.environment()["PYTHONPATH"].partition(":")
+    hand_over = f"import os, runpy, sys\nif {condition}:\n    runpy.run_path({path!r} + '/sitecustomize.py')\n"
+    (tmp_path / "sitecustomize.py").write_text(hand_over + code, encoding="utf-8")
+    return {"PYTHONPATH": f"{tmp_path}:{others}"}
 
 
 def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:

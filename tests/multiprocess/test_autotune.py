@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from experiment.run_folder import RunFolder
-from launches import Start, config_file, patched, wait_for_exit, wait_for_file
-from rank_pool import RankPool
+from launches import Start, config_file, partly_forked, patched, wait_for_exit, wait_for_file
+from rank_pool import ForkServer, RankPool
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config
 from waiting import wait_until
 
@@ -84,10 +84,13 @@ def test_a_resumed_run_with_stages_is_tuned(
 
 
 @pytest.mark.real_start  # forked ranks outlive the kill of their group for a moment, and write to their folder
-def test_a_signal_ends_the_trials(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_the_trials(
+    start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path
+) -> None:
     """Catches ranks of a trial that outlive the command, a run that starts nevertheless, and a wrong exit code."""
     config = config_file(tmp_path, wordpiece_corpus, batch__microbatch_tokens=130)
-    launch = start(sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=1", "--autotune")
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=1", "--autotune")
+    launch = start(*command, **partly_forked(tmp_path, fork_server, "'launcher' in sys.orig_argv"))
     folder = RunFolder(tmp_path / "run")
     trial = RunFolder(folder.logs / "autotune" / "130")
     wait_for_file(trial.rank_record(0), launch)

@@ -14,7 +14,7 @@ import pytest
 from experiment.checkpoints import complete_checkpoints
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import RunFolder
-from launches import LONG, Start, config_file, wait_for_exit
+from launches import LONG, Start, config_file, partly_forked, wait_for_exit
 from rank_pool import ForkServer
 from waiting import wait_until
 
@@ -36,7 +36,8 @@ def test_a_run_survives_its_terminal_and_can_be_followed(
 ) -> None:
     """Catches a run that ends with the session that has started it, and a status or log that lacks it."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=10)
-    launch = start(DEEPCLOZE, "pretrain", "--config", str(config), "--detach")
+    launchers_start = partly_forked(tmp_path, fork_server, "'launcher' not in sys.orig_argv")
+    launch = start(DEEPCLOZE, "pretrain", "--config", str(config), "--detach", **launchers_start)
     code, output = wait_for_exit(launch)
     assert code == 0, output
     with suppress(ProcessLookupError):  # it has no process left

@@ -21,28 +21,28 @@ from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_folder import RunFolder, open_run_folder
 from experiment.tensor_files import save_tensors
 from experiment.tracking.tracker import Trackers
-from fork_server import PATCH
-from launches import Start, config_file, patched, wait_for_exit
+from launches import Start, config_file, partly_forked, wait_for_exit
 from pretrain.rank_heartbeat import RankHeartbeat
 from pretrain.training import checkpoint_tensors
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
 from runs import Tree, logged, pretrain_case, run_config, soak
+from waiting import wait_until
 
 HOST = platform.node()
-REPOSITORY = Path(__file__).parents[2]
 HANG_SECONDS = 20  # the ranks also start within it
 OPTIONS: Mapping[str, object] = {"health__hang_seconds": HANG_SECONDS, "checkpoint__every_steps": 2}
 
-# Python runs this at the start of each process: rank 1 hangs once, when `call` is called for the given step.
+# Python runs this at the start of each process but the launcher and rank 0: rank 1 hangs once, when `call` is called
+# for the given step. It is in the process group of the launch: the launcher asks no others for their stacks.
 HANG = """
-import os, signal, sys, threading, time
+import signal, threading, time
 from pathlib import Path
 hung = Path({marker!r})
 def hang():
     hung.touch()
     {how}
-if "pretrain.run" in sys.orig_argv and os.environ.get("RANK") == "1" and not hung.exists():
+if "pretrain.run" in sys.orig_argv and not hung.exists():
     {patch}
 """
 AT_A_STEP = """
@@ -62,12 +62,6 @@ IN_A_SAVE = """
             hang()
         return write_share(share, partial)
     background_save.write_share = held
-"""
-# The launcher is forked. Its ranks are started, in its process group: it asks no others for their stacks.
-START_RANKS = """
-import os
-del os.environ[{patch!r}]
-os.environ["PYTHONPATH"] = {path!r}
 """
 BLOCK = "threading.Event().wait(600)"
 # It is continued for its stack. Any thread may write that; meanwhile the main thread stays where it is.
@@ -100,11 +94,13 @@ def test_a_hung_rank_is_named(
     """Catches a launch that waits for a rank that has stopped, that does not say which one and where, that leaves it
     behind, or whose next start does not resume with the losses of an undisturbed run."""
     marker, folder = tmp_path / "hung", RunFolder(tmp_path / "run")
-    (tmp_path / "sitecustomize.py").write_text(HANG.format(marker=str(marker), how=how, patch=patch.strip()))
-    variables = patched(tmp_path, START_RANKS.format(patch=PATCH, path=f"{tmp_path}:{REPOSITORY}"))
+    code = HANG.format(marker=str(marker), how=how, patch=patch.strip())
+    variables = partly_forked(
+        tmp_path, fork_server, "'launcher' in sys.orig_argv or os.environ.get('RANK') == '0'", code
+    )
     config = config_file(tmp_path, wordpiece_corpus, **OPTIONS)
     command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
-    code, output = wait_for_exit(start(*command, **fork_server.environment(), **variables))
+    code, output = wait_for_exit(start(*command, **variables))
     assert code == 1, output
     reported = read_outcome(folder)
     assert reported is not None
@@ -119,7 +115,8 @@ def test_a_hung_rank_is_named(
     assert (seconds := re.match(r" for (\d+) s", reported.message.removeprefix(expected)))
     assert int(seconds[1]) < HANG_SECONDS  # before the others time out
     pids = [json.loads(folder.rank_record(rank).read_text(encoding="utf-8"))["pid"] for rank in range(2)]
-    assert not any(map(psutil.pid_exists, pids))
+    assert not psutil.pid_exists(pids[1])
+    wait_until(lambda: not psutil.pid_exists(pids[0]))  # the fork server kills it
     resumed = start(*command, "--health.hang_seconds=600", **fork_server.environment())
     code, output = wait_for_exit(resumed)
     assert code == 0, output

@@ -15,8 +15,8 @@ from experiment.checkpoints import checkpoint_path, complete_checkpoints, last_u
 from experiment.outcome_file import Cause, Outcome, read_outcome
 from experiment.provenance import REPOSITORY
 from experiment.run_folder import RunFolder
-from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
-from rank_pool import RankPool, free_port
+from launches import LONG, Start, config_file, partly_forked, wait_for_exit, wait_for_steps
+from rank_pool import ForkServer, RankPool, free_port
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, sampled, saved_tensors
 from waiting import wait_until
 
@@ -54,15 +54,20 @@ def test_a_killed_rank_resumes_and_repeats_no_step(
 @pytest.mark.real_start
 @pytest.mark.parametrize("ranks", sampled((1, 2), {1}))
 def test_deepspeeds_own_launcher_gives_the_same_run(
-    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool], ranks: int
+    start: Start,
+    fork_server: ForkServer,
+    wordpiece_corpus: Path,
+    tmp_path: Path,
+    pools: dict[int, RankPool],
+    ranks: int,
 ) -> None:
     """Catches a run.py that only deepcloze can start: its imports, --local_rank, the environment of ranks."""
     model = TINY | NO_DROPOUT
     config = config_file(tmp_path, wordpiece_corpus, model__config=model)
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    script = str(REPOSITORY / "pretrain" / "run.py")
-    process = start(deepspeed, f"--num_gpus={ranks}", f"--master_port={free_port()}", script, "--config", str(config))
-    code, output = wait_for_exit(process)
+    deepspeed = (sys.executable, "-m", "deepspeed.launcher.runner")  # as the program `deepspeed`
+    flags = (f"--num_gpus={ranks}", f"--master_port={free_port()}", str(REPOSITORY / "pretrain" / "run.py"))
+    ranks_start = partly_forked(tmp_path, fork_server, "'RANK' not in os.environ")
+    code, output = wait_for_exit(start(*deepspeed, *flags, "--config", str(config), **ranks_start))
     assert code == 0, output
     pools[ranks].run(pretrain_case, run_config(tmp_path / "pooled", wordpiece_corpus, model__config=model))
     assert logged(tmp_path / "run", "step") == [1, 2, 3, 4, 5, 6]
