@@ -40,11 +40,7 @@ def counting_case(world: World, tree: Tree) -> int:
 
 @pytest.mark.parametrize(
     "ds_config",
-    [
-        "fp32_zero0",
-        *soak("fp32_zero1", "bf16_zero2"),
-        "bf16_zero3",
-    ],
+    ["bf16_zero3", *soak("fp32_zero0", "fp32_zero1", "bf16_zero2")],
 )
 def test_recomputation_changes_no_bit(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, ds_config: str
@@ -69,7 +65,7 @@ def test_recomputation_of_a_padded_model_changes_no_bit(
     """Catches the same in a model that does not use transformers' attention interface."""
     for recompute in (False, True):
         changes = {"model__config": MODELS["padded"], "schedule__steps": 2}
-        tree = run_config(tmp_path / str(recompute), wordpiece_corpus, "fp32_zero3", **changes)
+        tree = run_config(tmp_path / str(recompute), wordpiece_corpus, "fp32_zero1", **changes)
         tree["model"]["activation_checkpointing"] = recompute
         pools[2].run(pretrain_case, tree)
     assert logged(tmp_path / "True") == logged(tmp_path / "False")

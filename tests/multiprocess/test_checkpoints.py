@@ -180,7 +180,7 @@ def test_a_bug_in_a_save_ends_all_ranks(pools: dict[int, RankPool], wordpiece_co
     assert "RuntimeError: rank 0: KeyError: 'a bug'" in str(caught.value)
 
 
-@pytest.mark.parametrize("pages", [12, 60])
+@pytest.mark.parametrize("pages", [12, *soak(60)])
 def test_a_run_continues_when_a_full_disk_has_room_again(
     pools: dict[int, RankPool], wordpiece_corpus: Path, small_disk: SmallDisk, pages: int
 ) -> None:

@@ -89,9 +89,8 @@ def average_case(world: World, tree: Tree, folder: Path, source: Path | None, li
     [
         ("fp32_zero0", "adamw"),
         ("fp32_zero2", "adamw"),
-        ("fp32_zero1", "muon"),
         ("bf16_zero3", "muon"),
-        *soak(("fp32_zero0", "muon"), ("bf16_zero2", "muon")),
+        *soak(("fp32_zero1", "muon"), ("fp32_zero0", "muon"), ("bf16_zero2", "muon")),
     ],
 )
 def test_ema_starts_at_the_weights_and_skips_vetoed_updates(

@@ -104,9 +104,9 @@ def test_frozen_parameters_change_only_after_freeze_steps(
 @pytest.mark.parametrize(
     ("world_size", "ds_config", "optimizer"),
     [
-        (2, "fp32_zero1", "adamw"),
         (2, "fp32_zero3", "lamb"),
         *soak(
+            (2, "fp32_zero1", "adamw"),
             (2, "fp32_zero0", "adamw"),
             (2, "bf16_zero3", "stableadamw"),
             (2, "fp32_zero1", "muon"),
@@ -127,8 +127,7 @@ def test_a_run_resumed_before_unfreezing_is_the_uninterrupted_one(
         tree["model"] |= {"freeze": list(FROZEN), "freeze_steps": 2}
         tree["optimizer"] |= {"layer_decay": 0.7, "name": optimizer}
     pools[world_size].run(pretrain_case, trees["uninterrupted"])
-    for _ in range(2):
-        assert pools[world_size].run(pretrain_case, trees["resumed"], 1)[0] == "stopped"
+    assert pools[world_size].run(pretrain_case, trees["resumed"], 1)[0] == "stopped"
     pools[world_size].run(pretrain_case, trees["resumed"])
     one, other = (saved_tensors(checkpoint_path(tmp_path / name / "checkpoints", 4)) for name in trees)
     assert {float(value) for key, value in one.items() if is_frozen(key) and key.endswith("/step")} == {2.0}

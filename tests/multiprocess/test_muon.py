@@ -16,12 +16,12 @@ from pretrain.resolve import resolve
 from pretrain.training_stream import open_stream
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, sampled
+from runs import NO_DROPOUT, TINY, Tree, logged, pretrain_case, run_config, sampled, soak
 
 STEPS, LR, DECAY, CLIP = 3, 0.02, 0.1, 0.5
 LAYOUTS = [(size, f"fp32_zero{stage}") for size in (1, 2, 3) for stage in range(4)]
 LAYOUTS += [(2, "fp32_zero2_cpu_offload"), (3, "fp32_zero3_cpu_offload")]
-SAMPLE = [(1, "fp32_zero0"), (2, "fp32_zero1"), (3, "fp32_zero2"), (2, "fp32_zero3"), (3, "fp32_zero3_cpu_offload")]
+SAMPLE = [(1, "fp32_zero0"), (3, "fp32_zero2"), (3, "fp32_zero3_cpu_offload")]
 
 
 def muon_config(folder: Path, corpus: Path, ds_config: str, **changes: object) -> Tree:
@@ -106,8 +106,13 @@ def test_losses_equal_those_of_torch(
     assert logged(tmp_path) == pytest.approx(plain_losses, rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-4), ("fp16", 2e-5)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "stage"),
+    [
+        *(("bf16", 2e-4, 1), ("fp16", 2e-5, 2), ("bf16", 2e-4, 3)),
+        *soak(("fp16", 2e-5, 1), ("bf16", 2e-4, 2), ("fp16", 2e-5, 3)),
+    ],
+)
 def test_losses_in_16_bit_are_close_to_those_of_torch(
     pools: dict[int, RankPool],
     wordpiece_corpus: Path,

@@ -62,12 +62,17 @@ def test_a_run_from_object_storage_resumes_on_another_host(
     )
     assert pools[2].run(pretrain_case, plain) == ["done", "done"]
 
+    train, held = (
+        put_corpus(corpus, f"{bucket}/{name}")
+        for corpus, name in ((wordpiece_corpus, "text"), (heldout_corpus, "text-heldout"))
+    )
+
     def tree(name: str) -> dict[str, Any]:
         return plain | {
             "run": plain["run"] | {"dir": str(tmp_path / name)},
             "corpus": {
-                "train": put_corpus(wordpiece_corpus, f"{bucket}/text"),
-                "eval": {"held": put_corpus(heldout_corpus, f"{bucket}/text-heldout")},
+                "train": train,
+                "eval": {"held": held},
                 "cache": str(tmp_path / f"cache-{name}"),
             },
             "checkpoint": plain["checkpoint"] | {"every_steps": 2, "mirror": f"{bucket}/run"},
@@ -110,7 +115,7 @@ def test_a_run_from_object_storage_resumes_on_another_host(
         return scores
 
     local = evaluate("--checkpoint", str(tmp_path / "plain"), "--corpus", str(heldout_corpus))
-    assert evaluate("--checkpoint", f"{bucket}/run", "--corpus", f"{bucket}/text-heldout") == local
+    assert evaluate("--checkpoint", f"{bucket}/run", "--corpus", held) == local
     assert main(["export", "--checkpoint", f"{bucket}/run/step-00000006", "--output", str(tmp_path / "exported")]) == 0
     weights = tmp_path / "second" / "checkpoints" / "step-00000006" / "hf" / "model.safetensors"
     assert (tmp_path / "exported" / "model.safetensors").read_bytes() == weights.read_bytes()

@@ -16,6 +16,7 @@ from pretrain.world import World
 from rank_pool import RankPool
 from runs import (
     NO_DROPOUT,
+    SHALLOW,
     TINY,
     Tree,
     assert_same_tensors,
@@ -39,11 +40,8 @@ LAYOUTS = [
     for size, precision, stage in itertools.product((1, 2, 3), ("fp32", "bf16"), range(4))
     if (precision, stage) != ("bf16", 0)  # it runs as stage 1
 ]
-EXACT_SAMPLE = [
-    (1, "fp32_zero0"),
-    (2, "fp32_zero3"),
-    (2, "bf16_zero1"),
-]  # (2, "fp32_zero1"): `test_stages_and_mixtures.py`
+# (2, "fp32_zero1"): `test_stages_and_mixtures.py`; (2, "bf16_zero1"): `test_sharded_optimizers.py`
+EXACT_SAMPLE = [(1, "fp32_zero0"), (2, "fp32_zero3")]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
             tmp_path / name,
             wordpiece_corpus,
             ds_config,
-            model__config=TINY,
             run__log_every=2,
             schedule__steps=5,
             corpus__eval={"held": str(heldout_corpus)},
@@ -91,17 +88,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 @pytest.mark.parametrize(
     ("first", "then", "optimizer"),
     [
-        ((2, "fp32_zero1"), (3, "fp32_zero2"), "adamw"),
         ((2, "fp32_zero3"), (1, "fp32_zero0"), "adamw"),
         ((3, "fp32_zero1"), (2, "fp32_zero3"), "muon"),
-        *soak(((2, "fp32_zero3"), (3, "fp32_zero2"), "muon"), ((1, "fp32_zero0"), (2, "fp32_zero1"), "muon")),
+        *soak(
+            ((2, "fp32_zero1"), (3, "fp32_zero2"), "adamw"),
+            ((2, "fp32_zero3"), (3, "fp32_zero2"), "muon"),
+            ((1, "fp32_zero0"), (2, "fp32_zero1"), "muon"),
+        ),
     ],
 )
 def test_a_run_resumes_at_another_layout(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, first: Layout, then: Layout, optimizer: str
 ) -> None:
     """Catches state that is lost or misplaced when the world size or the ZeRO stage changes."""
-    changes = {"model__config": TINY | NO_DROPOUT, "schedule__steps": 4, "optimizer__name": optimizer}
+    changes = {"model__config": SHALLOW | NO_DROPOUT, "schedule__steps": 4, "optimizer__name": optimizer}
     uninterrupted = run_config(tmp_path / "uninterrupted", wordpiece_corpus, first[1], **changes)
     pools[first[0]].run(pretrain_case, uninterrupted)
     moved = run_config(tmp_path / "moved", wordpiece_corpus, first[1], **changes)
@@ -133,8 +133,6 @@ MOVES = {
     ((2, "fp32_zero0"), (3, "bf16_zero3")),
     ((3, "fp32_zero3"), (2, "fp32_zero2")),
     ((2, "bf16_zero1"), (3, "bf16_zero2")),
-    ((3, "bf16_zero3"), (2, "bf16_zero1")),
-    ((1, "bf16_zero1"), (2, "fp32_zero0")),
 }
 
 
