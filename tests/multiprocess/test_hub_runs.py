@@ -16,7 +16,7 @@ from experiment.run_folder import RunFolder
 from hub_server import HubServer, use_hub
 from pretrain.world import World
 from rank_pool import RankError, RankPool
-from runs import TINY, logged, pretrain_case, run_config
+from runs import SHALLOW, logged, pretrain_case, run_config
 
 NAME = "org/tiny"
 
@@ -24,7 +24,7 @@ NAME = "org/tiny"
 def save_model(folder: Path, tokenizer: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     shutil.copytree(tokenizer, folder)
-    BertForMaskedLM(BertConfig(vocab_size=200, **TINY)).save_pretrained(folder)
+    BertForMaskedLM(BertConfig(vocab_size=200, **SHALLOW)).save_pretrained(folder)
     return folder
 
 
@@ -43,12 +43,12 @@ def test_a_run_from_the_hub_resumes_without_it(
     model = save_model(tmp_path / "model", wordpiece, seed=0)
     commit = hub.repository(NAME).push_folder(model)
     trees = {
-        name: run_config(tmp_path / name, wordpiece_corpus) | {"model": {"init_from": init_from}}
+        name: run_config(tmp_path / name, wordpiece_corpus, schedule__steps=3) | {"model": {"init_from": init_from}}
         for name, init_from in {"folder": str(model), "hub": NAME}.items()
     }
     assert set(pools[2].run(pretrain_case, trees["folder"])) == {"done"}
     caches = str(tmp_path / "cache")
-    assert set(pools[2].run(host_case, trees["hub"], hub.url, caches, 4)) == {"stopped"}
+    assert set(pools[2].run(host_case, trees["hub"], hub.url, caches, 2)) == {"stopped"}
     assert hub.requests.count(f"GET /{NAME}/resolve/{commit}/model.safetensors") == 2, "one for each host"
 
     folder = RunFolder(tmp_path / "hub")

@@ -9,7 +9,7 @@ from experiment.checkpoints import checkpoint_path, read_state
 from rank_pool import RankPool
 from runs import (
     NO_DROPOUT,
-    TINY,
+    SHALLOW,
     Tree,
     assert_same_tensors,
     events_without_timing,
@@ -91,7 +91,7 @@ def test_a_changing_stream_does_not_depend_on_the_layout(
     ds_config: str,
 ) -> None:
     """Catches stages, warmup, mixtures and masking rates that depend on the rank or microbatch."""
-    model = TINY | NO_DROPOUT
+    model = SHALLOW | NO_DROPOUT
     alone = changing_config(tmp_path / "alone", wordpiece_corpus, heldout_corpus, "fp32_zero0", model__config=model)
     pools[1].run(pretrain_case, alone)
     shared = changing_config(tmp_path / "shared", wordpiece_corpus, heldout_corpus, ds_config, model__config=model)
