@@ -14,8 +14,7 @@ import pytest
 from experiment.checkpoints import complete_checkpoints
 from experiment.outcome_file import Outcome, read_outcome
 from experiment.run_folder import RunFolder
-from launches import LONG, Start, config_file, partly_forked, wait_for_exit
-from rank_pool import ForkServer
+from launches import LONG, Start, config_file, wait_for_exit
 from waiting import wait_until
 
 DEEPCLOZE = str(Path(sys.executable).with_name("deepcloze"))
@@ -30,24 +29,22 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
         os.kill(json.loads(folder.owner.read_text())["pid"], signal.SIGKILL)
 
 
-@pytest.mark.real_start
 def test_a_run_survives_its_terminal_and_can_be_followed(
-    start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path, folder: RunFolder
+    start: Start, wordpiece_corpus: Path, tmp_path: Path, folder: RunFolder
 ) -> None:
     """Catches a run that ends with the session that has started it, and a status or log that lacks it."""
     config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=10)
-    launchers_start = partly_forked(tmp_path, fork_server, "'launcher' not in sys.orig_argv")
-    launch = start(DEEPCLOZE, "pretrain", "--config", str(config), "--detach", **launchers_start)
+    launch = start(DEEPCLOZE, "pretrain", "--config", str(config), "--detach")
     code, output = wait_for_exit(launch)
     assert code == 0, output
     with suppress(ProcessLookupError):  # it has no process left
         os.killpg(launch.pid, signal.SIGHUP)
     assert (found := re.search(r"runs in the background as process (\d+)", output)), output
     assert os.getsid(int(found[1])) == int(found[1])
-    following = start(DEEPCLOZE, "logs", str(folder.path), "--follow", **fork_server.environment())
+    following = start(DEEPCLOZE, "logs", str(folder.path), "--follow")
     wait_until(lambda: b"step 20/5000" in folder.launch_output.read_bytes())
     wait_until(lambda: complete_checkpoints(folder.checkpoints))
-    status = start(DEEPCLOZE, "status", str(folder.path), "--json", **fork_server.environment())
+    status = start(DEEPCLOZE, "status", str(folder.path), "--json")
     code, listed = wait_for_exit(status)
     assert code == 0, listed
     (shown,) = json.loads(listed)
