@@ -72,13 +72,16 @@ def compare_case(_: World, cache: Path, options: dict[str, Any]) -> dict[str, An
 
 def break_compiling(options: dict[str, Any]) -> None:
     """Change what compiles, or where, as the options say."""
-    if options["backend"]:
+    compile = torch.compile
+    if options["backend"] == "broken":
 
         def broken(*_: Any) -> None:
             raise RuntimeError("does not compile")
 
-        compile, backend = torch.compile, broken if options["backend"] == "broken" else options["backend"]
-        torch.compile = lambda *args, **kwargs: compile(*args, **{**kwargs, "backend": backend})
+        # Another function, which is traced at once.
+        torch.compile = lambda _, **kwargs: compile(lambda hidden, *_, **__: 2 * hidden, **kwargs | {"backend": broken})
+    elif options["backend"]:
+        torch.compile = lambda *args, **kwargs: compile(*args, **kwargs | {"backend": options["backend"]})
     if options["compiler"]:
         from torch._inductor import config
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batching.batch import IGNORED
+from pretrain.modeling import logit_chunks
 from pretrain.plan.activations import Allocations, gpu_cross_entropy
 from pretrain.world import World
 from rank_pool import RankPool
@@ -34,7 +35,8 @@ def with_gradients(tensors: list[Tensor | None], dtype: torch.dtype | None = Non
 def compare_with_torch(
     _: World, shape: tuple[int, int, int], dtype: torch.dtype, bias: bool, ignored: slice, chunk_logits: int
 ) -> None:
-    """Fails unless loss, correct predictions and gradients are those of torch in float64."""
+    """Fails unless loss, correct predictions and gradients are those of torch in float64. A chunk has a multiple of 8
+    rows: the interpreter takes milliseconds for each."""
     from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
 
     tensors = draw(*shape, dtype, bias)
@@ -42,10 +44,12 @@ def compare_with_torch(
     logits = F.linear(*exact)
     labels = torch.where(torch.arange(shape[0]) % 3 == 0, logits.argmax(1), torch.arange(shape[0]) % shape[2])
     labels[ignored] = IGNORED
-    loss, uncounted = linear_cross_entropy(*ours, labels, chunk_logits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logit_chunks, "_ROW_TILE", 8)
+        loss, uncounted = linear_cross_entropy(*ours, labels, chunk_logits)
+        with torch.no_grad():
+            same_loss, correct = linear_cross_entropy(*ours, labels, chunk_logits)
     assert uncounted is None
-    with torch.no_grad():
-        same_loss, correct = linear_cross_entropy(*ours, labels, chunk_logits)
     expected = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     assert loss.dtype == torch.float32
     assert loss.item() == same_loss.item()
@@ -59,7 +63,7 @@ def compare_with_torch(
             assert (one.grad - other.grad).norm() <= TOLERANCE[dtype] * other.grad.norm()
 
 
-SHAPES = {"one chunk": ((37, 12, 101), 2**26), "one row": ((1, 8, 2), 1), "two chunks": ((130, 7, 65), 1)}
+SHAPES = {"one chunk": ((37, 12, 101), 2**26), "one row": ((1, 8, 2), 1), "two chunks": ((10, 7, 65), 1)}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_a_vocabulary_of_several_blocks(interpreting_pools: dict[int, RankPool])
     interpreting_pools[1].run(compare_with_torch, (5, 8, 9001), torch.float32, True, slice(1, 2), 2**26)
 
 
-@pytest.mark.parametrize("rows", [3, 200])
+@pytest.mark.parametrize("rows", [3, 12])
 def test_only_ignored_rows(interpreting_pools: dict[int, RankPool], rows: int) -> None:
     """Catches 0/0, and a label of -100 that is used as an index."""
     interpreting_pools[1].run(compare_with_torch, (rows, 8, 33), torch.bfloat16, True, slice(None), 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.world import World
 from rank_pool import RankPool
-from runs import sampled
+from runs import soak
 
 pytest.importorskip("triton")
 
@@ -119,7 +119,7 @@ def test_operator_can_be_compiled(interpreting_pools: dict[int, RankPool]) -> No
     interpreting_pools[1].run(check_operator)
 
 
-def compile_kernel(_: World, capability: int, dtype: str, cache: Path) -> list[set[str]]:
+def compile_kernel(_: World, capability: int, dtype: str, widths: tuple[int, ...], cache: Path) -> list[set[str]]:
     """What the kernel compiles to, without a device: after dropout, and beside a residual connection."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -131,7 +131,7 @@ def compile_kernel(_: World, capability: int, dtype: str, cache: Path) -> list[s
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(cache))
-        for (other_of, drops, parts), columns in itertools.product(((1, True, 3), (2, False, 1)), (1024, 2048)):
+        for (other_of, drops, parts), columns in itertools.product(((1, True, 3), (2, False, 1)), widths):
             constants = {"OTHER_OF": other_of, "DROPS": drops, "PARTS": parts}
             constants |= {"ROWS": rows_at_once(columns, parts), "COLUMNS": columns}
             names = [name for name in _backward_kernel.arg_names if name not in constants]
@@ -145,8 +145,12 @@ def compile_kernel(_: World, capability: int, dtype: str, cache: Path) -> list[s
 DEVICES = [(70, "fp16"), (80, "fp16"), (90, "bf16"), (100, "bf16")]
 
 
-@pytest.mark.parametrize(("capability", "dtype"), sampled(DEVICES, [(90, "bf16")]))
-def test_the_kernel_compiles(pools: dict[int, RankPool], tmp_path: Path, capability: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths"), [(90, "bf16", (128,)), *soak(*[(*device, (1024, 2048)) for device in DEVICES])]
+)
+def test_the_kernel_compiles(
+    pools: dict[int, RankPool], tmp_path: Path, capability: int, dtype: str, widths: tuple[int, ...]
+) -> None:
     """Catches code that only the interpreter accepts."""
-    (compiled,) = pools[1].run(compile_kernel, capability, dtype, tmp_path)
+    (compiled,) = pools[1].run(compile_kernel, capability, dtype, widths, tmp_path)
     assert all("cubin" in kernel for kernel in compiled)
