@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pretrain.corpus.reader import open_corpus
 from pretrain.corpus.words import (
     SegmenterSpec,
     WordBoundaries,
+    _import_jieba,
     load_segmenter,
     read_segmenter,
     segmented_word_starts,
@@ -34,6 +36,19 @@ from pretrain.corpus.words import (
 needs_jieba = pytest.mark.skipif(find_spec("jieba") is None, reason="the package jieba is not installed")
 
 SENTENCES = ["我在图书馆看电影", "天气很好，我们去北京大学。", "他用google搜索了3.5万条结果", "the knowns of film"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _dictionary_read_once() -> Iterator[None]:
+    """Reading jieba's dictionary takes a second."""
+    if find_spec("jieba") is None:
+        yield
+        return
+    tokenizer = _import_jieba().Tokenizer
+    read = cache(lambda path, real=tokenizer.gen_pfdict: real(Path(path).open("rb")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "gen_pfdict", lambda file: (read(file.name)[0].copy(), read(file.name)[1]))
+        yield
 
 
 def byte_level() -> Tokenizer:
