@@ -43,6 +43,12 @@ def faulty(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 @pytest.fixture
+def store(tmp_path: Path) -> str:
+    """The URL of a folder: requests to moto's server take longer."""
+    return f"file://{tmp_path}/store"
+
+
+@pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
@@ -51,9 +57,9 @@ def steps(mirror: Mirror) -> list[int]:
     return [int(name[-8:]) for name in mirror.complete()]
 
 
-def test_new_checkpoints_are_copied_and_old_ones_deleted(bucket: str, run: RunFolder) -> None:
+def test_new_checkpoints_are_copied_and_old_ones_deleted(store: str, run: RunFolder) -> None:
     """Catches a mirror without the newest or the best checkpoint, or with all."""
-    mirror = Mirror(f"{bucket}/run")
+    mirror = Mirror(f"{store}/run")
     uploads = MirrorUploads(mirror, run, lambda alert: None)
     for step in (1, 2, 3, 4):
         save(run, step)
@@ -65,12 +71,12 @@ def test_new_checkpoints_are_copied_and_old_ones_deleted(bucket: str, run: RunFo
 
 
 def test_checkpoints_of_an_earlier_attempt_are_copied(
-    bucket: str, run: RunFolder, caplog: pytest.LogCaptureFixture
+    store: str, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a mirror that lacks what was saved just before a crash, or gets what need not be kept or is damaged."""
     for step in (1, 2, 3):
         save(run, step)
-    mirror = Mirror(f"{bucket}/run")
+    mirror = Mirror(f"{store}/run")
     uploads = MirrorUploads(mirror, run, lambda alert: None)
     caplog.set_level(logging.INFO)
     uploads.update(Retention(keep_last=1), 2, is_new=False)  # the run did not resume from step 3
@@ -79,10 +85,10 @@ def test_checkpoints_of_an_earlier_attempt_are_copied(
     assert caplog.text.count("copied") == 1
 
 
-def test_checkpoints_that_the_run_did_not_resume_from(bucket: str, run: RunFolder) -> None:
+def test_checkpoints_that_the_run_did_not_resume_from(store: str, run: RunFolder) -> None:
     """Catches a damaged checkpoint that takes the place of good ones, and an abandoned one that a new host resumes
     from."""
-    mirror = Mirror(f"{bucket}/run")
+    mirror = Mirror(f"{store}/run")
     for step in (100, 200):
         save(run, step)
         mirror.upload(run.checkpoints / f"step-{step:08d}")
@@ -97,7 +103,7 @@ def test_checkpoints_that_the_run_did_not_resume_from(bucket: str, run: RunFolde
 
 
 def test_the_newest_checkpoint_does_not_wait_for_older_ones(
-    bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a long run whose new mirror gets all old checkpoints before the one that was just saved."""
     order, upload = list[int](), Mirror.upload
@@ -112,14 +118,14 @@ def test_the_newest_checkpoint_does_not_wait_for_older_ones(
     monkeypatch.setattr(Mirror, "upload", record)
     for step in (1, 2, 3):
         save(run, step)
-    uploads = MirrorUploads(Mirror(f"{bucket}/run"), run, lambda alert: None)
+    uploads = MirrorUploads(Mirror(f"{store}/run"), run, lambda alert: None)
     uploads.update(Retention(keep_last=9), 3, is_new=False)
     uploads.close()
     assert order == [3, 4, 2, 1]
 
 
 def test_a_mirror_does_not_grow_while_uploads_are_slower_than_saves(
-    bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches retention that waits until training ends."""
     held, upload = list[int](), Mirror.upload
@@ -134,15 +140,15 @@ def test_a_mirror_does_not_grow_while_uploads_are_slower_than_saves(
 
     monkeypatch.setattr(Mirror, "upload", record)
     save(run, 1)
-    uploads = MirrorUploads(Mirror(f"{bucket}/run"), run, lambda alert: None)
+    uploads = MirrorUploads(Mirror(f"{store}/run"), run, lambda alert: None)
     uploads.update(Retention(keep_last=2), 1)
     uploads.close()
     assert held == [0, 1, 2, 2, 2, 2]
 
 
-def test_an_upload_does_not_hold_up_training(bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_does_not_hold_up_training(store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an `update` that waits, and uploads that never catch up with saves."""
-    mirror = Mirror(f"{bucket}/run")
+    mirror = Mirror(f"{store}/run")
     go = threading.Event()
     original = Mirror.upload
 
@@ -185,9 +191,9 @@ def test_failures_alert_and_are_tried_again(
     uploads.close()
 
 
-def test_nothing_is_copied_to_the_mirror_of_another_run(bucket: str, run: RunFolder, tmp_path: Path) -> None:
+def test_nothing_is_copied_to_the_mirror_of_another_run(store: str, run: RunFolder, tmp_path: Path) -> None:
     """Catches two runs that both found the mirror empty when they started, and mix their checkpoints in it."""
-    mirror, alerts, other = Mirror(f"{bucket}/run"), list[Alert](), RunFolder(tmp_path / "other")
+    mirror, alerts, other = Mirror(f"{store}/run"), list[Alert](), RunFolder(tmp_path / "other")
     for step, folder in enumerate((run, other), start=1):
         write_provenance(folder, {}, [])
         save(folder, step)
@@ -200,18 +206,18 @@ def test_nothing_is_copied_to_the_mirror_of_another_run(bucket: str, run: RunFol
 
 
 def test_the_wait_at_the_end_is_limited(
-    bucket: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a run that never ends because its bucket does not answer."""
     caplog.set_level(logging.INFO)
     go = threading.Event()
     monkeypatch.setattr(Mirror, "complete", lambda self: go.wait(60) and {})
-    uploads = MirrorUploads(Mirror(f"{bucket}/run"), run, lambda alert: None)
+    uploads = MirrorUploads(Mirror(f"{store}/run"), run, lambda alert: None)
     save(run, 1)
     uploads.update(Retention(keep_last=1), 1)
     start = time.monotonic()
     uploads.close(seconds=0.2)
     assert time.monotonic() - start < 50
-    assert f"waiting for the last upload to {bucket}/run, at most 0 s" in caplog.messages
-    assert f"the mirror {bucket}/run lacks checkpoints: not done after 0 s; the next start copies them" in caplog.text
+    assert f"waiting for the last upload to {store}/run, at most 0 s" in caplog.messages
+    assert f"the mirror {store}/run lacks checkpoints: not done after 0 s; the next start copies them" in caplog.text
     go.set()
