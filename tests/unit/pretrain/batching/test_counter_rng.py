@@ -17,6 +17,7 @@ from pretrain.batching.counter_rng import (
     random_bits,
     uniform,
 )
+from runs import soak
 
 
 def test_make_key_is_stable_across_versions():
@@ -78,10 +79,13 @@ def test_several_permutations_at_once(n):
     assert np.array_equal(permutations(5, range(3, 9), n), each)
 
 
-@pytest.mark.parametrize("n", [5, 16, 1000])
+@pytest.mark.parametrize("n", [5, 16, 1024, *soak(1000)])
 def test_every_place_is_equally_likely(n):
-    """Catches a network with too few rounds: over many seeds, the image of an index must be uniform."""
-    images = np.array([permute(seed, 0, np.array([n // 2]), n)[0] for seed in range(4000)])
+    """Catches a network with too few rounds: over many seeds and epochs, the image of an index must be uniform."""
+    if n in (16, 1024):
+        images = np.concatenate([permutations(seed, range(200), n)[:, n // 2] for seed in range(20)])
+    else:  # one by one, which takes longer
+        images = np.array([permute(seed, 0, np.array([n // 2]), n)[0] for seed in range(4000)])
     counts = np.bincount(images * min(n, 20) // n, minlength=min(n, 20))
     assert stats.chisquare(counts, np.bincount(np.arange(n) * min(n, 20) // n) * len(images) / n).pvalue > 1e-4
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -45,7 +46,7 @@ def _dictionary_read_once() -> Iterator[None]:
         yield
         return
     tokenizer = _import_jieba().Tokenizer
-    read = cache(lambda path, real=tokenizer.gen_pfdict: real(Path(path).open("rb")))
+    read = cache(lambda path, real=tokenizer.gen_pfdict: real(io.BytesIO(Path(path).read_bytes())))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "gen_pfdict", lambda file: (read(file.name)[0].copy(), read(file.name)[1]))
         yield
