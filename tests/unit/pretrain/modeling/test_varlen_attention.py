@@ -110,10 +110,11 @@ def compare_qkv_attention(_: World, rotates: bool, dropout: float) -> None:
     """Fails unless one tensor for query, key and value gives what three do, after rotary positions."""
     from pretrain.modeling import varlen_attention as module
 
-    qkv = torch.randn(90, 3, 2, 16).half().requires_grad_()
-    angles = torch.randn(90, 8).repeat(1, 2)
+    bounds = [0, 70, 70, 90] if rotates else [0, 20, 20, 30]  # positions of the second block are rotated, too
+    qkv = torch.randn(bounds[-1], 3, 2, 16).half().requires_grad_()
+    angles = torch.randn(bounds[-1], 8).repeat(1, 2)
     rotation = (angles.cos().half(), angles.sin().half()) if rotates else None
-    options = (torch.tensor([0, 70, 70, 90], dtype=torch.int32), 70, 0.25, dropout, None)
+    options = (torch.tensor(bounds, dtype=torch.int32), bounds[1], 0.25, dropout, None)
     generator = torch.get_rng_state()
     output = module.qkv_attention(qkv, rotation, *options)
     upstream = torch.randn_like(output)
