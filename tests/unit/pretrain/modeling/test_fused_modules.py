@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
     "chunks": ("bert", ATTENTION_DROPOUT | {"chunk_size_feed_forward": 4}, {"bias_gelu": LAYERS} | BERT_NORMS),
     "another activation": ("bert", ATTENTION_DROPOUT | {"hidden_act": "gelu_new"}, BERT_NORMS),
 }
-LENGTHS = (20, 10)
+LENGTHS = (20, 8)  # a multiple of the chunks
 
 
 def build(model_type: str, changes: dict[str, Any]) -> Any:
@@ -75,7 +75,7 @@ def run(model: Any) -> torch.Tensor:
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None] + 2
     segments = torch.repeat_interleave(torch.tensor([1, 2]), torch.tensor(LENGTHS))[None]
     bounds = torch.tensor([0, LENGTHS[0], slots], dtype=torch.int32)
-    predicted = Predicted(torch.tensor([3, 18, 21, 29]), torch.empty(1, 0, dtype=torch.long), torch.arange(4))
+    predicted = Predicted(torch.tensor([3, 18, 21, 27]), torch.empty(1, 0, dtype=torch.long), torch.arange(4))
     kernels = VarlenKernels(varlen_attention.varlen_attention, varlen_attention.qkv_attention)
     packing = Packing(segments, bounds, max(LENGTHS), predicted, kernels)
     packing.capability = (9, 0)
