@@ -14,9 +14,11 @@ from transformers import BertConfig, BertForMaskedLM
 from finetune import run as run_module
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
+from finetune.results import figures
 from finetune.run import finetune
 
 WORDS = [f"word{number}" for number in range(40)]
+SIZES = {"train": 80, "validation": 20, "test": 20}  # rows of a task that a tiny model learns in seconds
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -76,11 +78,10 @@ def labelled_rows(count: int, seed: int) -> list[list[str]]:
 
 @pytest.fixture
 def task_files(write_tsv: Callable[[str, Rows], Path]) -> dict[str, str]:
-    """train, validation and test of a task that a tiny model learns in seconds."""
-    sizes = {"train": 160, "validation": 40, "test": 30}
+    """train, validation and test of a task, with SIZES rows."""
     return {
         split: str(write_tsv(f"{split}.tsv", labelled_rows(size, seed)))
-        for seed, (split, size) in enumerate(sizes.items())
+        for seed, (split, size) in enumerate(SIZES.items())
     }
 
 
@@ -91,7 +92,7 @@ def config_file(tmp_path: Path, encoder: Path, task_files: dict[str, str]) -> Pa
         "run": {"dir": str(tmp_path / "run")},
         "task": {**task_files, "columns": {"label": "label", "text": "text"}, "metric": "macro_f1"},
         "model": {"init_from": str(encoder), "max_seq_length": 16},
-        "training": {"lr": 1e-2, "epochs": 2, "batch_size": 16, "seeds": [1, 2], "precision": "fp32"},
+        "training": {"lr": 3e-2, "epochs": 2, "batch_size": 16, "seeds": [1, 2], "precision": "fp32"},
     }
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -116,18 +117,21 @@ def seeds_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def trained_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with seeds 1 and 2, which tests must not change. Its data is in the folder above."""
     folder = tmp_path_factory.mktemp("trained")
-    for seed, (split, size) in enumerate({"train": 160, "validation": 40, "test": 30}.items()):
+    for seed, (split, size) in enumerate(SIZES.items()):
         with (folder / f"{split}.tsv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file, delimiter="\t").writerows(labelled_rows(size, seed))
     tree = {
         "run": {"dir": str(folder / "run")},
         "task": {split: str(folder / f"{split}.tsv") for split in ("train", "validation", "test")},
         "model": {"init_from": str(encoder), "max_seq_length": 16},
-        "training": {"lr": 1e-2, "epochs": 2, "batch_size": 16, "seeds": [1, 2], "precision": "fp32"},
+        "training": {"lr": 3e-2, "epochs": 2, "batch_size": 16, "seeds": [1, 2], "precision": "fp32"},
     }
     tree["task"] |= {"columns": {"label": "label", "text": "text"}, "metric": "macro_f1"}
     (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
-    finetune(folder / "toy.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_confusion", "draw_curves"):  # as the fixture `no_figures`
+            patch.setattr(figures, name, lambda path, *_: path.touch())
+        finetune(folder / "toy.yaml")
     return folder / "run"
 
 

@@ -43,10 +43,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_run_leaves_what_it_promises(
-    config_file: Path, encoder: Path, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path,
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches a file or key that scripts rely on being renamed or lost, and predictions that contradict the scores."""
-    finetune(config_file, {"training.epochs": "4"})
+    monkeypatch.undo()  # of `no_figures`
+    finetune(config_file, {"training.epochs": "3"})
     run = tmp_path / "run"
     found = results(run)
     assert (found["task"], found["init"], found["metric"]) == ("toy", str(encoder), "macro_f1")
@@ -58,11 +63,11 @@ def test_a_run_leaves_what_it_promises(
             assert set(score) == {"values", "mean", "std", "median"}
             assert len(score["values"]) == 2
     for picture in ("confusion.png", "curves.png"):
-        assert (trained_run / picture).read_bytes().startswith(b"\x89PNG")
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
     for place, seed in enumerate((1, 2)):
         rows = read_csv(run / f"seed-{seed}" / "predictions-test.csv")
         assert list(rows[0]) == ["row", "text", "label", "predicted", "probability_high", "probability_low"]
-        assert [row["row"] for row in rows] == [str(number) for number in range(1, 31)]
+        assert [row["row"] for row in rows] == [str(number) for number in range(1, 21)]
         right = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
         assert right == pytest.approx(found["splits"]["test"]["accuracy"]["values"][place])
         epochs = read_csv(run / f"seed-{seed}" / "epochs.csv")
@@ -221,7 +226,7 @@ def test_the_worst_rows_are_listed(trained_run: Path) -> None:
     """Catches the best rows instead of the worst, and row numbers that do not refer to the predictions file."""
     worst = read_csv(trained_run / "seed-1" / "worst-test.csv")
     rows = {row["row"]: row for row in read_csv(trained_run / "seed-1" / "predictions-test.csv")}
-    assert len(worst) == 30
+    assert len(worst) == 20
     losses = [-math.log(max(float(row[f"probability_{row['label']}"]), 1e-6)) for row in worst]
     assert [float(row["loss"]) for row in worst] == pytest.approx(losses, abs=0.01)
     assert losses == sorted(losses, reverse=True)
@@ -234,7 +239,7 @@ def test_the_epochs_are_printed(config_file: Path, tmp_path: Path, capsys: pytes
     finetune(config_file, {"training.seeds": "[7]", "training.epochs": "2"})
     captured = capsys.readouterr()
     *_, first, second, done, following = (line.split()[:2] for line in captured.err.splitlines())
-    assert [first, second, following] == [["1", "10"], ["2", "20"], ["next:", "deepcloze"]]
+    assert [first, second, following] == [["1", "5"], ["2", "10"], ["next:", "deepcloze"]]
     assert done[0] == "done:"
     assert "calibration error on test: 0." in captured.out
     assert results(tmp_path / "run")["splits"]["test"]["accuracy"]["std"] is None
@@ -247,7 +252,7 @@ def test_the_model_of_each_evaluation_can_be_kept(config_file: Path, tmp_path: P
     seed = tmp_path / "run" / "seed-1"
     finetune(config_file, {"run.keep": "all", "training.epochs": "3", "training.seeds": "[1]"})
     folders = sorted((seed / "evaluations").iterdir())
-    assert [folder.name for folder in folders] == ["step-00000010", "step-00000020", "step-00000030"]
+    assert [folder.name for folder in folders] == ["step-00000005", "step-00000010", "step-00000015"]
     weights = [load_file(folder / "model.safetensors") for folder in folders]
     best = json.loads((seed / "COMPLETE").read_text())["best_epoch"]
     kept = load_file(seed / "model" / "model.safetensors")
@@ -276,8 +281,8 @@ def test_a_dry_run_starts_nothing(config_file: Path, tmp_path: Path, capsys: pyt
     captured = capsys.readouterr()
     assert not (tmp_path / "run").exists()
     assert "lr: 0.5" in captured.out
-    assert "20 updates of 16 examples for each of 2 seeds" in captured.out
-    for line in ("160 train, 40 validation, 30 test", "bert, 13,282 parameters", "2 labels, in train"):
+    assert "10 updates of 16 examples for each of 2 seeds" in captured.out
+    for line in ("80 train, 20 validation, 20 test", "bert, 13,282 parameters", "2 labels, in train"):
         assert line in captured.err
 
 
@@ -311,7 +316,7 @@ def test_an_unlabelled_test_split_is_only_predicted(
     finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
     rows = read_csv(tmp_path / "run" / "seed-1" / "predictions-test.csv")
     assert list(rows[0]) == ["row", "text", "predicted", "probability_high", "probability_low"]
-    assert len(rows) == 30
+    assert len(rows) == 20
     assert set(results(tmp_path / "run")["splits"]) == {"validation"}
 
 
@@ -355,7 +360,7 @@ def test_scores_of_several_splits(config_file: Path, tmp_path: Path, task_files:
     rows = read_csv(tmp_path / "run" / "seed-1" / "epochs.csv")
     assert all(0 <= float(row[f"train_{found['metric']}"]) <= 1 for row in rows)
     assert scores["mismatched"] == scores["validation"]
-    assert len(read_csv(tmp_path / "run" / "seed-1" / "predictions-matched.csv")) == 30
+    assert len(read_csv(tmp_path / "run" / "seed-1" / "predictions-matched.csv")) == 20
     tests = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"]["test"]
     assert tests == {"matched": task_files["test"], "mismatched": task_files["validation"]}
 
@@ -376,7 +381,7 @@ def test_train_and_validation_may_be_fitted_together(
     assert not (run / "seed-1" / "predictions-validation.csv").exists()
     epochs = read_csv(run / "seed-1" / "epochs.csv")
     assert list(epochs[0]) == ["epoch", "steps", "train_loss", "seconds"]
-    assert [row["steps"] for row in epochs] == ["13", "26"]
+    assert [row["steps"] for row in epochs] == ["7", "14"]
     output = tmp_path / "predictions.csv"
     flags = ["--model", str(run), "--input", task_files["test"], "--output", str(output), "--precision=fp32"]
     assert main(["predict", *flags]) == 0
@@ -392,9 +397,9 @@ def test_without_a_validation_file_a_part_of_train_is_it(
     overrides = {"task.validation": "null", "task.validation_share": "0.25", "training.epochs": "1"}
     finetune(config_file, {**overrides, "training.seeds": "[1]"})
     held_out = read_csv(tmp_path / "run" / "seed-1" / "predictions-validation.csv")
-    assert len(held_out) == 40
+    assert len(held_out) == 20
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps[-1] == 120 // 16 + 1
+    assert steps[-1] == 60 // 16 + 1
     with pytest.raises(UserError, match=r"other settings: .*task\.split_seed"):
         finetune(config_file, {**overrides, "training.seeds": "[2]", "task.split_seed": "1"})
 

@@ -50,6 +50,11 @@ def start(config: Path, **flags: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([*command, *(f"--{key}={value}" for key, value in flags.items())], cwd=ROOT)
 
 
+def run_here(config: Path, **flags: str) -> int:
+    """The exit code of the command in this process."""
+    return main(["finetune", "--config", str(config), *(f"--{key}={value}" for key, value in flags.items())])
+
+
 def children_with(path: Path) -> list[int]:
     """Processes of seeds of this run."""
     found = []
@@ -79,7 +84,7 @@ def test_parallel_seeds_give_the_results_of_one_after_the_other(
     assert process.wait() == (75 if number is signal.SIGTERM else -number)
     wait_until(lambda: not children_with(run))
     flags = {**FLAGS, "training.parallel_seeds": resumed}
-    assert main(["finetune", "--config", str(config_file), *(f"--{key}={value}" for key, value in flags.items())]) == 0
+    assert run_here(config_file, **flags) == 0
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     finetune(config_file, {**FLAGS, "run.dir": str(tmp_path / "other")})
@@ -93,8 +98,8 @@ def test_parallel_seeds_give_the_results_of_one_after_the_other(
 
 def test_a_collapsed_seed_is_reported(config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches advice that only the log of the seed has."""
-    flags = {"training.seeds": "[1, 2]", "training.parallel_seeds": "2", "training.lr": "1e-30", "training.epochs": "1"}
-    assert start(config_file, **flags).wait() == 0
+    flags = {"training.seeds": "[1, 2]", "training.parallel_seeds": "2", "training.lr": "1e-30", "training.steps": "2"}
+    assert run_here(config_file, **flags) == 0
     reported = [line for line in capfd.readouterr().err.splitlines() if "has collapsed: " in line]
     collapsed = json.loads((tmp_path / "run" / "results.json").read_text())["collapsed"]
     assert collapsed
@@ -113,7 +118,7 @@ def test_a_seed_that_fails_ends_the_command(
         "training.lr": "1e30",
         "training.grad_clip": "0",
     }
-    assert start(config_file, **flags).wait() == 2
+    assert run_here(config_file, **flags) == 2
     assert "training diverged" in capfd.readouterr().err.splitlines()[-1]
     assert not children_with(tmp_path / "run")
 

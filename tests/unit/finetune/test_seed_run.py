@@ -52,7 +52,7 @@ def test_finished_seeds_are_not_run_again(config_file: Path, tmp_path: Path, see
     assert results(tmp_path / "run")["seeds"] == [1, 2]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
-    assert steps[-1] == 2 * 2 * 10
+    assert steps[-1] == 2 * 2 * 5
 
 
 def test_one_process_at_a_time_uses_a_run_folder(
@@ -109,9 +109,9 @@ def test_other_settings_do_not_mix_into_a_run(
             assert main(command) == 2
             assert capsys.readouterr().err == (
                 f"deepcloze: run.dir: {config_file.parent / 'run' / 'seed-1'} was trained with other settings: "
-                "training.epochs (was 2, is 4), training.lr (was 0.01, is 0.5); choose another run.dir\n"
+                "training.epochs (was 2, is 4), training.lr (was 0.03, is 0.5); choose another run.dir\n"
             )
-    with pytest.raises(UserError, match=r"seed-1 was trained with other settings: training\.lr \(.*was 0\.01, is 0\.5"):
+    with pytest.raises(UserError, match=r"seed-1 was trained with other settings: training\.lr \(.*was 0\.03, is 0\.5"):
         finetune(config_file, {"training.seeds": "[2]", "training.lr": "0.5"})
     with Path(task_files["train"]).open("a", encoding="utf-8") as file:
         file.write("low\tword1\n")
@@ -215,10 +215,10 @@ def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(
 ) -> None:
     """Catches SIGTERM that ends a run without a word, with an exit code that queue systems count as a failure, and a
     status or log that does not tell about it."""
-    flags = ["--training.seeds=1", "--training.epochs=4", "--training.evaluate_every=7"]
+    flags = ["--training.seeds=1", "--training.epochs=2", "--training.evaluate_every=4"]
     stopped = run_patched(SEND_SIGNAL.format(number=int(signal.SIGTERM)), flags)
     assert stopped.returncode == 75, stopped.stderr
-    message = "stopped: seed 1 at step 14, saved; run the same command again to resume\n"
+    message = "stopped: seed 1 at step 8, saved; run the same command again to resume\n"
     assert stopped.stderr.endswith(f"deepcloze: {message}")
     assert "Traceback" not in stopped.stderr
     assert list((tmp_path / "run" / ".seed-1").iterdir())
@@ -227,7 +227,7 @@ def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(
     assert "  state      stopped\n  seeds      0 of 1\n" in status
     assert status.endswith(f"  {message}")
     assert main(["logs", str(tmp_path / "run")]) == 0
-    assert "INFO experiment.progress: step 14/" in capsys.readouterr().out
+    assert "INFO experiment.progress: step 8/" in capsys.readouterr().out
 
 
 # The command runs this first: it gets a signal while it imports a module, which the fork server has imported.
@@ -254,14 +254,14 @@ def test_a_killed_run_resumes_within_a_seed(
 ) -> None:
     """Catches a kill that costs a whole seed, and a resume whose files differ: by order, dropout, or the best weights.
     Also the files of two runs with the same seed that differ."""
-    overrides = {"training.seeds": "[1]", "training.epochs": "3", "training.evaluate_every": "7"}
+    overrides = {"training.seeds": "[1]", "training.epochs": "3", "training.evaluate_every": "4"}
     flags = [f"--{key}={value}" for key, value in overrides.items()]
     killed = run_patched(SEND_SIGNAL.format(number=int(signal.SIGKILL)), flags)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run, other = tmp_path / "run", tmp_path / "other"
     assert not (run / "seed-1").exists()
     finetune(config_file, overrides)
-    assert "seed 1: resuming after step 14" in capsys.readouterr().err
+    assert "seed 1: resuming after step 8" in capsys.readouterr().err
     finetune(config_file, {**overrides, "run.dir": str(other)})
     assert "resuming" not in capsys.readouterr().err
     assert run_files(run) == run_files(other)

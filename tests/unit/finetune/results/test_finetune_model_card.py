@@ -39,10 +39,10 @@ def test_the_card_has_the_results_of_its_seed(trained_run: Path) -> None:
 def test_the_card_says_what_the_model_was_trained_on(trained_run: Path, encoder: Path) -> None:
     """Catches a card without data, settings or encoder, or with the folders of the user."""
     card, data = read(trained_run, 1), record_of(trained_run, 1)["settings"]["data"]
-    for split, rows in {"train": 160, "validation": 40, "test": 30}.items():
+    for split, rows in {"train": 80, "validation": 20, "test": 20}.items():
         assert f"| {split} | {split}.tsv | {rows} | {data[split]} | yes |" in card
     assert f"fine-tuned with deepcloze from {encoder.name}, with seed 1." in card
-    assert "| training.lr | 0.01 |" in card
+    assert "| training.lr | 0.03 |" in card
     assert "| labels | high, low |" in card
     assert "| text | text |" in card
     assert "# license: " in card
