@@ -135,11 +135,11 @@ TASKS = {
 LABELLED = ("classification", "multi_label", "token_classification")
 
 
-def config_of(name: str, encoder: Path, folder: Path, **training: Any) -> FinetuneConfig:
-    """The config of a run on a tiny task, whose files are written to the folder."""
+def config_of(name: str, encoder: Path, folder: Path, rows: int = 40, **training: Any) -> FinetuneConfig:
+    """The config of a run on a tiny task, whose files are written to the folder: `rows` of a test."""
     tiny = TASKS[name]
     files = {}
-    for seed, (split, count) in enumerate({"train": 160, "validation": 40, "test": 40}.items()):
+    for seed, (split, count) in enumerate({"train": 4 * rows, "validation": rows, "test": rows}.items()):
         draw = random.Random(seed)
         files[split] = str(folder / f"{split}.jsonl")
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(tiny.row(draw)) + "\n" for _ in range(count)))
@@ -251,11 +251,11 @@ def test_a_gpu_computes_what_a_cpu_does(encoder: Path, tmp_path: Path, name: str
         folder.mkdir()
         computed_in = precision if device == "gpu" else "fp32"
         options = {"steps": 4, "evaluate_every": 2, "precision": computed_in, "score_train": True}
-        config = config_of(name, start, folder, **options)
+        config = config_of(name, start, folder, rows=8, **options)
         run(config)
         predictor = Predictor.load(folder / "run", precision=computed_in)
         table = read_table(Path(str(config.task.test)), config.task.columns)
-        return numbers(predictor.predict_records(table.records[:10]))
+        return numbers(predictor.predict_records(table.records))
 
     expected = predict("cpu")
     with simulated_gpu() as gpu:
