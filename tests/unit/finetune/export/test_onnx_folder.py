@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from experiment.config import build_config
 from experiment.errors import UserError
@@ -32,7 +32,7 @@ from finetune.saved_task import SavedTask, write_saved_task
 from finetune.serve.served_model import load_served_model
 from finetune.task_kind import find_kind
 from launcher.cli import main
-from runs import sampled
+from runs import soak
 from tiny_models import tiny_fields
 
 WORDS = [f"word{number}" for number in range(40)]  # of the fixture `encoder`
@@ -110,9 +110,13 @@ def embeddings(folder: Path) -> list[list[float]]:
     return embedder.compute([*embedder.encode(texts(3), "mean"), *embedder.encode(texts(3), "cls")])
 
 
-@pytest.mark.parametrize("name", sampled(CASES, ["multiple_choice"]))  # inputs of two dimensions: `exported`
+# Inputs of two dimensions: `exported`. Those of `make test` are of a model with rotary positions and local windows.
+@pytest.mark.parametrize(
+    ("name", "model_type"), [("multiple_choice", "modernbert"), *soak(*((n, None) for n in CASES))]
+)
 def test_every_kind_predicts_the_same(
     name: str,
+    model_type: str | None,
     encoder: Path,
     export_onnx: ExportOnnx,
     tmp_path: Path,
@@ -120,9 +124,12 @@ def test_every_kind_predicts_the_same(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches inputs or outputs of a head that are lost or mixed up, sizes that are fixed, padding that counts, hidden
-    states that have another shape, and a model card whose snippet does not run."""
+    states that have another shape, positions and windows that the graph has only for the length of the example, and a
+    model card whose snippet does not run."""
     case = CASES[name]
-    write_model(name, case, encoder, tmp_path / "model")
+    if model_type is not None:
+        write_untrained(AutoModelForMaskedLM, model_type, encoder, tmp_path / "encoder", initializer_range=0.1)
+    write_model(name, case, tmp_path / "encoder" if model_type else encoder, tmp_path / "model")
     expected = predictions(tmp_path / "model", case.records)
     assert len({str(each) for each in expected}) > len(expected) // 2
     exported = export_onnx(tmp_path / "model")
@@ -158,22 +165,29 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize("model_type", sampled(TYPES, ["modernbert"]))
-def test_other_architectures(model_type: str, encoder: Path, export_onnx: ExportOnnx, tmp_path: Path) -> None:
-    """Catches positions, windows and relative distances that the graph has only for the length of the example."""
+def write_untrained(
+    auto_model: Any, model_type: str, encoder: Path, folder: Path, initializer_range: float = 0.3
+) -> None:
+    """Write the folder of a tiny model of another type, with the tokenizer of `encoder`."""
     torch.manual_seed(0)
     fields = {
         **tiny_fields(model_type),
         "vocab_size": 45,
         "pad_token_id": 0,
-        "initializer_range": 0.3,
+        "initializer_range": initializer_range,
         **TYPES[model_type],
     }
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
     fields |= {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
-    config = AutoConfig.for_model(model_type, **fields)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "model")
-    load_any_tokenizer(encoder, needed=()).save_pretrained(tmp_path / "model")
+    auto_model.from_config(AutoConfig.for_model(model_type, **fields)).save_pretrained(folder)
+    load_any_tokenizer(encoder, needed=()).save_pretrained(folder)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model_type", TYPES)
+def test_other_architectures(model_type: str, encoder: Path, export_onnx: ExportOnnx, tmp_path: Path) -> None:
+    """Catches positions, windows and relative distances that the graph has only for the length of the example."""
+    write_untrained(AutoModelForSequenceClassification, model_type, encoder, tmp_path / "model")
     records = [{"text": text} for text in [*texts(8), "word1 " * 100]]
     assert_same(predictions(export_onnx(tmp_path / "model"), records), predictions(tmp_path / "model", records))
 
@@ -248,14 +262,28 @@ def test_the_server_says_that_it_computes_in_int8(int8: Path) -> None:
     assert (served.info.precision, served.info.labels) == ("int8", ["high", "low"])
 
 
-def test_tied_output_layers_are_quantized(
-    encoder: Path, export_onnx: ExportOnnx, capfd: pytest.CaptureFixture[str]
+def test_a_masked_language_model(
+    encoder: Path, export_onnx: ExportOnnx, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches an output layer in fp32, which is half of a small masked language model, and chatter of torch.onnx."""
-    model = onnx.load(export_onnx(encoder, int8=True) / FILE)
+    """Catches an output layer in fp32, which is half of a small masked language model, chatter of torch.onnx, and a
+    server that needs what only PyTorch has, such as hooks in the output layer, or hidden states of another shape."""
+    exported = export_onnx(encoder)
     printed = capfd.readouterr()
-    assert [line.split()[0] for line in printed.out.splitlines()[1:]] == ["PyTorch", "ONNX", "ONNX"]
+    assert [line.split()[0] for line in printed.out.splitlines()[1:]] == ["PyTorch", "ONNX"]
     assert printed.err == ""
+    original, served = load_served_model(encoder, "fp32"), load_served_model(exported, "fp32")
+    assert original.filler is not None
+    assert served.filler is not None
+    masked = ["word1 [MASK] word2", "[MASK] word3 word4 [MASK]"]
+    assert_same(served.filler.fill(masked, top_k=3), original.filler.fill(masked, top_k=3))
+    record = original.filler.option_record(masked[1], [["word1", "word2 word5"], ["word8", "word9"]], "text")
+    assert_same(*(each.ranking.predict_records([record]) for each in (served.filler, original.filler)))
+    assert_same(embeddings(exported), embeddings(encoder))
+    same = {"model": "", "loaded": ""}
+    assert served.info.model_copy(update=same) == original.info.model_copy(update=same)
+
+    monkeypatch.setattr(onnx_folder, "write_graph", lambda _, path: shutil.copy(exported / FILE, path))
+    model = onnx.load(export_onnx(encoder, int8=True) / FILE)
     assert not [node for node in model.graph.node if node.op_type == "Transpose" and "weight" in node.input[0]]
     shapes = [tuple(each.dims) for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8]
     assert {(45, 32), (32, 45)} <= set(shapes)
