@@ -125,7 +125,7 @@ def test_rows_and_tasks_and_seeds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches scores of another row, split or metric, tables that differ, and cells that run twice."""
-    monkeypatch.setattr(compare, "RESAMPLES", 40)
+    monkeypatch.setattr(compare, "RESAMPLES", 15)
     file, folder = write_files(), tmp_path / "compare"
     assert main(["compare", str(file)]) == 0
     assert started == ["ours/toy", "random/toy"]

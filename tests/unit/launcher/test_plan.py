@@ -17,7 +17,7 @@ def config(tmp_path: Path, wordpiece_corpus: Path) -> Path:
     tree = {
         "run": {"dir": str(tmp_path / "run")},
         "model": {
-            "config": {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+            "config": {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         },
         "corpus": {"train": str(wordpiece_corpus)},
         "batch": {"sequences": 64, "max_seq_length": 64, "microbatch_tokens": 512},
