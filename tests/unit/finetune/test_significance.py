@@ -19,7 +19,7 @@ def accuracy(right: np.ndarray) -> Score:
     return score
 
 
-def compare(first: np.ndarray, second: np.ndarray, resamples: int = 2000) -> Difference:
+def compare(first: np.ndarray, second: np.ndarray, resamples: int = 500) -> Difference:
     units = [[number] for number in range(first.shape[1])]
     scores = [
         bootstrap_scores(accuracy(right), len(right), draw_records(units, resamples), stream)
@@ -46,7 +46,7 @@ def test_a_large_difference_is_found_and_has_a_sign() -> None:
     found, swapped = compare(better, worse), compare(worse, better)
     assert 0.2 < found.interval[0] < found.difference < found.interval[1] < 0.4
     assert swapped.difference == -found.difference
-    assert found.p == swapped.p == pytest.approx(2 / 2001)
+    assert found.p == swapped.p == pytest.approx(2 / 501)
 
 
 def test_related_records_are_drawn_together() -> None:
