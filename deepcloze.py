@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from experiment.errors import StoppedError, UserError
-    from finetune.predictor import Predictor
+    from finetune.prediction.predictor import Predictor
     from launcher.functions import build_corpus, compare, evaluate, finetune, pretrain, read_metrics
     from pretrain.corpus.reader import open_corpus
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Predictor": "finetune.predictor",
+    "Predictor": "finetune.prediction.predictor",
     "StoppedError": "experiment.errors",
     "UserError": "experiment.errors",
     "open_corpus": "pretrain.corpus.reader",
@@ -80,7 +80,7 @@ def _put_own_packages_first() -> None:
     if imported := [name for name in hidden if name in sys.modules]:
         raise ImportError(f"{_location(imported[0])} hides the package '{imported[0]}' of deepcloze; rename it")
     sys.path.insert(0, str(_ROOT))
-    from experiment.own_process import own_environment
+    from experiment.process.own_process import own_environment
 
     os.environ.update(own_environment())  # for worker processes
 

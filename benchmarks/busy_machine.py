@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import deepcloze, describe_machine, write_small_run
-from experiment.own_process import module_command, own_environment
+from experiment.process.own_process import module_command, own_environment
 from launcher.hosts.probe import cpu_cores
 
 CORES = cpu_cores()
@@ -197,7 +197,7 @@ def _start(argv: Sequence[str], folder: Path, variables: Mapping[str, str]) -> "
 
 def work(folder: str, *arguments: str) -> None:
     """Run a command for ever, and append a line for each batch."""
-    from finetune.inference import Inference
+    from finetune.prediction.inference import Inference
     from finetune.training.updater import Updater
     from launcher.cli import main
     from pretrain.modeling.masked_lm import MaskedLanguageModel

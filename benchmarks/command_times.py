@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.busy_machine import Inputs, write_inputs
 from benchmarks.measuring import deepcloze, describe_machine, spread
-from experiment.own_process import module_command, own_environment
+from experiment.process.own_process import module_command, own_environment
 
 _IMPORTS = ("pass", "import numpy", "import torch", "import torch, transformers")
 

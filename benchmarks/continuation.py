@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.measuring import deepcloze, describe_machine
 from experiment.formatting import format_perplexity
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from experiment.tracking.jsonl import read_events
 
 METRIC = "eval/held_out/loss"

@@ -29,15 +29,15 @@ from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_pac
 from experiment.errors import UserError
 from experiment.files import read_json
 from experiment.formatting import describe_duration, format_perplexity
-from experiment.hardware import has_native_bf16
-from experiment.outcome_file import Outcome
 from experiment.output_folder import lock_output
+from experiment.process.hardware import has_native_bf16
 from experiment.results.charts import DotChart, DotCharts, Dots
 from experiment.results.history import History
 from experiment.results.page import PAGE, Block, Code, Heading, Page, Table, Text, write_page
 from experiment.results.report.tasks import result_blocks
 from experiment.results.report.training import training_blocks
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import read_events
 
 REPOSITORY = Path(__file__).resolve().parent.parent

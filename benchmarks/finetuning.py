@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import describe_machine
-from experiment.hardware import keep_freed_memory
+from experiment.process.hardware import keep_freed_memory
 from finetune.device import Microbatch
 from finetune.encoding.examples import Split
-from finetune.inference import evaluate
-from finetune.metrics import classification_scores
 from finetune.model import build_model
+from finetune.prediction.inference import evaluate
 from finetune.resolve import ResolvedRun, load_run_config, resolve
+from finetune.scores.metrics import classification_scores
 from finetune.training.fit import fit
 
 DEEPCLOZE, GROUPED, PADDED = "deepcloze finetune", "Trainer, group_by_length", "Trainer, padded to max_seq_length"

@@ -26,7 +26,7 @@ from rich.table import Table
 from selenium import webdriver
 
 from benchmarks.measuring import describe_machine, spread
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 
 _EVENTS_BETWEEN_EVALUATIONS = 100
 _PAINTED = "return performance.getEntriesByName('first-contentful-paint').map(entry => entry.startTime)"

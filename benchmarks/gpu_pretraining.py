@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from benchmarks.measuring import deepcloze, stop_after
-from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, read_events
 
 _RECIPE = Path("pretrain/recipes/demo.yaml")

@@ -34,7 +34,7 @@ from transformers import AutoConfig
 from benchmarks.gpu_kernels import DTYPES
 from experiment.errors import UserError
 from experiment.files import cache_folder
-from experiment.hardware import peak_flops, peak_memory
+from experiment.process.hardware import peak_flops, peak_memory
 from launcher.hosts.machine import free_port
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus

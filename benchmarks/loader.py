@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import describe_machine
-from experiment.hardware import keep_freed_memory
+from experiment.process.hardware import keep_freed_memory
 from pretrain.batching.batch import flatten_batch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes

@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measuring import describe_machine
-from experiment.heartbeat import Heartbeat, write_heartbeat
-from experiment.run_folder import RunFolder
-from experiment.tensor_files import save_tensors
+from experiment.models.tensor_files import save_tensors
+from experiment.run_files.heartbeat import Heartbeat, write_heartbeat
+from experiment.run_files.run_folder import RunFolder
 from launcher.supervision.hang_watch import HangWatch
 from pretrain.training.checkpoint_tensors import MASTER, Share, WrittenShare, complete_checkpoint, write_share
 from pretrain.training.cpu_group import CpuGroup

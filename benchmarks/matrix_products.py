@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from experiment.hardware import keep_freed_memory
+from experiment.process.hardware import keep_freed_memory
 
 _MASKED = 0.15
 _ROUNDS = 20

@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 
 BATCH = 32  # examples of a microbatch
 _MOST_STEPS = 10**9  # the time limit comes first

@@ -24,9 +24,9 @@ from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from benchmarks.measuring import describe_machine
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table as Rows
-from finetune.metrics import summarize
 from finetune.resolve import load_run_config
 from finetune.run import run
+from finetune.scores.metrics import summarize
 from finetune.splits import read_splits
 
 SPLITS = ("validation", "test")

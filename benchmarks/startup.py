@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import PeakMemory, describe_machine, spread, write_small_run
-from experiment.outcome_file import read_rank_record
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import read_rank_record
+from experiment.run_files.run_folder import RunFolder
 
 _POLL_SECONDS = 0.005
 _PHASES = (

@@ -41,7 +41,7 @@ from benchmarks.pretraining_runs import (
     tokens_per_second,
 )
 from benchmarks.run_mlm_peer import BATCH, PeerSettings
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 
 _MATRIX_PRODUCTS = "matrix products alone"
 

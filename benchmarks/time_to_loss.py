@@ -37,8 +37,8 @@ from rich.table import Table
 from benchmarks.measuring import DEFAULT_ALLOCATOR, OUR_ALLOCATOR, PeakMemory, describe_machine, run_module, spread
 from benchmarks.pretraining_runs import MODELS, Config, RunSettings, build_corpus, mean_length, pretrain
 from benchmarks.run_mlm_peer import BATCH, LimitedPeerSettings
-from experiment.checkpoints import complete_checkpoints
-from experiment.recipes import find_recipe
+from experiment.config.recipes import find_recipe
+from experiment.run_files.checkpoints import complete_checkpoints
 from pretrain.optimizer_config import OptimizerConfig
 
 _LENGTH = 128  # longest sequence, in tokens: the default of `deepcloze evaluate` for a folder without a run

@@ -10,7 +10,7 @@ import xxhash
 
 from experiment.errors import UserError
 from experiment.files import parse_json
-from experiment.provenance import read_origin
+from experiment.run_files.provenance import read_origin
 from experiment.storage import StorageError, join, open_file
 
 CLEAN_SUMMARY = "clean.json"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from experiment.errors import UserError, first_line, user_errors_in
-from experiment.hub import resolve_commit
-from experiment.hub_names import HubName
+from experiment.models.hub import resolve_commit
+from experiment.models.hub_names import HubName
 from experiment.progress import terminal
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from experiment.errors import UserError, is_out_of_memory
-from experiment.hardware import has_native_bf16
+from experiment.process.hardware import has_native_bf16
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from experiment.errors import UserError
 from experiment.formatting import format_parameters
-from experiment.model_folder import WEIGHT_FILES, build_from_config, load_config, load_weights
-from experiment.tensor_files import share_tensors
-from experiment.tokenizer import save_tokenizer, vocabulary_size
-from experiment.transformers_models import (
+from experiment.models.model_folder import WEIGHT_FILES, build_from_config, load_config, load_weights
+from experiment.models.tensor_files import share_tensors
+from experiment.models.tokenizer import save_tokenizer, vocabulary_size
+from experiment.models.transformers_models import (
     check_freeze,
     describe_unused_layers,
     has_masked_lm_head,

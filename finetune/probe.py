@@ -26,11 +26,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import write_json
-from experiment.hardware import prepare_process
+from experiment.process.hardware import prepare_process
 from finetune.encoding.examples import Split
-from finetune.inference import Inference, evaluation_microbatch
 from finetune.model import build_model
 from finetune.pooling import pool
+from finetune.prediction.inference import Inference, evaluation_microbatch
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 
 _C = 1.0

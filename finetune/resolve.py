@@ -12,9 +12,9 @@ from typing import Any, Literal
 from experiment.config import flatten, load_config, read_recorded
 from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
-from experiment.model_names import local_model, record_model
+from experiment.models.model_names import local_model, record_model
 from experiment.progress import print_warning, terminal
-from experiment.run_folder import RunFolder, check_not_moved, check_run_folder
+from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.records import Table
@@ -22,8 +22,8 @@ from finetune.data_report import data_warnings, describe_example, print_lengths,
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.evaluation_texts import contamination_warnings
-from finetune.inference import adapt_to_model
 from finetune.model import ModelSpec, build_model, describe_model, model_files
+from finetune.prediction.inference import adapt_to_model
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind
 from finetune.training.updater import total_steps

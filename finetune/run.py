@@ -17,12 +17,12 @@ from experiment.config import dump_config, flatten
 from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
 from experiment.formatting import counted, describe_duration
-from experiment.hardware import prepare_process
-from experiment.outcome_file import Outcome, recorded_outcome
+from experiment.process.hardware import prepare_process
 from experiment.progress import terminal
-from experiment.provenance import ancestors_of, collect_provenance, write_provenance
-from experiment.run_folder import RunFolder, check_creatable, open_run_folder
-from experiment.run_lock import check_unlocked, lock_run
+from experiment.run_files.outcome_file import Outcome, recorded_outcome
+from experiment.run_files.provenance import ancestors_of, collect_provenance, write_provenance
+from experiment.run_files.run_folder import RunFolder, check_creatable, open_run_folder
+from experiment.run_files.run_lock import check_unlocked, lock_run
 from experiment.tracking.jsonl import read_events
 from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers

@@ -15,18 +15,18 @@ from experiment.errors import UserError
 from experiment.files import created_parents, read_json, removed_on_error, write_json
 from experiment.formatting import format_parameters
 from experiment.progress import print_warning, terminal
-from experiment.provenance import read_provenance, write_origin
-from experiment.run_folder import RunFolder
-from finetune.calibration import measure_calibration
+from experiment.run_files.provenance import read_provenance, write_origin
+from experiment.run_files.run_folder import RunFolder
 from finetune.config import changed_settings
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.model import build_model, save_model
+from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.resolve import ResolvedRun
 from finetune.results.model_card import write_seed_card
 from finetune.results.predictions import prediction_rows, save_predictions, write_rows, write_worst_rows
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
-from finetune.saved_task import SavedTask, write_saved_task
+from finetune.scores.calibration import measure_calibration
 from finetune.training.fit import Epoch, Fitted, Log, StateFile, fit, score
 
 _COMPLETE = "COMPLETE"  # written last into a seed's folder

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_arg
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
-from experiment.fast_imports import fast_imports
+from experiment.process.fast_imports import fast_imports
 from finetune import kinds
-from finetune.calibration import Classified, calibrate
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.metrics import LabelScores, confusion_matrix, is_constant, label_scores
+from finetune.scores.calibration import Classified, calibrate
+from finetune.scores.metrics import LabelScores, confusion_matrix, is_constant, label_scores
 
 if TYPE_CHECKING:
     import numpy as np

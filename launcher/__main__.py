@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from experiment.signals import HANDLED_SIGNALS
+from experiment.process.signals import HANDLED_SIGNALS
 
 
 def run() -> NoReturn:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from statistics import harmonic_mean, median
 
 from experiment.errors import StoppedError, UserError, inform
-from experiment.outcome_file import Cause, Outcome, read_outcome
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import Renewal, lock_run
-from experiment.signals import handle_stop_signals
+from experiment.process.signals import handle_stop_signals
+from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import Renewal, lock_run
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.jsonl import Event, read_events
 from launcher.launch_plan import LaunchPlan

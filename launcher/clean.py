@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from experiment.config import load_config
+from experiment.config.recipes import find_config
 from experiment.decontamination import EvaluationText
 from experiment.errors import user_errors_in
-from experiment.fast_imports import fast_imports
-from experiment.recipes import find_config
+from experiment.process.fast_imports import fast_imports
 from launcher.options import CleanOptions
 from pretrain.cleaning.config import CleanConfig
 

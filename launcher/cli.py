@@ -11,7 +11,7 @@ from pathlib import Path
 import fire
 
 from experiment.errors import StoppedError, UserError, describe_disk_error, notify
-from experiment.signals import HANDLED_SIGNALS, handle_stop_signals, ignore_stop_signals, interrupt
+from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, ignore_stop_signals, interrupt
 from launcher.command_line import help_text, is_help_request, parse_command_line, terminal_width
 from launcher.commands import COMMANDS
 

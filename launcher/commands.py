@@ -5,7 +5,7 @@ import sys
 
 from experiment.config import load_config
 from experiment.errors import UserError, inform
-from experiment.fast_imports import fast_imports, import_transformers_without_scipy
+from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, terminal_width
 from launcher.options import (
@@ -227,7 +227,7 @@ def predict(options: PredictOptions) -> None:
     """
     with fast_imports():
         import_transformers_without_scipy()
-        from finetune.predict import predict_command
+        from finetune.prediction.predict import predict_command
 
     predict_command(options)
 
@@ -265,7 +265,7 @@ def sweep(options: SweepOptions) -> None:
     Example:
         deepcloze sweep --config my-run.yaml --grid "optimizer.lr=1e-4,5e-4 masking.rate=0.15,0.3"
     """
-    from launcher.sweep import plan_sweep, run_sweep
+    from launcher.run_sets.sweep import plan_sweep, run_sweep
 
     plan = plan_sweep(options)
     if options.dry_run:
@@ -285,8 +285,8 @@ def compare(options: CompareOptions) -> None:
         deepcloze compare encoders.yaml
     """
     with fast_imports():
-        from launcher.compare import run_comparison
-        from launcher.compare_plan import plan_comparison
+        from launcher.run_sets.compare import run_comparison
+        from launcher.run_sets.compare_plan import plan_comparison
 
     plan = plan_comparison(options)
     if options.dry_run:
@@ -305,7 +305,7 @@ def watch(options: WatchOptions) -> None:
     Example:
         deepcloze watch runs/mine --task my-task.yaml --probe
     """
-    from launcher.watch import watch_run
+    from launcher.run_sets.watch import watch_run
 
     watch_run(options)
 
@@ -411,7 +411,7 @@ def validate(options: ValidateOptions) -> None:
         check_cleaning(file, overrides)
     elif command == "compare":
         with fast_imports():
-            from launcher.compare_plan import plan_comparison
+            from launcher.run_sets.compare_plan import plan_comparison
 
         plan_comparison(CompareOptions(file=file, overrides=overrides))
     elif command == "finetune":

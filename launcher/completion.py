@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Literal
 
+from experiment.config.recipes import all_recipes
 from experiment.config.reference import config_reference
-from experiment.recipes import all_recipes
 from launcher.command_line import Command, flags_of, options_of
 from launcher.configs import CONFIGS
 

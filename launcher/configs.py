@@ -2,7 +2,7 @@
 
 from experiment.config import Section
 from finetune.config import FinetuneConfig
-from launcher.compare_config import CompareConfig
+from launcher.run_sets.compare_config import CompareConfig
 from pretrain.cleaning.config import CleanConfig
 from pretrain.config import PretrainConfig
 

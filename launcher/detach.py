@@ -15,10 +15,10 @@ from typing import IO
 
 from experiment.config import load_config
 from experiment.errors import notify
-from experiment.outcome_file import RankRecord, read_rank_record
-from experiment.own_process import module_command, own_environment
-from experiment.run_folder import RunFolder, check_not_moved, open_run_folder
-from experiment.run_lock import check_unlocked
+from experiment.process.own_process import module_command, own_environment
+from experiment.run_files.outcome_file import RankRecord, read_rank_record
+from experiment.run_files.run_folder import RunFolder, check_not_moved, open_run_folder
+from experiment.run_files.run_lock import check_unlocked
 from launcher.options import PretrainOptions
 from pretrain.config import PretrainConfig
 

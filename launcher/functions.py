@@ -20,10 +20,10 @@ from experiment.config import Section, build_config, load_config
 from experiment.config.field_types import expand_home
 from experiment.config.yaml_dialect import write_yaml
 from experiment.errors import UserError
-from experiment.fast_imports import fast_imports
 from experiment.files import read_json, write_text
-from experiment.run_folder import RunFolder
-from experiment.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt
+from experiment.process.fast_imports import fast_imports
+from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, read_events
 from launcher.options import CompareOptions, FinetuneOptions, PretrainOptions
 from pretrain.config import PretrainConfig
@@ -191,9 +191,9 @@ def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool =
         print(scores["MiniLM"]["sst2"]["mean"])
     """
     with fast_imports():
-        from launcher.compare import run_comparison
-        from launcher.compare_config import CompareConfig
-        from launcher.compare_plan import plan_comparison
+        from launcher.run_sets.compare import run_comparison
+        from launcher.run_sets.compare_config import CompareConfig
+        from launcher.run_sets.compare_plan import plan_comparison
 
     with _as_a_command(quiet), _config_file(config, CompareConfig, overrides) as file, handle_stop_signals(interrupt):
         flags |= {"file": file, "overrides": _as_text(overrides)}

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints, saves
 from experiment.config import dump_config, load_config
 from experiment.errors import StoppedError, UserError, end_line, inform, is_quiet, notify
 from experiment.formatting import counted, describe_duration
-from experiment.mirror import Mirror
-from experiment.outcome_file import Outcome
-from experiment.own_process import raise_limit_of_open_files
-from experiment.run_folder import RunFolder, check_not_moved, check_run_folder, open_run_folder
-from experiment.run_lock import Renewal, check_unlocked, lock_run
-from experiment.signals import handle_stop_signals, interrupt
+from experiment.process.own_process import raise_limit_of_open_files
+from experiment.process.signals import handle_stop_signals, interrupt
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, saves
+from experiment.run_files.mirror import Mirror
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder, open_run_folder
+from experiment.run_files.run_lock import Renewal, check_unlocked, lock_run
 from experiment.storage import StorageError
 from experiment.tracking.jsonl import read_events, read_last_events
 from launcher.autotune import autotune

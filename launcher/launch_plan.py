@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.checkpoints import complete_checkpoints
 from experiment.config import dump_config
 from experiment.errors import UserError
-from experiment.fast_imports import fast_imports
 from experiment.formatting import format_parameters
-from experiment.run_folder import RunFolder
+from experiment.process.fast_imports import fast_imports
+from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from experiment.errors import UserError
-from experiment.run_folder import RunFolder
-from experiment.run_lock import Owner
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import Owner
 from launcher.options import LogsOptions
 from launcher.status import find_run
 

@@ -7,10 +7,10 @@ from pydantic import BaseModel
 
 from experiment.config.field_types import is_section
 from experiment.config.json_schema import json_schema
+from experiment.config.recipes import all_recipes, find_recipe
 from experiment.config.reference import find_meaning
 from experiment.errors import UserError
 from experiment.files import write_json, write_text
-from experiment.recipes import all_recipes, find_recipe
 from launcher.command_line import table
 from launcher.configs import CONFIGS
 from launcher.options import RecipesOptions

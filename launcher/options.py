@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, Posit
 
 from experiment.config import Metavar, Positional, Section
 from experiment.config.field_types import LocalPath, PathName, PathText
-from experiment.recipes import find_config
+from experiment.config.recipes import find_config
 from launcher.ranks.placement import HostOptions, PlacementOptions
 
 PretrainConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain"))]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from experiment.config import load_config
 from experiment.errors import notify
-from experiment.fast_imports import fast_imports, import_transformers_without_scipy
+from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine, launch_machine
 from launcher.options import PlanOptions

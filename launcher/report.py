@@ -14,7 +14,6 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from experiment.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.results.fillings import (
@@ -26,7 +25,8 @@ from experiment.results.fillings import (
     spread,
 )
 from experiment.results.report import write_overlay, write_report
-from experiment.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
+from experiment.run_files.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -117,7 +117,7 @@ def _checkpoints(folder: RunFolder) -> dict[Path, str]:
 
 def _sentences_of(folder: RunFolder) -> list[MaskedSentence]:
     """Return masked sentences from the first corpus of `corpus.eval`; empty without one."""
-    from experiment.tokenizer import load_tokenizer
+    from experiment.models.tokenizer import load_tokenizer
     from pretrain.corpus.cache import open_local
 
     held_out = (read_recorded(folder.config).get("corpus") or {}).get("eval") or {}
@@ -187,8 +187,8 @@ def _close_up(text: str) -> str:
 
 
 def _fill(model: Path, sentences: Sequence[MaskedSentence]) -> Iterator[FilledSentence]:
-    from finetune.loaded_model import load_on_cpu
-    from finetune.mask_filler import MaskFiller, load_filling_tokenizer, ranking_task
+    from finetune.prediction.loaded_model import load_on_cpu
+    from finetune.prediction.mask_filler import MaskFiller, load_filling_tokenizer, ranking_task
 
     with _one_thread():
         filler = MaskFiller(load_on_cpu(model, load_filling_tokenizer(model), ranking_task()))

@@ -9,10 +9,10 @@ import yaml
 from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import notify
-from experiment.fast_imports import fast_imports, import_transformers_without_scipy
 from experiment.files import checksum
-from experiment.model_names import local_model
-from experiment.run_folder import RunFolder, check_not_moved
+from experiment.models.model_names import local_model
+from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
+from experiment.run_files.run_folder import RunFolder, check_not_moved
 from finetune.data.task_config import TaskConfig, data_checksums
 from launcher.hosts.machine import launch_machine
 from launcher.launch import warnings_left_to_rank0
@@ -22,7 +22,7 @@ from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
-    from launcher.run_set import FlatConfig
+    from launcher.run_sets.run_set import FlatConfig
 
 _COMMANDS = {
     "task": "finetune",

@@ -16,16 +16,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from experiment.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.config import read_recorded
 from experiment.errors import UserError, notify
 from experiment.files import read_json
 from experiment.formatting import UNKNOWN, describe_duration, show
-from experiment.goodput import AttemptTime, add_up, last_lines, read_attempt_times
-from experiment.provenance import read_provenance
 from experiment.results.main_score import main_score
-from experiment.run_folder import RunFolder, is_run, open_folder, runs_in
-from experiment.run_life import State, read_life
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_files.goodput import AttemptTime, add_up, last_lines, read_attempt_times
+from experiment.run_files.provenance import read_provenance
+from experiment.run_files.run_folder import RunFolder, is_run, open_folder, runs_in
+from experiment.run_files.run_life import State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import RATE_EVENTS
 from launcher.supervision.launch_result import count_attempts

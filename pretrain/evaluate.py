@@ -17,16 +17,16 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from experiment.checkpoints import find_model_folder, read_state
 from experiment.config import build_config
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.formatting import format_perplexity
-from experiment.model_names import local_model
+from experiment.models.model_names import local_model
+from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from experiment.models.transformers_models import max_positions
+from experiment.process.shared_cores import share_cores
 from experiment.progress import terminal, track
-from experiment.shared_cores import share_cores
-from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
-from experiment.transformers_models import max_positions
+from experiment.run_files.checkpoints import find_model_folder, read_state
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.masking import Masker

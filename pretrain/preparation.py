@@ -7,12 +7,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from experiment.checkpoints import complete_checkpoints, read_state
 from experiment.files import write_json
-from experiment.hub_names import HubName
-from experiment.model_names import local_model
-from experiment.provenance import separate_copy
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.models.hub_names import HubName
+from experiment.models.model_names import local_model
+from experiment.run_files.checkpoints import complete_checkpoints, read_state
+from experiment.run_files.provenance import separate_copy
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.rank_logs import set_up_logging
 from pretrain.batching.packing import Rows
 from pretrain.config import CorpusConfig, PretrainConfig

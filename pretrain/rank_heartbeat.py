@@ -11,9 +11,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import IO
 
-from experiment.goodput import STARTING, ActivityTimer, Doing
-from experiment.heartbeat import STACK_SIGNAL, Heartbeat, beat_seconds, hung_seconds, write_heartbeat
-from experiment.run_folder import RunFolder
+from experiment.run_files.goodput import STARTING, ActivityTimer, Doing
+from experiment.run_files.heartbeat import STACK_SIGNAL, Heartbeat, beat_seconds, hung_seconds, write_heartbeat
+from experiment.run_files.run_folder import RunFolder
 
 # Code in which the innermost frame of a rank that waits for others is.
 _COLLECTIVES = ("/torch/distributed/", "/pretrain/training/cpu_group.py", "/pretrain/engine/host_copy.py")

@@ -13,10 +13,17 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError, is_out_of_memory
-from experiment.outcome_file import Cause, Outcome, RankRecord, ReportedOutcome, write_first_outcome, write_outcome
-from experiment.own_process import LAUNCH_VARIABLE, has_launcher, raise_limit_of_open_files
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import lock_run, lock_until_exit
+from experiment.process.own_process import LAUNCH_VARIABLE, has_launcher, raise_limit_of_open_files
+from experiment.run_files.outcome_file import (
+    Cause,
+    Outcome,
+    RankRecord,
+    ReportedOutcome,
+    write_first_outcome,
+    write_outcome,
+)
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import lock_run, lock_until_exit
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.training.cpu_group import AgreedError

@@ -12,14 +12,14 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from experiment.checkpoints import Verify, read_state, verify_descriptions
 from experiment.errors import UserError, user_errors_in
-from experiment.model_names import local_model
-from experiment.run_folder import RunFolder
+from experiment.models.model_names import local_model
+from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from experiment.models.transformers_models import check_freeze, max_positions
+from experiment.run_files.checkpoints import Verify, read_state, verify_descriptions
+from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
-from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.tracking.tracker import check_tracking
-from experiment.transformers_models import check_freeze, max_positions
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
 from pretrain.config import CorpusConfig, ModelConfig, PretrainConfig, WeightedCorpus
 from pretrain.corpus.cache import open_metadata

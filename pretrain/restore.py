@@ -8,10 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from experiment.checkpoints import complete_checkpoints
 from experiment.errors import UserError
-from experiment.mirror import Mirror
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.mirror import Mirror
+from experiment.run_files.run_folder import RunFolder
 from experiment.storage import StorageError
 from pretrain.config import PretrainConfig
 from pretrain.resume import is_fork_of

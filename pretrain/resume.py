@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoints import (
+from experiment.config import flatten, with_defaults
+from experiment.errors import UserError, user_errors_in
+from experiment.models.hub_names import HubName, meant_name
+from experiment.models.model_names import record_model
+from experiment.run_files.checkpoints import (
     Verify,
     checkpoint_candidates,
     checkpoint_step,
@@ -21,12 +25,8 @@ from experiment.checkpoints import (
     names_model_folder,
     read_state,
 )
-from experiment.config import flatten, with_defaults
-from experiment.errors import UserError, user_errors_in
-from experiment.hub_names import HubName, meant_name
-from experiment.model_names import record_model
-from experiment.provenance import forked_from, read_origin, read_provenance
-from experiment.run_folder import RunFolder, check_run_folder
+from experiment.run_files.provenance import forked_from, read_origin, read_provenance
+from experiment.run_files.run_folder import RunFolder, check_run_folder
 from experiment.storage import is_url
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 if not __package__:  # started as a file: import from the repository, not from this folder
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
 if __name__ == "__main__":
-    from experiment.fast_imports import import_transformers_without_scipy
+    from experiment.process.fast_imports import import_transformers_without_scipy
 
     import_transformers_without_scipy()
 
@@ -37,11 +37,11 @@ from torch import nn
 from experiment.config import load_config
 from experiment.errors import AgreedFailureError, UserError
 from experiment.files import cache_folder
-from experiment.goodput import ActivityTimer, attempt_start
-from experiment.outcome_file import Cause, Outcome, ReportedOutcome
-from experiment.own_process import wait_at_gate
-from experiment.run_folder import RunFolder, check_not_moved
-from experiment.shared_cores import share_cores
+from experiment.process.own_process import wait_at_gate
+from experiment.process.shared_cores import share_cores
+from experiment.run_files.goodput import ActivityTimer, attempt_start
+from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome
+from experiment.run_files.run_folder import RunFolder, check_not_moved
 from pretrain.batching.loader import DataWorkerError
 from pretrain.config import EngineConfig, PretrainConfig
 from pretrain.engine.engine import Engine

@@ -23,8 +23,8 @@ from experiment.local_server import bind
 from experiment.results.report import write_report
 from experiment.results.report.followed_pages import FollowedPages
 from experiment.results.report.page_server import PageServer
-from experiment.run_folder import RunFolder
-from experiment.run_lock import lock_run
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import lock_run
 
 _VIEWS = ((1180, 860, "light"), (390, 860, "dark"))
 _RUNS = {"base": (20_000, 4e-4), "base-lr-5e-4": (20_000, 5e-4), "base-lr-8e-4": (9_000, 8e-4), "large": (6_000, 3e-4)}

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from experiment.files import parse_records
 from experiment.results.page import Block, Filling, Fillings, Heading, Text
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 
 T = TypeVar("T")
 

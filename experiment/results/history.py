@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiment.results.curves import Curve
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, EventReader
 
 _KEYS = frozenset({"tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait", "memory"})

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from experiment.formatting import UNKNOWN, escape, markdown_table, show
-from experiment.hub_names import hub_name
-from experiment.provenance import describe_commit
+from experiment.models.hub_names import hub_name
 from experiment.results.page import open_templates
+from experiment.run_files.provenance import describe_commit
 
 FILE = "README.md"
 MODEL = 'model = "."  # this folder; elsewhere its path, or its name on the Hugging Face Hub'

@@ -11,7 +11,7 @@ from experiment.files import read_json, write_text
 from experiment.formatting import csv_table
 from experiment.results.charts import Line, Panel
 from experiment.results.curves import Curve
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import read_events
 
 

@@ -18,13 +18,13 @@ from queue import SimpleQueue
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from experiment.notification import Message, Service, apprise_services, mail_service, webhook_service
-from experiment.outcome_file import Outcome
-from experiment.own_process import own_environment
-from experiment.provenance import read_provenance
-from experiment.run_folder import RunFolder
+from experiment.process.own_process import own_environment
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.provenance import read_provenance
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.config import AlertEvent, AlertsConfig
 from experiment.tracking.jsonl import Metrics
+from experiment.tracking.notification import Message, Service, apprise_services, mail_service, webhook_service
 
 if TYPE_CHECKING:
     import wandb

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiment.files import parse_record, write_json
 from experiment.formatting import counted
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import Metrics, read_events
 
 log = logging.getLogger(__name__)

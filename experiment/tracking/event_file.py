@@ -16,7 +16,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import atomic_write
-from experiment.outcome_file import Outcome
+from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.jsonl import AppendFile, Metrics, is_kept
 
 _PREFIX = "events.out.tfevents."  # by which TensorBoard recognises its files

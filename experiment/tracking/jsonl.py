@@ -15,7 +15,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from experiment.files import write_text
-from experiment.outcome_file import Outcome
+from experiment.run_files.outcome_file import Outcome
 
 _TAIL_BYTES = 1 << 18
 _BLOCK_BYTES = 1 << 20  # read at a time: no other thread runs while they are parsed

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from experiment.formatting import describe_duration, format_perplexity
-from experiment.outcome_file import Outcome
 from experiment.progress import terminal
+from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 
 PROGRESS_LOG = "experiment.progress"

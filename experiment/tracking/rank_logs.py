@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from experiment.progress import terminal
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.progress_line import PROGRESS_LOG
 
 OUR_PACKAGES = frozenset({"__main__", "launcher", "pretrain", "finetune", "experiment", "benchmarks"})

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from experiment.outcome_file import Outcome
-from experiment.own_process import has_launcher
-from experiment.run_folder import RunFolder
+from experiment.process.own_process import has_launcher
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, alert_services
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, require_tensorboard

@@ -20,9 +20,9 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder
-from experiment.signals import warnings_blocked
+from experiment.process.signals import warnings_blocked
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert, send_by_wandb
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.jsonl import Event, Metrics, is_evaluation

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_any_tokenizer
+from experiment.models.tokenizer import load_any_tokenizer
 from finetune.data.records import TurnJoiner
 from finetune.data.task_config import TaskConfig
 

@@ -3,17 +3,17 @@
 import shutil
 from pathlib import Path
 
-from experiment.checkpoints import find_model_folder, unlisted_files
 from experiment.errors import UserError, describe_disk_error, reason
-from experiment.hub_names import HubName
-from experiment.model_names import local_model
+from experiment.models.hub_names import HubName
+from experiment.models.model_names import local_model
 from experiment.output_folder import is_free, new_folder
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import find_model_folder, unlisted_files
+from experiment.run_files.run_folder import RunFolder
 from finetune.export.exported_card import name_model, write_card
 from finetune.export.push import check_target, parse_target, push_folder
-from finetune.onnx_model import holds_onnx_model, require_packages
 from finetune.options import ExportOptions
-from finetune.saved_task import FILE, find_model, read_saved_task
+from finetune.prediction.onnx_model import holds_onnx_model, require_packages
+from finetune.prediction.saved_task import FILE, find_model, read_saved_task
 
 
 def export_command(options: ExportOptions) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoints import state_around
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import read_json, write_text
 from experiment.formatting import UNKNOWN, format_perplexity
-from experiment.provenance import describe_devices, read_origin
+from experiment.models.tokenizer import load_any_tokenizer
+from experiment.models.transformers_models import count_parameters, has_masked_lm_head
 from experiment.results.model_card import (
     FILE,
     MODEL,
@@ -25,8 +25,8 @@ from experiment.results.model_card import (
     snippet,
     usage_section,
 )
-from experiment.tokenizer import load_any_tokenizer
-from experiment.transformers_models import count_parameters, has_masked_lm_head
+from experiment.run_files.checkpoints import state_around
+from experiment.run_files.provenance import describe_devices, read_origin
 
 _AVERAGED = "hf-ema"
 _SETTINGS = ("batch", "masking", "optimizer", "schedule")  # sections of the config without paths

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.transformers_models import quiet_transformers
-from finetune.loaded_model import LoadedModel
-from finetune.onnx_model import HIDDEN, PRECISION
+from experiment.models.transformers_models import quiet_transformers
+from finetune.prediction.loaded_model import LoadedModel
+from finetune.prediction.onnx_model import HIDDEN, PRECISION
 
 _HEADS = ("logits", "start_logits", "end_logits")
 """Names of the outputs of heads in transformers."""

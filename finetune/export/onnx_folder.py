@@ -3,20 +3,20 @@
 import shutil
 from pathlib import Path
 
-from experiment.checkpoints import unlisted_files
 from experiment.errors import UserError
-from experiment.fast_linear import use_fast_linear
+from experiment.models.fast_linear import use_fast_linear
 from experiment.results.model_card import MODEL, snippet, usage_section
+from experiment.run_files.checkpoints import unlisted_files
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.export.exported_card import write_card
 from finetune.export.graph import quantize, takes_choices, write_graph
 from finetune.export.parity import Comparison, compare, sample_batches
-from finetune.loaded_model import LoadedModel, load_on_cpu
-from finetune.mask_filler import load_filling_tokenizer, ranking_task
 from finetune.model import model_files
-from finetune.onnx_model import FILE
+from finetune.prediction.loaded_model import LoadedModel, load_on_cpu
+from finetune.prediction.mask_filler import load_filling_tokenizer, ranking_task
+from finetune.prediction.onnx_model import FILE
+from finetune.prediction.saved_task import is_masked_lm, read_saved_task
 from finetune.results.model_card import COMMANDS
-from finetune.saved_task import is_masked_lm, read_saved_task
 
 _TOLERANCE = 1e-4  # of outputs in fp32: in units of the largest, or of 1 if that is larger
 

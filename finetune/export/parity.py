@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from experiment.transformers_models import max_positions
+from experiment.models.transformers_models import max_positions
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import pad_sequences
 from finetune.export.graph import ModelGraph, takes_choices
-from finetune.loaded_model import LoadedModel
-from finetune.onnx_model import HIDDEN, OnnxModel
+from finetune.prediction.loaded_model import LoadedModel
+from finetune.prediction.onnx_model import HIDDEN, OnnxModel
 
 _TEXTS = 32
 _SHORTEST = 4  # tokens, special ones included

@@ -4,9 +4,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.hub import LOG_IN, call_hub
-from experiment.hub_names import HubName
-from experiment.provenance import read_origin
+from experiment.models.hub import LOG_IN, call_hub
+from experiment.models.hub_names import HubName
+from experiment.run_files.provenance import read_origin
 
 _ORIGIN = "deepcloze.json"
 _EMPTY = {".gitattributes"}  # files of a repository that has just been created

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from experiment.errors import UserError
-from finetune.calibration import Classified, pad_probabilities
 from finetune.data.columns import LabelColumn, TextColumns, as_number
 from finetune.data.records import Record, Table, reject_two_spellings
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.metrics import classification_scores
+from finetune.scores.calibration import Classified, pad_probabilities
+from finetune.scores.metrics import classification_scores
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 

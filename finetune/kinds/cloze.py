@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experiment.errors import UserError
-from finetune.calibration import Classified, pad_probabilities, scale
 from finetune.data.columns import ClozeAnswersColumn, Columns, Name, OptionsColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, window_around, windows
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multiple_choice import choice_loss
-from finetune.metrics import is_constant
-from finetune.significance import Interval, accuracy_interval
+from finetune.scores.calibration import Classified, pad_probabilities, scale
+from finetune.scores.metrics import is_constant
+from finetune.scores.significance import Interval, accuracy_interval
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _BLANK = "_"

@@ -17,8 +17,8 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.metrics import Vectors, correlation, document_ranks, ndcg, potentials
 from finetune.pooling import Pooling, pool
+from finetune.scores.metrics import Vectors, correlation, document_ranks, ndcg, potentials
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import Tensor
 
 from experiment.errors import UserError
-from finetune.calibration import Classified, list_probabilities, pad_probabilities, scale
 from finetune.data.columns import LabelsColumn, TextColumn, TextColumns
 from finetune.data.records import Record, Table, reject_two_spellings
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.metrics import LabelScores, scores_of_counts
+from finetune.scores.calibration import Classified, list_probabilities, pad_probabilities, scale
+from finetune.scores.metrics import LabelScores, scores_of_counts
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _THRESHOLD = 0.5

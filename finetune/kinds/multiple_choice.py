@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from experiment.errors import UserError
-from finetune.calibration import Classified, pad_probabilities
 from finetune.data.columns import ChoiceColumn, ChoicesColumn, Columns, ContextColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
-from finetune.significance import Interval, accuracy_interval
+from finetune.scores.calibration import Classified, pad_probabilities
+from finetune.scores.significance import Interval, accuracy_interval
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 

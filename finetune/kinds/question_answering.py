@@ -12,13 +12,13 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from experiment.errors import UserError
-from finetune.calibration import confidence_losses
 from finetune.data.columns import AnswersColumn, Columns, ContextColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens, windows
 from finetune.encoding.examples import Batch, Example, padding_last
-from finetune.metrics import exact_match, word_f1
+from finetune.scores.calibration import confidence_losses
+from finetune.scores.metrics import exact_match, word_f1
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 

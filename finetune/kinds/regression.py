@@ -13,7 +13,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.metrics import correlation
+from finetune.scores.metrics import correlation
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from experiment.errors import UserError
-from finetune.calibration import confidence_losses
 from finetune.data.columns import Columns, TagsColumn, WordsColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.kinds.classification import balanced_weights, weighted_cross_entropy
-from finetune.metrics import LabelScores, entity_label_scores, entity_scores, is_constant
+from finetune.scores.calibration import confidence_losses
+from finetune.scores.metrics import LabelScores, entity_label_scores, entity_scores, is_constant
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none, which cross-entropy ignores

@@ -12,7 +12,6 @@ from typing import Any
 from experiment.config import flatten
 from experiment.files import write_text
 from experiment.formatting import UNKNOWN, escape, markdown_table
-from experiment.provenance import describe_cpu
 from experiment.results.model_card import (
     FILE,
     MODEL,
@@ -25,7 +24,8 @@ from experiment.results.model_card import (
     snippet,
     usage_section,
 )
-from experiment.run_folder import RunFolder
+from experiment.run_files.provenance import describe_cpu
+from experiment.run_files.run_folder import RunFolder
 from finetune.data.task_config import TaskConfig
 from finetune.resolve import ResolvedRun
 from finetune.results.seed_summary import SeedRecord

@@ -18,8 +18,8 @@ import numpy as np
 from experiment.config import load_config
 from experiment.errors import UserError, reason
 from experiment.files import atomic_write, parse_json, read_json, write_text
-from experiment.model_names import local_model
-from experiment.run_folder import RunFolder
+from experiment.models.model_names import local_model
+from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record
 from finetune.splits import read_splits

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from experiment.files import write_json
 from experiment.formatting import counted
-from finetune.metrics import LabelScores, Number, counted_pairs, summarize, top_confusions
 from finetune.resolve import ResolvedRun
+from finetune.scores.metrics import LabelScores, Number, counted_pairs, summarize, top_confusions
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from experiment.errors import UserError
 from finetune.data.records import Record
-from finetune.predictor import Predictor
+from finetune.prediction.predictor import Predictor
 from finetune.serve.monitoring import observe
 from finetune.serve.request_checks import (
     FORM,

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiment.fast_linear import ONEDNN_DTYPES, FastLinear
+from experiment.models.fast_linear import ONEDNN_DTYPES, FastLinear
 from finetune.device import Device
-from finetune.loaded_model import Embedder, LoadedModel
-from finetune.mask_filler import MaskFiller
-from finetune.predictor import Predictor
-from finetune.saved_task import SavedTask, find_model, is_masked_lm, read_saved_task
+from finetune.prediction.loaded_model import Embedder, LoadedModel
+from finetune.prediction.mask_filler import MaskFiller
+from finetune.prediction.predictor import Predictor
+from finetune.prediction.saved_task import SavedTask, find_model, is_masked_lm, read_saved_task
 from finetune.serve.schemas import ModelInfo
 
 _ROWS = 512  # oneDNN chooses a layout that is good for about as many; any number can be computed

@@ -18,9 +18,9 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from experiment.errors import UserError, reason
-from experiment.hardware import prepare_process
 from experiment.local_server import allowed_hosts, bind, unusable
-from experiment.model_names import local_model
+from experiment.models.model_names import local_model
+from experiment.process.hardware import prepare_process
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import log_as_json, log_event

@@ -17,9 +17,9 @@ from fastapi import HTTPException
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
-from finetune.mask_filler import Candidates
 from finetune.pooling import Pooling
-from finetune.predictor import Predictor
+from finetune.prediction.mask_filler import Candidates
+from finetune.prediction.predictor import Predictor
 from finetune.serve.batching import Batcher, BatchLimits, Size
 from finetune.serve.monitoring import Metrics, log, log_event
 from finetune.serve.request_checks import Admission, Limits

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from experiment.dropout import use_fast_dropout
-from experiment.fast_linear import use_fast_linear
+from experiment.models.dropout import use_fast_dropout
+from experiment.models.fast_linear import use_fast_linear
 from finetune.config import TrainingConfig
 from finetune.device import Device, Microbatch
 from finetune.encoding.examples import Batch, Example
-from finetune.inference import collate
+from finetune.prediction.inference import collate
 from finetune.splits import Task
 from finetune.task_kind import Loss
 

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from experiment.heartbeat import request_stack
-from experiment.own_process import LAUNCH_VARIABLE
-from experiment.signals import WARNING_SIGNALS
+from experiment.process.own_process import LAUNCH_VARIABLE
+from experiment.process.signals import WARNING_SIGNALS
+from experiment.run_files.heartbeat import request_stack
 from launcher.hosts.machine import free_port
 from launcher.hosts.probe import route_to
 

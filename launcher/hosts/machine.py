@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from experiment.fast_imports import fast_imports
-from experiment.own_process import given_environment, use_cpu
+from experiment.process.fast_imports import fast_imports
+from experiment.process.own_process import given_environment, use_cpu
 from launcher.hosts.hostfile import read_text
 from launcher.hosts.probe import cpu_cores
 

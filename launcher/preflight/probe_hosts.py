@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from experiment.process.signals import handle_stop_signals
 from experiment.progress import progress
-from experiment.signals import handle_stop_signals
 from launcher.hosts import probe
 from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
 

@@ -11,8 +11,8 @@ from typing import get_args
 from experiment.errors import UserError, is_quiet, notify
 from experiment.files import temporary_folder, write_text
 from experiment.formatting import counted
-from experiment.provenance import LIBRARIES
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.provenance import LIBRARIES
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.hosts.probe import LAUNCHER_TOKEN

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from experiment.checkpoints import complete_checkpoints
-from experiment.provenance import REPOSITORY
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.provenance import REPOSITORY
+from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine

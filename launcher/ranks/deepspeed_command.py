@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiment.provenance import REPOSITORY
+from experiment.run_files.provenance import REPOSITORY
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import Slots, hostfile_text
 from launcher.hosts.machine import Machine

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiment.errors import QUIET_VARIABLE, UserError
-from experiment.own_process import LAUNCH_VARIABLE, python_path
+from experiment.process.own_process import LAUNCH_VARIABLE, python_path
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
 from launcher.hosts.ssh import KEEP_ALIVE

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 import psutil
 
-from experiment.own_process import LAUNCH_VARIABLE
+from experiment.process.own_process import LAUNCH_VARIABLE
 from launcher.hosts.host_guard import read_environment
 from launcher.hosts.machine import guess_device
 from launcher.hosts.probe import cpu_cores, route_to, within_quota

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from experiment.heartbeat import Heartbeat, beat_seconds
-from experiment.outcome_file import Cause, Outcome, read_outcome
-from experiment.run_folder import RunFolder
-from experiment.run_lock import Renewal
+from experiment.run_files.heartbeat import Heartbeat, beat_seconds
+from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import Renewal
 from experiment.tracking.config import TrackingConfig
 from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
 from launcher.hosts.hostfile import Slots

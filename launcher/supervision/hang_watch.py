@@ -1,8 +1,8 @@
 """Finds the rank for which a run hangs: it has stopped, or makes no progress while others wait for it.
 
-The ranks write heartbeats to the run folder, which all hosts share (`experiment.heartbeat`). A rank whose heartbeat
-does not change has stopped, or its host or disk has. If some rank makes no progress, ranks that do not wait for others
-are the cause. The stack of a rank is in its log.
+The ranks write heartbeats to the run folder, which all hosts share (`experiment.run_files.heartbeat`). A rank whose
+heartbeat does not change has stopped, or its host or disk has. If some rank makes no progress, ranks that do not wait
+for others are the cause. The stack of a rank is in its log.
 """
 
 import os
@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from experiment.errors import notify
-from experiment.heartbeat import Heartbeat, hung_seconds, is_whole_stack, main_stack, read_heartbeat
-from experiment.outcome_file import Cause, Outcome, read_rank_record, write_first_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.heartbeat import Heartbeat, hung_seconds, is_whole_stack, main_stack, read_heartbeat
+from experiment.run_files.outcome_file import Cause, Outcome, read_rank_record, write_first_outcome
+from experiment.run_files.run_folder import RunFolder
 
 _STACK_SECONDS = 2.0
 _MOST_NAMED = 4

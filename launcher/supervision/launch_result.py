@@ -11,10 +11,17 @@ import psutil
 
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import parse_records, write_text
-from experiment.heartbeat import read_heartbeat
-from experiment.outcome_file import Cause, Outcome, rank_records, read_outcome, read_rank_records, reserve_outcome
-from experiment.run_folder import RunFolder
-from experiment.signals import STOP_SIGNALS
+from experiment.process.signals import STOP_SIGNALS
+from experiment.run_files.heartbeat import read_heartbeat
+from experiment.run_files.outcome_file import (
+    Cause,
+    Outcome,
+    rank_records,
+    read_outcome,
+    read_rank_records,
+    reserve_outcome,
+)
+from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.ssh import SSH_FAILED
 

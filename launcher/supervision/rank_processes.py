@@ -16,12 +16,12 @@ from typing import IO, TextIO
 
 from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder
-from experiment.goodput import process_start
-from experiment.heartbeat import Heartbeat, request_stack
-from experiment.outcome_file import read_rank_records
-from experiment.own_process import GATE_VARIABLE, START_VARIABLE
-from experiment.run_folder import RunFolder
-from experiment.signals import handle_stop_signals, interrupt, warnings_blocked
+from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
+from experiment.process.signals import handle_stop_signals, interrupt, warnings_blocked
+from experiment.run_files.goodput import process_start
+from experiment.run_files.heartbeat import Heartbeat, request_stack
+from experiment.run_files.outcome_file import read_rank_records
+from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision.launch_result import is_running

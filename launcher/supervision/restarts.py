@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiment.outcome_file import Cause, Outcome
+from experiment.run_files.outcome_file import Cause, Outcome
 from launcher.supervision.launch_result import LaunchResult
 
 WINDOW_SECONDS = 3600.0

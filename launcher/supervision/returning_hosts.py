@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 
-from experiment.checkpoints import saves
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import saves
+from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.ssh import ssh_argv
 
 _CONNECT_SECONDS = 5

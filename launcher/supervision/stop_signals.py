@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from experiment.errors import describe_disk_error, notify
-from experiment.outcome_file import RankRecord
-from experiment.run_folder import RunFolder
-from experiment.signals import SignalHistory, handle_stop_signals
+from experiment.process.signals import SignalHistory, handle_stop_signals
+from experiment.run_files.outcome_file import RankRecord
+from experiment.run_files.run_folder import RunFolder
 from launcher.supervision.rank_processes import polled
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -12,13 +12,13 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from experiment.checkpoints import saves
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import remove_unfinished
-from experiment.goodput import process_start, record_end
-from experiment.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_folder import RunFolder
-from experiment.run_lock import lock_run
+from experiment.run_files.checkpoints import saves
+from experiment.run_files.goodput import process_start, record_end
+from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import lock_run
 from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from launcher.hosts.hostfile import Slots

@@ -27,7 +27,7 @@ from typing import Protocol
 
 import torch
 
-from experiment.signals import WARNING_SIGNALS
+from experiment.process.signals import WARNING_SIGNALS
 from pretrain.batching.batch import RankBatch, flatten_batch, unflatten_batch
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.tokenizer import special_token_ids
+from experiment.models.tokenizer import special_token_ids
 from pretrain.corpus.words import WordBoundaries, word_boundaries
 
 

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import read_items
-from experiment.model_names import local_tokenizer
+from experiment.models.model_names import local_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from experiment.output_folder import new_folder
-from experiment.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

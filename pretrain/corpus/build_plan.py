@@ -13,8 +13,8 @@ from typing import Literal
 from experiment.errors import UserError
 from experiment.files import fsync_tree, json_digest
 from experiment.formatting import counted
-from experiment.model_names import local_tokenizer
-from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
+from experiment.models.model_names import local_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from pretrain.corpus.manifest import Recipe
 from pretrain.corpus.options import CorpusOptions, TextOptions
 from pretrain.corpus.sources import Source, find_sources

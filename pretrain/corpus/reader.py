@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from experiment.errors import UserError
 from experiment.files import sha256
+from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.storage import is_url
-from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.corpus.manifest import TOKENIZER, Manifest, Shard, read_manifest
 from pretrain.corpus.shards import MappedShard, map_shard
 from pretrain.corpus.words import BoolArray

@@ -20,7 +20,7 @@ from experiment.decontamination import CLEAN_PAGE, is_clean_summary
 from experiment.errors import UserError
 from experiment.files import json_digest
 from experiment.hub_data import PREFIX, HubData
-from experiment.hub_names import HubName
+from experiment.models.hub_names import HubName
 from experiment.storage import FileInfo, is_url, join, list_files, stat_file
 from pretrain.corpus.formats import WHOLE, Range, check_is_read, detect_format
 from pretrain.corpus.options import SourceName

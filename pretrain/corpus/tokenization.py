@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from experiment.tokenizer import special_token_ids, vocabulary_size
+from experiment.models.tokenizer import special_token_ids, vocabulary_size
 from pretrain.corpus.word_cache import Counts, TokenIds, WordCache, encodes_words_independently
 from pretrain.corpus.words import (
     BoolArray,

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.formatting import counted
+from experiment.models.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from experiment.output_folder import new_folder
-from experiment.tokenizer import BERT_TOKENS, ROBERTA_TOKENS, save_tokenizer
 from pretrain.corpus.documents import check_read, read_documents, reading_progress
 from pretrain.corpus.formats import ReadStats
 from pretrain.corpus.options import TextOptions, TokenizerOptions

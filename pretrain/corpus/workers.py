@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, TypeVarTuple
 
 from experiment.errors import StoppedError
-from experiment.signals import signals_blocked, uninterrupted
+from experiment.process.signals import signals_blocked, uninterrupted
 
 Args = TypeVarTuple("Args")
 

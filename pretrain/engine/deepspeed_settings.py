@@ -21,7 +21,7 @@ from xxhash import xxh64_hexdigest
 from experiment.config import did_you_mean
 from experiment.errors import UserError, reason
 from experiment.files import read_json
-from experiment.hardware import has_native_bf16
+from experiment.process.hardware import has_native_bf16
 from pretrain.ds_configs import find_ds_config
 from pretrain.engine.deepspeed_internals import check_deepspeed
 

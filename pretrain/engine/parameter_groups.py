@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from transformers import PreTrainedModel
 
-from experiment.transformers_models import is_in_module
+from experiment.models.transformers_models import is_in_module
 from pretrain.config import ModelConfig
 from pretrain.engine.deepspeed_settings import Precision
 from pretrain.engine.muon import Muon

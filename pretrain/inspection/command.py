@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError, readable_disk_errors
+from experiment.models.tokenizer import load_tokenizer
 from experiment.progress import progress
-from experiment.tokenizer import load_tokenizer
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.corpus.origins import cleanings_of
 from pretrain.corpus.reader import Corpus, open_corpus

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from experiment.dropout import fast_dropout
 from experiment.errors import first_line
-from experiment.hardware import HOPPER
+from experiment.models.dropout import fast_dropout
+from experiment.process.hardware import HOPPER
 
 log = logging.getLogger(__name__)
 

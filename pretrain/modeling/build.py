@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, user_errors_in
-from experiment.model_folder import load_weights
-from experiment.tokenizer import load_tokenizer
-from experiment.transformers_models import describe_unused_layers, first_position, keep_fixed, quiet_transformers
+from experiment.models.model_folder import load_weights
+from experiment.models.tokenizer import load_tokenizer
+from experiment.models.transformers_models import describe_unused_layers, first_position, keep_fixed, quiet_transformers
 from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces

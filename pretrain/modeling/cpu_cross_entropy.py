@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from experiment.fast_linear import input_gradient, multiply, weight_gradient
+from experiment.models.fast_linear import input_gradient, multiply, weight_gradient
 from pretrain.batching.batch import IGNORED
 
 _CHUNK_LOGITS = 2**20  # 4 MiB in fp32

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.library import custom_op
 
-from experiment.dropout import drop, odd_numbers, smallest_kept
+from experiment.models.dropout import drop, odd_numbers, smallest_kept
 
 _PROGRAMS, _WARPS = 1024, 4
 # The tensor that the second gradient, `other`, is the gradient of

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from experiment.fast_linear import FastLinear
-from experiment.transformers_models import first_position
+from experiment.models.fast_linear import FastLinear
+from experiment.models.transformers_models import first_position
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling import cpu_cross_entropy
 from pretrain.modeling.packability import evaluation_mode, packed_inputs

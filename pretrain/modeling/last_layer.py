@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from experiment.errors import first_line
-from experiment.transformers_models import first_position
+from experiment.models.transformers_models import first_position
 from pretrain.modeling.attention import KnownAttention, LayerInterrupted, Packing, Predicted
 from pretrain.modeling.packability import evaluation_mode
 from pretrain.modeling.structure import Forward, encoder_layers, forward_without_checkpointing

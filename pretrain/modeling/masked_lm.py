@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from experiment.dropout import use_fast_dropout
-from experiment.fast_linear import use_fast_linear
+from experiment.models.dropout import use_fast_dropout
+from experiment.models.fast_linear import use_fast_linear
 from pretrain.modeling.attention import Packing, Predicted, uses_flash, varlen_kernels
 from pretrain.modeling.head import Head, choose_head, cross_entropy
 from pretrain.modeling.last_layer import shorten_last_layer

@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError, first_line, user_errors_in
-from experiment.model_folder import build_from_config, load_config
-from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
-from experiment.transformers_models import quiet_transformers
+from experiment.models.model_folder import build_from_config, load_config
+from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from experiment.models.transformers_models import quiet_transformers
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import check_extends
 from pretrain.modeling.random_model import check_fields, declared_fields, meta_model

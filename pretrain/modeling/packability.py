@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, first_line
-from experiment.model_folder import first_use
-from experiment.transformers_models import first_position, quiet_transformers
+from experiment.models.model_folder import first_use
+from experiment.models.transformers_models import first_position, quiet_transformers
 from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
 from pretrain.modeling.random_model import random_model
 

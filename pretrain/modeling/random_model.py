@@ -28,8 +28,8 @@ from transformers import (
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
-from experiment.model_folder import build_from_config
-from experiment.transformers_models import quiet_transformers
+from experiment.models.model_folder import build_from_config
+from experiment.models.transformers_models import quiet_transformers
 
 # Tasks that a pretrained model may be fine-tuned for, with fields of their own.
 _FINE_TUNING_HEADS = (

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.model_folder import build_from_config
-from experiment.transformers_models import first_position, max_positions
+from experiment.models.model_folder import build_from_config
+from experiment.models.transformers_models import first_position, max_positions
 
 _LEARNED_POSITIONS = "position_embeddings.weight"
 

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 from torch.library import custom_op
 
-from experiment.hardware import HOPPER
+from experiment.process.hardware import HOPPER
 from pretrain.modeling.varlen_kernels import (
     LOG2_E,
     NUMBERS,

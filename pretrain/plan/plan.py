@@ -7,9 +7,9 @@ from statistics import mean
 from typing import NamedTuple
 
 from experiment.errors import UserError, first_line
-from experiment.hardware import peak_flops
-from experiment.provenance import forked_from, read_provenance
-from experiment.transformers_models import first_position
+from experiment.models.transformers_models import first_position
+from experiment.process.hardware import peak_flops
+from experiment.run_files.provenance import forked_from, read_provenance
 from pretrain.batching.packing import Rows
 from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
 from pretrain.modeling.packability import is_packed

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiment.formatting import counted, describe_duration, format_epochs
-from experiment.hardware import lacks_avx512
+from experiment.process.hardware import lacks_avx512
 from pretrain.engine.deepspeed_settings import emulation_warnings
 from pretrain.plan.plan import RunPlan
 

@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiment.checkpoints import checkpoint_path
 from experiment.errors import describe_disk_error
 from experiment.files import call_after_syncs
-from experiment.retention import Retention, discard, remove_leftovers
+from experiment.run_files.checkpoints import checkpoint_path
+from experiment.run_files.retention import Retention, discard, remove_leftovers
 from pretrain.training.checkpoint_tensors import (
     Share,
     WriteModel,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from experiment.goodput import DATA, ActivityTimer
+from experiment.run_files.goodput import DATA, ActivityTimer
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError, load_batches
 from pretrain.config import PretrainConfig

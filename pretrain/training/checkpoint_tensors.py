@@ -25,13 +25,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from experiment.checkpoints import checkpoint_step, mark_complete, read_state, write_best
 from experiment.errors import UserError
 from experiment.files import checksum, fsync, write_json
-from experiment.retention import Retention, apply_retention, discard
-from experiment.tensor_files import save_tensors
-from experiment.tokenizer import save_tokenizer
-from experiment.transformers_models import limit_tokenizer
+from experiment.models.tensor_files import save_tensors
+from experiment.models.tokenizer import save_tokenizer
+from experiment.models.transformers_models import limit_tokenizer
+from experiment.run_files.checkpoints import checkpoint_step, mark_complete, read_state, write_best
+from experiment.run_files.retention import Retention, apply_retention, discard
 from pretrain.engine.engine import Engine
 
 # Kinds of tensors that are saved of a parameter, besides the optimizer's own (exp_avg, exp_avg_sq, step).

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiment.checkpoints import (
+from experiment.run_files.checkpoints import (
     checkpoint_path,
     complete_checkpoints,
     last_usable,
@@ -20,10 +20,10 @@ from experiment.checkpoints import (
     verify,
     write_best,
 )
-from experiment.goodput import CHECKPOINTING, ActivityTimer
-from experiment.mirror import Mirror
-from experiment.provenance import write_origin
-from experiment.retention import Retention
+from experiment.run_files.goodput import CHECKPOINTING, ActivityTimer
+from experiment.run_files.mirror import Mirror
+from experiment.run_files.provenance import write_origin
+from experiment.run_files.retention import Retention
 from experiment.tracking.alerts import Alert
 from pretrain.corpus.reader import Corpus
 from pretrain.engine.engine import Engine
@@ -74,7 +74,7 @@ def _read_progress(checkpoint: Path, run: ResolvedRun) -> TrainingProgress:
 
 
 def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | None:
-    """Like `experiment.checkpoints.verify`, but each rank reads its share of the files. Collective.
+    """Like `experiment.run_files.checkpoints.verify`, but each rank reads its share of the files. Collective.
 
     All ranks pass the same checkpoint, and get the same result. A rank's share contains the tensors that it saved, and
     will load if the layout is the same. They are then loaded from memory, where the operating system keeps them.

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
-from experiment.goodput import EVALUATING, ActivityTimer
+from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from pretrain.batching.batch import Microbatch
 from pretrain.config import EvaluationConfig
 from pretrain.engine.engine import Engine

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiment.errors import AgreedFailureError
 from experiment.files import write_json, write_text
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.config import HealthConfig
 from pretrain.world import World

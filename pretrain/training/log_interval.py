@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiment.goodput import CHECKPOINTING, DATA, TRAINING, ActivityTimer
+from experiment.run_files.goodput import CHECKPOINTING, DATA, TRAINING, ActivityTimer
 from pretrain.modeling.structure import FlopsModel
 from pretrain.training.step_agreement import StepTotals
 from pretrain.training.training_progress import TrainingProgress

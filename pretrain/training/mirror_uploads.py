@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from experiment.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints
 from experiment.errors import UserError
-from experiment.mirror import Mirror
-from experiment.retention import Retention
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints
+from experiment.run_files.mirror import Mirror
+from experiment.run_files.retention import Retention
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ import torch
 from experiment.config import dump_config
 from experiment.files import write_text
 from experiment.formatting import counted, format_epochs
-from experiment.goodput import ActivityTimer
-from experiment.hardware import peak_flops, peak_memory
-from experiment.outcome_file import Outcome
-from experiment.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
+from experiment.process.hardware import peak_flops, peak_memory
+from experiment.run_files.goodput import ActivityTimer
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
 from experiment.tracking.alerts import Alert
 from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics

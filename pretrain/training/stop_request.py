@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-from experiment.signals import STOP_SIGNALS, SignalHistory, signals_blocked
+from experiment.process.signals import STOP_SIGNALS, SignalHistory, signals_blocked
 
 _CHECK_SECONDS = 0.5  # between checks for the file, which may be on a network disk
 _TAKEN_OVER = b"\0"  # in the pipe: no signal has this number

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiment.errors import AgreedFailureError
-from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer
-from experiment.outcome_file import Outcome
-from experiment.provenance import read_provenance
+from experiment.run_files.goodput import CHECKPOINTING, STARTING, ActivityTimer
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.provenance import read_provenance
 from experiment.tracking.alerts import Alert
 from pretrain.batching.batch import RankBatch
 from pretrain.engine.engine import Engine, StepResult

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from experiment.checkpoints import complete_checkpoints
-from experiment.outcome_file import Cause
+from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.outcome_file import Cause
 from fork_server import PATCH
 from hosts import Cluster, Host
 from launches import LONG, SLOW_STEPS, patched

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiment.checkpoints import complete_checkpoints
+from experiment.run_files.checkpoints import complete_checkpoints
 from hosts import Cluster
 from rank_pool import RankPool
 from runs import logged, pretrain_case, run_config

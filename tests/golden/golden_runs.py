@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from experiment.checkpoints import checkpoint_path
 from experiment.config import build_config
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path
+from experiment.run_files.run_folder import RunFolder
 from pretrain.batching.batch import RankBatch
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from experiment.dropout import use_fast_dropout
+from experiment.models.dropout import use_fast_dropout
 from pretrain.modeling import attention
 from pretrain.modeling.attention import (
     Packing,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiment.dropout import fast_dropout
+from experiment.models.dropout import fast_dropout
 
 PROBABILITY = 0.1
 

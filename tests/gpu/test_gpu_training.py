@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpu_runs import MODEL, STEPS, gpu_run
 
-from experiment.checkpoints import checkpoint_path
+from experiment.run_files.checkpoints import checkpoint_path
 from poison import Poison, poisoned_case
 from pretrain.world import World
 from runs import Tree, logged, pretrain_case, saved_progress, saved_tensors

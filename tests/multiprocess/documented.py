@@ -182,7 +182,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
-        few_resamples = mock.patch("launcher.compare.RESAMPLES", 20)
+        few_resamples = mock.patch("launcher.run_sets.compare.RESAMPLES", 20)
         with contextlib.chdir(self._folder), mock.patch.dict(os.environ, self._environment), few_resamples:
             yield
 

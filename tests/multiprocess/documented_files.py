@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
 
-from experiment.tokenizer import save_tokenizer
+from experiment.models.tokenizer import save_tokenizer
 from runs import TINY
 
 CHINESE = "我们在图书馆里学习自然语言处理的新方法今天气很好"

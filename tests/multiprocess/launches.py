@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from fork_server import PATCH
 from rank_pool import ForkServer
 from runs import logged, run_config

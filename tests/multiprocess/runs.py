@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiment.checkpoints import checkpoint_path, read_state
 from experiment.config import build_config
 from experiment.files import cache_folder
-from experiment.goodput import ActivityTimer
-from experiment.retention import Retention
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path, read_state
+from experiment.run_files.goodput import ActivityTimer
+from experiment.run_files.retention import Retention
+from experiment.run_files.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpoint_tensors import FragmentReader

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.checkpoints import checkpoint_path
+from experiment.run_files.checkpoints import checkpoint_path
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import TINY, Tree, assert_same_tensors, logged, pretrain_case, run_config, saved_tensors, soak

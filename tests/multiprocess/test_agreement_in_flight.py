@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path
+from experiment.run_files.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import events_without_timing, logged, pretrain_case, run_config, step_events
@@ -18,7 +18,7 @@ from runs import events_without_timing, logged, pretrain_case, run_config, step_
 
 def recorded_case(world: World, tree: Mapping[str, Any]) -> list[str]:
     """What a run does with agreements and microbatches, in order."""
-    from experiment.goodput import ActivityTimer
+    from experiment.run_files.goodput import ActivityTimer
     from pretrain.engine.engine import Engine
     from pretrain.training.step_agreement import PendingTotals, StepAgreement
 

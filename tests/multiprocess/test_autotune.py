@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from launches import Start, config_file, partly_forked, patched, wait_for_exit, wait_for_file
 from rank_pool import ForkServer, RankPool
 from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints, verify
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, verify
+from experiment.run_files.run_folder import RunFolder
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankError, RankPool

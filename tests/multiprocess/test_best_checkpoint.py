@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import complete_checkpoints, find_checkpoint
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import complete_checkpoints, find_checkpoint
+from experiment.run_files.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankError, RankPool
 from runs import Tree, assert_same_run, evaluation_events, pretrain_case, run_config, step_events

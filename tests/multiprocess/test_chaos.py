@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
 from rank_pool import RankPool
 from runs import evaluation_events, logged, pretrain_case, run_config, soak, step_events

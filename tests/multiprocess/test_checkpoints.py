@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.retention import Retention
-from experiment.run_folder import RunFolder
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
+from experiment.run_files.retention import Retention
+from experiment.run_files.run_folder import RunFolder
 from pretrain.config import PretrainConfig
 from pretrain.resume import find_resume_candidates
 from pretrain.training.checkpointer import verify_together
@@ -121,7 +121,7 @@ def test_a_kill_while_saving_leaves_only_complete_checkpoints(
 
 def full_disk_case(world: World, tree: Tree, full_on: int, where: str) -> str:
     """A run in which the disk of one rank is full when it saves."""
-    from experiment import checkpoints as checkpoint_store
+    from experiment.run_files import checkpoints as checkpoint_store
     from pretrain.training import checkpointer
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

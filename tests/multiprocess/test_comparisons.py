@@ -12,8 +12,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-from experiment.run_folder import RunFolder
-from experiment.run_lock import is_locked
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import is_locked
 from launches import Start, wait_for_exit
 from runs import TINY, run_config
 from waiting import wait_until

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from experiment.outcome_file import Outcome, read_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Outcome, read_outcome
+from experiment.run_files.run_folder import RunFolder
 from launches import Start, config_file, patched, rank_environment, wait_for_exit
 from pretrain.world import World
 from rank_pool import COLLECTIVE_SECONDS, RankPool, free_port

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from experiment.checkpoints import complete_checkpoints
-from experiment.outcome_file import Outcome, read_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.outcome_file import Outcome, read_outcome
+from experiment.run_files.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit
 from waiting import wait_until
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from experiment.checkpoints import checkpoint_path
+from experiment.run_files.checkpoints import checkpoint_path
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (

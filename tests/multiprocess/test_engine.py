@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.checkpoints import checkpoint_path
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path
+from experiment.run_files.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (

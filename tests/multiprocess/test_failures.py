@@ -12,8 +12,8 @@ import psutil
 import pytest
 import yaml
 
-from experiment.outcome_file import Outcome, read_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Outcome, read_outcome
+from experiment.run_files.run_folder import RunFolder
 from launches import LONG, Start, config_file, patched, rank_environment, wait_for_exit, wait_for_file, wait_for_steps
 from rank_pool import free_port
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from experiment.checkpoints import checkpoint_path
-from experiment.provenance import ancestors_of, read_origin
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path
+from experiment.run_files.provenance import ancestors_of, read_origin
+from experiment.run_files.run_folder import RunFolder
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from launcher.cli import main

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiment.checkpoints import checkpoint_path, read_state
 from experiment.errors import AgreedFailureError
+from experiment.run_files.checkpoints import checkpoint_path, read_state
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool
@@ -49,7 +49,7 @@ def fp16_case(
 
 def fp16_config(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any], **changes: Any) -> Tree:
     """Config of a run with a preset whose fp16 section is changed by `scaling`."""
-    from experiment.provenance import REPOSITORY
+    from experiment.run_files.provenance import REPOSITORY
 
     preset = json.loads((REPOSITORY / "ds_configs" / f"fp16_zero{stage}.json").read_text())
     tree = run_config(folder, corpus, model__config=SHALLOW | NO_DROPOUT, **changes)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from experiment.checkpoints import checkpoint_path, read_state
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
+from experiment.run_files.checkpoints import checkpoint_path, read_state
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import (

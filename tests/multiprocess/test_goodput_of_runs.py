@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiment.goodput import (
+from experiment.results.report import write_report
+from experiment.run_files.goodput import (
     CHECKPOINTING,
     DOWN,
     EVALUATING,
@@ -23,8 +24,7 @@ from experiment.goodput import (
     last_lines,
     read_attempt_times,
 )
-from experiment.results.report import write_report
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer
 from runs import logged

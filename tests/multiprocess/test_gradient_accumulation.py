@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.checkpoints import checkpoint_path
+from experiment.run_files.checkpoints import checkpoint_path
 from fp16 import fp16_supported
 from pretrain.world import World
 from rank_pool import RankPool

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiment.checkpoints import checkpoint_path
 from experiment.config import build_config
+from experiment.run_files.checkpoints import checkpoint_path
 from plain_torch import all_labels, plain_loss, plain_model
 from pretrain.batching.batch import IGNORED, RankBatch
 from pretrain.batching.packing import Rows

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from hub_server import HubServer, use_hub
 from pretrain.world import World
 from rank_pool import RankError, RankPool

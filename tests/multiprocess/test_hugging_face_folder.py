@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from experiment.checkpoints import checkpoint_path
+from experiment.run_files.checkpoints import checkpoint_path
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from pretrain.corpus.reader import open_corpus

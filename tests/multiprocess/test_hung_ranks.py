@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from experiment import files
-from experiment.checkpoints import checkpoint_path, verify
-from experiment.goodput import CHECKPOINTING, STARTING, ActivityTimer, add_up, read_attempt_times
-from experiment.heartbeat import main_stack
-from experiment.outcome_file import Cause, Outcome, read_outcome
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.tensor_files import save_tensors
+from experiment.models.tensor_files import save_tensors
+from experiment.run_files.checkpoints import checkpoint_path, verify
+from experiment.run_files.goodput import CHECKPOINTING, STARTING, ActivityTimer, add_up, read_attempt_times
+from experiment.run_files.heartbeat import main_stack
+from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.tracker import Trackers
 from launches import Start, config_file, partly_forked, wait_for_exit
 from pretrain.rank_heartbeat import RankHeartbeat

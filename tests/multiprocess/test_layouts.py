@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path
 from experiment.config import build_config
+from experiment.run_files.checkpoints import checkpoint_path
 from pretrain.batching.packing import Rows
 from pretrain.config import PretrainConfig
 from pretrain.world import World

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from experiment.outcome_file import Cause
+from experiment.run_files.outcome_file import Cause
 from pretrain.rank_process import cause_of
 from pretrain.world import World
 from rank_pool import RankPool

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints
-from experiment.mirror import Mirror
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints
+from experiment.run_files.mirror import Mirror
+from experiment.run_files.run_folder import RunFolder
 from experiment.storage import delete, list_files, upload
 from launcher.cli import main
 from launches import Start

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path
 from experiment.errors import UserError
+from experiment.run_files.checkpoints import checkpoint_path
 from fp16 import fp16_supported
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, check_nvme, parse_settings
 from pretrain.engine.engine import Engine

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome, read_outcome, reserve_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Outcome, read_outcome, reserve_outcome
+from experiment.run_files.run_folder import RunFolder
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
 from pretrain.training.cpu_group import CpuGroup

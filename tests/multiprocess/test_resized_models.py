@@ -10,8 +10,8 @@ import pytest
 import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from experiment.checkpoints import checkpoint_path
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path
+from experiment.run_files.run_folder import RunFolder
 from pretrain.corpus.added_tokens import extend_tokenizer
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints
-from experiment.provenance import read_provenance
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints
+from experiment.run_files.provenance import read_provenance
+from experiment.run_files.run_folder import RunFolder
 from pretrain.resume import is_fork_of
 from pretrain.world import World
 from rank_pool import RankPool

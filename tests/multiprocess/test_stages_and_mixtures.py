@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, read_state
+from experiment.run_files.checkpoints import checkpoint_path, read_state
 from rank_pool import RankPool
 from runs import (
     NO_DROPOUT,

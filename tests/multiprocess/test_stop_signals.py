@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints
-from experiment.outcome_file import Cause, Outcome, read_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints
+from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_files.run_folder import RunFolder
 from launches import LONG, Start, config_file, patched, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer
 from runs import logged, soak

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiment.run_folder import RunFolder
-from experiment.run_lock import is_locked
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import is_locked
 from launches import Start, config_file, wait_for_exit, wait_for_steps
 from runs import logged, run_config
 from waiting import wait_until

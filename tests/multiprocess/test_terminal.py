@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
 from launches import LONG, config_file, wait_for_steps
 from waiting import LIMIT
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment.run_folder import RunFolder
-from experiment.run_lock import is_locked
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import is_locked
 from launches import LONG, SLOW_STEPS, Start, config_file, patched, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer, RankPool
 from runs import logged, pretrain_case, run_config

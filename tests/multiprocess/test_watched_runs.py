@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiment.checkpoints import checkpoint_step, complete_checkpoints
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, read_results, write_result
 from experiment.tracking.jsonl import read_events
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_file

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from experiment.checkpoints import complete_checkpoints
+from experiment.run_files.checkpoints import complete_checkpoints
 from launches import config_file
 from rank_pool import RankPool
 from runs import logged, pretrain_case, run_config

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints, read_state
 from experiment.config import build_config
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, read_state
+from experiment.run_files.run_folder import RunFolder
 from launches import Start, config_file, patched, wait_for_exit
 from pretrain.batching.sequences import open_index
 from pretrain.config import PretrainConfig

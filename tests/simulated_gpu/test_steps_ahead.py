@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import complete_checkpoints
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.run_folder import RunFolder
 from poison import Poison, poisoned_case, runs_by_policy
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool

@@ -37,7 +37,7 @@ ONLY_IN = {
     "tensorboard": ("experiment.tracking",),
     "fastapi": ("finetune.serve",),
     "onnx": ("finetune.export",),
-    "onnxruntime": ("finetune.export", "finetune.onnx_model"),
+    "onnxruntime": ("finetune.export", "finetune.prediction.onnx_model"),
     "fsspec": ("experiment.storage",),
     "datasets": ("experiment.hub_data",),
     "datatrove": ("pretrain.cleaning",),

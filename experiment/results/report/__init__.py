@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome
 from experiment.results.fillings import filling_blocks
 from experiment.results.history import NO_AXIS
 from experiment.results.page import PAGE, Block, Code, Heading, Page, write_page
@@ -13,8 +12,9 @@ from experiment.results.report.run_facts import goodput_blocks, provenance_block
 from experiment.results.report.several_runs import compare_blocks, name_runs, overlay_blocks, sweep_blocks
 from experiment.results.report.tasks import downstream_blocks, result_blocks
 from experiment.results.report.training import read_marks, training_blocks
-from experiment.run_folder import RunFolder, open_folder
-from experiment.run_life import Life
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder, open_folder
+from experiment.run_files.run_life import Life
 
 
 def write_report(

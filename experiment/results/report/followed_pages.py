@@ -26,8 +26,8 @@ from experiment.results.report import run_blocks, run_page, set_page
 from experiment.results.report.run import OpenRuns, Run, last_start
 from experiment.results.report.several_runs import overlay_blocks
 from experiment.results.report.tasks import read_task_results
-from experiment.run_folder import RunFolder, is_run, planned_folders, runs_in
-from experiment.run_life import Life, read_life
+from experiment.run_files.run_folder import RunFolder, is_run, planned_folders, runs_in
+from experiment.run_files.run_life import Life, read_life
 
 _LOCATE_WAIT = 0.2  # seconds of the wait for runs until it is known which ones are the newest
 _READERS = 2  # more would need more memory, and slow down the answers

@@ -10,9 +10,9 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from experiment.local_server import LOCAL_HOSTS, bind, host_name
+from experiment.process.signals import handle_stop_signals, interrupt
 from experiment.results.report.followed_pages import FollowedPage, FollowedPages
-from experiment.run_folder import open_folder
-from experiment.signals import handle_stop_signals, interrupt
+from experiment.run_files.run_folder import open_folder
 
 _ADDRESS = "127.0.0.1"
 _IDLE_SECONDS = 60.0  # until a connection without requests is closed

@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoints import complete_checkpoints
 from experiment.config import read_recorded
 from experiment.errors import UserError, notify
-from experiment.goodput import AttemptTime, read_attempt_times
 from experiment.results.history import History
 from experiment.results.report.tasks import read_task_results
-from experiment.run_folder import RunFolder
-from experiment.run_life import Life, read_life
+from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.goodput import AttemptTime, read_attempt_times
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_life import Life, read_life
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from experiment.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints, named_best, read_state
 from experiment.errors import UserError
 from experiment.formatting import UNKNOWN, counted, describe_duration
-from experiment.goodput import add_up, last_lines
-from experiment.provenance import describe_commit, describe_devices, read_provenance
+from experiment.models.transformers_models import count_parameters
 from experiment.results.history import History
 from experiment.results.page import Block, Code, Fact, Heading, Headline, Table, Text, Tone
 from experiment.results.report.run import Run
-from experiment.run_folder import RunFolder
-from experiment.run_life import State
-from experiment.transformers_models import count_parameters
+from experiment.run_files.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints, named_best, read_state
+from experiment.run_files.goodput import add_up, last_lines
+from experiment.run_files.provenance import describe_commit, describe_devices, read_provenance
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_life import State
 
 _TONES: Mapping[State, Tone] = {
     "running": "busy",

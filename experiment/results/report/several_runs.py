@@ -31,7 +31,7 @@ from experiment.results.report.run import OpenRuns, Run
 from experiment.results.report.run_facts import describe_state, scaled
 from experiment.results.report.training import optimization_plots
 from experiment.results.sweep_summary import SweepResult, metric_title, read_results, sort_results
-from experiment.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
+from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"

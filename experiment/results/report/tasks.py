@@ -17,7 +17,7 @@ from experiment.results.curves import Curve
 from experiment.results.history import Axis
 from experiment.results.main_score import main_score
 from experiment.results.page import Block, ConfusionMatrix, Heading, Table, Text
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, best_result, read_results
 
 _LABEL_SCORES = ("precision", "recall", "f1")

@@ -7,15 +7,15 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from experiment.checkpoints import checkpoint_step, named_best
 from experiment.files import read_json
 from experiment.formatting import UNKNOWN, format_perplexity, show
-from experiment.goodput import AttemptTime
 from experiment.results.charts import INK, Line, Mark, Panel, Plot, charts_block
 from experiment.results.history import History, SeedHistory
 from experiment.results.page import Block, Heading, Table
 from experiment.results.report.run import Run
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_step, named_best
+from experiment.run_files.goodput import AttemptTime
+from experiment.run_files.run_folder import RunFolder
 
 SPEED, WAIT = "Tokens per second, all ranks, without padding", "Time spent waiting for data"
 NORM, RATE = "Gradient norm before clipping", "Learning rate"

@@ -24,7 +24,7 @@ from benchmarks.demo import (
 from documented import commands
 from experiment.config import load_config
 from experiment.output_folder import lock_output
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig
 

@@ -13,8 +13,8 @@ from experiment.decontamination import (
     texts_digest,
 )
 from experiment.errors import UserError
-from experiment.provenance import ancestors_of, write_origin
-from experiment.run_folder import RunFolder
+from experiment.run_files.provenance import ancestors_of, write_origin
+from experiment.run_files.run_folder import RunFolder
 
 
 def test_tasks_of_all_steps_are_read(tmp_path: Path) -> None:

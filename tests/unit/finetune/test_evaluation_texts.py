@@ -9,8 +9,8 @@ import yaml
 from experiment.config import load_config
 from experiment.decontamination import texts_digest
 from experiment.errors import UserError
-from experiment.provenance import write_origin
-from experiment.run_folder import RunFolder
+from experiment.run_files.provenance import write_origin
+from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.evaluation_texts import contamination_warnings, evaluation_texts, texts_of
 from finetune.splits import read_splits

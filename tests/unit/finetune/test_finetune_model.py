@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from finetune.kinds import multi_label
 from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, describe_model, read_model_inputs

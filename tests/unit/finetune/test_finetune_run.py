@@ -15,12 +15,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import StoppedError, UserError
 from experiment.progress import quiet
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete
 from finetune import run as run_module
 from finetune.kinds.classification import Kind
-from finetune.predictor import Predictor
+from finetune.prediction.predictor import Predictor
 from finetune.resolve import ResolvedRun, load_run_config
 from finetune.results.seed_summary import SeedRecord
 from finetune.run import finetune

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, GPT2Config, XLNetConfig, XLNetLMHeadModel, XLNetTokenizer
 
-from experiment.tokenizer import load_any_tokenizer
+from experiment.models.tokenizer import load_any_tokenizer
 from finetune.data.records import Record, Table
 from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
-from finetune.inference import evaluate
 from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, read_model_inputs, save_model
+from finetune.prediction.inference import evaluate
 from finetune.splits import Task, encode_split
 
 KIND = Kind(Config(train="f", validation="f"), ("a", "b"))

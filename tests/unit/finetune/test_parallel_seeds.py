@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from experiment.files import write_json
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import is_locked, lock_run
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import is_locked, lock_run
 from finetune.parallel_seeds import _share, log_events_of_process
 from finetune.run import finetune
 from launcher.cli import main

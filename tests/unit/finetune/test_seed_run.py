@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiment.errors import StoppedError, UserError
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import is_locked, lock_run
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import is_locked, lock_run
 from finetune import resolve as resolve_module
 from finetune import seed_run
 from finetune.device import Device

@@ -7,7 +7,7 @@ from experiment.config import build_config
 from finetune import kinds
 from finetune.config import FinetuneConfig, config_of_kind
 from finetune.kinds import kind_names
-from finetune.predictor import Predictor
+from finetune.prediction.predictor import Predictor
 from finetune.run import run
 from finetune.task_kind import find_kind
 

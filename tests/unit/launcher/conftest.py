@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.files import write_json
-from experiment.outcome_file import Outcome, RankRecord, write_outcome
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.outcome_file import Outcome, RankRecord, write_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 
 
 @pytest.fixture(autouse=True)

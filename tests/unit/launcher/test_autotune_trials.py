@@ -13,9 +13,9 @@ import pytest
 
 from experiment.config import build_config, dump_config
 from experiment.errors import StoppedError, UserError
-from experiment.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_folder import RunFolder
-from experiment.run_lock import is_locked
+from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.run_lock import is_locked
 from launcher import autotune as autotune_module
 from launcher.autotune import (
     MEASURED_STEPS,

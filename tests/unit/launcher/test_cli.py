@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from experiment.errors import QUIET_VARIABLE, StoppedError, UserError, inform, is_quiet, notify
-from experiment.fast_imports import fast_imports
+from experiment.process.fast_imports import fast_imports
 from experiment.progress import terminal
 from launcher.cli import RESUMABLE, main
 from launcher.command_line import flags_of, options_of, parse_command_line

@@ -6,9 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiment.outcome_file import RankRecord
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import lock_run
+from experiment.run_files.outcome_file import RankRecord
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import lock_run
 from launcher import detach
 from launcher.cli import main
 from launcher.command_line import parse_command_line
@@ -26,8 +26,8 @@ schedule: {steps: 10}
 TRAINS = """
 import os, time
 from pathlib import Path
-from experiment.outcome_file import RankRecord
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import RankRecord
+from experiment.run_files.run_folder import RunFolder
 print("step 1", flush=True)
 Path("my-run/group").write_text(str(os.getpgrp()))
 RankRecord(0, "localhost", os.getpid(), training=True).write(RunFolder(Path("my-run")))

@@ -19,7 +19,7 @@ from deepcloze import UserError
 from experiment import progress
 from experiment.config import load_config
 from experiment.errors import is_quiet
-from experiment.signals import ignore_stop_signals
+from experiment.process.signals import ignore_stop_signals
 from launcher.options import PretrainOptions
 from pretrain.config import PretrainConfig
 

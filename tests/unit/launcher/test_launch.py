@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
 from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
-from experiment.mirror import Mirror
-from experiment.outcome_file import Outcome
-from experiment.provenance import write_provenance
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import lock_run
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
+from experiment.run_files.mirror import Mirror
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.provenance import write_provenance
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import lock_run
 from launcher import launch
 from launcher.cli import main
 from launcher.hosts.hostfile import parse_hostfile

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, mark_complete, saves
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete, saves
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
 from launcher.launch import announce_checks, announce_done, announce_stop, has_diverged
 

@@ -9,9 +9,9 @@ from typing import IO
 
 import pytest
 
-from experiment import run_lock
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import Owner, lock_run, this_machine
+from experiment.run_files import run_lock
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import Owner, lock_run, this_machine
 from launcher import logs
 from launcher.cli import main
 

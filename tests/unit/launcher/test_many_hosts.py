@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
-from experiment.own_process import raise_limit_of_open_files
-from experiment.run_folder import open_run_folder
+from experiment.process.own_process import raise_limit_of_open_files
+from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, write_outcome
+from experiment.run_files.run_folder import open_run_folder
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import parse_hostfile
 from launcher.hosts.machine import Devices, Machine
@@ -36,9 +36,9 @@ case "$2" in *host_guard*) ;; *) exit 0;; esac
 RANKS = """
 import sys
 from pathlib import Path
-from experiment.own_process import raise_limit_of_open_files
-from experiment.outcome_file import Outcome, write_outcome
-from experiment.run_folder import RunFolder
+from experiment.process.own_process import raise_limit_of_open_files
+from experiment.run_files.outcome_file import Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder
 write_outcome(RunFolder(Path(sys.argv[1])), Outcome.DONE)
 """
 

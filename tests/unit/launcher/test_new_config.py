@@ -12,9 +12,9 @@ from jsonschema import Draft202012Validator
 from documented import PAGES, configs
 from experiment.config import build_config
 from experiment.config.json_schema import json_schema
+from experiment.config.recipes import all_recipes
 from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
-from experiment.recipes import all_recipes
 from launcher.cli import main
 from launcher.configs import CONFIGS
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from experiment.config.recipes import all_recipes, find_config, find_recipe
 from experiment.config.reference import config_reference
 from experiment.errors import UserError
-from experiment.recipes import all_recipes, find_config, find_recipe
 from launcher.cli import main
 from launcher.command_line import flags_of, options_of
 from launcher.commands import COMMANDS

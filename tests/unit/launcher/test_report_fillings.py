@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from experiment.checkpoints import mark_complete
 from experiment.errors import UserError
+from experiment.models.tokenizer import load_tokenizer
 from experiment.results.fillings import FilledSentence, MaskedSentence, read_fillings
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.tokenizer import load_tokenizer
+from experiment.run_files.checkpoints import mark_complete
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher import report
 from launcher.report import choose_sentences, fill_new_checkpoints, report_runs
 from pretrain.corpus.reader import open_corpus

@@ -12,13 +12,13 @@ import pytest
 
 from experiment import run_life, run_lock
 from experiment.errors import UserError
-from experiment.goodput import CHECKPOINTING, ActivityTimer
-from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
-from experiment.provenance import write_provenance
 from experiment.results.report.run import open_runs
-from experiment.run_folder import RunFolder, is_run, open_run_folder
-from experiment.run_life import Life, read_life
-from experiment.run_lock import FolderUse, LockTimes, folder_use, lock_run
+from experiment.run_files.goodput import CHECKPOINTING, ActivityTimer
+from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, write_outcome
+from experiment.run_files.provenance import write_provenance
+from experiment.run_files.run_folder import RunFolder, is_run, open_run_folder
+from experiment.run_files.run_life import Life, read_life
+from experiment.run_files.run_lock import FolderUse, LockTimes, folder_use, lock_run
 from launcher.cli import main
 from launcher.status import find_run, read_status
 from launcher.supervision.launch_result import begin_attempt
@@ -119,7 +119,7 @@ def test_a_folder_that_may_not_be_read_hides_no_other_run(
 
         return refused
 
-    monkeypatch.setattr("experiment.run_folder.is_run", refuse(is_run, "lost+found"))
+    monkeypatch.setattr("experiment.run_files.run_folder.is_run", refuse(is_run, "lost+found"))
     monkeypatch.setattr("launcher.status.read_status", refuse(read_status, "private"))
     monkeypatch.setattr("experiment.results.report.run.read_life", refuse(read_life, "private"))
     assert main(["status", str(tmp_path), "--json"]) == 0

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer, save_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from pretrain import evaluate as evaluate_module
 from pretrain.batching import sequences
 from pretrain.batching.batch import Microbatch

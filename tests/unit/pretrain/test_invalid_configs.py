@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
-from experiment.tokenizer import load_tokenizer, save_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}

@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.mirror import Mirror
-from experiment.provenance import read_provenance, write_provenance
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
+from experiment.run_files.mirror import Mirror
+from experiment.run_files.provenance import read_provenance, write_provenance
+from experiment.run_files.run_folder import RunFolder
 from experiment.storage import StorageError
 from pretrain import preparation
 from pretrain.config import PretrainConfig

@@ -11,8 +11,8 @@ import yaml
 
 import pretrain.run
 from experiment.errors import AgreedFailureError, UserError
-from experiment.outcome_file import Cause, Outcome, read_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
+from experiment.run_files.run_folder import RunFolder
 from pretrain.run import read_arguments
 from pretrain.training.background_save import UnwritableError
 from pretrain.world import World

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.heartbeat import Heartbeat, main_stack, read_heartbeat, request_stack
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.heartbeat import Heartbeat, main_stack, read_heartbeat, request_stack
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from pretrain.rank_heartbeat import _compiles
 from waiting import LIMIT, wait_until
 
@@ -16,8 +16,8 @@ from waiting import LIMIT, wait_until
 RANK = """
 import sys, threading, time
 from pathlib import Path
-from experiment.goodput import ActivityTimer
-from experiment.run_folder import RunFolder
+from experiment.run_files.goodput import ActivityTimer
+from experiment.run_files.run_folder import RunFolder
 from pretrain.rank_heartbeat import RankHeartbeat
 heartbeat, times = RankHeartbeat(RunFolder(Path({path!r})), 3, hang_seconds=1.0), ActivityTimer(time.time())
 heartbeat.start()

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, UserError
-from experiment.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome
-from experiment.own_process import LAUNCH_VARIABLE, START_VARIABLE
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import lock_run
+from experiment.process.own_process import LAUNCH_VARIABLE, START_VARIABLE
+from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import lock_run
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.rank_process import RankRecorder, run_rank

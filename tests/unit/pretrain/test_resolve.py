@@ -7,7 +7,7 @@ import pytest
 from tokenizers.processors import Sequence
 
 from experiment.config import build_config
-from experiment.tokenizer import load_tokenizer, save_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions

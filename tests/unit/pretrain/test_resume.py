@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from experiment.checkpoints import checkpoint_path, mark_complete, verify
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.provenance import ancestors_of, write_origin, write_provenance
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete, verify
+from experiment.run_files.provenance import ancestors_of, write_origin, write_provenance
+from experiment.run_files.run_folder import RunFolder
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
 from pretrain.resume import (
     ResumePlan,

@@ -10,12 +10,12 @@ import numpy as np
 from pydantic_core import to_json
 from safetensors.numpy import save_file
 
-from experiment.checkpoints import mark_complete, write_best
 from experiment.files import write_json, write_text
-from experiment.provenance import write_provenance
 from experiment.results.charts import Charts, ChartsData
 from experiment.results.fillings import CheckpointFillings, FilledSentence, MaskedSentence, add_fillings
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.checkpoints import mark_complete, write_best
+from experiment.run_files.provenance import write_provenance
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 
 MARKUP = "<script>document.title='broken'</script>"
 SENTENCES = (

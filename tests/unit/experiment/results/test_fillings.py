@@ -12,7 +12,7 @@ from experiment.results.fillings import (
     spread,
 )
 from experiment.results.page import Fillings
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 
 
 def filled(step: int, token: str = "x") -> CheckpointFillings:

@@ -16,11 +16,11 @@ from patience import PATIENT
 from sample_run import make_run
 
 from experiment.local_server import bind
-from experiment.outcome_file import Outcome, write_outcome
 from experiment.results.report import page_server
 from experiment.results.report.followed_pages import FollowedPages
 from experiment.results.report.page_server import PageServer
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.outcome_file import Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from runs import soak
 from waiting import wait_until
 

@@ -12,13 +12,13 @@ from patience import PATIENT
 
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.outcome_file import Outcome, write_outcome
 from experiment.results.history import History
 from experiment.results.report import followed_pages
 from experiment.results.report.followed_pages import FollowedPage, FollowedPages, Readers, Task, Waits
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_life import Life
-from experiment.run_lock import lock_run
+from experiment.run_files.outcome_file import Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_life import Life
+from experiment.run_files.run_lock import lock_run
 from experiment.tracking import jsonl
 from waiting import LIMIT, wait_until
 

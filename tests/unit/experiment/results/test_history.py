@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from experiment.results.history import NO_AXIS, History
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 
 
 def logged(path: Path, *events: dict[str, Any]) -> RunFolder:

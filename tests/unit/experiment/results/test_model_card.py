@@ -6,7 +6,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from experiment.formatting import escape
-from experiment.hub_names import hub_name
+from experiment.models.hub_names import hub_name
 from experiment.results.model_card import attempt_row, front_matter, render_card, replace_usage, snippet, usage_section
 
 USAGE = "## Usage\n\n```bash\nrun it\n```\n\n"

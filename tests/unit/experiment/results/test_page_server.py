@@ -16,7 +16,7 @@ from patience import PATIENT
 from experiment.local_server import bind
 from experiment.results.report.followed_pages import FollowedPages
 from experiment.results.report.page_server import PageServer
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.cli import main
 from waiting import wait_until
 

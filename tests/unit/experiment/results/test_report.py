@@ -10,9 +10,6 @@ from sample_run import data_of
 
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.goodput import EVALUATING, ActivityTimer
-from experiment.outcome_file import Outcome
-from experiment.provenance import write_provenance
 from experiment.results.charts import Charts, Mark
 from experiment.results.history import NO_AXIS, History
 from experiment.results.page import Heading, Table
@@ -27,8 +24,11 @@ from experiment.results.report.training import (
     training_blocks,
     training_table,
 )
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import lock_run
+from experiment.run_files.goodput import EVALUATING, ActivityTimer
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.provenance import write_provenance
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import lock_run
 from experiment.tracking.downstream import DownstreamResult, write_result
 
 

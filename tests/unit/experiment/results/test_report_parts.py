@@ -27,7 +27,7 @@ from experiment.results.report.several_runs import (
 )
 from experiment.results.report.tasks import worst_rows
 from experiment.results.report.training import read_marks, training_blocks
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.results.sweep_summary import SweepResult, read_metric, read_results, sort_results
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(("lower_is_better", "best"), [(True, 1.0), (False, 3.0)])

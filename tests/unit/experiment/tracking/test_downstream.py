@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
 from experiment.tracking.jsonl import JsonlTracker, read_events
 

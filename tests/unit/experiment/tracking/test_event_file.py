@@ -5,8 +5,8 @@ from types import ModuleType
 import pytest
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking import event_file, weights_and_biases
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, tag_of

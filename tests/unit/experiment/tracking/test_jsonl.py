@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.outcome_file import Outcome
+from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.jsonl import AppendFile, JsonlTracker, read_events, read_last_events
 
 

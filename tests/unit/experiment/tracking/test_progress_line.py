@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from experiment.formatting import counted, describe_duration, format_epochs, format_perplexity
-from experiment.outcome_file import Outcome
+from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.progress_line import (
     RATE_EVENTS,
     ConsoleTracker,

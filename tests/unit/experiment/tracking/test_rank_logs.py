@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiment.outcome_file import Outcome
 from experiment.progress import quiet
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking import rank_logs
 from experiment.tracking.progress_line import ConsoleTracker
 from experiment.tracking.rank_logs import set_up_logging

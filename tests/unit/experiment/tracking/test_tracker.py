@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import experiment
-from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking import tracker
 from experiment.tracking.config import TrackingConfig
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers

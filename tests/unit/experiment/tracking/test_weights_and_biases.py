@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome
-from experiment.run_folder import RunFolder
-from experiment.signals import WARNING_SIGNALS
+from experiment.process.signals import WARNING_SIGNALS
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from experiment.tracking.jsonl import Event
@@ -310,8 +310,8 @@ def test_log_copies_the_event(tmp_path: Path, fake: FakeWandb, monkeypatch: pyte
 SCRIPT = """
     import sys, time
     from pathlib import Path
-    from experiment.outcome_file import Outcome
-    from experiment.run_folder import RunFolder
+    from experiment.run_files.outcome_file import Outcome
+    from experiment.run_files.run_folder import RunFolder
     from experiment.tracking.config import TrackingConfig
     from experiment.tracking.weights_and_biases import WandbTracker
 

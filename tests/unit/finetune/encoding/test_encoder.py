@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, XLNetTokenizer
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from finetune.encoding.encoder import Encoder, most_context, window_around, windows
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-from experiment.checkpoints import checkpoint_path, mark_complete
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
-from finetune import onnx_model
+from experiment.models.tokenizer import load_tokenizer
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
+from finetune.prediction import onnx_model
 from launcher.cli import main
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 from pretrain.world import World
@@ -150,7 +150,7 @@ def test_a_missing_package_is_named(run: Path, tmp_path: Path, monkeypatch: pyte
 
 def onnx_packages_case(_: World) -> set[str]:
     """The packages of the extra `onnx` that the commands import."""
-    for module in ("finetune.export.command", "finetune.predictor"):
+    for module in ("finetune.export.command", "finetune.prediction.predictor"):
         importlib.import_module(module)
     return {"onnx", "onnxruntime", "onnxscript"} & sys.modules.keys()
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
 
-from experiment.checkpoints import find_checkpoint
 from experiment.errors import UserError
 from experiment.results.model_card import snippet, usage_section
+from experiment.run_files.checkpoints import find_checkpoint
 from finetune.export.command import export_command
 from finetune.export.exported_card import write_card
 from finetune.options import ExportOptions

@@ -20,15 +20,15 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.provenance import REPOSITORY
-from experiment.tokenizer import load_any_tokenizer
+from experiment.models.tokenizer import load_any_tokenizer
+from experiment.run_files.provenance import REPOSITORY
 from finetune.export import onnx_folder
 from finetune.export.command import export_command
 from finetune.model import ModelSpec, build_model, save_model
-from finetune.onnx_model import FILE
 from finetune.options import ExportOptions
-from finetune.predictor import Predictor
-from finetune.saved_task import SavedTask, write_saved_task
+from finetune.prediction.onnx_model import FILE
+from finetune.prediction.predictor import Predictor
+from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.serve.served_model import load_served_model
 from finetune.task_kind import find_kind
 from launcher.cli import main

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example

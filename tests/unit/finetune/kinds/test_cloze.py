@@ -16,14 +16,14 @@ from transformers import BertForMaskedLM, PreTrainedTokenizerFast, XLNetTokenize
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record, read_table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, Padding
-from finetune.inference import collate
 from finetune.kinds.cloze import Config, Kind
-from finetune.predictor import Predictor
+from finetune.prediction.inference import collate
+from finetune.prediction.predictor import Predictor
 from finetune.run import finetune, run
 from finetune.task_kind import LossOptions
 

@@ -16,19 +16,19 @@ from transformers import BertModel
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig, TrainingConfig
 from finetune.data.records import Record, Table, read_table
 from finetune.device import Device
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example, Padding, Split
 from finetune.evaluation_texts import texts_of
-from finetune.inference import collate
 from finetune.kinds.embedding import Config, EmbeddingColumns, Kind
 from finetune.model import ModelSpec, build_model
 from finetune.options import PredictOptions
-from finetune.predict import predict_command
-from finetune.predictor import Predictor
+from finetune.prediction.inference import collate
+from finetune.prediction.predict import predict_command
+from finetune.prediction.predictor import Predictor
 from finetune.results.predictions import open_row_file, optional_inputs, prediction_rows, read_predictions
 from finetune.run import run
 from finetune.serve.served_model import load_served_model

@@ -17,17 +17,17 @@ import torch
 import transformers
 
 from experiment.config import build_config
-from experiment.tokenizer import load_any_tokenizer
+from experiment.models.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.columns import TextColumns
 from finetune.data.records import read_table
 from finetune.device import Device, Microbatch
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
-from finetune.inference import Inference, collate, computes, decode
 from finetune.kinds import kind_names
 from finetune.model import ModelSpec, build_model
-from finetune.predictor import Predictor
+from finetune.prediction.inference import Inference, collate, computes, decode
+from finetune.prediction.predictor import Predictor
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_results
 from finetune.run import run

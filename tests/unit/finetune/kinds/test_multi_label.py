@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
-from finetune.calibration import calibration_error
+from experiment.models.tokenizer import load_tokenizer
 from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.kinds.multi_label import Config, Kind
+from finetune.scores.calibration import calibration_error
 from finetune.task_kind import LossOptions
 
 CONFIG = Config(train="f", validation="f", label_separator="|")

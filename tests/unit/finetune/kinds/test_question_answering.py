@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from finetune.data.records import Record, read_table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch

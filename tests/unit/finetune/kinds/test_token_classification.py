@@ -10,7 +10,7 @@ from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
 from experiment.csv_and_jsonl import CsvFormat
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from finetune.data.formats import FileFormat
 from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder

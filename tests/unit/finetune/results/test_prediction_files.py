@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from experiment.errors import UserError
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from finetune.results import predictions
 from finetune.results.predictions import DamagedPredictionsError, open_row_file, read_scored_split
 

@@ -15,7 +15,7 @@ import transformers
 from browsers import Page, PageServer, opened
 from transformers import AutoConfig
 
-from finetune.saved_task import SavedTask, write_saved_task
+from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.task_kind import find_kind
 from headless_chromium import start_browser
 from runs import sampled

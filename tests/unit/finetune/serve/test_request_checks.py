@@ -15,10 +15,10 @@ from serving_clients import Connect
 from starlette.testclient import TestClient
 
 from experiment.local_server import allowed_hosts
-from finetune.inference import Inference
 from finetune.kinds import cloze, embedding
-from finetune.predictor import Predictor
-from finetune.saved_task import SavedTask, write_saved_task
+from finetune.prediction.inference import Inference
+from finetune.prediction.predictor import Predictor
+from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import JsonFormatter
 from finetune.serve.request_checks import limit_size

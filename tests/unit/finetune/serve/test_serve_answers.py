@@ -23,8 +23,8 @@ from transformers import (
     pipeline,
 )
 
-from finetune.predictor import Predictor
-from finetune.saved_task import FILE, find_model, override_task, read_saved_task, write_saved_task
+from finetune.prediction.predictor import Predictor
+from finetune.prediction.saved_task import FILE, find_model, override_task, read_saved_task, write_saved_task
 from runs import sampled
 
 CLOSE = 1e-5

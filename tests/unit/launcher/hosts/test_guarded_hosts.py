@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment.heartbeat import STACK_SIGNAL, Heartbeat
-from experiment.own_process import LAUNCH_VARIABLE
+from experiment.process.own_process import LAUNCH_VARIABLE
+from experiment.run_files.heartbeat import STACK_SIGNAL, Heartbeat
 from launcher.hosts import guarded_hosts, host_guard
 from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.hosts.host_guard import environment_file, read_environment

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment import own_process
 from experiment.errors import UserError
+from experiment.process import own_process
 from launcher.hosts import probe
 from launcher.hosts.hostfile import is_this_machine
 from launcher.hosts.machine import (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from launcher import launch
 from launcher.cli import main
 from launcher.hosts.machine import Devices, Machine

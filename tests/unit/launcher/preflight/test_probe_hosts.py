@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.signals import handle_stop_signals
+from experiment.process.signals import handle_stop_signals
 from launcher.hosts.probe import FACTS_MARK
 from launcher.preflight import probe_hosts as module
 from launcher.preflight.checks import find_problems
@@ -136,7 +136,7 @@ def test_a_signal_ends_the_questions(ssh: Ssh, tmp_path: Path) -> None:
     code = """
 import os, signal, sys, threading
 from launcher.preflight.probe_hosts import ProbeRequest, probe_hosts
-from experiment.signals import handle_stop_signals
+from experiment.process.signals import handle_stop_signals
 
 def handler(number):
     raise KeyboardInterrupt

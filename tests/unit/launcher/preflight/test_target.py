@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from experiment.config import build_config
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.machine import Devices, Machine
 from launcher.preflight.target import Target, target_of_hosts, target_of_run
 from launcher.ranks.placement import HostOptions

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from experiment.heartbeat import Heartbeat, read_heartbeat, write_heartbeat
-from experiment.outcome_file import Cause, Outcome, RankRecord, read_outcome
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.heartbeat import Heartbeat, read_heartbeat, write_heartbeat
+from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, read_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.supervision import hang_watch
 from launcher.supervision.hang_watch import HangWatch, RankLife, hung_ranks
 

@@ -13,10 +13,10 @@ from typing import Self
 
 import pytest
 
-from experiment.heartbeat import Heartbeat
-from experiment.outcome_file import Cause, Outcome, RankRecord
-from experiment.run_folder import RunFolder, open_run_folder
-from experiment.run_lock import LockTimes, lock_run
+from experiment.run_files.heartbeat import Heartbeat
+from experiment.run_files.outcome_file import Cause, Outcome, RankRecord
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import LockTimes, lock_run
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import attempt, rank_processes, stop_signals, supervisor
@@ -31,8 +31,8 @@ SLOTS = {"node-1": (0,), "node-2": (0,)}
 RANKS = """
 import sys, time
 from pathlib import Path
-from experiment.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 """
 HANG = "(folder.path / 'ready').touch(); time.sleep(3600)"
@@ -184,7 +184,7 @@ def test_ranks_that_train_are_left_to_save(folder: RunFolder, monkeypatch: pytes
     monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
     monkeypatch.setattr(stop_signals, "_POLL_SECONDS", 0.01)
     body = (
-        "from experiment.outcome_file import RankRecord\n"
+        "from experiment.run_files.outcome_file import RankRecord\n"
         "RankRecord(0, 'node-1', 7, training=True).write(folder)\n"
         "folder.stop.touch(); time.sleep(1)  # saving\n"
         "write_outcome(folder, Outcome.STOPPED, 'saved step 7')"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.run_folder import RunFolder
+from experiment.run_files.run_folder import RunFolder
 from launcher.supervision.stop_signals import StopSignals
 
 

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 
 from experiment.files import write_json
-from experiment.outcome_file import Cause, Outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Cause, Outcome
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking import alerts as alerts_module
 from experiment.tracking.alerts import Alert, Messenger
 from experiment.tracking.config import AlertsConfig, TrackingConfig

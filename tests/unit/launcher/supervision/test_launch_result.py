@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiment.heartbeat import Heartbeat, write_heartbeat
-from experiment.outcome_file import Cause, Outcome, RankRecord, write_outcome
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files.heartbeat import Heartbeat, write_heartbeat
+from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, write_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.supervision.launch_result import LaunchResult, all_done, begin_attempt, read_result
 
 STOPPED = {75, 256 - 15, 256 - 2, 256 - 10, 256 - 12}

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from experiment.errors import UserError
-from experiment.outcome_file import Outcome, RankRecord
-from experiment.own_process import GATE_VARIABLE
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.process.own_process import GATE_VARIABLE
+from experiment.run_files.outcome_file import Outcome, RankRecord
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import rank_processes
 from launcher.supervision.attempt import Launch
@@ -33,10 +33,10 @@ ROOT = Path(__file__).parents[4]
 RANK = """
 import os, sys, time
 from pathlib import Path
-from experiment.goodput import attempt_start
-from experiment.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_folder import RunFolder
-from experiment.own_process import wait_at_gate
+from experiment.run_files.goodput import attempt_start
+from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder
+from experiment.process.own_process import wait_at_gate
 folder = Path({folder!r})
 if os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
@@ -51,7 +51,7 @@ wait_at_gate()
 LAUNCHER = """
 import json, os, signal, subprocess, sys, time
 from launcher.ranks.deepspeed_command import Command
-from experiment.signals import handle_stop_signals, interrupt
+from experiment.process.signals import handle_stop_signals, interrupt
 from launcher.supervision.rank_processes import held_ranks
 argv, early = json.loads(sys.argv[1]), sys.argv[2:]
 popen = subprocess.Popen

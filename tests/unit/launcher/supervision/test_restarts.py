@@ -1,6 +1,6 @@
 import pytest
 
-from experiment.outcome_file import Cause, Outcome
+from experiment.run_files.outcome_file import Cause, Outcome
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.restarts import Attempt, End, Restart, decide
 

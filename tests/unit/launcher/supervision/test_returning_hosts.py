@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment import checkpoints
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files import checkpoints
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.supervision import returning_hosts as module
 from launcher.supervision.returning_hosts import usable_hosts, watch_for_hosts
 from stand_in_hosts import install_ssh

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from experiment import checkpoints
 from experiment.errors import UserError
-from experiment.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_folder import RunFolder, open_run_folder
+from experiment.run_files import checkpoints
+from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import attempt as attempt_module
@@ -37,8 +37,8 @@ SLOTS = {"localhost": (0, 2)}
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from experiment.outcome_file import Cause, Outcome, write_outcome
-from experiment.run_folder import RunFolder
+from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder
 folder = RunFolder(Path({path!r}))
 {body}
 """
@@ -47,8 +47,8 @@ folder = RunFolder(Path({path!r}))
 LAUNCHER = """
 import os, sys, time
 from pathlib import Path
-from experiment import signals
-from experiment.run_folder import RunFolder
+from experiment.process import signals
+from experiment.run_files.run_folder import RunFolder
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision.attempt import Launch
 from launcher.supervision.supervisor import supervise
@@ -150,7 +150,7 @@ def test_a_run_ends_when_its_ranks_have(folder: RunFolder):
     """Catches a launch that waits for DeepSpeed's launcher, which takes a second to exit; here it never does."""
     body = (
         "import subprocess\n"
-        "from experiment.outcome_file import RankRecord\n"
+        "from experiment.run_files.outcome_file import RankRecord\n"
         "rank = subprocess.Popen([sys.executable, '-c', ''])\n"
         "rank.wait()\n"
         "RankRecord(0, 'localhost', rank.pid, exit=0).write(folder)\n"

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from experiment.signals import STOP_SIGNALS, signals_blocked
+from experiment.process.signals import STOP_SIGNALS, signals_blocked
 from pretrain.batching import loader
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.loader import DataWorkerError, _describe_state, load_batches

@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer, save_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from pretrain.batching.vocabulary import build_vocabulary
 from pretrain.config import ModelConfig
 from pretrain.modeling.model_config import resolve_model_config

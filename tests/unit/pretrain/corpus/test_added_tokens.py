@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from hub_server import HubServer
 from launcher.cli import main
 from pretrain.batching.vocabulary import build_vocabulary

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import StoppedError, UserError
-from experiment.tokenizer import load_tokenizer, save_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
 from pretrain.corpus import build, build_plan, passes, shards, splits, tasks
 from pretrain.corpus.announcement import announce_sources, is_hard_wrapped

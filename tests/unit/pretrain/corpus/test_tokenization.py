@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from pretrain.corpus.options import TokenizerOptions
 from pretrain.corpus.tokenization import DocumentEncoder, hide_special_tokens, tokenizer_spec
 from pretrain.corpus.train_tokenizer import train_tokenizer

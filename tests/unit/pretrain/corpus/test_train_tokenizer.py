@@ -6,8 +6,8 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from experiment.errors import UserError
+from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.output_folder import lock_output
-from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
 from pretrain.corpus.options import TokenizerOptions
 from pretrain.corpus.train_tokenizer import train_tokenizer
 from small_disk import SmallDisk

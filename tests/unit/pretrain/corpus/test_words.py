@@ -15,7 +15,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from pretrain.batching.masking import Masker
 from pretrain.batching.order import BatchSequences
 from pretrain.batching.vocabulary import build_vocabulary

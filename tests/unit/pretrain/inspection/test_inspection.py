@@ -11,7 +11,7 @@ import pytest
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from launcher.cli import main
 from pretrain.batching.sequences import split_documents
 from pretrain.cleaning.config import CleanConfig

@@ -8,7 +8,7 @@ import torch
 from model_examples import TINY, Example, make_example
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from experiment.tokenizer import load_tokenizer, save_tokenizer
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from pretrain.batching.batch import IGNORED, Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.batch_sizes import BatchSizes

@@ -11,7 +11,7 @@ from model_examples import PACKED, Example
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from experiment.transformers_models import first_position
+from experiment.models.transformers_models import first_position
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.masked_lm import MaskedLanguageModel

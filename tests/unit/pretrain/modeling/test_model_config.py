@@ -6,8 +6,8 @@ from model_examples import TINY
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer, tokenizer_fingerprint
-from experiment.transformers_models import max_positions
+from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from experiment.models.transformers_models import max_positions
 from pretrain.config import ModelConfig
 from pretrain.modeling.build import build_model
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config

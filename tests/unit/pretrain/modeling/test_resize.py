@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
-from experiment.transformers_models import max_positions
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from experiment.models.transformers_models import max_positions
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import extend_tokenizer, old_pieces
 from pretrain.modeling.build import build_model

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from experiment.transformers_models import first_position
+from experiment.models.transformers_models import first_position
 from pretrain.modeling.build import unused_parameters
 from pretrain.modeling.packability import why_not_packed
 from tiny_models import tiny_fields

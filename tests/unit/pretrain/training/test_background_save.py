@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from experiment.files import call_after_syncs, fsync_tree, write_text
-from experiment.tensor_files import save_tensors
+from experiment.models.tensor_files import save_tensors
 from pretrain.training.background_save import ThreadWork
 
 

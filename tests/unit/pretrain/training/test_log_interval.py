@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiment.goodput import CHECKPOINTING, DATA, EVALUATING, ActivityTimer
+from experiment.run_files.goodput import CHECKPOINTING, DATA, EVALUATING, ActivityTimer
 from pretrain.modeling.structure import FlopsModel
 from pretrain.training.log_interval import LogInterval, Pace
 from pretrain.training.step_agreement import StepTotals

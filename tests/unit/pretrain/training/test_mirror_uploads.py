@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from experiment import storage
-from experiment.checkpoints import mark_complete
 from experiment.files import write_json
-from experiment.mirror import Mirror
-from experiment.provenance import write_provenance
-from experiment.retention import Retention
-from experiment.run_folder import RunFolder
+from experiment.run_files.checkpoints import mark_complete
+from experiment.run_files.mirror import Mirror
+from experiment.run_files.provenance import write_provenance
+from experiment.run_files.retention import Retention
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
 from pretrain.training.mirror_uploads import MirrorUploads
 from s3_server import Fault, Proxy, proxy, response

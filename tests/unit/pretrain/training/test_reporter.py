@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiment.outcome_file import Outcome
+from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.progress_line import describe_training
 from experiment.tracking.tracker import CLOSE_SECONDS, Trackers
 from pretrain.training import reporter as reporter_module

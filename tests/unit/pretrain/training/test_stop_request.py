@@ -127,7 +127,7 @@ def test_a_disk_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch:
 def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a rank that hangs and that only SIGKILL ends, or the one signal that is taken for two. Its main thread
     may be blocked; a second signal is one that comes after a second."""
-    monkeypatch.setattr("experiment.signals.REPEATED_SECONDS", 0.0)
+    monkeypatch.setattr("experiment.process.signals.REPEATED_SECONDS", 0.0)
     received: list[str] = []
     with exit_on_stop_request(received.append, None), StopRequest(None, received.append) as stop:
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from experiment.tokenizer import load_tokenizer
+from experiment.models.tokenizer import load_tokenizer
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}

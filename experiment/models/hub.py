@@ -1,0 +1,194 @@
+"""Models and data sets of the Hugging Face Hub: from names to commits and to folders of huggingface_hub's cache.
+
+A name is resolved to a commit once, and everything is read from that commit, so that a push to the Hub between two
+files, or between two starts of a run, changes nothing. Only files of known formats are downloaded: never pickles, and
+never code. Functions raise UserError with one line: for missing or restricted repositories and files, without a
+network, and for a full disk. They retry transient errors.
+"""
+
+import difflib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from experiment.config import did_you_mean
+from experiment.errors import UserError, describe_disk_error, first_line, inform
+from experiment.models.hub_names import HubName
+from experiment.progress import terminal
+from experiment.storage import retry
+
+T = TypeVar("T")
+
+Kind = Literal["model", "dataset"]
+
+_CONFIG_AND_TOKENIZER = ("*.json", "*.txt", "*.model")
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+_CANDIDATES = 50  # repositories to compare a misspelt name with
+
+
+def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
+    """Return the name with the commit that its revision is now; if the Hub cannot be reached, the one that is
+    cached."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import logging
+
+    if name.is_commit:
+        return name
+    if constants.is_offline_mode():
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # not to warn that the Hub cannot be reached
+
+    def resolve() -> HubName:
+        found = HfApi().resolve_revision(name.repository, revision=name.revision, repo_type=kind)
+        return HubName(name.repository, found.resolved)
+
+    return call_hub(name, kind, resolve)
+
+
+def download_model(name: HubName, weights: bool = True, on_progress: Callable[[], None] = lambda: None) -> Path:
+    """Return the folder with a model's config and tokenizer, and its weights in safetensors.
+
+    Cached files are not downloaded again; waits for another process that downloads the same. Shows a progress bar
+    on a terminal.
+
+    Args:
+        weights: whether to download them.
+        on_progress: called when something has been received.
+    """
+    pinned = resolve_commit(name)
+    folder = _cached(pinned, weights)
+    if folder is None:
+        inform(f"downloading {pinned} from the Hugging Face Hub")
+        folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, tqdm_class=_bar(on_progress)))
+    if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():
+        raise UserError(
+            f"{name}: there is neither a config.json nor a tokenizer of transformers on the Hugging Face Hub"
+        )
+    if weights and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        raise UserError(
+            f"{name}: there are no weights in safetensors (model.safetensors) on the Hugging Face Hub; others, such as "
+            "pytorch_model.bin, are not read: a pickle may run code. If you trust it, download it and name its folder"
+        )
+    return folder
+
+
+def _cached(name: HubName, weights: bool) -> Path | None:
+    """Return the folder, if all its files are known to be there. Does not access the network."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+
+    try:
+        get_cached_repo_tree(name.repository, revision=name.revision)
+        return _snapshot(name, weights, local_files_only=True)
+    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
+        return None
+
+
+def _snapshot(name: HubName, weights: bool, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder: str = snapshot_download(
+        name.repository,
+        revision=name.revision,
+        allow_patterns=[*_CONFIG_AND_TOKENIZER, *(_WEIGHTS if weights else ())],
+        ignore_patterns=["*/*"],  # files of other formats, and of modules of other libraries
+        **options,
+    )
+    return Path(folder)
+
+
+def _bar(on_progress: Callable[[], None]) -> type[Any]:
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> Any:
+            on_progress()
+            return super().update(n)
+
+    return Bar
+
+
+def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
+    """Call `function`, which uses the Hub, again after transient errors. Raises UserError."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not terminal().is_interactive:
+        disable_progress_bars()
+
+    def call() -> T:
+        try:
+            return function()
+        except OfflineModeIsEnabled as error:  # raised directly by huggingface_hub 1.31 to 2.0
+            raise _unreachable(name, kind, error) from None
+        except (LocalEntryNotFoundError, RevisionResolutionError) as error:  # nothing is cached either
+            cause = error.__cause__
+            if isinstance(cause, OfflineModeIsEnabled) or type(cause).__name__ == "ConnectError":
+                raise _unreachable(name, kind, cause or error) from None
+            raise cause or error from None
+
+    return retry(str(name), call, lambda _, error: _explain(name, kind, error))
+
+
+def _unreachable(name: HubName, kind: Kind, error: BaseException) -> UserError:
+    from huggingface_hub import constants
+
+    revision = "" if name.revision is None else f" --revision {name.revision}"
+    command = f"hf download {name.repository}{revision}{' --repo-type dataset' if kind == 'dataset' else ''}"
+    why = f"cannot reach {constants.ENDPOINT} ({first_line(error)})"
+    return UserError(
+        f"{name}: no such folder, and no such {kind} in {constants.HF_HUB_CACHE}; "
+        f"{'HF_HUB_OFFLINE is set' if constants.is_offline_mode() else why}: download it on a machine with network, "
+        f"with `{command}`"
+    )
+
+
+def _explain(name: HubName, kind: Kind, error: Exception) -> UserError:
+    from huggingface_hub import constants, errors
+
+    if (problem := describe_disk_error(error)) is not None:
+        return UserError(f"{name}: cannot write {constants.HF_HUB_CACHE}: {problem}")
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name.repository}"
+        return UserError(f"{name}: access is restricted: accept the conditions at {page}, then {LOG_IN}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"{name}: there is no revision '{name.revision}'{_other_revisions(name, kind)}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UserError(
+            f"{name}: no such folder, and no such {kind} on the Hugging Face Hub (for a private one, {LOG_IN})"
+            f"{_similar_name(name, kind)}"
+        )
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 403:
+        return UserError(f"{name}: the token does not allow this: {LOG_IN} to one that does")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
+        return UserError(f"{name}: the Hugging Face Hub rejects the token: {LOG_IN} to another one")
+    return UserError(f"{name}: the Hugging Face Hub: {first_line(error)}")
+
+
+def _other_revisions(name: HubName, kind: Kind) -> str:
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # it only improves a message
+        refs = HfApi().list_repo_refs(name.repository, repo_type=kind)
+        return did_you_mean(str(name.revision), [ref.name for ref in (*refs.branches, *refs.tags)])
+    return ""
+
+
+def _similar_name(name: HubName, kind: Kind) -> str:
+    """Return the end of a message about a repository that does not exist: the most similar one, if any.
+
+    The Hub finds parts of names. A misspelt name is right in its first or in its second half, unless it is wrong twice.
+    """
+    from huggingface_hub import HfApi
+
+    owner, _, last = name.repository.rpartition("/")
+    middle = len(last) // 2
+    candidates: dict[str, str] = {}  # compared text -> whole name
+    with suppress(Exception):  # it only improves a message
+        search = HfApi().list_models if kind == "model" else HfApi().list_datasets
+        for part in (last, last[:middle], last[middle:]):
+            for found in search(search=part, sort="downloads", limit=_CANDIDATES):
+                candidates.setdefault(found.id if owner else found.id.rpartition("/")[2], found.id)
+    close = difflib.get_close_matches(name.repository, candidates, n=1, cutoff=0.75)
+    return f"; did you mean '{candidates[close[0]]}'?" if close else ""

@@ -1,0 +1,64 @@
+"""Models and tokenizers by the names that users give: a path, the URL of a checkpoint, or a name on the Hub.
+
+Configs record `record_model(name)`; code that computes with a model reads `local_model(name)`. Both accept names that
+the other returns.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from experiment.errors import UserError
+from experiment.models.hub import download_model, resolve_commit
+from experiment.models.hub_names import HubName, meant_name
+from experiment.run_files.checkpoints import find_model_folder
+from experiment.run_files.mirror import local_checkpoint
+from experiment.storage import is_url, local_folder
+
+log = logging.getLogger(__name__)
+
+# Files that may be in the folder of a tokenizer.
+_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".safetensors")
+
+
+def record_model(name: str, earlier: str | None = None) -> str:
+    """Return the name to record in a config: the absolute path of a Hugging Face folder, or NAME@COMMIT of a model of
+    the Hub.
+
+    earlier: the name that the run recorded when it began, if it did. For a name without a revision, it determines the
+    commit. Raises UserError if there is no such model.
+    """
+    _check_form(name)
+    hub = HubName.of_model(name)
+    if hub is None:
+        return str(find_model_folder(local_model(name)).absolute())
+    if earlier is not None and hub.revision is None and hub.may_mean(earlier):
+        return earlier
+    return str(resolve_commit(hub))
+
+
+def local_model(name: str, on_progress: Callable[[], None] = lambda: None, weights: bool = True) -> Path:
+    """Return the path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub
+    is copied to the user's cache folder first. Raises UserError.
+
+    on_progress: called when something has been received from the Hub. weights: whether to copy the weights of a Hub
+    model, too.
+    """
+    _check_form(name)
+    if is_url(name):
+        return local_checkpoint(name)
+    if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
+        log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)
+    hub = HubName.of_model(name)
+    return Path(name) if hub is None else download_model(hub, weights, on_progress)
+
+
+def local_tokenizer(name: str) -> Path:
+    """Like `local_model`, for a tokenizer: the folder is copied without model weights."""
+    _check_form(name)
+    return local_folder(name, _WEIGHTS) if is_url(name) else local_model(name, weights=False)
+
+
+def _check_form(name: str) -> None:
+    if (meant := meant_name(name)) is not None:
+        raise UserError(f"{name}: did you mean '{meant}', the name of the model?")

@@ -1,0 +1,218 @@
+"""Tokenizers: load, save and fingerprint them.
+
+Token ids mean nothing without the tokenizer that made them. Two tokenizers with the same fingerprint give every text
+the same ids.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiment.errors import UserError, reason
+from experiment.files import fsync_tree, json_digest, read_json
+from experiment.models.transformers_models import check_label_count, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# The special tokens of a masked language model, under the names that BERT and RoBERTa gave them.
+BERT_TOKENS = {
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+ROBERTA_TOKENS = {
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+_PRETRAINING_NEEDS = ("cls_token", "sep_token", "pad_token", "mask_token")
+# Keys with which transformers records the origin of a tokenizer.
+_SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+
+
+def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
+    """Load a tokenizer for masked-LM pretraining, see `load_any_tokenizer`.
+
+    Raises UserError also for one that is not backed by the tokenizers library, lacks a special token that masked-LM
+    pretraining needs, or has no token of its own for masks.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = load_any_tokenizer(path, _PRETRAINING_NEEDS)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"tokenizer: {path} holds a {type(tokenizer).__name__}, which cannot be converted to a tokenizer.json"
+        )
+    for role in ("cls_token", "sep_token", "pad_token", "unk_token"):
+        if getattr(tokenizer, role) == tokenizer.mask_token:
+            raise UserError(f"tokenizer: {path} has one token, {tokenizer.mask_token}, as mask_token and {role}")
+    return tokenizer
+
+
+def load_any_tokenizer(path: Path | str, needed: Sequence[str]) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer in a Hugging Face folder, or in a folder with just a BERT `vocab.txt`; never from the
+    network.
+
+    If the folder does not say which tokens are special, tokens with BERT's or RoBERTa's names are used. A vocab.txt of
+    BERT is uncased if no entry has an upper-case letter, unless tokenizer_config.json sets `do_lower_case`.
+
+    needed: special tokens it must have, such as "pad_token". Raises UserError if one is missing, or if there is no
+    tokenizer.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(
+            f"tokenizer: {folder} {problem}; expected a Hugging Face folder, or one with a vocab.txt; "
+            "`deepcloze tokenizer` makes one"
+        )
+    tokenizer = _load_folder(folder)
+    vocabulary = tokenizer.get_vocab()
+    for family in (BERT_TOKENS, ROBERTA_TOKENS):
+        if all(token in vocabulary for token in family.values()):
+            for role, token in family.items():
+                if getattr(tokenizer, role) is None:
+                    setattr(tokenizer, role, token)
+    if missing := [role for role in needed if getattr(tokenizer, role) is None]:
+        raise UserError(
+            f"tokenizer: {folder} has no {', '.join(missing)}; needed: {', '.join(needed)} "
+            "(`deepcloze tokenizer` trains a tokenizer that has them)"
+        )
+    return tokenizer
+
+
+def _load_folder(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer, BertTokenizer
+
+    check_label_count(folder)
+    loader, settings = AutoTokenizer, dict[str, bool]()
+    if _is_bert_vocabulary(folder):  # AutoTokenizer needs a config, and takes cased vocabularies for uncased ones
+        loader, settings = BertTokenizer, {"do_lower_case": _is_uncased(folder)}
+    with quiet_transformers():
+        try:
+            tokenizer = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
+            tokenizer("")  # fails if the special tokens that it adds are not defined
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # many types, also the PanicException of tokenizers, which is no Exception
+            has_vocabulary = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+            reason = f": {' '.join(str(error).split())}" if has_vocabulary else ""
+            raise UserError(f"tokenizer: cannot load {folder}{reason}; {_expected(folder)}") from None
+    # Without a vocabulary file, some tokenizers of transformers load with their special tokens and nothing else.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(f"tokenizer: {folder} has no vocabulary; {_expected(folder)}")
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _expected(folder: Path) -> str:
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
+    return f"expected a Hugging Face folder with a tokenizer.json, or one with a vocab.txt, found {found}"
+
+
+def _is_bert_vocabulary(folder: Path) -> bool:
+    """Return whether there is a vocab.txt and nothing says that it belongs to another tokenizer than BERT's."""
+    if not (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
+        return False
+    tokenizer_class = _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    if tokenizer_class is None:
+        tokenizer_class = _read_json(folder / "config.json").get("tokenizer_class")
+    return tokenizer_class in (None, "BertTokenizer", "BertTokenizerFast")
+
+
+def _is_uncased(folder: Path) -> bool:
+    """Return whether a BERT vocabulary is uncased. Raises UserError if it lacks a special token."""
+    path = folder / "vocab.txt"
+    try:
+        entries = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer: cannot read {path}: {reason(error)}") from None
+    config = _read_json(folder / "tokenizer_config.json")
+    named = {**_read_json(folder / "special_tokens_map.json"), **config}
+    tokens = [named.get(role) or token for role, token in BERT_TOKENS.items()]
+    texts = [str(token.get("content") if isinstance(token, dict) else token) for token in tokens]
+    added = (str(token.get("content")) for token in config.get("added_tokens_decoder", {}).values())
+    known = {*entries, *_read_json(folder / "added_tokens.json"), *added}
+    if absent := [text for text in texts if text not in known]:
+        raise UserError(f"tokenizer: {path} is not a BERT vocabulary: it has no {', '.join(absent)}")
+    special = re.compile(r"\[.*\]|<.*>")  # [CLS], [unused1], <S>
+    lowercase = not any(entry != entry.lower() for entry in entries if not special.fullmatch(entry))
+    return bool(config.get("do_lower_case", lowercase))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty if there is no file."""
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: cannot read {path}: {reason(error)}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write a Hugging Face folder: the same bytes for the same tokenizer, wherever it was loaded from.
+
+    transformers 4 opens it too: it does not know the name that transformers 5 gives to its general class.
+    """
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:  # not written in Python
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in _SOURCE_KEYS}
+    if kept.get("tokenizer_class") == "TokenizersBackend":
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    fsync_tree(folder)
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Equal for two tokenizers that give every text the same ids.
+
+    Covers normalizer, pre-tokenizer, model, vocabulary and added tokens; not padding, truncation, post-processing, nor
+    how special tokens are recognised in text: in a corpus, text never gives a special token.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = {key: value for key, value in state["model"].items() if value not in (None, "", False)}
+    model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    added = [
+        {"content": token["content"], "id": token["id"]} if token["special"] else token
+        for token in state["added_tokens"]
+    ]
+    return json_digest(
+        {
+            "normalizer": state["normalizer"],
+            "pre_tokenizer": _without(state["pre_tokenizer"], "trim_offsets"),  # changes offsets, not ids
+            "model": model,
+            "added_tokens": sorted(added, key=lambda token: int(token["id"])),
+        }
+    )
+
+
+def _without(value: Any, key: str) -> Any:
+    """Return a JSON value without an object key, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without(below, key) for name, below in value.items() if name != key}
+    return [_without(below, key) for below in value] if isinstance(value, list) else value
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the largest token id plus one."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the ids of all special tokens: tokens with a role, such as the padding token, and tokens that are only
+    marked as special in tokenizer.json."""
+    marked = {identifier for identifier, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)

@@ -1,0 +1,1 @@
+"""This process: imports, signals, cores and devices."""

@@ -1,0 +1,106 @@
+"""Capabilities of devices, and how this process uses memory and cores."""
+
+import ctypes
+import re
+import resource
+from contextlib import suppress
+
+from experiment.process.own_process import use_cpu
+from experiment.process.shared_cores import share_cores
+
+HOPPER = 9  # major number of the compute capability of H100 and H200
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+_LARGEST = 2**31 - 1
+
+
+def prepare_process() -> None:
+    """Let this process of ours use memory and cores well on a CPU. Call it before it computes; results are the same."""
+    import torch
+
+    keep_freed_memory()
+    share_cores()
+    if not torch.cuda.is_available():
+        use_cpu()  # transformers imports DeepSpeed
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep and reuse freed memory, for training on a CPU.
+
+    By default it maps and unmaps memory for each large tensor, and page faults take a tenth of the time of small
+    models. Does nothing with another C library.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+
+
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes: allocated CUDA memory or, without CUDA, resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def has_native_bf16(device_type: str) -> bool:
+    """Return whether a device computes bf16 itself; False where it is emulated, several times slower than fp32.
+
+    device_type: cpu or cuda.
+    """
+    import torch
+
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(torch.cpu.get_capabilities().get(feature, False) for feature in ("avx512_bf16", "amx_bf16"))
+
+
+def lacks_avx512() -> bool:
+    """Return whether this machine's CPU is an x86 one without AVX-512, which multiplies matrices at half the speed or
+    less."""
+    import torch
+
+    features = torch.cpu.get_capabilities()
+    return features.get("architecture") == "x86_64" and not features.get("avx512_f", False)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Return the peak FLOP/s of a device for dense matrices; None if unknown, as for every CPU.
+
+    device_name: as from `torch.cuda.get_device_name`. precision: fp16 or bf16 (tensor cores, fp32 accumulation), or
+    fp32 (no tensor cores).
+    """
+    if "MIG" in device_name:
+        return None  # a part of a device
+    for pattern, peaks in _PEAKS:
+        if re.search(pattern, device_name):
+            peak = peaks.get(precision)
+            return None if peak is None else peak * 1e12
+    return None
+
+
+# TFLOP/s without sparsity. The first pattern found in the name applies.
+_PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
+    # NVIDIA Tesla V100 GPU accelerator, data sheet, January 2020 (the V100S in the 2019 one)
+    (r"\bV100S", {"fp16": 130.0, "fp32": 16.4}),
+    (r"\bV100-PCIE", {"fp16": 112.0, "fp32": 14.0}),
+    (r"\bV100", {"fp16": 125.0, "fp32": 15.7}),
+    # NVIDIA A100 Tensor Core GPU, data sheet, June 2021
+    (r"\bA100\b", {"fp16": 312.0, "bf16": 312.0, "fp32": 19.5}),
+    # NVIDIA H100 Tensor Core GPU, data sheet: half of the figures with sparsity
+    (r"\bH100 PCIe", {"fp16": 756.5, "bf16": 756.5, "fp32": 51.0}),
+    (r"\bH100 NVL", {"fp16": 835.5, "bf16": 835.5, "fp32": 60.0}),
+    (r"\bH100\b", {"fp16": 989.5, "bf16": 989.5, "fp32": 67.0}),
+    # NVIDIA H200 Tensor Core GPU, data sheet: half of the figures with sparsity
+    (r"\bH200 NVL", {"fp16": 835.5, "bf16": 835.5, "fp32": 60.0}),
+    (r"\bH200\b", {"fp16": 989.5, "bf16": 989.5, "fp32": 67.0}),
+    # NVIDIA L40S, data sheet
+    (r"\bL40S\b", {"fp16": 362.05, "bf16": 362.05, "fp32": 91.6}),
+    # NVIDIA A10 Tensor Core GPU, data sheet
+    (r"\bA10\b", {"fp16": 125.0, "bf16": 125.0, "fp32": 31.2}),
+    # NVIDIA Ada GPU architecture, white paper, appendix A
+    (r"\bRTX 4090(?! D| Laptop)", {"fp16": 165.2, "bf16": 165.2, "fp32": 82.6}),
+    # AMD Instinct MI300X accelerator, data sheet
+    (r"\bMI300X\b", {"fp16": 1307.4, "bf16": 1307.4, "fp32": 163.4}),
+)

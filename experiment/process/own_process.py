@@ -1,0 +1,106 @@
+"""This process and the processes of our modules that it starts.
+
+They import the same code, whatever is installed or lies in the working directory.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.provenance import REPOSITORY
+
+LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
+"""Names the launch as RUN-ATTEMPT: both are hexadecimal. Only of a launch over several hosts."""
+
+START_VARIABLE = "DEEPCLOZE_START"
+"""Start of the attempt, as time.time(). Only on the machine of the launch."""
+
+GATE_VARIABLE = "DEEPCLOZE_GATE"
+"""A file. The ranks wait for it after their imports: meanwhile the launch checks the config. Only on the machine of the
+launch."""
+
+_DEVICE = "DS_ACCELERATOR"
+_POLL_SECONDS = 0.01
+_given_device: list[str | None] = []  # the variable before `use_cpu`
+
+
+def has_launcher() -> bool:
+    """Return whether `deepcloze` has started this rank, and not `deepspeed` alone."""
+    return START_VARIABLE in os.environ or LAUNCH_VARIABLE in os.environ
+
+
+def module_command(module: str) -> tuple[str, ...]:
+    """Return the command of a module as a program; start it with `own_environment`."""
+    return (sys.executable, "-P", "-m", module)
+
+
+def own_environment() -> dict[str, str]:
+    environment = given_environment()
+    return {**environment, "PYTHONPATH": python_path(environment)}
+
+
+def use_cpu() -> None:
+    """Let DeepSpeed, if this process imports it later, use the CPU, instead of looking for a GPU. Neither it nor torch
+    says then that there is none."""
+    if not _given_device or os.environ.get(_DEVICE) != "cpu":
+        _given_device[:] = [os.environ.get(_DEVICE)]
+    os.environ[_DEVICE] = "cpu"
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of CUDA's compiler without a GPU
+
+
+def given_environment() -> dict[str, str]:
+    """Return the environment without the choice of `use_cpu`, which is not the user's: ranks on other hosts may have
+    GPUs."""
+    environment = dict(os.environ)
+    if _given_device and environment.get(_DEVICE) == "cpu":
+        del environment[_DEVICE]
+        if _given_device[0] is not None:
+            environment[_DEVICE] = _given_device[0]
+    return environment
+
+
+def python_path(environ: Mapping[str, str]) -> str:
+    """Return PYTHONPATH with the repository as its first entry."""
+    others = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(REPOSITORY))]
+    return ":".join([str(REPOSITORY), *others])
+
+
+def wait_at_gate() -> None:
+    """Wait until the launch that has started this process lets it begin. Ends the process if the launch has ended: one
+    that is killed early has not yet started the watchdog that ends its ranks."""
+    if (path := os.environ.pop(GATE_VARIABLE, None)) is None:
+        return
+    gate = Path(path)
+    while not gate.exists():
+        if not _is_locked(gate.parent):
+            os._exit(Outcome.REFUSED.exit_code)  # skips the slow teardown of imported libraries
+        time.sleep(_POLL_SECONDS)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Return whether the process that made a temporary folder still runs, see `temporary_folder`."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # it is locked, or on a disk without locks for folders
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def raise_limit_of_open_files() -> None:
+    """Raise the soft limit, often 1024, to the hard limit: corpora, connections and hosts take file descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than their hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

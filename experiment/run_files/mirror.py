@@ -1,0 +1,221 @@
+"""Checkpoints in object storage: `checkpoint.mirror`, and URLs of checkpoints.
+
+    MIRROR/step-00000100/…    the files of a checkpoint; COMPLETE is uploaded last and deleted first
+    MIRROR/best               as RUN/checkpoints/best
+    MIRROR/run/…              the files of the run folder that a resumed run continues
+
+A checkpoint is complete if it has a COMPLETE file, as on a disk.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock
+
+from experiment.errors import UserError
+from experiment.files import cache_folder, fsync_tree, json_digest, parse_json, write_text
+from experiment.run_files.checkpoints import BEST, COMPLETE, checkpoint_step, files_below, is_checkpoint_name, verify
+from experiment.run_files.provenance import parse_provenance, read_provenance
+from experiment.run_files.retention import Retention, discard
+from experiment.run_files.run_folder import RunFolder
+from experiment.storage import (
+    DamagedError,
+    Download,
+    MissingError,
+    delete,
+    download_files,
+    exists,
+    join,
+    list_files,
+    list_folders,
+    read_bytes,
+    upload,
+    write_bytes,
+)
+
+log = logging.getLogger(__name__)
+
+_FILES_AT_ONCE = 4
+_RUN = "run"
+
+
+class Mirror:
+    """The checkpoints of a run in object storage."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def complete(self) -> dict[str, bytes]:
+        """Return the complete checkpoints, oldest first: name -> content of COMPLETE. Raises StorageError."""
+        found = {}
+        for name in sorted(filter(is_checkpoint_name, list_folders(self.url)), key=_step):
+            with suppress(MissingError):
+                found[name] = read_bytes(join(self.url, name, COMPLETE))
+        return found
+
+    def upload(self, checkpoint: Path) -> bytes:
+        """Copy a complete checkpoint, in place of another one of its name, and return the content of COMPLETE.
+
+        Raises StorageError, and OSError if the checkpoint is deleted meanwhile.
+        """
+        marker = (checkpoint / COMPLETE).read_bytes()
+        target = join(self.url, checkpoint.name)
+        delete(join(target, COMPLETE))
+        with ThreadPoolExecutor(_FILES_AT_ONCE, "mirror") as pool:  # after an error, files that wait are not copied
+            list(pool.map(lambda name: upload(checkpoint / name, join(target, name)), _checksums(target, marker)))
+        write_bytes(join(target, COMPLETE), marker)
+        return marker
+
+    def upload_run_files(self, folder: RunFolder) -> None:
+        """Copy the files that a resumed run continues."""
+        for path in _run_files(folder):
+            with suppress(FileNotFoundError):
+                upload(path, join(self.url, _RUN, path.name))
+
+    def upload_best(self, folder: RunFolder) -> None:
+        """Copy the name of the best checkpoint."""
+        with suppress(FileNotFoundError):
+            upload(folder.checkpoints / BEST, join(self.url, BEST))
+
+    def provenance(self) -> dict[str, Any] | None:
+        """Return the provenance of the run in the mirror; None if it is missing or damaged. Raises StorageError."""
+        url = join(self.url, _RUN, "provenance.json")
+        try:
+            content = read_bytes(url)
+        except MissingError:
+            return None
+        with suppress(UserError):
+            return parse_provenance(content, url)
+        return None
+
+    def check_owner(self, folder: RunFolder) -> None:
+        """Raise UserError if the mirror belongs to another run than the one in this folder, or StorageError.
+
+        A mirror without provenance belongs to no run.
+        """
+        found, own = self.provenance(), read_provenance(folder)
+        if found is not None and (own is None or found["run_id"] != own["run_id"]):
+            raise UserError(
+                f"checkpoint.mirror: {self.url} belongs to another run (id {found['run_id']}) than {folder.path}; "
+                "choose another checkpoint.mirror. To continue that run, choose an empty run.dir"
+            )
+
+    def delete(self, name: str) -> None:
+        delete(join(self.url, name, COMPLETE))
+        delete(join(self.url, name))
+
+    def apply_retention(self, names: Sequence[str], keep: Retention, newest: int, drop_later: bool) -> list[str]:
+        """Delete the checkpoints of `names` that need not be kept, see `Retention.superseded`. Returns their names.
+
+        drop_later: also delete those of steps after `newest`.
+        """
+        steps = {_step(name): name for name in names}
+        later = [step for step in steps if drop_later and step > newest]
+        superseded = [steps[step] for step in (*keep.superseded(list(steps), newest), *later)]
+        for name in superseded:
+            self.delete(name)
+        return superseded
+
+    def restore(self, folder: RunFolder, on_progress: Callable[[], None]) -> None:
+        """Copy the run to a folder without checkpoints: the newest undamaged one, the best one, and the run's files.
+
+        An interrupted copy leaves no checkpoint, so that it is repeated. Raises UserError if all are damaged, and
+        OSError.
+        """
+        copies: dict[str, Path] = {}  # name -> temporary folder
+
+        def copy(name: str) -> bool:
+            """Copy a checkpoint. Returns False if it is damaged."""
+            log.info("copying %s to %s", join(self.url, name), folder.checkpoints)
+            partial = folder.checkpoints / f".{name}.partial"
+            try:
+                fetch(join(self.url, name), partial, lambda _: True, on_progress)
+            except DamagedError as error:
+                log.warning("skipping damaged checkpoint %s: %s", name, error)
+                return False
+            fsync_tree(partial)
+            copies[name] = partial
+            return True
+
+        found = list(self.complete())
+        if found and not any(copy(name) for name in reversed(found)):
+            raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
+        best = None
+        with suppress(MissingError):
+            best = read_bytes(join(self.url, BEST)).decode().strip()
+            if best in found and best not in copies:
+                copy(best)
+        for path in _run_files(folder):
+            with suppress(MissingError):
+                if not path.exists():
+                    write_text(path, read_bytes(join(self.url, _RUN, path.name)).decode())
+        for name, copied in copies.items():  # the newest one first
+            target = folder.checkpoints / name
+            if target.exists():  # incomplete
+                discard(target)
+            copied.rename(target)
+        if best in copies:
+            (folder.checkpoints / BEST).write_text(f"{best}\n", encoding="utf-8")
+
+
+def fetch(
+    url: str, folder: Path, is_wanted: Callable[[str], bool], on_progress: Callable[[], None] = lambda: None
+) -> None:
+    """Copy files of a complete checkpoint, and COMPLETE last. Raises StorageError, such as DamagedError.
+
+    `is_wanted`: whether to copy a file, by its path in the checkpoint.
+    """
+    marker = read_bytes(join(url, COMPLETE))
+    sizes = {name[len(url) + 1 :]: found.size for name, found in list_files(url).items()}
+    files = []
+    for name, checksum in _checksums(url, marker).items():
+        if is_wanted(name):
+            if name not in sizes:
+                raise DamagedError(f"{join(url, name)} does not exist")
+            files.append(Download(join(url, name), folder / name, sizes[name], checksum))
+    download_files(files, f"copying {url}", xxhash.xxh3_128, on_progress)
+    write_text(folder / COMPLETE, marker.decode("utf-8"))
+
+
+def local_checkpoint(name: str) -> Path:
+    """Return a copy of a model in the user's cache folder, without the state of the optimizer.
+
+    name: URL of a checkpoint, or of a mirror, whose newest one is meant. Raises UserError.
+    """
+    url = name.rstrip("/").removesuffix("/hf")
+    if not exists(join(url, COMPLETE)):
+        names = list(Mirror(url).complete())
+        if not names:
+            raise UserError(f"{name}: expected a checkpoint with a {COMPLETE} file, or a mirror with some")
+        url = join(url, names[-1])
+    digest = json_digest([url, read_bytes(join(url, COMPLETE)).decode(errors="replace")])
+    folder = cache_folder() / "checkpoints" / digest[:16] / url.rpartition("/")[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".lock"):
+        if not (folder / COMPLETE).exists() or verify(folder, files_below("hf")):
+            fetch(url, folder, lambda name: name.startswith("hf/") or "/" not in name)
+    return folder / "hf"
+
+
+def _checksums(url: str, marker: bytes) -> dict[str, str]:
+    """Return the content of a COMPLETE file. Raises DamagedError."""
+    try:
+        found: dict[str, str] = parse_json(marker)
+        if not found or any(".." in Path(name).parts or Path(name).is_absolute() for name in found):
+            raise ValueError("it lists no files, or files elsewhere")
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"{join(url, COMPLETE)} is damaged: {error}") from None
+    return found
+
+
+def _run_files(folder: RunFolder) -> tuple[Path, ...]:
+    return folder.config, folder.provenance, folder.metrics
+
+
+def _step(name: str) -> int:
+    return checkpoint_step(Path(name))

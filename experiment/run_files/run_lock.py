@@ -1,0 +1,278 @@
+"""One process at a time writes to a run folder: the launch of a pretraining run, or a fine-tuning run.
+
+On one machine the system keeps the lock and releases it when the process ends, however it ends. Not all network file
+systems do that between machines. There the owner renews a file, and one that has not been renewed for a while counts as
+dead.
+
+The ranks of a launch hold a second lock: if both the launch and its watchdog are killed, they may train on. So do the
+processes of `training.parallel_seeds`, which take a while to save their state when the command is killed.
+"""
+
+import fcntl
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import filelock
+import psutil
+
+from experiment.errors import UserError, notify
+from experiment.files import read_json, write_json
+from experiment.run_files.outcome_file import read_rank_records
+from experiment.run_files.run_folder import RunFolder
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # see random(4)
+_LEASE_SECONDS = 120.0  # for which an NFS server keeps the lock of a dead client; Linux: 90
+_POLL_SECONDS = 0.1
+
+Renewal = int
+"""The time a file was renewed: st_mtime_ns."""
+
+
+@dataclass(frozen=True)
+class LockTimes:
+    """Times of the lock, in seconds."""
+
+    renew: float = 2.0  # between two renewals of the file
+    dead: float = 20.0  # a machine that has not renewed its file for so long is dead, or has lost the disk
+    observe: float = 5.0  # for which `folder_use` waits for another machine to renew its file
+    quiet: float = 1.0  # of waiting for processes, until a message says so
+
+
+_TIMES = LockTimes()
+
+
+@contextmanager
+def lock_run(
+    folder: RunFolder,
+    on_lost: Callable[[], object] = lambda: None,
+    dead: Renewal | None = None,
+    times: LockTimes = _TIMES,
+    await_processes: bool = True,
+) -> Iterator[None]:
+    """Lock a run folder, which must exist. Raises UserError if another process, here or on another machine, uses it.
+    Ranks that a dead launch has left get some time to end, unless `await_processes` is False.
+
+    Takes as long as `times.dead` after a process on another machine, or before a reboot of this one, that did not
+    end properly, unless `dead` was returned by `check_unlocked`. `on_lost` is called in a thread if another
+    machine takes the lock because this one has lost the disk for so long.
+    """
+    lock = filelock.FileLock(folder.lock)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if _other_owner(folder) is None:
+            raise _used(folder) from None
+        dead = _check_other_machine(folder, times, dead)  # it is dead, but NFS keeps its lock for some time
+        try:
+            lock.acquire(timeout=_LEASE_SECONDS)
+        except filelock.Timeout:
+            raise _used(folder) from None
+    try:
+        _check_other_machine(folder, times, dead)
+        if await_processes:
+            _wait_for_processes(folder, times)
+        with _owner_file(folder.owner, on_lost, times.renew):
+            yield
+    finally:
+        lock.release()
+
+
+def check_unlocked(folder: RunFolder, times: LockTimes = _TIMES) -> Renewal | None:
+    """Raise UserError like `lock_run`. The folder may not exist, and nothing is written.
+
+    Returns the last renewal of a process on another machine that was found dead, for `lock_run`: it need not wait.
+    """
+    dead = _check_other_machine(folder, times)
+    if _is_held(folder.lock) and _other_owner(folder) is None:
+        raise _used(folder)
+    _wait_for_processes(folder, times)
+    return dead
+
+
+def lock_until_exit(folder: RunFolder) -> None:
+    """Lock the run folder until this process ends, together with the other ranks. Raises OSError."""
+    descriptor = os.open(folder.processes_lock, os.O_RDWR | os.O_CREAT, 0o644)  # stays open
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def is_locked(folder: RunFolder) -> bool:
+    """Return whether another process of this machine, or a rank, uses the run folder, which may not exist."""
+    return _is_held(folder.lock) or _is_held(folder.processes_lock)
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with _opened(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none; or `open_run_folder` says why it cannot be written
+        return False
+    return False
+
+
+def _opened(lock: Path) -> IO[bytes]:
+    try:
+        return lock.open("r+b")  # NFS needs write access
+    except OSError:  # of another user, or read-only
+        return lock.open("rb")
+
+
+def _wait_for_processes(folder: RunFolder, times: LockTimes) -> None:
+    """Wait for processes of an earlier, killed command. Raises UserError if they do not end within `times.dead`."""
+    start, said = time.monotonic(), False
+    while _is_held(folder.processes_lock):
+        seconds = time.monotonic() - start
+        if seconds > times.quiet and not said:
+            notify(f"waiting for the processes of an earlier command to end, in {folder.path}")
+            said = True
+        if seconds > times.dead:
+            running = [f"process {rank.pid} on {rank.host}" for rank in read_rank_records(folder) if rank.exit is None]
+            raise UserError(
+                f"run.dir: processes of an earlier command, which was killed, still use {folder.path}; end them: "
+                f"{', '.join(running) or f'fuser {folder.processes_lock} names them'}"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class FolderUse:
+    """Whether a process uses a run folder."""
+
+    alive: bool | None  # None: not known, another machine does not renew its file
+    host: str | None = None  # of the process that does, or did and has not ended properly
+    silent_seconds: float = 0.0  # since the file was renewed, if it is not known
+
+
+def folder_use(folder: RunFolder, times: LockTimes = _TIMES) -> FolderUse:
+    """Return whether a process of any machine uses the run folder. Takes seconds if the last one was on another machine
+    and has not ended properly. Writes nothing."""
+    owner, other = _owner(folder.owner), _other_owner(folder)
+    host = None if owner is None else str(owner["host"])
+    if other is None:
+        return FolderUse(is_locked(folder), host)
+    renewed, deadline = _renewed(folder.owner), time.monotonic() + times.observe
+    while time.monotonic() < deadline:
+        time.sleep(times.renew / 4)
+        if (last := _renewed(folder.owner)) != renewed:
+            return FolderUse(last is not None, host)
+    return FolderUse(None, host, max(0.0, time.time() - (renewed or 0) / 1e9))
+
+
+class Owner:
+    """The process that uses a run folder, as `folder_use`, but at once: one of another machine that has not ended
+    properly counts as alive. One of this machine is alive until it ends: it prints how the run ended after it has
+    released the folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._process: psutil.Process | None = None
+
+    def is_alive(self) -> bool:
+        owner = _owner(self._folder.owner)
+        if owner is not None and _other_owner(self._folder) is not None:
+            return True
+        with suppress(psutil.NoSuchProcess):
+            if owner is not None:
+                self._process = psutil.Process(owner["pid"])
+            return self._process is not None and self._process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+
+def _used(folder: RunFolder) -> UserError:
+    return UserError(f"run.dir: another deepcloze process is using {folder.path}")
+
+
+def _check_other_machine(folder: RunFolder, times: LockTimes, dead: Renewal | None = None) -> Renewal | None:
+    """Raise UserError if a process on another machine renews its file. Returns when a dead one last did.
+
+    `dead`: the last renewal of a process that has been found dead before.
+    """
+    owner = _other_owner(folder)
+    if owner is None:
+        return None
+    renewed, deadline = _renewed(folder.owner), time.monotonic() + times.dead
+    while renewed != dead and time.monotonic() < deadline:
+        time.sleep(times.renew / 4)
+        if _owner(folder.owner) is None:
+            return None
+        if _renewed(folder.owner) != renewed:
+            raise UserError(
+                f"run.dir: another deepcloze process, {owner['pid']} on {owner['host']}, is using {folder.path}"
+            )
+    return renewed
+
+
+def _other_owner(folder: RunFolder) -> dict[str, object] | None:
+    """Return the content of the owner's file, if the owner is on another machine."""
+    owner = _owner(folder.owner)
+    return None if owner is None or owner.items() >= this_machine().items() else owner
+
+
+def this_machine() -> dict[str, object]:
+    """Names this machine until it reboots: several may have the same name, and containers share the id of a boot."""
+    boot = ""
+    with suppress(OSError):  # not on Linux
+        boot = _BOOT_ID.read_text(encoding="ascii").strip()
+    return {"host": platform.node(), "boot": boot}
+
+
+@contextmanager
+def _owner_file(path: Path, on_lost: Callable[[], object], renew_seconds: float) -> Iterator[None]:
+    """Write the file, renew it in a thread, and remove it at the end."""
+    mine = {**this_machine(), "pid": os.getpid(), "id": os.urandom(8).hex()}
+    write_json(path, mine)
+    released = threading.Event()
+
+    def renew() -> None:
+        warned = False
+        while not released.wait(renew_seconds):
+            try:
+                if _owner(path) not in (None, mine):
+                    on_lost()
+                    return
+                os.utime(path)
+            except FileNotFoundError:
+                if not warned:
+                    notify(
+                        f"warning: {path.parent} was deleted while a run writes there: stop the run, and start it again"
+                    )
+                warned = True
+            except OSError:  # the disk does not answer for a moment
+                pass
+
+    thread = threading.Thread(target=renew, name="run lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        released.set()
+        thread.join(renew_seconds)
+        with suppress(OSError):
+            if _owner(path) == mine:
+                path.unlink()
+
+
+def _owner(path: Path) -> dict[str, object] | None:
+    """Read the file of the owner; None if there is none, or it is damaged."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None
+
+
+def _renewed(path: Path) -> Renewal | None:
+    """Return when the file was renewed. Opens it, so that a network file system asks its server."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None

@@ -1,0 +1,215 @@
+"""Compute the outputs of examples in batches of similar length, decode and score them: in training and in `predictor`.
+
+A few examples show before training which precision a model can compute in, and whether padding changes its outputs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from experiment.errors import is_out_of_memory
+from experiment.models.model_folder import first_use
+from finetune.config import TrainingConfig
+from finetune.device import Device, Microbatch
+from finetune.encoding.examples import Batch, Example, Padding, Split, pad_sequences
+from finetune.splits import Task
+from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+
+T = TypeVar("T")
+Outputs = list[list[NDArray[np.float32]]]
+"""The outputs of a model for each example: one array per sequence."""
+
+_EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
+
+_EXAMPLES = 4
+_PADDING = 8  # tokens, at least: examples may be equally long
+_TOLERANCE = 2e-5  # of outputs in fp32: more than rounding, far less than padding changes if it counts
+
+
+def collate(kind: TaskKind[Any], examples: Sequence[Example], padding: Padding, device: torch.device) -> Batch:
+    """Return a batch of all sequences of the examples, padded to the longest of them."""
+    inputs = pad_sequences([tokens for example in examples for tokens in example.sequences], padding, device)
+    targets = None if any(example.target is None for example in examples) else kind.targets(examples)
+    return Batch(tuple(examples), inputs, None if targets is None else targets.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model, and how its inputs are batched."""
+
+    model: nn.Module
+    kind: TaskKind[Any]
+    padding: Padding
+    device: Device
+    microbatch: Microbatch
+
+    def compute(self, examples: Sequence[Example], options: LossOptions | None = None) -> tuple[Outputs, Loss | None]:
+        """Return the outputs of every example, and the loss of the examples with targets; None without any.
+
+        Microbatches consist of examples of similar length. options: None to compute no loss.
+        """
+        self.model.eval()
+        outputs: Outputs = [[] for _ in examples]
+        losses: list[Loss] = []
+
+        def compute(parts: Sequence[Sequence[int]]) -> None:
+            computed = [self._compute_batch([examples[index] for index in indices], options) for indices in parts]
+            for indices, (rows, loss) in zip(parts, computed, strict=True):
+                for index in indices:
+                    outputs[index] = [next(rows) for _ in examples[index].sequences]
+                losses.extend([loss] if loss else [])
+
+        with torch.inference_mode():
+            lengths = [example.longest for example in examples]
+            for indices in evaluation_batches(lengths, self.microbatch.size, self.padding.is_avoided):
+                self.microbatch.compute(indices, compute)
+        return outputs, _total(losses) if losses else None
+
+    def _compute_batch(
+        self, examples: Sequence[Example], options: LossOptions | None
+    ) -> tuple[Iterator[NDArray[np.float32]], Loss | None]:
+        """Return the outputs of all sequences in order, and the loss."""
+        batch = collate(self.kind, examples, self.padding, self.device.device)
+        with self.device.autocast():
+            outputs = self.kind.forward(self.model, batch)
+        loss = None if options is None or batch.targets is None else self.kind.loss(outputs, batch, options)
+        return iter(outputs.float().cpu().numpy()), loss
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int, equal: bool = False) -> list[list[int]]:
+    """Batch all examples, by index, with others of similar length, or only of the same one. The longest come first, to
+    run out of memory early if at all."""
+    by_length = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    groups = [list(group) for _, group in groupby(by_length, lengths.__getitem__)] if equal else [by_length]
+    return [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
+
+
+def compute_together(
+    examples: Sequence[Example], padding: Padding, compute: Callable[[Sequence[Example]], Sequence[T]]
+) -> list[T]:
+    """Compute all examples in one batch or, if padding is to be avoided, in one for each length."""
+    if not padding.is_avoided:
+        return list(compute(examples))
+    found: dict[int, T] = {}
+    for indices in evaluation_batches([example.longest for example in examples], len(examples), equal=True):
+        found.update(zip(indices, compute([examples[index] for index in indices]), strict=True))
+    return [found[index] for index in range(len(examples))]
+
+
+def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Prediction, ...]:
+    """Return the predictions of all records from the outputs of all examples."""
+    examples_of: list[list[int]] = [[] for _ in split.table.records]
+    for index, record in enumerate(split.record_of):
+        examples_of[record].append(index)
+    return tuple(
+        kind.decode(
+            record,
+            [split.examples[index] for index in indices],
+            [output for index in indices for output in outputs[index]],
+        )
+        for record, indices in zip(split.table.records, examples_of, strict=True)
+    )
+
+
+def _total(losses: Sequence[Loss]) -> Loss:
+    sums = [torch.stack([getattr(loss, part) for loss in losses]).double().sum() for part in ("sum", "weight")]
+    return Loss(*sums)
+
+
+def evaluation_microbatch(config: TrainingConfig) -> Microbatch:
+    return Microbatch(config.eval_batch_size or config.batch_size * _EVALUATION_FACTOR)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions for the records of a split, in order."""
+
+    predictions: tuple[Prediction, ...]
+    loss: float | None  # mean, weighted as in training; None without targets
+    scores: dict[str, float]  # empty without targets
+
+
+def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch, device: Device) -> Evaluation:
+    """Predict all records of a split, and score them if it has targets."""
+    inference = Inference(model, task.kind, task.padding, device, microbatch)
+    outputs, loss = inference.compute(split.examples, task.loss_options(device.device))
+    predictions = decode(task.kind, split, outputs)
+    if loss is None:
+        return Evaluation(predictions, None, {})
+    records = split.table.records
+    related = tuple(task.kind.relate(records, predictions))
+    return Evaluation(related, (loss.sum / loss.weight).item(), task.kind.scores(records, related))
+
+
+def adapt_to_model(
+    model: PreTrainedModel, task: Task, device: Device, max_length: int
+) -> tuple[Task, Device, list[str]]:
+    """Return the task and the device as the model needs them, and a line for each change.
+
+    Some models cannot compute in autocast, such as DeBERTa (v1) on a CPU: they compute in fp32. The outputs of some
+    depend on padding, such as FNet's, which has no attention mask: their batches are all padded to `max_length`. Raises
+    UserError for a model that cannot compute at all.
+    """
+    examples = sorted(next(iter(task.splits.values())).examples, key=lambda example: example.longest)
+    lines, name = [], model.config.model_type
+    if not ignores_padding(model, task.kind, task.padding, [*examples[:_EXAMPLES], examples[-1]], max_length):
+        lines.append(f"{name}: its outputs depend on padding, so all sequences are padded to {max_length} tokens")
+        task = replace(task, padding=replace(task.padding, length=max_length))
+    if device.dtype is not None:
+        batch = collate(task.kind, examples[:2], task.padding, device.device)
+        options = task.loss_options(device.device) if task.is_trained else None
+        if not computes(model.to(device.device).train(task.is_trained), task.kind, batch, device, options):
+            lines.append(f"{name} cannot compute in {device.precision} on {device.device.type}; fp32 is used")
+            device = replace(device, dtype=None)
+    return task, device, lines
+
+
+def ignores_padding(
+    model: nn.Module, kind: TaskKind[Any], padding: Padding, examples: Sequence[Example], max_length: int
+) -> bool:
+    """Return whether the outputs of each example stay the same if all are padded, to `max_length` tokens at most.
+
+    The model is on the CPU.
+    """
+    length = min(max(example.longest for example in examples) + _PADDING, max_length)
+    model.eval()
+    with first_use(model), torch.inference_mode():
+        outputs = _outputs(model, kind, replace(padding, length=length), examples)
+        together = torch.split(outputs, [len(example.sequences) for example in examples])
+        return all(map(_same, [_outputs(model, kind, padding, [example]) for example in examples], together))
+
+
+def _outputs(model: nn.Module, kind: TaskKind[Any], padding: Padding, examples: Sequence[Example]) -> Tensor:
+    """Compute the outputs in fp32 on the CPU. The first dimension: sequences."""
+    return kind.forward(model, collate(kind, examples, padding, torch.device("cpu"))).float()
+
+
+def _same(alone: Tensor, together: Tensor) -> bool:
+    """Return whether outputs are the same but for rounding. together: perhaps for more tokens, which are padding."""
+    shown = together[tuple(map(slice, alone.shape))]
+    return bool((alone - shown).abs().max() <= _TOLERANCE * (1 + alone.abs().max()))
+
+
+def computes(
+    model: nn.Module, kind: TaskKind[Any], batch: Batch, device: Device, options: LossOptions | None = None
+) -> bool:
+    """Return whether a model can compute a batch in the precision of the device; with loss options, the gradients
+    too."""
+    try:
+        with torch.set_grad_enabled(options is not None):
+            with device.autocast():
+                outputs = kind.forward(model, batch)
+            if options is not None:
+                kind.loss(outputs, batch, options).sum.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True

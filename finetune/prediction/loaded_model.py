@@ -1,0 +1,138 @@
+"""A loaded model folder, for prediction, mask filling and embeddings; and embeddings."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from experiment.errors import UserError
+from experiment.models.fast_linear import use_fast_linear
+from experiment.models.model_folder import first_use
+from finetune.device import Device, choose_device
+from finetune.encoding.encoder import Encoder
+from finetune.encoding.examples import Batch, Example, Padding, pad_sequences
+from finetune.model import ModelSpec, build_model, read_model_inputs
+from finetune.pooling import Pooling, pool
+from finetune.prediction.inference import collate, compute_together, computes, ignores_padding
+from finetune.prediction.onnx_model import OnnxModel, holds_onnx_model
+from finetune.prediction.saved_task import SavedTask
+from finetune.task_kind import TaskKind
+
+log = logging.getLogger(__name__)
+
+_UNLIMITED = 512  # tokens of a sequence, if neither the folder nor the model limits them
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, and the encoder of its texts. Threads may share it."""
+
+    folder: Path
+    model: PreTrainedModel | OnnxModel
+    encoder: Encoder
+    padding: Padding
+    device: Device
+    # A tokenizer of the tokenizers library cannot change its truncation while another thread uses it.
+    encoding: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16, fp16, or int8 for some ONNX models."""
+        return self.model.precision if isinstance(self.model, OnnxModel) else self.device.precision
+
+
+def load_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask, precision: str = "auto"
+) -> LoadedModel:
+    """Load the model in a folder, with the head of a task, to compute with it as fast as possible.
+
+    precision: as in the training config. Raises UserError for a folder that is not usable, or whose weights lack the
+    head, and for a precision that an ONNX model does not have.
+    """
+    if holds_onnx_model(folder):
+        loaded = load_on_cpu(folder, tokenizer, task)
+        if precision not in ("auto", loaded.precision):
+            raise UserError(f"--precision: the ONNX model in {folder} computes in {loaded.precision} only; use auto")
+        return loaded
+    device = choose_device(precision, key="--precision")
+    loaded = load_on_cpu(folder, tokenizer, task)
+    loaded.model.to(device.device)
+    use_fast_linear(loaded.model)
+    device = _usable_precision(loaded.model, task.kind, _probe(replace(loaded, device=device), task.kind), device)
+    return replace(loaded, device=device)
+
+
+def load_on_cpu(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask) -> LoadedModel:
+    """Return the model as transformers computes it, in fp32; or the ONNX model in the folder. Raises UserError."""
+    spec = ModelSpec(folder, True, task.kind.auto_model, task.kind.head)
+    inputs = read_model_inputs(spec, tokenizer)
+    model = (OnnxModel(folder) if holds_onnx_model(folder) else _build(spec)).eval().requires_grad_(False)
+    length = task.max_seq_length or min(inputs.max_length or _UNLIMITED, tokenizer.model_max_length)
+    encoder = Encoder(tokenizer, length, inputs.token_types, task.kind.config.special_tokens_in_text)
+    padding = Padding.of(tokenizer)
+    # The rounding of int8 depends on all of a batch anyway.
+    if task.padded is None and not (isinstance(model, OnnxModel) and model.precision == "int8"):
+        ignores = ignores_padding(model, task.kind, padding, [task.kind.probe(encoder)], length)
+        padding = replace(padding, is_avoided=not ignores)
+    elif task.padded:
+        padding = replace(padding, length=length)
+    loaded = LoadedModel(folder, model, encoder, padding, Device(torch.device("cpu"), dtype=None))
+    with first_use(model), torch.inference_mode():
+        task.kind.forward(model, _probe(loaded, task.kind))
+    return loaded
+
+
+def _build(spec: ModelSpec) -> PreTrainedModel:
+    built = build_model(spec)
+    if built.new:
+        problem = "has no masked-LM head" if spec.auto_model == "AutoModelForMaskedLM" else "is not fine-tuned"
+        raise UserError(f"{spec.folder}: the model {problem}: its weights lack {', '.join(built.new[:3])}")
+    return built.model
+
+
+def _probe(loaded: LoadedModel, kind: TaskKind[Any]) -> Batch:
+    """Make the smallest batch."""
+    return collate(kind, [kind.probe(loaded.encoder)], loaded.padding, loaded.device.device)
+
+
+def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch, device: Device) -> Device:
+    """Return the device, in fp32 if the model cannot compute in its precision, as DeBERTa (v1) on a CPU."""
+    if device.dtype is None or computes(model, kind, probe, device):
+        return device
+    name = model.config.model_type
+    log.warning("%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.device.type)
+    return replace(device, dtype=None)
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """The encoder of a loaded model, without its head. Threads may share it."""
+
+    loaded: LoadedModel
+    pooling: Pooling = "mean"
+    normalize: bool = False  # to length 1
+
+    def encode(self, texts: Sequence[str], pooling: Pooling | None = None) -> list[Example]:
+        """Texts that are too long are cut. `details`: the pooling."""
+        with self.loaded.encoding:
+            return [Example((self.loaded.encoder.encode(text),), details=pooling or self.pooling) for text in texts]
+
+    def compute(self, texts: Sequence[Example]) -> list[list[float]]:
+        """Return the vectors of encoded texts, D numbers each: hidden states of the last layer, pooled."""
+        return compute_together(texts, self.loaded.padding, self._compute_batch)
+
+    def _compute_batch(self, texts: Sequence[Example]) -> list[list[float]]:
+        inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
+        with torch.inference_mode(), self.loaded.device.autocast():
+            hidden_STD = self.loaded.model.base_model(**inputs).last_hidden_state
+        mask_ST = inputs["attention_mask"]
+        by_pooling = {pooling: pool(hidden_STD, mask_ST, pooling) for pooling in {text.details for text in texts}}
+        vectors_SD = torch.stack([by_pooling[text.details][number] for number, text in enumerate(texts)])
+        vectors: list[list[float]] = (F.normalize(vectors_SD, dim=-1) if self.normalize else vectors_SD).tolist()
+        return vectors

@@ -1,0 +1,213 @@
+"""`deepcloze predict`: predict for the rows of a file, which may be larger than the memory."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from errno import EISDIR
+from itertools import islice
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from experiment.csv_and_jsonl import listed, warn_once
+from experiment.errors import UserError, readable_disk_errors
+from experiment.files import created_parents, write_json
+from experiment.formatting import counted
+from experiment.models.model_names import local_model
+from experiment.process.hardware import prepare_process
+from experiment.progress import progress, terminal
+from finetune.data.formats import FileFormat, read_rows, separator
+from finetune.data.records import Record, TurnJoiner, read_records
+from finetune.data.task_config import TaskConfig
+from finetune.encoding.encoder import turn_joiner
+from finetune.options import PredictOptions
+from finetune.prediction.predictor import Predictor, missing_temperature
+from finetune.prediction.saved_task import find_model, override_task, read_saved_task
+from finetune.results.predictions import check_row_file, open_row_file, optional_inputs, prediction_rows
+from finetune.results.tables import print_label_scores, print_scores
+from finetune.scores.calibration import calibration_error
+from finetune.scores.metrics import top_confusions
+from finetune.task_kind import Prediction, TaskKind
+
+_COLUMN_NUMBERS = re.compile(r"""[\d\[\], '"]+|null|None""")  # one, a list, or none
+_CHUNK = 64  # batches that are read, sorted by length, computed and written together
+
+
+@dataclass(frozen=True)
+class Input:
+    """The rows of a file, read again in each iteration."""
+
+    path: Path
+    kind: TaskKind[Any]
+    format: FileFormat
+    labelled: bool  # whether to read the targets too
+    joiner: TurnJoiner | None  # of the turns of dialogues, which are read all at once
+
+    def __iter__(self) -> Iterator[Record]:
+        task = self.kind.config
+        columns = task.columns if self.labelled else task.columns.without_targets()
+        return read_records(read_rows(self.path, self.format), columns, self.labelled, self.joiner, "--columns")
+
+    def count(self) -> int:
+        """Count the rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""
+        types = self.kind.config.columns.cell_types()
+        targets = [role for role, cell_type in types.items() if cell_type.target and not cell_type.optional]
+        count = 0
+        for record in self:
+            count += 1
+            self.kind.check_input(record)
+            if not self.labelled:
+                continue
+            if empty := [role for role in targets if record.values.get(role) is None]:
+                raise UserError(f"{record.place}: the {empty[0]} is empty")
+            self.kind.check_target(record)
+        if not count:
+            raise UserError(f"{self.path} has no rows")
+        self._name_columns()
+        return count
+
+    def _name_columns(self) -> None:
+        """Print the names of columns given by number if the file has a header, and warn of a header with a label, which
+        is probably data."""
+        first = next(iter(read_rows(self.path, self.format)))
+        columns, header = self.kind.config.columns.without_targets(), [name.strip() for name in first.names]
+        asked = {role: columns.names(role) for role in columns.cell_types()}
+        # Without a header, and in other formats than CSV, the numbers are the names.
+        if not all(name.isdecimal() and name not in header for names in asked.values() for name in names):
+            return
+        found = (f"{role}: {listed(repr(header[int(name)]) for name in names)}" for role, names in asked.items())
+        terminal().print(f"columns by number, {', '.join(found)}")
+        if labels := [name for name in header if name in self.kind.labels]:
+            warn_once(
+                f"{self.path}: the first row is read as a header, but {labels[0]!r} in it is one of the labels; if it "
+                f"is data, set {self.format.csv.option('header', 'null')}"
+            )
+
+
+@dataclass
+class Scored:
+    """Rows and predictions to score."""
+
+    records: list[Record] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+
+
+def predict_command(options: PredictOptions) -> None:
+    """Run the command. Raises UserError."""
+    prepare_process()
+    output = Path(options.output)
+    check_row_file(output)
+    source = Path(options.input)
+    for written in (output, *([_scores_file(output)] if options.score else [])):
+        if written.resolve() == source.resolve():
+            raise UserError(f"--output: {written} is the input")
+        _check_writable(written)
+    if source.exists() and not source.is_file() and not source.is_dir():
+        raise UserError(f"--input: {source} is not a regular file; it is read twice, which a pipe cannot be")
+    folder, description = find_model(local_model(options.model))
+    trained = read_saved_task(folder)
+    task = override_task(trained, _overrides(options, trained.kind.config))
+    if options.calibrated and task.temperature is None:
+        raise missing_temperature(folder)
+    file_format = _input_format(options, task.kind.config, trained.kind.config)
+    rows = Input(source, task.kind, file_format, options.score, turn_joiner(folder, task.kind.config))
+    count = rows.count()
+    terminal().print(f"model: {description}")
+    predictor = Predictor.load(folder, options.precision, options.batch_size, task)
+    with readable_disk_errors():
+        scored = _write(output, predictor, rows, count, options)
+        terminal().print(f"{output}: {counted(count, 'row')}")
+        if scored is not None:
+            _report_scores(_scores_file(output), predictor, scored, options)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise UserError if the file could not be written after hours of predicting."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        with created_parents(path), NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path}: {error.strerror}") from None
+
+
+def _scores_file(output: Path) -> Path:
+    return output.with_suffix(".scores.json")
+
+
+def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str]:
+    """Return keys of the task -> raw text."""
+    has_dialogue = trained.dialogue is not None
+    for key, value in options.overrides.items():
+        is_of_dialogue = has_dialogue and key.startswith("dialogue.") and key != "dialogue.turns"
+        if not key.startswith("columns.") and not is_of_dialogue:
+            more = " or --dialogue.group=NAME" if has_dialogue else ""
+            raise UserError(f"unknown flag '--{key}'; columns are named as --columns.text=NAME{more}")
+        if trained.header is None and options.header is None and not _COLUMN_NUMBERS.fullmatch(value):
+            raise UserError(
+                f"--{key}={value}: the training data had no header, so columns have numbers from 0; if {options.input} "
+                "has a header, set --header 0"
+            )
+    keys = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": options.header}
+    written = {key: str(value) for key, value in keys.items() if value is not None}
+    return {**options.overrides, **written}
+
+
+def _input_format(options: PredictOptions, task: TaskConfig, trained: TaskConfig) -> FileFormat:
+    """Return the input's format: from flags, otherwise as in training, but quotes are ordinary characters only for a
+    separator for which they were. Whether there is a header must be said if in doubt. trained: without the flags."""
+    found = task.file_format(as_flags=True)
+    known = {separator(Path(path), trained.file_format()) for path in trained.files().values()}
+    quoting = task.quoting if options.quoting is not None or separator(Path(options.input), found) in known else 0
+    return replace(found, csv=replace(found.csv, quoting=quoting, rejects_header=options.header is None))
+
+
+def _write(output: Path, predictor: Predictor, rows: Input, count: int, options: PredictOptions) -> Scored | None:
+    """Predict in chunks, and write each. Returns rows and predictions to score, if any."""
+    scored = Scored() if options.score else None
+    optional = optional_inputs(predictor.kind, rows if options.score else ())
+    done = 0
+    with open_row_file(output) as write, progress("predicting", count, "rows") as advance:
+        for chunk in _chunks(rows, options.batch_size * _CHUNK):
+            predictions = predictor.predict_records(chunk, options.calibrated)
+            write(prediction_rows(predictor.kind, chunk, predictions, done + 1, optional))
+            done += len(chunk)
+            advance(len(chunk))
+            if scored is not None:
+                scored.records += chunk
+                scored.predictions += predictions
+    return scored
+
+
+def _chunks(rows: Input, size: int) -> Iterator[Sequence[Record]]:
+    records = iter(rows)
+    while chunk := list(islice(records, size)):
+        yield chunk
+
+
+def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: PredictOptions) -> None:
+    """Write the scores, and print a table of the metrics and one of the labels."""
+    kind = predictor.kind
+    found = scored.records, kind.relate(scored.records, scored.predictions)
+    scores, metric = kind.scores(*found), kind.config.metric
+    pairs, classified = kind.label_pairs(*found), kind.classified(*found)
+    labels = kind.label_scores(*found)
+    written = {
+        "model": str(predictor.folder.absolute()),
+        "input": str(Path(options.input).absolute()),
+        "rows": len(scored.records),
+        "calibrated": options.calibrated,
+        "metric": metric,
+        "scores": scores,
+        "label_scores": labels,
+        "confusions": [] if pairs is None else top_confusions(*pairs, kind.labels),
+        "ece": None if classified is None else calibration_error(classified),
+    }
+    write_json(path, written)
+    name = Path(options.input).name
+    print_scores(counted(len(scored.records), "row"), {name: scores}, metric)
+    if labels:
+        print_label_scores(name, labels)
+    print(path)

@@ -1,0 +1,195 @@
+"""`deepcloze compare`: finish the runs of a comparison, then test the differences of their scores and write the tables.
+
+DIR/runs.json is the record of the runs, DIR/compare.json their scores, see `experiment.results.comparison`.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiment.errors import UserError, reason
+from experiment.files import read_json, write_json, write_text
+from experiment.progress import track
+from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
+from experiment.results.plots import draw_dots
+from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder
+from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, read_scored_split
+from finetune.scores.significance import Scores, bootstrap_scores, compare_scores, draw_records, percentile_interval
+from finetune.splits import related_records
+from launcher.report import print_report
+from launcher.run_sets.compare_plan import ComparePlan
+from launcher.run_sets.run_set import DONE, PlannedRun
+
+RESAMPLES = 1000
+
+_FITTED_ON = ("train", "validation")
+
+ScoresByRow = Mapping[str, Sequence["CellScores"]]
+"""Row -> its cells, without the failed ones."""
+
+Tests = Mapping[tuple[str, str], Mapping[str, Any]]
+"""(column, row) -> the `interval` of its score, and `against`: another row -> difference of the scores, interval, p."""
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """The scores of a row for one column of the table: a task, or one of the test splits of a task."""
+
+    column: str
+    folder: RunFolder  # of the fine-tuning run
+    split: str
+    chosen: Mapping[str, str]  # the point of the grid
+    metric: str
+    values: tuple[float, ...]  # by seed
+    mean: float
+    std: float | None  # None for one seed
+    collapsed: int  # number of seeds
+    labels: tuple[str, ...]
+
+
+def run_comparison(plan: ComparePlan) -> None:
+    """Run all cells of a comparison whose plan has been checked, and write its tables.
+
+    Raises UserError if the folder is in use or has runs of other configs, StoppedError if a signal or a full disk stops
+    it early, and SystemExit if runs failed, after all others.
+    """
+    runs = plan.runs
+    with runs.opened() as records:
+        runs.finish(records)
+        states = {run.name: records[run.name]["state"] for run in runs.runs}
+        cells = {
+            row: [cell for task, run in row_runs.items() for cell in _cells_of(plan, task, run, states[run.name])]
+            for row, row_runs in plan.cells.items()
+        }
+        failed = {name: state for name, state in states.items() if state != DONE}
+        _write_tables(runs.folder, cells, test_rows(cells), failed)
+
+
+def _cells_of(plan: ComparePlan, task: str, run: PlannedRun, state: str) -> list[CellScores]:
+    """Return the scores of a cell, see `_read_cell`. Of a failed sweep, the best of its other runs, if any."""
+    folder = plan.runs.run_folder(run)
+    if state == DONE:
+        return _read_cell(task, folder, plan.grid)
+    if plan.grid:
+        with suppress(UserError):
+            return _read_cell(task, folder, grid=True)
+    return []
+
+
+def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
+    """Return the scores of a finished cell for each test split that has the task's metric; on validation if there is
+    none.
+
+    grid: whether the folder holds a sweep. Raises UserError for a damaged file.
+    """
+    chosen: Mapping[str, str] = {}
+    cell = folder.path
+    path = cell / SWEEP_RECORD if grid else folder.results
+    try:
+        if grid:
+            sweep = read_json(path)
+            best = sweep["best"]  # on validation
+            folder, chosen = RunFolder(cell / best), sweep["runs"][best]["values"]
+            path = folder.results
+        results = read_json(path)
+        scored = [split for split, scores in results["splits"].items() if results["metric"] in scores]
+        splits = [split for split in scored if split not in _FITTED_ON] or ["validation"]
+        columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}
+        return [_scores(column, folder, split, chosen, results) for column, split in columns.items()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(cell, f"{path} is damaged: {type(error).__name__}: {reason(error)}") from None
+
+
+def _damaged(cell: Path, problem: str) -> UserError:
+    """Return the error of a damaged cell, DIR/ROW/TASK. A finished cell runs again only without its folder."""
+    advice = f"to train this cell again, delete {cell} and run the same command again"
+    return UserError(f"{'/'.join(cell.parts[-2:])}: {problem}; {advice}")
+
+
+def _scores(
+    column: str, folder: RunFolder, split: str, chosen: Mapping[str, str], results: Mapping[str, Any]
+) -> CellScores:
+    metric, collapsed, labels = results["metric"], len(results["collapsed"]), tuple(results["labels"])
+    scores = results["splits"][split][metric]
+    values, mean, std = tuple(scores["values"]), scores["mean"], scores["std"]
+    return CellScores(column, folder, split, chosen, metric, values, mean, std, collapsed, labels)
+
+
+def test_rows(cells: ScoresByRow) -> Tests:
+    """Bootstrap the scores and test all pairs of rows in each column, see `significance.bootstrap_scores`.
+
+    Raises UserError if data have changed since they were scored, and for damaged predictions.
+    """
+    columns: dict[str, dict[str, CellScores]] = {}
+    for row, scores in cells.items():
+        for cell in scores:
+            columns.setdefault(cell.column, {})[row] = cell
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for column, by_row in columns.items():
+        resampled = _resample(column, by_row)
+        for row, drawn in resampled.items():
+            found[column, row] = {"interval": percentile_interval(drawn), "against": {}}
+        for a, b in combinations(resampled, 2):
+            test = compare_scores(by_row[a].values, by_row[b].values, resampled[a], resampled[b])
+            found[column, a]["against"][b] = asdict(test)
+    return found
+
+
+def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]:
+    """Return the bootstrap scores of each row."""
+    splits = {row: _read_split(cell) for row, cell in cells.items()}
+    (count, *others) = {len(split.records) for split in splits.values()}
+    if others:
+        raise UserError(f"{column}: the rows were scored on {count:,} and {others[0]:,} records; run them again")
+    any_row = next(iter(splits.values()))
+    units = related_records(any_row.records, any_row.kind.config.columns)
+    shown = track(enumerate(splits.items()), f"{column}: bootstrap", len(splits), "rows")
+    scores: dict[str, Scores] = {}
+    for stream, (row, split) in shown:
+        score = partial(ScoredSplit.score, split, cells[row].metric)
+        scores[row] = bootstrap_scores(score, len(split.predictions), draw_records(units, RESAMPLES), stream)
+    return scores
+
+
+def _read_split(cell: CellScores) -> ScoredSplit:
+    try:
+        return read_scored_split(cell.folder, cell.split, cell.labels)
+    except DamagedPredictionsError as error:
+        run = cell.folder.path
+        raise _damaged(run.parent if cell.chosen else run, str(error)) from None  # chosen: a run of the cell's sweep
+
+
+def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: Mapping[str, str]) -> None:
+    """Write compare.json, compare.csv, compare.md, compare.png and the report, and print the tables.
+
+    A report that cannot be written is a warning. failed: name of a run -> how it failed.
+    """
+    comparison = {
+        row: {cell.column: _as_json(cell, folder, tests[cell.column, row]) for cell in found}
+        for row, found in cells.items()
+    }
+    write_json(folder.path / "compare.json", comparison)
+    write_text(folder.path / "compare.csv", as_csv(comparison))
+    write_text(folder.path / "compare.md", as_markdown(comparison, failed))
+    for title, (header, *rows) in tables(comparison, failed).items():
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console(markup=False, emoji=False, highlight=False).print(table)
+    print(f"{folder.path}/compare.json, compare.csv, compare.md")
+    if any(comparison.values()):
+        draw_dots(folder.path / "compare.png", score_charts(comparison))
+        print_report("compare", folder.path)
+
+
+def _as_json(cell: CellScores, folder: RunFolder, tests: Mapping[str, Any]) -> dict[str, Any]:
+    path = str(cell.folder.path.relative_to(folder.path))
+    found = {name: value for name, value in vars(cell).items() if name not in ("column", "labels")}
+    return {**found, "folder": path, **tests}

@@ -1,0 +1,185 @@
+"""The runs of a comparison, all validated before the first one starts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.config import flatten, load_config, read_config_file
+from experiment.errors import UserError, user_errors_in
+from experiment.process.own_process import module_command
+from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
+from finetune.config import FinetuneConfig, check_validation
+from finetune.resolve import check_data
+from launcher.options import CompareOptions, LaunchOptions
+from launcher.run_sets.compare_config import CompareConfig, RowConfig
+from launcher.run_sets.run_set import (
+    CONFIGS,
+    FlatConfig,
+    PlannedRun,
+    RunSet,
+    record_model_of_set,
+    recorded_configs,
+    recorded_data,
+)
+from launcher.run_sets.sweep import grid_points, parse_grid
+from launcher.run_validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
+from pretrain.config import PretrainConfig
+
+_COMMAND = module_command("launcher")
+_IRRELEVANT = ("run.", "tracking.")  # keys that do not change scores
+_PRETRAINING = "pretrain"  # folder, beside the folders of the tasks
+# Beside the folders of the rows: of the comparison, or what would make its folder one of another kind.
+_USED = (
+    *("compare.csv", "compare.json", "compare.md", "compare.png", "logs", "report", CONFIGS, COMPARISON_RECORD),
+    *("checkpoints", "config.json", "config.yaml", "launch.jsonl", "manifest.json", "metrics.jsonl"),
+)
+
+
+@dataclass(frozen=True)
+class ComparePlan:
+    """The validated runs of a comparison, named ROW/TASK and ROW/pretrain after their folders."""
+
+    runs: RunSet
+    cells: Mapping[str, Mapping[str, PlannedRun]]  # row -> task -> its fine-tuning run, or a sweep of them
+    grid: bool  # whether a cell is a sweep
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A column of the table."""
+
+    name: str  # of its folders
+    file: str
+    data: FlatConfig  # data.SPLIT -> checksum
+    pinned: Mapping[str, str]  # overrides with the commits of data sets of the Hub
+
+
+def plan_comparison(options: CompareOptions) -> ComparePlan:
+    """Validate all runs and read their data. Writes and starts nothing.
+
+    Raises UserError for anything that would keep a run from starting.
+    """
+    config = load_config(CompareConfig, options.file, options.overrides)
+    placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
+    if placement and all(row.pretrain is None for row in config.rows.values()):
+        raise UserError(f"--{next(iter(placement))} applies to pretraining, and no row of {options.file} has any")
+    folder = RunFolder(Path(config.run.dir).absolute())
+    check_run_folder(folder, None)
+    row_folders = _folders("rows", list(config.rows))
+    if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
+        raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
+    recorded = recorded_configs(folder.path / COMPARISON_RECORD)
+    config = _find_encoders(config, options.file, recorded)
+    files = [*config.tasks, *(row.pretrain for row in config.rows.values() if row.pretrain is not None)]
+    configs = {file: read_config_file(file) for file in files}
+    tasks = _read_tasks(config, recorded_data(recorded))
+    runs: list[PlannedRun] = []
+    cells: dict[str, dict[str, PlannedRun]] = {}
+    for name, row in config.rows.items():
+        with user_errors_in(f"{options.file}: rows.{name}"):
+            pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
+            cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config)
+        runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
+    run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs), configs=configs)
+    return ComparePlan(run_set, cells, config.grid is not None)
+
+
+def _find_encoders(config: CompareConfig, file: str, recorded: Mapping[str, FlatConfig]) -> CompareConfig:
+    """Return the config with the model that each `init_from` refers to now: all cells of a row start from the
+    same checkpoint, although a run may save newer ones meanwhile. Raises UserError."""
+    rows = {}
+    for name, row in config.rows.items():
+        with user_errors_in(f"{file}: rows.{name}.init_from"):
+            model = record_model_of_set(row.init_from, recorded)
+        rows[name] = row.model_copy(update={"init_from": model})
+    return config.model_copy(update={"rows": rows})
+
+
+def _folders(key: str, names: Sequence[str]) -> dict[str, str]:
+    """Return name -> name of its folder. Raises UserError if two would share one."""
+    folders = {name: folder_name(name) for name in names}
+    for name, folder in folders.items():
+        if not folder:
+            raise UserError(f"{key}: expected a name with letters or digits, found '{name}'")
+        if others := [other for other in names if other != name and folders[other] == folder]:
+            raise UserError(f"{key}: '{name}' and '{others[0]}' would share the folder '{folder}'; rename one")
+    return folders
+
+
+def _read_tasks(config: CompareConfig, recorded: Sequence[str]) -> list[_Task]:
+    """Read the tasks. recorded: see `recorded_data`. Raises UserError for invalid data and names."""
+    encoder = next(iter(config.rows.values())).init_from  # the data are valid for all encoders or for none
+    replaced = {"run.dir": ".", "model.init_from": encoder}  # a file may leave them out
+    loaded = [load_config(FinetuneConfig, file, replaced) for file in config.tasks]
+    names = [task.task.name or Path(file).stem for file, task in zip(config.tasks, loaded, strict=True)]
+    folders = _folders("tasks", names)
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"tasks: the name '{name}' is used twice; set task.name in one of the files")
+        if folders[name] == _PRETRAINING:
+            raise UserError(f"tasks: the folder '{_PRETRAINING}' of '{name}' is for pretraining runs; set task.name")
+    tasks = []
+    for name, file, task_config in zip(names, config.tasks, loaded, strict=True):
+        with user_errors_in(file):
+            task = task_config.task.pinned(recorded)
+            check_data(task_config.model_copy(update={"task": task}))
+            tasks.append(_Task(folders[name], file, data_origin(task), task.hub_overrides()))
+    return tasks
+
+
+def _plan_pretraining(row: RowConfig, parent: Path, folder: str, placement: Mapping[str, Any]) -> PlannedRun | None:
+    if row.pretrain is None:
+        return None
+    name = f"{folder}/{_PRETRAINING}"
+    overrides = {"model.init_from": row.init_from, "run.dir": str(parent / name)}
+    mirror = load_config(PretrainConfig, row.pretrain, overrides).checkpoint.mirror
+    if mirror is not None:
+        overrides["checkpoint.mirror"] = f"{mirror}/{name}"
+    config = validate_pretraining(row.pretrain, overrides, placement)
+    flags = [f"--{key}={value}" for key, value in {**placement, **overrides}.items()]
+    return PlannedRun(name, (*_COMMAND, "pretrain", "--config", row.pretrain, *flags), config)
+
+
+def _plan_cells(
+    row: RowConfig,
+    pretraining: PlannedRun | None,
+    parent: Path,
+    folder: str,
+    tasks: Sequence[_Task],
+    config: CompareConfig,
+) -> dict[str, PlannedRun]:
+    """Return the runs of a row by task. Their configs have the checksums of all files that they read."""
+    origin = encoder_origin(row.init_from, row.weights)
+    seeds = ",".join(map(str, config.seeds))
+    now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}
+    then = now
+    if pretraining is not None:
+        origin = {**origin, **{f"pretrain.{key}": value for key, value in pretraining.config.items()}}
+        then = {**now, "model.init_from": str(parent / pretraining.name)}
+    cells = {}
+    for task in tasks:
+        name = f"{folder}/{task.name}"
+        checked = _check_cell(task.file, {**now, **task.pinned}, parent / name, config.grid)
+        argv = _cell_argv(task.file, {**then, **task.pinned}, parent / name, config.grid)
+        all_keys = {**checked, **task.data, **origin, **then}
+        cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
+    return cells
+
+
+def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> FlatConfig:
+    """Return the config of a cell, as flat keys. Raises UserError for one that is not valid, at any point of the
+    grid."""
+    for point in grid_points(parse_grid(grid)).values() if grid is not None else ():
+        keys = {**overrides, "run.dir": str(folder), **point}
+        check_validation(load_config(FinetuneConfig, file, keys), "the points of the grid are compared on validation")
+        validate_finetuning(file, keys)
+    config = flatten(validate_finetuning(file, {**overrides, "run.dir": str(folder)}))
+    return {**{key: value for key, value in config.items() if not key.startswith(_IRRELEVANT)}, "grid": grid}
+
+
+def _cell_argv(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> tuple[str, ...]:
+    flags = [f"--{key}={value}" for key, value in overrides.items()]
+    if grid is None:
+        return (*_COMMAND, "finetune", "--config", file, f"--run.dir={folder}", *flags)
+    return (*_COMMAND, "sweep", "--config", file, f"--grid={grid}", f"--output={folder}", *flags)

@@ -1,0 +1,360 @@
+"""Sets of runs: commands that are started one after the other, each with a run folder of its own.
+
+`deepcloze sweep` and `compare` plan a `RunSet` and finish it; `deepcloze watch` starts single runs. A record in the
+folder of the set keeps the config of each run and how it ended, so that a restarted command runs the missing ones and
+does not mix in runs of another config. Runs read copies of config files, as they were planned: the user may edit a file
+meanwhile. A run that a killed command has left is waited for.
+"""
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from experiment.config import read_config_file, with_defaults
+from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors
+from experiment.files import atomic_write, read_json, write_json
+from experiment.hub_data import PREFIX
+from experiment.models.hub_names import HubName
+from experiment.models.model_names import record_model
+from experiment.process.own_process import module_command, own_environment
+from experiment.process.signals import handle_stop_signals
+from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import is_locked, lock_run
+from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
+from pretrain.config import PretrainConfig
+
+CONFIGS = "configs"
+"""Folder of the copies of config files, in the folder of the set."""
+
+DONE = "done"
+REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
+
+_SEEDS = "training.seeds"  # may change: finished seeds are not trained again
+_OTHER_SEEDS = "started with other seeds"
+_IRRELEVANT = (  # beginnings of keys
+    "tracking.",
+    *(f"pretrain.{key}" for key in ("tracking.", "run.dir", "run.log_every", "checkpoint.mirror")),
+    *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY),
+)
+_PRETRAIN_ORIGINS = ("corpus.fingerprint", "engine.ds_config.")
+_ORIGINS = ("data.", "encoder.", *_PRETRAIN_ORIGINS, *(f"pretrain.{key}" for key in _PRETRAIN_ORIGINS))
+"""Beginnings of keys that records of earlier versions may lack."""
+_OWN_PATHS = ("run.dir", "checkpoint.mirror")  # keys; each run of a set has its own
+_POLL_SECONDS = 0.5
+
+FlatConfig = Mapping[str, object]
+"""Dotted config key -> value."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a set. Its folder is the one of that name in the folder of the set."""
+
+    name: str
+    argv: tuple[str, ...]  # the command that starts or resumes it
+    config: FlatConfig  # everything that its results depend on
+    pretraining: str | None = None  # name of the run that must be done before
+    values: Mapping[str, str] = field(default_factory=dict)  # point of a grid: dotted config key -> raw text
+
+
+class RunRecord(TypedDict):
+    """A run in the record of its set."""
+
+    config: FlatConfig
+    values: NotRequired[Mapping[str, str]]
+    state: NotRequired[str]  # `DONE`, or how it failed; missing if it has not ended
+    value: NotRequired[float | None]  # result of `measure`
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """Runs to finish, in this order."""
+
+    command: str  # for messages: "sweep"
+    folder: RunFolder
+    option: str  # that names the folder, for messages
+    record: str  # name of the record in the folder
+    runs: tuple[PlannedRun, ...]
+    header: Mapping[str, object] | None = None  # other content of the record; None: it consists of the runs
+    configs: Mapping[str, bytes] = field(default_factory=dict)  # file after --config -> its content when it was planned
+
+    def run_folder(self, run: PlannedRun) -> RunFolder:
+        return RunFolder(self.folder.path / run.name)
+
+    def print_commands(self) -> None:
+        module = shlex.join(module_command("launcher"))
+        print("\n".join(shlex.join(run.argv).replace(module, "deepcloze", 1) for run in self.runs))
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[str, RunRecord]]:
+        """Lock the folder and read the record: name -> run, also runs of earlier plans.
+
+        At the end, raises SystemExit if runs failed. Raises UserError if another process uses the folder, if runs were
+        started with another config, or if a config file was changed; StoppedError in place of errors of the disk that
+        may pass.
+        """
+        check_unchanged(self.configs)
+        resumable = stopped_by_disk_errors(f"{self.command}: ")
+        with _locked(self.folder, self.option), recorded_outcome(self.folder), resumable:
+            records = self._read()
+            self.save(records)
+            yield records
+            if failed := [run.name for run in self.runs if records[run.name].get("state") != DONE]:
+                names = ", ".join(failed)
+                sys.exit(f"deepcloze: {self.command}: {len(failed)} of {len(self.runs)} runs failed: {names}")
+
+    def finish(self, records: dict[str, RunRecord], measure: Callable[[RunFolder], float | None] | None = None) -> None:
+        """Run the missing runs, and record how each run ended. Raises StoppedError if a run was stopped.
+
+        measure: reads the value of a run that is done. If it raises UserError, that is raised after the last run.
+        """
+        damaged: list[UserError] = []
+        for number, run in enumerate(self.runs, start=1):
+            record = records[run.name]
+            if run.pretraining is not None and records[run.pretraining].get("state") != DONE:
+                record["state"] = "not run: its pretraining failed"
+            else:
+                record["state"] = self._finish(run, f"[{number}/{len(self.runs)}] {run.name}", record.get("state"))
+            if measure is not None:
+                record["value"] = None
+                if record["state"] == DONE:
+                    try:
+                        record["value"] = measure(self.run_folder(run))
+                    except UserError as error:
+                        damaged.append(error)
+            self.save(records)
+        if damaged:
+            raise damaged[0]
+
+    def save(self, records: Mapping[str, RunRecord], **more: object) -> None:
+        content = records if self.header is None else {**self.header, "runs": records, **more}
+        write_json(self.folder.path / self.record, content)
+
+    def _finish(self, run: PlannedRun, label: str, state: str | None) -> str:
+        child = ChildRun(self.command, label, self.run_folder(run), run.argv)
+        wait_for_other_process(child)
+        if _is_finished(child.folder, state):
+            inform(f"{self.command}: {label}: already finished")
+            return DONE
+        inform(f"{self.command}: {label}: running")
+        start_time = time.monotonic()
+        state = start(replace(child, argv=self._argv_with_copy(run)))
+        inform(f"{self.command}: {label}: {state} after {time.monotonic() - start_time:,.0f} s")
+        return state
+
+    def _argv_with_copy(self, run: PlannedRun) -> tuple[str, ...]:
+        """Write the copy of the config file for a run, and return the command that reads it."""
+        if not self.configs:
+            return run.argv
+        at = run.argv.index("--config") + 1
+        file = run.argv[at]
+        copy = write_copy(file, self.configs[file], self.folder.path / CONFIGS / run.name)
+        return (*run.argv[:at], str(copy), *run.argv[at + 1 :])
+
+    def _read(self) -> dict[str, RunRecord]:
+        """Return the record, with the runs of this set. A run without a folder has not started, or was removed to run
+        again.
+
+        Raises UserError if the record is damaged, or if a run was started with another config.
+        """
+        path = self.folder.path / self.record
+        records: dict[str, RunRecord] = {}
+        try:
+            content = read_json(path)
+            records = content if self.header is None else content["runs"]
+            if not all(isinstance(record["config"], dict) for record in records.values()):
+                raise ValueError("expected a config for each run")
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.option}: {path} is damaged: {reason(error)}. If no config has changed since, delete this file "
+                "and run the same command again: finished runs are kept"
+            ) from None
+        for run in self.runs:
+            self._refuse_other_name(run, records)
+            folder, new = self.run_folder(run).path, RunRecord(config=run.config)
+            record = records.get(run.name, new) if folder.exists() else new
+            before = _with_new_keys(record["config"], run.config)
+            # The folders are moved with the set. `encoder.*` and `data.*` tell the contents of models and data.
+            has_content = any(key.startswith("encoder.") for key in record["config"])
+            moved = [key for key in {*before, *run.config} if has_content and PATHS.fullmatch(key)]
+            if key := _changed_key(before, run.config, ["run.dir", *moved]):
+                raise UserError(
+                    f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
+                    f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"
+                )
+            same = before.get(_SEEDS) == run.config.get(_SEEDS)
+            records[run.name] = {**(record if same else RunRecord(config={}, state=_OTHER_SEEDS)), "config": run.config}
+            if run.values:
+                records[run.name]["values"] = run.values
+        return records
+
+    def _refuse_other_name(self, run: PlannedRun, records: Mapping[str, RunRecord]) -> None:
+        """Raise UserError if a point of a grid was started under another name, as with 0.001 for 1e-3: it would be
+        trained again."""
+        if not run.values or self.run_folder(run).path.exists():
+            return
+        planned = {other.name for other in self.runs}
+        for name, record in records.items():
+            same_keys = record.get("values", {}).keys() == run.values.keys()
+            if name in planned or not same_keys or not (self.folder.path / name).exists():
+                continue
+            if _changed_key(_with_new_keys(record["config"], run.config), run.config, _OWN_PATHS) is None:
+                raise UserError(
+                    f"{run.name} has the same config as {name}, which was started in {self.folder.path}; write its "
+                    f"values as they were, or choose another {self.option}"
+                )
+
+
+def check_unchanged(configs: Mapping[str, bytes]) -> None:
+    """Raise UserError if a config file has another content than it had before it was checked."""
+    for file, content in configs.items():
+        if read_config_file(file) != content:
+            raise UserError(f"{file} was changed while it was checked; run the same command again")
+
+
+def write_copy(file: str, content: bytes, folder: Path) -> Path:
+    """Write the content of a config file to `folder`, and return the path. It has the same name: tasks are called like
+    their files."""
+    copy = folder / Path(file).name
+    with atomic_write(copy) as temporary:
+        temporary.write_bytes(content)
+    return copy
+
+
+def recorded_configs(record: Path) -> dict[str, FlatConfig]:
+    """Return the config of each run in the record of a set. Empty if it has not begun, or the record is damaged, which
+    `RunSet.opened` rejects."""
+    with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        content = read_json(record)
+        return {name: dict(run["config"]) for name, run in content.get("runs", content).items()}
+    return {}
+
+
+def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig]) -> str:
+    """Return the model that runs of a set start from, as `record_model` gives it: all that name the same one of the Hub
+    get the commit that the first of them began with. configs: `recorded_configs` of the set. Raises UserError."""
+    name = HubName.of_model(init_from)
+    recorded = (str(config.get("model.init_from")) for config in configs.values())
+    earlier = next((model for model in recorded if name is not None and name.may_mean(model)), None)
+    return record_model(init_from, earlier)
+
+
+def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:
+    """Return the data sets of the Hub, with the commits that runs of a set began with. configs: `recorded_configs` of
+    it."""
+    texts = dict.fromkeys(str(value) for config in configs.values() for value in config.values())
+    return [text for text in texts if text.startswith(PREFIX)]
+
+
+def _is_finished(folder: RunFolder, state: str | None) -> bool:
+    """Return whether a run is done, also if the command was killed before it could note that.
+
+    state: in the record. A fine-tuning run that has other seeds now may have results of fewer seeds.
+    """
+    outcome = read_outcome(folder)
+    return state != _OTHER_SEEDS and outcome is not None and outcome.outcome is Outcome.DONE
+
+
+@contextmanager
+def _locked(folder: RunFolder, option: str) -> Iterator[None]:
+    """Lock the folder. Raises UserError that names its option."""
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(lock_run(open_run_folder(folder.path)))
+        except UserError as error:
+            raise UserError(str(error).replace("run.dir", option, 1)) from None
+        yield
+
+
+def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
+    """Return a recorded config with the keys of `now` that an earlier version did not have, at their defaults."""
+    kind = config_of_kind(str(now["task.kind"])) if "task.kind" in now else FinetuneConfig
+    known = with_defaults(with_defaults(with_defaults(before, kind), PretrainConfig), PretrainConfig, "pretrain.")
+    missing = tuple(part for part in _ORIGINS if not any(key.startswith(part) for key in before))
+    origins = {key: value for key, value in now.items() if key.startswith(missing)}
+    return origins | {key: known[key] for key in now if key in known} | dict(before)
+
+
+def _changed_key(before: FlatConfig, now: FlatConfig, ignored: Sequence[str] = ()) -> str | None:
+    keys = sorted(key for key in {*before, *now} - {_SEEDS, *ignored} if not key.startswith(_IRRELEVANT))
+    return next((key for key in keys if before.get(key) != now.get(key)), None)
+
+
+@dataclass(frozen=True)
+class ChildRun:
+    """A run to start."""
+
+    command: str  # that starts it: "sweep", for messages
+    name: str  # for messages
+    folder: RunFolder
+    argv: tuple[str, ...]  # the command that starts or resumes it
+    shows_results: bool = True  # which it prints to stdout
+
+
+def wait_for_other_process(run: ChildRun) -> None:
+    """Wait while another process uses the run folder, such as the process of a killed command.
+
+    Raises StoppedError if that process was stopped, or on a stop signal, which does not reach it.
+    """
+    if not is_locked(run.folder):
+        return
+    signals: list[int] = []
+    with handle_stop_signals(signals.append):
+        notify(f"{run.command}: {run.name}: waiting for the process that is using {run.folder.path}")
+        while is_locked(run.folder):
+            if signals:
+                raise StoppedError(
+                    f"{run.command}: stopped at {run.name}; the process that is using {run.folder.path} still runs"
+                )
+            time.sleep(_POLL_SECONDS)
+    outcome = read_outcome(run.folder)
+    if outcome is not None and outcome.outcome is Outcome.STOPPED:
+        raise _stopped(run)
+
+
+def start(run: ChildRun) -> str:
+    """Run the command. Returns `DONE`, `REJECTED` or how it failed. Raises StoppedError if it was stopped."""
+    exit_code = _run_command(run)
+    if exit_code not in (0, Outcome.STOPPED.exit_code) and is_locked(run.folder):
+        # The process that a killed command had just started has locked the folder meanwhile.
+        wait_for_other_process(run)
+        exit_code = _run_command(run)
+    if exit_code == Outcome.STOPPED.exit_code:
+        raise _stopped(run)
+    return {0: DONE, 2: REJECTED}.get(exit_code, f"failed (exit code {exit_code})")
+
+
+def _stopped(run: ChildRun) -> StoppedError:
+    return StoppedError(f"{run.command}: stopped at {run.name}; run the same command again to resume")
+
+
+def _run_command(run: ChildRun) -> int:
+    """Run a command, forward stop signals to it and return its exit code.
+
+    After a forwarded signal, returns the exit code of a stopped run, even if the command exits with 0.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    signals: list[int] = []
+
+    def forward(number: int) -> None:
+        signals.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    with handle_stop_signals(forward):
+        # A new session, so that Ctrl-C does not reach it twice.
+        stdout = None if run.shows_results else subprocess.DEVNULL
+        process = subprocess.Popen(run.argv, env=own_environment(), start_new_session=True, stdout=stdout)
+        if signals:  # since the start
+            process.send_signal(signals[0])
+        exit_code = process.wait()
+    return Outcome.STOPPED.exit_code if signals else exit_code

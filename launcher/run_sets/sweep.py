@@ -1,0 +1,264 @@
+"""`deepcloze sweep`: validate each point of a grid, run one after the other, and write one table.
+
+OUTPUT/sweep.json is the record of the runs.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from experiment.config import did_you_mean, flatten, load_config, read_config_file
+from experiment.errors import UserError, user_errors_in
+from experiment.files import json_digest
+from experiment.models.hub_names import HubName
+from experiment.models.model_names import record_model
+from experiment.process.own_process import module_command
+from experiment.results.sweep_summary import (
+    metric_title,
+    read_metric,
+    read_results,
+    short_names,
+    sort_results,
+    write_summary,
+)
+from experiment.run_files.checkpoints import names_model_folder
+from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
+from finetune.config import FinetuneConfig, check_validation
+from launcher.options import LaunchOptions, SweepOptions
+from launcher.run_sets.run_set import (
+    FlatConfig,
+    PlannedRun,
+    RunSet,
+    record_model_of_set,
+    recorded_configs,
+    recorded_data,
+)
+from launcher.run_validation import command_of, data_origin, encoder_origin, validate_finetuning, validate_pretraining
+from pretrain.config import PretrainConfig
+
+_CLOSING = {"[": "]", "{": "}"}
+_QUOTES = ("'", '"')
+_LONGEST_NAME = 240  # bytes of a folder name; file systems allow 255
+_UNSAFE = re.compile(r"[^\w.+-]+")  # not allowed in a folder name
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The validated runs of a sweep, and the metric to compare them by."""
+
+    runs: RunSet
+    metric: str
+    lower_is_better: bool
+
+    @classmethod
+    def of(
+        cls,
+        runs: tuple[PlannedRun, ...],
+        output: Path,
+        metric: str,
+        lower_is_better: bool,
+        configs: Mapping[str, bytes],
+    ) -> Self:
+        header = {"metric": metric, "lower_is_better": lower_is_better}
+        run_set = RunSet("sweep", RunFolder(output), "--output", SWEEP_RECORD, runs, header, configs)
+        return cls(run_set, metric, lower_is_better)
+
+
+def run_sweep(plan: SweepPlan) -> None:
+    """Run the missing runs, then write OUTPUT/sweep.{json,csv,png} and print the table.
+
+    Raises UserError if OUTPUT is in use or has runs of other configs, StoppedError if a signal, a run's own STOP file
+    or a full disk stops it early, and SystemExit if runs failed, after all others have been run.
+    """
+    runs, output = plan.runs, plan.runs.folder.path
+    with runs.opened() as records:
+        runs.finish(records, partial(read_metric, metric=plan.metric))
+        results = read_results(runs.folder, {run.name: records[run.name] for run in runs.runs})
+        best = sort_results(results, plan.lower_is_better)[0]
+        runs.save(records, best=best.name if best.value is not None else None)
+        title = metric_title(plan.metric, runs.runs[0].config)
+        write_summary(results, output, title, plan.lower_is_better)
+        from launcher.report import print_report  # matplotlib takes a second
+
+        print_report("sweep", output)
+
+
+def plan_sweep(options: SweepOptions) -> SweepPlan:
+    """Validate all points of the grid. Writes and starts nothing.
+
+    Raises UserError for anything that would keep one of the runs from starting.
+    """
+    config, content = options.config, read_config_file(options.config)
+    finetuning = command_of(config) == "finetune"
+    placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
+    if finetuning and placement:
+        raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")
+    points = grid_points(parse_grid(options.grid))
+    if duplicates := [key for key in next(iter(points.values())) if key in options.overrides]:
+        raise UserError(f"'{duplicates[0]}' is given both in --grid and as an override")
+    command = [*module_command("launcher"), "finetune" if finetuning else "pretrain", "--config", config]
+    command += [f"--{name}={value}" for name, value in placement.items()]
+
+    config_type: type[FinetuneConfig | PretrainConfig] = FinetuneConfig if finetuning else PretrainConfig
+    output = options.output
+    if output is None:  # the folder that the config names may be in use: no run of the sweep writes to it
+        name, values = next(iter(points.items()))
+        with user_errors_in(f"sweep: {name}"):
+            output = f"{Path(load_config(config_type, config, options.overrides | values).run.dir)}-sweep"
+    check_run_folder(RunFolder(Path(output).absolute()), None, "--output")
+    pins, runs = _Pins(Path(output) / SWEEP_RECORD), []
+    loaded: dict[str, FinetuneConfig | PretrainConfig] = {}
+    for name, values in points.items():
+        overrides = options.overrides | values | {"run.dir": str(Path(output).absolute() / name)}
+        with user_errors_in(f"sweep: {name}"):
+            loaded[name] = load_config(config_type, config, overrides)
+            _check_differs(name, loaded)
+            pinned = pins.overrides(loaded[name], name, values)
+            if "task.test" in pinned:  # it has all of them; a key below it would come after it
+                overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
+            overrides |= pinned
+            validated: FlatConfig
+            if finetuning:
+                run = validate_finetuning(config, overrides)
+                model = run.model
+                validated = {**flatten(run), **data_origin(run.task), **encoder_origin(model.init_from, model.weights)}
+            else:
+                validated = validate_pretraining(config, overrides, placement)
+        argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
+        runs.append(PlannedRun(name, argv, validated, values=values))
+    metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
+    return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better, {config: content})
+
+
+def _check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
+    """Raise UserError if another point has the same config, as for the values 1e-3 and 0.001."""
+    run_dir = points[name].run.dir
+    for other, config in points.items():
+        moved = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
+        if other != name and moved == points[name]:
+            raise UserError(f"same config as {other}; leave one of them out of --grid")
+
+
+class _Pins:
+    """Overrides that give all points of a sweep the same commits of a model and data sets of the Hub and, for
+    fine-tuning, the same checkpoint of a run, which may save newer ones; and each its own mirror."""
+
+    def __init__(self, record: Path) -> None:
+        """record: of the sweep, if it has begun."""
+        self._configs = recorded_configs(record)
+        self._models: dict[str, str] = {}  # `model.init_from` -> pinned
+        self._data = recorded_data(self._configs)  # pinned
+
+    def overrides(
+        self, config: FinetuneConfig | PretrainConfig, point: str, values: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Return the overrides of a point. config: without them. values: of the grid. Raises UserError."""
+        pinned, init_from = dict[str, str](), config.model.init_from
+        if isinstance(config, FinetuneConfig):
+            check_validation(config, "the points of a sweep are compared on validation")
+            task = config.task.pinned(self._data)
+            self._data += task.files().values()
+            pinned |= task.hub_overrides()
+        elif config.checkpoint.mirror is not None and "checkpoint.mirror" not in values:
+            pinned["checkpoint.mirror"] = f"{config.checkpoint.mirror}/{point}"
+        if init_from is not None and (isinstance(config, FinetuneConfig) or HubName.of_model(init_from) is not None):
+            if init_from not in self._models:
+                with user_errors_in("model.init_from"):
+                    self._models[init_from] = self._find_model(init_from, point, "model.init_from" in values)
+            pinned["model.init_from"] = self._models[init_from]
+        return pinned
+
+    def _find_model(self, init_from: str, point: str, varies: bool) -> str:
+        """varies: whether points differ in `model.init_from`."""
+        if HubName.of_model(init_from) is not None:
+            return record_model_of_set(init_from, self._configs)
+        others = [] if varies else list(self._configs.values())
+        same = [self._configs[point]] if point in self._configs else others
+        began = {str(config.get("model.init_from")) for config in same}
+        kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
+        return kept[0] if len(kept) == 1 else record_model(init_from)
+
+
+def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:
+    """Return the metric to compare runs by, and whether lower is better. Raises UserError for one that runs do not
+    report."""
+    if finetuning:
+        from finetune.task_kind import find_kind
+
+        kind = find_kind(str(config["task.kind"]))
+        known = {name: name in kind.lower_is_better for name in kind.metrics()}
+        default = str(config["task.metric"])
+    else:
+        corpora = [key.removeprefix("corpus.eval.") for key in config if key.startswith("corpus.eval.")]
+        kinds = {"loss": True, "perplexity": True, "accuracy": False}
+        known = {f"eval/{name}/{kind}": lower for name in corpora for kind, lower in kinds.items()} | {"loss": True}
+        default = next(iter(known))
+    chosen = requested or default
+    if chosen not in known:
+        raise UserError(f"--metric: the runs do not report '{chosen}'{did_you_mean(chosen, known)}")
+    return chosen, known[chosen]
+
+
+def parse_grid(text: str) -> dict[str, tuple[str, ...]]:
+    """Parse `optimizer.lr=1e-4,5e-4 schedule.epochs=1,2`: spaces separate keys, commas values; lists need brackets.
+
+    Raises UserError.
+    """
+    grid: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, _split(text, " \t\n")):
+        key, equals, listed = part.partition("=")
+        values = tuple(value.strip() for value in _split(listed, ","))
+        if not (equals and key) or not all(values):
+            raise UserError(f"--grid: expected SECTION.KEY=VALUE,VALUE,…, found '{part}'")
+        if key == "run.dir":
+            raise UserError("--grid: run.dir is set for each run; choose the folder of all runs with --output")
+        if key in grid:
+            raise UserError(f"--grid: '{key}' is given twice")
+        if len(set(values)) < len(values):
+            raise UserError(f"--grid: '{key}' has a duplicate value: {listed}")
+        grid[key] = values
+    if not grid:
+        raise UserError("--grid: expected SECTION.KEY=VALUE,VALUE,…, found nothing")
+    return grid
+
+
+def grid_points(grid: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
+    """{readable unique name: {key: value}} for each point of a grid, key -> values; the last key changes fastest."""
+    labels = short_names(list(grid))
+    points: dict[str, dict[str, str]] = {}
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        name = "_".join(f"{labels[key]}={_label(value)}" for key, value in point.items())
+        if len(name.encode()) > _LONGEST_NAME:
+            name = f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{json_digest(point)[:8]}"
+        candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        points[next(candidate for candidate in candidates if candidate not in points)] = point
+    return points
+
+
+def _label(value: str) -> str:
+    """Return a value as a part of a folder name. A number keeps its sign."""
+    return _UNSAFE.sub("-", value).strip("-") if _UNSAFE.search(value) else value
+
+
+def _split(text: str, separators: str) -> list[str]:
+    """Split at separators outside of brackets and quotes. Raises UserError for a missing bracket or quote."""
+    parts, expected = [""], ""  # expected: the closing brackets and quotes still to come, innermost last
+    for character in text:
+        if expected and character == expected[-1]:
+            expected = expected[:-1]
+        elif character in _CLOSING and expected[-1:] not in _QUOTES:
+            expected += _CLOSING[character]
+        elif character in _QUOTES and expected[-1:] not in _QUOTES:
+            expected += character
+        elif not expected and character in separators:
+            parts.append("")
+            continue
+        parts[-1] += character
+    if expected:
+        raise UserError(f"--grid: '{expected[-1]}' is missing in '{parts[-1]}'")
+    return parts

@@ -1,0 +1,291 @@
+"""`deepcloze watch`: score each new complete checkpoint of a pretraining run once, oldest first.
+
+`RUN/downstream/TASK/step-XXXXXXXX.json` is the record that a checkpoint is scored. The events go to metrics.jsonl and
+Weights & Biases through the process that writes them: rank 0 while the run is running, this one when it has ended.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from experiment.config import load_config
+from experiment.errors import UserError, inform, notify, stopped_by_disk_errors
+from experiment.process.signals import handle_stop_signals, interrupt
+from experiment.progress import quiet
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
+from experiment.run_files.outcome_file import Outcome, read_outcome, read_rank_record
+from experiment.run_files.provenance import read_provenance
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import is_locked, lock_run
+from experiment.tracking.config import AlertsConfig
+from experiment.tracking.downstream import DownstreamLog, DownstreamResult, best_result, read_results, write_result
+from experiment.tracking.notification import Message, Service, mail_service
+from experiment.tracking.tracker import TrackedRun, open_trackers
+from launcher.options import WatchOptions
+from launcher.run_sets.watched_task import (
+    ScoringError,
+    TaskRejectedError,
+    WatchedTask,
+    read_watched_task,
+    score_checkpoint,
+)
+from pretrain.config import PretrainConfig
+
+_POLL_SECONDS = 3.0
+_ATTEMPTS = 2  # at scoring a checkpoint
+
+Score = Callable[[Path, str, WatchedTask, RunFolder], DownstreamResult]
+
+
+def watch_run(options: WatchOptions) -> None:
+    """Score the checkpoints of a run until it is done.
+
+    Raises UserError, StoppedError if a signal or a full disk stops it, KeyboardInterrupt for a signal while nothing is
+    scored, and SystemExit if checkpoints could not be scored.
+    """
+    with handle_stop_signals(interrupt):
+        run = RunFolder(Path(options.run).absolute())
+        config = read_run_config(run)
+        announcement = make_announcement(options.on_result, options.mail)
+        task = read_watched_task(options.task, options.probe)
+        folder = open_run_folder(run.downstream / task.name)
+        with lock_run(folder), stopped_by_disk_errors("watch: "):
+            failed = Watch(run, config, task, announcement).finish()
+            print(describe_scores(run, task))
+    if failed:
+        sys.exit(f"deepcloze: watch: {task.name}: could not score step {', '.join(map(str, failed))}")
+
+
+def read_run_config(run: RunFolder) -> PretrainConfig:
+    """Read the config of a run. Raises UserError if the folder is not a pretraining run, or is not complete."""
+    if not run.config.is_file():
+        raise UserError(f"{run.path} is not a pretraining run that has started: it has no {run.config.name}")
+    if next(run.path.glob("seed-*"), None) is not None:
+        raise UserError(f"{run.path} is a run of `deepcloze finetune`; expected one of `deepcloze pretrain`")
+    if read_provenance(run) is None:  # rank 0 writes it first
+        raise UserError(f"{run.path} has no {run.provenance.name}: it may be a copy that is not complete")
+    return load_config(PretrainConfig, run.config)
+
+
+def describe_scores(run: RunFolder, task: WatchedTask) -> str:
+    """Return a line on the scores of all checkpoints on a task."""
+    results = _results_on(task, run)
+    if not results:
+        return f"{task.name}: no checkpoint is scored"
+    named = {"best": best_result(results), "last": results[-1]}
+    scores = ", ".join(f"{name} {result} at step {result.step:,}" for name, result in named.items())
+    return (
+        f"{task.name}: {task.metric} on validation: {scores}; scored checkpoints: {len(results):,}; "
+        f"see deepcloze report {shlex.quote(str(run.path))}"
+    )
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Destinations of the result of a checkpoint: a command of the user, mail. Failures are warnings."""
+
+    command: str | None = None  # of the shell, gets the result as JSON on stdin
+    mail: tuple[Service, str] | None = None  # and the address
+
+    def send(self, run: RunFolder, result: DownstreamResult) -> None:
+        """Send a result. Waits for the command."""
+        text = json.dumps({"run": str(run.path), **asdict(result)}, ensure_ascii=False, indent=2) + "\n"
+        if self.command is not None:
+            code = subprocess.run(self.command, shell=True, input=text.encode(), check=False).returncode
+            if code != 0:
+                notify(f"watch: warning: --on_result failed with exit code {code}: {self.command}")
+        if self.mail is not None:
+            service, to = self.mail
+            subject = f"{run.path.name}: {result.task} {result.metric} {result.value:.4f} at step {result.step}"
+            try:
+                service.send(Message(subject, text))
+            except (OSError, ValueError) as error:
+                # smtplib raises ValueErrors that show parts of the password.
+                reason = error if isinstance(error, OSError) else type(error).__name__
+                notify(f"watch: warning: cannot send mail to {to}: {reason}")
+
+
+def make_announcement(command: str | None, mail: str | None) -> Announcement:
+    """Make an announcement. Raises UserError if mail is wanted and the environment does not say how to send it."""
+    return Announcement(command, None if mail is None else (mail_service(mail), mail))
+
+
+class Watch:
+    """Scores the checkpoints of a run on a task. Raises UserError if they were scored with another config before."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: PretrainConfig,
+        task: WatchedTask,
+        announcement: Announcement,
+        score: Score = score_checkpoint,
+        wait: Callable[[], None] = lambda: time.sleep(_POLL_SECONDS),
+    ) -> None:
+        """score: as `score_checkpoint`. wait: until it is time to look again."""
+        self._run = run
+        self._config = config
+        self._task = task
+        self._announcement = announcement
+        self._score = score
+        self._wait = wait
+        self._scored = _read_scored(run, task)  # step -> weights
+        self._failures: dict[tuple[int, str], list[int]] = {}  # (step, weights) -> newest step at each failure
+        self._waiting: set[int] = set()  # steps that were seen and are not scored
+        self._all_logged = False
+        self._awaited = ""  # the last message about waiting
+        self._described = False  # the data and the training, by the process that has scored a checkpoint
+
+    def finish(self) -> list[int]:
+        """Return when the run is done and its checkpoints are scored: returns the steps of the others. Raises UserError
+        if its folder is gone."""
+        while True:
+            done = is_done(self._run)  # before looking: a run that is done saves no more
+            if (due := self._next_checkpoint(done)) is not None:
+                self._try(*due)
+            logged = self._log_results()
+            if due is None:
+                if done and logged:
+                    return sorted({step for step, _ in self._failures})
+                self._check_folder()
+                self._say_what_is_awaited()
+                self._wait()
+
+    def _check_folder(self) -> None:
+        if not self._run.path.is_dir():
+            raise UserError(f"the run folder {self._run.path} is gone")
+
+    def _say_what_is_awaited(self) -> None:
+        """Print the event that the watch waits for, once until it changes."""
+        if is_done(self._run):  # since the last look
+            return
+        awaited = "for checkpoints"
+        if has_ended(self._run):
+            awaited = f"until {self._run.path} is resumed: it has ended before its last step"
+        if awaited != self._awaited:
+            self._awaited = awaited
+            inform(f"watch: {self._task.name}: waiting {awaited}")
+
+    def _next_checkpoint(self, done: bool) -> tuple[Path, str, int] | None:
+        """Return the oldest checkpoint that is due, its weights, and the newest step."""
+        found = {checkpoint_step(path): path for path in complete_checkpoints(self._run.checkpoints)}
+        for step in sorted(self._waiting - found.keys()):
+            notify(f"watch: {self._task.name}: step {step}: skipped: the checkpoint was deleted before it was scored")
+        unscored = {}
+        for step, path in found.items():
+            try:
+                weights = weights_digest(path)
+            except OSError:  # just deleted
+                continue
+            except ValueError:
+                weights = "damaged"  # so scoring it fails
+            if self._scored.get(step) != weights:
+                unscored[step] = (path, weights)
+        newest = max(found, default=-1)
+        self._waiting = {step for step, (_, weights) in unscored.items() if (step, weights) not in self._failures}
+        for step, (path, weights) in unscored.items():
+            if self._is_due(step, weights, newest, done):
+                return path, weights, newest
+        return None
+
+    def _is_due(self, step: int, weights: str, newest: int, done: bool) -> bool:
+        """Return whether to score it: a failed one again when there is a newer one, or there will be none."""
+        failures = self._failures.get((step, weights), [])
+        return not failures or (len(failures) < _ATTEMPTS and (done or newest > failures[-1]))
+
+    def _try(self, checkpoint: Path, weights: str, newest: int) -> None:
+        step, name = checkpoint_step(checkpoint), self._task.name
+        inform(f"watch: {name}: step {step}: scoring")
+        try:
+            with quiet(warnings=False) if self._described else nullcontext():
+                result = self._score(checkpoint, weights, self._task, self._run)
+        except OSError:
+            if checkpoint in complete_checkpoints(self._run.checkpoints):
+                raise
+            return  # it was deleted: `_next_checkpoint` says so
+        except ScoringError as error:
+            self._check_folder()
+            if isinstance(error, TaskRejectedError) and not self._scored:
+                raise UserError(f"{self._task.file}: no checkpoint can be scored on this task, see above") from None
+            failures = self._failures.setdefault((step, weights), [])
+            failures.append(newest)
+            later = ", is tried once more later" if len(failures) < _ATTEMPTS else ""
+            notify(f"watch: {name}: step {step}: cannot be scored{later}: {error}")
+            return
+        write_result(self._run, result)
+        self._scored[step], self._all_logged, self._described = weights, False, True
+        self._waiting.discard(step)
+        self._failures = {key: failed for key, failed in self._failures.items() if key[0] != step}
+        inform(f"watch: {name}: step {step}: {result.metric} {result} on validation, {result.seconds:,.0f} s")
+        self._announcement.send(self._run, result)
+
+    def _log_results(self) -> bool:
+        """Add missing results to metrics.jsonl if the run has ended. Returns whether none is missing."""
+        if not self._all_logged:
+            self._all_logged = not DownstreamLog(self._run).take_new(sys.maxsize) or self._log_missing()
+        return self._all_logged
+
+    def _log_missing(self) -> bool:
+        """Log missing results. Returns whether this process could."""
+        if not has_ended(self._run):
+            return False
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(lock_run(self._run))
+            except UserError:  # a process uses the folder: the run has resumed
+                return False
+            log_results(self._run, self._config)
+        return True
+
+
+def log_results(run: RunFolder, config: PretrainConfig) -> None:
+    """Log the results that metrics.jsonl lacks. For the process that has locked the run folder."""
+    provenance, outcome = read_provenance(run), read_outcome(run)
+    assert provenance is not None, "see `read_run_config`"
+    tracked = TrackedRun(
+        run_id=provenance["run_id"],
+        parameters=config.model_dump(mode="json"),
+        total_steps=None,
+        resumed_step=sys.maxsize,  # drop nothing
+    )
+    tracking = config.tracking.model_copy(update={"alerts": AlertsConfig(), "artifacts": False})
+    tracker = open_trackers(tracking, run, tracked, console=False)
+    for event in DownstreamLog(run).take_new(sys.maxsize):
+        tracker.log(event)
+    tracker.close(outcome.outcome if outcome is not None else Outcome.FAILED)
+
+
+def has_ended(run: RunFolder) -> bool:
+    """Return whether rank 0 has ended properly, and no launcher of this machine may start it again.
+
+    The lock alone does not tell: ranks that were started by `deepspeed` hold none.
+    """
+    record = read_rank_record(run, 0)
+    return record is not None and record.exit is not None and not is_locked(run)
+
+
+def is_done(run: RunFolder) -> bool:
+    outcome = read_outcome(run)
+    return outcome is not None and outcome.outcome is Outcome.DONE and has_ended(run)
+
+
+def _results_on(task: WatchedTask, run: RunFolder) -> list[DownstreamResult]:
+    """Read the results of a task, by step."""
+    return [result for result in read_results(run) if result.task == task.name]
+
+
+def _read_scored(run: RunFolder, task: WatchedTask) -> dict[int, str]:
+    """Step -> weights. Raises UserError if one was scored with another config."""
+    results = _results_on(task, run)
+    if any(result.config != task.config for result in results):
+        raise UserError(
+            f"{task.file}: {run.downstream / task.name} has scores of another config, which cannot be compared; set "
+            "task.name to another name, or remove that folder"
+        )
+    return {result.step: result.weights for result in results}

@@ -1,0 +1,254 @@
+"""Names of the Hub, against a server on this machine."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from experiment.errors import UserError
+from experiment.models.hub import download_model, resolve_commit
+from experiment.models.hub_names import HubName
+from experiment.models.model_names import local_model, local_tokenizer, record_model
+from hub_server import HubServer, cut, status
+
+NAME = HubName("org/bert-base-tiny")
+WEIGHTS = bytes(range(256)) * 100
+FILES = {
+    "config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "vocab.txt": b"[PAD]\n",
+    "model.safetensors": WEIGHTS,
+    "pytorch_model.bin": b"a pickle",
+    "model.fp16.safetensors": b"other weights",
+    "modeling_tiny.py": b"raise SystemExit('code has run')",
+    "onnx/model.onnx": b"another format",
+    "1_Pooling/config.json": b"{}",
+}
+
+
+@pytest.fixture
+def commit(hub: HubServer) -> str:
+    """The commit of a model."""
+    return hub.repository(NAME.repository).push(FILES)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(name: str) -> str:
+    """The message about a name; a single line."""
+    with pytest.raises(UserError) as raised:
+        local_model(name)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bert-base-uncased", HubName("bert-base-uncased")),
+        ("org/model.v2", HubName("org/model.v2")),
+        ("org/model@v1.0", HubName("org/model", "v1.0")),
+        ("model@refs/pr/4", HubName("model", "refs/pr/4")),
+        ("/models/bert", None),
+        ("../bert", None),
+        ("./bert", None),
+        ("a/b/c", None),
+        ("~/bert", None),
+        ("runs/first", None),
+        ("here", None),
+        ("org/model@", None),
+    ],
+)
+def test_names(text: str, expected: HubName | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a path, or a missing one in a folder that exists, for which the Hub is asked."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "here").mkdir()
+    assert HubName.of_model(text) == expected
+
+
+def test_downloads_what_is_needed_and_once(hub: HubServer, commit: str) -> None:
+    """Catches pickles, code and other formats on the disk, and a second download of what is there."""
+    assert resolve_commit(NAME) == HubName(NAME.repository, commit)
+    folder = download_model(NAME)
+    assert folder.name == commit
+    assert contents(folder).keys() == {"config.json", "tokenizer.json", "vocab.txt", "model.safetensors"}
+    hub.requests.clear()
+    assert local_model(f"{NAME}@{commit}") == folder
+    assert hub.requests == [], "all files of a commit are known"
+
+
+def test_a_tokenizer_comes_without_weights(hub: HubServer, commit: str) -> None:
+    """Catches gigabytes of weights that nobody reads, and a model that then seems to be complete."""
+    assert contents(local_tokenizer(str(NAME))).keys() == {"config.json", "tokenizer.json", "vocab.txt"}
+    assert (local_model(str(NAME)) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_all_files_are_of_one_commit(hub: HubServer, commit: str) -> None:
+    """Catches files of two commits if someone pushes between two requests."""
+
+    def push(path: str) -> None:
+        if path != f"/api/models/{NAME}":  # not the first one
+            hub.repository(NAME.repository).push({name: b"new " + content for name, content in FILES.items()})
+
+    hub.on_request = push
+    folder = download_model(NAME)
+    assert folder.name == commit
+    assert all(content == FILES[name] for name, content in contents(folder).items())
+    assert resolve_commit(NAME).revision != commit
+
+
+def test_a_run_that_has_begun_keeps_its_commit(hub: HubServer, commit: str) -> None:
+    """Catches a resume that takes the newest commit, and a name with another revision that is ignored."""
+    recorded = record_model(str(NAME))
+    assert recorded == f"{NAME}@{commit}"
+    new = hub.repository(NAME.repository).push({**FILES, "vocab.txt": b"new"})
+    assert record_model(str(NAME), earlier=recorded) == recorded
+    assert record_model(recorded, earlier=f"{NAME}@{new}") == recorded
+    for name, earlier in ((f"{NAME}@main", recorded), (f"{NAME}", f"org/other@{commit}"), (f"{NAME}", "/a/folder")):
+        assert record_model(name, earlier) == f"{NAME}@{new}"
+
+
+def test_a_folder_wins(
+    hub: HubServer, commit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a download in place of the user's folder, and a silent choice; a run's folder needs no line."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("org/bert-base-tiny", "tokenizer"):
+        Path(folder).mkdir(parents=True)
+    Path("org/bert-base-tiny/config.json").touch()
+    assert record_model(str(NAME)) == str(tmp_path / "org" / "bert-base-tiny")
+    assert caplog.messages == [
+        "org/bert-base-tiny: using this folder, not a model of this name on the Hugging Face Hub"
+    ]
+    assert local_tokenizer("tokenizer") == Path("tokenizer")
+    assert len(caplog.messages) == 1
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("faults", [[cut(1000), cut(5)], [status(429, Retry_After="0")], [status(503)] * 2])
+def test_faults_during_a_download(hub: HubServer, commit: str, faults: list) -> None:  # type: ignore[type-arg]
+    """Catches a download that is given up after a cut connection or an overloaded server, and a damaged file."""
+    hub.fault("model.safetensors", *faults)
+    assert (download_model(NAME) / "model.safetensors").read_bytes() == WEIGHTS
+    assert hub.faults == []
+
+
+def test_a_server_that_is_busy_at_first(hub: HubServer, commit: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a busy server that is taken for a missing model."""
+    hub.fault("/api/models/", status(503), status(429))
+    assert resolve_commit(NAME).revision == commit
+    assert sum("trying again" in message for message in caplog.messages) == 2
+    assert hub.faults == []
+
+
+def test_a_server_that_stays_down(hub: HubServer, commit: str) -> None:
+    """Catches an endless wait, or a traceback."""
+    hub.fault("/api/", *[status(500)] * 3)
+    assert refusal(str(NAME)).startswith(f"{NAME}: no success in 3 attempts: Server error '500 Internal Server Error'")
+
+
+def test_a_cached_model_needs_no_server(
+    hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a start that fails without a network although all files are there, and one that is to be offline and
+    warns that it is."""
+    folder = download_model(NAME)
+    hub.fault("/api/", *[status(503)] * 3)
+    assert download_model(NAME) == folder
+    hub.faults.clear()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert download_model(NAME) == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    capfd.readouterr()
+    assert download_model(NAME) == folder
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_network(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a message that does not say why, or what to do."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = refusal(f"{NAME}@v1")
+    assert message.startswith(f"{NAME}@v1: no such folder, and no such model in {constants.HF_HUB_CACHE}; cannot reach")
+    assert message.endswith(f"with `hf download {NAME.repository} --revision v1`")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "; HF_HUB_OFFLINE is set: download it on a machine with network" in refusal(str(NAME))
+    assert "; HF_HUB_OFFLINE is set: " in refusal(f"{NAME}@{commit}")
+
+
+def test_a_part_of_a_model_in_the_cache(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a model without its weights, of which another program has cached the tokenizer."""
+    local_tokenizer(str(NAME))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "; HF_HUB_OFFLINE is set: " in refusal(str(NAME))
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [
+        ("org/bert-base-tinny", "org/bert-base-tiny"),
+        ("bert-base-tiny", "org/bert-base-tiny"),
+        ("brt-base-tiny", "org/bert-base-tiny"),
+        ("or/bert-base-tiny", "org/bert-base-tiny"),
+        ("something-else", None),
+    ],
+)
+def test_a_model_that_does_not_exist(hub: HubServer, commit: str, name: str, suggested: str | None) -> None:
+    """Catches a message about a misspelt name without the right one, and a far-fetched suggestion."""
+    message = refusal(name)
+    suggestion = f"; did you mean '{suggested}'?" if suggested else ""
+    assert message == (
+        f"{name}: no such folder, and no such model on the Hugging Face Hub (for a private one, log in with "
+        f"`hf auth login`, or set HF_TOKEN){suggestion}"
+    )
+
+
+def test_a_revision_that_does_not_exist(hub: HubServer, commit: str) -> None:
+    """Catches a message that does not say which revisions there are."""
+    hub.repository(NAME.repository).push(FILES, branch="v1.0")
+    assert refusal(f"{NAME}@v1.1") == f"{NAME}@v1.1: there is no revision 'v1.1'; did you mean 'v1.0'?"
+    missing = f"{NAME}@{'0' * 40}"
+    assert refusal(missing).startswith(f"{missing}: there is no revision '{'0' * 40}'")
+
+
+def test_restricted_and_private_models(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a message that does not say how to get access, and one that has the token."""
+    repository = hub.repository(NAME.repository)
+    repository.gated = True
+    assert refusal(str(NAME)) == (
+        f"{NAME}: access is restricted: accept the conditions at {hub.url}/{NAME}, then log in with `hf auth login`, "
+        "or set HF_TOKEN"
+    )
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.fault("/api/", status(401, X_Error_Message="Invalid credentials in Authorization header"))
+    assert refusal(str(NAME)) == (
+        f"{NAME}: the Hugging Face Hub rejects the token: log in with `hf auth login`, or set HF_TOKEN to another one"
+    )
+    repository.private = True
+    assert download_model(NAME).name == commit
+    assert set(hub.tokens) == {"hf_secret"}
+
+
+def test_weights_in_other_formats(hub: HubServer) -> None:
+    """Catches a pickle that is read, or a model that seems to have no weights for another reason."""
+    hub.repository("old").push({"config.json": b"{}", "pytorch_model.bin": b"a pickle"})
+    assert refusal("old").startswith("old: there are no weights in safetensors (model.safetensors) on the Hugging Face")
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.bin"))
+    hub.repository("empty").push({"README.md": b"nothing"})
+    assert refusal("empty").startswith("empty: there is neither a config.json nor a tokenizer")
+
+
+def test_a_cache_that_cannot_be_written(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback for a full disk or a folder of another user."""
+    file = Path(constants.HF_HUB_CACHE)
+    file.touch()
+    assert refusal(str(NAME)).startswith(f"{NAME}: cannot write {file}: ")
+
+
+def test_a_download_is_one_line(hub: HubServer, commit: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches progress bars in a log file, and a line for what is cached."""
+    download_model(NAME)
+    download_model(NAME)
+    assert capfd.readouterr() == ("", f"deepcloze: downloading {NAME}@{commit} from the Hugging Face Hub\n")

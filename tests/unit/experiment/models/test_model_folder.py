@@ -1,0 +1,75 @@
+"""Models that are built from the config of a Hugging Face folder. Commands: tests/unit/test_damaged_inputs.py."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.modules import module
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, FunnelConfig
+
+from experiment.errors import UserError
+from experiment.models import model_folder
+from experiment.models.model_folder import build_from_config, load_config, load_weights
+
+
+def build(config: Any, weights: Path | None = None, auto_model: Any = AutoModelForMaskedLM) -> Any:
+    with torch.device("meta"):
+        return build_from_config(auto_model, config, "config.json", weights)
+
+
+@pytest.mark.timeout(60)
+def test_layers_by_any_name_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches layers that a config calls otherwise, such as Funnel's blocks, and are built until the memory is full."""
+    monkeypatch.setattr(model_folder, "_MAX_TENSORS", 1000)
+    with pytest.raises(UserError, match=r"^config\.json: it makes a model of more than 1,000 tensors, such as "):
+        build(FunnelConfig(block_sizes=[1, 1], d_model=8, n_head=1, d_head=8, d_inner=8, num_decoder_layers=10**9))
+    assert not module._global_parameter_registration_hooks
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_model"),
+    [("mt5", AutoModelForSequenceClassification), ("bart", AutoModelForMaskedLM), ("bert", AutoModelForMaskedLM)],
+)
+def test_weights_in_few_bits_are_large_enough(model_type: str, auto_model: Any, tmp_path: Path) -> None:
+    """Catches a model in int8 that is rejected: one byte for each parameter, and tied ones only once."""
+    config = AutoConfig.for_model(model_type)
+    elements = sum(parameter.numel() for parameter in build(config, auto_model=auto_model).parameters())
+    with (tmp_path / "model.onnx").open("wb") as file:
+        file.truncate(elements)
+    build(config, tmp_path, auto_model)
+    config.vocab_size *= 20
+    with pytest.raises(UserError, match=rf"far larger than its weights: .*{config.vocab_size}.* {elements:,} bytes"):
+        build(config, tmp_path, auto_model)
+
+
+def test_an_onnx_model_is_no_weights(tmp_path: Path) -> None:
+    """Catches transformers' message for a folder that `deepcloze export --format onnx` wrote, as `model.init_from`."""
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(UserError, match=r"no weights: expected \*\.safetensors .*, found an ONNX model"):
+        load_weights(AutoModelForMaskedLM, tmp_path, BertConfig())
+
+
+def test_threads_load_models_one_after_the_other(tmp_path: Path) -> None:
+    """Catches threads that leave transformers without a function that it replaces while it loads: all later models of
+    the process then lack the weights of their heads."""
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    build_from_config(AutoModelForMaskedLM, config, "config.json").save_pretrained(tmp_path)
+
+    def missing(_: int) -> int:
+        return len(load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))[1]["missing_keys"])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(missing, range(12))) == {0}
+    assert missing(0) == 0
+
+
+def test_labels_of_parts_are_counted(tmp_path: Path) -> None:
+    """Catches labels of the text model in a config for texts and images, which fill the memory too."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "text_config": {"num_labels": 10**9}}))
+    with pytest.raises(UserError, match="'num_labels' is 1,000,000,000"):
+        load_config(tmp_path)
+    BertConfig(num_labels=1000).save_pretrained(tmp_path)
+    assert load_config(tmp_path).num_labels == 1000

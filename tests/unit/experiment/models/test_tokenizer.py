@@ -1,0 +1,134 @@
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, BertConfig
+
+from experiment.errors import UserError
+from experiment.models.tokenizer import (
+    BERT_TOKENS,
+    load_any_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+)
+
+
+@pytest.fixture(scope="module")
+def vocabulary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but an uncased vocab.txt."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    entries = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "river", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("entries", "config", "lowercase"),
+    [
+        (["the", "<S>", "[unused1]"], None, True),
+        (["the", "The"], None, False),
+        (["the"], {"do_lower_case": False}, False),
+        (["the", "The"], {"do_lower_case": True}, True),
+    ],
+)
+def test_a_bare_vocabulary_is_cased_or_not(
+    tmp_path: Path, entries: list[str], config: dict[str, bool] | None, lowercase: bool
+) -> None:
+    """Catches a cased vocabulary read as uncased, which turns names into other words."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*specials, *entries]) + "\n")
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert json.loads(load_tokenizer(tmp_path).backend_tokenizer.to_str())["normalizer"]["lowercase"] is lowercase
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_tokens_that_were_added_to_a_vocabulary_are_kept(tmp_path: Path, decoder: bool) -> None:
+    """Catches a folder of transformers 4, without tokenizer.json, whose added and special tokens are ignored."""
+    (tmp_path / "vocab.txt").write_text("[PAD]\n<s>\n[SEP]\n[MASK]\n<unk>\nthe\nco\n##vid\n中\n")
+    (tmp_path / "special_tokens_map.json").write_text('{"unk_token": {"content": "<unk>"}}')
+    config = {"tokenizer_class": "BertTokenizer", "cls_token": "<s>", "unk_token": "<unk>"}
+    if decoder:
+        config["added_tokens_decoder"] = {"9": {"content": "covid", "normalized": True}}
+    else:
+        (tmp_path / "added_tokens.json").write_text('{"covid": 9}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = AutoTokenizer.from_pretrained(tmp_path)("The covid中中!").input_ids
+    assert expected == [1, 5, 9, 8, 8, 4, 2]
+    assert load_tokenizer(tmp_path)("The covid中中!").input_ids == expected
+
+
+def test_fingerprint_is_of_what_makes_ids(tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches a fingerprint that changes with padding, or stays the same with another normalizer or vocabulary, and a
+    saved tokenizer that pads."""
+    tokenizer = load_tokenizer(vocabulary_folder)
+    plain = tokenizer_fingerprint(tokenizer)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    tokenizer.backend_tokenizer.enable_truncation(max_length=8)
+    assert tokenizer_fingerprint(tokenizer) == plain
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "saved")) == plain
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert (saved["padding"], saved["truncation"]) == (None, None)
+    cased = tmp_path / "cased"
+    cased.mkdir()
+    (cased / "vocab.txt").write_bytes((vocabulary_folder / "vocab.txt").read_bytes())
+    (cased / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert tokenizer_fingerprint(load_tokenizer(cased)) != plain
+    tokenizer.add_tokens(["newword"])
+    assert tokenizer_fingerprint(tokenizer) != plain
+
+
+def test_saved_tokenizers_do_not_depend_on_their_source(tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches paths or loading options in the files, which would make equal corpora differ."""
+    save_tokenizer(load_tokenizer(vocabulary_folder), tmp_path / "one")
+    save_tokenizer(load_tokenizer(tmp_path / "one"), tmp_path / "two")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+        assert str(tmp_path) not in file.read_text()
+
+
+def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
+    """Catches a traceback, or a tokenizer without a mask token that fails at the first batch."""
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "encoder.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a folder"):
+        load_tokenizer(tmp_path / "encoder.json")
+    with pytest.raises(UserError, match=r"found encoder\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.txt").write_text("the\na\n")
+    with pytest.raises(UserError, match=r"no \[CLS\]"):
+        load_tokenizer(tmp_path)
+    gpt = Tokenizer(models.BPE({"a": 0}, []))
+    gpt.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="mask_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_model_folder_without_vocabulary_is_rejected(tmp_path: Path) -> None:
+    """Catches a folder with nothing but a config.json, for which transformers makes a tokenizer of five tokens."""
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no vocabulary; expected .* found config\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_are_needed_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Catches a classifier's tokenizer without [MASK] that fine-tuning rejects, or that pretraining accepts."""
+    Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+    assert load_any_tokenizer(tmp_path, needed=("pad_token",)).pad_token_id == 0
+    with pytest.raises(UserError, match="has no cls_token, sep_token, mask_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_mask_is_no_other_special_token(tmp_path: Path) -> None:
+    """Catches masked tokens that the model takes for padding."""
+    tokens = [*(token for token in BERT_TOKENS.values() if token != "[MASK]"), "a"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**BERT_TOKENS, "mask_token": "[PAD]"}))
+    with pytest.raises(UserError, match=r"has one token, \[PAD\], as mask_token and pad_token"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from experiment.process.hardware import peak_flops, peak_memory
+
+
+def test_memory_is_in_bytes() -> None:
+    """Catches KiB taken for bytes: a process with torch in it holds far more than 20 MB and less than a TB."""
+    if not torch.cuda.is_available():
+        assert 20e6 < peak_memory() < 1e12
+    else:
+        kept = torch.empty(10**8, dtype=torch.uint8, device="cuda")
+        assert kept.numel() <= peak_memory() < 1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
+        ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA H100 NVL", "fp16", 835.5),
+        ("NVIDIA H200", "bf16", 989.5),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A100-PCIE-40GB", "fp32", 19.5),
+        ("Tesla V100-SXM2-16GB", "fp16", 125.0),
+        ("Tesla V100-PCIE-16GB", "fp16", 112.0),
+        ("Tesla V100S-PCIE-32GB", "fp16", 130.0),
+        ("NVIDIA L40S", "bf16", 362.05),
+        ("NVIDIA A10", "fp16", 125.0),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("AMD Instinct MI300X", "bf16", 1307.4),
+    ],
+)
+def test_peaks_are_dense_and_of_the_right_variant(name: str, precision: str, teraflops: float) -> None:
+    """Catches the doubled figures for sparse matrices, and a PCIe card taken for the faster SXM one."""
+    assert peak_flops(name, precision) == teraflops * 1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("Intel(R) Xeon(R) Platinum 8480+", "bf16"),
+        ("cpu", "fp32"),
+        ("Tesla V100-SXM2-16GB", "bf16"),
+        ("NVIDIA A10G", "bf16"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
+        ("NVIDIA GeForce RTX 4090 D", "bf16"),
+        ("NVIDIA GH200 480GB", "bf16"),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bf16"),
+        ("NVIDIA H100 80GB HBM3", "fp8"),
+    ],
+)
+def test_no_peak_is_better_than_a_wrong_one(name: str, precision: str) -> None:
+    """Catches an MFU against another device's peak."""
+    assert peak_flops(name, precision) is None

@@ -1,0 +1,216 @@
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+import pytest
+
+from experiment.errors import UserError
+from experiment.run_files import run_lock
+from experiment.run_files.outcome_file import RankRecord
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import LockTimes, check_unlocked, is_locked, lock_run
+from waiting import wait_until
+
+FAST = LockTimes(renew=0.05)
+IMPATIENT = LockTimes(renew=0.05, dead=0.5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return open_run_folder(tmp_path / "run")
+
+
+def be_elsewhere(folder: RunFolder) -> None:
+    """What a process on another machine leaves that does not end properly."""
+    folder.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"}))
+
+
+@contextmanager
+def renewed(folder: RunFolder) -> Iterator[None]:
+    """The file of the owner is renewed, as by a process that lives."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(0.02):
+            os.utime(folder.owner)
+
+    os.utime(folder.owner)
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_live_process_on_another_machine_is_respected(folder: RunFolder) -> None:
+    """Catches two machines that write to one run on a network disk without locks."""
+    be_elsewhere(folder)
+    with renewed(folder):
+        with (
+            pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"),
+            lock_run(folder, times=FAST),
+        ):
+            pass
+        with pytest.raises(UserError, match="another deepcloze process, 7 on elsewhere, is using"):
+            check_unlocked(folder, FAST)
+    assert not is_locked(folder)
+    assert folder.owner.exists()
+
+
+def test_a_dead_machine_is_replaced(folder: RunFolder) -> None:
+    be_elsewhere(folder)
+    with lock_run(folder, times=IMPATIENT):
+        assert json.loads(folder.owner.read_text())["pid"] == os.getpid()
+        renewed = folder.owner.stat().st_mtime_ns
+        wait_until(lambda: folder.owner.stat().st_mtime_ns != renewed)
+    assert not folder.owner.exists()
+
+
+def test_a_killed_process_of_this_machine_delays_nothing(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    be_elsewhere(folder)
+    monkeypatch.setattr(run_lock, "this_machine", lambda: {"host": "elsewhere", "boot": "1"})
+    started = time.monotonic()
+    with lock_run(folder, times=FAST):
+        pass
+    assert time.monotonic() - started < FAST.dead / 2
+
+
+def test_the_lock_that_a_network_disk_keeps_for_a_dead_machine(folder: RunFolder) -> None:
+    """Catches a run that nobody can take over while NFS keeps the lock, and a check that fails for it."""
+    be_elsewhere(folder)
+    kept = filelock.FileLock(folder.lock, thread_local=False)  # released by another thread
+    kept.acquire()
+    dead = check_unlocked(folder, IMPATIENT)
+    release = threading.Timer(0.5, kept.release)
+    release.start()
+    with lock_run(folder, dead=dead, times=IMPATIENT):
+        assert json.loads(folder.owner.read_text())["pid"] == os.getpid()
+    release.join()
+
+
+@pytest.mark.parametrize("boot", ["2", None])
+def test_machines_of_the_same_name_are_told_apart(folder: RunFolder, boot: str | None) -> None:
+    """Catches two machines called `localhost` or `ubuntu` that write to one run. None: of an earlier version."""
+    owner = {"host": platform.node(), "pid": 7} | ({"boot": boot} if boot else {})
+    folder.owner.write_text(json.dumps(owner))
+    with (
+        renewed(folder),
+        pytest.raises(UserError, match="another deepcloze process, 7 on"),
+        lock_run(folder, times=FAST),
+    ):
+        pass
+
+
+def test_a_dead_machine_is_waited_for_once(folder: RunFolder) -> None:
+    """Catches 20 seconds before preflight and again before the ranks start."""
+    be_elsewhere(folder)
+    dead = check_unlocked(folder, IMPATIENT)
+    with lock_run(folder, dead=dead, times=LockTimes(dead=3600.0)):
+        pass
+    assert check_unlocked(folder, FAST) is None
+
+
+def test_a_dead_machine_that_returns_is_respected(folder: RunFolder) -> None:
+    """Catches a run that is taken from a machine that has renewed its file again."""
+    be_elsewhere(folder)
+    dead = check_unlocked(folder, IMPATIENT)
+    with (
+        renewed(folder),
+        pytest.raises(UserError, match="7 on elsewhere"),
+        lock_run(folder, dead=dead, times=IMPATIENT),
+    ):
+        pass
+
+
+def test_a_process_that_was_replaced_is_told(folder: RunFolder) -> None:
+    """Catches a machine that continues a run which another machine has taken over."""
+    lost = threading.Event()
+    with lock_run(folder, lost.set, times=FAST):
+        be_elsewhere(folder)
+        assert lost.wait(60)
+    assert json.loads(folder.owner.read_text())["host"] == "elsewhere"
+
+
+def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that trains on without its metrics and logs, and says nothing, or beside one that is started again
+    in the same folder."""
+    said: list[str] = []
+    monkeypatch.setattr(run_lock, "notify", said.append)
+    lost = threading.Event()
+    with lock_run(folder, lost.set, times=FAST):
+        shutil.rmtree(folder.path)
+        wait_until(lambda: bool(said))
+        folder.logs.mkdir(parents=True)
+        be_elsewhere(folder)
+        assert lost.wait(60)
+    message = "was deleted while a run writes there: stop the run, and start it again"
+    assert said == [f"warning: {folder.logs} {message}"]
+
+
+def test_a_lock_of_another_user(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a live run of someone else that counts as killed."""
+    path_open = Path.open
+
+    def open_file(path: Path, mode: str = "r", **options: Any) -> IO[Any]:
+        if path == folder.lock and "+" in mode:
+            raise PermissionError(13, "Permission denied")
+        return path_open(path, mode, **options)
+
+    with lock_run(folder):
+        monkeypatch.setattr(Path, "open", open_file)
+        assert is_locked(folder)
+        monkeypatch.undo()
+    monkeypatch.setattr(Path, "open", open_file)
+    assert not is_locked(folder)
+
+
+def test_a_damaged_file_is_ignored(folder: RunFolder) -> None:
+    folder.owner.write_text("{")
+    check_unlocked(folder, FAST)
+    with lock_run(folder, times=FAST):
+        assert is_locked(folder)
+        with pytest.raises(UserError, match="another deepcloze process is using"):
+            check_unlocked(folder, FAST)
+
+
+def test_ranks_that_outlived_their_launch_are_respected(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches two launches that train in one folder, after the first one and its watchdog were killed, and a launch
+    that is refused because it follows a killed one too fast."""
+    code = """
+import sys
+from pathlib import Path
+from experiment.run_files.run_folder import RunFolder
+from pretrain.rank_process import RankRecorder
+RankRecorder(RunFolder(Path(sys.argv[1])), 0).start()
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(folder.path)]
+    RankRecord(1, "node-2", 7, training=True, exit=0).write(folder)
+    (folder.logs / "rank-2.json").write_text("{")
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as rank:
+        wait_until(folder.rank_record(0).exists, rank)
+        message = f"still use {re.escape(str(folder.path))}; end them: process {rank.pid} on {platform.node()}$"
+        with pytest.raises(UserError, match=message):
+            check_unlocked(folder, IMPATIENT)
+        with pytest.raises(UserError, match=message), lock_run(folder, times=IMPATIENT):
+            pass
+        assert is_locked(folder)
+
+        threading.Timer(0.3, rank.kill).start()
+        with lock_run(folder, times=LockTimes(dead=60.0, quiet=0.0)):
+            assert rank.wait() != 0
+    assert capsys.readouterr().err.count("waiting for the processes of an earlier command to end") == 1
+    assert not is_locked(folder)

@@ -1,0 +1,480 @@
+import csv
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from experiment.config import build_config
+from experiment.errors import UserError
+from finetune.data.formats import FileFormat
+from finetune.options import PredictOptions
+from finetune.prediction import predict as predict_module
+from finetune.prediction.predict import Input, _overrides
+from finetune.prediction.predictor import Predictor
+from finetune.prediction.saved_task import FILE
+from finetune.task_kind import Prediction, find_kind
+from launcher.cli import main
+
+Row = dict[str, str]
+PROBABILITIES = ["probability_high", "probability_low"]
+
+
+def read_csv(path: Path, separator: str = ",") -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter=separator))
+
+
+@pytest.fixture
+def texts(trained_run: Path, tmp_path: Path) -> Path:
+    """The test split without labels."""
+    path = tmp_path / "texts.tsv"
+    rows = read_csv(trained_run.parent / "test.tsv", "\t")
+    path.write_text("text\n" + "".join(f"{row['text']}\n" for row in rows))
+    return path
+
+
+def predict(model: Path, source: Path, output: Path, *flags: str) -> int:
+    argv = ["--model", str(model), "--input", str(source), "--output", str(output), "--precision=fp32", *flags]
+    return main(["predict", *argv])
+
+
+def test_it_writes_the_predictions_of_training(trained_run: Path, texts: Path, tmp_path: Path) -> None:
+    """Catches rows in the order of the length-sorted batches, and other columns than in the files of a run."""
+    assert predict(trained_run / "seed-2" / "model", texts, tmp_path / "out.csv", "--batch_size=3") == 0
+    rows, expected = read_csv(tmp_path / "out.csv"), read_csv(trained_run / "seed-2" / "predictions-test.csv")
+    assert list(rows[0]) == ["row", "text", "predicted", *PROBABILITIES]
+    for row, other in zip(rows, expected, strict=True):
+        assert [row[key] for key in ("row", "text", "predicted")] == [
+            other[key] for key in ("row", "text", "predicted")
+        ]
+        assert float(row["probability_high"]) == pytest.approx(float(other["probability_high"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".jsonl", ".parquet"])
+def test_all_formats_hold_the_same_rows(trained_run: Path, texts: Path, tmp_path: Path, suffix: str) -> None:
+    """Catches a format with other columns or types: numbers must be numbers in JSON and Parquet."""
+    for name in (".csv", suffix):
+        assert predict(trained_run / "seed-1", texts, tmp_path / f"out{name}") == 0
+    expected = read_csv(tmp_path / "out.csv")
+    found: list[dict[str, Any]]
+    if suffix == ".parquet":
+        found = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    elif suffix == ".jsonl":
+        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    else:
+        found = list(read_csv(tmp_path / "out.tsv", "\t"))
+    assert [{key: str(value) for key, value in row.items()} for row in found] == expected
+    if suffix != ".tsv":
+        assert [type(value) for value in found[0].values()] == [int, str, str, float, float]
+
+
+def test_memory_does_not_grow_with_the_file(
+    trained_run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a file that is read whole before the first row is predicted, and row numbers that restart."""
+    at_once: list[int] = []
+    read: list[int] = []
+    compute, records = Predictor.predict_records, predict_module.read_records
+
+    def count_computed(self: Predictor, chunk: list[Any], calibrated: bool) -> list[Prediction]:
+        at_once.append(len(chunk))
+        assert sum(read) - 20 <= sum(at_once)  # the file was read once before, to check it
+        return compute(self, chunk)
+
+    def count_read(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for record in records(*arguments, **options):
+            read.append(1)
+            yield record
+
+    monkeypatch.setattr(predict_module, "_CHUNK", 2)
+    monkeypatch.setattr(Predictor, "predict_records", count_computed)
+    monkeypatch.setattr(predict_module, "read_records", count_read)
+    assert predict(trained_run / "seed-1", texts, tmp_path / "out.csv", "--batch_size=4") == 0
+    assert at_once == [8, 8, 4]
+    assert [row["row"] for row in read_csv(tmp_path / "out.csv")] == [str(number) for number in range(1, 21)]
+
+
+def test_a_run_stands_for_its_best_seed(
+    trained_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the first or last seed instead of the best one on validation, and a choice that is not told."""
+    values = json.loads((trained_run / "results.json").read_text())["splits"]["validation"]["macro_f1"]["values"]
+    best = 1 + values.index(max(values))
+    assert predict(trained_run, texts, tmp_path / "out.csv") == 0
+    assert f"seed-{best}/model (best of 2 seeds: macro_f1 {max(values):.4f} on validation)" in capsys.readouterr().err
+
+
+def test_scores_of_a_labelled_file(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches scores that differ from those of training, or leave no file."""
+    source, output = trained_run.parent / "test.tsv", tmp_path / "out.csv"
+    assert predict(trained_run / "seed-1" / "model", source, output, "--score") == 0
+    rows = read_csv(output)
+    assert list(rows[0]) == ["row", "text", "label", "predicted", *PROBABILITIES]
+    written = json.loads((tmp_path / "out.scores.json").read_text())
+    splits = json.loads((trained_run / "results.json").read_text())["splits"]
+    expected = {name: score["values"][0] for name, score in splits["test"].items()}
+    assert written["scores"] == pytest.approx(expected)
+    assert (written["rows"], written["metric"], written["input"]) == (20, "macro_f1", str(source))
+    assert sum(scores["support"] for scores in written["label_scores"].values()) == 20
+    results = json.loads((trained_run / "results.json").read_text())
+    assert written["ece"] == pytest.approx(results["calibration"]["test"]["ece"]["values"][0])
+    printed = capsys.readouterr().out
+    assert "macro_f1 *" in printed
+    assert "precision" in printed
+    assert str(tmp_path / "out.scores.json") in printed
+
+
+def test_calibrated_probabilities(
+    trained_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a temperature that is never used, is used unasked, or changes what is predicted."""
+    model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "moved"))
+    task = json.loads((model / FILE).read_text())
+    assert task["temperature"] == json.loads((trained_run / "results.json").read_text())["temperatures"][0]
+    (model / FILE).write_text(json.dumps({**task, "temperature": 2.0}))
+    for name, flags in (("raw", ()), ("calibrated", ("--calibrated",))):
+        assert predict(model, texts, tmp_path / f"{name}.csv", *flags) == 0
+    for raw, calibrated in zip(read_csv(tmp_path / "raw.csv"), read_csv(tmp_path / "calibrated.csv"), strict=True):
+        assert raw["predicted"] == calibrated["predicted"]
+        odds = [float(row["probability_high"]) / float(row["probability_low"]) for row in (raw, calibrated)]
+        assert odds[0] ** 0.5 == pytest.approx(odds[1], rel=0.02)
+    (model / FILE).write_text(json.dumps({**task, "temperature": None}))
+    assert predict(model, texts, tmp_path / "none.csv", "--calibrated") == 2
+    assert "moved: the model has no temperature" in capsys.readouterr().err
+
+
+def test_a_missing_temperature_is_found_first(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a kind without a temperature that is detected after the input is read and the model loaded."""
+    model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
+    task = json.loads((model / FILE).read_text())
+    (model / FILE).write_text(json.dumps({**task, "temperature": None}))
+    monkeypatch.setattr(Predictor, "load", None)
+    assert predict(model, tmp_path / "none.csv", tmp_path / "out.csv", "--calibrated") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model: the model has no temperature" in line
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("/proc/none/out.csv", "No such file or directory"),
+        ("in.csv/out.csv", "File exists"),
+        ("folder.csv", "Is a directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_first(
+    trained_run: Path,
+    tmp_path: Path,
+    output: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, and predictions that are lost because they cannot be written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Predictor, "load", None)
+    Path("in.csv").write_text("text\nword1\n")
+    Path("folder.csv").mkdir()
+    assert predict(trained_run, Path("in.csv"), Path(output)) == 2
+    assert capsys.readouterr().err.splitlines() == [f"deepcloze: --output: cannot write {output}: {reason}"]
+
+
+def test_columns_and_separator_of_another_file(trained_run: Path, tmp_path: Path) -> None:
+    """Catches files that must look like the training data."""
+    (tmp_path / "reviews.csv").write_text('id;review\n1;word1 "word2\n2;word30\n')
+    flags = ("--columns.text=review", "--sep=;", "--quoting=3")
+    assert predict(trained_run, tmp_path / "reviews.csv", tmp_path / "out.csv", *flags) == 0
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ['word1 "word2', "word30"]
+    (tmp_path / "bare.csv").write_text("1,word1\n2,word30\n")
+    flags = ("--columns.text=1", "--columns.label=0", "--header=none")
+    assert predict(trained_run, tmp_path / "bare.csv", tmp_path / "out.csv", *flags) == 0
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1", "word30"]
+
+
+def test_columns_of_a_dialogue() -> None:
+    """Catches names that a file for a model with context must have, and context for a model without it."""
+    options = PredictOptions(model="m", input="i.csv", output="o.csv", overrides={"dialogue.group": "scene"})
+    config_type, task = find_kind("classification").config_type, {"train": "a.csv", "metric": "accuracy"}
+    trained = build_config(config_type, task | {"dialogue": {"group": "id"}, "special_tokens_in_text": True})
+    assert _overrides(options, trained) == {"dialogue.group": "scene"}
+    with pytest.raises(UserError, match=r"^unknown flag '--dialogue.group'; columns are named as --columns.text=NAME$"):
+        _overrides(options, build_config(config_type, task))
+
+
+def test_a_file_without_header_and_labels(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a number that is asked for the column of the labels, which predicting does not read."""
+    (tmp_path / "bare.csv").write_text("word1\nword30\n")
+    flags = ("--columns.text=0", "--header=none")
+    assert predict(trained_run, tmp_path / "bare.csv", tmp_path / "out.csv", *flags) == 0
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1", "word30"]
+    assert predict(trained_run, tmp_path / "bare.csv", tmp_path / "out.csv", *flags, "--score") == 2
+    assert "bare.csv:1: no column 'label'; found: 0 (--columns.label names" in capsys.readouterr().err
+
+
+def test_a_header_or_its_lack_is_seen(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a header that gets a prediction without a word, and data that is listed as names of columns."""
+    (tmp_path / "with.csv").write_text("text\nword1 word2\n")
+    (tmp_path / "without.csv").write_text("word1 word2 , word3\nword30\n")
+    flags = ("--columns.text=0", "--header=none", "--sep=;")
+    assert predict(trained_run, tmp_path / "with.csv", tmp_path / "out.csv", *flags) == 0
+    warning = "with.csv:1: this row is read as data; if it is a header (text), set --header 0"
+    assert [message.rpartition("/")[2] for message in caplog.messages] == [warning]
+    assert predict(trained_run, tmp_path / "without.csv", tmp_path / "out.csv", "--sep=;") == 2
+    assert "no column 'text'; found: word1 word2 , word3 (--columns.text names" in (error := capsys.readouterr().err)
+    assert error.endswith("; if the first row is data, set --header none and name columns by their numbers, from 0\n")
+
+    caplog.clear()
+    (tmp_path / "labelled.csv").write_text("word1,low\nword30,high\n")
+    assert predict(trained_run, tmp_path / "labelled.csv", tmp_path / "out.csv", "--columns.text=0", "--sep=,") == 0
+    warning = "labelled.csv: the first row is read as a header, but 'low' in it is one of the labels; if it is data, "
+    assert [message.rpartition("/")[2] for message in caplog.messages] == [f"{warning}set --header none"]
+    assert "columns by number, text: 'word1'\n" in capsys.readouterr().err
+    caplog.clear()
+    (tmp_path / "named.csv").write_text("text,low\nword1,1\n")
+    assert predict(trained_run, tmp_path / "named.csv", tmp_path / "out.csv") == 0
+    assert not caplog.messages, "a column has the name of a label"
+    (tmp_path / "numbers.csv").write_text("9,8\nword1,1\n")
+    assert predict(trained_run, tmp_path / "numbers.csv", tmp_path / "out.csv", "--columns.text=9") == 0
+    capsys.readouterr()
+    assert predict(trained_run, tmp_path / "labelled.csv", tmp_path / "out.csv", "--header=null") == 2
+    assert capsys.readouterr().err == (
+        "deepcloze: command line: columns.text: without a header it must be a column number from 0, found 'text'\n"
+    )
+
+
+def test_another_separator(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a message on a column that is not found, though the separator is the cause."""
+    (tmp_path / "rows.csv").write_text("id;text\n1;word1\n")
+    assert predict(trained_run, tmp_path / "rows.csv", tmp_path / "out.csv") == 2
+    assert "found: id;text (--columns.text names the column); is the separator ','? If not, set --sep; " in (
+        capsys.readouterr().err
+    )
+    assert predict(trained_run, tmp_path / "rows.csv", tmp_path / "out.csv", "--sep=;", "--columns.text=review") == 2
+    assert "is the separator" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def with_format(trained_run: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a copy of a model folder whose training data had another format."""
+
+    def change(**keys: object) -> Path:
+        model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
+        saved = json.loads((model / FILE).read_text())
+        (model / FILE).write_text(json.dumps({**saved, "task": {**saved["task"], **keys}}))
+        return model
+
+    return change
+
+
+QUOTED = 'review,id\n"word1, word2",1\n"word30 ""word3""",2\n'
+
+
+def test_an_ordinary_csv_file_for_a_model_of_an_unquoted_tsv_file(
+    with_format: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Catches quotes that get into the texts, or commas in them that are separators, because the TSV file of the
+    training has no quoting; and a TSV file or a flag for which it is forgotten."""
+    model = with_format(quoting=3)
+    (tmp_path / "reviews.csv").write_text(QUOTED)
+    assert predict(model, tmp_path / "reviews.csv", tmp_path / "out.csv", "--columns.text=review") == 0
+    assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ["word1, word2", 'word30 "word3"']
+    (tmp_path / "texts.tsv").write_text('text\n"word1" word2\n')
+    (tmp_path / "texts.csv").write_text('text\n"word1" word2\n')
+    for name, flags in (("texts.tsv", ()), ("texts.csv", ("--quoting=3",)), ("texts.csv", ("--sep=\t",))):
+        assert predict(model, tmp_path / name, tmp_path / "out.csv", *flags) == 0
+        assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ['"word1" word2']
+
+
+def test_quotes_around_cells_that_are_not_read_as_such(
+    with_format: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a message that asks for the separator only, though --quoting 0 is the remedy."""
+    model = with_format(quoting=3, train="train.csv")
+    (tmp_path / "reviews.csv").write_text(QUOTED)
+    assert predict(model, tmp_path / "reviews.csv", tmp_path / "out.csv", "--columns.text=review") == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        "found 3; is the separator ','? If not, set --sep; if quotes enclose cells, set --quoting 0\n"
+    )
+
+
+def test_a_header_for_a_model_of_data_without_one(
+    with_format: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a header that is predicted as a row of data, and a message that blames the model's file, or names no
+    flag."""
+    model = with_format(header=None, columns={"text": "1", "label": "0"})
+    monkeypatch.chdir(tmp_path)
+    source, output = Path("in.tsv"), Path("out.csv")
+    source.write_text("id\ttext\n7\tword1 word2\n")
+    assert predict(model, source, output, "--columns.text=text") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "deepcloze: --columns.text=text: the training data had no header, so columns have numbers from 0; if in.tsv "
+        "has a header, set --header 0"
+    )
+    assert predict(model, source, output) == 2
+    assert capsys.readouterr().err == (
+        "deepcloze: in.tsv:1: this row looks like a header (id, text), but the training data had none; if it is one, "
+        "set --header 0; if it is data, set --header none\n"
+    )
+    assert not output.exists()
+    for flags, texts in (
+        (("--header=0", "--columns.text=text"), ["word1 word2"]),
+        (("--header=0",), ["word1 word2"]),
+        (("--header=none",), ["text", "word1 word2"]),
+    ):
+        assert predict(model, source, output, *flags) == 0
+        assert [row["text"] for row in read_csv(output)] == texts
+
+
+def test_labels_are_ignored_unless_they_are_scored(trained_run: Path, tmp_path: Path) -> None:
+    """Catches a file that is rejected for its labels, which are not needed."""
+    (tmp_path / "odd.jsonl").write_text('{"text": "word1", "label": 0.5}\n{"text": "word2"}\n')
+    assert predict(trained_run, tmp_path / "odd.jsonl", tmp_path / "out.csv") == 0
+    assert list(read_csv(tmp_path / "out.csv")[0]) == ["row", "text", "predicted", *PROBABILITIES]
+
+
+def test_cells_are_not_changed(trained_run: Path, tmp_path: Path) -> None:
+    """Catches texts that are escaped for spreadsheets or mangled by separators, quotes and line breaks: a predictions
+    file is data, and must read back as it was."""
+    texts = ["=1+1", "+1", "-1", "@x", "'=1", "a,b\tc", 'say "a"', "two\nlines", "\tword1", "cr\rlf", ""]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = tmp_path / "in.jsonl"
+    for name in ("one.csv", "two.tsv", "three.jsonl", "four.csv"):
+        assert predict(trained_run, source, tmp_path / name) == 0
+        source = tmp_path / name
+    assert [row["text"] for row in read_csv(tmp_path / "four.csv")] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "flags", "message"),
+    [
+        ("in.csv", "sentence\nword1\n", (), "in.csv:1: no column 'text'; found: sentence (--columns.text names"),
+        ("in.csv", "text\nword1\n", ("--score",), "in.csv:1: no column 'label'"),
+        ("in.csv", "text,label\na,low\nb,\n", ("--score",), "in.csv:3: the label is empty"),
+        ("in.csv", "text,label\na,low\nb,middle\n", ("--score",), "in.csv:3: unknown label 'middle'"),
+        ("in.csv", "text\n", (), "in.csv has no rows"),
+        ("in.csv", "text\nword1\nword1,2\n", (), "in.csv:3: expected 1 column, found 2"),
+        ("in.csv", "text\nword1\n", ("--columns.txt=a",), "did you mean 'columns.text'"),
+        ("in.csv", "text\nword1\n", ("--task.metric=a",), "unknown flag '--task.metric'"),
+        ("in.csv", "text\nword1\n", ("--output=out.xls",), "expected a file that ends in .csv, .tsv, .jsonl"),
+        ("in.csv", "text\nword1\n", ("--output=in.csv",), "in.csv is the input"),
+        ("in.csv", "text\nword1\n", ("--model=nowhere",), "nowhere: no such folder, and no such model in "),
+        ("in.csv", "text\nword1\n", ("--model=.",), "holds neither config.json nor results.json"),
+    ],
+)
+def test_bad_input_leaves_no_output(
+    trained_run: Path,
+    tmp_path: Path,
+    name: str,
+    text: str,
+    flags: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, a message that names neither line nor flag, and part of an output."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    assert predict(trained_run, Path(name), Path("out.csv"), *flags) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_unknown_label_is_found_before_the_model_is_loaded(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches hours of predictions that are lost to a wrong label at the end of a file."""
+    monkeypatch.setattr(Predictor, "load", lambda *_: pytest.fail("the model is loaded"))
+    (tmp_path / "in.csv").write_text("text,label\na,low\nb,lo\n")
+    assert predict(trained_run, tmp_path / "in.csv", tmp_path / "out.csv", "--score") == 2
+    assert "in.csv:3: unknown label 'lo'; did you mean 'low'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("question_answering", {"question": "a?", "context": " "}, "the context is empty"),
+        (
+            "question_answering",
+            {"question": "a?", "context": "b", "answers": {"text": ["b"], "answer_start": [7]}},
+            "the answer 'b' is not at character 7",
+        ),
+        ("multiple_choice", {"question": "a?", "choices": ["b"]}, "expected two or more choices"),
+        ("cloze", {"article": "a _ b _", "options": [["c", "d"]]}, "2 blanks '_' in the article, 1 lists of options"),
+    ],
+)
+def test_a_row_that_cannot_be_predicted_is_found_first(
+    name: str, row: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    """Catches hours of predictions that are lost to a bad row at the end of a file."""
+    kind = find_kind(name)
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    rows = Input(tmp_path / "in.jsonl", kind(kind.config_type(test="t"), ()), FileFormat(), "answers" in row, None)
+    with pytest.raises(UserError, match=re.escape(message)):
+        rows.count()
+
+
+def test_scores_do_not_replace_the_input(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an input that is lost because the file of the scores has its name."""
+    source = tmp_path / "labels.scores.json"
+    source.write_text('[{"label": "high", "text": "word30"}]')
+    assert predict(trained_run / "seed-1" / "model", source, tmp_path / "labels.csv", "--score") == 2
+    assert f"{source} is the input" in capsys.readouterr().err
+    assert source.read_text().startswith("[")
+
+
+def test_damaged_weights(trained_run: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback of safetensors, which has an error class of its own, also where there is no checksum."""
+    model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:50])
+    assert predict(model, texts, tmp_path / "out.csv") == 2
+    assert "model.safetensors is damaged, or was changed after training" in capsys.readouterr().err
+    saved = json.loads((model / FILE).read_text())
+    (model / FILE).write_text(json.dumps({**saved, "checksums": {}}))
+    assert predict(model, texts, tmp_path / "out.csv") == 2
+    assert f"cannot load the weights in {model}" in capsys.readouterr().err
+
+
+def test_a_pipe_is_rejected(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an empty output and exit code 0: the second reading of a pipe finds nothing."""
+    os.mkfifo(tmp_path / "rows.tsv")
+    assert predict(trained_run / "seed-1" / "model", tmp_path / "rows.tsv", tmp_path / "out.csv") == 2
+    assert "which a pipe cannot be" in capsys.readouterr().err
+
+
+def test_a_home_folder_can_be_abbreviated(
+    trained_run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an output that ends in a folder called `~`: the shell does not expand `--output=~/out.csv`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert predict(trained_run, Path("~") / texts.name, Path("~/out.csv")) == 0
+    assert (tmp_path / "out.csv").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_an_input_without_a_known_ending_names_the_flag(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a message that names a key of the training config, which `deepcloze predict` rejects."""
+    (tmp_path / "texts.data").write_text("text\nword1\n")
+    assert predict(trained_run, tmp_path / "texts.data", tmp_path / "out.csv") == 2
+    assert capsys.readouterr().err.endswith("for another name, set the format, as --format csv\n")
+    assert predict(trained_run, tmp_path / "texts.data", tmp_path / "out.csv", "--format=csv") == 0

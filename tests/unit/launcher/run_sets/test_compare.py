@@ -1,0 +1,528 @@
+"""`deepcloze compare`, with runs in this process: it starts them as commands."""
+
+import csv
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from experiment.errors import StoppedError
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.run_folder import RunFolder
+from finetune.resolve import load_run_config
+from hub_server import HubServer
+from launcher import compare, run_set
+from launcher.cli import main
+from launcher.run_sets.compare import CellScores
+from launcher.run_sets.run_set import DONE, ChildRun
+
+LOW, HIGH = "ba de fi go lu mar", "pol rin sta ter ud ven"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory, wordpiece: Path) -> Path:
+    """A tiny BERT with random weights."""
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = AutoTokenizer.from_pretrained(wordpiece)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_files(tmp_path: Path, encoder: Path) -> Callable[..., Path]:
+    """Writes a task, `toy`, and a comparison of pretrained and random weights on it; returns the latter's path."""
+
+    def write(**keys: object) -> Path:
+        for seed, split in enumerate(("train", "validation", "test")):
+            draw = random.Random(seed)
+            rows = [(label, " ".join(draw.choices(words.split(), k=6))) for label, words in _draws(draw, 40)]
+            with (tmp_path / f"{split}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([("label", "text"), *rows])
+        task = {split: str(tmp_path / f"{split}.csv") for split in ("train", "validation", "test")}
+        training = {"lr": 1e-2, "epochs": 2, "batch_size": 8, "precision": "fp32"}
+        tree = {"task": {**task, "columns": {"label": "label", "text": "text"}}, "training": training}
+        tree |= {"model": {"init_from": "replaced", "max_seq_length": 16}, "run": {"dir": "replaced"}}
+        (tmp_path / "toy.yaml").write_text(yaml.safe_dump(tree))
+        rows = {"ours": {"init_from": str(encoder)}, "random": {"init_from": str(encoder), "weights": "random"}}
+        comparison = {"run": {"dir": str(tmp_path / "compare")}, "rows": rows, "tasks": [str(tmp_path / "toy.yaml")]}
+        path = tmp_path / "compare.yaml"
+        path.write_text(yaml.safe_dump({**comparison, "seeds": [1, 2], **keys}))
+        return path
+
+    return write
+
+
+def _draws(draw: random.Random, count: int) -> list[tuple[str, str]]:
+    return [draw.choice([("low", LOW), ("high", HIGH)]) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Path]:
+    """Copies of finished runs, by what their results depend on: training takes seconds."""
+    return {}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, finished: dict[str, Path], no_figures: None) -> list[str]:
+    """The names of the runs that were started, in order. They run in this process."""
+    names: list[str] = []
+
+    def start(run: ChildRun) -> str:
+        names.append(run.folder.path.name if run.command == "sweep" else "/".join(run.folder.path.parts[-2:]))
+        copy = tmp_path / f"finished-{len(names)}"
+        files = (path.read_text() for path in sorted([*tmp_path.glob("*.csv"), *tmp_path.glob("toy.yaml")]))
+        key = "\n".join([*run.argv, *files]).replace(str(tmp_path), "")
+        if key in finished and not run.folder.path.exists():
+            shutil.copytree(finished[key], run.folder.path)
+            return DONE
+        try:
+            code = main(run.argv[4:])
+        except SystemExit:
+            code = 1
+        if code == 0:
+            finished[key] = shutil.copytree(run.folder.path, copy)
+        return DONE if code == 0 else f"failed (exit code {code})"
+
+    monkeypatch.setattr(run_set, "start", start)
+    monkeypatch.setattr(compare, "RESAMPLES", 2)  # most of the time of a table
+    return names
+
+
+def read_tables(folder: Path) -> dict[str, dict[str, dict]]:
+    return json.loads((folder / "compare.json").read_text())
+
+
+def test_a_comparison_is_validated(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches `deepcloze validate` that takes a comparison for a pretraining, and mistakes that it does not find."""
+    file = str(write_files())
+    assert main(["validate", file]) == 0
+    assert capsys.readouterr().out == f"{file}: valid, for deepcloze compare\n"
+    (tmp_path / "train.csv").write_text("text\nba\n")
+    assert main(["validate", file]) == 2
+    assert "train.csv:1: no column 'label'" in capsys.readouterr().err
+    assert not started
+    assert not (tmp_path / "compare").exists()
+
+
+def test_rows_and_tasks_and_seeds(
+    write_files: Callable[..., Path],
+    started: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches scores of another row, split or metric, tables that differ, and cells that run twice."""
+    monkeypatch.setattr(compare, "RESAMPLES", 15)
+    file, folder = write_files(), tmp_path / "compare"
+    assert main(["compare", str(file)]) == 0
+    assert started == ["ours/toy", "random/toy"]
+    table = read_tables(folder)
+    for row, init in {"ours": "encoder", "random": "random"}.items():
+        results = json.loads((folder / row / "toy" / "results.json").read_text())
+        assert init in results["init"]
+        cell = table[row]["toy"]
+        assert (cell["metric"], cell["split"]) == ("accuracy", "test")
+        assert cell["values"] == results["splits"]["test"]["accuracy"]["values"]
+        assert len(cell["values"]) == 2
+        assert cell["mean"] == pytest.approx(sum(cell["values"]) / 2)
+        assert cell["collapsed"] == len(results["collapsed"])
+        assert cell["interval"][0] <= cell["mean"] <= cell["interval"][1]
+    difference = table["ours"]["toy"]["against"]["random"]
+    assert difference["difference"] == pytest.approx(table["ours"]["toy"]["mean"] - table["random"]["toy"]["mean"])
+    assert difference["interval"][0] <= difference["difference"] <= difference["interval"][1]
+
+    said = capsys.readouterr().out
+    shown = f"{table['ours']['toy']['mean']:.4f} ± {table['ours']['toy']['std']:.4f}"
+    assert shown in said
+    assert shown in (folder / "compare.md").read_text()
+    assert shown in (folder / "report" / "index.html").read_text()
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((folder / "compare.csv").open()))
+    assert [(row["row"], row["task"], float(row["mean"])) for row in rows] == [
+        (row, "toy", table[row]["toy"]["mean"]) for row in ("ours", "random")
+    ]
+
+    assert main(["compare", str(file)]) == 0
+    assert len(started) == 2
+    assert read_tables(folder) == table
+
+
+def test_differences_have_the_sign_of_their_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows that are swapped: the interval of a difference would exclude it."""
+    drawn = {"good": np.linspace(0.85, 0.95, 100), "bad": np.linspace(0.45, 0.55, 100)}
+    monkeypatch.setattr(compare, "_resample", lambda *_: drawn)
+    means = {"good": 0.9, "bad": 0.5}
+    cells = {
+        row: [CellScores("toy", RunFolder(tmp_path), "test", {}, "accuracy", (mean,), mean, None, 0, ())]
+        for row, mean in means.items()
+    }
+    tests = compare.test_rows(cells)
+    against = tests["toy", "good"]["against"]["bad"]
+    assert against["difference"] == pytest.approx(0.4)
+    assert against["interval"] == pytest.approx((0.4, 0.4))
+    assert tests["toy", "bad"]["interval"] == pytest.approx((0.4525, 0.5475))
+
+
+def test_a_stopped_comparison_runs_each_cell_once(
+    write_files: Callable[..., Path], started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a restart that begins at the start, and one that takes an interrupted cell for a finished one."""
+    file, run_here = write_files(), run_set.start
+
+    def stop_at_second(run: ChildRun) -> str:
+        if len(started) == 1:
+            raise StoppedError("stopped")
+        return run_here(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_set, "start", stop_at_second)
+        assert main(["compare", str(file)]) == 75
+    assert started == ["ours/toy"]
+    assert main(["compare", str(file)]) == 0
+    assert started == ["ours/toy", "random/toy"]
+
+
+@pytest.mark.parametrize("record", ["[]", "null", '{"ours/to', '{"ours/toy": null}', '{"ours/toy": {"config": []}}'])
+def test_a_damaged_record_is_one_message(
+    write_files: Callable[..., Path],
+    started: list[str],
+    tmp_path: Path,
+    record: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, and a comparison that starts over."""
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "runs.json").write_text(record)
+    assert main(["compare", str(write_files())]) == 2
+    printed = capsys.readouterr().err
+    assert "runs.json is damaged: " in printed
+    assert "delete this file and run the same command again" in printed
+    assert not started
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("name", ["results.json", "seed-7/predictions-test.jsonl"])
+def test_damaged_results_of_a_cell_name_it_and_the_way_out(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    grid: bool,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a message without the cell or without advice, and advice that does not help."""
+    keys = {"grid": "training.lr=1e-2"} if grid else {}
+    file = str(write_files(rows={"ours": {"init_from": str(encoder)}}, seeds=[7], **keys))
+    assert main(["compare", file]) == 0
+    cell = tmp_path / "compare" / "ours" / "toy"
+    damaged = cell / ("lr=1e-2" if grid else ".") / name
+    damaged.write_text('{"task": "to')
+    before, count = read_tables(tmp_path / "compare"), len(started)
+    capsys.readouterr()
+    assert main(["compare", file]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"deepcloze: ours/toy: {damaged} is damaged: ")
+    assert error.endswith(f"; to train this cell again, delete {cell} and run the same command again")
+    assert len(started) == count
+    shutil.rmtree(cell)
+    assert main(["compare", file]) == 0
+    assert read_tables(tmp_path / "compare") == before
+
+
+def test_more_seeds_are_added(
+    write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
+) -> None:
+    """Catches a table of fewer seeds than the file asks for, because its cells were done once."""
+    rows = {"ours": {"init_from": str(encoder)}}
+    assert main(["compare", str(write_files(rows=rows, seeds=[1]))]) == 0
+    before = read_tables(tmp_path / "compare")["ours"]["toy"]
+    assert main(["compare", str(write_files(rows=rows, seeds=[1, 2]))]) == 0
+    after = read_tables(tmp_path / "compare")["ours"]["toy"]
+    assert len(started) == 2
+    assert after["values"][:1] == before["values"]
+    assert len(after["values"]) == 2
+    assert before["std"] is None
+
+
+def test_cells_of_another_config_are_not_mixed_in(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches one table of cells that were trained differently."""
+    file = write_files()
+    assert main(["compare", str(file)]) == 0
+    task = tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("epochs: 2", "epochs: 3"))
+    assert main(["compare", str(file)]) == 2
+    assert "was started with another training.epochs: 2, now 3" in capsys.readouterr().err
+    assert len(started) == 2
+
+
+def test_an_edit_of_a_task_reaches_no_cell(
+    write_files: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a row that is trained with other settings than the row above, and than runs.json records."""
+    file, task, seen = str(write_files()), tmp_path / "toy.yaml", []
+
+    def start(run: ChildRun) -> str:
+        config = load_run_config(run.argv[run.argv.index("--config") + 1], {"model.init_from": str(tmp_path)})
+        seen.append((config.task.name, config.training.epochs))
+        task.write_text(task.read_text().replace("epochs: 2", "epochs: 3"))
+        return "failed (exit code 1)"
+
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.setattr(run_set, "start", start)
+    with pytest.raises(SystemExit, match="2 of 2 runs failed"):
+        main(["compare", file])
+    assert seen == [("toy", 2), ("toy", 2)]
+
+
+def test_a_grid_is_chosen_by_validation(
+    write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
+) -> None:
+    """Catches the point that is best on test, or the last one, in the table."""
+    rows = {"ours": {"init_from": str(encoder)}}
+    assert main(["compare", str(write_files(rows=rows, grid="training.lr=1e-9,1e-2", seeds=[1]))]) == 0
+    cell = read_tables(tmp_path / "compare")["ours"]["toy"]
+    sweep = tmp_path / "compare" / "ours" / "toy"
+    scores = {path.parent.name: json.loads(path.read_text())["splits"] for path in sorted(sweep.glob("*/results.json"))}
+    best = max(scores, key=lambda name: scores[name]["validation"]["accuracy"]["mean"])
+    assert cell["folder"] == f"ours/toy/{best}"
+    assert cell["chosen"] == {"training.lr": best.removeprefix("lr=")}
+    assert cell["mean"] == scores[best]["test"]["accuracy"]["mean"]
+
+
+def test_a_point_of_a_grid_that_fails_leaves_the_others(
+    write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
+) -> None:
+    """Catches a row that is missing in the tables because one learning rate diverged."""
+    rows = {"ours": {"init_from": str(encoder)}}
+    file = write_files(rows=rows, grid="training.lr=1e-2,1e30", seeds=[1])
+    task = tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("epochs: 2", "epochs: 2\n  grad_clip: 0"))
+    with pytest.raises(SystemExit, match="1 of 1 runs failed: ours/toy"):
+        main(["compare", str(file)])
+    assert read_tables(tmp_path / "compare")["ours"]["toy"]["chosen"] == {"training.lr": "1e-2"}
+    assert "| ours/toy | failed (exit code 1) |" in (tmp_path / "compare" / "compare.md").read_text()
+
+
+def test_a_task_that_cannot_be_scored_is_rejected(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches hours of training whose tables cannot be written."""
+    file, task = write_files(), tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("epochs: 2", "epochs: 2\n  fit_on: train+validation"))
+    (tmp_path / "test.csv").write_text("text\nba\n")
+    assert main(["compare", str(file)]) == 2
+    assert (
+        "toy.yaml: nothing to score: expected a validation split, or a test split with labels"
+        in capsys.readouterr().err
+    )
+    assert not started
+
+
+def test_a_cell_that_fails_leaves_the_others(
+    write_files: Callable[..., Path],
+    started: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a failure that ends the comparison, one that is hidden, and one that is not tried again."""
+    file, run_here = write_files(), run_set.start
+
+    def fail_first(run: ChildRun) -> str:
+        return "failed (exit code 1)" if run.name.endswith("ours/toy") else run_here(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_set, "start", fail_first)
+        with pytest.raises(SystemExit, match=r"compare: 1 of 2 runs failed: ours/toy"):
+            main(["compare", str(file)])
+    assert read_tables(tmp_path / "compare")["ours"] == {}
+    said = capsys.readouterr().out
+    assert "–" in said
+    assert "failed (exit code 1)" in said
+    assert "| ours/toy | failed (exit code 1) |" in (tmp_path / "compare" / "compare.md").read_text()
+    assert main(["compare", str(file)]) == 0
+    assert started == ["random/toy", "ours/toy"]
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a comparison whose runs are all done, and that fails because of its report."""
+    file, folder = write_files(), tmp_path / "compare"
+    folder.mkdir()
+    (folder / "report").touch()  # a file in place of the folder
+    assert main(["compare", str(file)]) == 0
+    assert "warning: compare: no report: " in capsys.readouterr().err
+    assert set(read_tables(folder)) == {"ours", "random"}
+    assert started == ["ours/toy", "random/toy"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rows": {}}, "rows"),
+        ({"rows": {"a b": {"init_from": "."}, "a-b": {"init_from": "."}}}, "would share the folder 'a-b'"),
+        ({"rows": {"runs.json": {"init_from": "."}}}, "'runs.json' is the name of a file or folder of the comparison"),
+        ({"rows": {"configs": {"init_from": "."}}}, "'configs' is the name of a file or folder of the comparison"),
+        ({"rows": {"checkpoints": {"init_from": "."}}}, "'checkpoints' is the name of a file or folder of"),
+        ({"rows": {"config.json": {"init_from": "."}}}, "'config.json' is the name of a file or folder of"),
+        ({"rows": {"a": {"init_from": "/nowhere"}}}, r"rows\.a\.init_from: /nowhere does not exist"),
+        ({"rows": {"a": {"init_from": ".", "weights": "random", "pretrain": "x.yaml"}}}, "would ignore what pretrain"),
+        ({"grid": "training.lr=fast"}, r"training\.lr"),
+        ({"tasks": ["missing.yaml"]}, r"missing\.yaml"),
+    ],
+)
+def test_mistakes_are_rejected_before_anything_runs(
+    write_files: Callable[..., Path],
+    started: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    keys: dict[str, object],
+    message: str,
+) -> None:
+    """Catches a mistake in the last row that shows after hours."""
+    assert main(["compare", str(write_files(**keys))]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said), said
+    assert not started
+    assert not (tmp_path / "compare").exists()
+
+
+def test_tasks_have_names_of_their_own(
+    write_files: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches two runs in one folder, such as a task in that of the pretraining."""
+    messages = {"toy": "the name 'toy' is used twice", "(pretrain)": "the folder 'pretrain' of '(pretrain)' is for"}
+    for other, message in messages.items():
+        file = write_files(tasks=[str(tmp_path / "toy.yaml"), str(tmp_path / f"{other}.yaml")])
+        (tmp_path / f"{other}.yaml").write_text((tmp_path / "toy.yaml").read_text())
+        assert main(["compare", str(file)]) == 2
+        assert f"tasks: {message}" in capsys.readouterr().err
+
+
+def test_data_are_checked_before_anything_runs(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a label that occurs in the test split only, which each fine-tuning rejects after a long pretraining."""
+    file = write_files()
+    with (tmp_path / "test.csv").open("a") as test:
+        test.write("medium,ba de fi\n")
+    assert main(["compare", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"toy\.yaml: .*test\.csv:42: unknown label 'medium'", said), said
+    assert not started
+    assert not (tmp_path / "compare").exists()
+
+
+def test_changed_data_and_encoders_are_not_mixed_in(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches one table of other training data, and of an encoder whose files were replaced; and a row alone that
+    has no interval."""
+    shutil.copytree(encoder, tmp_path / "encoder")
+    rows = {"ours": {"init_from": str(tmp_path / "encoder")}}
+    file = write_files(rows=rows, seeds=[1])
+    assert main(["compare", str(file)]) == 0
+    assert len(read_tables(tmp_path / "compare")["ours"]["toy"]["interval"]) == 2
+    train = (tmp_path / "train.csv").read_bytes()
+    (tmp_path / "train.csv").write_bytes(train + b"low,ba de fi\n")
+    assert main(["compare", str(file)]) == 2
+    assert "was started with another data.train: " in capsys.readouterr().err
+    (tmp_path / "train.csv").write_bytes(train)
+    weights = tmp_path / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
+    assert main(["compare", str(file)]) == 2
+    assert "was started with another encoder.model.safetensors: " in capsys.readouterr().err
+    assert started == ["ours/toy"]
+
+
+def test_a_row_starts_from_one_checkpoint(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a row whose tasks start from different checkpoints, because its run saved a newer one between them; and
+    one that is refused although the newer one has the same weights."""
+
+    def save(step: int, last_bytes: bytes = b"") -> Path:
+        checkpoint = checkpoint_path(tmp_path / "run" / "checkpoints", step)
+        shutil.copytree(encoder, checkpoint / "hf")
+        weights = checkpoint / "hf" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: -len(last_bytes) or None] + last_bytes)
+        mark_complete(checkpoint)
+        return checkpoint / "hf"
+
+    first = save(1)
+    file = write_files(rows={"ours": {"init_from": str(tmp_path / "run")}}, seeds=[1])
+    assert main(["compare", str(file), "--dry_run"]) == 0
+    assert f"--model.init_from={first}" in capsys.readouterr().out
+    assert main(["compare", str(file)]) == 0
+    save(2)
+    assert main(["compare", str(file)]) == 0
+    save(3, b"\1\2\3\4")
+    assert main(["compare", str(file)]) == 2
+    assert "was started with another encoder.model.safetensors: " in capsys.readouterr().err
+    assert started == ["ours/toy"]
+
+
+def test_a_run_whose_folder_was_removed_runs_again(
+    write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
+) -> None:
+    """Catches a removed cell that ends in a message on missing results, and one that may not change its config."""
+    file = write_files(rows={"ours": {"init_from": str(encoder)}}, seeds=[1])
+    assert main(["compare", str(file)]) == 0
+    task = tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("epochs: 2", "epochs: 1"))
+    assert main(["compare", str(file)]) == 2
+    shutil.rmtree(tmp_path / "compare/ours/toy")
+    assert main(["compare", str(file)]) == 0
+    assert started == ["ours/toy"] * 2
+
+
+def test_dry_run_prints_the_commands(
+    write_files: Callable[..., Path], started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a dry run that starts or writes something, and rows that do not reach the commands."""
+    assert main(["compare", str(write_files()), "--dry_run"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"--run.dir={tmp_path}/compare/ours/toy" in first
+    assert "--model.weights=random" in second
+    assert "--training.seeds=1,2" in first
+    assert not started
+    assert not (tmp_path / "compare").exists()
+
+
+def test_rows_of_the_hub_keep_their_commit(
+    hub: HubServer, encoder: Path, write_files: Callable[..., Path], started: list[str], tmp_path: Path
+) -> None:
+    """Catches a comparison that is refused, or mixes models, because someone has pushed to the Hub since it began."""
+    commit = hub.repository("org/tiny").push_folder(encoder)
+    file = write_files(rows={"hub": {"init_from": "org/tiny", "weights": "random"}}, seeds=[1])
+    assert main(["compare", str(file)]) == 0
+    record = json.loads((tmp_path / "compare" / "runs.json").read_text())
+    assert record["hub/toy"]["config"]["model.init_from"] == f"org/tiny@{commit}"
+    hub.repository("org/tiny").push_folder(encoder, notes__txt=b"new")
+    assert main(["compare", str(file)]) == 0
+    assert started == ["hub/toy"]

@@ -1,0 +1,196 @@
+"""Commands that a command starts, with stand-ins for them."""
+
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+
+from experiment.errors import StoppedError, UserError
+from experiment.files import read_json, write_json
+from experiment.run_files.outcome_file import Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from launcher.run_sets import run_set
+from launcher.run_sets.run_set import DONE, REJECTED, ChildRun, FlatConfig, PlannedRun, RunSet, start
+
+
+def shell(script: str) -> tuple[str, ...]:
+    return "sh", "-c", script
+
+
+def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that counts as failed because the process that a killed command had just started was faster."""
+    refused_once = shell(f"test -e {tmp_path}/tried && exit 0; touch {tmp_path}/tried; exit 2")
+    run = ChildRun("compare", "[1/1] a/b", open_run_folder(tmp_path / "run"), refused_once)
+    lock = filelock.FileLock(run.folder.lock)
+    lock.acquire(timeout=0)
+    monkeypatch.setattr(run_set.time, "sleep", lambda _: lock.release())
+    assert start(run) == DONE
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, DONE), (1, "failed (exit code 1)"), (2, REJECTED)])
+def test_a_state_tells_how_a_run_ended(tmp_path: Path, code: int, state: str) -> None:
+    """Catches a mistake of the user that looks like a failure, and a run that is started twice."""
+    command = shell(f"echo started >> {tmp_path}/log; exit {code}")
+    assert start(ChildRun("compare", "a/b", open_run_folder(tmp_path / "run"), command)) == state
+    assert (tmp_path / "log").read_text() == "started\n"
+
+
+def test_a_signal_to_a_run_that_exits_with_0(tmp_path: Path) -> None:
+    """Catches a stop signal that is ignored because the run exits with code 0."""
+    finishing = """if True:
+        import os, signal, time
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+    """
+    run = ChildRun("sweep", "[1/2] a/b", open_run_folder(tmp_path / "run"), (sys.executable, "-c", finishing))
+    with pytest.raises(StoppedError, match=r"stopped at \[1/2\] a/b"):
+        start(run)
+
+
+def finish(folder: Path, config: FlatConfig) -> bool:
+    """Finish a set with one run; returns whether it was started."""
+    started = folder / "started"
+    started.unlink(missing_ok=True)
+    runs = (PlannedRun("a", ("touch", str(started)), config),)
+    to_finish = RunSet("sweep", open_run_folder(folder), "--output", "sweep.json", runs, header={})
+    with to_finish.opened() as records:
+        to_finish.finish(records)
+    return started.exists()
+
+
+@pytest.mark.parametrize("state", [None, DONE])
+def test_a_fine_tuning_that_has_finished_is_not_started_again(tmp_path: Path, state: str | None) -> None:
+    """Catches a run that starts again because the command was killed before it could note the end; and seeds that are
+    added and not trained."""
+    config = {"training.seeds": [1]}
+    record = {"config": config} if state is None else {"config": config, "state": state}
+    write_json(tmp_path / "sweep.json", {"runs": {"a": record}})
+    run = open_run_folder(tmp_path / "a")
+    write_outcome(run, Outcome.DONE)
+    assert not finish(tmp_path, config)
+    more = {"training.seeds": [1, 2]}
+    assert finish(tmp_path, more)
+    run.outcome.unlink()  # as a fine-tuning run does when it starts
+    assert finish(tmp_path, more), "it was killed"
+
+
+def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(tmp_path: Path) -> None:
+    """Catches a record that outranks what the run itself has reported."""
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {}, "state": DONE}}})
+    folder = open_run_folder(tmp_path / "a")
+    write_outcome(folder, Outcome.FAILED)
+    assert finish(tmp_path, {})
+    write_outcome(folder, Outcome.DONE)
+    assert not finish(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [
+        {"tracking.alerts.new": False},
+        {"training.adam_eps": 1e-8},
+        {"pretrain.optimizer.grad_clip": 1.0},
+        {"training.parallel_seeds": 2},
+        {"task.context": "article"},
+    ],
+)
+def test_a_new_key_changes_no_run(tmp_path: Path, newer: FlatConfig) -> None:
+    """Catches a sweep or comparison that a newer version, whose configs have one more key, cannot resume."""
+    before = {"seed": 1, "task.kind": "cloze"}
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": before}}})
+    (tmp_path / "a").mkdir()
+    assert finish(tmp_path, {**before, **newer})
+
+
+def test_a_new_key_with_another_value_changes_a_run(tmp_path: Path) -> None:
+    """Catches one table of runs with and without a setting that an earlier version did not have."""
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"another training\.adam_eps: 1e-08, now 1e-06"):
+        finish(tmp_path, {"seed": 1, "training.adam_eps": 1e-6})
+
+
+def test_seeds_in_parallel_change_no_run(tmp_path: Path) -> None:
+    """Catches a sweep that cannot go on with more seeds at a time."""
+    for parallel in (1, 2):
+        finish(tmp_path, {"training.parallel_seeds": parallel, "training.microbatch_size": parallel})
+        (tmp_path / "a").mkdir(exist_ok=True)
+
+
+def test_damaged_results_do_not_keep_other_runs_from_starting(tmp_path: Path) -> None:
+    """Catches a sweep that ends at a damaged run, and starts the missing ones only after that has been removed."""
+    runs = tuple(PlannedRun(name, shell(f"echo {name} >> {tmp_path}/log"), {}) for name in ("damaged", "good"))
+
+    def measure(run: RunFolder) -> float:
+        if run.path.name == "damaged":
+            raise UserError("damaged results")
+        return 0.5
+
+    to_finish = RunSet("sweep", open_run_folder(tmp_path), "--output", "sweep.json", runs, header={})
+    with pytest.raises(UserError, match="damaged results"), to_finish.opened() as records:
+        to_finish.finish(records, measure)
+    assert (tmp_path / "log").read_text() == "damaged\ngood\n"
+    values = {name: run["value"] for name, run in read_json(tmp_path / "sweep.json")["runs"].items()}
+    assert values == {"damaged": None, "good": 0.5}
+
+
+def test_runs_read_the_config_file_as_it_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a user's edit that reaches a later run of the set, and printed commands that only the set can run."""
+    file = tmp_path / "run.yaml"
+    file.write_text("planned\n")
+    script = f"echo edited > {file}; cat $1; cat $1 >> {tmp_path}/log"
+    runs = tuple(PlannedRun(f"row/{name}", (*shell(script), "--config", str(file)), {}) for name in "ab")
+    folder = RunFolder(tmp_path / "set")
+    to_finish = RunSet("compare", folder, "run.dir", "runs.json", runs, configs={str(file): b"planned\n"})
+    to_finish.print_commands()
+    assert capsys.readouterr().out.count(f"--config {file}\n") == 2
+    assert not folder.path.exists()
+    with to_finish.opened() as records:
+        to_finish.finish(records)
+    assert (tmp_path / "log").read_text() == "planned\n" * 2
+    assert (folder.path / "configs" / "row" / "b" / "run.yaml").read_text() == "planned\n"
+    assert file.read_text() == "edited\n"
+    with pytest.raises(UserError, match=r"run\.yaml was changed while it was checked"), to_finish.opened():
+        pass
+
+
+def test_other_content_changes_a_run(tmp_path: Path) -> None:
+    """Catches one table of runs on other data; and a set of an earlier version, which did not record them, that cannot
+    continue."""
+    (tmp_path / "a").mkdir()
+    write_json(tmp_path / "sweep.json", {"runs": {"a": {"config": {"seed": 1}}}})
+    assert finish(tmp_path, {"seed": 1, "data.train": "one", "encoder.config.json": "one"})
+    with pytest.raises(UserError, match=r"another data\.train: 'one', now 'two'"):
+        finish(tmp_path, {"seed": 1, "data.train": "two", "encoder.config.json": "one"})
+    # A sweep that was moved with the comparison that it is a part of.
+    assert finish(tmp_path, {"seed": 1, "data.train": "one", "encoder.config.json": "one", "model.init_from": "/new"})
+    with pytest.raises(UserError, match=r"another data\.validation: None, now 'new'"):
+        finish(tmp_path, {"seed": 1, "data.train": "one", "data.validation": "new", "encoder.config.json": "one"})
+
+
+def test_a_chain_may_be_moved(tmp_path: Path) -> None:
+    """Catches scores that must be made again because the folder of a comparison was moved, or its pretraining tracks or
+    logs differently."""
+    content = {"encoder.config.json": "one", "data.train": "one", "task.train": "/old/train.csv"}
+    before = {"seed": 1, "model.init_from": "/old/a/pretrain", "pretrain.run.dir": "/old/a/pretrain"} | content
+    now = before | {"model.init_from": "/new/a/pretrain", "pretrain.run.dir": "/new/a/pretrain"}
+    now["task.train"] = "/new/train.csv"
+    for config in (before, now | {"pretrain.run.log_every": 7, "pretrain.tracking.wandb": "disabled"}):
+        runs = (
+            PlannedRun("a/pretrain", shell("true"), {}),
+            PlannedRun("a/task", shell("true"), config, pretraining="a/pretrain"),
+        )
+        with RunSet("compare", open_run_folder(tmp_path), "run.dir", "runs.json", runs).opened() as records:
+            assert records["a/task"]["config"] == config
+            for record in records.values():
+                record["state"] = DONE
+        (tmp_path / "a" / "task").mkdir(parents=True, exist_ok=True)
+        write_json(tmp_path / "runs.json", records)
+    seeds = (PlannedRun("a/task", shell("true"), {**now, "pretrain.run.seed": 2}, pretraining="a/pretrain"),)
+    with (
+        pytest.raises(UserError, match=r"another pretrain\.run\.seed"),
+        RunSet("compare", open_run_folder(tmp_path), "run.dir", "runs.json", seeds).opened(),
+    ):
+        pass

@@ -1,0 +1,649 @@
+"""`deepcloze sweep`: the grid, the validation of its points, and runs with stand-ins for commands."""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiment.config import load_config
+from experiment.errors import StoppedError, UserError
+from experiment.files import write_json
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.outcome_file import Outcome, write_outcome
+from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_lock import is_locked
+from finetune.kinds.classification import Kind
+from hub_server import HubServer
+from launcher.cli import main
+from launcher.command_line import parse_command_line
+from launcher.commands import COMMANDS
+from launcher.options import PretrainOptions, SweepOptions
+from launcher.run_sets import run_set
+from launcher.run_sets import sweep as sweep_module
+from launcher.run_sets.run_set import DONE, ChildRun, PlannedRun
+from launcher.run_sets.sweep import SweepPlan, grid_points, parse_grid, plan_sweep, run_sweep
+from pretrain.config import PretrainConfig
+from pretrain.corpus.reader import open_corpus
+from waiting import wait_until
+
+ROOT = Path(__file__).parents[4]
+
+Reject = Callable[..., str]
+
+
+def test_grid_syntax() -> None:
+    """Catches lists split at their commas, and merged keys."""
+    text = "optimizer.lr=1e-4,5e-4  optimizer.betas=[0.9, 0.98],[0.9,0.999] tracking.name='a, b'"
+    assert parse_grid(text) == {
+        "optimizer.lr": ("1e-4", "5e-4"),
+        "optimizer.betas": ("[0.9, 0.98]", "[0.9,0.999]"),
+        "tracking.name": ("'a, b'",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found nothing"),
+        ("optimizer.lr", "found 'optimizer.lr'"),
+        ("optimizer.lr=", "found 'optimizer.lr='"),
+        ("optimizer.lr=1,,2", "found 'optimizer.lr=1,,2'"),
+        ("optimizer.lr=1 optimizer.lr=2", "'optimizer.lr' is given twice"),
+        ("optimizer.lr=1,2,1", "has a duplicate value"),
+        ("a.b=[1,2 c.d=3", "']' is missing"),
+        ("run.dir=a,b", "--output"),
+    ],
+)
+def test_malformed_grids_are_rejected(text: str, message: str) -> None:
+    """Catches runs that are silently left out, repeated, or overwrite each other."""
+    with pytest.raises(UserError, match="--grid") as rejected:
+        parse_grid(text)
+    assert message in str(rejected.value)
+
+
+def test_every_point_has_a_unique_name() -> None:
+    """Catches missing points, and two that share a folder."""
+    points = grid_points(
+        {"optimizer.lr": ("1e-4", "5e-4"), "corpus.train": ("a/b", "a-b"), "a.x": ("1",), "b.x": ("2",)}
+    )
+    assert list(points) == [
+        "lr=1e-4_train=a-b_a.x=1_b.x=2",
+        "lr=1e-4_train=a-b_a.x=1_b.x=2-2",
+        "lr=5e-4_train=a-b_a.x=1_b.x=2",
+        "lr=5e-4_train=a-b_a.x=1_b.x=2-2",
+    ]
+    assert points["lr=5e-4_train=a-b_a.x=1_b.x=2-2"]["corpus.train"] == "a-b"
+    assert list(grid_points({"run.seed": ("-1", "1")})) == ["seed=-1", "seed=1"]
+
+
+def test_long_values_make_names_that_file_systems_accept() -> None:
+    """Catches a sweep that ends with "File name too long", or two points that share a folder."""
+    paths = tuple(f"/{'数据' * 50}/{number}" for number in range(2))
+    names = list(grid_points({"corpus.train": paths}))
+    assert len(set(names)) == 2
+    assert all(len(name.encode()) <= 240 for name in names)
+
+
+@pytest.fixture
+def pretraining(tmp_path: Path, wordpiece_corpus: Path, heldout_corpus: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"config": {"model_type": "bert", **sizes, "max_position_embeddings": 64}},
+        "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(heldout_corpus)}},
+        "batch": {"sequences": 8, "max_seq_length": 32, "microbatch_tokens": 64},
+        "schedule": {"steps": 2},
+        "engine": {"ds_config": "ds_configs/fp32_zero1.json"},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def reject(
+    pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Reject:
+    """Call `deepcloze sweep`, which must reject the grid and start nothing; returns the message."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def command(grid: str, *arguments: str) -> str:
+        assert main(["sweep", "--config", str(pretraining), "--grid", grid, *arguments]) == 2
+        assert not list(tmp_path.glob("*-sweep"))
+        return capsys.readouterr().err
+
+    return command
+
+
+def test_the_commands_of_a_sweep(pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches overrides or flags that do not reach the runs, two runs in one folder, and commands that a user would not
+    type."""
+    assert main(["sweep", "--config", str(pretraining), "--grid", "run.seed=1,2", "--dry_run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    grid = "optimizer.lr=1e-4,5e-4 optimizer.betas=[0.9,0.98],[0.9,0.999]"
+    arguments = ["--config", str(pretraining), "--grid", grid, "--num_gpus", "1", "--schedule.steps=3", "--dry_run"]
+    assert main(["sweep", *arguments]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 4
+    assert lines[1] == [
+        *("deepcloze", "pretrain", "--config", str(pretraining), "--num_gpus=1", "--schedule.steps=3"),
+        *("--optimizer.lr=1e-4", "--optimizer.betas=[0.9,0.999]"),
+        f"--run.dir={tmp_path}/run-sweep/lr=1e-4_betas=0.9-0.999",
+    ]
+    assert not (tmp_path / "run-sweep").exists()
+
+
+def test_every_point_is_validated_before_the_first_run(reject: Reject) -> None:
+    """Catches a typo in the last value that is found hours later, two equal runs, and a metric that no run reports."""
+    assert "lr=0.001: same config as lr=1e-3" in reject("optimizer.lr=1e-4,1e-3,0.001")
+    assert "lr=fast: command line: 'optimizer.lr'" in reject("optimizer.lr=1e-4,fast")
+    assert "unknown config key 'optimizer.rate'" in reject("optimizer.rate=1e-4")
+    assert "max_seq_length=128" in reject("batch.max_seq_length=32,128 batch.microbatch_tokens=128")
+    assert "'optimizer.lr' is given both in --grid and as an override" in reject(
+        "optimizer.lr=1e-4", "--optimizer.lr=1e-3"
+    )
+    assert "did you mean 'eval/held/loss'" in reject("optimizer.lr=1e-4", "--metric=eval/hold/loss")
+
+
+def test_the_run_folder_of_the_config_may_be_in_use(
+    pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches points validated as resumes of a run made with the same config."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    arguments = ["--config", str(pretraining), "--grid", "batch.sequences=4,8", "--run.resume=never", "--dry_run"]
+    assert main(["sweep", *arguments]) == 0
+    assert f"--run.dir={tmp_path}/run-sweep/sequences=4" in capsys.readouterr().out
+
+
+def test_launch_flags_are_rejected_for_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches flags that are silently ignored, and a fine-tuning config taken for a pretraining config."""
+    path = tmp_path / "task.yaml"
+    tree = {"run": {"dir": "a"}, "task": {"train": "t.csv", "validation": "v.csv"}, "model": {"init_from": "none"}}
+    path.write_text(yaml.safe_dump(tree))
+    arguments = ["sweep", "--config", str(path), "--grid", "training.lr=1e-5,2e-5"]
+    assert main([*arguments, "--num_gpus", "2"]) == 2
+    assert "--num_gpus applies to pretraining only" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "lr=1e-5: model.init_from: none: no such folder, and no such model in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower_is_better"),
+    [("eval/held/loss", True), ("eval/held/perplexity", True), ("eval/held/accuracy", False)],
+)
+def test_the_direction_of_a_metric_of_pretraining(pretraining: Path, metric: str, lower_is_better: bool) -> None:
+    """Catches a table with the worst run at its top."""
+    plan = plan_sweep(SweepOptions(config=str(pretraining), grid="batch.sequences=4", metric=metric))
+    assert (plan.metric, plan.lower_is_better) == (metric, lower_is_better)
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_the_direction_of_a_metric_of_a_task(
+    tmp_path: Path, lower_is_better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an error rate that is sorted as if higher were better, whatever its kind declares."""
+    monkeypatch.setattr(Kind, "lower_is_better", ("accuracy",) if lower_is_better else ())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    data = tmp_path / "t.csv"
+    data.touch()
+    tree = {"run": {"dir": "a"}, "task": {"train": str(data)}, "model": {"init_from": str(tmp_path / "model")}}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(tree))
+    plan = plan_sweep(SweepOptions(config=str(tmp_path / "task.yaml"), grid="training.lr=1e-5"))
+    assert (plan.metric, plan.lower_is_better) == ("accuracy", lower_is_better)
+
+
+# Stands for a run: it logs an event with the given loss, sleeps and reports that it is done, or fails.
+RUN = r"""
+import json, sys, time
+from pathlib import Path
+folder, loss, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+(folder / "logs").mkdir(parents=True, exist_ok=True)
+with (folder / "metrics.jsonl").open("a") as file:
+    file.write(json.dumps({"step": 1, "eval/held/loss": 9.9}) + "\n")
+    if loss == "fail":
+        sys.exit(1)
+    time.sleep(seconds)
+    file.write(json.dumps({"step": 2, "eval/held/loss": float(loss)}) + "\n")
+(folder / "logs" / "outcome.json").write_text(json.dumps({"outcome": "done", "message": "", "cause": None}))
+"""
+
+# Stands for a run that a killed sweep has left: when told to end, it reports {outcome}, or nothing.
+LEFT = r"""
+import sys, time
+from pathlib import Path
+from experiment.run_files.outcome_file import Outcome, write_outcome
+from experiment.run_files.run_folder import open_run_folder
+from experiment.run_files.run_lock import lock_run
+folder = open_run_folder(sys.argv[1])
+with lock_run(folder):
+    (folder.path / "ready").touch()
+    while not (folder.path / "end").exists():
+        time.sleep(0.02)
+    if sys.argv[2] != "none":
+        write_outcome(folder, Outcome(sys.argv[2]))
+        folder.metrics.write_text('{"step": 2, "eval/held/loss": 1.5}\n')
+"""
+
+
+def plan(output: Path, losses: dict[str, str], seconds: float = 0.0) -> SweepPlan:
+    """One run for each learning rate; `losses` are their final losses."""
+    runs = [
+        PlannedRun(
+            f"lr={rate}",
+            (sys.executable, "-c", RUN, str(output / f"lr={rate}"), loss, str(seconds)),
+            {"optimizer.lr": rate, "run.seed": 1},
+            values={"optimizer.lr": rate},
+        )
+        for rate, loss in losses.items()
+    ]
+    return SweepPlan.of(tuple(runs), output, "eval/held/loss", lower_is_better=True, configs={})
+
+
+def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a failed run that ends the sweep or is hidden, and finished ones that run again."""
+    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "fail", "1e-2": "3.5"})
+    with pytest.raises(SystemExit, match=r"1 of 3 runs failed: lr=1e-3"):
+        run_sweep(sweep)
+    said = capfd.readouterr()
+    assert "[2/3] lr=1e-3: failed (exit code 1)" in said.err
+    assert said.out.index("3.5000") < said.out.index("4.5000") < said.out.index("failed")
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["optimizer.lr", "eval/held/loss", "state", "folder"]
+    assert [row[0] for row in rows[1:]] == ["1e-2", "1e-4", "1e-3"]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert report.index("3.5000") < report.index("4.5000") < report.index("failed")
+
+    repaired = plan(tmp_path, {"1e-4": "fail", "1e-3": "2.5", "1e-2": "fail", "1e-1": "6.5"})
+    run_sweep(repaired)
+    assert "[1/4] lr=1e-4: already finished" in capfd.readouterr().err
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert {name: run["value"] for name, run in record["runs"].items()} == {
+        "lr=1e-4": 4.5,
+        "lr=1e-3": 2.5,
+        "lr=1e-2": 3.5,
+        "lr=1e-1": 6.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "is_started", "refused"),
+    [
+        ({"optimizer.lr": "0.001"}, True, True),
+        ({"optimizer.lr": "0.001"}, False, False),
+        ({"optimizer.lr": "1e-3", "run.seed": "1"}, True, False),
+    ],
+    ids=["another spelling", "not started", "a grid of other keys"],
+)
+def test_a_point_that_was_trained_under_another_name(
+    values: dict[str, str], is_started: bool, refused: bool, tmp_path: Path
+) -> None:
+    """Catches a value that is trained again because it is written in another way, and a refusal without need."""
+    earlier = plan(tmp_path, {"1e-3": "2.5"})
+    run_sweep(earlier)
+    if not is_started:
+        shutil.rmtree(tmp_path / "lr=1e-3")
+    (run,) = earlier.runs.runs
+    config = {**run.config, "run.dir": "another", "tracking.name": "another"}
+    argv = (*run.argv[:3], str(tmp_path / "renamed"), *run.argv[4:])
+    renamed = replace(run, name="renamed", values=values, argv=argv, config=config)
+    sweep = SweepPlan.of((renamed,), tmp_path, "eval/held/loss", lower_is_better=True, configs={})
+    if refused:
+        with pytest.raises(UserError, match=r"renamed has the same config as lr=1e-3, which was started in .*; write"):
+            run_sweep(sweep)
+    else:
+        run_sweep(sweep)
+    assert (tmp_path / "renamed").exists() != refused
+
+
+def test_scores_of_a_fine_tuning_name_their_split(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a table of validation scores that are taken for those of the test split."""
+    (run,) = plan(tmp_path, {"1e-4": "4.5"}).runs.runs
+    run = replace(run, config={**run.config, "task.kind": "regression"})
+    run_sweep(SweepPlan.of((run,), tmp_path, "loss", lower_is_better=True, configs={}))
+    assert "validation loss" in capfd.readouterr().out
+    assert "validation loss" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), UserError("nothing to report")])
+def test_a_report_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    """Catches a sweep whose runs are all done, and that fails because of its report."""
+
+    def fail(output: Path) -> Path:
+        raise error
+
+    monkeypatch.setattr("launcher.report.write_report", fail)
+    run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
+    assert (
+        f"warning: sweep: no report: {error}; to write it, run: deepcloze report {tmp_path}" in capsys.readouterr().err
+    )
+    assert (tmp_path / "sweep.csv").is_file()
+
+
+def test_runs_of_another_config_are_not_mixed_in(tmp_path: Path) -> None:
+    """Catches one table of runs that differ in more than its columns."""
+    first = plan(tmp_path, {"1e-4": "4.5"})
+    run_sweep(first)
+    (run,) = first.runs.runs
+    other = replace(first.runs, runs=(replace(run, config={**run.config, "run.seed": 2}),))
+    with pytest.raises(UserError, match=r"lr=1e-4 was started with another run\.seed: 1, now 2"):
+        run_sweep(replace(first, runs=other))
+
+
+def test_points_have_the_same_data_and_encoder(task: Path, pretraining: Path, tmp_path: Path) -> None:
+    """Catches one table of runs that were trained on other data, or start from other files, of the same names."""
+
+    def config(file: Path, grid: str) -> dict[str, object]:
+        (run,) = plan_sweep(SweepOptions(config=str(file), grid=grid)).runs.runs
+        return dict(run.config)
+
+    first = config(task, "training.lr=1e-5")
+    (tmp_path / "t.csv").write_text("text,label")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    second = config(task, "training.lr=1e-5")
+    assert {key for key in first if first[key] != second[key]} == {"data.train", "encoder.config.json"}
+    found = config(pretraining, "engine.ds_config=bf16_zero1")
+    corpus = open_corpus(yaml.safe_load(pretraining.read_text())["corpus"]["train"])
+    assert (found["corpus.fingerprint"], found["engine.ds_config.bf16.enabled"]) == (corpus.fingerprint, True)
+    assert not [key for key in found if "zero_optimization" in key]  # it changes no result
+
+
+def test_a_sweep_is_beside_the_folder_of_the_config(
+    pretraining: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a sweep in the folder of a run, where `status` and `report` do not find it."""
+    arguments = ["--config", str(pretraining), "--grid", "run.seed=1", f"--run.dir={tmp_path}/run/", "--dry_run"]
+    assert main(["sweep", *arguments]) == 0
+    assert f"--run.dir={tmp_path}/run-sweep/seed=1" in capsys.readouterr().out
+
+
+def test_an_edit_of_the_config_reaches_no_run_of_a_sweep(
+    pretraining: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches points that are trained with other settings than sweep.json records, and a sweep that then continues
+    with neither config."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    before, trained = pretraining.read_text(), []
+
+    def start(run: ChildRun) -> str:
+        _, options = parse_command_line(run.argv[4:], COMMANDS)
+        assert isinstance(options, PretrainOptions)
+        trained.append(load_config(PretrainConfig, options.config, options.overrides).batch.sequences)
+        pretraining.write_text(before.replace("sequences: 8", "sequences: 4"))
+        write_outcome(open_run_folder(run.folder.path), Outcome.DONE)
+        return DONE
+
+    monkeypatch.setattr(run_set, "start", start)
+    options = SweepOptions(config=str(pretraining), grid="optimizer.lr=1e-4,5e-4")
+    run_sweep(plan_sweep(options))
+    assert trained == [8, 8]
+    record = json.loads((tmp_path / "run-sweep" / "sweep.json").read_text())
+    assert {run["config"]["batch.sequences"] for run in record["runs"].values()} == {8}
+    with pytest.raises(UserError, match=r"was started with another batch\.sequences: 8, now 4"):
+        run_sweep(plan_sweep(options))
+    pretraining.write_text(before)
+    run_sweep(plan_sweep(options))
+    assert len(trained) == 2, "finished"
+
+
+def test_one_sweep_at_a_time_uses_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two sweeps that write one sweep.json, and a folder that stays locked after a sweep."""
+    sweep = plan(tmp_path / "new", {"1e-4": "4.5"})
+    refused = []
+
+    def notify(message: str) -> None:
+        if message.endswith("running"):
+            with pytest.raises(UserError, match=r"^--output: another deepcloze process is using .*new$"):
+                run_sweep(sweep)
+            assert is_locked(sweep.runs.folder), "a comparison waits for the sweep that a killed one has left"
+            refused.append(message)
+
+    monkeypatch.setattr(run_set, "inform", notify)
+    run_sweep(sweep)
+    assert len(refused) == 1
+    run_sweep(sweep)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_points_are_checked_exits_with_75(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Catches a queue system that does not submit a sweep again because it was stopped while it was checked."""
+    monkeypatch.setattr(sweep_module, "plan_sweep", lambda _: os.kill(os.getpid(), number))
+    assert main(["sweep", "--config", "run.yaml", "--grid", "run.seed=1,2"]) == 75
+
+
+def test_a_signal_while_a_run_starts_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is left behind because the signal came before its process was known."""
+    popen, started = subprocess.Popen, []
+
+    def start_and_signal(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_signal)
+    with pytest.raises(StoppedError, match=r"stopped at \[1/1\] lr=1e-4"):
+        run_sweep(plan(tmp_path, {"1e-4": "4.5"}, seconds=3600.0))
+    assert started[0].poll() == -signal.SIGTERM
+
+
+def test_a_signal_stops_the_sweep_after_the_run_has_stopped(tmp_path: Path) -> None:
+    """Catches a run that is left behind, and others that start after Ctrl-C."""
+    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"}, seconds=3600.0)
+
+    def interrupt() -> None:
+        wait_until(RunFolder(tmp_path / "lr=1e-4").metrics.exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(StoppedError, match=r"stopped at \[1/2\] lr=1e-4"):
+        run_sweep(sweep)
+    assert not (tmp_path / "lr=1e-3").exists()
+
+
+@pytest.fixture
+def left_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a process that uses the folder of the first run and ends as told, when the sweep says that it waits."""
+    processes = []
+
+    def start(outcome: str, when_waiting: Callable[[], object] | None = None) -> subprocess.Popen[bytes]:
+        folder = tmp_path / "lr=1e-4"
+        process = subprocess.Popen([sys.executable, "-c", LEFT, str(folder), outcome], cwd=ROOT)
+        processes.append(process)
+        wait_until((folder / "ready").exists, process)
+
+        def notify(message: str) -> None:
+            if "waiting for the process" in message:
+                assert str(folder) in message
+                (when_waiting or (folder / "end").touch)()
+
+        monkeypatch.setattr(run_set, "notify", notify)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("outcome", "value"), [("done", 1.5), ("failed", 4.5), ("none", 4.5)])
+def test_a_run_left_by_a_killed_sweep_is_taken_over(
+    tmp_path: Path, left_run: Callable[..., subprocess.Popen[bytes]], outcome: str, value: float
+) -> None:
+    """Catches a point that counts as failed because its run still runs, and the next one started beside it."""
+    process = left_run(outcome)
+    run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
+    assert process.wait(60) == 0
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert record["runs"]["lr=1e-4"]["value"] == value, "4.5: run again"
+
+
+def test_a_left_run_that_was_stopped_stops_the_sweep(
+    tmp_path: Path, left_run: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """Catches a run that the user has stopped, and that the sweep starts again."""
+    left_run("stopped")
+    with pytest.raises(StoppedError, match=r"stopped at \[1/1\] lr=1e-4"):
+        run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
+
+
+def test_a_signal_to_a_waiting_sweep(tmp_path: Path, left_run: Callable[..., subprocess.Popen[bytes]]) -> None:
+    """Catches a waiting sweep that cannot be stopped, and a signal that reaches a run of which it knows nothing."""
+    process = left_run("done", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError, match="still runs"):
+        run_sweep(plan(tmp_path, {"1e-4": "4.5"}))
+    assert process.poll() is None
+
+
+def test_a_full_disk_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback after a run has finished, which the next attempt has to skip."""
+    sweep = plan(tmp_path, {"1e-4": "4.5", "1e-3": "3.5"})
+    calls = iter(range(9))
+
+    def full(path: Path, value: object) -> None:
+        if next(calls) == 1:
+            raise OSError(28, "No space left on device", str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr("launcher.run_sets.run_set.write_json", full)
+    with pytest.raises(StoppedError, match=r"^sweep: .*sweep\.json: disk full; the same command resumes$"):
+        run_sweep(sweep)
+    run_sweep(sweep)
+    lines = (tmp_path / "lr=1e-4" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2, "the finished run is skipped"
+
+
+def test_all_points_start_from_one_commit(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches runs of one table whose models differ because someone has pushed to the Hub between them."""
+    files = {"config.json": b"{}", "model.safetensors": b"weights"}
+    commit = hub.repository("org/model").push(files)
+    config = tmp_path / "task.yaml"
+    data = tmp_path / "t.csv"
+    data.touch()
+    tree = {"run": {"dir": str(tmp_path / "run")}, "task": {"train": str(data)}, "model": {"init_from": "org/model"}}
+    config.write_text(yaml.safe_dump(tree))
+
+    def models(grid: str) -> list[str]:
+        assert main(["sweep", "--config", str(config), "--grid", grid, "--dry_run"]) == 0
+        commands = map(shlex.split, capsys.readouterr().out.splitlines())
+        return [argument for command in commands for argument in command if "init_from" in argument]
+
+    pinned = f"--model.init_from=org/model@{commit}"
+    assert models("training.lr=1e-5,2e-5") == [pinned] * 2
+    recorded = {"lr=1e-5": {"config": {"model.init_from": f"org/model@{commit}"}}}
+    write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": recorded})
+    new = hub.repository("org/model").push({**files, "vocab.txt": b""})
+    assert models("training.lr=1e-5,2e-5") == [pinned] * 2
+    (tmp_path / "run-sweep" / "sweep.json").unlink()
+    assert models("training.lr=1e-5") == [f"--model.init_from=org/model@{new}"]
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], config: Path, grid: str, *overrides: str) -> list[list[str]]:
+    """The flags of each run that set the model or the data."""
+    assert main(["sweep", "--config", str(config), "--grid", grid, "--dry_run", *overrides]) == 0
+    commands = map(shlex.split, capsys.readouterr().out.splitlines())
+    return [[flag for flag in command if flag.startswith(("--model.", "--task."))] for command in commands]
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fine-tuning config. Its data are not parsed."""
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").touch()
+    path = tmp_path / "task.yaml"
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    tree = {"run": {"dir": str(tmp_path / "run")}, "task": {"train": "t.csv"}, "model": {"init_from": str(model)}}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_all_points_read_one_commit_of_the_data(
+    hub: HubServer, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches runs of one table that are trained on other rows because someone has pushed to the Hub between them."""
+    data = hub.repository("org/reviews", "dataset")
+    commit = data.push({"train.csv": b"text,label"})
+    overrides = ("--task.train=hub:org/reviews", "--task.test={a: 'hub:org/reviews:test', b: t.csv}")
+    tests = json.dumps({"a": f"hub:org/reviews@{commit}:test", "b": str(Path("t.csv").absolute())})
+    pinned = [f"--task.train=hub:org/reviews@{commit}:train", f"--task.test={tests}"]
+    for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5", *overrides):
+        assert set(pinned) <= set(flags)
+    for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5", "--task.test.a=hub:org/reviews:test"):
+        tests = json.dumps({"a": f"hub:org/reviews@{commit}:test"})
+        assert [flag for flag in flags if "task.test" in flag] == [f"--task.test={tests}"]
+    recorded = {"lr=1e-5": {"config": {"task.train": f"hub:org/reviews@{commit}:train"}}}
+    write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": recorded})
+    data.push({"train.csv": b"text,label,more"})
+    for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5,3e-5", *overrides):
+        assert set(pinned) <= set(flags)
+
+
+def test_all_points_start_from_one_checkpoint(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches points that start from the checkpoint that is the newest one when they begin, and a sweep that cannot be
+    resumed because its run has saved another one."""
+
+    def save(step: int) -> str:
+        checkpoint = checkpoint_path(tmp_path / "pretraining" / "checkpoints", step)
+        (checkpoint / "hf").mkdir(parents=True)
+        (checkpoint / "hf" / "config.json").write_text("{}")
+        mark_complete(checkpoint)
+        return f"{checkpoint}/hf"
+
+    def models(grid: str) -> list[str]:
+        found = dry_run(capsys, task, grid, f"--model.init_from={tmp_path}/pretraining")
+        return [flag.removeprefix("--model.init_from=") for flags in found for flag in flags if "init_from" in flag]
+
+    first = save(1)
+    assert models("training.lr=1e-5,2e-5") == [first] * 2
+    write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": {"lr=1e-5": {"config": {"model.init_from": first}}}})
+    second = save(2)
+    assert models("training.lr=1e-5,2e-5") == [first] * 2
+    (tmp_path / "run-sweep" / "sweep.json").unlink()
+    assert models("training.lr=1e-5") == [second]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--training.fit_on=train+validation"], "training.fit_on: expected train, found train+validation: the points"),
+        (["--task.kind=cloze", "--task.scoring=zero_shot", "--task.test=t.jsonl", "--task.train=null"], "is missing"),
+    ],
+)
+def test_points_that_cannot_be_compared_are_rejected(
+    task: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    """Catches a sweep that ends with a traceback after its first run has been trained."""
+    assert main(["sweep", "--config", str(task), "--grid", "model.max_seq_length=64,128", *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_each_point_has_a_mirror_of_its_own(
+    pretraining: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches points that are restored from the mirror of the first one, and are done with its result."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    arguments = ["--config", str(pretraining), "--checkpoint.mirror=s3://bucket/sweep", "--dry_run"]
+    assert main(["sweep", *arguments, "--grid", "optimizer.lr=1e-4,5e-4"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    mirrors = [flag for line in lines for flag in line if flag.startswith("--checkpoint.mirror=")]
+    assert mirrors == [f"--checkpoint.mirror=s3://bucket/sweep/lr={lr}" for lr in ("1e-4", "5e-4")]
