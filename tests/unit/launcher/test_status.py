@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from experiment import run_life, run_lock
 from experiment.errors import UserError
 from experiment.results.report.run import open_runs
+from experiment.run_files import run_life, run_lock
 from experiment.run_files.goodput import CHECKPOINTING, ActivityTimer
 from experiment.run_files.outcome_file import Cause, Outcome, RankRecord, write_outcome
 from experiment.run_files.provenance import write_provenance

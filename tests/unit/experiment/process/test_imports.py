@@ -3,12 +3,12 @@ import sys
 
 MODULES = (
     "config",
-    "run_folder",
+    "run_files.run_folder",
     "tracking",
     "tracking.rank_logs",
-    "goodput",
-    "checkpoints",
-    "provenance",
+    "run_files.goodput",
+    "run_files.checkpoints",
+    "run_files.provenance",
     "results.report",
     "results.sweep_summary",
 )

@@ -19,8 +19,8 @@ from experiment.run_files.checkpoints import checkpoint_path, mark_complete
 from experiment.run_files.run_folder import RunFolder
 from finetune.resolve import load_run_config
 from hub_server import HubServer
-from launcher import compare, run_set
 from launcher.cli import main
+from launcher.run_sets import compare, run_set
 from launcher.run_sets.compare import CellScores
 from launcher.run_sets.run_set import DONE, ChildRun
 
