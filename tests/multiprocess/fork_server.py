@@ -93,6 +93,7 @@ def _import_everything() -> None:
     del deepspeed, pytest, sklearn, transformers, finetune, launcher, pretrain
     set_start_method("fork", force=True)  # for processes that ranks start: the default on Linux
     torch.set_num_threads(1)  # torch may have been imported before the variable was set
+    torch.set_printoptions(threshold=0, edgeitems=1)  # at ZeRO 3, DeepSpeed formats all parameters, and prints none
     gc.freeze()
     gc.enable()
 
