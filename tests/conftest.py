@@ -15,6 +15,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
+from empty_figures import leave_figures_empty
 from hub_server import HubServer, hub_server, use_hub
 from rank_pool import ForkServer, RankPool
 from s3_server import environment, moto_server, new_bucket
@@ -212,11 +213,8 @@ def handed_over(request: pytest.FixtureRequest) -> Mapping[str, str]:
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fine-tuning in this process leaves empty figures: to draw them takes a quarter of the time of a tiny run."""
-    from finetune.results import figures
-
-    for name in ("draw_confusion", "draw_curves"):
-        monkeypatch.setattr(figures, name, lambda path, *_: path.touch())
+    """Fine-tuning in this process leaves empty figures."""
+    leave_figures_empty(monkeypatch)
 
 
 @pytest.fixture

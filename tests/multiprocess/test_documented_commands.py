@@ -34,7 +34,7 @@ from documented import (
     write_configs,
 )
 from documented_files import CHINESE, write_lines, write_model, write_public_tasks, write_task, write_texts
-from finetune.results import figures
+from empty_figures import leave_figures_empty
 from rank_pool import ForkServer
 
 OTHER_PAGES = [page for page in PAGES if page not in (*TUTORIALS, CLUSTER_TUTORIAL, CHOOSING)]
@@ -148,8 +148,7 @@ def workplace(
     for page in OTHER_PAGES:
         write_configs(page, folder)
     monkeypatch = pytest.MonkeyPatch()
-    for name in ("draw_confusion", "draw_curves"):  # as the fixture `no_figures`
-        monkeypatch.setattr(figures, name, lambda path, *_: path.touch())
+    leave_figures_empty(monkeypatch)
     place = Workplace(folder, Terminal(folder, variables=fork_server.environment()))
     readme = COMMANDS["README.md"]
     needs_server = [command for command in readme if is_server(command) or command.text.startswith("curl ")]

@@ -11,10 +11,10 @@ import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
+from empty_figures import leave_figures_empty
 from finetune import run as run_module
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
-from finetune.results import figures
 from finetune.run import finetune
 
 WORDS = [f"word{number}" for number in range(40)]
@@ -129,8 +129,7 @@ def trained_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     tree["task"] |= {"columns": {"label": "label", "text": "text"}, "metric": "macro_f1"}
     (folder / "toy.yaml").write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_confusion", "draw_curves"):  # as the fixture `no_figures`
-            patch.setattr(figures, name, lambda path, *_: path.touch())
+        leave_figures_empty(patch)
         finetune(folder / "toy.yaml")
     return folder / "run"
 

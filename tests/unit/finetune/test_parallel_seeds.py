@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from empty_figures import EMPTY_FIGURES
 from experiment.files import write_json
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
@@ -25,18 +26,10 @@ ROOT = Path(__file__).resolve().parents[3]
 FLAGS = {"training.seeds": "[1, 2, 3]", "training.epochs": "3", "training.evaluate_every": "4"}
 
 
-# The module is replaced, not imported: it imports matplotlib, which takes more time than training.
-NO_FIGURES = """
-import sys, types
-figures = sys.modules["finetune.results.figures"] = types.ModuleType("figures")
-figures.draw_confusion = figures.draw_curves = lambda path, *_: path.touch()
-"""
-
-
 @pytest.fixture(autouse=True)
 def forked(handed_over: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> None:
     """Commands, and the processes that they start, are forked from one that has imported their modules."""
-    for name, value in {**handed_over, **patched(tmp_path, NO_FIGURES)}.items():
+    for name, value in {**handed_over, **patched(tmp_path, EMPTY_FIGURES)}.items():
         monkeypatch.setenv(name, value)
 
 

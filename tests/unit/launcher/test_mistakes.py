@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from empty_figures import EMPTY_FIGURES
 from launcher.cli import main
 from launches import patched
 from rank_pool import ForkServer
@@ -63,15 +64,7 @@ COMMANDS = (
     "report run",
     "status run",
 )
-# The commands run this first: they print every line, and leave empty figures. The module of figures is replaced, not
-# imported: it imports matplotlib, which takes more time than a command.
-PATCH = """
-import sys, types
-import experiment.progress
-experiment.progress._SECONDS_BETWEEN_LINES = 0.0
-figures = sys.modules["finetune.results.figures"] = types.ModuleType("figures")
-figures.draw_confusion = figures.draw_curves = lambda path, *_: path.touch()
-"""
+PRINT_EVERY_LINE = "import experiment.progress\nexperiment.progress._SECONDS_BETWEEN_LINES = 0.0\n"
 
 
 class Mistake(NamedTuple):
@@ -536,7 +529,11 @@ def prepared(text_file: Path, tmp_path_factory: pytest.TempPathFactory, fork_ser
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text(ROWS)
-    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **patched(folder.parent, PATCH)}
+    variables = {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **patched(folder.parent, PRINT_EVERY_LINE + EMPTY_FIGURES),
+    }
     environment = os.environ | variables | fork_server.environment()
     printed = ""
     for command in COMMANDS:
