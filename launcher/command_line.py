@@ -169,7 +169,8 @@ def _split(
             continue
         written, equals, value = argument[2:].partition("=")
         name = written.replace("-", "_")
-        is_override = ("." in written and _overrides_field(options_type) is not None) or name in _plain_keys(command)
+        is_plain = name in _plain_keys(command)
+        is_override = is_plain or ("." in written and _overrides_field(options_type) is not None)
         if not is_override and name not in flags:
             raise _UsageError(f"unknown flag '--{written}'{_similar_flags(name, flags, command, options_type)}")
         if not equals and not is_override and flags[name].is_switch:
@@ -179,7 +180,7 @@ def _split(
                 raise _UsageError(f"--{written} needs a value: --{written}=…")
             value = rest.pop(0)
         if is_override:
-            overrides[written] = value
+            overrides[name if is_plain else written] = value
         else:
             before, separator = texts.get(name, []), flags[name].separator
             if flags[name].is_repeated:
@@ -226,9 +227,10 @@ def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_t
     """Return the config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps;
     else the most similar flag."""
     if _overrides_field(options_type) is not None:
-        from launcher.configs import CONFIGS  # takes a while to import
+        from launcher.configs import CONFIGS, config_of_command  # takes a while to import
 
-        configs = [CONFIGS[command]] if command in CONFIGS else CONFIGS.values()
+        config = config_of_command(command)
+        configs = CONFIGS.values() if config is None else [config]
         keys = [key for config in configs for key in known_keys(config) if "." in key]
         meant = [key for key in keys if key.replace(".", "_") == name] or [
             key for key in keys if key.rpartition(".")[2] == name

@@ -6,9 +6,7 @@ from typing import Literal
 from experiment.config.recipes import all_recipes
 from experiment.config.reference import config_reference
 from launcher.command_line import Command, flags_of, options_of
-from launcher.configs import CONFIGS
-
-_KEYS_OF = {"plan": "pretrain", "preflight": "pretrain"}  # commands that take the config of another one
+from launcher.configs import config_of_command
 
 _BASH = """\
 # deepcloze, bash: deepcloze completion bash > ~/.deepcloze.bash, and in ~/.bashrc: . ~/.deepcloze.bash
@@ -65,9 +63,9 @@ def _flags(name: str, command: Command) -> list[str]:
     """Return the flags of a command, and the config keys that it takes."""
     options = options_of(command)
     flags = [f"--{flag.name}" for flag in flags_of(options).values() if not flag.positional]
-    keys = CONFIGS.get(_KEYS_OF.get(name, name))
-    if keys is not None and "overrides" in options.model_fields:
-        names = dict.fromkeys(key.name for section in config_reference(keys) for key in section.keys)
+    config = config_of_command(name)
+    if config is not None and "overrides" in options.model_fields:
+        names = dict.fromkeys(key.name for section in config_reference(config) for key in section.keys)
         flags += [f"--{key}=" for key in names if "[" not in key and ".NAME." not in key]
     return [*flags, "--quiet", "--help"]
 

@@ -1,4 +1,4 @@
-"""Configs by the command that reads them."""
+"""Configs by the command that carries them out."""
 
 from experiment.config import Section
 from finetune.config import FinetuneConfig
@@ -12,3 +12,8 @@ CONFIGS: dict[str, type[Section]] = {
     "compare": CompareConfig,
     "clean": CleanConfig,
 }
+
+
+def config_of_command(command: str) -> type[Section] | None:
+    """Return the config that a command takes; None if it takes none, or several kinds."""
+    return CONFIGS.get({"plan": "pretrain", "preflight": "pretrain"}.get(command, command))

@@ -234,6 +234,23 @@ def test_values_of_a_flag_that_is_given_twice(tmp_path: Path) -> None:
     assert options.include == "n1@n2:0"
 
 
+@pytest.mark.parametrize("key", ["--document_start=x", "--document-start=x"])
+def test_dashes_in_a_key_without_a_section(key: str, tmp_path: Path) -> None:
+    """Catches a key of a cleaning that is unknown with a dash, unlike flags."""
+    from launcher.commands import COMMANDS
+
+    assert parse_command_line(["clean", "--config=c", key], COMMANDS)[1].overrides == {"document_start": "x"}
+
+
+@pytest.mark.parametrize("command", ["plan", "preflight", "pretrain"])
+def test_only_keys_of_the_config_are_suggested(command: str) -> None:
+    """Catches a key of a task that is suggested for a pretraining run, which then rejects it."""
+    from launcher.commands import COMMANDS
+
+    with pytest.raises(UserError, match=r"did you mean '--optimizer.lr' or '--optimizer.muon.lr'\? "):
+        parse_command_line([command, "--lr=1"], COMMANDS)
+
+
 def test_an_argument_may_be_repeated() -> None:
     """Catches a command of several runs that sees one of them, takes a flag for a run, or accepts none."""
 
