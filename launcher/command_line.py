@@ -10,12 +10,12 @@ report an unknown flag afterwards, and would read values as Python literals; so 
 """
 
 import inspect
+import os
 import re
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -151,7 +151,8 @@ class _UsageError(UserError):
 def _split(
     command: str, arguments: Sequence[str], options_type: type[Section]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return (raw texts by flag, raw text by config key). Only a repeated flag has several texts."""
+    """Return (raw texts by flag, raw text by config key). Of a flag that was given several times, the last text counts,
+    unless all do."""
     flags = flags_of(options_type)
     positional = [flag.name for flag in flags.values() if flag.positional]
     texts: dict[str, list[str]] = {}
@@ -182,11 +183,8 @@ def _split(
         if is_override:
             overrides[name if is_plain else written] = value
         else:
-            before, separator = texts.get(name, []), flags[name].separator
-            if flags[name].is_repeated:
-                texts[name] = [*before, value]
-            else:  # the last one counts, unless all do
-                texts[name] = [separator.join([*before, value])] if separator else [value]
+            all_count = flags[name].is_repeated or flags[name].separator
+            texts[name] = [*texts.get(name, []), value] if all_count else [value]
             positional = [other for other in positional if other != name]
     return texts, overrides
 
@@ -209,7 +207,7 @@ def _meant_flag(
     given = [text for of_flag in texts.values() for text in of_flag] + list(overrides.values())
     if given and given[-1].startswith(("[", "{")) and given[-1][-1] not in "]}":
         return "put quotes around a value with spaces"
-    if given and Path(argument).is_file() and Path(given[-1]).is_file():
+    if given and os.path.isfile(argument) and os.path.isfile(given[-1]):  # noqa: PTH113  (Path raises if it is too long)
         return "put quotes around a pattern, so that the shell does not replace it by the names of files"
     flags = flags_of(options_type)
     written = argument.lstrip(_DASHES)
@@ -249,10 +247,7 @@ def _build_options(
     missing = [_usage(flag) for flag in flags.values() if flag.required and flag.name not in texts]
     if missing:
         raise _UsageError(f"missing: {', '.join(missing)}")
-    values: dict[str, Any] = {
-        name: tuple(given) if flags[name].is_repeated else _value(flags[name], given[0])
-        for name, given in texts.items()
-    }
+    values: dict[str, Any] = {name: _value(flags[name], given) for name, given in texts.items()}
     if field := _overrides_field(options_type):
         values[field] = dict(overrides)
     try:
@@ -262,8 +257,17 @@ def _build_options(
         raise _UsageError("\n".join(dict.fromkeys(messages))) from None
 
 
-def _value(flag: Flag, text: str) -> Any:
-    """Return the value that raw text stands for; the text itself where it fits none of the flag's types."""
+def _value(flag: Flag, texts: Sequence[str]) -> Any:
+    """Return the value that raw texts stand for; one text itself where it fits none of the flag's types."""
+    if flag.is_repeated:
+        return tuple(texts)
+    if len(texts) > 1 and any(get_origin(kind) is tuple for kind in flag.types):
+        return tuple(
+            part
+            for text in texts  # a file may have the separator in its name
+            for part in ([text] if os.path.exists(text) else text.split(flag.separator))  # noqa: PTH110
+        )
+    text = flag.separator.join(texts)
     for kind in flag.types:
         if kind is int and re.fullmatch(r"-?[0-9]+", text):
             return int(text)
@@ -285,7 +289,7 @@ def _explain(details: ErrorDetails, flags: Mapping[str, Flag], texts: Mapping[st
         return f"{flag.label}: {details['ctx']['error']}"
     expected = f"nothing, {flag.expected}" if flag.is_switch else flag.expected
     choices = [str(choice) for kind in flag.types if get_origin(kind) is Literal for choice in get_args(kind)]
-    found = " ".join(texts[flag.name])
+    found = (flag.separator or " ").join(texts[flag.name])
     close = did_you_mean(found, choices) if choices else ""
     return f"{flag.label}: expected {expected}, found '{found}'{close if 'did you mean' in close else ''}"
 

@@ -226,12 +226,28 @@ def test_values_of_a_flag_that_is_given_twice(tmp_path: Path) -> None:
 
     line = ["corpus", "--source=a,b", "--source", "c", "--tokenizer=t", "--output=first", "--output=last"]
     _, options = parse_command_line(line, COMMANDS)
-    assert (options.source, options.output.name) == ("a,b,c", "last")
+    assert (options.source, options.output.name) == (("a", "b", "c"), "last")
     (tmp_path / "c").touch()
     _, options = parse_command_line(["sweep", f"--config={tmp_path}/c", "--grid=a=1,2", "--grid", "b=3"], COMMANDS)
     assert options.grid == "a=1,2 b=3"
     _, options = parse_command_line(["pretrain", f"--config={tmp_path}/c", "--include=n1", "--include=n2:0"], COMMANDS)
     assert options.include == "n1@n2:0"
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_of_several_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a name that is split at its comma if --source is given twice; alone it is not."""
+    from launcher.commands import COMMANDS
+
+    monkeypatch.chdir(tmp_path)
+    Path("a,b.txt").touch()
+    for flags, source in {
+        "--source a,b.txt --source c,d": ("a,b.txt", "c", "d"),
+        "--source a,b.txt": "a,b.txt",
+    }.items():
+        line = f"corpus {flags} --tokenizer t --output o"
+        assert parse_command_line(line.split(), COMMANDS)[1].source == source
 
 
 @pytest.mark.parametrize("key", ["--document_start=x", "--document-start=x"])
@@ -249,6 +265,14 @@ def test_only_keys_of_the_config_are_suggested(command: str) -> None:
 
     with pytest.raises(UserError, match=r"did you mean '--optimizer.lr' or '--optimizer.muon.lr'\? "):
         parse_command_line([command, "--lr=1"], COMMANDS)
+
+
+def test_a_long_argument_without_its_flag() -> None:
+    """Catches an argument that is taken for the name of a file, and is too long for one."""
+    from launcher.commands import COMMANDS
+
+    with pytest.raises(UserError, match=r"unexpected argument 'optimizer.lr=1,1.*'; did you mean '--optimizer.lr="):
+        parse_command_line(["sweep", "--config", "c", f"optimizer.lr={'1,' * 200}1"], COMMANDS)
 
 
 def test_an_argument_may_be_repeated() -> None:
