@@ -1,5 +1,6 @@
 """Recipes and new configs, to edit. Editors complete and check their keys by the JSON Schema beside them."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def _write_config(file: Path, text: str, kind: str) -> None:
     write_text(file, f"# yaml-language-server: $schema={schema}\n{text}")
     write_json(file.parent / schema, json_schema(CONFIGS[kind]))
     flag = "" if kind == "compare" else "--config "
-    print(f"{file}: edit it, then run: deepcloze {kind} {flag}{file}")
+    print(f"{file}: edit it, then run: deepcloze {kind} {flag}{shlex.quote(str(file))}")
 
 
 def _required_keys(section: type[BaseModel], indent: str = "") -> Iterator[str]:

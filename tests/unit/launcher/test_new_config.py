@@ -1,6 +1,7 @@
 """What editors know of configs: the JSON Schema, and the line that names it."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -162,9 +163,11 @@ def test_all_keys_are_described(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_new_config_names_its_schema(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a schema that is not where the first line says, and a config whose keys it does not know."""
-    file = tmp_path / "configs" / "mine.yaml"
+    """Catches a schema that is not where the first line says, a config whose keys it does not know, and a next command
+    that does not find a file with a space in its name."""
+    file = tmp_path / "my configs" / "mine.yaml"
     assert main(["config", kind, "--new", str(file)]) == 0
+    assert shlex.split(capsys.readouterr().out.partition("run: ")[2])[-1] == str(file)
     text = file.read_text(encoding="utf-8")
     schema = file.parent / text.partition("\n")[0].removeprefix("# yaml-language-server: $schema=")
     assert json.loads(schema.read_text(encoding="utf-8")) == json_schema(CONFIGS[kind])
