@@ -22,7 +22,7 @@ from launcher.run_sets.run_set import (
     recorded_configs,
     recorded_data,
 )
-from launcher.run_sets.sweep import grid_points, parse_grid
+from launcher.run_sets.sweep import check_differs, read_grid
 from launcher.run_validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
@@ -170,11 +170,13 @@ def _plan_cells(
 def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> FlatConfig:
     """Return the config of a cell, as flat keys. Raises UserError for one that is not valid, at any point of the
     grid."""
-    for point in grid_points(parse_grid(grid)).values() if grid is not None else ():
-        keys = {**overrides, "run.dir": str(folder), **point}
-        check_validation(load_config(FinetuneConfig, file, keys), "the points of the grid are compared on validation")
-        validate_finetuning(file, keys)
-    config = flatten(validate_finetuning(file, {**overrides, "run.dir": str(folder)}))
+    overrides = {**overrides, "run.dir": str(folder)}
+    points: dict[str, FinetuneConfig] = {}
+    for name, values in read_grid(grid, overrides).items() if grid is not None else ():
+        points[name] = validate_finetuning(file, {**overrides, **values})
+        check_validation(points[name], "the points of the grid are compared on validation")
+        check_differs(name, points)
+    config = flatten(validate_finetuning(file, overrides))
     return {**{key: value for key, value in config.items() if not key.startswith(_IRRELEVANT)}, "grid": grid}
 
 

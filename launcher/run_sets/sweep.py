@@ -90,16 +90,15 @@ def run_sweep(plan: SweepPlan) -> None:
 def plan_sweep(options: SweepOptions) -> SweepPlan:
     """Validate all points of the grid. Writes and starts nothing.
 
-    Raises UserError for anything that would keep one of the runs from starting.
+    Raises UserError for anything that would keep one of the runs from starting, but for the content of the data of
+    fine-tuning: it would have to be read and tokenized for each point.
     """
     config, content = options.config, read_config_file(options.config)
     finetuning = command_of(config) == "finetune"
     placement = options.model_dump(include=set(LaunchOptions.model_fields), exclude_defaults=True)
     if finetuning and placement:
         raise UserError(f"--{next(iter(placement))} applies to pretraining only; {config} is a fine-tuning config")
-    points = grid_points(parse_grid(options.grid))
-    if duplicates := [key for key in next(iter(points.values())) if key in options.overrides]:
-        raise UserError(f"'{duplicates[0]}' is given both in --grid and as an override")
+    points = read_grid(options.grid, options.overrides)
     command = [*module_command("launcher"), "finetune" if finetuning else "pretrain", "--config", config]
     command += [f"--{name}={value}" for name, value in placement.items()]
 
@@ -116,7 +115,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         overrides = options.overrides | values | {"run.dir": str(Path(output).absolute() / name)}
         with user_errors_in(f"sweep: {name}"):
             loaded[name] = load_config(config_type, config, overrides)
-            _check_differs(name, loaded)
+            check_differs(name, loaded)
             pinned = pins.overrides(loaded[name], name, values)
             if "task.test" in pinned:  # it has all of them; a key below it would come after it
                 overrides = {key: text for key, text in overrides.items() if not key.startswith("task.test.")}
@@ -134,7 +133,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better, {config: content})
 
 
-def _check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
+def check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:
     """Raise UserError if another point has the same config, as for the values 1e-3 and 0.001."""
     run_dir = points[name].run.dir
     for other, config in points.items():
@@ -201,6 +200,14 @@ def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) 
     if chosen not in known:
         raise UserError(f"--metric: the runs do not report '{chosen}'{did_you_mean(chosen, known)}")
     return chosen, known[chosen]
+
+
+def read_grid(text: str, overrides: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return the points of a grid, see `grid_points`. overrides: of all points. Raises UserError."""
+    grid = parse_grid(text)
+    if key := next((key for key in grid if key in overrides), None):
+        raise UserError(f"--grid: '{key}' is set to {overrides[key]} for all points; leave it out of the grid")
+    return grid_points(grid)
 
 
 def parse_grid(text: str) -> dict[str, tuple[str, ...]]:

@@ -151,9 +151,7 @@ def test_every_point_is_validated_before_the_first_run(reject: Reject) -> None:
     assert "lr=fast: command line: 'optimizer.lr'" in reject("optimizer.lr=1e-4,fast")
     assert "unknown config key 'optimizer.rate'" in reject("optimizer.rate=1e-4")
     assert "max_seq_length=128" in reject("batch.max_seq_length=32,128 batch.microbatch_tokens=128")
-    assert "'optimizer.lr' is given both in --grid and as an override" in reject(
-        "optimizer.lr=1e-4", "--optimizer.lr=1e-3"
-    )
+    assert "--grid: 'optimizer.lr' is set to 1e-3 for all points" in reject("optimizer.lr=1e-4", "--optimizer.lr=1e-3")
     assert "did you mean 'eval/held/loss'" in reject("optimizer.lr=1e-4", "--metric=eval/hold/loss")
 
 
