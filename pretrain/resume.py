@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.config import flatten, with_defaults
-from experiment.errors import UserError, user_errors_in
+from experiment.errors import UserError
 from experiment.models.hub_names import HubName, meant_name
 from experiment.models.model_names import record_model
 from experiment.run_files.checkpoints import (
@@ -129,12 +129,14 @@ def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:
             log.warning("skipping damaged checkpoint %s: it has no COMPLETE file", path)
 
 
-def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelConfig, ModelConfig]:
+def locate_model(
+    model: ModelConfig, point: ResumePoint | None, mirror: str | None = None
+) -> tuple[ModelConfig, ModelConfig]:
     """Return the section `model` with the model that `init_from` refers to, and the section to build the model from.
 
     They are the same, unless the checkpoint was written with the same options: then the model is built from its copy in
     the checkpoint, and `init_from` stays the folder that the run began with. Raises UserError for an `init_from` that
-    names no model.
+    names no model. mirror: of the run, for the message.
     """
     if model.init_from is None:
         return model, model
@@ -153,8 +155,11 @@ def locate_model(model: ModelConfig, point: ResumePoint | None) -> tuple[ModelCo
             f"model.init_from: {model.init_from} is a URL: copy it to a disk that the hosts share, with "
             f"`deepcloze export --checkpoint {model.init_from} --output FOLDER`"
         )
-    with user_errors_in("model.init_from"):
+    try:
         located = model.model_copy(update={"init_from": record_model(model.init_from)})
+    except UserError as error:
+        hint = f"\na run that {mirror} holds has its own: `deepcloze pretrain` copies it first"
+        raise UserError(f"model.init_from: {error}{hint if mirror is not None and point is None else ''}") from None
     return located, located
 
 

@@ -362,6 +362,15 @@ def test_another_model_is_compared_with_the_run(tmp_path: Path, changes: dict[st
         locate_model(now, point)
 
 
+def test_a_model_that_is_gone_may_be_in_the_mirror(tmp_path: Path) -> None:
+    """Catches a `deepcloze validate` on new hosts that seems to say that a mirrored run cannot continue there."""
+    gone = ModelConfig(init_from=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"does not exist.*\na run that s3://b/run holds has its own: `deepcloze"):
+        locate_model(gone, None, "s3://b/run")
+    with pytest.raises(UserError, match=r"does not exist: expected [^\n]*$"):
+        locate_model(gone, None)
+
+
 def test_a_model_by_url_is_rejected() -> None:
     """Catches a URL that is taken for a folder that does not exist."""
     with pytest.raises(
