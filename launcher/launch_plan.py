@@ -124,7 +124,7 @@ def plan_launch(
     with fast_imports():
         from pretrain.engine.deepspeed_settings import check_device_support  # imports torch and DeepSpeed
 
-    run = _resolve(config, sum(map(len, slots.values())))
+    run = resolve_run(config, sum(map(len, slots.values())))
     if options.autotune and run.deepspeed.offload == "nvme":
         raise UserError(f"--autotune: {config.engine.ds_config} offloads to NVMe, where a trial would leave its files")
     if local:  # other hosts have other devices: their ranks check
@@ -151,17 +151,18 @@ def _summary(run: "ResolvedRun") -> str:
     )
 
 
-def _resolve(config: PretrainConfig, ranks: int) -> "ResolvedRun":
-    """Like `resolve`, but retry for an active run, which a dry run or preflight may read: it deletes checkpoints."""
+def resolve_run(config: PretrainConfig, ranks: int, **options: Any) -> "ResolvedRun":
+    """Like `resolve`, with its options, but retry for an active run, which plans and preflight may read: it deletes
+    checkpoints."""
     with fast_imports():
         from pretrain.resolve import resolve
 
     try:
-        return resolve(config, world_size=ranks)
+        return resolve(config, ranks, **options)
     except (OSError, UserError):
         if not RunFolder(Path(config.run.dir)).owner.exists():
             raise
-        return resolve(config, world_size=ranks)
+        return resolve(config, ranks, **options)
 
 
 def _cache_needs(run: "ResolvedRun") -> CacheNeeds | None:

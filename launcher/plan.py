@@ -8,6 +8,7 @@ from experiment.errors import notify
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine, launch_machine
+from launcher.launch_plan import resolve_run
 from launcher.options import PlanOptions
 from launcher.ranks.placement import is_local, place_ranks
 from pretrain.config import PretrainConfig
@@ -25,7 +26,6 @@ def print_run_plan(options: PlanOptions) -> None:
         from pretrain.plan.cost import Device, Rates, local_cpu, local_gpu
         from pretrain.plan.plan import plan_run
         from pretrain.plan.text import as_json, print_plan
-        from pretrain.resolve import resolve
 
     ranks = sum(map(len, slots.values()))
     found = local_gpu() if machine.devices.kind == "cuda" else None
@@ -33,7 +33,7 @@ def print_run_plan(options: PlanOptions) -> None:
     if options.device is not None:
         device = Device(options.device, None, None)
     plan = plan_run(
-        resolve(config, ranks, copy_corpora=copy_urls),
+        resolve_run(config, ranks, copy_corpora=copy_urls),
         hosts=len(slots),
         ranks=ranks,
         device=device if options.memory_gib is None else replace(device, memory=int(options.memory_gib * 2**30)),

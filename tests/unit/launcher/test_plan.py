@@ -8,7 +8,12 @@ import pytest
 import torch
 import yaml
 
+import pretrain.resolve
+from experiment.errors import UserError
+from experiment.run_files.run_folder import open_run_folder
+from experiment.run_files.run_lock import lock_run
 from launcher.cli import main
+from pretrain.resolve import ResolvedRun
 
 
 @pytest.fixture
@@ -56,6 +61,23 @@ def test_plans_thousands_of_gpus(config: Path, tmp_path: Path, capsys: pytest.Ca
     assert found["cost"]["seconds"] > 0
     assert found["cost"]["kwh"] is None
     assert not (tmp_path / "run").exists()
+
+
+def test_plans_a_run_that_is_active(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a checkpoint called damaged because the run has deleted it in the meantime."""
+    resolve = pretrain.resolve.resolve
+    failures = iter([UserError("the checkpoint is damaged")])
+
+    def resolve_later(*arguments: Any, **options: Any) -> ResolvedRun:
+        if error := next(failures, None):
+            raise error
+        return resolve(*arguments, **options)
+
+    monkeypatch.setattr(pretrain.resolve, "resolve", resolve_later)
+    with lock_run(open_run_folder(tmp_path / "run")):
+        assert plan(capsys, config)["steps_done"] == 0
 
 
 def test_warns_of_the_device_of_other_machines(
