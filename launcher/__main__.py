@@ -33,12 +33,12 @@ def run() -> NoReturn:
 
 def _open_closed_streams() -> None:
     """Open /dev/null for each standard stream that the shell has closed, as with `>&-`. Otherwise the next file that is
-    opened would take its number."""
+    opened, here or in a process that this one starts, would take its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 

@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,18 @@ def test_closed_streams(tmp_path: Path) -> None:
         command = f"{sys.executable} -m launcher status {tmp_path} {closed}"
         codes[closed] = subprocess.run(command, shell=True, cwd=REPOSITORY, timeout=LIMIT, check=False).returncode
     assert set(codes.values()) == {codes[""]}, codes
+
+
+STARTING = """
+import subprocess, sys
+from launcher.__main__ import _open_closed_streams
+_open_closed_streams()
+sys.exit(subprocess.call([sys.executable, "-c", "import os; [os.fstat(number) for number in range(3)]"]))
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_processes_of_a_command_have_no_closed_streams(closed: str) -> None:
+    """Catches ranks that end with a traceback, or whose files take the number of stdout and get its text."""
+    command = [sys.executable, "-c", STARTING]
+    assert subprocess.run(f"{shlex.join(command)} {closed}", shell=True, cwd=REPOSITORY, check=False).returncode == 0
