@@ -1,3 +1,4 @@
+import os
 import shlex
 import subprocess
 import sys
@@ -86,3 +87,11 @@ def test_processes_of_a_command_have_no_closed_streams(closed: str) -> None:
     """Catches ranks that end with a traceback, or whose files take the number of stdout and get its text."""
     command = [sys.executable, "-c", STARTING]
     assert subprocess.run(f"{shlex.join(command)} {closed}", shell=True, cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_a_locale_that_lacks_characters() -> None:
+    """Catches a traceback in place of the help, such as with LANG=en_US, which means ISO 8859-1."""
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "launcher", "--help"]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=REPOSITORY, check=True)
+    assert done.stdout.startswith(b"usage: deepcloze COMMAND [--flag=value ?]")
