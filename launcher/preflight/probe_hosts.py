@@ -1,17 +1,18 @@
 """Ask hosts for their facts, in parallel over ssh."""
 
-import asyncio
 import inspect
 import json
+import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,6 +22,7 @@ from launcher.hosts import probe
 from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
 
 _ANSWER_SECONDS = 60.0  # from the start of ssh
+_POLL_SECONDS = 0.2
 _AT_ONCE = 128  # three file descriptors each
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # exit codes of shells
 
@@ -91,71 +93,39 @@ class Unreachable:
 
 
 Answer = HostAnswer | Unreachable
-ResultT = TypeVar("ResultT")
 _FACTS = TypeAdapter(HostFacts)
 
 
 def probe_hosts(requests: Mapping[str, ProbeRequest], show_progress: bool = False) -> dict[str, Answer]:
     """Return the facts of each host, or why it gave none. Bounded in time: a host has a minute to answer.
 
-    After a signal whose handler does not raise, no host has given any.
+    In the main thread, a stop signal ends the questions, then its handler is called; if that does not raise, no host
+    has given any.
 
     Args:
         requests: by the name of the host.
         show_progress: on stderr, see `progress`.
     """
-    probing = _probe_all(requests, show_progress)
-    if threading.current_thread() is threading.main_thread():
-        try:
-            return _run_until_signal(probing)
-        except asyncio.CancelledError:
-            return {host: Unreachable("a signal interrupted the question", f"ssh {host} uptime") for host in requests}
-    return asyncio.run(probing)
-
-
-def _run_until_signal(coroutine: Coroutine[None, None, ResultT]) -> ResultT:
-    """Like `asyncio.run`, with the handlers of stop signals called once the event loop has ended.
-
-    A handler that raises inside the loop can lose a callback that the loop has taken from its queue, and the loop then
-    waits for it forever. The signal cancels the task instead, as `asyncio.run` does for SIGINT. Raises CancelledError
-    if the handler does not raise.
-    """
-    received: list[int] = []
-
-    def cancel(number: int) -> None:
-        if not received:
-            runner.get_loop().call_soon_threadsafe(task.cancel)
-        received.append(number)
-
-    async def result() -> ResultT:
-        return await task
-
-    try:
-        with asyncio.Runner() as runner:
-            task = runner.get_loop().create_task(coroutine)
-            with handle_stop_signals(cancel):
-                return runner.run(result())
-    finally:
-        if received:
-            signal.raise_signal(received[0])
+    questions = _Questions()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with (
+        handle_stop_signals(questions.end) if in_main_thread else nullcontext(),
+        progress("preflight", len(requests), "hosts", show_progress) as advance,
+        ThreadPoolExecutor(_AT_ONCE) as threads,
+    ):
+        asked = {host: threads.submit(questions.ask, host, probe_program(requests[host])) for host in requests}
+        waiting = set(asked.values())
+        while waiting:  # in parts: a signal just before a wait does not end it
+            done, waiting = wait(waiting, _POLL_SECONDS)
+            advance(len(done))
+    if questions.signals:
+        signal.raise_signal(questions.signals[0])
+        return {host: _interrupted(host) for host in requests}
+    return {host: answer.result() for host, answer in asked.items()}
 
 
 def probe_this_machine(request: ProbeRequest) -> HostAnswer:
     return HostAnswer(_FACTS.validate_python(probe.collect(asdict(request))), clock_offset=0.0)
-
-
-async def _probe_all(requests: Mapping[str, ProbeRequest], show_progress: bool) -> dict[str, Answer]:
-    free_places = asyncio.Semaphore(_AT_ONCE)
-    with progress("preflight", len(requests), "hosts", show_progress) as advance:
-
-        async def ask(host: str, request: ProbeRequest) -> Answer:
-            async with free_places:
-                answer = await _probe(host, probe_program(request))
-                advance(1)
-                return answer
-
-        answers = await asyncio.gather(*(ask(host, request) for host, request in requests.items()))
-    return dict(zip(requests, answers, strict=True))
 
 
 def probe_program(request: ProbeRequest) -> str:
@@ -163,26 +133,57 @@ def probe_program(request: ProbeRequest) -> str:
     return _PROGRAM.format(source=inspect.getsource(probe), request=json.dumps(asdict(request)))
 
 
-async def _probe(host: str, program: str) -> Answer:
-    start = time.time()
-    process = await asyncio.create_subprocess_exec(
-        *ssh_argv(host, [sys.executable, "-"]),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        stdout, stderr = await asyncio.wait_for(process.communicate(program.encode()), _ANSWER_SECONDS)
-    except TimeoutError:
-        return Unreachable(f"no answer within {_ANSWER_SECONDS:.0f} s", f"ssh {host} uptime")
-    finally:
+class _Questions:
+    """Asks hosts, in threads, until a signal comes."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._running: dict[str, subprocess.Popen[bytes]] = {}  # host -> ssh
+
+    def end(self, number: int) -> None:
+        """Handle a signal: end the questions, and ask no other host. Waits for no lock."""
+        self.signals.append(number)
+        for process in list(self._running.values()):
+            _kill(process)
+
+    def ask(self, host: str, program: str) -> Answer:
+        start = time.time()
+        if self.signals:
+            return _interrupted(host)
+        try:
+            ssh = subprocess.Popen(
+                ssh_argv(host, [sys.executable, "-"]),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except FileNotFoundError:
+            return Unreachable("ssh is not installed on this machine", "sudo apt-get install openssh-client")
+        with ssh as process:
+            self._running[host] = process
+            if self.signals:  # by now
+                _kill(process)
+            try:
+                stdout, stderr = process.communicate(program.encode(), _ANSWER_SECONDS)
+            except subprocess.TimeoutExpired:
+                _kill(process)
+                return Unreachable(f"no answer within {_ANSWER_SECONDS:.0f} s", f"ssh {host} uptime")
+        error = stderr.decode(errors="replace").strip()
+        if process.returncode == 0:
+            return _parse(host, stdout, error, start, time.time())
+        return _why_unreachable(host, process.returncode, error)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill ssh, with the processes that it has started, such as a ProxyCommand: they have its output open."""
+    if process.returncode is None:
         with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-    error = stderr.decode(errors="replace").strip()
-    if process.returncode == 0:
-        return _parse(host, stdout, error, start, time.time())
-    return _why_unreachable(host, process.returncode, error)
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _interrupted(host: str) -> Unreachable:
+    return Unreachable("a signal interrupted the question", f"ssh {host} uptime")
 
 
 def _parse(host: str, stdout: bytes, error: str, start: float, end: float) -> Answer:

@@ -1,5 +1,6 @@
 """Asking hosts over ssh, with a stand-in for ssh."""
 
+import asyncio
 import json
 import os
 import signal
@@ -128,6 +129,24 @@ def test_hosts_are_asked_in_a_thread(ssh: Ssh) -> None:
     ssh("eval $8")
     with ThreadPoolExecutor() as threads:
         assert isinstance(threads.submit(ask).result(), HostAnswer)
+
+
+def test_hosts_are_asked_in_a_notebook(ssh: Ssh) -> None:
+    """Catches an event loop that is started where one runs, as in the cells of a notebook."""
+    ssh("eval $8")
+
+    async def cell() -> HostAnswer | Unreachable:
+        return ask()
+
+    assert isinstance(asyncio.run(cell()), HostAnswer)
+
+
+def test_a_machine_without_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback, as in a container without it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    answer = ask()
+    assert isinstance(answer, Unreachable)
+    assert (answer.reason, answer.connected) == ("ssh is not installed on this machine", False)
 
 
 def test_a_signal_ends_the_questions(ssh: Ssh, tmp_path: Path) -> None:
