@@ -98,7 +98,7 @@ def pretrain(
     StoppedError.
 
     Args:
-        config: a YAML file, the name of a recipe, or the content of a file as a mapping, on this machine only.
+        config: a YAML file, the name of a recipe, or the content of a file as a mapping.
         overrides: such as `{"optimizer.lr": 1e-4}`.
         num_gpus: ranks per machine; default: one per GPU, or 1 on a CPU.
         hostfile: machines to run on, one `NAME slots=N` per line.
@@ -108,8 +108,6 @@ def pretrain(
     Example:
         run = deepcloze.pretrain("my-run.yaml", {"optimizer.lr": 1e-3}, num_gpus=2)
     """
-    if isinstance(config, Mapping) and hostfile is not None:
-        raise UserError("pretrain: 'config': with a hostfile, expected a file, which the other hosts read too")
     from launcher.launch import launch_pretraining
 
     with _as_a_command(quiet), _config_file(config, PretrainConfig, overrides) as file:

@@ -139,7 +139,7 @@ def test_unknown_names_are_rejected() -> None:
         ),
         (
             lambda: deepcloze.pretrain(RUN, hostfile="hosts"),
-            "pretrain: 'config': with a hostfile, expected a file, which the other hosts read too",
+            "cannot read the hostfile hosts: No such file or directory",
         ),
         (
             lambda: deepcloze.pretrain(RUN, {"model.freeze": {"embeddings"}}),
