@@ -34,8 +34,8 @@ from benchmarks.gpu_results import JobOutcome, write_results
 from benchmarks.gpu_wheels import prepare
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.process.signals import handle_stop_signals, interrupt, uninterrupted
-from launcher.supervision.rank_processes import kill_group, watchdog
+from experiment.process.signals import handle_stop_signals, interrupt, kill_group, uninterrupted
+from launcher.supervision.rank_processes import watchdog
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CASES = (  # of `benchmarks.gpu_training`, by importance

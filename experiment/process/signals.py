@@ -1,11 +1,12 @@
 """The signals that ask a process to stop: which of them ends it at once, and how they are handled or blocked."""
 
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 
 WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -123,6 +124,12 @@ def uninterrupted() -> Iterator[None]:
         yield
     if numbers:
         signal.raise_signal(numbers[0])
+
+
+def kill_group(group: int) -> None:
+    """Kill the processes of a group, if there are any."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def ignore_stop_signals() -> None:

@@ -4,9 +4,7 @@ See `host_guard` for the other side.
 """
 
 import json
-import os
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
-from experiment.process.signals import warnings_blocked
+from experiment.process.signals import kill_group, warnings_blocked
 from experiment.run_files.heartbeat import Heartbeat
 from experiment.run_files.provenance import REPOSITORY
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
@@ -232,6 +230,5 @@ class _Connection:
         """End ssh, with the processes that it has started, such as a ProxyCommand: they have its output open."""
         if not self.closed:
             self.closed = True
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process.pid)
             self._process.wait()

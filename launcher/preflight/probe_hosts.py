@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -11,12 +10,12 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from experiment.process.signals import handle_stop_signals
+from experiment.process.signals import handle_stop_signals, kill_group
 from experiment.progress import progress
 from launcher.hosts import probe
 from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
@@ -178,8 +177,7 @@ class _Questions:
 def _kill(process: "subprocess.Popen[bytes]") -> None:
     """Kill ssh, with the processes that it has started, such as a ProxyCommand: they have its output open."""
     if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process.pid)
 
 
 def _interrupted(host: str) -> Unreachable:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from experiment.process.signals import kill_group
 from experiment.run_files.heartbeat import Heartbeat, beat_seconds
 from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
@@ -30,7 +31,6 @@ from launcher.supervision.rank_processes import (
     RankProcesses,
     RunningRanks,
     SurvivingRanks,
-    kill_group,
     polled,
     started,
 )

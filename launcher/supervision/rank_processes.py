@@ -17,7 +17,7 @@ from typing import IO, TextIO
 from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder
 from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
-from experiment.process.signals import handle_stop_signals, interrupt, warnings_blocked
+from experiment.process.signals import handle_stop_signals, interrupt, kill_group, warnings_blocked
 from experiment.run_files.goodput import process_start
 from experiment.run_files.heartbeat import Heartbeat, request_stack
 from experiment.run_files.outcome_file import read_rank_records
@@ -66,11 +66,6 @@ def watchdog(group: int) -> Iterator[None]:
     finally:
         watchdog.kill()
         watchdog.communicate()
-
-
-def kill_group(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 class RankProcesses:
