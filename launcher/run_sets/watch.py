@@ -52,11 +52,11 @@ def watch_run(options: WatchOptions) -> None:
     with handle_stop_signals(interrupt):
         run = RunFolder(Path(options.run).absolute())
         config = read_run_config(run)
-        announcement = make_announcement(options.on_result, options.mail)
+        mail = None if options.mail is None else (mail_service(options.mail), options.mail)
         task = read_watched_task(options.task, options.probe)
         folder = open_run_folder(run.downstream / task.name)
         with lock_run(folder), stopped_by_disk_errors("watch: "):
-            failed = Watch(run, config, task, announcement).finish()
+            failed = Watch(run, config, task, Announcement(options.on_result, mail)).finish()
             print(describe_scores(run, task))
     if failed:
         sys.exit(f"deepcloze: watch: {task.name}: could not score step {', '.join(map(str, failed))}")
@@ -109,11 +109,6 @@ class Announcement:
                 # smtplib raises ValueErrors that show parts of the password.
                 reason = error if isinstance(error, OSError) else type(error).__name__
                 notify(f"watch: warning: cannot send mail to {to}: {reason}")
-
-
-def make_announcement(command: str | None, mail: str | None) -> Announcement:
-    """Make an announcement. Raises UserError if mail is wanted and the environment does not say how to send it."""
-    return Announcement(command, None if mail is None else (mail_service(mail), mail))
 
 
 class Watch:

@@ -21,7 +21,7 @@ from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read
 from experiment.tracking.jsonl import JsonlTracker, read_events
 from experiment.tracking.notification import Message, Service
 from launcher.cli import main
-from launcher.run_sets.watch import Announcement, Watch, describe_scores, make_announcement, read_run_config
+from launcher.run_sets.watch import Announcement, Watch, describe_scores, read_run_config
 from launcher.run_sets.watched_task import ScoringError, TaskRejectedError, WatchedTask
 
 RESULT = DownstreamResult(100, "toy", "accuracy", False, {"accuracy": 0.9}, "weights", "config", 2.0)
@@ -354,9 +354,10 @@ def test_mail_says_what_was_scored(run: RunFolder, capsys: pytest.CaptureFixture
     assert "warning: cannot send mail to me@home.example: UnicodeEncodeError\n" in capsys.readouterr().err
 
 
-def test_mail_needs_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mail_needs_a_server(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a mistake that shows at the first result."""
     monkeypatch.delenv("DEEPCLOZE_SMTP_HOST", raising=False)
-    with pytest.raises(UserError, match="DEEPCLOZE_SMTP_HOST"):
-        make_announcement(None, "me@home.example")
-    assert make_announcement("true", None) == Announcement("true")
+    assert main(["watch", str(run.path), "--task", "toy.yaml", "--mail", "me@home.example"]) == 2
+    assert "DEEPCLOZE_SMTP_HOST" in capsys.readouterr().err
