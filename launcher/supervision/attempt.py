@@ -134,7 +134,7 @@ def _run(
         survivors = SurvivingRanks(launch.folder, process.pid)
         watched = polled(survivors.check, _SURVIVORS_SECONDS, "surviving ranks") if launch.local else nullcontext()
         with processes.running(process.pid), stop.killing(processes.kill), watched:
-            exit_code = _wait(process, launch)
+            exit_code = _wait(process, launch, layout.ranks)
     return _result(launch, stop, hang.message, processes.left, exit_code, start_time)
 
 
@@ -164,10 +164,9 @@ def _result(
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
 
 
-def _wait(process: "subprocess.Popen[bytes]", launch: Launch) -> int:
+def _wait(process: "subprocess.Popen[bytes]", launch: Launch, ranks: int) -> int:
     """Return the exit code of DeepSpeed's launcher, once its process group is empty. On this machine, the rest of the
     group is killed when all ranks are done: DeepSpeed takes up to a second to notice that and to exit."""
-    ranks = sum(map(len, launch.slots.values()))
     exit_code = None
     while exit_code is None:
         with suppress(subprocess.TimeoutExpired):
