@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from typing import NoReturn
 
 from experiment.process.signals import HANDLED_SIGNALS
@@ -13,7 +14,8 @@ def run() -> NoReturn:
     """Run the command line and end the process with its exit code, at once: to take apart all that was imported, as
     Python does at the end, takes a second after an import of torch."""
     _open_closed_streams()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # not all locales have … and ×
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":  # may lack … and ×
+        sys.stdout.reconfigure(errors="replace")
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)  # until `main` handles them, after the imports
     from launcher.cli import main
 
