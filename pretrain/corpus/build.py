@@ -218,8 +218,10 @@ def holds_corpus(folder: Path) -> bool:
 
 def existing_manifests(plan: BuildPlan) -> dict[Part, Manifest]:
     """Return the manifests of an existing corpus. Raises UserError for another recipe; reads no documents."""
-    manifests = {part: read_manifest(plan.folder_of(part)) for part in plan.sampling.parts}
-    _check_same_recipe(plan, manifests, None)
+    manifests = dict[Part, Manifest]()
+    for part in plan.sampling.parts:  # the main corpus first: another one may have no held-out corpus
+        manifests[part] = read_manifest(plan.folder_of(part))
+        _check_same_recipe(plan, manifests, None)
     return manifests
 
 

@@ -372,8 +372,10 @@ def test_existing_corpus(corpus: Build, tmp_path: Path, source: Path, capsys: py
     assert corpus("c", holdout=10) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path} == stamps
     assert "already exists" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"another corpus \(another holdout"):
-        corpus("c", holdout=11)
+    corpus("all")
+    for name, holdout in (("c", 11), ("all", 10)):
+        with pytest.raises(UserError, match=rf"{name} already holds another corpus \(another holdout"):
+            corpus(name, holdout=holdout)
     source.write_text("something else\nand more\n" * 20)
     with pytest.raises(UserError, match=r"another corpus \(other documents"):
         corpus("c", holdout=10)
