@@ -52,7 +52,7 @@ def verify_command(folders: str) -> None:
     Prints the undamaged ones. Raises UserError that names every damaged shard and tokenizer.
     """
     damaged: list[str] = []
-    for name in map(expand_home, filter(None, folders.split(","))):
+    for name in map(expand_home, filter(None, map(str.strip, folders.split(",")))):
         try:
             corpus = open_corpus(name)
             damages = [corpus.find_tokenizer_damage(), *(damage for _, damage in _find_damage(corpus, True))]

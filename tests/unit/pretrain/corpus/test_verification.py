@@ -170,7 +170,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
 def test_the_command_verifies_always(corpus: Path, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches damage that changes no time and is trusted because of an earlier start, and a corpus or shard that is not
     reported because another one is damaged."""
-    assert main(["corpus", "--verify", f"{built},{corpus}"]) == 0
+    assert main(["corpus", "--verify", f"{built}, {corpus}"]) == 0
     count = len(open_corpus(corpus).manifest.shards)
     assert capsys.readouterr().out.count(f"undamaged, {count} shards with") == 2
     for number in (1, 2):
