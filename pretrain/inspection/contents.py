@@ -38,7 +38,8 @@ def count_lengths(corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 def script_shares(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float]]:
     """Return the share of each script among the letters of documents, falling. Less than 0.1 % is left out."""
-    texts = tokenizer.batch_decode([document.ids[:SCRIPT_TOKENS].tolist() for document in documents])
+    beginnings = [document.ids[:SCRIPT_TOKENS].tolist() for document in documents]
+    texts = tokenizer.batch_decode(beginnings, skip_special_tokens=True)  # [UNK] has letters too
     letters = Counter(character for text in texts for character in text if character.isalpha())
     scripts: Counter[str] = Counter()
     for letter, times in letters.items():

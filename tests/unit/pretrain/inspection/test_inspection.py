@@ -29,7 +29,7 @@ from pretrain.inspection.sample import draw_sample, read_documents
 
 MakeCorpus = Callable[..., Corpus]
 
-A, B, NI, HAO, ZHE, S = 5, 6, 13, 14, 15, 16
+UNK, A, B, NI, HAO, ZHE, S = 1, 5, 6, 13, 14, 15, 16
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_large_corpora_are_sampled(corpus: Corpus, monkeypatch: pytest.MonkeyPat
 
 
 def test_letters_are_counted_by_script(make_corpus: MakeCorpus) -> None:
-    """Catches scripts that are mixed up, and characters that are no letters."""
-    corpus = make_corpus([[[A, B, 1000, NI, HAO, S], [ZHE, ZHE, ZHE, ZHE]]])  # 1000: w984, one letter
+    """Catches scripts that are mixed up, and characters that are no letters, such as unknown tokens."""
+    corpus = make_corpus([[[A, UNK, B, 1000, NI, HAO, S], [ZHE, ZHE, ZHE, ZHE]]])  # 1000: w984, one letter
     shares = script_shares(read_documents(corpus, [0, 1]), load_tokenizer(corpus.tokenizer_path))
     assert shares == [("Latin", 0.4), ("Cyrillic", 0.4), ("Han", 0.2)]
 
