@@ -162,12 +162,11 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
         """Yield the texts of a record that pretraining text must not have, if it is evaluated on: all that the model
-        reads. A list of words, such as a tagged sentence, is one text."""
+        reads."""
         for role, cell_type in self.config.columns.cell_types().items():
             if cell_type.is_input and role in record.values:
                 value = record.values[role]
-                texts = [value] if isinstance(value, str) else value
-                yield from texts if any(" " in text for text in texts) else [" ".join(texts)]
+                yield from [value] if isinstance(value, str) else value
 
     def check_input(self, record: Record) -> None:
         """Raise UserError for a record that cannot be predicted, as `expand` does: without a tokenizer, to find it

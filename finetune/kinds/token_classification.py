@@ -91,6 +91,10 @@ class Kind(TaskKind[Config]):
         shares = ", ".join(f"{label} {counts[label] / counts.total():.1%}" for label in self.labels)
         return [f"{counts.total():,} words in train, {len(self.labels)} tags: {shares}"]
 
+    def evaluated_texts(self, record: Record) -> Iterator[str]:
+        """Yield the sentence, not its words."""
+        yield " ".join(record.values["words"])
+
     def check_target(self, record: Record) -> None:
         self._tag_ids(record)
 

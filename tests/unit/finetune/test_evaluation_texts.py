@@ -113,6 +113,23 @@ def test_the_blanks_of_a_cloze_exam_are_filled(tmp_path: Path) -> None:
     assert found == ["She drove quickly to the police station.", "She drove ", " to the ", " station."]
 
 
+def test_each_choice_is_a_text_and_words_are_one(tmp_path: Path) -> None:
+    """Catches choices without spaces, as in Chinese, that are taken for the words of one text, which no line has."""
+    rows = {
+        "multiple_choice": {"question": "谁写了红楼梦？", "choices": ["曹雪芹", "吴承恩"], "label": "0"},
+        "token_classification": {"tokens": ["New York", "is", "large"], "tags": ["B", "O", "O"]},
+    }
+    expected = {
+        "multiple_choice": ["曹雪芹", "吴承恩", "谁写了红楼梦？"],
+        "token_classification": ["New York is large"],
+    }
+    for kind, row in rows.items():
+        (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+        task = f"{{kind: {kind}, test: {tmp_path}/test.jsonl, format: jsonl}}"
+        path = write(tmp_path, "task.yaml", f"{{run: {{dir: r}}, model: {{init_from: m}}, task: {task}}}")
+        assert [text.text for text in evaluation_texts(str(path))] == expected[kind]
+
+
 def test_negatives_are_evaluated_too_where_a_split_has_them(tmp_path: Path) -> None:
     """Catches negatives that stay in the corpus, and a traceback for a split without their column."""
     write(tmp_path, "validation.tsv", "a\tb", "v one\tv two")
