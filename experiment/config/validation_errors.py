@@ -18,7 +18,7 @@ from experiment.config.field_types import (
     known_keys,
     union_members,
 )
-from experiment.config.yaml_dialect import KeyPath, explain_yaml, read_yaml
+from experiment.config.yaml_dialect import KeyPath, explain_yaml, full_width_hint, read_yaml
 
 # Names in transformers' TrainingArguments -> ours.
 _SYNONYMS = {
@@ -58,8 +58,8 @@ def explain_unknown_key(config_type: type[BaseModel], dotted: str, in_lists: Ite
 
     in_lists: names of keys of list items, to suggest too.
     """
-    if "：" in dotted:
-        return f"unknown config key '{dotted}': write ': ' with the colon of ASCII, not the full-width '：'"
+    if hint := full_width_hint(dotted):
+        return f"unknown config key '{dotted}'{hint}"
     known = [*known_keys(config_type), *in_lists]
     above, _, last = dotted.rpartition(".")
     last = _SYNONYMS.get(last, last)
@@ -153,8 +153,8 @@ def _is_short_tuple(details: ErrorDetails) -> bool:
 
 
 def _yaml_problem(value: Any, to_mapping: bool) -> str:
-    """Return the YAML error, if the value is text that looks like a list or mapping; how to write one, if one is
-    expected."""
+    """Return the YAML error, if the value is text that looks like a list or mapping; otherwise how to write it, if that
+    is known."""
     if isinstance(value, str) and value.startswith(("[", "{")):
         try:
             read_yaml(value)
@@ -162,4 +162,4 @@ def _yaml_problem(value: Any, to_mapping: bool) -> str:
             return explain_yaml(error)
     if to_mapping and isinstance(value, str) and ":" in value:  # a shell has removed the braces
         return "; write '{key: value}', with the quotes and a space after the colon"
-    return ""
+    return full_width_hint(value) if isinstance(value, str) else ""

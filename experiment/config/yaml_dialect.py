@@ -4,6 +4,7 @@
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import yaml
 
 _MAX_VALUES = 100_000  # in a document, counted again for each alias
+
+_FULL_WIDTH = re.compile("[！-／：-＠［-｀｛-～]")  # punctuation
+_COMMENT = re.compile(r"(?:^|\s)#.*")
 
 KeyPath = tuple[str, ...]  # path of a value: keys and, in lists, indices
 
@@ -50,10 +54,20 @@ def explain_yaml(error: yaml.YAMLError) -> str:
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         if r"'\t'" in problem:
             problem = "found a tab: use spaces, not tabs"
-        return f", line {mark.line + 1}: {problem}" if mark else f": {problem}"
+        if not mark:
+            return f": {problem}"
+        first = (error.context_mark or mark).line - 1  # a key without a colon may go on in the next line
+        lines = "\n".join((mark.buffer or "").split("\n")[max(first, 0) : mark.line + 1])
+        return f", line {mark.line + 1}: {problem}{full_width_hint(_COMMENT.sub('', lines))}"
     if isinstance(error, yaml.reader.ReaderError):
         return f": the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"
     return f": {error}"
+
+
+def full_width_hint(text: str) -> str:
+    """Return the end of a message about text that has full-width punctuation, as of a Chinese keyboard; else empty."""
+    found = _FULL_WIDTH.search(text)
+    return f"; write '{unicodedata.normalize('NFKC', found[0])}', not the full-width '{found[0]}'" if found else ""
 
 
 class Loader(yaml.SafeLoader):

@@ -149,13 +149,25 @@ def _aliases(value: bytes) -> bytes:
         ),
         (
             "schedule: {steps：3}\n".encode(),
-            "unknown config key 'schedule.steps：3': write ': ' with the colon of ASCII, not the full-width '：'",
+            "FILE, line 1: unknown config key 'schedule.steps：3'; write ':', not the full-width '：'",
         ),
+        (
+            "schedule：\n  steps: 3\n".encode(),
+            "line 2: mapping values are not allowed here; write ':', not the full-width '：'",
+        ),
+        ("run: {lr: 3，name: a}\n".encode(), "but got ':'; write ',', not the full-width '，'"),
+        ("run:\n  lr: 3 ＃ high\n".encode(), "found text (\"3 ＃ high\"); write '#', not the full-width '＃'"),
+        ("run: ［a］ # 注：a\n".encode(), "found text (\"［a］\"); write '[', not the full-width '［'"),
     ],
 )
 def test_an_invalid_file_gives_the_line_of_the_problem(tmp_path: Path, text: bytes, expected: str) -> None:
     """Catches tracebacks, and messages that leave the user to search the file."""
     assert expected in message_of_file(tmp_path, text)
+
+
+def test_full_width_punctuation_in_comments_is_right(tmp_path: Path) -> None:
+    """Catches a hint to change a comment, of which the mistake is not a part."""
+    assert message_of_file(tmp_path, "# 注：a\nrun: {lr: [}  # 注：b\n").endswith("but found '}'")
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
