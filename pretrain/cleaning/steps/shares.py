@@ -1,5 +1,7 @@
 """Shares of digits, symbols, capital letters and stop words."""
 
+from functools import cached_property
+
 from experiment.config import Section
 from experiment.config.field_types import Fraction
 from pretrain.cleaning.step import Document, DocumentStep, Verdict
@@ -25,11 +27,15 @@ class Config(Section):
     """Smallest share of stop words among the words."""
 
     stop_words: tuple[str, ...] = _STOP_WORDS
-    """Stop words, in lower case."""
+    """Stop words, whatever case and diacritics."""
 
 
 class Step(DocumentStep[Config]):
     config_type = Config
+
+    @cached_property
+    def _stop_words(self) -> frozenset[str]:
+        return frozenset(normalized_words(" ".join(self.config.stop_words)))
 
     def apply(self, document: Document) -> Verdict | None:
         characters = [character for character in document.text if not character.isspace()]
@@ -45,8 +51,7 @@ class Step(DocumentStep[Config]):
                 return Verdict(f"too_many_{name}", detail=f"{share:.2f}")
         if self.config.min_stop_words > 0:
             words = normalized_words(document.text)
-            stop_words = frozenset(self.config.stop_words)
-            share = sum(word in stop_words for word in words) / max(len(words), 1)
+            share = sum(word in self._stop_words for word in words) / max(len(words), 1)
             if share < self.config.min_stop_words:
                 return Verdict("too_few_stop_words", detail=f"{share:.2f}")
         return None

@@ -58,6 +58,7 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("shares", {"max_capitals": 0.5}, "LOUD a", ("too_many_capitals", "")),
         ("shares", {"min_stop_words": 0.2}, "buy cheap pills now", ("too_few_stop_words", "")),
         ("shares", {"min_stop_words": 0.2}, SENTENCE, ("", SENTENCE)),
+        ("shares", {"min_stop_words": 0.5, "stop_words": ("für", "Is’")}, "Nur für is'", ("", "Nur für is'")),
         ("gopher_quality", {}, PROSE, ("", PROSE)),
         ("gopher_quality", {}, SENTENCE, ("gopher_short_doc", "")),
         ("gopher_quality", {"min_doc_words": 3}, "# a # b # c #", ("gopher_below_avg_threshold", "")),
