@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Self
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import Fraction, Seed
@@ -32,6 +32,12 @@ class Config(Section):
 
     seed: Seed = 42
     """Seed of the draws."""
+
+    @model_validator(mode="after")
+    def _rates_have_keys(self) -> Self:
+        if self.rates and self.by is None:
+            raise ValueError("rates needs by, which tells their keys, such as `by: language`")
+        return self
 
 
 class Step(DocumentStep[Config]):
