@@ -33,5 +33,6 @@ def _from_wikitext(source: str) -> str:
         with suppress(ValueError):  # it was in one that is removed already
             code.remove(node)
     plain: str = code.strip_code()
-    text = str(_BLANK_LINES.sub("\n\n", plain))
-    return text.strip()
+    text = str(_BLANK_LINES.sub("\n\n", plain)).strip()
+    # An entity such as `&#xD800;` becomes half of a surrogate pair, which files refuse.
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

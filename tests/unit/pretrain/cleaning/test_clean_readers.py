@@ -181,6 +181,13 @@ def test_a_dump_of_wikipedia(tmp_path: Path) -> None:
         read(tmp_path / "cut.xml.bz2")
 
 
+def test_entities_of_half_a_character(tmp_path: Path) -> None:
+    """Catches a traceback when the document is written."""
+    (tmp_path / "wiki.xml").write_text(WIKI.replace("It lives", "A &amp;#xD800; and &amp;#xD83D;&amp;#xDE00;"))
+    (text,) = read(tmp_path / "wiki.xml").values()
+    assert text.endswith("A \ufffd and \U0001f600.")
+
+
 def test_subtitles_of_films(tmp_path: Path) -> None:
     (tmp_path / "1.xml.gz").write_bytes(gzip.compress(FILM.encode()))
     assert read(tmp_path / "1.xml.gz") == {"1.xml.gz:1": "Hello there\nBye ."}
