@@ -13,6 +13,7 @@ from typing import IO, Protocol, cast
 
 from experiment.storage import open_file
 from pretrain.corpus.formats import Document
+from pretrain.corpus.sources import is_hidden_member
 
 
 class Reader(Protocol):
@@ -38,8 +39,8 @@ def reader_of(name: str) -> Reader | None:
 
 
 def has_suffix(name: str, *suffixes: str) -> bool:
-    """Return whether the name ends in one of the suffixes, perhaps with .gz after it."""
-    return name.lower().removesuffix(".gz").endswith(suffixes)
+    """Return whether the name ends in one of the suffixes, perhaps with .gz or .zst after it."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes)
 
 
 def open_members(name: str, is_wanted: Callable[[str], object]) -> Iterator[tuple[str, str, IO[bytes]]]:
@@ -50,18 +51,20 @@ def open_members(name: str, is_wanted: Callable[[str], object]) -> Iterator[tupl
             yield name, name, file
             return
         with zipfile.ZipFile(file) as archive:
-            for inside in filter(is_wanted, archive.namelist()):
+            for inside in filter(is_wanted, zip_members(name)):
                 with archive.open(inside) as member:
                     yield inside, f"{name}::{inside}", member
 
 
 @lru_cache(maxsize=16)
 def zip_members(name: str) -> tuple[str, ...]:
-    """Return the names of the files in a zip; none if the file is not a zip, or damaged, which reading it will tell."""
+    """Return the names of the files in a zip, without hidden ones; none if the file is not a zip, or damaged, which
+    reading it will tell."""
     if not name.lower().endswith(".zip"):
         return ()
     try:
         with open_file(name) as file, zipfile.ZipFile(file) as archive:
-            return tuple(info.filename for info in archive.infolist() if not info.is_dir())
+            names = (info.filename for info in archive.infolist() if not info.is_dir())
+            return tuple(name for name in names if not is_hidden_member(name))
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return ()

@@ -20,9 +20,7 @@ PACKAGES: tuple[str, ...] = ()
 
 def matches(name: str) -> bool:
     # movie_lines.txt is read with the conversations, not as text of its own.
-    return basename(name) in (_CONVERSATIONS, _LINES) or any(
-        _is(member, _CONVERSATIONS) for member in zip_members(name)
-    )
+    return basename(name) == _LINES or _CONVERSATIONS in map(basename, (name, *zip_members(name)))
 
 
 def read(name: str) -> Iterator[Document]:
@@ -49,7 +47,7 @@ def _rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:
 def _content(path: str, name: str) -> bytes:
     missing = UserError(f"{path}: {name} is missing, which the conversations refer to")
     if path.lower().endswith(".zip"):
-        found = next((member for member in zip_members(path) if _is(member, name)), None)
+        found = next((member for member in zip_members(path) if basename(member) == name), None)
         if found is None:
             raise missing
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
@@ -59,7 +57,3 @@ def _content(path: str, name: str) -> bytes:
             return file.read()
     except (FileNotFoundError, MissingError):
         raise missing from None
-
-
-def _is(member: str, name: str) -> bool:
-    return member.rpartition("/")[2] == name and not member.startswith("__MACOSX/")

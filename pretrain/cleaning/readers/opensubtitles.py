@@ -14,7 +14,7 @@ PACKAGES: tuple[str, ...] = ()
 
 
 def matches(name: str) -> bool:
-    is_file = has_suffix(name, ".xml") and "wiki" not in basename(name).lower()
+    is_file = _is_film(name) and "wiki" not in basename(name).lower()
     members = zip_members(name)
     has_films = any(map(_is_film, members))
     return is_file or (has_films and not any(detect_format(member)[0] for member in members))
@@ -27,7 +27,7 @@ def read(name: str) -> Iterator[Document]:
 
 
 def _is_film(member: str) -> bool:
-    return member.endswith((".xml", ".xml.gz"))
+    return has_suffix(member, ".xml")
 
 
 def _film(stream: IO[bytes], name: str, origin: str) -> str:

@@ -24,7 +24,7 @@ PACKAGES: tuple[str, ...] = ("warcio", "trafilatura")
 
 
 def matches(name: str) -> bool:
-    return has_suffix(name, ".warc", ".wet", ".warc.zst", ".wet.zst")
+    return has_suffix(name, ".warc", ".wet")
 
 
 def read(name: str) -> Iterator[Document]:

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 from experiment.errors import UserError
 from experiment.storage import open_file
+from pretrain.cleaning.readers import has_suffix
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import Document, detect_format
 
@@ -18,7 +19,7 @@ PACKAGES: tuple[str, ...] = ("mwparserfromhell",)
 
 def matches(name: str) -> bool:
     file = basename(name).lower()
-    return file.endswith(".xml.bz2") or ("wiki" in file and file.endswith((".xml", ".xml.gz")))
+    return file.endswith(".xml.bz2") or ("wiki" in file and has_suffix(file, ".xml"))
 
 
 def read(name: str) -> Iterator[Document]:

@@ -188,10 +188,22 @@ def test_entities_of_half_a_character(tmp_path: Path) -> None:
     assert text.endswith("A \ufffd and \U0001f600.")
 
 
+@pytest.mark.parametrize("name", ["a.html.gz", "a.html.zst", "wiki.xml.zst", "film.xml.zst"])
+def test_compressed_files(tmp_path: Path, name: str) -> None:
+    """Catches the advice to read a file with `deepcloze clean`, by `deepcloze clean`."""
+    content = (HTML if "html" in name else WIKI if "wiki" in name else FILM).encode()
+    pack = gzip.compress if name.endswith("gz") else zstandard.compress
+    (tmp_path / name).write_bytes(pack(content))
+    (text,) = read(tmp_path / name).values()
+    assert text
+
+
 def test_subtitles_of_films(tmp_path: Path) -> None:
     (tmp_path / "1.xml.gz").write_bytes(gzip.compress(FILM.encode()))
     assert read(tmp_path / "1.xml.gz") == {"1.xml.gz:1": "Hello there\nBye ."}
     archive = make_zip(tmp_path / "en.zip", {"OpenSubtitles/xml/en/1.xml": FILM, "README": "x"})
+    assert read(archive) == {"1.xml:1": "Hello there\nBye ."}
+    archive = make_zip(tmp_path / "mac.zip", {"xml/1.xml": FILM, "__MACOSX/xml/._1.xml": "\0"})
     assert read(archive) == {"1.xml:1": "Hello there\nBye ."}
     mixed = make_zip(tmp_path / "mixed.zip", {"1.txt": "Text", "meta.xml": "<meta/>"})
     assert read(mixed) == {"mixed.zip::1.txt:1": "Text"}  # not only what looks like a film
@@ -247,6 +259,11 @@ def test_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for source in (conversations, conversations.name):
         assert read(source) == {"movie_conversations.txt:1": "Hi café\nHello."}
+    zipped = tmp_path / "cornell.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for path in (conversations, tmp_path / "movie_lines.txt"):
+            archive.write(path, f"corpus/{path.name}")
+    assert read(zipped) == {"cornell.zip:1": "Hi café\nHello."}
     conversations.write_text(separator.join(["u0", "u1", "m0", "['L1', 'L9']"]))
     with pytest.raises(UserError, match=r"movie_conversations.txt:1: expected a list of lines of movie_lines.txt"):
         read(conversations)
