@@ -72,7 +72,8 @@ class CleanConfig(TextOptions):
 
     @property
     def columns(self) -> Mapping[str, str]:
-        return {**super().columns, **dict.fromkeys(self.metadata, "metadata")}
+        text = super().columns  # first, and no metadata
+        return {**text, **dict.fromkeys(self.metadata, "metadata"), **text}
 
     @model_validator(mode="after")
     def _steps_are_in_a_possible_order(self) -> Self:

@@ -315,7 +315,7 @@ def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:
     for number, row in read_json_lines(lines.in_range(), lines.origin, lines.first):
         names = columns
         if _is_cleaned(row):  # some have no metadata, or not all
-            kept = row.get("metadata") or {}
+            kept = row.get("metadata", {})
             names = [name for name in columns if options_of[name] != "metadata" or name in kept]
             row = {**row, **{name: kept[name] for name in names if options_of[name] == "metadata"}}
         for column in names:
@@ -327,7 +327,8 @@ def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:
 def _is_cleaned(row: Mapping[str, Any]) -> bool:
     """Return whether `deepcloze clean` has written a row: its id begins with its source."""
     keys = {"id", "source", "text"}
-    return keys <= row.keys() <= {*keys, "metadata"} and str(row["id"]).startswith(f"{row['source']}:")
+    is_written = keys <= row.keys() <= {*keys, "metadata"} and isinstance(row.get("metadata", {}), dict)
+    return is_written and str(row["id"]).startswith(f"{row['source']}:")
 
 
 def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: Range) -> Iterator[Document]:

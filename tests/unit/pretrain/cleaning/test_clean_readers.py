@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import json
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -286,6 +287,9 @@ def test_metadata_of_tables(tmp_path: Path) -> None:
     assert (document.text, document.metadata) == ("one", {"url": "http://a.org"})
     with pytest.raises(UserError, match=r"a.jsonl:1: no column 'title'; found: text, url, more"):
         read(tmp_path, metadata=["title"])
+    for row in ({"metadata": {"url": "u"}}, {"metadata": "none"}):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"id": "x:1", "source": "x", "text": "one", **row}))
+        assert read(tmp_path, metadata=["text", *row]) == {"a.jsonl:1": "one"}
     (tmp_path / "a.jsonl").write_text('{"text": "one", "url": ["\\ud800"]}\n')
     with pytest.raises(
         UserError, match=r"a.jsonl:1: expected Unicode text in 'metadata', found half of a surrogate pair"
