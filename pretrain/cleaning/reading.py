@@ -37,7 +37,7 @@ def read_inputs(sources: Sequence[Source], config: CleanConfig) -> Iterator[Docu
     for source in sources:
         for raw in _read(source, config, stats):
             if raw.origin in seen if raw.origin != last else raw.line <= number:
-                raise UserError(f"source: there are two files called {raw.origin}; rename one")
+                raise UserError(f"source: {raw.origin} is read twice; name it once, or rename one of two files")
             seen.add(raw.origin)
             last, number = raw.origin, raw.line
             if raw.text and not raw.text.isspace():

@@ -51,9 +51,9 @@ def check_read(sources: Sequence[Source], options: TextOptions, start_matches: i
     for source in sources:
         if source.kind == "archive":
             members = archives.get(_archive_name(source), Members())
+            report_skipped(source.name, members.skipped, members.example)
             if members.read == 0:
                 raise UserError(f"{source.name}: no member matches '{source.selection}'")
-            report_skipped(source.name, members.skipped, members.example)
     if options.document_start is not None and start_matches == 0:
         raise UserError(f"{options.name('document_start')} '{options.document_start}' matches no line of the text")
 

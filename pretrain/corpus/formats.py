@@ -47,7 +47,7 @@ _MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines m
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
 _CONVERSIONS = {
     "convert it to text, for instance with pandoc": "docx epub odt rtf",
-    "read it with `deepcloze clean`, or convert it to text": "htm html warc wet xhtml xml",
+    "read it with `deepcloze clean`, out of an archive, or convert it to text": "htm html warc wet xhtml xml",
     "convert it to text, for instance with pdftotext": "pdf",
     "convert it to text, for instance with LibreOffice": "doc ppt pptx",
     "convert it to .csv, for instance with LibreOffice": "ods xls xlsx",

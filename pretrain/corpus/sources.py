@@ -19,6 +19,7 @@ from experiment.csv_and_jsonl import is_unicode
 from experiment.decontamination import CLEAN_PAGE, is_clean_summary
 from experiment.errors import UserError
 from experiment.files import json_digest
+from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData
 from experiment.models.hub_names import HubName
 from experiment.storage import FileInfo, is_url, join, list_files, stat_file
@@ -229,4 +230,4 @@ def is_hidden_member(name: str) -> bool:
 def report_skipped(where: str, count: int, example: str) -> None:
     """Say how many files or members of other formats are left out."""
     if count:
-        print(f"{where}: {count} files of other formats are skipped, such as {example}", file=sys.stderr)
+        print(f"{where}: skipping {counted(count, 'file')} of other formats, such as {example}", file=sys.stderr)

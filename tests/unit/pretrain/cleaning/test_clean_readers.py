@@ -338,5 +338,20 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
         archive.writestr("a.txt", "one\n")
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("a.txt", "two\n")
-    with pytest.raises(UserError, match=r"there are two files called .*a.zip::a.txt"):
+    with pytest.raises(UserError, match=r"a.zip::a.txt is read twice; name it once, or rename one of two files"):
         read(tmp_path / "a.zip")
+    make_zip(tmp_path / "b.zip", {"b.txt": "one\n"})
+    with pytest.raises(UserError, match=r"b.zip::b.txt is read twice; name it once"):
+        read(f"{tmp_path}/b.zip,{tmp_path}/b.zip::b.*")
+
+
+def test_pages_in_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a message that does not say which files there are, and advice to do what the user does."""
+    path = make_zip(tmp_path / "site.zip", {"index.html": HTML})
+    with pytest.raises(UserError, match=r"site.zip: no member matches '\*'"):
+        read(path)
+    assert "skipping 1 file of other formats, such as index.html" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"\.html files are not read; read it with `deepcloze clean`, out of an archive"
+    ):
+        read(f"{path}::*.html")

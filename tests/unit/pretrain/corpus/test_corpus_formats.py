@@ -250,7 +250,7 @@ def test_no_member_of_an_archive_is_skipped_silently(
     else:
         path.write_bytes(tar_of(members))
     assert texts(path) == ["up", "abs", "b"]
-    assert capsys.readouterr().err == f"{path}: 2 files of other formats are skipped, such as x/image.png\n"
+    assert capsys.readouterr().err == f"{path}: skipping 2 files of other formats, such as x/image.png\n"
     assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
     assert texts(f"{path}::../*") == ["up"]
     assert capsys.readouterr().err == ""

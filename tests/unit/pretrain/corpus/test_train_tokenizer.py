@@ -102,7 +102,7 @@ def test_patterns_that_match_nothing(tmp_path: Path, text: Path, capsys: pytest.
     with pytest.raises(UserError, match=r"--document_start '\^# ' matches no line"):
         train_tokenizer(TokenizerOptions(source=text, document_start="^# ", **shared))
     train_tokenizer(TokenizerOptions(source=tmp_path / "a.zip", **shared))
-    assert capsys.readouterr().err.count("1 files of other formats are skipped, such as a.png") == 1
+    assert capsys.readouterr().err.count("skipping 1 file of other formats, such as a.png") == 1
 
 
 @pytest.mark.parametrize("free", [0, 4096, 12288])

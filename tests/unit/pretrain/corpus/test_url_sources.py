@@ -76,7 +76,7 @@ def test_a_url_gives_the_same_bytes_as_a_folder(
     url, tokenizer = put(files, f"{bucket}/files"), put(vocabulary_folder, f"{bucket}/tokenizer")
     build(f"{url},{url}/e.zip", tokenizer, tmp_path / "remote", workers=1)
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
-    assert f"{url}: 2 files of other formats are skipped, such as {url}/e.zip" in capsys.readouterr().err
+    assert f"{url}: skipping 2 files of other formats, such as {url}/e.zip" in capsys.readouterr().err
 
 
 def test_names_of_objects(bucket: str, files: Path) -> None:
