@@ -188,26 +188,15 @@ def open_local(source: str) -> Corpus:
     return open_corpus(_user_cache().locate([source])[source])
 
 
-def _read_manifest(source: str) -> Manifest:
-    """Return the manifest of a corpus, given as a folder or a URL. Raises UserError."""
-    if not is_url(source):
-        return read_manifest(Path(source).absolute())
-    return parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
-
-
 def read_description(source: str) -> Description:
     """Read a corpus, given as a folder or a URL, without its shards. Raises UserError for its manifest."""
-    manifest = _read_manifest(source)
-    if is_url(source):
-        start = len(source.rstrip("/")) + 1
-        names = [url[start:] for url in list_files(source)]
-    else:
-        names = [str(path.relative_to(source)) for path in Path(source).rglob("*") if path.is_file()]
-    return Description(manifest, {name: _read_file(source, name) for name in names if not _is_left_out(name)})
-
-
-def _read_file(source: str, name: str) -> bytes:
-    return read_bytes(join(source, name)) if is_url(source) else Path(source, name).read_bytes()
+    if not is_url(source):
+        manifest, folder = read_manifest(Path(source).absolute()), Path(source)
+        paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        return Description(manifest, {name: path.read_bytes() for name, path in paths.items() if _is_copied(name)})
+    manifest = parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
+    names = (url[len(source.rstrip("/")) + 1 :] for url in list_files(source))
+    return Description(manifest, {name: read_bytes(join(source, name)) for name in names if _is_copied(name)})
 
 
 def _write_description(description: Description, folder: Path) -> None:
@@ -218,9 +207,9 @@ def _write_description(description: Description, folder: Path) -> None:
                 temporary.write_bytes(description.files[name])
 
 
-def _is_left_out(name: str) -> bool:
-    """Shards, hidden files, such as locks, and indexes, which are made where they are needed."""
-    return name.endswith(".arrow") or name.startswith("index/") or any(part[:1] == "." for part in name.split("/"))
+def _is_copied(name: str) -> bool:
+    """Return False for shards, hidden files, such as locks, and indexes, which are made where they are needed."""
+    return not (name.endswith(".arrow") or name.startswith(("index/", ".")) or "/." in name)
 
 
 def _complete(folder: Path) -> Corpus | None:
