@@ -22,7 +22,6 @@ from typing import IO
 
 import xxhash
 
-from experiment.errors import UserError
 from experiment.hub_data import load_rows
 from experiment.storage import open_file
 from pretrain.corpus.compression import estimate_content_bytes, has_several_members
@@ -107,7 +106,7 @@ def _divide(source: Source, options: TextOptions, size: int, opened: int) -> lis
     try:
         with explain_read_errors(source.name):
             return _divide_opened(source, options, size)
-    except UserError:
+    except ValueError:  # a UserError, or an error of pyarrow
         return [WHOLE]  # the task that reads it reports the error
 
 
@@ -133,13 +132,9 @@ def _divide_opened(source: Source, options: TextOptions, size: int) -> list[Rang
 
 
 def _row_group_bytes(file: IO[bytes]) -> list[int]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        metadata = pyarrow.parquet.ParquetFile(file).metadata
-    except pyarrow.ArrowException:
-        return []
+    metadata = pyarrow.parquet.ParquetFile(file).metadata
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 

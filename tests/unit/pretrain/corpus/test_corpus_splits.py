@@ -222,6 +222,16 @@ def test_a_damaged_member_at_a_border(tmp_path: Path, monkeypatch: pytest.Monkey
             list(read_documents(spans, TextOptions(), ReadStats()))
 
 
+@pytest.mark.parametrize("content", [b"no Parquet " * 20, b"PAR1" * 40, b"x" * 200 + b"\x14\0\0\0PAR1"])
+def test_the_task_reports_a_damaged_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Catches a traceback of pyarrow when the build is planned."""
+    (tmp_path / "a.parquet").write_bytes(content)
+    small_splits(monkeypatch, 90)
+    (split,) = plan_splits(find_sources(tmp_path / "a.parquet"), TextOptions())
+    with pytest.raises(UserError, match=r"a\.parquet is not a Parquet file, or damaged|cannot read .*a\.parquet"):
+        list(read_documents(split.spans, TextOptions(), ReadStats()))
+
+
 def test_a_member_inside_another_one(tmp_path: Path) -> None:
     """Catches a range that starts with a member that only looks like one, so that documents are lost or repeated."""
     inner = gzip.compress(b"inner\n")
