@@ -45,8 +45,8 @@ def _list(sources: Sequence[Source]) -> None:
 
 
 def is_hard_wrapped(lines: Sequence[str]) -> bool:
-    """Return whether lines were broken to fit a width: most are about as long as the longest ones, and end in a
-    sentence."""
+    """Return whether lines were broken to fit a width: most are about as long as the longest ones, and end
+    in the middle of a sentence."""
     if len(lines) < _FEWEST:
         return False
     width = sorted(len(line) for line in lines)[int(0.98 * len(lines))]
