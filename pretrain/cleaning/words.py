@@ -10,7 +10,8 @@ from functools import lru_cache
 
 import regex
 
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # scripts without spaces between words
+from pretrain.corpus.words import UNSPACED
+
 _LETTER = r"[\p{L}\p{N}]--[\uff9e\uff9f]"
 _INSIDE = r"\p{M}\u00ad\u200c\u200d\uff9e\uff9f"  # marks, soft hyphens, joiners, half-width voicing
 _RUN = rf"[{_LETTER}--[{UNSPACED}]][[\p{{L}}\p{{N}}{_INSIDE}]--[{UNSPACED}]]*"

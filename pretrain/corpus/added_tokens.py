@@ -1,10 +1,10 @@
 """Add words to a tokenizer. Existing ids do not change; each new word becomes one token with an id at the end."""
 
 import json
-import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import regex
 from tokenizers import Tokenizer
 
 from experiment.errors import UserError, readable_disk_errors
@@ -12,9 +12,12 @@ from experiment.files import read_items
 from experiment.models.model_names import local_tokenizer
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from experiment.output_folder import new_folder
+from pretrain.corpus.words import UNSPACED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_UNSPACED = regex.compile(f"[{UNSPACED}]")
 
 
 def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
@@ -149,17 +152,12 @@ def _added_token(token: str, identifier: int, state: dict[str, Any]) -> dict[str
     return {
         "id": identifier,
         "content": token,
-        "single_word": not any(_has_no_spaces(character) for character in (token[0], token[-1])),
+        "single_word": not _UNSPACED.search(token[0] + token[-1]),  # in a text, others stand beside them
         "lstrip": _continuation_prefix(state) is None,
         "rstrip": False,
         "normalized": True,
         "special": False,
     }
-
-
-def _has_no_spaces(character: str) -> bool:
-    """Return whether words with this character stand side by side in a text: Han, Kana or Thai."""
-    return unicodedata.name(character, "").startswith(("CJK ", "HIRAGANA ", "KATAKANA ", "THAI "))
 
 
 def _check_new_tokens(

@@ -10,7 +10,7 @@ from experiment.config.field_types import PathText
 from experiment.errors import UserError
 from experiment.files import read_items
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
-from pretrain.cleaning.words import UNSPACED
+from pretrain.corpus.words import UNSPACED
 
 
 class Config(Section):

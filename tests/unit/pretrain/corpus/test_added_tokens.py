@@ -81,14 +81,15 @@ def test_add_chinese_words(lowercase: bool, tmp_path: Path) -> None:
     assert {number for number in ids if number >= len(vocabulary)} == {len(vocabulary), len(vocabulary) + 1}
 
 
+@pytest.mark.parametrize(("word", "text"), [("新冠", "研究新冠肺炎"), ("ခေါင်း", "လူခေါင်းကိုက်"), ("ປອດ", "ໂລກປອດບວມ")])
 @pytest.mark.parametrize("kind", ["byte_level", "unigram"])
-def test_chinese_words_are_found_between_other_characters(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+def test_words_of_unspaced_scripts_are_found_between_other_characters(
+    kind: str, word: str, text: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Catches words that are found next to punctuation only, because text without spaces has letters around them."""
     folder = request.getfixturevalue(kind)
-    new = extend(folder, tmp_path, "新冠")
-    assert new("研究新冠肺炎", add_special_tokens=False)["input_ids"].count(len(load_tokenizer(folder))) == 1
+    new = extend(folder, tmp_path, word)
+    assert new(text, add_special_tokens=False)["input_ids"].count(len(load_tokenizer(folder))) == 1
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_level", "unigram"])
