@@ -10,9 +10,8 @@ on workers, time or interruptions.
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
-from functools import partial
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from experiment.files import fsync_tree, json_digest, read_json, write_json
 from experiment.output_folder import holds_result, lock_output
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import SUFFIX, PassFolder
-from pretrain.cleaning.passes import Done, digest_of, plan_passes, run_passes
+from pretrain.cleaning.passes import Done, Pass, digest_of, plan_passes, run_passes
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.step import ReadTask, Step, check_installed
@@ -47,7 +46,6 @@ def clean(
     and for an output folder that holds something else; StoppedError if a worker is killed.
     """
     folder = Path(config.output).absolute()
-    opened = partial(open_engine, workers, engine=engine, ray_address=ray_address)
     advice = "; the same command resumes from the finished parts"
     with readable_disk_errors(f"output {folder}: ", advice), lock_output(folder, "output"):
         sources = find_inputs(config)
@@ -65,7 +63,9 @@ def clean(
             print(f"{folder} already exists, of the same sources and steps")
             shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
         else:
-            summary = _clean(config, sources, steps, recipe, folder, opened)
+            passes = plan_passes(steps)
+            with open_engine(workers, passes, engine, ray_address) as run:
+                summary = _clean(config, sources, steps, passes, recipe, folder, run)
     print(describe_kept(summary))
     if summary["steps"]:
         print_steps(summary)
@@ -99,16 +99,15 @@ def _clean(
     config: CleanConfig,
     sources: Sequence[Source],
     steps: Sequence[Step[Any]],
+    passes: Sequence[Pass],
     recipe: str,
     folder: Path,
-    opened: Callable[[object], AbstractContextManager[Engine]],
+    run: Engine,
 ) -> Summary:
     unfinished = folder.with_name(f"{folder.name}.partial")
     _check_unfinished(unfinished, {"recipe": recipe, "sources": identity_of(sources)})
-    passes = plan_passes(steps)
     try:
-        with opened(passes) as run:
-            last, tallies = run_passes(passes, read_inputs(sources, config), unfinished, run)
+        last, tallies = run_passes(passes, read_inputs(sources, config), unfinished, run)
     except UserError:
         if not _holds_parts(unfinished):
             shutil.rmtree(unfinished)
