@@ -27,22 +27,14 @@ def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list
         tokens = document.ids[: lengths[0]].astype(np.int64)
         sequence = BatchSequences(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([document.number]))
         masked = masker.mask(tokens, lengths, masker.keys(sequence))
-        predicted = set(masked.indices.tolist())
-        texts.append(
-            SeenText(
-                f"document {document.number + 1:,} of {sample.corpus.documents:,}: {len(document.ids):,} tokens",
-                [
-                    *(SeenToken(token_text(tokenizer, token)) for token in vocabulary.prefix),
-                    *(
-                        SeenToken(
-                            token_text(tokenizer, seen), token_text(tokenizer, token) if at in predicted else None
-                        )
-                        for at, (seen, token) in enumerate(zip(masked.inputs.tolist(), tokens.tolist(), strict=True))
-                    ),
-                    *(SeenToken(token_text(tokenizer, token)) for token in vocabulary.suffix),
-                ],
-            )
-        )
+        places = (masked.indices + len(vocabulary.prefix)).tolist()
+        answers = dict(zip(places, tokens[masked.indices].tolist(), strict=True))
+        seen = [
+            SeenToken(token_text(tokenizer, token), token_text(tokenizer, answers[at]) if at in answers else None)
+            for at, token in enumerate([*vocabulary.prefix, *masked.inputs.tolist(), *vocabulary.suffix])
+        ]
+        title = f"document {document.number + 1:,} of {sample.corpus.documents:,}: {len(document.ids):,} tokens"
+        texts.append(SeenText(title, seen))
     return texts
 
 
