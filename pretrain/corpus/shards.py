@@ -148,8 +148,7 @@ def join_pieces(folder: Path, pieces: Sequence[Piece], path: Path) -> tuple[Shar
         sha256=sha256(path),
         content=content.hexdigest(),
     )
-    counted = np.unique(lengths, return_counts=True)
-    return described, Counter(dict(zip(*(values.tolist() for values in counted), strict=True)))
+    return described, Counter(lengths.tolist())
 
 
 def _flags(shard: "MappedShard") -> BoolArray:

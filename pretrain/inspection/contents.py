@@ -30,8 +30,7 @@ def count_lengths(corpus: Corpus) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     """
     counts: Counter[int] = Counter()
     for lengths in corpus.document_lengths():
-        found, times = np.unique(lengths, return_counts=True)
-        counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
+        counts.update(lengths.tolist())
     lengths, times = np.array(sorted(counts.items()), dtype=np.int64).T
     return lengths, times
 
