@@ -79,15 +79,14 @@ class _Similarity:
         pairs = later.astype(np.int64) * self.count + earlier
         new = np.setdiff1d(pairs, self._known)
         if len(new):
-            found = np.array([self.is_similar(pair // self.count, pair % self.count) for pair in new.tolist()], bool)
+            found = np.array([self.is_similar(*divmod(pair, self.count)) for pair in new.tolist()], bool)
             places = np.searchsorted(self._known, new)
             self._known, self._similar = np.insert(self._known, places, new), np.insert(self._similar, places, found)
         return self._similar[np.searchsorted(self._known, pairs)]
 
     def similar_pairs(self) -> Iterator[tuple[int, int]]:
-        """Yield (later, earlier), in the order of the later ones."""
-        for pair in self._known[self._similar].tolist():
-            yield pair // self.count, pair % self.count
+        """Return pairs of (later, earlier), in the order of the later ones."""
+        return (divmod(pair, self.count) for pair in self._known[self._similar].tolist())
 
     def is_similar(self, left: int, right: int) -> bool:
         first, second = self._set(left), self._set(right)

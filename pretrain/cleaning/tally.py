@@ -32,10 +32,6 @@ class RuleTally:
     changed: int = 0
     examples: list[Example] = field(default_factory=list)  # sorted
 
-    def wants(self, priority: int) -> bool:
-        """Return whether an example of this priority would be kept."""
-        return len(self.examples) < _EXAMPLES or priority < self.examples[-1].priority
-
     def merge(self, other: Self) -> None:
         self.dropped += other.dropped
         self.changed += other.changed
@@ -57,11 +53,11 @@ class StepTally:
             return
         priority = xxhash.xxh3_64_intdigest(f"{verdict.rule}\0{document.id}".encode())
         rule = self.rules.setdefault(verdict.rule, RuleTally())
-        examples = []
-        if rule.wants(priority):
+        counted = RuleTally(int(verdict.dropped), int(not verdict.dropped))
+        if len(rule.examples) < _EXAMPLES or priority < rule.examples[-1].priority:
             before, after = _excerpts(text, document.text, verdict.dropped)
-            examples = [Example(priority, document.id, before, verdict.detail, after)]
-        rule.merge(RuleTally(int(verdict.dropped), int(not verdict.dropped), examples))
+            counted.examples = [Example(priority, document.id, before, verdict.detail, after)]
+        rule.merge(counted)
         if listed and len(self.matches) < _MATCHES:
             self.matches.append({"id": document.id, "rule": verdict.rule, "match": verdict.detail})
 

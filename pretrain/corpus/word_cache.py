@@ -43,8 +43,7 @@ class WordCache:
         `token_type`: of the ids, uint16 or uint32."""
         self._tokenizer = tokenizer
         # A token that is added may be recognized in a part of a word.
-        has_added_words = any(not token.special for token in tokenizer.get_added_tokens_decoder().values())
-        self._splits_ascii = not has_added_words
+        self._splits_ascii = all(token.special for token in tokenizer.get_added_tokens_decoder().values())
         self._token_type = token_type
         self._forget()
 

@@ -64,7 +64,6 @@ def zip_members(name: str) -> tuple[str, ...]:
         return ()
     try:
         with open_file(name) as file, zipfile.ZipFile(file) as archive:
-            names = (info.filename for info in archive.infolist() if not info.is_dir())
-            return tuple(name for name in names if not is_hidden_member(name))
+            return tuple(name for name in archive.namelist() if not (name.endswith("/") or is_hidden_member(name)))
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return ()
