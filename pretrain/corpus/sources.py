@@ -61,7 +61,9 @@ class _Finder:
 
     def expand(self, item: str) -> list[Source]:
         if item == PYTHON_DOCS:
-            installed = sorted((found.name, found.version) for found in importlib.metadata.distributions())
+            # An interrupted uninstallation leaves a folder without a name.
+            named = (found for found in importlib.metadata.distributions() if found.name)
+            installed = sorted((found.name, found.version) for found in named)
             return [Source(PYTHON_DOCS, PYTHON_DOCS, version=json_digest([sys.version, installed]))]
         if item.startswith(PREFIX):
             try:

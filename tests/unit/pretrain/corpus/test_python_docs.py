@@ -112,6 +112,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     site = tmp_path / "site"
     info = site / "My_Shapes-1.0.dist-info"
     info.mkdir(parents=True)
+    (site / "half_uninstalled-1.0.dist-info").mkdir()
     description = "My shapes is a package about shapes of all kinds, and what their areas are.\n"
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: My_Shapes\nVersion: 1.0\n\n{description}")
     names = ["shapes/__init__.py", "shapes/area.py", "shapes/tests/test_a.py", "shapes/LICENSE.md", "shapes/guide.md"]
