@@ -112,11 +112,16 @@ class _Finder:
         return self._known(str(folder), self._files_below(folder), {})
 
     def _files_below(self, folder: Path) -> list[str]:
-        """Return all files below `folder`, except hidden ones. Raises UserError if the output is there too."""
+        """Return all files below `folder`, except hidden ones. Raises UserError if the output is there too, and for a
+        folder that cannot be read."""
+
+        def refuse(error: OSError) -> None:
+            raise UserError(f"{self.key} {folder}: cannot read {error.filename}: {error.strerror}")
+
         found = list[str]()
         seen = set[tuple[int, int]]()  # folders: links may make a circle
         _is_new(str(folder), seen)
-        for directory, inside, names in os.walk(folder, followlinks=True):
+        for directory, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
             if self.output is not None and self.output.resolve().is_relative_to(Path(directory).resolve()):
                 raise UserError(f"{self.key} {folder}: the output {self.output} is in this folder; name one outside it")
             visible = sorted(name for name in inside if not name.startswith("."))

@@ -256,6 +256,23 @@ def test_no_member_of_an_archive_is_skipped_silently(
     assert capsys.readouterr().err == ""
 
 
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a corpus without the files below it, which nothing tells."""
+    for name in ("a/b", "closed"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text("text\n")
+    original = os.scandir
+
+    def scandir(folder: str) -> Any:  # root may read all folders
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return original(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=rf"^--source {tmp_path}: cannot read {tmp_path}/closed: Permission denied$"):
+        find_sources(tmp_path)
+
+
 def tar_of(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
