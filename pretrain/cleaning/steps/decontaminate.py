@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import regex
 import xxhash
 from pydantic import Field, PositiveInt
@@ -106,13 +107,11 @@ class Step(DocumentStep[Config]):
 
 def _cut(text: str, matches: Sequence[Match]) -> str:
     """Return the text without the sentences that overlap a match."""
-    spans = word_spans(text)
-    found = [(spans[match.start][0], spans[match.end - 1][1]) for match in matches]
-    sentences = [sentence.span() for sentence in _SENTENCE.finditer(text) if sentence.group()]
-    left = [
-        text[start:end] for start, end in sentences if not any(first < end and start < last for first, last in found)
-    ]
-    return "".join(left).strip()
+    spans, matched = word_spans(text), np.zeros(len(text), bool)
+    for match in matches:
+        matched[spans[match.start][0] : spans[match.end - 1][1]] = True
+    sentences = (sentence.span() for sentence in _SENTENCE.finditer(text))
+    return "".join(text[start:end] for start, end in sentences if not matched[start:end].any()).strip()
 
 
 def _hash(words: Sequence[str]) -> int:

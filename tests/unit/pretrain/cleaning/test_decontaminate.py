@@ -96,6 +96,15 @@ def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:
     assert document.text == "One. Three."
 
 
+def test_cutting_a_large_text_takes_linear_time(clean: Any, tmp_path: Any) -> None:
+    """Catches a copy of a test set, as one document, that a worker cuts for hours."""
+    evaluated = [f"v{number} {words(13)}." for number in range(20_000)]
+    text = " ".join([*evaluated, "Left."])
+    clean([text], {"decontaminate": {"against": ["task"], "action": "cut"}}, evaluated=evaluated)
+    (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
+    assert document.text == "Left."
+
+
 def test_another_test_split_is_another_cleaning(clean: Any) -> None:
     """Catches a result that is kept although the texts of a task have changed."""
     step = {"decontaminate": {"against": ["task"]}}
