@@ -1,7 +1,6 @@
 """Text out of HTML and wiki markup. Runs in the workers, because it takes longer than all filters."""
 
 import logging
-from contextlib import suppress
 
 import regex
 
@@ -27,11 +26,11 @@ def _from_wikitext(source: str) -> str:
     import mwparserfromhell
 
     code = mwparserfromhell.parse(source)
-    media = code.filter_wikilinks(matches=lambda link: _MEDIA.match(str(link.title)))
-    tags = code.filter_tags(matches=lambda tag: str(tag.tag).lower() in _REMOVED_TAGS)
-    for node in (*media, *tags):
-        with suppress(ValueError):  # it was in one that is removed already
-            code.remove(node)
+    # Emptied, not removed: `remove` searches the whole page for each of them.
+    for media in code.filter_wikilinks(matches=lambda link: _MEDIA.match(str(link.title))):
+        media.title, media.text = "", None
+    for tag in code.filter_tags(matches=lambda tag: str(tag.tag).lower() in _REMOVED_TAGS):
+        tag.contents = ""
     plain: str = code.strip_code()
     text = str(_BLANK_LINES.sub("\n\n", plain)).strip()
     # An entity such as `&#xD800;` becomes half of a surrogate pair, which files refuse.

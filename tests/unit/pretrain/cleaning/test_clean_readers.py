@@ -182,6 +182,12 @@ def test_a_dump_of_wikipedia(tmp_path: Path) -> None:
         read(tmp_path / "cut.xml.bz2")
 
 
+def test_an_article_with_many_notes_takes_linear_time() -> None:
+    """Catches a list of thousands of notes that a worker searches for each of them."""
+    source = "A fact.<ref>[[File:x.png|A [[book]]]]</ref>[[File:x.png|<ref>b</ref>]]\n\n\n" * 1_000
+    assert to_text(source, "wikitext") == "\n\n".join(["A fact."] * 1_000)
+
+
 def test_entities_of_half_a_character(tmp_path: Path) -> None:
     """Catches a traceback when the document is written."""
     (tmp_path / "wiki.xml").write_text(WIKI.replace("It lives", "A &amp;#xD800; and &amp;#xD83D;&amp;#xDE00;"))
