@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def describe(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> str:
             f"vocabulary occur{_where(found.sample)}",
             f"  most frequent: {' '.join(f'{bar.label} {bar.share:.1%}' for bar in frequent)}",
             f"  letters: {scripts or 'none'}",
-            f"  near-duplicates: {_duplicate_share(duplicates)} of {duplicates.documents:,} documents"
+            f"  near-duplicates: {duplicates.share:.1%} of {duplicates.documents:,} documents"
             f"{_where(found.sample)} ({_interval(duplicates)})",
             f"  slots filled by packing: {filled} tokens per sequence",
             *(f"  {_cleaning_title(each).lower()}: {describe_cleaning(each)}" for each in found.cleanings[:_CLEANINGS]),
@@ -117,7 +118,7 @@ def _headline(found: Inspection) -> Headline:
         Fact("Median document", f"{manifest.length_percentiles['50']:,} tokens", mean),
         Fact("Longest document", f"{manifest.length_percentiles['100']:,} tokens"),
         Fact("Vocabulary in use", f"{_used(found) / len(found.tokens):.1%}", f"of {len(found.tokens):,} tokens"),
-        Fact("Near-duplicates", _duplicate_share(duplicates), _interval(duplicates)),
+        Fact("Near-duplicates", f"{duplicates.share:.1%}", _interval(duplicates)),
     ]
     return Headline(counted(shards, "shard"), "plain", str(found.sample.corpus.path), facts)
 
@@ -146,12 +147,9 @@ def _length_bins(lengths: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int6
     """Return the labels of bins that double, and the bin of each length [L]."""
     powers = np.frexp(lengths.astype(np.float64))[1] - 1  # floor of log2
     first = int(powers.min())
-    labels = [_range(2**power, 2 ** (power + 1) - 1) for power in range(first, int(powers.max()) + 1)]
+    edges = [2**power for power in range(first, int(powers.max()) + 2)]
+    labels = [f"{low:,} to {high - 1:,}" if low > 1 else "1" for low, high in pairwise(edges)]
     return labels, (powers - first).astype(np.int64)
-
-
-def _range(first: int, last: int) -> str:
-    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def _packing_blocks(found: Inspection) -> list[Block]:
@@ -209,7 +207,7 @@ def _duplicate_blocks(found: Inspection, tokenizer: PreTrainedTokenizerFast) -> 
     return [
         Heading("Near-duplicates"),
         Text(
-            f"{_duplicate_share(duplicates)} of {duplicates.documents:,} documents "
+            f"{duplicates.share:.1%} of {duplicates.documents:,} documents "
             f"{'' if duplicates.is_complete else 'drawn at random '}have a near-duplicate{_where(found.sample)} "
             f"({_interval(duplicates)}). Near-duplicates share {THRESHOLD:.0%} of all their {NGRAM}-grams of tokens "
             "(Jaccard similarity), or all tokens if they are shorter."
@@ -281,10 +279,6 @@ def _where(sample: Sample) -> str:
     """Describe the part of the corpus that was read; empty if it was all."""
     shards = len(sample.corpus.manifest.shards)
     return "" if sample.share == 1 else f" in {len(sample.shards):,} of {shards:,} shards, drawn at random"
-
-
-def _duplicate_share(duplicates: NearDuplicates) -> str:
-    return f"{duplicates.share:.1%}"
 
 
 def _interval(duplicates: NearDuplicates) -> str:
