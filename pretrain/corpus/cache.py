@@ -71,7 +71,7 @@ class CorpusCache:
         return {source: self._locate(source) for source in sources}
 
     def release(self) -> None:
-        """Release the copies, which are not used any more."""
+        """Release the copies, which are no longer used."""
         while self._locks:
             os.close(self._locks.pop())
 
@@ -91,7 +91,7 @@ class CorpusCache:
         return folder
 
     def _make(self, source: str, description: Description, folder: Path) -> None:
-        """Copy the corpus unless that is done, and lock the copy, so that nobody deletes it."""
+        """Copy the corpus unless that is done, and lock the copy, so that no process deletes it."""
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder.parent / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         os.utime(lock)

@@ -117,7 +117,7 @@ def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: Read
     def is_wanted(name: str) -> bool:
         if is_selected(name, source.selection):
             return True
-        if source.selection == "*" and not is_hidden_member(name):  # nobody has asked to leave it out
+        if source.selection == "*" and not is_hidden_member(name):  # no pattern leaves it out
             found.skip(name)
         return False
 

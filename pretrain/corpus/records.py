@@ -5,7 +5,7 @@ DIR.partial/KEY.count.json              a split that was counted; only if docume
 DIR.partial/KEY-main-000.arrow …        the pieces of a split, by part
 DIR.partial/KEY.json                    its record: the split is finished
 DIR.partial/main/data-0000I-of-0000N.arrow    a shard, for which pieces were joined
-DIR.partial/main-data-0000I-….json      its record: the pieces are not needed any more
+DIR.partial/main-data-0000I-….json      its record: the pieces are no longer needed
 DIR.partial/main/                       becomes the corpus
 """
 

@@ -37,6 +37,6 @@ def decode_page(content: bytes, charset: str = "") -> str:
 
     declared = _CHARSET.search(content, 0, _HEAD_BYTES)
     for name in filter(None, (charset, declared[1].decode().lower() if declared else "")):
-        with suppress(LookupError, ValueError):  # a name that nobody knows
+        with suppress(LookupError, ValueError):  # an unknown name
             return content.decode(_SUPERSETS.get(name, name), "replace")
     return str(decode_file(content))
