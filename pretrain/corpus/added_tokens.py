@@ -52,7 +52,7 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
         _check_new_tokens(new, new_ids, entries | added_tokens, added)
     print(
         f"{output}: {len(new_ids):,} of {len(words):,} words added to {vocabulary_size(old):,} tokens, "
-        f"{len(words) - len(new_ids):,} in the vocabulary already"
+        f"{len(words) - len(new_ids):,} in the vocabulary already, or repeated"
     )
 
 

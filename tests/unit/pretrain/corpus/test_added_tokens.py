@@ -140,7 +140,7 @@ def test_command_reports_skipped_words(wordpiece: Path, tmp_path: Path, capsys: 
     (tmp_path / "words").write_text("zedwilmar\n\nba\n  zedwilmar\n")
     arguments = ["--extend", str(wordpiece), "--added", str(tmp_path / "words"), "--output", str(tmp_path / "new")]
     assert main(["tokenizer", *arguments]) == 0
-    assert "1 of 3 words added to 200 tokens, 2 in the vocabulary already" in capsys.readouterr().out
+    assert "1 of 3 words added to 200 tokens, 2 in the vocabulary already, or repeated" in capsys.readouterr().out
     assert main(["tokenizer", *arguments]) == 2
     assert "already holds something" in capsys.readouterr().err
     assert main(["tokenizer", *arguments, "--source", "x"]) == 2
