@@ -196,7 +196,8 @@ class BatchMaker:
     ) -> Microbatch:
         """Shapes [B, W], [B, W], [B, W], [M] and [M]; `masked` are slots of this microbatch, flattened."""
         if self.layout.rows == "padded":
-            full, width = segments.shape[1], _used_width(segments)
+            full, longest = segments.shape[1], int(segments.any(axis=0).sum())
+            width = padded_width(longest, self.layout)
             masked = masked // full * width + masked % full
             input_ids, position_ids, segments = input_ids[:, :width], position_ids[:, :width], segments[:, :width]
         padding = self._padded_count(len(masked)) - len(masked)
@@ -221,11 +222,9 @@ class BatchMaker:
         return _boundaries(segments)
 
 
-def _used_width(segments: NDArray[np.int32]) -> int:
-    """Return the number of columns up to the last that is not padding in every row, rounded up to a bucket."""
-    used = int(np.flatnonzero(segments.any(axis=0)).max(initial=0)) + 1
-    width: int = min(segments.shape[1], next_multiple(used, _WIDTH_BUCKET))
-    return width
+def padded_width(longest: int, layout: MicrobatchLayout) -> int:
+    """Return the width of a padded microbatch with sequences of at most `longest` tokens, rounded up to a bucket."""
+    return min(layout.row_width, next_multiple(longest, _WIDTH_BUCKET))
 
 
 def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.batching.batch_maker import MASKED_BUCKET, BatchMaker
+from pretrain.batching.batch_maker import MASKED_BUCKET, BatchMaker, padded_width
 from pretrain.batching.order import CorpusStream, ShuffledOrder
 from pretrain.batching.packing import next_multiple
 from pretrain.batching.sequences import SequenceIndex
@@ -108,12 +108,16 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
     microbatch = assignment.rank * assignment.microbatches + assignment.microbatch
     count = ranks * assignment.microbatches
     text = np.bincount(microbatch, weights=text_lengths, minlength=count)
-    used = int(lengths.max()) if maker.layout.rows == "padded" else assignment.width
+    widths = np.full(count, assignment.width)
+    if maker.layout.rows == "padded":
+        longest = np.zeros_like(widths)
+        np.maximum.at(longest, microbatch, lengths)
+        widths = np.array([padded_width(length, maker.layout) for length in longest.tolist()])
     # Each text token is drawn with probability `rate`: the most of many batches, three standard deviations above.
     predicted = text.max() * rate + 3 * np.sqrt(text.max() * rate * (1 - rate))
     largest = MicrobatchShape(
         rows=assignment.rows,
-        width=used,
+        width=int(widths.max()),
         predicted=next_multiple(int(predicted), MASKED_BUCKET),
         sequences=int(np.bincount(microbatch, minlength=count).max()) + assignment.rows,
     )
@@ -124,5 +128,5 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
         text_tokens=int(text_lengths.sum()),
         microbatches=assignment.microbatches,
         largest=largest,
-        filled=tokens / (count * assignment.rows * used),
+        filled=tokens / int(assignment.rows * widths.sum()),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from experiment.config import build_config
+from pretrain.batching.packing import Rows
 from pretrain.config import PretrainConfig
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import resolve
@@ -19,7 +20,9 @@ OpenWork = Callable[..., Work]
 
 @pytest.fixture
 def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> OpenWork:
-    def open_with(mixed: bool = False, ranks: int = 2, ratio: float | None = None, **sections: Any) -> Work:
+    def open_with(
+        mixed: bool = False, ranks: int = 2, rows: Rows = "windows", ratio: float | None = None, **sections: Any
+    ) -> Work:
         mixture = [{"path": str(wordpiece_corpus), "weight": 3.0}, {"path": str(heldout_corpus), "weight": 1.0}]
         tree = {
             "run": {"dir": str(tmp_path), "seed": 4},
@@ -31,7 +34,7 @@ def open_work(wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path) -> O
         }
         config = build_config(PretrainConfig, tree | sections)
         run, world = resolve(config, ranks), World(0, ranks)
-        stream = open_stream(run, world, rows="windows", first_position=0, attention_ratio=ratio)
+        stream = open_stream(run, world, rows=rows, first_position=0, attention_ratio=ratio)
         return stream, stage_work(stream, config.masking)
 
     return open_with
@@ -79,6 +82,17 @@ def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork, ratio: float |
     ]
     predicted = max(len(microbatch.masked_positions) for batch in batches for microbatch in batch.microbatches)
     assert predicted <= stage.batch.largest.predicted <= predicted + 64
+
+
+def test_padded_microbatches_are_as_wide_as_their_longest_sequence(open_work: OpenWork) -> None:
+    """Catches a plan in which all microbatches are as wide as the longest sequence of the batch: twice the padding."""
+    sizes = {"sequences": 29, "max_seq_length": 64, "microbatch_tokens": 256}
+    stream, (stage,) = open_work(ranks=1, rows="padded", batch=sizes)
+    (batch,) = [batch for batch in map(stream.__getitem__, range(15)) if batch.tokens == stage.batch.tokens]
+    shapes = [microbatch.input_ids.shape for microbatch in batch.microbatches]
+    assert len({width for _, width in shapes}) > 1
+    assert (stage.batch.largest.rows, stage.batch.largest.width) == max(shapes)
+    assert stage.batch.filled == batch.tokens / sum(rows * width for rows, width in shapes)
 
 
 def test_a_time_budget_leaves_the_last_stage_open(open_work: OpenWork) -> None:
