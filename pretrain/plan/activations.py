@@ -79,7 +79,7 @@ def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computatio
             if computation.accumulates and computation.gradients_stay:
                 parameter.grad = torch.empty_like(parameter)
         microbatch = _meta_microbatch(shape)
-        vocabulary = model.config.vocab_size
+        vocabulary = model.config.get_text_config().vocab_size
         chunk = min(shape.predicted, chunk_rows(vocabulary)) * padded_columns(vocabulary)
         allocations = Allocations(wrapped, {shape.predicted * vocabulary, chunk if computation.on_gpu else 0})
         with allocations:

@@ -14,6 +14,7 @@ from pretrain.modeling import masked_lm
 from pretrain.modeling.build import build_model
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.modeling.model_config import resolve_model_config
+from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import hidden_matrices
 from runs import sampled
@@ -43,7 +44,9 @@ def test_every_type_trains(tokenizer: PreTrainedTokenizerFast, model_type: str) 
     """Catches a type that is accepted and fails in its first step, or learns nothing, also one that a new release of
     transformers brings. What cannot be trained has to be refused by `resolve_model_config`."""
     settings = tiny(model_type)
-    built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    config = resolve_model_config(settings, tokenizer)
+    built = build_model(settings, config, seed=1)
+    assert is_packed(config) == built.packed, "a plan would have other rows"
     assert sum(parameter.numel() for parameter in built.model.parameters()) < 2e7, "not tiny: add its sizes to SMALL"
     module = MaskedLanguageModel(built.model, built.packed)  # in evaluation mode: without dropout
     batch = microbatch(built.packed, built.first_position)

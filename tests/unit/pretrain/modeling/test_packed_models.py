@@ -1,16 +1,20 @@
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model_examples import LOCAL_WINDOW, PACKED, PADDED, WIDTH, Example, sequences
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pretrain.batching.batch import IGNORED
 from pretrain.batching.masking import MaskingSchedule
+from pretrain.modeling import packability
 from pretrain.modeling.attention import Packing
 from pretrain.modeling.masked_lm import MaskedLanguageModel
+from pretrain.modeling.random_model import meta_model, random_model
 
 ALL = (*PACKED, *PADDED)
 
@@ -29,6 +33,29 @@ def one_by_one_loss(example: Example) -> Tensor:
 def test_which_models_are_packed(example: Callable[[str], Example], model_type: str) -> None:
     """Catches a model that could be packed but trains padded, and the reverse."""
     assert example(model_type).built.packed == (model_type in PACKED)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "packed"),
+    [
+        *[(model_type, {}, model_type in PACKED) for model_type in ("bert", "deberta-v2")],
+        ("eurobert", {}, True),
+        ("eurobert", {"num_key_value_heads": 4}, False),  # grouped-query attention
+        ("neomme", {}, False),  # as well, and has fields for each layer
+        ("modernvbert", {}, True),  # has a config for text
+    ],
+)
+def test_a_plan_finds_out_which_models_are_packed(
+    model_type: str, fields: dict[str, Any], packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a model that is tested in full size, or with numbers of heads that do not fit each other."""
+
+    def build(config: PreTrainedConfig) -> PreTrainedModel:
+        assert sum(parameter.numel() for parameter in meta_model(config).parameters()) < 1e8
+        return random_model(config)
+
+    monkeypatch.setattr(packability, "random_model", build)
+    assert packability.is_packed(AutoConfig.for_model(model_type, **fields)) == packed
 
 
 @pytest.mark.parametrize("model_type", PACKED)

@@ -96,6 +96,15 @@ def test_gradients_that_stay_are_counted_once() -> None:
     assert stay.activations == pytest.approx(moved.activations, rel=0.1)
 
 
+def test_a_model_whose_text_has_a_config_of_its_own() -> None:
+    """Catches a traceback, and logits that are not found, because the vocabulary is not in the model's own config."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    text = sizes | {"model_type": "modernbert", "vocab_size": 60_000}
+    vision = sizes | {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 16}
+    config = AutoConfig.for_model("modernvbert", text_config=text, vision_config=vision)
+    assert memory(config=config).logits == 4 * SHAPE.predicted * 60_000
+
+
 # RoBERTa has the layers of BERT, with which the tests above compute.
 PACKED = sampled(["bert", "roberta", "electra", "modernbert"], ["electra", "modernbert"])
 PADDED = ["deberta-v2", "layoutlm", "megatron-bert", "roformer"]
