@@ -154,21 +154,16 @@ def _seconds_of_run(
 ) -> tuple[float, float, int | None]:
     """Return the seconds of computation and communication, given the seconds of a step of each stage, and about how
     many steps a time budget lasts for."""
-    if budget is None:
-        computing, communicating = (
-            sum(seconds * (stage.steps or 0) for seconds, stage in zip(each, stages, strict=True))
-            for each in zip(*by_step, strict=True)
-        )
-        return computing, communicating, None
-    spent = 0.0
-    for stage, step in zip(stages, by_step, strict=True):
-        first = max(forked_at, stage.first_step)  # the clock of a fork starts over
-        last = first + int((budget - spent) / sum(step))
-        if stage.steps is None or last < stage.first_step + stage.steps:
-            break
-        spent += max(0, stage.first_step + stage.steps - first) * sum(step)
-    computing, communicating = (seconds * budget / sum(step) for seconds in step)
-    return computing, communicating, last
+    computing = communicating = 0.0
+    done: float = 0 if budget is None else forked_at  # the clock of a fork starts over
+    for stage, (compute, communicate) in zip(stages, by_step, strict=True):
+        steps = math.inf if stage.steps is None else max(0, stage.first_step + stage.steps - done)
+        if budget is not None:
+            steps = min(steps, (budget - computing - communicating) / (compute + communicate))
+        done += steps
+        computing += steps * compute
+        communicating += steps * communicate
+    return computing, communicating, None if budget is None else max(forked_at + 1, round(done))
 
 
 def _forked_at(run: ResolvedRun) -> int:

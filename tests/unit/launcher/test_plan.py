@@ -146,6 +146,25 @@ def test_a_time_budget_that_ends_before_the_last_stage(config: Path, capsys: pyt
     assert steps[1] == pytest.approx(2 * steps[0], abs=1)
 
 
+def test_a_time_budget_includes_the_stages_before_the_last(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan that takes the communication of the last stage for that of all: it is the same for each step, in
+    the first stage with 64 sequences, in the last one with one."""
+    common = ("--num_gpus=8", *H100)
+    first = plan(capsys, config, *common, "--schedule.epochs=null", "--schedule.steps=1000000")["cost"]
+    stages = "[{steps: 1000000}, {sequences: 1}]"
+    budget = f"--schedule.budget={round(first['seconds']) + 1}s"
+    both = plan(capsys, config, *common, "--schedule.epochs=null", f"--schedule.stages={stages}", budget)["cost"]
+    assert both["computing"] == pytest.approx(first["computing"], rel=0.1)
+
+
+def test_a_time_budget_of_less_than_a_step(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan of no step: a run takes one."""
+    flags = ("--schedule.epochs=null", "--schedule.budget=1s", "--num_gpus=8", *H100, "--peak_tflops=1e-6")
+    found = plan(capsys, config, *flags)
+    assert found["budget_steps"] == 1
+    assert found["budget_tokens"] == found["stages"][0]["batch"]["tokens"]
+
+
 def test_a_time_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a plan that does not say how far a budget reaches, and a table that is wider than a terminal."""
     flags = ("--schedule.epochs=null", "--schedule.budget=1h", "--num_gpus=8", *H100)
