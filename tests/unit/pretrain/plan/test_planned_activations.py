@@ -82,8 +82,20 @@ def test_memory_falls_with_what_saves_memory(on_gpu: bool) -> None:
     assert memory(computation).activations < full
 
 
-def test_a_gpu_keeps_neither_scores_nor_wide_dropout_masks() -> None:
-    """Catches a GPU that is planned with the kernels of a CPU."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_keeps_masks_of_a_byte(dtype: torch.dtype) -> None:
+    """Catches masks that are missed, as wide as the tensor, as on a CPU, or of attention. A layer of BERT has two."""
+    gpu = replace(FP32, on_gpu=True, dtype=dtype)
+    with_masks, without = (
+        memory(gpu, config=bert(3, dropout=dropout)).activations
+        - memory(gpu, config=bert(2, dropout=dropout)).activations
+        for dropout in (0.1, 0.0)
+    )
+    assert with_masks - without == 2 * SHAPE.rows * SHAPE.width * 32
+
+
+def test_a_gpu_keeps_no_scores() -> None:
+    """Catches a GPU that is planned with the attention of a CPU."""
     long = MicrobatchShape(rows=1, width=512, predicted=64, sequences=1)
     assert memory(replace(FP32, on_gpu=True), long).activations < 0.3 * memory(FP32, long).activations
 
