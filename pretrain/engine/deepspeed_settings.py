@@ -112,8 +112,7 @@ class DeepSpeedSettings:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
-            # At stage 0 DeepSpeed neither reports nor checks the norm: `Engine` clips there.
-            "gradient_clipping": grad_clip if self.zero_stage > 0 else 0.0,
+            "gradient_clipping": grad_clip,
             "zero_force_ds_cpu_optimizer": False,
             "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at each microbatch
         }
