@@ -27,6 +27,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._inductor.utils import clear_caches
 from torch.utils.checkpoint import checkpoint
 
+from experiment.errors import first_line
 from pretrain.modeling.fast_gelu import use_fast_gelu
 from pretrain.modeling.fused_modules import use_fused_modules
 from pretrain.modeling.last_layer import ShortForward
@@ -107,8 +108,7 @@ class _Compiler:
                 self._trial = Path(tempfile.mkdtemp(prefix="compiling-", dir=self._cache.parent))
         self._failed = self._trial is None
         if self._failed:
-            first_line = str(error).strip().partition("\n")[0]
-            log.warning("the layers run without torch.compile, which failed: %s", first_line)
+            log.warning("the layers run without torch.compile, which failed: %s", first_line(error))
         _use_cache(self._trial or self._cache)  # Triton still compiles the loss
 
     def _keep_trial(self) -> None:

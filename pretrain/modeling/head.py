@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from experiment.errors import first_line
 from experiment.models.fast_linear import FastLinear
 from experiment.models.transformers_models import first_position
 from pretrain.batching.batch import IGNORED
@@ -151,6 +152,6 @@ def _is_fused_loss_usable() -> bool:
         torch.testing.assert_close(fused, expected)
         torch.testing.assert_close(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (fused, expected)))
     except Exception as error:  # of a missing package, compiler or driver
-        log.warning("the fused cross-entropy does not work here, so logits are kept: %s", error)
+        log.warning("the fused cross-entropy does not work here, so logits are kept: %s", first_line(error))
         return False
     return True

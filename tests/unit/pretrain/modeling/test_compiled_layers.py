@@ -174,22 +174,23 @@ def test_a_damaged_cache_is_compiled_again(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "why"),
     [
-        {"backend": "broken"},
-        pytest.param({"compiler": "/bin/false"}, marks=pytest.mark.soak),
-        pytest.param({"compiler": "/bin/false", "full_disk": True}, marks=pytest.mark.soak),
+        ({"backend": "broken"}, "RuntimeError: does not compile"),
+        pytest.param({"compiler": "/bin/false"}, "", marks=pytest.mark.soak),
+        pytest.param({"compiler": "/bin/false", "full_disk": True}, "", marks=pytest.mark.soak),
     ],
 )
 def test_without_a_working_compiler_the_layers_run_as_they_are(
-    run: Run, tmp_path: Path, options: dict[str, Any]
+    run: Run, tmp_path: Path, options: dict[str, Any], why: str
 ) -> None:
-    """Catches a run that ends where nothing can be compiled, and one that does not say so."""
+    """Catches a run that ends where nothing can be compiled, and one that does not say so, or not why."""
     cache = tmp_path / "cache"
     (cache / "of another run").mkdir(parents=True)
     found = run(cache, **options)
     assert len(found["warnings"]) == 1
     assert "torch.compile" in found["warnings"][0]
+    assert why in found["warnings"][0]
     assert (cache / "of another run").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
