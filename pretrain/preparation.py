@@ -22,7 +22,6 @@ from pretrain.corpus.verification import verified_shards
 from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emulation
 from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, choose_rows
 from pretrain.modeling.output_bias import set_output_bias, token_frequencies
-from pretrain.plan.memory import weight_dtype
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.restore import restore_run
 from pretrain.training.checkpointer import verify_together
@@ -56,7 +55,7 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
         warn_of_emulation(run.deepspeed)
     verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, group)
     model = group.call(lambda: _build_model(run))
-    rows = agreed_rows(choose_rows(model, weight_dtype(run.deepspeed)), world, group)
+    rows = agreed_rows(choose_rows(model, run.deepspeed.dtype), world, group)
     stream = group.call(
         lambda: open_stream(
             run, world, rows=rows, first_position=model.first_position, attention_ratio=attention_ratio(model.flops)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
@@ -69,6 +70,11 @@ class DeepSpeedSettings:
     offload: OffloadDevice  # where master weights and optimizer states are kept; none: on the device
     nvme_path: Path | None  # where NVMe offload swaps to, if the JSON says so
     raw: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
 
     def preset(self, precision: Precision, offload: OffloadDevice) -> str:
         """Return the file in ds_configs/ with the same ZeRO stage and another precision or offload device."""

@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 from pretrain.config import PretrainConfig
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, OffloadDevice, Precision, uses_zero1_optimizer
 from pretrain.engine.muon import orthogonalization_dtype
@@ -26,7 +24,6 @@ from pretrain.engine.shared_memory import BUFFER_BYTES
 from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FP32 = 4
 # oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each with torch 2.13 and AVX-512. There
 # are 3 shapes of linear layers for all slots and 5 for each number of predicted ones, of which two are assumed; each
@@ -100,7 +97,7 @@ class MemorySettings:
     @property
     def weight_bytes(self) -> int:
         """b: 2 or 4."""
-        return _DTYPES[self.precision].itemsize
+        return 4 if self.precision == "fp32" else 2
 
     @property
     def gradients_stay(self) -> bool:
@@ -129,10 +126,6 @@ def memory_settings(
         persistence_threshold=int(zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)),
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", _MAX_REUSE_DISTANCE)),
     )
-
-
-def weight_dtype(deepspeed: DeepSpeedSettings) -> torch.dtype:
-    return _DTYPES[deepspeed.precision]
 
 
 def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings: MemorySettings) -> RankMemory:

@@ -17,7 +17,7 @@ from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model, hidden_matrices
 from pretrain.plan.activations import Computation, MicrobatchMemory, microbatch_memory
 from pretrain.plan.cost import Cost, Device, Rates, run_cost
-from pretrain.plan.memory import MemorySettings, RankMemory, memory_settings, rank_memory, weight_dtype
+from pretrain.plan.memory import MemorySettings, RankMemory, memory_settings, rank_memory
 from pretrain.plan.workload import StageWork, stage_work
 from pretrain.resolve import ResolvedRun
 from pretrain.training_stream import open_stream
@@ -192,7 +192,7 @@ def _largest_microbatch(
     values."""
     shapes = {(stage.batch.largest, stage.batch.microbatches > 1) for stage in stages}
     computation = Computation(
-        dtype=weight_dtype(run.deepspeed),
+        dtype=run.deepspeed.dtype,
         packed=packed,
         on_gpu=on_gpu,
         checkpointed=run.config.model.activation_checkpointing,
