@@ -187,6 +187,16 @@ def test_unsupported_positions_are_rejected(
         resolve_model_config(ModelConfig(init_from=str(tmp_path), max_positions=positions), tokenizer)
 
 
+def test_a_vocabulary_that_is_a_last_dimension_is_not_extended(wordpiece: Path, extended: Path, tmp_path: Path) -> None:
+    """Catches a message about positions where tokens are added: MobileBERT's decoder has a column for each token."""
+    old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
+    config = AutoConfig.for_model("mobilebert", num_hidden_layers=1, vocab_size=len(old), pad_token_id=old.pad_token_id)
+    random_model(config).save_pretrained(tmp_path)
+    save_tokenizer(old, tmp_path)
+    with pytest.raises(UserError, match=r"model\.added_tokens: .*'cls\.predictions\.dense\.weight'.*to \(384, 203\)"):
+        resized(ModelConfig(init_from=str(tmp_path), added_tokens=str(extended)), new)
+
+
 def test_tokenizers_that_do_not_match_are_rejected(
     wordpiece: Path, byte_level: Path, extended: Path, tmp_path: Path
 ) -> None:
