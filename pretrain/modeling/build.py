@@ -14,22 +14,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, user_errors_in
-from experiment.models.model_folder import load_weights
+from experiment.models.model_folder import first_use, load_weights
 from experiment.models.tokenizer import load_tokenizer
-from experiment.models.transformers_models import describe_unused_layers, first_position, keep_fixed, quiet_transformers
+from experiment.models.transformers_models import describe_unused_layers, first_position, keep_fixed
 from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
 from pretrain.modeling.attention import uses_flash
 from pretrain.modeling.model_config import source_config
-from pretrain.modeling.packability import evaluation_mode, ignores_padding, packed_inputs, why_not_packed
+from pretrain.modeling.packability import ignores_padding, probe, why_not_packed
 from pretrain.modeling.random_model import meta_model, random_model
 from pretrain.modeling.resize import resize_model
 from pretrain.modeling.structure import FlopsModel, flops_model
 
 log = logging.getLogger(__name__)
-
-_PROBE_LENGTH = 8  # tokens of the forward pass that finds unused parameters
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,7 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
     torch.manual_seed(seed)
     built = random_model(config) if model.init_from is None else _pretrained_model(model, config, new_head)
     built.float()
-    first = first_position(built)
-    reason = why_not_packed(built, first)
+    reason = why_not_packed(built)
     if reason is not None:
         built.set_attn_implementation("sdpa" if built._supports_sdpa else "eager")
         log.warning("'%s' trains padded, one sequence a row: %s", config.model_type, reason)
@@ -63,10 +60,10 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
                 "'%s' sees padding: losses depend a little on the number of ranks and on batch.microbatch_tokens",
                 config.model_type,
             )
-    unused = unused_parameters(built, reason is None, first)
+    unused = unused_parameters(built, reason is None)
     if model.activation_checkpointing:
         _checkpoint_activations(built)
-    return BuiltModel(built, packed=reason is None, first_position=first, flops=flops_model(built), unused=unused)
+    return BuiltModel(built, reason is None, first_position(built), flops_model(built), unused)
 
 
 def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
@@ -116,21 +113,18 @@ def _report_missing_head(folder: Path, missing: Collection[str], new_head: bool)
     log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, ", ".join(sorted(missing)))
 
 
-def unused_parameters(model: PreTrainedModel, packed: bool, first_position: int) -> frozenset[str]:
+def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:
     """Return the names of the parameters from which no path of autograd leads to the logits, such as a pooler's or
     Longformer's global attention. The model is on the CPU.
 
     Weight decay must not shrink them: ZeRO gives every parameter a gradient, zeros if there is none.
 
     Empty where autograd cannot tell: a function written in Python, as in Reformer's reversible layers, may use
-    parameters that are not its arguments. `first_position`: position id of a sequence's first token.
+    parameters that are not its arguments. `packed`: it uses the packed attention. Raises UserError for a model that
+    cannot compute.
     """
-    ids = torch.arange(3, 3 + _PROBE_LENGTH) % model.config.get_text_config().vocab_size
-    inputs: dict[str, Any] = {"input_ids": ids[None], "attention_mask": torch.ones(1, _PROBE_LENGTH, dtype=torch.int64)}
-    if packed:
-        inputs = packed_inputs(ids, (_PROBE_LENGTH,), _PROBE_LENGTH, first_position)
-    with torch.enable_grad(), evaluation_mode(model), quiet_transformers():
-        nodes = [model(**inputs).logits.grad_fn]
+    with torch.enable_grad(), first_use(model):
+        nodes: list[Any] = [probe(model, packed).grad_fn]
     seen, used = set(nodes), set()
     while nodes:
         node = nodes.pop()

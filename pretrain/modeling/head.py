@@ -10,10 +10,9 @@ Shapes: D hidden, V vocabulary, M masked positions.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,9 @@ from transformers import PreTrainedModel
 
 from experiment.errors import first_line
 from experiment.models.fast_linear import FastLinear
-from experiment.models.transformers_models import first_position
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling import cpu_cross_entropy
-from pretrain.modeling.packability import evaluation_mode, packed_inputs
+from pretrain.modeling.packability import probe
 
 log = logging.getLogger(__name__)
 
@@ -105,26 +103,14 @@ def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | Non
     outputs: list[tuple[Tensor, int]] = []
     hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append((output, output._version)))
     try:
-        logits = _probe(model, packed)
+        with torch.no_grad():
+            logits = probe(model, packed)
     except (TypeError, ValueError, AttributeError, RuntimeError):  # an encoder that needs more than token ids
         return None
     finally:
         hook.remove()
     unchanged = len(outputs) == 1 and logits is outputs[0][0] and logits._version == outputs[0][1]
     return decoder if unchanged else None
-
-
-@torch.no_grad()
-def _probe(model: PreTrainedModel, packed: bool) -> Tensor:
-    """Return the logits of a short sequence, without dropout."""
-    with next(model.parameters()).device:
-        ids = torch.arange(8) % model.config.get_text_config().vocab_size
-        inputs: Mapping[str, Any] = (
-            packed_inputs(ids, (8,), 8, first_position(model)) if packed else {"input_ids": ids[None]}
-        )
-    with evaluation_mode(model):
-        logits: Tensor = model(**inputs).logits
-    return logits
 
 
 def _runs_triton(device: torch.device) -> bool:

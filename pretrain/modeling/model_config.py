@@ -54,7 +54,7 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
     _check_settings(config)
     largest = max(tokenizer.get_vocab().values())
     size = config.get_text_config().vocab_size
-    if size <= largest:
+    if (size or 0) <= largest:
         raise UserError(f"the model's vocab_size is {size}, but the tokenizer's ids go up to {largest}")
     return config
 

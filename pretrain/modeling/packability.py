@@ -21,6 +21,7 @@ from pretrain.modeling.random_model import random_model
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
 _WIDTH, _LENGTHS = 12, (7, 4)  # a row of two sequences and padding
+_PROBE_LENGTH = 8
 
 # Sizes on which packability does not depend, under the names that configs have for them.
 _HEADS = 4
@@ -33,10 +34,10 @@ _SMALL: dict[str, Any] = {
 _PER_LAYER = ("layer_types", "per_layer_config", "head_dim", "attention_head_size")  # follow from the sizes above
 
 
-def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
+def why_not_packed(model: PreTrainedModel) -> str | None:
     """Return None if the model computes the same logits for packed sequences as for each one alone, else the reason.
 
-    Switches the model to the packed attention. `first_position`: position id of a sequence's first token.
+    Switches the model to the packed attention.
     """
     if not type(model)._supports_attention_backend:
         return "its attention cannot be replaced through transformers' attention interface"
@@ -49,8 +50,8 @@ def why_not_packed(model: PreTrainedModel, first_position: int) -> str | None:
         ids[:3] = mask  # ESM scales a row's embeddings by its share of masked tokens
     try:
         with evaluation_mode(model):
-            same = _same_logits(model, ids, first_position)
-    except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+            same = _same_logits(model, ids)
+    except Exception as error:  # of any type of model
         return f"it does not accept packed input ({first_line(error)})"
     return None if same else "packed sequences would influence each other"
 
@@ -80,13 +81,27 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
+def probe(model: PreTrainedModel, packed: bool) -> Tensor:
+    """Return the logits of a short sequence, without dropout. `packed`: it uses the packed attention."""
+    with next(model.parameters()).device:
+        ids = torch.arange(3, 3 + _PROBE_LENGTH) % model.config.get_text_config().vocab_size
+        if packed:
+            inputs: dict[str, Any] = packed_inputs(ids, (_PROBE_LENGTH,), _PROBE_LENGTH, first_position(model))
+        else:
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    with evaluation_mode(model), quiet_transformers():
+        logits: Tensor = model(**inputs).logits
+    return logits
+
+
 @torch.inference_mode()
-def _same_logits(model: PreTrainedModel, ids: Tensor, first_position: int) -> bool:
-    packed = model(**packed_inputs(ids, _LENGTHS, _WIDTH, first_position)).logits[0]
+def _same_logits(model: PreTrainedModel, ids: Tensor) -> bool:
+    first = first_position(model)
+    packed = model(**packed_inputs(ids, _LENGTHS, _WIDTH, first)).logits[0]
     start = 0
     for length in _LENGTHS:
         end = start + length
-        alone = model(**packed_inputs(ids[start:end], (length,), length, first_position)).logits[0]
+        alone = model(**packed_inputs(ids[start:end], (length,), length, first)).logits[0]
         if not torch.allclose(alone, packed[start:end], atol=_TOLERANCE, rtol=_TOLERANCE):
             return False
         start = end
@@ -116,7 +131,7 @@ def is_packed(config: PreTrainedConfig) -> bool:
             model = random_model(_small(config))
         except Exception:  # transformers raises many types for sizes that do not fit
             model = random_model(config)
-        return why_not_packed(model.float(), first_position(model)) is None
+        return why_not_packed(model.float()) is None
 
 
 def _small(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -163,3 +163,16 @@ def test_a_model_that_uses_the_share_of_masked_tokens_is_not_packed(
         config={"model_type": "esm", **TINY, "mask_token_id": tokenizer.mask_token_id, "token_dropout": token_dropout}
     )
     assert build_model(settings, resolve_model_config(settings, tokenizer), seed=1).packed == packed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"), [("albert", {"num_hidden_groups": 0}), ("bert", {"max_position_embeddings": 5})]
+)
+def test_a_model_that_cannot_compute(
+    tokenizer: PreTrainedTokenizerFast, model_type: str, field: dict[str, int]
+) -> None:
+    """Catches a traceback for a config of which transformers builds a model."""
+    settings = ModelConfig(config={"model_type": model_type, **TINY, **field})
+    config = resolve_model_config(settings, tokenizer)
+    with pytest.raises(UserError, match=f"the '{model_type}' model cannot compute with its config"):
+        build_model(settings, config, seed=1)

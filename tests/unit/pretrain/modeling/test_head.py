@@ -46,13 +46,13 @@ class Model(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.decoder
 
-    def forward(self, input_ids: Tensor) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         return SimpleNamespace(logits=self.change(self.decoder(self.embeddings(input_ids))))
 
 
 def twice(model: Model) -> Model:
     forward = model.forward
-    model.forward = lambda input_ids: (forward(input_ids), forward(input_ids))[1]  # type: ignore[method-assign]
+    model.forward = lambda **inputs: (forward(**inputs), forward(**inputs))[1]  # type: ignore[method-assign]
     return model
 
 

@@ -11,7 +11,6 @@ from model_examples import PACKED, Example
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from experiment.models.transformers_models import first_position
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -56,7 +55,7 @@ def tiny(model_type: str, **fields: Any) -> PreTrainedModel:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
     defaults = {"vocab_size": 101, "pad_token_id": 0}
     model = random_model(AutoConfig.for_model(model_type, **defaults | sizes | fields)).float()
-    assert why_not_packed(model, first_position(model)) is None
+    assert why_not_packed(model) is None
     return model
 
 

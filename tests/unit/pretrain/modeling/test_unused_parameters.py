@@ -3,7 +3,6 @@
 import pytest
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from experiment.models.transformers_models import first_position
 from pretrain.modeling.build import unused_parameters
 from pretrain.modeling.packability import why_not_packed
 from tiny_models import tiny_fields
@@ -24,10 +23,9 @@ def test_unused_parameters(model_type: str, expected: tuple[str, ...]) -> None:
     """Catches weights that decay though no gradient reaches them, and the reverse; Reformer hides all that it uses."""
     fields = tiny_fields(model_type) | ({"attention_window": 8} if model_type == "longformer" else {})
     model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **fields, vocab_size=40, pad_token_id=0))
-    first = first_position(model)
-    packed = why_not_packed(model, first) is None
+    packed = why_not_packed(model) is None
     if not packed:
         model.set_attn_implementation("eager")
-    found = unused_parameters(model, packed, first)
+    found = unused_parameters(model, packed)
     names = {name for name, _ in model.named_parameters()}
     assert found == {name for name in names if any(part in name for part in expected)}
