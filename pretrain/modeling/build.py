@@ -62,7 +62,7 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
             )
     unused = unused_parameters(built, reason is None)
     if model.activation_checkpointing:
-        _checkpoint_activations(built)
+        checkpoint_activations(built)
     return BuiltModel(built, reason is None, first_position(built), flops_model(built), unused)
 
 
@@ -138,14 +138,16 @@ def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) not in used)
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel, preserve_rng_state: bool = True) -> None:
     """Keep only the input of each layer for the backward pass, which recomputes the rest (Chen et al. 2016).
 
-    Recomputation restores the state of torch's generator, so dropout draws the same masks.
+    preserve_rng_state: recomputation restores the state of torch's generator, so dropout draws the same masks.
     """
     model.config.use_cache = False  # else transformers warns that a cache and checkpointing exclude each other
     # Private because the public method differs between the transformers releases that we support.
-    model._set_gradient_checkpointing(gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+    model._set_gradient_checkpointing(
+        gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+    )
 
 
 def attention_ratio(flops: FlopsModel | None) -> float | None:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
+from pretrain.modeling.build import checkpoint_activations
 from pretrain.modeling.head import choose_fused_head, fused_head
 from pretrain.modeling.logit_chunks import chunk_rows, pad_vocabulary, padded_columns
 from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -103,11 +103,8 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     if computation.on_gpu:
         _use_gpu_kernels(model, computation.packed)
     if computation.checkpointed:
-        model.config.use_cache = False
-        # Without the state of the generator, which the meta device does not have; it takes no memory worth counting.
-        model._set_gradient_checkpointing(
-            gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        )
+        # The meta device has no generator; its state takes no memory worth counting.
+        checkpoint_activations(model, preserve_rng_state=False)
     return wrapped
 
 
