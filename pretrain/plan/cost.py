@@ -25,7 +25,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        return self.name != "cpu"
+        return self.name.lower() != "cpu"
 
     @property
     def reserve(self) -> tuple[int, int]:
@@ -40,14 +40,16 @@ class Device:
 
 
 def local_gpu() -> Device | None:
-    """Return the first GPU that nvidia-smi lists, with its power limit; None if it lists none."""
+    """Return the first GPU that nvidia-smi lists, with its power limit; None if it lists none. A GPU that shares the
+    memory of its host has none of its own: it is unknown."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,power.limit", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True).stdout
         name, mebibytes, watts = listed.splitlines()[0].split(", ")
-        return Device(name, int(mebibytes) << 20, float(watts) if watts[0].isdigit() else None)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+    memory = int(mebibytes) << 20 if mebibytes.isdigit() else None
+    return Device(name, memory, float(watts) if watts[:1].isdigit() else None)
 
 
 def local_cpu(ranks: int) -> Device:

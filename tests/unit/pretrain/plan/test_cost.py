@@ -1,0 +1,41 @@
+"""The device of a plan."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.plan.cost import Device, local_gpu
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        (
+            "NVIDIA H100 80GB HBM3, 81559, 700.00\nNVIDIA L4, 23034, 72.00\n",
+            ("NVIDIA H100 80GB HBM3", 81559 << 20, 700.0),
+        ),
+        ("NVIDIA GB10, [N/A], [N/A]\n", ("NVIDIA GB10", None, None)),
+        ("No devices were found\n", None),
+        ("", None),
+    ],
+)
+def test_the_first_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, found: tuple[str, int | None, float | None] | None
+) -> None:
+    """Catches units, and a plan for the CPU where the memory or the power of a GPU is unknown."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert local_gpu() == (None if found is None else Device(*found))
+
+
+def test_without_nvidia_smi_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a traceback."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert local_gpu() is None
+
+
+def test_a_cpu_has_no_reserve() -> None:
+    """Catches a CPU that is planned as a GPU because of capital letters."""
+    assert [Device(name, 1 << 40, None).reserve == (0, 0) for name in ("cpu", "CPU", "H100")] == [True, True, False]
