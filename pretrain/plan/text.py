@@ -237,11 +237,13 @@ def _memory_warnings(plan: RunPlan) -> Iterator[str]:
             f"DeepSpeed's buffers take {parts.buffers / 2**30:.1f} GiB; set zero_optimization.reduce_bucket_size in "
             f"{plan.run.deepspeed.path.name} to about the number of parameters, {plan.parameters.total:.0e}"
         )
-    if plan.zero_stage == 3 and plan.parameters.total < _SMALL_FOR_ZERO3 and plan.fits_at(min(plan.zero)) is not False:
+    zero_1 = plan.zero.get(1)
+    less = zero_1 is not None and zero_1.sent_per_step < plan.chosen.sent_per_step
+    if plan.zero_stage == 3 and plan.parameters.total < _SMALL_FOR_ZERO3 and less and plan.fits_at(1) is not False:
         yield (
             f"ZeRO 3 gathers the weights for every microbatch, but the model has only "
             f"{plan.parameters.total / 1e6:,.0f} M parameters: ZeRO 1 communicates less"
-            + (" and fits too" if plan.fits_at(min(plan.zero)) else "")
+            + (" and fits too" if plan.fits_at(1) else "")
         )
 
 

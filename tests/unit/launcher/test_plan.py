@@ -51,7 +51,6 @@ def test_plans_thousands_of_gpus(config: Path, tmp_path: Path, capsys: pytest.Ca
     assert found["steps"] == found["stages"][0]["steps"] == 23
     text = "\n".join(found["warnings"])
     for expected in (
-        "ZeRO 3 gathers",
         "too small for a GPU",
         "fewer than the 4,096 ranks",
         "warmup_steps is 1,000",
@@ -186,6 +185,25 @@ def test_says_what_does_not_fit(config: Path, capsys: pytest.CaptureFixture[str]
     assert found["fits"] is False
     assert found["zero"]["3"]["memory"]["buffers"] > 1e9
     assert "use ZeRO 1" in found["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "warns"),
+    [
+        (("--batch.microbatch_tokens=128",), True),  # ZeRO 3 gathers the weights and reduces gradients four times
+        ((), False),  # once
+        (("--num_gpus=1", "--batch.microbatch_tokens=128"), False),
+        (("--batch.microbatch_tokens=128", "--engine.ds_config=ds_configs/bf16_zero3_nvme_offload.json"), False),
+    ],
+)
+def test_advises_against_zero_3_where_zero_1_communicates_less(
+    config: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], warns: bool
+) -> None:
+    """Catches advice that the figures of the plan contradict, or that names a stage which cannot offload to NVMe."""
+    found = plan(capsys, config, "--num_gpus=8", *H100, *flags)
+    sent = {stage: each["sent_per_step"] for stage, each in found["zero"].items()}
+    assert (sent["3"] > sent.get("1", sent["3"])) == warns
+    assert any("ZeRO 1 communicates less and fits too" in warning for warning in found["warnings"]) == warns
 
 
 def test_a_gpu_keeps_a_reserve(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
