@@ -4,7 +4,7 @@ A packed row holds several sequences, and a slot attends to its own sequence onl
 `packing` on, which says so. transformers builds no attention mask, because the name is not registered in its mask
 interface.
 
-Three kernels compute the same result, see `choose_kernel`:
+Three kernels compute the same result, see `packed_attention`:
 - matmul, on a CPU: matmul, masked softmax, matmul over rows. Measured 3-5 times faster than
   scaled_dot_product_attention with a mask, nested tensors or a loop over sequences, as long as rows are short.
 - flash, on CUDA in 16 bit: flash attention over concatenated sequences, which skips pairs of slots of different
@@ -21,7 +21,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 PACKED = "deepcloze_packed"
 
-Kernel = Literal["matmul", "flash", "sdpa"]
 Capability = tuple[int, int]
 """Compute capability of a CUDA device: major and minor number."""
 
@@ -170,16 +169,11 @@ def register_packed_attention() -> None:
     AttentionInterface.register(PACKED, packed_attention)
 
 
-def choose_kernel(capability: Capability | None, head_size: int, dtype: torch.dtype) -> Kernel:
-    """Return the kernel for a device of this capability (None: a CPU)."""
+def supports_flash(capability: Capability | None, head_size: int, dtype: torch.dtype) -> bool:
+    """Return whether torch's FlashAttention-2 can train on a device of this capability (None: a CPU). These are the
+    limits of torch's `sdp_utils.cpp` and `flash_api.cpp`."""
     if capability is None:
-        return "matmul"
-    return "flash" if supports_flash(capability, head_size, dtype) else "sdpa"
-
-
-def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -> bool:
-    """Return whether torch's FlashAttention-2 can train on a device of this capability. These are the limits of torch's
-    `sdp_utils.cpp` and `flash_api.cpp`."""
+        return False
     small_shared_memory = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
     return (
         (8, 0) <= capability <= (12, 1)
@@ -192,7 +186,7 @@ def supports_flash(capability: Capability, head_size: int, dtype: torch.dtype) -
 def uses_flash(config: PreTrainedConfig, capability: Capability | None, dtype: torch.dtype) -> bool:
     """Return whether flash attention computes the layers of a model on a device of this capability (None: a CPU)."""
     size = _head_size(config)
-    return capability is not None and size is not None and supports_flash(capability, size, dtype)
+    return size is not None and supports_flash(capability, size, dtype)
 
 
 def _head_size(config: PreTrainedConfig) -> int | None:
@@ -233,19 +227,18 @@ def packed_attention(
     head_size, dtype = query_BHWD.shape[-1], query_BHWD.dtype
     scaling = head_size**-0.5 if scaling is None else scaling
     inputs = (query_BHWD, key_BHWD, value_BHWD)
-    match choose_kernel(packing.capability, head_size, dtype):
-        case "matmul":
-            bias = packing.bias(sliding_window, dtype)
-            if predicted is not None and predicted.by_row:
-                return predicted_attention(*inputs, predicted, bias, scaling, dropout), None
-            output_BWHD = matmul_attention(*inputs, bias, scaling, dropout)
-        case "flash":
-            kernel = None
-            if packing.varlen is not None and packing.prefers_varlen(sliding_window) and _same_heads(*inputs):
-                kernel = packing.varlen.attend
-            output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window, kernel)
-        case "sdpa":
-            output_BWHD = masked_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout)
+    if supports_flash(packing.capability, head_size, dtype):
+        kernel = None
+        if packing.varlen is not None and packing.prefers_varlen(sliding_window) and _same_heads(*inputs):
+            kernel = packing.varlen.attend
+        output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window, kernel)
+    elif packing.capability is not None:
+        output_BWHD = masked_attention(*inputs, packing.bias(sliding_window, dtype), scaling, dropout)
+    else:
+        bias = packing.bias(sliding_window, dtype)
+        if predicted is not None and predicted.by_row:
+            return predicted_attention(*inputs, predicted, bias, scaling, dropout), None
+        output_BWHD = matmul_attention(*inputs, bias, scaling, dropout)
     return output_BWHD if predicted is None else predicted.select(output_BWHD), None
 
 
