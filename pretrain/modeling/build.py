@@ -87,8 +87,10 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedM
             f"{list(expected)}; model.config may only change what the weights do not depend on"
         )
     _check_names(folder, f"{model.base_model_prefix}.", report["missing_keys"], report["unexpected_keys"])
-    if report["missing_keys"]:
-        _report_missing_head(folder, report["missing_keys"], new_head)
+    if missing := report["missing_keys"]:
+        if not new_head:
+            raise UserError(f"{folder} has no masked-LM head: its weights lack {min(missing)} and others")
+        log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, ", ".join(sorted(missing)))
     keep_fixed(model, meta_model(config))
     return model
 
@@ -105,12 +107,6 @@ def _check_names(folder: Path, encoder: str, missing: Collection[str], unexpecte
         )
     if line := describe_unused_layers(folder, unexpected):
         log.warning(line)
-
-
-def _report_missing_head(folder: Path, missing: Collection[str], new_head: bool) -> None:
-    if not new_head:
-        raise UserError(f"{folder} has no masked-LM head: its weights lack {min(missing)} and others")
-    log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, ", ".join(sorted(missing)))
 
 
 def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:
