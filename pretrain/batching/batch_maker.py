@@ -200,26 +200,21 @@ class BatchMaker:
             width = padded_width(longest, self.layout)
             masked = masked // full * width + masked % full
             input_ids, position_ids, segments = input_ids[:, :width], position_ids[:, :width], segments[:, :width]
-        padding = self._padded_count(len(masked)) - len(masked)
+        if self.layout.rows == "flat":
+            boundaries = _flat_boundaries(segments.reshape(-1), self.layout.max_seq_length)
+            count = next_multiple(round_up(len(masked), _FLAT_PARTS), MASKED_BUCKET)
+        else:
+            boundaries, count = _boundaries(segments), next_multiple(len(masked), MASKED_BUCKET)
+        padding = count - len(masked)
         return Microbatch(
             input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
             position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
             segments=torch.from_numpy(np.ascontiguousarray(segments)),
-            cu_seqlens=torch.from_numpy(self._boundaries(segments)),
+            cu_seqlens=torch.from_numpy(boundaries),
             masked_positions=torch.from_numpy(np.pad(masked, (0, padding))),
             labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),
             **_predicted_by_row(masked, segments.shape, padding) if self.layout.rows == "windows" else {},
         )
-
-    def _padded_count(self, masked: int) -> int:
-        if self.layout.rows == "flat":
-            masked = round_up(masked, _FLAT_PARTS)
-        return next_multiple(masked, MASKED_BUCKET)
-
-    def _boundaries(self, segments: NDArray[np.int32]) -> NDArray[np.int32]:
-        if self.layout.rows == "flat":
-            return _flat_boundaries(segments.reshape(-1), self.layout.max_seq_length)
-        return _boundaries(segments)
 
 
 def padded_width(longest: int, layout: MicrobatchLayout) -> int:
