@@ -33,6 +33,9 @@ Head = Callable[[Tensor, bool], AbstractContextManager[None]]
 """Takes labels, int64 [M], and whether correct predictions are counted; returns a context in which the model returns
 the input of `cross_entropy` for these positions."""
 
+Losses = Callable[[nn.Linear, Tensor, Tensor], Tensor]
+"""Takes a decoder, labels and the decoder's input; returns what `fused_head` documents."""
+
 
 def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
     """Return a context that changes nothing: the model returns logits."""
@@ -40,13 +43,14 @@ def logits_head(_labels: Tensor, _count: bool) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def fused_head(decoder: nn.Linear, labels: Tensor, count: bool) -> Iterator[None]:
+def fused_head(decoder: nn.Linear, labels: Tensor, count: bool, losses: Losses | None = None) -> Iterator[None]:
     """The decoder returns the summed loss in place of logits, fp32 [1]; where Triton runs, without gradients also the
     number of correct predictions, fp32 [2]. To count these on a CPU, logits are kept.
 
-    decoder: as from `find_linear_decoder`.
+    decoder: as from `find_linear_decoder`. losses: None: the function for the device.
     """
-    losses = _triton_losses if _runs_triton(labels.device) else _cpu_losses
+    if losses is None:
+        losses = _triton_losses if _runs_triton(labels.device) else _cpu_losses
     if losses is _cpu_losses and (count or decoder.weight.dtype not in _CPU_DTYPES):
         yield
         return
@@ -87,12 +91,10 @@ def choose_head(model: PreTrainedModel, packed: bool) -> Head:
     return choose_fused_head(model, packed)
 
 
-def choose_fused_head(
-    model: PreTrainedModel, packed: bool, fused: Callable[..., AbstractContextManager[None]] = fused_head
-) -> Head:
-    """Return `fused`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
+def choose_fused_head(model: PreTrainedModel, packed: bool, losses: Losses | None = None) -> Head:
+    """Return `fused_head`, or `logits_head` where that is impossible. `model`: as above, or on the meta device."""
     decoder = find_linear_decoder(model, packed)
-    return logits_head if decoder is None else partial(fused, decoder)
+    return logits_head if decoder is None else partial(fused_head, decoder, losses=losses)
 
 
 def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | None:

@@ -6,15 +6,13 @@ operator is not seen.
 
 On a GPU other kernels run than on a CPU. `_use_gpu_kernels` replaces the two that keep other tensors for the backward
 pass: dropout, whose mask takes one byte per element there, and attention, which keeps no scores (Dao et al. 2022,
-arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same). `_gpu_head` allocates
+arXiv:2205.14135; scaled_dot_product_attention and torch.nn.attention.varlen keep the same). `_gpu_losses` allocates
 as much as the fused cross-entropy. Layers are not compiled: on a GPU, compiled ones keep about as much.
 """
 
 import weakref
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
 from pretrain.modeling.build import checkpoint_activations
-from pretrain.modeling.head import choose_fused_head, fused_head
+from pretrain.modeling.head import choose_fused_head
 from pretrain.modeling.logit_chunks import chunk_rows, pad_vocabulary, padded_columns
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 
@@ -98,7 +96,7 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     if computation.packed:
         register_packed_attention()
         model.set_attn_implementation(PACKED)
-    head = choose_fused_head(model, computation.packed, _gpu_head if computation.on_gpu else fused_head)
+    head = choose_fused_head(model, computation.packed, _gpu_losses if computation.on_gpu else None)
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
         _use_gpu_kernels(model, computation.packed)
@@ -226,17 +224,7 @@ class _GpuAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-@contextmanager
-def _gpu_head(decoder: nn.Linear, _labels: Tensor, _count: bool) -> Iterator[None]:
-    """Like `pretrain.modeling.head.fused_head`."""
-    decoder.forward = partial(_gpu_losses, decoder)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del decoder.forward
-
-
-def _gpu_losses(decoder: nn.Linear, values: Tensor) -> Tensor:
+def _gpu_losses(decoder: nn.Linear, _labels: Tensor, values: Tensor) -> Tensor:
     rows = values.reshape(-1, decoder.in_features)
     return gpu_cross_entropy(rows, decoder.weight, decoder.bias)[None]
 
