@@ -128,19 +128,15 @@ def is_packed(config: PreTrainedConfig) -> bool:
     may not fit here."""
     with quiet_transformers():
         try:
-            model = random_model(_small(config))
+            model = random_model(AutoConfig.for_model(**_small(config.to_dict())))
         except Exception:  # transformers raises many types for sizes that do not fit
             model = random_model(config)
         return why_not_packed(model.float()) is None
 
 
-def _small(config: PreTrainedConfig) -> PreTrainedConfig:
-    return AutoConfig.for_model(**_small_fields(config.to_dict()))
-
-
-def _small_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _small(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a small config, also where they are configs of parts, such as a text and a vision model."""
     small = {name: _SMALL.get(name, value) for name, value in fields.items() if name not in _PER_LAYER}
     if (heads := fields.get("num_key_value_heads")) is not None:  # one per attention head, one for all, or in between
         small["num_key_value_heads"] = {1: 1, fields["num_attention_heads"]: _HEADS}.get(heads, 2)
-    return {name: _small_fields(value) if isinstance(value, dict) else value for name, value in small.items()}
+    return {name: _small(value) if isinstance(value, dict) else value for name, value in small.items()}
