@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MANY_UNKNOWN = 0.05  # share of the tokens of a corpus
+ONLY_IN_FP32 = ("fnet", "mra")  # torch has no Fourier transforms in 16 bit; the attention of MRA returns fp32
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def resolve(
         all_corpora = [*(given.corpus for given in corpora), *held_out.values()]
         check_word_boundaries(config.masking.unit, all_corpora, vocabulary)
     model_config = resolve_model_config(model_source, tokenizer)
+    _check_precision(model_config.model_type, deepspeed)
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
     _check_batches(config, max_positions(skeleton), vocabulary, world_size)
@@ -252,6 +254,15 @@ def check_word_boundaries(unit: str, corpora: Iterable[Corpus], vocabulary: Voca
                 corpus.path,
                 corpus.manifest.tokens_per_word,
             )
+
+
+def _check_precision(model_type: str, deepspeed: DeepSpeedSettings) -> None:
+    """Raise UserError for a type of model that cannot compute in the precision of the run."""
+    if model_type in ONLY_IN_FP32 and deepspeed.precision != "fp32":
+        raise UserError(
+            f"engine.ds_config: '{model_type}' computes in fp32 only, found {deepspeed.precision}; "
+            f"use --engine.ds_config={deepspeed.preset('fp32', deepspeed.offload)}"
+        )
 
 
 def _check_batches(config: PretrainConfig, positions: int | None, vocabulary: Vocabulary, world_size: int) -> None:

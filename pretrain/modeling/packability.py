@@ -31,7 +31,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_heads"), _HEADS),
     **dict.fromkeys(("num_hidden_layers", "n_layers"), 2),
 }
-_PER_LAYER = ("layer_types", "per_layer_config", "head_dim", "attention_head_size")  # follow from the sizes above
+_PER_LAYER = ("layer_types", "per_layer_config", "head_dim", "attention_head_size")  # depend on these sizes
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:

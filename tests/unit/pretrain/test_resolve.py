@@ -7,6 +7,7 @@ import pytest
 from tokenizers.processors import Sequence
 
 from experiment.config import build_config
+from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
@@ -131,3 +132,13 @@ def test_training_text_as_held_out_text_warns(
     with caplog.at_level(logging.WARNING):
         resolve(config, 1)
     assert ("so it is not held out" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_model_that_computes_in_fp32_only(tmp_path: Path, wordpiece_corpus: Path, precision: str) -> None:
+    """Catches a run that ends in its first step, with a traceback."""
+    fnet = {"config": {"model_type": "fnet", "hidden_size": 24, "num_hidden_layers": 1}}
+    resolve(config_of(tmp_path / "run", wordpiece_corpus, model=fnet), 1)
+    ds_config = {"ds_config": f"ds_configs/{precision}_zero2_cpu_offload.json"}
+    with pytest.raises(UserError, match=r"'fnet' computes in fp32 only.*fp32_zero2_cpu_offload\.json"):
+        resolve(config_of(tmp_path / "run", wordpiece_corpus, model=fnet, engine=ds_config), 1)

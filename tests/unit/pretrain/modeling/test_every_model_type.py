@@ -1,6 +1,7 @@
 """Every type that transformers' AutoModelForMaskedLM knows trains."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import hidden_matrices
+from pretrain.resolve import ONLY_IN_FP32
 from runs import sampled
 from tiny_models import tiny_fields
 
@@ -60,6 +62,18 @@ def test_every_type_trains(tokenizer: PreTrainedTokenizerFast, model_type: str) 
         after = module(*batch).loss_sum
     assert torch.isfinite(before)
     assert after < before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", sampled(TYPES, ["fnet", "bert"]))
+def test_which_types_compute_in_16_bit(tokenizer: PreTrainedTokenizerFast, model_type: str, dtype: torch.dtype) -> None:
+    """Catches a type that is accepted in 16 bit and fails in its first step, or one that is refused without need."""
+    settings = tiny(model_type)
+    built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    module = MaskedLanguageModel(built.model, built.packed).train().to(dtype)
+    refused = pytest.raises(RuntimeError) if model_type in ONLY_IN_FP32 else nullcontext()
+    with refused:
+        module(*microbatch(built.packed, built.first_position)).loss_sum.backward()
 
 
 @pytest.mark.soak
