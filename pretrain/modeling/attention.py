@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import first_line
 from experiment.models.dropout import fast_dropout
@@ -34,7 +34,7 @@ from experiment.process.hardware import HOPPER
 
 log = logging.getLogger(__name__)
 
-PACKED = "deepcloze_packed"
+_PACKED = "deepcloze_packed"
 
 Capability = tuple[int, int]
 """Compute capability of a CUDA device: major and minor number."""
@@ -164,9 +164,10 @@ def interruptible(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., t
     return attention
 
 
-def register_packed_attention() -> None:
-    """Register `attn_implementation="deepcloze_packed"`; call before a model switches to it."""
-    AttentionInterface.register(PACKED, packed_attention)
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch the model to `packed_attention`."""
+    AttentionInterface.register(_PACKED, packed_attention)
+    model.set_attn_implementation(_PACKED)
 
 
 def supports_flash(capability: Capability | None, head_size: int, dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from experiment.errors import first_line
 from experiment.models.model_folder import first_use
 from experiment.models.transformers_models import first_position, quiet_transformers
-from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
+from pretrain.modeling.attention import Packing, use_packed_attention
 from pretrain.modeling.random_model import random_model
 
 _TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
@@ -41,8 +41,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     """
     if not type(model)._supports_attention_backend:
         return "its attention cannot be replaced through transformers' attention interface"
-    register_packed_attention()
-    model.set_attn_implementation(PACKED)
+    use_packed_attention(model)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0))
     mask = getattr(model.config, "mask_token_id", None)

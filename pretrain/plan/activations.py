@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
-from pretrain.modeling.attention import PACKED, Predicted, interruptible, register_packed_attention
+from pretrain.modeling.attention import Predicted, interruptible, use_packed_attention
 from pretrain.modeling.build import checkpoint_activations
 from pretrain.modeling.head import choose_fused_head
 from pretrain.modeling.logit_chunks import chunk_rows, pad_vocabulary, padded_columns
@@ -94,8 +94,7 @@ def _move_gradient(parameter: Tensor) -> None:
 
 def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguageModel:
     if computation.packed:
-        register_packed_attention()
-        model.set_attn_implementation(PACKED)
+        use_packed_attention(model)
     head = choose_fused_head(model, computation.packed, _gpu_losses if computation.on_gpu else None)
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:

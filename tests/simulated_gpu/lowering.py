@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from pretrain.modeling import attention
-from pretrain.modeling.attention import PACKED, VarlenKernels, register_packed_attention
+from pretrain.modeling.attention import VarlenKernels, use_packed_attention
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.head import logits_head
 from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -65,10 +65,9 @@ def lower(config: dict[str, Any]) -> list[str]:
     codes: list[str] = []
     _replace_device_functions()
     _replace_compiler(codes)
-    register_packed_attention()
     attention._tried_varlen_kernels = lambda *_: VarlenKernels(varlen_attention, qkv_attention)
     encoder = random_model(AutoConfig.for_model(**config))
-    encoder.set_attn_implementation(PACKED)
+    use_packed_attention(encoder)
     model = MaskedLanguageModel(encoder, packed=True, max_length=_LENGTH, head=logits_head).to(torch.bfloat16)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with FakeTensorMode(allow_non_fake_inputs=True):

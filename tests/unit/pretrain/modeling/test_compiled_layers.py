@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling import masked_lm
-from pretrain.modeling.attention import PACKED, Packing, register_packed_attention
+from pretrain.modeling.attention import Packing, use_packed_attention
 from pretrain.modeling.compiled_layers import compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.world import World
@@ -103,11 +103,10 @@ def break_compiling(options: dict[str, Any]) -> None:
 
 def build(options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    register_packed_attention()
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
     config = AutoConfig.for_model(options["model_type"], pad_token_id=0, vocab_size=101, **sizes, **options["config"])
     model = AutoModelForMaskedLM.from_config(config)
-    model.set_attn_implementation(PACKED)
+    use_packed_attention(model)
     if options["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

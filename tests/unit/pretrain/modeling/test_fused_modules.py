@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from pretrain.modeling import fused_modules
-from pretrain.modeling.attention import PACKED, Packing, Predicted, VarlenKernels, register_packed_attention
+from pretrain.modeling.attention import Packing, Predicted, VarlenKernels, use_packed_attention
 from pretrain.modeling.fused_modules import use_fused_modules
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.world import World
@@ -51,10 +51,9 @@ LENGTHS = (20, 8)  # a multiple of the chunks
 
 def build(model_type: str, changes: dict[str, Any]) -> Any:
     """With a last layer that computes predicted positions only."""
-    register_packed_attention()
     torch.manual_seed(0)
     model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(model_type, **SHAPE, **changes))
-    model.set_attn_implementation(PACKED)
+    use_packed_attention(model)
     assert shorten_last_layer(model) is not None
     with torch.no_grad():
         for parameter in model.parameters():
