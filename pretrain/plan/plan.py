@@ -7,7 +7,6 @@ from statistics import mean
 from typing import NamedTuple
 
 from experiment.errors import UserError, first_line
-from experiment.models.transformers_models import first_position
 from experiment.process.hardware import peak_flops
 from experiment.run_files.provenance import forked_from, read_provenance
 from pretrain.batching.packing import Rows
@@ -94,8 +93,8 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
     rows: Rows = "windows" if packed else "padded"
     ratio = None if device.is_gpu or flops is None else flops.attention_ratio
-    first = first_position(skeleton)
-    stream = open_stream(run, World(0, ranks), rows=rows, first_position=first, attention_ratio=ratio)
+    # Position ids do not matter: batches get no tensors.
+    stream = open_stream(run, World(0, ranks), rows=rows, first_position=0, attention_ratio=ratio)
     stages = stage_work(stream, run.config.masking)
     settings = memory_settings(run.config, run.deepspeed, hosts, ranks, device.is_gpu)
     if rates.peak_flops is None:
