@@ -138,7 +138,6 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self._alive: dict[int, tuple[int, str]] = {}  # storage -> bytes, content
         self._bytes = {"activations": 0, "logits": 0, "gradients": 0}
-        self._total = 0
         self.peak = MicrobatchMemory(**self._bytes)
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -153,7 +152,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
                 self._add(result, "logits" if result.numel() in self._logits else "activations")
-        if self._total > self.peak.total:
+        if sum(self._bytes.values()) > self.peak.total:
             self.peak = MicrobatchMemory(**self._bytes)
         return results
 
@@ -164,13 +163,11 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._alive[key] = (size, kind)
         self._bytes[kind] += size
-        self._total += size
         weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
         size, kind = self._alive.pop(key)
         self._bytes[kind] -= size
-        self._total -= size
 
     def _count_as_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
