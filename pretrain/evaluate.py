@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import max_positions
 from experiment.process.shared_cores import share_cores
 from experiment.progress import terminal, track
-from experiment.run_files.checkpoints import find_model_folder, read_state
+from experiment.run_files.checkpoints import find_model_folder, state_around
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.masking import Masker
@@ -204,12 +204,11 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
 
 def _settings(folder: Path) -> tuple[MaskingConfig, int, int]:
     """Return the masking, the seed and the sequence length."""
-    masking, seed, length = MaskingConfig(), 42, _DEFAULT_LENGTH
-    if (folder.parent / "state.json").is_file():
-        config: dict[str, Any] = read_state(folder.parent)["config"]
-        masking = build_config(MaskingConfig, config["masking"])
-        seed, length = config["run"]["seed"], config["batch"]["max_seq_length"]
-    return masking, seed, length
+    state = state_around(folder)
+    if not state:
+        return MaskingConfig(), 42, _DEFAULT_LENGTH
+    config = state["config"]
+    return build_config(MaskingConfig, config["masking"]), config["run"]["seed"], config["batch"]["max_seq_length"]
 
 
 def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str, Corpus]:

@@ -16,7 +16,7 @@ from experiment.errors import UserError, user_errors_in
 from experiment.models.model_names import local_model
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import check_freeze, max_positions
-from experiment.run_files.checkpoints import Verify, read_state, verify_descriptions
+from experiment.run_files.checkpoints import Verify, state_around, verify_descriptions
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
 from experiment.tracking.tracker import check_tracking
@@ -321,9 +321,9 @@ def _check_fork(plan: ResumePlan, config: PretrainConfig, train: Corpus) -> None
 def _warn_of_same_seed(config: PretrainConfig, corpora: Sequence[TrainingCorpus], model: Path) -> None:
     """Order and masks follow from seed and corpus: with both unchanged, a run repeats the batches of the model's own
     run."""
-    if not (model.parent / "state.json").is_file():
+    before = state_around(model).get("identity")
+    if before is None:
         return
-    before = read_state(model.parent)["identity"]
     for given in corpora:
         if before["run.seed"] == config.run.seed and given.corpus.fingerprint in str(before["corpus.train"]):
             log.warning(

@@ -21,6 +21,7 @@ from transformers import (
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
+from experiment.run_files.checkpoints import mark_complete
 from pretrain import evaluate as evaluate_module
 from pretrain.batching import sequences
 from pretrain.batching.batch import Microbatch
@@ -175,6 +176,7 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
     masking = {"unit": "span", "rate": [0.5, 0.3], "schedule": "linear"}
     config = {"masking": masking, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
     (folder.parent / "state.json").write_text(json.dumps({"config": config}))
+    mark_complete(folder.parent)
     evaluate_command(str(folder), str(heldout_corpus), json=True)
     found = json.loads(capsys.readouterr().out)[heldout_corpus.name]
     masked = {}
@@ -211,6 +213,7 @@ def test_json_has_null_where_nothing_was_masked(
     folder = folder.rename(folder.with_name("hf"))
     config = {"masking": {"rate": 1e-9}, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
     (folder.parent / "state.json").write_text(json.dumps({"config": config}))
+    mark_complete(folder.parent)
     evaluate_command(str(folder), str(heldout_corpus), json=True)
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[heldout_corpus.name]
     assert found == {"loss": None, "perplexity": None, "accuracy": None, "masked_tokens": 0}
@@ -224,6 +227,21 @@ def test_evaluate_rejects_a_folder_without_a_masked_lm_head(
     kind.from_pretrained(folder).save_pretrained(folder)
     with pytest.raises(UserError, match=r"has no masked-LM head: its weights lack cls\.predictions"):
         evaluate_command(str(folder), str(heldout_corpus))
+
+
+@pytest.mark.parametrize(("state", "is_checkpoint"), [('{"config": {"mask', True), ('{"version": 4}', False)])
+def test_another_state_json_beside_a_model(
+    folder: Path, heldout_corpus: Path, capsys: pytest.CaptureFixture[str], state: str, is_checkpoint: bool
+) -> None:
+    """Catches a trace for a damaged checkpoint, or for a file of another program that is named as a checkpoint's."""
+    (folder.parent / "state.json").write_text(state)
+    if is_checkpoint:
+        mark_complete(folder.parent)
+        with pytest.raises(UserError, match=r"state\.json is damaged: it is not JSON"):
+            evaluate_command(str(folder), str(heldout_corpus), json=True)
+    else:
+        evaluate_command(str(folder), str(heldout_corpus), json=True)
+        assert json.loads(capsys.readouterr().out)[heldout_corpus.name]["masked_tokens"] > 0
 
 
 def test_evaluate_rejects_invalid_input(

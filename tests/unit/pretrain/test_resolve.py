@@ -9,6 +9,7 @@ from tokenizers.processors import Sequence
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
+from experiment.run_files.checkpoints import mark_complete
 from pretrain.config import PretrainConfig
 from pretrain.corpus.build import build_corpus
 from pretrain.corpus.options import CorpusOptions
@@ -98,8 +99,8 @@ def test_init_from_warns_of_the_same_corpus_and_seed(
     seed: int,
     warned: bool,
 ) -> None:
-    """Catches a missing warning about continued pretraining on the same batches with the same masks, and relative paths
-    in RUN/config.yaml."""
+    """Catches a missing warning about continued pretraining on the same batches with the same masks, relative paths in
+    RUN/config.yaml, and a trace for a damaged checkpoint."""
     first = {"dir": str(tmp_path / "first"), "seed": 8}
     model = {"config": TINY | {"intermediate_size": 32}}
     config = config_of(tmp_path, wordpiece_corpus, run=first, model=model)
@@ -107,14 +108,20 @@ def test_init_from_warns_of_the_same_corpus_and_seed(
     built = build_model(config.model, run.model_config, 8).model
     write_hugging_face_folder(dict(built.named_parameters()), built, run.tokenizer, tmp_path / "step" / "hf")
     (tmp_path / "step" / "state.json").write_text(json.dumps({"identity": run.identity}))
+    mark_complete(tmp_path / "step")
 
     second = {"dir": str(tmp_path / "second"), "seed": seed}
     extended = {"init_from": str(tmp_path / "step" / "hf"), "added_tokens": "tokenizer"}
     monkeypatch.chdir(wordpiece_corpus)
+    config = config_of(tmp_path, wordpiece_corpus, run=second, model=extended)
     with caplog.at_level(logging.WARNING):
-        run = resolve(config_of(tmp_path, wordpiece_corpus, run=second, model=extended), 1)
+        run = resolve(config, 1)
     assert ("another seed" in caplog.text) == warned
     assert run.config.model.added_tokens == str(wordpiece_corpus / "tokenizer")
+
+    (tmp_path / "step" / "state.json").write_text('{"identity": {')
+    with pytest.raises(UserError, match=r"state\.json is damaged: it is not JSON"):
+        resolve(config, 1)
 
 
 @pytest.mark.parametrize(("held", "warned"), [("wordpiece_corpus", True), ("heldout_corpus", False)])
