@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+
 from experiment.run_files.goodput import DATA, ActivityTimer
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError, load_batches
-from pretrain.config import PretrainConfig
-from pretrain.engine.engine import Engine
 from pretrain.engine.phases import phase
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.cpu_group import CpuGroup
@@ -20,23 +20,11 @@ from pretrain.training_stream import TrainingStream
 _DATA_TIMEOUT = 0.7
 
 
-class UpcomingBatch(NamedTuple):
-    """This rank's share of a global batch that has not been trained on yet."""
+class _UpcomingBatch(NamedTuple):
+    """A global batch that has not been trained on yet."""
 
-    share: RankBatch | DataWorkerError | None  # None: the stream has ended
+    share: RankBatch | DataWorkerError | None  # this rank's, or why it has none; None: the stream has ended
     agreement: PendingTotals
-
-    def wait(self, group: CpuGroup) -> tuple[RankBatch, StepTotals]:
-        """Return the share, and the totals of the batch. Collective.
-
-        Raises DataWorkerError on all ranks if one has no share: only now, so that the step before it is completed.
-        """
-        totals = self.agreement.wait()
-        if totals.failed_batches:
-            failure = str(self.share) if isinstance(self.share, DataWorkerError) else None
-            raise DataWorkerError(group.first_message(failure, always_name_rank=True))
-        assert isinstance(self.share, RankBatch), "the run ends with the stream"
-        return self.share, totals
 
 
 class BatchFeed:
@@ -48,26 +36,24 @@ class BatchFeed:
 
     def __init__(
         self,
-        config: PretrainConfig,
         stream: TrainingStream,
-        engine: Engine,
+        device: torch.device,
+        hang_seconds: float,
         checkpointer: Checkpointer,
         agreement: StepAgreement,
         group: CpuGroup,
         times: ActivityTimer,
     ) -> None:
-        self._log_every = config.run.log_every
-        self._timeout = _DATA_TIMEOUT * config.health.hang_seconds
+        """`device`: that trains."""
+        self._timeout = _DATA_TIMEOUT * hang_seconds
         self._stream = stream
-        self._on_gpu = engine.device.type == "cuda"
-        self._forward_timer = engine.forward_timer
+        self._on_gpu = device.type == "cuda"
         self._checkpointer = checkpointer
         self._agreement = agreement
         self._group = group
         self._times = times
-        self._data_seconds = 0.0  # of waiting for data, up to when this rank last told how long it has worked
         self._batches: Iterator[RankBatch] = iter(())
-        self._upcoming: UpcomingBatch | None = None
+        self._upcoming: _UpcomingBatch | None = None
 
     def open(self, step: int) -> None:
         """Start the stream at a step, counted from 0."""
@@ -81,10 +67,14 @@ class BatchFeed:
     def take(self, stop: StopRequest) -> tuple[RankBatch, StepTotals]:
         """Take this rank's share of the next batch, and its totals; begins to agree on the batch after it.
         Collective. Raises DataWorkerError on all ranks if one has no share."""
-        upcoming = self._upcoming or self._take_ahead(stop, is_logged=False)
-        batch, totals = upcoming.wait(self._group)
-        self._upcoming = self._take_ahead(stop, is_logged=(batch.step + 1) % self._log_every == 0)
-        return batch, totals
+        share, agreement = self._upcoming or self._take_ahead(stop)
+        totals = agreement.wait()
+        if totals.failed_batches:  # raised only now, so that the step before it is completed
+            failure = str(share) if isinstance(share, DataWorkerError) else None
+            raise DataWorkerError(self._group.first_message(failure, always_name_rank=True))
+        assert isinstance(share, RankBatch), "the run ends with the stream"
+        self._upcoming = self._take_ahead(stop)
+        return share, totals
 
     def peek(self) -> tuple[RankBatch, StepTotals] | None:
         """Return the batch that `take` will return next, and its totals; None if the stream has ended or a rank has no
@@ -100,8 +90,8 @@ class BatchFeed:
         with phase("wait for ranks"):
             return self._upcoming.agreement.wait()
 
-    def _take_ahead(self, stop: StopRequest, is_logged: bool) -> UpcomingBatch:
-        """Take a batch, if there is one, and begin to agree on it. is_logged: whether the step before it is."""
+    def _take_ahead(self, stop: StopRequest) -> _UpcomingBatch:
+        """Take a batch, if there is one, and begin to agree on it."""
         share: RankBatch | DataWorkerError | None
         with self._times.during(DATA, recorded=False), phase("data"):
             try:
@@ -109,12 +99,4 @@ class BatchFeed:
             except DataWorkerError as error:
                 share = error
         stop_requested, part_done = stop.reason is not None, self._checkpointer.is_part_done
-        work_seconds = self._work_seconds() if is_logged and self._forward_timer.enabled else None
-        return UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done, work_seconds))
-
-    def _work_seconds(self) -> float:
-        """Return how long this rank has worked since the last call without waiting for others; 0 if no forward pass has
-        ended since."""
-        before, self._data_seconds = self._data_seconds, self._times.elapsed(DATA)
-        forward_seconds = self._forward_timer.take()
-        return forward_seconds + self._data_seconds - before if forward_seconds else 0.0
+        return _UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done))

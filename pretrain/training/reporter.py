@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from experiment.config import dump_config
 from experiment.files import write_text
@@ -26,7 +27,7 @@ from pretrain.engine.engine import Engine
 from pretrain.modeling.structure import FlopsModel
 from pretrain.resolve import ResolvedRun
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.log_interval import LogInterval
+from pretrain.training.log_interval import LogInterval, Pace
 from pretrain.training.training_progress import TrainingProgress
 from pretrain.training_stream import TrainingStream
 
@@ -125,12 +126,7 @@ class Reporter:
         return finished or progress.is_multiple_of(self._log_every)
 
     def report(
-        self,
-        progress: TrainingProgress,
-        rate: float,
-        grad_norm: float,
-        saved_step: int | None,
-        work_by_rank: Sequence[int] = (),
+        self, progress: TrainingProgress, rate: float, grad_norm: float, saved_step: int | None
     ) -> TrainingProgress:
         """Log the interval, and return the progress with its losses. Starts the next interval. Collective.
 
@@ -138,7 +134,6 @@ class Reporter:
             rate: the learning rate of the last step.
             grad_norm: of the last step, before clipping.
             saved_step: of the newest checkpoint.
-            work_by_rank: how long each rank has worked since the last event; may be empty.
         """
         interval, by_corpus = self._interval, progress.tokens_by_corpus
         interval.all_reduce_losses()
@@ -158,7 +153,7 @@ class Reporter:
                 "goodput": self._times.goodput,
                 "checkpoint_seconds": pace.checkpoint_seconds,
                 "memory": peak_memory(),
-                **self._slowest_rank(work_by_rank),
+                **self._slowest_rank(pace),
                 **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
             },
         )
@@ -201,10 +196,16 @@ class Reporter:
         if self._tracker is not None:
             self._tracker.close(outcome, step)
 
-    def _slowest_rank(self, work_by_rank: Sequence[int]) -> Metrics:
-        if self._tracker is None or not self._engine.forward_timer.enabled:
+    def _slowest_rank(self, pace: Pace) -> Metrics:
+        """Compare how long the ranks have worked in the interval without waiting for others. Collective."""
+        timer, world = self._engine.forward_timer, self._engine.world
+        if not timer.enabled:
             return {}
-        slowest = self._slow_ranks.update(work_by_rank)
+        forward_seconds = timer.take()
+        seconds = torch.zeros(world.size, dtype=torch.float64, device=self._engine.device)
+        seconds[world.rank] = forward_seconds + pace.data_wait * pace.seconds if forward_seconds else 0.0
+        dist.all_reduce(seconds)
+        slowest = self._slow_ranks.update(seconds.tolist()) if self._tracker is not None else None
         if slowest is None:
             return {"slowest_rank": None, "slowest_rank_ratio": None}
         return {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}
@@ -237,13 +238,13 @@ class SlowRanks:
         self._slow: int | None = None  # rank
         self._intervals = 0  # in which it was the slowest one, and slow
 
-    def update(self, times: Sequence[int]) -> SlowestRank | None:
+    def update(self, times: Sequence[float]) -> SlowestRank | None:
         """Return the slowest rank of an interval; None if unknown. Warns once of a rank that was slow in several in a
         row.
 
-        times: that each rank took for work in which it waits for no other rank, in any unit; 0: unknown. May be empty.
+        times: that each rank took for work in which it waits for no other rank, in any unit; 0: unknown.
         """
-        if not times or min(times) == 0:
+        if min(times) == 0:
             return None
         median = statistics.median_low(times)
         rank = max(range(len(times)), key=times.__getitem__)

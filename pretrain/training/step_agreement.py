@@ -1,15 +1,12 @@
 """The agreement of all ranks in each step: the next batch's token counts, whether all ranks have their share of it,
-requests to stop or save, how many ranks have finished their part of a save, the time, and how long each rank has
-worked.
+requests to stop or save, how many ranks have finished their part of a save, and the time.
 
 One all-reduce of whole numbers per step, in flight while the step is computed: by the GPUs where ranks have some
 (`device_sums`), else over gloo. Requests take effect when that step ends. Decisions that depend on time use rank 0's
 clock: the learning rate of a step under a time budget depends on when the step before it began.
 """
 
-from collections.abc import Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
@@ -31,24 +28,10 @@ class StepTotals(NamedTuple):
     ranks_done: int  # ranks that have done their part of a save in flight
     milliseconds: int  # of training so far, by rank 0's clock
     corpus_tokens: tuple[int, ...]  # real tokens by corpus
-    work_microseconds: tuple[int, ...] = ()  # by rank, see `StepAgreement.begin`
 
     @property
     def seconds(self) -> float:
         return self.milliseconds / 1000
-
-    def flatten(self) -> list[int]:
-        """Return all numbers in one list, in the order of the fields."""
-        return [number for value in self for number in (value if isinstance(value, tuple) else (value,))]
-
-    def unflatten(self, numbers: Sequence[int]) -> "StepTotals":
-        """Return the totals with fields as long as in `self` that flatten to `numbers`."""
-        rest = iter(numbers)
-        fields: dict[str, Any] = {
-            name: tuple(islice(rest, len(value))) if isinstance(value, tuple) else next(rest)
-            for name, value in self._asdict().items()
-        }
-        return StepTotals(**fields)
 
 
 class StepAgreement:
@@ -57,18 +40,13 @@ class StepAgreement:
     ) -> None:
         """`save_minutes`: between checkpoints; None: none are due by the clock. `corpora`: of the mixture."""
         self._sums = sums
-        self._world = world
         self._is_rank0 = world.rank == 0
         self._clock = clock
         self._save_minutes = save_minutes
         self._corpora = corpora
 
     def begin(
-        self,
-        share: RankBatch | DataWorkerError | None,
-        stop_requested: bool,
-        part_done: bool,
-        work_seconds: float | None = None,
+        self, share: RankBatch | DataWorkerError | None, stop_requested: bool, part_done: bool
     ) -> "PendingTotals":
         """Collective; call before a step is computed.
 
@@ -76,14 +54,9 @@ class StepAgreement:
             share: of the global batch of the next step: this rank's, or why it has none; None: the stream ends.
             stop_requested: of this rank.
             part_done: whether this rank has done its part of a save in flight.
-            work_seconds: how long this rank has worked without waiting for others since it last said so; 0: unknown.
-                None on all ranks: not told.
         """
         save_due = self._save_minutes is not None and self._clock.minutes_since_save >= self._save_minutes
         batch = share if isinstance(share, RankBatch) else None
-        work = [] if work_seconds is None else [0] * self._world.size
-        if work_seconds is not None:
-            work[self._world.rank] = int(work_seconds * 1e6)
         own = StepTotals(
             masked_tokens=batch.masked_tokens if batch else 0,
             tokens=batch.tokens if batch else 0,
@@ -94,21 +67,21 @@ class StepAgreement:
             ranks_done=int(part_done),
             milliseconds=int(self._clock.seconds * 1000) if self._is_rank0 else 0,
             corpus_tokens=tuple(batch.corpus_tokens) if batch else (0,) * self._corpora,
-            work_microseconds=tuple(work),
         )
-        return PendingTotals(own, self._sums.start_all_reduce_sum(own.flatten()))
+        *numbers, corpus_tokens = own
+        return PendingTotals(self._sums.start_all_reduce_sum([*numbers, *corpus_tokens]))
 
 
 class PendingTotals:
     """An agreement that is in flight."""
 
-    def __init__(self, own: StepTotals, sums: PendingSums) -> None:
-        """`own`: this rank's part of the sums."""
-        self._own = own
+    def __init__(self, sums: PendingSums) -> None:
+        """`sums`: of the fields of `StepTotals` in order, the tokens of each corpus last."""
         self._sums = sums
         self._totals: StepTotals | None = None
 
     def wait(self) -> StepTotals:
         if self._totals is None:
-            self._totals = self._own.unflatten(self._sums.wait())
+            sums, count = self._sums.wait(), len(StepTotals._fields) - 1
+            self._totals = StepTotals._make([*sums[:count], tuple(sums[count:])])
         return self._totals

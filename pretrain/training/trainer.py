@@ -3,7 +3,6 @@
 import logging
 import math
 import platform
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -115,7 +114,8 @@ class Trainer:
         on_gpus = engine.device.type == "cuda" and world.size > 1
         sums = DeviceSums(engine.device, times.make_progress) if on_gpus else group
         agreement = StepAgreement(sums, world, clock, config.checkpoint.every_minutes, len(stream.corpora))
-        self._feed = BatchFeed(config, stream, engine, self._checkpointer, agreement, group, times)
+        hang_seconds = config.health.hang_seconds
+        self._feed = BatchFeed(stream, engine.device, hang_seconds, self._checkpointer, agreement, group, times)
         self._started: list[Tensor] = []  # losses of microbatches of the next batch
         self._profiler = StepProfiler(run.folder.profile) if config.run.profile and world.rank == 0 else None
         self._start_at(self._progress)
@@ -148,7 +148,7 @@ class Trainer:
             finished = self._is_finished()
             stopping = votes.stop_requests > 0 and not finished
             if self._reporter.is_due(self._progress, finished):
-                self._report(rate, trained.result.grad_norm, votes.work_microseconds)
+                self._report(rate, trained.result.grad_norm)
             if not stopping:
                 self._evaluate_if_due()  # patience may end the run
             self._checkpointer.save_if_due(self._progress, self._is_finished(), stopping, votes.save_requests > 0)
@@ -311,9 +311,8 @@ class Trainer:
         )
         self._times.finish_step(self._progress.step)
 
-    def _report(self, rate: float, grad_norm: float, work_by_rank: Sequence[int] = ()) -> None:
-        saved_step = self._checkpointer.saved_step
-        self._progress = self._reporter.report(self._progress, rate, grad_norm, saved_step, work_by_rank)
+    def _report(self, rate: float, grad_norm: float) -> None:
+        self._progress = self._reporter.report(self._progress, rate, grad_norm, self._checkpointer.saved_step)
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate the model if it is due. Returns whether it was."""

@@ -56,14 +56,6 @@ def test_totals_are_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (totals.stop_requests, totals.save_requests, totals.ranks_done) == (0, 0, 2)
 
 
-def test_every_field_comes_back_from_the_sums() -> None:
-    """Catches numbers that are sent in one order and read in another, also for a new field."""
-    numbers = {name: number for number, name in enumerate(StepTotals._fields)}
-    own = StepTotals(**{**numbers, "corpus_tokens": (20, 30), "work_microseconds": (40,)})
-    zeros = StepTotals(**{**dict.fromkeys(numbers, 0), "corpus_tokens": (0, 0), "work_microseconds": (0,)})
-    assert zeros.unflatten(own.flatten()) == own
-
-
 def test_time_is_that_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches clocks that are added up, or a budget that each rank measures for itself."""
     assert agree(monkeypatch, None, (None, None, None)).seconds == 100.0
@@ -96,14 +88,3 @@ def test_a_rank_without_a_batch_contributes_nothing(monkeypatch: pytest.MonkeyPa
     totals = agreement.begin(DataWorkerError("killed"), stop_requested=False, part_done=False).wait()
     assert (totals.masked_tokens, totals.tokens, totals.corpus_tokens) == (5, 9, (8, 1))
     assert (totals.stop_requests, totals.failed_batches) == (1, 1)
-
-
-def test_ranks_tell_how_long_they_have_worked() -> None:
-    """Catches times of ranks that change places, are added up, or are taken for tokens of a corpus."""
-    group: Any = RecordedGroup()
-    for rank, seconds in enumerate((0.25, 2.0)):
-        agreement = StepAgreement(cast(CpuGroup, group), World(rank, 2), TrainingClock(0.0), None, corpora=2)
-        pending = agreement.begin(rank_batch(5, 9, 0), False, False, work_seconds=seconds)
-    totals = pending.wait()
-    assert totals.corpus_tokens == (16, 2)
-    assert totals.work_microseconds == (250_000, 2_000_000)
