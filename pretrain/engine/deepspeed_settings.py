@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch.utils.cpp_extension import is_ninja_available
 from xxhash import xxh64_hexdigest
 
-from experiment.config import did_you_mean
+from experiment.config import did_you_mean, flatten
 from experiment.errors import UserError, reason
 from experiment.files import read_json
 from experiment.process.hardware import has_native_bf16
@@ -241,10 +241,10 @@ def _check_keys(raw: Mapping[str, Any], path: Path) -> None:
     for key in raw:  # DeepSpeed ignores unknown keys
         if key not in _KNOWN_KEYS:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, _KNOWN_KEYS)}")
-    for key, value in _leaves(raw):
+    for key, value in flatten(raw).items():
         if value == "auto":
             raise UserError(f"{path}: '{key}' is \"auto\", which deepcloze does not support; set a value or remove it")
-    for section in ("zero_optimization", "fp16", "bf16"):
+    for section in ("zero_optimization", "fp16", "bf16", "data_types"):
         if not isinstance(raw.get(section, {}), dict):
             raise UserError(f"{path}: '{section}' is {json.dumps(raw[section])}, expected a JSON object")
     for section in ("fp16", "bf16"):
@@ -324,9 +324,12 @@ def _check_precision_keys(raw: Mapping[str, Any], path: Path) -> Precision:
             raise UserError(f"{path}: '{section}.{key}' keeps master weights in 16 bits; remove it")
     if fp16.get("enabled") and bf16.get("enabled"):
         raise UserError(f"{path}: both 'fp16' and 'bf16' are enabled; choose one")
-    if fp16.get("enabled"):
-        return "fp16"
-    return "bf16" if bf16.get("enabled") else "fp32"
+    precision: Precision = "fp16" if fp16.get("enabled") else "bf16" if bf16.get("enabled") else "fp32"
+    sums = raw.get("data_types", {}).get("grad_accum_dtype")
+    if sums not in (None, "fp32", precision):  # DeepSpeed reads it when it builds its optimizer
+        known = '"fp32"' if precision == "fp32" else f'"fp32" or "{precision}"'
+        raise UserError(f"{path}: 'data_types.grad_accum_dtype' is {json.dumps(sums)}, expected {known}")
+    return precision
 
 
 def _check_with_deepspeed(settings: DeepSpeedSettings) -> None:
@@ -336,10 +339,3 @@ def _check_with_deepspeed(settings: DeepSpeedSettings) -> None:
         problems = error.errors() if isinstance(error, ValidationError) else []
         what = "; ".join(f"'{'.'.join(map(str, p['loc']))}': {p['msg']}, found {p['input']!r}" for p in problems)
         raise UserError(f"{settings.path}: DeepSpeed rejects it: {what or error}") from None
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return leaves

@@ -138,6 +138,12 @@ def test_engine_config_does_not_change_its_input() -> None:
         ('{"fp16": {"enabled": true, "loss_scale": 128}}', "'fp16.loss_scale' is 128"),
         ('{"bf16": {"enabled": true, "bf16_optimizer_states": true}}', "'bf16.bf16_optimizer_states' keeps master"),
         ('{"fp16": {"fp16_master_weights_and_grads": true}}', "keeps master weights in 16 bits; remove it"),
+        ('{"data_types": {"grad_accum_dtype": "bf16"}}', '\'data_types.grad_accum_dtype\' is "bf16", expected "fp32"'),
+        (
+            '{"bf16": {"enabled": true}, "data_types": {"grad_accum_dtype": "fp23"}}',
+            '\'data_types.grad_accum_dtype\' is "fp23", expected "fp32" or "bf16"',
+        ),
+        ('{"data_types": "fp32"}', "'data_types' is \"fp32\", expected a JSON object"),
         ('{"torch_autocast": {"enabled": true, "dtype": "float16"}}', "remove it and enable 'fp16' or 'bf16'"),
         ('{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}', "'compute_grad_norm' is false"),
         ('{"zero_optimisation": {"stage": 3}}', "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
