@@ -205,7 +205,7 @@ def _parent_checkpoints(parent: str, folder: RunFolder, has_own: bool) -> Sequen
         if not is_fork_of(ancestors, parent):
             problem = f"holds a run that is not a fork of {parent}; choose another run.dir"
             raise UserError(f"run.dir: {folder.path} {problem}")
-    elif not found:
+    elif not any((checkpoint / "state.json").is_file() for checkpoint in found):  # as in a seed of fine-tuning
         problem = "has no complete checkpoint" if Path(parent).exists() else "does not exist"
         raise UserError(
             "'run.resume': expected auto, never, or a run or checkpoint to fork, such as "

@@ -268,6 +268,16 @@ def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
         plan(new, str(checkpoint_path(parent / "checkpoints", 4)))
 
 
+def test_a_model_without_the_state_of_a_run_cannot_be_forked(tmp_path: Path) -> None:
+    """Catches a trace for a seed of fine-tuning, or a checkpoint of which only the model was copied."""
+    model = tmp_path / "seed-1" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    mark_complete(model.parent)
+    with pytest.raises(UserError, match=rf"'run\.resume': expected .*'{model.parent}' has no complete checkpoint"):
+        plan(tmp_path / "new", str(model.parent))
+
+
 def test_a_fork_resumes_and_no_other_run_is_overwritten(tmp_path: Path) -> None:
     """Catches a fork that forks again after its first checkpoint, and one into the folder of another run."""
     parent, other = make_run(tmp_path / "parent", (2, 4)), make_run(tmp_path / "other", (4,))
