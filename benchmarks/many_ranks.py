@@ -35,7 +35,7 @@ from launcher.supervision.hang_watch import HangWatch
 from pretrain.training.checkpoint_tensors import MASTER, Share, WrittenShare, complete_checkpoint, write_share
 from pretrain.training.cpu_group import CpuGroup
 
-_NUMBERS = 12  # of a step, without the times of the ranks
+_NUMBERS = 12  # of a step, or a few more
 _SUMS = 10
 _LIMIT = datetime.timedelta(minutes=10)
 _PARAMETERS = 125_000_000  # 500 MB of weights

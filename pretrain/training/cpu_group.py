@@ -37,21 +37,6 @@ class AgreedError(UserError):
     """A UserError that every rank raises at the same point."""
 
 
-class PendingSums:
-    """Sums over all ranks that are being computed."""
-
-    def __init__(self, get: Callable[[], list[int]], on_progress: Callable[[], None]) -> None:
-        """get: waits for the sums."""
-        self._get = get
-        self._on_progress = on_progress
-
-    def wait(self) -> list[int]:
-        """Return the sums, when every rank has contributed."""
-        sums = self._get()
-        self._on_progress()
-        return sums
-
-
 class CpuGroup:
     """A gloo group of all ranks."""
 
@@ -69,23 +54,22 @@ class CpuGroup:
             with _connecting_on_use():
                 self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
-        """Return the sum of each number over all ranks."""
-        return self.start_all_reduce_sum(numbers).wait()
+    def all_reduce_sum(self, numbers: Sequence[int], is_progress: bool = True) -> list[int]:
+        """Return the sum of each number over all ranks. Collective. is_progress: of this rank."""
+        return self.start_all_reduce_sum(numbers, is_progress)()
 
-    def start_all_reduce_sum(self, numbers: Sequence[int]) -> PendingSums:
-        """Start to sum each number over all ranks, while this rank does other work. Collective."""
-        return self._start_sum(numbers, self._on_progress)
-
-    def _start_sum(self, numbers: Sequence[int], on_progress: Callable[[], None]) -> PendingSums:
+    def start_all_reduce_sum(self, numbers: Sequence[int], is_progress: bool = True) -> Callable[[], list[int]]:
+        """Like `all_reduce_sum`, while this rank does other work. Returns a function that waits for the sums."""
         sums = torch.tensor(numbers, dtype=torch.int64)
         work = dist.all_reduce(sums, group=self._group, async_op=True)
 
-        def get() -> list[int]:
+        def wait_for_sums() -> list[int]:
             work.wait()
+            if is_progress:
+                self._on_progress()
             return sums.tolist()
 
-        return PendingSums(get, on_progress)
+        return wait_for_sums
 
     def wait_for_all(self, part: "Future[Any]", made_progress: Callable[[], bool]) -> None:
         """Wait until `part` has ended on all ranks, however long that takes. Collective.
@@ -101,8 +85,7 @@ class CpuGroup:
             is_idle = not is_done and not made_progress()
             idle_polls = idle_polls + 1 if is_idle else 0
             is_stuck = idle_polls * _POLL_SECONDS > self._timeout_seconds
-            on_progress = (lambda: None) if is_idle else self._on_progress  # an idle poll is no progress
-            ranks_done, ranks_stuck = self._start_sum([int(is_done), int(is_stuck)], on_progress).wait()
+            ranks_done, ranks_stuck = self.all_reduce_sum([int(is_done), int(is_stuck)], is_progress=not is_idle)
             if ranks_stuck:
                 problem = f"no progress for {self._timeout_seconds:.0f} s" if is_stuck else None
                 raise TimeoutError(self.first_message(problem, always_name_rank=True))

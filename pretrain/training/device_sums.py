@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from pretrain.engine.host_copy import HostCopy
-from pretrain.training.cpu_group import PendingSums
 
 
 class DeviceSums:
@@ -24,11 +23,18 @@ class DeviceSums:
         # their calls.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def start_all_reduce_sum(self, numbers: Sequence[int]) -> PendingSums:
-        """Start to sum each number over all ranks. Collective of the default group, in the order of its calls. The sums
-        are complete when the GPUs have finished the step before this one."""
+    def start_all_reduce_sum(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Start to sum each number over all ranks. Returns a function that waits for the sums, which are complete when
+        the GPUs have finished the step before this one. Collective of the default group, in the order of its calls."""
         host = torch.tensor(numbers, dtype=torch.int64).pin_memory()
         with torch.cuda.stream(self._stream):
             sums = host.to(self._device, non_blocking=True)
             dist.all_reduce(sums)
-            return PendingSums(HostCopy(sums).wait, self._on_progress)
+            copy = HostCopy(sums)
+
+        def wait_for_sums() -> list[int]:
+            found = copy.wait()
+            self._on_progress()
+            return found
+
+        return wait_for_sums

@@ -6,11 +6,12 @@ One all-reduce of whole numbers per step, in flight while the step is computed: 
 clock: the learning rate of a step under a time budget depends on when the step before it began.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
-from pretrain.training.cpu_group import CpuGroup, PendingSums
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.device_sums import DeviceSums
 from pretrain.training.training_progress import TrainingClock
 from pretrain.world import World
@@ -75,13 +76,13 @@ class StepAgreement:
 class PendingTotals:
     """An agreement that is in flight."""
 
-    def __init__(self, sums: PendingSums) -> None:
-        """`sums`: of the fields of `StepTotals` in order, the tokens of each corpus last."""
-        self._sums = sums
+    def __init__(self, wait_for_sums: Callable[[], list[int]]) -> None:
+        """`wait_for_sums`: returns the fields of `StepTotals` in order, the tokens of each corpus last."""
+        self._wait_for_sums = wait_for_sums
         self._totals: StepTotals | None = None
 
     def wait(self) -> StepTotals:
         if self._totals is None:
-            sums, count = self._sums.wait(), len(StepTotals._fields) - 1
+            sums, count = self._wait_for_sums(), len(StepTotals._fields) - 1
             self._totals = StepTotals._make([*sums[:count], tuple(sums[count:])])
         return self._totals

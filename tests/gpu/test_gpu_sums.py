@@ -34,7 +34,7 @@ def sums_case(world: World) -> list[list[int]]:
     for _ in range(20):
         matrix = torch.tanh(matrix @ matrix)
     second = sums.start_all_reduce_sum([3] * 1024)
-    return [first.wait(), first.wait(), second.wait()]
+    return [first(), first(), second()]
 
 
 def test_ranks_sum_whole_numbers_on_their_gpus(gpus: Any) -> None:

@@ -164,7 +164,7 @@ def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int) -> 
         patch.setattr(trainer, "StepAgreement", agreement)
         patch.setattr(HostCopy, "wait", wait)
         recorded(Engine, "step")
-        for name in ("_start_sum", "all_gather_objects", "from_rank0", "barrier"):
+        for name in ("start_all_reduce_sum", "all_gather_objects", "from_rank0", "barrier"):
             recorded(CpuGroup, name)
         return pretrain_case(world, tree, stop_after), events
 

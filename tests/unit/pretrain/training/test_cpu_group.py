@@ -1,5 +1,5 @@
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -18,15 +18,6 @@ class Meeting(NamedTuple):
     other_stuck: bool = False
 
 
-class FakeSums:
-    def __init__(self, sums: list[int], on_progress: Callable[[], None]) -> None:
-        self._sums, self._on_progress = sums, on_progress
-
-    def wait(self) -> list[int]:
-        self._on_progress()
-        return self._sums
-
-
 def progress_at(meetings: Sequence[Meeting], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The meetings that count as progress of this rank. Fails unless the wait ends with the last one."""
     part: Future[Any] = Future()
@@ -38,15 +29,17 @@ def progress_at(meetings: Sequence[Meeting], monkeypatch: pytest.MonkeyPatch) ->
         if meetings[len(held)].here_done and not part.done():
             part.set_exception(OSError("the disk is full"))
 
-    def start_sum(_: CpuGroup, numbers: Sequence[int], on_progress: Callable[[], None]) -> FakeSums:
+    def all_reduce_sum(group: CpuGroup, numbers: Sequence[int], is_progress: bool) -> list[int]:
         meeting = meetings[len(held)]
         held.append(len(held))
-        return FakeSums([numbers[0] + meeting.other_done, numbers[1] + meeting.other_stuck], on_progress)
+        if is_progress:
+            group._on_progress()
+        return [numbers[0] + meeting.other_done, numbers[1] + meeting.other_stuck]
 
     monkeypatch.setattr(cpu_group.dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(cpu_group.dist, "get_world_size", lambda _: 2)
     monkeypatch.setattr(cpu_group, "wait", wait)
-    monkeypatch.setattr(CpuGroup, "_start_sum", start_sum)
+    monkeypatch.setattr(CpuGroup, "all_reduce_sum", all_reduce_sum)
     monkeypatch.setattr(CpuGroup, "first_message", lambda _, here, always_name_rank: here or "rank 1: no progress")
     group = CpuGroup(datetime.timedelta(seconds=2), lambda: progress.append(held[-1]))
     try:
