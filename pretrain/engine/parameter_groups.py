@@ -37,11 +37,12 @@ def parameter_groups(
     matrices = set(hidden_matrices(model)) - set(unused) if config.name == "muon" else set()
     matrix_rate = (config.muon.lr or config.lr) / config.lr
     depths = layer_ids(model)
+    deepest = max(depths.values())
     groups: dict[tuple[float, int, bool, bool], Group] = {}
     for name, parameter in model.named_parameters():
         is_weight = id(parameter) not in norms and not name.endswith("bias") and parameter.dim() >= 2
         decays, is_matrix = is_weight and name not in unused, name in matrices
-        lr_scale = config.layer_decay ** (max(depths.values()) - depths[name]) * (matrix_rate if is_matrix else 1.0)
+        lr_scale = config.layer_decay ** (deepest - depths[name]) * (matrix_rate if is_matrix else 1.0)
         frozen_until = freeze.freeze_steps if any(is_in_module(name, module) for module in freeze.freeze) else 0
         group = groups.setdefault(
             (lr_scale, frozen_until, not decays, is_matrix),
