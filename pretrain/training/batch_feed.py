@@ -30,8 +30,8 @@ class _UpcomingBatch(NamedTuple):
 class BatchFeed:
     """Gives the trainer one batch per step, while the ranks agree on the next one.
 
-    That agreement begins before the step is computed, and is read when the step is queued. So it also says, of this
-    step, whether a rank wants to stop or save after it: its votes.
+    The agreement on the next batch begins before this step is computed, and is read when it is queued. It contains the
+    votes on this step, too: whether a rank wants to stop or to save after it.
     """
 
     def __init__(

@@ -64,8 +64,8 @@ def open_run_tracker(
     """Log the length of the run, and open its trackers.
 
     Args:
-    progress: when this attempt starts.
-    evaluates_first: whether this attempt starts with the evaluation of that step.
+        progress: when this attempt starts.
+        evaluates_first: whether this attempt starts with the evaluation of that step.
     """
     total_steps, epochs, step = stream.steps, stream.epochs, progress.step
     end = "until the time budget is used up" if total_steps is None else counted(total_steps, "step")
@@ -255,11 +255,12 @@ class SlowRanks:
             self._intervals += 1
             if self._intervals == _SLOW_INTERVALS:
                 log.warning(
-                    "%s, rank %d is slow: its forward passes and its waits for data took %.1f times as long as those "
-                    "of the median rank, and so in the last %d log intervals",
+                    "%s, rank %d is slow: its forward passes and waits for data took %.1f times the median of all "
+                    "ranks, and at least %.1f times in each of the last %d log intervals",
                     self._nodes[rank],
                     rank,
                     slowest.ratio,
+                    SLOW_RATIO,
                     _SLOW_INTERVALS,
                 )
         return slowest

@@ -82,6 +82,7 @@ class PendingTotals:
         self._totals: StepTotals | None = None
 
     def wait(self) -> StepTotals:
+        """Return the totals, when every rank has contributed."""
         if self._totals is None:
             sums, count = self._wait_for_sums(), len(StepTotals._fields) - 1
             self._totals = StepTotals._make([*sums[:count], tuple(sums[count:])])

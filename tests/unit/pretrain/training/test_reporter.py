@@ -85,8 +85,8 @@ def test_a_rank_that_stays_slow_is_named_once(caplog: pytest.LogCaptureFixture) 
     for _ in range(20):
         ranks.update([100, 100, 180, 100])
     assert [record.getMessage() for record in caplog.records] == [
-        "node-1, rank 2 is slow: its forward passes and its waits for data took 1.8 times as long as those of the "
-        "median rank, and so in the last 5 log intervals"
+        "node-1, rank 2 is slow: its forward passes and waits for data took 1.8 times the median of all ranks, and at "
+        "least 1.5 times in each of the last 5 log intervals"
     ]
 
 
