@@ -198,7 +198,8 @@ class Trainer:
         scaler = engine.loss_scaler_state()
         if not self._started:
             engine.begin_step(batch.step, rate)
-        losses = torch.stack(self._started + self._accumulate(batch, global_masked, len(self._started)))
+        left = range(len(self._started), len(batch.microbatches))
+        losses = torch.stack(self._started + [self._accumulate(batch, global_masked, number) for number in left])
         self._started = []
         step = engine.step(norm_limit(norms, self._config.health.spike_factor))
         if engine.runs_ahead:
@@ -216,13 +217,11 @@ class Trainer:
         engine.load_loss_scaler_state(scaler)  # which treats every gradient that is not finite as an overflow
         return FaultyStep(fault, losses)
 
-    def _accumulate(self, batch: RankBatch, global_masked: int, first: int, end: int | None = None) -> list[Tensor]:
-        """Forward and backward of microbatches `first` to `end` of a batch. Returns the loss of each, summed."""
-        losses = []
-        for number, microbatch in list(enumerate(batch.microbatches))[first:end]:
-            losses.append(self._engine.accumulate(microbatch, global_masked, batch.step, number))
-            self._times.make_progress()
-        return losses
+    def _accumulate(self, batch: RankBatch, global_masked: int, number: int) -> Tensor:
+        """Forward and backward of microbatch `number` of a batch. Returns its summed loss."""
+        loss = self._engine.accumulate(batch.microbatches[number], global_masked, batch.step, number)
+        self._times.make_progress()
+        return loss
 
     def _start_next(self) -> None:
         """Queue the first microbatch of the next batch, so that the device has work while the host waits for the norm
@@ -234,7 +233,7 @@ class Trainer:
         if totals.stop_requests or not self._is_trained_on(batch, totals.masked_tokens):
             return
         self._engine.begin_step(batch.step, self._learning_rate(batch.step, totals.seconds))
-        self._started = self._accumulate(batch, totals.masked_tokens, 0, 1)
+        self._started = [self._accumulate(batch, totals.masked_tokens, 0)]
 
     def _is_trained_on(self, batch: RankBatch, global_masked: int) -> bool:
         """Return whether the batch has masked tokens and is not known to be bad."""
