@@ -1,4 +1,12 @@
-"""The batches of a run, each taken one step ahead, so that the ranks agree on it while they compute the one before."""
+"""The batches of a run, each taken one step ahead, so that the ranks agree on it while they compute the one before.
+
+Step k, in order:
+
+    take            returns batch k and its totals; takes batch k + 1, and begins the agreement on it
+                    the trainer queues batch k: forward, backward, update
+    peek            on a GPU: returns batch k + 1, whose first microbatch the trainer queues before it reads the norm
+    wait_for_votes  returns the agreement on batch k + 1, with the votes on step k: to stop, or to save, after it
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -28,11 +36,7 @@ class _UpcomingBatch(NamedTuple):
 
 
 class BatchFeed:
-    """Gives the trainer one batch per step, while the ranks agree on the next one.
-
-    The agreement on the next batch begins before this step is computed, and is read when it is queued. It contains the
-    votes on this step, too: whether a rank wants to stop or to save after it.
-    """
+    """Gives the trainer one batch per step, while the ranks agree on the next one."""
 
     def __init__(
         self,
