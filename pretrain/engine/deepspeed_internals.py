@@ -83,7 +83,8 @@ _USED: dict[Any, str] = {
     "_optimizer_states_and_gradient_swap_out _optimizer_step _overflow_clean_up _partition_all_parameters _post_step "
     "_pre_step _prepare_sub_group _reassign_or_swap_out_partitioned_parameters _release_sub_group "
     "_swappable_optimizer_subgroup fp16_groups fp32_partitioned_groups_flat get_param_id grad_position "
-    "offload_optimizer optimizer_swapper parameter_offload persistent_parameters reduce_and_partition_stream step",
+    "invalidate_secondary_tensor offload_optimizer optimizer_swapper parameter_offload persistent_parameters "
+    "reduce_and_partition_stream step",
     DeepSpeedZeRoOffload: "_DeepSpeedZeRoOffload__allgather_stream",
     partition_parameters: "_no_gather_coalesced all_gather all_gather_coalesced ds_numel ds_persist ds_shape ds_status "
     "ds_summary ds_tensor",

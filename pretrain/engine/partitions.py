@@ -101,6 +101,7 @@ class Partitions:
         optimizer = self._engine.optimizer
         if self._stage == 3:
             optimizer._partition_all_parameters()
+            optimizer.invalidate_secondary_tensor()  # of the weights before, with `zero_hpz_partition_size`
             for sub_group in range(len(optimizer.fp16_groups)):
                 with _resident(optimizer, sub_group):
                     optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)

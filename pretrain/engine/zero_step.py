@@ -207,6 +207,7 @@ class Zero3Optimizer(DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
             self._optimizer_step(sub_group)
             self._reassign_or_swap_out_partitioned_parameters(sub_group)
             self._release_sub_group(sub_group, timers)
+        self.invalidate_secondary_tensor()  # a copy of the old weights, with `zero_hpz_partition_size`
         _gather(self.persistent_parameters)
         _let_gathers_wait(self)
         self._post_step(timers)

@@ -1,5 +1,7 @@
-"""Gradients and updates at ZeRO 1."""
+"""Gradients and updates at ZeRO 1 and 3."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,8 @@ import torch
 
 from pretrain.engine.zero_step import Zero1Optimizer, sum_over_ranks
 from pretrain.world import World
-from rank_pool import RankPool
-from runs import Tree, build_engine, microbatch, run_config
+from rank_pool import ForkServer, RankPool
+from runs import Tree, build_engine, logged, microbatch, pretrain_case, run_config
 
 
 def sum_case(world: World) -> list[float]:
@@ -52,3 +54,27 @@ def test_a_missing_gradient_is_zero(
     tree = run_config(tmp_path, wordpiece_corpus, f"{precision}_zero1", optimizer__grad_clip=0.0)
     for used, unused in pools[ranks].run(unused_case, tree):
         assert 0 < unused < 0.9 * used
+
+
+@pytest.fixture
+def new_ranks(fork_server: ForkServer) -> Iterator[RankPool]:
+    """Two ranks that no other test uses: DeepSpeed keeps the groups of `zero_hpz_partition_size` for later engines."""
+    pool = RankPool(fork_server, 2)
+    yield pool
+    pool.close()
+
+
+def test_weights_that_zero3_keeps_twice_are_updated(
+    pools: dict[int, RankPool], new_ranks: RankPool, wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches biases and norms of the step before, and initial weights after a resume: ZeRO 3 takes them from the
+    second copy that `zero_hpz_partition_size` keeps."""
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}))
+    once, twice = (
+        run_config(tmp_path / name, wordpiece_corpus, "fp32_zero3", schedule__steps=4) for name in ("once", "twice")
+    )
+    twice["engine"] = {"ds_config": str(tmp_path / "ds.json")}
+    assert pools[2].run(pretrain_case, once) == ["done"] * 2
+    assert new_ranks.run(pretrain_case, twice, 2) == ["stopped"] * 2
+    assert new_ranks.run(pretrain_case, twice) == ["done"] * 2
+    assert logged(tmp_path / "twice") == pytest.approx(logged(tmp_path / "once"), rel=1e-6)
