@@ -267,6 +267,11 @@ def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
         raise UserError(
             f"{path}: 'compute_grad_norm' is {json.dumps(norm)}, but every update needs the norm; remove it"
         )
+    predivided = raw.get("gradient_predivide_factor", 1) != 1
+    if predivided and zero.get("stage", 0) > 1 and zero.get("reduce_scatter", True):
+        raise UserError(
+            f"{path}: 'gradient_predivide_factor' needs \"reduce_scatter\": false at ZeRO stage 2 and 3; remove it"
+        )
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         _check_offload(zero, key, lowest, path)
     if _offload_device(zero, "offload_param") == "nvme" and _offload_device(zero, "offload_optimizer") != "nvme":

@@ -105,6 +105,10 @@ def test_engine_config_does_not_change_its_input() -> None:
         ('{"zero_optimization": {"reduce_bucket_size": "auto"}}', "'zero_optimization.reduce_bucket_size' is \"auto\""),
         ('{"bf16": {"enabled": "off"}}', "'bf16.enabled' is \"off\", expected true or false"),
         ('{"zero_optimization": {"stage": 2, "compute_grad_norm": 0}}', "'compute_grad_norm' is 0"),
+        (
+            '{"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2.0}',
+            "'gradient_predivide_factor' needs \"reduce_scatter\": false",
+        ),
         ('{"zero_optimization": {"stage": 4}}', "'zero_optimization.stage' is 4"),
         ('{"zero_optimization": {"round_robin_gradients": true}}', "round_robin_gradients"),
         ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "both 'fp16' and 'bf16'"),
