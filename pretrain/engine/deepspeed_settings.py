@@ -103,6 +103,8 @@ class DeepSpeedSettings:
         for key in ("offload_optimizer", "offload_param"):
             if swap_folder is not None and _offload_device(zero, key) == "nvme":
                 zero[key] = zero[key] | {"nvme_path": str(swap_folder)}
+        if self.zero_stage < 2:
+            zero["overlap_comm"] = False  # nothing is reduced during a backward pass, and DeepSpeed refuses it
         if self.zero_stage == 3:
             zero.setdefault("memory_efficient_linear", False)  # it would replace F.linear in the whole process
         merged = dict(self.raw)

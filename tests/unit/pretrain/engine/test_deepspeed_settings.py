@@ -81,6 +81,12 @@ def test_gradients_are_accumulated_in_fp32_by_default(precision: str) -> None:
     assert engine_config({precision: {"enabled": True}})["communication_data_type"] == "fp32", "at ZeRO 1 too"
 
 
+def test_overlap_comm_is_off_where_nothing_is_reduced_during_a_backward_pass() -> None:
+    """Catches a trace of DeepSpeed, which refuses it at ZeRO 0 and 1."""
+    sections = [engine_config({"zero_optimization": {"stage": stage, "overlap_comm": True}}) for stage in range(4)]
+    assert [each["zero_optimization"]["overlap_comm"] for each in sections] == [False, False, True, True]
+
+
 def test_engine_config_does_not_change_its_input() -> None:
     """Catches a second engine that is built from a config that the first one changed."""
     config: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}
