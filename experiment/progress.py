@@ -41,11 +41,15 @@ def _console(**options: Any) -> Console:
     return _Stderr(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True, **options)
 
 
+def warning_console() -> Console:
+    """Return a console like `terminal` that also prints with `--quiet`."""
+    return _console() if is_quiet() else terminal()
+
+
 def print_warning(line: str) -> None:
     """Print a line on the terminal, also with `--quiet`."""
-    if os.environ.get(QUIET_VARIABLE) == _WITHOUT_WARNINGS:
-        return
-    (_console() if is_quiet() else terminal()).print(line)
+    if os.environ.get(QUIET_VARIABLE) != _WITHOUT_WARNINGS:
+        warning_console().print(line)
 
 
 @contextmanager

@@ -5,10 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from rich.console import Console
 from rich.text import Text
 
-from experiment.progress import terminal
+from experiment.progress import terminal, warning_console
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.progress_line import PROGRESS_LOG
 
@@ -92,9 +91,7 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-            console = terminal()
-            if console.quiet and record.levelno >= logging.WARNING:  # nothing else is there
-                console = Console(stderr=True, soft_wrap=True)
+            console = terminal() if record.levelno < logging.WARNING else warning_console()
             console.print(Text(prefix + self.format(record), COLORS.get(record.levelno, "")))
         except Exception:
             self.handleError(record)

@@ -74,12 +74,23 @@ def test_a_bar_in_a_bar_is_left_out(screen: Screen) -> None:
         advance(1)
 
 
-def test_progress_that_nobody_reads_ends_no_run() -> None:
+_PROGRESS = (
+    "import sys\nfrom experiment.progress import terminal\nsys.stdin.readline()\n"
+    "for _ in range(3):\n    terminal().print('step')\n    print('step', file=sys.stderr, flush=True)\n"
+)
+_QUIET_WARNING = (
+    "import logging, sys\nfrom pathlib import Path\nfrom tempfile import TemporaryDirectory\n"
+    "from experiment.progress import quiet\nfrom experiment.run_files.run_folder import RunFolder\n"
+    "from experiment.tracking.rank_logs import set_up_logging\n"
+    "with quiet(), TemporaryDirectory() as folder:\n"
+    "    set_up_logging(RunFolder(Path(folder)), 0)\n    sys.stdin.readline()\n"
+    "    logging.getLogger('pretrain').warning('careful')\n"
+)
+
+
+@pytest.mark.parametrize("code", [_PROGRESS, _QUIET_WARNING], ids=["progress", "a warning of a quiet run"])
+def test_output_that_nobody_reads_ends_no_run(code: str) -> None:
     """Catches a run that fails because `tee` or `head`, which read its output, have ended."""
-    code = (
-        "import sys\nfrom experiment.progress import terminal\nsys.stdin.readline()\n"
-        "for _ in range(3):\n    terminal().print('step')\n    print('step', file=sys.stderr, flush=True)\n"
-    )
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stderr=pipe, cwd=REPOSITORY) as process:
         assert process.stderr is not None

@@ -120,7 +120,7 @@ def test_a_colored_warning_does_not_color_the_progress_bar(tmp_path: Path, monke
     """Catches a style that is also applied to the progress bar."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, force_interactive=True, color_system="standard", width=99)
-    monkeypatch.setattr(rank_logs, "terminal", lambda: console)
+    monkeypatch.setattr(rank_logs, "warning_console", lambda: console)
     set_up_logging(RunFolder(tmp_path), 0)
     tracker = ConsoleTracker(10, console=console)
     tracker.log({"step": 1, "loss": 1.0})
