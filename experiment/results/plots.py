@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
 from matplotlib.ticker import (
     EngFormatter,
     FuncFormatter,
@@ -34,7 +34,7 @@ _CJK_FONTS = (
     *("Microsoft YaHei", "SimHei", "PingFang SC", "Heiti SC", "Arial Unicode MS"),
 )
 _INSTALLED = {font.name for font in fontManager.ttflist}
-matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _CJK_FONTS if name in _INSTALLED)]
+_FONTS = ["DejaVu Sans", *(name for name in _CJK_FONTS if name in _INSTALLED)]
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +90,10 @@ def draw_dots(path: Path, charts: Sequence[DotChart]) -> None:
                 axes.plot(dots.interval, [row, row], color=COLORS[0], linewidth=2)
             axes.plot([dots.mean, dots.mean], [row - 0.28, row + 0.28], color=COLORS[0], linewidth=2.5)
             axes.annotate(f"{dots.mean:.3f}", (dots.mean, row - 0.32), ha="center", va="bottom", color=COLORS[0])
-        axes.set_yticks(range(len(chart.rows)), [dots.label for dots in chart.rows], parse_math=False)
+        axes.set_yticks(range(len(chart.rows)), [dots.label for dots in chart.rows])
         axes.set_ylim(len(chart.rows) - 0.4, -0.75)
         axes.set_xticks(chart.ticks)
-        axes.set_xlabel(chart.title, color=GREY, parse_math=False)
+        axes.set_xlabel(chart.title, color=GREY)
         _tidy(axes, grid="x")
     save_figure(canvas, path)
 
@@ -138,7 +138,9 @@ def _tidy(axes: Axes, grid: Literal["x", "both"]) -> None:
 
 
 def save_figure(canvas: Canvas, path: Path) -> None:
-    """Write a PNG, replacing an old one atomically."""
+    """Write a PNG, replacing an old one atomically. The settings of matplotlib, such as those of a notebook, stay."""
+    for text in canvas.findobj(Text):
+        text.set(family=_FONTS, parse_math=False)  # names may have dollars
     with warnings.catch_warnings(record=True) as caught, atomic_write(path) as temporary:
         warnings.simplefilter("always")
         canvas.savefig(temporary, format="png", facecolor="white")

@@ -23,13 +23,13 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], labels: Sequence[st
     axes = canvas.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     canvas.colorbar(image, ax=axes, label="share of the label's examples")
-    axes.set_title(title, color=GREY, fontsize=size, parse_math=False)  # names may have dollars
+    axes.set_title(title, color=GREY, fontsize=size)
     axes.set_xlabel("predicted", color=GREY, fontsize=size)
     axes.set_ylabel("label", color=GREY, fontsize=size)
     if len(labels) <= _MAX_ANNOTATED:
         ticks = range(len(labels))
-        axes.set_xticks(ticks, labels, rotation=45, ha="right", fontsize=size, parse_math=False)
-        axes.set_yticks(ticks, labels, fontsize=size, parse_math=False)
+        axes.set_xticks(ticks, labels, rotation=45, ha="right", fontsize=size)
+        axes.set_yticks(ticks, labels, fontsize=size)
         for row in ticks:
             for column in ticks:
                 color = "white" if shares[row, column] > 0.5 else "black"

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +12,7 @@ from matplotlib.figure import Figure
 from experiment.results import plots as figures
 from experiment.results.charts import Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
 from experiment.results.curves import Curve
-from experiment.results.plots import draw_charts, draw_panels, save_figure
+from experiment.results.plots import draw_charts, draw_grid, draw_panels, save_figure
 
 
 @pytest.fixture
@@ -92,6 +94,28 @@ def test_dots_are_drawn_with_their_mean_and_interval(tmp_path: Path, canvases: l
     assert first.get_ylim()[0] > first.get_ylim()[1], "the first row is at the top"
     assert (first.get_xlabel(), second.get_xlabel()) == ("accuracy", "f1")
     assert inked(tmp_path / "scores.png") > 0.005
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    """Catches a report that ends in a traceback of matplotlib's formula parser because of the name of a run."""
+    lines = [Line(name, Curve.of([1, 2], [1.0, 2.0])) for name in ("$5_to_$10", "$\\frac{$")]
+    panel = Panel("$\\loss$", lines, "log")
+    draw_panels(tmp_path / "loss.png", [panel])
+    draw_grid(tmp_path / "sweep.png", panel, "$\\lr$", {1.0: "$\\low$", 2.0: "2"}, log_x=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "sweep.png"}
+
+
+def test_the_settings_of_a_notebook_stay(tmp_path: Path) -> None:
+    """Catches plots of a user whose fonts and formulas are gone after a call of ours."""
+    with matplotlib.rc_context({"font.family": ["serif"]}):
+        draw_panels(tmp_path / "loss.png", [Panel("loss", [Line("a", Curve.of([1, 2], [1.0, 2.0]))])])
+        assert matplotlib.rcParams["font.family"] == ["serif"]
+        assert matplotlib.rcParams["text.parse_math"]
+    code = (
+        "import matplotlib\nbefore = dict(matplotlib.rcParams)\nimport experiment.results.plots\n"
+        "assert dict(matplotlib.rcParams) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[4], check=True)
 
 
 def test_characters_without_a_font_are_one_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
