@@ -94,7 +94,7 @@ class Loader(yaml.SafeLoader):
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, KeyError, AttributeError) as error:  # such as a whole number of 10,000 digits
+        except (ValueError, LookupError) as error:  # such as a whole number of 10,000 digits
             kind = node.tag.rpartition(":")[2]
             problem = f"cannot read {str(node.value)[:20]!r} as {kind}: {str(error).partition(';')[0]}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
@@ -139,6 +139,11 @@ _PLAIN_VALUES = {
 Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] in ("null", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rsplit(":", 1)[1] in ("null", "bool", "int", "float", "str", "seq", "map")
 }
 for _name, (_pattern, _first) in _PLAIN_VALUES.items():
     for _class in (Loader, _Dumper):
