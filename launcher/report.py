@@ -4,11 +4,15 @@ The fillings are computed when a report is made, from the exported models and on
 nor slowed down. The sentences are chosen once, and kept with the fillings.
 """
 
+import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from heapq import nlargest
+from itertools import pairwise, product
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
@@ -29,13 +33,14 @@ from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoin
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 _SENTENCES = 10
 _TOP = 5
 _CHECKPOINTS = 6
 _SHORTEST, _LONGEST = 8, 40  # tokens of a sentence
+_LONGEST_WORD = 4  # tokens, where a segmenter has found the words
 _ENDS = frozenset(".!?。！？")
 _SEED = 0
 _BETWEEN_HAN = regex.compile(r"(?<=[\p{Han}\u3000-\u303f\uff00-\uffef]) (?=[\p{Han}\u3000-\u303f\uff00-\uffef])")
@@ -147,8 +152,13 @@ def choose_sentences(
         starts = np.ones(len(ids), dtype=np.bool_) if word_starts is None else word_starts[: len(ids)]
         if word_starts is None and boundaries is not None:
             starts = boundaries.word_starts(ids)
-        whole = starts & np.append(starts[1:], True) & ~vocabulary.unmaskable[ids]
-        sentence = _mask_word(ids, np.flatnonzero(whole).tolist(), tokenizer, draw)
+        most = 1 if word_starts is None else _LONGEST_WORD
+        words = [
+            (start, end)
+            for start, end in pairwise(np.flatnonzero(starts).tolist())  # the last word may be cut off
+            if end - start <= most and not vocabulary.unmaskable[ids[start:end]].any()
+        ]
+        sentence = _mask_word(ids, words, tokenizer, draw)
         if sentence is not None:
             chosen[sentence] = None
         if len(chosen) == _SENTENCES:
@@ -164,20 +174,32 @@ def _first_sentence(ids: NDArray[np.int32], tokenizer: "PreTrainedTokenizerFast"
 
 
 def _mask_word(
-    ids: NDArray[np.int32], whole: Sequence[int], tokenizer: "PreTrainedTokenizerFast", draw: np.random.Generator
+    ids: NDArray[np.int32],
+    words: Sequence[tuple[int, int]],
+    tokenizer: "PreTrainedTokenizerFast",
+    draw: np.random.Generator,
 ) -> MaskedSentence | None:
-    """Mask a word that is one token; None if there is none, or the text cannot be put together again. whole: the tokens
-    that are words or other units."""
-    words = [at for at in whole if tokenizer.decode([int(ids[at])]).strip().isalpha()]
-    if not words:
+    """Mask a word; None if there is none, or the text cannot be put together again. words: the first token of each, and
+    the one after it."""
+    texts = {word: tokenizer.decode(ids[slice(*word)].tolist()).strip() for word in words}
+    named = [word for word, text in texts.items() if _close_up(text).isalpha()]
+    if not named:
         return None
-    at = words[int(draw.integers(len(words)))]
-    answer = tokenizer.decode([int(ids[at])]).strip()
-    text, until = tokenizer.decode(ids.tolist()), tokenizer.decode(ids[: at + 1].tolist())
+    start, end = named[int(draw.integers(len(named)))]
+    answer = texts[start, end]
+    text, until = tokenizer.decode(ids.tolist()), tokenizer.decode(ids[:end].tolist())
     if not (until.endswith(answer) and text.startswith(until)) or str(tokenizer.mask_token) in text:
         return None
-    before, after = _close_up(until).removesuffix(answer), _close_up(f"{answer}{text.removeprefix(until)}")
-    return MaskedSentence(before, answer, after.removeprefix(answer))
+    closed = _close_up(answer)
+    before, after = _close_up(until).removesuffix(closed), _close_up(f"{answer}{text.removeprefix(until)}")
+    sentence = MaskedSentence(before, closed, after.removeprefix(closed))
+    return sentence if _count_masks(sentence, tokenizer) == end - start else None
+
+
+def _count_masks(sentence: MaskedSentence, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the number of tokens of the masked word."""
+    before, until = (tokenizer.tokenize(text) for text in (sentence.before, sentence.before + sentence.answer))
+    return max(len(until) - len(before), 1)  # a space before the word may be a token, or a part of the word
 
 
 def _close_up(text: str) -> str:
@@ -192,10 +214,20 @@ def _fill(model: Path, sentences: Sequence[MaskedSentence]) -> Iterator[FilledSe
 
     with _one_thread():
         filler = MaskFiller(load_on_cpu(model, load_filling_tokenizer(model), ranking_task()))
-        texts = [f"{sentence.before}{filler.mask}{sentence.after}" for sentence in sentences]
-        for sentence, (candidates,) in zip(sentences, filler.fill(texts, _TOP), strict=True):
-            top = tuple((found["token"], round(found["probability"], 6)) for found in candidates)
-            yield FilledSentence(sentence, top)
+        masks = [filler.mask * _count_masks(sentence, filler.tokenizer) for sentence in sentences]
+        texts = [f"{sentence.before}{mask}{sentence.after}" for sentence, mask in zip(sentences, masks, strict=True)]
+        for sentence, candidates in zip(sentences, filler.fill(texts, _TOP), strict=True):
+            yield FilledSentence(sentence, _best_words(candidates))
+
+
+def _best_words(candidates: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[tuple[str, float], ...]:
+    """Return the most probable words, with their probabilities. candidates: for each token of the word. The tokens are
+    predicted independently."""
+    words = (
+        ("".join(token["token"] for token in tokens), math.prod(token["probability"] for token in tokens))
+        for tokens in product(*candidates)
+    )
+    return tuple((word, round(probability, 6)) for word, probability in nlargest(_TOP, words, itemgetter(1)))
 
 
 @contextmanager

@@ -20,14 +20,14 @@ _SHOWN = 6  # checkpoints
 @dataclass(frozen=True)
 class MaskedSentence:
     before: str
-    answer: str  # the masked token
+    answer: str  # the masked word
     after: str
 
 
 @dataclass(frozen=True)
 class FilledSentence:
     sentence: MaskedSentence
-    top: tuple[tuple[str, float], ...]  # (token, probability), the most probable first
+    top: tuple[tuple[str, float], ...]  # (word, probability), the most probable first
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def filling_blocks(folder: RunFolder) -> list[Block]:
     fillings = [
         Filling(sentence.before, sentence.answer, sentence.after, guesses) for sentence, guesses in by_sentence.items()
     ]
-    about = "The marked token is masked. Below: the most probable tokens of each checkpoint, with their probabilities."
+    about = "The marked word is masked. Below: the most probable words of each checkpoint, with their probabilities."
     return [Heading("Held-out sentences"), Text(about), Fillings(fillings)]
 
 

@@ -66,12 +66,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Filling:
-    """A sentence with a masked token, and a model's fillings at several steps."""
+    """A sentence with a masked word, and a model's fillings at several steps."""
 
     before: str
     answer: str
     after: str
-    guesses: Sequence[tuple[str, Sequence[tuple[str, str]]]]  # (step, (token, probability), the most probable first)
+    guesses: Sequence[tuple[str, Sequence[tuple[str, str]]]]  # (step, (word, probability), the most probable first)
 
 
 @dataclass(frozen=True)

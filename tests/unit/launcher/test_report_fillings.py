@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
@@ -138,21 +139,54 @@ def test_sentences_can_be_put_together_again(corpus: str, request: pytest.Fixtur
         assert not sentence.after[:1].isalnum()
 
 
-def test_a_word_of_a_chinese_sentence_is_masked(tmp_path: Path) -> None:
-    """Catches one of the two characters of a Chinese word that is masked, and spaces between characters."""
-    characters = "我们支持手机，他说的对。"
+@pytest.fixture
+def chinese(tmp_path: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each character."""
+    characters = "我们支持手机，他说的对。很好"
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]))
-    tokenizer = load_tokenizer(tmp_path)
-    ids = np.array(tokenizer(characters, add_special_tokens=False)["input_ids"], dtype=np.int32)
+    return load_tokenizer(tmp_path)
+
+
+def test_a_word_of_a_chinese_sentence_is_masked(chinese: PreTrainedTokenizerFast) -> None:
+    """Catches one of the two characters of a Chinese word that is masked, words that are never masked because they have
+    several characters, and spaces between characters."""
+    ids = np.array(chinese("我们支持手机，他说的对。", add_special_tokens=False)["input_ids"], dtype=np.int32)
     starts = np.array([number in (0, 2, 4, 6, 7, 8, 9, 10, 11) for number in range(len(ids))])
-    texts = [(ids, starts)] * 50
-    sentences = choose_sentences(iter(texts), tokenizer)
+    sentences = choose_sentences(iter([(ids, starts)] * 100), chinese)
     assert {f"{sentence.before}[{sentence.answer}]{sentence.after}" for sentence in sentences} == {
+        "[我们]支持手机，他说的对。",
+        "我们[支持]手机，他说的对。",
+        "我们支持[手机]，他说的对。",
         "我们支持手机，[他]说的对。",
         "我们支持手机，他[说]的对。",
         "我们支持手机，他说[的]对。",
         "我们支持手机，他说的[对]。",
     }
+
+
+def test_a_word_of_several_tokens_is_filled(chinese: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Catches one mask in place of a word of two characters, probabilities of a part of it, and words that are missing
+    because another first character is more probable."""
+    folder = open_run_folder(tmp_path / "run")
+    chinese.save_pretrained(tmp_path / "hf")
+    save_checkpoint(folder, 10, tmp_path / "hf")
+    sentences = [MaskedSentence("我们支持", "手机", "，他说的对。"), MaskedSentence("我们支持手机，他说", "的", "对。")]
+    two, one = report._fill(folder.checkpoints / "step-00000010" / "hf", sentences)
+    for filled in (two, one):
+        assert len({word for word, _ in filled.top}) == 5
+        probabilities = [probability for _, probability in filled.top]
+        assert probabilities == sorted(probabilities, reverse=True)
+    assert all(probability < one.top[-1][1] for _, probability in two.top)
+    first = [{"token": "手", "probability": 0.6}, {"token": "很", "probability": 0.4}]
+    second = [{"token": "机", "probability": 0.7}, {"token": "好", "probability": 0.2}]
+    assert report._best_words([first, second]) == (("手机", 0.42), ("很机", 0.28), ("手好", 0.12), ("很好", 0.08))
+
+
+def test_a_word_that_is_cut_off_is_not_masked(chinese: PreTrainedTokenizerFast) -> None:
+    """Catches a sentence that ends in a part of a word, because it is long."""
+    ids = np.array(chinese("我们支持手机，他说", add_special_tokens=False)["input_ids"], dtype=np.int32)
+    starts = np.array([number in (0, 8) for number in range(len(ids))])
+    assert choose_sentences(iter([(ids, starts)] * 10), chinese) == []
 
 
 def test_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
