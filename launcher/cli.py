@@ -1,6 +1,7 @@
 """The command line: runs one command, and turns errors into messages and exit codes."""
 
 import importlib.metadata
+import os
 import select
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import fire
 
+from experiment.csv_and_jsonl import is_unicode
 from experiment.errors import StoppedError, UserError, describe_disk_error, notify
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, ignore_stop_signals, interrupt
 from launcher.command_line import help_text, is_help_request, parse_command_line, terminal_width
@@ -77,9 +79,11 @@ def _run_command(argv: Sequence[str]) -> None:
         print(help_text(argv, COMMANDS, ABOUT, width=terminal_width()))
     else:
         try:
-            Path.cwd()
+            names = (str(Path.cwd()), *argv)
         except FileNotFoundError:
             raise UserError("the working directory no longer exists; change to another one") from None
+        if damaged := next((name for name in names if not is_unicode(name)), None):
+            raise UserError(f"{os.fsencode(damaged)!r} is not UTF-8; rename the file or folder")
         name, options = parse_command_line(argv, COMMANDS)
         fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
 

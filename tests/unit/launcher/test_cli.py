@@ -298,3 +298,16 @@ def test_a_deleted_working_directory_is_reported(
     (tmp_path / "gone").rmdir()
     assert main(["status", "runs/mine"]) == 2
     assert "the working directory no longer exists" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf_8_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback when a command writes the name to a file, such as RUN/provenance.json."""
+    folder = tmp_path / os.fsdecode(b"\xfcbung")
+    folder.mkdir()
+    assert main(["status", str(folder)]) == 2
+    assert "\\xfcbung' is not UTF-8; rename the file or folder" in capsys.readouterr().err
+    monkeypatch.chdir(folder)
+    assert main(["status", "runs/mine"]) == 2
+    assert "\\xfcbung' is not UTF-8; rename the file or folder" in capsys.readouterr().err
