@@ -8,7 +8,9 @@ HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots(?:/|$)")
 """Matches the organization and name, or the name alone, in the path of a model in transformers' cache."""
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_OTHER_FORM = re.compile(r"(?:hub:|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)([\w.-]+/[\w.-]+)/?")
+_OTHER_FORM = re.compile(
+    r"(?:hub:|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)([\w.-]+(?:/[\w.-]+)?)(?:/tree/.*)?/?"
+)
 
 
 class HubName(NamedTuple):

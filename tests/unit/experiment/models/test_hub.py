@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 from experiment.errors import UserError
 from experiment.models.hub import download_model, resolve_commit
-from experiment.models.hub_names import HubName
+from experiment.models.hub_names import HubName, meant_name
 from experiment.models.model_names import local_model, local_tokenizer, record_model
 from hub_server import HubServer, cut, status
 
@@ -67,6 +67,20 @@ def test_names(text: str, expected: HubName | None, tmp_path: Path, monkeypatch:
     (tmp_path / "runs").mkdir()
     (tmp_path / "here").mkdir()
     assert HubName.of_model(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("hub:bert-base-chinese", "bert-base-chinese"),
+        ("https://huggingface.co/org/bert-base-tiny/", "org/bert-base-tiny"),
+        ("https://hf.co/org/bert-base-tiny/tree/main", "org/bert-base-tiny"),
+        ("https://example.com/org/bert-base-tiny", None),
+    ],
+)
+def test_the_address_of_a_page_is_no_name(text: str, name: str | None) -> None:
+    """Catches advice on checkpoints in object storage for who gives a page of the Hub, or a model like data."""
+    assert meant_name(text) == name
 
 
 def test_downloads_what_is_needed_and_once(hub: HubServer, commit: str) -> None:
