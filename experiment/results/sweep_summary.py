@@ -33,7 +33,8 @@ class SweepResult:
 
 
 def read_metric(folder: RunFolder, metric: str) -> float | None:
-    """Return the metric of a finished run: on validation in results.json, or its last value in metrics.jsonl.
+    """Return the metric of a finished run: on validation in results.json, or its last value in metrics.jsonl;
+    None without one, or if that is not finite.
 
     Raises UserError for a damaged results.json.
     """
@@ -46,8 +47,8 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
                 f"{folder.results} is damaged: {type(error).__name__}: {reason(error)}; to train this run again, "
                 f"delete {folder.path} and run the same command again"
             ) from None
-    values = [event[metric] for event in read_events(folder.metrics) if event.get(metric) is not None]
-    return float(values[-1]) if values else None
+    values = [event[metric] for event in read_events(folder.metrics) if metric in event]
+    return float(values[-1]) if values and values[-1] is not None else None
 
 
 def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> list[SweepResult]:

@@ -24,6 +24,14 @@ def test_results_of_fine_tuning(tmp_path: Path) -> None:
     assert read_metric(RunFolder(tmp_path), "accuracy") is None
 
 
+@pytest.mark.parametrize(("events", "value"), [([3.0, 2.0], 2.0), ([2.0, None], None), ([], None)])
+def test_the_last_value_of_pretraining(tmp_path: Path, events: list[float | None], value: float | None) -> None:
+    """Catches a run that has diverged and is listed with an earlier, better value."""
+    lines = [{"step": step, "eval/wiki/perplexity": found} for step, found in enumerate(events)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, {"step": 9}]))
+    assert read_metric(RunFolder(tmp_path), "eval/wiki/perplexity") == value
+
+
 @pytest.mark.parametrize("content", ["", '{"splits": {"valid', "[]", '{"splits": {}}', '{"splits": {"validation": 1}}'])
 def test_damaged_results_of_fine_tuning(tmp_path: Path, content: str) -> None:
     """Catches a traceback at the restart of a sweep with a finished run that was damaged."""
