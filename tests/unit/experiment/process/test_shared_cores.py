@@ -109,8 +109,8 @@ finally:
 
 @needs_cores
 def test_which_processes_watch_themselves(run: Run) -> None:
-    """Catches GOMP_SPINCOUNT without effect, a second thread that watches, one beside a single computing thread, and a
-    forked process without one because its parent has one."""
+    """Catches GOMP_SPINCOUNT without effect, a second thread that watches, one beside a single computing thread or in a
+    process that is bound to a core, and a forked process without one because its parent has one."""
     code = """
 def watching():
     share_cores()
@@ -128,10 +128,15 @@ watching()
 watching()
 if os.fork() == 0:
     watching()
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # as MPI and srun bind ranks
+    if os.fork() == 0:
+        watching()
+        os._exit(0)
+    os.wait()
     os._exit(0)
 os.wait()
 """
-    assert run(code) == ["0", "0", "1", "1", "1"]
+    assert run(code) == ["0", "0", "1", "1", "1", "0"]
 
 
 def test_too_few_threads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

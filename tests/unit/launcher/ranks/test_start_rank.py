@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hosts.probe import cpu_cores
+from launcher.hosts.probe import cpu_cores, within_quota
 from launcher.ranks import start_rank
 from launcher.ranks.environment import GLIBC_TUNABLES, host_environment
 
@@ -58,6 +58,17 @@ def test_cores_that_a_rank_is_bound_to_are_not_divided_again(
     monkeypatch.setattr(start_rank, "within_quota", lambda cores: cores)
     environ = host_environment({}, start_rank._cores_of_ranks(ranks), ranks, "cpu")
     assert environ["OMP_NUM_THREADS"] == str(threads)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_process_that_is_bound_to_a_core_finds_those_of_its_parent() -> None:
+    """Catches ranks of MPI or srun that divide the core which each of them has."""
+    code = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
+        "from launcher.ranks.start_rank import _cores_of_ranks; print(*map(_cores_of_ranks, (1, 2)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["1", str(within_quota(2))]
 
 
 def test_starting_a_rank_imports_no_torch() -> None:
