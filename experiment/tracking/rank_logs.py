@@ -13,18 +13,19 @@ from experiment.tracking.progress_line import PROGRESS_LOG
 
 OUR_PACKAGES = frozenset({"__main__", "launcher", "pretrain", "finetune", "experiment", "benchmarks"})
 COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+_Removed = tuple[logging.Logger, logging.Handler, bool]  # and whether the logger passed messages on
 FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def set_up_logging(folder: RunFolder, rank: int) -> None:
+def set_up_logging(folder: RunFolder, rank: int) -> list[_Removed]:
     """Log to RUN/logs/rank-N.log; on rank 0, also print our messages and the libraries' warnings to the terminal.
 
     Python's warnings go to the file only. Removes the handlers through which libraries print to the terminal, so call
-    it after they are imported.
+    it after they are imported. Returns them.
     """
     folder.logs.mkdir(parents=True, exist_ok=True)
     logging.captureWarnings(True)
-    _remove_terminal_handlers()
+    removed = _remove_terminal_handlers()
     _remove_own_handlers()
     root = logging.getLogger()
     root.setLevel(logging.INFO)
@@ -33,17 +34,21 @@ def set_up_logging(folder: RunFolder, rank: int) -> None:
     root.addHandler(log_file)
     if rank == 0:
         root.addHandler(_Terminal())
+    return removed
 
 
 @contextmanager
 def logging_set_up(folder: RunFolder) -> Iterator[None]:
-    """Log in the block as rank 0 does, for a command of one process."""
+    """Log in the block as rank 0 does, for a command of one process, or a function that a script calls."""
     level = logging.getLogger().level
-    set_up_logging(folder, 0)
+    removed = set_up_logging(folder, 0)
     try:
         yield
     finally:
         _remove_own_handlers()
+        for logger, handler, propagate in removed:
+            logger.addHandler(handler)
+            logger.propagate = propagate
         logging.getLogger().setLevel(level)
         logging.captureWarnings(False)
 
@@ -56,13 +61,19 @@ def _remove_own_handlers() -> None:
             handler.close()
 
 
-def _remove_terminal_handlers() -> None:
+def _remove_terminal_handlers() -> list[_Removed]:
     """Make libraries that print their own messages pass them to the root logger instead."""
     loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
-    for logger in loggers:
-        for handler in [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]:
-            logger.removeHandler(handler)
-            logger.propagate = True
+    removed: list[_Removed] = [
+        (logger, handler, logger.propagate)
+        for logger in loggers
+        for handler in logger.handlers
+        if type(handler) is logging.StreamHandler
+    ]
+    for logger, handler, _ in removed:
+        logger.removeHandler(handler)
+        logger.propagate = True
+    return removed
 
 
 class _RankLog(logging.FileHandler):

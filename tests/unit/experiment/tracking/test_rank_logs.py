@@ -13,7 +13,7 @@ from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking import rank_logs
 from experiment.tracking.progress_line import ConsoleTracker
-from experiment.tracking.rank_logs import set_up_logging
+from experiment.tracking.rank_logs import logging_set_up, set_up_logging
 from small_disk import SmallDisk
 
 
@@ -91,6 +91,21 @@ def test_handlers_of_libraries_do_not_print(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr() == ("", "")
     assert "chatter" in (tmp_path / "logs" / "rank-0.log").read_text()
     assert (tmp_path / "own.log").read_text() == "chatter\n"
+
+
+def test_handlers_of_a_script_are_back_after_the_call(tmp_path: Path) -> None:
+    """Catches messages of a script that are gone after it has called `deepcloze.finetune`."""
+    written = io.StringIO()
+    own = logging.getLogger("script")
+    own.propagate = False
+    own.addHandler(logging.StreamHandler(written))
+    with logging_set_up(RunFolder(tmp_path)):
+        own.warning("during")
+    own.warning("after")
+    own.handlers.clear()
+    assert written.getvalue() == "after\n"
+    assert not own.propagate
+    assert "during" in RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
 
 
 def test_setting_up_twice_logs_once_and_a_second_attempt_appends(
