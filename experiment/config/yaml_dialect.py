@@ -6,7 +6,6 @@
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -21,23 +20,16 @@ KeyPath = tuple[str, ...]  # path of a value: keys and, in lists, indices
 
 def read_yaml(text: str) -> Any:
     """Return the value of one YAML document. Raises yaml.YAMLError."""
-    with _deep_nesting_is_an_error():
-        return yaml.load(text, Loader=Loader)
+    return read_yaml_with_lines(text)[0]
 
 
 def read_yaml_with_lines(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """(value, line of each key and list item, counted from 1) of one YAML document. Raises yaml.YAMLError."""
-    with _deep_nesting_is_an_error():
+    try:
         loader = Loader(text)
         node = loader.get_single_node()
         value = None if node is None else loader.construct_document(node)
         return value, dict(_lines(node, (), ()))
-
-
-@contextmanager
-def _deep_nesting_is_an_error() -> Iterator[None]:
-    try:
-        yield
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
 

@@ -71,13 +71,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     device_name: as from `torch.cuda.get_device_name`. precision: fp16 or bf16 (tensor cores, fp32 accumulation), or
     fp32 (no tensor cores).
     """
-    if "MIG" in device_name:
-        return None  # a part of a device
-    for pattern, peaks in _PEAKS:
-        if re.search(pattern, device_name):
-            peak = peaks.get(precision)
-            return None if peak is None else peak * 1e12
-    return None
+    peaks = next((peaks for pattern, peaks in _PEAKS if re.search(pattern, device_name)), {})
+    is_part = "MIG" in device_name
+    return None if is_part or precision not in peaks else peaks[precision] * 1e12
 
 
 # TFLOP/s without sparsity. The first pattern found in the name applies.

@@ -77,12 +77,7 @@ def run_blocks(run: Run) -> list[Block]:
     held_out = run.results is None
     blocks += training_blocks(run.history, held_out, read_marks(run))
     axis = next((seed.axis for seed in run.history.seeds.values()), NO_AXIS)
-    return [
-        *blocks,
-        *downstream_blocks(run.folder, axis),
-        *filling_blocks(run.folder),
-        *goodput_blocks(run),
-    ]
+    return [*blocks, *downstream_blocks(run.folder, axis), *filling_blocks(run.folder), *goodput_blocks(run)]
 
 
 def run_page(run: Run, blocks: Sequence[Block]) -> Page:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import socket
@@ -38,7 +37,8 @@ class PageServer(ThreadingHTTPServer):
 
     def __init__(self, listener: socket, pages: FollowedPages) -> None:
         """listener: bound to an address of this machine."""
-        super().__init__(listener.getsockname(), partial(_Handler, pages), bind_and_activate=False)
+        super().__init__(listener.getsockname(), _Handler, bind_and_activate=False)
+        self.pages = pages
         self.socket.close()
         self.socket = listener
         self.server_activate()
@@ -50,13 +50,10 @@ class PageServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: PageServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "deepcloze", ""
     timeout = _IDLE_SECONDS
-
-    def __init__(self, pages: FollowedPages, *arguments: Any) -> None:
-        self._pages = pages
-        super().__init__(*arguments)
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -74,9 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _page(self, path: str) -> FollowedPage | None:
         if path == "/":
-            return self._pages.page("")
+            return self.server.pages.page("")
         name = unquote(path.removeprefix(_RUN)) if path.startswith(_RUN) else ""
-        return self._pages.page(name) if name else None
+        return self.server.pages.page(name) if name else None
 
     def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
         self.send_response(status)
