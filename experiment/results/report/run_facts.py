@@ -166,7 +166,7 @@ def _time_facts(run: Run) -> Iterator[Fact]:
 def scaled(count: float) -> str:
     """Shorten a number: '29.6M' for 29,612,345."""
     for size, letter in _SCALES:
-        if count >= size:
+        if count >= 0.9995 * size:  # three digits are rounded up to the next unit
             return f"{count / size:.3g}{letter}"
     return f"{count:,.0f}"
 

@@ -120,9 +120,12 @@ def test_the_headline_of_a_task() -> None:
     ]
 
 
-@pytest.mark.parametrize(("count", "text"), [(7, "7"), (1500, "1.5k"), (29_612_345, "29.6M"), (1.2e9, "1.2B")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(7, "7"), (1500, "1.5k"), (999_499, "999k"), (999_500, "1M"), (29_612_345, "29.6M"), (1.2e9, "1.2B")],
+)
 def test_large_numbers(count: float, text: str) -> None:
-    """Catches a unit too large or too small."""
+    """Catches a unit too large or too small, as in 1e+03k."""
     assert scaled(count) == text
 
 
