@@ -190,7 +190,8 @@ def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_forma
                 f"{_quoting_hint(csv_format)}"
             )
     if skipped:
-        warn_once(f"{origin}: skipped {len(skipped)} rows that do not have {length} columns, such as line {skipped[0]}")
+        count, width = counted(len(skipped), "row"), counted(length, "column")
+        warn_once(f"{origin}: skipped {count} of another width than {width}, such as line {skipped[0]}")
 
 
 def _quoting_hint(csv_format: CsvFormat) -> str:

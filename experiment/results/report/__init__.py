@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.errors import UserError
+from experiment.formatting import counted
 from experiment.results.fillings import filling_blocks
 from experiment.results.history import NO_AXIS
 from experiment.results.page import PAGE, Block, Code, Heading, Page, write_page
@@ -97,4 +98,4 @@ def _overlay_page(runs: Sequence[Run]) -> Page:
         if run.folder.config.is_file()
     ]
     blocks = [*overlay_blocks(runs), Heading("Configs"), *configs]
-    return Page(f"{len(runs)} runs", blocks)
+    return Page(counted(len(runs), "run"), blocks)

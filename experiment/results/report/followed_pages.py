@@ -19,6 +19,7 @@ from pydantic_core import to_json
 
 from experiment.config import read_recorded
 from experiment.errors import UserError, describe_disk_error
+from experiment.formatting import counted
 from experiment.results.charts import ChartsData
 from experiment.results.history import History
 from experiment.results.page import Block, Headline, Links, Page, Part, Text, render_page, render_parts
@@ -270,7 +271,7 @@ class FollowedPages:
             links = [(self._name(path), self._link(RunFolder(path), is_first)) for path in sets]
             blocks.append(Links("Sweeps and comparisons", links))
         blocks += overlay_blocks(open_runs(runs)) if runs else [Text("There are no runs yet.")]
-        return Page(folders[0].path.name if len(folders) == 1 else f"{len(runs)} runs", blocks)
+        return Page(folders[0].path.name if len(folders) == 1 else counted(len(runs), "run"), blocks)
 
     def _open(self, opened: list[FollowedRun], is_first: bool, folders: Mapping[str, RunFolder]) -> list[Run]:
         """Open the runs, read so far as is possible in a short time. is_first: whether it is the first page."""

@@ -182,7 +182,9 @@ def test_rows_of_another_width_are_skipped_on_request(caplog: pytest.LogCaptureF
     lines = ["a,b\n", "1,2\n", "3\n", "4,5,6\n", "7,8\n"]
     _, rows = read_csv(lines, "f.csv", CsvFormat(on_bad_lines="skip"))
     assert [row.cells for row in rows] == [["1", "2"], ["7", "8"]]
-    assert caplog.messages == ["f.csv: skipped 2 rows that do not have 2 columns, such as line 3"]
+    assert caplog.messages == ["f.csv: skipped 2 rows of another width than 2 columns, such as line 3"]
+    list(read_csv(lines[:3], "g.csv", CsvFormat(on_bad_lines="skip"))[1])
+    assert caplog.messages[1:] == ["g.csv: skipped 1 row of another width than 2 columns, such as line 3"]
     _, rows = read_csv(lines, "f.csv", CsvFormat())
     with pytest.raises(UserError, match=r"f\.csv:3: expected 2 columns, found 1"):
         list(rows)

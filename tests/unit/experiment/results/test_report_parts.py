@@ -166,6 +166,7 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     ]
     page = write_overlay([*folders, folders[0]], tmp_path / "out")
     assert page.read_text(encoding="utf-8").count("<h1>2 runs</h1>") == 1
+    assert "<h1>1 run</h1>" in write_overlay(folders[:1], tmp_path / "out").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="nothing to report"):
         write_overlay([folders[0], open_run_folder(tmp_path / "new").path], tmp_path / "out")
     with pytest.raises(UserError, match="no run folder"):
