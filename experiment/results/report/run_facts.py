@@ -1,9 +1,10 @@
 """The headline of a report: the state and figures of a run. And the sections on its time, machines and config."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -37,7 +38,7 @@ _ATTEMPT_COLUMNS = ("started", "host", "ranks", "commit", "device", *_LIBRARIES)
 
 def training_headline(run: Run) -> Headline:
     """Return the headline of a pretraining run, or of an unfinished fine-tuning run. Omits unknown facts."""
-    state = _newest_state(run.folder)
+    state = _newest(run.folder, read_state) or {}
     facts = [
         *_parameters(run.folder),
         *_seeds(run),
@@ -77,25 +78,18 @@ def describe_state(run: Run) -> tuple[str, Tone]:
     return f"running{host}{time}", _TONES["running"]
 
 
-def _newest_state(folder: RunFolder) -> dict[str, Any]:
-    """Read state.json of the newest complete checkpoint; empty if none can be read."""
+def _newest(folder: RunFolder, read: Callable[[Path], Any]) -> Any:
+    """Read something of the newest complete checkpoint that has it; None if none can be read."""
     for checkpoint in reversed(complete_checkpoints(folder.checkpoints)):
-        try:
-            return read_state(checkpoint)
-        except (OSError, ValueError):  # being copied, or deleted
-            continue
-    return {}
+        with suppress(OSError, ValueError, SafetensorError):  # being copied, or deleted
+            if found := read(checkpoint):
+                return found
+    return None
 
 
 def _parameters(folder: RunFolder) -> Iterator[Fact]:
-    for checkpoint in reversed(complete_checkpoints(folder.checkpoints)):
-        try:
-            count = count_parameters(checkpoint / "hf")
-        except (OSError, ValueError, SafetensorError):
-            continue
-        if count:
-            yield Fact("Parameters", scaled(count), f"{count:,}")
-            return
+    if count := _newest(folder, lambda checkpoint: count_parameters(checkpoint / "hf")):
+        yield Fact("Parameters", scaled(count), f"{count:,}")
 
 
 def _seeds(run: Run) -> Iterator[Fact]:
