@@ -44,7 +44,7 @@ def render_card(
     """
     environment = open_templates(template.parent, autoescape=False)
     environment.filters["escaped"] = escape
-    environment.globals |= {"table": _table, "settings": _settings, "number": format_number, "libraries": _LIBRARIES}
+    environment.globals |= {"table": _table, "settings": _settings, "show": show, "libraries": _LIBRARIES}
     values["hardware"] = list(dict.fromkeys(map(tuple, values["hardware"])))
     lineage = None if ancestors is None else [_lineage_row(ancestor) for ancestor in ancestors]
     return environment.get_template(template.name).render(title=title, usage=usage, lineage=lineage, **values)
@@ -118,13 +118,13 @@ def _lineage_row(ancestor: Mapping[str, Any]) -> list[str]:
     weights = ", ".join(f"{name} {digest}" for name, digest in ancestor.get("weights", {}).items())
     continued = "full state" if ancestor["relation"] == "fork" else "weights"
     run = str(ancestor.get("run_id", UNKNOWN))
-    return [model_name(ancestor), format_number(ancestor.get("step")), run, weights or UNKNOWN, continued]
+    return [model_name(ancestor), show(ancestor.get("step"), ","), run, weights or UNKNOWN, continued]
 
 
 def attempt_row(attempt: Mapping[str, Any], device: str) -> list[str]:
     """Return a row of the table of hardware and software. attempt: as in provenance.json."""
     commit, versions = describe_commit(attempt), attempt.get("versions", {})
-    ranks, hosts = (format_number(attempt.get(key)) for key in ("world_size", "hosts"))
+    ranks, hosts = (show(attempt.get(key), ",") for key in ("world_size", "hosts"))
     return [device, ranks, hosts, *(str(versions.get(name) or UNKNOWN) for name in _LIBRARIES), commit]
 
 
@@ -135,12 +135,7 @@ def format_value(value: Any) -> str:
         return ", ".join(f"{key} {format_value(part)}" for key, part in value.items() if part is not None)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return format_number(value) if isinstance(value, int | None) else str(value)
-
-
-def format_number(value: int | float | None, digits: int | None = None) -> str:
-    """Format with thousands separators, or with this many digits after the point."""
-    return show(value, "," if digits is None else f",.{digits}f")
+    return show(value, ",") if isinstance(value, int | None) else str(value)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 1) -> str:

@@ -11,14 +11,13 @@ from typing import Any
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import read_json, write_text
-from experiment.formatting import UNKNOWN, format_perplexity
+from experiment.formatting import UNKNOWN, format_perplexity, show
 from experiment.models.tokenizer import load_any_tokenizer
 from experiment.models.transformers_models import count_parameters, has_masked_lm_head
 from experiment.results.model_card import (
     FILE,
     MODEL,
     attempt_row,
-    format_number,
     front_matter,
     render_card,
     replace_usage,
@@ -121,13 +120,13 @@ def _corpora(state: Mapping[str, Any]) -> Iterator[list[str]]:
     total = sum(corpus["weight"] for corpus in train)
     for corpus in train:
         seen = state["progress"]["tokens_by_corpus"].get(corpus["name"], 0)
-        epochs = format_number(seen / corpus["tokens"], 2)
-        yield [*_corpus_row(corpus), f"{corpus['weight'] / total:.1%}", format_number(seen), epochs]
+        epochs = f"{seen / corpus['tokens']:,.2f}"
+        yield [*_corpus_row(corpus), f"{corpus['weight'] / total:.1%}", f"{seen:,}", epochs]
 
 
 def _corpus_row(corpus: Mapping[str, Any]) -> list[str]:
     """Return the first columns of a table of corpora."""
-    counts = (format_number(corpus[key]) for key in ("documents", "tokens"))
+    counts = (show(corpus[key], ",") for key in ("documents", "tokens"))
     return [corpus["name"], *counts, corpus["fingerprint"], corpus["source"]]
 
 
@@ -153,7 +152,7 @@ def _changes(attempts: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     for attempt in attempts:
         for change in attempt.get("changes", []):
             if change.startswith(_CHANGES):
-                yield [format_number(attempt["step"]), *change.split(": ", 1)]
+                yield [show(attempt["step"], ","), *change.split(": ", 1)]
 
 
 def _held_out(state: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
@@ -161,7 +160,7 @@ def _held_out(state: Mapping[str, Any], found: Mapping[str, Mapping[str, float]]
     details = {corpus["name"]: corpus for corpus in state.get("corpora", {}).get("held_out", [])}
     unknown = {"documents": None, "tokens": None, "fingerprint": UNKNOWN, "source": UNKNOWN}
     for name, metrics in found.items():
-        loss, accuracy = (format_number(metrics.get(metric), 4) for metric in ("loss", "accuracy"))
+        loss, accuracy = (show(metrics.get(metric), ",.4f") for metric in ("loss", "accuracy"))
         perplexity = format_perplexity(metrics.get("perplexity"))
         yield [*_corpus_row(details.get(name, unknown | {"name": name})), loss, perplexity, accuracy]
 

@@ -11,12 +11,11 @@ from typing import Any
 
 from experiment.config import flatten
 from experiment.files import write_text
-from experiment.formatting import UNKNOWN, escape, markdown_table
+from experiment.formatting import UNKNOWN, escape, markdown_table, show
 from experiment.results.model_card import (
     FILE,
     MODEL,
     attempt_row,
-    format_number,
     format_value,
     front_matter,
     model_name,
@@ -72,7 +71,7 @@ def write_seed_card(
         label_scores=_label_rows(record),
         calibration=_calibration_rows(record),
         files=[
-            [split, table.path.name, format_number(len(table)), table.digest, "yes" if table.labelled else "no"]
+            [split, table.path.name, f"{len(table):,}", table.digest, "yes" if table.labelled else "no"]
             for split, table in tables.items()
         ],
         drawn="validation" in tables and task.validation is None,
@@ -95,7 +94,7 @@ def add_seed_scores(run: RunFolder, results: Mapping[str, Any]) -> None:
 
 def _seed_scores(results: Mapping[str, Any]) -> str:
     rows = [
-        [escape(split), escape(metric), format_number(scores["mean"], 4), format_number(scores["std"], 4)]
+        [escape(split), escape(metric), show(scores["mean"], ",.4f"), show(scores["std"], ",.4f")]
         for split, metrics in results["splits"].items()
         for metric, scores in metrics.items()
     ]
@@ -116,14 +115,14 @@ def _usage(run: ResolvedRun) -> str:
 
 def _score_rows(record: SeedRecord) -> list[list[str]]:
     return [
-        [split, metric, format_number(value, 4), _interval(record.intervals[split].get(metric))]
+        [split, metric, f"{value:,.4f}", _interval(record.intervals[split].get(metric))]
         for split, metrics in record.scores.items()
         for metric, value in metrics.items()
     ]
 
 
 def _interval(interval: Sequence[float] | None) -> str:
-    return UNKNOWN if interval is None else " to ".join(format_number(end, 4) for end in interval)
+    return UNKNOWN if interval is None else " to ".join(f"{end:,.4f}" for end in interval)
 
 
 def _label_rows(record: SeedRecord) -> list[tuple[str, list[list[str]]]]:
@@ -131,7 +130,7 @@ def _label_rows(record: SeedRecord) -> list[tuple[str, list[list[str]]]]:
     found = []
     for split, labels in list(record.label_scores.items())[-1:]:
         rows = [
-            [label, *(format_number(scores[key], 4) for key in _LABEL_SCORES), format_number(scores["support"])]
+            [label, *(show(scores[key], ",.4f") for key in _LABEL_SCORES), show(scores["support"], ",")]
             for label, scores in labels.items()
         ]
         found.append((split, rows))
@@ -140,7 +139,7 @@ def _label_rows(record: SeedRecord) -> list[tuple[str, list[list[str]]]]:
 
 def _calibration_rows(record: SeedRecord) -> list[list[str]]:
     keys = ("ece", "calibrated_ece")
-    return [[split, *(format_number(errors[key], 4) for key in keys)] for split, errors in record.calibration.items()]
+    return [[split, *(show(errors[key], ",.4f") for key in keys)] for split, errors in record.calibration.items()]
 
 
 def _training(seed: int, run: ResolvedRun, record: SeedRecord) -> dict[str, Any]:
