@@ -35,8 +35,9 @@ def _score_cells(comparison: Comparison) -> Cells:
 def _test_cells(comparison: Comparison) -> Cells:
     """Return a row for each task and pair of initializations."""
     header = ["task", "row", "compared with", "difference", "95 % interval", "p"]
+    interval = "{:+.4f} to {:+.4f}".format
     tests = [
-        [column, row, other, f"{test['difference']:+.4f}", _interval(test["interval"]), f"{test['p']:.3f}"]
+        [column, row, other, f"{test['difference']:+.4f}", interval(*test["interval"]), f"{test['p']:.3f}"]
         for row, cells in comparison.items()
         for column, cell in cells.items()
         for other, test in cell["against"].items()
@@ -116,8 +117,3 @@ def _score(cell: Mapping[str, Any] | None) -> str:
         return UNKNOWN
     text = f"{cell['mean']:.4f} ± {show(cell['std'], '.4f')}"
     return f"{text} ({cell['collapsed']} of {len(cell['values'])} collapsed)" if cell["collapsed"] else text
-
-
-def _interval(interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{low:+.4f} to {high:+.4f}"

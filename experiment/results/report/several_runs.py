@@ -203,7 +203,7 @@ def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
         blocks = [Heading("Comparison"), Text("The scores are compared when all runs are done.")]
         if not (groups := _planned(folder)):
             return []
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected scores by row and task") from None
     for title, runs in groups.items():
         if any(run.metrics.is_file() for run in runs.values()):
