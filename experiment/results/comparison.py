@@ -37,12 +37,22 @@ def _test_cells(comparison: Comparison) -> Cells:
     header = ["task", "row", "compared with", "difference", "95 % interval", "p"]
     interval = "{:+.4f} to {:+.4f}".format
     tests = [
-        [column, row, other, f"{test['difference']:+.4f}", interval(*test["interval"]), f"{test['p']:.3f}"]
+        [
+            *(column, row, other),
+            *(f"{test['difference']:+.4f}", interval(*test["interval"])),
+            _p_value(test["p"], cell, comparison[other][column]),
+        ]
         for row, cells in comparison.items()
         for column, cell in cells.items()
         for other, test in cell["against"].items()
     ]
     return [header, *sorted(tests, key=lambda cells: cells[0])]
+
+
+def _p_value(p: float, *cells: Mapping[str, Any]) -> str:
+    """Return p as text; "–" if all seeds of a cell have collapsed: its training has failed."""
+    collapsed = any(cell["collapsed"] == len(cell["values"]) for cell in cells)
+    return UNKNOWN if collapsed else f"{p:.3f}"
 
 
 def tables(comparison: Comparison, failed: Mapping[str, str]) -> dict[str, Cells]:

@@ -1,6 +1,6 @@
 """The tables of a comparison as text."""
 
-from experiment.results.comparison import FAILED, SCORES, as_markdown, score_charts, tables
+from experiment.results.comparison import FAILED, SCORES, TESTS, as_markdown, score_charts, tables
 
 CELL = {"metric": "accuracy", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0, "against": {}}
 
@@ -26,6 +26,22 @@ def test_a_task_whose_cells_have_all_failed_is_listed() -> None:
     assert list(tables({"a": {"toy": CELL}}, {})) == [SCORES]
     table = as_markdown({"a": {"toy": CELL}, "b": {}}, failed)
     assert "| a/other | failed (exit code 1) |\n| b/other | not run: its pretraining failed |\n" in table
+
+
+def test_a_row_whose_seeds_have_all_collapsed_has_no_p_value() -> None:
+    """Catches a difference that is called significant because the training of a row has failed; and one left out
+    because a single seed has collapsed."""
+    test = {"difference": 0.3, "interval": [0.2, 0.4], "p": 0.002}
+    seeds = {**CELL, "values": [0.5, 0.5]}
+    rows = {"a": {**seeds, "collapsed": 1}, "b": {**seeds, "collapsed": 2}, "c": seeds}
+    against = {"a": {"b": test, "c": test}, "b": {"c": test}, "c": {}}
+    comparison = {row: {"toy": {**cell, "against": against[row]}} for row, cell in rows.items()}
+    _, *found = tables(comparison, {})[TESTS]
+    assert [(row, other, p) for _, row, other, *_, p in found] == [
+        ("a", "b", "–"),
+        ("a", "c", "0.002"),
+        ("b", "c", "–"),
+    ]
 
 
 def test_scores_are_charts_by_task() -> None:
