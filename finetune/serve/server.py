@@ -21,6 +21,7 @@ from experiment.errors import UserError, reason
 from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.models.model_names import local_model
 from experiment.process.hardware import prepare_process
+from experiment.progress import terminal
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import log_as_json, log_event
@@ -44,6 +45,7 @@ def serve_command(options: ServeOptions) -> None:
         raise UserError(f"--max_queue: {options.max_queue} is less than the texts of one request, {options.max_texts}")
     wanted: list[int] = []  # signals that came before the server could reload; the default is to end the process
     signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # KeyboardInterrupt would wait for the thread that loads
 
     def load() -> ServedModel:
         """Load in a thread that ends with its threads of OpenMP: while there are more than cores, none spins."""
@@ -52,6 +54,8 @@ def serve_command(options: ServeOptions) -> None:
 
     with bind(options.host, options.port) as listener:
         prepare_process()
+        if terminal().is_interactive:  # elsewhere stderr is a log, of JSON lines only
+            terminal().print(f"loading {options.model}")
         first = load()
         log_as_json()
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)

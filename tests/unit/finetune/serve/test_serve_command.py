@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,15 @@ from finetune.options import ServeOptions
 from finetune.serve import server
 from finetune.serve.server import TOKEN_VARIABLE, read_token
 from launcher.cli import main
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Leave the handlers of the tests as they are."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -137,6 +146,30 @@ def test_the_thread_that_loads_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (thread,) = loading
     assert thread is not threading.main_thread()
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(("interactive", "lines"), [(True, ["loading nowhere"]), (False, [])])
+def test_a_terminal_shows_what_is_loaded(interactive: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches silence while a large model is loaded; and a line in a log that is JSON otherwise."""
+    shown: list[str] = []
+    monkeypatch.setattr(server, "terminal", lambda: SimpleNamespace(is_interactive=interactive, print=shown.append))
+    with pytest.raises(UserError, match="no such folder"):
+        server.serve_command(ServeOptions(model="nowhere", port=0))
+    assert shown == lines
+
+
+def test_ctrl_c_ends_a_server_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a Ctrl-C that waits until the model is loaded, which may have to be downloaded."""
+    handlers: list[object] = []
+
+    def load(*_: object) -> Served:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        raise UserError("no model")
+
+    monkeypatch.setattr(server, "load_served_model", load)
+    with pytest.raises(UserError, match="no model"):
+        server.serve_command(ServeOptions(model=str(tmp_path), port=0))
+    assert handlers == [signal.SIG_DFL]
 
 
 def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
