@@ -17,6 +17,7 @@ from experiment.csv_and_jsonl import (
 )
 from experiment.errors import UserError
 from experiment.files import json_digest
+from experiment.formatting import counted
 from finetune.data.columns import CellType, Columns
 from finetune.data.formats import FileFormat, Row, read_rows
 from finetune.data.task_config import DialogueContext
@@ -60,19 +61,21 @@ class TurnJoiner:
     context: DialogueContext
     separator: str | None
 
-    def join(self, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Record]:
-        turns = [record.values for record in _records(rows, self.context, True, "task.dialogue")]
-        self._check_order(records, turns)
+    def join(self, rows: Sequence[Row], records: Sequence[Record], section: str) -> Iterator[Record]:
+        """section: see `read_records`."""
+        key = f"{section}dialogue"
+        turns = [record.values for record in _records(rows, self.context, True, key)]
+        self._check_order(records, turns, key)
+        values: Iterable[Mapping[str, Any]]
         if self.separator is None:
-            for record, turn in zip(records, turns, strict=True):
-                previous = turn.get("previous", [])
-                yield Record(record.place, {**record.values, "previous": previous}, turn.get("group"))
-            return
-        texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
-        for record, turn, text in zip(records, turns, texts, strict=True):
-            yield Record(record.place, {**record.values, "text": text}, turn.get("group"))
+            values = ({"previous": turn.get("previous", [])} for turn in turns)
+        else:
+            texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
+            values = ({"text": text} for text in texts)
+        for record, turn, changed in zip(records, turns, values, strict=True):
+            yield Record(record.place, {**record.values, **changed}, turn.get("group"))
 
-    def _check_order(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]]) -> None:
+    def _check_order(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]], key: str) -> None:
         """Raise UserError for a turn of a dialogue without a number, and if a dialogue has two turns of the same
         number: they are two dialogues."""
         places: dict[tuple[str, float], str] = {}
@@ -85,8 +88,8 @@ class TurnJoiner:
             if earlier != record.place:
                 raise UserError(
                     f"{record.place}: dialogue {turn['group']} has turn {turn['order']:.15g} twice, see {earlier}; if "
-                    "dialogues are numbered anew in each part of the data, name all columns that identify one: "
-                    "task.dialogue.group: [Episode_ID, Scene_ID]"
+                    "dialogues are numbered anew in each part of the data, name all columns that identify one in "
+                    f"{key}.group: [Episode_ID, Scene_ID]"
                 )
 
 
@@ -122,7 +125,7 @@ def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellTy
     for role in targets:
         empty = [record.place for record in records if record.values.get(role) is None]
         if empty and (required or labelled) and not (types[role].optional and types[role].encoded):
-            more = f" (and {len(empty) - 1} more lines)" if len(empty) > 1 else ""
+            more = f" (and {counted(len(empty) - 1, 'more line')})" if len(empty) > 1 else ""
             raise UserError(f"{empty[0]}{more}: the {role} is empty")
     if not labelled:
         records = [
@@ -149,16 +152,18 @@ def read_records(
     columns: Columns,
     targets_required: bool = True,
     joiner: TurnJoiner | None = None,
-    key: str = "task.columns",
+    section: str = "task.",
 ) -> Iterator[Record]:
     """Return the rows as records; their targets may be empty. They are read one by one, but all at once with a joiner.
 
-    key: the name of the columns in messages. Raises UserError with file and line.
+    section: what messages put before the key of a column: `task.`, or `--` for flags. Raises UserError with file and
+    line.
     """
+    key = f"{section}columns"
     if joiner is None:
         return _records(rows, columns, targets_required, key)
     rows = list(rows)
-    return joiner.join(rows, list(_records(rows, columns, targets_required, key)))
+    return joiner.join(rows, list(_records(rows, columns, targets_required, key)), section)
 
 
 def _records(rows: Iterable[Row], columns: Columns, targets_required: bool, key: str) -> Iterator[Record]:

@@ -14,6 +14,7 @@ from experiment.csv_and_jsonl import listed, warn_once
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, write_json
 from experiment.formatting import counted
+from experiment.hub_data import PREFIX
 from experiment.models.model_names import local_model
 from experiment.process.hardware import prepare_process
 from experiment.progress import progress, terminal
@@ -47,7 +48,7 @@ class Input:
     def __iter__(self) -> Iterator[Record]:
         task = self.kind.config
         columns = task.columns if self.labelled else task.columns.without_targets()
-        return read_records(read_rows(self.path, self.format), columns, self.labelled, self.joiner, "--columns")
+        return read_records(read_rows(self.path, self.format), columns, self.labelled, self.joiner, "--")
 
     def count(self) -> int:
         """Count the rows. Raises UserError for a file that cannot be predicted, before a model is loaded."""
@@ -196,7 +197,7 @@ def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: Pr
     labels = kind.label_scores(*found)
     written = {
         "model": str(predictor.folder.absolute()),
-        "input": str(Path(options.input).absolute()),
+        "input": options.input if options.input.startswith(PREFIX) else str(Path(options.input).absolute()),
         "rows": len(scored.records),
         "calibrated": options.calibrated,
         "metric": metric,

@@ -6,7 +6,8 @@ import pytest
 from experiment.config import build_config
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
-from finetune.data.records import TurnJoiner, join_turns, read_table
+from finetune.data.formats import FileFormat, read_rows
+from finetune.data.records import TurnJoiner, join_turns, read_records, read_table
 from finetune.data.task_config import DialogueContext
 from finetune.kinds.classification import ClassificationColumns
 from finetune.splits import split_off
@@ -115,6 +116,15 @@ def test_bad_columns_are_rejected(tmp_path: Path, context: dict[str, str], messa
     """Catches a traceback, or a key of `columns` that is named for one of `dialogue`."""
     with pytest.raises(UserError, match=message):
         joined(tmp_path, ROWS, **context)
+
+
+def test_predicting_names_the_flags(tmp_path: Path) -> None:
+    """Catches keys of the config in messages of `deepcloze predict`, which has flags for them."""
+    path = tmp_path / "a.csv"
+    path.write_text(ROWS)
+    joiner = TurnJoiner(DialogueContext(group="scene"), "[SEP]")
+    with pytest.raises(UserError, match=r"no column 'scene'; .* \(--dialogue\.group names the column\)"):
+        list(read_records(read_rows(path, FileFormat()), COLUMNS, joiner=joiner, section="--"))
 
 
 @pytest.mark.parametrize(

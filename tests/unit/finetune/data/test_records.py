@@ -137,7 +137,7 @@ def test_a_split_without_labels_may_be_allowed(tmp_path: Path, name: str, text: 
         ("a.csv", "text,text,label\na,b,1\n", r"a\.csv:1: 2 columns are called 'text' \(task\.columns\.text names"),
         ("a.csv", "text,label\na,1\n\nb\n", r"a\.csv:4: expected 2 columns, found 1"),
         ("a.csv", "text,label\na,1\nb,\n", r"a\.csv:3: the label is empty"),
-        ("a.csv", "text,label\na,\nb,1\nc,\n", r"a\.csv:2 \(and 1 more lines\): the label is empty"),
+        ("a.csv", "text,label\na,\nb,1\nc,\n", r"a\.csv:2 \(and 1 more line\): the label is empty"),
         ("a.csv", b"text,label\na,1\n\xff,1\n", r"a\.csv:3: not UTF-8 text \(byte 0xff at column 1\)"),
         ("a.csv", "text,label\na,1\n".encode("utf-16"), r"a\.csv: UTF-16 text; convert the file first"),
         ("a.csv", "", r"a\.csv has no rows"),

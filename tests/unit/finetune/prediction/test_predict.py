@@ -362,6 +362,15 @@ def test_cells_are_not_changed(trained_run: Path, tmp_path: Path) -> None:
     assert [row["text"] for row in read_csv(tmp_path / "four.csv")] == texts
 
 
+def test_scores_name_a_data_set_as_it_was_given(trained_run: Path, tmp_path: Path) -> None:
+    """Catches the name of a data set that becomes a path in the working directory."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "word1", "label": "low"}\n')
+    source = f"hub:{tmp_path / 'data'}"
+    assert predict(trained_run, Path(source), tmp_path / "out.csv", "--score") == 0
+    assert json.loads((tmp_path / "out.scores.json").read_text())["input"] == source
+
+
 @pytest.mark.parametrize(
     ("name", "text", "flags", "message"),
     [
