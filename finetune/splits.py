@@ -120,12 +120,13 @@ def make_task(
         )
         for split, table in tables.items()
     }
+    examples = splits["train"].examples if kind.config.is_trained else ()
     return Task(
         kind=kind,
         metric=kind.config.metric,
         splits=splits,
         padding=Padding.of(tokenizer),
-        label_weights=kind.label_weights(splits["train"].examples) if training.class_weights == "balanced" else None,
+        label_weights=None if training.class_weights == "none" else kind.label_weights(examples),
         label_smoothing=training.label_smoothing,
         positions=inputs.max_length,
     )

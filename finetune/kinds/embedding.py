@@ -204,8 +204,9 @@ class Kind(TaskKind[Config]):
         return {"dimensions": rows} if rows else {}
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
-        """Return whether all texts have nearly the same vector."""
-        return self.scores(records, predictions)["uniformity"] > math.log(_COLLAPSED)
+        """Return whether all texts have nearly the same vector. A split with a single text does not tell."""
+        texts = {record.values["text"] for record in records}
+        return len(texts) > 1 and self.scores(records, predictions)["uniformity"] > math.log(_COLLAPSED)
 
     def rows(self, record: Record, prediction: Prediction) -> Sequence[tuple[Mapping[str, Any], Prediction]]:
         shown = {key: value for key, value in prediction.items() if key not in ("others", "dimensions")}

@@ -115,7 +115,7 @@ class Predictor:
         if self.accepts_pairs and "text_pair" in values:
             roles["text_pair"] = TEXT
         if set(values) != set(roles):
-            raise UserError(f"{place}: expected {', '.join(roles)}; found {', '.join(values) or 'nothing'}")
+            raise UserError(f"{place}: expected {', '.join(roles)}; found {', '.join(map(str, values)) or 'nothing'}")
         return Record(place, {role: read_value(values[role], roles[role], place, role) for role in roles})
 
 

@@ -298,6 +298,13 @@ def test_a_dry_run_says_that_nothing_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_task_without_training_has_no_classes_to_weight(exam: dict[str, Any]) -> None:
+    """Catches a traceback for the training split that it lacks."""
+    exam["training"] |= {"class_weights": "balanced"}
+    with pytest.raises(UserError, match=r"training\.class_weights: tasks of kind 'cloze' have no classes to weight"):
+        run(build_config(FinetuneConfig, exam, {}))
+
+
 def test_a_training_split_is_not_used_zero_shot(exam: dict[str, Any], tmp_path: Path) -> None:
     """Catches a run that reads, or even splits, training data that it does not need."""
     exam["task"] |= {"train": str(tmp_path / "missing.jsonl")}

@@ -258,6 +258,15 @@ def test_metrics_of_queries_and_documents() -> None:
     assert kind.scores(records[2:] * 3, related[2:] * 3)["mrr"] == 1 / 2  # as a bootstrap draws them
 
 
+@pytest.mark.parametrize(("texts", "collapsed"), [(["a", "b"], True), (["a", "a"], False)])
+def test_equal_vectors_are_a_collapse(texts: list[str], collapsed: bool) -> None:
+    """Catches a model that is said to have collapsed because a split has a single text."""
+    records = [Record("f", {"text": text, "text_pair": f"x{n}"}) for n, text in enumerate(texts)]
+    predictions = [{"embedding": [1.0, 0.0], "others": [[1.0, 0.0]]} for _ in records]
+    kind = make_kind()
+    assert kind.is_collapsed(records, kind.relate(records, predictions)) == collapsed
+
+
 def test_alignment_is_of_similar_pairs() -> None:
     """Catches pairs with low scores that are counted as similar."""
     records = [

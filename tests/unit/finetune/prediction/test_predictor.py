@@ -94,6 +94,8 @@ def test_a_record_with_other_roles_is_rejected(model: Path) -> None:
     predictor = Predictor.load(model, "fp32")
     with pytest.raises(UserError, match="record 2: expected text; found text, text_pair"):
         predictor.predict([{"text": "word1"}, {"text": "word1", "text_pair": "word2"}])
+    with pytest.raises(UserError, match="record 1: expected text; found 0"):
+        predictor.predict([{0: "word1"}])  # type: ignore[dict-item]
     with pytest.raises(UserError, match="record 1: expected text; found nothing"):
         predictor.predict([{}])
     with pytest.raises(UserError, match=r"expected a list of records, found one: \['word1'\]"):
