@@ -156,7 +156,7 @@ def read_records(
 ) -> Iterator[Record]:
     """Return the rows as records; their targets may be empty. They are read one by one, but all at once with a joiner.
 
-    section: what messages put before the key of a column: `task.`, or `--` for flags. Raises UserError with file and
+    section: text before the key of a column in messages: `task.`, or `--` for flags. Raises UserError with file and
     line.
     """
     key = f"{section}columns"

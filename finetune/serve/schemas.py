@@ -57,7 +57,7 @@ class PredictRequest(_Request):
 class Prediction(BaseModel):
     """Classification and multiple choice have `label` and `probabilities`. Other kinds: `value` (regression), `labels`
     and `probabilities` (multi-label), `tags` and `scores` (token classification), `answer`, `start` and `score`
-    (question answering), `answers` and `probabilities` (cloze)."""
+    (question answering), `answers` and `probabilities` (cloze), `embedding` (embedding)."""
 
     model_config = ConfigDict(
         extra="allow", json_schema_extra={"example": {"label": "1", "probabilities": {"0": 0.02, "1": 0.98}}}
@@ -99,8 +99,8 @@ class EmbedRequest(_Request):
     texts: list[Text]
     pooling: Pooling | None = Field(
         default=None,
-        description="The mean over all tokens, special ones included; or `cls`, the first token. null: what the model "
-        "was trained with, otherwise the mean.",
+        description="The mean over all tokens, special ones included; or `cls`, the first token. null: as the model "
+        "was trained, otherwise the mean.",
     )
 
 
@@ -125,8 +125,8 @@ class ModelInfo(BaseModel):
     model: str = Field(description="Its folder.")
     kind: str = Field(description="Kind of its task, or masked_lm.")
     labels: list[str]
-    accepts: list[str] = Field(description="What POST /v1/predict may be given: texts, pairs, records.")
-    fields: dict[str, str] = Field(description="The fields of a record, and what they hold.")
+    accepts: list[str] = Field(description="Forms of input that POST /v1/predict accepts: texts, pairs, records.")
+    fields: dict[str, str] = Field(description="The fields of a record, and their content.")
     mask: str | None = Field(description="How a mask is written, for POST /v1/fill-mask; null if it fills none.")
     max_seq_length: int = Field(description="Tokens of a text; longer ones are cut, or read in windows.")
     precision: str
@@ -139,4 +139,4 @@ class Status(BaseModel):
 
 
 class Error(BaseModel):
-    error: str = Field(description="What is wrong, and what was expected.")
+    error: str = Field(description="The problem, and the expected value.")
