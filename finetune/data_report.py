@@ -110,8 +110,7 @@ def _shared(tables: Mapping[str, Table], targets: Sequence[str]) -> Iterator[str
 
 def _inputs(record: Record, targets: Sequence[str]) -> str:
     """Return the inputs of a record, as a key."""
-    values: dict[str, Any] = {role: value for role, value in record.values.items() if role not in targets}
-    return repr(values)
+    return repr({role: value for role, value in record.values.items() if role not in targets})
 
 
 def _shorten(text: str) -> str:

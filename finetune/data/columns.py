@@ -253,7 +253,7 @@ class Columns(Section):
 
     def roles(self, *cell_types: CellType) -> list[str]:
         """Return the roles of those given columns that have one of these types."""
-        return [role for role, found in self.cell_types().items() if any(found is wanted for wanted in cell_types)]
+        return [role for role, found in self.cell_types().items() if found in cell_types]
 
     def without_targets(self) -> Self:
         """Return only the columns that a prediction needs."""

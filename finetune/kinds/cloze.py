@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from experiment.errors import UserError
+from experiment.intervals import wilson_interval
 from finetune.data.columns import ClozeAnswersColumn, Columns, Name, OptionsColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -208,12 +209,13 @@ class Kind(TaskKind[Config]):
             )
         if letters is None:
             return segments, options, None
+        answers = []
         for number, (row, letter) in enumerate(zip(options, letters, strict=True), 1):
             if letter not in (known := self._names(len(row))):
                 problem = f"unknown answer '{letter}'; known: {', '.join(known)}"
                 raise UserError(f"{record.place}, blank {number}: {problem}")
-        found = zip(options, letters, strict=True)
-        return segments, options, [self._names(len(row)).index(letter) for row, letter in found]
+            answers.append(known.index(letter))
+        return segments, options, answers
 
     def _names(self, count: int) -> list[str]:
         """Return the names of the options of a blank in `answers`: numbers from 1 for options without a letter."""
@@ -422,8 +424,9 @@ def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list
 
 
 def _accuracy_row(name: str, number: int, right: Sequence[bool]) -> dict[str, Any]:
-    low, high = accuracy_interval(right, range(len(right)))
-    return {name: number, "blanks": len(right), "accuracy": float(np.mean(right)), "low": low, "high": high}
+    accuracy = float(np.mean(right))
+    low, high = wilson_interval(accuracy, len(right))
+    return {name: number, "blanks": len(right), "accuracy": accuracy, "low": low, "high": high}
 
 
 def _surroundings(

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from errno import EISDIR
 from itertools import islice
 from pathlib import Path
@@ -86,14 +86,6 @@ class Input:
             )
 
 
-@dataclass
-class Scored:
-    """Rows and predictions to score."""
-
-    records: list[Record] = field(default_factory=list)
-    predictions: list[Prediction] = field(default_factory=list)
-
-
 def predict_command(options: PredictOptions) -> None:
     """Run the command. Raises UserError."""
     prepare_process()
@@ -117,10 +109,10 @@ def predict_command(options: PredictOptions) -> None:
     terminal().print(f"model: {description}")
     predictor = Predictor.load(folder, options.precision, options.batch_size, task)
     with readable_disk_errors():
-        scored = _write(output, predictor, rows, count, options)
+        records, predictions = _write(output, predictor, rows, count, options)
         terminal().print(f"{output}: {counted(count, 'row')}")
-        if scored is not None:
-            _report_scores(_scores_file(output), predictor, scored, options)
+        if options.score:
+            _report_scores(_scores_file(output), predictor, records, predictions, options)
 
 
 def _check_writable(path: Path) -> None:
@@ -165,40 +157,43 @@ def _input_format(options: PredictOptions, task: TaskConfig, trained: TaskConfig
     return replace(found, csv=replace(found.csv, quoting=quoting, rejects_header=options.header is None))
 
 
-def _write(output: Path, predictor: Predictor, rows: Input, count: int, options: PredictOptions) -> Scored | None:
-    """Predict in chunks, and write each. Returns rows and predictions to score, if any."""
-    scored = Scored() if options.score else None
+def _write(
+    output: Path, predictor: Predictor, rows: Input, count: int, options: PredictOptions
+) -> tuple[list[Record], list[Prediction]]:
+    """Predict in chunks, and write each. Returns all rows and predictions if they are to be scored, otherwise none."""
+    records: list[Record] = []
+    predictions: list[Prediction] = []
     optional = optional_inputs(predictor.kind, rows if options.score else ())
-    done = 0
+    unread, done = iter(rows), 0
     with open_row_file(output) as write, progress("predicting", count, "rows") as advance:
-        for chunk in _chunks(rows, options.batch_size * _CHUNK):
-            predictions = predictor.predict_records(chunk, options.calibrated)
-            write(prediction_rows(predictor.kind, chunk, predictions, done + 1, optional))
+        while chunk := list(islice(unread, options.batch_size * _CHUNK)):
+            found = predictor.predict_records(chunk, options.calibrated)
+            write(prediction_rows(predictor.kind, chunk, found, done + 1, optional))
             done += len(chunk)
             advance(len(chunk))
-            if scored is not None:
-                scored.records += chunk
-                scored.predictions += predictions
-    return scored
+            if options.score:
+                records += chunk
+                predictions += found
+    return records, predictions
 
 
-def _chunks(rows: Input, size: int) -> Iterator[Sequence[Record]]:
-    records = iter(rows)
-    while chunk := list(islice(records, size)):
-        yield chunk
-
-
-def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: PredictOptions) -> None:
+def _report_scores(
+    path: Path,
+    predictor: Predictor,
+    records: Sequence[Record],
+    predictions: Sequence[Prediction],
+    options: PredictOptions,
+) -> None:
     """Write the scores, and print a table of the metrics and one of the labels."""
     kind = predictor.kind
-    found = scored.records, kind.relate(scored.records, scored.predictions)
+    found = records, kind.relate(records, predictions)
     scores, metric = kind.scores(*found), kind.config.metric
     pairs, classified = kind.label_pairs(*found), kind.classified(*found)
     labels = kind.label_scores(*found)
     written = {
         "model": str(predictor.folder.absolute()),
         "input": options.input if options.input.startswith(PREFIX) else str(Path(options.input).absolute()),
-        "rows": len(scored.records),
+        "rows": len(records),
         "calibrated": options.calibrated,
         "metric": metric,
         "scores": scores,
@@ -208,7 +203,7 @@ def _report_scores(path: Path, predictor: Predictor, scored: Scored, options: Pr
     }
     write_json(path, written)
     name = Path(options.input).name
-    print_scores(counted(len(scored.records), "row"), {name: scores}, metric)
+    print_scores(counted(len(records), "row"), {name: scores}, metric)
     if labels:
         print_label_scores(name, labels)
     print(path)

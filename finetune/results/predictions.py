@@ -233,25 +233,26 @@ def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> S
     config = load_config(FinetuneConfig, folder.config)
     table = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)[split]
     kind = find_kind(config.task.kind)(config.task, tuple(labels))
-    paths = [folder.seed_folder(seed) / f"predictions-{split}.jsonl" for seed in config.training.seeds]
+    predictions = []
     for seed in config.training.seeds:
-        if _scored_data(folder, seed, split) != table.digest:
+        path = folder.seed_folder(seed)
+        if _scored_data(path, split) != table.digest:
             raise DamagedPredictionsError(
-                f"{table.path} differs from the data that {folder.seed_folder(seed)} was scored on: it was edited, or "
-                "another version has read it"
+                f"{table.path} differs from the data that {path} was scored on: it was edited, or another version has "
+                "read it"
             )
-    predictions = [read_predictions(path) for path in paths]
-    for path, found in zip(paths, predictions, strict=True):
+        file = path / f"predictions-{split}.jsonl"
+        found = read_predictions(file)
         if len(found) != len(table):
-            raise DamagedPredictionsError(
-                f"{path} is damaged: expected {len(table):,} predictions, found {len(found):,}"
-            )
+            problem = f"expected {len(table):,} predictions, found {len(found):,}"
+            raise DamagedPredictionsError(f"{file} is damaged: {problem}")
+        predictions.append(found)
     return ScoredSplit(kind, table.records, predictions)
 
 
-def _scored_data(folder: RunFolder, seed: int, split: str) -> str:
+def _scored_data(seed_folder: Path, split: str) -> str:
     """Return the checksum of the data that a finished seed was scored on. Raises DamagedPredictionsError."""
-    path = folder.seed_folder(seed) / "COMPLETE"
+    path = seed_folder / "COMPLETE"
     try:
         return str(read_json(path)["settings"]["data"][split])
     except (OSError, ValueError, KeyError, TypeError):

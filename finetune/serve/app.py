@@ -253,9 +253,8 @@ def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Recor
     predictor = _predicting(served)
     if asked.records:
         return [predictor.record(f"records[{index}]", values) for index, values in enumerate(asked.records)]
-    if asked.texts or asked.pairs:
-        return _text_records([[text] for text in asked.texts] or asked.pairs, served)
-    return []
+    rows = [[text] for text in asked.texts] or asked.pairs
+    return _text_records(rows, served) if rows else []
 
 
 def _predicting(served: ServedModel) -> Predictor:
