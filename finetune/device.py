@@ -1,8 +1,7 @@
 """The device and precision to compute in, and how many examples fit into its memory at once."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -30,10 +29,8 @@ class Device:
         """fp32, bf16 or fp16."""
         return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            yield
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
 
 def choose_device(precision: str, key: str = "training.precision") -> Device:

@@ -26,12 +26,6 @@ def _check_split_name(name: str) -> str:
     return name
 
 
-def _check_numbers(key: str, columns: Iterable[str]) -> None:
-    for column in columns:
-        if not column.isdecimal():
-            raise ValueError(f"{key}: without a header it must be a column number from 0, found '{column}'")
-
-
 SplitName = Annotated[str, AfterValidator(_check_split_name)]
 
 
@@ -176,7 +170,9 @@ class TaskConfig(Section):
             named = {"columns": self.columns} | ({} if self.dialogue is None else {"dialogue": self.dialogue})
             for key, columns in named.items():
                 for role in columns.without_targets().cell_types():  # predicting needs no targets
-                    _check_numbers(f"{key}.{role}", columns.names(role))
+                    if odd := [name for name in columns.names(role) if not name.isdecimal()]:
+                        problem = f"without a header it must be a column number from 0, found '{odd[0]}'"
+                        raise ValueError(f"{key}.{role}: {problem}")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -115,15 +114,8 @@ class MaskFiller:
             logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
         probabilities_MV = logits_MV.softmax(-1)[:, : self.vocabulary_size]
         found = probabilities_MV.topk(max(each.top_k for each in masks))
-        best = [
-            list(zip(ids, probabilities, strict=True))
-            for ids, probabilities in zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        ]
-        ends = torch.tensor([0, *(len(each.positions) for each in masks)]).cumsum(0).tolist()
-        return [
-            [mask[: each.top_k] for mask in best[start:stop]]
-            for each, (start, stop) in zip(masks, pairwise(ends), strict=True)
-        ]
+        candidates = zip(found.indices.tolist(), found.values.tolist(), strict=True)  # of one mask after the other
+        return [[list(zip(*next(candidates), strict=True))[: each.top_k] for _ in each.positions] for each in masks]
 
     def describe(self, candidates: Candidates) -> list[list[dict[str, Any]]]:
         """Do the last step: return the candidates as {token, probability}. A token is text, without the marks of its

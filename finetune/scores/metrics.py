@@ -110,19 +110,11 @@ def counted_pairs(confusion: Confusion) -> tuple[LabelIds, LabelIds]:
 def top_confusions(gold: LabelIds, predicted: LabelIds, labels: Sequence[str], count: int = 10) -> list[dict[str, Any]]:
     """Return the most frequent mistakes, as {label, predicted, count, share}. share: of the label's records."""
     wrong = gold != predicted
-    pairs, counts = np.unique(gold[wrong] * len(labels) + predicted[wrong], return_counts=True)
-    support = np.bincount(gold, minlength=len(labels))
-    order = np.argsort(-counts, kind="stable")[:count]
+    counts = Counter(zip(gold[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    support = np.bincount(gold)
     return [
-        {
-            "label": labels[label],
-            "predicted": labels[other],
-            "count": found,
-            "share": float(found / support[label]),
-        }
-        for label, other, found in zip(
-            *(each[order].tolist() for each in (*np.divmod(pairs, len(labels)), counts)), strict=True
-        )
+        {"label": labels[label], "predicted": labels[other], "count": found, "share": float(found / support[label])}
+        for (label, other), found in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:count]
     ]
 
 
