@@ -3,7 +3,7 @@
 import gzip
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -150,7 +150,8 @@ def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:
 def read_jsonl(path: Path) -> Iterator[Row]:
     """Yield the rows of a file with one object per line."""
     with open_lines(path) as lines:
-        yield from _rows_of_lines(lines, path)
+        for line, cells in read_json_lines(lines, str(path)):
+            yield _row(f"{path}:{line}", cells)
 
 
 def read_json_folder(folder: Path) -> Iterator[Row]:
@@ -175,7 +176,7 @@ def read_json(path: Path) -> Iterator[Row]:
         document = parse_json("".join(lines))
     except ValueError as error:
         if len(lines) > 1 and _is_object(lines[0]):
-            yield from _rows_of_lines(lines, path)
+            yield from read_jsonl(path)
             return
         raise UserError(f"{path}: invalid JSON: {error}") from None
     if isinstance(document, dict) and "data" not in document:
@@ -183,11 +184,6 @@ def read_json(path: Path) -> Iterator[Row]:
         return
     for number, cells in enumerate(_objects(path, document), 1):
         yield _row(f"{path}, row {number}", cells)
-
-
-def _rows_of_lines(lines: Iterable[str], path: Path) -> Iterator[Row]:
-    for line, cells in read_json_lines(lines, str(path)):
-        yield _row(f"{path}:{line}", cells)
 
 
 def _row(place: str, cells: Mapping[str, object]) -> Row:

@@ -66,13 +66,12 @@ class TurnJoiner:
         key = f"{section}dialogue"
         turns = [record.values for record in _records(rows, self.context, True, key)]
         self._check_order(records, turns, key)
-        values: Iterable[Mapping[str, Any]]
         if self.separator is None:
-            values = ({"previous": turn.get("previous", [])} for turn in turns)
+            changes = [{"previous": turn.get("previous", [])} for turn in turns]
         else:
             texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
-            values = ({"text": text} for text in texts)
-        for record, turn, changed in zip(records, turns, values, strict=True):
+            changes = [{"text": text} for text in texts]
+        for record, turn, changed in zip(records, turns, changes, strict=True):
             yield Record(record.place, {**record.values, **changed}, turn.get("group"))
 
     def _check_order(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]], key: str) -> None:

@@ -112,7 +112,7 @@ def predict_command(options: PredictOptions) -> None:
         records, predictions = _write(output, predictor, rows, count, options)
         terminal().print(f"{output}: {counted(count, 'row')}")
         if options.score:
-            _report_scores(_scores_file(output), predictor, records, predictions, options)
+            _report_scores(predictor, records, predictions, options)
 
 
 def _check_writable(path: Path) -> None:
@@ -178,14 +178,10 @@ def _write(
 
 
 def _report_scores(
-    path: Path,
-    predictor: Predictor,
-    records: Sequence[Record],
-    predictions: Sequence[Prediction],
-    options: PredictOptions,
+    predictor: Predictor, records: Sequence[Record], predictions: Sequence[Prediction], options: PredictOptions
 ) -> None:
     """Write the scores, and print a table of the metrics and one of the labels."""
-    kind = predictor.kind
+    path, kind = _scores_file(Path(options.output)), predictor.kind
     found = records, kind.relate(records, predictions)
     scores, metric = kind.scores(*found), kind.config.metric
     pairs, classified = kind.label_pairs(*found), kind.classified(*found)
