@@ -6,6 +6,7 @@ reference of its config keys. To add a kind, add a file.
 
 import importlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from finetune.encoding.encoder import Encoder
     from finetune.encoding.examples import Batch, Example
     from finetune.pooling import Pooling
+
+_SHOWN_LABELS = 30  # on one line
 
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them, C labels.
 
@@ -138,6 +141,12 @@ class TaskKind(ABC, Generic[ConfigT]):
     def describe(self, train: Table) -> list[str]:
         """Return lines about the training split, for the user."""
         return []
+
+    def describe_shares(self, counts: Counter[str], total: int) -> str:
+        """Return the share of each label, or of the most frequent ones if there are many. counts: of `total`."""
+        few = len(self.labels) <= _SHOWN_LABELS
+        shown = self.labels if few else sorted(self.labels, key=lambda label: -counts[label])[:_SHOWN_LABELS]
+        return ", ".join(f"{label} {counts[label] / total:.1%}" for label in shown) + ("" if few else ", …")
 
     @property
     def embedding(self) -> "tuple[Pooling, bool]":

@@ -77,8 +77,7 @@ class Kind(TaskKind[Config]):
 
     def describe(self, train: Table) -> list[str]:
         counts = Counter(record.values["label"] for record in train.records)
-        shares = ", ".join(f"{label} {counts[label] / len(train):.1%}" for label in self.labels)
-        return [f"{len(self.labels)} labels, in train: {shares}"]
+        return [f"{len(self.labels):,} labels, in train: {self.describe_shares(counts, len(train))}"]
 
     def check_target(self, record: Record) -> None:
         self.label_id(record.values["label"], record.place)

@@ -76,9 +76,8 @@ class Kind(TaskKind[Config]):
     def describe(self, train: Table) -> list[str]:
         rows = [_labels_of(record, self.config) for record in train.records]
         counts = Counter(label for labels in rows for label in labels)
-        shares = ", ".join(f"{label} {counts[label] / len(train):.1%}" for label in self.labels)
-        none = sum(not labels for labels in rows) / len(train)
-        return [f"{len(self.labels)} labels, share of the rows in train: {shares}; none {none:.1%}"]
+        shares, none = self.describe_shares(counts, len(train)), sum(not labels for labels in rows) / len(train)
+        return [f"{len(self.labels):,} labels, share of the rows in train: {shares}; none {none:.1%}"]
 
     def check_target(self, record: Record) -> None:
         self._multi_hot(_labels_of(record, self.config), record.place)

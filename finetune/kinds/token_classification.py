@@ -88,8 +88,8 @@ class Kind(TaskKind[Config]):
 
     def describe(self, train: Table) -> list[str]:
         counts = Counter(tag for record in train.records for tag in record.values["tags"])
-        shares = ", ".join(f"{label} {counts[label] / counts.total():.1%}" for label in self.labels)
-        return [f"{counts.total():,} words in train, {len(self.labels)} tags: {shares}"]
+        total = counts.total()
+        return [f"{total:,} words in train, {len(self.labels):,} tags: {self.describe_shares(counts, total)}"]
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
         """Yield the sentence, not its words."""

@@ -140,3 +140,13 @@ def test_any_number_of_labels_is_scored() -> None:
     assert peak < 1000 * 1000  # bytes
     assert found["7"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
     assert found["0"]["support"] == 0
+
+
+def test_many_labels_are_described_on_one_line() -> None:
+    """Catches a line with thousands of labels, or with the first ones by name."""
+    labels = tuple(f"{number:04}" for number in range(2000))
+    (line,) = Kind(CONFIG, labels).describe(table("1234", "1234", *labels))
+    assert line.startswith("2,000 labels, in train: 1234 0.1%, 0000 0.0%, 0001 0.0%")
+    assert line.endswith(", …")
+    assert line.count("%") == 30
+    assert KIND.describe(table("a", "b", "a", "a")) == ["2 labels, in train: a 75.0%, b 25.0%"]
