@@ -25,7 +25,10 @@ def export_command(options: ExportOptions) -> None:
     repository = None if options.push is None else parse_target(options.push)
     source = _find_source(local_model(options.checkpoint))
     target = Path(options.output).absolute()
-    _check_output(source, target)
+    if not is_free(target):
+        raise UserError(f"{target} already exists; choose another --output")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target} is in the folder that is exported; choose another --output")
     if repository is not None:
         check_target(repository, source, options.private, options.overwrite)
     try:
@@ -44,13 +47,6 @@ def _find_source(path: Path) -> Path:
     """Return the model folder that `path` refers to: itself, or the one of a checkpoint or a run of either kind."""
     is_finetuned = RunFolder(path).results.is_file() or (path / "model" / "config.json").is_file()
     return find_model(path)[0] if is_finetuned else find_model_folder(path)
-
-
-def _check_output(source: Path, target: Path) -> None:
-    if not is_free(target):
-        raise UserError(f"{target} already exists; choose another --output")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{target} is in the folder that is exported; choose another --output")
 
 
 def _write(source: Path, folder: Path, options: ExportOptions, repository: HubName | None) -> list[str]:

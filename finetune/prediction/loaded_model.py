@@ -64,7 +64,11 @@ def load_model(
     loaded = load_on_cpu(folder, tokenizer, task)
     loaded.model.to(device.device)
     use_fast_linear(loaded.model)
-    device = _usable_precision(loaded.model, task.kind, _probe(replace(loaded, device=device), task.kind), device)
+    probe = _probe(replace(loaded, device=device), task.kind)
+    if device.dtype is not None and not computes(loaded.model, task.kind, probe, device):  # as DeBERTa (v1) on a CPU
+        name = loaded.model.config.model_type
+        log.warning("%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.device.type)
+        device = replace(device, dtype=None)
     return replace(loaded, device=device)
 
 
@@ -99,15 +103,6 @@ def _build(spec: ModelSpec) -> PreTrainedModel:
 def _probe(loaded: LoadedModel, kind: TaskKind[Any]) -> Batch:
     """Make the smallest batch."""
     return collate(kind, [kind.probe(loaded.encoder)], loaded.padding, loaded.device.device)
-
-
-def _usable_precision(model: PreTrainedModel, kind: TaskKind[Any], probe: Batch, device: Device) -> Device:
-    """Return the device, in fp32 if the model cannot compute in its precision, as DeBERTa (v1) on a CPU."""
-    if device.dtype is None or computes(model, kind, probe, device):
-        return device
-    name = model.config.model_type
-    log.warning("%s cannot compute in %s on %s: predicting in fp32", name, device.precision, device.device.type)
-    return replace(device, dtype=None)
 
 
 @dataclass(frozen=True)

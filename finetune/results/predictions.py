@@ -106,7 +106,8 @@ def _parquet(path: Path) -> Iterator[Write]:
         for row in rows if writer is None else ():
             for column, value in row.items():
                 if column not in types and value not in (None, []):
-                    types[column] = floats if _is_floats(value) else arrow.get(type(value), pyarrow.string())
+                    has_floats = isinstance(value, list) and all(isinstance(each, float) for each in value)
+                    types[column] = floats if has_floats else arrow.get(type(value), pyarrow.string())
         if waiting and (len(types) == len(waiting[0]) or len(waiting) >= _WAITING):
             flush()
 
@@ -117,10 +118,6 @@ def _parquet(path: Path) -> Iterator[Write]:
     finally:
         if writer is not None:
             writer.close()
-
-
-def _is_floats(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(number, float) for number in value)
 
 
 def _text(value: Any) -> str | None:

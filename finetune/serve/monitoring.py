@@ -114,13 +114,11 @@ def observe(app: ASGIApp, metrics: Metrics) -> ASGIApp:
         except Exception:  # it was answered with 500
             log.exception("an error in the server")
         finally:
-            _report(scope, status, time.perf_counter() - start, metrics)
+            seconds = time.perf_counter() - start
+            path = getattr(scope.get("route"), "path", "unknown")
+            texts = scope.get("state", {}).get("texts", 0)
+            metrics.observe_request(path, status, seconds, texts)
+            figures = {"status": status, "ms": round(1000 * seconds, 1), "texts": texts}
+            log_event("request", method=scope["method"], path=path, **figures)
 
     return observed
-
-
-def _report(scope: Scope, status: int, seconds: float, metrics: Metrics) -> None:
-    path = getattr(scope.get("route"), "path", "unknown")
-    texts = scope.get("state", {}).get("texts", 0)
-    metrics.observe_request(path, status, seconds, texts)
-    log_event("request", method=scope["method"], path=path, status=status, ms=round(1000 * seconds, 1), texts=texts)
