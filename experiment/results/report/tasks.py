@@ -23,6 +23,7 @@ from experiment.tracking.downstream import DownstreamResult, best_result, read_r
 _LABEL_SCORES = ("precision", "recall", "f1")
 _WORST = 10  # rows shown
 _LONGEST_CELL = 300  # characters
+_MATRIX_LABELS = 200  # of a confusion matrix, which has a cell for each pair of them
 _PROBABILITIES = "probability_"  # columns that are left out: one for each label
 
 
@@ -122,7 +123,10 @@ def _curve(rows: Sequence[Mapping[str, str]], name: str) -> Curve:
 
 
 def confusion_matrix(folder: RunFolder, results: Mapping[str, Any]) -> list[ConfusionMatrix]:
-    """Return the matrix of all seeds together on the last split with one; empty if there is none, as for regression."""
+    """Return the matrix of all seeds together on the last split with one; empty if there is none, as for regression,
+    and for very many labels."""
+    if len(results.get("labels", ())) > _MATRIX_LABELS:
+        return []
     try:
         records = [read_json(folder.seed_folder(seed) / "COMPLETE") for seed in results["seeds"]]
         split = list(records[0]["confusion"])[-1]

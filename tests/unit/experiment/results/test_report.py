@@ -175,6 +175,7 @@ def test_the_confusion_matrix_is_that_of_all_seeds(tmp_path: Path) -> None:
     (matrix,) = confusion_matrix(folder, results)
     assert (matrix.labels, matrix.counts) == (["joy", "fear"], [[15, 0], [3, 2000]])
     assert matrix.caption == "Confusion matrix on test, all seeds together"
+    assert confusion_matrix(folder, {**results, "labels": list(map(str, range(1000)))}) == []  # a page of 9 MB
     write_json(folder.path / "results.json", results)
     assert "2,000" in write_report(folder.path).read_text(encoding="utf-8")
     (folder.path / "seed-2" / "COMPLETE").write_text("{")
