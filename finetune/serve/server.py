@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -27,7 +26,7 @@ from finetune.serve.app import make_app
 from finetune.serve.monitoring import log_as_json, log_event
 from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel, load_served_model
-from finetune.serve.serving import Serving
+from finetune.serve.serving import Serving, in_daemon_thread
 
 TOKEN_VARIABLE = "DEEPCLOZE_SERVE_TOKEN"
 
@@ -45,18 +44,15 @@ def serve_command(options: ServeOptions) -> None:
         raise UserError(f"--max_queue: {options.max_queue} is less than the texts of one request, {options.max_texts}")
     wanted: list[int] = []  # signals that came before the server could reload; the default is to end the process
     signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # KeyboardInterrupt would wait for the thread that loads
 
     def load() -> ServedModel:
-        """Load in a thread that ends with its threads of OpenMP: while there are more than cores, none spins."""
-        with ThreadPoolExecutor(1, "load") as thread:
-            return thread.submit(load_served_model, local_model(options.model), options.precision).result()
+        return load_served_model(local_model(options.model), options.precision)
 
     with bind(options.host, options.port) as listener:
         prepare_process()
         if terminal().is_interactive:  # elsewhere stderr is a log, of JSON lines only
             terminal().print(f"loading {options.model}")
-        first = load()
+        first = in_daemon_thread(load).result()
         log_as_json()
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)
         serving = Serving(first, load, limits, options.batch_delay_ms / 1000, options.batch_tokens)

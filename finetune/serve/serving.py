@@ -7,8 +7,9 @@ reload puts another `Services` in place; requests that began with the old one ar
 import asyncio
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
@@ -30,6 +31,22 @@ _BATCH_COST = {"cpu": 64, "cuda": 4096}  # tokens that take as long to compute a
 
 
 ResultT = TypeVar("ResultT")
+
+
+def in_daemon_thread(load: Callable[[], ResultT]) -> Future[ResultT]:
+    """Load a model in a thread of its own, which ends with its threads of OpenMP: while there are more than cores, none
+    spins. The end of the process does not wait for it."""
+    result: Future[ResultT] = Future()
+    result.set_running_or_notify_cancel()  # a thread cannot be cancelled
+
+    def run() -> None:
+        try:
+            result.set_result(load())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return result
 
 
 class Services:
@@ -194,7 +211,7 @@ class Serving:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                served = await asyncio.to_thread(self._load)
+                served = await asyncio.wrap_future(in_daemon_thread(self._load))
             except UserError as error:
                 log_event("the model was not reloaded: the old one stays", logging.ERROR, reason=str(error))
             except Exception:

@@ -9,26 +9,23 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from starlette.testclient import TestClient
 
 from experiment.errors import UserError
 from finetune.options import ServeOptions
 from finetune.serve import server
+from finetune.serve.app import make_app
+from finetune.serve.request_checks import Limits
+from finetune.serve.served_model import ServedModel, load_served_model
 from finetune.serve.server import TOKEN_VARIABLE, read_token
+from finetune.serve.serving import Serving
 from launcher.cli import main
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """Leave the handlers of the tests as they are."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+from waiting import LIMIT, wait_until
 
 
 @pytest.fixture
@@ -145,7 +142,7 @@ def test_the_thread_that_loads_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         server.serve_command(ServeOptions(model=str(tmp_path), port=0))
     (thread,) = loading
     assert thread is not threading.main_thread()
-    assert not thread.is_alive()
+    wait_until(lambda: not thread.is_alive())
 
 
 @pytest.mark.parametrize(("interactive", "lines"), [(True, ["loading nowhere"]), (False, [])])
@@ -160,16 +157,34 @@ def test_a_terminal_shows_what_is_loaded(interactive: bool, lines: list[str], mo
 
 def test_ctrl_c_ends_a_server_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a Ctrl-C that waits until the model is loaded, which may have to be downloaded."""
-    handlers: list[object] = []
+    downloaded = threading.Event()
 
     def load(*_: object) -> Served:
-        handlers.append(signal.getsignal(signal.SIGINT))
-        raise UserError("no model")
+        os.kill(os.getpid(), signal.SIGINT)
+        downloaded.wait(LIMIT)
+        return Served()
 
     monkeypatch.setattr(server, "load_served_model", load)
-    with pytest.raises(UserError, match="no model"):
+    with pytest.raises(KeyboardInterrupt):
         server.serve_command(ServeOptions(model=str(tmp_path), port=0))
-    assert handlers == [signal.SIG_DFL]
+    downloaded.set()
+
+
+def test_a_server_that_reloads_ends(folders: dict[str, Path]) -> None:
+    """Catches SIGTERM that waits for a reload, until the server is killed."""
+    first, begun, downloaded = load_served_model(folders["sequence"], "fp32"), threading.Event(), threading.Event()
+
+    def load() -> ServedModel:
+        begun.set()
+        downloaded.wait(LIMIT)
+        return first
+
+    serving = Serving(first, load, Limits(64, 1024, 64, 60.0), 0.001)
+    with TestClient(make_app(serving, None)) as client:
+        assert client.portal is not None
+        client.portal.call(serving.reload)
+        assert begun.wait(LIMIT)
+    downloaded.set()
 
 
 def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -192,8 +207,9 @@ def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPat
     def run(app: object, listener: object, timeout: object, announce: Callable[[], None], reload: object) -> None:
         announce()
         serving.served = Served()
-        gc.collect()
-        assert first[0]() is None
+        wait_until(
+            lambda: gc.collect() is not None and first[0]() is None
+        )  # the thread that loaded may hold it a moment
 
     monkeypatch.setattr(server, "load_served_model", load)
     monkeypatch.setattr(server, "Serving", make_serving)
