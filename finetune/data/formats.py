@@ -34,7 +34,7 @@ _FORMATS: dict[str, FormatName] = {
 
 _EXPECTED = "expected a list of objects, one object, one object per line, or the lists of DREAM or SQuAD"
 
-_SEPARATOR = re.compile(r"[ \t]+")
+_SPACES = re.compile(" +")
 
 
 class Row(NamedTuple):
@@ -265,17 +265,13 @@ def read_conll(path: Path) -> Iterator[Row]:
         for is_blank, group in groupby(numbered, lambda pair: not pair[1] or pair[1].startswith("-DOCSTART-")):
             if is_blank:
                 continue
-            sentence = [(number, _fields(line)) for number, line in group]
+            sentence = [(number, line.split("\t") if "\t" in line else _SPACES.split(line)) for number, line in group]
             width = width or len(sentence[0][1])
             for number, fields in sentence:
                 if len(fields) != width:
                     raise UserError(f"{path}:{number}: expected {counted(width, 'column')}, found {len(fields)}")
             place = f"{path}:{sentence[0][0]}"
             yield Row(place, _names(width), _cells([fields for _, fields in sentence]), place)
-
-
-def _fields(line: str) -> list[str]:
-    return line.split("\t") if "\t" in line else _SEPARATOR.split(line)
 
 
 def _names(width: int) -> list[str]:

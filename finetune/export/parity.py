@@ -29,10 +29,6 @@ class Difference:
     largest: float = 0.0
     scale: float = 1.0  # the largest output of PyTorch, at least 1
 
-    @property
-    def relative(self) -> float:
-        return self.largest / self.scale
-
     def add(self, expected: Tensor, found: Tensor) -> None:
         self.largest = max(self.largest, float((expected - found).abs().max().nan_to_num(float("inf"))))
         self.scale = max(self.scale, float(expected.abs().max()))

@@ -70,7 +70,10 @@ class Inference:
             lengths = [example.longest for example in examples]
             for indices in evaluation_batches(lengths, self.microbatch.size, self.padding.is_avoided):
                 self.microbatch.compute(indices, compute)
-        return outputs, _total(losses) if losses else None
+        if not losses:
+            return outputs, None
+        sums = [torch.stack([getattr(loss, part) for loss in losses]).double().sum() for part in ("sum", "weight")]
+        return outputs, Loss(*sums)
 
     def _compute_batch(
         self, examples: Sequence[Example], options: LossOptions | None
@@ -116,11 +119,6 @@ def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Predict
         )
         for record, indices in zip(split.table.records, examples_of, strict=True)
     )
-
-
-def _total(losses: Sequence[Loss]) -> Loss:
-    sums = [torch.stack([getattr(loss, part) for loss in losses]).double().sum() for part in ("sum", "weight")]
-    return Loss(*sums)
 
 
 def evaluation_microbatch(config: TrainingConfig) -> Microbatch:

@@ -164,19 +164,15 @@ def find_model(path: Path) -> tuple[Path, str]:
         folder, description = path / "model", str(path / "model")
     elif RunFolder(path).results.is_file():
         folder, description = _best_seed(RunFolder(path))
-    else:
-        raise _no_model(path)
-    return find_model_folder(folder), description
-
-
-def _no_model(path: Path) -> UserError:
-    if checkpoints := complete_checkpoints(path / "checkpoints"):
-        return UserError(
+    elif checkpoints := complete_checkpoints(path / "checkpoints"):
+        raise UserError(
             f"{path} is a pretraining run: expected a finished run of `deepcloze finetune`, or a model folder; "
             f"`deepcloze serve` fills masks with {checkpoints[-1] / 'hf'}"
         )
-    problem = "holds neither config.json nor results.json" if path.is_dir() else "is not a folder"
-    return UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run")
+    else:
+        problem = "holds neither config.json nor results.json" if path.is_dir() else "is not a folder"
+        raise UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run")
+    return find_model_folder(folder), description
 
 
 def _best_seed(run: RunFolder) -> tuple[Path, str]:
