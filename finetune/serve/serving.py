@@ -19,7 +19,6 @@ from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
 from finetune.pooling import Pooling
-from finetune.prediction.mask_filler import Candidates
 from finetune.prediction.predictor import Predictor
 from finetune.serve.batching import Batcher, BatchLimits, Size
 from finetune.serve.monitoring import Metrics, log, log_event
@@ -77,9 +76,7 @@ class Services:
         assert predictor is not None, "a model predicts or fills masks"
         self._examples: Batcher[Example, Any] = batcher(predictor.compute)
         self._embedded: Batcher[Example, list[float]] = batcher(served.embedder.compute)
-        self._masked: Batcher[Example, Candidates] | None = None
-        if served.filler is not None:
-            self._masked = batcher(served.filler.compute)
+        self._masked = None if served.filler is None else batcher(served.filler.compute)
 
     @contextmanager
     def used(self) -> Iterator["Services"]:
