@@ -58,7 +58,7 @@ def explain_unknown_key(config_type: type[BaseModel], dotted: str, in_lists: Ite
 
     in_lists: names of keys of list items, to suggest too.
     """
-    if hint := full_width_hint(dotted):
+    if hint := full_width_hint(dotted.rpartition(".")[2]):
         return f"unknown config key '{dotted}'{hint}"
     known = [*known_keys(config_type), *in_lists]
     above, _, last = dotted.rpartition(".")

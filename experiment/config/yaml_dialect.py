@@ -12,8 +12,8 @@ import yaml
 
 _MAX_VALUES = 100_000  # in a document, counted again for each alias
 
-_FULL_WIDTH = re.compile("[！-／：-＠［-｀｛-～]")  # punctuation
-_COMMENT = re.compile(r"(?:^|\s)#.*")
+_FULL_WIDTH = re.compile("[：，＃［］｛｝＂＇]")  # whose ASCII forms are syntax
+_TEXT = re.compile(r"""(?:^|\s)#.*|"[^"]*"|'[^']*'""")  # comments and quoted values
 
 KeyPath = tuple[str, ...]  # path of a value: keys and, in lists, indices
 
@@ -50,7 +50,7 @@ def explain_yaml(error: yaml.YAMLError) -> str:
             return f": {problem}"
         first = (error.context_mark or mark).line - 1  # a key without a colon may go on in the next line
         lines = "\n".join((mark.buffer or "").split("\n")[max(first, 0) : mark.line + 1])
-        return f", line {mark.line + 1}: {problem}{full_width_hint(_COMMENT.sub('', lines))}"
+        return f", line {mark.line + 1}: {problem}{full_width_hint(_TEXT.sub('', lines))}"
     if isinstance(error, yaml.reader.ReaderError):
         return f": the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"
     return f": {error}"
@@ -58,8 +58,9 @@ def explain_yaml(error: yaml.YAMLError) -> str:
 
 def full_width_hint(text: str) -> str:
     """Return the end of a message about text that has full-width punctuation, as of a Chinese keyboard; else empty."""
-    found = _FULL_WIDTH.search(text)
-    return f"; write '{unicodedata.normalize('NFKC', found[0])}', not the full-width '{found[0]}'" if found else ""
+    if (found := _FULL_WIDTH.search(text)) is None:
+        return ""
+    return f"; the full-width '{found[0]}' is text in YAML; did you mean '{unicodedata.normalize('NFKC', found[0])}'?"
 
 
 class Loader(yaml.SafeLoader):

@@ -149,15 +149,21 @@ def _aliases(value: bytes) -> bytes:
         ),
         (
             "schedule: {steps：3}\n".encode(),
-            "FILE, line 1: unknown config key 'schedule.steps：3'; write ':', not the full-width '：'",
+            "FILE, line 1: unknown config key 'schedule.steps：3'; the full-width '：' is text in YAML; did you",
         ),
         (
             "schedule：\n  steps: 3\n".encode(),
-            "line 2: mapping values are not allowed here; write ':', not the full-width '：'",
+            "line 2: mapping values are not allowed here; the full-width '：' is text in YAML; did you mean ':'?",
         ),
-        ("run: {lr: 3，name: a}\n".encode(), "but got ':'; write ',', not the full-width '，'"),
-        ("run:\n  lr: 3 ＃ high\n".encode(), "found text (\"3 ＃ high\"); write '#', not the full-width '＃'"),
-        ("run: ［a］ # 注：a\n".encode(), "found text (\"［a］\"); write '[', not the full-width '［'"),
+        ("run: {lr: 3，name: a}\n".encode(), "but got ':'; the full-width '，' is text in YAML; did you mean ','?"),
+        (
+            "run:\n  lr: 3 ＃ high\n".encode(),
+            "found text (\"3 ＃ high\"); the full-width '＃' is text in YAML; did you mean '#'?",
+        ),
+        (
+            "run: ［a］ # 注：a\n".encode(),
+            "found text (\"［a］\"); the full-width '［' is text in YAML; did you mean '['?",
+        ),
     ],
 )
 def test_an_invalid_file_gives_the_line_of_the_problem(tmp_path: Path, text: bytes, expected: str) -> None:
@@ -165,9 +171,19 @@ def test_an_invalid_file_gives_the_line_of_the_problem(tmp_path: Path, text: byt
     assert expected in message_of_file(tmp_path, text)
 
 
+def test_full_width_punctuation_in_the_names_of_users_is_right() -> None:
+    """Catches a hint to change the name of a row, for a mistake in a key below it."""
+
+    class Rows(Section):
+        rows: dict[str, Source]
+
+    with pytest.raises(UserError, match="did you mean 'weight'"):
+        build_config(Rows, {"rows": {"大：模型": {"path": "a", "weigth": 1.0}}}, {})
+
+
 def test_full_width_punctuation_in_comments_is_right(tmp_path: Path) -> None:
-    """Catches a hint to change a comment, of which the mistake is not a part."""
-    assert message_of_file(tmp_path, "# 注：a\nrun: {lr: [}  # 注：b\n").endswith("but found '}'")
+    """Catches a hint to change a comment or a quoted text, of which the mistake is not a part."""
+    assert message_of_file(tmp_path, "# 注：a\nrun: {name: '，', lr: [}  # 注：b\n").endswith("but found '}'")
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
