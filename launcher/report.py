@@ -40,9 +40,10 @@ _SENTENCES = 10
 _TOP = 5
 _CHECKPOINTS = 6
 _SHORTEST, _LONGEST = 8, 40  # tokens of a sentence
-_LONGEST_WORD = 4  # tokens, where a segmenter has found the words
+_LONGEST_WORD = 4  # tokens of a masked word
 _ENDS = frozenset(".!?。！？")
 _SEED = 0
+_HAN = regex.compile(r"\p{Han}+")
 _BETWEEN_HAN = regex.compile(r"(?<=[\p{Han}\u3000-\u303f\uff00-\uffef]) (?=[\p{Han}\u3000-\u303f\uff00-\uffef])")
 
 
@@ -152,11 +153,10 @@ def choose_sentences(
         starts = np.ones(len(ids), dtype=np.bool_) if word_starts is None else word_starts[: len(ids)]
         if word_starts is None and boundaries is not None:
             starts = boundaries.word_starts(ids)
-        most = 1 if word_starts is None else _LONGEST_WORD
         words = [
             (start, end)
             for start, end in pairwise(np.flatnonzero(starts).tolist())  # the last word may be cut off
-            if end - start <= most and not vocabulary.unmaskable[ids[start:end]].any()
+            if end - start <= _LONGEST_WORD and not vocabulary.unmaskable[ids[start:end]].any()
         ]
         sentence = _mask_word(ids, words, tokenizer, draw)
         if sentence is not None:
@@ -179,10 +179,10 @@ def _mask_word(
     tokenizer: "PreTrainedTokenizerFast",
     draw: np.random.Generator,
 ) -> MaskedSentence | None:
-    """Mask a word; None if there is none, or the text cannot be put together again. words: the first token of each, and
-    the one after it."""
+    """Mask a word of one token, or of Chinese characters that are a token each; None if there is none, or the text
+    cannot be put together again. words: the first token of each, and the one after it."""
     texts = {word: tokenizer.decode(ids[slice(*word)].tolist()).strip() for word in words}
-    named = [word for word, text in texts.items() if _close_up(text).isalpha()]
+    named = [word for word, text in texts.items() if _is_maskable(_close_up(text), word[1] - word[0])]
     if not named:
         return None
     start, end = named[int(draw.integers(len(named)))]
@@ -194,6 +194,10 @@ def _mask_word(
     before, after = _close_up(until).removesuffix(closed), _close_up(f"{answer}{text.removeprefix(until)}")
     sentence = MaskedSentence(before, closed, after.removeprefix(closed))
     return sentence if _count_masks(sentence, tokenizer) == end - start else None
+
+
+def _is_maskable(word: str, tokens: int) -> bool:
+    return word.isalpha() if tokens == 1 else tokens == len(word) and _HAN.fullmatch(word) is not None
 
 
 def _count_masks(sentence: MaskedSentence, tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -141,9 +141,10 @@ def test_sentences_can_be_put_together_again(corpus: str, request: pytest.Fixtur
 
 @pytest.fixture
 def chinese(tmp_path: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer with a token for each character."""
+    """A tokenizer with a token for each character, and two for "python"."""
     characters = "我们支持手机，他说的对。很好"
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, "py", "##thon"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
     return load_tokenizer(tmp_path)
 
 
@@ -162,6 +163,14 @@ def test_a_word_of_a_chinese_sentence_is_masked(chinese: PreTrainedTokenizerFast
         "我们支持手机，他说[的]对。",
         "我们支持手机，他说的[对]。",
     }
+
+
+def test_a_word_of_pieces_is_not_masked(chinese: PreTrainedTokenizerFast) -> None:
+    """Catches a Latin word of two tokens, whose fillings would be pieces in a row, such as "py##thon"."""
+    ids = np.array(chinese("他说python很好。", add_special_tokens=False)["input_ids"], dtype=np.int32)
+    starts = np.array([number != 3 for number in range(len(ids))])
+    answers = {sentence.answer for sentence in choose_sentences(iter([(ids, starts)] * 50), chinese)}
+    assert answers == {"他", "说", "很", "好"}
 
 
 def test_a_word_of_several_tokens_is_filled(chinese: PreTrainedTokenizerFast, tmp_path: Path) -> None:
