@@ -33,8 +33,8 @@ class SweepResult:
 
 
 def read_metric(folder: RunFolder, metric: str) -> float | None:
-    """Return the metric of a finished run: on validation in results.json, or its last value in metrics.jsonl;
-    None without one, or if that is not finite.
+    """Return the metric of a finished run: on validation in results.json, or its last value in metrics.jsonl. None
+    without one, or if an evaluation diverged.
 
     Raises UserError for a damaged results.json.
     """
@@ -48,6 +48,8 @@ def read_metric(folder: RunFolder, metric: str) -> float | None:
                 f"delete {folder.path} and run the same command again"
             ) from None
     values = [event[metric] for event in read_events(folder.metrics) if metric in event]
+    if metric == "loss":  # null if no step of the interval was trained on
+        values = [value for value in values if value is not None]
     return float(values[-1]) if values and values[-1] is not None else None
 
 

@@ -32,6 +32,12 @@ def test_the_last_value_of_pretraining(tmp_path: Path, events: list[float | None
     assert read_metric(RunFolder(tmp_path), "eval/wiki/perplexity") == value
 
 
+def test_an_interval_of_skipped_batches_has_no_loss(tmp_path: Path) -> None:
+    """Catches a run without a value because it skipped the batches of its last interval."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 100, "loss": 2.0}\n{"step": 101, "loss": null}\n')
+    assert read_metric(RunFolder(tmp_path), "loss") == 2.0
+
+
 @pytest.mark.parametrize("content", ["", '{"splits": {"valid', "[]", '{"splits": {}}', '{"splits": {"validation": 1}}'])
 def test_damaged_results_of_fine_tuning(tmp_path: Path, content: str) -> None:
     """Catches a traceback at the restart of a sweep with a finished run that was damaged."""
