@@ -9,7 +9,7 @@ HUB_CACHE = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?/snapshots(?:/|$)")
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OTHER_FORM = re.compile(
-    r"(?:hub:|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)([\w.-]+(?:/[\w.-]+)?)(?:/tree/.*)?/?"
+    r"(?:hub:|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)([\w.-]+(?:/[\w.-]+)?)(?:/tree/([\w.-]+))?/?"
 )
 
 
@@ -51,7 +51,7 @@ def meant_name(text: str) -> str | None:
     """Return the name of the model whose page on the Hub has this address, or that is written like data, as
     hub:NAME."""
     found = _OTHER_FORM.fullmatch(text)
-    return found[1] if found else None
+    return str(HubName(*found.groups())) if found else None
 
 
 def hub_name(folder: str) -> str | None:

@@ -74,7 +74,7 @@ def test_names(text: str, expected: HubName | None, tmp_path: Path, monkeypatch:
     [
         ("hub:bert-base-chinese", "bert-base-chinese"),
         ("https://huggingface.co/org/bert-base-tiny/", "org/bert-base-tiny"),
-        ("https://hf.co/org/bert-base-tiny/tree/main", "org/bert-base-tiny"),
+        ("https://hf.co/org/bert-base-tiny/tree/v2", "org/bert-base-tiny@v2"),
         ("https://example.com/org/bert-base-tiny", None),
     ],
 )
