@@ -22,7 +22,7 @@ class Pace:
 
     seconds: float
     tokens_per_second: float
-    data_wait: float  # fraction of the interval spent waiting for data
+    data_seconds: float  # of `seconds`, spent waiting for data
     checkpoint_seconds: float  # spent waiting for checkpoints, which are no part of `seconds`
 
 
@@ -88,7 +88,7 @@ class LogInterval:
         training, data, checkpointing = (now - before[name] for name, now in self._measured.items())
         seconds = max(training + data, 1e-9)
         tokens = sum(step.tokens for step in self._totals)
-        return Pace(seconds, tokens / seconds, data / seconds, checkpointing)
+        return Pace(seconds, tokens / seconds, data, checkpointing)
 
     def flops(self, model: FlopsModel) -> float:
         """Count the FLOPs of the steps that this process took part in, over all ranks."""

@@ -27,7 +27,7 @@ from pretrain.engine.engine import Engine
 from pretrain.modeling.structure import FlopsModel
 from pretrain.resolve import ResolvedRun
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.log_interval import LogInterval, Pace
+from pretrain.training.log_interval import LogInterval
 from pretrain.training.training_progress import TrainingProgress
 from pretrain.training_stream import TrainingStream
 
@@ -138,6 +138,7 @@ class Reporter:
         interval, by_corpus = self._interval, progress.tokens_by_corpus
         interval.all_reduce_losses()
         pace = interval.measure_pace()
+        slowest_rank = self._slowest_rank(pace.data_seconds)
         self.log(
             progress,
             {
@@ -149,11 +150,11 @@ class Reporter:
                 "overflows": progress.overflows if self._engine.precision == "fp16" else None,
                 "tokens_per_second": pace.tokens_per_second,
                 "mfu": self._mfu(pace.seconds),
-                "data_wait": pace.data_wait,
+                "data_wait": pace.data_seconds / pace.seconds,
                 "goodput": self._times.goodput,
                 "checkpoint_seconds": pace.checkpoint_seconds,
                 "memory": peak_memory(),
-                **self._slowest_rank(pace),
+                **slowest_rank,
                 **({f"tokens/{name}": tokens for name, tokens in by_corpus.items()} if len(by_corpus) > 1 else {}),
             },
         )
@@ -196,14 +197,17 @@ class Reporter:
         if self._tracker is not None:
             self._tracker.close(outcome, step)
 
-    def _slowest_rank(self, pace: Pace) -> Metrics:
-        """Compare how long the ranks have worked in the interval without waiting for others. Collective."""
+    def _slowest_rank(self, data_seconds: float) -> Metrics:
+        """Compare how long the ranks have worked in the interval without waiting for others. Collective.
+
+        data_seconds: that this rank has waited for data.
+        """
         timer, world = self._engine.forward_timer, self._engine.world
         if not timer.enabled:
             return {}
         forward_seconds = timer.take()
         seconds = torch.zeros(world.size, dtype=torch.float64, device=self._engine.device)
-        seconds[world.rank] = forward_seconds + pace.data_wait * pace.seconds if forward_seconds else 0.0
+        seconds[world.rank] = forward_seconds + data_seconds if forward_seconds else 0.0
         dist.all_reduce(seconds)
         slowest = self._slow_ranks.update(seconds.tolist()) if self._tracker is not None else None
         if slowest is None:

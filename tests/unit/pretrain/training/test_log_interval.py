@@ -117,7 +117,7 @@ def test_pace_is_of_one_interval() -> None:
             at.now += 10.0
         with times.during(CHECKPOINTING):
             at.now += 1.5
-    assert interval.measure_pace() == Pace(8.0, 125.0, 0.25, 3.0)
+    assert interval.measure_pace() == Pace(8.0, 125.0, 2.0, 3.0)
     interval.end(TrainingProgress())
     at.now += 2.0
     interval.add(None, totals(0, 10))
