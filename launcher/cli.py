@@ -83,7 +83,7 @@ def _run_command(argv: Sequence[str]) -> None:
         except FileNotFoundError:
             raise UserError("the working directory no longer exists; change to another one") from None
         if damaged := next((name for name in names if not is_unicode(name)), None):
-            raise UserError(f"{os.fsencode(damaged)!r} is not UTF-8; rename the file or folder")
+            raise UserError(f"{os.fsencode(damaged)!r} is not UTF-8, as names of files and other arguments have to be")
         name, options = parse_command_line(argv, COMMANDS)
         fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
 

@@ -202,7 +202,7 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     with ThreadPoolExecutor() as readers:  # runs on other machines take seconds
         found = [status for status in readers.map(read, each.values()) if status is not None]
     if as_json:
-        print(json.dumps([asdict(status) for status in found], ensure_ascii=False))
+        print(json.dumps([asdict(status) for status in found]))
     elif len(found) == 1:
         print(_list(found[0]))
     else:

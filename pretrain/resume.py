@@ -158,8 +158,9 @@ def locate_model(
     try:
         located = model.model_copy(update={"init_from": record_model(model.init_from)})
     except UserError as error:
-        hint = f"\na run that {mirror} holds has its own: `deepcloze pretrain` copies it first"
-        raise UserError(f"model.init_from: {error}{hint if mirror is not None and point is None else ''}") from None
+        may_be_mirrored = mirror is not None and point is None and not Path(model.init_from).exists()
+        hint = f"\nif {mirror} holds this run, `deepcloze pretrain` first copies it, with its model"
+        raise UserError(f"model.init_from: {error}{hint if may_be_mirrored else ''}") from None
     return located, located
 
 
@@ -206,7 +207,7 @@ def _parent_checkpoints(parent: str, folder: RunFolder, has_own: bool) -> Sequen
             problem = f"holds a run that is not a fork of {parent}; choose another run.dir"
             raise UserError(f"run.dir: {folder.path} {problem}")
     elif not any((checkpoint / "state.json").is_file() for checkpoint in found):  # as in a seed of fine-tuning
-        problem = "has no complete checkpoint" if Path(parent).exists() else "does not exist"
+        problem = "has no complete checkpoint of a run" if Path(parent).exists() else "does not exist"
         raise UserError(
             "'run.resume': expected auto, never, or a run or checkpoint to fork, such as "
             f"RUN/checkpoints/step-00001000; '{parent}' {problem}"

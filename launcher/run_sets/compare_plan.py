@@ -173,9 +173,10 @@ def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str
     overrides = {**overrides, "run.dir": str(folder)}
     points: dict[str, FinetuneConfig] = {}
     for name, values in read_grid(grid, overrides).items() if grid is not None else ():
-        points[name] = validate_finetuning(file, {**overrides, **values})
-        check_validation(points[name], "the points of the grid are compared on validation")
-        check_differs(name, points)
+        with user_errors_in(f"grid: {name}"):
+            points[name] = validate_finetuning(file, {**overrides, **values})
+            check_validation(points[name], "the points of the grid are compared on validation")
+            check_differs(name, points)
     config = flatten(validate_finetuning(file, overrides))
     return {**{key: value for key, value in config.items() if not key.startswith(_IRRELEVANT)}, "grid": grid}
 

@@ -139,7 +139,7 @@ def check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfi
     for other, config in points.items():
         moved = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
         if other != name and moved == points[name]:
-            raise UserError(f"same config as {other}; leave one of them out of --grid")
+            raise UserError(f"same config as {other}; leave one of them out of the grid")
 
 
 class _Pins:

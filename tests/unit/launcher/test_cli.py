@@ -307,7 +307,7 @@ def test_a_name_that_is_not_utf_8_is_reported(
     folder = tmp_path / os.fsdecode(b"\xfcbung")
     folder.mkdir()
     assert main(["status", str(folder)]) == 2
-    assert "\\xfcbung' is not UTF-8; rename the file or folder" in capsys.readouterr().err
+    assert "\\xfcbung' is not UTF-8, as names of files and other arguments have to be" in capsys.readouterr().err
     monkeypatch.chdir(folder)
     assert main(["status", "runs/mine"]) == 2
-    assert "\\xfcbung' is not UTF-8; rename the file or folder" in capsys.readouterr().err
+    assert "\\xfcbung' is not UTF-8, as names of files and other arguments have to be" in capsys.readouterr().err

@@ -375,7 +375,7 @@ def test_another_model_is_compared_with_the_run(tmp_path: Path, changes: dict[st
 def test_a_model_that_is_gone_may_be_in_the_mirror(tmp_path: Path) -> None:
     """Catches a `deepcloze validate` on new hosts that seems to say that a mirrored run cannot continue there."""
     gone = ModelConfig(init_from=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"does not exist.*\na run that s3://b/run holds has its own: `deepcloze"):
+    with pytest.raises(UserError, match=r"does not exist.*\nif s3://b/run holds this run, `deepcloze pretrain` first"):
         locate_model(gone, None, "s3://b/run")
     with pytest.raises(UserError, match=r"does not exist: expected [^\n]*$"):
         locate_model(gone, None)

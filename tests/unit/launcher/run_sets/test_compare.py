@@ -386,7 +386,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(
         ({"rows": {"a": {"init_from": ".", "weights": "random", "pretrain": "x.yaml"}}}, "would ignore what pretrain"),
         ({"grid": "training.lr=fast"}, r"training\.lr"),
         ({"grid": "training.seeds=1,2"}, r"--grid: 'training\.seeds' is set to 1,2 for all points"),
-        ({"grid": "training.lr=1e-3,0.001"}, "same config as lr=1e-3"),
+        ({"grid": "training.lr=1e-3,0.001"}, r"grid: lr=0\.001: same config as lr=1e-3"),
         ({"tasks": ["missing.yaml"]}, r"missing\.yaml"),
     ],
 )
