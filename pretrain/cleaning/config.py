@@ -72,8 +72,13 @@ class CleanConfig(TextOptions):
 
     @property
     def columns(self) -> Mapping[str, str]:
-        text = super().columns  # first, and no metadata
-        return {**text, **dict.fromkeys(self.metadata, "metadata"), **text}
+        return {**super().columns, **dict.fromkeys(self.metadata, "metadata")}
+
+    @model_validator(mode="after")
+    def _metadata_is_not_the_text(self) -> Self:
+        if self.column in self.metadata:
+            raise ValueError(f"metadata: '{self.column}' is the column of the text")
+        return self
 
     @model_validator(mode="after")
     def _steps_are_in_a_possible_order(self) -> Self:

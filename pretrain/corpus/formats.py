@@ -47,7 +47,7 @@ _MAX_DOCUMENT = 1 << 30  # characters; a text without the expected blank lines m
 _MATCH_SECONDS = 10.0  # for a line; a pattern that tries all ways to split a line may take years
 _CONVERSIONS = {
     "convert it to text, for instance with pandoc": "docx epub odt rtf",
-    "read it with `deepcloze clean`, out of an archive, or convert it to text": "htm html warc wet xhtml xml",
+    "read it with `deepcloze clean` (unpack archives first), or convert it to text": "htm html warc wet xhtml xml",
     "convert it to text, for instance with pdftotext": "pdf",
     "convert it to text, for instance with LibreOffice": "doc ppt pptx",
     "convert it to .csv, for instance with LibreOffice": "ods xls xlsx",
@@ -315,7 +315,7 @@ def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:
     for number, row in read_json_lines(lines.in_range(), lines.origin, lines.first):
         names = columns
         if _is_cleaned(row):  # some have no metadata, or not all
-            kept = row.get("metadata", {})
+            kept = row.get("metadata") or {}
             names = [name for name in columns if options_of[name] != "metadata" or name in kept]
             row = {**row, **{name: kept[name] for name in names if options_of[name] == "metadata"}}
         for column in names:
@@ -327,7 +327,7 @@ def _parse_json_lines(lines: Lines, options: TextOptions) -> Iterator[Document]:
 def _is_cleaned(row: Mapping[str, Any]) -> bool:
     """Return whether `deepcloze clean` has written a row: its id begins with its source."""
     keys = {"id", "source", "text"}
-    is_written = keys <= row.keys() <= {*keys, "metadata"} and isinstance(row.get("metadata", {}), dict)
+    is_written = keys <= row.keys() <= {*keys, "metadata"} and isinstance(row.get("metadata") or {}, dict)
     return is_written and str(row["id"]).startswith(f"{row['source']}:")
 
 

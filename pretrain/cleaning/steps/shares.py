@@ -1,6 +1,9 @@
 """Shares of digits, symbols, capital letters and stop words."""
 
 from functools import cached_property
+from typing import Self
+
+from pydantic import model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import Fraction
@@ -27,7 +30,14 @@ class Config(Section):
     """Smallest share of stop words among the words."""
 
     stop_words: tuple[str, ...] = _STOP_WORDS
-    """Stop words, whatever case and diacritics."""
+    """Stop words, whatever case and diacritics; in Chinese, single characters."""
+
+    @model_validator(mode="after")
+    def _stop_words_are_words(self) -> Self:
+        if split := next((text for text in self.stop_words if len(normalized_words(text)) != 1), None):
+            words = ", ".join(normalized_words(split))
+            raise ValueError(f"stop_words: '{split}' is not one word; texts are divided into words as here: {words}")
+        return self
 
 
 class Step(DocumentStep[Config]):

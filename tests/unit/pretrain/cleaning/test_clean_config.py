@@ -26,6 +26,10 @@ def build(*steps: Any, **keys: Any) -> CleanConfig:
         ([{}], "found none"),
         ([{"decontaminate": {}}], "'steps.0.decontaminate.against' is missing"),
         ([{"length": {"min_words": 9, "max_words": 3}}], "nothing would be left"),
+        (
+            [{"shares": {"stop_words": ["我们"]}}],
+            "stop_words: '我们' is not one word; texts are divided into words as here: 我",
+        ),
         ([{"sample": {"rates": {"en": 0.1}}}], "'steps.0.sample': rates needs by, which tells their keys"),
         ([{"url_filter": {}}], "needs the url of each document; name the column that holds it in 'metadata'"),
         ([{"sample": {"by": "language"}}, {"language": {"model": "m"}}], "put the step language before it"),

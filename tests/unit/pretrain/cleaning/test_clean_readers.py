@@ -293,9 +293,12 @@ def test_metadata_of_tables(tmp_path: Path) -> None:
     assert (document.text, document.metadata) == ("one", {"url": "http://a.org"})
     with pytest.raises(UserError, match=r"a.jsonl:1: no column 'title'; found: text, url, more"):
         read(tmp_path, metadata=["title"])
-    for row in ({"metadata": {"url": "u"}}, {"metadata": "none"}):
-        (tmp_path / "a.jsonl").write_text(json.dumps({"id": "x:1", "source": "x", "text": "one", **row}))
-        assert read(tmp_path, metadata=["text", *row]) == {"a.jsonl:1": "one"}
+    cleaned = {"id": "x:1", "source": "x", "text": "one"}
+    for row, metadata in (({"metadata": "none"}, ["metadata"]), ({"metadata": None}, ["url"])):
+        (tmp_path / "a.jsonl").write_text(json.dumps({**cleaned, **row}))
+        assert read(tmp_path, metadata=metadata) == {"a.jsonl:1": "one"}
+    with pytest.raises(UserError, match="metadata: 'text' is the column of the text"):
+        read(tmp_path, metadata=["text"])
     (tmp_path / "a.jsonl").write_text('{"text": "one", "url": ["\\ud800"]}\n')
     with pytest.raises(
         UserError, match=r"a.jsonl:1: expected Unicode text in 'metadata', found half of a surrogate pair"
@@ -358,6 +361,6 @@ def test_pages_in_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         read(path)
     assert "skipping 1 file of other formats, such as index.html" in capsys.readouterr().err
     with pytest.raises(
-        UserError, match=r"\.html files are not read; read it with `deepcloze clean`, out of an archive"
+        UserError, match=r"\.html files are not read; read it with `deepcloze clean` \(unpack archives first"
     ):
         read(f"{path}::*.html")
