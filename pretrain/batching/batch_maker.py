@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.masking import Masker, MaskingSchedule, Ranges
 from pretrain.batching.order import BatchSequences, Order
-from pretrain.batching.packing import Assignment, MicrobatchLayout, assign, next_multiple, round_up
+from pretrain.batching.packing import Assignment, MicrobatchLayout, assign, next_multiple, padded_width, round_up
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus
@@ -30,7 +30,6 @@ _COLUMNS_BUCKET = 8
 # one part in 8.
 _FLAT_PARTS = 32
 _SEQUENCE_PARTS = 8
-_WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this
 
 
 class MaskedText(NamedTuple):
@@ -215,11 +214,6 @@ class BatchMaker:
             labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),
             **_predicted_by_row(masked, segments.shape, padding) if self.layout.rows == "windows" else {},
         )
-
-
-def padded_width(longest: int, layout: MicrobatchLayout) -> int:
-    """Return the width of a padded microbatch with sequences of at most `longest` tokens, rounded up to a bucket."""
-    return min(layout.row_width, next_multiple(longest, _WIDTH_BUCKET))
 
 
 def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROW_BUCKETS = 16  # a microbatch has a multiple of 1/16 of the maximum number of rows
+_WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this
 
 Rows = Literal["padded", "windows", "flat"]
 """The layout of sequences in the rows of a microbatch.
@@ -290,3 +291,20 @@ def _deal_level(falling: NDArray[np.int64], bins: int) -> tuple[NDArray[np.int64
     round_, place = np.divmod(np.arange(len(falling) - levelled), bins)
     dealt[levelled:] = np.argsort(tokens, kind="stable")[np.where(round_ % 2 == 1, bins - 1 - place, place)]
     return dealt, np.bincount(dealt, weights=falling, minlength=bins).astype(np.int64)
+
+
+def microbatch_widths(
+    lengths: NDArray[np.int64], assignment: Assignment, ranks: int, layout: MicrobatchLayout
+) -> NDArray[np.int64]:
+    """Return the slots in a row of each microbatch of all ranks. lengths: of S sequences."""
+    widths = np.full(ranks * assignment.microbatches, assignment.width)
+    if layout.rows == "padded":
+        longest = np.zeros_like(widths)
+        np.maximum.at(longest, assignment.rank * assignment.microbatches + assignment.microbatch, lengths)
+        widths = np.array([padded_width(length, layout) for length in longest.tolist()])
+    return widths
+
+
+def padded_width(longest: int, layout: MicrobatchLayout) -> int:
+    """Return the width of a padded microbatch with sequences of at most `longest` tokens, rounded up to a bucket."""
+    return min(layout.row_width, next_multiple(longest, _WIDTH_BUCKET))

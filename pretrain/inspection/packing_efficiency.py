@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batching.packing import MicrobatchLayout, Rows, assign
+from pretrain.batching.packing import MicrobatchLayout, Rows, assign, microbatch_widths
 from pretrain.batching.sequences import split_documents
 from pretrain.config import BatchConfig
 
@@ -69,7 +69,5 @@ def _filled(batches: NDArray[np.int64], layout: MicrobatchLayout) -> float:
     slots = 0
     for lengths in batches:
         assignment = assign(lengths, 1, layout)
-        # Padded rows are cut to the longest sequence.
-        width = int(lengths.max()) if layout.rows == "padded" else assignment.width
-        slots += assignment.microbatches * assignment.rows * width
+        slots += assignment.rows * int(microbatch_widths(lengths, assignment, 1, layout).sum())
     return float(batches.sum() / slots)

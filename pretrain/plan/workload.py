@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.batching.batch_maker import MASKED_BUCKET, BatchMaker, padded_width
+from pretrain.batching.batch_maker import MASKED_BUCKET, BatchMaker
 from pretrain.batching.order import CorpusStream, ShuffledOrder
-from pretrain.batching.packing import next_multiple
+from pretrain.batching.packing import microbatch_widths, next_multiple
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.config import MaskingConfig
 from pretrain.plan.activations import MicrobatchShape
@@ -108,11 +108,7 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
     microbatch = assignment.rank * assignment.microbatches + assignment.microbatch
     count = ranks * assignment.microbatches
     text = np.bincount(microbatch, weights=text_lengths, minlength=count)
-    widths = np.full(count, assignment.width)
-    if maker.layout.rows == "padded":
-        longest = np.zeros_like(widths)
-        np.maximum.at(longest, microbatch, lengths)
-        widths = np.array([padded_width(length, maker.layout) for length in longest.tolist()])
+    widths = microbatch_widths(lengths, assignment, ranks, maker.layout)
     # Each text token is drawn with probability `rate`: the most of many batches, three standard deviations above.
     predicted = text.max() * rate + 3 * np.sqrt(text.max() * rate * (1 - rate))
     largest = MicrobatchShape(
