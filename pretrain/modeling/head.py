@@ -107,7 +107,7 @@ def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | Non
     try:
         with torch.no_grad():
             logits = probe(model, packed)
-    except (TypeError, ValueError, AttributeError, RuntimeError):  # an encoder that needs more than token ids
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError):  # it needs more than token ids
         return None
     finally:
         hook.remove()

@@ -84,7 +84,7 @@ def _copy_parameters(model: PreTrainedModel, larger: PreTrainedModel) -> None:
         elif (len(old[name]), len(parameter)) == (_vocabulary_size(model), _vocabulary_size(larger)):
             parameter[: len(old[name])] = old[name]
         else:
-            key = "added_tokens" if _vocabulary_size(larger) in parameter.shape else "max_positions"
+            key = "added_tokens" if _vocabulary_size(model) != _vocabulary_size(larger) else "max_positions"
             raise UserError(
                 f"model.{key}: it would change the shape of '{name}' in '{larger.config.model_type}' to "
                 f"{tuple(parameter.shape)}; the weights have {tuple(old[name].shape)}"

@@ -205,7 +205,7 @@ def _largest_microbatch(
             ),
             key=lambda memory: memory.total,
         )
-    except (AssertionError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError) as error:
         model = run.model_config.model_type
         raise UserError(f"cannot plan a '{model}' model: it does not run without values: {first_line(error)}") from None
 
