@@ -176,7 +176,8 @@ def read_json(path: Path) -> Iterator[Row]:
         document = parse_json("".join(lines))
     except ValueError as error:
         if len(lines) > 1 and _is_object(lines[0]):
-            yield from read_jsonl(path)
+            for number, row in read_json_lines(lines, str(path)):
+                yield _row(f"{path}:{number}", row)
             return
         raise UserError(f"{path}: invalid JSON: {error}") from None
     if isinstance(document, dict) and "data" not in document:

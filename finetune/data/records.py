@@ -88,7 +88,7 @@ class TurnJoiner:
                 raise UserError(
                     f"{record.place}: dialogue {turn['group']} has turn {turn['order']:.15g} twice, see {earlier}; if "
                     "dialogues are numbered anew in each part of the data, name all columns that identify one in "
-                    f"{key}.group: [Episode_ID, Scene_ID]"
+                    f"{key}.group, such as [Episode_ID, Scene_ID]"
                 )
 
 

@@ -204,7 +204,7 @@ class Kind(TaskKind[Config]):
         return {"dimensions": rows} if rows else {}
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
-        """Return whether all texts have nearly the same vector. A split with a single text does not tell."""
+        """Return whether all texts have nearly the same vector; False for a single text."""
         texts = {record.values["text"] for record in records}
         return len(texts) > 1 and self.scores(records, predictions)["uniformity"] > math.log(_COLLAPSED)
 

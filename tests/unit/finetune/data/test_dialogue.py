@@ -62,7 +62,7 @@ def test_a_dialogue_may_be_identified_by_several_columns(tmp_path: Path) -> None
 def test_the_same_turn_twice_is_rejected(tmp_path: Path) -> None:
     """Catches turns of other dialogues, without a warning, where a column does not tell dialogues apart."""
     rows = "episode,scene,turn,said,label\n1,1,0,a,x\n1,1,1,b,x\n2,1,0,c,x\n"
-    message = r"a\.csv:4: dialogue 1 has turn 0 twice, see .*a\.csv:2; .*group: \[Episode_ID, Scene_ID\]"
+    message = r"a\.csv:4: dialogue 1 has turn 0 twice, see .*a\.csv:2; .*group, such as \[Episode_ID, Scene_ID\]"
     with pytest.raises(UserError, match=message):
         joined(tmp_path, rows, group="scene", order="turn")
 
