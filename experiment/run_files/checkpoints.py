@@ -238,13 +238,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def state_around(model: Path) -> dict[str, Any]:
     """Read state.json of the checkpoint that a Hugging Face folder is in; empty if there is none."""
-    checkpoint = model.resolve().parent
-    if not ((checkpoint / COMPLETE).is_file() and (checkpoint / _STATE).is_file()):
-        return {}
+    path = model.resolve().parent / _STATE
     try:
-        return read_state(checkpoint)
+        state: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
+        return {}
     except ValueError:
-        raise UserError(f"{checkpoint / _STATE} is damaged: it is not JSON") from None
+        raise UserError(f"{path} is damaged: it is not JSON") from None
+    return state if "identity" in state else {}  # a file of another program, such as `datasets`
 
 
 def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:

@@ -175,7 +175,7 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
     folder = folder.rename(folder.with_name("hf"))
     masking = {"unit": "span", "rate": [0.5, 0.3], "schedule": "linear"}
     config = {"masking": masking, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
-    (folder.parent / "state.json").write_text(json.dumps({"config": config}))
+    (folder.parent / "state.json").write_text(json.dumps({"identity": {}, "config": config}))
     mark_complete(folder.parent)
     evaluate_command(str(folder), str(heldout_corpus), json=True)
     found = json.loads(capsys.readouterr().out)[heldout_corpus.name]
@@ -212,7 +212,7 @@ def test_json_has_null_where_nothing_was_masked(
     """Catches NaN in the output, which is not JSON."""
     folder = folder.rename(folder.with_name("hf"))
     config = {"masking": {"rate": 1e-9}, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
-    (folder.parent / "state.json").write_text(json.dumps({"config": config}))
+    (folder.parent / "state.json").write_text(json.dumps({"identity": {}, "config": config}))
     mark_complete(folder.parent)
     evaluate_command(str(folder), str(heldout_corpus), json=True)
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[heldout_corpus.name]
