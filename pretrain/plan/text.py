@@ -186,11 +186,13 @@ def _cost(plan: RunPlan) -> list[str]:
         f"{duration}{per_step}; {cost.communicating / cost.seconds:.0%} of it communication, "
         "counted as if nothing overlapped"
     )
-    kwh = "energy unknown (--watts)" if cost.kwh is None else f"{cost.kwh:,.4g} kWh at {rates.watts:g} W per device"
+    kwh = "energy unknown (--watts)"
+    if cost.kwh is not None:
+        kwh = f"{_rounded(cost.kwh, 4)} kWh at {rates.watts:g} W per device"
     price = (
         "cost unknown (--price)" if cost.price is None else f"cost {cost.price:,.2f} at {rates.price:g} per device hour"
     )
-    return [*lines, f"{cost.device_hours:,.4g} device hours; {kwh}; {price}"]
+    return [*lines, f"{_rounded(cost.device_hours, 4)} device hours; {kwh}; {price}"]
 
 
 def _gib(size: float) -> str:
@@ -198,7 +200,12 @@ def _gib(size: float) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.3g}"
+    return _rounded(size / 1e9, 3)
+
+
+def _rounded(number: float, digits: int) -> str:
+    """Return a number with its first digits: 46,080, not 4.608e+04."""
+    return f"{float(f'{number:.{digits}g}'):,.15g}"
 
 
 def warnings(plan: RunPlan) -> list[str]:

@@ -1,6 +1,7 @@
 """`deepcloze plan`, from the command line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     for expected in ("8 × H100", "MFU 40%", "25 GB/s", "989.5 TFLOP/s", "it fits", "energy unknown (--watts)"):
         assert expected in printed
+
+
+def test_large_figures_have_no_exponent(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches device hours such as 4.608e+04."""
+    slow = ("--device=cpu", "--peak_tflops=1e-9", "--watts=700", "--price=1")
+    assert main(["plan", "--config", str(config), "--num_gpus=8", *slow]) == 0
+    (cost,) = (line for line in capsys.readouterr().out.splitlines() if "device hours" in line)
+    assert re.search(r"\d,\d{3} device hours; \d[\d,]* kWh", cost), cost
 
 
 def test_a_model_type_with_unknown_flops(
