@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from experiment.files import atomic_write, write_json, write_text
+from experiment.progress import terminal
 from pretrain.engine.phases import COLLECTIVE_PREFIX, PREFIX
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class StepProfiler:
         write_json(self._folder / "profile.json", asdict(times))
         tables = [_phase_table(times), _operation_table(finished.key_averages(), times.step, self._on_gpu)]
         text = io.StringIO()
-        for console in (Console(file=text, width=110), Console(stderr=True)):
+        for console in (Console(file=text, width=110), terminal()):
             for table in tables:
                 console.print(table)
         write_text(self._folder / "profile.txt", text.getvalue())
