@@ -243,8 +243,12 @@ def sent_per_step(counts: ParameterCounts, settings: MemorySettings, microbatche
     for all (Rajbhandari et al. 2020, arXiv:1910.02054, section 7). A ring over several machines crosses the network of
     each machine once, so the same bytes pass between machines, whatever the number of ranks on each.
     """
-    around_ring = (settings.ranks - 1) / settings.ranks
-    gradients, weights = _FP32 * counts.total * around_ring, settings.weight_bytes * counts.total * around_ring
+    return (_ring_bytes(counts, settings, microbatches) + _muon_bytes(counts, settings)) * (1 - 1 / settings.ranks)
+
+
+def _ring_bytes(counts: ParameterCounts, settings: MemorySettings, microbatches: int) -> float:
+    """Count the bytes of gradients and weights that go around rings."""
+    gradients, weights = _FP32 * counts.total, settings.weight_bytes * counts.total
     match settings.zero_stage:
         case 0:
             return 2 * gradients
@@ -257,3 +261,12 @@ def sent_per_step(counts: ParameterCounts, settings: MemorySettings, microbatche
         case _:
             all_stay = 2 * counts.total <= settings.max_reuse_distance  # until the backward pass
             return (gradients + (1 if all_stay else 2) * weights) * microbatches
+
+
+def _muon_bytes(counts: ParameterCounts, settings: MemorySettings) -> float:
+    """Count the bytes of a rank's part of Muon's exchanges, as if each matrix were spread over all ranks. The busiest
+    rank of BERT-base and BERT-large on 2 to 64 ranks sends 0.94 to 1.08 times as many."""
+    if settings.optimizer != "muon":
+        return 0.0
+    size = settings.orthogonalization_bytes * counts.hidden_matrices
+    return size if settings.zero_stage == 0 else 2 * size / settings.ranks  # at stage 0 owners have the updates

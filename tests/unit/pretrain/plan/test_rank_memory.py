@@ -126,6 +126,15 @@ def test_deepspeed_reduces_the_whole_gradient_for_all_ranks() -> None:
     assert sent_per_step(COUNTS, replace(BF16, offload="cpu"), 1) == pytest.approx((8 + 2) * N * 7 / 8)
 
 
+@pytest.mark.parametrize(("stage", "shares"), [(0, 1), (1, 2 / 8), (2, 2 / 8), (3, 2 / 8)])
+def test_muon_exchanges_matrices(stage: int, shares: float) -> None:
+    """Catches a plan without Muon's exchanges: at two ranks in bf16 they are a quarter of what a rank sends."""
+    adamw = replace(BF16, zero_stage=stage)
+    muon = replace(adamw, optimizer="muon", orthogonalization_bytes=2)
+    more = sent_per_step(COUNTS, muon, 3) - sent_per_step(COUNTS, adamw, 3)
+    assert more == pytest.approx(2 * COUNTS.hidden_matrices * shares * 7 / 8)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_gradients_at_zero_1(precision: Precision) -> None:
     """Catches a bucket that our optimizer does not need, and gradients that are counted twice: each is added to an fp32
