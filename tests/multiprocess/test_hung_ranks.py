@@ -30,7 +30,7 @@ from runs import Tree, logged, pretrain_case, run_config, soak
 from waiting import wait_until
 
 HOST = platform.node()
-HANG_SECONDS = 20  # the ranks also start within it
+HANG_SECONDS = 40  # the ranks also start within it, on a busy machine
 OPTIONS: Mapping[str, object] = {"health__hang_seconds": HANG_SECONDS, "checkpoint__every_steps": 2}
 
 # Python runs this at the start of each process but the launcher and rank 0: rank 1 hangs once, when `call` is called
