@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 _UNLOCKED_SECONDS = 10.0  # between a folder and its lock
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 
 from experiment.config import did_you_mean
 from experiment.config.field_types import PathText
-from experiment.run_files.provenance import REPOSITORY
+from experiment.files import REPOSITORY
 
 
 def find_ds_config(name: str) -> Path:

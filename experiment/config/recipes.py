@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
-from experiment.run_files.provenance import REPOSITORY
+from experiment.files import REPOSITORY
 
 RecipeKind = Literal["pretrain", "finetune"]
 _KINDS: tuple[RecipeKind, ...] = ("pretrain", "finetune")

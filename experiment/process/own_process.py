@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiment.files import REPOSITORY
 from experiment.run_files.outcome_file import Outcome
-from experiment.run_files.provenance import REPOSITORY
 
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
 """Names the launch as RUN-ATTEMPT: both are hexadecimal. Only of a launch over several hosts."""

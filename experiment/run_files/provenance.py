@@ -26,12 +26,11 @@ from types import MappingProxyType
 from typing import Any
 
 from experiment.errors import UserError
-from experiment.files import parse_json, read_json, sha256, write_json
+from experiment.files import REPOSITORY, parse_json, read_json, sha256, write_json
 from experiment.formatting import UNKNOWN
 from experiment.models.hub_names import hub_name, public_name
 from experiment.run_files.run_folder import RunFolder
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy", "pyarrow", "wandb")
 _ORIGIN = "deepcloze.json"
 _WEIGHTS = (".safetensors", ".bin")

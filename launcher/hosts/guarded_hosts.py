@@ -14,9 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
+from experiment.files import REPOSITORY
 from experiment.process.signals import kill_group, warnings_blocked
 from experiment.run_files.heartbeat import Heartbeat
-from experiment.run_files.provenance import REPOSITORY
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
 from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
 

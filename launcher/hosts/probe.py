@@ -15,7 +15,6 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +114,8 @@ def _bytes_below(folder: str) -> int:
 
 
 def _version(library: str) -> str | None:
+    from importlib import metadata  # slow: start_rank imports this module too
+
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

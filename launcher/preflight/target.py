@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from experiment.files import REPOSITORY
 from experiment.run_files.checkpoints import complete_checkpoints
-from experiment.run_files.provenance import REPOSITORY
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import is_url
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
-from launcher.ranks.environment import forwarded_environment
-from launcher.ranks.placement import HostOptions, Launcher
+from launcher.ranks.environment import Launcher, forwarded_environment
+from launcher.ranks.placement import HostOptions
 from pretrain.config import PretrainConfig
 
 # Of each parameter, in fp32. See `pretrain/training/checkpoint_tensors.py`.

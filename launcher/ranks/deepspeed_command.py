@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiment.run_files.provenance import REPOSITORY
+from experiment.files import REPOSITORY
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import Slots, hostfile_text
 from launcher.hosts.machine import Machine
 from launcher.ranks.environment import (
+    Launcher,
     deepspeed_environment,
     exported_text,
     exported_variables,
     launch_environment,
     remote_deepspeed_environment,
 )
-from launcher.ranks.placement import Launcher
 
 # Run as a module, so that the ranks use this interpreter whatever PATH says.
 _PYTHON = (sys.executable, "-m")

@@ -1,13 +1,16 @@
 """The environment variables of a launch: of DeepSpeed's launcher and of the ranks, here and on other hosts. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from experiment.errors import QUIET_VARIABLE, UserError
 from experiment.process.own_process import LAUNCH_VARIABLE, python_path
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
 from launcher.hosts.ssh import KEEP_ALIVE
-from launcher.ranks.placement import Launcher
+
+Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
+"""The program that starts the ranks on other hosts."""
 
 # DeepSpeed would write variables that begin with PYTHON into command lines, where shells interpret their values.
 _FORWARDED = (

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import PositiveInt
 
@@ -11,10 +11,9 @@ from experiment.config.field_types import PathText
 from experiment.errors import UserError
 from launcher.hosts.hostfile import HOST_NAME, Hosts, Slots, is_this_machine
 from launcher.hosts.machine import Devices
+from launcher.ranks.environment import Launcher
 
 _FILTER = re.compile(HOST_NAME + r"(?::(?P<slots>[0-9]+(?:,[0-9]+)*))?")
-
-Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
 
 
 class PlacementOptions(Section):

@@ -16,8 +16,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-import psutil
-
 from experiment.process.own_process import LAUNCH_VARIABLE
 from launcher.hosts.host_guard import read_environment
 from launcher.hosts.machine import guess_device
@@ -70,6 +68,8 @@ def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 def _network(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the interface through which this host reaches the first one; nothing if that is unknown."""
+    import psutil  # slow, and only several hosts need it
+
     try:
         _, own = route_to(environ["MASTER_ADDR"])
     except (OSError, KeyError):

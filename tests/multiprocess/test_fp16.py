@@ -49,7 +49,7 @@ def fp16_case(
 
 def fp16_config(folder: Path, corpus: Path, stage: int, scaling: dict[str, Any], **changes: Any) -> Tree:
     """Config of a run with a preset whose fp16 section is changed by `scaling`."""
-    from experiment.run_files.provenance import REPOSITORY
+    from experiment.files import REPOSITORY
 
     preset = json.loads((REPOSITORY / "ds_configs" / f"fp16_zero{stage}.json").read_text())
     tree = run_config(folder, corpus, model__config=SHALLOW | NO_DROPOUT, **changes)

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
+from experiment.files import REPOSITORY
 from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
 from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
-from experiment.run_files.provenance import REPOSITORY
 from experiment.run_files.run_folder import RunFolder
 from launches import LONG, Start, config_file, partly_forked, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer, RankPool, free_port

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 
 from experiment.config import build_config
 from experiment.errors import UserError
+from experiment.files import REPOSITORY
 from experiment.models.tokenizer import load_any_tokenizer
-from experiment.run_files.provenance import REPOSITORY
 from finetune.export import onnx_folder
 from finetune.export.command import export_command
 from finetune.model import ModelSpec, build_model, save_model

@@ -5,7 +5,7 @@ import pytest
 from deepspeed.launcher import launch
 from deepspeed.launcher.runner import encode_world_info, parse_args, parse_inclusion_exclusion
 
-from experiment.run_files.provenance import REPOSITORY
+from experiment.files import REPOSITORY
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Devices, Machine
 from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine

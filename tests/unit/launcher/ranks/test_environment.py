@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.run_files.provenance import REPOSITORY
+from experiment.files import REPOSITORY
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
 from launcher.ranks.environment import (

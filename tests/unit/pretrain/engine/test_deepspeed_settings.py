@@ -8,7 +8,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from experiment.config import load_config
 from experiment.errors import UserError
-from experiment.run_files.provenance import REPOSITORY
+from experiment.files import REPOSITORY
 from pretrain.config import PretrainConfig
 from pretrain.ds_configs import find_ds_config
 from pretrain.engine.deepspeed_settings import (
