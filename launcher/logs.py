@@ -44,8 +44,8 @@ def log_file(folder: RunFolder, rank: int | None) -> Path:
         return output
     if not path.is_file():
         found = sorted(int(match[1]) for path in folder.logs.glob("*") if (match := _RANK_LOG.fullmatch(path.name)))
-        known = f"there are logs of ranks {', '.join(map(str, found))}" if found else "there are none"
-        raise UserError(f"{folder.path} has no log of rank {rank or 0}: {known}")
+        known = ", ".join(map(str, found)) or "none"
+        raise UserError(f"{folder.path} has no log of rank {rank or 0}; ranks with a log: {known}")
     return path
 
 

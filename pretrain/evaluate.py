@@ -213,7 +213,7 @@ def _settings(folder: Path) -> tuple[MaskingConfig, int, int]:
 
 def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str, Corpus]:
     if not names:
-        raise UserError("--corpus is empty: expected corpus folders")
+        raise UserError("no corpus to evaluate on: expected corpus folders")
     paths = [expand_home(name) for name in names]
     corpora = [open_local(path) for path in paths]
     names = [corpus.name for corpus in corpora]

@@ -44,10 +44,10 @@ def test_which_log_is_shown(logged: RunFolder, capsys: pytest.CaptureFixture[str
 def test_a_log_that_does_not_exist(logged: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a traceback, or a message that does not say which logs there are."""
     assert main(["logs", str(logged.path), "--rank=2"]) == 2
-    assert "has no log of rank 2: there are logs of ranks 0, 1, 10" in capsys.readouterr().err
+    assert "has no log of rank 2; ranks with a log: 0, 1, 10" in capsys.readouterr().err
     empty = open_run_folder(tmp_path / "empty")
     assert main(["logs", str(empty.path)]) == 2
-    assert "has no log of rank 0: there are none" in capsys.readouterr().err
+    assert "has no log of rank 0; ranks with a log: none" in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "none")]) == 2
     assert "there is no run folder" in capsys.readouterr().err
 

@@ -352,7 +352,7 @@ FOLDERS = {
         r"task/seed-1 is a seed of a run of .*: expected a model with",
     ),
     "corpus to evaluate": Mistake("evaluate --checkpoint corpus --corpus corpus", r"corpus is neither a Hugging Face"),
-    "no corpora": Mistake("evaluate --checkpoint run --corpus ,", r"--corpus is empty: expected corpus folders"),
+    "no corpora": Mistake("evaluate --checkpoint run --corpus ,", r"no corpus to evaluate on: expected corpus folders"),
     "pretraining to predict": Mistake(
         "predict --model run --input test.csv --output a.csv",
         r"run is a pretraining run: expected a finished run of `deepcloze finetune`",
@@ -373,7 +373,7 @@ FOLDERS = {
     "no run to report": Mistake("report corpus", r"corpus has nothing to report"),
     "report to a file": Mistake("report run --output text.txt", r"--output: text.txt is a file"),
     "no run to follow": Mistake("logs corpus", r"corpus is not a run folder"),
-    "log of no rank": Mistake("logs run --rank 7", r"no log of rank 7: there are logs of ranks 0"),
+    "log of no rank": Mistake("logs run --rank 7", r"no log of rank 7; ranks with a log: 0"),
     "no run to watch": Mistake("watch task --task task.yaml", r"task is a run of `deepcloze finetune`; expected"),
     "no corpus to verify": Mistake("corpus --verify no", r"no .*corpus"),
     "home": Mistake("evaluate --checkpoint ~/run --corpus ~/no", r"/home-of-user/run does not exist"),

@@ -250,7 +250,7 @@ def test_evaluate_rejects_invalid_input(
     """Catches traces, and scores on token ids of another tokenizer."""
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate_command(str(folder), str(byte_level_corpus))
-    with pytest.raises(UserError, match="--corpus is empty"):
+    with pytest.raises(UserError, match="no corpus to evaluate on"):
         evaluate_command(str(folder), ",")
     with pytest.raises(UserError, match="nowhere"):
         evaluate_command(str(tmp_path / "nowhere"), str(heldout_corpus))
