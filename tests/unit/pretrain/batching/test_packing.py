@@ -166,6 +166,23 @@ def test_nearly_all_slots_are_real_tokens(kind, width, sequences, world_size):
     assert tokens.min() > 0.98 * tokens.max()
 
 
+def test_equally_full_microbatches_keep_their_order():
+    """Catches a sort that orders equal values differently on other processors: hosts would deal differently."""
+    lengths = np.random.default_rng(0).integers(1, 6, 140 * 64)  # more rounds than are levelled
+    assignment = deal(lengths, 8, -(-int(lengths.sum()) // 64) + 5)
+    assert assignment.microbatches == 8
+    tokens = [0] * 64
+    later: list[int] = []
+    for number, start in enumerate(range(0, len(lengths), 64)):
+        emptiest = sorted(range(64), key=tokens.__getitem__)
+        if number == 128:
+            later = emptiest
+        dealt = emptiest if number < 128 else later[:: (-1) ** number]
+        for sequence, place in zip(longest_first(lengths)[start : start + 64], dealt, strict=True):
+            assert (assignment.microbatch[sequence], assignment.rank[sequence]) == divmod(place, 8)
+            tokens[place] += lengths[sequence]
+
+
 def test_few_widths_of_flat_microbatches_occur():
     """Catches a number of slots that varies from batch to batch, for which kernels would be recompiled."""
     rng = np.random.default_rng(0)
