@@ -1,6 +1,7 @@
 """What the server of `deepcloze report --follow` reads and answers, without a server and a browser."""
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.results.history import History
 from experiment.results.report import followed_pages
-from experiment.results.report.followed_pages import FollowedPage, FollowedPages, Readers, Task, Waits
+from experiment.results.report.followed_pages import FollowedPage, FollowedPages, FollowedRun, Readers, Task, Waits
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_life import Life
@@ -301,6 +302,19 @@ def test_only_new_lines_are_read_and_only_when_asked(tmp_path: Path, monkeypatch
     browser.ask()
     assert sum(read) < 100
     wait_until(lambda: threading.active_count() == threads)
+
+
+def test_the_newest_runs_are_read_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches charts, which show the newest runs, that wait until all others are read."""
+    for name, start in (("a", 2), ("b", 3), ("c", 1)):
+        folder = log(tmp_path / name, 1)
+        folder.config.write_text("{}")
+        os.utime(folder.config, (start, start))
+    asked, ask = list[str](), FollowedRun.ask
+    monkeypatch.setattr(FollowedRun, "ask", lambda run: asked.append(run._folder.path.name) or ask(run))
+    browser = Browser(FollowedPages([RunFolder(tmp_path)], PATIENT).page(""))
+    assert asked == ["b", "a", "c"]
+    assert browser.lines.keys() == {"a", "b", "c"}
 
 
 def test_a_silent_run_on_another_machine_does_not_hold_up_answers(
