@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -66,7 +67,9 @@ def launch_pretraining(options: PretrainOptions) -> None:
         with _ranks_started_early(options, slots, machine) as held:
             with warnings_left_to_rank0():
                 plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
-                if not plan.local:
+                if plan.local:
+                    _warn_of_full_disk(plan)
+                else:
                     plan = _plan_without_failed_hosts(plan)
                     if plan.slots != slots:
                         announce_checks(options.config, plan.slots)
@@ -99,6 +102,16 @@ def _ranks_started_early(
     if not is_local(slots) or options.autotune:  # others depend on the plan
         return contextlib.nullcontext()
     return held_ranks(local_command(options, slots, machine))
+
+
+def _warn_of_full_disk(plan: LaunchPlan) -> None:
+    """Warn if the disk of a run on this machine has no room for its checkpoints. On hosts, preflight checks it."""
+    path = plan.folder.path
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    free, needed = shutil.disk_usage(existing).free, plan.target.checkpoint_bytes
+    if free < needed:
+        text = f"{free / 1e9:,.1f} GB free at {path}, expected {needed / 1e9:,.1f} GB for the planned checkpoints"
+        notify(f"warning: {text}: free space, or lower checkpoint.keep_last")
 
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
@@ -141,6 +154,8 @@ def launch(start: Launch, summary: str) -> None:
         case Outcome.REFUSED:
             sys.exit(result.outcome.exit_code)  # rank 0 has printed the message
         case Outcome.FAILED:
+            with contextlib.suppress(OSError):
+                announce_failure(folder)
             sys.exit(f"deepcloze: the run failed: {result.message}")
 
 
@@ -207,6 +222,16 @@ def announce_stop(folder: RunFolder, before: set[tuple[int, int]]) -> None:
     reached = max((event["step"] for event in read_last_events(folder.metrics)), default=step)
     lost = f"; step {reached:,} was reached, but could not be saved" if reached > step else ""
     inform(f"stopped at step {step:,}, saved{lost}")
+
+
+def announce_failure(folder: RunFolder) -> None:
+    """Print where the same command would resume a failed run, and where its logs are."""
+    end_line()
+    if found := saves(folder.checkpoints):
+        step, _ = max(found)
+        inform(f"the newest checkpoint is of step {step:,}: the same command resumes from it; logs: {folder.logs}")
+    else:
+        inform(f"no checkpoint was saved; logs: {folder.logs}")
 
 
 def preflight_command(options: PreflightOptions) -> None:

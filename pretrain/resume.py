@@ -121,8 +121,8 @@ def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:
     found = incomplete_checkpoints(checkpoints)
     if found and not complete:
         raise UserError(
-            f"no checkpoint in {checkpoints} has a COMPLETE file: all are damaged, or their copy is incomplete. To start "
-            "over, delete them"
+            f"no checkpoint in {checkpoints} has a COMPLETE file: all are damaged, or their copy is incomplete. "
+            "To start over, delete them"
         )
     for path in found:
         if checkpoint_step(path) > checkpoint_step(complete[-1]):

@@ -331,6 +331,22 @@ def test_the_outcome_of_the_ranks_decides_how_the_command_ends(
     assert raised.value.args == (argument,)
 
 
+@pytest.mark.parametrize(("free", "warned"), [(79_999, True), (80_000, False)])
+def test_a_small_disk_is_reported_before_the_ranks_begin(
+    config: str,
+    launches: list[Launch],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    free: int,
+    warned: bool,
+) -> None:
+    """Catches a run on this machine that trains until its third checkpoint, and stops for lack of space."""
+    monkeypatch.setattr(launch.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    launch_pretraining(PretrainOptions(config=config, overrides={"checkpoint.keep_last": "4"}))
+    assert len(launches) == 1
+    assert ("for the planned checkpoints: free space, or lower" in capsys.readouterr().err) is warned
+
+
 def test_other_hosts_get_the_resolved_config_and_the_environment(
     config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,7 +7,7 @@ import pytest
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete, saves
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
-from launcher.launch import announce_checks, announce_done, announce_stop, has_diverged
+from launcher.launch import announce_checks, announce_done, announce_failure, announce_stop, has_diverged
 
 
 @pytest.fixture
@@ -114,3 +114,15 @@ def test_a_stopped_run_says_what_it_could_not_save(run: RunFolder, capsys: pytes
     assert capsys.readouterr().err == (
         "deepcloze: stopped at step 1,200, saved; step 1,250 was reached, but could not be saved\n"
     )
+
+
+def test_a_failed_run_says_where_it_would_resume(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a failure after which nobody knows how much is lost, and what to look at."""
+    announce_failure(run)
+    assert capsys.readouterr().err == (
+        f"deepcloze: the newest checkpoint is of step 1,200: the same command resumes from it; logs: {run.path}/logs\n"
+    )
+    announce_failure(open_run_folder(str(tmp_path / "other")))
+    assert capsys.readouterr().err == f"deepcloze: no checkpoint was saved; logs: {tmp_path}/other/logs\n"
