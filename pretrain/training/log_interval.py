@@ -38,7 +38,7 @@ class LogInterval:
         self.losses: list[float] = []  # of each step, summed over ranks and masked tokens
         self.masked_tokens = 0
         self._pending: list[Tensor] = []  # this rank's part of further losses, still on the device
-        self._totals: list[StepTotals] = []  # of the steps that this process took
+        self._totals: list[StepTotals] = []  # of the steps that this process has trained on
 
     def _clocks(self) -> dict[str, float]:
         """Return the seconds of this process so far, by activity."""
@@ -52,8 +52,8 @@ class LogInterval:
 
     def add(self, losses: Tensor | None, totals: StepTotals) -> None:
         """Add a step. `losses`: of this rank's microbatches; None for a step that was not trained on."""
-        self._totals.append(totals)
         if losses is not None:
+            self._totals.append(totals)
             self._pending.append(losses.sum(dtype=torch.float64))
             self.masked_tokens += totals.masked_tokens
 
@@ -91,5 +91,5 @@ class LogInterval:
         return Pace(seconds, tokens / seconds, data, checkpointing)
 
     def flops(self, model: FlopsModel) -> float:
-        """Count the FLOPs of the steps that this process took part in, over all ranks."""
+        """Count the FLOPs of the steps that this process has trained on, over all ranks."""
         return sum(model.per_step(step.tokens, step.squared_lengths, step.masked_tokens) for step in self._totals)

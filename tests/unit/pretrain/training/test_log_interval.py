@@ -11,6 +11,7 @@ from pretrain.training.step_agreement import StepTotals
 from pretrain.training.training_progress import TrainingProgress
 
 CPU = torch.device("cpu")
+TRAINED = torch.tensor([0.5])  # losses of a step
 # Losses of each step's microbatches, and its masked tokens over all ranks; None: a step that was not trained on.
 STEPS: list[tuple[list[float] | None, int]] = [
     ([0.1, 0.7], 3),
@@ -90,18 +91,20 @@ def test_interval_without_a_trained_step_has_no_loss() -> None:
     assert interval.mean_loss is None
 
 
-def test_flops_are_of_the_steps_of_this_process() -> None:
-    """Catches an MFU that counts steps of an earlier attempt, whose time is not measured here."""
+def test_flops_are_of_the_steps_that_this_process_trained_on() -> None:
+    """Catches an MFU that counts steps of an earlier attempt, whose time is not measured here, or batches that a rewind
+    skips, which take no time."""
     model = FlopsModel(encoder_parameters=1000, hidden_size=4, vocabulary=50, windows=(None, 9))
     interval = new_interval(TrainingProgress(interval_losses=(7.0, 8.0), interval_masked=20))
     for step in (totals(3, 40, 500), totals(0, 10, 100)):
-        interval.add(None, step)
+        interval.add(TRAINED, step)
+    interval.add(None, totals(4, 60, 900))
     assert interval.flops(model) == model.per_step(40, 500, 3) + model.per_step(10, 100, 0)
 
 
 def test_pace_is_of_one_interval() -> None:
     """Catches figures that leak from one interval into the next, evaluations and checkpoints that lower tokens per
-    second, compiling that does not, and a division by zero on a coarse clock."""
+    second, skipped batches that raise it, compiling that does not, and a division by zero on a coarse clock."""
     at = SimpleNamespace(now=100.0, compiled=0.0)
     times = ActivityTimer(0.0, lambda: at.compiled, clock=lambda: at.now)
     at.now += 50.0  # starting
@@ -112,7 +115,7 @@ def test_pace_is_of_one_interval() -> None:
         with times.during(DATA):
             at.now += 1.0
         at.now, at.compiled = at.now + 3.0, at.compiled + 2.0
-        interval.add(None, totals(0, 500))
+        interval.add(TRAINED, totals(0, 500))
         with times.during(EVALUATING):
             at.now += 10.0
         with times.during(CHECKPOINTING):
@@ -120,5 +123,6 @@ def test_pace_is_of_one_interval() -> None:
     assert interval.measure_pace() == Pace(8.0, 125.0, 2.0, 3.0)
     interval.end(TrainingProgress())
     at.now += 2.0
-    interval.add(None, totals(0, 10))
+    interval.add(TRAINED, totals(0, 10))
+    interval.add(None, totals(0, 700))  # skipped
     assert interval.measure_pace() == Pace(2.0, 5.0, 0.0, 0.0)
