@@ -29,7 +29,9 @@ from launcher.supervision.launch_result import is_running
 _NOISE = re.compile(
     rb"(\S+: )?("  # pdsh puts the host first
     rb"\[[-0-9]+ [:,0-9]+\] \[(INFO|WARNING)\] \[(launch|real_accelerator)\.py:"
-    rb"|\[W.*\[c10d\] The hostname of the client socket cannot be retrieved)"
+    rb"|\[[-0-9]+ [:,0-9]+\] \[ERROR\] \[launch\.py:.* exits with return code = (2|75)$"  # refused or stopped
+    rb"|\[W.*\[c10d\] The hostname of the client socket cannot be retrieved"
+    rb"|\S+: ssh exited with exit code (2|75)$)"
 )
 _WATCHDOG_SECONDS = 0.5
 EXIT_TIMEOUT_SECONDS = 40.0

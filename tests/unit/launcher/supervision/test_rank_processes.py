@@ -238,6 +238,18 @@ def test_a_restart_starts_ranks_of_its_own(tmp_path: Path) -> None:
             True,
         ),
         (b"node-2: [2026-11-21 00:03:50,219] [ERROR] [launch.py:152:main] no such GPU\n", False),
+        (
+            b"node-1: [2026-11-28 03:11:13,851] [ERROR] [launch.py:259:sigkill_handler] ['python', '--local_rank=0'] "
+            b"exits with return code = 75\n",
+            True,
+        ),
+        (
+            b"node-1: [2026-11-28 03:11:13,851] [ERROR] [launch.py:259:sigkill_handler] ['python', '--local_rank=0'] "
+            b"exits with return code = -9\n",
+            False,
+        ),
+        (b"pdsh@node-1: node-2: ssh exited with exit code 75\n", True),
+        (b"pdsh@node-1: node-2: ssh exited with exit code 255\n", False),
         (b"node-1: step 1/1000 \xc2\xb7 loss 5.3\n", False),
         (b"\n", False),
     ],
