@@ -110,7 +110,7 @@ def _warn_of_full_disk(plan: LaunchPlan) -> None:
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     free, needed = shutil.disk_usage(existing).free, plan.target.checkpoint_bytes
     if free < needed:
-        text = f"{free / 1e9:,.1f} GB free at {path}, expected {needed / 1e9:,.1f} GB for the planned checkpoints"
+        text = f"{free / 1e6:,.0f} MB free at {path}, expected {needed / 1e6:,.0f} MB for the planned checkpoints"
         notify(f"warning: {text}: free space, or lower checkpoint.keep_last")
 
 

@@ -80,7 +80,8 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
             continue
         match = _LINE.fullmatch(entry)
         if match is None:
-            raise UserError(f"{origin}, line {number}: expected 'NAME slots=N', found {entry!r}")
+            hint = "; users belong in ~/.ssh/config" if "@" in entry else ""
+            raise UserError(f"{origin}, line {number}: expected 'NAME slots=N', found {entry!r}{hint}")
         host, slots = match["name"], int(match["slots"])
         if slots == 0:
             raise UserError(

@@ -42,6 +42,12 @@ def test_rejects_a_bad_line_by_its_number(line: str):
         parse_hostfile(f"# head\nworker-0 slots=1\n{line}\n", origin="cluster")
 
 
+def test_says_where_users_belong():
+    """Catches a refused `USER@HOST` without a way to name another user."""
+    with pytest.raises(UserError, match=r"found 'me@worker-1 slots=2'; users belong in ~/\.ssh/config"):
+        parse_hostfile("me@worker-1 slots=2\n")
+
+
 @pytest.mark.parametrize("name", ["a", "A"])
 def test_rejects_a_duplicate_host(name: str):
     """Catches silently keeping one of two lines, and one machine that counts as two. The message names both."""
