@@ -9,6 +9,7 @@ processes of `training.parallel_seeds`, which take a while to save their state w
 """
 
 import fcntl
+import math
 import os
 import platform
 import threading
@@ -168,22 +169,35 @@ def folder_use(folder: RunFolder, times: LockTimes = _TIMES) -> FolderUse:
 
 class Owner:
     """The process that uses a run folder, as `folder_use`, but at once: one of another machine that has not ended
-    properly counts as alive. One of this machine is alive until it ends: it prints how the run ended after it has
-    released the folder."""
+    properly counts as alive, with a warning while it is silent. One of this machine is alive until it ends: it prints
+    how the run ended after it has released the folder."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, times: LockTimes = _TIMES) -> None:
         self._folder = folder
+        self._dead_seconds = times.dead
         self._process: psutil.Process | None = None
+        self._renewal: Renewal | None = None
+        self._renewed_at = 0.0  # as time.monotonic(); infinite after the warning
 
     def is_alive(self) -> bool:
         owner = _owner(self._folder.owner)
         if owner is not None and _other_owner(self._folder) is not None:
+            self._warn_if_silent(owner["host"])
             return True
         with suppress(psutil.NoSuchProcess):
             if owner is not None:
                 self._process = psutil.Process(owner["pid"])
             return self._process is not None and self._process.status() != psutil.STATUS_ZOMBIE
         return False
+
+    def _warn_if_silent(self, host: object) -> None:
+        renewal, now = _renewed(self._folder.owner), time.monotonic()
+        if renewal != self._renewal:
+            self._renewal, self._renewed_at = renewal, now
+        elif now - self._renewed_at >= self._dead_seconds:
+            self._renewed_at = math.inf
+            silent = f"{host} has not renewed logs/{self._folder.owner.name} for {self._dead_seconds:.0f} s"
+            notify(f"warning: {silent}: the run, the host, or its disk may be down")
 
 
 def _used(folder: RunFolder) -> UserError:

@@ -11,7 +11,7 @@ import pytest
 
 from experiment.run_files import run_lock
 from experiment.run_files.run_folder import RunFolder, open_run_folder
-from experiment.run_files.run_lock import Owner, lock_run, this_machine
+from experiment.run_files.run_lock import LockTimes, Owner, lock_run, this_machine
 from launcher import logs
 from launcher.cli import main
 
@@ -113,6 +113,20 @@ def test_the_owner_of_a_run(logged: RunFolder) -> None:
     assert not Owner(logged).is_alive()
     logged.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": os.getpid()}))
     assert Owner(logged).is_alive()
+
+
+def test_an_owner_on_another_machine_that_is_silent(logged: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches logs that are followed for hours, without a word, after the launch was killed or its host has died."""
+    logged.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": os.getpid()}))
+    owner = Owner(logged, LockTimes(dead=0.0))
+    for seconds in (1, 2):
+        os.utime(logged.owner, (seconds, seconds))
+        assert owner.is_alive()
+        assert capsys.readouterr().err == ""
+        assert owner.is_alive()
+        assert "warning: elsewhere has not renewed logs/launch.owner for 0 s: the run, " in capsys.readouterr().err
+        assert owner.is_alive()
+        assert capsys.readouterr().err == ""
 
 
 def test_an_owner_that_has_ended(logged: RunFolder) -> None:
