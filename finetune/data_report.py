@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from experiment.formatting import counted
+from experiment.models.tokenizer import decode_token
 from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns, as_number
 from finetune.data.records import Record, Table
 from finetune.encoding.examples import Split
@@ -122,7 +123,9 @@ def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase, labels: S
     columns that are swapped. labels: the names of targets that are numbers of labels."""
     example = split.examples[0]
     ids = example.sequences[0].input_ids.tolist()
-    tokens = tokenizer.convert_ids_to_tokens(ids[:_SHOWN_TOKENS])
+    first = ids[:_SHOWN_TOKENS]
+    names = zip(first, tokenizer.convert_ids_to_tokens(first), strict=True)
+    tokens = [decode_token(tokenizer, token) if " " in name else name for token, name in names]
     more = f" … ({len(ids):,} tokens)" if len(ids) > _SHOWN_TOKENS else ""
     shown = "" if example.target is None else f"; target: {_describe_target(example.target, labels)}"
     return f"first example: {' '.join(tokens)}{more}{shown}"

@@ -211,6 +211,14 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
+def decode_token(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
+    """Return the text of one token, as written in the word list if it is an added one: `tokenizers` gives the
+    normalized text, in which BERT has put spaces around Chinese characters."""
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    added = tokenizer.added_tokens_decoder.get(token) if " " in text.strip() else None
+    return str(added.content) if added else text
+
+
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Return the ids of all special tokens: tokens with a role, such as the padding token, and tokens that are only
     marked as special in tokenizer.json."""

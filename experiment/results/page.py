@@ -108,6 +108,7 @@ class SeenToken:
 
     text: str
     answer: str | None = None  # the token that is predicted here; None: none is
+    is_apart: bool = False  # from the token before it, with which it has no word in common
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
-from experiment.models.tokenizer import load_any_tokenizer, vocabulary_size
+from experiment.models.tokenizer import decode_token, load_any_tokenizer, vocabulary_size
 from finetune.data.records import Record
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, pad_sequences
@@ -121,7 +121,7 @@ class MaskFiller:
         """Do the last step: return the candidates as {token, probability}. A token is text, without the marks of its
         vocabulary."""
         return [
-            [{"token": self.tokenizer.decode([token]).strip(), "probability": found} for token, found in mask]
+            [{"token": decode_token(self.tokenizer, token).strip(), "probability": found} for token, found in mask]
             for mask in candidates
         ]
 

@@ -75,6 +75,7 @@ def write_inspection(path: Path, found: Inspection, tokenizer: PreTrainedTokeniz
             f"The first sequences of documents drawn at random, at a maximum length of {MAX_SEQ_LENGTH} tokens. Each "
             "box is a token. Where a box has two, the model predicts the upper one and sees the lower one: mostly the "
             "mask token, sometimes a random token or the same one."
+            + (" Words of the segmenter are apart, and masked as a whole." if found.manifest.recipe.segmenter else "")
         ),
         SeenTexts(found.masked),
         *_origin_blocks(found.manifest, found.cleanings),

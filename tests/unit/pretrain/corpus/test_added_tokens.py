@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import UserError
-from experiment.models.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from experiment.models.tokenizer import decode_token, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from hub_server import HubServer
 from launcher.cli import main
 from pretrain.batching.vocabulary import build_vocabulary
@@ -69,7 +69,8 @@ def test_add_words_to_other_tokenizers(kind: str, request: pytest.FixtureRequest
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_add_chinese_words(lowercase: bool, tmp_path: Path) -> None:
-    """Catches words that are never found: BERT's normalizer puts spaces around each character of text and word."""
+    """Catches words that are never found, or shown with spaces inside: BERT's normalizer puts spaces around each
+    character of text and word."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"研究新冠肺炎的"]
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
@@ -79,6 +80,7 @@ def test_add_chinese_words(lowercase: bool, tmp_path: Path) -> None:
     ids = new("研究新冠肺炎㗎的", add_special_tokens=False)["input_ids"]
     assert len(ids) == 7
     assert {number for number in ids if number >= len(vocabulary)} == {len(vocabulary), len(vocabulary) + 1}
+    assert {decode_token(new, number) for number in ids} == {*"研究肺炎的", "新冠", "㗎"}
 
 
 @pytest.mark.parametrize(("word", "text"), [("新冠", "研究新冠肺炎"), ("ခေါင်း", "လူခေါင်းကိုက်"), ("ປອດ", "ໂລກປອດບວມ")])

@@ -39,7 +39,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_corpus(tmp_path: Path, tokenizer_folder: Path) -> MakeCorpus:
     """Writes the documents of each shard as the corpus `tmp_path`/corpora/NAME."""
 
-    def make(shards: Sequence[Documents], name: str = "books") -> Corpus:
+    def make(shards: Sequence[Documents], name: str = "books", word_length: int | None = None) -> Corpus:
+        """word_length: tokens of a word; None: as from a build without a segmenter."""
         folder = tmp_path / "corpora" / name
         folder.mkdir(parents=True)
         (folder / TOKENIZER).symlink_to(tokenizer_folder)
@@ -47,12 +48,14 @@ def make_corpus(tmp_path: Path, tokenizer_folder: Path) -> MakeCorpus:
         for number, documents in enumerate(shards):
             path = folder / f"data-{number:05d}-of-{len(shards):05d}.arrow"
             lengths = np.array([len(ids) for ids in documents])
-            write_shard(path, np.concatenate(documents).astype(np.uint16), lengths)
+            starts = [np.arange(len(ids)) % (word_length or 1) == 0 for ids in documents]
+            words = np.concatenate(starts) if word_length else None
+            write_shard(path, np.concatenate(documents).astype(np.uint16), lengths, words)
             tokens = int(lengths.sum())
             written.append(
                 Shard(path.name, len(lengths), tokens, 0, tokens, 4 * tokens, path.stat().st_size, "", f"{number}")
             )
-        recipe = Recipe("0" * 32, "1" * 32, "main", None, None, None)
+        recipe = Recipe("0" * 32, "1" * 32, "main", None, None, None, "jieba" if word_length else None)
         lengths = [len(ids) for documents in shards for ids in documents]
         found = percentiles([(length, 1) for length in lengths])
         write_manifest(folder, Manifest(recipe, len(SPECIAL) + len(WORDS), "uint16", 3, found, tuple(written)))

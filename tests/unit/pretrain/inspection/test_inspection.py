@@ -117,6 +117,18 @@ def test_documents_are_masked(corpus: Corpus) -> None:
     assert sum(token.text == "[MASK]" for token in predicted) > len(predicted) / 2
 
 
+def test_words_of_a_segmenter_are_masked_as_a_whole(make_corpus: MakeCorpus) -> None:
+    """Catches a page that does not show how a segmenter has cut the text, or shows the words of another document."""
+    random = np.random.default_rng(0)
+    corpus = make_corpus([[random.integers(5, 1000, 43) for _ in range(20)] for _ in range(2)], word_length=4)
+    texts = masked_documents(draw_sample(corpus, 1), load_tokenizer(corpus.tokenizer_path))
+    for text in texts:
+        assert [at - 1 for at, token in enumerate(text.tokens) if token.is_apart] == [*range(0, 43, 4), 43]
+        is_masked = [token.answer is not None for token in text.tokens[1:-1]]
+        assert all(len(set(is_masked[start : start + 4])) == 1 for start in range(0, 43, 4))
+    assert any(token.answer for text in texts for token in text.tokens)
+
+
 def test_the_command_writes_a_page_and_leaves_the_corpus_alone(
     corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
