@@ -262,7 +262,9 @@ def read_conll(path: Path) -> Iterator[Row]:
     """
     width: int | None = None
     with open_lines(path) as lines:
-        numbered = ((number, line.strip("\r\n \t")) for number, line in enumerate(lines, 1))
+        # Before a tab, a space is a token, as in files with a line for each character.
+        ends = ((number, line.rstrip("\r\n \t")) for number, line in enumerate(lines, 1))
+        numbered = ((number, line.lstrip("\t" if "\t" in line else " ")) for number, line in ends)
         for is_blank, group in groupby(numbered, lambda pair: not pair[1] or pair[1].startswith("-DOCSTART-")):
             if is_blank:
                 continue

@@ -276,9 +276,10 @@ def test_sentences_with_their_tags(tmp_path: Path) -> None:
 
 
 def test_tabs_and_one_column(tmp_path: Path) -> None:
-    """Catches tokens with spaces torn apart, Chinese spaces lost, and tokens given as their own tags."""
-    found = rows(tmp_path / "a.conll", "New York\tB-LOC\n\u3000\tO\n")
-    assert named(found[0])["tokens"] == ["New York", "\u3000"]
+    """Catches tokens with spaces torn apart, tokens that are a space lost, and tokens given as their own tags."""
+    found = rows(tmp_path / "a.conll", "New York\tB-LOC\n\u3000\tO\n \tO\n\n \n 我 \tO\n")
+    assert named(found[0])["tokens"] == ["New York", "\u3000", " "]
+    assert len(found) == 2
     assert named(rows(tmp_path / "a.conll", "one\r\ntwo\r\n")[0]) == {"0": ["one", "two"], "tokens": ["one", "two"]}
 
 
