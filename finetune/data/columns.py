@@ -6,6 +6,7 @@ field is the role that its column plays. Reading, messages and docs/config.md fo
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
@@ -16,6 +17,7 @@ from experiment.config import Section
 from experiment.files import parse_json
 
 _LARGEST = 1e18  # of the numbers to predict
+_CHINESE_SENTENCE = re.compile("[\u4e00-\u9fff][，。！？；：、…]")
 
 
 @dataclass(frozen=True, eq=False)  # types that hold the same, such as TEXT and CONTEXT, are different types
@@ -150,7 +152,10 @@ def _read_tags(cell: object) -> list[str] | None:
 
 
 def _read_sentence(cell: object) -> list[str]:
-    return _read_words(cell) or []  # an empty cell is a sentence without words
+    words = _read_words(cell) or []  # an empty cell is a sentence without words
+    if isinstance(cell, str) and words == [cell.strip()] and _CHINESE_SENTENCE.search(cell):
+        raise ValueError("; in Chinese, put spaces between the words, or between the characters as in training")
+    return words
 
 
 def _read_answers(cell: object) -> list[dict[str, Any]] | None:

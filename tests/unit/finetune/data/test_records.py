@@ -309,3 +309,13 @@ def test_an_empty_cell_is_a_sentence_without_words(tmp_path: Path) -> None:
     """Catches a traceback for an empty sentence in a CSV file."""
     path = write(tmp_path / "a.csv", 'tokens\na b\n""\n')
     assert values(read_table(path, TokenColumns(), targets_required=False)) == [{"words": ["a", "b"]}, {"words": []}]
+
+
+def test_a_chinese_sentence_is_not_one_word(tmp_path: Path) -> None:
+    """Catches a file of plain sentences, each of which gets one tag."""
+    path = write(tmp_path / "a.csv", "tokens\n李 婷 好 。\n好\n李婷来了，好。\n")
+    with pytest.raises(UserError, match=r"a\.csv:4: .* in 'tokens', found \"李婷来了，好。\"; in Chinese, put spaces"):
+        read_table(path, TokenColumns(), targets_required=False)
+    path = write(tmp_path / "b.jsonl", '{"tokens": "李 婷 好 。"}\n{"tokens": "好"}\n{"tokens": ["好。"]}\n')
+    found = values(read_table(path, TokenColumns(), targets_required=False))
+    assert [row["words"] for row in found] == [["李", "婷", "好", "。"], ["好"], ["好。"]]
