@@ -12,7 +12,7 @@ import yaml
 
 _MAX_VALUES = 100_000  # in a document, counted again for each alias
 
-_FULL_WIDTH = re.compile("[：，＃［］｛｝＂＇]")  # whose ASCII forms are syntax
+_FULL_WIDTH = re.compile("[：，＃［］｛｝＂＇\u3000]")  # whose ASCII forms are syntax
 _TEXT = re.compile(r"""(?:^|\s)#.*|"[^"]*"|'[^']*'""")  # comments and quoted values
 
 KeyPath = tuple[str, ...]  # path of a value: keys and, in lists, indices

@@ -1,7 +1,8 @@
 """Multi-label classification: any number of labels, perhaps none, for a text or for a pair of texts."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from finetune.scores.metrics import LabelScores, scores_of_counts
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
 _THRESHOLD = 0.5
+_SEPARATORS = ",，、;；|/"  # that are written between labels
 
 
 class MultiLabelColumns(TextColumns):
@@ -77,7 +79,14 @@ class Kind(TaskKind[Config]):
         rows = [_labels_of(record, self.config) for record in train.records]
         counts = Counter(label for labels in rows for label in labels)
         shares, none = self.describe_shares(counts, len(train)), sum(not labels for labels in rows) / len(train)
-        return [f"{len(self.labels):,} labels, share of the rows in train: {shares}; none {none:.1%}"]
+        return [
+            f"{len(self.labels):,} labels, share of the rows in train: {shares}; none {none:.1%}",
+            *(
+                f"the label '{label}' is other labels with '{separator}' between them: set task.label_separator, or "
+                "use one separator in all rows"
+                for label, separator in islice(_joined(self.labels), 1)
+            ),
+        ]
 
     def check_target(self, record: Record) -> None:
         self._multi_hot(_labels_of(record, self.config), record.place)
@@ -157,6 +166,15 @@ class Kind(TaskKind[Config]):
 
 def _no_and_yes(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([1.0 - probabilities, probabilities], axis=-1)
+
+
+def _joined(labels: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield labels that consist of others, and the separator between these."""
+    for label in labels:
+        for separator in _SEPARATORS:
+            parts = [part.strip() for part in label.split(separator)]
+            if len(parts) > 1 and set(labels).issuperset(parts):
+                yield label, separator
 
 
 def _labels_of(record: Record, config: Config) -> list[str]:

@@ -155,6 +155,10 @@ def _aliases(value: bytes) -> bytes:
             "schedule：\n  steps: 3\n".encode(),
             "line 2: mapping values are not allowed here; the full-width '：' is text in YAML; did you mean ':'?",
         ),
+        (
+            "run:\n　lr: 3\n".encode(),
+            "line 2: unknown config key '　lr'; the full-width '　' is text in YAML; did you mean ' '?",
+        ),
         ("run: {lr: 3，name: a}\n".encode(), "but got ':'; the full-width '，' is text in YAML; did you mean ','?"),
         (
             "run:\n  lr: 3 ＃ high\n".encode(),

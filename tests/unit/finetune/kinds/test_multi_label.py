@@ -35,6 +35,20 @@ def test_labels_are_lists_or_text(tmp_path: Path, encoder: Path) -> None:
     assert targets == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]
 
 
+def test_another_separator_is_remarked_upon(tmp_path: Path) -> None:
+    """Catches a model of hundreds of labels because some rows have another separator, such as a Chinese comma."""
+
+    def remarks(*labels: str) -> list[str]:
+        table = read(tmp_path / "f.csv", "labels,text\n" + "".join(f"{label},x\n" for label in labels))
+        return Kind(CONFIG, Kind.find_labels(CONFIG, table)).describe(table)[1:]
+
+    assert remarks("快|贵", "快，慢", "好/坏") == []
+    assert remarks("快|贵", "快， 贵", "贵") == [
+        "the label '快， 贵' is other labels with '，' between them: set task.label_separator, or use one "
+        "separator in all rows"
+    ]
+
+
 def test_an_empty_label_is_none(tmp_path: Path) -> None:
     """Catches a class without a name for rows that have no label, as `"".split()` and some exports write them."""
     table = read(tmp_path / "f.jsonl", '{"labels": [""], "text": "x"}\n{"labels": ["b", " ", "a"], "text": "x"}\n')
