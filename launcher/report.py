@@ -44,7 +44,7 @@ _LONGEST_WORD = 4  # tokens of a masked word
 _ENDS = frozenset(".!?。！？")
 _SEED = 0
 _HAN = regex.compile(r"\p{Han}+")
-_BETWEEN_HAN = regex.compile(r"(?<=[\p{Han}\u3000-\u303f\uff00-\uffef]) (?=[\p{Han}\u3000-\u303f\uff00-\uffef])")
+_BETWEEN_HAN = regex.compile(r"(?<=^|[\p{Han}\u3000-\u303f\uff00-\uffef]) +(?=[\p{Han}\u3000-\u303f\uff00-\uffef])")
 
 
 def report_runs(runs: Sequence[str], output: str | None) -> Path:
@@ -187,7 +187,7 @@ def _mask_word(
         return None
     start, end = named[int(draw.integers(len(named)))]
     answer = texts[start, end]
-    text, until = tokenizer.decode(ids.tolist()), tokenizer.decode(ids[:end].tolist())
+    text, until = tokenizer.decode(ids.tolist()), tokenizer.decode(ids[:end].tolist()).rstrip()
     if not (until.endswith(answer) and text.startswith(until)) or str(tokenizer.mask_token) in text:
         return None
     closed = _close_up(answer)
@@ -207,7 +207,7 @@ def _count_masks(sentence: MaskedSentence, tokenizer: "PreTrainedTokenizerBase")
 
 
 def _close_up(text: str) -> str:
-    """Remove the spaces that a WordPiece tokenizer puts between Chinese characters."""
+    """Remove the spaces that a WordPiece tokenizer puts between Chinese characters, also in words that were added."""
     closed: str = _BETWEEN_HAN.sub("", text)
     return closed
 

@@ -17,6 +17,7 @@ from experiment.run_files.checkpoints import mark_complete
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher import report
 from launcher.report import choose_sentences, fill_new_checkpoints, report_runs
+from pretrain.corpus.added_tokens import extend_tokenizer
 from pretrain.corpus.reader import open_corpus
 
 
@@ -163,6 +164,20 @@ def test_a_word_of_a_chinese_sentence_is_masked(chinese: PreTrainedTokenizerFast
         "我们支持手机，他说[的]对。",
         "我们支持手机，他说的[对]。",
     }
+
+
+def test_an_added_word_of_a_chinese_sentence_is_masked(chinese: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Catches words that were added to the tokenizer and are shown with spaces inside, or never masked."""
+    chinese.save_pretrained(tmp_path / "old")
+    (tmp_path / "words.txt").write_text("支持\n手机\n")
+    extend_tokenizer(tmp_path / "old", tmp_path / "words.txt", tmp_path / "new")
+    extended = load_tokenizer(tmp_path / "new")
+    ids = np.array(extended("支持他说我们的手机，很好。", add_special_tokens=False)["input_ids"], dtype=np.int32)
+    sentences = choose_sentences(iter([(ids, np.ones(len(ids), dtype=np.bool_))] * 100), extended)
+    assert {sentence.before + sentence.answer + sentence.after for sentence in sentences} == {
+        "支持他说我们的手机，很好。"
+    }
+    assert {sentence.answer for sentence in sentences} == {"支持", *"他说我们的", "手机", *"很好"}
 
 
 def test_a_word_of_pieces_is_not_masked(chinese: PreTrainedTokenizerFast) -> None:
