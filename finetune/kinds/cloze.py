@@ -1,5 +1,6 @@
 """Cloze exams: an article with blanks, and options for each blank, as in CLOTH (Xie et al. 2018)."""
 
+import re
 import string
 import threading
 import unicodedata
@@ -31,6 +32,8 @@ from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 _BLANK = "_"
 _BRACKETS = str.maketrans("【】", "[]")  # typed with the keys [ and ] in Chinese input methods
 _EXCERPT_WORDS = 12  # on each side
+_CHINESE = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_WORD = rf"(?:[{_CHINESE}]|[^\s{_CHINESE}]+)"
 _HOOKED = threading.Lock()  # one thread at a time: a hook applies to all threads that compute the model
 _MODELS = {
     "multiple_choice": "AutoModelForMultipleChoice",
@@ -372,8 +375,9 @@ def _option_ids(
 
 def _excerpt(segments: Sequence[str], blank: int) -> str:
     """Return the words around a blank, which is longer than other blanks in them."""
-    before, after = (_BLANK.join(part).split() for part in (segments[: blank + 1], segments[blank + 1 :]))
-    return " ".join([*before[-_EXCERPT_WORDS:], 3 * _BLANK, *after[:_EXCERPT_WORDS]])
+    before, after = (_BLANK.join(part) for part in (segments[: blank + 1], segments[blank + 1 :]))
+    words = re.findall(rf"{_WORD}\s*", before)[-_EXCERPT_WORDS:], re.findall(rf"\s*{_WORD}", after)[:_EXCERPT_WORDS]
+    return " ".join((3 * _BLANK).join(map("".join, words)).split())
 
 
 def full_width_advice(mark: str, text: str) -> str:

@@ -21,7 +21,7 @@ from finetune.config import FinetuneConfig
 from finetune.data.records import Record, read_table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Example, Padding
-from finetune.kinds.cloze import Config, Kind
+from finetune.kinds.cloze import Config, Kind, _excerpt
 from finetune.prediction.inference import collate
 from finetune.prediction.predictor import Predictor
 from finetune.run import finetune, run
@@ -248,6 +248,14 @@ def exam(encoder: Path, tmp_path: Path) -> dict[str, Any]:
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_excerpts_are_short_in_any_script() -> None:
+    """Catches whole articles in each row of the predictions of a Chinese exam, and spaces that it does not have."""
+    chinese = ["他" * 30, "了𠮷，", f"用 PyTorch 。{'好' * 30}"]
+    assert _excerpt(chinese, 0) == f"{'他' * 12}___了𠮷，_用 PyTorch 。{'好' * 5}"
+    english = ["one " * 20, "  two ", f". {'three ' * 20}"]
+    assert _excerpt(english, 1) == f"{'one ' * 10}_ two ___.{' three' * 11}"
 
 
 def test_zero_shot_needs_no_training(exam: dict[str, Any], tmp_path: Path) -> None:
