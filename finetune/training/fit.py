@@ -43,8 +43,9 @@ class StateFile:
         with atomic_write(self.path) as temporary, temporary.open("wb") as file:
             try:
                 torch.save({"settings": self.settings, "state": state}, file)
-            except RuntimeError as error:  # of torch's writer, which hides the error of the disk
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+            except RuntimeError as error:  # of torch's writer, which hides what ended it
+                hidden = error.__context__
+                raise (hidden if isinstance(hidden, OSError | KeyboardInterrupt) else error) from None
 
     def load(self) -> State | None:
         """Return the last state; None if there is none for these settings. Raises UserError if the file is damaged."""

@@ -450,6 +450,29 @@ def test_an_interrupted_training_resumes_exactly(tmp_path: Path, call: int) -> N
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("write", [1, 4])
+def test_an_interrupt_while_the_state_is_saved_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    """Catches Ctrl-C during the save after an evaluation that ends in a traceback of torch's writer, with no state."""
+    config = TrainingConfig(lr=0.03, epochs=2, batch_size=8)
+    save, state, writes = torch.save, StateFile(tmp_path / "work" / "state.pt", {"lr": 1}), []
+
+    def save_interrupted(content: object, file: Any) -> None:
+        def write_interrupted(data: Any) -> int:
+            writes.append(data)
+            if len(writes) == write:
+                signal.raise_signal(signal.SIGINT)
+            return int(file.write(data))
+
+        save(content, SimpleNamespace(write=write_interrupted, flush=file.flush))
+
+    monkeypatch.setattr(torch, "save", save_interrupted)
+    with pytest.raises(StoppedError, match="saved"):
+        fit(Bag(), task(), config, 7, CPU, ignore, state)
+    assert state.steps == 8  # the first epoch
+
+
 def test_an_interrupted_prediction_needs_no_training_again(tmp_path: Path) -> None:
     """Catches Ctrl-C while a large test split is predicted that costs the updates since the evaluation before the last
     one: all of them, if there was only one."""
