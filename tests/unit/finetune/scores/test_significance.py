@@ -56,6 +56,16 @@ def test_a_large_difference_is_found_and_has_a_sign() -> None:
     assert found.p == swapped.p == pytest.approx(2 / 501)
 
 
+@pytest.mark.parametrize(("opposite", "significant"), [(24, True), (25, False)])
+def test_interval_and_p_agree(opposite: int, significant: bool) -> None:
+    """Catches an interval without zero beside a p-value above 0.05, or with zero beside one below."""
+    drawn = np.arange(1000) - opposite + 0.5
+    found = compare_scores([1.0], [0.0], drawn, np.zeros(1000))
+    swapped = compare_scores([0.0], [1.0], np.zeros(1000), drawn)
+    assert found.p == swapped.p
+    assert (found.p < 0.05) == (found.interval[0] > 0) == (swapped.interval[1] < 0) == significant
+
+
 def test_related_records_are_drawn_together() -> None:
     """Catches questions on one text that count as independent ones: p would be small too often."""
     units = [[0, 3], [1], [2, 4, 5]]
