@@ -28,6 +28,7 @@ from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine, launch_machine
 from launcher.launch_plan import LaunchPlan, chosen_slots, local_command, plan_launch
 from launcher.options import PreflightOptions, PretrainOptions
+from launcher.preflight.checks import lack_of_space
 from launcher.preflight.run import check_hosts, require_hosts
 from launcher.preflight.target import Target, target_of_hosts
 from launcher.ranks.placement import is_local, name_localhost
@@ -106,12 +107,9 @@ def _ranks_started_early(
 
 def _warn_of_full_disk(plan: LaunchPlan) -> None:
     """Warn if the disk of a run on this machine has no room for its checkpoints. On hosts, preflight checks it."""
-    path = plan.folder.path
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    free, needed = shutil.disk_usage(existing).free, plan.target.checkpoint_bytes
-    if free < needed:
-        text = f"{free / 1e6:,.0f} MB free at {path}, expected {needed / 1e6:,.0f} MB for the planned checkpoints"
-        notify(f"warning: {text}: free space, or lower checkpoint.keep_last")
+    folder = open_run_folder(plan.folder.path)
+    if lack := lack_of_space(shutil.disk_usage(folder.path).free, plan.target):
+        notify(f"warning: {lack}: free space, or lower checkpoint.keep_last")
 
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:

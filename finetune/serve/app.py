@@ -309,5 +309,7 @@ def describe_errors(errors: Sequence[Any]) -> str:
     message = errors[0]["msg"].removeprefix("Value error, ")
     if errors[0]["type"] == "extra_forbidden":
         message = "unknown field; /docs lists those of this request"
+    if errors[0]["type"] == "model_attributes_type":
+        message = "input should be an object"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{place.removeprefix('.') or 'the request'}: {message[0].lower()}{message[1:]}{more}"

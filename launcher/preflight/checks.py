@@ -122,12 +122,16 @@ def _disk_problems(host: str, facts: HostFacts, target: Target, seen: bool) -> I
         yield Problem(
             "run folder", f"cannot write to {target.folder}: {facts.write_error}", f"ssh {host} df -h {folder}"
         )
-    if facts.free_bytes is not None and facts.free_bytes < target.checkpoint_bytes:
-        text = (
-            f"{_gigabytes(facts.free_bytes)} free at {target.folder}, expected {_gigabytes(target.checkpoint_bytes)} "
-            "for the planned checkpoints"
-        )
-        yield Problem("disk", text, f"ssh {host} df -h {folder}    # free space, or lower checkpoint.keep_last")
+    if facts.free_bytes is not None and (lack := lack_of_space(facts.free_bytes, target)):
+        yield Problem("disk", lack, f"ssh {host} df -h {folder}    # free space, or lower checkpoint.keep_last")
+
+
+def lack_of_space(free_bytes: int, target: Target) -> str:
+    """Describe a disk that has no room for the planned checkpoints; empty if it has."""
+    if free_bytes >= target.checkpoint_bytes:
+        return ""
+    expected = f"expected {_gigabytes(target.checkpoint_bytes)} for the planned checkpoints"
+    return f"{_gigabytes(free_bytes)} free at {target.folder}, {expected}"
 
 
 def _cache_problems(host: str, facts: HostFacts, needs: CacheNeeds) -> Iterator[Problem]:

@@ -38,7 +38,7 @@ def client(folders: dict[str, Path], connect: Connect) -> TestClient:
         (b"", 422, "the request: field required"),
         (b"{", 400, "invalid JSON"),
         (b'{"texts": ["\xff"]}', 400, "the request is not JSON in UTF-8"),
-        (b"[]", 422, "the request: input should be"),
+        (b"[]", 422, "the request: input should be an object"),
         (b"null", 422, "the request: "),
         (b"{}", 422, "expected one of texts, pairs and records, found none"),
         (b'{"texts": ["a"], "pairs": [["a", "b"]]}', 422, "found texts and pairs"),
