@@ -46,6 +46,7 @@ def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
             labels = [record.values[role] for record in train.records]
             lines += _odd_labels(labels, role)
             lines += _swapped(labels, [record.values[texts[0]] for record in train.records], role)
+            lines += _missing(labels, tables, role)
         lines += _contradictions(train, targets)
     return [*lines, *_shared(tables, targets)]
 
@@ -80,6 +81,12 @@ def _swapped(labels: Sequence[str], texts: Sequence[str], role: str) -> Iterator
             f"train: the labels are longer than the texts, such as '{_shorten(labels[0])}' for '{_shorten(texts[0])}': "
             f"are task.columns.{role} and the text column swapped?"
         )
+
+
+def _missing(labels: Sequence[str], tables: Mapping[str, Table], role: str) -> Iterator[str]:
+    for split, table in tables.items():
+        if table.labelled and (missing := set(labels) - {record.values[role] for record in table.records}):
+            yield f"{split}: no row with {counted(len(missing), 'label')} of train, such as '{_shorten(min(missing))}'"
 
 
 def _contradictions(train: Table, targets: Sequence[str]) -> Iterator[str]:

@@ -41,10 +41,17 @@ def test_ordinary_data_is_not_remarked_upon() -> None:
 
 def test_texts_that_splits_share_are_counted() -> None:
     """Catches scores on texts of the training split; a second text makes it another example."""
-    found = oddities(train=GOOD, validation=[("text 3", "more", "b"), ("text 3", "other", "b")], test=[("new", "more")])
+    found = oddities(train=GOOD, validation=[("text 3", "more", "b"), ("text 3", "other", "a")], test=[("new", "more")])
     assert found == ["validation: 1 of 2 rows have a text that is also in train, such as in validation:2 and train:5"]
-    found = oddities(train=GOOD, validation=[("v", "v", "a")], test=[("v", "v"), ("v", "v")])
+    found = oddities(train=GOOD, validation=[("v", "v", "a"), ("w", "w", "b")], test=[("v", "v"), ("v", "v")])
     assert found == ["test: 2 of 2 rows have a text that is also in validation, such as in test:2 and validation:2"]
+
+
+def test_a_label_that_a_split_lacks_is_named() -> None:
+    """Catches a rare label whose F1 is 0 in every report, because the split has no row with it."""
+    rare = [*GOOD, ("rare text", "more", "rare"), ("odd text", "more", "odd")]
+    found = oddities(train=rare, validation=[("v", "v", "a"), ("w", "w", "b")], test=[("x", "x"), ("y", "y")])
+    assert found == ["validation: no row with 2 labels of train, such as 'odd'"]
 
 
 def test_texts_with_different_labels_are_counted() -> None:
