@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+"""The folder of our packages: a clone, or where pip has installed them."""
 
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 _UNLOCKED_SECONDS = 10.0  # between a folder and its lock

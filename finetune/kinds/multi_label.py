@@ -170,10 +170,11 @@ def _no_and_yes(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _joined(labels: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield labels that consist of others, and the separator between these."""
+    known = set(labels)
     for label in labels:
         for separator in _SEPARATORS:
             parts = [part.strip() for part in label.split(separator)]
-            if len(parts) > 1 and set(labels).issuperset(parts):
+            if len(parts) > 1 and known.issuperset(parts):
                 yield label, separator
 
 

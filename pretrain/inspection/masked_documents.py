@@ -36,7 +36,7 @@ def masked_documents(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list
         places = (masked.indices + len(vocabulary.prefix)).tolist()
         answers = dict(zip(places, tokens[masked.indices].tolist(), strict=True))
         # The last one is the token after the text.
-        apart = [] if word_starts is None else [*word_starts.nonzero()[0].tolist(), len(tokens)]
+        apart = set() if word_starts is None else {*word_starts.nonzero()[0].tolist(), len(tokens)}
         seen = [
             SeenToken(
                 token_text(tokenizer, token),
