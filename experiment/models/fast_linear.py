@@ -1,17 +1,13 @@
-"""Linear layers on a CPU, computed by oneDNN or OpenBLAS.
+"""Linear layers on a CPU, computed by oneDNN.
 
 In fp32 torch uses MKL, which has slower code for CPUs that are not Intel's: on an AMD EPYC with AVX-512, oneDNN is
-twice as fast. Without AVX-512, NumPy's OpenBLAS is faster than both. It has threads of its own, which would compete
-with torch's, so only processes with one thread use it; with more, oneDNN and MKL are equally fast, but for gradients of
-weights, whose operands are transposed, MKL is a third faster. In bf16 torch uses oneDNN, but writes the bias to
-the output first, which oneDNN then reads and adds to: with a vocabulary as output that takes a quarter of the time.
-Results differ by rounding.
+twice as fast. Without AVX-512 they are equally fast, but for gradients of weights, whose operands are transposed, MKL
+is a third faster. In bf16 torch uses oneDNN, but writes the bias to the output first, which oneDNN then reads and adds
+to: with a vocabulary as output that takes a quarter of the time. Results differ by rounding.
 """
 
-import os
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,22 +15,14 @@ from torch import Tensor, nn
 from experiment.process.hardware import lacks_avx512
 
 _AVAILABLE = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_NO_AVX512 = lacks_avx512()
 _BF16 = _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 ONEDNN_DTYPES = ((torch.float32,) if _AVAILABLE else ()) + ((torch.bfloat16,) if _BF16 else ())
 """Dtypes in which oneDNN computes on this CPU. For bf16 it needs AVX-512."""
-_NO_AVX512 = lacks_avx512()
-
-
-def prefers_openblas() -> bool:
-    """Return whether OpenBLAS is faster than oneDNN in fp32, in this process."""
-    return lacks_avx512() and os.environ.get("OMP_NUM_THREADS") == "1" and "openblas" in str(np.show_config("dicts"))
-
-
-OPENBLAS = _AVAILABLE and prefers_openblas()
 
 
 def use_fast_linear(model: nn.Module) -> None:
-    """Let oneDNN or OpenBLAS compute the model's linear layers on a CPU. Parameters and their names do not change."""
+    """Let oneDNN compute the model's linear layers on a CPU. Parameters and their names do not change."""
     if _AVAILABLE:
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -46,11 +34,11 @@ class FastLinear(nn.Linear):
         if values.numel() == 0 or torch.is_autocast_enabled("cpu") or not _computes(values, self.weight):
             return F.linear(values, self.weight, self.bias)
         rows = values.reshape(-1, self.in_features)
-        product: Tensor = _Linear.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        product: Tensor = _OneDnnLinear.apply(rows, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return product.view(*values.shape[:-1], self.out_features)
 
 
-class _Linear(torch.autograd.Function):
+class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
@@ -71,7 +59,7 @@ def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """rows @ weight.T + bias, of [N, K], [M, K] and [M]. Not differentiable on a CPU."""
     if not _computes(rows, weight):
         return F.linear(rows, weight, bias)
-    compute = _compiled_multiply if torch.compiler.is_compiling() else _multiply
+    compute = _compiled_multiply if torch.compiler.is_compiling() else _onednn_multiply
     product: Tensor = compute(rows, weight, bias)
     return product
 
@@ -84,29 +72,24 @@ def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     """Return the gradient of the weight of `multiply`, [M, K]. `gradient`: of its result, [N, M]."""
-    product = multiply if gradient.dtype == torch.float32 and (OPENBLAS or not _NO_AVX512) else F.linear
+    product = multiply if gradient.dtype == torch.float32 and not _NO_AVX512 else F.linear
     return product(gradient.t(), rows.t())
 
 
 def _computes(values: Tensor, weight: Tensor) -> bool:
-    """Return whether oneDNN or OpenBLAS computes the product."""
+    """Return whether oneDNN computes the product."""
     return values.device.type == "cpu" and values.dtype in ONEDNN_DTYPES and values.dtype == weight.dtype
 
 
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor
-    if OPENBLAS and rows.dtype == torch.float32:
-        product = rows.new_empty(rows.shape[0], weight.shape[0])
-        np.dot(rows.detach().numpy(), weight.detach().numpy().T, out=product.numpy())
-        return product if bias is None else product.add_(bias)
-    product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+def _onednn_multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product
 
 
 # torch.compile accepts oneDNN's operator only with constant weights. Calling this one takes 40 µs more.
 @torch.library.custom_op("deepcloze::multiply", mutates_args=())
 def _compiled_multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _multiply(rows, weight, bias)
+    return _onednn_multiply(rows, weight, bias)
 
 
 @_compiled_multiply.register_fake

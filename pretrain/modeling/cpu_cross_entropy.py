@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from experiment.models.fast_linear import OPENBLAS, input_gradient, multiply, weight_gradient
+from experiment.models.fast_linear import input_gradient, multiply, weight_gradient
 from pretrain.batching.batch import IGNORED
 
 _CHUNK_LOGITS = 2**20  # 4 MiB in fp32
@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _weight_gradient(gradient: Tensor, hidden: Tensor) -> Tensor:
     # In fp32 oneDNN copies a transposed left operand: [V, M] here. Below, [D, M] and the result, [V, D].
-    if gradient.dtype != torch.float32 or OPENBLAS or gradient.shape[0] <= hidden.shape[1]:
+    if gradient.dtype != torch.float32 or gradient.shape[0] <= hidden.shape[1]:
         return weight_gradient(gradient, hidden)
     return multiply(hidden.t(), gradient.t()).t().contiguous()
 

@@ -1,20 +1,12 @@
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from experiment.models import fast_linear
-from experiment.models.fast_linear import input_gradient, multiply, prefers_openblas, use_fast_linear, weight_gradient
+from experiment.models.fast_linear import use_fast_linear
 
 
-@pytest.fixture(params=[False, True], ids=["oneDNN", "OpenBLAS"])
-def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_linear, "OPENBLAS", request.param)
-
-
-@pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
@@ -33,39 +25,6 @@ def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], bias: b
     for one, other in zip(plain.parameters(), fast.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
     assert plain.state_dict().keys() == fast.state_dict().keys()
-
-
-@pytest.mark.usefixtures("_library")
-@pytest.mark.parametrize("rows", [1, 2, 7])
-def test_operands_in_any_layout(rows: int) -> None:
-    """Catches memory that is read as if it were contiguous."""
-    values, weight = torch.randn(5, 2 * rows).t()[::2], torch.randn(4, 10)[:, ::2]
-    gradient = torch.randn(4).expand(rows, 4)
-    torch.testing.assert_close(multiply(values, weight), values @ weight.t())
-    torch.testing.assert_close(input_gradient(gradient, weight), gradient @ weight)
-    torch.testing.assert_close(weight_gradient(gradient, values), gradient.t() @ values)
-
-
-@pytest.mark.parametrize(
-    ("avx512", "threads", "blas", "expected"),
-    [
-        (False, "1", "openblas", True),
-        (True, "1", "openblas", False),
-        (False, "2", "openblas", False),
-        (False, None, "openblas", False),
-        (False, "1", "mkl", False),
-    ],
-)
-def test_openblas_is_for_one_thread_without_avx512(
-    monkeypatch: pytest.MonkeyPatch, avx512: bool, threads: str | None, blas: str, expected: bool
-) -> None:
-    """Catches threads of OpenBLAS beside those of torch, and NumPy with another library."""
-    monkeypatch.setattr(fast_linear, "lacks_avx512", lambda: not avx512)
-    monkeypatch.setattr(np, "show_config", lambda _: {"Build Dependencies": {"blas": {"name": blas}}})
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if threads:
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert prefers_openblas() is expected
 
 
 def test_frozen_layers_get_no_gradient() -> None:
