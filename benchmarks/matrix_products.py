@@ -3,8 +3,9 @@
 `benchmarks.throughput` runs it in a separate process; it prints one JSON object. It computes the products of the linear
 layers of a BERT with a masked-LM head, forward and backward, for one microbatch without padding. In the last layer only
 keys and values are needed for all tokens, the rest for masked ones. Products of attention are left out. Each product
-uses the faster of two implementations: `torch.mm`, or oneDNN's linear layer. In fp32 torch otherwise uses MKL, which is
-slower on many CPUs; in bf16 `torch.mm` is faster for gradients of weights.
+uses the fastest implementation: `torch.mm`, oneDNN's linear layer or, in fp32 with one thread, NumPy's OpenBLAS. In
+fp32 torch uses MKL, which is slower on many CPUs; in bf16 `torch.mm` is faster for gradients of weights. With several
+threads OpenBLAS is left out: it has its own, which compete with torch's.
 """
 
 import json
@@ -15,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from experiment.process.hardware import keep_freed_memory
 
@@ -52,7 +53,7 @@ def run(settings: ProductSettings) -> float:
     return settings.tokens / statistics.median(times)
 
 
-def _products(settings: ProductSettings) -> Iterator[Callable[[], Tensor]]:
+def _products(settings: ProductSettings) -> Iterator[Callable[[], object]]:
     hidden, masked = settings.hidden, round(_MASKED * settings.tokens)
     layer = [(hidden, hidden)] * 4 + [(hidden, settings.intermediate), (settings.intermediate, hidden)]
     keys_and_values = 2
@@ -62,16 +63,21 @@ def _products(settings: ProductSettings) -> Iterator[Callable[[], Tensor]]:
         yield from _linear_layer(masked, inputs, outputs, settings.precision)
 
 
-def _linear_layer(rows: int, inputs: int, outputs: int, precision: str) -> Iterator[Callable[[], Tensor]]:
+def _linear_layer(rows: int, inputs: int, outputs: int, precision: str) -> Iterator[Callable[[], object]]:
     """Yield the outputs, and the gradients of inputs and weight."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     values, weight, gradient = (torch.randn(*size, dtype=dtype) for size in _sizes(rows, inputs, outputs))
     for left, right in ((values, weight), (gradient, weight.t()), (gradient.t(), values.t())):
-        onednn = partial(torch.ops.mkldnn._linear_pointwise, left, right, None, "none", [], "")
-        yield min(onednn, partial(torch.mm, left, right.t()), key=_seconds)
+        ways: list[Callable[[], object]] = [
+            partial(torch.ops.mkldnn._linear_pointwise, left, right, None, "none", [], ""),
+            partial(torch.mm, left, right.t()),
+        ]
+        if dtype == torch.float32 and torch.get_num_threads() == 1:
+            ways.append(partial(np.dot, left.numpy(), right.t().numpy()))
+        yield min(ways, key=_seconds)
 
 
-def _seconds(multiply: Callable[[], Tensor]) -> float:
+def _seconds(multiply: Callable[[], object]) -> float:
     """Return the shortest time of a few."""
 
     def once() -> float:

@@ -223,7 +223,7 @@ def _device_warnings(plan: RunPlan) -> Iterator[str]:
     if not plan.device.is_gpu:
         yield from emulation_warnings(plan.run.deepspeed, "cpu")
         if lacks_avx512():
-            yield "this CPU has no AVX-512: in fp32 those with it train 1.6 to 3 times as fast (docs/performance.md)"
+            yield "this CPU has no AVX-512: in fp32 those with it train 1.3 to 2.4 times as fast (docs/performance.md)"
 
 
 def _memory_warnings(plan: RunPlan) -> Iterator[str]:

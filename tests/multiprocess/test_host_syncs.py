@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiment.models import fast_linear
 from fp16 import fp16_supported
+from pretrain.modeling import cpu_cross_entropy
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import Tree, build_engine, microbatch, run_config, sampled
@@ -84,8 +86,14 @@ def recorded_reads() -> Iterator[list[str]]:
 
 def reads_case(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
     """The reads in all microbatches of some steps, and in the rest of each of these steps."""
-    with fp16_supported():
-        engine, _ = build_engine(world, tree)
+    with fp16_supported(), pytest.MonkeyPatch.context() as patch:
+        for module in (fast_linear, cpu_cross_entropy):
+            patch.setattr(module, "uses_openblas", lambda _: False)  # it takes its operands by `.numpy()`
+        return _reads(world, tree)
+
+
+def _reads(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
+    engine, _ = build_engine(world, tree)
     in_microbatches: list[str] = []
     in_steps: list[list[str]] = []
     for step in range(WARMUP + 1):

@@ -1,12 +1,22 @@
 import copy
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import nn
 
-from experiment.models.fast_linear import use_fast_linear
+from experiment.models import fast_linear
+from experiment.models.fast_linear import input_gradient, multiply, use_fast_linear, uses_openblas, weight_gradient
 
 
+@pytest.fixture(params=[False, True], ids=["oneDNN", "OpenBLAS"])
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_linear, "uses_openblas", lambda dtype: request.param and dtype == torch.float32)
+
+
+@pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
@@ -25,6 +35,51 @@ def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], bias: b
     for one, other in zip(plain.parameters(), fast.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
     assert plain.state_dict().keys() == fast.state_dict().keys()
+
+
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_operands_in_any_layout(rows: int) -> None:
+    """Catches memory that is read as if it were contiguous."""
+    values, weight = torch.randn(5, 2 * rows).t()[::2], torch.randn(4, 10)[:, ::2]
+    gradient = torch.randn(4).expand(rows, 4)
+    torch.testing.assert_close(multiply(values, weight), values @ weight.t())
+    torch.testing.assert_close(input_gradient(gradient, weight), gradient @ weight)
+    torch.testing.assert_close(weight_gradient(gradient, values), gradient.t() @ values)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    """Restores the number of threads, and forgets whether OpenBLAS is used."""
+    threads = torch.get_num_threads()
+    fast_linear._openblas_with_one_thread.cache_clear()
+    yield
+    torch.set_num_threads(threads)
+    fast_linear._openblas_with_one_thread.cache_clear()
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(
+    ("avx512", "threads", "blas", "dtype", "expected"),
+    [
+        (False, 1, "scipy-openblas", torch.float32, True),
+        (True, 1, "scipy-openblas", torch.float32, False),
+        (False, 2, "scipy-openblas", torch.float32, False),
+        (False, 1, "scipy-openblas", torch.bfloat16, False),
+        (False, 1, "mkl", torch.float32, False),
+    ],
+)
+def test_openblas_is_for_one_thread_without_avx512(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, threads: int, blas: str, dtype: torch.dtype, expected: bool
+) -> None:
+    """Catches threads of OpenBLAS beside those of torch, and NumPy with another library."""
+    monkeypatch.setattr(fast_linear, "lacks_avx512", lambda: not avx512)
+    monkeypatch.setattr(np, "show_config", lambda _: {"Build Dependencies": {"blas": {"name": blas}}})
+    torch.set_num_threads(threads)
+    assert uses_openblas(dtype) is expected
+    if expected:
+        libraries = ThreadpoolController().select(internal_api="openblas").info()
+        assert {library["num_threads"] for library in libraries} == {1}
 
 
 def test_frozen_layers_get_no_gradient() -> None:

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiment.models import fast_linear
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling import cpu_cross_entropy
 from pretrain.modeling.cpu_cross_entropy import linear_cross_entropy
@@ -25,14 +26,22 @@ def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tenso
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
+@pytest.mark.parametrize("openblas", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows_of_a_chunk", [1, 7, 50])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_losses_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, rows_of_a_chunk: int, with_bias: bool
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    tolerance: float,
+    rows_of_a_chunk: int,
+    with_bias: bool,
+    openblas: bool,
 ) -> None:
     """Catches rows between two chunks that are lost, ignored rows that count, and a gradient that is not scaled."""
     monkeypatch.setattr(cpu_cross_entropy, "_CHUNK_LOGITS", rows_of_a_chunk * VOCABULARY)
+    for module in (fast_linear, cpu_cross_entropy):
+        monkeypatch.setattr(module, "uses_openblas", lambda dtype: openblas and dtype == torch.float32)
     *values, labels = inputs(dtype)
     values = [value.requires_grad_() for value in values[: 3 if with_bias else 2]]
     exact = [value.detach().double().requires_grad_() for value in values]
