@@ -35,8 +35,8 @@ def uses_openblas(dtype: torch.dtype) -> bool:
 
 @cache
 def _openblas_with_one_thread() -> bool:
-    """Limit OpenBLAS to one thread from now on. Return False with AVX-512, or if NumPy does not use OpenBLAS."""
-    if not lacks_avx512() or "openblas" not in np.show_config("dicts")["Build Dependencies"]["blas"]["name"]:
+    """Limit OpenBLAS to one thread from now on. Return False with AVX-512, or if NumPy has another library."""
+    if not lacks_avx512():
         return False
     openblas = ThreadpoolController().select(internal_api="openblas")
     openblas.limit(limits=1)
