@@ -106,7 +106,10 @@ def parse_provenance(text: bytes, name: str) -> dict[str, Any]:
         if not all(isinstance(entry, dict) for entry in (*attempts, *ancestors)):
             raise TypeError
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{name} is damaged: expected an object with 'run_id', 'ancestors' and 'attempts'") from None
+        raise UserError(
+            f"{name} is damaged: expected an object with 'run_id', 'ancestors' and 'attempts'. If it is deleted, the "
+            "run gets another id, and its earlier attempts are forgotten"
+        ) from None
     return dict(record)
 
 

@@ -24,7 +24,14 @@ from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision.hang_watch import HangWatch
-from launcher.supervision.launch_result import AttemptRecord, LaunchResult, all_done, has_begun, read_result
+from launcher.supervision.launch_result import (
+    STOPPED_EARLY,
+    AttemptRecord,
+    LaunchResult,
+    all_done,
+    has_begun,
+    read_result,
+)
 from launcher.supervision.rank_processes import (
     EXIT_TIMEOUT_SECONDS,
     HeldRanks,
@@ -40,9 +47,6 @@ _POLL_SECONDS = 0.2
 _SURVIVORS_SECONDS = 1.0
 _KILLED = LaunchResult(
     Outcome.STOPPED, "killed; the same command resumes from the last complete checkpoint, or starts over without one"
-)
-_STOPPED_EARLY = LaunchResult(
-    Outcome.STOPPED, "stopped before the first step; run the same command again", Cause.SIGNAL
 )
 
 
@@ -106,7 +110,7 @@ def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: Att
             result = _run(launch, layout, ranks, stop, processes, guards.request_stack)
         lost = dict(guards.lost)
     if stopped_early.is_set():
-        return _STOPPED_EARLY
+        return STOPPED_EARLY
     if result is None and stop.killed:
         return _KILLED
     if result is None or (lost and _is_explained_by_a_lost_host(result)):
@@ -160,7 +164,7 @@ def _result(
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
         exit_code = 1  # the exit code of DeepSpeed's launcher says only that `processes` killed it
     if reported is None and stop.requested and not has_begun(launch.folder):
-        return _STOPPED_EARLY  # DeepSpeed's launcher exits with 1 if it gets the signal too
+        return STOPPED_EARLY  # DeepSpeed's launcher exits with 1 if it gets the signal too
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
 
 

@@ -40,6 +40,9 @@ class LaunchResult:
     lost: frozenset[str] = frozenset()  # hosts
 
 
+STOPPED_EARLY = LaunchResult(Outcome.STOPPED, "stopped before the first step; run the same command again", Cause.SIGNAL)
+
+
 def has_begun(folder: RunFolder) -> bool:
     """Return whether a rank has begun: until then, signals end it at once."""
     return any(rank_records(folder))
@@ -81,8 +84,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
     if reported is None:
         # Ranks catch stop signals when they begin, after their imports.
         if exit_code == Outcome.STOPPED.exit_code or killer in STOP_SIGNALS:
-            message = "stopped before the first step; run the same command again"
-            return LaunchResult(Outcome.STOPPED, message, Cause.SIGNAL)
+            return STOPPED_EARLY
         message = _failure_message(folder, ending or f"exit code {exit_code}", start_time)
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported
