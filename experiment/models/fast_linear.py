@@ -108,7 +108,8 @@ def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product: Tensor
     if uses_openblas(rows.dtype):
         product = rows.new_empty(rows.shape[0], weight.shape[0])
-        np.dot(rows.detach().numpy(), weight.detach().numpy().T, out=product.numpy())
+        with np.errstate(all="ignore"):  # as torch does
+            np.dot(rows.detach().numpy(), weight.detach().numpy().T, out=product.numpy())
         return product if bias is None else product.add_(bias)
     product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product

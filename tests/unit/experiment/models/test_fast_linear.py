@@ -47,6 +47,14 @@ def test_operands_in_any_layout(rows: int) -> None:
     torch.testing.assert_close(weight_gradient(gradient, values), gradient.t() @ values)
 
 
+@pytest.mark.usefixtures("_library")
+@pytest.mark.filterwarnings("error")
+def test_overflow_is_infinite_without_a_warning() -> None:
+    """Catches NumPy's warning in a run that diverges, beside its own message."""
+    large = torch.full((3, 5), 1e30)
+    assert multiply(large, large).isinf().all()
+
+
 @pytest.fixture
 def _threads() -> Iterator[None]:
     """Restores the number of threads, and forgets whether OpenBLAS is used."""

@@ -163,7 +163,7 @@ def test_microbatches_are_compared_with_each_other(encoder: Path) -> None:
             with_kwargs=True,
         )
         loss = updater.step(examples)
-        found.append(([parameter.detach() for parameter in model.parameters()], loss.sum, loss.weight))
+        found.append(([parameter.detach() for parameter in model.parameters()], loss.sum / loss.weight, loss.weight))
         assert sum(with_gradients) == sum(len(example.sequences) for example in examples)
         assert max(with_gradients) <= size * 4
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
