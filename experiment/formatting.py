@@ -19,6 +19,11 @@ def counted(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
+def shorten(text: str, characters: int = 40) -> str:
+    """Cut a text that is longer, with an ellipsis at its end."""
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
+
+
 def describe_duration(seconds: float | None) -> str:
     """Format a duration: '1h05m', '2m10s' or '9s'; '–' for None."""
     if seconds is None:

@@ -16,7 +16,7 @@ from rich import table as rich_table
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from experiment.formatting import counted
+from experiment.formatting import counted, shorten
 from experiment.models.tokenizer import decode_token
 from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns, as_number
 from finetune.data.records import Record, Table
@@ -56,7 +56,7 @@ def _odd_labels(labels: Sequence[str], role: str) -> Iterator[str]:
     once = sum(count == 1 for count in counts.values())
     if once > len(counts) / 2:
         yield (
-            f"train: {once:,} of {len(counts):,} labels occur only once, such as '{_shorten(labels[0])}': is "
+            f"train: {once:,} of {len(counts):,} labels occur only once, such as '{shorten(labels[0])}': is "
             f"task.columns.{role} the column of the labels?"
         )
     elif len(counts) > _MANY_NUMBERS and None not in map(as_number, counts):
@@ -78,7 +78,7 @@ def _appearance(label: str) -> str:
 def _swapped(labels: Sequence[str], texts: Sequence[str], role: str) -> Iterator[str]:
     if fmean(map(len, labels)) > fmean(map(len, texts)) and len(set(labels)) > len(set(texts)):
         yield (
-            f"train: the labels are longer than the texts, such as '{_shorten(labels[0])}' for '{_shorten(texts[0])}': "
+            f"train: the labels are longer than the texts, such as '{shorten(labels[0])}' for '{shorten(texts[0])}': "
             f"are task.columns.{role} and the text column swapped?"
         )
 
@@ -86,7 +86,7 @@ def _swapped(labels: Sequence[str], texts: Sequence[str], role: str) -> Iterator
 def _missing(labels: Sequence[str], tables: Mapping[str, Table], role: str) -> Iterator[str]:
     for split, table in tables.items():
         if table.labelled and (missing := set(labels) - {record.values[role] for record in table.records}):
-            yield f"{split}: no row with {counted(len(missing), 'label')} of train, such as '{_shorten(min(missing))}'"
+            yield f"{split}: no row with {counted(len(missing), 'label')} of train, such as '{shorten(min(missing))}'"
 
 
 def _contradictions(train: Table, targets: Sequence[str]) -> Iterator[str]:
@@ -121,10 +121,6 @@ def _inputs(record: Record, targets: Sequence[str]) -> str:
     return repr({role: value for role, value in record.values.items() if role not in targets})
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:39]}…"
-
-
 def describe_example(split: Split, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> str:
     """Return the tokens and the target of the first example, as the model gets them: they show a wrong tokenizer, or
     columns that are swapped. labels: the names of targets that are numbers of labels."""
@@ -157,7 +153,7 @@ def _describe_target(target: Any, labels: Sequence[str]) -> str:
         case [int(), *_] as of_tokens if labels:
             return " ".join(labels[label] if label >= 0 else "–" for label in of_tokens[:_SHOWN_TOKENS])
         case other:
-            return _shorten(str(other))
+            return shorten(str(other))
 
 
 @dataclass(frozen=True)

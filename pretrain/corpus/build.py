@@ -18,7 +18,7 @@ from pathlib import Path
 
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import fsync
-from experiment.formatting import counted
+from experiment.formatting import counted, shorten
 from experiment.output_folder import holds_result, lock_output
 from pretrain.corpus import shards, tasks
 from pretrain.corpus.announcement import announce_sources
@@ -44,7 +44,8 @@ from pretrain.corpus.shards import compose_shards, write_datasets_metadata
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.tasks import BuildJob, write_shard_file
 
-_NAMED = 10  # sources in a message
+_NAMED = 10  # sources or unknown texts in a message
+_FEW_UNKNOWN = 1e-4  # share of the tokens up to which unknown texts are not named
 
 
 def build_corpus(options: CorpusOptions) -> Manifest:
@@ -186,6 +187,9 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
     lengths: Counter[int] = Counter()
     for shard in finished:
         lengths.update(dict(shard.lengths))
+    unknown = Counter[str]()
+    for record in records:
+        unknown.update(record.unknown_texts)
     return Manifest(
         recipe=plan.recipe(part, str(total(record.source for record in records))),
         vocabulary_size=plan.tokenizer.vocabulary_size,
@@ -196,6 +200,7 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
         sources=source_shares(
             (split.spans[0].source, record.pieces[part]) for split, record in zip(plan.splits, records, strict=True)
         ),
+        unknown_texts=dict(unknown.most_common(_NAMED)),
     )
 
 
@@ -259,9 +264,15 @@ def summary(folder: Path, manifest: Manifest) -> str:
         f"  {counted(manifest.documents, 'document')} ({counted(manifest.empty_documents, 'empty one')} dropped), "
         f"{manifest.tokens:,} tokens in {counted(len(manifest.shards), 'shard')}\n"
         + (f"  sources, share of the tokens: {', '.join(shares)}\n" if shares else "")
-        + f"  {manifest.unknown_token_rate:.3%} unknown tokens, {_describe_words(manifest)}\n"
+        + f"  {_describe_unknown(manifest)}, {_describe_words(manifest)}\n"
         f"  document lengths in tokens: {lengths}"
     )
+
+
+def _describe_unknown(manifest: Manifest) -> str:
+    rate, texts = manifest.unknown_token_rate, [shorten(repr(text)) for text in manifest.unknown_texts]
+    named = f" (most often {', '.join(texts)})" if texts and rate > _FEW_UNKNOWN else ""
+    return f"{rate:.3%} unknown tokens{named}"
 
 
 def _describe_words(manifest: Manifest) -> str:

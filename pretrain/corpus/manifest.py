@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -74,6 +74,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     decontaminated: dict[str, str] | None = None  # task -> digest of its texts; None: not known, see docs/cleaning.md
     sources: tuple[SourceShare, ...] = ()  # in order; empty: not known, or only one
+    unknown_texts: dict[str, int] = field(default_factory=dict)  # the most frequent unknown ones of a sample
 
     @property
     def documents(self) -> int:
@@ -139,6 +140,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             "recipe": asdict(manifest.recipe),
             **({} if manifest.decontaminated is None else {"decontaminated": manifest.decontaminated}),
             **({"sources": [asdict(source) for source in manifest.sources]} if manifest.sources else {}),
+            **({"unknown_texts": manifest.unknown_texts} if manifest.unknown_texts else {}),
             "shards": [asdict(shard) for shard in manifest.shards],
         },
         indent=1,

@@ -73,6 +73,7 @@ class SplitRecord:
     start_matches: int
     archives: dict[str, Members]
     pieces: dict[Part, list[Piece]]
+    unknown_texts: dict[str, int]  # the most frequent ones of a sample
 
 
 @dataclass(frozen=True)

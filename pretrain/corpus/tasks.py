@@ -5,6 +5,7 @@ again.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +40,7 @@ from pretrain.corpus.tokenization import DocumentEncoder, EncodedBatch, Tokenize
 R = TypeVar("R")
 
 BATCH_BYTES = 1 << 20  # text tokenized at once
+_UNKNOWN_TEXTS = 100  # kept of a split
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,9 @@ def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
         raise changed_source(split.spans[0].source.name)
     pieces = {part: batch.finish() for part, batch in batches.items()}
     empty = stats.empty_documents + batches[MAIN].writer.empty_documents
+    unknown = dict((batches[MAIN].unknown_texts + batches[HELDOUT].unknown_texts).most_common(_UNKNOWN_TEXTS))
     record = SplitRecord(
-        split.key, parts_digest(parts), digest, text_bytes, empty, stats.start_matches, stats.archives, pieces
+        split.key, parts_digest(parts), digest, text_bytes, empty, stats.start_matches, stats.archives, pieces, unknown
     )
     write_json(job.folder / f"{split.key}.json", asdict(record), durable=False)
     return record
@@ -182,6 +185,7 @@ class _Batch:
 
     def __init__(self, job: BuildJob, split: Split, part: Part) -> None:
         self.writer = PieceWriter(job.folder, f"{split.key}-{part}", job.shard_tokens)
+        self.unknown_texts = Counter[str]()
         self._job = job
         self._documents: list[Document] = []
         self._text_bytes: list[int] = []
@@ -200,12 +204,13 @@ class _Batch:
         return self.writer.finish()
 
     def _encode(self) -> None:
-        documents = self._documents
-        encoded = _encode(_encoder(self._job.tokenizer), documents)
+        documents, encoder = self._documents, _encoder(self._job.tokenizer)
+        encoded = _encode(encoder, documents)
         if encoded.special is not None:
             raise UserError(
                 f"{documents[encoded.special].place}: the tokenizer turns this text into one of its special tokens; "
                 "a corpus cannot be built with such a tokenizer"
             )
         self.writer.add(encoded, np.array(self._text_bytes))
+        self.unknown_texts += encoder.unknown_texts([document.text for document in documents], encoded)
         self._documents, self._text_bytes, self._total = [], [], 0

@@ -6,7 +6,8 @@ needed.
 
 import itertools
 import json
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ from pretrain.corpus.words import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+_SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 20, 2000  # of a batch and of a document, in which unknown texts are counted
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,17 @@ class DocumentEncoder:
             special=self._first_special(flat, ends) if has_special else None,
             word_starts=word_starts,
         )
+
+    def unknown_texts(self, texts: Sequence[str], encoded: EncodedBatch) -> Counter[str]:
+        """Count what the unknown tokens stand for at the beginning of the first documents that have some. encoded: of
+        these texts."""
+        found = Counter[str]()
+        for index in np.flatnonzero(encoded.unknown)[:_SAMPLED_DOCUMENTS]:
+            text = texts[index][:_SAMPLED_CHARACTERS]
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            places = zip(encoding.ids, encoding.offsets, strict=True)
+            found.update(text[first:last] for token, (first, last) in places if token == self._spec.unknown_id)
+        return found
 
     def _tokenize(self, texts: list[str]) -> tuple[TokenIds, Counts, BoolArray | None]:
         """Return the ids, lengths and word starts of `EncodedBatch`."""

@@ -11,7 +11,7 @@ import numpy as np
 from experiment.csv_and_jsonl import MAX_FIELD
 from experiment.errors import UserError
 from experiment.files import read_json
-from experiment.formatting import show
+from experiment.formatting import shorten, show
 from experiment.results.charts import Line, Panel, Plot, charts_block
 from experiment.results.curves import Curve
 from experiment.results.history import Axis
@@ -145,16 +145,12 @@ def worst_rows(folder: RunFolder, splits: Sequence[str]) -> Iterator[Table]:
         columns = [name for name in rows[0] if not name.startswith(_PROBABILITIES)] if rows else []
         if columns:
             caption = f"Highest losses on {path.stem.removeprefix('worst-')}, {path.parent.name}"
-            cells = [[_shortened(row[name] or "") for name in columns] for row in rows]
+            cells = [[shorten(row[name] or "", _LONGEST_CELL) for name in columns] for row in rows]
             yield Table(columns, cells, caption, labels=len(columns))
 
 
 def _seed_folders(folder: RunFolder) -> list[Path]:
     return sorted(folder.path.glob("seed-*"), key=lambda path: (len(path.name), path.name))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_CELL else f"{text[:_LONGEST_CELL]}…"
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:

@@ -274,7 +274,7 @@ def test_the_worst_rows_of_a_task(tmp_path: Path) -> None:
     (table,) = worst_rows(RunFolder(tmp_path), ["validation", "test"])
     assert table.columns == ["loss", "text", "label", "predicted"]
     assert len(table.rows) == 10
-    assert table.rows[0] == ["9", "x" * 300 + "…", "a", "b"]
+    assert table.rows[0] == ["9", "x" * 299 + "…", "a", "b"]
     assert table.caption == "Highest losses on test, seed-9"
     (tmp_path / "seed-9" / "worst-test.csv").write_text("loss,text,label\n9,x,a\n8,cut")
     (table,) = worst_rows(RunFolder(tmp_path), ["validation", "test"])

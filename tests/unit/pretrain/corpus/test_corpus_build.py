@@ -87,6 +87,21 @@ def test_corpus_equals_tokenizer_output(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "source.txt"]
 
 
+def test_the_most_frequent_unknown_texts_are_named(
+    corpus: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a share of unknown tokens that does not say what to add, and a list that workers change."""
+    source = tmp_path / "unknown.txt"
+    source.write_text("".join(f"the river ŧ{' ŋ' * (number % 2)} of\n" for number in range(60)), encoding="utf-8")
+    manifest = corpus("a", source=source)
+    assert list(manifest.unknown_texts) == ["ŧ", "ŋ"]
+    assert "% unknown tokens (most often 'ŧ', 'ŋ'), " in capsys.readouterr().out
+    corpus("b", source=source, workers=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    monkeypatch.setattr(build, "_FEW_UNKNOWN", 0.9)
+    assert "unknown tokens, " in build.summary(tmp_path / "a", manifest)
+
+
 def test_a_build_takes_no_torch(source: Path, vocabulary_folder: Path, tmp_path: Path) -> None:
     """Catches an import of torch, which takes a second, and a message of transformers that torch is missing."""
     flags = ["--source", str(source), "--tokenizer", str(vocabulary_folder), "--output", str(tmp_path / "c")]

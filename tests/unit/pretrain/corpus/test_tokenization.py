@@ -70,6 +70,13 @@ def test_counts_per_document(vocabulary_folder: Path) -> None:
     assert encoded.words.tolist() == [1, 3, 1, 2, 0]
 
 
+def test_unknown_texts_are_those_of_a_sample(vocabulary_folder: Path) -> None:
+    """Catches places in the normalized text, and documents that are all encoded twice."""
+    encoder = DocumentEncoder(tokenizer_spec(load_tokenizer(vocabulary_folder)))
+    texts = ["the river", "The  Éŧ river" + 2000 * " river" + " ŋ", *["a Éŧ"] * 30]
+    assert encoder.unknown_texts(texts, encoder.encode(texts)) == {"Éŧ": 20}
+
+
 def test_added_tokens_keep_their_ids_when_special_ones_are_hidden() -> None:
     """Catches words of DeBERTa-v3 or ModernBERT that are stored with the ids of others: their special tokens are not in
     the vocabulary, and `tokenizers` numbers added tokens in their order."""
