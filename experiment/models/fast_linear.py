@@ -1,11 +1,11 @@
 """Linear layers on a CPU, computed by oneDNN or OpenBLAS.
 
 In fp32 torch uses MKL, which has slower code for CPUs that are not Intel's: on an AMD EPYC with AVX-512, oneDNN is
-twice as fast. Without AVX-512, NumPy's OpenBLAS is faster than both. It has threads of its own, which would compete
-with torch's, so only processes with one thread use it; with more, oneDNN and MKL are equally fast, but for gradients of
-weights, whose operands are transposed, MKL is a third faster. In bf16 torch uses oneDNN, but writes the bias to
-the output first, which oneDNN then reads and adds to: with a vocabulary as output that takes a quarter of the time.
-Results differ by rounding.
+twice as fast. Without AVX-512, NumPy's OpenBLAS is faster than both on the AMD EPYC that it was measured on. It has
+threads of its own, which would compete with torch's, so only processes with one thread use it; with more, oneDNN and
+MKL are equally fast, but for gradients of weights, whose operands are transposed, MKL is a third faster. In bf16 torch
+uses oneDNN, but writes the bias to the output first, which oneDNN then reads and adds to: with a vocabulary as output
+that takes a quarter of the time. Results differ by rounding.
 """
 
 from functools import cache
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from experiment.process.hardware import lacks_avx512
 
@@ -29,15 +30,13 @@ _NO_AVX512 = lacks_avx512()
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def uses_openblas(dtype: torch.dtype) -> bool:
     """Return whether OpenBLAS computes products of this dtype: fp32 without AVX-512, while torch has one thread."""
-    one_thread = _AVAILABLE and dtype == torch.float32 and torch.get_num_threads() == 1
-    return one_thread and _openblas_with_one_thread()
+    possible = _AVAILABLE and _NO_AVX512 and dtype == torch.float32 and torch.get_num_threads() == 1
+    return possible and _openblas_with_one_thread()
 
 
 @cache
 def _openblas_with_one_thread() -> bool:
-    """Limit OpenBLAS to one thread from now on. Return False with AVX-512, or if NumPy has another library."""
-    if not lacks_avx512():
-        return False
+    """Limit OpenBLAS to one thread from now on. Return False if it is not loaded: NumPy may have another library."""
     openblas = ThreadpoolController().select(internal_api="openblas")
     openblas.limit(limits=1)
     return bool(openblas)
@@ -67,6 +66,7 @@ class _Linear(torch.autograd.Function):
         return multiply(rows, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiment.models import fast_linear
 from fp16 import fp16_supported
-from pretrain.modeling import cpu_cross_entropy
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import Tree, build_engine, microbatch, run_config, sampled
@@ -87,8 +86,7 @@ def recorded_reads() -> Iterator[list[str]]:
 def reads_case(world: World, tree: Tree) -> tuple[list[str], list[list[str]]]:
     """The reads in all microbatches of some steps, and in the rest of each of these steps."""
     with fp16_supported(), pytest.MonkeyPatch.context() as patch:
-        for module in (fast_linear, cpu_cross_entropy):
-            patch.setattr(module, "uses_openblas", lambda _: False)  # it takes its operands by `.numpy()`
+        patch.setattr(fast_linear, "_NO_AVX512", False)  # OpenBLAS takes its operands by `.numpy()`
         return _reads(world, tree)
 
 

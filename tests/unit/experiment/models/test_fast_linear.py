@@ -10,9 +10,20 @@ from experiment.models import fast_linear
 from experiment.models.fast_linear import input_gradient, multiply, use_fast_linear, uses_openblas, weight_gradient
 
 
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    """Restores the number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    fast_linear._openblas_with_one_thread.cache_clear()
+
+
 @pytest.fixture(params=[False, True], ids=["oneDNN", "OpenBLAS"])
-def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_linear, "uses_openblas", lambda dtype: request.param and dtype == torch.float32)
+def _library(request: pytest.FixtureRequest, _threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_linear, "_NO_AVX512", request.param)
+    torch.set_num_threads(1)
+    assert uses_openblas(torch.float32) is request.param
 
 
 @pytest.mark.usefixtures("_library")
@@ -55,16 +66,6 @@ def test_overflow_is_infinite_without_a_warning() -> None:
     assert multiply(large, large).isinf().all()
 
 
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    """Restores the number of threads, and forgets whether OpenBLAS is used."""
-    threads = torch.get_num_threads()
-    fast_linear._openblas_with_one_thread.cache_clear()
-    yield
-    torch.set_num_threads(threads)
-    fast_linear._openblas_with_one_thread.cache_clear()
-
-
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize(
     ("avx512", "threads", "library", "dtype", "expected"),
@@ -80,7 +81,8 @@ def test_openblas_is_for_one_thread_without_avx512(
     monkeypatch: pytest.MonkeyPatch, avx512: bool, threads: int, library: str, dtype: torch.dtype, expected: bool
 ) -> None:
     """Catches threads of OpenBLAS beside those of torch, and NumPy with another library."""
-    monkeypatch.setattr(fast_linear, "lacks_avx512", lambda: not avx512)
+    monkeypatch.setattr(fast_linear, "_NO_AVX512", not avx512)
+    fast_linear._openblas_with_one_thread.cache_clear()
     if library != "openblas":
         others = ThreadpoolController().select(user_api="openmp")
         monkeypatch.setattr(fast_linear, "ThreadpoolController", lambda: others)
@@ -90,6 +92,31 @@ def test_openblas_is_for_one_thread_without_avx512(
     assert uses_openblas(dtype) is expected
     if expected:
         assert {found["num_threads"] for found in openblas.info()} == {1}
+
+
+@pytest.mark.usefixtures("_library")
+def test_compiled_layers_are_one_graph() -> None:
+    """Catches a graph break at the choice of the library, and other values in compiled code."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
+    use_fast_linear(model)
+    values = torch.randn(7, 5)
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(values)
+    torch.testing.assert_close(found, model(values))
+    gradients = [
+        torch.autograd.grad(result.square().sum(), list(model.parameters())) for result in (found, model(values))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.usefixtures("_library")
+def test_a_second_derivative_is_refused() -> None:
+    """Catches one that lacks the terms of this layer: its products are not differentiable."""
+    model = nn.Sequential(nn.Linear(5, 4))
+    use_fast_linear(model)
+    values = torch.randn(3, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(values).square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_frozen_layers_get_no_gradient() -> None:
