@@ -18,7 +18,7 @@ from pathlib import Path
 
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import fsync
-from experiment.formatting import counted, shorten
+from experiment.formatting import counted
 from experiment.output_folder import holds_result, lock_output
 from pretrain.corpus import shards, tasks
 from pretrain.corpus.announcement import announce_sources
@@ -200,7 +200,7 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
         sources=source_shares(
             (split.spans[0].source, record.pieces[part]) for split, record in zip(plan.splits, records, strict=True)
         ),
-        unknown_texts=dict(unknown.most_common(_NAMED)),
+        unknown_texts=dict(unknown.most_common(_NAMED)) if part == MAIN else {},
     )
 
 
@@ -270,8 +270,8 @@ def summary(folder: Path, manifest: Manifest) -> str:
 
 
 def _describe_unknown(manifest: Manifest) -> str:
-    rate, texts = manifest.unknown_token_rate, [shorten(repr(text)) for text in manifest.unknown_texts]
-    named = f" (most often {', '.join(texts)})" if texts and rate > _FEW_UNKNOWN else ""
+    rate, texts = manifest.unknown_token_rate, map(repr, manifest.unknown_texts)
+    named = f" (in a sample, most often {', '.join(texts)})" if manifest.unknown_texts and rate > _FEW_UNKNOWN else ""
     return f"{rate:.3%} unknown tokens{named}"
 
 

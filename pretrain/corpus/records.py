@@ -12,7 +12,7 @@ DIR.partial/main/                       becomes the corpus
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,7 +73,7 @@ class SplitRecord:
     start_matches: int
     archives: dict[str, Members]
     pieces: dict[Part, list[Piece]]
-    unknown_texts: dict[str, int]  # the most frequent ones of a sample
+    unknown_texts: dict[str, int] = field(default_factory=dict)  # the most frequent ones of a sample of the main corpus
 
 
 @dataclass(frozen=True)

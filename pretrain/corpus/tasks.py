@@ -40,7 +40,7 @@ from pretrain.corpus.tokenization import DocumentEncoder, EncodedBatch, Tokenize
 R = TypeVar("R")
 
 BATCH_BYTES = 1 << 20  # text tokenized at once
-_UNKNOWN_TEXTS = 100  # kept of a split
+_UNKNOWN_TEXTS = 10  # kept of a split
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
         raise changed_source(split.spans[0].source.name)
     pieces = {part: batch.finish() for part, batch in batches.items()}
     empty = stats.empty_documents + batches[MAIN].writer.empty_documents
-    unknown = dict((batches[MAIN].unknown_texts + batches[HELDOUT].unknown_texts).most_common(_UNKNOWN_TEXTS))
+    unknown = dict(batches[MAIN].unknown_texts.most_common(_UNKNOWN_TEXTS))
     record = SplitRecord(
         split.key, parts_digest(parts), digest, text_bytes, empty, stats.start_matches, stats.archives, pieces, unknown
     )

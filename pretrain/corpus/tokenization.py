@@ -7,7 +7,7 @@ needed.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-_SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 20, 2000  # of a batch and of a document, in which unknown texts are counted
+_SAMPLED_CHARACTERS, _LONGEST_UNKNOWN = 10_000, 40  # of a batch, to count unknown texts, and of such a text
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,19 @@ class DocumentEncoder:
             word_starts=word_starts,
         )
 
-    def unknown_texts(self, texts: Sequence[str], encoded: EncodedBatch) -> Counter[str]:
-        """Count what the unknown tokens stand for at the beginning of the first documents that have some. encoded: of
-        these texts."""
-        found = Counter[str]()
-        for index in np.flatnonzero(encoded.unknown)[:_SAMPLED_DOCUMENTS]:
-            text = texts[index][:_SAMPLED_CHARACTERS]
+    def unknown_texts(self, texts: list[str], encoded: EncodedBatch) -> Counter[str]:
+        """Count what unknown tokens stand for at the beginning of the documents that have some, in a small part of a
+        batch. encoded: of these texts."""
+        found, left = Counter[str](), _SAMPLED_CHARACTERS
+        for index in np.flatnonzero(encoded.unknown):
+            text = texts[index][:left]
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             places = zip(encoding.ids, encoding.offsets, strict=True)
-            found.update(text[first:last] for token, (first, last) in places if token == self._spec.unknown_id)
+            unknown = (text[first:last].strip() for token, (first, last) in places if token == self._spec.unknown_id)
+            found.update(each[:_LONGEST_UNKNOWN] for each in unknown if each)
+            left -= len(text)
+            if left == 0:
+                break
         return found
 
     def _tokenize(self, texts: list[str]) -> tuple[TokenIds, Counts, BoolArray | None]:

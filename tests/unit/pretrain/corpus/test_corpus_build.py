@@ -92,12 +92,14 @@ def test_the_most_frequent_unknown_texts_are_named(
 ) -> None:
     """Catches a share of unknown tokens that does not say what to add, and a list that workers change."""
     source = tmp_path / "unknown.txt"
-    source.write_text("".join(f"the river ŧ{' ŋ' * (number % 2)} of\n" for number in range(60)), encoding="utf-8")
+    source.write_text("".join(f"the river ŧ{' ŋ' * (number % 2)} of\n" for number in range(600)), encoding="utf-8")
     manifest = corpus("a", source=source)
     assert list(manifest.unknown_texts) == ["ŧ", "ŋ"]
-    assert "% unknown tokens (most often 'ŧ', 'ŋ'), " in capsys.readouterr().out
+    assert "% unknown tokens (in a sample, most often 'ŧ', 'ŋ'), " in capsys.readouterr().out
     corpus("b", source=source, workers=2)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert corpus("c", source=source, holdout=10).unknown_texts
+    assert not open_corpus(tmp_path / "c-heldout").manifest.unknown_texts
     monkeypatch.setattr(build, "_FEW_UNKNOWN", 0.9)
     assert "unknown tokens, " in build.summary(tmp_path / "a", manifest)
 

@@ -73,8 +73,11 @@ def test_counts_per_document(vocabulary_folder: Path) -> None:
 def test_unknown_texts_are_those_of_a_sample(vocabulary_folder: Path) -> None:
     """Catches places in the normalized text, and documents that are all encoded twice."""
     encoder = DocumentEncoder(tokenizer_spec(load_tokenizer(vocabulary_folder)))
-    texts = ["the river", "The  Éŧ river" + 2000 * " river" + " ŋ", *["a Éŧ"] * 30]
-    assert encoder.unknown_texts(texts, encoder.encode(texts)) == {"Éŧ": 20}
+    long = "a" * 30 + "ŧ" * 30
+    texts = ["the river", f"The  Éŧ {long}", *["a Éŧ of" + 900 * " "] * 30]
+    assert encoder.unknown_texts(texts, encoder.encode(texts)) == {"Éŧ": 12, long[:40]: 1}
+    texts = [20_000 * "a river " + "ŧ"]
+    assert encoder.unknown_texts(texts, encoder.encode(texts)) == {}
 
 
 def test_added_tokens_keep_their_ids_when_special_ones_are_hidden() -> None:
