@@ -36,7 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         apart = uses_openblas(hidden.dtype)  # OpenBLAS adds no bias
         logits = multiply(hidden, weight, None if apart else bias)
-        bias_gradient = torch.zeros(weight.shape[0]) if ctx.needs_input_grad[2] else None
+        bias_gradient = torch.zeros(weight.shape[0], dtype=torch.float32) if ctx.needs_input_grad[2] else None
         losses = _to_gradients(logits, labels[:, None], bias if apart else None, bias_gradient)
         ctx.save_for_backward(hidden, weight, logits, bias_gradient)
         return losses.sum()
