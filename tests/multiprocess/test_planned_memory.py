@@ -18,7 +18,7 @@ MODELS = {
     "28M": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
 }
 VOCABULARY = {"5M": 8000, "28M": 16000}
-STEPS = 3
+STEPS = 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
