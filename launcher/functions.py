@@ -141,7 +141,7 @@ def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str,
         from pretrain.evaluate import evaluate as evaluate_corpora
 
     with _own_torch_state():
-        return evaluate_corpora(str(checkpoint), list(map(str, corpora)))
+        return evaluate_corpora(expand_home(str(checkpoint)), [expand_home(str(corpus)) for corpus in corpora])
 
 
 def finetune(config: Config, overrides: Overrides | None = None, *, quiet: bool = False) -> dict[str, Any]:

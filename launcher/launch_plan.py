@@ -84,7 +84,8 @@ class LaunchPlan:
         began = self.folder.metrics.exists() or complete_checkpoints(self.folder.checkpoints)
         if layout.restarted and config.run.resume == "never" and began:  # by this launch
             config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
-        if self.local and config == self.config and not self.config_changed:
+        # A restart reads a copy: the user may have edited the file for another run.
+        if self.local and not layout.restarted and config == self.config and not self.config_changed:
             return local_command(self.options, layout.slots, self.machine)
         config_file = self.folder.logs / "launch.yaml"
         # The shell of another host would parse the overrides again, so they are passed in a file there.

@@ -52,21 +52,26 @@ def report_runs(runs: Sequence[str], output: str | None) -> Path:
     its path. Raises UserError."""
     if output is not None and Path(output).is_file():
         raise UserError(f"--output: {output} is a file; expected a folder")
-    folder = open_folder(runs[0])
-    if len(runs) == 1 and (is_run(folder) or planned_folders(folder.path) or not runs_in(runs[0])):
-        fill_new_checkpoints(folder)
-        return write_report(runs[0], output, png=True)
-    logged = [run for each in runs for run in _logged_runs(open_folder(each))]
-    return write_overlay(logged, Path(output or ("report" if len(runs) > 1 else folder.report)).absolute(), png=True)
+    default = Path("report")
+    if len(runs) == 1:
+        folder = open_folder(runs[0])
+        if is_run(folder) or planned_folders(folder.path) or not runs_in(folder.path):
+            fill_new_checkpoints(folder)
+            return write_report(folder.path, output, png=True)
+        default = folder.report
+    return write_overlay(_logged_runs(runs), Path(output or default).absolute(), png=True)
 
 
-def _logged_runs(folder: RunFolder) -> list[Path]:
-    """Return a run, or the runs in a folder that have logged something. Raises UserError without any."""
-    if is_run(folder):
-        return [folder.path]
-    if logged := [run for run in runs_in(folder.path) if _has_logged(RunFolder(run))]:
-        return logged
-    raise UserError(f"{folder.path} has nothing to report: no run in it has logged anything")
+def _logged_runs(folders: Sequence[str]) -> list[Path]:
+    """Return the runs in these folders that have logged something. Prints the folders without any; raises UserError if
+    none has one."""
+    logged = {folder: [run for run in runs_in(folder) if _has_logged(RunFolder(run))] for folder in folders}
+    if not any(logged.values()):
+        raise UserError(f"{folders[0]} has nothing to report: no run in it has logged anything")
+    for folder, found in logged.items():
+        if not found:
+            notify(f"{folder} is left out: no run in it has logged anything")
+    return [run for found in logged.values() for run in found]
 
 
 def _has_logged(run: RunFolder) -> bool:

@@ -25,7 +25,7 @@ from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoin
 from experiment.run_files.goodput import AttemptTime, add_up, last_lines, read_attempt_times
 from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, runs_in
-from experiment.run_files.run_life import State, read_life
+from experiment.run_files.run_life import READERS, State, read_life
 from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import RATE_EVENTS
 from launcher.supervision.launch_result import count_attempts
@@ -109,8 +109,9 @@ def find_run(run: str) -> RunFolder:
         return folder
     if runs := runs_in(run):
         raise UserError(f"{folder.path} has several runs: give one of {', '.join(map(str, runs))}")
-    names = ", ".join(path.name for path in (folder.config, folder.metrics, folder.launches))
-    raise UserError(f"{folder.path} is not a run folder: expected {names} or {folder.logs.name}/, found none")
+    known = (folder.config, folder.metrics, folder.launches, folder.lock)
+    names = ", ".join(str(path.relative_to(folder.path)) for path in known)
+    raise UserError(f"{folder.path} is not a run folder: expected one of {names}, found none")
 
 
 def _total_steps(folder: RunFolder, attempts: Sequence[AttemptTime]) -> int | None:
@@ -199,7 +200,7 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
             notify(f"{run} is skipped: {error.filename}: {error.strerror}")
             return None
 
-    with ThreadPoolExecutor() as readers:  # runs on other machines take seconds
+    with ThreadPoolExecutor(READERS) as readers:
         found = [status for status in readers.map(read, each.values()) if status is not None]
     if as_json:
         print(json.dumps([asdict(status) for status in found]))

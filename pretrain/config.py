@@ -327,6 +327,17 @@ class EngineConfig(Section):
     ~/.cache/deepcloze/compiled. If it fails, the run continues without."""
 
 
+CHANGE_ROUNDING_ONLY = (
+    "batch.microbatch_tokens",
+    "checkpoint.",
+    "corpus.cache",
+    "health.hang_seconds",
+    "model.activation_checkpointing",
+    "tracking.",
+)
+"""Beginnings of keys that change results at most by rounding."""
+
+
 class PretrainConfig(Section):
     """One pretraining run."""
 

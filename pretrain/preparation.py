@@ -25,7 +25,7 @@ from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.resolve import ResolvedRun, resolve
 from pretrain.restore import restore_run
 from pretrain.training.checkpointer import verify_together
-from pretrain.training.cpu_group import CpuGroup
+from pretrain.training.cpu_group import AgreedError, CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
 from pretrain.world import World
 
@@ -87,9 +87,15 @@ def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
     """Return the rows of all ranks: windows unless every rank, whose GPU may be of another type, can compute flat ones.
     Collective.
 
-    Rows decide which sequences of a batch a rank takes. `rows`: the choice of this rank alone.
+    Rows decide which sequences of a batch a rank takes. `rows`: the choice of this rank alone. Raises AgreedError if
+    only some can pack sequences: a model is tried with its weights, on each host's CPU.
     """
-    (flat,) = group.all_reduce_sum([int(rows == "flat")])
+    flat, padded = group.all_reduce_sum([int(rows == "flat"), int(rows == "padded")])
+    if 0 < padded < world.size:
+        raise AgreedError(
+            f"{padded} of {world.size} ranks find that packed sequences influence each other in this model, the others "
+            "do not: use hosts with the same CPU"
+        )
     return "windows" if rows == "flat" and flat < world.size else rows
 
 

@@ -65,6 +65,8 @@ _BY_CONTENT = (
 )
 # Keys about the training of a model, not its architecture: a fork may change them.
 _MODEL_TRAINING = tuple(f"model.{field}" for field in ModelConfig.model_fields)
+# Keys of lengths that count from step 0, in a fork too.
+_FROM_STEP_0 = ("model.freeze_steps", "schedule.warmup_steps", "schedule.batch_warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,13 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
         lines = check_fork(before, identity, where)
     else:
         lines = check_resume(before, identity, where, f" ({state['config']['corpus']['train']})")
-    changed = _changes(before, identity)
+    changed, step = _changes(before, identity), state["progress"]["step"]
+    for key in _FROM_STEP_0 if point.fork else ():
+        if key in changed and 0 < identity[key] <= step:
+            log.warning("%s has no effect: it counts from step 0, and the fork begins at step %d", key, step)
     return ResumePlan(
         point.checkpoint,
-        step=state["progress"]["step"],
+        step=step,
         fork=point.fork,
         changes=tuple(lines),
         load_optimizer_state="optimizer.name" not in changed,
@@ -239,14 +244,15 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, 
             f"text of a sequence, now it puts {new}. Restore the tokenizer of the corpus, or start a new run"
         )
     for key, (old, new) in changes.items():
-        if _is_below(key, fixed) and key not in _LAYOUT:
+        if _is_below(key, fixed) and key not in _LAYOUT and not _is_of_other_version(key, before, now):
             what, which = ("a corpus with the fingerprint ", trained_on) if key == "corpus.train" else ("", "")
             mirror = now.get("checkpoint.mirror")
             other = f" and with another checkpoint.mirror: a new run.dir resumes from {mirror}" if mirror else ""
+            fork = " with model.init_from" if _is_architecture(key) else ", or a fork of this one,"
             raise UserError(
                 f"{where} cannot be resumed with another {key}: the run was started with {what}{_shown(old)}{which}, "
-                f"the config says {what}{_shown(new)}. Restore the value, or start a new run, or a fork of this one, "
-                f"in another run.dir{other}"
+                f"the config says {what}{_shown(new)}. Restore the value, or start a new run{fork} in another "
+                f"run.dir{other}"
             )
     return _lines(changes)
 
@@ -255,7 +261,7 @@ def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
     """Like `check_resume`, for a fork: everything but the model may change."""
     changes = _changes(before, now)
     for key, (old, new) in changes.items():
-        if _is_below(key, ("model",)) and key not in _MODEL_TRAINING:
+        if _is_architecture(key) and not _is_of_other_version(key, before, now):
             raise UserError(
                 f"run.resume: {where} cannot be forked with another {key}: its model has {_shown(old)}, the config "
                 f"says {_shown(new)}. To use its weights only, set model.init_from"
@@ -306,6 +312,18 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
     unknown = tuple(part for part in (_SPECIAL_TOKENS, _DS_CONFIG) if not any(key.startswith(part) for key in old))
     keys = sorted(key for key in (old.keys() | new.keys()) - _NO_EFFECT if not key.startswith(unknown))
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def _is_architecture(key: str) -> bool:
+    return _is_below(key, ("model",)) and key not in _MODEL_TRAINING
+
+
+def _is_of_other_version(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether it is a field of the model's config that one version of transformers has, and the other has not.
+    Keys in other mappings, such as `rope_parameters`, may be left out by the user."""
+    classes = key.split(".")[1:-1]
+    is_field = _is_architecture(key) and all(name.endswith("_config") for name in classes)
+    return is_field and (key in flatten(before)) != (key in flatten(now))
 
 
 def _is_below(key: str, sections: tuple[str, ...]) -> bool:

@@ -8,7 +8,7 @@ A checkpoint is complete if it has a COMPLETE file, as on a disk.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -58,16 +58,22 @@ class Mirror:
                 found[name] = read_bytes(join(self.url, name, COMPLETE))
         return found
 
-    def upload(self, checkpoint: Path) -> bytes:
+    def upload(self, checkpoint: Path, known: bytes | None = None) -> bytes:
         """Copy a complete checkpoint, in place of another one of its name, and return the content of COMPLETE.
 
+        known: the content of COMPLETE of the one that is there, if any: files with the same checksum are not copied.
         Raises StorageError, and OSError if the checkpoint is deleted meanwhile.
         """
         marker = (checkpoint / COMPLETE).read_bytes()
         target = join(self.url, checkpoint.name)
+        there: Mapping[str, str] = {}
+        if known is not None:
+            with suppress(DamagedError):
+                there = _checksums(target, known)
+        changed = [name for name, checksum in _checksums(target, marker).items() if there.get(name) != checksum]
         delete(join(target, COMPLETE))
         with ThreadPoolExecutor(_FILES_AT_ONCE, "mirror") as pool:  # after an error, files that wait are not copied
-            list(pool.map(lambda name: upload(checkpoint / name, join(target, name)), _checksums(target, marker)))
+            list(pool.map(lambda name: upload(checkpoint / name, join(target, name)), changed))
         write_bytes(join(target, COMPLETE), marker)
         return marker
 

@@ -118,7 +118,10 @@ def planned_folders(folder: Path) -> list[Path]:
 def is_run(folder: RunFolder) -> bool:
     """Return whether the folder has something that only a run has. Sweeps and comparisons have logs, too."""
     known = (folder.config, folder.metrics, folder.launches)
-    return any(path.exists() for path in known) or (folder.logs.is_dir() and not planned_folders(folder.path))
+    locks = (folder.lock, folder.processes_lock)  # a folder of runs may have logs of the user
+    return any(path.exists() for path in known) or (
+        any(path.exists() for path in locks) and not planned_folders(folder.path)
+    )
 
 
 def open_folder(run: str | Path) -> RunFolder:
@@ -130,10 +133,12 @@ def open_folder(run: str | Path) -> RunFolder:
 
 
 def runs_in(folder: str | Path) -> list[Path]:
-    """Return a run, the runs of a sweep or comparison, or all runs of a folder with any of these.
+    """Return a run, the runs of a sweep or comparison, or all runs of a folder with any of these; none for a file.
 
     Raises UserError if the folder does not exist.
     """
+    if Path(folder).is_file():  # named by a pattern such as runs/*
+        return []
     open_folder(folder)
     if found := _runs_in(Path(folder)):
         return found

@@ -23,6 +23,10 @@ class Life:
     message: str = ""
 
 
+READERS = 64
+"""Threads that read the lives of several runs: those on other machines wait for seconds."""
+
+
 def read_life(folder: RunFolder) -> Life:
     """Read the state of a run. Takes seconds if it was last used on another machine, and has not ended properly."""
     use = folder_use(folder)

@@ -30,6 +30,7 @@ from experiment.run_files.run_folder import RunFolder
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # see random(4)
 _LEASE_SECONDS = 120.0  # for which an NFS server keeps the lock of a dead client; Linux: 90
+_LOOK_SECONDS = 1.0  # a process that looks whether the folder is in use holds the lock for a moment
 _POLL_SECONDS = 0.1
 
 Renewal = int
@@ -66,7 +67,7 @@ def lock_run(
     """
     lock = filelock.FileLock(folder.lock)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_LOOK_SECONDS)
     except filelock.Timeout:
         if _other_owner(folder) is None:
             raise _used(folder) from None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.models.model_names import local_model
 from finetune.data.columns import TEXT
@@ -44,7 +45,8 @@ class Predictor:
         """
         if batch_size < 1:
             raise UserError(f"batch_size: expected at least 1, found {batch_size}")
-        folder = Path(model) if task else find_model(local_model(str(model)))[0]
+        model = expand_home(str(model))
+        folder = Path(model) if task else find_model(local_model(model))[0]
         task = task or read_saved_task(folder)
         return cls.of(
             load_model(folder, load_task_tokenizer(folder, task.kind.config), task, precision), task, batch_size

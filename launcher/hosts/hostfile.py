@@ -138,6 +138,11 @@ def _slurm_hosts(environ: Mapping[str, str]) -> Hosts:
         if not gpus.isdecimal():
             raise UserError(f"SLURM_GPUS_ON_NODE={gpus}: expected a number")
         slots = [int(gpus)] * len(names)
+    elif not gpus and environ.get("SLURM_GPUS"):  # in the shell of `salloc --gpus`
+        raise UserError(
+            f"the job has GPUs (SLURM_GPUS={environ['SLURM_GPUS']}), but SLURM does not say how many on each node: ask "
+            "for them with --gpus-per-node, or give --hostfile"
+        )
     else:
         slots = list(_expand_counts(environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")))
     if len(slots) != len(names):

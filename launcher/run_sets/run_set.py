@@ -28,6 +28,7 @@ from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_ou
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
 from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
+from pretrain.config import CHANGE_ROUNDING_ONLY as PRETRAINING_ROUNDING_ONLY
 from pretrain.config import PretrainConfig
 
 CONFIGS = "configs"
@@ -39,8 +40,8 @@ REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has rep
 _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _OTHER_SEEDS = "started with other seeds"
 _IRRELEVANT = (  # beginnings of keys
-    "tracking.",
-    *(f"pretrain.{key}" for key in ("tracking.", "run.dir", "run.log_every", "checkpoint.mirror")),
+    *PRETRAINING_ROUNDING_ONLY,
+    *(f"pretrain.{key}" for key in ("run.dir", "run.log_every", *PRETRAINING_ROUNDING_ONLY)),
     *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY),
 )
 _PRETRAIN_ORIGINS = ("corpus.fingerprint", "engine.ds_config.")

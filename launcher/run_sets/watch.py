@@ -221,15 +221,13 @@ class Watch:
         self._announcement.send(self._run, result)
 
     def _log_results(self) -> bool:
-        """Add missing results to metrics.jsonl if the run has ended. Returns whether none is missing."""
-        if not self._all_logged:
+        """Add missing results to metrics.jsonl if the run has ended. Returns whether it has, and none is missing."""
+        if not self._all_logged and has_ended(self._run):
             self._all_logged = not DownstreamLog(self._run).take_new(sys.maxsize) or self._log_missing()
         return self._all_logged
 
     def _log_missing(self) -> bool:
         """Log missing results. Returns whether this process could."""
-        if not has_ended(self._run):
-            return False
         with ExitStack() as lock:
             try:
                 lock.enter_context(lock_run(self._run))

@@ -133,6 +133,9 @@ class HangWatch:
 
     def _get_stacks(self, named: Sequence[RankLife]) -> None:
         """Ask ranks for their stacks, except those that make no progress, which have written theirs."""
+        for life in named:
+            if not _is_stuck(life, self._limit):  # a stack in its log is an earlier one, which the user asked for
+                self._log_sizes[life.beat.rank] = self._log_size(life.beat.rank)
         missing = {life.beat.rank for life in named if not is_whole_stack(self._frames(life.beat.rank))}
         for life in named:
             if life.beat.rank in missing:

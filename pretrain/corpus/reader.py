@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from experiment.config.field_types import expand_home
 from experiment.errors import UserError
 from experiment.files import sha256
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -174,7 +175,7 @@ def open_corpus(path: Path | str) -> Corpus:
 
     Compares file sizes with the manifest, which takes time per shard, not per token; `Corpus.find_damage` reads them.
     """
-    folder = Path(path).absolute()
+    folder = Path(expand_home(str(path))).absolute()
     manifest = read_manifest(folder)
     for shard in manifest.shards:
         file = folder / shard.file

@@ -25,10 +25,10 @@ from pretrain.modeling.structure import ParameterCounts
 from pretrain.plan.activations import MicrobatchMemory
 
 _FP32 = 4
-# oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each in fp32 with torch 2.13 and AVX-512,
-# less in bf16; without AVX-512 OpenBLAS computes most of them and keeps none. There are 3 shapes of linear layers for
-# all slots and 5 for each number of predicted ones, of which two are assumed; each needs 3 products, forward and
-# backward. Attention needs 6 for all slots and 6 for predicted ones.
+# oneDNN generates code for each shape of a matrix product and keeps it: 0.6 MB each in fp32 with torch 2.13 and
+# AVX-512, less in bf16; without AVX-512 OpenBLAS computes most of them and keeps none. There are 3 shapes of linear
+# layers for all slots and 5 for each number of predicted ones, of which two are assumed; each needs 3 products, forward
+# and backward. Attention needs 6 for all slots and 6 for predicted ones.
 _CPU_KERNELS = 50 * 300_000
 
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements

@@ -186,12 +186,13 @@ class Checkpointer:
         `evaluated`: an evaluation that was left to this attempt was just made; it is added to the checkpoint of its
         step. Raises UnwritableError like `save_if_due`.
         """
+        if evaluated and self.saved_step == progress.step:
+            self.update(progress)  # uploads it, once it is written
+            return
         if self.saved_step is not None:
             self._upload(progress)
         needs_rewind_target = self.saved_step is None and self._run.config.health.policy == "rewind"
-        if evaluated and self.saved_step == progress.step:
-            self.update(progress)
-        elif needs_rewind_target or finished:
+        if needs_rewind_target or finished:
             self.save_now(progress)
         elif progress.is_best_step:
             self.save(progress)

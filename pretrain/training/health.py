@@ -35,7 +35,7 @@ MAX_CONSECUTIVE = 10  # bad batches in a row, after which the weights must be to
 MAX_REWINDS = 10  # to the same checkpoint
 ADVICE = (
     "  to try: fork an earlier checkpoint (run.resume), or restart, with a lower optimizer.lr, a longer "
-    "schedule.warmup_steps or a smaller optimizer.grad_clip"
+    "schedule.warmup_steps (it counts from step 0 in a fork, too) or a smaller optimizer.grad_clip"
 )
 
 Decode = Callable[[Sequence[int]], str]

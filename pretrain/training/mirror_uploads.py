@@ -116,8 +116,7 @@ class MirrorUploads:
         name, start = checkpoint.name, time.monotonic()
         try:
             if known.get(name) != (checkpoint / COMPLETE).read_bytes():
-                known.pop(name, None)
-                known[name] = self._mirror.upload(checkpoint)
+                known[name] = self._mirror.upload(checkpoint, known.pop(name, None))
                 log.info("copied %s to %s in %.0f s", checkpoint, self._mirror.url, time.monotonic() - start)
         except FileNotFoundError:  # retention has deleted it
             if name not in known:

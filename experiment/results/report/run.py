@@ -15,7 +15,7 @@ from experiment.results.report.tasks import read_task_results
 from experiment.run_files.checkpoints import complete_checkpoints
 from experiment.run_files.goodput import AttemptTime, read_attempt_times
 from experiment.run_files.run_folder import RunFolder
-from experiment.run_files.run_life import Life, read_life
+from experiment.run_files.run_life import READERS, Life, read_life
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def open_runs(folders: Mapping[str, RunFolder]) -> list[Run]:
             notify(f"warning: {name} is left out: {error}")
             return None
 
-    with ThreadPoolExecutor() as readers:  # those on other machines take seconds
+    with ThreadPoolExecutor(READERS) as readers:
         return [run for run in readers.map(opened, folders, folders.values()) if run is not None]
 
 

@@ -1,6 +1,7 @@
 """The functions of the module `deepcloze`, without training. Their examples run in test_documented_commands.py."""
 
 import inspect
+import re
 import shutil
 import signal
 import subprocess
@@ -274,6 +275,20 @@ def test_the_state_of_torch_is_the_callers(function: str, monkeypatch: pytest.Mo
         assert torch.is_inference_mode_enabled()
     assert found == {"gradients": True}
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [deepcloze.open_corpus, deepcloze.Predictor.load, lambda path: deepcloze.evaluate(path, [path])],
+    ids=["open_corpus", "Predictor", "evaluate"],
+)
+def test_paths_may_begin_with_the_home_folder(
+    function: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches `~` that commands expand and functions do not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/none")):
+        function("~/none")
 
 
 def test_another_thread_is_rejected() -> None:

@@ -396,11 +396,22 @@ def test_a_restart_may_use_the_folder_of_its_launch(config: str, launches: list[
     (started,) = launches
     assert "--run.resume=never" in started.command(Layout(started.slots), None).argv
     again = Layout(started.slots, restarted=True)
-    assert "--run.resume=never" in started.command(again, None).argv, "nothing has begun: a mirror may hold another run"
+    (text,) = started.command(again, None).files.values()
+    assert yaml.safe_load(text)["run"]["resume"] == "never", "nothing has begun: a mirror may hold another run"
     started.folder.metrics.parent.mkdir(parents=True, exist_ok=True)
     started.folder.metrics.touch()
     (text,) = started.command(again, None).files.values()
     assert yaml.safe_load(text)["run"]["resume"] == "auto"
+
+
+def test_a_restart_has_the_config_of_its_launch(config: str, launches: list[Launch]) -> None:
+    """Catches an edit for the next run that a restart of this one reads, with another run folder."""
+    launch_pretraining(PretrainOptions(config=config))
+    (started,) = launches
+    Path("config.yaml").write_text(Path("config.yaml").read_text().replace("my-run", "next-run"))
+    ((file, text),) = started.command(Layout(started.slots, restarted=True), None).files.items()
+    assert file.is_relative_to(started.folder.path)
+    assert yaml.safe_load(text)["run"]["dir"] == str(started.folder.path)
 
 
 def test_a_profile_is_requested_from_the_ranks(config: str, launches: list[Launch]) -> None:

@@ -213,7 +213,9 @@ def test_a_word_that_is_cut_off_is_not_masked(chinese: PreTrainedTokenizerFast) 
     assert choose_sentences(iter([(ids, starts)] * 10), chinese) == []
 
 
-def test_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_runs_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches `report runs` that fails for a run that has not started or a task that is not trained, or counts its own
     page as a run."""
     monkeypatch.chdir(tmp_path)
@@ -234,6 +236,10 @@ def test_all_runs_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert 'data-run="a"' in text
         assert 'data-run="new"' not in text
     assert report_runs(["runs", "runs/a"], None) == tmp_path / "report/index.html"
-    open_run_folder(Path("none/new"))
+    capsys.readouterr()
+    assert report_runs(sorted(map(str, Path("runs").iterdir())), None) == tmp_path / "report/index.html"
+    without = [f"deepcloze: runs/{name} is left out: no run in it has logged anything" for name in ("new", "report")]
+    assert capsys.readouterr().err.splitlines() == without
+    open_run_folder(Path("none/new")).lock.touch()
     with pytest.raises(UserError, match="none has nothing to report: no run in it has logged anything"):
         report_runs(["none"], None)

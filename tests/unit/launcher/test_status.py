@@ -94,13 +94,19 @@ def test_an_unknown_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_folders_that_are_no_runs_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches `status runs/*` that fails because there is a report, and one that hides a misspelled run."""
-    (tmp_path / "report").mkdir()
-    run, report = make_run(tmp_path / "a"), str(tmp_path / "report")
-    assert main(["status", run, report, "--json"]) == 0
+    """Catches `status runs/*` that fails because there is a report or a file, one that hides a misspelled run, and
+    logs of the user that hide all runs."""
+    run, report, file = make_run(tmp_path / "a"), str(tmp_path / "report"), str(tmp_path / "sweep.log")
+    (tmp_path / "logs").mkdir()
+    Path(report).mkdir()
+    Path(file).touch()
+    assert main(["status", run, report, file, "--json"]) == 0
     captured = capsys.readouterr()
     assert [status["run"] for status in json.loads(captured.out)] == [run]
-    assert captured.err == f"deepcloze: {report} is skipped: it is not a run folder and contains none\n"
+    skipped = "is skipped: it is not a run folder and contains none\n"
+    assert captured.err == f"deepcloze: {report} {skipped}deepcloze: {file} {skipped}"
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert [status["run"] for status in json.loads(capsys.readouterr().out)] == [run]
     assert main(["status", report, report]) == 2
     assert "report is not a run folder" in capsys.readouterr().err
 
@@ -404,5 +410,5 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     """Catches a mistyped name that gives a list of dashes."""
     with pytest.raises(UserError, match=r"there is no run folder .*/none$"):
         find_run(str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"is not a run folder: expected config\.yaml, .* or logs/"):
+    with pytest.raises(UserError, match=r"is not a run folder: expected one of config\.yaml, .*, logs/launch\.lock"):
         find_run(str(tmp_path))

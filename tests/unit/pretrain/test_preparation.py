@@ -1,7 +1,7 @@
 """Mirrors of other runs, found before training."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,3 +128,21 @@ def test_a_run_with_checkpoints_does_not_need_the_storage(
     end.set()
     with pytest.raises(StorageError, match="is down"):
         restore(RunFolder(tmp_path / "new"), mirror)
+
+
+@pytest.mark.parametrize(("others", "agreed"), [((0, 0), "windows"), ((1, 0), "flat"), ((0, 1), None)])
+def test_all_ranks_have_the_same_rows(others: tuple[int, int], agreed: str | None) -> None:
+    """Catches ranks that take other sequences of a batch than the rest, on a host with another GPU or CPU.
+
+    others: whether the other rank has flat rows, and padded ones.
+    """
+
+    class TwoRanks(OneRank):
+        def all_reduce_sum(self, values: Sequence[int]) -> list[int]:
+            return [own + other for own, other in zip(values, others, strict=True)]
+
+    if agreed is not None:
+        assert preparation.agreed_rows("flat", World(size=2), TwoRanks()) == agreed
+        return
+    with pytest.raises(UserError, match="1 of 2 ranks find that packed sequences influence each other"):
+        preparation.agreed_rows("flat", World(size=2), TwoRanks())

@@ -162,6 +162,38 @@ def test_a_moved_run_resumes() -> None:
     assert check_resume(identity(), now, "a checkpoint") == []
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "allowed"),
+    [
+        ({"vision_config": {"size": 8}}, {"vision_config": {"size": 8, "use_head": True}, "pooling": "mean"}, True),
+        ({"reference_compile": None}, {}, True),
+        ({"vision_config": {"size": 8}}, {"vision_config": {"size": 9}}, False),
+        ({"rope_scaling": None}, {"rope_scaling": {"factor": 2.0}}, False),
+        ({"rope_parameters": {"theta": 1.0}}, {"rope_parameters": {"theta": 1.0, "factor": 2.0}}, False),
+    ],
+)
+def test_fields_that_only_one_version_of_transformers_has(
+    before: dict[str, Any], now: dict[str, Any], allowed: bool
+) -> None:
+    """Catches a run that cannot resume after an upgrade, although its user has changed nothing, and a changed model
+    that is taken for an upgrade."""
+    for check in (check_resume, check_fork):
+        identities = identity(model=MODEL | before), identity(model=MODEL | now)
+        if allowed:
+            assert len(check(*identities, "a checkpoint")) == len(now) or not now
+        else:
+            with pytest.raises(UserError, match="with another model"):
+                check(*identities, "a checkpoint")
+
+
+def test_a_changed_model_is_not_advised_to_fork() -> None:
+    """Catches advice that leads to the next refusal."""
+    with pytest.raises(UserError, match=r"start a new run with model\.init_from in another run\.dir"):
+        check_resume(identity(), identity(model=MODEL | {"hidden_size": 32}), "a checkpoint")
+    with pytest.raises(UserError, match=r"start a new run, or a fork of this one, in another run\.dir"):
+        check_resume(identity(), identity(model__ema_decay=0.99), "a checkpoint")
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes() -> None:
     """Catches a run that a newer version, whose masking has one more key, cannot resume; another value still counts."""
     before = identity()
@@ -247,6 +279,16 @@ def test_what_a_fork_loads(tmp_path: Path) -> None:
     progress = replace(kept, seconds=5.0, grad_norms=(1.0,), interval_masked=3, evaluated=True)
     assert fork_progress(progress, same_stream=True) == kept
     assert fork_progress(progress, same_stream=False) == replace(kept, bad_steps=())
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(0, False), (4, True), (5, False)])
+def test_a_fork_that_begins_after_the_warmup(
+    tmp_path: Path, steps: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a warmup for the new data that never happens, without a word."""
+    parent = make_run(tmp_path / "parent", (4,))
+    plan(tmp_path / "new", str(parent), schedule__warmup_steps=steps)
+    assert ("schedule.warmup_steps has no effect: it counts from step 0" in caplog.text) == warned
 
 
 def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:

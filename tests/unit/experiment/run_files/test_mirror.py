@@ -8,7 +8,13 @@ import pytest
 from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.models.model_names import local_model
-from experiment.run_files.checkpoints import complete_checkpoints, find_model_folder, mark_complete, verify
+from experiment.run_files.checkpoints import (
+    complete_checkpoints,
+    find_model_folder,
+    mark_complete,
+    replace_state,
+    verify,
+)
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
 from experiment.run_files.retention import Retention
@@ -158,6 +164,22 @@ def test_the_marker_comes_last_and_goes_first(mirror: Mirror, run: RunFolder, mo
     mirror.delete("step-00000003")
     assert deleted == [f"{mirror.url}/step-00000003/COMPLETE", f"{mirror.url}/step-00000003"]
     assert not [name for name in list_files(mirror.url) if "step-00000003" in name]
+
+
+def test_only_changed_files_are_copied_again(mirror: Mirror, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gigabytes that are copied because an evaluation was added, and a file that is left out."""
+    from experiment.run_files import mirror as module
+
+    checkpoint, copied, original = run.checkpoints / "step-00000004", [], module.upload
+    monkeypatch.setattr(module, "upload", lambda file, url: copied.append(url) or original(file, url))
+    known = mirror.complete()[checkpoint.name]
+    replace_state(checkpoint, {"step": 4, "evaluated": True})
+    mirror.upload(checkpoint, known)
+    assert copied == [f"{mirror.url}/{checkpoint.name}/state.json"]
+    assert read_bytes(copied[0]) == (checkpoint / "state.json").read_bytes()
+    assert mirror.complete()[checkpoint.name] == (checkpoint / "COMPLETE").read_bytes()
+    mirror.upload(checkpoint, b"damaged")
+    assert len(copied) == 1 + 4
 
 
 def test_damaged_checkpoints_are_skipped(mirror: Mirror, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import platform
@@ -214,3 +215,12 @@ sys.stdin.read()
             assert rank.wait() != 0
     assert capsys.readouterr().err.count("waiting for the processes of an earlier command to end") == 1
     assert not is_locked(folder)
+
+
+def test_a_look_at_the_folder_does_not_refuse_its_owner(folder: RunFolder) -> None:
+    """Catches a start that is refused because `status` looks at that moment whether the run is active."""
+    with folder.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with lock_run(folder):
+            assert is_locked(folder)

@@ -145,6 +145,7 @@ def test_slots_of_a_slurm_job(variables: dict[str, str], slots: list[int]) -> No
         ),
         ({"SLURM_TASKS_PER_NODE": "many"}, "SLURM_TASKS_PER_NODE=many"),
         ({"SLURM_GPUS_ON_NODE": "all"}, "SLURM_GPUS_ON_NODE=all: expected a number"),
+        ({"SLURM_GPUS": "16", "SLURM_TASKS_PER_NODE": "1(x3)"}, "SLURM does not say how many on each node"),
         ({"SLURM_TASKS_PER_NODE": "0(x3)"}, "the job has a host without slots"),
         ({"SLURM_JOB_NODELIST": "n[3-1]", "SLURM_GPUS_ON_NODE": "1"}, "the job has no hosts"),
     ],

@@ -218,6 +218,26 @@ def test_a_stopped_run_is_waited_for(run: RunFolder, save: Save, end: End, capsy
     ]
 
 
+def test_the_metrics_of_a_run_that_has_not_ended_are_not_read(
+    run: RunFolder, save: Save, end: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a long metrics.jsonl that is read every few seconds until a killed run is resumed."""
+    read: list[RunFolder] = []
+
+    def read_log(folder: RunFolder) -> DownstreamLog:
+        read.append(folder)
+        return DownstreamLog(folder)
+
+    def look() -> None:
+        assert not read
+
+    monkeypatch.setattr("launcher.run_sets.watch.DownstreamLog", read_log)
+    save(100)
+    watch(run, Scorer(), look, look, end)
+    assert read
+    assert logged(run) == [(100, 0.1)]
+
+
 def test_a_run_that_ends_while_its_results_are_logged(
     run: RunFolder, end: End, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,7 +80,8 @@ def beat(rank: int, number: int, stuck: float = 0.0, waits: bool = False) -> Hea
 
 
 def test_a_rank_that_has_stopped_is_named_with_its_stack(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a hang without host, rank, step or place, and a stack of an earlier attempt."""
+    """Catches a hang without host, rank, step or place, and a stack of an earlier attempt, or that the user has asked
+    for."""
     folder.rank_log(1).write_text(STACKS.replace("train", "earlier"))
 
     def request_stack(found: Heartbeat) -> None:
@@ -90,6 +91,8 @@ def test_a_rank_that_has_stopped_is_named_with_its_stack(folder: RunFolder, caps
 
     watched = Watched(folder, request_stack)
     assert not watched.after(1, beat(0, 1), beat(1, 1))
+    with folder.rank_log(1).open("a") as log:
+        log.write(STACKS.replace("train", "requested"))
     assert not any(watched.after(10, beat(0, 2 + count)) for count in range(7))
     assert not watched.ended
     assert watched.after(10, beat(0, 20))

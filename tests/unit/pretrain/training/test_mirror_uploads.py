@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,9 @@ from experiment.run_files.provenance import write_provenance
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert
+from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.mirror_uploads import MirrorUploads
+from pretrain.training.training_progress import TrainingProgress
 from s3_server import Fault, Proxy, proxy, response
 from waiting import wait_until
 
@@ -108,7 +111,7 @@ def test_the_newest_checkpoint_does_not_wait_for_older_ones(
     """Catches a long run whose new mirror gets all old checkpoints before the one that was just saved."""
     order, upload = list[int](), Mirror.upload
 
-    def record(mirror: Mirror, checkpoint: Path) -> bytes:
+    def record(mirror: Mirror, checkpoint: Path, known: bytes | None) -> bytes:
         order.append(int(checkpoint.name[-8:]))
         if order == [3]:
             save(run, 4)
@@ -130,7 +133,7 @@ def test_a_mirror_does_not_grow_while_uploads_are_slower_than_saves(
     """Catches retention that waits until training ends."""
     held, upload = list[int](), Mirror.upload
 
-    def record(mirror: Mirror, checkpoint: Path) -> bytes:
+    def record(mirror: Mirror, checkpoint: Path, known: bytes | None) -> bytes:
         step = int(checkpoint.name[-8:]) + 1
         if step <= 6:
             save(run, step)
@@ -152,9 +155,9 @@ def test_an_upload_does_not_hold_up_training(store: str, run: RunFolder, monkeyp
     go = threading.Event()
     original = Mirror.upload
 
-    def slow(self: Mirror, checkpoint: Path) -> bytes:
+    def slow(self: Mirror, checkpoint: Path, known: bytes | None) -> bytes:
         assert go.wait(60)
-        return original(self, checkpoint)
+        return original(self, checkpoint, known)
 
     monkeypatch.setattr(Mirror, "upload", slow)
     uploads = MirrorUploads(mirror, run, lambda alert: None)
@@ -221,3 +224,14 @@ def test_the_wait_at_the_end_is_limited(
     assert f"waiting for the last upload to {store}/run, at most 0 s" in caplog.messages
     assert f"the mirror {store}/run lacks checkpoints: not done after 0 s; the next start copies them" in caplog.text
     go.set()
+
+
+def test_no_checkpoint_is_copied_while_it_is_replaced() -> None:
+    """Catches an upload of the newest checkpoint that begins before the evaluation of its step is added."""
+    calls: list[str] = []
+    checkpointer = SimpleNamespace(
+        saved_step=5, update=lambda progress: calls.append("update"), _upload=lambda progress: calls.append("upload")
+    )
+    progress = TrainingProgress(step=5)
+    Checkpointer.save_at_start(checkpointer, progress, finished=False, evaluated=True)  # type: ignore[arg-type]
+    assert calls == ["update"], "which begins the upload when the checkpoint is replaced"
