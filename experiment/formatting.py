@@ -4,9 +4,16 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 UNKNOWN = "–"
 """The text for an unknown value."""
+
+FILE_WIDTH = 5000
+"""Limit of a table in a pipe or file, in columns: no cell is cut off."""
 
 
 def show(value: float | None, spec: str) -> str:
@@ -72,3 +79,14 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels
     rule = "|".join("---" if labels is None or number < labels else "---:" for number in range(len(columns)))
     header, *lines = [f"| {' | '.join(cells)} |\n" for cells in [columns, *rows]]
     return "".join([header, f"|{rule}|\n", *lines])
+
+
+def table_console() -> "Console":
+    """Return a console on stdout that prints tables with their texts as they are, in a pipe or file as wide as they
+    are."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    return console

@@ -9,7 +9,8 @@
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,8 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     tracked = TrackedRun(run_id, flatten(config), total, resumed_step, seed_steps=steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
-    records |= _train_seeds(missing, resolved, tracker, logs)
-    with stopped_by_disk_errors():
+    with _closed_at_the_end(tracker):
+        records |= _train_seeds(missing, resolved, logs)
         results = write_results(resolved, {seed: records[seed] for seed in seeds})
         add_seed_scores(folder, results)
         return results
@@ -132,29 +133,31 @@ def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:
     return list(dict.fromkeys([*logged, *seeds]))
 
 
-def _train_seeds(
-    missing: Sequence[int], resolved: ResolvedRun, tracker: Tracker, logs: Mapping[int, Log]
-) -> dict[int, SeedRecord]:
-    """Train with the missing seeds. Closes the tracker.
-
-    logs: of all seeds, in the order of their events.
-    """
-    records, outcome = {}, Outcome.FAILED
+@contextmanager
+def _closed_at_the_end(tracker: Tracker) -> Iterator[None]:
+    """Close the tracker with the outcome of the run. Raises StoppedError in place of errors of the disk that may
+    pass."""
+    outcome = Outcome.FAILED
     try:
         with stopped_by_disk_errors():
-            if _in_parallel(missing, resolved):
-                records = train_seeds_in_parallel(resolved, logs)
-            else:
-                for seed, log in logs.items():
-                    log_events_of_process(seed, resolved, log)
-                    if seed in missing:
-                        records[seed] = train_seed(seed, resolved, log)
+            yield
         outcome = Outcome.DONE
     except (KeyboardInterrupt, StoppedError):
         outcome = Outcome.STOPPED
         raise
     finally:
         tracker.close(outcome)
+
+
+def _train_seeds(missing: Sequence[int], resolved: ResolvedRun, logs: Mapping[int, Log]) -> dict[int, SeedRecord]:
+    """Train with the missing seeds. logs: of all seeds, in the order of their events."""
+    if _in_parallel(missing, resolved):
+        return train_seeds_in_parallel(resolved, logs)
+    records = {}
+    for seed, log in logs.items():
+        log_events_of_process(seed, resolved, log)
+        if seed in missing:
+            records[seed] = train_seed(seed, resolved, log)
     return records
 
 

@@ -212,7 +212,7 @@ class ReportOptions(Section):
     these."""
 
     output: Annotated[LocalPath | None, Metavar("DIR")] = None
-    """Folder for the page; default: RUN/report, for several runs `report` in the working directory."""
+    """Folder for the page; default: `report` in the folder, for several folders in the working directory."""
 
     follow: bool = False
     """Serve the page at http://127.0.0.1:PORT/, and keep it current. Ctrl-C ends it."""

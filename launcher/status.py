@@ -13,13 +13,12 @@ from datetime import datetime
 from itertools import chain
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from experiment.config import read_recorded
 from experiment.errors import UserError, notify
 from experiment.files import read_json
-from experiment.formatting import UNKNOWN, describe_duration, show
+from experiment.formatting import FILE_WIDTH, UNKNOWN, describe_duration, show, table_console
 from experiment.results.main_score import main_score
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
 from experiment.run_files.goodput import AttemptTime, add_up, last_lines, read_attempt_times
@@ -30,7 +29,6 @@ from experiment.tracking.jsonl import last_number, read_last_events
 from experiment.tracking.progress_line import RATE_EVENTS
 from launcher.supervision.launch_result import count_attempts
 
-_WIDTH = 5000  # limit of a table in a pipe or file: no line is cut off
 _LEAST_IMPORTANT = ("attempts", "goodput", "bad batches", "tokens/s", "last checkpoint", "loss", "time left", "seeds")
 
 
@@ -219,12 +217,10 @@ def _list(status: RunStatus) -> str:
 
 def _print_table(found: Sequence[RunStatus]) -> None:
     """Print a table without the columns that do not fit the terminal."""
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    console = table_console()
     names = list(dict.fromkeys(name for status in found for name in _values(status)))
     left_out: list[str] = []
-    unlimited = console.options.update(max_width=_WIDTH)
+    unlimited = console.options.update(max_width=FILE_WIDTH)
     for name in _LEAST_IMPORTANT:
         if console.measure(_table(found, names), options=unlimited).maximum <= console.width:
             break

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
 from experiment.config import build_config
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
-from experiment.formatting import format_perplexity
+from experiment.formatting import format_perplexity, table_console
 from experiment.models.model_names import local_model
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import max_positions
@@ -231,4 +230,4 @@ def _print(scores: dict[str, Scores], as_json: bool) -> None:
     table = Table("corpus", *(kind.replace("_", " ") for kind in Scores._fields))
     for name, (loss, perplexity, accuracy, masked) in scores.items():
         table.add_row(name, f"{loss:.4f}", format_perplexity(perplexity), f"{accuracy:.4f}", f"{masked:,}")
-    Console(markup=False, emoji=False).print(table)
+    table_console().print(table)

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiment.errors import UserError, reason
 from experiment.files import read_json, write_text
-from experiment.formatting import csv_table
+from experiment.formatting import csv_table, table_console
 from experiment.results.charts import Line, Panel
 from experiment.results.curves import Curve
 from experiment.run_files.run_folder import RunFolder
@@ -112,7 +112,6 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
 
 
 def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -121,7 +120,7 @@ def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric:
     table.add_column(metric, justify="right")
     for result in best_first:
         table.add_row(*result.values.values(), result.shown())
-    Console(highlight=False, markup=False, emoji=False).print(table)
+    table_console().print(table)
 
 
 def _plot(results: Sequence[SweepResult], keys: Sequence[str], metric: str, path: Path) -> None:

@@ -5,6 +5,7 @@ writes metrics.jsonl logs them: rank 0 of the run, or `deepcloze watch` when the
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from experiment.tracking.jsonl import Metrics, read_events
 log = logging.getLogger(__name__)
 
 _PREFIX = "downstream/"
+_SETTLED = 2_000_000_000  # nanoseconds after which another change of a folder has another time
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def write_result(folder: RunFolder, result: DownstreamResult) -> None:
 
 def read_results(folder: RunFolder) -> list[DownstreamResult]:
     """Read all results of a run, by task and step. Skips damaged files with a warning."""
-    found = [result for path, _ in _files(folder) if (result := _read(path)) is not None]
+    paths = (path for task in folder.downstream.glob("*") for path, _ in _files(task))
+    found = [result for path in paths if (result := _read(path)) is not None]
     return sorted(found, key=lambda result: (result.task, result.step))
 
 
@@ -66,6 +69,7 @@ class DownstreamLog:
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._taken: dict[Path, int] = {}  # file -> when it was written, as st_mtime_ns
+        self._done: dict[Path, int] = {}  # folder of a task -> when it was last changed, if all in it was taken then
 
     def take_new(self, last_step: int) -> list[Metrics]:
         """Return the events of results up to `last_step`, in the order of their steps, each once.
@@ -79,10 +83,18 @@ class DownstreamLog:
             return []
 
     def _new_results(self, last_step: int) -> list[DownstreamResult]:
-        changed = [(path, time) for path, time in _files(self._folder) if self._taken.get(path) != time]
-        due = [(path, time) for path, time in changed if _step(path) <= last_step]
-        self._taken |= dict(due)
-        results = [result for path, _ in due if (result := _read(path)) is not None]
+        due: list[Path] = []
+        for folder in sorted(self._folder.downstream.glob("*")):
+            changed = folder.stat().st_mtime_ns  # results are renamed into it
+            if self._done.get(folder) == changed:
+                continue
+            unread = {path: written for path, written in _files(folder) if self._taken.get(path) != written}
+            reached = {path: written for path, written in unread.items() if _step(path) <= last_step}
+            self._taken |= reached
+            due += reached
+            if len(reached) == len(unread) and time.time_ns() - changed > _SETTLED:
+                self._done[folder] = changed
+        results = [result for path in due if (result := _read(path)) is not None]
         new = [result for result in results if not self._is_logged(result)]
         return sorted(new, key=lambda result: (result.step, result.task))
 
@@ -105,9 +117,9 @@ def _event(result: DownstreamResult) -> Metrics:
     return {"step": result.step} | {f"{_PREFIX}{result.task}/{name}": value for name, value in result.metrics.items()}
 
 
-def _files(folder: RunFolder) -> Iterator[tuple[Path, int]]:
-    """Yield the files of results, and when they were written."""
-    for path in sorted(folder.downstream.glob("*/step-*.json")):
+def _files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the files of the results of a task, and when they were written."""
+    for path in sorted(folder.glob("step-*.json")):
         if path.stem.removeprefix("step-").isdecimal():
             yield path, path.stat().st_mtime_ns
 

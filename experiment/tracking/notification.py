@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.message import EmailMessage
+from email.utils import localtime, make_msgid, parseaddr
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,8 @@ def webhook_service(environ: Mapping[str, str] = os.environ) -> Service:
     def send(message: Message) -> None:
         # `text`: shown by Slack and Mattermost
         payload = {"text": f"{message.title}\n{message.text}", **message.fields}
-        request = urllib.request.Request(url, json.dumps(payload).encode(), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "User-Agent": "deepcloze"}  # Discord refuses urllib's
+        request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
         with urllib.request.urlopen(request, timeout=_WEBHOOK_TIMEOUT) as reply:
             reply.read(1)
 
@@ -103,6 +105,9 @@ def mail_service(to: str, environ: Mapping[str, str] = os.environ) -> Service:
     def send(message: Message) -> None:
         mail = EmailMessage()
         mail["From"], mail["To"], mail["Subject"] = sender, to, message.title
+        # Without these, which not all servers add, others bounce it.
+        mail["Date"] = localtime()
+        mail["Message-ID"] = make_msgid(domain=parseaddr(sender)[1].rpartition("@")[2] or None)
         mail.set_content(message.text + message.footer)
         with _connect(host, int(port)) as server:
             if user:

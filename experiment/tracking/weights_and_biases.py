@@ -167,7 +167,7 @@ class WandbTracker:
 
         artifact = wandb.Artifact(f"run-{run.id}", type="run")
         try:
-            for path in (self._folder.config, self._folder.provenance, *page.parent.iterdir()):
+            for path in (self._folder.config, self._folder.provenance, page):
                 name = str(path.relative_to(self._folder.path))
                 artifact.add_file(str(path), name=name, policy="immutable", skip_cache=True)
             run.log_artifact(artifact)

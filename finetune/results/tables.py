@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiment.formatting import UNKNOWN
+from experiment.formatting import UNKNOWN, table_console
 
 _LABELS = 30  # more are in results.json only
 _CONFUSIONS = 3
@@ -31,7 +31,7 @@ def print_scores(
     for name in dict.fromkeys(name for scores in splits.values() for name in scores):
         cells = [describe(scores[name]) if name in scores else UNKNOWN for scores in splits.values()]
         table.add_row(f"{name} *" if name == metric else name, *cells)
-    Console(markup=False, emoji=False).print(table)
+    table_console().print(table)
 
 
 def print_label_scores(
@@ -46,7 +46,7 @@ def print_label_scores(
         table.add_row(label, *cells, f"{scores['support']:,}")
     if len(labels) > _LABELS:
         table.add_row(f"… and {len(labels) - _LABELS} more")
-    Console(markup=False, emoji=False).print(table)
+    table_console().print(table)
 
 
 def _table(title: str, *columns: str) -> Table:

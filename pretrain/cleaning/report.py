@@ -1,16 +1,15 @@
 """Reports of a cleaning: clean.json, report.html and lines for the terminal."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from experiment.decontamination import CLEAN_PAGE, CLEAN_SUMMARY
 from experiment.files import write_json
+from experiment.formatting import table_console
 from experiment.results.page import (
     Bar,
     BarChart,
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 _LANGUAGES = 30  # the most frequent ones
 _LISTED = 200  # matches on the page
-_FILE_WIDTH = 110  # characters of the table, if it is not printed on a terminal
 
 Summary = Mapping[str, Any]
 """The content of clean.json."""
@@ -174,5 +172,4 @@ def print_steps(summary: Summary) -> None:
         table.add_column(column, justify="left" if is_label else "right", no_wrap=True)
     for row in _rows(summary):
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else _FILE_WIDTH
-    Console(highlight=False, width=width).print(table)
+    table_console().print(table)

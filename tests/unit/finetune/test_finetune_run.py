@@ -18,6 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from experiment.errors import StoppedError, UserError
 from experiment.progress import quiet
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.outcome_file import Outcome
+from experiment.tracking.tracker import Trackers
 from finetune import run as run_module
 from finetune.kinds.classification import Kind
 from finetune.prediction.predictor import Predictor
@@ -102,6 +104,18 @@ def test_the_status_while_seeds_are_trained(config_file: Path, tmp_path: Path, m
     assert [status.step for status in found[2:4]] == [3, 4]
     assert all(status.seconds_left is not None for status in found)
     assert (found[-1].step, found[-1].seconds_left) == (8, 0.0)
+
+
+def test_the_trackers_are_closed_when_there_are_scores(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a report in W&B without scores, and an alert of a finished run that cannot write its results."""
+    closed: list[tuple[Outcome, bool]] = []
+
+    def close(tracker: Trackers, outcome: Outcome) -> None:
+        closed.append((outcome, (config_file.parent / "run" / "results.json").exists()))
+
+    monkeypatch.setattr(Trackers, "close", close)
+    finetune(config_file, {"training.epochs": "1", "training.seeds": "[1]"})
+    assert closed == [(Outcome.DONE, True)]
 
 
 def test_seeds_are_curves_of_their_own_in_tensorboard(config_file: Path, tmp_path: Path) -> None:

@@ -27,24 +27,28 @@ def programs(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
-def test_a_slurm_job_that_was_stopped_early_is_queued_again(
+def test_a_slurm_job_that_ends_by_itself_is_not_queued_again(
     tmp_path: Path, programs: dict[str, str], code: int
 ) -> None:
-    """Catches a job that is queued for ever after a failure, and one that is not queued again."""
+    """Catches a job that is queued for ever after a failure, on a full disk, or although its user has stopped it."""
     command = ["bash", str(HOSTFILES / "slurm.sbatch"), "my-run.yaml"]
     job = subprocess.run(command, cwd=tmp_path, env=programs | {"CODE": str(code)}, timeout=LIMIT)
     assert job.returncode == code
-    assert (tmp_path / "requeued").exists() == (code == 75)
+    assert not (tmp_path / "requeued").exists()
 
 
-def test_the_time_limit_of_a_slurm_job_saves_and_queues_again(tmp_path: Path, programs: dict[str, str]) -> None:
-    """Catches a signal that bash keeps from deepcloze, and its exit code lost on the way."""
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_only_the_time_limit_of_a_slurm_job_queues_it_again(
+    tmp_path: Path, programs: dict[str, str], number: signal.Signals, again: bool
+) -> None:
+    """Catches a signal that bash keeps from deepcloze, its exit code lost on the way, and a job that cannot be
+    cancelled."""
     command = ["bash", str(HOSTFILES / "slurm.sbatch"), "my-run.yaml"]
     with subprocess.Popen(command, cwd=tmp_path, env=programs, text=True) as job:
         wait_until((tmp_path / "started").exists, job)
-        job.send_signal(signal.SIGTERM)
+        job.send_signal(number)
         assert job.wait(LIMIT) == 75
-    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    assert [path.read_text() for path in tmp_path.glob("requeued")] == ["requeue 17\n"] * again
 
 
 def test_the_kubernetes_job_starts_one_deepcloze() -> None:
@@ -53,5 +57,6 @@ def test_the_kubernetes_job_starts_one_deepcloze() -> None:
     replicas = job["spec"]["mpiReplicaSpecs"]
     containers = {name: spec["template"]["spec"]["containers"][0] for name, spec in replicas.items()}
     assert containers["Launcher"]["command"][:2] == ["deepcloze", "pretrain"]
-    assert containers["Worker"]["command"] == ["sh", "-c", "ssh-keygen -A && exec /usr/sbin/sshd -De"]
+    assert replicas["Launcher"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 600, "to save a checkpoint"
+    assert containers["Worker"]["command"] == ["sh", "-c", "ssh-keygen -A && exec /usr/sbin/sshd -De -o StrictModes=no"]
     assert containers["Worker"]["resources"]["limits"]["nvidia.com/gpu"] == job["spec"]["slotsPerWorker"]

@@ -1,11 +1,14 @@
 """Results of `deepcloze watch`, logged by the process that writes the metrics."""
 
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.tracking import downstream
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
 from experiment.tracking.jsonl import JsonlTracker, read_events
 
@@ -89,3 +92,27 @@ def test_an_unreadable_folder_is_a_warning(
         assert log.take_new(100) == []
     assert "no answer" in caplog.text
     assert log.take_new(100) == [event(100)]
+
+
+def test_files_that_have_not_changed_are_not_looked_at(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches thousands of files whose times are read at every log event of a long run, and a result that is missed."""
+    now = time.time_ns()
+    for step in (100, 200):
+        write_result(run, result(step))
+    log, looked = DownstreamLog(run), list[Path]()
+
+    def look(folder: Path) -> Iterator[tuple[Path, int]]:
+        looked.append(folder)
+        return files(folder)
+
+    files = downstream._files
+    monkeypatch.setattr(downstream, "_files", look)
+    assert log.take_new(100) == [event(100)]
+    os.utime(run.downstream / "toy", ns=(now, now - 3_000_000_000))
+    assert log.take_new(150) == []
+    assert log.take_new(200) == [event(200)], "it was too late before"
+    assert len(looked) == 3
+    assert log.take_new(300) == []
+    assert len(looked) == 3
+    write_result(run, result(300))
+    assert log.take_new(300) == [event(300)]

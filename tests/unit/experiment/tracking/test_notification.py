@@ -1,13 +1,16 @@
 """Messages, sent to servers that keep them."""
 
+import io
+import re
 import socketserver
 import threading
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
 
 from experiment.errors import UserError
-from experiment.tracking.notification import Message, Service, apprise_services, mail_service
+from experiment.tracking.notification import Message, Service, apprise_services, mail_service, webhook_service
 from webhook_server import webhook
 
 SERVER = {"DEEPCLOZE_SMTP_HOST": "mail.example", "DEEPCLOZE_SMTP_FROM": "runs@mail.example"}
@@ -68,6 +71,21 @@ def test_a_message_arrives(mail_server: MailServer) -> None:
     assert any(line.lower().startswith("mail from:<runs@mail.example>") for line in sent)
     assert sum(line.lower().startswith("rcpt to:") for line in sent) == 2
     assert {"Subject: sst2 0.91", "step 100: 0.91"} <= set(sent)
+    assert any(line.startswith("Date: ") for line in sent)
+    assert any(re.fullmatch("Message-ID: <.+@mail.example>", line) for line in sent)
+
+
+def test_a_webhook_gets_the_name_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the default of urllib, which Discord refuses with 403."""
+    sent: list[urllib.request.Request] = []
+
+    def urlopen(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        sent.append(request)
+        return io.BytesIO()
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    webhook_service({"DEEPCLOZE_WEBHOOK_URL": "https://x.example"}).send(Message("a", "b"))
+    assert [request.get_header("User-agent") for request in sent] == ["deepcloze"]
 
 
 def test_a_receiver_that_is_refused_is_named(mail_server: MailServer, caplog: pytest.LogCaptureFixture) -> None:

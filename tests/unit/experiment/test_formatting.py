@@ -1,0 +1,17 @@
+"""Text for people."""
+
+import pytest
+from rich.table import Table
+
+from experiment.formatting import table_console
+
+
+def test_a_table_in_a_file_is_complete(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches scores and names that are cut off, in a pipe or the log of a job, to the width of a terminal."""
+    monkeypatch.setenv("COLUMNS", "20")
+    names = [f"my-continued-model-{number}" for number in range(12)]
+    table = Table(*names)
+    table.add_row(*names)
+    table_console().print(table)
+    printed = capsys.readouterr().out
+    assert [printed.count(name + " ") for name in names] == [2] * 12
