@@ -102,9 +102,8 @@ def _build(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
             _check_same_recipe(plan, manifests, total(counts[split.key].source for split in plan.splits))
         unpublished = [part for part in plan.sampling.parts if part not in manifests]
         manifests |= _write_parts(plan, run, unpublished, counts)
-    except BaseException as error:
-        # After a mistake, such as more held-out documents than there are, the next build has other arguments.
-        if not holds_work(plan.partial, counts=not isinstance(error, UserError)):
+    except BaseException:
+        if not holds_work(plan.partial):
             shutil.rmtree(plan.partial, ignore_errors=True)
         raise
     for part in reversed(unpublished):  # the main corpus last: if it exists, the build is complete

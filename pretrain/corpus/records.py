@@ -1,6 +1,7 @@
 """The folder of an unfinished build, which tasks on several machines write at the same time.
 
 DIR.partial/build.json                  arguments of the build
+DIR.partial/.lock                       locked by a task that replaces them
 DIR.partial/KEY.count.json              a split that was counted; only if documents are sampled
 DIR.partial/KEY-main-000.arrow …        the pieces of a split, by part
 DIR.partial/KEY.json                    its record: the split is finished
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import xxhash
+from filelock import FileLock
 
 from experiment.errors import UserError
 from experiment.files import create_json, parse_record, write_json
@@ -30,6 +32,8 @@ from pretrain.corpus.splits import Split
 T = TypeVar("T")
 
 _ARGUMENTS = "build.json"
+_LOCK = ".lock"
+_OF_SAMPLING = {"limit", "holdout", "seed"}  # arguments that counts do not depend on
 
 
 class SplitTask(NamedTuple):
@@ -87,16 +91,21 @@ class ShardRecord:
 
 
 def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> None:
-    """Create the folder of an unfinished build, or resume one. Raises UserError if it had other arguments."""
+    """Create the folder of an unfinished build, or resume one. Raises UserError if it had other arguments and has
+    tokenized something."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "journal.json").exists():
         raise UserError(f"{folder} holds an unfinished build of an earlier version; delete it to start over")
     create_json(folder / _ARGUMENTS, arguments)
+    # Before the arguments are read: a task that replaces them may tokenize something right after.
+    has_tokenized = holds_work(folder, counts=False)
     found = read_record(folder / _ARGUMENTS, dict[str, Any]) or {}
-    if found != arguments and not holds_work(folder, counts=False):
-        shutil.rmtree(folder)
-        write_json(folder / _ARGUMENTS, arguments)
-        return
+    if found != arguments and not has_tokenized:
+        with FileLock(folder / _LOCK):  # the tasks of an array begin at the same time: one of them starts over
+            found = read_record(folder / _ARGUMENTS, dict[str, Any]) or {}
+            if found != arguments and not holds_work(folder, counts=False):
+                _start_over(folder, found, arguments)
+                return
     for name, value in arguments.items():
         if found.get(name) != value:
             difference = "" if name == "source" else f" (found {found.get(name)}, expected {value})"
@@ -106,8 +115,20 @@ def open_partial(folder: Path, arguments: Mapping[str, str | int | None]) -> Non
             )
 
 
-def holds_work(folder: Path, counts: bool) -> bool:
-    """Return whether a build has written something that a later one could use, if `counts` also counts of documents."""
+def _start_over(folder: Path, found: Mapping[str, str | int | None], arguments: Mapping[str, str | int | None]) -> None:
+    """Replace the arguments of a build that has tokenized nothing. Counts are kept unless they depend on these."""
+    if any(found.get(name) != arguments.get(name) for name in {*found, *arguments} - _OF_SAMPLING):
+        for path in folder.glob("[!.]*"):  # hidden ones are of other tasks that begin
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _ARGUMENTS:
+                path.unlink()
+    write_json(folder / _ARGUMENTS, arguments)
+
+
+def holds_work(folder: Path, counts: bool = True) -> bool:
+    """Return whether a build has tokenized something that a later one could use or, with `counts`, has counted
+    documents."""
     names = _names(folder) if folder.is_dir() else ()
     return any(".arrow" in name or (counts and name.endswith(".count.json")) for name in names)
 

@@ -337,6 +337,29 @@ def test_unfinished_build_with_other_arguments(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("mistake", ["damaged file", "too many held out"])
+def test_counts_outlive_a_mistake(
+    corpus: Build, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    """Catches hours of counting that are lost because of one bad file, or of a mistyped number."""
+    last = tmp_path / "b.txt"
+    last.write_bytes(b"bad \xff" if mistake == "damaged file" else b"the river")
+    flags = {"source": f"{source},{last}", "limit": 100}
+    with pytest.raises(UserError, match=r"b\.txt:1: not UTF-8|--holdout 301"):
+        corpus("c", **flags, holdout=301)
+    last.write_bytes(b"the river\n")
+    counted = list[str]()
+    real = passes.count_split
+    monkeypatch.setattr(
+        passes, "count_split", lambda job, split: counted.append(split.spans[0].source.name) or real(job, split)
+    )
+    corpus("c", **flags, holdout=20)
+    assert counted == [str(last)]
+    corpus("whole", **flags, holdout=20)
+    for part in ("", "-heldout"):
+        assert contents(tmp_path / f"c{part}") == contents(tmp_path / f"whole{part}")
+
+
 @pytest.mark.parametrize("change", ["a word", "shorter", "longer", "damaged piece"])
 @pytest.mark.parametrize("stage", ["tokenizing", "joining", "publishing"])
 def test_source_that_changed_since_an_interruption(

@@ -130,6 +130,23 @@ def test_a_job_array_samples_in_two_rounds(
         assert contents(tmp_path / f"c{part}") == contents(tmp_path / f"whole{part}")
 
 
+@pytest.mark.parametrize("changed", ["holdout", "tokenizer"])
+def test_tasks_of_a_job_array_that_start_over(tmp_path: Path, changed: str) -> None:
+    """Catches a task that fails because another one deletes the same folder, counts that are lost although the sample
+    does not change them, and counts with another tokenizer."""
+    folder = tmp_path / "c.partial"
+    arguments = {"tokenizer": "a", "holdout": 1, "limit": None}
+    for attempt in range(5):
+        records.open_partial(folder, arguments)
+        for number in range(200):
+            (folder / f"{number:032x}.count.json").touch()
+        arguments = {**arguments, changed: f"{attempt}"}
+        with ThreadPoolExecutor(8) as array:
+            list(array.map(lambda _: records.open_partial(folder, arguments), range(8)))  # noqa: B023
+        records.open_partial(folder, arguments)
+        assert len(list(folder.glob("*.count.json"))) == (200 if changed == "holdout" else 0)
+
+
 @pytest.mark.parametrize("variables", [{}, {"MAX": 9}], ids=["no array", "gaps"])
 def test_environment_without_a_share(variables: dict[str, int]) -> None:
     """Catches splits that no task or two tasks would take."""
