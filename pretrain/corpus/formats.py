@@ -7,7 +7,6 @@ UTF-8 are rejected, naming the line.
 import io
 import itertools
 import lzma
-import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -60,6 +59,10 @@ _DAMAGE = (
 )
 _CONVERSION_OF = {suffix: advice for advice, suffixes in _CONVERSIONS.items() for suffix in suffixes.split()}
 _FORMAT_OF = {suffix: name for name, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+
+
+class UnreadableError(UserError):
+    """A file cannot be read, or has changed meanwhile; its content may be undamaged."""
 
 
 class Document(NamedTuple):
@@ -163,7 +166,7 @@ def parse_documents(
         if file_format == "parquet":
             # Parquet has its index at the end, and only plain files are seekable.
             seekable = not compression and origin == name
-            stream = stream if seekable else _copy_to_disk(decompress(stream, compression))
+            stream = stream if seekable else _copy_to_disk(decompress(stream, compression), origin)
             yield from _parse_parquet(stream, origin, options, part)
         elif file_format in ("csv", "tsv"):
             separator = options.sep or ("," if file_format == "csv" else "\t")
@@ -364,20 +367,36 @@ def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, part: R
         raise UserError(f"{origin} is not a Parquet file, or damaged: {error}") from None
 
 
-def _copy_to_disk(stream: IO[bytes]) -> IO[bytes]:
+def _copy_to_disk(stream: IO[bytes], origin: str) -> IO[bytes]:
     copy = tempfile.TemporaryFile()  # noqa: SIM115  (deleted when it is closed)
-    shutil.copyfileobj(stream, copy, 1 << 20)
+    while block := stream.read(1 << 20):
+        try:
+            copy.write(block)
+            copy.flush()
+        except OSError as error:
+            raise UnreadableError(
+                f"cannot copy {origin} to the temporary folder {tempfile.gettempdir()}: {error.strerror}; set TMPDIR "
+                "to another folder"
+            ) from None
     return copy
 
 
 @contextmanager
 def explain_read_errors(origin: str) -> Iterator[None]:
-    """Turn read, decompression and archive errors into a UserError that names the file."""
+    """Turn read, decompression and archive errors into a UserError that names the file: an UnreadableError for an error
+    of the system."""
     try:
         yield
     except _DAMAGE as error:
+        if isinstance(error.__context__, OSError):  # zipfile takes it for damage
+            raise _unreadable(origin, error.__context__) from None
         raise UserError(f"{origin} is damaged or truncated: {error}") from None
     except RuntimeError as error:  # a member of a .zip needs a password, or has an unknown compression method
         raise UserError(f"cannot read {origin}: {error}") from None
     except OSError as error:
-        raise UserError(f"cannot read {origin}: {error.strerror or error}") from None
+        raise _unreadable(origin, error) from None
+
+
+def _unreadable(origin: str, error: OSError) -> UserError:
+    kind = UserError if error.errno is None else UnreadableError  # pyarrow's errors about damage have no number
+    return kind(f"cannot read {origin}: {error.strerror or error}")

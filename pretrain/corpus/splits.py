@@ -23,10 +23,10 @@ from typing import IO
 import xxhash
 
 from experiment.hub_data import load_rows
-from experiment.storage import open_file
+from experiment.storage import StorageError, open_file
 from pretrain.corpus.compression import estimate_content_bytes, has_several_members
 from pretrain.corpus.documents import hub_data, tar_compression
-from pretrain.corpus.formats import WHOLE, Range, Unit, detect_format, explain_read_errors
+from pretrain.corpus.formats import WHOLE, Range, Unit, UnreadableError, detect_format, explain_read_errors
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.sources import Source, Span
 
@@ -50,7 +50,8 @@ class Split:
 def plan_splits(sources: Sequence[Source], options: TextOptions) -> list[Split]:
     """Divide large files, and join small ones that follow one another. Opens few files, and reads no text.
 
-    Raises UserError for a hub data set that cannot be loaded. Takes time per source, not per byte.
+    Raises UserError for a hub data set that cannot be loaded, and a file that cannot be read. Takes time per source,
+    not per byte.
     """
     total = sum(source.bytes or 0 for source in sources)
     size = MIN_SPLIT_BYTES
@@ -106,6 +107,8 @@ def _divide(source: Source, options: TextOptions, size: int, opened: int) -> lis
     try:
         with explain_read_errors(source.name):
             return _divide_opened(source, options, size)
+    except (StorageError, UnreadableError):  # later it may be readable, and be divided in another way
+        raise
     except ValueError:  # a UserError, or an error of pyarrow
         return [WHOLE]  # the task that reads it reports the error
 

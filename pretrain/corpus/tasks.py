@@ -17,11 +17,11 @@ import numpy as np
 
 from experiment.errors import UserError
 from experiment.files import checksum, sha256, write_json
-from experiment.storage import stat_file
+from experiment.storage import StorageError, stat_file
 from pretrain.corpus.build_plan import HELDOUT, MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
 from pretrain.corpus.engines import check_shared
-from pretrain.corpus.formats import Document, ReadStats, explain_read_errors
+from pretrain.corpus.formats import Document, ReadStats, UnreadableError, explain_read_errors
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.records import (
     ShardRecord,
@@ -69,6 +69,7 @@ def count_split(job: BuildJob, split: Split) -> SplitCount:
 
 def tokenize_split(job: BuildJob, task: SplitTask) -> SplitRecord:
     """Write the pieces of a split and its record. Raises UserError for bad input, OSError if they cannot be written."""
+    check_shared(job.folder)
     return _with_exact_places(lambda split: _tokenize(job, split, task.parts), task.split)
 
 
@@ -98,6 +99,8 @@ def _with_exact_places(read: Callable[[Split], R], split: Split) -> R:
     with _one_thread():
         try:
             return read(split)
+        except (StorageError, UnreadableError):  # no line is the cause, and counting may take hours
+            raise
         except UserError:
             located = replace(split, spans=tuple(map(locate_lines, split.spans)))
             if located == split:
@@ -152,12 +155,11 @@ def _encode(encoder: DocumentEncoder, documents: Sequence[Document]) -> EncodedB
         raise UserError(f"the tokenizer fails on {where}: {error}") from None
 
 
-def changed_source(name: str) -> UserError:
-    return UserError(f"{name} changed while it was read; run the command again")
+def changed_source(name: str) -> UnreadableError:
+    return UnreadableError(f"{name} changed while it was read; run the command again")
 
 
 def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:
-    check_shared(job.folder)
     stats, digest, text_bytes = ReadStats(), SourceDigest(), 0
     batches = {part: _Batch(job, split, part) for part in (MAIN, HELDOUT)}
     for document, text in _read(job, split, stats):

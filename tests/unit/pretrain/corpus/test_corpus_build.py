@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from experiment.errors import StoppedError, UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
+from experiment.storage import StorageError
 from launcher.cli import main
 from pretrain.corpus import build, build_plan, passes, shards, splits, tasks
 from pretrain.corpus.announcement import announce_sources, is_hard_wrapped
@@ -391,17 +392,23 @@ def test_source_that_changed_since_an_interruption(
     assert not (tmp_path / "c.partial").exists()
 
 
-def test_source_that_changes_while_it_is_read(corpus: Build, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches splits of two versions of a file."""
+@pytest.mark.parametrize("problem", ["changed", "outage"])
+def test_source_that_changes_while_it_is_read(
+    corpus: Build, source: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    """Catches splits of two versions of a file, and lines that are counted for hours for a message that names none."""
     real, calls = tasks._tokenize, iter(range(100))
 
     def changing(*args: Any) -> Any:
         if next(calls) == 3:
+            if problem == "outage":
+                raise StorageError("source.txt: no success in 5 attempts")
             source.write_text(source.read_text() + "more\n")
         return real(*args)
 
     monkeypatch.setattr(tasks, "_tokenize", changing)
-    with pytest.raises(UserError, match=r"source\.txt changed while it was read"):
+    monkeypatch.setattr(tasks, "locate_lines", lambda _: pytest.fail("counts lines"))
+    with pytest.raises(UserError, match=r"source\.txt(: no success| changed while it was read)"):
         corpus("c")
 
 

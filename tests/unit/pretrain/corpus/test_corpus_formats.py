@@ -3,6 +3,7 @@ import io
 import json
 import os
 import tarfile
+import tempfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from pretrain.corpus.documents import check_read, read_documents
 from pretrain.corpus.formats import Document, ReadStats
 from pretrain.corpus.options import SourceName, TextOptions
 from pretrain.corpus.sources import Span, find_sources
+from small_disk import SmallDisk
 
 
 def read(source: SourceName, **flags: Any) -> list[Document]:
@@ -174,6 +176,19 @@ def test_parquet_plain_and_inside_an_archive(tmp_path: Path) -> None:
         archive.write(path, "a.parquet")
     (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
     assert texts(f"{tmp_path}/a.zip,{tmp_path}/b.parquet.gz") == ["a", "b", "a", "b"]
+
+
+def test_no_space_for_a_copy_of_a_table(tmp_path: Path, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a full disk that is taken for an error of the source."""
+    content = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["a"]}), content)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(content.getvalue()))
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk.path))
+    small_disk.fill()
+    with pytest.raises(
+        UserError, match=rf"cannot copy .*/a.parquet.gz to the temporary folder {small_disk.path}: No space left"
+    ):
+        texts(tmp_path / "a.parquet.gz")
 
 
 def test_a_small_parquet_file_takes_little_memory(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import io
 import itertools
@@ -8,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 from experiment.errors import UserError
 from experiment.hub_data import load_rows
+from experiment.storage import StorageError
 from pretrain.corpus import splits
 from pretrain.corpus.compression import estimate_content_bytes
 from pretrain.corpus.documents import locate_lines, read_documents
@@ -230,6 +233,26 @@ def test_the_task_reports_a_damaged_table(tmp_path: Path, monkeypatch: pytest.Mo
     (split,) = plan_splits(find_sources(tmp_path / "a.parquet"), TextOptions())
     with pytest.raises(UserError, match=r"a\.parquet is not a Parquet file, or damaged|cannot read .*a\.parquet"):
         list(read_documents(split.spans, TextOptions(), ReadStats()))
+
+
+@pytest.mark.parametrize("error", [StorageError("a.zip: no success"), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("name", ["one.txt.gz", "frames.txt.zst", "a.parquet", "a.zip", "a.tar.gz"])
+def test_a_file_that_cannot_be_read_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    """Catches an outage that makes one split of a large file, and so other shards."""
+    written = FILES[name]
+    (tmp_path / name).write_bytes(written) if isinstance(written, bytes) else written(tmp_path / name)
+    small_splits(monkeypatch, 90)
+
+    def open_file(_: str) -> io.BytesIO:
+        file = io.BytesIO((tmp_path / name).read_bytes())
+        monkeypatch.setattr(file, "read", Mock(side_effect=error))
+        return file
+
+    monkeypatch.setattr(splits, "open_file", open_file)
+    with pytest.raises(UserError, match=r"no success|cannot read .*: Input/output error"):
+        plan_splits(find_sources(tmp_path / name), TextOptions())
 
 
 def test_a_member_inside_another_one(tmp_path: Path) -> None:
