@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from warcio.recordloader import ArcWarcRecord
 
 _PAGES = ("text/html", "application/xhtml+xml")
+_BLOCK = 1 << 16  # bytes
 _QUOTED = 100  # characters of a message of warcio, which quotes the file
 
 PACKAGES: tuple[str, ...] = ("warcio", "trafilatura")
@@ -45,7 +46,10 @@ def read(name: str) -> Iterator[Document]:
                 is_page = record.rec_type == "response" and kind.startswith(_PAGES)
                 if is_page and _header(record, "Content-Encoding") == "br":
                     check_installed(content.place, ["brotli"])
-                payload = (record.content_stream() if is_page else record.raw_stream).read()
+                is_read = is_page or record.rec_type == "conversion"
+                payload = (record.content_stream() if is_page else record.raw_stream).read() if is_read else b""
+                while record.raw_stream.read(_BLOCK):  # what is skipped, or follows the body of the answer
+                    pass
                 if record.raw_stream.limit > 0:
                     raise _damaged(content, f"it lacks {record.raw_stream.limit:,} bytes")
                 url = record.rec_headers.get_header("WARC-Target-URI") or ""

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -88,10 +89,12 @@ def test_web_archives(tmp_path: Path) -> None:
 
 
 def test_compressed_pages_of_web_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches pages that are lost as bytes without text, because warcio does not know how they are compressed."""
+    """Catches pages that are lost as bytes without text, because warcio does not know how they are compressed, and what
+    follows the end of a page that is taken for bytes that are missing."""
     page = HTML.encode()
     plain = read(warc(tmp_path / "a.warc"))["a.warc:1"]
     pages = {"zstd": zstandard.compress(page[:99]) + zstandard.compress(page[99:]), "identity": page}
+    pages["gzip"] = gzip.compress(page) + bytes(40_000)
     if find_spec("brotli") is not None:
         import brotli
 
@@ -99,6 +102,8 @@ def test_compressed_pages_of_web_archives(tmp_path: Path, monkeypatch: pytest.Mo
     for name, content in pages.items():
         found = read(warc(tmp_path / "b.warc", pages=[content], **{"Content-Encoding": name}))
         assert found == {"b.warc:1": plain}, name
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n\r\n" % (len(page), page)
+    assert read(warc(tmp_path / "b.warc", pages=[chunked], **{"Transfer-Encoding": "chunked"})) == {"b.warc:1": plain}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "brotli" else find_spec(name))
     with pytest.raises(UserError, match=r"c\.warc: record 1: brotli is not installed; run: pip install"):
         read(warc(tmp_path / "c.warc", pages=[b"\x0b"], **{"Content-Encoding": "br"}))
@@ -120,6 +125,17 @@ def test_a_truncated_web_archive(tmp_path: Path, name: str, cut: int, message: s
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(UserError, match=message):
         read(path)
+
+
+def test_records_that_are_skipped_take_little_memory(tmp_path: Path) -> None:
+    """Catches a film that is read into memory."""
+    path = warc(tmp_path / "a.warc", pages=[bytes(1 << 24)], **{"Content-Type": "video/mp4"})
+    tracemalloc.start()
+    try:
+        assert read(path) == {}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_web_archive_that_ends_anywhere(tmp_path: Path) -> None:
