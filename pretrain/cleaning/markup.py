@@ -14,6 +14,11 @@ def to_text(text: str, markup: str) -> str:
     return _from_html(text) if markup == "html" else _from_wikitext(text) if markup == "wikitext" else text
 
 
+def join_surrogates(text: str) -> str:
+    """Join surrogate pairs, and replace half ones, which files refuse."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _from_html(text: str) -> str:
     import trafilatura
 
@@ -33,5 +38,4 @@ def _from_wikitext(source: str) -> str:
         tag.contents = ""
     plain: str = code.strip_code()
     text = str(_BLANK_LINES.sub("\n\n", plain)).strip()
-    # An entity such as `&#xD800;` becomes half of a surrogate pair, which files refuse.
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return join_surrogates(text)  # of entities such as `&#xD800;`

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from experiment.storage import open_file
+from pretrain.cleaning.markup import join_surrogates
 from pretrain.cleaning.readers import has_suffix
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import Document, detect_format
@@ -38,5 +39,6 @@ def decode_page(content: bytes, charset: str = "") -> str:
     declared = _CHARSET.search(content, 0, _HEAD_BYTES)
     for name in filter(None, (charset, declared[1].decode().lower() if declared else "")):
         with suppress(LookupError, ValueError):  # an unknown name
-            return content.decode(_SUPERSETS.get(name, name), "replace")
+            # Python knows encodings, such as UTF-7, that give surrogates.
+            return join_surrogates(content.decode(_SUPERSETS.get(name, name), "replace"))
     return str(decode_file(content))

@@ -178,6 +178,14 @@ def test_encodings_of_pages(tmp_path: Path, suffix: str, encoding: str, head: st
     assert sentence.strip() in text
 
 
+def test_a_page_with_half_a_character(tmp_path: Path) -> None:
+    """Catches a cleaning that one page ends, because Python decodes UTF-7 to half of a surrogate pair."""
+    page = HTML.replace("The lobster", "A +2AA- and +2D3eAA-").encode()
+    headers = {"Content-Type": "text/html; charset=utf-7"}
+    (text,) = read(warc(tmp_path / "a.warc", pages=[page], **headers)).values()
+    assert "A \ufffd and \U0001f600" in text
+
+
 def test_another_format_read_as_a_web_archive(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches warcio's warnings about each line, and a message that quotes the whole file."""
     (tmp_path / "a.jsonl").write_text('{"text": "A long document %s"}\n' % ("word " * 999) * 9)
