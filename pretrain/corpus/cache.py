@@ -141,13 +141,14 @@ class CorpusCache:
             raise
 
     def _make_space(self, sizes: Mapping[str, int], folder: Path) -> None:
-        """Delete the copies that were not used for longest if the limit says so. Raises CacheFullError."""
+        """Delete the copies that were not used for longest if there is a limit, and it or the disk has no room. Raises
+        CacheFullError."""
         present = _bytes_below(folder)
         missing = max(0, sum(sizes.values()) - present)
         if self.limit is not None:
             used = _bytes_below(self.folder)
             for other in sorted(self.folder.glob(f"*/{_LOCK}"), key=lambda lock: lock.stat().st_mtime):
-                if used + missing <= self.limit:
+                if used + missing <= self.limit and self._free() >= missing:
                     break
                 used -= _evict(other)  # not this copy, which is locked
             if used + missing > self.limit:
@@ -155,9 +156,12 @@ class CorpusCache:
                     f"corpus.cache_gib allows {_readable(self.limit)}, expected {_readable(used + missing)} with "
                     "what is in use"
                 )
-        free = shutil.disk_usage(self.folder).free
-        if free < missing:
+        if (free := self._free()) < missing:
             raise CacheFullError(f"{self.folder} has {_readable(free)} free, expected {_readable(missing)}")
+
+    def _free(self) -> int:
+        """Return the bytes that are free on the disk, which may have other data."""
+        return shutil.disk_usage(self.folder).free
 
 
 def _user_cache() -> CorpusCache:

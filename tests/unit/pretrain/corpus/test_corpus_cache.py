@@ -186,16 +186,30 @@ def test_a_process_that_waits_holds_no_lock(wordpiece_corpus: Path, tmp_path: Pa
     assert open_corpus(found[source]).manifest == manifest
 
 
+@pytest.mark.parametrize("full", ["cache", "disk"])
 def test_the_copy_that_was_not_used_for_longest_is_deleted(
-    wordpiece_corpus: Path, heldout_corpus: Path, byte_level_corpus: Path, tmp_path: Path
+    wordpiece_corpus: Path,
+    heldout_corpus: Path,
+    byte_level_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    full: str,
 ) -> None:
-    """Catches a limit that deletes a copy in use, deletes too much, or is exceeded."""
+    """Catches a limit that deletes a copy in use, deletes too much, or is exceeded, and a full disk for which
+    nothing is deleted."""
     text, heldout, other = map(str, (wordpiece_corpus, heldout_corpus, byte_level_corpus))
     sizes = {}
     for source in (text, heldout, other):
         cache = CorpusCache(tmp_path / "sizes")
         sizes[source] = sum(files_below(cache.locate([source])[source]).values())
-    limit = sizes[text] + sizes[heldout] + 1000
+    room = sizes[text] + sizes[heldout] + 1000
+    limit = room if full == "cache" else 1e12
+    if full == "disk":
+        monkeypatch.setattr(
+            shutil,
+            "disk_usage",
+            lambda folder: shutil._ntuple_diskusage(0, 0, room - sum(files_below(folder).values())),
+        )
     old, used = CorpusCache(tmp_path / "cache", limit), CorpusCache(tmp_path / "cache", limit)
     first = old.locate([text])[text]
     second = used.locate([heldout])[heldout]
