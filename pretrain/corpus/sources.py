@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -83,13 +83,23 @@ class _Finder:
             return [self._file(str(Path(item)))]
         if glob.has_magic(item):
             names = glob.glob(item, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute patterns)
-            found = sorted(name for name in names if os.path.isfile(name))  # noqa: PTH113
+            found = self._outside_output(sorted(name for name in names if os.path.isfile(name)))  # noqa: PTH113
             if not found:
                 raise UserError(f"{self.key} {item}: no file matches")
             return [self._file(name) for name in found]
         is_name = "/" in item and HubName.parse(item) is not None
         hint = f"; a data set of the Hugging Face Hub is {PREFIX}{item}" if is_name else ""
         raise UserError(f"{self.key} {item}: no such file or folder{hint}")
+
+    def _outside_output(self, names: Sequence[str]) -> list[str]:
+        """Leave out files that an earlier run of the command has written to the output."""
+        if self.output is None:
+            return list(names)
+        output = self.output.resolve()
+        written = (output, output.with_name(f"{output.name}.partial"))
+        folders = {os.path.dirname(name) for name in names}  # noqa: PTH120
+        left_out = {folder for folder in folders if any(map(Path(folder).resolve().is_relative_to, written))}
+        return [name for name in names if os.path.dirname(name) not in left_out]  # noqa: PTH120
 
     def _below_url(self, url: str) -> list[Source]:
         if "?" in url and url.startswith("http"):
@@ -175,7 +185,8 @@ def find_sources(
         named: paths, URLs and other names.
         key: where the user gave them, for messages.
         is_read_by_caller: whether a file, by its name, has a further format; it is not opened as text or an archive.
-        output: folder that will be written; unfinished output in a source would be read when the command is run again.
+        output: folder that will be written. Unfinished output in a source would be read when the command is run again:
+            a glob leaves it out, a folder is refused.
 
     Raises UserError for a missing path, a folder or glob without text files, and a file that is named twice.
     """

@@ -388,7 +388,13 @@ def test_the_output_in_the_source(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a\n")
     with pytest.raises(UserError, match=r"--source .*: the output .*/out is in this folder; name one outside it"):
         find_sources(tmp_path, output=tmp_path / "out")
-    assert find_sources(tmp_path / "a.txt", output=tmp_path / "out")
+    sources = find_sources(tmp_path / "a.txt", output=tmp_path / "out")
+    (tmp_path / ".link").symlink_to(tmp_path)
+    for name in ("out/b.txt", "out.partial/pass-0/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("b\n")
+    assert find_sources(f"{tmp_path}/**/*.txt", output=tmp_path / ".link" / "out") == sources
+    assert len(find_sources(f"{tmp_path}/**/*.txt", output=tmp_path / "other")) == 3
 
 
 def test_a_file_name_that_is_not_utf8(tmp_path: Path) -> None:
