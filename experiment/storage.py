@@ -205,7 +205,10 @@ def local_folder(url: str, left_out: Collection[str]) -> Path:
 
     `left_out`: suffixes of files that are not copied. Raises StorageError.
     """
-    files = {name: info for name, info in list_files(url).items() if not name.endswith(tuple(left_out))}
+    found = list_files(url)
+    if url.rstrip("/") in found:
+        raise StorageError(f"{url} is a file; expected a folder")
+    files = {name: info for name, info in found.items() if not name.endswith(tuple(left_out))}
     folder = cache_folder() / "folders" / json_digest([url, *files.items()])[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):

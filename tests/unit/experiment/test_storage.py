@@ -19,6 +19,7 @@ from experiment.storage import (
     exists,
     list_files,
     list_folders,
+    local_folder,
     open_url,
     read_bytes,
     stat_file,
@@ -235,6 +236,9 @@ def test_mistakes(bucket: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(StorageError, match=r"^s3://no-such-one/x.*: there is no bucket 'no-such-one'$"):
             use("s3://no-such-one/x")
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(StorageError, match=f"^file://{tmp_path}/tokenizer.json is a file; expected a folder$"):
+        local_folder(f"file://{tmp_path}/tokenizer.json", [".json"])
     with pytest.raises(StorageError, match=r"^ftp://h/x: unknown protocol 'ftp'; expected one of s3://, gs://, hf://"):
         open_url("ftp://h/x")
     with pytest.raises(StorageError, match=f"^file://{tmp_path}/x does not exist$"):
