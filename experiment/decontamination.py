@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from experiment.errors import UserError
+from experiment.errors import UserError, reason
 from experiment.files import parse_json
 from experiment.run_files.provenance import read_origin
-from experiment.storage import StorageError, join, open_file
+from experiment.storage import DeniedError, MissingError, join, open_file
 
 CLEAN_SUMMARY = "clean.json"
 """The file beside cleaned documents that says how they were cleaned."""
@@ -43,13 +43,15 @@ def is_clean_summary(name: str) -> bool:
 def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
     """Return the clean.json of a folder, a path or URL; None if the folder was not written by `deepcloze clean`: the
     file is missing, or of another kind, such as JSON Lines. Raises UserError if it is damaged: empty, or neither of
-    them."""
+    them, and if it cannot be read: documents that were decontaminated would count as others."""
     path = join(folder, CLEAN_SUMMARY)
     try:
         with open_file(path) as file:
             text = file.read()
-    except (OSError, StorageError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, MissingError, DeniedError):
         return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
     try:
         summary = parse_json(text)
     except ValueError as error:

@@ -80,6 +80,11 @@ class MissingError(StorageError):
     """A file or folder does not exist, but its bucket does."""
 
 
+class DeniedError(StorageError):
+    """The server refuses a request. The file may not exist: web servers say so in several ways, and S3 denies access if
+    the bucket may not be listed (https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html)."""
+
+
 class DamagedError(StorageError):
     """A file does not have the expected content."""
 
@@ -437,11 +442,15 @@ def _is_transient(error: BaseException) -> bool:
     names = {base.__name__ for base in type(error).__mro__}
     if names & _NO_CREDENTIALS or isinstance(error, FileNotFoundError | PermissionError):
         return False
-    response = getattr(error, "response", None)
-    status = getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", None)
-    if isinstance(status, int):  # of HTTP
+    if (status := _http_status(error)) is not None:
         return status == 429 or status >= 500
     return bool(names & _TRANSIENT) or getattr(error, "errno", None) in _TRANSIENT_NUMBERS
+
+
+def _http_status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    status = getattr(error, "status", None) or getattr(response, "status_code", None) or getattr(error, "code", None)
+    return status if isinstance(status, int) else None
 
 
 def _storage_error(url: str, error: BaseException) -> StorageError:
@@ -452,9 +461,10 @@ def _storage_error(url: str, error: BaseException) -> StorageError:
     if names & _NO_CREDENTIALS:
         return StorageError(f"{url}: no credentials: {advice}")
     if isinstance(error, PermissionError):
-        return StorageError(f"{url}: access denied ({cause}): check the credentials, which may have expired; {advice}")
+        return DeniedError(f"{url}: access denied ({cause}): check the credentials, which may have expired; {advice}")
     if isinstance(error, FileNotFoundError):
         if "bucket does not exist" in str(error):
             return StorageError(f"{url}: there is no bucket '{url.split('/')[2]}'")
         return MissingError(f"{url} does not exist")
-    return StorageError(f"{url}: {cause}")
+    kind = StorageError if _http_status(error) is None else DeniedError
+    return kind(f"{url}: {cause}")

@@ -1,10 +1,13 @@
 """Records of decontamination, in clean.json."""
 
+import errno
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from experiment import decontamination
 from experiment.decontamination import (
     common_decontamination,
     decontamination_of,
@@ -15,6 +18,7 @@ from experiment.decontamination import (
 from experiment.errors import UserError
 from experiment.run_files.provenance import ancestors_of, write_origin
 from experiment.run_files.run_folder import RunFolder
+from experiment.storage import DeniedError, MissingError, StorageError
 
 
 def test_tasks_of_all_steps_are_read(tmp_path: Path) -> None:
@@ -41,6 +45,25 @@ def test_a_damaged_file_is_not_text(tmp_path: Path, size: int) -> None:
     (tmp_path / "clean.json").write_text(summary[:size])
     with pytest.raises(UserError, match=r"clean\.json is damaged: .* and clean them again$"):
         is_clean_summary(str(tmp_path / "clean.json"))
+
+
+@pytest.mark.parametrize(
+    "error", [StorageError("no success in 5 attempts: SlowDown"), OSError(errno.EIO, "Input/output error")]
+)
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_missing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Catches a corpus whose record of decontamination is lost in an outage."""
+    monkeypatch.setattr(decontamination, "open_file", Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"no success in 5 attempts|cannot read s3://b/clean.json: Input/output error"):
+        read_clean_summary("s3://b")
+
+
+@pytest.mark.parametrize("error", [MissingError(), DeniedError(), NotADirectoryError(), IsADirectoryError()])
+def test_a_file_that_may_be_missing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Catches a corpus that is not built because its storage does not say that there is no clean.json."""
+    monkeypatch.setattr(decontamination, "open_file", Mock(side_effect=error))
+    assert read_clean_summary("s3://b") is None
 
 
 def test_the_order_of_texts_does_not_matter() -> None:

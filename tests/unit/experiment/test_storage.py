@@ -13,6 +13,7 @@ import pytest
 
 from experiment import storage
 from experiment.storage import (
+    DeniedError,
     StorageError,
     delete,
     download,
@@ -153,7 +154,7 @@ def test_errors_of_a_web_server(web_server: str, tmp_path: Path, monkeypatch: py
         between.faults = [Fault(BUSY)] * 2
         assert sizes_of(url) == {url: 4}
         between.lasting = Fault(EXPIRED)
-        with pytest.raises(StorageError, match=r"a.txt: 403"):
+        with pytest.raises(DeniedError, match=r"a.txt: 403"):
             list_files(url)
 
 
@@ -262,7 +263,7 @@ def test_credentials(bucket: str, faulty: Proxy, monkeypatch: pytest.MonkeyPatch
     put(bucket, x=b"1")
     s3fs.S3FileSystem.clear_instance_cache()
     faulty.lasting = Fault(answer=EXPIRED)
-    with pytest.raises(StorageError, match=r"access denied \((The provided token.*|Forbidden)\): check the "):
+    with pytest.raises(DeniedError, match=r"access denied \((The provided token.*|Forbidden)\): check the "):
         read_bytes(f"{bucket}/x")
     assert faulty.met == 1
     faulty.lasting = None
