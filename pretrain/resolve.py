@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MANY_UNKNOWN = 0.05  # share of the tokens of a corpus
-ONLY_IN_FP32 = ("fnet", "mra")  # torch has no Fourier transforms in 16 bit; the attention of MRA returns fp32
+ONLY_IN_FP32 = ("fnet",)  # torch has no Fourier transforms in 16 bit
 
 
 @dataclass(frozen=True)

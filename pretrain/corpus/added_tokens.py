@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import read_items
 from experiment.models.model_names import local_tokenizer
-from experiment.models.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
+from experiment.models.tokenizer import decode_token, load_tokenizer, save_tokenizer, vocabulary_size
 from experiment.output_folder import new_folder
 from pretrain.corpus.words import UNSPACED
 
@@ -82,8 +82,7 @@ def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -
         if prefix and token.startswith(prefix):
             pieces[identifier] = _split_continuation(token, prefix, known)
         else:
-            text = new.backend_tokenizer.decode([identifier], skip_special_tokens=False)
-            found = old(f" {text.strip()}", add_special_tokens=False)["input_ids"]
+            found = old(f" {decode_token(new, identifier).strip()}", add_special_tokens=False)["input_ids"]
             pieces[identifier] = [piece for piece in found if piece != old.unk_token_id]
     return pieces
 

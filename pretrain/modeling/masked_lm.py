@@ -39,6 +39,7 @@ class MaskedLanguageModel(nn.Module):
         self.packed = packed
         self._max_length = max_length
         self._masked_positions: Tensor | None = None
+        self._width = 0  # of the rows
         self._windows = {None} | {getattr(module, "sliding_window", None) for module in model.modules()}
         use_fast_dropout(model)
         use_fast_linear(model)
@@ -61,7 +62,7 @@ class MaskedLanguageModel(nn.Module):
         predicted_entries: Tensor,
     ) -> Predictions:
         """Predict the masked tokens. The arguments are the fields of a `pretrain.batching.batch.Microbatch`."""
-        self._masked_positions = masked_positions
+        self._masked_positions, self._width = masked_positions, input_ids.shape[1]
         try:
             with self._head(labels, not self.training):
                 if self.packed:
@@ -102,7 +103,7 @@ class MaskedLanguageModel(nn.Module):
     def _keep_masked_positions(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         if self._masked_positions is None:
             return output
-        hidden_BWD = output[0]
+        hidden_BWD = output[0][:, : self._width]  # Perceiver computes all positions that it has
         kept = hidden_BWD.reshape(-1, hidden_BWD.shape[-1])[self._masked_positions][None]
         if isinstance(output, tuple):
             return (kept, *output[1:])

@@ -27,6 +27,10 @@ from pretrain.corpus.added_tokens import check_extends
 from pretrain.modeling.random_model import check_fields, declared_fields, meta_model
 from pretrain.modeling.resize import config_with_positions
 
+_UNTRAINABLE = {
+    "mra": "without its CUDA kernel transformers computes no attention, and with it only rows of certain widths",
+    "reformer": "transformers trains it on rows of certain widths only",
+}
 _SPECIAL_TOKEN_IDS = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
 
@@ -120,17 +124,14 @@ def _check_trainable(config: PreTrainedConfig, activation_checkpointing: bool) -
 
 
 def _check_settings(config: PreTrainedConfig) -> None:
-    """Raise UserError for defaults of a type with which it cannot be trained."""
+    """Raise UserError for a type that cannot be trained, or not with its defaults."""
     if config.model_type == "xmod" and config.default_language is None:
         raise UserError(
             "model.config.default_language: 'xmod' has adapters for each language; expected that of the corpus, "
             f"such as {config.languages[0]}"
         )
-    if config.model_type == "reformer" and config.axial_pos_embds:
-        raise UserError(
-            "model.config.axial_pos_embds: with axial positions, 'reformer' trains only on rows of exactly "
-            "axial_pos_shape tokens; expected false"
-        )
+    if config.model_type in _UNTRAINABLE:
+        raise UserError(f"model: '{config.model_type}' cannot be trained: {_UNTRAINABLE[config.model_type]}")
 
 
 def _fields(model: ModelConfig) -> dict[str, Any]:

@@ -83,6 +83,15 @@ def test_add_chinese_words(lowercase: bool, tmp_path: Path) -> None:
     assert {decode_token(new, number) for number in ids} == {*"研究肺炎的", "新冠", "㗎"}
 
 
+@pytest.mark.parametrize("word", ["Straße", "naïve", "½cup", "α"])
+def test_the_pieces_of_an_added_word_are_those_of_its_text(word: str, byte_level: Path, tmp_path: Path) -> None:
+    """Catches Latin-1 letters of an added word that are read as bytes, and shown as a replacement character."""
+    old, new = load_tokenizer(byte_level), extend(byte_level, tmp_path, word)
+    identifier = len(old)
+    assert decode_token(new, identifier) == word
+    assert old_pieces(new, old) == {identifier: old(f" {word}", add_special_tokens=False)["input_ids"]}
+
+
 @pytest.mark.parametrize(("word", "text"), [("新冠", "研究新冠肺炎"), ("ခေါင်း", "လူခေါင်းကိုက်"), ("ປອດ", "ໂລກປອດບວມ")])
 @pytest.mark.parametrize("kind", ["byte_level", "unigram"])
 def test_words_of_unspaced_scripts_are_found_between_other_characters(
