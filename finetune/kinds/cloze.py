@@ -33,7 +33,7 @@ _BLANK = "_"
 _BRACKETS = str.maketrans("【】", "[]")  # typed with the keys [ and ] in Chinese input methods
 _EXCERPT_WORDS = 12  # on each side
 _CHINESE = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
-_WORD = rf"(?:[{_CHINESE}]|[^\s{_CHINESE}]+)"
+_FIRST_WORDS = re.compile(rf"(?:\s*(?:[{_CHINESE}]|[^\s{_CHINESE}]+)){{0,{_EXCERPT_WORDS}}}")
 _HOOKED = threading.Lock()  # one thread at a time: a hook applies to all threads that compute the model
 _MODELS = {
     "multiple_choice": "AutoModelForMultipleChoice",
@@ -376,8 +376,14 @@ def _option_ids(
 def _excerpt(segments: Sequence[str], blank: int) -> str:
     """Return the words around a blank, which is longer than other blanks in them."""
     before, after = (_BLANK.join(part) for part in (segments[: blank + 1], segments[blank + 1 :]))
-    words = re.findall(rf"{_WORD}\s*", before)[-_EXCERPT_WORDS:], re.findall(rf"\s*{_WORD}", after)[:_EXCERPT_WORDS]
-    return " ".join((3 * _BLANK).join(map("".join, words)).split())
+    return " ".join(f"{_first_words(before[::-1])[::-1]}{3 * _BLANK}{_first_words(after)}".split())
+
+
+def _first_words(text: str) -> str:
+    """Return the beginning of a text, for an excerpt; from its end on if it is reversed."""
+    found = _FIRST_WORDS.match(text)
+    assert found is not None
+    return found[0]
 
 
 def full_width_advice(mark: str, text: str) -> str:

@@ -256,6 +256,9 @@ def test_excerpts_are_short_in_any_script() -> None:
     assert _excerpt(chinese, 0) == f"{'他' * 12}___了𠮷，_用 PyTorch 。{'好' * 5}"
     english = ["one " * 20, "  two ", f". {'three ' * 20}"]
     assert _excerpt(english, 1) == f"{'one ' * 10}_ two ___.{' three' * 11}"
+    spaced = [" \n", f"{'a' * 5000}  b", "他\u3000 "]
+    assert _excerpt(spaced, 0) == f"___{'a' * 5000} b_他"
+    assert _excerpt(spaced, 1) == f"_{'a' * 5000} b___他"
 
 
 def test_zero_shot_needs_no_training(exam: dict[str, Any], tmp_path: Path) -> None:
