@@ -130,7 +130,12 @@ class Kind(TaskKind[Config]):
             documents.setdefault(example.details, {example.details}).add(example.target[0])
         candidates = [example.target[0] for example in examples]
         candidates += [negative for example in examples for negative in example.target[1:]]
-        same = torch.tensor([[each in documents[example.details] for each in candidates] for example in examples])
+        places: dict[str, list[int]] = {}
+        for place, candidate in enumerate(candidates):
+            places.setdefault(candidate, []).append(place)
+        same = torch.zeros(len(examples), len(candidates), dtype=torch.bool)
+        for row, example in zip(same, examples, strict=True):
+            row[[place for text in documents[example.details] for place in places.get(text, ())]] = True
         return same.fill_diagonal_(False)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -121,6 +121,22 @@ def test_right_documents_are_no_negatives() -> None:
     assert found[4] == set()
 
 
+class CountedText(str):
+    """A text that counts how often it is looked up."""
+
+    lookups = 0
+
+    def __hash__(self) -> int:
+        CountedText.lookups += 1
+        return super().__hash__()
+
+
+def test_candidates_are_not_looked_up_for_each_text() -> None:
+    """Catches targets that take longer than the update of a large batch, with the GPU waiting."""
+    make_kind().targets(examples_of([(CountedText(f"t{n}"), CountedText(f"d{n}")) for n in range(50)]))
+    assert CountedText.lookups <= 50 * 10
+
+
 RATE = 1e6  # also of adam_eps, so that AdamW subtracts the gradient: lr * g / (|g| + eps)
 
 
