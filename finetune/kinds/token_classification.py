@@ -1,5 +1,6 @@
 """Token classification: a tag for each word of a sentence, such as the names in it."""
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -193,9 +194,7 @@ def _examples(words: Sequence[str], labels: Sequence[int] | None, encoder: Encod
     starts = np.cumsum([0, *(len(piece[:longest]) for piece in pieces)]).tolist()
     ids = [token for piece in pieces for token in piece[:longest]]
     whole = [_whole_words(window, starts) for window in windows(len(ids), room)]
-    owner = [most_context(whole, start) for start in starts[:-1]]
-    for number, window in enumerate(whole):
-        tagged = [word for word in range(len(words)) if owner[word] == number]
+    for window, tagged in zip(whole, _tagged_words(whole, starts), strict=True):
         if tagged:
             tokens = encoder.assemble(ids[window.start : window.stop])
             first = encoder.starts(len(window))[0]
@@ -209,8 +208,18 @@ def _examples(words: Sequence[str], labels: Sequence[int] | None, encoder: Encod
 
 def _whole_words(window: range, starts: Sequence[int]) -> range:
     """Return the part of a window of tokens that consists of whole words. starts: of the words, and the end."""
-    inside = [start for start in starts if window.start <= start <= window.stop]
-    return range(inside[0], inside[-1])
+    return range(starts[bisect_left(starts, window.start)], starts[bisect_right(starts, window.stop) - 1])
+
+
+def _tagged_words(whole: Sequence[range], starts: Sequence[int]) -> list[list[int]]:
+    """Return the words that each window tags, by index. starts: of the words, and the end."""
+    tagged: list[list[int]] = [[] for _ in whole]
+    firsts, stops = [window.start for window in whole], [window.stop for window in whole]
+    for word, start in enumerate(starts[:-1]):
+        first = bisect_right(stops, start)  # of the few windows that show the word
+        shown = whole[first : bisect_right(firsts, start)]
+        tagged[first + most_context(shown, start)].append(word)
+    return tagged
 
 
 def _counted(texts: Sequence[str]) -> str:

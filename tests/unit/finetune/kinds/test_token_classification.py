@@ -1,4 +1,6 @@
 import random
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from finetune.data.formats import FileFormat
 from finetune.data.records import Record, Table, read_table
-from finetune.encoding.encoder import Encoder
+from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, padding_last
-from finetune.kinds.token_classification import Config, Kind
+from finetune.kinds import token_classification
+from finetune.kinds.token_classification import Config, Kind, _tagged_words, _whole_words
 from finetune.task_kind import LossOptions
 
 CONFIG = Config(train="f", validation="f")
@@ -46,6 +49,34 @@ def test_every_word_gets_one_tag(encoder: Path, lengths: list[int], max_length: 
     assert all(len(example.sequences[0]) <= max_length for example in made)
     outputs = [torch.zeros(max_length, 3).numpy() for _ in made]
     assert KIND.decode(record, made, outputs)["tags"] == ["B-X"] * len(words)
+
+
+@given(st.lists(st.integers(1, 12), max_size=40), st.integers(1, 30))
+def test_a_word_is_tagged_in_the_first_window_with_most_context(lengths: list[int], size: int) -> None:
+    """Catches another window for words in two or three of them, also at the end, where windows overlap most."""
+    starts = [0, *accumulate(min(length, max(size // 3, 1)) for length in lengths)]
+    whole = []
+    for window in windows(starts[-1], size):
+        inside = [start for start in starts if window.start <= start <= window.stop]
+        whole.append(range(inside[0], inside[-1]))
+        assert _whole_words(window, starts) == whole[-1]
+    owners = [most_context(whole, start) for start in starts[:-1]]
+    expected = [[word for word, owner in enumerate(owners) if owner == number] for number in range(len(whole))]
+    assert _tagged_words(whole, starts) == expected
+
+
+def test_a_word_is_not_searched_in_all_windows(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a request of many short words that keeps a server busy for minutes."""
+    compared = []
+
+    def counted(found: Sequence[range], position: int) -> int:
+        compared.append(len(found))
+        return most_context(found, position)
+
+    monkeypatch.setattr(token_classification, "most_context", counted)
+    KIND.expand(Record("f", {"words": ["word0"] * 200}), encode(encoder, 8), training=False)
+    assert len(compared) == 200
+    assert max(compared) <= 3
 
 
 def test_words_near_the_edge_of_a_window_are_tagged_in_another(encoder: Path) -> None:
