@@ -209,15 +209,16 @@ def document_ranks(
     query's own document always counts.
 
     Of documents that are equally similar, all have the last of their ranks, so that a model that gives all texts the
-    same vector finds nothing.
+    same vector finds nothing; so does one whose vectors are not numbers.
     """
     ranks: list[int] = []
     for start in range(0, len(queries_ND), _ROWS):
         similarity_RM = queries_ND[start : start + _ROWS] @ documents_MD.T
         own_R1, other_R1 = own_N[start : start + _ROWS, None], left_out_N[start : start + _ROWS, None]
         least_R1 = np.take_along_axis(similarity_RM, own_R1, axis=1)
-        too_many_R1 = (np.take_along_axis(similarity_RM, other_R1, axis=1) >= least_R1) & (other_R1 != own_R1)
-        ranks += ((similarity_RM >= least_R1).sum(axis=1) - too_many_R1[:, 0]).tolist()
+        found_RM = ~(similarity_RM < least_R1)  # NaN is not smaller
+        too_many_R1 = np.take_along_axis(found_RM, other_R1, axis=1) & (other_R1 != own_R1)
+        ranks += (found_RM.sum(axis=1) - too_many_R1[:, 0]).tolist()
     return ranks
 
 

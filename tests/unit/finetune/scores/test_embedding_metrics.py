@@ -21,11 +21,13 @@ def test_uniformity_is_that_of_wang_and_isola() -> None:
 
 
 def test_equal_vectors_are_not_uniform_and_find_nothing() -> None:
-    """Catches a collapsed model with a perfect score: all documents are equally similar."""
+    """Catches a collapsed model with a perfect score, as all documents are equally similar; and a rank of 0, of which
+    there is no inverse, for vectors that are not numbers."""
     vectors = np.repeat(unit_vectors(1, seed=0), 30, axis=0)
     assert potentials(vectors) == pytest.approx(np.ones(30), abs=1e-5)
     assert document_ranks(vectors, vectors, np.arange(30), np.arange(30)) == [30] * 30
     assert potentials(vectors[:1]) == [1.0]
+    assert document_ranks(vectors * np.nan, vectors, np.arange(30), np.arange(30)) == [30] * 30
 
 
 def test_a_text_is_no_document_of_itself() -> None:
