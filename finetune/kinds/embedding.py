@@ -80,7 +80,8 @@ print(encoder.encode(["A text."]).tolist())
 
 
 class Kind(TaskKind[Config]):
-    """A prediction has `embedding`; for a record with a pair, also `similarity`, the cosine of the two vectors."""
+    """A prediction has `embedding`; for a record with a pair, also `similarity`, the cosine of the two vectors, and
+    `others`, the vectors of its other texts, all as arrays until a row is written."""
 
     config_type = Config
     lower_is_better = ("alignment", "uniformity")
@@ -162,12 +163,11 @@ class Kind(TaskKind[Config]):
         return Loss.of(torch.stack(losses).sum() * len(counts), len(counts))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
-        vectors = [np.round(output.astype(float), _DECIMALS) for output in outputs]
-        if len(vectors) == 1:
-            return {"embedding": vectors[0].tolist()}
-        similarity = float(_unit(vectors[0]) @ _unit(vectors[1]))
-        others = [vector.tolist() for vector in vectors[1:]]
-        return {"embedding": vectors[0].tolist(), "similarity": similarity, "others": others}
+        if len(outputs) == 1:
+            return {"embedding": _numbers(outputs[0])}
+        similarity = float(_unit(outputs[0].astype(float)) @ _unit(outputs[1].astype(float)))
+        # The vectors of a whole split are kept for `relate`: as lists they would take 10 times the memory.
+        return {"embedding": outputs[0], "similarity": similarity, "others": outputs[1:]}
 
     def relate(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Sequence[Prediction]:
         """Return numbers in place of vectors, see `_relate`; `dimensions` has the numbers of smaller vectors."""
@@ -215,6 +215,8 @@ class Kind(TaskKind[Config]):
 
     def rows(self, record: Record, prediction: Prediction) -> Sequence[tuple[Mapping[str, Any], Prediction]]:
         shown = {key: value for key, value in prediction.items() if key not in ("others", "dimensions")}
+        if "embedding" in shown:
+            shown["embedding"] = _numbers(shown["embedding"])
         return [(record.values, shown)]
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
@@ -277,6 +279,12 @@ def _others(record: Record) -> list[str]:
     if "text_pair" not in record.values:
         return []
     return [record.values["text_pair"], *(record.values.get("negative", ()) if _score(record) is None else ())]
+
+
+def _numbers(vector: Vectors | list[float]) -> list[float]:
+    """Return a vector as it is written."""
+    numbers: list[float] = np.round(np.asarray(vector, dtype=float), _DECIMALS).tolist()
+    return numbers
 
 
 def _unit(vectors: Vectors) -> Vectors:

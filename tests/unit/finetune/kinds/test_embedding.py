@@ -274,6 +274,18 @@ def test_metrics_of_queries_and_documents() -> None:
     assert kind.scores(records[2:] * 3, related[2:] * 3)["mrr"] == 1 / 2  # as a bootstrap draws them
 
 
+def test_vectors_of_a_split_are_kept_as_arrays() -> None:
+    """Catches evaluations that take 10 times the memory of the vectors, and arrays in rows, which JSON cannot hold."""
+    record = Record("f", {"text": "q", "text_pair": "a"})
+    outputs = list(np.arange(4, dtype=np.float32).reshape(2, 2))
+    kind = make_kind()
+    prediction = kind.decode(record, [], outputs)
+    for output, kept in zip(outputs, [prediction["embedding"], *prediction["others"]], strict=True):
+        assert np.shares_memory(output, kept)
+    ((_, shown),) = kind.rows(record, prediction)
+    assert shown == {"embedding": [0.0, 1.0], "similarity": pytest.approx(3 / 13**0.5)}
+
+
 @pytest.mark.parametrize(("texts", "collapsed"), [(["a", "b"], True), (["a", "a"], False)])
 def test_equal_vectors_are_a_collapse(texts: list[str], collapsed: bool) -> None:
     """Catches a model that is said to have collapsed because a split has a single text."""

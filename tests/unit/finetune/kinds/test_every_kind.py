@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -156,9 +157,9 @@ def numbers(prediction: Any) -> list[float]:
     """All numbers in a prediction, at any depth."""
     if isinstance(prediction, dict):
         prediction = list(prediction.values())
-    if isinstance(prediction, list):
+    if isinstance(prediction, list | np.ndarray):
         return [number for part in prediction for number in numbers(part)]
-    return [float(prediction)] if isinstance(prediction, int | float) else []
+    return [float(prediction)] if isinstance(prediction, int | float | np.floating) else []
 
 
 def test_every_kind_has_a_tiny_task() -> None:
