@@ -76,7 +76,7 @@ class _Window:
 
     start: int  # position of its first token in the sequence
     nothing: int  # position in the sequence that stands for no answer
-    offsets: tuple[tuple[int, int], ...]  # characters (start, end) of the context that each token covers
+    offsets: NDArray[np.int32]  # T2 characters (start, end) of the context that each token covers
 
 
 class _Span(NamedTuple):
@@ -125,19 +125,20 @@ class Kind(TaskKind[Config]):
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         asked = encoder.ids(record.values["question"])
         question = asked[: encoder.room(2) // 2]
-        context, offsets = encoder.ids_and_offsets(record.values["context"])
+        context, covered = encoder.ids_and_offsets(record.values["context"])
         if not context:  # a tokenizer may drop characters
             raise UserError(f"{record.place}: the context is empty")
-        answer = self._answer_tokens(record, np.array(offsets, dtype=np.int64).reshape(-1, 2))
+        offsets_N2 = np.array(covered, dtype=np.int32)
+        answer = self._answer_tokens(record, offsets_N2)
         examples = []
         for shown in windows(len(context), encoder.room(2) - len(question)):
             tokens = encoder.assemble(question, context[shown.start : shown.stop], cut=len(asked) - len(question))
             start = encoder.starts(len(question), len(shown))[1]
-            window = _Window(start, _classification_token(tokens, encoder), tuple(offsets[shown.start : shown.stop]))
+            window = _Window(start, _classification_token(tokens, encoder), offsets_N2[shown.start : shown.stop])
             examples.append(Example((tokens,), None if answer is None else _target(window, shown, answer), window))
         return examples
 
-    def _answer_tokens(self, record: Record, offsets_N2: NDArray[np.int64]) -> range | None:
+    def _answer_tokens(self, record: Record, offsets_N2: NDArray[np.int32]) -> range | None:
         """Return the tokens of the context that cover the first answer; empty for no answer, None for an unlabelled
         record."""
         if (answers := record.values.get("answers")) is None:
@@ -176,8 +177,8 @@ class Kind(TaskKind[Config]):
         log_total = float(torch.logsumexp(torch.from_numpy(candidates), dim=0).sum())
         if self.config.no_answer and least >= spans[best].score:
             return {"answer": "", "start": None, "score": float(np.exp(least - log_total))}
-        offsets = windows[best].offsets
-        start, stop = offsets[spans[best].first][0], offsets[spans[best].last][1]
+        offsets_T2 = windows[best].offsets
+        start, stop = int(offsets_T2[spans[best].first, 0]), int(offsets_T2[spans[best].last, 1])
         score = float(np.exp(spans[best].score - log_total))
         covered = record.values["context"][start:stop]
         answer = covered.strip()  # a token of a byte-level tokenizer begins with the space before it
@@ -228,7 +229,7 @@ def _best_scores(windows: Sequence[_Window], shown: Sequence[NDArray[np.float32]
     """T2 start and end scores of the tokens of a context, each from the window that gives it the highest."""
     if len(shown) == 1:
         return shown[0]
-    places = np.array([place for window in windows for place in window.offsets])
+    places = np.concatenate([window.offsets for window in windows])
     tokens, numbers = np.unique(places, axis=0, return_inverse=True)
     best = np.full((len(tokens), 2), -np.inf, dtype=np.float32)
     np.maximum.at(best, numbers.ravel(), np.concatenate(shown))
