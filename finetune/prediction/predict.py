@@ -133,17 +133,20 @@ def _scores_file(output: Path) -> Path:
 def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str]:
     """Return keys of the task -> raw text."""
     has_dialogue = trained.dialogue is not None
+    file_format = trained.model_copy(update={"format": options.format or trained.format}).file_format()
+    is_csv = separator(Path(options.input), file_format) is not None
+    header = options.header if is_csv else "0"  # the columns of other formats always have names
     for key, value in options.overrides.items():
         is_of_dialogue = has_dialogue and key.startswith("dialogue.") and key != "dialogue.turns"
         if not key.startswith("columns.") and not is_of_dialogue:
             more = " or --dialogue.group=NAME" if has_dialogue else ""
             raise UserError(f"unknown flag '--{key}'; columns are named as --columns.text=NAME{more}")
-        if trained.header is None and options.header is None and not _COLUMN_NUMBERS.fullmatch(value):
+        if trained.header is None and header is None and not _COLUMN_NUMBERS.fullmatch(value):
             raise UserError(
                 f"--{key}={value}: the training data had no header, so columns have numbers from 0; if {options.input} "
                 "has a header, set --header 0"
             )
-    keys = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": options.header}
+    keys = {"format": options.format, "sep": options.sep, "quoting": options.quoting, "header": header}
     written = {key: str(value) for key, value in keys.items() if value is not None}
     return {**options.overrides, **written}
 

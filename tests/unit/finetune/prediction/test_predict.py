@@ -317,7 +317,7 @@ def test_a_header_for_a_model_of_data_without_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches a header that is predicted as a row of data, and a message that blames the model's file, or names no
-    flag."""
+    flag; and names of columns that are rejected in a file that is not CSV."""
     model = with_format(header=None, columns={"text": "1", "label": "0"})
     monkeypatch.chdir(tmp_path)
     source, output = Path("in.tsv"), Path("out.csv")
@@ -341,6 +341,9 @@ def test_a_header_for_a_model_of_data_without_one(
     ):
         assert predict(model, source, output, *flags) == 0
         assert [row["text"] for row in read_csv(output)] == texts
+    Path("in.jsonl").write_text('{"sentence": "word1 word2"}\n')
+    assert predict(model, Path("in.jsonl"), output, "--columns.text=sentence") == 0
+    assert [row["text"] for row in read_csv(output)] == ["word1 word2"]
 
 
 def test_labels_are_ignored_unless_they_are_scored(trained_run: Path, tmp_path: Path) -> None:
