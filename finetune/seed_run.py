@@ -163,7 +163,7 @@ def _write_seed(
 
 def _write_model(folder: Path, model: PreTrainedModel, run: ResolvedRun, temperature: float | None = None) -> None:
     # Load it again: tokenizing has changed the truncation settings of the other one.
-    tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config)
+    tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config, fine_tunes=True)
     save_model(model, tokenizer, run.task.kind.config.special_tokens_in_text, folder)
     for name, content in run.task.kind.library_files(model, run.max_seq_length).items():
         (folder / name).parent.mkdir(exist_ok=True)

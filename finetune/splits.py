@@ -106,7 +106,7 @@ def make_task(
     """
     if training.label_smoothing and not kind.smooths_labels:
         raise UserError(f"training.label_smoothing: tasks of kind '{kind.config.kind}' have no use for it; set it to 0")
-    tokenizer = load_task_tokenizer(spec.folder, kind.config)
+    tokenizer = load_task_tokenizer(spec.folder, kind.config, fine_tunes=True)
     inputs = read_model_inputs(spec, tokenizer)
     if inputs.max_length is not None and length > inputs.max_length:
         raise UserError(

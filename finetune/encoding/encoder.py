@@ -175,12 +175,17 @@ class Encoder:
         )
 
 
-def load_task_tokenizer(folder: Path, task: TaskConfig) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs."""
+def load_task_tokenizer(folder: Path, task: TaskConfig, fine_tunes: bool = False) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs.
+
+    fine_tunes: whether texts are cut as the task has it; otherwise as the model was trained, which the tokenizer says.
+    """
     needed = ["pad_token"] if task.dialogue is None else ["pad_token", "sep_token"]
     tokenizer = load_any_tokenizer(folder, needed)
     if task.dialogue is not None:
         tokenizer.truncation_side = "left"  # keep the text itself rather than the turns before it
+    elif fine_tunes:
+        tokenizer.truncation_side = "right"
     return tokenizer
 
 

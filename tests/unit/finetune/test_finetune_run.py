@@ -334,6 +334,24 @@ def test_an_unlabelled_test_split_is_only_predicted(
     assert set(results(tmp_path / "run")["splits"]) == {"validation"}
 
 
+def test_texts_are_cut_at_their_end(
+    config_file: Path, tmp_path: Path, encoder: Path, task_files: dict[str, str]
+) -> None:
+    """Catches texts without their beginning, in training or in prediction with the saved model, because the model was
+    fine-tuned on dialogues before."""
+    start = Path(shutil.copytree(encoder, tmp_path / "start"))
+    (start / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
+    beginning = "word1 " * 14
+    texts = [beginning, f"{beginning}{'word39 ' * 20}"]
+    Path(task_files["test"]).write_text("\n".join(["text", *texts]) + "\n")
+    finetune(config_file, {"model.init_from": str(start), "training.seeds": "[1]", "training.epochs": "1"})
+    whole, cut = read_csv(tmp_path / "run" / "seed-1" / "predictions-test.csv")
+    assert whole["probability_low"] == cut["probability_low"]
+    predictor = Predictor.load(tmp_path / "run" / "seed-1" / "model", precision="fp32")
+    expected, found = predictor.predict([{"text": text} for text in texts])
+    assert expected == found
+
+
 def test_dialogues_keep_their_last_turn(config_file: Path, tmp_path: Path, task_files: dict[str, str]) -> None:
     """Catches a long context that pushes the text itself out, in training or in prediction with the saved model."""
     lines = Path(task_files["train"]).read_text().splitlines()
