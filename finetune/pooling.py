@@ -1,12 +1,28 @@
 """One vector for a text from the hidden states of its tokens."""
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from experiment.errors import UserError
+
 Pooling = Literal["mean", "cls"]
 """The mean over all tokens, special ones included; or the first token, such as [CLS]."""
+
+
+def hidden_states(encoder: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the last hidden states STD of an encoder without its head. Raises UserError if it has none for each token:
+    Funnel's shortens sequences, Perceiver's takes no token ids."""
+    try:
+        hidden_STD: Tensor = encoder(**inputs).last_hidden_state
+        fits = hidden_STD.shape[:2] == inputs["attention_mask"].shape
+    except TypeError:  # other arguments
+        fits = False
+    if not fits:
+        raise UserError("the model has no hidden state for each token, of which vectors are made")
+    return hidden_STD
 
 
 def pool(hidden_STD: Tensor, mask_ST: Tensor, pooling: Pooling) -> Tensor:

@@ -29,7 +29,7 @@ from experiment.files import write_json
 from experiment.process.hardware import prepare_process
 from finetune.encoding.examples import Split
 from finetune.model import build_model
-from finetune.pooling import pool
+from finetune.pooling import hidden_states, pool
 from finetune.prediction.inference import Inference, evaluation_microbatch
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 
@@ -48,7 +48,9 @@ class MeanPooled(nn.Module):
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
         """Pool the hidden states. logits: SD."""
-        return SequenceClassifierOutput(logits=pool(self.encoder(**inputs)[0], inputs["attention_mask"], "mean"))
+        return SequenceClassifierOutput(
+            logits=pool(hidden_states(self.encoder, inputs), inputs["attention_mask"], "mean")
+        )
 
 
 def probe(run: ResolvedRun) -> dict[str, float]:

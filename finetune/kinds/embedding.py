@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.pooling import Pooling, pool
+from finetune.pooling import Pooling, hidden_states, pool
 from finetune.scores.metrics import Vectors, correlation, document_ranks, ndcg, potentials
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
 
@@ -141,7 +141,7 @@ class Kind(TaskKind[Config]):
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Compute SD vectors."""
-        hidden_STD = model.base_model(**batch.inputs).last_hidden_state  # type: ignore[operator]
+        hidden_STD = hidden_states(cast(nn.Module, model.base_model), batch.inputs)
         if (largest := max(self.config.dimensions, default=0)) > hidden_STD.shape[-1]:
             raise UserError(f"task.dimensions: {largest} is more than the model has: {hidden_STD.shape[-1]}")
         vectors_SD = pool(hidden_STD, batch.inputs["attention_mask"], self.config.pooling)

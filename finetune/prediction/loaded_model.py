@@ -18,7 +18,7 @@ from finetune.device import Device, choose_device
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example, Padding, pad_sequences
 from finetune.model import ModelSpec, build_model, read_model_inputs
-from finetune.pooling import Pooling, pool
+from finetune.pooling import Pooling, hidden_states, pool
 from finetune.prediction.inference import collate, compute_together, computes, ignores_padding
 from finetune.prediction.onnx_model import OnnxModel, holds_onnx_model
 from finetune.prediction.saved_task import SavedTask
@@ -119,13 +119,16 @@ class Embedder:
             return [Example((self.loaded.encoder.encode(text),), details=pooling or self.pooling) for text in texts]
 
     def compute(self, texts: Sequence[Example]) -> list[list[float]]:
-        """Return the vectors of encoded texts, D numbers each: hidden states of the last layer, pooled."""
+        """Return the vectors of encoded texts, D numbers each: hidden states of the last layer, pooled.
+
+        Raises UserError for a model that has none for each token.
+        """
         return compute_together(texts, self.loaded.padding, self._compute_batch)
 
     def _compute_batch(self, texts: Sequence[Example]) -> list[list[float]]:
         inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
-            hidden_STD = self.loaded.model.base_model(**inputs).last_hidden_state
+            hidden_STD = hidden_states(self.loaded.model.base_model, inputs)
         mask_ST = inputs["attention_mask"]
         by_pooling = {pooling: pool(hidden_STD, mask_ST, pooling) for pooling in {text.details for text in texts}}
         vectors_SD = torch.stack([by_pooling[text.details][number] for number, text in enumerate(texts)])

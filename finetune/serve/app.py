@@ -148,6 +148,8 @@ async def embed(asked: EmbedRequest, serving: State, request: Request) -> Respon
     """Embed texts: the hidden states of the encoder's last layer, pooled."""
     request.state.texts = len(asked.texts)
     with serving.answering(len(asked.texts)) as services:
+        if services.served.embedder is None:
+            raise HTTPException(404, "the model embeds no texts: it has no hidden state for each token")
         return JSONResponse({"embeddings": await services.embed(asked.texts, asked.pooling)})
 
 

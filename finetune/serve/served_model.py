@@ -1,6 +1,6 @@
 """The model of a server: loaded, described, tried once, and made fast on a CPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiment.errors import UserError
 from experiment.models.fast_linear import ONEDNN_DTYPES, FastLinear
 from finetune.device import Device
 from finetune.prediction.loaded_model import Embedder, LoadedModel
@@ -27,13 +28,10 @@ class ServedModel:
     """The parts that answer requests: a predictor or a mask filler, and an embedder of the same model."""
 
     info: ModelInfo
-    embedder: Embedder
+    loaded: LoadedModel
+    embedder: Embedder | None  # None if the model has no hidden state for each token
     predictor: Predictor | None = None
     filler: MaskFiller | None = None
-
-    @property
-    def loaded(self) -> LoadedModel:
-        return self.embedder.loaded
 
 
 def load_served_model(path: Path, precision: str) -> ServedModel:
@@ -42,16 +40,20 @@ def load_served_model(path: Path, precision: str) -> ServedModel:
     if is_masked_lm(folder):
         filler = MaskFiller.load(folder, precision)
         info = _describe(filler.loaded, kind="masked_lm", mask=filler.mask)
-        served = ServedModel(info, Embedder(filler.loaded), filler=filler)
+        embedder = Embedder(filler.loaded)
+        served = ServedModel(info, filler.loaded, embedder, filler=filler)
         filler.fill([filler.mask])
     else:
         task = read_saved_task(folder)
         predictor = Predictor.load(folder, precision, task=task)
         embedder = Embedder(predictor.loaded, *task.kind.embedding)
-        served = ServedModel(_describe_predictor(predictor, task), embedder, predictor)
+        served = ServedModel(_describe_predictor(predictor, task), predictor.loaded, embedder, predictor)
     _own_weights(served.loaded.model)
     pack_linear_layers(served.loaded.model, served.loaded.device)
-    served.embedder.compute(served.embedder.encode(["a"]))  # the first batch takes longer
+    try:
+        embedder.compute(embedder.encode(["a"]))  # the first batch takes longer
+    except UserError:
+        served = replace(served, embedder=None)
     return served
 
 

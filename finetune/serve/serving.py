@@ -75,7 +75,7 @@ class Services:
         predictor = served.predictor if served.filler is None else served.filler.ranking
         assert predictor is not None, "a model predicts or fills masks"
         self._examples: Batcher[Example, Any] = batcher(predictor.compute)
-        self._embedded: Batcher[Example, list[float]] = batcher(served.embedder.compute)
+        self._embedded = None if served.embedder is None else batcher(served.embedder.compute)
         self._masked = None if served.filler is None else batcher(served.filler.compute)
 
     @contextmanager
@@ -129,9 +129,11 @@ class Services:
         ]
 
     async def embed(self, texts: Sequence[str], pooling: Pooling | None) -> list[list[float]]:
-        """See `Embedder`."""
-        encoded = await asyncio.to_thread(self.served.embedder.encode, texts, pooling)
-        return await self._embedded.submit(encoded, self._sizes(encoded))
+        """See `Embedder`. The model must embed."""
+        embedder, batcher = self.served.embedder, self._embedded
+        assert embedder is not None and batcher is not None  # noqa: PT018
+        encoded = await asyncio.to_thread(embedder.encode, texts, pooling)
+        return await batcher.submit(encoded, self._sizes(encoded))
 
     async def _predict(self, predictor: Predictor, records: Sequence[Record], calibrated: bool) -> list[Any]:
         """Predict for records. Raises HTTPException for options that would take too much memory."""

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 from empty_figures import leave_figures_empty
+from experiment.models.tokenizer import load_tokenizer
 from finetune import run as run_module
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from finetune.run import finetune
+from tiny_models import tiny_fields
 
 WORDS = [f"word{number}" for number in range(40)]
 SIZES = {"train": 80, "validation": 20, "test": 20}  # rows of a task that a tiny model learns in seconds
@@ -132,6 +134,19 @@ def trained_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         leave_figures_empty(patch)
         finetune(folder / "toy.yaml")
     return folder / "run"
+
+
+@pytest.fixture
+def classifier_of(encoder: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes the folder of a tiny classifier of a model type, untrained."""
+
+    def make(model_type: str) -> Path:
+        config = AutoConfig.for_model(model_type, **tiny_fields(model_type), num_labels=2, pad_token_id=0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / model_type)
+        load_tokenizer(encoder).save_pretrained(tmp_path / model_type)
+        return tmp_path / model_type
+
+    return make
 
 
 @pytest.fixture(scope="session")

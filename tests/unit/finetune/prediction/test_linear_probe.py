@@ -1,6 +1,7 @@
 """A linear probe of a tiny encoder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,14 @@ def test_the_process_writes_results_or_says_why_not(
     assert results["splits"]["validation"]["accuracy"]["mean"] > 0.85
     assert main([str(task), "model.init_from=/nowhere"]) == 2
     assert "deepcloze: model.init_from: /nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_model_without_hidden_states_of_tokens_is_rejected(
+    task: Path, classifier_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback for an encoder that shortens sequences."""
+    assert main([str(task), f"model.init_from={classifier_of('funnel')}"]) == 2
+    assert "deepcloze: the model has no hidden state for each token" in capsys.readouterr().err
 
 
 def test_a_train_split_with_one_class_is_rejected(

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,18 @@ def test_what_the_server_does_not_have(client: TestClient, method: str, path: st
     answer = client.request(method, path)
     assert answer.status_code == status
     assert answer.json()["error"].endswith("; /docs lists those of this server")
+
+
+@pytest.mark.parametrize("model_type", ["funnel", "perceiver"])
+def test_models_without_hidden_states_of_tokens(
+    model_type: str, classifier_of: Callable[[str], Path], connect: Connect
+) -> None:
+    """Catches a traceback at the start, for models that predict but cannot embed."""
+    served = connect(classifier_of(model_type))
+    assert served.post("/v1/predict", json={"texts": ["word1"]}).status_code == 200
+    answer = served.post("/v1/embed", json={"texts": ["word1"]})
+    assert answer.status_code == 404
+    assert answer.json()["error"] == "the model embeds no texts: it has no hidden state for each token"
 
 
 def test_what_the_model_cannot_do(folders: dict[str, Path], connect: Connect, tmp_path: Path) -> None:
