@@ -82,8 +82,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels
 
 
 def table_console() -> "Console":
-    """Return a console on stdout that prints tables with their texts as they are, in a pipe or file as wide as they
-    are."""
+    """Return a console on stdout for tables, which prints text as it is. In a pipe or file no cell is cut off."""
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)

@@ -67,7 +67,7 @@ def _logged_runs(folders: Sequence[str]) -> list[Path]:
     none has one."""
     logged = {folder: [run for run in runs_in(folder) if _has_logged(RunFolder(run))] for folder in folders}
     if not any(logged.values()):
-        raise UserError(f"{folders[0]} has nothing to report: no run in it has logged anything")
+        raise UserError(f"{', '.join(folders)} has nothing to report: no run in it has logged anything")
     for folder, found in logged.items():
         if not found:
             notify(f"{folder} is left out: no run in it has logged anything")

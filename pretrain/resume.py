@@ -192,7 +192,9 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
     changed, step = _changes(before, identity), state["progress"]["step"]
     for key in _FROM_STEP_0 if point.fork else ():
         if key in changed and 0 < identity[key] <= step:
-            log.warning("%s has no effect: it counts from step 0, and the fork begins at step %d", key, step)
+            log.warning(
+                "%s: %d: is over: it counts from step 0, and the fork begins at step %d", key, identity[key], step
+            )
     return ResumePlan(
         point.checkpoint,
         step=step,

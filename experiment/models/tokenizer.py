@@ -214,8 +214,10 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
 def decode_token(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
     """Return the text of one token, as written in the word list if it is an added one: `tokenizers` puts spaces around
     Chinese characters for BERT, and takes letters such as ï for bytes with a byte-level BPE."""
-    added = tokenizer.added_tokens_decoder.get(token)
-    return str(added.content if added else tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    is_changed = " " in text.strip() or "\ufffd" in text  # the mapping is copied each time
+    added = tokenizer.added_tokens_decoder.get(token) if is_changed else None
+    return str(added.content) if added else text
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:

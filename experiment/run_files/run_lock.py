@@ -92,7 +92,7 @@ def check_unlocked(folder: RunFolder, times: LockTimes = _TIMES) -> Renewal | No
     Returns the last renewal of a process on another machine that was found dead, for `lock_run`: it need not wait.
     """
     dead = _check_other_machine(folder, times)
-    if _is_held(folder.lock) and _other_owner(folder) is None:
+    if _other_owner(folder) is None and _stays_held(folder.lock):
         raise _used(folder)
     _wait_for_processes(folder, times)
     return dead
@@ -107,6 +107,16 @@ def lock_until_exit(folder: RunFolder) -> None:
 def is_locked(folder: RunFolder) -> bool:
     """Return whether another process of this machine, or a rank, uses the run folder, which may not exist."""
     return _is_held(folder.lock) or _is_held(folder.processes_lock)
+
+
+def _stays_held(lock: Path) -> bool:
+    """Return whether a lock is held for longer than the moment that `_is_held` in another process takes."""
+    end = time.monotonic() + _LOOK_SECONDS
+    while _is_held(lock):
+        if time.monotonic() > end:
+            return True
+        time.sleep(_POLL_SECONDS)
+    return False
 
 
 def _is_held(lock: Path) -> bool:

@@ -205,9 +205,11 @@ class RunSet:
             return
         planned = {other.name for other in self.runs}
         for name, record in records.items():
-            same_keys = record.get("values", {}).keys() == run.values.keys()
-            if name in planned or not same_keys or not (self.folder.path / name).exists():
+            values = record.get("values", {})
+            if name in planned or values.keys() != run.values.keys() or not (self.folder.path / name).exists():
                 continue
+            if any(key.startswith(_IRRELEVANT) and values[key] != run.values[key] for key in values):
+                continue  # a grid of such values compares speed
             if _changed_key(_with_new_keys(record["config"], run.config), run.config, _OWN_PATHS) is None:
                 raise UserError(
                     f"{run.name} has the same config as {name}, which was started in {self.folder.path}; write its "

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import read_items
 from experiment.models.model_names import local_tokenizer
-from experiment.models.tokenizer import decode_token, load_tokenizer, save_tokenizer, vocabulary_size
+from experiment.models.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 from experiment.output_folder import new_folder
 from pretrain.corpus.words import UNSPACED
 
@@ -75,6 +75,7 @@ def check_extends(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast"
 def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -> dict[int, list[int]]:
     """Map the id of each token that only `new` has to the ids of its text in `old`, without unknown tokens."""
     known, prefix = old.get_vocab(), _continuation_prefix(json.loads(old.backend_tokenizer.to_str()))
+    added = new.added_tokens_decoder  # whose texts a byte-level decoder would take for bytes
     pieces: dict[int, list[int]] = {}
     for token, identifier in new.get_vocab().items():
         if token in known:
@@ -82,7 +83,8 @@ def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -
         if prefix and token.startswith(prefix):
             pieces[identifier] = _split_continuation(token, prefix, known)
         else:
-            found = old(f" {decode_token(new, identifier).strip()}", add_special_tokens=False)["input_ids"]
+            word = added[identifier].content if identifier in added else new.backend_tokenizer.decode([identifier])
+            found = old(f" {word.strip()}", add_special_tokens=False)["input_ids"]
             pieces[identifier] = [piece for piece in found if piece != old.unk_token_id]
     return pieces
 

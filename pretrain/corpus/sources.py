@@ -83,9 +83,11 @@ class _Finder:
             return [self._file(str(Path(item)))]
         if glob.has_magic(item):
             names = glob.glob(item, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute patterns)
-            found = self._outside_output(sorted(name for name in names if os.path.isfile(name)))  # noqa: PTH113
+            files = sorted(name for name in names if os.path.isfile(name))  # noqa: PTH113
+            found = self._outside_output(files)
             if not found:
-                raise UserError(f"{self.key} {item}: no file matches")
+                where = f" outside the output {self.output}" if files else ""
+                raise UserError(f"{self.key} {item}: no file matches{where}")
             return [self._file(name) for name in found]
         is_name = "/" in item and HubName.parse(item) is not None
         hint = f"; a data set of the Hugging Face Hub is {PREFIX}{item}" if is_name else ""
@@ -96,7 +98,7 @@ class _Finder:
         if self.output is None:
             return list(names)
         output = self.output.resolve()
-        written = (output, output.with_name(f"{output.name}.partial"))
+        written = [output.with_name(f"{output.name}{suffix}") for suffix in ("", ".partial", "-heldout")]
         folders = {os.path.dirname(name) for name in names}  # noqa: PTH120
         left_out = {folder for folder in folders if any(map(Path(folder).resolve().is_relative_to, written))}
         return [name for name in names if os.path.dirname(name) not in left_out]  # noqa: PTH120

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from socket import socket
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -23,7 +24,8 @@ def follow_runs(runs: Sequence[str], port: int) -> None:
 
     Raises UserError if a folder does not exist, or the port cannot be used.
     """
-    pages = FollowedPages([open_folder(run) for run in dict.fromkeys(runs)])
+    folders = [run for run in dict.fromkeys(runs) if not Path(run).is_file()]  # of a pattern such as runs/*
+    pages = FollowedPages([open_folder(run) for run in folders or runs])
     with handle_stop_signals(interrupt), bind(_ADDRESS, port) as listener, PageServer(listener, pages) as server:
         print(f"http://{_ADDRESS}:{listener.getsockname()[1]}/  Ctrl-C ends it", flush=True)
         try:

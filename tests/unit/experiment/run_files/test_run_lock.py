@@ -222,5 +222,8 @@ def test_a_look_at_the_folder_does_not_refuse_its_owner(folder: RunFolder) -> No
     with folder.lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        check_unlocked(folder)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
         with lock_run(folder):
             assert is_locked(folder)
