@@ -37,13 +37,15 @@ def hung_ranks(lives: Sequence[RankLife], ranks: int, limit: float) -> list[Rank
         limit: in seconds.
     """
     # A rank that has not started is named by the ranks that try to connect to it.
-    stuck = len(lives) == ranks and any(life.beat.stuck_seconds >= limit for life in lives)
-    if not stuck and all(life.silent_seconds < limit for life in lives):
+    hangs = len(lives) == ranks and any(life.beat.stuck_seconds >= limit for life in lives)
+    if not hangs and all(life.silent_seconds < limit for life in lives):
         return []
     # Ranks that wait for another one may have begun to do so before it stopped or was stuck.
     silent = [life for life in lives if _is_silent(life, limit)]
+    stuck = [life for life in lives if _is_stuck(life, limit)]
     busy = [life for life in lives if not life.beat.waits]
-    return silent or [life for life in busy if _is_stuck(life, limit)] or busy or list(lives)
+    # All may wait for a moment: ranks that poll whether a part of their work has ended do so together.
+    return silent or [life for life in busy if life in stuck] or busy or stuck
 
 
 def _is_silent(life: RankLife, limit: float) -> bool:

@@ -36,6 +36,7 @@ def life(rank: int, stuck: float = 0.0, silent: float = 0.0, waits: bool = False
         ([life(0, 81, waits=True), life(1, 3)], [1]),  # it falls behind
         ([life(0, 81, waits=True), life(1, 78), life(2, 5)], [1]),  # they waited for it before
         ([life(0, 81, waits=True), life(1, 82, waits=True)], [0, 1]),  # a stuck collective
+        ([life(0, 1, waits=True), life(1, 82, waits=True)], [1]),  # both poll whether a save has ended
         ([life(0, 81), life(1, 82)], [0, 1]),
         (
             [life(0, silent=81), life(1, silent=41), life(2, 1)],
