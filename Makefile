@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make setup   a virtual environment with deepcloze in .venv; then: . .venv/bin/activate"
-	@echo "make demo    the full pipeline on real text, from documentation to task scores: about 3.5 minutes on two idle cores with AVX-512, about 5 without"
+	@echo "make demo    the full pipeline on real text, from documentation to task scores: about 4 minutes on two idle cores with AVX-512, about 5 without"
 	@echo "make test    the tests"
 	@echo "make check   format, lint, types and the tests"
 	@echo "make soak    full test matrices, long chaos runs, and the demo"
