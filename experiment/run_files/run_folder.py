@@ -118,9 +118,9 @@ def planned_folders(folder: Path) -> list[Path]:
 def is_run(folder: RunFolder) -> bool:
     """Return whether the folder has something that only a run has. Sweeps and comparisons have logs, too."""
     known = (folder.config, folder.metrics, folder.launches)
-    locks = (folder.lock, folder.processes_lock)  # a folder of runs may have logs of the user
+    logs = (folder.lock, folder.processes_lock, folder.rank_log(0))  # a folder of runs may have logs of the user
     return any(path.exists() for path in known) or (
-        any(path.exists() for path in locks) and not planned_folders(folder.path)
+        any(path.exists() for path in logs) and not planned_folders(folder.path)
     )
 
 

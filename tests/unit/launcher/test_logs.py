@@ -46,6 +46,7 @@ def test_a_log_that_does_not_exist(logged: RunFolder, tmp_path: Path, capsys: py
     assert main(["logs", str(logged.path), "--rank=2"]) == 2
     assert "has no log of rank 2; ranks with a log: 0, 1, 10" in capsys.readouterr().err
     empty = open_run_folder(tmp_path / "empty")
+    empty.lock.touch()
     assert main(["logs", str(empty.path)]) == 2
     assert "has no log of rank 0; ranks with a log: none" in capsys.readouterr().err
     assert main(["logs", str(tmp_path / "none")]) == 2
