@@ -88,8 +88,8 @@ class TrainingConfig(Section):
     halved when memory runs out."""
 
     eval_batch_size: PositiveInt | None = None
-    """Examples that are computed at once in evaluations; null: four times `batch_size`. It is halved when memory runs
-    out."""
+    """Examples that are computed at once in evaluations; null: four times as many as in training. It is halved when
+    memory runs out."""
 
     warmup_ratio: Fraction = 0.1
     """Fraction of all steps used for the warmup."""

@@ -122,7 +122,8 @@ def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Predict
 
 
 def evaluation_microbatch(config: TrainingConfig) -> Microbatch:
-    return Microbatch(config.eval_batch_size or config.batch_size * _EVALUATION_FACTOR)
+    computed = config.microbatch_size or config.batch_size
+    return Microbatch(config.eval_batch_size or computed * _EVALUATION_FACTOR)
 
 
 @dataclass(frozen=True)

@@ -602,8 +602,15 @@ def test_gradients_are_clipped_after_they_are_scaled(
     torch.testing.assert_close(model.bias.grad, torch.tensor(expected))
 
 
-def test_settings_of_the_optimizer_and_of_evaluations_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches keys that do nothing."""
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"eval_batch_size": 10}, {10, 7}), ({"microbatch_size": 2}, {8, 5}), ({}, {32, 5})],
+    ids=["eval_batch_size", "microbatch_size", "batch_size"],
+)
+def test_settings_of_the_optimizer_and_of_evaluations_are_used(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], expected: set[int]
+) -> None:
+    """Catches keys that do nothing, and evaluations whose memory the microbatch does not bound."""
     sizes: list[int] = []
     forward = Bag.forward
 
@@ -613,14 +620,12 @@ def test_settings_of_the_optimizer_and_of_evaluations_are_used(monkeypatch: pyte
         return forward(self, input_ids, attention_mask)
 
     monkeypatch.setattr(Bag, "forward", record)
-    config = TrainingConfig(
-        lr=1.0, weight_decay=0, adam_eps=1e9, warmup_steps=4, epochs=1, batch_size=8, eval_batch_size=10
-    )
+    config = TrainingConfig(lr=1.0, weight_decay=0, adam_eps=1e9, warmup_steps=4, epochs=1, batch_size=8, **settings)
     model, lrs = Bag(), []
     before = [parameter.clone() for parameter in model.parameters()]
     fit(model, task(), config, 1, CPU, lambda _, metrics: lrs.append(metrics.get("lr")))
     assert lrs[:8] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25])
-    assert set(sizes) == {10, 7}  # of 37
+    assert set(sizes) == expected  # of 37
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert (parameter - old).abs().max() < 1e-3, "a large epsilon makes updates small"
 
