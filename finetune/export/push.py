@@ -1,5 +1,6 @@
 """Push an exported folder to a repository of the Hugging Face Hub."""
 
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
@@ -73,5 +74,7 @@ def push_folder(folder: Path, name: HubName, private: bool) -> str:
     try:
         call_hub(name, "model", push)
     except UserError as error:
-        raise UserError(f"--push {error}. The folder is complete: `hf upload {name} {folder}` uploads it") from None
+        flags = [*(["--private"] if private else []), "--delete", "*"]
+        command = shlex.join(["hf", "upload", str(name), str(folder), ".", *flags])
+        raise UserError(f"--push {error}. The folder is complete: `{command}` uploads it") from None
     return f"{constants.ENDPOINT}/{name}"

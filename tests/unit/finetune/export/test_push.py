@@ -104,14 +104,20 @@ def test_private_cannot_be_ignored(hub: HubServer, push: Push, model: Callable[[
 
 
 def test_faults_of_the_hub(hub: HubServer, push: Push, model: Callable[[str], Path], tmp_path: Path) -> None:
-    """Catches an upload that is given up too early, and a message without what is left to do."""
+    """Catches an upload that is given up too early, and a message without what is left to do, or with a command that
+    publishes a private model, leaves files of another one, or cannot be copied to a shell."""
     hub.fault("/commit/", status(502))
     push(model("a"))
     assert hub.repository(NAME).files == contents(tmp_path / "out")
     hub.fault("/commit/", status(403))
     assert push(model("a")) == (
         f"--push {NAME}: the token does not allow this: log in with `hf auth login`, or set HF_TOKEN to one that does. "
-        f"The folder is complete: `hf upload {NAME} {tmp_path / 'out'}` uploads it"
+        f"The folder is complete: `hf upload {NAME} {tmp_path / 'out'} . --delete '*'` uploads it"
+    )
+    hub.fault("/commit/", status(403))
+    folder = tmp_path / "the model"
+    assert push(model("a"), "--push", "me/private", "--private", "--output", str(folder)).endswith(
+        f"The folder is complete: `hf upload me/private '{folder}' . --private --delete '*'` uploads it"
     )
 
 
