@@ -32,7 +32,7 @@ from experiment.tracking.progress_line import ConsoleTracker
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 from finetune.results.seed_summary import SeedRecord
 from finetune.seed_run import finished_seeds, is_finished, print_seed, state_file, train_seed
-from finetune.training.fit import Log
+from finetune.training.fit import DivergedError, Log
 
 _POLL_SECONDS = 0.5  # reads the end of a file for each seed
 
@@ -208,6 +208,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         notify(str(error))
         return Outcome.REFUSED.exit_code
+    except DivergedError as error:
+        notify(str(error))
+        return Outcome.FAILED.exit_code
     except (StoppedError, KeyboardInterrupt) as stopped:
         notify(str(stopped) or "stopped")
         return Outcome.STOPPED.exit_code

@@ -39,7 +39,7 @@ from finetune.results.model_card import add_seed_scores
 from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
 from finetune.seed_run import describe_differences, finished_seeds, state_file, train_seed
-from finetune.training.fit import Log
+from finetune.training.fit import DivergedError, Log
 
 
 def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry_run: bool = False) -> None:
@@ -70,7 +70,8 @@ def check(config: str | Path, overrides: Mapping[str, str] | None = None) -> Non
 def run(config: FinetuneConfig) -> dict[str, Any]:
     """Train and score the run of a config of `load_run_config`. Returns the content of results.json.
 
-    Raises UserError, also if the disk refuses something, and StoppedError if it is full after training has begun.
+    Raises UserError, also if the disk refuses something, StoppedError if it is full after training has begun, and
+    SystemExit if a seed fails.
     """
     prepare_process()
     folder = RunFolder(Path(config.run.dir))
@@ -150,14 +151,18 @@ def _closed_at_the_end(tracker: Tracker) -> Iterator[None]:
 
 
 def _train_seeds(missing: Sequence[int], resolved: ResolvedRun, logs: Mapping[int, Log]) -> dict[int, SeedRecord]:
-    """Train with the missing seeds. logs: of all seeds, in the order of their events."""
+    """Train with the missing seeds. Raises SystemExit if one fails. logs: of all seeds, in the order of their
+    events."""
     if _in_parallel(missing, resolved):
         return train_seeds_in_parallel(resolved, logs)
     records = {}
     for seed, log in logs.items():
         log_events_of_process(seed, resolved, log)
         if seed in missing:
-            records[seed] = train_seed(seed, resolved, log)
+            try:
+                records[seed] = train_seed(seed, resolved, log)
+            except DivergedError as error:
+                sys.exit(f"deepcloze: {error}")
     return records
 
 

@@ -31,6 +31,10 @@ Log = Callable[[int, Mapping[str, int | float | str | None]], None]
 """Logs metrics; takes the number of finished steps and the metrics."""
 
 
+class DivergedError(RuntimeError):
+    """The loss is not finite. The message is complete."""
+
+
 @dataclass(frozen=True)
 class StateFile:
     """Holds the state of a training with these settings, at its last evaluation or when it was stopped."""
@@ -173,7 +177,7 @@ def fit(
 
     The seed determines the order of the examples and dropout; the caller seeds the model's head. Continues from
     `state_file`, which is written at each evaluation, and on KeyboardInterrupt before StoppedError is raised. Raises
-    UserError if the loss is not finite.
+    DivergedError if the loss is not finite.
 
     keep: saves the weights of an evaluation; takes the steps so far.
     """
@@ -355,4 +359,4 @@ def _check_finite(train_loss: float, validation_loss: float | None, place: str, 
     losses = {"train": train_loss} | ({} if validation_loss is None else {"validation": validation_loss})
     if not all(map(math.isfinite, losses.values())):
         found = ", ".join(f"{loss:g} on {split}" for split, loss in losses.items())
-        raise UserError(f"{place}: training diverged (loss {found}); try a training.lr below {lr:g}")
+        raise DivergedError(f"{place}: training diverged (loss {found}); try a training.lr below {lr:g}")

@@ -13,6 +13,7 @@ import torch
 
 from empty_figures import EMPTY_FIGURES
 from experiment.files import write_json
+from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
 from finetune.parallel_seeds import _share, log_events_of_process
@@ -102,19 +103,23 @@ def test_a_collapsed_seed_is_reported(config_file: Path, tmp_path: Path, capfd: 
     assert all("; raise training.lr" in line for line in reported)
 
 
-def test_a_seed_that_fails_ends_the_command(
-    config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Catches a failure that only a log file tells of, and an exit code of success."""
+@pytest.mark.parametrize("parallel", ["1", "2"])
+def test_a_seed_that_fails_ends_the_command(config_file: Path, tmp_path: Path, parallel: str) -> None:
+    """Catches a failure that only a log file tells of, and one that counts as a mistake in the config: `watch` would
+    end, and a sweep call the run rejected."""
     flags = {
         **FLAGS,
         "training.seeds": "[1, 2]",
-        "training.parallel_seeds": "2",
+        "training.parallel_seeds": parallel,
         "training.lr": "1e30",
         "training.grad_clip": "0",
     }
-    assert run_here(config_file, **flags) == 2
-    assert "training diverged" in capfd.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit, match=r"^deepcloze: seed [12](, step| failed).*training diverged"):  # exit code 1
+        run_here(config_file, **flags)
+    outcome = read_outcome(RunFolder(tmp_path / "run"))
+    assert outcome is not None
+    assert outcome.outcome is Outcome.FAILED
+    assert outcome.message.startswith("seed ")
     assert not children_with(tmp_path / "run")
 
 

@@ -21,7 +21,7 @@ from finetune.kinds.classification import Config, Kind
 from finetune.prediction.inference import Evaluation, evaluate
 from finetune.splits import Task
 from finetune.training import fit as fit_module
-from finetune.training.fit import Fitted, StateFile, fit
+from finetune.training.fit import DivergedError, Fitted, StateFile, fit
 from finetune.training.updater import Updater, lr_factor, parameter_groups
 
 CPU = Device(torch.device("cpu"), None)
@@ -136,7 +136,7 @@ def test_a_split_without_labels_is_predicted_without_a_loss() -> None:
 
 def test_divergence_is_reported() -> None:
     """Catches NaN weights that are scored: every example then gets the first label."""
-    with pytest.raises(UserError, match=r"diverged.*training\.lr below 1e\+30"):
+    with pytest.raises(DivergedError, match=r"diverged.*training\.lr below 1e\+30"):
         fit(Bag(), task(), TrainingConfig(lr=1e30, epochs=3, batch_size=8), 1, CPU, ignore)
 
 
