@@ -270,10 +270,18 @@ class _Fitting:
                 with uninterrupted():
                     self._meter.add(updater.step(examples), sum(example.tokens for example in examples))
                     if updater.steps % log_every == 0:
-                        metrics = {"seed": self._seed, "epoch": epoch, "lr": updater.lr, **self._meter.interval()}
-                        log(updater.steps, metrics)
+                        interval = self._meter.interval()
+                        log(updater.steps, {"seed": self._seed, "epoch": epoch, "lr": updater.lr, **interval})
+                        self._check_finite({"train": interval["loss"]})
                 if self._must_evaluate():
                     return
+
+    def _check_finite(self, losses: Mapping[str, float]) -> None:
+        """Raise DivergedError if a loss is not finite. losses: by split."""
+        if not all(map(math.isfinite, losses.values())):
+            found = ", ".join(f"{loss:g} on {split}" for split, loss in losses.items())
+            place, lr = f"seed {self._seed}, step {self.steps}", self._config.lr
+            raise DivergedError(f"{place}: training diverged (loss {found}); try a training.lr below {lr:g}")
 
     def evaluate(self, log: Log) -> None:
         """Score the validation split, if any; remember the weights if they are the best so far, without one always."""
@@ -289,7 +297,7 @@ class _Fitting:
         steps = self._updater.steps
         epochs = steps / steps_per_epoch(self._task, self._config)
         epoch = int(epochs) if epochs.is_integer() else epochs
-        _check_finite(train_loss, loss, f"seed {self._seed}, step {steps}", self._config.lr)
+        self._check_finite({"train": train_loss} | ({} if loss is None else {"validation": loss}))
         self._epochs.append(Epoch(epoch, steps, train_loss, loss, scores, seconds, train.scores if train else {}))
         evaluations = {"validation": validation, "train": train}
         metrics = {
@@ -353,10 +361,3 @@ def _copy_to_cpu(model: nn.Module, into: dict[str, Tensor] | None) -> dict[str, 
     for name, value in state.items():
         into[name].copy_(value)
     return into
-
-
-def _check_finite(train_loss: float, validation_loss: float | None, place: str, lr: float) -> None:
-    losses = {"train": train_loss} | ({} if validation_loss is None else {"validation": validation_loss})
-    if not all(map(math.isfinite, losses.values())):
-        found = ", ".join(f"{loss:g} on {split}" for split, loss in losses.items())
-        raise DivergedError(f"{place}: training diverged (loss {found}); try a training.lr below {lr:g}")

@@ -135,9 +135,14 @@ def test_a_split_without_labels_is_predicted_without_a_loss() -> None:
 
 
 def test_divergence_is_reported() -> None:
-    """Catches NaN weights that are scored: every example then gets the first label."""
-    with pytest.raises(DivergedError, match=r"diverged.*training\.lr below 1e\+30"):
-        fit(Bag(), task(), TrainingConfig(lr=1e30, epochs=3, batch_size=8), 1, CPU, ignore)
+    """Catches NaN weights that are scored: every example then gets the first label. Also NaN weights that are trained
+    until the next evaluation, which may take hours."""
+    events: list[Any] = []
+    with pytest.raises(
+        DivergedError, match=r"step 2: training diverged \(loss \S+ on train\).*training\.lr below 1e\+30"
+    ):
+        fit(Bag(), task(), TrainingConfig(lr=1e30, epochs=3, batch_size=8), 1, CPU, lambda *event: events.append(event))
+    assert [step for step, _ in events] == [1, 2]
 
 
 def test_events_count_steps_and_carry_figures() -> None:
