@@ -27,6 +27,14 @@ class EvaluationText(NamedTuple):
     text: str
 
 
+def texts_digests(texts: Iterable[EvaluationText]) -> dict[str, str]:
+    """Return a digest of the texts of each split: a task may be evaluated on one of them only, as in a watch."""
+    by_split: dict[str, list[str]] = {}
+    for text in texts:
+        by_split.setdefault(text.split, []).append(text.text)
+    return {split: texts_digest(found) for split, found in by_split.items()}
+
+
 def texts_digest(texts: Iterable[str]) -> str:
     """Return a checksum of the set of texts, whatever their order."""
     digest = xxhash.xxh3_128()
@@ -66,9 +74,9 @@ def read_clean_summary(folder: str) -> Mapping[str, Any] | None:
 
 
 def common_decontamination(summaries: Collection[Mapping[str, Any] | None]) -> dict[str, str] | None:
-    """Task -> digest of its texts, of the tasks against which documents from several folders were all decontaminated:
-    for the manifest of a corpus of them, under the key `decontaminated`. None if none of the folders was written by
-    `deepcloze clean`.
+    """Split of a task -> digest of its texts, of the splits against which documents from several folders were all
+    decontaminated: for the manifest of a corpus of them, under the key `decontaminated`. None if none of the folders
+    was written by `deepcloze clean`.
 
     summaries: the clean.json of each folder; None for another folder, or a source that is not a file.
     """
@@ -80,13 +88,13 @@ def common_decontamination(summaries: Collection[Mapping[str, Any] | None]) -> d
 
 
 def _tasks_of(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tasks of the steps, and of the cleaning of the sources."""
+    """Return the splits of tasks of the steps, and of the cleaning of the sources."""
     each = (summary.get("decontaminated", {}), *(step.get("against", {}) for step in summary["steps"]))
     return {name: str(digest) for tasks in each for name, digest in tasks.items()}
 
 
 def decontamination_of(model: Path) -> list[tuple[str, Sequence[str]]]:
-    """Return (corpus, digests of the texts of tasks) for all corpora of which that is known, and on which a model or
+    """Return (corpus, digests of the texts of splits) for all corpora of which that is known, and on which a model or
     its ancestors were pretrained.
 
     model: a Hugging Face folder. Raises UserError if its deepcloze.json is damaged.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiment.config import load_config
-from experiment.decontamination import EvaluationText, decontamination_of, texts_digest
+from experiment.decontamination import EvaluationText, decontamination_of, texts_digests
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
 from finetune.data.records import Table, TurnJoiner, read_table
@@ -26,8 +26,8 @@ def contamination_warnings(task: TaskConfig, model: Path) -> Iterator[str]:
     model: a Hugging Face folder.
     """
     known = decontamination_of(model)
-    digest = texts_digest(text.text for text in texts_of(task)) if known else ""
-    if corpora := dict.fromkeys(corpus for corpus, digests in known if digest not in digests):
+    evaluated = {*texts_digests(texts_of(task)).values()} if known else set()
+    if corpora := dict.fromkeys(corpus for corpus, digests in known if not evaluated.issubset(digests)):
         yield (
             f"the model was pretrained on {', '.join(corpora)}, which is not known to be decontaminated against this "
             "task: if it holds validation or test texts, scores are too high; see docs/cleaning.md, Evaluation texts"

@@ -9,7 +9,7 @@ import xxhash
 from pydantic import Field, PositiveInt
 
 from experiment.config import Section
-from experiment.decontamination import texts_digest
+from experiment.decontamination import texts_digests
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
 from pretrain.cleaning.words import count_words, normalized_words, word_spans
 
@@ -84,7 +84,9 @@ class Step(DocumentStep[Config]):
 
     def prepare(self, read_task: ReadTask) -> None:
         tasks = {name: read_task(name) for name in self.config.against}
-        self._digests = {name: texts_digest(text.text for text in texts) for name, texts in tasks.items()}
+        self._digests = {
+            f"{name} {split}": digest for name, texts in tasks.items() for split, digest in texts_digests(texts).items()
+        }
         self._places = [f"{name} {text.split}, {text.place}" for name, texts in tasks.items() for text in texts]
         evaluated = [text.text for texts in tasks.values() for text in texts]
         self._index = Index(evaluated, self.config.ngram, self.config.min_words)

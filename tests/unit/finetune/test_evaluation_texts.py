@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from experiment.config import load_config
-from experiment.decontamination import texts_digest
+from experiment.decontamination import texts_digest, texts_digests
 from experiment.errors import UserError
 from experiment.run_files.provenance import write_origin
 from experiment.run_files.run_folder import RunFolder
@@ -90,13 +90,25 @@ def test_training_rows_without_labels_are_reported(tmp_path: Path) -> None:
 
 
 def test_a_corpus_that_was_not_decontaminated_is_named(tmp_path: Path) -> None:
-    """Catches a warning without a reason, and none although the texts of the task have changed since."""
+    """Catches a warning without a reason, as in a watch, which reads no test split, and none although the texts of the
+    task have changed since, or only one of its splits is known."""
+    write(tmp_path, "validation.tsv", "a\tb", "v one\tv two")
     write(tmp_path, "test.tsv", "a\tb", "t one\tt two")
-    task = load_config(FinetuneConfig, config(tmp_path, "test")).task
+    file = config(tmp_path, "validation", "test")
+    task = load_config(FinetuneConfig, file).task
     assert list(contamination_warnings(task, tmp_path)) == []
-    record = {"run_id": "1", "ancestors": [], "decontaminated": {"books": [texts_digest(["t one", "t two"])]}}
-    write_origin(tmp_path, RunFolder(tmp_path), record, step=3)
+
+    def record(*digests: str) -> None:
+        known = {"run_id": "1", "ancestors": [], "decontaminated": {"books": digests}}
+        write_origin(tmp_path, RunFolder(tmp_path), known, step=3)
+
+    validation, test = texts_digests(evaluation_texts(file)).values()
+    assert test == texts_digest(["t one", "t two"])
+    record(validation)
+    assert len(list(contamination_warnings(task, tmp_path))) == 1
+    record(validation, test)
     assert list(contamination_warnings(task, tmp_path)) == []
+    assert list(contamination_warnings(task.model_copy(update={"test": None}), tmp_path)) == []
     write(tmp_path, "test.tsv", "a\tb", "t one\tt three")
     (line,) = contamination_warnings(task, tmp_path)
     assert line.startswith("the model was pretrained on books, which is not known to be decontaminated")

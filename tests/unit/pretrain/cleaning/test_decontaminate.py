@@ -62,7 +62,7 @@ def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
         }
     ]
     summary = read_clean_summary(f"{tmp_path}/out")
-    assert common_decontamination([summary]) == {"task": texts_digest([LONG, SHORT])}
+    assert common_decontamination([summary]) == {"task test": texts_digest([LONG, SHORT])}
     assert read_clean_summary(str(tmp_path)) is None
 
 
@@ -75,7 +75,7 @@ def test_cleaning_in_two_stages_keeps_the_record(clean: Any, tmp_path: Any) -> N
     clean([], step, evaluated=[LONG], source=sources, metadata=metadata)
     first, second = str(tmp_path / "out"), str(tmp_path / "second")
     clean([], {"exact_dedup": {}}, source=first, output=second, metadata=metadata)
-    assert common_decontamination([read_clean_summary(second)]) == {"task": texts_digest([LONG])}
+    assert common_decontamination([read_clean_summary(second)]) == {"task test": texts_digest([LONG])}
     files = sorted((tmp_path / "second").glob("*.jsonl.zst"))
     found = [document.metadata for file in files for document in read_documents(file)]
     assert found == [{"url": "http://a.org", "source": "web"}, {}]
