@@ -72,7 +72,7 @@ class Microbatch:
                 torch.cuda.empty_cache()
         if size < min(self.size, len(examples)):
             if not self._warned:
-                message = "out of memory: computing %d examples at once, not %d; results stay the same"
+                message = "out of memory: computing %d examples at once, not %d; scores stay the same"
                 log.warning(message, size, self.size)
             self.size, self._warned = size, True
 

@@ -29,6 +29,7 @@ from finetune.options import PredictOptions
 from finetune.prediction.inference import collate
 from finetune.prediction.predict import predict_command
 from finetune.prediction.predictor import Predictor
+from finetune.resolve import config_settings
 from finetune.results.predictions import open_row_file, optional_inputs, prediction_rows, read_predictions
 from finetune.run import run
 from finetune.serve.served_model import load_served_model
@@ -319,6 +320,13 @@ def test_negatives_are_drawn_at_random(encoder: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Updater, "step", spy)
     run(config_of(encoder, tmp_path, {**files, "metric": "mrr"}, steps=25))
     assert fmean(spreads) > 4  # of 3 to 11 tokens
+
+
+def test_seeds_of_a_run_have_the_same_validation_loss(encoder: Path, tmp_path: Path) -> None:
+    """Catches seeds of several batch sizes in one mean: each text is compared with the others of its batch."""
+    sizes = ({}, {"microbatch_size": 4}, {"microbatch_size": 4, "eval_batch_size": 64})
+    settings = [config_settings(config_of(encoder, tmp_path, {"train": "train.jsonl"}, **each)) for each in sizes]
+    assert settings[0] == settings[2] != settings[1]
 
 
 def test_a_diverged_run_says_so(encoder: Path, tmp_path: Path) -> None:

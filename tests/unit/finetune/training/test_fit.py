@@ -271,7 +271,7 @@ def test_running_out_of_memory_changes_no_loss(error: RuntimeError, caplog: pyte
         row["label"] for row in expected.evaluations["validation"].predictions
     ]
     training, evaluation = caplog.messages
-    assert training == "out of memory: computing 5 examples at once, not 20; results stay the same"
+    assert training == "out of memory: computing 5 examples at once, not 20; scores stay the same"
     assert "computing 5 examples at once" in evaluation
     assert model.failures == 2 + 3  # 20, 10; 37, 19, 10
 
