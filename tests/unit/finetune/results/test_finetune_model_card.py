@@ -75,6 +75,16 @@ def test_words_of_a_user_stay_when_the_mean_is_added(trained_run: Path, tmp_path
     assert "All 2 seeds of the run (1, 2):" in first.read_text()
 
 
+def test_a_card_without_scores_has_no_table_of_them(trained_run: Path, tmp_path: Path) -> None:
+    """Catches a section of results without a row, also of the mean, for a run that has no split to score."""
+    flags = {"task.validation": "null", "task.test": "null", "training.fit_on": "train+validation"}
+    finetune(trained_run.parent / "toy.yaml", {"run.dir": str(tmp_path / "run"), "training.epochs": "1", **flags})
+    card = read(tmp_path / "run", 1)
+    assert "| metric |" not in card
+    assert re.findall(r"(?m)^## .*", card)[:2] == ["## Usage", "## Data"]
+    assert "<!--" not in card
+
+
 def test_the_commands_in_the_card_run(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a command with a flag that does not exist, or rows that `predict` does not accept."""
     shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model")
