@@ -220,7 +220,8 @@ def predict(options: PredictOptions) -> None:
 
     Writes a row for each row of the input, in its order: number, texts, prediction, probabilities. The columns of the
     input are named as in training, labels are not needed; --columns.text=NAME and the like name others. The file is
-    read twice, first to check it; files larger than the memory are fine. See docs/prediction.md.
+    read twice, first to check it; files larger than the memory are fine, except .json and dialogues. See
+    docs/prediction.md.
 
     Example:
         deepcloze predict --model runs/sst2 --input reviews.csv --output labels.csv --columns.text=review
