@@ -30,9 +30,6 @@ class Tokens:
         return len(self.input_ids)
 
 
-_FRAME_KEYS = ("input_ids", "token_type_ids", "special_tokens_mask")
-
-
 class _Frame(NamedTuple):
     """The special tokens around the texts of a sequence, as (ids, token types), and the types of the texts."""
 
@@ -51,15 +48,31 @@ class Encoder:
 
     def encode(self, text: str, text_pair: str | None = None) -> Tokens:
         """Return a text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
+        if text_pair and self.tokenizer.is_fast:
+            return self._encode_pair(text, text_pair)
         encoded = self._tokenize(text, text_pair, truncation="longest_first", max_length=self.max_length)
         ids = encoded["input_ids"]
         cut = 0 if len(ids) < self.max_length else self._count_cut(encoded, text, text_pair)
         types = torch.tensor(encoded["token_type_ids"]) if self.token_types else None
         return Tokens(torch.tensor(ids), types, cut)
 
+    def _encode_pair(self, text: str, text_pair: str) -> Tokens:
+        """Return what truncation="longest_first" gives, in linear time: fast tokenizers make a sequence of each two
+        parts of the texts that they cut off."""
+        texts = self._tokenize([text, text_pair], special=False)["input_ids"]
+        room = self.room(2)
+        cut = max(sum(map(len, texts)) - room, 0)
+        if cut:
+            shorter = 0 if len(texts[0]) <= len(texts[1]) else 1
+            kept = min(len(texts[shorter]), room // 2)
+            for index, size in ((shorter, kept), (1 - shorter, room - kept)):
+                start = len(texts[index]) - size if self.tokenizer.truncation_side == "left" else 0
+                texts[index] = texts[index][start : start + size]
+        return self.assemble(*texts, cut=cut)
+
     def _count_cut(self, encoded: "BatchEncoding", text: str, text_pair: str | None) -> int:
         """Count the tokens that a sequence of maximum length lacks."""
-        if text_pair is not None or not self.tokenizer.is_fast:
+        if not self.tokenizer.is_fast:
             return len(self._tokenize(text, text_pair)["input_ids"]) - self.max_length
         # The rest of the text is kept, in sequences with special tokens: no need to tokenize a long text again.
         added: int = self.tokenizer.num_special_tokens_to_add(pair=False)
@@ -136,7 +149,8 @@ class Encoder:
     @cached_property
     def _frames(self) -> tuple[_Frame, _Frame]:
         """The special tokens around a single text, and those around a pair."""
-        return self._find_frame("a"), self._find_frame("a", "b")
+        text = "a A"  # of which a tokenizer for upper-case letters only, such as those of DNA, keeps one
+        return self._find_frame(text), self._find_frame(text, text)
 
     def _find_frame(self, *texts: str) -> _Frame:
         encoded = self.tokenizer(
@@ -146,17 +160,19 @@ class Encoder:
             return_token_type_ids=True,
             return_attention_mask=False,
         )
+        mask = encoded["special_tokens_mask"]
+        places = encoded.sequence_ids() if self.tokenizer.is_fast else [None if special else 0 for special in mask]
         specials: list[tuple[list[int], list[int]]] = [([], [])]
         text_types: list[int] = []
-        in_text = False
-        for token, kind, special in zip(*map(encoded.get, _FRAME_KEYS), strict=True):
-            if special:
+        before = None
+        for token, kind, place in zip(encoded["input_ids"], encoded["token_type_ids"], places, strict=True):
+            if place is None:
                 specials[-1][0].append(token)
                 specials[-1][1].append(kind)
-            elif not in_text:
+            elif place != before:
                 text_types.append(kind)
                 specials.append(([], []))
-            in_text = not special
+            before = place
         assert len(text_types) == len(texts), "a tokenizer that puts nothing between the texts of a pair"
         return _Frame(tuple(specials), tuple(text_types))
 

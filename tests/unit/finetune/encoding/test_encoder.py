@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, XLNetTokenizer
 
 from experiment.errors import UserError
@@ -17,6 +17,35 @@ def xlnet() -> Encoder:
     specials = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>"]
     vocabulary = [(token, 0.0) for token in specials] + [(f"▁word{n}", -3.0) for n in range(9)]
     return Encoder(XLNetTokenizer(vocab=vocabulary), 16, token_types=True)
+
+
+def byte_level(kind: str) -> PreTrainedTokenizerFast:
+    """Special tokens as in BERT, in RoBERTa, or none as in GPT-2."""
+    specials = {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate([*specials.values(), *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    processing = {"bert": processors.BertProcessing, "roberta": processors.RobertaProcessing}.get(kind)
+    backend.post_processor = processing(("</s>", 2), ("<s>", 1)) if processing else processors.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
+
+
+BYTE_LEVEL = {kind: byte_level(kind) for kind in ("bert", "roberta", "gpt2")}
+
+
+@given(st.sampled_from(sorted(BYTE_LEVEL)), st.sampled_from(["left", "right"]), st.integers(6, 24), st.data())
+def test_a_pair_is_cut_as_the_tokenizer_does(kind: str, side: str, length: int, data: st.DataObject) -> None:
+    """Catches a token too many or too few of one of the texts, and the wrong end."""
+    tokenizer = BYTE_LEVEL[kind]
+    tokenizer.truncation_side = side
+    texts = [data.draw(st.text("abc é", max_size=40)) for _ in range(2)]
+    options = {"verbose": False, "return_token_type_ids": True}
+    expected = tokenizer(*texts, truncation="longest_first", max_length=length, **options)
+    found = Encoder(tokenizer, length, token_types=True).encode(*texts)
+    assert found.token_type_ids is not None
+    assert found.input_ids.tolist() == expected["input_ids"]
+    assert found.token_type_ids.tolist() == expected["token_type_ids"]
+    assert found.cut == len(tokenizer(*texts, verbose=False)["input_ids"]) - len(found)
 
 
 @pytest.mark.parametrize("family", ["bert", "xlnet"])
@@ -63,12 +92,17 @@ def test_the_length_of_a_cut_text(encoder: Path, family: str, special: bool, wor
 
 
 def test_a_cut_text_is_tokenized_once(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a second tokenization of each long text, only to count what was cut off."""
+    """Catches a second tokenization of each long text, only to count what was cut off. Also truncation of a pair by the
+    tokenizer, which takes quadratic time."""
     made, calls = Encoder(load_tokenizer(encoder), 16, token_types=True), []
+    made.room()  # finds the special tokens
     tokenize = type(made.tokenizer).__call__
-    monkeypatch.setattr(type(made.tokenizer), "__call__", lambda *a, **k: calls.append(a) or tokenize(*a, **k))
+    monkeypatch.setattr(type(made.tokenizer), "__call__", lambda *a, **k: calls.append(k) or tokenize(*a, **k))
     assert made.encode("word1 " * 100).cut == 86
     assert len(calls) == 1
+    assert made.encode("word1 " * 100, "word2 " * 100).cut == 187
+    assert len(calls) == 2
+    assert "truncation" not in calls[1]
 
 
 def test_a_length_without_room_for_text_is_rejected(encoder: Path) -> None:
