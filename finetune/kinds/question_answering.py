@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -238,7 +239,8 @@ def _best_scores(windows: Sequence[_Window], shown: Sequence[NDArray[np.float32]
 
 def _best_span(scores_T2: NDArray[np.float32], max_tokens: int) -> _Span:
     """Return the span of at most max_tokens tokens with the largest sum of start and end score."""
-    sums_TT = scores_T2[:, None, 0] + scores_T2[None, :, 1]
-    allowed = np.triu(np.tril(np.ones_like(sums_TT, dtype=bool), max_tokens - 1))
-    first, last = np.unravel_index(np.where(allowed, sums_TT, -np.inf).argmax(), sums_TT.shape)
-    return _Span(int(first), int(last), float(sums_TT[first, last]))
+    most = min(max_tokens, len(scores_T2))
+    ends = np.pad(scores_T2[:, 1], (0, most - 1), constant_values=-np.inf)
+    sums_TM = scores_T2[:, :1] + sliding_window_view(ends, most)  # M: how many tokens follow the first one
+    first, more = np.unravel_index(sums_TM.argmax(), sums_TM.shape)
+    return _Span(int(first), int(first + more), float(sums_TM[first, more]))

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -6,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from finetune.data.records import Record, read_table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch
-from finetune.kinds.question_answering import Config, Kind
+from finetune.kinds.question_answering import Config, Kind, _best_span
 from finetune.task_kind import LossOptions, Prediction
 
 CONFIG = Config(train="f", validation="f")
@@ -75,6 +78,26 @@ def test_an_answer_is_cut_from_the_context(encoder: Path) -> None:
     assert 0.99 < prediction["score"] <= 1.0
     assert json.loads(json.dumps(prediction)) == prediction
     assert example.details.nothing == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12), st.integers(1, 15))
+def test_the_best_span_is_that_of_all_spans(scores: list[tuple[int, int]], most: int) -> None:
+    """Catches spans that are too long, backwards or past the end, and another one of two that are equally good."""
+    spans = [(first, last) for first in range(len(scores)) for last in range(first, min(first + most, len(scores)))]
+    best = max(spans, key=lambda span: scores[span[0]][0] + scores[span[1]][1])
+    found = _best_span(np.array(scores, dtype=np.float32), most)
+    assert found == (*best, scores[best[0]][0] + scores[best[1]][1])
+
+
+def test_the_best_span_of_a_long_context_needs_little_memory() -> None:
+    """Catches a sum for each pair of tokens."""
+    scores = np.zeros((2000, 2), dtype=np.float32)
+    scores[1500, 0] = scores[1505, 1] = 1
+    tracemalloc.start()
+    found, (_, peak) = _best_span(scores, 30), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == (1500, 1505, 2.0)
+    assert peak < 1 << 20
 
 
 def test_the_space_before_an_answer_is_not_part_of_it(encoder: Path) -> None:
