@@ -248,7 +248,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     try:
         with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
             names = file.schema_arrow.names
-            for number, cells in enumerate(parquet_rows(file), 1):
+            for number, cells in parquet_rows(file, lambda row: f"{path}, row {row}"):
                 yield Row(f"{path}, row {number}", names, cells, str(path))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None

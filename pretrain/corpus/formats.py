@@ -359,9 +359,8 @@ def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, part: R
         for column, option in options.columns.items():
             column_index(file.schema_arrow.names, column, origin, option)  # rejects none and several
         groups = range(file.num_row_groups)[part.start : part.stop]
-        first = 1 + sum(file.metadata.row_group(group).num_rows for group in range(part.start))
         columns = list(options.columns)
-        for row, cells in enumerate(parquet_rows(file, columns, list(groups)), first):
+        for row, cells in parquet_rows(file, lambda row: f"{origin}:{row}", columns, groups):
             yield row_document(cells, origin, row, columns)
     except pyarrow.ArrowException as error:
         raise UserError(f"{origin} is not a Parquet file, or damaged: {error}") from None

@@ -250,6 +250,25 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
         read_table(path, ParquetColumns())
 
 
+@pytest.mark.parametrize(
+    ("cells", "problem"),
+    [
+        (pyarrow.array([0, 2**62], pyarrow.timestamp("us")), "date value out of range"),
+        (pyarrow.array([None, 0], pyarrow.timestamp("us", "Mars/Olympus")), ".*Mars/Olympus"),
+        (pyarrow.array([b"a", b"\xe9"]).view(pyarrow.string()), "'utf-8' codec can't decode byte 0xe9"),
+    ],
+)
+def test_cells_that_python_cannot_represent(tmp_path: Path, cells: pyarrow.Array, problem: str) -> None:
+    """Catches a traceback, also for a column that the task does not read."""
+    path = tmp_path / "a.parquet"
+    columns = {"label": ["1", "0"], "text": ["a", "b"], "choices": [["a"], []]}
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "other": cells}), path)
+    assert len(read_table(path, ParquetColumns()).records) == 2
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "text": cells}), path)
+    with pytest.raises(UserError, match=rf"a\.parquet, row 2: cannot read 'text': {problem}"):
+        read_table(path, ParquetColumns())
+
+
 def rows(path: Path, text: str) -> list[Row]:
     path.write_text(text, encoding="utf-8")
     return list(read_rows(path, FileFormat("conll")))

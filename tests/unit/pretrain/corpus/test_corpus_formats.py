@@ -205,6 +205,14 @@ def test_a_small_parquet_file_takes_little_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_the_parquet_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """Catches a traceback for text that is not UTF-8, and the number of a row within its row group."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array([b"a", b"b", b"\xe9"]).view(pa.string())}), path, row_group_size=2)
+    with pytest.raises(UserError, match=r"a\.parquet:3: cannot read 'text': 'utf-8' codec can't decode byte 0xe9"):
+        texts(path)
+
+
 def test_a_parquet_column_must_be_there_once(tmp_path: Path) -> None:
     """Catches the first of two columns of one name taken for the one that is meant."""
     path = tmp_path / "a.parquet"
