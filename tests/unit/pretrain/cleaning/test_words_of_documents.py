@@ -1,8 +1,10 @@
 """Words of texts in many scripts."""
 
+import time
+
 import pytest
 
-from pretrain.cleaning.words import count_words, normalized_words, tokens, word_spans
+from pretrain.cleaning.words import count_words, normalized_words, sentences, tokens, word_spans
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,11 @@ def test_two_characters_of_a_script_without_spaces_are_a_word() -> None:
 def test_tokens_lose_no_visible_character() -> None:
     """Catches punctuation, underscores or emoji that are in neither words nor runs of punctuation."""
     assert tokens("so_ she ❤\ufe0f, 好") == ["so", "_", "she", "❤\ufe0f,", "好"]
+
+
+def test_sentences_end_after_closing_quotes() -> None:
+    """Catches a quote that begins the next sentence, and a time that grows with the square of a row of brackets."""
+    assert sentences('He said "no." ("Yes!") 好。是 x') == ['He said "no."', '("Yes!")', "好。", "是 x"]
+    started = time.process_time()
+    assert sentences(")" * 20_000) == [")" * 20_000]
+    assert time.process_time() - started < 1
