@@ -155,12 +155,22 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def read_json_folder(folder: Path) -> Iterator[Row]:
-    """Yield the rows of all .json files in a folder and below it, by file name, as CLOTH (Xie et al. 2018) comes."""
-    files = sorted(folder.rglob("*.json"))
+    """Yield the rows of all .json files in a folder and below it, by file name, as CLOTH (Xie et al. 2018) comes.
+    Hidden files are skipped."""
+    files = [path for path in visible_files(folder) if path.suffix == ".json"]
     if not files:
         raise UserError(f"{folder}: a folder without .json files")
     for path in files:
         yield from read_json(path)
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and below it, by name, without hidden ones and those that macOS adds to archives."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part[0] == "." or part == "__MACOSX" for part in path.relative_to(folder).parts)
+    )
 
 
 def read_json(path: Path) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum, json_digest
 from experiment.hub_data import PREFIX, HubData
 from finetune.data.columns import Columns, GroupColumn, IdColumn, Name, OrderColumn, TextsColumn
-from finetune.data.formats import FileFormat
+from finetune.data.formats import FileFormat, visible_files
 
 
 def _check_split_name(name: str) -> str:
@@ -211,8 +211,7 @@ def _checksum(key: str, path: Path) -> str:
             return json_digest(str(data.pinned()))
         path = Path(data.name)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return json_digest({str(file.relative_to(path)): checksum(file) for file in files})
+        return json_digest({str(file.relative_to(path)): checksum(file) for file in visible_files(path)})
     try:
         return checksum(path)
     except OSError as error:

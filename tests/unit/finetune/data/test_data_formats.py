@@ -151,9 +151,12 @@ def test_json_lines_called_json(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_objects(tmp_path: Path) -> None:
-    """Catches CLOTH's files, one passage each in middle/ and high/, read in an order that the disk decides."""
+    """Catches CLOTH's files, one passage each in middle/ and high/, read in an order that the disk decides, and copies
+    that editors and macOS hide."""
     for name in ("middle/middle2", "high/high1", "middle/middle1"):
         write(tmp_path / f"{name}.json", {"article": name, "options": [["a", "b"]], "answers": ["A"]})
+    for hidden in (".old/high1.json", "high/._high1.json", "__MACOSX/high1.json"):
+        write(tmp_path / hidden, {})
     (tmp_path / "README.md").write_text("not data")
     found = read(tmp_path)
     assert [cells["article"] for _, cells in found] == ["high/high1", "middle/middle1", "middle/middle2"]

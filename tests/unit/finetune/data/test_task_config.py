@@ -10,13 +10,16 @@ from finetune.kinds.classification import Config
 
 
 def test_a_changed_file_changes_its_split_only(tmp_path: Path) -> None:
-    """Catches changed data that is taken for the same: of a file, of a file in a folder, and of a moved file there."""
+    """Catches changed data that is taken for the same: of a file, of a file in a folder, and of a moved file there.
+    Also a hidden file that counts, although it is not read."""
     train, test = tmp_path / "train.csv", tmp_path / "test"
     train.write_text("label,text\na,b\n")
     (test / "inner").mkdir(parents=True)
     (test / "inner" / "1.json").write_text("{}")
     task = Config(train=str(train), test={"one": str(test)})
     before = data_checksums(task)
+    (test / "inner" / "._1.json").write_text("{}")
+    assert data_checksums(task) == before
     assert before.keys() == {"train", "one"}
     (test / "inner" / "1.json").write_text("[]")
     edited = data_checksums(task)
