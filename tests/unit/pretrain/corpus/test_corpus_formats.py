@@ -178,6 +178,14 @@ def test_parquet_plain_and_inside_an_archive(tmp_path: Path) -> None:
     assert texts(f"{tmp_path}/a.zip,{tmp_path}/b.parquet.gz") == ["a", "b", "a", "b"]
 
 
+def test_members_of_a_zip_are_read_in_large_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches lines that zipfile divides, in Python and several times as slowly."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "a\nb\n")
+    monkeypatch.setattr(zipfile.ZipExtFile, "readline", None)
+    assert texts(tmp_path / "a.zip") == ["a", "b"]
+
+
 def test_no_space_for_a_copy_of_a_table(tmp_path: Path, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a full disk that is taken for an error of the source."""
     content = pa.BufferOutputStream()
