@@ -83,7 +83,7 @@ class _Finder:
             return [self._file(str(Path(item)))]
         if glob.has_magic(item):
             names = glob.glob(item, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute patterns)
-            files = sorted(name for name in names if os.path.isfile(name))  # noqa: PTH113
+            files = sorted(filter(_is_file, names))
             found = self._outside_output(files)
             if not found:
                 where = f" outside the output {self.output}" if files else ""
@@ -117,7 +117,8 @@ class _Finder:
 
     def _folder_version(self, folder: Path) -> str:
         """Return a digest that changes with the files below a local data set."""
-        return json_digest(sorted((name, stat_file(name)) for name in self._files_below(folder)))
+        names = filter(os.path.exists, self._files_below(folder))
+        return json_digest(sorted((name, stat_file(name)) for name in names))
 
     def _folder(self, folder: Path) -> list[Source]:
         """Return all files of a known format below `folder`, except hidden ones."""
@@ -139,7 +140,7 @@ class _Finder:
             visible = sorted(name for name in inside if not name.startswith("."))
             inside[:] = [name for name in visible if _is_new(os.path.join(directory, name), seen)]  # noqa: PTH118
             paths = (os.path.join(directory, name).removeprefix("./") for name in names if name[0] != ".")  # noqa: PTH118
-            found += (path for path in paths if os.path.isfile(path))  # noqa: PTH113
+            found += filter(_is_file, paths)
         return found
 
     def _known(self, folder: str, names: Iterable[str], files: Mapping[str, FileInfo]) -> list[Source]:
@@ -161,6 +162,8 @@ class _Finder:
     def _file(self, name: str, info: FileInfo | None = None) -> Source:
         if not is_unicode(name):
             raise UserError(f"{self.key} {os.fsencode(name)!r}: the name of the file is not UTF-8; rename it")
+        if not is_url(name) and not os.path.exists(name):  # noqa: PTH110
+            raise UserError(f"{self.key} {name}: a link to {os.readlink(name)}, which does not exist")  # noqa: PTH115
         if not self.is_read_by_caller(name):
             if name.lower().endswith((".zip", *_TAR)):
                 return self._archive(name, "*", info)
@@ -221,6 +224,11 @@ def _split_names(named: SourceName, key: str) -> list[str]:
     if not items:
         raise UserError(f"{key} is empty; expected files, folders or data sets to read")
     return items
+
+
+def _is_file(path: str) -> bool:
+    """Return whether the path is a file, or a link to one that is missing: it may not be left out silently."""
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))  # noqa: PTH110, PTH113, PTH114
 
 
 def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:

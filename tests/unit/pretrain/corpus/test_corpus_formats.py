@@ -368,6 +368,18 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
         find_sources(tmp_path / "data", output=tmp_path / "other" / "out")
 
 
+def test_a_link_to_a_missing_file_is_named(tmp_path: Path) -> None:
+    """Catches a corpus that lacks a file without a word. Links of other formats, and hidden ones, do not matter."""
+    (tmp_path / "a.txt").write_text("a\n")
+    for name in (".b.txt", "b.png"):
+        (tmp_path / name).symlink_to("nowhere")
+    assert texts(tmp_path) == ["a"]
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    for source in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(UserError, match=r"--source .*/b\.txt: a link to nowhere, which does not exist"):
+            find_sources(source)
+
+
 def test_folders_and_globs_sorted_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches file-system order, hidden files that are read, and other formats skipped silently."""
     for name in ("b.txt", "a/z.jsonl", "c.csv", ".hidden.txt", "notes.doc"):
