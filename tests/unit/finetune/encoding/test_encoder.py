@@ -118,6 +118,17 @@ def test_every_word_has_tokens(encoder: Path) -> None:
     assert made.ids_of_words([]) == []
 
 
+def test_a_word_without_tokens_may_be_masked() -> None:
+    """Catches a traceback for an empty word if the tokenizer has no unknown token, as many byte-level ones."""
+    tokenizer = byte_level("bert")
+    made = Encoder(tokenizer, 16, token_types=True)
+    assert made.ids_of_words(["", "a"])[0] == [tokenizer.mask_token_id]
+    tokenizer.mask_token = None
+    assert len(made.ids_of_words(["a", "b"])) == 2
+    with pytest.raises(UserError, match="neither an unknown token nor a mask token"):
+        made.ids_of_words(["", "a"])
+
+
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_windows_cover_all_positions_and_overlap(length: int, size: int) -> None:
     """Catches positions in no window, a window that is too long, and neighbours without common context."""
