@@ -32,6 +32,8 @@ ROBERTA_TOKENS = {
     "unk_token": "<unk>",
     "mask_token": "<mask>",
 }
+# Model types whose own tokenizer reads a vocab.txt in another way than BERT's.
+_OTHER_VOCABULARIES = ("bertweet", "esm", "funnel", "mpnet", "phobert", "roc_bert", "roformer", "splinter", "tapas")
 _PRETRAINING_NEEDS = ("cls_token", "sep_token", "pad_token", "mask_token")
 # Keys with which transformers records the origin of a tokenizer.
 _SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
@@ -121,10 +123,13 @@ def _is_bert_vocabulary(folder: Path) -> bool:
     """Return whether there is a vocab.txt and nothing says that it belongs to another tokenizer than BERT's."""
     if not (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
         return False
+    config = _read_json(folder / "config.json")
     tokenizer_class = _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
     if tokenizer_class is None:
-        tokenizer_class = _read_json(folder / "config.json").get("tokenizer_class")
-    return tokenizer_class in (None, "BertTokenizer", "BertTokenizerFast")
+        tokenizer_class = config.get("tokenizer_class")
+    if tokenizer_class is None:
+        return config.get("model_type") not in _OTHER_VOCABULARIES
+    return tokenizer_class in ("BertTokenizer", "BertTokenizerFast")
 
 
 def _is_uncased(folder: Path) -> bool:

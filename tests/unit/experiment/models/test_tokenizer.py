@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_a_bare_vocabulary_is_cased_or_not(
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert json.loads(load_tokenizer(tmp_path).backend_tokenizer.to_str())["normalizer"]["lowercase"] is lowercase
+
+
+def test_a_vocabulary_is_read_as_its_model_does(tmp_path: Path, vocabulary_folder: Path) -> None:
+    """Catches amino acids of ESM that are cut into pieces as BERT's words."""
+    shutil.copytree(vocabulary_folder, tmp_path, dirs_exist_ok=True)
+    for model_type, tokenizer in (("esm", "EsmTokenizer"), ("electra", "BertTokenizer")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert type(load_any_tokenizer(tmp_path, needed=())).__name__ == tokenizer
 
 
 @pytest.mark.parametrize("decoder", [False, True])
