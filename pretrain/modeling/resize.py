@@ -58,6 +58,9 @@ def resize_model(
     (Beltagy et al. 2020, "Longformer", section 5): nothing changes up to the old limit, and beyond it local order is
     known from the start. Raises UserError if `config` changes another shape.
     """
+    if not _is_tied(model):  # a decoder of its own in the weights makes it so, whatever the config says
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
     larger = build_from_config(AutoModelForMaskedLM, config, "model.init_from", dtype=torch.float32)
     _copy_parameters(model, larger)
     with torch.no_grad():
@@ -100,6 +103,10 @@ def _repeated(table_PD: Tensor, rows: int, first: int) -> Tensor:
 def _vocabulary_size(model: PreTrainedModel) -> int:
     size: int = model.config.get_text_config().vocab_size
     return size
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:

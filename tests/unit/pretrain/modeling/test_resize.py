@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ def test_added_tokens(wordpiece: Path, extended: Path, tmp_path: Path, model_typ
     reopened = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").eval()
     assert torch.equal(logits(reopened, ids), logits(after, ids))
     assert tokenizer_fingerprint(load_tokenizer(tmp_path / "hf")) == tokenizer_fingerprint(new)
+
+
+def test_a_decoder_of_its_own_is_kept(wordpiece: Path, extended: Path, tmp_path: Path) -> None:
+    """Catches trained weights that are replaced by the embeddings because the config says that they are tied."""
+    old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
+    before = make_folder(tmp_path, old, "bert", tie_word_embeddings=False)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    after = resized(ModelConfig(init_from=str(tmp_path), added_tokens=str(extended)), new)
+    assert not after.config.tie_word_embeddings
+    ids = torch.randint(5, len(old), (31,))
+    assert torch.allclose(logits(after, ids)[:, : len(old)], logits(before, ids), atol=1e-5)
 
 
 def test_rows_of_a_16_bit_folder_are_means_in_fp32(wordpiece: Path, extended: Path, tmp_path: Path) -> None:
