@@ -298,6 +298,10 @@ def test_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversations.write_text(separator.join(["u0", "u1", "m0", "['L1', 'L9']"]))
     with pytest.raises(UserError, match=r"movie_conversations.txt:1: expected a list of lines of movie_lines.txt"):
         read(conversations)
+    assert read(tmp_path / "movie_lines.txt") == {}  # they are read with the conversations
+    conversations.unlink()
+    with pytest.raises(UserError, match=r"movie_lines\.txt: .* movie_conversations\.txt, which is not in the same"):
+        read(tmp_path / "movie_lines.txt")
     (tmp_path / "dialogues_text.txt").write_text("Hi . __eou__ Hello . __eou__\n")
     assert read(tmp_path / "dialogues_text.txt") == {"dialogues_text.txt:1": "Hi .\nHello ."}
 
