@@ -58,6 +58,11 @@ class Mirror:
                 found[name] = read_bytes(join(self.url, name, COMPLETE))
         return found
 
+    def incomplete(self) -> list[str]:
+        """Return the checkpoints without a COMPLETE file, of uploads that did not finish. Raises StorageError."""
+        names = filter(is_checkpoint_name, list_folders(self.url))
+        return [name for name in names if not exists(join(self.url, name, COMPLETE))]
+
     def upload(self, checkpoint: Path, known: bytes | None = None) -> bytes:
         """Copy a complete checkpoint, in place of another one of its name, and return the content of COMPLETE.
 
@@ -83,10 +88,15 @@ class Mirror:
             with suppress(FileNotFoundError):
                 upload(path, join(self.url, _RUN, path.name))
 
-    def upload_best(self, folder: RunFolder) -> None:
-        """Copy the name of the best checkpoint."""
-        with suppress(FileNotFoundError):
-            upload(folder.checkpoints / BEST, join(self.url, BEST))
+    def best(self) -> str | None:
+        """Return the name that the mirror has for the best checkpoint; None if it has none. Raises StorageError."""
+        with suppress(MissingError):
+            return read_bytes(join(self.url, BEST)).decode(errors="replace").strip()
+        return None
+
+    def write_best(self, name: str) -> None:
+        """Name the best checkpoint."""
+        write_bytes(join(self.url, BEST), f"{name}\n".encode())
 
     def provenance(self) -> dict[str, Any] | None:
         """Return the provenance of the run in the mirror; None if it is missing or damaged. Raises StorageError."""
@@ -151,11 +161,9 @@ class Mirror:
         found = list(self.complete())
         if found and not any(copy(name) for name in reversed(found)):
             raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
-        best = None
-        with suppress(MissingError):
-            best = read_bytes(join(self.url, BEST)).decode().strip()
-            if best in found and best not in copies:
-                copy(best)
+        best = self.best()
+        if best in found and best not in copies:
+            copy(best)
         for path in _run_files(folder):
             with suppress(MissingError):
                 if not path.exists():

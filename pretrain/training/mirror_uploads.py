@@ -5,16 +5,19 @@ when one is saved, and after a failure some time later. If uploads are slower th
 """
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from experiment.errors import UserError
-from experiment.run_files.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints
+from experiment.run_files.checkpoints import COMPLETE, checkpoint_step, complete_checkpoints, named_best
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
+from experiment.storage import DeniedError, StorageError
 from experiment.tracking.alerts import Alert
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ class MirrorUploads:
         self._folder = folder
         self._alert = alert
         self._retry_seconds = retry_seconds
+        self._is_tidy = False  # whether the mirror has no incomplete checkpoints of earlier attempts
         self._known: dict[str, bytes] | None = None  # name -> COMPLETE, of the mirror; None: not looked up
         self._keep: Retention | None = None  # of the newest checkpoint
         self._newest, self._has_saved = 0, False
@@ -40,6 +44,8 @@ class MirrorUploads:
         self._is_wanted, self._is_closing = False, False
         self.uploading: int | None = None  # step
         self.problem: str | None = None  # of the last attempt
+        self._may_pass = False  # the problem, without a change of the config or of permissions
+        self._end = math.inf  # of the attempts while closing, as time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
@@ -54,9 +60,11 @@ class MirrorUploads:
             self._wanted.notify()
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait for the upload of the newest checkpoint, for at most `seconds`."""
+        """Wait for the upload of the newest checkpoint, for at most `seconds`. Until then it is tried again after a
+        failure that may pass."""
         with self._wanted:
-            self._is_closing = True
+            self._is_closing, self._end = True, time.monotonic() + seconds
+            self._is_wanted |= self._may_pass
             self._wanted.notify()
         self._thread.join(1.0)
         if self._thread.is_alive():
@@ -69,11 +77,12 @@ class MirrorUploads:
     def _work(self) -> None:
         while True:
             with self._wanted:
-                failed = self.problem is not None
                 self._wanted.wait_for(
-                    lambda: self._is_wanted or self._is_closing, self._retry_seconds if failed else None
+                    lambda: self._is_wanted or (self._is_closing and not self._may_pass),
+                    self._retry_seconds if self.problem is not None else None,
                 )
-                if self._is_closing and not self._is_wanted:
+                is_over = not self._may_pass or time.monotonic() >= self._end
+                if self._is_closing and is_over and not self._is_wanted:
                     return
                 self._is_wanted, keep, newest = False, self._keep, self._newest
             if keep is not None:
@@ -82,34 +91,47 @@ class MirrorUploads:
     def _try(self, keep: Retention, newest: int) -> None:
         try:
             self._upload(keep, newest)
-            self.problem = None
+            self.problem, self._may_pass = None, False
         except Exception as error:  # training continues, whatever it is
             self.problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            is_refused = isinstance(error, UserError) and not isinstance(error, StorageError)
+            self._may_pass = not is_refused and not isinstance(error, DeniedError)
+        self.uploading = None
+        if self.problem is not None:
             text = f"checkpoints cannot be copied to {self._mirror.url}: {self.problem}"
-            log.warning("%s; trying again in %.0f s", text, self._retry_seconds)
+            is_last = self._is_closing and not self._may_pass
+            log.warning("%s%s", text, "" if is_last else f"; trying again in {self._retry_seconds:.0f} s")
             self._alert(Alert("mirror", text))
-        finally:
-            self.uploading = None
 
     def _upload(self, keep: Retention, newest: int) -> None:
-        """Copy the missing checkpoints, the newest one first; later ones are damaged, or the run would have resumed
-        from them. Leaves out older ones if there is a newer one. Raises UserError if the mirror is another run's."""
+        """Copy the missing checkpoints: the newest one, the best one, then the others; later ones are damaged, or the
+        run would have resumed from them. Leaves out the others if there is a newer one. The mirror keeps the one that
+        it names the best until it has the new one. Raises UserError if the mirror is another run's."""
         self._mirror.check_owner(self._folder)  # each time: two runs may have found the mirror empty
         if self._known is None:
             self._known = self._mirror.complete()
         known = self._known
         found = {checkpoint_step(path): path for path in complete_checkpoints(self._folder.checkpoints)}
+        named = named_best(self._folder.checkpoints)
+        if keep.best not in found and named is not None and named in found.values():
+            keep = replace(keep, best=checkpoint_step(named))  # an earlier one: `keep.best` could not be saved
         superseded = keep.superseded(list(found), newest)
-        wanted = [step for step in sorted(found, reverse=True) if step <= newest and step not in superseded]
+        wanted = {step for step in found if step <= newest and step not in superseded}
         self._mirror.upload_run_files(self._folder)  # first: a resumed run drops the events that follow its checkpoint
-        for step in wanted:
-            if step != newest and self._is_wanted:
+        for step in sorted(wanted, key=lambda step: (step == newest, step == keep.best, step), reverse=True):
+            if step not in (newest, keep.best) and self._is_wanted:
                 break
             self.uploading = step
             self._upload_one(found[step], known)
-        self._mirror.upload_best(self._folder)
+        if keep.best in found and found[keep.best].name in known:
+            self._mirror.write_best(found[keep.best].name)
+        elif (best := self._mirror.best()) in known:
+            keep = replace(keep, best=checkpoint_step(Path(best)))
         for name in self._mirror.apply_retention(list(known), keep, newest, drop_later=self._has_saved):
             del known[name]
+        if not self._is_tidy:
+            self._delete_incomplete(wanted)
+            self._is_tidy = True
 
     def _upload_one(self, checkpoint: Path, known: dict[str, bytes]) -> None:
         """Copy a checkpoint unless the mirror has it. `known`: its content, which this updates."""
@@ -120,4 +142,10 @@ class MirrorUploads:
                 log.info("copied %s to %s in %.0f s", checkpoint, self._mirror.url, time.monotonic() - start)
         except FileNotFoundError:  # retention has deleted it
             if name not in known:
+                self._mirror.delete(name)
+
+    def _delete_incomplete(self, wanted: Collection[int]) -> None:
+        """Delete what uploads of earlier attempts left behind. `wanted`: steps to be copied, which are replaced."""
+        for name in self._mirror.incomplete():
+            if checkpoint_step(Path(name)) not in wanted:
                 self._mirror.delete(name)

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from experiment import storage
+from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.run_files.checkpoints import mark_complete
+from experiment.run_files.checkpoints import mark_complete, write_best
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import write_provenance
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
+from experiment.storage import DeniedError, StorageError, list_folders, write_bytes
 from experiment.tracking.alerts import Alert
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.mirror_uploads import MirrorUploads
@@ -73,6 +75,43 @@ def test_new_checkpoints_are_copied_and_old_ones_deleted(store: str, run: RunFol
     assert uploads.problem is None
 
 
+def test_the_best_checkpoint_is_kept_until_the_mirror_has_the_new_one(
+    store: str, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a mirror without any best checkpoint, or that names one that it lacks: while uploads are slower than
+    saves, and after the save of the new best one has failed."""
+    mirror, upload, order = Mirror(f"{store}/run"), Mirror.upload, list[int]()
+
+    def save_next(step: int, best: int) -> None:
+        save(run, step)
+        write_best(run.checkpoints, best)
+        uploads.update(Retention(keep_last=1, best=best), step)
+
+    def record(mirror: Mirror, checkpoint: Path, known: bytes | None) -> bytes:
+        order.append(int(checkpoint.name[-8:]))
+        if order == [1, 3]:  # the best one is not copied yet
+            assert named_in(mirror) == 1
+            save_next(4, best=2)
+        assert named_in(mirror) in (None, *steps(mirror))
+        return upload(mirror, checkpoint)
+
+    def named_in(mirror: Mirror) -> int | None:
+        best = mirror.best()  # empty while the file is written
+        return int(best[-8:]) if best else None
+
+    monkeypatch.setattr(Mirror, "upload", record)
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    save_next(1, best=1)
+    wait_until(lambda: named_in(mirror) == 1)
+    save(run, 2)
+    save_next(3, best=2)
+    wait_until(lambda: named_in(mirror) == 2 and steps(mirror) == [2, 4])
+    save_next(6, best=5)  # its save has failed
+    uploads.close()
+    assert (steps(mirror), named_in(mirror)) == ([2, 6], 2)
+    assert order == [1, 3, 2, 4, 6]
+
+
 def test_checkpoints_of_an_earlier_attempt_are_copied(
     store: str, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,6 +142,30 @@ def test_checkpoints_that_the_run_did_not_resume_from(store: str, run: RunFolder
     uploads.update(Retention(keep_last=1), 150)
     uploads.close()
     assert steps(mirror) == [150]
+
+
+def test_incomplete_checkpoints_are_deleted(store: str, run: RunFolder, tmp_path: Path) -> None:
+    """Catches a bucket that grows with every attempt that ends during an upload; and a run that deletes what is
+    another run's."""
+    mirror = Mirror(f"{store}/run")
+    write_provenance(run, {}, [])
+    for step in (7, 8):
+        write_bytes(f"{mirror.url}/step-{step:08d}/state.json", b"{}")
+    save(run, 8)
+    mirror.upload(save(run, 9))
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    uploads.update(Retention(keep_last=2), 9, is_new=False)
+    uploads.close()
+    assert list_folders(mirror.url) == ["run", "step-00000008", "step-00000009"]
+    assert steps(mirror) == [8, 9]
+    write_bytes(f"{mirror.url}/step-00000007/state.json", b"{}")
+    other = RunFolder(tmp_path / "other")
+    write_provenance(other, {}, [])
+    save(other, 9)
+    uploads = MirrorUploads(mirror, other, lambda alert: None)
+    uploads.update(Retention(keep_last=1), 9)
+    uploads.close()
+    assert "step-00000007" in list_folders(mirror.url)
 
 
 def test_the_newest_checkpoint_does_not_wait_for_older_ones(
@@ -206,6 +269,37 @@ def test_nothing_is_copied_to_the_mirror_of_another_run(store: str, run: RunFold
     assert "belongs to another run" in alerts[0].text
     assert steps(mirror) == [1]
     mirror.check_owner(run)
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (StorageError("timed out"), 3),
+        (OSError("stale"), 3),
+        (DeniedError("denied"), 1),
+        (UserError("belongs to another run"), 1),
+    ],
+)
+def test_the_last_upload_is_tried_again(
+    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int
+) -> None:
+    """Catches a run that ends during an outage of the network and leaves its last checkpoint on a disk that will be
+    lost; and a run that waits for what does not pass."""
+    made = list[RunFolder]()
+
+    def fail_twice(mirror: Mirror, folder: RunFolder) -> None:
+        wait_until(lambda: uploads._is_closing)
+        made.append(folder)
+        if len(made) <= 2:
+            raise error
+
+    monkeypatch.setattr(Mirror, "check_owner", fail_twice)
+    mirror = Mirror(f"{store}/run")
+    uploads = MirrorUploads(mirror, run, lambda alert: None, retry_seconds=0.01)
+    save(run, 1)
+    uploads.update(Retention(keep_last=1), 1)
+    uploads.close()
+    assert (len(made), steps(mirror)) == (attempts, [1] if attempts == 3 else [])
 
 
 def test_the_wait_at_the_end_is_limited(
