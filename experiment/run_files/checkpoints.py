@@ -4,13 +4,15 @@ A checkpoint is the folder RUN/checkpoints/step-XXXXXXXX. It is complete once it
 the checksums of all its other files and is written last.
 """
 
+import errno
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from experiment.errors import UserError, reason
 from experiment.files import checksum, fsync_tree, json_digest, read_json, write_json, write_text
@@ -21,6 +23,10 @@ _NAME = re.compile(r"step-(\d{8,})")
 COMPLETE = "COMPLETE"
 BEST = "best"
 _STATE = "state.json"
+_WAITS = (2.0, 8.0, 20.0)  # seconds
+_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+T = TypeVar("T")
 
 Verify = Callable[[Path], str | None]
 """Returns the problem of a complete checkpoint; None without one."""
@@ -149,26 +155,65 @@ def last_usable(candidates: Sequence[Path], verify: Verify) -> Path:
     raise UserError(f"all {len(candidates)} checkpoints in {candidates[-1].parent} are damaged")
 
 
-def verify(checkpoint: Path, choose: Callable[[list[str]], Sequence[str]] = list) -> str | None:
+def verify(
+    checkpoint: Path,
+    choose: Callable[[list[str]], Sequence[str]] = list,
+    on_progress: Callable[[], None] = lambda: None,
+    waits: Sequence[float] = _WAITS,
+) -> str | None:
     """Compare a checkpoint with its checksums, and its step with its name. Returns None if it is complete and
     undamaged, else the problem.
 
-    `choose`: selects the files to read, from their sorted paths in the checkpoint; default: all.
+    Args:
+        choose: selects the files to read, from their sorted paths in the checkpoint; default: all.
+        on_progress: called while files are read.
+        waits: seconds before a file is read again after an error of the disk.
+
+    Raises UserError if a disk fails: the checkpoint may be undamaged.
     """
     try:
-        checksums: dict[str, str] = read_json(checkpoint / COMPLETE)
+        checksums: dict[str, str] = _read_again(checkpoint / COMPLETE, read_json, waits)
     except (OSError, ValueError) as error:
+        _require_damage(error, checkpoint, COMPLETE)
         return f"its {COMPLETE} file cannot be read: {error}"
     if not isinstance(checksums, dict) or not checksums:
         return f"its {COMPLETE} file lists no checksums"
     for name in choose(sorted(checksums)):
         try:
-            found = checksum(checkpoint / name)
+            found = _read_again(checkpoint / name, lambda path: checksum(path, on_progress), waits)
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+            _require_damage(error, checkpoint, name)
             return f"{name} cannot be read: {reason(error)}"
         if found != checksums[name]:
             return f"{name} has checksum {found}, expected {checksums[name]}"
     return verify_name(checkpoint)
+
+
+def _read_again(path: Path, read: Callable[[Path], T], waits: Sequence[float]) -> T:
+    """Read a file, and again after errors that may pass, such as those of a network file system."""
+    for wait in waits:
+        try:
+            return read(path)
+        except OSError as error:
+            if _is_damage(error):
+                raise
+            log.warning("%s cannot be read: %s; trying again in %.0f s", path, reason(error), wait)
+        time.sleep(wait)
+    return read(path)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Return whether a file is missing or another one than was saved, unlike one that a disk does not give now."""
+    return not isinstance(error, OSError) or error.errno in _OF_DAMAGE
+
+
+def _require_damage(error: Exception, checkpoint: Path, name: str) -> None:
+    """Raise UserError for a file of a checkpoint that may be undamaged."""
+    if not _is_damage(error):
+        raise UserError(
+            f"{checkpoint / name} cannot be read: {reason(error)}. The checkpoint may be undamaged: try again. If the "
+            "file stays unreadable, move the checkpoint elsewhere to use an earlier one"
+        )
 
 
 def verify_name(checkpoint: Path) -> str | None:

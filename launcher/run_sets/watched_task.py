@@ -108,7 +108,11 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
     _remove_leftovers(work, folder)
     with removed_on_error(folder):
         link_model(checkpoint, folder)
-        if problem := verify(folder, files_below("hf")) or verify_name(checkpoint):
+        try:
+            problem = verify(folder, files_below("hf")) or verify_name(checkpoint)
+        except UserError as error:  # of the disk: it may pass
+            raise ScoringError(str(error)) from None
+        if problem:
             raise ScoringError(f"the checkpoint is damaged: {problem}")
     step = checkpoint_step(checkpoint)
     argv = _argv_with_copy(task, folder)

@@ -84,7 +84,7 @@ def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | No
         first = (world.rank + 1) % world.size  # before the tensors of rank 0 comes engine/index.json
         return names[first :: world.size]
 
-    problems = group.from_all_ranks(lambda: verify(checkpoint, share))
+    problems = group.from_all_ranks_slowly(lambda on_progress: verify(checkpoint, share, on_progress))
     return next((problem for problem in problems if problem is not None), None)
 
 

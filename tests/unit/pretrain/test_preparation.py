@@ -17,6 +17,7 @@ from experiment.run_files.run_folder import RunFolder
 from experiment.storage import StorageError
 from pretrain import preparation
 from pretrain.config import PretrainConfig
+from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.world import World
 
@@ -31,6 +32,21 @@ class OneRank(CpuGroup):
 
     def from_all_ranks_slowly(self, function: Callable[[Callable[[], None]], T]) -> list[T]:
         return [function(lambda: None)]
+
+
+def test_progress_is_made_while_a_checkpoint_is_verified(tmp_path: Path) -> None:
+    """Catches a resume that times out because a disk takes long to read a large checkpoint, all the time."""
+    checkpoint, progress = save(RunFolder(tmp_path), 1), list[int]()
+    (checkpoint / "COMPLETE").unlink()
+    (checkpoint / "tensors").write_bytes(bytes(10_000_000))
+    mark_complete(checkpoint)
+
+    class Slow(OneRank):
+        def from_all_ranks_slowly(self, function: Callable[[Callable[[], None]], T]) -> list[T]:
+            return [function(lambda: progress.append(1))]
+
+    assert verify_together(Slow(), World(rank=0, size=1, local_rank=0), checkpoint) is None
+    assert len(progress) > 2, "also while a file is read"
 
 
 @pytest.fixture

@@ -105,6 +105,30 @@ def test_a_damaged_checkpoint_is_skipped(
     assert victim in caplog.text
 
 
+@pytest.mark.parametrize("victim", ["COMPLETE", "state.json"])
+def test_an_error_of_the_disk_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, victim: str
+) -> None:
+    """Catches a good checkpoint that is skipped, and deleted by the next save, because a network file system failed for
+    a moment."""
+    _, newest = make(tmp_path, 1, 2)
+    failures, opened = [errno.ESTALE, errno.EIO], Path.open
+
+    def fail(path: Path, *args: Any, **options: Any) -> Any:
+        if path == newest / victim and failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)), str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    assert last_usable(complete_checkpoints(tmp_path), lambda path: verify(path, waits=(0, 0))) == newest
+    assert f"{newest / victim} cannot be read: Stale file handle; trying again in 0 s" in caplog.messages
+    failures.append(errno.ESTALE)
+    with pytest.raises(
+        UserError, match=rf"^{newest / victim} cannot be read: Stale file handle. The checkpoint may be"
+    ):
+        last_usable(complete_checkpoints(tmp_path), lambda path: verify(path, waits=()))
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
 def test_a_damaged_complete_file_is_damage(tmp_path: Path, text: str) -> None:
     """Catches a traceback, or an empty list of checksums that matches any folder."""
