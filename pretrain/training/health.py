@@ -33,6 +33,7 @@ NORM_WINDOW = 128  # norms that the median is taken over
 MIN_NORMS = 20  # norms needed before one can count as a spike
 MAX_CONSECUTIVE = 10  # bad batches in a row, after which the weights must be to blame
 MAX_REWINDS = 10  # to the same checkpoint
+MAX_DUMPS = 20  # whose sequences are kept
 ADVICE = (
     "  to try: fork an earlier checkpoint (run.resume), or restart, with a lower optimizer.lr, a longer "
     "schedule.warmup_steps (it counts from step 0 in a fork, too) or a smaller optimizer.grad_clip"
@@ -136,19 +137,28 @@ class BadBatchWriter:
     def dump_bad_batch(self, batch: RankBatch, losses: Sequence[float], fault: Fault) -> Path:
         """Write this rank's share and return its folder. `losses`: summed, of each microbatch.
 
-        A share that cannot be written is logged, not raised.
+        The sequences of all but the last batches are deleted. A share that cannot be written is logged, not raised.
         """
         target = self.folder.bad_batch(fault.step)
         try:
             if self.world.rank == 0:
                 figures = {key: _finite_or_none(value) for key, value in asdict(fault).items()}
                 write_json(target / "fault.json", figures | {"what": str(fault)})
+                remove_old_sequences(target.parent)
             rows = describe_sequences(batch, losses, self.corpora, self.decode)
             lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
             write_text(target / f"rank-{self.world.rank:05d}.jsonl", lines)
         except OSError as error:
             log.warning("cannot write this rank's share of the bad batch to %s: %s", target, error)
         return target
+
+
+def remove_old_sequences(dumps: Path) -> None:
+    """Delete the sequences of all but the last `MAX_DUMPS` bad batches; their faults stay. Raises OSError."""
+    faults = sorted(dumps.glob("step-*/fault.json"), key=lambda path: path.stat().st_mtime)
+    for fault in faults[:-MAX_DUMPS]:
+        for share in fault.parent.glob("rank-*.jsonl"):
+            share.unlink(missing_ok=True)
 
 
 def describe_sequences(

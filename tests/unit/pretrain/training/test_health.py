@@ -1,14 +1,20 @@
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiment.errors import AgreedFailureError
+from experiment.run_files.run_folder import RunFolder
 from pretrain.config import HealthConfig
 from pretrain.training import health
 from pretrain.training.health import (
+    MAX_DUMPS,
     MIN_NORMS,
     NORM_WINDOW,
+    BadBatchWriter,
     Fault,
     Recovery,
     append_norm,
@@ -16,6 +22,7 @@ from pretrain.training.health import (
     diagnose,
     norm_limit,
 )
+from pretrain.world import World
 
 WHAT = "step 9: the loss is nan\n  its batch: RUN/health/step"
 
@@ -101,3 +108,17 @@ def test_skips_apart_are_not_limited(recovery: Callable[[str], Recovery]) -> Non
     skipping, bad_steps = recovery("skip"), list(range(1, 100, 2))
     for known in range(1, len(bad_steps) + 1):
         skipping.check(WHAT, bad_steps[:known], saved_step=None)
+
+
+def test_the_sequences_of_the_last_bad_batches_are_kept(tmp_path: Path) -> None:
+    """Catches bad batches that fill the disk of a long run under the policy skip, a batch that is deleted because a
+    later step had been bad before, and faults that are lost."""
+    steps = [*range(100, 100 + MAX_DUMPS + 1), 50]
+    batch = SimpleNamespace(microbatches=[])
+    dumps = BadBatchWriter(RunFolder(tmp_path), World(rank=0, size=1, local_rank=0), [], lambda ids: "")
+    for number, step in enumerate(steps):
+        folder = dumps.dump_bad_batch(batch, [], Fault(step, math.nan, math.nan, None))  # type: ignore[arg-type]
+        os.utime(folder / "fault.json", (number, number))
+    assert len(list(tmp_path.glob("health/*/fault.json"))) == MAX_DUMPS + 2
+    kept = [int(path.parent.name[-8:]) for path in tmp_path.glob("health/*/rank-00000.jsonl")]
+    assert sorted(kept) == sorted(steps[2:])
