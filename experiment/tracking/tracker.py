@@ -124,7 +124,7 @@ class Trackers:
                 logger.warning(message, name, step)
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
-        for name, tracker in self._trackers.items():
+        for name, tracker in list(self._trackers.items()):  # the mirror's thread sends alerts while others are opened
             try:
                 action(tracker)
             except Exception as error:

@@ -84,7 +84,8 @@ class WandbTracker:
             "silent": True,
             "console": "off",  # the terminal belongs to the console tracker and the rank logs
         }
-        self._worker = threading.Thread(target=self._work, args=(kept,), name="wandb", daemon=True)
+        # An iterator releases the events, which may be many, when all are read.
+        self._worker = threading.Thread(target=self._work, args=(iter(kept),), name="wandb", daemon=True)
         self._worker.start()
 
     def log(self, metrics: Metrics) -> None:
@@ -105,7 +106,7 @@ class WandbTracker:
             self._warn(f"did not finish in {self._finish_seconds:g} s; what it has not uploaded is in {files}")
             self._off = True
 
-    def _work(self, kept: Sequence[Event]) -> None:
+    def _work(self, kept: Iterator[Event]) -> None:
         try:
             with warnings_blocked():  # W&B's own process
                 run, first_number = self._start()

@@ -13,7 +13,7 @@ from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking import tracker
 from experiment.tracking.config import TrackingConfig
-from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
+from experiment.tracking.tracker import TrackedRun, Tracker, Trackers, open_trackers
 
 REPOSITORY = Path(experiment.__file__).parents[1]
 
@@ -100,6 +100,21 @@ def test_a_tracker_that_cannot_be_opened_is_tried_again(tmp_path: Path, caplog: 
     first, last = [record.getMessage() for record in caplog.records]
     assert first.startswith("could not open the tracker for metrics.jsonl")
     assert last == "opened the tracker for metrics.jsonl at step 4; earlier events of this attempt are missing"
+
+
+def test_a_tracker_may_be_opened_while_another_thread_sends() -> None:
+    """Catches an alert of the mirror that ends its thread because a tracker is opened meanwhile."""
+    trackers = Trackers({"a": Broken})
+
+    class Opening(Broken):
+        def log(self, metrics: Mapping[str, Any]) -> None:
+            trackers._trackers["late"] = Broken()
+            super().log(metrics)
+
+    trackers._trackers["b"] = opening = Opening()
+    trackers.log({"step": 1})
+    assert opening.tried == 1
+    assert "late" in trackers._trackers
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])

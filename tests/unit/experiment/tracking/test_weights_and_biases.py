@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from experiment.tracking.alerts import Alert
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from experiment.tracking.jsonl import Event
 from experiment.tracking.weights_and_biases import WandbTracker, _read_records, last_step
+from waiting import wait_until
 
 
 class FakeRun:
@@ -167,6 +169,20 @@ def test_nothing_is_doubled_or_missing_after_a_crash(tmp_path: Path, fake: FakeW
     shown = fake.runs[0].logged + fake.runs[1].logged
     key = json.dumps
     assert sorted(map(key, shown)) == sorted(map(key, [*FIRST, event(40), evaluation(40)]))
+
+
+def test_kept_events_are_released(tmp_path: Path, fake: FakeWandb) -> None:
+    """Catches all earlier metrics of a long run in memory until it ends."""
+
+    class Events(list[Event]):
+        pass
+
+    kept = Events(FIRST)
+    released = weakref.ref(kept)
+    resumed = tracker(tmp_path, kept=kept)
+    del kept
+    wait_until(lambda: released() is None)
+    resumed.close(Outcome.DONE)
 
 
 def test_a_score_that_comes_while_steps_are_repeated(tmp_path: Path, fake: FakeWandb) -> None:
