@@ -124,7 +124,7 @@ def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:
     if found and not complete:
         raise UserError(
             f"no checkpoint in {checkpoints} has a COMPLETE file: all are damaged, or their copy is incomplete. "
-            "To start over, delete them"
+            "Delete them to resume from checkpoint.mirror, or, without one, to start over"
         )
     for path in found:
         if checkpoint_step(path) > checkpoint_step(complete[-1]):
