@@ -7,6 +7,7 @@ are rejected.
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,10 +173,13 @@ def parse_settings(raw: object, path: Path) -> DeepSpeedSettings:
 
 def check_device_support(settings: DeepSpeedSettings) -> None:
     """Raise UserError where this machine lacks the precision, or a requirement of NVMe offload, naming the file to
-    use."""
+    use, and where this build of torch has no code for its GPU."""
     accelerator = get_accelerator()
+    on_gpu = accelerator.device_name() == "cuda"
+    if on_gpu:
+        _check_torch_build()
     supported: dict[Precision, bool] = {
-        "bf16": accelerator.is_bf16_supported(),
+        "bf16": has_native_bf16("cuda") if on_gpu else accelerator.is_bf16_supported(),  # DeepSpeed counts emulation
         "fp16": accelerator.is_fp16_supported(),
         "fp32": True,
     }
@@ -187,6 +191,24 @@ def check_device_support(settings: DeepSpeedSettings) -> None:
         )
     if settings.offload == "nvme":
         check_nvme(settings)
+
+
+def _check_torch_build() -> None:
+    """Raise UserError if this build of torch has no code for the current GPU.
+
+    Code for a device, sm, also runs on those of the same major and a higher minor number; PTX, compute, on all later
+    ones (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility").
+    """
+    device = torch.cuda.get_device_capability()
+    found = [match for name in torch.cuda.get_arch_list() if (match := re.match(r"(sm|compute)_(\d+)(\d)", name))]
+    built = [(kind, (int(major), int(minor))) for kind, major, minor in (match.groups() for match in found)]
+    if not built or any(code <= device and (kind == "compute" or code[0] == device[0]) for kind, code in built):
+        return  # for AMD's devices the names are others
+    index = "cu126" if device < (7, 5) else "cu130"
+    raise UserError(
+        f"torch {torch.__version__} has no code for this GPU, {torch.cuda.get_device_name()} of compute capability "
+        f"{device[0]}.{device[1]}; install torch from another index, such as https://download.pytorch.org/whl/{index}"
+    )
 
 
 def warn_of_emulation(settings: DeepSpeedSettings) -> None:

@@ -1,5 +1,7 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,6 +236,41 @@ def test_an_unsupported_precision_is_rejected_with_the_preset_to_use(
     instead = find_ds_config(str(rejected.value).partition("--engine.ds_config=")[2])
     assert instead.stem == f"{has[0]}_{kind}"
     check_device_support(load_settings(str(instead)))
+
+
+@pytest.mark.parametrize(
+    ("device", "built", "expected"),
+    [
+        ((8, 0), "sm_75 sm_80 sm_90", ""),
+        ((8, 9), "sm_80 sm_90a", ""),
+        ((12, 1), "sm_80 sm_90 compute_90", ""),
+        ((9, 0), "gfx942", ""),
+        (
+            (7, 5),
+            "sm_75 sm_80",
+            "cannot train in bf16; use --engine.ds_config=ds_configs/fp16_zero1",
+        ),
+        (
+            (7, 0),
+            "sm_75 sm_80 compute_120",
+            "capability 7.0; install torch from another index, such as .*/cu126",
+        ),
+        ((12, 0), "sm_80 sm_90", "capability 12.0; install torch from another index, such as .*/cu130"),
+    ],
+)
+def test_an_older_gpu_is_told_what_it_can_run(
+    device: tuple[int, int], built: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a T4 that trains in emulated bf16 or is told to use fp32, and a build of torch without code for a GPU."""
+    accelerator = SimpleNamespace(device_name=lambda: "cuda", is_fp16_supported=lambda: True)
+    accelerator.is_bf16_supported = lambda: True  # also where it is emulated
+    monkeypatch.setattr("pretrain.engine.deepspeed_settings.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: device >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
+    with pytest.raises(UserError, match=expected) if expected else nullcontext():
+        check_device_support(load_settings("bf16_zero1"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the precisions of a CPU")
