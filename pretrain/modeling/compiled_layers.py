@@ -74,6 +74,7 @@ class _Compiler:
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
+        self._inode = _inode(cache)  # of the cache that this process began with: another one may replace it
         self._trial: Path | None = None  # an empty cache, tried because compiling has failed with the usual one
         self._failed = False
         torch._dynamo.config.specialize_float = True  # variables, such as dropout, cost time in each call
@@ -112,13 +113,16 @@ class _Compiler:
         _use_cache(self._trial or self._cache)  # Triton still compiles the loss
 
     def _keep_trial(self) -> None:
-        """Put the cache with which the layers compile in the place of the damaged one."""
+        """Put the cache with which the layers compile in the place of the damaged one, unless another process has been
+        faster."""
         if self._trial is None:
             return
-        shutil.rmtree(self._cache, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process has been faster
-            self._trial.rename(self._cache)
+        if _inode(self._cache) in (self._inode, None):
+            shutil.rmtree(self._cache, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._trial.rename(self._cache)
         self._delete_trial()
+        self._inode = _inode(self._cache)
         _use_cache(self._cache)
 
     def _delete_trial(self) -> None:
@@ -139,6 +143,12 @@ def _open_cache(usual: Path) -> Path:
     except OSError:
         writable = False
     return folder if writable else Path(default_cache_dir()) / "deepcloze"
+
+
+def _inode(folder: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        return folder.stat().st_ino
+    return None
 
 
 def _use_cache(folder: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling import masked_lm
 from pretrain.modeling.attention import Packing, use_packed_attention
-from pretrain.modeling.compiled_layers import compile_layers
+from pretrain.modeling.compiled_layers import _Compiler, compile_layers
 from pretrain.modeling.masked_lm import MaskedLanguageModel
 from pretrain.world import World
 from rank_pool import ForkServer, RankPool
@@ -170,6 +170,28 @@ def test_a_damaged_cache_is_compiled_again(run: Run, tmp_path: Path) -> None:
     assert again["warnings"] == []
     assert all(library.stat().st_size > 100 for library in cache.rglob("*.so")), "the next run would find them again"
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def repair_case(_: World, cache: Path) -> list[str]:
+    """Two ranks meet the same damaged cache, one after the other. Returns the files of the cache at the end."""
+    ranks = [_Compiler(cache) for _ in range(2)]
+    for number, rank in enumerate(ranks):
+        rank._recover(RuntimeError("damaged"))
+        assert rank._trial is not None
+        (rank._trial / f"compiled by rank {number}").touch()
+        rank._keep_trial()
+    return [path.name for path in cache.iterdir()]
+
+
+def test_a_damaged_cache_is_replaced_once(fork_server: ForkServer, tmp_path: Path) -> None:
+    """Catches a rank that deletes the cache that another one has repaired and uses."""
+    cache = tmp_path / "compiled"
+    cache.mkdir()
+    (cache / "damaged").touch()
+    pool = RankPool(fork_server, 1)
+    assert pool.run(repair_case, cache) == [["compiled by rank 0"]]
+    pool.close()
+    assert list(tmp_path.iterdir()) == [cache]
 
 
 @pytest.mark.parametrize(
