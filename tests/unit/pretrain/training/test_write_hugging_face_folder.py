@@ -1,12 +1,14 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from experiment.models.tokenizer import load_tokenizer
-from pretrain.training.checkpoint_tensors import write_hugging_face_folder
+from pretrain.training.checkpoint_tensors import PinnedMemory, write_hugging_face_folder
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 
@@ -50,3 +52,27 @@ def test_others_can_open_the_folder(folder: Path) -> None:
     new = folder / "new"
     new.touch()
     assert {oct(path.stat().st_mode) for path in folder.iterdir()} == {oct(new.stat().st_mode)}
+
+
+def test_pinned_memory_is_little_more_than_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the memory of two BERT-bases for the copy of one, and tensors that overlap."""
+    blocks: list[int] = []
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in BertForMaskedLM(BertConfig()).parameters()]
+
+    def allocate(size: int, **_: object) -> Tensor:
+        blocks.append(1 << (size - 1).bit_length())  # as torch does
+        return new(size)
+
+    new = partial(torch.empty, dtype=torch.uint8, device="meta")
+    monkeypatch.setattr(torch, "empty", allocate)
+    memory = PinnedMemory()
+    copies = [memory.like(new((size,), dtype=torch.float32)) for size in [*sizes, 1] for _ in range(3)]
+    assert [len(copy) for copy in copies] == [size for size in [*sizes, 1] for _ in range(3)]
+    assert sum(blocks) < 1.05 * sum(copy.nbytes for copy in copies)
+    monkeypatch.undo()
+
+    memory = PinnedMemory()
+    monkeypatch.setattr(torch, "empty", lambda size, **_: torch.zeros(size, dtype=torch.uint8))
+    small = [memory.like(value).copy_(value) for value in map(torch.tensor, (1.0, [2, 3], [[4.0]]))]
+    assert [copy.tolist() for copy in small] == [1.0, [2, 3], [[4.0]]]
