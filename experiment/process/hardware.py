@@ -5,7 +5,7 @@ import re
 import resource
 from contextlib import suppress
 
-from experiment.process.own_process import use_cpu
+from experiment.process.own_process import hide_gpus, use_cpu
 from experiment.process.shared_cores import share_cores
 
 HOPPER = 9  # major number of the compute capability of H100 and H200
@@ -14,9 +14,13 @@ _LARGEST = 2**31 - 1
 
 
 def prepare_process() -> None:
-    """Let this process of ours use memory and cores well on a CPU. Call it before it computes; results are the same."""
+    """Let this process of ours use memory and cores well on a CPU, and no GPU with DS_ACCELERATOR=cpu.
+
+    Call it before it computes; results are the same.
+    """
     import torch
 
+    hide_gpus()
     keep_freed_memory()
     share_cores()
     if not torch.cuda.is_available():

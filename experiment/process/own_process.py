@@ -55,6 +55,12 @@ def use_cpu() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of CUDA's compiler without a GPU
 
 
+def hide_gpus() -> None:
+    """Let torch find no GPU if DS_ACCELERATOR is cpu. Call it before torch looks for one."""
+    if os.environ.get(_DEVICE) == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def given_environment() -> dict[str, str]:
     """Return the environment without the choice of `use_cpu`, which is not the user's: ranks on other hosts may have
     GPUs."""

@@ -185,13 +185,16 @@ def test_the_share_of_waiting() -> None:
         ("finetune.prediction.predict", "predict_command", "prepare_process"),
         ("finetune.serve.server", "serve_command", "prepare_process"),
         ("pretrain.evaluate", "evaluate", "share_cores"),
+        ("pretrain.evaluate", "evaluate", "hide_gpus"),
+        ("experiment.process.hardware", "prepare_process", "hide_gpus"),
         ("pretrain.run", "_connect_and_pretrain", "share_cores"),
     ],
 )
 def test_each_process_that_computes_is_prepared(
     module: str, function: str, preparation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a command whose threads spin beside others, or whose memory is mapped again and again."""
+    """Catches a command whose threads spin beside others, or whose memory is mapped again and again, and one that uses
+    a GPU with DS_ACCELERATOR=cpu."""
 
     class PreparedError(Exception):
         pass

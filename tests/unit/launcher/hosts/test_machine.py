@@ -51,6 +51,15 @@ def test_other_hosts_do_not_use_the_cpu_because_this_one_does(monkeypatch: pytes
         assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
+@pytest.mark.parametrize(("accelerator", "visible"), [("cpu", ""), ("cuda", "0,1")])
+def test_gpus_are_hidden_where_the_cpu_is_chosen(monkeypatch: pytest.MonkeyPatch, accelerator: str, visible: str):
+    """Catches fine-tuning that uses a GPU with DS_ACCELERATOR=cpu, and one that does not use the GPUs chosen."""
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    own_process.hide_gpus()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
 def test_recognizes_this_machine():
     """Catches a remote host mistaken for this machine. 192.0.2.0/24 is reserved for documentation."""
     assert is_this_machine("localhost")
