@@ -1,19 +1,22 @@
-"""The machine of a GPU session, as a JSON object: a step of `benchmarks.gpu_session`. Fails if its GPU is broken."""
+"""The machine and the commit of a GPU session: a step of `benchmarks.gpu_session`. Fails if its GPU is broken."""
 
 import importlib.util
-import json
 import shutil
 import subprocess
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_results import print_figures
 from benchmarks.measuring import describe_machine
+from experiment.files import REPOSITORY
+from experiment.run_files.provenance import describe_commit, git_state
 
 
 def describe() -> dict[str, Any]:
     """`gpu` is None if there is none."""
-    found: dict[str, Any] = {"machine": describe_machine(), "cuda": torch.version.cuda, "gpu": None}
+    commit = describe_commit({"git": git_state(REPOSITORY)})
+    found: dict[str, Any] = {"machine": describe_machine(), "commit": commit, "cuda": torch.version.cuda, "gpu": None}
     if importlib.util.find_spec("triton") is not None:
         import triton
 
@@ -51,4 +54,4 @@ def _driver() -> str | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(describe()), flush=True)
+    print_figures(describe())

@@ -2,10 +2,9 @@
 
     python -m benchmarks.gpu_kernels bf16
 
-Prints a `KernelTime` as a JSON object after each kernel. CUDA events measure the times.
+Prints a `KernelTime` after each kernel. CUDA events measure the times.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_results import print_figures
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling.attention import (
     Packing,
@@ -200,4 +200,4 @@ def _time_on_cpu(compute: Callable[[], None]) -> float:
 
 if __name__ == "__main__":
     for result in run(KernelSettings("cuda", sys.argv[1])):
-        print(json.dumps(asdict(result)), flush=True)
+        print_figures(asdict(result))

@@ -3,12 +3,11 @@
     python -m benchmarks.gpu_pretraining [--seconds 120]
 
 The text is the source code of Python's standard library, which every machine has and which is read in a second. On a
-GPU the model has 12 layers of 768 hidden units; on a CPU it is the demo's. Prints what the run logged as one JSON
-object, and fails if the run does not stop, resume where it stopped, or learn.
+GPU the model has 12 layers of 768 hidden units; on a CPU it is the demo's. Prints what the run logged, and
+fails if the run does not stop, resume where it stopped, or learn.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.gpu_results import print_figures
 from benchmarks.measuring import deepcloze, stop_after
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
@@ -105,4 +105,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_pretraining", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=int, default=120, help="of training (120)")
     with tempfile.TemporaryDirectory(prefix="deepcloze-pretraining-") as temporary:
-        print(json.dumps(pretrain(Path(temporary), parser.parse_args().seconds)), flush=True)
+        print_figures(pretrain(Path(temporary), parser.parse_args().seconds))

@@ -1,8 +1,10 @@
 """What the jobs of `benchmarks.gpu_session` found, and the page with it."""
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,20 +14,34 @@ from experiment.files import write_text
 from experiment.formatting import escape, markdown_table
 
 _ATTEMPTS = 2  # of a job that ends the session
+_MARK = "FIGURES "  # at the start of a line: libraries print JSON too
 
 Figures = dict[str, Any]
+
+
+def print_figures(figures: Figures) -> None:
+    """Print figures on a line of the output of a job, for `read_figures`."""
+    print(_MARK + json.dumps(figures), flush=True)
+
+
+def read_figures(output: str) -> Iterator[Figures]:
+    for line in output.splitlines():
+        if line.startswith(_MARK):
+            with suppress(ValueError):  # the job was killed
+                yield json.loads(line.removeprefix(_MARK))
 
 
 @dataclass
 class JobOutcome:
     """How a job went."""
 
-    status: Literal["running", "interrupted", "passed", "failed", "timed out", "no GPU"]
+    status: Literal["waiting", "running", "interrupted", "passed", "failed", "timed out"]  # waiting: to run again
     attempts: int = 0
     seconds: float = 0.0
     exit_code: int | None = None
     figures: list[Figures] = field(default_factory=list)
     output: str = ""  # its end, if the job did not pass
+    commit: str = ""  # of deepcloze
 
     @property
     def has_failed(self) -> bool:
@@ -38,8 +54,8 @@ class JobOutcome:
 
     @property
     def summary(self) -> str:
-        if self.status in ("no GPU", "interrupted"):
-            return {"no GPU": "skipped: no GPU"}.get(self.status, self.status)
+        if self.status in ("waiting", "interrupted"):
+            return self.status
         code = f" with exit code {self.exit_code}" if self.exit_code else ""
         results = Counter(figures["result"] for figures in self.figures if "test" in figures)
         counts = ", ".join(f"{count} {result}" for result, count in sorted(results.items()))
@@ -62,12 +78,13 @@ def _page(outcomes: Mapping[str, JobOutcome], folder: Path) -> Iterator[str]:
         yield from failures
     if kernels := _figures(outcomes, "kernel-times"):
         yield "## Kernels, forward and backward\n"
-        yield markdown_table(["kernel", "", "shape", "ms", "TFLOP/s"], map(_kernel_row, kernels), labels=3)
+        columns = ["kernel", "", "shape", "commit", "ms", "TFLOP/s"]
+        yield markdown_table(columns, map(_kernel_row, kernels), labels=4)
     if training := _figures(outcomes, "mfu"):
         yield "## Training\n"
         yield "tokens/s: median (min – max) of the rounds\n"
-        columns = ["case", "device", "rounds", "MFU", "tokens/s", "ms per step", "peak memory", "real tokens per slot"]
-        yield markdown_table(columns, _training_rows(training), labels=2)
+        columns = ["case", "device", "commit", "rounds", "MFU", "tokens/s", "ms per step", "peak memory"]
+        yield markdown_table([*columns, "real tokens per slot"], _training_rows(training), labels=3)
     for profile in sorted(folder.glob("profile/*/profile.txt")):
         yield f"## Profile: {profile.parent.name}\n\n```\n{profile.read_text(encoding='utf-8').strip()}\n```\n"
     for figures in _figures(outcomes, "pretraining"):
@@ -76,8 +93,9 @@ def _page(outcomes: Mapping[str, JobOutcome], folder: Path) -> Iterator[str]:
 
 
 def _figures(outcomes: Mapping[str, JobOutcome], start: str) -> list[Figures]:
-    """Of the jobs whose names begin so, each once."""
-    found = [figures for name, outcome in outcomes.items() if name.startswith(start) for figures in outcome.figures]
+    """Of the jobs whose names begin so, each once, with the commit."""
+    jobs = [outcome for name, outcome in outcomes.items() if name.startswith(start)]
+    found = [{"commit": outcome.commit, **figures} for outcome in jobs for figures in outcome.figures]
     return [figures for number, figures in enumerate(found) if figures not in found[:number]]
 
 
@@ -96,21 +114,22 @@ def _failures(outcomes: Mapping[str, JobOutcome]) -> Iterator[str]:
 
 def _kernel_row(row: Figures) -> list[str]:
     rate = "" if row["tflops"] is None else f"{row['tflops']:,.1f}"
-    return [row["kernel"], row["precision"], row["shape"], row["error"] or f"{row['ms']:.3f}", rate]
+    return [row["kernel"], row["precision"], row["shape"], row["commit"], row["error"] or f"{row['ms']:.3f}", rate]
 
 
 def _training_rows(results: Iterable[Figures]) -> Iterator[list[str]]:
-    cases: dict[tuple[str, str], list[Figures]] = {}
+    cases: dict[tuple[str, str, str], list[Figures]] = {}
     for result in results:
         if not result["error"]:
-            cases.setdefault((result["case"], result["device"]), []).append(result)
-    for (case, device), rounds in cases.items():
+            cases.setdefault((result["case"], result["device"], result["commit"]), []).append(result)
+    for (case, device, commit), rounds in cases.items():
         rates, mfu, ms, memory, fill = (
             [result[name] for result in rounds] for name in ("tokens_per_second", "mfu", "step_ms", "memory", "fill")
         )
         yield [
             case,
             device,
+            commit,
             str(len(rounds)),
             "" if None in mfu else f"{statistics.median(mfu):.1%}",
             spread(rates, ",.0f"),

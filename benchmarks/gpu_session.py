@@ -3,12 +3,11 @@
     python -m benchmarks.gpu_session [--minutes 9] [--results DIR] [--only JOB,…] [--again JOB,…]
     python -m benchmarks.gpu_session --prepare DIR [--python 3.12] [--torch 2.11.0] [--installed FILE]
 
-The jobs, by importance: tests of kernels against references, times of kernels, tests of training, compiled layers for
-the cases, MFU of ten cases, profiles of two, a real pretraining that is stopped and resumed, and the ten cases again.
-Each runs in a process of its own with a time limit; one that fails, hangs or crashes is recorded, and the next one
-starts. A job only starts if its limit fits into the time left. The same command continues with what is left: 75 is the
-exit code if there is more to do, 1 if jobs failed, else 0. Without a GPU, jobs that need one are skipped until there is
-one.
+The jobs, by importance: tests of kernels against references, times of kernels, compiled layers for the cases, MFU of
+four cases, tests of training, MFU of six more cases, profiles of two, a real pretraining that is stopped and resumed,
+and the ten cases again. Each runs in a process of its own with a time limit; one that fails, hangs or crashes is
+recorded, and the next one starts. A job only starts if the time that it should take is left. The same command continues
+with what is left: 75 is the exit code if there is more to do, 1 if jobs failed, else 0. Without a GPU nothing runs.
 
 In the results folder, RESULTS.gpu.md has all figures and failures, session.json the same as JSON, session.log the
 output of all jobs, and `profile` tables and a trace for Perfetto. `--prepare` gathers wheels for a machine without a
@@ -17,20 +16,21 @@ network, see `benchmarks.gpu_wheels`.
 
 import argparse
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from benchmarks.gpu_results import JobOutcome, write_results
+from benchmarks.gpu_results import JobOutcome, read_figures, write_results
 from benchmarks.gpu_wheels import prepare
 from experiment.errors import UserError
 from experiment.files import write_json
@@ -50,6 +50,7 @@ CASES = (  # of `benchmarks.gpu_training`, by importance
     "modernbert-base-512-bf16-zero1-eager",
     "bert-large-128-bf16-zero1-compiled",
 )
+_FIRST = 4  # of these, before tests of training
 _PROFILED = 2  # of these
 _COMPILED = (  # the first ones of CASES whose compiled layers differ
     "bert-base-512-bf16-zero1-compiled",
@@ -62,20 +63,20 @@ MORE_TO_DO = 75  # exit code
 _GRACE = 5.0  # seconds at the limit of a job, in which its processes write their stacks
 _WORKERS = 8  # of tests, which share the GPU
 _LINES = 60  # of the output of a job that fails
+_HEADING = "\n===== "  # of a job in the log
 
 
 @dataclass(frozen=True)
 class Job:
-    """A part of the session. `command`: arguments of Python; the objects that it prints, one JSON per line, are its
-    figures."""
+    """A part of the session. `command`: arguments of Python. It prints its figures with `print_figures`."""
 
     name: str
     seconds: int  # time limit
+    expected: int  # seconds that it should take: estimates, except for `compile`, which took 81 s on an H200
     command: tuple[str, ...]
-    needs_gpu: bool = True
 
 
-ENVIRONMENT = Job("environment", 180, ("-m", "benchmarks.gpu_environment"), needs_gpu=False)
+ENVIRONMENT = Job("environment", 180, 30, ("-m", "benchmarks.gpu_environment"))
 
 
 def plan() -> Iterator[Job]:
@@ -84,19 +85,20 @@ def plan() -> Iterator[Job]:
     yield _tests(
         "kernels", 180, "attention", "optimizers", "head", "sums", "dropout", "gelu", "norm", only=f"not ({in_runs})"
     )
-    yield Job("kernel-times", 120, ("-m", "benchmarks.gpu_kernels", "bf16"))
+    yield Job("kernel-times", 120, 60, ("-m", "benchmarks.gpu_kernels", "bf16"))
+    yield Job("compile", 200, 100, ("-m", "benchmarks.gpu_training", "--compile", *_COMPILED))
+    yield from (_case("mfu", case) for case in CASES[:_FIRST])
     yield _tests("training", 240, "training", only="fp32 or 16_bit")
     yield _tests("syncs", 240, "syncs")
     yield _tests("compiled-layers", 300, "compiled_layers")
     yield _tests("head-in-runs", 240, "head", only=in_runs)
     yield _tests("bad-batches", 240, "training", only="bad_batch")
     yield _tests("offload", 240, "training", only="offload or checkpointing")
-    yield Job("compile", 200, ("-m", "benchmarks.gpu_training", "--compile", *_COMPILED))
-    yield from (_case("mfu", case) for case in CASES)
+    yield from (_case("mfu", case) for case in CASES[_FIRST:])
     for case in CASES[:_PROFILED]:
         folder = f"{RESULTS}/profile/{case}"
-        yield Job(f"profile-{case}", 150, ("-m", "benchmarks.gpu_training", case, "--profile", folder))
-    yield Job("pretraining", 330, ("-m", "benchmarks.gpu_pretraining"), needs_gpu=False)
+        yield Job(f"profile-{case}", 150, 70, ("-m", "benchmarks.gpu_training", case, "--profile", folder))
+    yield Job("pretraining", 330, 200, ("-m", "benchmarks.gpu_pretraining"))
     yield from (_case("mfu2", case) for case in CASES)
 
 
@@ -105,11 +107,11 @@ def _tests(name: str, seconds: int, *files: str, only: str = "") -> Job:
     paths = [f"tests/gpu/test_gpu_{file}.py" for file in files]
     workers = str(min(_WORKERS, os.cpu_count() or 1))
     options = ("-n", workers, "-p", "no:cacheprovider", "-p", "benchmarks.gpu_test_reports", "--tb=short", "-k", only)
-    return Job(name, seconds, ("-m", "pytest", *paths, *options))
+    return Job(name, seconds, seconds // 2, ("-m", "pytest", *paths, *options))
 
 
 def _case(kind: str, case: str) -> Job:
-    return Job(f"{kind}-{case}", 150, ("-m", "benchmarks.gpu_training", case))
+    return Job(f"{kind}-{case}", 150, 60, ("-m", "benchmarks.gpu_training", case))
 
 
 class Session:
@@ -118,54 +120,73 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._state = folder / "session.json"
+        self._log = folder / "session.log"
+        self.commit = ""  # of deepcloze, in this call
         self.outcomes: dict[str, JobOutcome] = {}
         if self._state.exists():
             saved = json.loads(self._state.read_text(encoding="utf-8"))
             self.outcomes = {name: JobOutcome(**outcome) for name, outcome in saved.items()}
-        for outcome in self.outcomes.values():
+        for name, outcome in self.outcomes.items():
             if outcome.status == "running":  # the session was killed
                 outcome.status = "interrupted"
+                outcome.figures = list(read_figures(self._printed(name)))
 
     def forget(self, names: Iterable[str]) -> None:
-        """Run jobs again: those that `matching` finds; 'failed': those that failed. Raises UserError."""
+        """Run jobs again: those that `matching` finds; 'failed': those that failed. If an earlier call with these names
+        has left some of them, only those run. Raises UserError."""
+        known, found = self.outcomes, list[str]()
         for name in filter(None, names):
-            failed = [key for key, outcome in self.outcomes.items() if outcome.has_failed]
-            found = failed if name == "failed" else matching(name, self.outcomes)
-            if not found:
+            failed = [key for key in known if known[key].has_failed or known[key].status == "waiting"]
+            of_name = failed if name == "failed" else matching(name, known)
+            if name == "failed" and not of_name:
+                print("--again failed: no job has failed", flush=True)
+            elif not of_name:
                 raise UserError(f"--again {name}: no such job in {self._state}")
-            for key in found:
-                del self.outcomes[key]
+            found += of_name
+        if all(known[key].is_final for key in found):
+            known |= dict.fromkeys(found, JobOutcome("waiting"))
 
-    def run(self, job: Job) -> JobOutcome:
-        """Run a job, and record how it went."""
+    def run(self, job: Job, left: float = math.inf) -> JobOutcome:
+        """Run a job, for at most the seconds that are left, and record how it went."""
         before = self.outcomes.get(job.name)
-        outcome = JobOutcome("running", 1 if before is None else before.attempts + 1)
+        outcome = JobOutcome("running", 1 if before is None else before.attempts + 1, commit=self.commit)
         self._record(job, outcome)
+        limit = min(job.seconds, left)
         start = time.monotonic()
-        with (self._folder / "session.log").open("a+", encoding="utf-8", errors="replace") as log:
-            print(f"\n===== {job.name}: {' '.join(job.command)}", file=log, flush=True)
-            begin = log.tell()
-            outcome.exit_code = _run_process(job, self._folder, log)
-            log.seek(begin)
-            output = log.read()
-        outcome.seconds = time.monotonic() - start
-        outcome.figures = [*(before.figures if before and job == ENVIRONMENT else []), *_figures(output)]
-        outcome.status = {0: "passed", None: "timed out"}.get(outcome.exit_code, "failed")  # type: ignore[assignment]
-        if outcome.status != "passed":
-            outcome.output = "\n".join(output.splitlines()[-_LINES:])
-            print(outcome.output)
-        self._record(job, outcome)
+        outcome.status = "interrupted"
+        try:
+            with self._log.open("a", encoding="utf-8") as log:
+                print(f"{_HEADING}{job.name}: {' '.join(job.command)}", file=log, flush=True)
+                outcome.exit_code = _run_process(job, limit, self._folder, log)
+            if outcome.exit_code is not None:
+                outcome.status = "failed" if outcome.exit_code else "passed"
+            elif limit == job.seconds:
+                outcome.status = "timed out"
+        finally:
+            output = self._printed(job.name)
+            outcome.seconds = time.monotonic() - start
+            figures = list(read_figures(output))
+            outcome.figures = [*(before.figures if before and job == ENVIRONMENT else []), *figures]
+            if outcome.status == "passed" and not figures:
+                outcome.status, output = "failed", f"{output}\nit gave no figures"
+            if outcome.has_failed:
+                outcome.output = "\n".join(output.splitlines()[-_LINES:])
+                print(outcome.output)
+            self._record(job, outcome)
         return outcome
 
-    def skip(self, job: Job) -> None:
-        self._record(job, JobOutcome("no GPU"))
+    def _printed(self, name: str) -> str:
+        """Return the output of the last attempt of a job, which was the last job."""
+        log = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
+        _, found, output = log.rpartition(f"{_HEADING}{name}: ")
+        return output.partition("\n")[2] if found else ""
 
     def _record(self, job: Job, outcome: JobOutcome) -> None:
         self.outcomes[job.name] = outcome
         write_json(self._state, {name: asdict(one) for name, one in self.outcomes.items()})
         write_results(self._folder / "RESULTS.gpu.md", self.outcomes)
         if outcome.status == "running":
-            print(f"{job.name}: at most {job.seconds} s", flush=True)
+            print(f"{job.name}: about {job.expected} s", flush=True)
         else:
             print(f"{job.name}: {outcome.summary}", flush=True)
 
@@ -193,32 +214,42 @@ def run_session(folder: Path, minutes: float, jobs: Sequence[Job], again: Iterab
     session = Session(folder)
     session.forget(again)
     machine = session.run(ENVIRONMENT)  # in each call: it may be another one
-    has_gpu = machine.status == "passed" and bool(machine.figures[-1]["gpu"])
+    if machine.status != "passed":
+        machine = session.run(ENVIRONMENT)
+    if machine.status != "passed":
+        print(f"environment failed, so that no other job has run; see {folder / 'RESULTS.gpu.md'}")
+        return 1
+    if not machine.figures[-1]["gpu"]:
+        print("this machine has no GPU: no other job has run")
+        return MORE_TO_DO
+    session.commit = machine.figures[-1].get("commit", "")
 
     def left() -> list[Job]:
         known = session.outcomes
         return [job for job in jobs if job.name not in known or not known[job.name].is_final]
 
-    def possible() -> list[Job]:
-        return [job for job in left() if has_gpu or not job.needs_gpu]
+    def tried() -> set[str]:
+        return {name for name, outcome in session.outcomes.items() if outcome.attempts}
 
-    for job in left():
-        if job.needs_gpu and not has_gpu:
-            session.skip(job)
-    while job := next_job(possible(), deadline - time.monotonic()):  # type: ignore[assignment]
-        session.run(job)
+    while job := next_job(left(), deadline - time.monotonic(), tried()):
+        session.run(job, deadline - time.monotonic() - 2 * _GRACE)
     failed = [name for name, outcome in session.outcomes.items() if outcome.has_failed]
     print(f"{folder / 'RESULTS.gpu.md'}; failed: {', '.join(failed) or 'none'}; jobs left: {len(left())}")
     return MORE_TO_DO if left() else int(bool(failed))
 
 
-def next_job(jobs: Iterable[Job], left: float) -> Job | None:
-    """Return the first one whose limit fits into the seconds that are left."""
-    return next((job for job in jobs if job.seconds + 2 * _GRACE <= left), None)
+def next_job(jobs: Iterable[Job], left: float, tried: Container[str] = ()) -> Job | None:
+    """Return the first one that should end in the seconds that are left.
+
+    tried: jobs that the end of the time may have cut off. Their whole limit must fit.
+    """
+    needed = ((job, job.seconds if job.name in tried else job.expected) for job in jobs)
+    return next((job for job, seconds in needed if seconds + 2 * _GRACE <= left), None)
 
 
-def _run_process(job: Job, folder: Path, log: IO[str]) -> int | None:
-    """Return the exit code of a job; None if it ran into its limit. It ends with this process, whatever happens."""
+def _run_process(job: Job, limit: float, folder: Path, log: IO[str]) -> int | None:
+    """Return the exit code of a job; None if it ran into its limit, in seconds. It ends with this process, whatever
+    happens."""
     command = [argument.replace(RESULTS, str(folder)) for argument in job.command]
     variables = {"PYTHONFAULTHANDLER": "1", "WANDB_MODE": "disabled"}
     with ExitStack() as job_ends:
@@ -235,7 +266,7 @@ def _run_process(job: Job, folder: Path, log: IO[str]) -> int | None:
             job_ends.callback(_end, process)
             job_ends.enter_context(watchdog(process.pid))
         try:
-            return process.wait(job.seconds)
+            return process.wait(limit)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGABRT)
@@ -248,13 +279,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     kill_group(process.pid)
     with suppress(subprocess.TimeoutExpired):  # the driver may hold it for ever
         process.wait(_GRACE)
-
-
-def _figures(output: str) -> Iterator[dict[str, Any]]:
-    for line in output.splitlines():
-        if line.startswith("{"):
-            with suppress(ValueError):
-                yield json.loads(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

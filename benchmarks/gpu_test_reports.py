@@ -1,9 +1,9 @@
-"""A plugin of pytest that prints each result as a JSON object when the test ends, for `benchmarks.gpu_session`: pytest
+"""A plugin of pytest that prints each result when the test ends, for `benchmarks.gpu_session`: pytest
 itself reports failures at its end, which a hanging test may prevent."""
 
-import json
-
 import pytest
+
+from benchmarks.gpu_results import print_figures
 
 _CHARACTERS = 400  # of a message
 
@@ -25,4 +25,5 @@ def _print(report: pytest.TestReport) -> None:
     message = (crash.message if crash else report.longreprtext) if report.failed else ""
     if len(message) > _CHARACTERS:  # its last line may be the error of a rank
         message = f"{message[: _CHARACTERS // 2]} … {message[-_CHARACTERS // 2 :]}"
-    print("\n" + json.dumps({"test": report.nodeid, "result": report.outcome, "message": message}), flush=True)
+    print()
+    print_figures({"test": report.nodeid, "result": report.outcome, "message": message})

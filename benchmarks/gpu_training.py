@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_training bert-base-512-bf16-zero1-compiled [--profile DIR]
     python -m benchmarks.gpu_training --compile CASE …
 
-Prints a `TrainingResult` as one JSON object: MFU as in `pretrain.modeling.structure`, where padding and recomputed
+Prints a `TrainingResult`: MFU as in `pretrain.modeling.structure`, where padding and recomputed
 activations do not count, speed, and peak memory. It uses the engine, model and batches of `deepcloze pretrain`;
 documents are about as long as in Wikipedia. `--compile` runs several cases at once, without figures: their compiled
 layers and kernels are in the cache then. `--tiny` runs a tiny model, also on a CPU; its figures mean nothing.
@@ -11,7 +11,6 @@ layers and kernels are in the cache then. `--tiny` runs a tiny model, also on a 
 
 import argparse
 import gzip
-import json
 import os
 import re
 import shutil
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from benchmarks.gpu_kernels import DTYPES
+from benchmarks.gpu_results import print_figures, read_figures
 from experiment.errors import UserError
 from experiment.files import cache_folder
 from experiment.process.hardware import peak_flops, peak_memory
@@ -156,9 +156,9 @@ def compile_cases(names: Sequence[str], tiny: bool = False) -> int:
     failed = False
     for name, process in zip(names, processes, strict=True):
         output, _ = process.communicate()
-        result = output.splitlines()[-1] if process.returncode == 0 else '{"error": "failed"}'
-        error = json.loads(result)["error"]
+        error = list(read_figures(output))[-1]["error"] if process.returncode == 0 else "failed"
         print(f"{name}: {error or 'compiled'}", flush=True)
+        print_figures({"case": name, "error": error})
         failed |= bool(error)
     return int(failed)
 
@@ -300,4 +300,4 @@ if __name__ == "__main__":
         sys.exit(compile_cases(given.cases, given.tiny))
     (name,) = given.cases
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    print(json.dumps(asdict(run(parse_case(name, given.tiny, given.layers), given.profile))), flush=True)
+    print_figures(asdict(run(parse_case(name, given.tiny, given.layers), given.profile)))

@@ -13,16 +13,18 @@ def page(folder: Path, **outcomes: JobOutcome) -> str:
 
 
 def test_rounds_are_one_row(tmp_path: Path) -> None:
-    """Catches a case that is listed twice, and one that ran out of memory among the figures."""
+    """Catches a case that is listed twice, one that ran out of memory among the figures, and a mean of two commits."""
     first, again = ({**CASE, "tokens_per_second": rate} for rate in (100.0, 300.0))
     failed = {"case": "large", "error": "out of memory"}
     found = page(
         tmp_path,
-        mfu_bert=JobOutcome("passed", figures=[first]),
-        mfu2_bert=JobOutcome("passed", figures=[again]),
+        mfu_bert=JobOutcome("passed", figures=[first], commit="a1"),
+        mfu2_bert=JobOutcome("passed", figures=[again], commit="a1"),
         mfu_large=JobOutcome("passed", figures=[failed]),
+        mfu_other=JobOutcome("passed", figures=[again], commit="b2"),
     )
-    assert "| bert | H100 | 2 | 40.0% | 200 (100 – 300) | 1.0 | 1.0 GiB | 1.000 |" in found
+    assert "| bert | H100 | b2 | 1 | 40.0% | 300 (300 – 300) " in found
+    assert "| bert | H100 | a1 | 2 | 40.0% | 200 (100 – 300) | 1.0 | 1.0 GiB | 1.000 |" in found
     assert "- large: out of memory" in found
 
 
@@ -33,10 +35,10 @@ def test_failures_are_explained(tmp_path: Path) -> None:
         {"test": "test_gpu.py::test_b", "result": "failed", "message": "0.1 > 0.01"},
     ]
     failed = JobOutcome("failed", exit_code=1, figures=tests, output="end")
-    found = page(tmp_path, kernels=failed, syncs=JobOutcome("no GPU"))
+    found = page(tmp_path, kernels=failed, syncs=JobOutcome("interrupted"))
     assert "failed with exit code 1 after 0 s: 1 failed, 1 passed" in found
     assert "- `test_gpu.py::test_b`: 0.1 \\> 0.01\n" in found
     assert "- `test_gpu.py::test_a`" not in found
     assert "```\nend\n```" in found
-    assert "| syncs | skipped: no GPU |" in found
+    assert "| syncs | interrupted |" in found
     assert "### syncs" not in found

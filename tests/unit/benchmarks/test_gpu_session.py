@@ -19,18 +19,24 @@ from experiment.errors import UserError
 from waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
-GPU = 'print(\'{"gpu": "stand-in"}\')'
+GPU = 'print(\'FIGURES {"gpu": "stand-in", "commit": "0123456789"}\')'
 HANG = "import threading; threading.Event().wait()"
 
 
-def job(name: str, code: str = "", seconds: int = 60, needs_gpu: bool = False) -> Job:
-    return Job(name, seconds, ("-c", code), needs_gpu)
+def job(name: str, code: str = "", seconds: int = 60, expected: int | None = None) -> Job:
+    """A job that gives figures when its code has ended."""
+    code = "; ".join(filter(None, (code, "print('FIGURES {}')")))
+    return Job(name, seconds, seconds if expected is None else expected, ("-c", code))
+
+
+def environment(code: str) -> Job:
+    return Job("environment", 60, 60, ("-c", code))
 
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU."""
-    monkeypatch.setattr(gpu_session, "ENVIRONMENT", job("environment", GPU))
+    monkeypatch.setattr(gpu_session, "ENVIRONMENT", environment(GPU))
 
 
 def statuses(folder: Path) -> dict[str, str]:
@@ -39,16 +45,17 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 def test_each_step_is_recorded_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a job that hangs or crashes and takes the others with it, processes that it leaves, and figures that it
-    had printed before."""
+    """Catches a job that hangs or crashes and takes the others with it, processes that it leaves, figures that it had
+    printed before, JSON of libraries among them, and a job that ends early without an error."""
     monkeypatch.setattr(gpu_session, "_GRACE", 30.0)
     orphan = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {HANG!r}]).pid)"
     jobs = [
         job("fails", "raise SystemExit('broken')"),
         job("crashes", "import os; os.abort()"),
-        job("hangs", f"print('{{\"case\": 7}}', flush=True); {HANG}", seconds=3),
+        job("hangs", f"print('FIGURES {{\"case\": 7}}', flush=True); {HANG}", seconds=3),
         job("leaves", orphan),
         job("works", "print('{\"case\": 8}')"),
+        job("gives nothing", "raise SystemExit"),
     ]
     assert run_session(tmp_path, 9, jobs) == 1
     found = statuses(tmp_path)
@@ -58,8 +65,10 @@ def test_each_step_is_recorded_whatever_happens(tmp_path: Path, monkeypatch: pyt
         "hangs": "timed out",
         "leaves": "passed",
         "works": "passed",
+        "gives nothing": "failed",
     }
     outcomes = Session(tmp_path).outcomes
+    assert (outcomes["works"].figures, outcomes["works"].commit) == ([{}], "0123456789")
     assert outcomes["crashes"].exit_code == -signal.SIGABRT
     assert outcomes["hangs"].figures[0] == {"case": 7}
     assert "most recent call first" in outcomes["hangs"].output, "no stacks"
@@ -90,6 +99,17 @@ def test_the_next_step_fits_into_the_time_left() -> None:
     """Catches a job that the end of the time would cut off and record as hung."""
     jobs = [job("a", seconds=100), job("b", seconds=50)]
     assert [getattr(next_job(jobs, left), "name", None) for left in (200, 100, 60, 50)] == ["a", "b", "b", None]
+    quick = [job("c", seconds=100, expected=20)]
+    assert (next_job(quick, 60), next_job(quick, 60, {"c"})) == (quick[0], None)
+
+
+def test_the_end_of_the_time_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a minute or two at the end of each call in which nothing runs, and a job that counts as hung there."""
+    monkeypatch.setattr(gpu_session, "_GRACE", 0.1)
+    hanging = job("hangs", f"print('FIGURES {{\"case\": 7}}', flush=True); {HANG}", seconds=60, expected=1)
+    assert run_session(tmp_path, 5 / 60, [hanging]) == MORE_TO_DO
+    outcome = Session(tmp_path).outcomes["hangs"]
+    assert (outcome.status, outcome.has_failed, outcome.figures) == ("interrupted", False, [{"case": 7}])
 
 
 def test_selected_jobs_run_in_the_order_given() -> None:
@@ -107,21 +127,42 @@ def test_selected_jobs_run_in_the_order_given() -> None:
         select(jobs, ["kernels", "profile"])
 
 
-def test_steps_wait_for_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("found", "code", "message"),
+    [
+        ("print('FIGURES {\"gpu\": null}')", MORE_TO_DO, "this machine has no GPU"),
+        ("raise SystemExit('broken')", 1, "environment failed, so that no other job has run"),
+    ],
+)
+def test_jobs_wait_for_a_gpu(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: str,
+    code: int,
+    message: str,
 ) -> None:
-    """Catches jobs that fail for want of a GPU, and ones that a machine with a GPU does not run later."""
-    jobs = [job("needs one", needs_gpu=True), job("runs anywhere")]
+    """Catches jobs that fail, or measure the CPU, for want of a GPU that works, and ones that do not run later."""
     with monkeypatch.context() as without:
-        without.setattr(gpu_session, "ENVIRONMENT", job("environment", "print('{\"gpu\": null}')"))
-        assert run_session(tmp_path, 9, jobs) == MORE_TO_DO
-    assert statuses(tmp_path) == {"needs one": "no GPU", "runs anywhere": "passed"}
-    assert "needs one: skipped: no GPU" in capsys.readouterr().out
-    assert run_session(tmp_path, 9, jobs) == 0
-    assert statuses(tmp_path) == {"needs one": "passed", "runs anywhere": "passed"}
+        without.setattr(gpu_session, "ENVIRONMENT", environment(found))
+        assert run_session(tmp_path, 9, [job("any")]) == code
+    assert statuses(tmp_path) == {}
+    assert message in capsys.readouterr().out
+    assert run_session(tmp_path, 9, [job("any")]) == 0
+    assert statuses(tmp_path) == {"any": "passed"}
 
 
-def test_steps_can_run_again(tmp_path: Path) -> None:
+def test_a_gpu_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a call that is lost because the driver was not ready."""
+    ready = tmp_path / "ready"
+    code = (
+        f"from pathlib import Path; ready = Path({str(ready)!r}); old = ready.exists(); ready.touch(); 1 / old; {GPU}"
+    )
+    monkeypatch.setattr(gpu_session, "ENVIRONMENT", environment(code))
+    assert run_session(tmp_path, 9, [job("any")]) == 0
+
+
+def test_steps_can_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a job whose failure stays although it has been fixed."""
     fixed = tmp_path / "fixed"
     jobs = [job("broken", f"open({str(fixed)!r})", seconds=50), job("works")]
@@ -132,18 +173,32 @@ def test_steps_can_run_again(tmp_path: Path) -> None:
     assert run_session(tmp_path, 9, jobs, ["wor"]) == 0
     with pytest.raises(UserError, match="--again none: no such job"):
         run_session(tmp_path, 9, jobs, ["none"])
+    assert run_session(tmp_path, 9, jobs, ["failed"]) == 0
+    assert "--again failed: no job has failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("again", "code"), [(["a", "b"], 0), (["failed"], 1)])
+def test_jobs_run_again_in_several_calls(tmp_path: Path, again: list[str], code: int) -> None:
+    """Catches a loop over the same command that repeats the first jobs for ever and never the last."""
+    count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')" + code * "; raise SystemExit(1)"
+    jobs = [job("a", count, 20), job("b", count, 200)]
+    assert run_session(tmp_path, 9, jobs) == code
+    assert run_session(tmp_path, 1, jobs, again) == MORE_TO_DO
+    assert run_session(tmp_path, 9, jobs, again) == code
+    assert (tmp_path / "runs").read_text(encoding="utf-8") == "xxxx"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_session_continues(tmp_path: Path, number: signal.Signals) -> None:
-    """Catches a job that trains on beside the next session, and one that ends every session."""
-    hang = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); {HANG}"
+    """Catches a job that trains on beside the next session, one that ends every session, and figures that are lost."""
+    hang = "print('FIGURES {}', flush=True); import os; "
+    hang += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); {HANG}"
     code = f"""if True:
         import sys
         from benchmarks import gpu_session
         from benchmarks.gpu_session import Job
-        gpu_session.ENVIRONMENT = Job('environment', 60, ('-c', {GPU!r}), False)
-        gpu_session.plan = lambda: [Job('ends the session', 60, ('-c', {hang!r}), False)]
+        gpu_session.ENVIRONMENT = Job('environment', 60, 60, ('-c', {GPU!r}))
+        gpu_session.plan = lambda: [Job('ends the session', 60, 60, ('-c', {hang!r}))]
         sys.exit(gpu_session.main(['--results', {str(tmp_path)!r}]))"""
     for _ in range(2):
         (tmp_path / "pid").unlink(missing_ok=True)
@@ -154,18 +209,22 @@ def test_a_killed_session_continues(tmp_path: Path, number: signal.Signals) -> N
         session.wait()
         wait_for_end(pid)
     outcome = Session(tmp_path).outcomes["ends the session"]
-    assert (outcome.status, outcome.attempts) == ("interrupted", 2)
+    assert (outcome.status, outcome.attempts, outcome.figures) == ("interrupted", 2, [{}])
     assert outcome.is_final
 
 
 def test_all_steps_of_a_session_exist() -> None:
-    """Catches a case, file of tests or module that was renamed, a job too long for any call, and two of one name."""
+    """Catches a case, file of tests or module that was renamed, a job too long for any call, two of one name, and cases
+    that are measured before they are compiled, or after an hour of tests."""
     jobs = list(plan())
+    names = [one.name for one in jobs]
+    assert names.index("compile") < names.index(f"mfu-{CASES[0]}") < names.index("training")
+    assert all(one.expected <= one.seconds for one in jobs)
     assert len({one.name for one in jobs}) == len(jobs) > 2 * len(CASES)
     assert [parse_case(case).name for case in CASES] == list(CASES)
     (compiled,) = [one.command[3:] for one in jobs if one.name == "compile"]
     assert set(compiled) < set(CASES)
-    assert {next_job([one], 9 * 60 - 30) for one in jobs} == set(jobs)
+    assert {next_job([one], 9 * 60 - 30, names) for one in jobs} == set(jobs)
     for one in jobs:
         module = one.command[1].replace(".", "/") + ".py"
         files = [argument for argument in one.command if argument.startswith("tests/")]
@@ -181,7 +240,7 @@ def test_a_job_without_a_watchdog_ends(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("Resource temporarily unavailable")
 
     monkeypatch.setattr(gpu_session, "watchdog", watchdog)
-    monkeypatch.setattr(gpu_session, "ENVIRONMENT", job("environment", HANG))
+    monkeypatch.setattr(gpu_session, "ENVIRONMENT", environment(HANG))
     with pytest.raises(OSError, match="unavailable"):
         run_session(tmp_path, 9, [])
     assert not any(process.is_running() for process in started)
@@ -194,7 +253,7 @@ def test_results_of_tests_are_kept_although_pytest_dies(tmp_path: Path) -> None:
     plugins = ("-p", "benchmarks.gpu_test_reports", "-p", "no:cacheprovider", "-p", "no:schemathesis")
     options = ("-n", "1", *plugins, f"--rootdir={tmp_path}")
     command = ("-m", "pytest", str(tmp_path / "test_three.py"), *options)
-    assert run_session(tmp_path, 90, [Job("tests", 600, command, needs_gpu=False)]) == 1
+    assert run_session(tmp_path, 90, [Job("tests", 600, 600, command)]) == 1
     outcome = Session(tmp_path).outcomes["tests"]
     assert outcome.exit_code == -signal.SIGKILL
     results = [(figures["test"][-6:], figures["result"]) for figures in outcome.figures]

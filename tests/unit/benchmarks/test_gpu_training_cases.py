@@ -1,6 +1,5 @@
 """What `benchmarks.gpu_session` measures, with tiny models on a CPU."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks import gpu_kernels, gpu_training
 from benchmarks.gpu_kernels import KernelSettings
+from benchmarks.gpu_results import read_figures
 from benchmarks.gpu_training import MODELS, parse_case
 from experiment.errors import UserError
 from runs import soak
@@ -34,7 +34,7 @@ def test_a_case(name: str, profiled: bool, tmp_path: Path, handed_over: Mapping[
     variables = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | handed_over
     finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    result: dict[str, Any] = list(read_figures(finished.stdout))[-1]
     assert (result["case"], result["device"], result["mfu"], result["error"]) == (name, "CPU", None, "")
     assert 0.7 < result["fill"] <= 1.0
     assert result["tokens_per_second"] > 0
