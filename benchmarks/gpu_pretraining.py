@@ -61,7 +61,7 @@ def _config(run: Path, corpus: Path, seconds: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         config["model"]["config"] |= _MODEL
         config["batch"] |= _BATCH
-        config["optimizer"]["lr"] = 5e-4
+        config["optimizer"] |= {"lr": 5e-4, "muon": {"lr": 5e-4}}
     return config | {
         "run": {"dir": str(run), "log_every": 1},
         "corpus": {"train": str(corpus), "eval": {"library": f"{corpus}-heldout"}},
