@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_kernels, gpu_training
+from benchmarks import gpu_kernels, gpu_pretraining, gpu_training
 from benchmarks.gpu_kernels import KernelSettings
 from benchmarks.gpu_results import read_figures
 from benchmarks.gpu_training import MODELS, parse_case
@@ -117,6 +117,24 @@ def test_a_kernel_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatc
     rows = list(gpu_kernels.run(KERNELS))
     assert len(rows) > 5
     assert {(row.ms, row.error) for row in rows} == {(None, "out of memory")}
+
+
+def test_times_are_of_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches small kernels whose time is that of the host, which the GPU waits for in the first call."""
+    events: list[str] = []
+    event = SimpleNamespace(
+        record=lambda: events.append("event"), synchronize=lambda: None, elapsed_time=lambda _: 20.0
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    assert gpu_kernels._time_on_gpu(lambda: events.append("call")) == 2.0
+    assert events == ["event", *["call"] * 10, "event"]
+
+
+def test_the_learning_rate_of_a_large_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a large model that Muon trains at the rate of the demo's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    optimizer = gpu_pretraining._config(tmp_path, tmp_path, 120)["optimizer"]
+    assert (optimizer["name"], optimizer["lr"], optimizer["muon"]["lr"]) == ("muon", 5e-4, 5e-4)
 
 
 def test_the_models_are_of_their_published_size() -> None:
