@@ -26,6 +26,7 @@ from typing import Any
 import fire
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.measuring import describe_machine
 from experiment.models.tensor_files import save_tensors
@@ -46,27 +47,14 @@ def agreement(*, ranks: Sequence[int] = (8, 16, 32, 64)) -> None:
     torch.set_num_threads(1)
     for count in _listed(ranks):
         for on_use in (False, True):
-            _fork(count, partial(_sum, count, on_use))
+            with tempfile.TemporaryDirectory() as folder:
+                # Raises the exception of the first process that fails, and ends the others.
+                arguments = count, on_use, f"{folder}/store"
+                start_processes(_sum, arguments, nprocs=count, start_method="fork")  # type: ignore[no-untyped-call]
     print(describe_machine())
 
 
-def _fork(count: int, run: Callable[[int, str], None]) -> None:
-    """Call `run(rank, file of the store)` in so many processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(count):
-            child = os.fork()
-            if child == 0:
-                try:
-                    run(rank, f"{folder}/store")
-                finally:
-                    os._exit(0)
-            children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
-
-
-def _sum(count: int, on_use: bool, rank: int, store: str) -> None:
+def _sum(rank: int, count: int, on_use: bool, store: str) -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(on_use))
