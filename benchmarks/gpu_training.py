@@ -75,6 +75,7 @@ _MASKED = {"bert": 0.15, "modernbert": 0.3}
 _DOCUMENTS, _MEDIAN_LENGTH, _LENGTH_SPREAD = 20_000, 250.0, 1.2  # log-normal, in tokens
 _SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
 _FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about
+_SHORTEST = 8  # length of the longest sequence; special tokens would be a large part of less
 _BATCHES = 4
 _WARMUP, _STEPS = 5, 20
 _COMPILED_LAYERS = 7  # enough for all graphs: the first and last layers of ModernBERT, local and global attention
@@ -115,12 +116,15 @@ class TrainingResult:
 
 
 def parse_case(name: str, tiny: bool = False, layers: int | None = None) -> TrainingCase:
-    """Raises UserError if there is no such case."""
+    """Raises UserError if there is no such case, or if it does not fit the model."""
     match = _NAME.fullmatch(name)
     if match is None:
         example = "bert-base-512-bf16-zero1-compiled"
         raise UserError(f"no case '{name}'; expected one like {example}, with a model of {', '.join(MODELS)}")
     model, length, precision, stage, compiled = match.groups()
+    longest = AutoConfig.for_model(**MODELS[model]).max_position_embeddings
+    if not _SHORTEST <= int(length) <= longest:
+        raise UserError(f"case '{name}': expected a length from {_SHORTEST} to {longest:,} tokens")
     return TrainingCase(model, int(length), precision, int(stage), compiled == "compiled", tiny, layers)
 
 
@@ -288,16 +292,28 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_training", description=__doc__.partition("\n")[0])
     parser.add_argument("cases", nargs="+", metavar="case", help="MODEL-LENGTH-PRECISION-zeroSTAGE-compiled, or -eager")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="folder for a profile of some further steps")
     parser.add_argument("--compile", action="store_true", help="fill the cache of compiled layers, all cases at once")
     parser.add_argument("--layers", type=int, metavar="N", help="the first ones only")
     parser.add_argument("--tiny", action="store_true", help="a tiny model of the same type")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    try:
+        cases = [parse_case(name, given.tiny, given.layers) for name in given.cases]
+    except UserError as error:
+        parser.error(str(error))
+    if given.layers is not None and given.layers < 1:
+        parser.error(f"--layers: expected at least 1, found {given.layers}")
     if given.compile:
-        sys.exit(compile_cases(given.cases, given.tiny))
-    (name,) = given.cases
+        return compile_cases(given.cases, given.tiny)
+    if len(cases) > 1:
+        parser.error(f"expected one case without --compile, found {len(cases)}")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    print_figures(asdict(run(parse_case(name, given.tiny, given.layers), given.profile)))
+    print_figures(asdict(run(cases[0], given.profile)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

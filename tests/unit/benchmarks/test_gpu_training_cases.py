@@ -16,7 +16,6 @@ from benchmarks import gpu_kernels, gpu_pretraining, gpu_training
 from benchmarks.gpu_kernels import KernelSettings
 from benchmarks.gpu_results import read_figures
 from benchmarks.gpu_training import MODELS, parse_case
-from experiment.errors import UserError
 from runs import soak
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,10 +62,22 @@ def test_a_case_that_fails_to_compile_says_so(capfd: pytest.CaptureFixture[str])
     assert "no-such-case: failed" in capfd.readouterr().out
 
 
-def test_a_wrong_name_says_so() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bert-base-512"], "no case 'bert-base-512'; expected one like"),
+        (["bert-base-512-bf16-zero0-eager"], "no case 'bert-base-512-bf16-zero0-eager'; expected"),
+        (["bert-base-2048-bf16-zero1-eager"], "-eager': expected a length from 8 to 1,024 tokens"),
+        (["modernbert-base-2-bf16-zero1-eager"], "-eager': expected a length from 8 to 8,192 tokens"),
+        ([CASE.name, CASE.name], "expected one case without --compile, found 2"),
+        ([CASE.name, "--layers=0"], "--layers: expected at least 1, found 0"),
+    ],
+)
+def test_a_wrong_argument_says_so(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a traceback."""
-    with pytest.raises(UserError, match="no case 'bert-base-512'; expected one like"):
-        parse_case("bert-base-512")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_training.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def out_of_memory(*_: object, **__: object) -> None:
