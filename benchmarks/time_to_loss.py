@@ -120,24 +120,28 @@ def time_to_loss(
     """
     threads = len(os.sched_getaffinity(0))
     budget = Budget(minutes, limit or minutes / 2, checkpoint_seconds, warmup, ranks, threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        corpus = build_corpus(source, tokenizer, work / "corpus")
-        settings = RunSettings(corpus, MODELS[model], precision, _LENGTH, update_tokens)
-        score = functools.cache(functools.partial(_score, corpus=build_corpus(held_out, tokenizer, work / "held_out")))
-        peers = {
-            name: _peer(_peer_settings(source, tokenizer, lines, settings, budget), name, allocator, score, work)
-            for name, allocator in (_PEERS.values() if peer is None else [_PEERS[peer]])
-        }
-        runs: dict[str, list[Run]] = {name: [] for name in _RUNS}
-        for seed in range(1, seeds + 1):
-            for name, with_recipe in _RUNS.items():
-                config = _recipe_config(settings) if with_recipe else _plain_config(settings, budget)
-                runs[name].append(_run(config, seed, budget, peers, score, work / f"run-{seed}-{with_recipe}"))
     shape = "one line per example" if lines else f"blocks of {_LENGTH}"
     about = f"{model} model, {precision}, {threads} threads, {update_tokens:,} tokens per update, {shape}"
     about += f"; deepcloze: {ranks} ranks" if ranks > 1 else ""
-    _print(peers, runs, minutes, f"{Path(source).name}, {about}; median (min – max)")
+    peers: dict[str, Peer] = {}
+    runs: dict[str, list[Run]] = {name: [] for name in _RUNS}
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch)
+            corpus = build_corpus(source, tokenizer, work / "corpus")
+            settings = RunSettings(corpus, MODELS[model], precision, _LENGTH, update_tokens)
+            held_out_corpus = build_corpus(held_out, tokenizer, work / "held_out")
+            score = functools.cache(functools.partial(_score, corpus=held_out_corpus))
+            peer_settings = _peer_settings(source, tokenizer, lines, settings, budget)
+            for name, allocator in _PEERS.values() if peer is None else [_PEERS[peer]]:
+                peers[name] = _peer(peer_settings, name, allocator, score, work)
+            for seed in range(1, seeds + 1):
+                for name, with_recipe in _RUNS.items():
+                    config = _recipe_config(settings) if with_recipe else _plain_config(settings, budget)
+                    runs[name].append(_run(config, seed, budget, peers, score, work / f"run-{seed}-{with_recipe}"))
+    finally:  # a run may fail after hours of others
+        if peers:
+            _print(peers, runs, seeds, minutes, f"{Path(source).name}, {about}; median (min – max)")
 
 
 def _peer_settings(
@@ -232,7 +236,8 @@ def _score(model: Path, corpus: Path) -> float:
     return float(scores["loss"])
 
 
-def _print(peers: dict[str, Peer], runs: dict[str, list[Run]], minutes: float, title: str) -> None:
+def _print(peers: dict[str, Peer], runs: dict[str, list[Run]], seeds: int, minutes: float, title: str) -> None:
+    """Print what there is: a contestant has a row if it has run, and says so if it did not run with all seeds."""
     table = Table("contestant", title=title)
     for name, peer in peers.items():
         table.add_column(f"minutes to {peer.loss:.3f}: run_mlm, {name}")
@@ -242,8 +247,11 @@ def _print(peers: dict[str, Peer], runs: dict[str, list[Run]], minutes: float, t
         own = [cell for other in peers for cell in (f"{minutes:g}" if other == name else "", "")]
         table.add_row(f"run_mlm, {name}", *own, f"{peer.bytes / 1e9:.2f}")
     for name, done in runs.items():
+        if not done:
+            continue
         cells = [cell for peer in peers for cell in _compare([run.minutes[peer] for run in done], minutes)]
-        table.add_row(name, *cells, f"{max(run.bytes for run in done) / 1e9:.2f}")
+        missing = "" if len(done) == seeds else f" ({len(done)} of {seeds} seeds)"
+        table.add_row(name + missing, *cells, f"{max(run.bytes for run in done) / 1e9:.2f}")
     Console(width=150).print(table)
     print(describe_machine())
 
