@@ -86,6 +86,8 @@ def throughput(
         threads: threads per contestant; 0: all cores
         ranks: of deepcloze, which share its threads
     """
+    if not 0 < warm < steps:
+        sys.exit(f"throughput: expected --warm from 1 to less than --steps, {steps}, found {warm}")
     threads = threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

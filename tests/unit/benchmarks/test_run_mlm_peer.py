@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import run_mlm_peer
 from benchmarks.run_mlm_peer import BATCH, PeerSettings
+from benchmarks.throughput import throughput
 
 MODEL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 
@@ -39,3 +40,10 @@ def test_tokens_count_only_if_they_are_trained_on(tmp_path: Path, monkeypatch: p
         warmup_updates=1,
     )
     assert run_mlm_peer.run(settings) == settings.accumulated * BATCH * settings.length  # one update takes a "second"
+
+
+@pytest.mark.parametrize("warm", [10, 0])
+def test_a_run_without_timed_steps_is_rejected(warm: int) -> None:
+    """Catches a rate of no tokens, and the time of steps that were never made."""
+    with pytest.raises(SystemExit, match=f"--warm from 1 to less than --steps, 10, found {warm}"):
+        throughput("text.txt", "tokenizer", steps=10, warm=warm)
