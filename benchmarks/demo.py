@@ -26,7 +26,7 @@ from rich.table import Table as RichTable
 
 from benchmarks.measuring import stop_after
 from benchmarks.package_task import EXAMPLES, NAMES, make_package_task, read_package_documents, write_jsonl
-from experiment.errors import UserError
+from experiment.errors import UserError, readable_disk_errors
 from experiment.files import read_json
 from experiment.formatting import describe_duration, format_perplexity
 from experiment.output_folder import lock_output
@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = arguments.output.absolute()
         os.chdir(REPOSITORY)
         output = output.relative_to(REPOSITORY) if output.is_relative_to(REPOSITORY) else output
-        with lock_output(output, "--output"):
+        with readable_disk_errors(f"--output {output}: "), lock_output(output, "--output"):
             demo(output, arguments.minutes)
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)

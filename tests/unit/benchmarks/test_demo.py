@@ -60,6 +60,13 @@ def test_the_folder_of_a_running_demo_is_left_alone(
     assert f"demo: --output {output}: another process is writing it" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback."""
+    (tmp_path / "file").touch()
+    assert main(["--output", str(tmp_path / "file" / "demo")]) == 2
+    assert capsys.readouterr().err.startswith(f"demo: --output {tmp_path / 'file' / 'demo'}: ")
+
+
 def test_the_recipes_fit_the_demo() -> None:
     """The demo would not take the time that it says; metrics of another evaluation would not be found."""
     pretraining = load_config(PretrainConfig, REPOSITORY / PRETRAINING)
