@@ -13,18 +13,17 @@ feed.
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import fire
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import PeakMemory, describe_machine
+from benchmarks.measuring import PeakMemory, deepcloze, describe_machine, run_module
 
 _DEEPCLOZE, _RAW, _FAST, _MAP = "deepcloze corpus", "encode_batch", "encode_batch_fast", "datasets.map"
 _BATCH = 1000  # documents, as in `datasets.map`
@@ -49,7 +48,7 @@ def corpus(source: str, tokenizer: str, threads: int = 0, rounds: int = 3) -> No
         for number in range(rounds):
             for name, found in runs.items():
                 found.append(_run(name, source, tokenizer, threads, Path(folder) / f"{number}"))
-        read = _contestant("read", source, tokenizer, threads, Path(folder) / "read")
+        read = _run("read", source, tokenizer, threads, Path(folder) / "read")
     Console().print(_table(runs))
     megabytes = Path(source).stat().st_size / 1e6
     encoding = megabytes / statistics.median(run["encoding"] for run in runs[_FAST]) / threads
@@ -61,31 +60,19 @@ def corpus(source: str, tokenizer: str, threads: int = 0, rounds: int = 3) -> No
 
 def _run(name: str, source: str, tokenizer: str, threads: int, output: Path) -> dict[str, float]:
     """{"total": seconds of the process, "encoding": seconds of tokenization, "memory": peak bytes}"""
-    if name != _DEEPCLOZE:
-        return _contestant(name, source, tokenizer, threads, output)
-    flags = ["--source", source, "--tokenizer", tokenizer, "--output", str(output), f"--workers={threads}"]
-    seconds, memory, _ = _watch([sys.executable, "-m", "launcher", "corpus", *flags], {})
-    return {"total": seconds, "encoding": seconds, "memory": memory}
-
-
-def _contestant(name: str, source: str, tokenizer: str, threads: int, output: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.corpus", "--contestant", name, source, tokenizer, str(threads)]
+    flags = ("--quiet", "--source", source, "--tokenizer", tokenizer, "--output", str(output), f"--workers={threads}")
+    settings = {"name": name, "source": source, "tokenizer": tokenizer, "threads": threads}
     # A cache of `datasets` would have the result of an earlier round.
     environment = {"RAYON_NUM_THREADS": str(threads), "HF_DATASETS_CACHE": str(output / name)}
-    seconds, memory, printed = _watch(command, environment)
-    return {"total": seconds, "encoding": float(json.loads(printed.splitlines()[-1])), "memory": memory}
-
-
-def _watch(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, str]:
-    """Return seconds, peak memory in bytes and output of a process."""
-    variables = os.environ | dict(environment)
     start = time.monotonic()
     with PeakMemory(seconds=0.5) as memory:
-        done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        if name == _DEEPCLOZE:
+            deepcloze("corpus", *flags)
+            encoding = None
+        else:
+            encoding = float(run_module("benchmarks.corpus", settings, environment=environment))
         seconds = time.monotonic() - start
-    if done.returncode != 0:
-        sys.exit(f"failed: {command}")
-    return seconds, memory.bytes, done.stdout
+    return {"total": seconds, "encoding": seconds if encoding is None else encoding, "memory": memory.bytes}
 
 
 def _table(runs: Runs) -> Table:
@@ -105,10 +92,9 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
 
 
-def contestant(name: str, source: str, tokenizer: str, threads: str) -> None:
-    """Run one contestant and print the seconds of its tokenization, or of reading."""
-    seconds = {_MAP: _map, "read": _read}.get(name, _encode)(name, source, tokenizer, int(threads))
-    print(seconds)
+def measure(name: str, source: str, tokenizer: str, threads: int) -> float:
+    """Run one contestant in this process. Returns the seconds of its tokenization, or of reading."""
+    return {_MAP: _map, "read": _read}.get(name, _encode)(name, source, tokenizer, threads)
 
 
 def _encode(name: str, source: str, tokenizer: str, _threads: int) -> float:
@@ -156,7 +142,7 @@ def _read(_name: str, source: str, tokenizer: str, _threads: int) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--contestant"]:
-        contestant(*sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1].startswith("{"):
+        print(measure(**json.loads(sys.argv[1])))
     else:
         fire.Fire(corpus)

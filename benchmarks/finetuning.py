@@ -11,7 +11,6 @@ sequences padded to `model.max_seq_length`. The accuracy is on the validation sp
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import describe_machine
+from benchmarks.measuring import describe_machine, run_module
 from experiment.process.hardware import keep_freed_memory
 from finetune.device import Microbatch
 from finetune.encoding.examples import Split
@@ -40,11 +39,8 @@ def finetuning(config: str, *, precision: str = "fp32", steps: int = 60, rounds:
     results: dict[str, list[dict[str, float]]] = {DEEPCLOZE: [], GROUPED: [], PADDED: []}
     for seed in range(1, rounds + 1):
         for name, found in results.items():
-            child = (sys.executable, "-m", "benchmarks.finetuning", "--contestant", name, config, precision)
-            output = subprocess.run(
-                (*child, str(steps), str(seed)), stdout=subprocess.PIPE, text=True, check=True
-            ).stdout
-            found.append(json.loads(output.splitlines()[-1]))
+            settings = {"name": name, "config": config, "precision": precision, "steps": steps, "seed": seed}
+            found.append(run_module("benchmarks.finetuning", settings))
     table = Table(title=f"{precision}, {steps} updates, {rounds} rounds", caption=describe_machine())
     for column in ("", "examples per CPU-second", "deepcloze is faster by", "accuracy"):
         table.add_column(column, justify="right" if column else "left")
@@ -56,16 +52,15 @@ def finetuning(config: str, *, precision: str = "fp32", steps: int = 60, rounds:
     Console().print(table)
 
 
-def measure(name: str, config: str, precision: str, steps: str, seed: str) -> None:
-    """One contestant, in this process. Prints a line of JSON."""
-    overrides = {"training.precision": precision, "training.steps": steps, "training.evaluate_every": steps}
+def measure(name: str, config: str, precision: str, steps: int, seed: int) -> dict[str, float]:
+    """Train one contestant in this process."""
+    overrides = {"training.precision": precision, "training.steps": str(steps), "training.evaluate_every": str(steps)}
     torch.set_num_threads(1)  # threads that wait for each other would count
     run = resolve(load_run_config(config, overrides))
     measured = _measure_deepcloze if name == DEEPCLOZE else _measure_trainer
-    torch.manual_seed(int(seed))
-    seconds, accuracy = measured(run, int(seed), name == GROUPED)
-    examples = int(steps) * run.training.batch_size
-    print(json.dumps({"rate": examples / seconds, "accuracy": accuracy}))
+    torch.manual_seed(seed)
+    seconds, accuracy = measured(run, seed, name == GROUPED)
+    return {"rate": steps * run.training.batch_size / seconds, "accuracy": accuracy}
 
 
 def _measure_deepcloze(run: ResolvedRun, seed: int, _: bool) -> tuple[float, float]:
@@ -130,7 +125,7 @@ def _rows(split: Split) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--contestant"]:
-        measure(*sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1].startswith("{"):
+        print(json.dumps(measure(**json.loads(sys.argv[1]))))
     else:
         fire.Fire(finetuning)

@@ -11,7 +11,6 @@ in fp32. Prints requests per second, latencies, and the memory of `deepcloze ser
 
 import http.client
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ PLAIN = "FastAPI + pipeline"
 PRECISIONS = {"fp32": "deepcloze serve, fp32", "bf16": "deepcloze serve, bf16", "int8": "deepcloze serve, ONNX int8"}
 _PLAIN_PATH, _PATH = "/predict", "/v1/predict"
 _WARM_UP = 64  # requests
+_SHOWN = 4000  # characters of the log of a server that failed
 _VOCABULARY = 20_000
 
 
@@ -144,18 +144,23 @@ def _server(folder: str, clients: int, precision: str | None) -> Iterator[tuple[
     else:
         flag = "auto" if precision == "int8" else precision  # int8 is a property of the folder
         command = ["-m", "launcher", "serve", "--model", folder, "--port", "0", "--precision", flag]
-    process = subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ
-    )
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        port = int(line.split()[0].rpartition(":")[2])
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield Load(port, _PLAIN_PATH if precision is None else _PATH, clients), psutil.Process(process.pid)
-    finally:
-        process.kill()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as log:  # `deepcloze serve` logs each request
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the server ended: {command}")
+            port = int(line.split()[0].rpartition(":")[2])
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            yield Load(port, _PLAIN_PATH if precision is None else _PATH, clients), psutil.Process(process.pid)
+        except Exception:
+            log.seek(0)
+            print(log.read()[-_SHOWN:], file=sys.stderr)
+            raise
+        finally:
+            process.kill()
+            process.wait()
 
 
 def serve_plainly(folder: str) -> None:

@@ -1,8 +1,12 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from benchmarks.measuring import PeakMemory
+import pytest
+
+from benchmarks import serving
+from benchmarks.measuring import PeakMemory, run_module
 
 MEMORY = 400 * 2**20
 FORKING = f"""
@@ -28,3 +32,27 @@ def test_processes_of_processes_count_and_shared_pages_only_once() -> None:
             time.sleep(0.01)
         process.communicate()
     assert memory.bytes < 1.5 * MEMORY
+
+
+def test_a_module_may_print_much(tmp_path: Path) -> None:
+    """Catches a process that waits forever because nobody reads what it prints: a pipe holds 64 KiB."""
+    (tmp_path / "loud.py").write_text("print('x' * 200_000); print(7)")
+    assert run_module("loud", {}, environment={"PYTHONPATH": str(tmp_path)}) == 7
+
+
+def test_a_module_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches an exit code without a reason."""
+    (tmp_path / "failing.py").write_text("raise SystemExit('no such tokenizer')")
+    with pytest.raises(subprocess.CalledProcessError):
+        run_module("failing", {}, environment={"PYTHONPATH": str(tmp_path)})
+    assert "no such tokenizer" in capfd.readouterr().err
+
+
+def test_a_server_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a server that does not start, for a reason that nobody sees."""
+    failing = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **given: start(failing, **given))
+    with pytest.raises(RuntimeError, match="the server ended"), serving._server("model", 1, "fp32"):
+        pass
+    assert "no such model" in capsys.readouterr().err
