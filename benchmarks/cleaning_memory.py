@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from benchmarks.measuring import describe_machine
+
 _VOCABULARY = 50_000
 _COPIES = 0.1
 _SECONDS = 0.2  # between samples
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
+    print(describe_machine(), flush=True)  # before what the command prints
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         write_documents(folder / "in.txt", arguments.documents)
@@ -64,6 +67,8 @@ def main() -> None:
                 used = list(memory(watched))
                 main_peak, peak = max(main_peak, *used[:1], 0), max(peak, sum(used))
                 time.sleep(_SECONDS)
+        if process.returncode:
+            sys.exit(f"failed: {command}")
         disk = sum(path.stat().st_size for path in (folder / "out").glob("*"))
         size = (folder / "in.txt").stat().st_size
         print(f"{arguments.documents:,} documents, {size / 1e6:,.0f} MB, {arguments.workers} workers")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from benchmarks.measuring import describe_machine
 from pretrain.cleaning.minhash import NgramSets, choose_bands, sketch
 from pretrain.cleaning.near_duplicates import choose_duplicates, hash_ngrams
 
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    print(describe_machine())
     texts, started = plant(arguments.documents, arguments.seed), time.process_time()
     result = measure(texts, arguments.threshold)
     bands = choose_bands(arguments.threshold)
