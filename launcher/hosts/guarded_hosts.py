@@ -18,11 +18,17 @@ from experiment.files import REPOSITORY
 from experiment.process.signals import kill_group, warnings_blocked
 from experiment.run_files.heartbeat import Heartbeat
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
-from launcher.hosts.ssh import CONNECT_SECONDS, ssh_argv
+from launcher.hosts.ssh import CONNECT_SECONDS, last_reason, ssh_argv
 
 _START_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
 _SECONDS_PER_HOST = 0.1  # to start ssh
 _END_SECONDS = 15.0
+_NO_REASON = "the connection was closed"
+
+
+def start_seconds(hosts: int) -> float:
+    """Return how long hosts may take to answer over ssh, if all are asked at once."""
+    return _START_SECONDS + _SECONDS_PER_HOST * hosts
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,7 @@ class GuardedHosts:
         while not self._closing.wait(BEAT_SECONDS):
             for host, connection in self._connections.items():
                 connection.try_send(b"\n")
-                starting = _START_SECONDS + _SECONDS_PER_HOST * len(self._connections)
-                limit = SILENCE_SECONDS if connection.started.is_set() else starting
+                limit = SILENCE_SECONDS if connection.started.is_set() else start_seconds(len(self._connections))
                 if host not in self.lost and connection.silent_seconds > limit:
                     self._lose(host, f"no answer within {limit:.0f} s")
                     connection.close()
@@ -186,7 +191,7 @@ class _Connection:
             )
         self._heard = time.monotonic()
         self._requested = False
-        self.last_output = "the connection was closed"  # the last line that ssh printed: usually why
+        self.last_output = _NO_REASON  # the last lines that ssh printed: usually why
         self.closed = False  # by `close`
         self.started = threading.Event()
 
@@ -217,14 +222,18 @@ class _Connection:
     def lines(self) -> Iterator[str]:
         """Yield the lines of the guard, until the connection is closed."""
         assert self._process.stdout is not None
+        before, has_started = "", False
         for line in self._process.stdout:
             text = line.decode(errors="replace").strip()
             _, is_from_guard, message = text.partition(PREFIX)
             if is_from_guard:
                 self._heard = time.monotonic()
+                if not has_started:  # what came before was a banner
+                    before, has_started, self.last_output = "", True, _NO_REASON
                 yield message
             elif text:
-                self.last_output = text
+                self.last_output = last_reason(f"{before}\n{text}")
+                before = text
 
     def close(self) -> None:
         """End ssh, with the processes that it has started, such as a ProxyCommand: they have its output open."""

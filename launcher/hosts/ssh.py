@@ -12,9 +12,20 @@ SSH_FAILED = 255
 KEEP_ALIVE = "-o ServerAliveInterval=5"
 """Lets ssh end 15 to 20 s after a host has disappeared; without this option, it may stay for hours."""
 
+# Lines that ssh prints after the server's reason, such as "Too many authentication failures".
+_AFTER_THE_REASON = ("Connection closed by", "Connection reset by", "Disconnected from")
 
-def ssh_argv(host: str, command: Sequence[str], connect_seconds: int = CONNECT_SECONDS) -> list[str]:
+
+def ssh_argv(host: str, command: Sequence[str]) -> list[str]:
     """Return the argv that runs a command on a host. ssh asks for nothing: where it would, it fails with
     `SSH_FAILED`."""
-    options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={connect_seconds}", *KEEP_ALIVE.split())
+    options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *KEEP_ALIVE.split())
     return ["ssh", *options, host, shlex.join(command)]
+
+
+def last_reason(output: str) -> str:
+    """Return the last line that ssh printed, with the one before it if that has the reason; empty if it printed
+    nothing."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    count = 2 if lines and lines[-1].startswith(_AFTER_THE_REASON) else 1
+    return "; ".join(lines[-count:])

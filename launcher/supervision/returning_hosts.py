@@ -2,44 +2,54 @@
 
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
+from experiment.process.signals import kill_group
 from experiment.run_files.checkpoints import saves
 from experiment.run_files.run_folder import RunFolder
-from launcher.hosts.ssh import ssh_argv
+from launcher.hosts.guarded_hosts import start_seconds
+from launcher.hosts.ssh import SSH_FAILED, last_reason, ssh_argv
 
-_CONNECT_SECONDS = 5
-_ANSWER_SECONDS = 10.0
-_SECONDS_PER_HOST = 0.05  # to start ssh
 _POLL_SECONDS = 10.0
 
 
-def usable_hosts(hosts: Collection[str], folder: RunFolder) -> set[str]:
-    """Return the hosts that answer within seconds and have this Python and the run folder. Asks all at once."""
+def unusable_hosts(hosts: Collection[str], folder: RunFolder) -> dict[str, str]:
+    """Return the hosts that do not answer, or lack this Python or the run folder, and why. Asks all at once, and gives
+    them as long as their guards have to start."""
     command = ["test", "-x", sys.executable, "-a", "-d", str(folder.logs)]
-    processes = {
-        host: subprocess.Popen(
-            ssh_argv(host, command, _CONNECT_SECONDS),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        for host in hosts
-    }
-    deadline = time.monotonic() + _ANSWER_SECONDS + _SECONDS_PER_HOST * len(hosts)
-    return {host for host, process in processes.items() if _exit_code(process, deadline) == 0}
-
-
-def _exit_code(process: "subprocess.Popen[bytes]", deadline: float) -> int:
-    try:
-        return process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    limit, reasons = start_seconds(len(hosts)), {}
+    with ExitStack() as files:
+        # Files, not pipes: a ProxyCommand or a shared connection of ssh may have the output open for longer than ssh.
+        outputs = {host: files.enter_context(tempfile.TemporaryFile()) for host in hosts}
+        processes = {
+            host: subprocess.Popen(
+                ssh_argv(host, command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                start_new_session=True,
+            )
+            for host, output in outputs.items()
+        }
+        deadline = time.monotonic() + limit
+        for host, process in processes.items():
+            try:
+                exit_code = process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                kill_group(process.pid)  # with what ssh has started
+                process.wait()
+                reasons[host] = f"no answer within {limit:.0f} s"
+                continue
+            if exit_code == SSH_FAILED:
+                outputs[host].seek(0)
+                reasons[host] = last_reason(outputs[host].read().decode(errors="replace")) or "ssh failed"
+            elif exit_code != 0:
+                reasons[host] = f"there is no {sys.executable}, or no {folder.logs}"
+    return reasons
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from launcher.hosts.hostfile import Slots
 from launcher.supervision.attempt import Launch, Layout, run_attempt
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt
 from launcher.supervision.restarts import Attempt, End, Restart, decide
-from launcher.supervision.returning_hosts import usable_hosts, watch_for_hosts
+from launcher.supervision.returning_hosts import unusable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
 
 _CLOCK_SKEW = 60.0  # seconds between the clocks of this machine and of the disk
@@ -102,6 +102,7 @@ class _Supervisor:
         self._stop = stop
         self._alerts = alerts
         self._attempts: list[Attempt] = []
+        self._unusable: dict[str, str] = {}  # host -> why, at the last look
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -170,7 +171,9 @@ class _Supervisor:
             message = f"found {self._folder.stop}; run the same command again to resume"
             return LaunchResult(Outcome.STOPPED, message), False
         if not layout.slots:
-            return LaunchResult(Outcome.FAILED, "no host answers", Cause.LOST_HOST), False
+            reasons = "; ".join(f"{host}: {reason}" for host, reason in self._unusable.items())
+            message = f"no host answers: {reasons}" if reasons else "no host passes preflight"
+            return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST), False
         own_stop = _OwnStopFile(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys()
         with watch_for_hosts(missing, self._launch.passing_hosts, self._folder, own_stop.make):
@@ -193,11 +196,13 @@ class _Supervisor:
         wanted = self._launch.slots
         if self._launch.local:
             return wanted
-        usable = usable_hosts(wanted.keys(), self._folder)
+        self._unusable = unusable_hosts(wanted.keys(), self._folder)
+        usable = wanted.keys() - self._unusable.keys()
         if doubtful := usable - set(trusted):
             usable = (usable - doubtful) | set(self._launch.passing_hosts(doubtful))
         if missing := [host for host in wanted if host not in usable]:
-            notify(f"without {', '.join(missing)}, until they answer and pass preflight")
+            shown = (f"{host} ({self._unusable[host]})" if host in self._unusable else host for host in missing)
+            notify(f"without {', '.join(shown)}, until they answer and pass preflight")
         return {host: slots for host, slots in wanted.items() if host in usable}
 
 

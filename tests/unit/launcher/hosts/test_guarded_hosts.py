@@ -133,8 +133,9 @@ def test_a_process_that_ssh_has_started_delays_no_end(
 
 
 def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out."""
-    install_ssh(tmp_path / "bin", monkeypatch, before=f"echo $$ > {tmp_path}/guard.pid")
+    """Catches ranks and secrets that stay on a host whose guard alone was killed, because memory ran out, and a line
+    of a login banner as the reason."""
+    install_ssh(tmp_path / "bin", monkeypatch, before=f"echo welcome; echo $$ > {tmp_path}/guard.pid")
     with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
         own = start_process(f"{run}-1")
         written = environment_file(f"{run}-1").with_name(f"{environment_file(f'{run}-1').name}.7")

@@ -205,19 +205,24 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
         return hosts if passes else ()
 
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
-    monkeypatch.setattr(supervisor, "usable_hosts", lambda hosts, _: set(hosts))
+    monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: {})
     body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
     supervise(replace(launch(folder, body, layouts), max_restarts=1, passing_hosts=passing_hosts))
     assert checked == [{"node-2"}]
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
 
 
-def test_a_launch_without_hosts_fails(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_without_hosts_fails(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches hosts that are left out without a reason."""
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
-    monkeypatch.setattr(supervisor, "usable_hosts", lambda *_: set())
+    monkeypatch.setattr(supervisor, "unusable_hosts", lambda hosts, _: dict.fromkeys(hosts, "refused"))
     body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
     result = supervise(replace(launch(folder, body), max_restarts=1))
-    assert result.message == "no host answers\nnot restarted: --max_restarts=1 within an hour"
+    assert "without node-1 (refused), node-2 (refused), until they answer" in capsys.readouterr().err
+    reasons = "node-1: refused; node-2: refused"
+    assert result.message == f"no host answers: {reasons}\nnot restarted: --max_restarts=1 within an hour"
 
 
 def test_only_the_user_reads_what_deepspeed_exports(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ import pytest
 
 from experiment.run_files import checkpoints
 from experiment.run_files.run_folder import RunFolder, open_run_folder
+from launcher.hosts import guarded_hosts
 from launcher.supervision import returning_hosts as module
-from launcher.supervision.returning_hosts import usable_hosts, watch_for_hosts
+from launcher.supervision.returning_hosts import unusable_hosts, watch_for_hosts
 from stand_in_hosts import install_ssh
+from waiting import wait_until
 
 
 @pytest.fixture
@@ -28,9 +30,24 @@ def save(folder: RunFolder, step: int) -> None:
 def test_hosts_that_answer_and_see_the_run_folder(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Catches a host that is left out without the reason that ssh gives."""
     install_ssh(tmp_path / "bin", monkeypatch)
-    assert usable_hosts(["node-1", "missing-2", "node-3"], folder) == {"node-1", "node-3"}
-    assert usable_hosts(["node-1"], RunFolder(tmp_path / "other")) == set()
+    unknown = "ssh: Could not resolve hostname missing-2: Name or service not known"
+    assert unusable_hosts(["node-1", "missing-2", "node-3"], folder) == {"missing-2": unknown}
+    assert list(unusable_hosts(["node-1"], RunFolder(tmp_path / "other"))) == ["node-1"]
+
+
+def test_a_host_has_as_long_to_answer_as_its_guard(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a slow host that is left out, although a guard would start there, a host that is blamed for the silence
+    of another one, and a ProxyCommand that stays."""
+    before = f'[ "$1" = hangs ] && {{ sleep 3600 & echo $! > {tmp_path}/proxy; sleep 3600; }}'
+    install_ssh(tmp_path / "bin", monkeypatch, before=before)
+    monkeypatch.setattr(guarded_hosts, "_START_SECONDS", 1.0)
+    assert unusable_hosts(["hangs", "node-2"], folder) == {"hangs": "no answer within 1 s"}
+    proxy = Path("/proc", (tmp_path / "proxy").read_text().strip(), "stat")
+    wait_until(lambda: not proxy.exists() or proxy.read_text().split()[2] == "Z")
 
 
 def test_a_host_is_taken_back_after_the_next_checkpoint(folder: RunFolder) -> None:
