@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from experiment.process.signals import handle_stop_signals, kill_group
 from experiment.progress import progress
 from launcher.hosts import probe
-from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, ssh_argv
+from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, last_reason, ssh_argv
 
 _ANSWER_SECONDS = 60.0  # from the start of ssh
 _POLL_SECONDS = 0.2
@@ -89,6 +89,7 @@ class Unreachable:
     reason: str
     fix: str  # a command
     connected: bool = False  # ssh works
+    answers: bool = False  # the host does, even if ssh fails
 
 
 Answer = HostAnswer | Unreachable
@@ -191,21 +192,24 @@ def _parse(host: str, stdout: bytes, error: str, start: float, end: float) -> An
         facts = _FACTS.validate_json(line)
     except ValidationError:
         shown = error or stdout.decode(errors="replace").strip() or "nothing"
-        return _no_facts(host, f"{sys.executable} printed no facts, but {_last_line(shown)!r}")
+        return _no_facts(host, f"{sys.executable} printed no facts, but {_reason(shown)!r}")
     return HostAnswer(facts, clock_offset=max(0.0, facts.time - end) + min(0.0, facts.time - start))
 
 
 def _why_unreachable(host: str, exit_code: int | None, error: str) -> Unreachable:
+    if exit_code == _NOT_FOUND and "error while loading shared libraries" in error:
+        reason = f"{sys.executable} does not start: {last_reason(error)}"
+        return Unreachable(reason, f"ssh {host} ldd {shlex.quote(sys.executable)}", connected=True, answers=True)
     if exit_code == _NOT_FOUND:
         return _no_facts(host, f"there is no Python at {sys.executable}")
     if exit_code == _NOT_EXECUTABLE:
         return _no_facts(host, f"{sys.executable} cannot be executed")
     if exit_code != SSH_FAILED:
-        return _no_facts(host, f"{sys.executable} failed with exit code {exit_code}: {_last_line(error)}")
+        return _no_facts(host, f"{sys.executable} failed with exit code {exit_code}: {_reason(error)}")
     for text, reason, fix in _SSH_ERRORS:
         if text in error:
-            return Unreachable(reason, fix.format(host=host))
-    return Unreachable(f"ssh failed: {_last_line(error)}", f"ssh -v {host} true")
+            return Unreachable(reason, fix.format(host=host), answers=text not in _SILENT)
+    return Unreachable(f"ssh failed: {_reason(error)}", f"ssh -v {host} true", answers=True)
 
 
 # A part of ssh's message, its meaning, a command.
@@ -230,12 +234,14 @@ _SSH_ERRORS = (
     ("timed out", f"no connection within {CONNECT_SECONDS} s", "ping {host}"),
     ("No route to host", "no route to the host", "ping {host}"),
 )
+# Usual for a host that is down or starts.
+_SILENT = ("Could not resolve hostname", "Connection refused", "timed out", "No route to host")
 
 
 def _no_facts(host: str, reason: str) -> Unreachable:
     prefix = shlex.quote(sys.prefix)
-    return Unreachable(reason, f"rsync -a {prefix}/ {host}:{prefix}/", connected=True)
+    return Unreachable(reason, f"rsync -a {prefix}/ {host}:{prefix}/", connected=True, answers=True)
 
 
-def _last_line(text: str) -> str:
-    return text.rpartition("\n")[2].strip() or "no message"
+def _reason(output: str) -> str:
+    return last_reason(output) or "no message"

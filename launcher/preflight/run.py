@@ -70,14 +70,14 @@ def passing_hosts(target: Target, printed: dict[str, str], hosts: Collection[str
 
     Prints why a host that answers does not pass, unless it is in `printed`: host -> the last printed reason.
     """
-    subset = replace(target, slots={host: target.slots[host] for host in hosts}, checkpoint_bytes=0)
+    target = replace(target, checkpoint_bytes=0)
     try:
-        answers, own, tokens = _probe(subset, show_progress=False)
+        answers, own, tokens = _probe(target, hosts=hosts, show_progress=False)
     except (OSError, UserError):  # the run folder does not answer
         return set()
-    problems = find_problems(answers, own, subset, tokens)
+    problems = find_problems(answers, own, target, tokens)
     for host, answer in answers.items():
-        if problems[host] and isinstance(answer, HostAnswer):
+        if problems[host] and (isinstance(answer, HostAnswer) or answer.answers):
             text = "; ".join(f"{problem.check}: {problem.text}" for problem in problems[host])
             if printed.get(host) != text:
                 printed[host] = text
@@ -111,8 +111,11 @@ def _measure(slots: Slots, machine: Machine, target: Target) -> tuple[Measuremen
         return None, str(error)
 
 
-def _probe(target: Target, show_progress: bool = True) -> tuple[Mapping[str, Answer], HostFacts, set[str]]:
-    """Return the answers of the hosts, the facts of this machine, and the hosts whose tokens are in the run folder."""
+def _probe(
+    target: Target, hosts: Collection[str] | None = None, show_progress: bool = True
+) -> tuple[Mapping[str, Answer], HostFacts, set[str]]:
+    """Return the answers of the hosts, the facts of this machine, and the hosts whose tokens are in the run folder.
+    `hosts`: of the target; None: all."""
     request = ProbeRequest(
         libraries=LIBRARIES,
         project=target.project,
@@ -127,11 +130,11 @@ def _probe(target: Target, show_progress: bool = True) -> tuple[Mapping[str, Ans
         request = replace(request, token_folder=None if folder is None else str(folder))
         requests = {
             host: replace(request, token=f"host-{number}", peer=target.peer_of(host))
-            for number, host in enumerate(target.slots)
+            for number, host in enumerate(target.slots if hosts is None else hosts)
         }
         answers: Mapping[str, Answer]
         if is_local(target.slots):
-            answers = {host: probe_this_machine(requests[host]) for host in target.slots}
+            answers = {host: probe_this_machine(request) for host, request in requests.items()}
         else:
             answers = probe_hosts(requests, show_progress)
         expected = {

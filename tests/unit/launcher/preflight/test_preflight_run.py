@@ -100,20 +100,35 @@ def test_a_host_that_does_not_pass_is_explained_once(
     """Catches a host that answers again, but is not taken back, without a word; and one message every ten seconds."""
     own = run.probe_this_machine(ProbeRequest())
     versions = iter(["3.12.1", "3.12.1", "3.13.0"])
+    denied = Unreachable("permission denied", "ssh-copy-id", answers=True)
 
     def probe(*_: object, **__: object) -> object:
         facts = replace(own.facts, shared=True, python=next(versions), source="its own")
-        answers = {"node-1": Unreachable("refused", "ping"), "node-2": replace(own, facts=facts)}
+        answers = {"node-1": Unreachable("refused", "ping"), "node-2": replace(own, facts=facts), "node-3": denied}
         return answers, replace(own.facts, python="3.11.7", source="its own"), {"node-2"}
 
     monkeypatch.setattr(run, "_probe", probe)
     printed: dict[str, str] = {}
-    target = replace(target, slots={"node-1": (0,), "node-2": (0,)})
+    target = replace(target, slots={"node-1": (0,), "node-2": (0,), "node-3": (0,)})
     for _ in range(3):
-        assert run.passing_hosts(target, printed, ["node-1", "node-2"]) == set()
-    first, second = capsys.readouterr().err.splitlines()
+        assert run.passing_hosts(target, printed, ["node-1", "node-2", "node-3"]) == set()
+    first, denial, second = capsys.readouterr().err.splitlines()
     assert first.startswith("deepcloze: node-2 answers, but does not pass preflight: Python: Python 3.12.1 at ")
+    assert denial == "deepcloze: node-3 answers, but does not pass preflight: ssh: permission denied"
     assert "Python 3.13.0" in second
+
+
+def test_a_host_that_comes_back_alone_must_reach_the_first_one(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that is taken back although its name for the first host is the loopback address."""
+    asked: dict[str, str | None] = {}
+
+    def probe_hosts(requests: Mapping[str, ProbeRequest], _: bool) -> dict[str, Answer]:
+        asked.update({host: request.peer for host, request in requests.items()})
+        return {host: Unreachable("refused", "ping") for host in requests}
+
+    monkeypatch.setattr(run, "probe_hosts", probe_hosts)
+    run.passing_hosts(replace(target, slots={"node-1": (0,), "node-2": (0,)}), {}, ["node-2"])
+    assert asked == {"node-2": "node-1"}
 
 
 def test_a_host_that_comes_back_needs_no_room_for_saved_checkpoints(

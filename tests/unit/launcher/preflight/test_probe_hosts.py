@@ -101,6 +101,16 @@ def test_a_clock_is_compared_with_the_time_of_the_question(ssh: Ssh, tmp_path: P
             "ping node-1",
         ),
         ("echo 'kex_exchange: closed' >&2; exit 255", "ssh failed: kex_exchange: closed", "ssh -v node-1 true"),
+        (
+            "echo 'Too many authentication failures' >&2; echo 'Disconnected from 10.0.0.5 port 22' >&2; exit 255",
+            "ssh failed: Too many authentication failures; Disconnected from 10.0.0.5 port 22",
+            "ssh -v node-1 true",
+        ),
+        (
+            "echo 'python: error while loading shared libraries: libpython3.11.so.1.0: No such file' >&2; exit 127",
+            "does not start: python: error while loading shared libraries: libpython3.11.so.1.0",
+            "ssh node-1 ldd ",
+        ),
         ("exit 127", f"there is no Python at {sys.executable}", "rsync -a"),
         ("exit 126", "cannot be executed", "rsync -a"),
         ("echo 'SyntaxError: invalid syntax' >&2; exit 1", "exit code 1: SyntaxError: invalid syntax", "rsync -a"),
@@ -114,6 +124,8 @@ def test_a_host_without_facts_says_why(ssh: Ssh, script: str, reason: str, fix: 
     assert isinstance(answer, Unreachable)
     assert reason in answer.reason
     assert fix in answer.fix
+    silent = ("connection refused", "its name cannot", "no connection")
+    assert answer.answers != answer.reason.startswith(silent)
 
 
 def test_a_host_that_hangs_is_given_up(ssh: Ssh, monkeypatch: pytest.MonkeyPatch) -> None:
