@@ -2,11 +2,12 @@
 ARG BASE=docker.io/library/python:3.11-slim
 
 FROM ${BASE} AS base
-# Triton and torch.compile need a C++ compiler and Python's headers, NVMe offload libaio, several hosts ssh and pdsh. A base
-# with Python keeps it. A container makes its own ssh host keys: those of an image are known to all who have the image.
+# Triton and torch.compile need a C++ compiler and Python's headers, NVMe offload libaio, several hosts ssh and pdsh,
+# and rsync for the commands that preflight prints. A base with Python keeps it. A container makes its own ssh host keys:
+# those of an image are known to all who have the image.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        ca-certificates g++ libaio-dev openssh-client openssh-server pdsh tini \
+        ca-certificates g++ libaio-dev openssh-client openssh-server pdsh rsync tini \
         $(command -v python3 >/dev/null || echo python3 python3-dev python3-venv) \
     && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
     && mkdir -p /run/sshd \
