@@ -87,17 +87,16 @@ class Encoder:
     def ids_of_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text, without special tokens, at least one each unless the text is empty."""
         found: list[list[int]] = self._tokenize(texts, special=False)["input_ids"] if texts else []
-        return [ids or self._unknown(text) for ids, text in zip(found, texts, strict=True)]
+        return [ids or (self._unknown() if text else []) for ids, text in zip(found, texts, strict=True)]
 
-    def _unknown(self, text: str) -> list[int]:
-        """Return a token for a text that the tokenizer drops; none if it is empty. Raises UserError if there is no such
-        token."""
-        tokens = [token for token in (self.tokenizer.unk_token_id, self.tokenizer.mask_token_id) if token is not None]
-        if text and not tokens:
-            raise UserError(
-                "the tokenizer drops a word or a text, and has neither an unknown token nor a mask token in its place"
-            )
-        return tokens[:1] if text else []
+    def _unknown(self) -> list[int]:
+        """Return one token, for a text that the tokenizer drops. Raises UserError if there is none for it."""
+        for token in (self.tokenizer.unk_token_id, self.tokenizer.mask_token_id):
+            if token is not None:
+                return [token]
+        raise UserError(
+            "the tokenizer drops a word or a text, and has neither an unknown token nor a mask token in its place"
+        )
 
     def ids_of_continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts that continue others, at least one each unless the text is empty. SentencePiece
@@ -105,7 +104,8 @@ class Encoder:
         before, *found = self.ids_of_texts(["(", *(f"({text}" for text in texts)])
         known = self.tokenizer.unk_token_id not in before
         return [
-            (ids[len(before) :] if known and ids[: len(before)] == before else self.ids(text)) or self._unknown(text)
+            (ids[len(before) :] if known and ids[: len(before)] == before else self.ids(text))
+            or (self._unknown() if text else [])
             for text, ids in zip(texts, found, strict=True)
         ]
 
@@ -127,7 +127,7 @@ class Encoder:
         """Return the tokens of each word of a sentence, at least one each."""
         # Tokenizers that tell the start of a word by the space before it need that space.
         texts = [word if index == 0 else f" {word}" for index, word in enumerate(words)]
-        return [ids or self._unknown(" ") for ids in self.ids_of_texts(texts)]
+        return [ids or self._unknown() for ids in self.ids_of_texts(texts)]
 
     def room(self, texts: int = 1) -> int:
         """Return how many tokens fit into a sequence of one text, or of a pair, beside the special tokens.
