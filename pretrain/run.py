@@ -15,13 +15,13 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a traceback while it imports
     gc.disable()  # imports make a million objects that stay, and collections among them take a second
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that torch finds no GPU either; read at its first look for one
 if not __package__:  # started as a file: import from the repository, not from this folder
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
 if __name__ == "__main__":
     from experiment.process.fast_imports import import_transformers_without_scipy
+    from experiment.process.own_process import hide_gpus
 
+    hide_gpus()
     import_transformers_without_scipy()
 
 import contextlib
