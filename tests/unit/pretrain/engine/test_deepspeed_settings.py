@@ -261,7 +261,8 @@ def test_an_unsupported_precision_is_rejected_with_the_preset_to_use(
 def test_an_older_gpu_is_told_what_it_can_run(
     device: tuple[int, int], built: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a T4 that trains in emulated bf16 or is told to use fp32, and a build of torch without code for a GPU."""
+    """Catches bf16 on a GPU without native bf16, a message that names fp32 there, and a torch build without code for
+    the GPU."""
     accelerator = SimpleNamespace(device_name=lambda: "cuda", is_fp16_supported=lambda: True)
     accelerator.is_bf16_supported = lambda: True  # also where it is emulated
     monkeypatch.setattr("pretrain.engine.deepspeed_settings.get_accelerator", lambda: accelerator)
