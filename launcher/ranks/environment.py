@@ -1,5 +1,6 @@
 """The environment variables of a launch: of DeepSpeed's launcher and of the ranks, here and on other hosts. Pure."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -16,6 +17,7 @@ Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
 _FORWARDED = (
     *("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON"),
     *("DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_", "DEEPCLOZE_APPRISE_"),  # of alerts
+    "TORCHINDUCTOR_CACHE_DIR",
     QUIET_VARIABLE,
 )
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
@@ -97,9 +99,10 @@ def exported_text(exported: Mapping[str, str], user_text: str = "") -> str:
     lines.
 
     The file replaces the user's own `.deepspeed_env`, so the lines of that one, `user_text`, are included and take
-    precedence.
+    precedence. Comments and a leading `export` are removed: DeepSpeed would write them into shell commands.
     """
-    user_lines = {line.partition("=")[0].strip(): line.strip() for line in user_text.splitlines() if "=" in line}
+    given = (re.sub(r"^export\s+", "", line.strip()) for line in user_text.splitlines())
+    user_lines = {line.partition("=")[0].strip(): line for line in given if "=" in line and not line.startswith("#")}
     lines = {name: f"{name}={value}" for name, value in exported.items()}
     return "".join(f"{line}\n" for line in (lines | user_lines).values())
 

@@ -101,11 +101,17 @@ def test_variables_for_other_hosts():
     alerts that rank 0 cannot send from another host."""
     alerts = {f"DEEPCLOZE_{name}": "secret" for name in ("SMTP_PASSWORD", "WEBHOOK_URL", "APPRISE_URLS")}
     environ = {"GLOO_SOCKET_IFNAME": "eth1", "CUDA_VISIBLE_DEVICES": "3", "WANDB_API_KEY": "secret", "MINE": "a b"}
-    environ |= {**alerts, "DEEPCLOZE_QUIET": "1", "DEEPCLOZE_LAUNCH": "of another launch"}
+    environ |= {
+        **alerts,
+        "DEEPCLOZE_QUIET": "1",
+        "TORCHINDUCTOR_CACHE_DIR": "/scratch",
+        "DEEPCLOZE_LAUNCH": "of another launch",
+    }
     assert forwarded_environment(environ | {"HOME": "/home"}, ["MINE"]) == {
         "DEEPCLOZE_QUIET": "1",
         "GLOO_SOCKET_IFNAME": "eth1",
         "MINE": "a b",
+        "TORCHINDUCTOR_CACHE_DIR": "/scratch",
         "WANDB_API_KEY": "secret",
         **alerts,
     }
@@ -122,7 +128,8 @@ def test_ranks_of_mpi_and_srun_get_the_address_where_they_meet():
 
 
 def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_user_wants_it():
-    text = exported_text({"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\nOMP_NUM_THREADS = 2\n\n")
+    """Catches secrets in command lines, and comments that break them."""
+    text = exported_text({"OMP_NUM_THREADS": "4"}, "# A=1\nexport NCCL_DEBUG=INFO\n OMP_NUM_THREADS = 2\n\n")
     assert text.splitlines() == ["OMP_NUM_THREADS = 2", "NCCL_DEBUG=INFO"]
     secret = {"MLFLOW_TRACKING_PASSWORD": "secret", "UCX_TOKEN": "secret", "PYTHON_TOKEN": '"$(id)"'}
     environ = {**secret, "HOME": "/home", "PYTHONPATH": "/mine"}
