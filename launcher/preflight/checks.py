@@ -84,7 +84,7 @@ def _problems_of_host(host: str, answer: HostAnswer, own: HostFacts, target: Tar
 
 
 def _software_problems(host: str, facts: HostFacts, own: HostFacts, target: Target) -> Iterator[Problem]:
-    python = shlex.quote(target.python)
+    python = _quoted(target.python)
     if facts.python != own.python:
         text = f"Python {facts.python} at {target.python}, expected {own.python}"
         yield Problem("Python", text, _copy(Path(target.python).parent.parent, host))
@@ -107,11 +107,11 @@ def _file_problems(host: str, facts: HostFacts, own: HostFacts) -> Iterator[Prob
             yield Problem("files", f"{path} {found}", _copy(Path(path).parent, host))
     for folder in facts.missing_folders:
         text = f"there is no folder {folder}, the working directory of this launch"
-        yield Problem("files", text, f"ssh {host} mkdir -p {shlex.quote(folder)}")
+        yield Problem("files", text, f"ssh {host} mkdir -p {_quoted(folder)}")
 
 
 def _disk_problems(host: str, facts: HostFacts, target: Target, seen: bool) -> Iterator[Problem]:
-    folder = shlex.quote(str(target.folder))
+    folder = _quoted(str(target.folder))
     if not facts.shared or (facts.write_error is None and not seen):
         unseen = "files that the host writes there are not seen on this machine"
         if not facts.shared:
@@ -137,7 +137,7 @@ def lack_of_space(free_bytes: int, target: Target) -> str:
 def _cache_problems(host: str, facts: HostFacts, needs: CacheNeeds) -> Iterator[Problem]:
     if facts.cache_bytes is not None and facts.cache_bytes < needs.bytes:
         text = f"{_gigabytes(facts.cache_bytes)} for corpora at {needs.folder}, expected {_gigabytes(needs.bytes)}"
-        fix = f"ssh {host} df -h {shlex.quote(needs.folder)}    # free space, or choose another corpus.cache"
+        fix = f"ssh {host} df -h {_quoted(needs.folder)}    # free space, or choose another corpus.cache"
         yield Problem("disk", text, fix)
 
 
@@ -201,6 +201,11 @@ def _slow_link(host: str, slots: Slots, link: float, usual: float) -> Problem:
     return Problem(
         "speed", f"its network gives {_megabytes(link)}; the median of all hosts is {_megabytes(usual)}", fix
     )
+
+
+def _quoted(path: str) -> str:
+    """Quote a path for a command of ssh: for the shell here, and for the one of the host."""
+    return shlex.quote(shlex.quote(path))
 
 
 def _copy(folder: Path, host: str) -> str:

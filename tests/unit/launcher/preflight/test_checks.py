@@ -1,5 +1,6 @@
 """Facts of hosts that differ in one thing from what a run needs."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,12 @@ GB = 10**9
         ),
         ({"checksums": {"/corpora/wiki/manifest.json": "other"}}, "files", "differs from this machine's", "rsync"),
         ({"missing_folders": ("/home/me",)}, "files", "no folder /home/me", "ssh b mkdir -p /home/me"),
+        (
+            {"missing_folders": ("/a b",)},
+            "files",
+            "no folder /a b",
+            f"ssh b mkdir -p {shlex.quote(shlex.quote('/a b'))}",
+        ),
         ({"shared": False, "free_bytes": None}, "run folder", "are not seen on the host", "ssh b df -h /runs/first"),
         ({"write_error": "Read-only file system"}, "run folder", "cannot write to /runs/first: Read-only", "ssh b df"),
         ({"free_bytes": 99 * GB}, "disk", "99.0 GB free at /runs/first, expected 100.0 GB", "checkpoint.keep_last"),
