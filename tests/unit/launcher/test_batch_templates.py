@@ -15,9 +15,11 @@ HOSTFILES = Path(__file__).parents[3] / "hostfiles"
 
 @pytest.fixture
 def programs(tmp_path: Path) -> dict[str, str]:
-    """An environment with a `deepcloze` that exits with CODE, on a signal with 75, and a `scontrol`."""
+    """An environment with a `deepcloze` that exits with CODE, or with 75 once it has the signals in SIGNALS, and a
+    `scontrol`."""
     for name, body in {
-        "deepcloze": 'trap "exit 75" TERM\ntouch started\n[ -n "$CODE" ] && exit $CODE\nwhile :; do sleep 0.05; done',
+        "deepcloze": 'for name in TERM USR1; do trap "echo $name >> got" $name; done\ntouch got started\n'
+        '[ -n "$CODE" ] && exit $CODE\nwhile [ "$(echo $(cat got))" != "$SIGNALS" ]; do sleep 0.05; done; exit 75',
         "scontrol": 'echo "$@" > requeued',
     }.items():
         path = tmp_path / name
@@ -37,16 +39,18 @@ def test_a_slurm_job_that_ends_by_itself_is_not_queued_again(
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize(("number", "again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize(("signals", "again"), [("USR1", True), ("TERM", False), ("USR1 TERM", True)])
 def test_only_the_time_limit_of_a_slurm_job_queues_it_again(
-    tmp_path: Path, programs: dict[str, str], number: signal.Signals, again: bool
+    tmp_path: Path, programs: dict[str, str], signals: str, again: bool
 ) -> None:
-    """Catches a signal that bash keeps from deepcloze, its exit code lost on the way, and a job that cannot be
-    cancelled."""
+    """Catches a signal that bash keeps from deepcloze, its exit code lost on the way, a job that cannot be cancelled,
+    and one that is not queued again, or killed, because it still saves at its time limit."""
     command = ["bash", str(HOSTFILES / "slurm.sbatch"), "my-run.yaml"]
-    with subprocess.Popen(command, cwd=tmp_path, env=programs, text=True) as job:
+    with subprocess.Popen(command, cwd=tmp_path, env=programs | {"SIGNALS": signals}, text=True) as job:
         wait_until((tmp_path / "started").exists, job)
-        job.send_signal(number)
+        for name in signals.split():
+            job.send_signal(signal.Signals[f"SIG{name}"])
+            wait_until(lambda name=name: name in (tmp_path / "got").read_text())
         assert job.wait(LIMIT) == 75
     assert [path.read_text() for path in tmp_path.glob("requeued")] == ["requeue 17\n"] * again
 
