@@ -122,6 +122,8 @@ def test_a_node_list_of_thousands_of_hosts() -> None:
     [
         ({"SLURM_GPUS_ON_NODE": "8", "SLURM_TASKS_PER_NODE": "1(x3)"}, [8, 8, 8]),
         ({"SLURM_GPUS_PER_NODE": "h100:4"}, [4, 4, 4]),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS": "h100:12"}, [4, 4, 4]),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS": "a:6,b:6"}, [4, 4, 4]),
         ({"SLURM_GPUS_ON_NODE": "0", "SLURM_TASKS_PER_NODE": "2(x2),5"}, [2, 2, 5]),
         ({}, [1, 1, 1]),
         ({"SLURM_PROCID": "", "PMI_RANK": "none"}, [1, 1, 1]),
@@ -146,12 +148,17 @@ def test_slots_of_a_slurm_job(variables: dict[str, str], slots: list[int]) -> No
         ({"SLURM_TASKS_PER_NODE": "many"}, "SLURM_TASKS_PER_NODE=many"),
         ({"SLURM_GPUS_ON_NODE": "all"}, "SLURM_GPUS_ON_NODE=all: expected a number"),
         ({"SLURM_GPUS": "16", "SLURM_TASKS_PER_NODE": "1(x3)"}, "SLURM does not say how many on each node"),
+        (
+            {"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS": "10"},
+            "the job has GPUs (SLURM_GPUS=10), but not 4 on each of 3 nodes",
+        ),
         ({"SLURM_TASKS_PER_NODE": "0(x3)"}, "the job has a host without slots"),
         ({"SLURM_JOB_NODELIST": "n[3-1]", "SLURM_GPUS_ON_NODE": "1"}, "the job has no hosts"),
     ],
 )
 def test_a_slurm_job_that_cannot_be_read_is_rejected(variables: dict[str, str], message: str) -> None:
-    """Catches a run in every task of srun, and hosts without slots."""
+    """Catches a run in every task of srun, hosts without slots, and GPUs of the first node that are taken for those of
+    all."""
     with pytest.raises(UserError) as raised:
         allocated_hosts({"SLURM_JOB_NODELIST": "n[1-3]", **variables})
     assert message in str(raised.value)
