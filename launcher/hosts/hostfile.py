@@ -9,6 +9,7 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 
 from experiment.errors import UserError
@@ -53,12 +54,15 @@ def is_this_machine(host: str) -> bool:
     if host == "localhost" or host in (socket.gethostname(), socket.getfqdn()):
         return True
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(address)  # succeeds for this machine's own addresses only
-    except OSError:
+        address = ip_address(socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0][4][0])
+    except (OSError, ValueError):
         return False
-    return True
+    if address.is_loopback:
+        return True
+    import psutil  # slow, and few launches need it
+
+    # Binding a socket would tell too, but not with net.ipv4.ip_nonlocal_bind=1, as on routers and load balancers.
+    return any(entry.address == str(address) for own in psutil.net_if_addrs().values() for entry in own)
 
 
 def hostfile_text(slots: Slots) -> str:

@@ -60,11 +60,19 @@ def test_gpus_are_hidden_where_the_cpu_is_chosen(monkeypatch: pytest.MonkeyPatch
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 
 
-def test_recognizes_this_machine():
-    """Catches a remote host mistaken for this machine. 192.0.2.0/24 is reserved for documentation."""
+def test_recognizes_this_machine(monkeypatch: pytest.MonkeyPatch):
+    """Catches a remote host mistaken for this machine, also where sockets can be bound to addresses of others.
+    192.0.2.0/24 is reserved for documentation."""
+
+    class AnyAddress(socket.socket):  # net.ipv4.ip_nonlocal_bind=1
+        def bind(self, address: object) -> None:
+            pass
+
+    monkeypatch.setattr(socket, "socket", AnyAddress)
     assert is_this_machine("localhost")
     assert is_this_machine(socket.gethostname())
     assert is_this_machine("127.0.0.1")
+    assert is_this_machine("127.0.1.1")  # of the own name on Debian
     assert not is_this_machine("192.0.2.1")
 
 
@@ -133,11 +141,23 @@ def test_a_gpu_is_found_without_torch(tmp_path: Path, names: tuple[str, ...], ki
     assert guess_device({"DS_ACCELERATOR": "cuda"}, tmp_path) == "cuda"
 
 
-def test_a_container_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch):
-    """Catches threads for all cores of the host in a container that may use only a few."""
+def test_a_container_quota_limits_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches threads for all cores of the host in a container that may use only a few, also on older systems
+    (cgroup v1)."""
     monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(64)))
-    for text, cores in {"200000 100000": 2, "50000 100000": 1, "max 100000": 64}.items():
-        monkeypatch.setattr(probe.Path, "read_text", lambda _, text=text: text)
+    v1 = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
+    for files, cores in (
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 64),
+        (dict(zip(v1, ("300000\n", "100000\n"), strict=True)), 3),
+        (dict(zip(v1, ("-1\n", "100000\n"), strict=True)), 64),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        monkeypatch.setattr(probe, "_CGROUP", folder)
         assert cpu_cores() == cores
 
 
