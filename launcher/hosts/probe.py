@@ -26,6 +26,7 @@ FACTS_MARK = "deepcloze facts: "
 
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def main(request: str) -> None:
@@ -165,10 +166,12 @@ def cpu_cores() -> int:
 
 
 def within_quota(cores: int) -> int:
-    """Return at most as many cores as a container's quota allows (cgroup v2)."""
-    with suppress(OSError, ValueError):  # no such file, or no quota: 'max'
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, max(1, quota // period))
+    """Return at most as many cores as a container's quota allows (cgroup v2 or v1)."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # no such file, or no quota: 'max'
+            quota, period = map(int, " ".join((_CGROUP / name).read_text() for name in names).split())
+            if quota > 0:  # -1: none
+                cores = min(cores, max(1, quota // period))
     return cores
 
 
