@@ -2,12 +2,11 @@
 
 import os
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.files import parse_record, temporary_folder
+from experiment.files import parse_record, temporary_folder, temporary_root
 from launcher.hosts.guarded_hosts import GuardedHosts
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
@@ -51,7 +50,7 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
     Raises MeasurementError with the end of the output.
     """
     processes = RankProcesses()
-    with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-preflight-") as folder:
+    with temporary_folder(temporary_root(), "deepcloze-preflight-") as folder:
         if is_local(slots):
             output = _run(command_on_this_machine(slots, (MEASURE,), machine), folder, processes)
         else:

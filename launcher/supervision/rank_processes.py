@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from experiment.errors import UserError
-from experiment.files import atomic_write, temporary_folder
+from experiment.files import atomic_write, temporary_folder, temporary_root
 from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
 from experiment.process.signals import handle_stop_signals, interrupt, kill_group, warnings_blocked
 from experiment.run_files.goodput import process_start
@@ -254,7 +253,7 @@ def held_ranks(command: Command) -> Iterator[HeldRanks]:
     `begin` raises UserError if its temporary folder was removed or is full.
     """
     start_time = process_start()
-    with temporary_folder(Path(tempfile.gettempdir()), "deepcloze-launch-") as folder, ExitStack() as held:
+    with temporary_folder(temporary_root(), "deepcloze-launch-") as folder, ExitStack() as held:
         gate = folder / "gate"
         signals: list[int] = []
         with handle_stop_signals(signals.append):  # an exception while they start would leave them running
