@@ -1,9 +1,12 @@
 """Capabilities of devices, and how this process uses memory and cores."""
 
 import ctypes
+import os
 import re
 import resource
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from experiment.process.own_process import hide_gpus, use_cpu
 from experiment.process.shared_cores import share_cores
@@ -67,6 +70,28 @@ def lacks_avx512() -> bool:
 
     features = torch.cpu.get_capabilities()
     return features.get("architecture") == "x86_64" and not features.get("avx512_f", False)
+
+
+def unusable_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> str | None:
+    """Return a message if this process may use NVIDIA GPUs, but torch cannot; None if `environ` hides them.
+
+    devices: the folder of devices. A job that got no GPU may not open theirs.
+    """
+    import torch
+
+    hidden = environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")  # the last one is SLURM's
+    gpus = [path for path in sorted(devices.glob("nvidia[0-9]*")) if os.access(path, os.R_OK | os.W_OK)]
+    if hidden or not gpus or environ.get("DS_ACCELERATOR", "cuda") != "cuda" or torch.cuda.is_available():
+        return None
+    reason = ""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (AssertionError, RuntimeError) as error:  # AssertionError: a build of torch without CUDA
+        reason = f" ({str(error).partition(chr(10))[0]})"
+    return (
+        f"there is a GPU, {gpus[0]}, but torch {torch.__version__} cannot use it{reason}: see nvidia-smi and "
+        "https://pytorch.org/get-started, or set DS_ACCELERATOR=cpu to train on the CPU"
+    )
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

@@ -4,11 +4,12 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from experiment.process.fast_imports import fast_imports
+from experiment.process.hardware import unusable_gpus
 from experiment.process.own_process import given_environment, use_cpu
 from launcher.hosts.hostfile import read_text
 from launcher.hosts.probe import cpu_cores
@@ -25,7 +26,7 @@ class Devices:
 
     kind: DeviceKind
     indices: tuple[int, ...]
-    problem: str | None = None  # why the GPUs have no indices
+    problem: str | None = None  # why no ranks can be placed on this machine
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def launch_machine() -> Machine:
 def find_devices(environ: Mapping[str, str]) -> Devices:
     """Return the GPUs in CUDA_VISIBLE_DEVICES, or, without GPUs, the cores this process may use.
 
-    DS_ACCELERATOR=cpu selects the cores on a machine with GPUs too. GPUs that are not listed by number are a
-    problem only if ranks are to run on them.
+    DS_ACCELERATOR=cpu selects the cores on a machine with GPUs too. GPUs that torch cannot use, or that are
+    not listed by number, are a problem only if ranks are to run on this machine.
     """
     cores = Devices("cpu", tuple(range(cpu_cores())))
     # nvidia-modprobe makes the devices when a program first asks for them.
@@ -77,7 +78,7 @@ def find_devices(environ: Mapping[str, str]) -> Devices:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if count == 0:
-        return cores
+        return replace(cores, problem=unusable_gpus(environ))
     if visible is None:
         return Devices("cuda", tuple(range(count)))
     names = [name.strip() for name in visible.split(",")]

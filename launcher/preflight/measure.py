@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiment.errors import UserError
 from launcher.preflight.bandwidth import LIMIT_SECONDS, RESULT_MARK
 from pretrain.engine.process_group import LostRankError, connect, deadline
 from pretrain.world import World
@@ -34,7 +35,7 @@ def main() -> NoReturn:
         try:
             world = connect(limit / 2, _fail)
             result = _measure(world)
-        except LostRankError as error:
+        except (LostRankError, UserError) as error:
             _fail(str(error))
         if world.rank == 0:
             print(RESULT_MARK + json.dumps(result), flush=True)

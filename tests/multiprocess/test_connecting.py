@@ -5,12 +5,14 @@ import platform
 import re
 import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from experiment.errors import UserError
 from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
 from launches import Start, config_file, patched, rank_environment, wait_for_exit
@@ -103,6 +105,16 @@ def test_a_name_or_an_address_of_another_machine_listens_on_all(address: str) ->
         os.close(descriptor)
 
 
+def test_a_rank_with_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host with GPUs that trains on its CPU, or waits for ranks that connect through theirs."""
+    from pretrain.engine import process_group
+
+    monkeypatch.setattr(process_group, "unusable_gpus", lambda environ: "there is a GPU")
+    monkeypatch.setattr(process_group, "_local_world", lambda: pytest.fail("connects"))
+    with pytest.raises(UserError, match="there is a GPU"):
+        process_group.connect(timedelta(seconds=1), pytest.fail)
+
+
 def connections() -> dict[Any, str]:
     """The states of the sockets of this process, by their addresses."""
     return {(found.laddr, found.raddr): found.status for found in psutil.Process().net_connections()}
@@ -111,8 +123,6 @@ def connections() -> dict[Any, str]:
 def sockets_case(world: World) -> tuple[list[str], list[int]]:
     """The states of the sockets that the hosts' group of ranks with GPUs opens at once, and what its collectives
     return."""
-    from datetime import timedelta
-
     import torch.distributed as dist
 
     from pretrain.training.cpu_group import CpuGroup

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from experiment.process.hardware import peak_flops, peak_memory
+from experiment.process.hardware import peak_flops, peak_memory, unusable_gpus
 
 
 def test_memory_is_in_bytes() -> None:
@@ -11,6 +13,30 @@ def test_memory_is_in_bytes() -> None:
     else:
         kept = torch.empty(10**8, dtype=torch.uint8, device="cuda")
         assert kept.numel() <= peak_memory() < 1e12
+
+
+@pytest.mark.parametrize(
+    ("devices", "environ", "found"),
+    [
+        (("nvidia0", "nvidiactl"), {}, True),
+        (("nvidia0",), {"CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        (("nvidia0",), {"CUDA_VISIBLE_DEVICES": ""}, False),
+        (("nvidia0",), {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, False),
+        (("nvidia0",), {"DS_ACCELERATOR": "cpu"}, False),
+        (("nvidiactl", "nvidia-uvm"), {}, False),
+    ],
+)
+def test_gpus_that_torch_cannot_use(
+    devices: tuple[str, ...], environ: dict[str, str], found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches training on the CPU because the driver does not fit torch, and a CPU that the user chose and is
+    refused."""
+    for name in devices:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (unusable_gpus(environ, tmp_path) is not None) == found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert unusable_gpus(environ, tmp_path) is None
 
 
 @pytest.mark.parametrize(

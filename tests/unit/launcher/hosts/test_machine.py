@@ -129,6 +129,23 @@ def test_gpus_without_numbers_do_not_concern_a_launch_over_other_hosts(monkeypat
     }
 
 
+def test_gpus_that_torch_cannot_use_are_a_problem_of_ranks_here(monkeypatch: pytest.MonkeyPatch):
+    """Catches a run on the CPU of a machine with GPUs, because its driver does not fit torch, and a launch over other
+    hosts that is refused because of it."""
+    import torch
+
+    monkeypatch.setattr("launcher.hosts.machine.guess_device", lambda environ: "cuda")
+    monkeypatch.setattr("launcher.hosts.machine.unusable_gpus", lambda environ: "torch cannot use it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    devices = find_devices({})
+    with pytest.raises(UserError, match="torch cannot use it"):
+        place_ranks(devices, PlacementOptions())
+    assert place_ranks(devices, PlacementOptions(), {"192.0.2.1": 1, "192.0.2.2": 1}).keys() == {
+        "192.0.2.1",
+        "192.0.2.2",
+    }
+
+
 @pytest.mark.parametrize(
     ("names", "kind"), [((), "cpu"), (("nvidia0", "nvidiactl"), "cuda"), (("kfd",), "cuda"), (("null", "tty0"), "cpu")]
 )
