@@ -10,7 +10,6 @@ _MODULES = (
     "pretrain.run",
     "finetune.parallel_seeds",
     "finetune.probe",
-    "benchmarks.gpu",
     "benchmarks.gpu_kernels",
     "benchmarks.gpu_training",
     "deepspeed.launcher.launch",
