@@ -87,8 +87,8 @@ def test_a_gpu_keeps_masks_of_a_byte(dtype: torch.dtype) -> None:
     """Catches masks that are missed, as wide as the tensor, as on a CPU, or of attention. A layer of BERT has two."""
     gpu = replace(FP32, on_gpu=True, dtype=dtype)
     with_masks, without = (
-        memory(gpu, config=bert(3, dropout=dropout)).activations
-        - memory(gpu, config=bert(2, dropout=dropout)).activations
+        memory(gpu, config=bert(2, dropout=dropout)).activations
+        - memory(gpu, config=bert(1, dropout=dropout)).activations
         for dropout in (0.1, 0.0)
     )
     assert with_masks - without == 2 * SHAPE.rows * SHAPE.width * 32
