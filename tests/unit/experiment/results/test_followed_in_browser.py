@@ -200,10 +200,17 @@ def url_of_many(many: Path) -> Iterator[str]:
 
 
 def test_fifty_runs(driver: Any, url_of_many: str, many: Path) -> None:
-    """Catches a first picture without runs or curves, one that takes seconds, and an update that sends everything."""
+    """Catches a first picture without runs or curves, one that takes much longer than to parse the logs, and an update
+    that sends everything."""
     start = time.process_time()
+    for path in many.glob("*/metrics.jsonl"):
+        for line in path.read_text().splitlines():
+            json.loads(line)
+    parsed = time.process_time()
     view = View(driver, url_of_many)
-    assert time.process_time() - start < 2.0, "seconds of the processor"
+    shown = time.process_time()
+    print(f"{parsed - start:.2f} s of the processor to parse, {shown - parsed:.2f} s until the page is shown")
+    assert shown - parsed < 3 * (parsed - start), "a limit in seconds would fail on a slow machine"
     assert len(names(view)) == 50
     assert lines(view) == 2 * 21, "with their averages"
     assert "50 runs, 21 in the charts" in view.texts(".filter span")
