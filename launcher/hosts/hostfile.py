@@ -143,7 +143,7 @@ def _slurm_hosts(environ: Mapping[str, str]) -> Hosts:
             raise UserError(f"SLURM_GPUS_ON_NODE={gpus}: expected a number")
         slots = [int(gpus)] * len(names)
         of_job = [entry.rpartition(":")[2] for entry in environ.get("SLURM_GPUS", "").split(",")]  # by type
-        if all(map(str.isdecimal, of_job)) and sum(map(int, of_job)) != sum(slots):
+        if len(names) > 1 and all(map(str.isdecimal, of_job)) and sum(map(int, of_job)) != sum(slots):
             raise UserError(
                 f"the job has GPUs (SLURM_GPUS={environ['SLURM_GPUS']}), but not {gpus} on each of {len(names)} nodes: "
                 "ask for them with --gpus-per-node, or give --hostfile"

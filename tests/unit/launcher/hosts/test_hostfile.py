@@ -164,6 +164,11 @@ def test_a_slurm_job_that_cannot_be_read_is_rejected(variables: dict[str, str], 
     assert message in str(raised.value)
 
 
+def test_a_slurm_job_of_one_node_may_have_more_gpus_than_it_asks_for() -> None:
+    """Catches a refused `sbatch --nodes=1 --exclusive --gpus=4` on a node with eight GPUs: they are counted."""
+    assert allocated_hosts({"SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS": "4"}) is None
+
+
 def test_a_pbs_job_lists_a_host_once_for_each_process(tmp_path: Path) -> None:
     """Catches duplicate hosts, and an order other than that of the file, whose first host is rank 0's."""
     (tmp_path / "nodes").write_text("n2\nn2\nn1\nn2\nn1\n", encoding="utf-8")
