@@ -78,7 +78,6 @@ def _import_everything() -> None:
     import deepspeed.launcher.runner
     import deepspeed.module_inject.auto_ep_layer
     import deepspeed.runtime.superoffload.superoffload_stage3
-    import deepspeed.runtime.zero.muon.muon_optimizer
     import pytest  # by the cases of ranks
     import sklearn.metrics  # also sets variables that are read at an import
     import torch
@@ -89,7 +88,9 @@ def _import_everything() -> None:
     import launcher.cli
     import launcher.launch
     import pretrain.run
+    from pretrain.engine.initialization import _import_muon
 
+    _import_muon()  # as an engine does: without torch's compiler
     del deepspeed, pytest, sklearn, transformers, finetune, launcher, pretrain
     set_start_method("fork", force=True)  # for processes that ranks start: the default on Linux
     torch.set_num_threads(1)  # torch may have been imported before the variable was set
