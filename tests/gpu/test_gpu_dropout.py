@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compiling import compiled
 from torch import Tensor
 
 from experiment.models.dropout import fast_dropout
@@ -9,7 +10,7 @@ from experiment.models.dropout import fast_dropout
 PROBABILITY = 0.1
 
 
-@torch.compile(fullgraph=True, dynamic=True)
+@compiled
 def dropped(values: Tensor) -> Tensor:
     return fast_dropout(values, PROBABILITY)
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import compiled
 from torch import Tensor
 
 from pretrain.modeling.bias_gelu import bias_gelu
 from pretrain.modeling.fast_gelu import fast_gelu
 
 
-@torch.compile(fullgraph=True, dynamic=True)
+@compiled
 def activated(values: Tensor) -> Tensor:
     return fast_gelu(values)
 
@@ -33,7 +34,7 @@ def test_compiled_gelu(dtype: torch.dtype) -> None:
     assert all(error < 1.01 * other + 1e-6 for error, other in zip(ours, of_torch, strict=True)), errors
 
 
-@torch.compile(fullgraph=True, dynamic=True)
+@compiled
 def of_layer(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return bias_gelu(inputs, weight, bias)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import compiled
 from torch import Tensor, nn
 
 from pretrain.modeling.fused_norm import dropout_add_norm, norm_beside_residual
@@ -10,19 +11,19 @@ from pretrain.modeling.fused_norm import dropout_add_norm, norm_beside_residual
 ROWS = 5_000
 
 
-@torch.compile(fullgraph=True, dynamic=True)
+@compiled
 def after_residual(values: Tensor, bias: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, ...]:
     return dropout_add_norm(values + bias.detach(), bias, 0.0, residual, norm, twice=True)
 
 
-@torch.compile(fullgraph=True, dynamic=True)
+@compiled
 def after_dropout(
     values: Tensor, bias: Tensor, residual: Tensor, norm: nn.LayerNorm, twice: bool
 ) -> tuple[Tensor, ...]:
     return dropout_add_norm(values, bias, 0.25, residual, norm, twice)
 
 
-@torch.compile(fullgraph=True, dynamic=True)
+@compiled
 def before_residual(values: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return norm_beside_residual(values, norm)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from experiment.files import parse_json
 
@@ -27,6 +26,8 @@ def test_notebooks_are_saved_without_outputs(file: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a cell that fails, and progress of ranks that a notebook does not show."""
+    from nbclient import NotebookClient
+
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("PYTEST_CURRENT_TEST")  # ipykernel would not show what processes print

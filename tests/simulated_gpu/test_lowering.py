@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from simulated_gpu.lowering import Lowered
+if TYPE_CHECKING:
+    from simulated_gpu.lowering import Lowered
 
 TESTS = Path(__file__).parents[1]
 LAYER = Counter({"deepcloze.varlen_attention.default": 1})  # other calls: products
@@ -39,8 +40,10 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def lower(device: Path, **config: Any) -> list[tuple[Lowered, Lowered]]:
+def lower(device: Path, **config: Any) -> "list[tuple[Lowered, Lowered]]":
     """The forward and backward code of each graph."""
+    from simulated_gpu.lowering import Lowered  # torch's compiler takes seconds, also where these tests are deselected
+
     environment = os.environ | {"LD_PRELOAD": str(device), "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     command = [sys.executable, "-m", "simulated_gpu.lowering", json.dumps(config)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -49,7 +52,7 @@ def lower(device: Path, **config: Any) -> list[tuple[Lowered, Lowered]]:
     return list(zip(codes[::2], codes[1::2], strict=True))
 
 
-def others(code: Lowered) -> Counter[str]:
+def others(code: "Lowered") -> Counter[str]:
     """Calls but of matrix products."""
     return Counter(name for name in code.calls if name not in ("mm", "addmm"))
 
