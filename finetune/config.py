@@ -21,8 +21,7 @@ from finetune.kinds import kind_names
 from finetune.task_kind import find_kind
 
 CHANGE_ROUNDING_ONLY = ("microbatch_size", "eval_batch_size", "parallel_seeds")
-"""Keys of `training` that change results only by rounding and by other dropout masks. In kinds that compare examples,
-batches of evaluations change the validation loss too, but no score."""
+"""Keys of `training` that change results only by rounding and by other dropout masks."""
 
 PATHS = re.compile(r"task\.(train|validation|test(\..*)?)|model\.init_from")
 """Keys of paths, whose contents are recorded beside them."""

@@ -23,9 +23,9 @@ from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.evaluation_texts import contamination_warnings
 from finetune.model import ModelSpec, build_model, describe_model, model_files
-from finetune.prediction.inference import adapt_to_model, evaluation_microbatch
+from finetune.prediction.inference import adapt_to_model
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
-from finetune.task_kind import TaskKind, find_kind
+from finetune.task_kind import TaskKind
 from finetune.training.updater import total_steps
 
 OF_DATA_AND_MODEL = ("data.", "encoder.", "task.", "model.", "training.precision")
@@ -141,8 +141,6 @@ def config_settings(config: FinetuneConfig) -> dict[str, Any]:
     del tree["run"], tree["tracking"], tree["task"]["name"], tree["training"]["seeds"]
     for key in CHANGE_ROUNDING_ONLY:
         del tree["training"][key]
-    if find_kind(config.task.kind).compares_examples:  # so the validation loss depends on its batches
-        tree["training"]["eval_batch_size"] = evaluation_microbatch(config.training).size
     return tree
 
 

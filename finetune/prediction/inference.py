@@ -27,6 +27,7 @@ Outputs = list[list[NDArray[np.float32]]]
 """The outputs of a model for each example: one array per sequence."""
 
 _EVALUATION_FACTOR = 4  # evaluation batches are larger: no activations are kept
+_COMPARED = 128  # examples whose outputs a loss compares in evaluations, whatever is computed at once
 
 _EXAMPLES = 4
 _PADDING = 8  # tokens, at least: examples may be equally long
@@ -70,10 +71,7 @@ class Inference:
             lengths = [example.longest for example in examples]
             for indices in evaluation_batches(lengths, self.microbatch.size, self.padding.is_avoided):
                 self.microbatch.compute(indices, compute)
-        if not losses:
-            return outputs, None
-        sums = [torch.stack([getattr(loss, part) for loss in losses]).double().sum() for part in ("sum", "weight")]
-        return outputs, Loss(*sums)
+        return outputs, _total(losses)
 
     def _compute_batch(
         self, examples: Sequence[Example], options: LossOptions | None
@@ -84,6 +82,25 @@ class Inference:
             outputs = self.kind.forward(self.model, batch)
         loss = None if options is None or batch.targets is None else self.kind.loss(outputs, batch, options)
         return iter(outputs.float().cpu().numpy()), loss
+
+    def compare(self, examples: Sequence[Example], outputs: Outputs, options: LossOptions) -> Loss | None:
+        """Return the loss of a kind that compares examples, from their outputs; None without targets.
+
+        It depends on no microbatch, unlike one that is computed with the outputs.
+        """
+        losses: list[Loss] = []
+        for indices in evaluation_batches([example.longest for example in examples], _COMPARED):
+            batch = collate(self.kind, [examples[index] for index in indices], self.padding, self.device.device)
+            if batch.targets is not None:
+                rows = np.stack([row for index in indices for row in outputs[index]])
+                losses.append(self.kind.loss(torch.from_numpy(rows).to(self.device.device), batch, options))
+        return _total(losses)
+
+
+def _total(losses: Sequence[Loss]) -> Loss | None:
+    if not losses:
+        return None
+    return Loss(*(torch.stack([getattr(loss, part) for loss in losses]).double().sum() for part in ("sum", "weight")))
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int, equal: bool = False) -> list[list[int]]:
@@ -138,7 +155,10 @@ class Evaluation:
 def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch, device: Device) -> Evaluation:
     """Predict all records of a split, and score them if it has targets."""
     inference = Inference(model, task.kind, task.padding, device, microbatch)
-    outputs, loss = inference.compute(split.examples, task.loss_options(device.device))
+    options, compares = task.loss_options(device.device), task.kind.compares_examples
+    outputs, loss = inference.compute(split.examples, None if compares else options)
+    if compares:
+        loss = inference.compare(split.examples, outputs, options)
     predictions = decode(task.kind, split, outputs)
     if loss is None:
         return Evaluation(predictions, None, {})
