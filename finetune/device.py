@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from experiment.errors import UserError, is_out_of_memory
-from experiment.process.hardware import has_native_bf16
+from experiment.process.hardware import available_device, has_native_bf16
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,13 +34,13 @@ class Device:
 
 
 def choose_device(precision: str, key: str = "training.precision") -> Device:
-    """Choose CUDA if available, else the CPU. Precision "auto" is bf16 if the device supports it natively, else fp32.
+    """Choose a device, see `available_device`. Precision "auto" is bf16 if the device supports it natively, else fp32.
 
     key: the name of the precision in messages. Raises UserError for a precision that the device does not support.
     """
     if precision not in ("auto", *_DTYPES):
         raise UserError(f"{key}: expected auto, {', '.join(_DTYPES)}, found {precision!r}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = available_device()
     bf16 = has_native_bf16(device.type)
     if precision == "fp16" and device.type == "cpu":
         raise UserError(f"{key}: fp16 needs a CUDA device; on a CPU use bf16 or fp32")

@@ -23,7 +23,7 @@ from experiment.formatting import format_perplexity, table_console
 from experiment.models.model_names import local_model
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import max_positions
-from experiment.process.own_process import hide_gpus
+from experiment.process.hardware import available_device
 from experiment.process.shared_cores import share_cores
 from experiment.progress import terminal, track
 from experiment.run_files.checkpoints import find_model_folder, state_around
@@ -158,7 +158,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     A checkpoint is scored with its run's seed, masking and sequence length; any other folder with the defaults.
     Raises UserError.
     """
-    hide_gpus()
+    device = available_device()
     share_cores()
     path = local_model(checkpoint)
     is_seed = path.name.startswith("seed-") and (path / "COMPLETE").exists()
@@ -185,7 +185,6 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         terminal().print(f"model: {folder}")
     built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
     layout = MicrobatchLayout(length, max(8192, length), choose_rows(built, torch.float32), built.first_position)
 

@@ -1,19 +1,26 @@
 """Capabilities of devices, and how this process uses memory and cores."""
 
 import ctypes
+import logging
 import os
 import re
 import resource
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiment.process.own_process import hide_gpus, use_cpu
+from experiment.process.own_process import given_environment, hide_gpus, use_cpu
 from experiment.process.shared_cores import share_cores
+
+if TYPE_CHECKING:
+    import torch
 
 HOPPER = 9  # major number of the compute capability of H100 and H200
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1
+
+log = logging.getLogger(__name__)
 
 
 def prepare_process() -> None:
@@ -40,6 +47,19 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+
+
+def available_device() -> "torch.device":
+    """Return CUDA if torch can use a GPU, else the CPU, with a warning if there is one; with DS_ACCELERATOR=cpu the
+    CPU."""
+    import torch
+
+    hide_gpus()
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if problem := unusable_gpus(given_environment()):
+        log.warning("computing on the CPU: %s", problem)
+    return torch.device("cpu")
 
 
 def peak_memory() -> int:
@@ -90,7 +110,7 @@ def unusable_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> s
         reason = f" ({str(error).partition(chr(10))[0]})"
     return (
         f"there is a GPU, {gpus[0]}, but torch {torch.__version__} cannot use it{reason}: see nvidia-smi and "
-        "https://pytorch.org/get-started, or set DS_ACCELERATOR=cpu to train on the CPU"
+        "https://pytorch.org/get-started, or set DS_ACCELERATOR=cpu to choose the CPU"
     )
 
 

@@ -56,8 +56,8 @@ def use_cpu() -> None:
 
 
 def hide_gpus() -> None:
-    """Let torch find no GPU if DS_ACCELERATOR is cpu. Call it before torch looks for one."""
-    if os.environ.get(_DEVICE) == "cpu":
+    """Let torch find no GPU if DS_ACCELERATOR is cpu, by the user's choice. Call it before torch looks for one."""
+    if given_environment().get(_DEVICE) == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.process.hardware import peak_flops, peak_memory, unusable_gpus
+from experiment.process import hardware, own_process
+from experiment.process.hardware import available_device, peak_flops, peak_memory, unusable_gpus
 
 
 def test_memory_is_in_bytes() -> None:
@@ -37,6 +38,22 @@ def test_gpus_that_torch_cannot_use(
     assert (unusable_gpus(environ, tmp_path) is not None) == found
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert unusable_gpus(environ, tmp_path) is None
+
+
+def test_the_cpu_beside_a_gpu_is_taken_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches fine-tuning that takes the CPU without a word because the driver does not fit torch, or because this
+    process has told DeepSpeed so."""
+    monkeypatch.setattr(own_process, "_given_device", [])
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # restored at the end
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "unusable_gpus", lambda environ: environ["CUDA_VISIBLE_DEVICES"])
+    own_process.use_cpu()
+    assert available_device().type == "cpu"
+    assert caplog.messages == ["computing on the CPU: 0"]
 
 
 @pytest.mark.parametrize(

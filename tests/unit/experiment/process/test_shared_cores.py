@@ -185,7 +185,9 @@ def test_the_share_of_waiting() -> None:
         ("finetune.prediction.predict", "predict_command", "prepare_process"),
         ("finetune.serve.server", "serve_command", "prepare_process"),
         ("pretrain.evaluate", "evaluate", "share_cores"),
-        ("pretrain.evaluate", "evaluate", "hide_gpus"),
+        ("pretrain.evaluate", "evaluate", "available_device"),
+        ("finetune.device", "choose_device", "available_device"),
+        ("experiment.process.hardware", "available_device", "hide_gpus"),
         ("experiment.process.hardware", "prepare_process", "hide_gpus"),
         ("pretrain.run", "_connect_and_pretrain", "share_cores"),
     ],
@@ -205,7 +207,12 @@ def test_each_process_that_computes_is_prepared(
     loaded = importlib.import_module(module)
     monkeypatch.setattr(loaded, preparation, prepare)
     options = ServeOptions(model="model", port=0)
-    arguments = {"main": (["config.yaml", "1"],), "evaluate": ("", []), "serve_command": (options,)}
+    arguments: dict[str, tuple[Any, ...]] = {
+        "main": (["config.yaml", "1"],),
+        "evaluate": ("", []),
+        "serve_command": (options,),
+        "choose_device": ("auto",),
+    }
     given: tuple[Any, ...] = arguments.get(function, (None, None))
     with pytest.raises(PreparedError):
         getattr(loaded, function)(*given[: getattr(loaded, function).__code__.co_argcount])
