@@ -42,6 +42,7 @@ class JobOutcome:
     figures: list[Figures] = field(default_factory=list)
     output: str = ""  # its end, if the job did not pass
     commit: str = ""  # of deepcloze
+    again: bool = False  # it runs again because it was asked for
 
     @property
     def has_failed(self) -> bool:

@@ -143,13 +143,15 @@ class Session:
             elif not of_name:
                 raise UserError(f"--again {name}: no such job in {self._state}")
             found += of_name
-        if all(known[key].is_final for key in found):
-            known |= dict.fromkeys(found, JobOutcome("waiting"))
+        if not any(known[key].again and not known[key].is_final for key in found):
+            known |= dict.fromkeys(found, JobOutcome("waiting", again=True))
 
     def run(self, job: Job, left: float = math.inf) -> JobOutcome:
         """Run a job, for at most the seconds that are left, and record how it went."""
         before = self.outcomes.get(job.name)
-        outcome = JobOutcome("running", 1 if before is None else before.attempts + 1, commit=self.commit)
+        outcome = JobOutcome("running", 1, commit=self.commit)
+        if before is not None:
+            outcome.attempts, outcome.again = before.attempts + 1, before.again
         self._record(job, outcome)
         limit = min(job.seconds, left)
         start = time.monotonic()

@@ -188,6 +188,19 @@ def test_jobs_run_again_in_several_calls(tmp_path: Path, again: list[str], code:
     assert (tmp_path / "runs").read_text(encoding="utf-8") == "xxxx"
 
 
+def test_jobs_that_are_cut_off_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches jobs that are not repeated because an earlier call was cut off in one of them, and ones that are repeated
+    for ever because each call is cut off in the last."""
+    monkeypatch.setattr(gpu_session, "_GRACE", 0.1)
+    session = Session(tmp_path)
+    for found in (["waiting", "waiting"], ["passed", "interrupted"]):
+        session.run(job("a"))
+        session.run(job("b", HANG), left=0.1)
+        session = Session(tmp_path)
+        session.forget(["a", "b"])
+        assert [outcome.status for outcome in session.outcomes.values()] == found
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_session_continues(tmp_path: Path, number: signal.Signals) -> None:
     """Catches a job that trains on beside the next session, one that ends every session, and figures that are lost."""
