@@ -25,7 +25,7 @@ def matches(name: str) -> bool:
 
 def read(name: str) -> Iterator[Document]:
     if basename(name) == _LINES:
-        _check_conversations(name)
+        _content(name, _CONVERSATIONS)  # nothing would read the lines without them
         return
     turns = {cells[0]: cells[4] if len(cells) > 4 else "" for _, cells in _rows(name, _LINES)}
     for number, cells in _rows(name, _CONVERSATIONS):
@@ -34,18 +34,6 @@ def read(name: str) -> Iterator[Document]:
         except (ValueError, SyntaxError, KeyError, TypeError):
             raise UserError(f"{name}:{number}: expected a list of lines of {_LINES}, found {cells[3][:60]}") from None
         yield Document(text, name, number)
-
-
-def _check_conversations(lines: str) -> None:
-    """Raise UserError if the conversations are not beside the lines: nothing would read them."""
-    try:
-        with open_file(join(dirname(lines) or ".", _CONVERSATIONS)):
-            pass
-    except (FileNotFoundError, MissingError):
-        raise UserError(
-            f"{lines}: the lines of the Cornell Movie-Dialogs Corpus are read with {_CONVERSATIONS}, which is not in "
-            "the same folder; if this is another file, rename it"
-        ) from None
 
 
 def _rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:
@@ -58,7 +46,10 @@ def _rows(path: str, name: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _content(path: str, name: str) -> bytes:
-    missing = UserError(f"{path}: {name} is missing, which the conversations refer to")
+    missing = UserError(
+        f"{path}: the Cornell Movie-Dialogs Corpus is read with {name}, which is not in the same folder or zip; if "
+        "this is another file, rename it"
+    )
     if path.lower().endswith(".zip"):
         found = next((member for member in zip_members(path) if basename(member) == name), None)
         if found is None:

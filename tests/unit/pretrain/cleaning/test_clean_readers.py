@@ -299,7 +299,13 @@ def test_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"movie_conversations.txt:1: expected a list of lines of movie_lines.txt"):
         read(conversations)
     assert read(tmp_path / "movie_lines.txt") == {}  # they are read with the conversations
-    conversations.unlink()
+    alone = tmp_path / "alone" / conversations.name
+    alone.parent.mkdir()
+    conversations.rename(alone)
+    with pytest.raises(
+        UserError, match=r"conversations\.txt: .* movie_lines\.txt, which is not in the same folder or zip"
+    ):
+        read(alone)
     with pytest.raises(UserError, match=r"movie_lines\.txt: .* movie_conversations\.txt, which is not in the same"):
         read(tmp_path / "movie_lines.txt")
     (tmp_path / "dialogues_text.txt").write_text("Hi . __eou__ Hello . __eou__\n")
