@@ -23,8 +23,6 @@ class _Cells(Sequence[Any]):
         return self._length
 
     def __getitem__(self, column: Any) -> Any:
-        if isinstance(column, slice):
-            return [self[number] for number in range(self._length)[column]]
         return self._convert(range(self._length)[column])[self._index]
 
 
