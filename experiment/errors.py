@@ -38,13 +38,18 @@ class UserError(ValueError):
     """
 
 
+class HostError(UserError):
+    """A disk or a GPU of this host does not work, but may later. Supervised ranks start again, on hosts that pass
+    preflight."""
+
+
 @contextmanager
 def user_errors_in(where: str) -> Iterator[None]:
     """Put `where` and a colon before the message of a UserError that the block raises."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise type(error)(f"{where}: {error}") from None
 
 
 def reason(error: Exception) -> str:

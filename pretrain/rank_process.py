@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from experiment.errors import AgreedFailureError, UserError, is_out_of_memory
+from experiment.errors import AgreedFailureError, HostError, UserError, is_out_of_memory
 from experiment.process.own_process import LAUNCH_VARIABLE, has_launcher, raise_limit_of_open_files
 from experiment.run_files.outcome_file import (
     Cause,
@@ -143,6 +143,9 @@ def _call(train: Callable[[], Outcome], recorder: RankRecorder) -> ReportedOutco
         return ReportedOutcome(train(), "")
     except AgreedError as error:
         return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)  # rank 0 has printed it
+    except HostError as error:  # before UserError, which it is a kind of
+        log.error("%s", error)
+        return ReportedOutcome(Outcome.FAILED, f"{here}: {error}", Cause.LOST_HOST)
     except UserError as error:
         _print_mistake(error, recorder.rank)
         return ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED)

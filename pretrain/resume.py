@@ -162,7 +162,7 @@ def locate_model(
     except UserError as error:
         may_be_mirrored = mirror is not None and point is None and not Path(model.init_from).exists()
         hint = f"\nif {mirror} holds this run, `deepcloze pretrain` first copies it, with its model"
-        raise UserError(f"model.init_from: {error}{hint if may_be_mirrored else ''}") from None
+        raise type(error)(f"model.init_from: {error}{hint if may_be_mirrored else ''}") from None
     return located, located
 
 

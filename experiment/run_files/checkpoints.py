@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiment.errors import UserError, reason
+from experiment.errors import HostError, UserError, reason
 from experiment.files import checksum, fsync_tree, json_digest, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def verify(
         on_progress: called while files are read.
         waits: seconds before a file is read again after an error of the disk.
 
-    Raises UserError if a disk fails: the checkpoint may be undamaged.
+    Raises HostError if a disk fails: the checkpoint may be undamaged.
     """
     try:
         checksums: dict[str, str] = _read_again(checkpoint / COMPLETE, read_json, waits)
@@ -208,9 +208,9 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _require_damage(error: Exception, checkpoint: Path, name: str) -> None:
-    """Raise UserError for a file of a checkpoint that may be undamaged."""
+    """Raise HostError for a file of a checkpoint that may be undamaged."""
     if not _is_damage(error):
-        raise UserError(
+        raise HostError(
             f"{checkpoint / name} cannot be read: {reason(error)}. The checkpoint may be undamaged: try again. If the "
             "file stays unreadable, move the checkpoint elsewhere to use an earlier one"
         )

@@ -42,7 +42,7 @@ class Cause(StrEnum):
     LOST_RANK = "lost_rank"  # a collective failed
     SIGNAL = "signal"  # a rank was asked to stop
     KILLED = "killed"  # a rank was
-    LOST_HOST = "lost_host"
+    LOST_HOST = "lost_host"  # or a disk or GPU of a host
     HUNG = "hung"  # a rank made no progress
     ERROR = "error"  # anything else
 

@@ -124,7 +124,7 @@ class _Supervisor:
                         self._stop.wait(restart.wait_seconds)
                     if self._stop_requested():
                         return _as_stop(attempt.result)
-                    slots = self._usable_slots(layout.slots.keys() - attempt.result.lost)
+                    slots = self._usable_slots(_trusted(layout, attempt.result))
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
 
     def _stop_requested(self) -> bool:
@@ -224,6 +224,13 @@ class _OwnStopFile:
             return False
         self._path.unlink()
         return True
+
+
+def _trusted(layout: Layout, result: LaunchResult) -> Collection[str]:
+    """Return the hosts of an attempt that need not pass preflight again."""
+    if result.cause is Cause.LOST_HOST and not result.lost:  # its name in the hostfile is unknown
+        return ()
+    return layout.slots.keys() - result.lost
 
 
 def _disk_failure(error: OSError | UserError) -> LaunchResult:

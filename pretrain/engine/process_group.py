@@ -13,7 +13,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from experiment.errors import UserError
+from experiment.errors import HostError
 from experiment.process.hardware import unusable_gpus
 from pretrain.engine.deepspeed_internals import clone_world_group
 from pretrain.world import World
@@ -33,11 +33,11 @@ def connect(timeout: datetime.timedelta, end_process: Callable[[str], object]) -
         end_process: called with a message, in a thread, if a rank is lost in the second part, where torch may wait for
             it forever. It must end the process itself, by `os._exit`: an exception would end the thread only.
 
-    Raises LostRankError if a rank is missing in the first part, UserError if there is a GPU that torch cannot use:
+    Raises LostRankError if a rank is missing in the first part, HostError if there is a GPU that torch cannot use:
     DeepSpeed would take the CPU.
     """
     if problem := unusable_gpus(os.environ):
-        raise UserError(problem)
+        raise HostError(problem)
     # The first init on a CPU compiles a shared-memory kernel for inference, which training never uses and which fails
     # without a compiler. An empty table of compatible ops skips it.
     deepspeed.ops.__compatible_ops__ = {}

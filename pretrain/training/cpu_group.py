@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from experiment.errors import UserError, readable_disk_errors
+from experiment.errors import HostError, UserError, readable_disk_errors
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class CpuGroup:
 
     def call(self, function: Callable[[], T]) -> T:
         """Call `function` on every rank and return its result. A UserError, or an error of the disk, on any rank is an
-        AgreedError on all.
+        AgreedError on all, but a HostError stays one of its rank, whose end the others notice.
 
         `function` may call `from_rank0`, `from_all_ranks` and `from_all_ranks_slowly`, the same number of times on each
         rank, but no other collective: there the other ranks learn of a rank that has failed.
@@ -107,7 +107,7 @@ class CpuGroup:
         try:
             with readable_disk_errors():
                 result = function()
-        except AgreedError:
+        except (AgreedError, HostError):
             raise
         except UserError as error:
             self._raise_any(str(error))
@@ -173,9 +173,11 @@ class CpuGroup:
 
 
 def _call(function: Callable[[], object]) -> list[Any]:
-    """Return [result, None], or [None, message] of a UserError or an error of the disk."""
+    """Return [result, None], or [None, message] of a UserError, other than a HostError, or of an error of the disk."""
     try:
         with readable_disk_errors():
             return [function(), None]
+    except HostError:
+        raise
     except UserError as error:
         return [None, str(error)]

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from experiment.errors import UserError
+from experiment.errors import HostError
 from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
 from launches import Start, config_file, patched, rank_environment, wait_for_exit
@@ -105,13 +105,14 @@ def test_a_name_or_an_address_of_another_machine_listens_on_all(address: str) ->
         os.close(descriptor)
 
 
-def test_a_rank_with_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a host with GPUs that trains on its CPU, or waits for ranks that connect through theirs."""
+def test_a_rank_with_a_gpu_that_torch_cannot_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host with GPUs that trains on its CPU, or waits for ranks that connect through theirs, and a run that
+    is not restarted without the host."""
     from pretrain.engine import process_group
 
     monkeypatch.setattr(process_group, "unusable_gpus", lambda environ: "there is a GPU")
     monkeypatch.setattr(process_group, "_local_world", lambda: pytest.fail("connects"))
-    with pytest.raises(UserError, match="there is a GPU"):
+    with pytest.raises(HostError, match="there is a GPU"):
         process_group.connect(timedelta(seconds=1), pytest.fail)
 
 

@@ -85,6 +85,39 @@ def test_a_rank_out_of_memory_gets_a_smaller_microbatch(start: Start, wordpiece_
     assert (tree["batch"]["microbatch_tokens"], tree["batch"]["sequences"]) == (65, 29)
 
 
+# Rank 1 cannot read the checkpoint when it first wants to.
+STALE_DISK = """
+import os, sys
+from pathlib import Path
+if "pretrain.run" in sys.orig_argv and os.environ.get("RANK") == "1":
+    from experiment.errors import HostError
+    from pretrain.training import checkpointer
+    verify = checkpointer.verify
+    def fail_once(checkpoint, *arguments):
+        failed = checkpoint.parents[1] / "failed"
+        if failed.exists():
+            return verify(checkpoint, *arguments)
+        failed.touch()
+        raise HostError(f"{checkpoint} cannot be read: Stale file handle")
+    checkpointer.verify = fail_once
+"""
+
+
+def test_a_rank_that_cannot_read_a_checkpoint_starts_again(
+    start: Start, wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that ends, or hangs, because a disk is away for a moment."""
+    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=2)
+    command = (sys.executable, "-m", "launcher", "pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
+    assert wait_for_exit(start(*command))[0] == 0
+    again = (*command, "--schedule.steps=3", "--max_restarts=2")
+    code, output = wait_for_exit(start(*again, **patched(tmp_path, STALE_DISK)))
+    assert code == 0, output
+    assert f"{HOST}, rank 1: {tmp_path}/run/checkpoints/step-00000002 cannot be read: Stale file handle" in output
+    lines = (tmp_path / "run" / "launch.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line).get("cause") for line in lines] == [None, "lost_host", None]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
 def test_a_rank_that_waits_for_another_can_be_stopped(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals | None

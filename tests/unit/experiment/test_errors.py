@@ -8,12 +8,14 @@ import sys
 import pytest
 
 from experiment.errors import (
+    HostError,
     StoppedError,
     UserError,
     describe_disk_error,
     is_out_of_memory,
     readable_disk_errors,
     stopped_by_disk_errors,
+    user_errors_in,
 )
 
 RUST = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -52,6 +54,12 @@ def test_other_errors_pass() -> None:
     with pytest.raises(UserError, match=expected) as caught, readable_disk_errors("--output o: ", "; try again"):
         raise FULL
     assert caught.value.__suppress_context__
+
+
+def test_a_key_before_a_message_keeps_its_kind() -> None:
+    """Catches a disk that is away for a moment, and ends a run as a mistake in its config would."""
+    with pytest.raises(HostError, match=r"^model.init_from: stale$"), user_errors_in("model.init_from"):
+        raise HostError("stale")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from experiment.errors import AgreedFailureError, UserError
+from experiment.errors import AgreedFailureError, HostError, UserError
 from experiment.process.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
@@ -56,6 +56,7 @@ NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: 
     [
         (AgreedError("a mistake"), Outcome.REFUSED, Cause.AGREED, 2),
         (UserError("a mistake"), Outcome.REFUSED, Cause.AGREED, 2),
+        (HostError("COMPLETE cannot be read: Stale file handle"), Outcome.FAILED, Cause.LOST_HOST, 1),
         (AgreedFailureError("the weights have diverged\nsee health/"), Outcome.FAILED, Cause.AGREED, 1),
         (DataWorkerError("the data worker was killed\nits stack"), Outcome.FAILED, Cause.ERROR, 1),
         (torch.OutOfMemoryError("CUDA out of memory"), Outcome.FAILED, Cause.OUT_OF_MEMORY, 1),

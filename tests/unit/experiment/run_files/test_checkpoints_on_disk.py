@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiment.errors import UserError
+from experiment.errors import HostError, UserError
 from experiment.files import checksum
 from experiment.run_files import checkpoints as checkpoints_module
 from experiment.run_files.checkpoints import (
@@ -124,7 +124,7 @@ def test_an_error_of_the_disk_is_no_damage(
     assert f"{newest / victim} cannot be read: Stale file handle; trying again in 0 s" in caplog.messages
     failures.append(errno.ESTALE)
     with pytest.raises(
-        UserError, match=rf"^{newest / victim} cannot be read: Stale file handle. The checkpoint may be"
+        HostError, match=rf"^{newest / victim} cannot be read: Stale file handle. The checkpoint may be"
     ):
         last_usable(complete_checkpoints(tmp_path), lambda path: verify(path, waits=()))
 

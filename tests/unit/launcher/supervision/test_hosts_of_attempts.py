@@ -192,23 +192,25 @@ def test_ranks_that_train_are_left_to_save(folder: RunFolder, monkeypatch: pytes
     assert supervise(launch(folder, body)).message == "saved step 7"
 
 
+@pytest.mark.parametrize("is_named", [True, False])
 @pytest.mark.parametrize("passes", [True, False])
 def test_a_host_that_was_lost_has_to_pass_preflight(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, passes: bool
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, passes: bool, is_named: bool
 ) -> None:
-    """Catches ranks on a host that is back without its GPUs or disks, and checks of hosts that were never away."""
+    """Catches ranks on a host that is back without its GPUs or disks, or whose GPU a rank could not use, and checks of
+    hosts that were never away."""
     checked: list[Collection[str]] = []
     layouts: list[Layout] = []
 
     def passing_hosts(hosts: Collection[str]) -> Collection[str]:
         checked.append(set(hosts))
-        return hosts if passes else ()
+        return hosts if passes else {"node-1"} & set(hosts)
 
-    monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
+    monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost if is_named else StandInGuards)
     monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: {})
-    body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
+    body = f"write_outcome(folder, Outcome.FAILED, '', Cause.{'LOST_RANK' if is_named else 'LOST_HOST'})"
     supervise(replace(launch(folder, body, layouts), max_restarts=1, passing_hosts=passing_hosts))
-    assert checked == [{"node-2"}]
+    assert checked == [{"node-2"} if is_named else set(SLOTS)]
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
 
 

@@ -1,10 +1,11 @@
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import pytest
 
+from experiment.errors import HostError
 from pretrain.training import cpu_group
 from pretrain.training.cpu_group import CpuGroup
 
@@ -75,3 +76,18 @@ def test_a_part_that_is_stuck_ends_the_wait(last: Meeting, message: str, monkeyp
     slow, stuck = Meeting(False, True, True), Meeting(False, False, True)
     with pytest.raises(TimeoutError, match=message):
         progress_at([stuck, stuck, slow, stuck, stuck, last], monkeypatch)
+
+
+@pytest.mark.parametrize("method", [CpuGroup.call, CpuGroup.from_all_ranks])
+def test_a_problem_of_one_host_is_no_mistake(
+    method: Callable[[CpuGroup, Callable[[], None]], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a disk that is away for a moment, and ends the run as a mistake in its config would."""
+
+    def fail() -> None:
+        raise HostError("stale")
+
+    monkeypatch.setattr(cpu_group.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(CpuGroup, "all_gather_objects", lambda _, value: [value])
+    with pytest.raises(HostError):
+        method(CpuGroup(datetime.timedelta(seconds=2)), fail)
