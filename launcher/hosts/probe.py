@@ -39,6 +39,7 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts that a `ProbeRequest`, as a dict, asks for."""
     shared, write_error = _exchange_tokens(request["token_folder"], request["token"])
     address, network_error = _way_to(request["peer"])
+    gpu_memory_used, gpu_error = _gpu_memory_used()
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in request["libraries"]},
@@ -50,7 +51,8 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
         "free_bytes": _free_bytes(request["token_folder"]) if shared else None,
         "cache_bytes": _cache_bytes(request["cache"], request["kept"]),
         "time": time.time(),
-        "gpu_memory_used": _gpu_memory_used(),
+        "gpu_memory_used": gpu_memory_used,
+        "gpu_error": gpu_error,
         "cores": cpu_cores(),
         "interfaces": [name for _, name in socket.if_nameindex()],
         "address": address,
@@ -146,18 +148,23 @@ def _checksum(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def _gpu_memory_used() -> list[int] | None:
-    """Return the bytes in use of each NVIDIA GPU, by its number; 0 where nvidia-smi is missing; None: there are GPUs of
-    another maker, which are not counted."""
+def _gpu_memory_used() -> tuple[list[int] | None, str | None]:
+    """Return (the bytes in use of each NVIDIA GPU, by its number, why nvidia-smi fails). 0 bytes where it is missing or
+    does not know; no list: there are GPUs of another maker, which are not counted."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, timeout=30)
-        return [int(line) << 20 for line in done.stdout.split()]
-    except (OSError, ValueError, subprocess.SubprocessError):
+        return [int(line) << 20 if line.isdigit() else 0 for line in done.stdout.splitlines()], None
+    except subprocess.TimeoutExpired as error:
+        return [], f"no answer within {error.timeout:.0f} s"
+    except subprocess.CalledProcessError as error:
+        text = error.stdout.decode(errors="replace").strip().partition("\n")[0]
+        return [], f"{text or 'no message'} (exit code {error.returncode})"
+    except OSError:
         pass
     if count := len(list(Path("/dev").glob("nvidia[0-9]*"))):
-        return [0] * count
-    return None if any(map(os.path.exists, ("/dev/kfd", "/dev/dxg"))) else []
+        return [0] * count, None
+    return None if any(map(os.path.exists, ("/dev/kfd", "/dev/dxg"))) else [], None
 
 
 def cpu_cores() -> int:

@@ -143,6 +143,10 @@ def _cache_problems(host: str, facts: HostFacts, needs: CacheNeeds) -> Iterator[
 
 def _device_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Problem]:
     slots, used = target.slots[host], facts.gpu_memory_used
+    if facts.gpu_error is not None and not target.uses_cpu:
+        fix = f"ssh {host} nvidia-smi    # or set DS_ACCELERATOR=cpu to train on the CPU"
+        yield Problem("devices", f"nvidia-smi failed: {facts.gpu_error}", fix)
+        return
     if used is None:
         return
     if target.uses_cpu or not used:

@@ -102,14 +102,17 @@ def test_the_way_to_another_host() -> None:
 
 
 def test_gpus_as_nvidia_smi_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches units: nvidia-smi prints MiB."""
+    """Catches units: nvidia-smi prints MiB, a GPU that shares the memory of its host, and a driver that is broken."""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 3\necho 40960\n")
+    program.write_text("#!/bin/sh\necho 3\necho 40960\necho '[Not Supported]'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert facts().gpu_memory_used == (3 << 20, 40 << 30)
+    assert (facts().gpu_memory_used, facts().gpu_error) == ((3 << 20, 40 << 30, 0), None)
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert facts().gpu_memory_used is not None
+    assert facts().gpu_error == "NVIDIA-SMI has failed (exit code 9)"
+    program.unlink()
+    assert facts().gpu_error is None, "a host without NVIDIA GPUs has no nvidia-smi"
 
 
 def test_the_probe_needs_nothing_but_python() -> None:

@@ -56,6 +56,12 @@ GB = 10**9
         ({"gpu_memory_used": (0,)}, "devices", "no GPU 1: 1 GPUs, expected 2", "slots=2"),
         ({"gpu_memory_used": (0, 9 * GB)}, "devices", "busy GPUs: 1 (9.0 GB in use)", "--exclude b:1"),
         ({"gpu_memory_used": (), "cores": 1}, "devices", "1 CPU cores, expected 2", "--oversubscribe"),
+        (
+            {"gpu_memory_used": (), "gpu_error": "NVIDIA-SMI has failed (exit code 9)"},
+            "devices",
+            "nvidia-smi failed: NVIDIA-SMI has failed (exit code 9)",
+            "ssh b nvidia-smi",
+        ),
         ({"clock_offset": -61.0}, "clock", "at least 61 s behind this machine's", "ssh b sudo chronyc makestep"),
         ({"clock_offset": 3600.0}, "clock", "at least 3600 s ahead of this machine's", "ssh b"),
         ({"network_error": "Name or service not known"}, "network", "no way to a: Name or", "ssh b getent hosts a"),
@@ -94,6 +100,11 @@ def test_a_difference_is_one_problem_of_its_host(
 )
 def test_what_does_not_matter_is_no_problem(answer: Answers, target: Targets, changes: dict[str, Any]) -> None:
     assert find_problems({"a": answer(**changes)}, answer().facts, target("a"), {"a"}) == {"a": []}
+
+
+def test_a_driver_does_not_matter_on_the_cpu(answer: Answers, target: Targets) -> None:
+    hosts = replace(target("a"), uses_cpu=True)
+    assert find_problems({"a": answer(gpu_error="failed")}, answer().facts, hosts, {"a"}) == {"a": []}
 
 
 def test_a_token_that_is_not_seen_here_means_another_folder(answer: Answers, target: Targets) -> None:
