@@ -24,6 +24,7 @@ COMPLETE = "COMPLETE"
 BEST = "best"
 _STATE = "state.json"
 _WAITS = (2.0, 8.0, 20.0)  # seconds
+_DENIED = {errno.EACCES, errno.EPERM}
 _OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 T = TypeVar("T")
@@ -169,7 +170,7 @@ def verify(
         on_progress: called while files are read.
         waits: seconds before a file is read again after an error of the disk.
 
-    Raises HostError if a disk fails: the checkpoint may be undamaged.
+    Raises HostError if a disk fails, UserError without permission to read: the checkpoint may be undamaged.
     """
     try:
         checksums: dict[str, str] = _read_again(checkpoint / COMPLETE, read_json, waits)
@@ -195,7 +196,7 @@ def _read_again(path: Path, read: Callable[[Path], T], waits: Sequence[float]) -
         try:
             return read(path)
         except OSError as error:
-            if _is_damage(error):
+            if _is_damage(error) or error.errno in _DENIED:
                 raise
             log.warning("%s cannot be read: %s; trying again in %.0f s", path, reason(error), wait)
         time.sleep(wait)
@@ -208,7 +209,9 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _require_damage(error: Exception, checkpoint: Path, name: str) -> None:
-    """Raise HostError for a file of a checkpoint that may be undamaged."""
+    """Raise UserError, a HostError if it may pass, for a file of a checkpoint that may be undamaged."""
+    if isinstance(error, OSError) and error.errno in _DENIED:
+        raise UserError(f"{checkpoint / name} cannot be read: {reason(error)}")
     if not _is_damage(error):
         raise HostError(
             f"{checkpoint / name} cannot be read: {reason(error)}. The checkpoint may be undamaged: try again. If the "

@@ -129,6 +129,23 @@ def test_an_error_of_the_disk_is_no_damage(
         last_usable(complete_checkpoints(tmp_path), lambda path: verify(path, waits=()))
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_file_without_permission_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """Catches half a minute of attempts that cannot succeed, and the advice to try again."""
+    (newest,) = make(tmp_path, 1)
+
+    def deny(path: Path, *args: Any, **options: Any) -> Any:
+        raise PermissionError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(UserError, match=rf"^{newest}/COMPLETE cannot be read: {os.strerror(number)}$") as caught:
+        verify(newest, waits=(0,))
+    assert not isinstance(caught.value, HostError)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
 def test_a_damaged_complete_file_is_damage(tmp_path: Path, text: str) -> None:
     """Catches a traceback, or an empty list of checksums that matches any folder."""
