@@ -13,6 +13,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -144,19 +145,21 @@ class BadBatchWriter:
             if self.world.rank == 0:
                 figures = {key: _finite_or_none(value) for key, value in asdict(fault).items()}
                 write_json(target / "fault.json", figures | {"what": str(fault)})
-                remove_old_sequences(target.parent)
             rows = describe_sequences(batch, losses, self.corpora, self.decode)
             lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
             write_text(target / f"rank-{self.world.rank:05d}.jsonl", lines)
         except OSError as error:
             log.warning("cannot write this rank's share of the bad batch to %s: %s", target, error)
+        if self.world.rank == 0:
+            with suppress(OSError):
+                remove_old_sequences(target.parent)
         return target
 
 
 def remove_old_sequences(dumps: Path) -> None:
     """Delete the sequences of all but the last `MAX_DUMPS` bad batches; their faults stay. Raises OSError."""
     faults = sorted(dumps.glob("step-*/fault.json"), key=lambda path: path.stat().st_mtime)
-    for fault in faults[:-MAX_DUMPS]:
+    for fault in faults[-2 * MAX_DUMPS : -MAX_DUMPS]:  # a long run has thousands of older ones, without sequences
         for share in fault.parent.glob("rank-*.jsonl"):
             share.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
+import errno
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,3 +123,30 @@ def test_the_sequences_of_the_last_bad_batches_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("health/*/fault.json"))) == MAX_DUMPS + 2
     kept = [int(path.parent.name[-8:]) for path in tmp_path.glob("health/*/rank-00000.jsonl")]
     assert sorted(kept) == sorted(steps[2:])
+
+
+def test_a_bad_batch_is_written_although_old_ones_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a bad batch that is lost, and a look into each of the thousands of folders of a long run."""
+    for step in range(1, 5 * MAX_DUMPS):
+        fault = tmp_path / f"health/step-{step:08d}/fault.json"
+        fault.parent.mkdir(parents=True)
+        fault.touch()
+        os.utime(fault, (step, step))
+    looked, glob = list[Path](), Path.glob
+
+    def fail_below(path: Path, pattern: str) -> Iterator[Path]:
+        if path.name.startswith("step-"):
+            looked.append(path)
+            if len(looked) == MAX_DUMPS:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", fail_below)
+    dumps = BadBatchWriter(RunFolder(tmp_path), World(rank=0, size=1, local_rank=0), [], lambda ids: "")
+    batch = SimpleNamespace(microbatches=[])
+    folder = dumps.dump_bad_batch(batch, [], Fault(999, math.nan, math.nan, None))  # type: ignore[arg-type]
+    assert (folder / "rank-00000.jsonl").exists()
+    assert len(looked) == MAX_DUMPS
+    assert not caplog.messages
