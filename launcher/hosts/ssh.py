@@ -23,6 +23,18 @@ def ssh_argv(host: str, command: Sequence[str]) -> list[str]:
     return ["ssh", *options, host, shlex.join(command)]
 
 
+def quoted_for_host(path: str) -> str:
+    """Quote a path in a command of ssh that a person runs: for the shell here, and for the one of the host."""
+    return shlex.quote(shlex.quote(path))
+
+
+def copy_command(folder: str, host: str) -> str:
+    """Return the command that copies a folder to a host, for a person to run."""
+    quoted = shlex.quote(folder)
+    option = "" if quoted == folder else " -s"  # before 3.2.4, the shell of the host splits the path otherwise
+    return f"rsync -a{option} {quoted}/ {host}:{quoted}/"
+
+
 def last_reason(output: str) -> str:
     """Return the last line that ssh printed, with the one before it if that has the reason; empty if it printed
     nothing."""

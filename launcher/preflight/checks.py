@@ -1,6 +1,5 @@
 """Compare the facts of hosts with the needs of a run. Pure, and linear in the number of hosts."""
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -9,6 +8,7 @@ from statistics import median_high, median_low
 from typing import Literal
 
 from launcher.hosts.hostfile import Slots
+from launcher.hosts.ssh import copy_command, quoted_for_host
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.probe_hosts import Answer, HostAnswer, HostFacts, Unreachable
 from launcher.preflight.target import CacheNeeds, Target
@@ -84,16 +84,16 @@ def _problems_of_host(host: str, answer: HostAnswer, own: HostFacts, target: Tar
 
 
 def _software_problems(host: str, facts: HostFacts, own: HostFacts, target: Target) -> Iterator[Problem]:
-    python = _quoted(target.python)
+    python = quoted_for_host(target.python)
     if facts.python != own.python:
         text = f"Python {facts.python} at {target.python}, expected {own.python}"
-        yield Problem("Python", text, _copy(Path(target.python).parent.parent, host))
+        yield Problem("Python", text, copy_command(str(Path(target.python).parent.parent), host))
     wrong = {name: version for name, version in own.versions.items() if version and facts.versions[name] != version}
     if wrong:
         found = ", ".join(f"{name} {facts.versions[name] or 'missing'} (expected {wrong[name]})" for name in wrong)
         needed = " ".join(f"{name}=={version}" for name, version in wrong.items())
         yield Problem("packages", found, f"ssh {host} {python} -m pip install {needed}")
-    copy = _copy(Path(target.project), host)
+    copy = copy_command(target.project, host)
     if facts.source is None:
         yield Problem("code", f"deepcloze is not at {target.project}", copy)
     elif facts.source != own.source:
@@ -104,14 +104,14 @@ def _file_problems(host: str, facts: HostFacts, own: HostFacts) -> Iterator[Prob
     for path, checksum in own.checksums.items():
         if facts.checksums[path] != checksum:
             found = "cannot be read" if facts.checksums[path] is None else "differs from this machine's"
-            yield Problem("files", f"{path} {found}", _copy(Path(path).parent, host))
+            yield Problem("files", f"{path} {found}", copy_command(str(Path(path).parent), host))
     for folder in facts.missing_folders:
         text = f"there is no folder {folder}, the working directory of this launch"
-        yield Problem("files", text, f"ssh {host} mkdir -p {_quoted(folder)}")
+        yield Problem("files", text, f"ssh {host} mkdir -p {quoted_for_host(folder)}")
 
 
 def _disk_problems(host: str, facts: HostFacts, target: Target, seen: bool) -> Iterator[Problem]:
-    folder = _quoted(str(target.folder))
+    folder = quoted_for_host(str(target.folder))
     if not facts.shared or (facts.write_error is None and not seen):
         unseen = "files that the host writes there are not seen on this machine"
         if not facts.shared:
@@ -137,7 +137,7 @@ def lack_of_space(free_bytes: int, target: Target) -> str:
 def _cache_problems(host: str, facts: HostFacts, needs: CacheNeeds) -> Iterator[Problem]:
     if facts.cache_bytes is not None and facts.cache_bytes < needs.bytes:
         text = f"{_gigabytes(facts.cache_bytes)} for corpora at {needs.folder}, expected {_gigabytes(needs.bytes)}"
-        fix = f"ssh {host} df -h {_quoted(needs.folder)}    # free space, or choose another corpus.cache"
+        fix = f"ssh {host} df -h {quoted_for_host(needs.folder)}    # free space, or choose another corpus.cache"
         yield Problem("disk", text, fix)
 
 
@@ -205,16 +205,6 @@ def _slow_link(host: str, slots: Slots, link: float, usual: float) -> Problem:
     return Problem(
         "speed", f"its network gives {_megabytes(link)}; the median of all hosts is {_megabytes(usual)}", fix
     )
-
-
-def _quoted(path: str) -> str:
-    """Quote a path for a command of ssh: for the shell here, and for the one of the host."""
-    return shlex.quote(shlex.quote(path))
-
-
-def _copy(folder: Path, host: str) -> str:
-    quoted = shlex.quote(str(folder))
-    return f"rsync -a {quoted}/ {host}:{quoted}/"
 
 
 def _gigabytes(size: float) -> str:

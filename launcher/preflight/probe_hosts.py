@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from experiment.process.signals import handle_stop_signals, kill_group
 from experiment.progress import progress
 from launcher.hosts import probe
-from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, last_reason, ssh_argv
+from launcher.hosts.ssh import CONNECT_SECONDS, SSH_FAILED, copy_command, last_reason, quoted_for_host, ssh_argv
 
 _ANSWER_SECONDS = 60.0  # from the start of ssh
 _POLL_SECONDS = 0.2
@@ -200,7 +199,7 @@ def _parse(host: str, stdout: bytes, error: str, start: float, end: float) -> An
 def _why_unreachable(host: str, exit_code: int | None, error: str) -> Unreachable:
     if exit_code == _NOT_FOUND and "error while loading shared libraries" in error:
         reason = f"{sys.executable} does not start: {last_reason(error)}"
-        return Unreachable(reason, f"ssh {host} ldd {shlex.quote(sys.executable)}", connected=True, answers=True)
+        return Unreachable(reason, f"ssh {host} ldd {quoted_for_host(sys.executable)}", connected=True, answers=True)
     if exit_code == _NOT_FOUND:
         return _no_facts(host, f"there is no Python at {sys.executable}")
     if exit_code == _NOT_EXECUTABLE:
@@ -240,8 +239,7 @@ _SILENT = ("Could not resolve hostname", "Connection refused", "timed out", "No 
 
 
 def _no_facts(host: str, reason: str) -> Unreachable:
-    prefix = shlex.quote(sys.prefix)
-    return Unreachable(reason, f"rsync -a {prefix}/ {host}:{prefix}/", connected=True, answers=True)
+    return Unreachable(reason, copy_command(sys.prefix, host), connected=True, answers=True)
 
 
 def _reason(output: str) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -126,6 +127,15 @@ def test_a_host_without_facts_says_why(ssh: Ssh, script: str, reason: str, fix: 
     assert fix in answer.fix
     silent = ("connection refused", "its name cannot", "no connection")
     assert answer.answers != answer.reason.startswith(silent)
+
+
+def test_a_path_passes_two_shells(ssh: Ssh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a fix in which the shell of the host splits the path."""
+    monkeypatch.setattr(sys, "executable", "/my venv/bin/python")
+    ssh("echo 'python: error while loading shared libraries: libpython3.11.so.1.0' >&2; exit 127")
+    answer = ask()
+    assert isinstance(answer, Unreachable)
+    assert shlex.split(shlex.split(answer.fix)[-1]) == ["/my venv/bin/python"]
 
 
 def test_a_host_that_hangs_is_given_up(ssh: Ssh, monkeypatch: pytest.MonkeyPatch) -> None:
