@@ -77,16 +77,21 @@ class MirrorUploads:
     def _work(self) -> None:
         while True:
             with self._wanted:
-                self._wanted.wait_for(
-                    lambda: self._is_wanted or (self._is_closing and not self._may_pass),
-                    self._retry_seconds if self.problem is not None else None,
-                )
-                is_over = not self._may_pass or time.monotonic() >= self._end
-                if self._is_closing and is_over and not self._is_wanted:
+                is_over = time.monotonic() >= self._end  # the last attempt has been made
+                if not is_over:
+                    self._wanted.wait_for(
+                        lambda: self._is_wanted or (self._is_closing and not self._may_pass),
+                        self._seconds_to_retry() if self.problem is not None else None,
+                    )
+                if self._is_closing and not self._is_wanted and (is_over or not self._may_pass):
                     return
                 self._is_wanted, keep, newest = False, self._keep, self._newest
             if keep is not None:
                 self._try(keep, newest)
+
+    def _seconds_to_retry(self) -> float:
+        """Return the wait after a failure. While closing, the last attempt is made at the end."""
+        return max(0.0, min(self._retry_seconds, self._end - time.monotonic()))
 
     def _try(self, keep: Retention, newest: int) -> None:
         try:
@@ -99,8 +104,9 @@ class MirrorUploads:
         self.uploading = None
         if self.problem is not None:
             text = f"checkpoints cannot be copied to {self._mirror.url}: {self.problem}"
-            is_last = self._is_closing and not self._may_pass
-            log.warning("%s%s", text, "" if is_last else f"; trying again in {self._retry_seconds:.0f} s")
+            wait = self._seconds_to_retry()
+            is_last = self._is_closing and (not self._may_pass or wait == 0)
+            log.warning("%s%s", text, "" if is_last else f"; trying again in {wait:.0f} s")
             self._alert(Alert("mirror", text))
 
     def _upload(self, keep: Retention, newest: int) -> None:
