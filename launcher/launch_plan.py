@@ -19,7 +19,7 @@ from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import Slots, allocated_hosts, read_hostfile
 from launcher.hosts.machine import Machine
 from launcher.options import PretrainOptions
-from launcher.preflight.run import passing_hosts
+from launcher.preflight.run import preflight_problems
 from launcher.preflight.target import CacheNeeds, Target, target_of_hosts, target_of_run
 from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine
 from launcher.ranks.environment import launch_environment
@@ -75,7 +75,7 @@ class LaunchPlan:
             max_halvings=max_halvings(self.config),
             tracking=self.config.tracking,
             hang_seconds=self.config.health.hang_seconds,
-            passing_hosts=partial(passing_hosts, self.target, {}),
+            preflight_problems=partial(preflight_problems, self.target, {}),
         )
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:

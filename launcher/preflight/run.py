@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from experiment.errors import UserError, is_quiet, notify
+from experiment.errors import UserError, describe_disk_error, is_quiet, notify
 from experiment.files import temporary_folder, write_text
 from experiment.formatting import counted
 from experiment.run_files.provenance import LIBRARIES
@@ -64,25 +64,25 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
     return Report(passed, text, failure)
 
 
-def passing_hosts(target: Target, printed: dict[str, str], hosts: Collection[str]) -> set[str]:
-    """Return the hosts of `hosts` that pass the checks for a run that has begun. Measures nothing, and expects no room
-    for checkpoints, some of which are there by now.
+def preflight_problems(target: Target, printed: dict[str, str], hosts: Collection[str]) -> dict[str, str]:
+    """Return why hosts do not pass the checks for a run that has begun, for those of `hosts` that do not. Measures
+    nothing, and expects no room for checkpoints, some of which are there by now.
 
     Prints why a host that answers does not pass, unless it is in `printed`: host -> the last printed reason.
     """
     target = replace(target, checkpoint_bytes=0)
     try:
         answers, own, tokens = _probe(target, hosts=hosts, show_progress=False)
-    except (OSError, UserError):  # the run folder does not answer
-        return set()
+    except (OSError, UserError) as error:  # the run folder does not answer
+        return dict.fromkeys(hosts, describe_disk_error(error) or str(error))
     problems = find_problems(answers, own, target, tokens)
+    texts = {host: "; ".join(f"{problem.check}: {problem.text}" for problem in problems[host]) for host in answers}
     for host, answer in answers.items():
-        if problems[host] and (isinstance(answer, HostAnswer) or answer.answers):
-            text = "; ".join(f"{problem.check}: {problem.text}" for problem in problems[host])
-            if printed.get(host) != text:
-                printed[host] = text
-                notify(f"{host} answers, but does not pass preflight: {text}")
-    return {host for host in hosts if not problems[host]}
+        text = texts[host]
+        if text and (isinstance(answer, HostAnswer) or answer.answers) and printed.get(host) != text:
+            printed[host] = text
+            notify(f"{host} answers, but does not pass preflight: {text}")
+    return {host: text for host, text in texts.items() if text}
 
 
 def require_hosts(report: Report, target: Target, allow_missing: bool) -> Slots:

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +102,7 @@ class _Supervisor:
         self._stop = stop
         self._alerts = alerts
         self._attempts: list[Attempt] = []
-        self._unusable: dict[str, str] = {}  # host -> why, at the last look
+        self._unusable: Mapping[str, str] = {}  # host -> why, at the last look
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -172,11 +172,11 @@ class _Supervisor:
             return LaunchResult(Outcome.STOPPED, message), False
         if not layout.slots:
             reasons = "; ".join(f"{host}: {reason}" for host, reason in self._unusable.items())
-            message = f"no host answers: {reasons}" if reasons else "no host passes preflight"
+            message = f"no host answers and passes preflight: {reasons}"
             return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST), False
         own_stop = _OwnStopFile(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys()
-        with watch_for_hosts(missing, self._launch.passing_hosts, self._folder, own_stop.make):
+        with watch_for_hosts(missing, self._passing, self._folder, own_stop.make):
             result = run_attempt(self._launch, layout, self._stop, record)
         withdrawn = own_stop.withdraw()
         return result, withdrawn and result.outcome is Outcome.STOPPED
@@ -196,14 +196,16 @@ class _Supervisor:
         wanted = self._launch.slots
         if self._launch.local:
             return wanted
-        self._unusable = unusable_hosts(wanted.keys(), self._folder)
-        usable = wanted.keys() - self._unusable.keys()
-        if doubtful := usable - set(trusted):
-            usable = (usable - doubtful) | set(self._launch.passing_hosts(doubtful))
-        if missing := [host for host in wanted if host not in usable]:
-            shown = (f"{host} ({self._unusable[host]})" if host in self._unusable else host for host in missing)
+        silent = unusable_hosts(wanted.keys(), self._folder)
+        doubtful = wanted.keys() - silent.keys() - set(trusted)
+        self._unusable = silent | (self._launch.preflight_problems(doubtful) if doubtful else {})
+        if missing := [host for host in wanted if host in self._unusable]:
+            shown = (f"{host} ({silent[host]})" if host in silent else host for host in missing)
             notify(f"without {', '.join(shown)}, until they answer and pass preflight")
-        return {host: slots for host, slots in wanted.items() if host in usable}
+        return {host: slots for host, slots in wanted.items() if host not in self._unusable}
+
+    def _passing(self, hosts: Collection[str]) -> Collection[str]:
+        return set(hosts) - self._launch.preflight_problems(hosts).keys()
 
 
 class _OwnStopFile:

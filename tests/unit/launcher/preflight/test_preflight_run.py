@@ -111,7 +111,9 @@ def test_a_host_that_does_not_pass_is_explained_once(
     printed: dict[str, str] = {}
     target = replace(target, slots={"node-1": (0,), "node-2": (0,), "node-3": (0,)})
     for _ in range(3):
-        assert run.passing_hosts(target, printed, ["node-1", "node-2", "node-3"]) == set()
+        problems = run.preflight_problems(target, printed, ["node-1", "node-2", "node-3"])
+        assert list(problems) == ["node-1", "node-2", "node-3"]
+        assert problems["node-3"] == "ssh: permission denied"
     first, denial, second = capsys.readouterr().err.splitlines()
     assert first.startswith("deepcloze: node-2 answers, but does not pass preflight: Python: Python 3.12.1 at ")
     assert denial == "deepcloze: node-3 answers, but does not pass preflight: ssh: permission denied"
@@ -127,7 +129,7 @@ def test_a_host_that_comes_back_alone_must_reach_the_first_one(target: Target, m
         return {host: Unreachable("refused", "ping") for host in requests}
 
     monkeypatch.setattr(run, "probe_hosts", probe_hosts)
-    run.passing_hosts(replace(target, slots={"node-1": (0,), "node-2": (0,)}), {}, ["node-2"])
+    run.preflight_problems(replace(target, slots={"node-1": (0,), "node-2": (0,)}), {}, ["node-2"])
     assert asked == {"node-2": "node-1"}
 
 
@@ -138,7 +140,7 @@ def test_a_host_that_comes_back_needs_no_room_for_saved_checkpoints(
     seen = []
     monkeypatch.setattr(run, "_probe", lambda subset, **_: seen.append(subset) or ({}, None, {}))
     monkeypatch.setattr(run, "find_problems", lambda *_: {"localhost": []})
-    run.passing_hosts(replace(target, checkpoint_bytes=1 << 60), {}, ["localhost"])
+    run.preflight_problems(replace(target, checkpoint_bytes=1 << 60), {}, ["localhost"])
     assert [subset.checkpoint_bytes for subset in seen] == [0]
 
 

@@ -202,29 +202,42 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     checked: list[Collection[str]] = []
     layouts: list[Layout] = []
 
-    def passing_hosts(hosts: Collection[str]) -> Collection[str]:
+    def preflight_problems(hosts: Collection[str]) -> dict[str, str]:
         checked.append(set(hosts))
-        return hosts if passes else {"node-1"} & set(hosts)
+        return {} if passes else {"node-2": "devices: busy"}
 
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost if is_named else StandInGuards)
     monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: {})
     body = f"write_outcome(folder, Outcome.FAILED, '', Cause.{'LOST_RANK' if is_named else 'LOST_HOST'})"
-    supervise(replace(launch(folder, body, layouts), max_restarts=1, passing_hosts=passing_hosts))
+    supervise(replace(launch(folder, body, layouts), max_restarts=1, preflight_problems=preflight_problems))
     assert checked == [{"node-2"} if is_named else set(SLOTS)]
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
 
 
+@pytest.mark.parametrize(
+    ("silent", "shown", "reasons"),
+    [
+        (["node-1", "node-2"], "node-1 (refused), node-2 (refused)", "node-1: refused; node-2: refused"),
+        (["node-1"], "node-1 (refused), node-2", "node-1: refused; node-2: devices: busy"),
+    ],
+)
 def test_a_launch_without_hosts_fails(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    silent: Sequence[str],
+    shown: str,
+    reasons: str,
 ) -> None:
     """Catches hosts that are left out without a reason."""
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
-    monkeypatch.setattr(supervisor, "unusable_hosts", lambda hosts, _: dict.fromkeys(hosts, "refused"))
+    monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: dict.fromkeys(silent, "refused"))
     body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
-    result = supervise(replace(launch(folder, body), max_restarts=1))
-    assert "without node-1 (refused), node-2 (refused), until they answer" in capsys.readouterr().err
-    reasons = "node-1: refused; node-2: refused"
-    assert result.message == f"no host answers: {reasons}\nnot restarted: --max_restarts=1 within an hour"
+    failing = replace(launch(folder, body), preflight_problems=lambda hosts: dict.fromkeys(hosts, "devices: busy"))
+    result = supervise(replace(failing, max_restarts=1))
+    assert f"without {shown}, until they answer" in capsys.readouterr().err
+    expected = f"no host answers and passes preflight: {reasons}"
+    assert result.message == f"{expected}\nnot restarted: --max_restarts=1 within an hour"
 
 
 def test_only_the_user_reads_what_deepspeed_exports(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
