@@ -196,7 +196,9 @@ class _Supervisor:
         wanted = self._launch.slots
         if self._launch.local:
             return wanted
-        silent = unusable_hosts(wanted.keys(), self._folder)
+        silent: dict[str, str] = {}
+        with suppress(OSError):  # no temporary file or process can be made: guards notice hosts that do not answer
+            silent = unusable_hosts(wanted.keys(), self._folder)
         doubtful = wanted.keys() - silent.keys() - set(trusted)
         self._unusable = silent | (self._launch.preflight_problems(doubtful) if doubtful else {})
         if missing := [host for host in wanted if host in self._unusable]:

@@ -1,9 +1,11 @@
 """Attempts on several hosts, with stand-ins for the guards."""
 
+import errno
 import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -212,6 +214,20 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     supervise(replace(launch(folder, body, layouts), max_restarts=1, preflight_problems=preflight_problems))
     assert checked == [{"node-2"} if is_named else set(SLOTS)]
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
+
+
+def test_hosts_are_used_if_they_cannot_be_asked(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a launch that ends because the disk of its temporary files is full at a restart."""
+    layouts: list[Layout] = []
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")
+
+    monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
+    supervise(replace(launch(folder, body, layouts), max_restarts=1))
+    assert [layout.slots for layout in layouts] == [SLOTS, SLOTS]
 
 
 @pytest.mark.parametrize(
