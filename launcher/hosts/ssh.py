@@ -35,9 +35,9 @@ def copy_command(folder: str, host: str) -> str:
     return f"rsync -a{option} {quoted}/ {host}:{quoted}/"
 
 
-def last_reason(output: str) -> str:
-    """Return the last line that ssh printed, with the one before it if that has the reason; empty if it printed
+def last_reason(output: str, default: str = "no message") -> str:
+    """Return the last line that ssh printed, with the one before it if that has the reason; `default` if it printed
     nothing."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     count = 2 if lines and lines[-1].startswith(_AFTER_THE_REASON) else 1
-    return "; ".join(lines[-count:])
+    return "; ".join(lines[-count:]) or default

@@ -192,7 +192,7 @@ def _parse(host: str, stdout: bytes, error: str, start: float, end: float) -> An
         facts = _FACTS.validate_json(line)
     except ValidationError:
         shown = error or stdout.decode(errors="replace").strip() or "nothing"
-        return _no_facts(host, f"{sys.executable} printed no facts, but {_reason(shown)!r}")
+        return _no_facts(host, f"{sys.executable} printed no facts, but {last_reason(shown)!r}")
     return HostAnswer(facts, clock_offset=max(0.0, facts.time - end) + min(0.0, facts.time - start))
 
 
@@ -205,11 +205,11 @@ def _why_unreachable(host: str, exit_code: int | None, error: str) -> Unreachabl
     if exit_code == _NOT_EXECUTABLE:
         return _no_facts(host, f"{sys.executable} cannot be executed")
     if exit_code != SSH_FAILED:
-        return _no_facts(host, f"{sys.executable} failed with exit code {exit_code}: {_reason(error)}")
+        return _no_facts(host, f"{sys.executable} failed with exit code {exit_code}: {last_reason(error)}")
     for text, reason, fix in _SSH_ERRORS:
         if text in error:
             return Unreachable(reason, fix.format(host=host), answers=text not in _SILENT)
-    return Unreachable(f"ssh failed: {_reason(error)}", f"ssh -v {host} true", answers=True)
+    return Unreachable(f"ssh failed: {last_reason(error)}", f"ssh -v {host} true", answers=True)
 
 
 # A part of ssh's message, its meaning, a command.
@@ -240,7 +240,3 @@ _SILENT = ("Could not resolve hostname", "Connection refused", "timed out", "No 
 
 def _no_facts(host: str, reason: str) -> Unreachable:
     return Unreachable(reason, copy_command(sys.prefix, host), connected=True, answers=True)
-
-
-def _reason(output: str) -> str:
-    return last_reason(output) or "no message"

@@ -46,7 +46,7 @@ def unusable_hosts(hosts: Collection[str], folder: RunFolder) -> dict[str, str]:
                 continue
             if exit_code == SSH_FAILED:
                 outputs[host].seek(0)
-                reasons[host] = last_reason(outputs[host].read().decode(errors="replace")) or "ssh failed"
+                reasons[host] = last_reason(outputs[host].read().decode(errors="replace"), "ssh failed")
             elif exit_code != 0:
                 reasons[host] = f"there is no {sys.executable}, or no {folder.logs}"
     return reasons
