@@ -150,6 +150,7 @@ class _Server(uvicorn.Server):
         """Accept nothing more, and finish accepted requests; the second time, do not wait for them."""
         if self._drained_at is not None:
             self.force_exit = self.should_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # has tracebacks of all that the event loop cancels
             return
         self._drained_at = time.monotonic() + _DRAIN_SECONDS
         for server in self.servers:

@@ -135,6 +135,20 @@ def test_a_signal_finishes_accepted_requests(number: int, model: Path, serve: Se
         server.connect().connect()
 
 
+def test_a_second_signal_does_not_wait_for_accepted_requests(model: Path, serve: Serve) -> None:
+    """Catches tracebacks of requests that are cancelled, and of the application."""
+    server = serve(model, "--max_texts", "4000", "--batch_tokens", "64", "--batch_delay_ms", "0")
+    body = {"texts": ["word1 word2 word3"] * 4000}
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(post, server.connect(), body=body)
+        wait_until(lambda: "deepcloze_queue_texts 4000.0" in get(server, "/metrics"), server.process)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.stop(signal.SIGINT) == 0
+        with pytest.raises((http.client.HTTPException, ConnectionError, json.JSONDecodeError)):
+            answer.result(LIMIT)
+    assert "Traceback" not in server.output()
+
+
 def test_a_signal_closes_connections_of_active_clients_politely(model: Path, serve: Serve) -> None:
     """Catches clients of kept connections whose next request is reset instead of answered."""
     server = serve(model)
