@@ -30,8 +30,15 @@ _DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN
 
 ABOUT_QUIET = "With `-q` or `--quiet`, every command prints results, warnings and errors only."
 
-_SYNONYMS = {"gpu": "device", "nproc_per_node": "num_gpus"}
-"""Flag of another program -> ours, where the names are not similar."""
+_SYNONYMS = {
+    "file": "input",
+    "gpu": "device",
+    "input": "source",
+    "nproc_per_node": "num_gpus",
+    "text_column": "column",
+    "text_field": "column",
+}
+"""Flag of another program, or of another command -> ours, where the names are not similar."""
 
 Command = Callable[[Any], None]
 """A function of its options, a subclass of `Section`."""
@@ -237,7 +244,7 @@ def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_t
             return "; did you mean " + " or ".join(f"'--{key}'" for key in dict.fromkeys(meant)) + "?"
     if (synonym := _SYNONYMS.get(name)) in flags:
         return f"; did you mean '--{synonym}'?"
-    return did_you_mean(f"--{name}", [f"--{known}" for known in (*flags, *_plain_keys(command))])
+    return did_you_mean(name, [*flags, *_plain_keys(command)], prefix="--")
 
 
 def _build_options(

@@ -45,11 +45,16 @@ def explain_errors(config_type: type[BaseModel], error: ValidationError) -> Iter
             yield key, f"{', '.join(names[:-1])} and {names[-1]} are missing: they have no default"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown word: '; did you mean …?', or '; known: …' if none is similar."""
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return the end of a message about an unknown word: '; did you mean …?', or '; known: …' if none is similar.
+
+    prefix: of the word and all known ones, in the message only.
+    """
     known = sorted(set(known))
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.54)
+    if close:
+        return f"; did you mean '{prefix}{close[0]}'?"
+    return f"; known: {', '.join(f'{prefix}{name}' for name in known)}"
 
 
 def explain_unknown_key(config_type: type[BaseModel], dotted: str, in_lists: Iterable[str] = ()) -> str:

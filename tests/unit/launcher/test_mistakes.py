@@ -78,6 +78,10 @@ class Mistake(NamedTuple):
 
 COMMAND_LINE = {
     "misspelt command": Mistake("pretain --config run.yaml", r"unknown command 'pretain'; did you mean 'pretrain'\?"),
+    "unknown flag": Mistake("clean --config run.yaml --decontaminate dev.csv", r"'--decontaminate'; known: --column, "),
+    "input of another command": Mistake(
+        "corpus --input text.txt", r"unknown flag '--input'; did you mean '--source'\?"
+    ),
     "misspelt flag": Mistake("pretrain --confg run.yaml", r"unknown flag '--confg'; did you mean '--config'\?"),
     "misspelt key of a cleaning": Mistake(
         "clean --config clean.yaml --outptu a", r"'--outptu'; did you mean '--output'\?"
@@ -296,6 +300,10 @@ FOLDERS = {
     "missing corpus": Mistake("pretrain --config run.yaml --corpus.train=no", r"corpus.train: .*/no .* does not exist"),
     "missing held-out corpus": Mistake("pretrain --config run.yaml --corpus.eval.held=no", r"corpus.eval.held: .*no"),
     "text as corpus": Mistake("pretrain --config run.yaml --corpus.train=text.txt", r"text.txt is not .* it is a file"),
+    "corpus as source": Mistake(
+        "corpus --source corpus --tokenizer tokenizer --output out",
+        r"--source corpus: this is a corpus that is already built; expected its source",
+    ),
     "tokenizer as corpus": Mistake("evaluate --checkpoint run --corpus tokenizer", r"tokenizer .*not a corpus"),
     "corpus of another tokenizer": Mistake(
         "evaluate --checkpoint run --corpus other", r"other was built with another tokenizer than the one in"
