@@ -215,6 +215,8 @@ def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str,
     if not names:
         raise UserError("no corpus to evaluate on: expected corpus folders")
     paths = [expand_home(name) for name in names]
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise UserError(f"--corpus names a corpus twice: {', '.join(names)}")
     corpora = [open_local(path) for path in paths]
     names = [corpus.name for corpus in corpora]
     opened = dict(zip(names if len(set(names)) == len(names) else unique_names(paths), corpora, strict=True))

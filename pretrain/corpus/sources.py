@@ -24,6 +24,7 @@ from experiment.hub_data import PREFIX, HubData
 from experiment.models.hub_names import HubName
 from experiment.storage import FileInfo, is_url, join, list_files, stat_file
 from pretrain.corpus.formats import WHOLE, Range, check_is_read, detect_format
+from pretrain.corpus.manifest import MANIFEST, TOKENIZER
 from pretrain.corpus.options import SourceName
 
 PYTHON_DOCS = "python-docs"
@@ -122,6 +123,8 @@ class _Finder:
 
     def _folder(self, folder: Path) -> list[Source]:
         """Return all files of a known format below `folder`, except hidden ones."""
+        if (folder / MANIFEST).is_file() and (folder / TOKENIZER).is_dir():
+            raise UserError(f"{self.key} {folder}: this is a corpus that is already built; expected its source")
         return self._known(str(folder), self._files_below(folder), {})
 
     def _files_below(self, folder: Path) -> list[str]:

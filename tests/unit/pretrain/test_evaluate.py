@@ -252,6 +252,8 @@ def test_evaluate_rejects_invalid_input(
         evaluate_command(str(folder), str(byte_level_corpus))
     with pytest.raises(UserError, match="no corpus to evaluate on"):
         evaluate_command(str(folder), ",")
+    with pytest.raises(UserError, match="names a corpus twice"):
+        evaluate_command(str(folder), f"{heldout_corpus},{heldout_corpus}/")
     with pytest.raises(UserError, match="nowhere"):
         evaluate_command(str(tmp_path / "nowhere"), str(heldout_corpus))
 
