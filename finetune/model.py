@@ -119,7 +119,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
     origin = f"{size}, from {spec.folder}"
     if uses_head and built.model.base_model is not built.model:
         head = [name for name in built.new if _is_in_head(name, built.model)]
-        kept = "head kept, its labels are the same" if spec.head else "head kept"
+        kept = "head kept, its labels are the same" if "id2label" in spec.head else "head kept"
         origin += f"; {'new head' if head else kept}"
         origin += f", newly initialized: {', '.join(built.new)}" if built.new else ""
     lines = [origin]

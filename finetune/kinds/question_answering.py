@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -100,6 +100,10 @@ class Kind(TaskKind[Config]):
     auto_model = "AutoModelForQuestionAnswering"
     hub_task = "question-answering"
     usage = _USAGE
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {"num_labels": 2}  # scores of first and last tokens, whatever the labels of an earlier task were
 
     def describe(self, train: Table) -> list[str]:
         if not self.config.no_answer:

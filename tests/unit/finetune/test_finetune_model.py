@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
-from finetune.kinds import multi_label
+from finetune.kinds import multi_label, question_answering
 from finetune.kinds.classification import Config, Kind
 from finetune.model import ModelSpec, build_model, describe_model, read_model_inputs
 
@@ -100,6 +100,16 @@ def test_a_head_for_another_task_is_not_kept(encoder: Path, tmp_path: Path) -> N
     head = Kind(Config(train="f", validation="f"), ("a", "b", "c")).head
     BertForTokenClassification.from_pretrained(encoder, **head).save_pretrained(tmp_path)
     assert {"classifier.bias", "classifier.weight"} <= set(build_model(start(tmp_path)).new)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_head_for_answers_after_another_task(encoder: Path, tmp_path: Path, labels: int) -> None:
+    """Catches a head that scores answers with as many outputs as the task before had labels."""
+    AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels).save_pretrained(tmp_path)
+    kind = question_answering.Kind(question_answering.Config(train="f", validation="f"), ())
+    built = build_model(ModelSpec(tmp_path, True, kind.auto_model, kind.head))
+    assert built.model.qa_outputs.out_features == 2
+    assert built.new == ("qa_outputs.bias", "qa_outputs.weight")
 
 
 def test_weights_that_are_not_used_are_reported(encoder: Path, copied: Path) -> None:
