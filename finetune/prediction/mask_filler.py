@@ -133,8 +133,11 @@ class MaskFiller:
         return segments
 
     def option_record(self, text: str, options: Sequence[Sequence[str]], place: str) -> Record:
-        """Return a record for `ranking`. options: of each mask, two or more. Raises UserError for another number."""
+        """Return a record for `ranking`. options: of each mask, two or more. Raises UserError for another number, and
+        for an empty option."""
         segments = self.split(text, place)
+        if not all(option.strip() for row in options for option in row):
+            raise UserError(f"{place}: an option is empty")
         if len(segments) != len(options) + 1:
             raise UserError(f"{place}: {len(segments) - 1} {self.mask}, but {len(options)} lists of options")
         return Record(place, {"segments": segments, "options": list(map(list, options))})

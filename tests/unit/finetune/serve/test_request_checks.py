@@ -110,6 +110,7 @@ def test_no_texts_have_no_predictions(client: TestClient, folders: dict[str, Pat
         ({"texts": ["[MASK]"], "top_k": 0}, "top_k: input should be greater than or equal to 1"),
         ({"texts": ["[MASK]"], "options": []}, "options: expected a list for each of 1 texts, found 0"),
         ({"texts": ["[MASK]"], "options": [[]]}, "texts[0]: 1 [MASK], but 0 lists of options"),
+        ({"texts": ["[MASK] [MASK]"], "options": [[["a", "b"], ["b", " "]]]}, "texts[0]: an option is empty"),
         ({"texts": ["[MASK]"], "options": [[["a"]]]}, "options[0][0]: list should have at least 2 items"),
     ],
 )
