@@ -138,13 +138,18 @@ def locate_model(
 
     They are the same, unless the checkpoint was written with the same options: then the model is built from its copy in
     the checkpoint, and `init_from` stays the folder that the run began with. Raises UserError for an `init_from` that
-    names no model. mirror: of the run, for the message.
+    names no model, and for another one than the run began with. mirror: of the run, for the message.
     """
-    if model.init_from is None:
-        return model, model
     if point is not None:
         saved = read_state(point.checkpoint)["config"]["model"]
-        if _is_same_model(model, saved):
+        is_same_name = _is_same_name(model.init_from, saved["init_from"])
+        if not is_same_name and not point.fork:
+            raise UserError(
+                f"{point.checkpoint} cannot be resumed with another model.init_from: the run was started with "
+                f"{_shown(saved['init_from'])}, the config says {_shown(model.init_from)}. Restore the value, also if "
+                "the model is now elsewhere or gone, or start a new run in another run.dir"
+            )
+        if model.init_from is not None and is_same_name and _has_same_options(model, saved):
             copy = {
                 "config": None,
                 "init_from": str(point.checkpoint / "hf"),
@@ -152,6 +157,8 @@ def locate_model(
                 "max_positions": None,
             }
             return model.model_copy(update={"init_from": saved["init_from"]}), model.model_copy(update=copy)
+    if model.init_from is None:
+        return model, model
     if is_url(model.init_from) and meant_name(model.init_from) is None:
         raise UserError(
             f"model.init_from: {model.init_from} is a URL: copy it to a disk that the hosts share, with "
@@ -166,16 +173,17 @@ def locate_model(
     return located, located
 
 
-def _is_same_model(model: ModelConfig, saved: Mapping[str, Any]) -> bool:
-    """Return whether a model is the same. `saved`: `model` of a checkpoint. The model that `init_from` names may be
-    gone."""
-    if model.init_from is None or saved["init_from"] is None:
-        return False
-    now, hub = model.model_dump(mode="json"), HubName.of_model(model.init_from)
-    is_same_name = names_model_folder(Path(model.init_from), Path(saved["init_from"]))
-    return (is_same_name or (hub is not None and hub.may_mean(saved["init_from"]))) and all(
-        now[key] == saved[key] for key in ("config", "added_tokens", "max_positions")
-    )
+def _is_same_name(init_from: str | None, saved: str | None) -> bool:
+    """Return whether `model.init_from` names the model that a checkpoint was initialized from, which may be gone."""
+    if init_from is None or saved is None:
+        return init_from is saved
+    hub = HubName.of_model(init_from)
+    return names_model_folder(Path(init_from), Path(saved)) or (hub is not None and hub.may_mean(saved))
+
+
+def _has_same_options(model: ModelConfig, saved: Mapping[str, Any]) -> bool:
+    now = model.model_dump(mode="json")
+    return all(now[key] == saved[key] for key in ("config", "added_tokens", "max_positions"))
 
 
 def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> ResumePlan:

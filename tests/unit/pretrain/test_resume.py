@@ -391,7 +391,6 @@ def test_a_resume_takes_the_model_from_its_checkpoint(tmp_path: Path, positions:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"init_from": "OTHER"},
         {"config": {"hidden_dropout_prob": 0.3}},
         {"max_positions": 90},
         {"added_tokens": "/added"},
@@ -399,19 +398,41 @@ def test_a_resume_takes_the_model_from_its_checkpoint(tmp_path: Path, positions:
 )
 def test_another_model_is_compared_with_the_run(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Catches a resume that ignores a changed key of the model because its checkpoint has one already."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").touch()
+    began_with = ModelConfig(init_from=str(base), max_positions=80)
+    run = make_run(tmp_path / "run", (6,), model=began_with)
+    point = ResumePoint(checkpoint_path(run / "checkpoints", 6), fork=False)
+    now = began_with.model_copy(update=changes)
+    assert locate_model(now, point) == (now, now)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"model\.init_from: .* does not exist"):
+        locate_model(now, point)
+
+
+@pytest.mark.parametrize(("began_with", "now"), [("base", "other"), (None, "other"), ("base", None)])
+def test_a_run_continues_from_the_model_it_began_with(tmp_path: Path, began_with: str | None, now: str | None) -> None:
+    """Catches a model that seems to be used, and is recorded, but whose weights are not loaded: the run continues those
+    of its checkpoint."""
     for name in ("base", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
-    began_with = ModelConfig(init_from=str(tmp_path / "base"), max_positions=80)
-    run = make_run(tmp_path / "run", (6,), model=began_with)
-    point = ResumePoint(checkpoint_path(run / "checkpoints", 6), fork=False)
-    changes = {key: str(tmp_path / "other") if value == "OTHER" else value for key, value in changes.items()}
-    now = began_with.model_copy(update=changes)
-    assert locate_model(now, point) == (now, now)
-    assert now.init_from is not None
-    shutil.rmtree(now.init_from)
-    with pytest.raises(UserError, match=r"model\.init_from: .* does not exist"):
-        locate_model(now, point)
+    first, changed = (
+        ModelConfig(init_from=str(tmp_path / name)) if name else ModelConfig(config={"model_type": "bert"})
+        for name in (began_with, now)
+    )
+    point = ResumePoint(checkpoint_path(make_run(tmp_path / "run", (6,), model=first) / "checkpoints", 6), fork=False)
+    with pytest.raises(
+        UserError, match=rf"another model\.init_from: .* with {shown(first)}, .* says {shown(changed)}\."
+    ):
+        locate_model(changed, point)
+    assert locate_model(first, point)[0] == first
+    assert locate_model(changed, replace(point, fork=True))[0] == changed
+
+
+def shown(model: ModelConfig) -> str:
+    return "null" if model.init_from is None else f"'{model.init_from}'"
 
 
 def test_a_model_that_is_gone_may_be_in_the_mirror(tmp_path: Path) -> None:
