@@ -81,6 +81,13 @@ class CleanConfig(TextOptions):
         return self
 
     @model_validator(mode="after")
+    def _samples_are_independent(self) -> Self:
+        seeds = [item.make().config.seed for item in self.steps if item.name == "sample"]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("two `sample` steps have the same seed, and would draw alike: give one another `seed`")
+        return self
+
+    @model_validator(mode="after")
     def _steps_are_in_a_possible_order(self) -> Self:
         known = {*self.metadata, "source"}
         compared = None

@@ -31,6 +31,7 @@ def build(*steps: Any, **keys: Any) -> CleanConfig:
             "stop_words: '我们' is not one word; texts are divided into words as here: 我",
         ),
         ([{"sample": {"rates": {"en": 0.1}}}], "'steps.0.sample': rates needs by, which tells their keys"),
+        ([{"sample": {"rate": 0.5}}, {"ftfy": {}}, {"sample": {"rate": 0.4}}], "two `sample` steps have the same seed"),
         ([{"url_filter": {}}], "needs the url of each document; name the column that holds it in 'metadata'"),
         ([{"sample": {"by": "language"}}, {"language": {"model": "m"}}], "put the step language before it"),
         ([{"decontaminate": {"against": ["a"]}}, {"ftfy": {}}], "put it before steps.0.decontaminate"),
@@ -51,6 +52,7 @@ def test_a_step_without_keys_has_its_defaults() -> None:
 
 def test_metadata_makes_steps_possible() -> None:
     build({"url_filter": {}}, {"sample": {"by": "language", "weight": "score"}}, metadata=["url", "language", "score"])
+    build({"sample": {"rate": 0.5}}, {"sample": {"rate": 0.5, "seed": 1}})
 
 
 def test_configs_of_other_commands_are_named() -> None:
