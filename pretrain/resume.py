@@ -199,7 +199,8 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
         lines = check_resume(before, identity, where, f" ({state['config']['corpus']['train']})")
     changed, step = _changes(before, identity), state["progress"]["step"]
     for key in _FROM_STEP_0 if point.fork else ():
-        if key in changed and 0 < identity[key] <= step:
+        ends_freeze = key == "model.freeze_steps" and key in changed and identity[key] < changed[key][0]
+        if key in changed and 0 < identity[key] <= step and not ends_freeze:
             log.warning(
                 "%s: %d: is over: it counts from step 0, and the fork begins at step %d", key, identity[key], step
             )
@@ -268,8 +269,15 @@ def check_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str, 
 
 
 def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> list[str]:
-    """Like `check_resume`, for a fork: everything but the model may change."""
+    """Like `check_resume`, for a fork: everything but the model, and what it froze, may change."""
     changes = _changes(before, now)
+    frozen, _ = changes.get("model.freeze", ((), ()))
+    if frozen and "optimizer.name" not in changes:  # with others in one flat tensor, they would have their step count
+        raise UserError(
+            f"run.resume: {where} cannot be forked with another model.freeze than {_shown(frozen)}: the optimizer has "
+            "updated those parameters less often than the others. Keep it: they train from step model.freeze_steps on, "
+            "which may change"
+        )
     for key, (old, new) in changes.items():
         if _is_architecture(key) and not _is_of_other_version(key, before, now):
             raise UserError(

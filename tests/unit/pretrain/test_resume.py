@@ -230,6 +230,33 @@ def test_a_fork_can_change_what_a_resume_cannot() -> None:
         check_fork(identity(), identity(model=MODEL | {"hidden_size": 32}), "a checkpoint")
 
 
+def test_a_fork_freezes_what_its_parent_froze() -> None:
+    """Catches first updates that are several times too large: one step count for parameters with and without moments,
+    which share a flat tensor unless their groups differ."""
+    frozen = identity(model__freeze=["embeddings"], model__freeze_steps=100)
+    for now in (identity(), identity(model__freeze=["embeddings", "layer.0"], model__freeze_steps=100)):
+        with pytest.raises(UserError, match=r'than \["embeddings"\]: .* train from step model\.freeze_steps on'):
+            check_fork(frozen, now, "a checkpoint")
+    unfrozen = identity(model__freeze=["embeddings"], model__freeze_steps=4)
+    assert check_fork(frozen, unfrozen, "a checkpoint") == ["model.freeze_steps: 100 -> 4"]
+    assert len(check_fork(frozen, identity(optimizer__name="lamb"), "a checkpoint")) == 3, "it starts with new moments"
+
+
+@pytest.mark.parametrize(("before", "warned"), [(2, True), (100, False)])
+def test_a_fork_that_trains_what_its_parent_froze(
+    tmp_path: Path, before: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a warning about the end of a freeze that the fork is for."""
+    parent = make_run(tmp_path / "parent", (4,))
+    state = checkpoint_path(parent / "checkpoints", 4) / "state.json"
+    frozen = {"model__freeze": ["embeddings"], "model__freeze_steps": before}
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"identity": identity(**frozen)}))
+    (state.parent / "COMPLETE").unlink()
+    mark_complete(state.parent)
+    plan(tmp_path / "new", str(parent), **frozen | {"model__freeze_steps": 4})
+    assert ("model.freeze_steps: 4: is over" in caplog.text) == warned
+
+
 def identity_with_model(settings: dict[str, Any]) -> dict[str, Any]:
     tree = {**CONFIG, "schedule": {"steps": 10}, "model": settings}
     return run_identity(build_config(PretrainConfig, tree), MODEL, [("f1", 1.0)], ((2,), (3,)), DS_CONFIG)
