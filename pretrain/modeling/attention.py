@@ -227,10 +227,12 @@ def packed_attention(
     assert attention_mask is None, "transformers built a mask, which the packed attention does not use"
     head_size, dtype = query_BHWD.shape[-1], query_BHWD.dtype
     scaling = head_size**-0.5 if scaling is None else scaling
+    if (group := query_BHWD.shape[1] // key_BHWD.shape[1]) > 1:  # grouped-query attention (Ainslie et al. 2023)
+        key_BHWD, value_BHWD = (tensor.repeat_interleave(group, dim=1) for tensor in (key_BHWD, value_BHWD))
     inputs = (query_BHWD, key_BHWD, value_BHWD)
     if supports_flash(packing.capability, head_size, dtype):
         kernel = None
-        if packing.varlen is not None and packing.prefers_varlen(sliding_window) and _same_heads(*inputs):
+        if packing.varlen is not None and packing.prefers_varlen(sliding_window):
             kernel = packing.varlen.attend
         output_BWHD = flash_attention(*inputs, packing, scaling, dropout, sliding_window, kernel)
     elif packing.capability is not None:
@@ -360,10 +362,6 @@ def flash_attention_2(
     )
     assert isinstance(output_THD, Tensor)
     return output_THD
-
-
-def _same_heads(query_BHWD: Tensor, key_BHWD: Tensor, value_BHWD: Tensor) -> bool:
-    return query_BHWD.shape[1] == key_BHWD.shape[1] == value_BHWD.shape[1]
 
 
 def _prefers_without_window(capability: Capability | None) -> bool:

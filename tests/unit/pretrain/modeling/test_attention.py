@@ -55,7 +55,7 @@ def test_where_flash_attention_is_used(
         ({"sliding_window": None}, False),
         ({"sliding_window": 129}, False),
         ({"max_length": 128}, False),  # flash attention computes 128 slots at once
-        ({"key_heads": 1}, False),
+        ({"key_heads": 2}, True),
         ({"dtype": torch.float32}, False),
         ({"capability": (9, 0), "sliding_window": None}, True),
         ({"capability": (9, 0), "max_length": 128}, True),
@@ -73,7 +73,12 @@ def test_where_our_own_kernel_is_used(changes: dict[str, Any], ours: bool, monke
     dtype, called = options.get("dtype", torch.bfloat16), list[str]()
 
     def kernel(name: str) -> Any:
-        return lambda query, *_: called.append(name) or query
+        def attend(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+            assert query.shape == key.shape == value.shape
+            called.append(name)
+            return query
+
+        return attend
 
     for name in ("flash_attention_2", "masked_attention"):
         monkeypatch.setattr(attention, name, kernel(name))

@@ -40,8 +40,8 @@ def test_which_models_are_packed(example: Callable[[str], Example], model_type: 
     [
         *[(model_type, {}, model_type in PACKED) for model_type in ("bert", "deberta-v2")],
         ("eurobert", {}, True),
-        ("eurobert", {"num_key_value_heads": 4}, False),  # grouped-query attention
-        ("neomme", {}, False),  # as well, and has fields for each layer
+        ("eurobert", {"num_key_value_heads": 4}, True),  # grouped-query attention
+        ("neomme", {}, True),  # as well, and has fields for each layer
         ("modernvbert", {}, True),  # has a config for text
     ],
 )
