@@ -21,7 +21,14 @@ from experiment.formatting import counted, describe_duration
 from experiment.process.hardware import prepare_process
 from experiment.progress import terminal
 from experiment.run_files.outcome_file import Outcome, recorded_outcome
-from experiment.run_files.provenance import ancestors_of, collect_provenance, write_provenance
+from experiment.run_files.provenance import (
+    ancestors_of,
+    collect_provenance,
+    has_logged_with_other_config,
+    read_provenance,
+    wandb_id,
+    write_provenance,
+)
 from experiment.run_files.run_folder import RunFolder, check_creatable, open_run_folder
 from experiment.run_files.run_lock import check_unlocked, lock_run
 from experiment.tracking.jsonl import read_events
@@ -93,7 +100,9 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     """Train and score all seeds. config: to be written to the run folder and to trackers."""
     folder, model, seeds = resolved.folder, resolved.model, resolved.training.seeds
     finished = finished_seeds(folder, resolved.settings)
-    write_text(folder.config, dump_config(config))
+    content = dump_config(config)
+    is_other_config = has_logged_with_other_config(folder, content)
+    write_text(folder.config, content)
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     records = {seed: finished[seed] for seed in seeds if seed in finished}
     order = _in_order_of_events(seeds, folder)
@@ -101,10 +110,10 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     left_out = [seed for seed in finished if seed not in seeds]
     for line in _describe_finished(list(records), left_out, resolved):
         terminal().print(line)
-    for seed in missing:
-        if changed := state_file(seed, resolved).other_settings():
-            differences = describe_differences(changed)
-            terminal().print(f"seed {seed} starts over: it was stopped with other settings: {differences}")
+    changed = {seed: found for seed in missing if (found := state_file(seed, resolved).other_settings())}
+    for seed, found in changed.items():
+        differences = describe_differences(found)
+        terminal().print(f"seed {seed} starts over: it was stopped with other settings: {differences}")
     resumed = {seed: state_file(seed, resolved).steps for seed in missing}
     started = resumed[missing[0]] if missing else 0
     if started:
@@ -114,11 +123,17 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
         move_events_to_end(order, missing, resolved)
         order, started = [*kept, *missing], 0  # their events are logged again
     steps, total = resolved.steps, resolved.steps * len(order)
-    done = {"step": steps * len(kept) + sum(resumed.values()), "total_steps": total or None}
-    run_id = write_provenance(folder, {**collect_provenance(sys.argv), **done}, ancestors)
+    facts = {
+        "step": steps * len(kept) + sum(resumed.values()),
+        "total_steps": total or None,
+        "starts_over": bool(changed) or (is_other_config and not kept and not started),
+    }
+    write_provenance(folder, {**collect_provenance(sys.argv), **facts}, ancestors)
+    provenance = read_provenance(folder)
+    assert provenance is not None
     logged = count_logged(kept, folder)
     resumed_step = steps * logged + (started if logged == len(kept) else 0)
-    tracked = TrackedRun(run_id, flatten(config), total, resumed_step, seed_steps=steps)
+    tracked = TrackedRun(wandb_id(provenance), flatten(config), total, resumed_step, seed_steps=steps)
     tracker = open_trackers(config.tracking, folder, tracked, console=not _in_parallel(missing, resolved))
     logs = {seed: _log_from_step(tracker, steps * number) for number, seed in enumerate(order) if seed in seeds}
     with _closed_at_the_end(tracker):

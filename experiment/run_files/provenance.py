@@ -1,8 +1,9 @@
 """`RUN/provenance.json`: the code, machine, libraries and models that a run came from.
 
 {"run_id": …, "ancestors": […], "attempts": [{"command": …, "git": …, "versions": …, "hardware": …, …}, …]}
-Attempts also have the `step` that they resume from; in pretraining, `changes` of settings, "key: old -> new", and the
-run's `folder`; in fine-tuning, `total_steps`, with steps counted over all seeds.
+Attempts also have the `step` that they resume from, and whether the run `starts_over` with other settings; in
+pretraining, `changes` of settings, "key: old -> new", and the run's `folder`; in fine-tuning, `total_steps`, with steps
+counted over all seeds.
 
 Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
 It is copied along with the folder, so a run that starts from the model can record all of its ancestors. Such folders
@@ -71,6 +72,21 @@ def write_provenance(
     write_json(folder.provenance, {**record, "attempts": [*record["attempts"], dict(attempt)]})
     run_id: str = record["run_id"]
     return run_id
+
+
+def has_logged_with_other_config(folder: RunFolder, config: str) -> bool:
+    """Return whether the run has logged events with another RUN/config.yaml than this text. Call it before the file is
+    written."""
+    with suppress(FileNotFoundError):
+        return folder.metrics.stat().st_size > 0 and folder.config.read_text(encoding="utf-8") != config
+    return False
+
+
+def wandb_id(provenance: Mapping[str, Any]) -> str:
+    """Return the id of a run in W&B, which keeps the values that it has of a step: it is another one whenever the run
+    has started over with other settings."""
+    restarts = sum(attempt.get("starts_over", False) for attempt in provenance["attempts"])
+    return f"{provenance['run_id']}-{restarts + 1}" if restarts else str(provenance["run_id"])
 
 
 def separate_copy(folder: RunFolder) -> Path | None:

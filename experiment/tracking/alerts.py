@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from experiment.process.own_process import own_environment
 from experiment.run_files.outcome_file import Outcome
-from experiment.run_files.provenance import read_provenance
+from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.config import AlertEvent, AlertsConfig
 from experiment.tracking.jsonl import Metrics
@@ -181,7 +181,7 @@ def send_last_alert(project: str, folder: RunFolder, alert: Alert) -> None:
     provenance = read_provenance(folder)
     if provenance is None:  # rank 0 has not opened a W&B run
         return
-    request = [project, provenance["run_id"], str(folder.path), alert.event, alert.text]
+    request = [project, wandb_id(provenance), str(folder.path), alert.event, alert.text]
     command = [sys.executable, "-P", "-c", f"from {__name__} import send_requested; send_requested()"]
     subprocess.run(
         command,

@@ -37,7 +37,7 @@ class Tracker(Protocol):
 class TrackedRun:
     """Facts about a run for its trackers."""
 
-    run_id: str  # the same for all attempts
+    wandb_id: str  # see `provenance.wandb_id`
     parameters: Mapping[str, object]  # the resolved config
     total_steps: int | None  # the last step; None if it is not known (a time budget)
     resumed_step: int  # finished steps of the checkpoint it resumes from, -1 for a new run; later events are dropped
@@ -71,7 +71,7 @@ def open_trackers(config: TrackingConfig, folder: RunFolder, run: TrackedRun, co
         openers["TensorBoard"] = lambda: TensorBoardTracker(folder.tensorboard, *resumed)
     if config.wandb != "disabled":
         kept = partial(kept_events, folder.metrics, *resumed)
-        openers["W&B"] = lambda: WandbTracker(config, folder, run.run_id, run.parameters, kept())
+        openers["W&B"] = lambda: WandbTracker(config, folder, run.wandb_id, run.parameters, kept())
     if config.alerts.webhook or config.alerts.apprise or config.alerts.email is not None:
         openers["alerts"] = lambda: Messenger(config.alerts, folder, lambda message: logger.warning("%s", message))
     return Trackers(openers, config.alerts.events)

@@ -20,7 +20,7 @@ from experiment.process.signals import handle_stop_signals, interrupt
 from experiment.progress import quiet
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.run_files.outcome_file import Outcome, read_outcome, read_rank_record
-from experiment.run_files.provenance import read_provenance
+from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
 from experiment.tracking.config import AlertsConfig
@@ -242,7 +242,7 @@ def log_results(run: RunFolder, config: PretrainConfig) -> None:
     provenance, outcome = read_provenance(run), read_outcome(run)
     assert provenance is not None, "see `read_run_config`"
     tracked = TrackedRun(
-        run_id=provenance["run_id"],
+        wandb_id=wandb_id(provenance),
         parameters=config.model_dump(mode="json"),
         total_steps=None,
         resumed_step=sys.maxsize,  # drop nothing

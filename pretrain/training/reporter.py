@@ -18,7 +18,14 @@ from experiment.formatting import counted, format_epochs
 from experiment.process.hardware import peak_flops, peak_memory
 from experiment.run_files.goodput import ActivityTimer
 from experiment.run_files.outcome_file import Outcome
-from experiment.run_files.provenance import ancestors_of, collect_provenance, read_provenance, write_provenance
+from experiment.run_files.provenance import (
+    ancestors_of,
+    collect_provenance,
+    has_logged_with_other_config,
+    read_provenance,
+    wandb_id,
+    write_provenance,
+)
 from experiment.tracking.alerts import Alert
 from experiment.tracking.downstream import DownstreamLog
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
@@ -41,14 +48,16 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
     """Write RUN/config.yaml, and this attempt to RUN/provenance.json. Returns the run's provenance."""
     tasks = {given.name: given.corpus.manifest.decontaminated for given in run.corpora}
     known = {name: sorted(found.values()) for name, found in tasks.items() if found is not None}
+    config, ancestors = dump_config(run.config), _ancestors(run)
     changes = {
         "step": run.resume_plan.step,
+        "starts_over": ancestors is not None and has_logged_with_other_config(run.folder, config),
         "changes": list(run.resume_plan.changes),
         "folder": str(run.folder.path),
     }
     attempt = collect_provenance(sys.argv, world_size, hosts) | changes
-    write_provenance(run.folder, attempt, _ancestors(run), known)
-    write_text(run.folder.config, dump_config(run.config))
+    write_provenance(run.folder, attempt, ancestors, known)
+    write_text(run.folder.config, config)
     provenance = read_provenance(run.folder)
     assert provenance is not None
     return provenance
@@ -75,7 +84,7 @@ def open_run_tracker(
         log.warning(warning)
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
     tracked = TrackedRun(
-        run_id=provenance["run_id"],
+        wandb_id=wandb_id(provenance),
         parameters=run.config.model_dump(mode="json"),
         total_steps=total_steps,
         resumed_step=step if resumed else -1,

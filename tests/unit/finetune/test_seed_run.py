@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from experiment.errors import StoppedError, UserError
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
+from experiment.tracking.config import TrackingConfig
+from experiment.tracking.tracker import TrackedRun, Trackers, open_trackers
 from finetune import resolve as resolve_module
+from finetune import run as run_module
 from finetune import seed_run
 from finetune.device import Device
 from finetune.results.seed_summary import SeedRecord
@@ -304,6 +307,29 @@ def test_seeds_in_another_order_keep_their_events(
     assert losses_by_seed(tmp_path / "run") == losses_by_seed(trained_run) | losses_by_seed(tmp_path / "other")
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
     assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("stopped", ["after it was saved", "before"])
+def test_a_run_that_starts_over_with_other_settings_is_another_one_in_wandb(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    """Catches W&B that keeps the curve of a discarded training, because it ignores steps that it has; and a W&B run for
+    each attempt."""
+    opened: list[str] = []
+
+    def open_recorded(config: TrackingConfig, folder: RunFolder, tracked: TrackedRun, console: bool) -> Trackers:
+        opened.append(tracked.wandb_id)
+        return open_trackers(config, folder, tracked, console)
+
+    monkeypatch.setattr(run_module, "open_trackers", open_recorded)
+    for lr in ("1e-2", "1e-2", "3e-2"):
+        stop_at_the_first_evaluation(config_file, {"training.lr": lr}, monkeypatch)
+        if stopped == "before":
+            shutil.rmtree(tmp_path / "run" / ".seed-1")
+    finetune(config_file)
+    finetune(config_file, {"training.seeds": "[1, 2, 3]"})
+    run_id = json.loads((tmp_path / "run" / "provenance.json").read_text())["run_id"]
+    assert opened == [run_id, run_id, *[f"{run_id}-2"] * 3]
 
 
 def test_what_an_earlier_training_leaves_is_mentioned(

@@ -19,7 +19,7 @@ REPOSITORY = Path(experiment.__file__).parents[1]
 
 
 def opened(folder: RunFolder, wandb: Any = "disabled", **options: Any) -> Tracker:
-    options = {"total_steps": 10, "resumed_step": -1, "run_id": "id", "parameters": {}, **options}
+    options = {"total_steps": 10, "resumed_step": -1, "wandb_id": "id", "parameters": {}, **options}
     return open_trackers(TrackingConfig(wandb=wandb), folder, TrackedRun(**options))
 
 

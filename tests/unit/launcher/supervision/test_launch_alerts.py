@@ -43,7 +43,7 @@ def test_wandb_is_told_when_the_launch_ends(tmp_path: Path, monkeypatch: pytest.
     """Catches an alert that opens the W&B run while the next attempt uses it, none for a run whose rank 0 was killed,
     and one through another W&B run."""
     folder = RunFolder(tmp_path / "base")
-    write_json(folder.provenance, {"run_id": "id7", "ancestors": [], "attempts": []})
+    write_json(folder.provenance, {"run_id": "id7", "ancestors": [], "attempts": [{"starts_over": True}]})
     alerts = LaunchAlerts(TrackingConfig(wandb="online", alerts=AlertsConfig(wandb=True)), folder)
     with wandb_server() as server:
         server.inserted = True
@@ -53,7 +53,7 @@ def test_wandb_is_told_when_the_launch_ends(tmp_path: Path, monkeypatch: pytest.
         alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED))
         alerts.close()
     (alert,) = server.alerts
-    assert (alert["runName"], alert["projectName"]) == ("id7", "deepcloze")
+    assert (alert["runName"], alert["projectName"]) == ("id7-2", "deepcloze")
     assert (alert["title"], alert["text"]) == ("crash: base", "failed: rank 0 was killed\nthe launch has ended")
     assert server.exit_codes == [1]
 
