@@ -30,6 +30,7 @@ from experiment.results.fillings import (
 )
 from experiment.results.report import write_overlay, write_report
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
+from experiment.run_files.goodput import read_attempt_times
 from experiment.run_files.run_folder import RunFolder, is_run, open_folder, planned_folders, runs_in
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ def _printed_problems(without: str) -> Iterator[None]:
 
 
 def _checkpoints(folder: RunFolder) -> dict[Path, str]:
-    """Return the weights digest of each complete checkpoint. Skips checkpoints that are being deleted or copied."""
-    found = {}
-    for path in complete_checkpoints(folder.checkpoints):
+    """Return the weights digest of each complete checkpoint. Skips checkpoints that are being deleted or copied, and
+    those of steps that the run trains again."""
+    found, times = {}, read_attempt_times(folder)
+    for path in complete_checkpoints(folder.checkpoints, times[-1].step if times else None):
         with suppress(OSError, ValueError):
             found[path] = weights_digest(path)
     return found

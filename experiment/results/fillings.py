@@ -1,6 +1,7 @@
 """`RUN/logs/fillings.jsonl`: predictions of the checkpoints of a run for masked held-out sentences, one line each.
 
-`deepcloze report` adds the checkpoints that there are. The lines stay when retention deletes them.
+`deepcloze report` adds the checkpoints that there are. The lines stay when retention deletes them, but not
+when the run resumes from an earlier step.
 """
 
 import json
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from experiment.files import parse_records
+from experiment.files import parse_records, write_text
 from experiment.results.page import Block, Filling, Fillings, Heading, Text
 from experiment.run_files.run_folder import RunFolder
 
@@ -41,9 +42,21 @@ class CheckpointFillings:
 
 def add_fillings(folder: RunFolder, fillings: CheckpointFillings) -> None:
     folder.fillings.parent.mkdir(exist_ok=True)
-    line = json.dumps(asdict(fillings), ensure_ascii=False).encode()
     with folder.fillings.open("ab") as file:
-        file.write(b"\n" + line)  # in front: the last line may be cut off
+        file.write(_line(fillings).encode())
+
+
+def drop_fillings(folder: RunFolder, last_step: int) -> None:
+    """Remove the fillings of steps after `last_step`, from which the run resumes: the weights of these steps are
+    abandoned. Raises OSError."""
+    found = read_fillings(folder)
+    kept = [fillings for fillings in found if fillings.step <= last_step]
+    if len(kept) < len(found):
+        write_text(folder.fillings, "".join(map(_line, kept)))
+
+
+def _line(fillings: CheckpointFillings) -> str:
+    return "\n" + json.dumps(asdict(fillings), ensure_ascii=False)  # in front: the last line may be cut off
 
 
 def read_fillings(folder: RunFolder) -> list[CheckpointFillings]:

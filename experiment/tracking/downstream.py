@@ -48,7 +48,21 @@ class DownstreamResult:
 
 def write_result(folder: RunFolder, result: DownstreamResult) -> None:
     """Write the file, atomically: it is the record that the checkpoint is scored."""
-    write_json(folder.downstream / result.task / f"step-{result.step:08d}.json", asdict(result))
+    write_json(result_file(folder, result.task, result.step), asdict(result))
+
+
+def result_file(folder: RunFolder, task: str, step: int) -> Path:
+    """Return the path of the result of a checkpoint."""
+    return folder.downstream / task / f"step-{step:08d}.json"
+
+
+def drop_results(folder: RunFolder, last_step: int) -> None:
+    """Delete the results of steps after `last_step`, from which the run resumes: the weights of these steps are
+    abandoned. Raises OSError."""
+    for task in folder.downstream.glob("*"):
+        for path, _ in _files(task):
+            if _step(path) > last_step:
+                path.unlink(missing_ok=True)
 
 
 def read_results(folder: RunFolder) -> list[DownstreamResult]:

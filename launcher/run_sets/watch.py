@@ -13,18 +13,27 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from experiment.config import load_config
 from experiment.errors import UserError, inform, notify, stopped_by_disk_errors
 from experiment.process.signals import handle_stop_signals, interrupt
 from experiment.progress import quiet
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
+from experiment.run_files.goodput import read_attempt_times
 from experiment.run_files.outcome_file import Outcome, read_outcome, read_rank_record
 from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
 from experiment.tracking.config import AlertsConfig
-from experiment.tracking.downstream import DownstreamLog, DownstreamResult, best_result, read_results, write_result
+from experiment.tracking.downstream import (
+    DownstreamLog,
+    DownstreamResult,
+    best_result,
+    read_results,
+    result_file,
+    write_result,
+)
 from experiment.tracking.notification import Message, Service, mail_service
 from experiment.tracking.tracker import TrackedRun, open_trackers
 from launcher.options import WatchOptions
@@ -170,17 +179,21 @@ class Watch:
     def _next_checkpoint(self, done: bool) -> tuple[Path, str, int] | None:
         """Return the oldest checkpoint that is due, its weights, and the newest step."""
         found = {checkpoint_step(path): path for path in complete_checkpoints(self._run.checkpoints)}
+        times = read_attempt_times(self._run)
         for step in sorted(self._waiting - found.keys()):
             notify(f"watch: {self._task.name}: step {step}: skipped: the checkpoint was deleted before it was scored")
         unscored = {}
         for step, path in found.items():
+            if times and step > times[-1].step:  # damaged: the run has resumed from an earlier one
+                continue
             try:
                 weights = weights_digest(path)
             except OSError:  # just deleted
                 continue
             except ValueError:
                 weights = "damaged"  # so scoring it fails
-            if self._scored.get(step) != weights:
+            # The run deletes results when it resumes from an earlier step.
+            if self._scored.get(step) != weights or not result_file(self._run, self._task.name, step).exists():
                 unscored[step] = (path, weights)
         newest = max(found, default=-1)
         self._waiting = {step for step, (_, weights) in unscored.items() if (step, weights) not in self._failures}
@@ -195,7 +208,7 @@ class Watch:
         return not failures or (len(failures) < _ATTEMPTS and (done or newest > failures[-1]))
 
     def _try(self, checkpoint: Path, weights: str, newest: int) -> None:
-        step, name = checkpoint_step(checkpoint), self._task.name
+        step, name, attempts = checkpoint_step(checkpoint), self._task.name, self._attempts()
         inform(f"watch: {name}: step {step}: scoring")
         try:
             with quiet(warnings=False) if self._described else nullcontext():
@@ -213,12 +226,21 @@ class Watch:
             later = ", is tried once more later" if len(failures) < _ATTEMPTS else ""
             notify(f"watch: {name}: step {step}: cannot be scored{later}: {error}")
             return
-        write_result(self._run, result)
-        self._scored[step], self._all_logged, self._described = weights, False, True
         self._waiting.discard(step)
+        write_result(self._run, result)
+        if any(attempt.get("step", step) < step for attempt in self._attempts()[len(attempts) :]):
+            # After it was written: the run may have looked for results to delete before.
+            result_file(self._run, name, step).unlink(missing_ok=True)
+            notify(f"watch: {name}: step {step}: dropped: the run has resumed from an earlier step")
+            return
+        self._scored[step], self._all_logged, self._described = weights, False, True
         self._failures = {key: failed for key, failed in self._failures.items() if key[0] != step}
         inform(f"watch: {name}: step {step}: {result.metric} {result} on validation, {result.seconds:,.0f} s")
         self._announcement.send(self._run, result)
+
+    def _attempts(self) -> list[dict[str, Any]]:
+        """Return the attempts at the run so far."""
+        return list((read_provenance(self._run) or {"attempts": []})["attempts"])
 
     def _log_results(self) -> bool:
         """Add missing results to metrics.jsonl if the run has ended. Returns whether it has, and none is missing."""

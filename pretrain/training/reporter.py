@@ -16,6 +16,7 @@ from experiment.config import dump_config
 from experiment.files import write_text
 from experiment.formatting import counted, format_epochs
 from experiment.process.hardware import peak_flops, peak_memory
+from experiment.results.fillings import drop_fillings
 from experiment.run_files.goodput import ActivityTimer
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.provenance import (
@@ -27,7 +28,7 @@ from experiment.run_files.provenance import (
     write_provenance,
 )
 from experiment.tracking.alerts import Alert
-from experiment.tracking.downstream import DownstreamLog
+from experiment.tracking.downstream import DownstreamLog, drop_results
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
 from experiment.tracking.tracker import CLOSE_SECONDS, TrackedRun, Trackers, open_trackers
 from pretrain.engine.engine import Engine
@@ -70,7 +71,7 @@ def open_run_tracker(
     stream: TrainingStream,
     evaluates_first: bool,
 ) -> Trackers:
-    """Log the length of the run, and open its trackers.
+    """Log the length of the run, delete scores of checkpoints after `progress`, and open the run's trackers.
 
     Args:
         progress: when this attempt starts.
@@ -83,11 +84,17 @@ def open_run_tracker(
     for warning in run.config.warnings(total_steps):
         log.warning(warning)
     resumed = run.resume_plan.checkpoint is not None and not run.resume_plan.fork
+    resumed_step = step if resumed else -1
+    try:
+        drop_results(run.folder, resumed_step)
+        drop_fillings(run.folder, resumed_step)
+    except OSError as error:
+        log.warning("cannot delete the scores of abandoned checkpoints: %s", error)
     tracked = TrackedRun(
         wandb_id=wandb_id(provenance),
         parameters=run.config.model_dump(mode="json"),
         total_steps=total_steps,
-        resumed_step=step if resumed else -1,
+        resumed_step=resumed_step,
         evaluates_again=evaluates_first,
         seconds_left=run.config.schedule.seconds_left(progress.seconds),
     )

@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.downstream import DownstreamResult, read_results, write_result
 from experiment.tracking.jsonl import read_events
 from launches import LONG, Start, config_file, wait_for_exit, wait_for_file
+from pretrain.rank_process import RankRecorder
+from pretrain.world import World
 from rank_pool import RankPool
-from runs import pretrain_case, run_config
+from runs import Tree, pretrain_case, run_config
 from waiting import wait_until
 
 KEY = "downstream/toy-probe/accuracy"
@@ -38,15 +41,27 @@ def task_file(folder: Path) -> Path:
     return path
 
 
+def _watched_case(world: World, tree: Tree, scores: Mapping[int, float], stop_after: int | None = None) -> str:
+    """Run on this rank, with these scores of steps when training begins, and return the outcome."""
+    run, begin_training = RunFolder(Path(tree["run"]["dir"])), RankRecorder.begin_training
+
+    def write_and_begin(recorder: RankRecorder) -> None:
+        for step, score in scores.items():
+            write_result(run, DownstreamResult(step, "toy", "accuracy", False, {"accuracy": score}, "w", "c", 1.0))
+        begin_training(recorder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankRecorder, "begin_training", write_and_begin)
+        return pretrain_case(world, tree, stop_after)
+
+
 def test_rank_0_logs_scores(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches scores that are logged by each rank, before their step, twice after a resume, or that change the losses
-    in the file."""
+    """Catches scores that are logged by each rank, before their step, twice after a resume, of weights that were
+    abandoned, or that change the losses in the file."""
     tree = run_config(tmp_path / "run", wordpiece_corpus)
     run = RunFolder(tmp_path / "run")
-    for step in (2, 5):
-        write_result(run, DownstreamResult(step, "toy", "accuracy", False, {"accuracy": step / 10}, "w", "c", 1.0))
-    assert pools[2].run(pretrain_case, tree, 3) == ["stopped"] * 2
-    assert pools[2].run(pretrain_case, tree) == ["done"] * 2
+    assert pools[2].run(_watched_case, tree, {2: 0.2, 5: 0.9, 6: 0.9}, 3) == ["stopped"] * 2
+    assert pools[2].run(_watched_case, tree, {5: 0.5}) == ["done"] * 2
     events = [(event["step"], event.get("downstream/toy/accuracy")) for event in read_events(run.metrics)]
     assert events == [(1, None), (2, None), (2, 0.2), (3, None), (4, None), (5, None), (5, 0.5), (6, None)]
 

@@ -7,6 +7,7 @@ from experiment.results.fillings import (
     FilledSentence,
     MaskedSentence,
     add_fillings,
+    drop_fillings,
     filling_blocks,
     read_fillings,
     spread,
@@ -29,6 +30,9 @@ def test_fillings_are_read_as_written(tmp_path: Path) -> None:
     add_fillings(folder, filled(10))
     add_fillings(folder, filled(20, "y"))
     assert read_fillings(folder) == [filled(10), filled(20, "y")]
+    drop_fillings(folder, 10)
+    add_fillings(folder, filled(30))
+    assert read_fillings(folder) == [filled(10), filled(30)]
 
 
 def test_other_json_is_skipped(tmp_path: Path) -> None:

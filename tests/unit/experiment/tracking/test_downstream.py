@@ -9,7 +9,7 @@ import pytest
 
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking import downstream
-from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
+from experiment.tracking.downstream import DownstreamLog, DownstreamResult, drop_results, read_results, write_result
 from experiment.tracking.jsonl import JsonlTracker, read_events
 
 
@@ -61,6 +61,16 @@ def test_a_replaced_result_is_logged_again(run: RunFolder) -> None:
     write_result(run, result(100, 0.75))
     os.utime(run.downstream / "toy" / "step-00000100.json", ns=(1, 1))  # a clock that has few digits
     assert log.take_new(100) == [event(100, 0.75)]
+
+
+def test_results_of_abandoned_weights_are_dropped(run: RunFolder) -> None:
+    """Catches scores of steps before a run was rewound, logged as those of the weights that it trains then."""
+    for step in (200, 300, 400):
+        write_result(run, result(step))
+    write_result(run, result(300, task="other"))
+    drop_results(run, 200)
+    assert DownstreamLog(run).take_new(1000) == [event(200)]
+    assert read_results(run) == [result(200)]
 
 
 def test_damaged_and_foreign_files_are_skipped(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,18 +6,20 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from experiment.errors import UserError, inform
+from experiment.files import write_json, write_text
 from experiment.run_files.checkpoints import checkpoint_step
+from experiment.run_files.goodput import TRAINING, AttemptTime
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import lock_run
-from experiment.tracking.downstream import DownstreamLog, DownstreamResult, read_results, write_result
+from experiment.tracking.downstream import DownstreamLog, DownstreamResult, drop_results, read_results, write_result
 from experiment.tracking.jsonl import JsonlTracker, read_events
 from experiment.tracking.notification import Message, Service
 from launcher.cli import main
@@ -159,6 +161,50 @@ def test_failures_are_tried_once_more(run: RunFolder, save: Save, end: End, caps
     said = capsys.readouterr().err
     assert said.count("step 100: cannot be scored, is tried once more later: out of memory") == 1
     assert said.count("step 100: cannot be scored: out of memory") == 1
+
+
+def test_a_run_that_resumes_from_an_earlier_step_is_scored_again(
+    run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the score of a checkpoint that is deleted while it is scored, taken for one of the weights that the run
+    trains then; a checkpoint without a score because it has the weights of a deleted one; and the score of a damaged
+    checkpoint that the run has skipped."""
+
+    def resume_from_100(step: int) -> None:
+        if step == 200 and not resumed:
+            resumed.append(step)
+            shutil.rmtree(run.checkpoints / "step-00000200")
+            write_json(run.provenance, {"run_id": "abc", "attempts": [{"step": 100}], "ancestors": []})
+            drop_results(run, 100)
+
+    def resume_without_300() -> None:
+        drop_results(run, 200)
+        finish_step(200)
+
+    def save_300_again() -> None:
+        assert scorer.steps[-1] == 300
+        assert scorer.steps.count(300) == 1
+        finish_step(300)
+
+    def finish_step(step: int) -> None:
+        write_text(run.goodput, json.dumps(asdict(AttemptTime(1.0, 2.0, step, 300, 500, TRAINING, {}))))
+
+    resumed: list[int] = []
+    for step in (100, 200):
+        save(step)
+    scorer = Scorer(resume_from_100)
+    watch(
+        run,
+        scorer,
+        lambda: save(200),
+        lambda: save(300),
+        resume_without_300,
+        save_300_again,
+        end,
+    )
+    assert scorer.steps == [100, 200, 200, 300, 300]
+    assert [result.step for result in read_results(run)] == [100, 200, 300]
+    assert capsys.readouterr().err.count("step 200: dropped: the run has resumed from an earlier step") == 1
 
 
 def test_what_is_printed(run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]) -> None:
