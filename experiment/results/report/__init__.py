@@ -86,7 +86,7 @@ def run_page(run: Run, blocks: Sequence[Block]) -> Page:
     if run.results is None or (run.life is not None and run.life.state == "running"):
         headline = training_headline(run)
     else:
-        headline = task_headline(run.results)
+        headline = task_headline(run, run.results)
     return Page(run.folder.path.name, [*blocks, *provenance_blocks(run.folder)], headline)
 
 

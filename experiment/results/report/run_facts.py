@@ -1,7 +1,7 @@
 """The headline of a report: the state and figures of a run. And the sections on its time, machines and config."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,11 +49,11 @@ def training_headline(run: Run) -> Headline:
         *_precision(state),
         *_time_facts(run),
     ]
-    return Headline(*describe_state(run), "" if run.life is None else run.life.message, facts)
+    return _headline(run, facts)
 
 
-def task_headline(results: Mapping[str, Any]) -> Headline:
-    """Return the headline. results: of results.json, which is written when all seeds are done."""
+def task_headline(run: Run, results: Mapping[str, Any]) -> Headline:
+    """Return the headline of a fine-tuning run. results: of results.json, which an earlier command may have written."""
     metric, facts = results.get("metric"), []
     for split, scores in results["splits"].items():
         if metric in scores:
@@ -62,7 +62,11 @@ def task_headline(results: Mapping[str, Any]) -> Headline:
             facts.append(Fact(f"{metric} on {split}", f"{found['mean']:.4f}", spread))
     if results.get("labels"):
         facts.append(Fact("Labels", f"{len(results['labels']):,}"))
-    return Headline("done", "good", "", facts)
+    return _headline(run, facts)
+
+
+def _headline(run: Run, facts: Sequence[Fact]) -> Headline:
+    return Headline(*describe_state(run), "" if run.life is None else run.life.message, facts)
 
 
 def describe_state(run: Run) -> tuple[str, Tone]:

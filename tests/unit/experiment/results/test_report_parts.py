@@ -27,6 +27,7 @@ from experiment.results.report.several_runs import (
 )
 from experiment.results.report.tasks import worst_rows
 from experiment.results.report.training import read_marks, training_blocks
+from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 
 
@@ -109,12 +110,20 @@ def test_a_headline_without_files(tmp_path: Path) -> None:
     assert [(fact.name, fact.value) for fact in headline.facts] == [("Steps", "3"), ("Training loss", "1.0000")]
 
 
-def test_the_headline_of_a_task() -> None:
-    """Catches a metric that is not the primary one, and a spread of one seed."""
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [((Outcome.DONE, ""), ("done", "good", "")), ((Outcome.FAILED, "seed 3"), ("failed", "bad", "seed 3"))],
+)
+def test_the_headline_of_a_task(tmp_path: Path, outcome: tuple[Outcome, str], state: tuple[str, str, str]) -> None:
+    """Catches a metric that is not the primary one, a spread of one seed, and a command that has failed at another seed
+    and is shown as done."""
+    folder = open_run_folder(tmp_path)
+    write_outcome(folder, *outcome)
     accuracy = {"values": [0.8, 0.9], "mean": 0.85, "std": 0.07}
     results = {"metric": "accuracy", "splits": {"test": {"f1": accuracy, "accuracy": accuracy}}, "labels": ["a", "b"]}
-    facts = task_headline(results).facts
-    assert [(fact.name, fact.value, fact.note) for fact in facts] == [
+    headline = task_headline(open_run("run", folder), results)
+    assert (headline.state, headline.tone, headline.message) == state
+    assert [(fact.name, fact.value, fact.note) for fact in headline.facts] == [
         ("accuracy on test", "0.8500", "± 0.0700 over 2 seeds"),
         ("Labels", "2", ""),
     ]
