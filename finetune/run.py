@@ -19,13 +19,14 @@ from experiment.errors import StoppedError, stopped_by_disk_errors
 from experiment.files import write_text
 from experiment.formatting import counted, describe_duration
 from experiment.process.hardware import prepare_process
-from experiment.progress import terminal
+from experiment.progress import print_warning, terminal
 from experiment.run_files.outcome_file import Outcome, recorded_outcome
 from experiment.run_files.provenance import (
     ancestors_of,
     collect_provenance,
     has_logged_with_other_config,
     read_provenance,
+    separate_copy,
     wandb_id,
     write_provenance,
 )
@@ -126,8 +127,11 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     facts = {
         "step": steps * len(kept) + sum(resumed.values()),
         "total_steps": total or None,
+        "folder": str(folder.path),
         "starts_over": bool(changed) or (is_other_config and not kept and not started),
     }
+    if (first := separate_copy(folder)) is not None:
+        print_warning(f"this is a copy of the run in {first}: it gets an id of its own")
     write_provenance(folder, {**collect_provenance(sys.argv), **facts}, ancestors)
     provenance = read_provenance(folder)
     assert provenance is not None

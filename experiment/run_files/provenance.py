@@ -1,9 +1,9 @@
 """`RUN/provenance.json`: the code, machine, libraries and models that a run came from.
 
 {"run_id": …, "ancestors": […], "attempts": [{"command": …, "git": …, "versions": …, "hardware": …, …}, …]}
-Attempts also have the `step` that they resume from, and whether the run `starts_over` with other settings; in
-pretraining, `changes` of settings, "key: old -> new", and the run's `folder`; in fine-tuning, `total_steps`, with steps
-counted over all seeds.
+Attempts also have the run's `folder`, the `step` that they resume from, and whether the run `starts_over` with other
+settings; in pretraining, `changes` of settings, "key: old -> new"; in fine-tuning, `total_steps`, with steps counted
+over all seeds.
 
 Every model folder that a run writes contains `deepcloze.json`, {"run_id": …, "folder": …, "step": …, "ancestors": […]}.
 It is copied along with the folder, so a run that starts from the model can record all of its ancestors. Such folders

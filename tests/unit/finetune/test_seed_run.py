@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiment.errors import StoppedError, UserError
+from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
 from experiment.tracking.config import TrackingConfig
@@ -330,6 +331,23 @@ def test_a_run_that_starts_over_with_other_settings_is_another_one_in_wandb(
     finetune(config_file, {"training.seeds": "[1, 2, 3]"})
     run_id = json.loads((tmp_path / "run" / "provenance.json").read_text())["run_id"]
     assert opened == [run_id, run_id, *[f"{run_id}-2"] * 3]
+
+
+def test_a_copied_run_gets_an_id_of_its_own(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a copy of a run folder that logs to the W&B run of the first one."""
+    finetune(config_file, {"training.seeds": "[1]"})
+    first, copy = tmp_path / "run", tmp_path / "copy"
+    shutil.copytree(first, copy)
+    finetune(config_file, {"training.seeds": "[1, 2]", "run.dir": str(copy)})
+    warning = "".join(f"this is a copy of the run in {first}: it gets an id of its own".split())
+    assert warning in "".join(capsys.readouterr().err.split())
+    finetune(config_file, {"training.seeds": "[1, 2]", "run.dir": str(copy)})
+    finetune(config_file, {"training.seeds": "[1]"})
+    assert warning not in "".join(capsys.readouterr().err.split())
+    ids = [wandb_id(read_provenance(RunFolder(folder)) or {}) for folder in (first, copy)]
+    assert len(set(ids)) == 2
 
 
 def test_what_an_earlier_training_leaves_is_mentioned(
