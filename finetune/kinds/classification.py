@@ -19,7 +19,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.scores.calibration import Classified, pad_probabilities
 from finetune.scores.metrics import classification_scores
-from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 
 class ClassificationColumns(TextColumns):
@@ -100,8 +100,9 @@ class Kind(TaskKind[Config]):
         by_label = dict(zip(self.labels, probabilities, strict=True))
         return {"label": max(by_label, key=by_label.__getitem__), "probabilities": by_label}
 
-    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        return classification_scores(*self.label_pairs(records, predictions))
+    def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
+        gold, predicted = self.label_pairs(records, predictions)
+        return lambda rows: classification_scores(gold[rows], predicted[rows])
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         gold, _ = self.label_pairs(records, predictions)

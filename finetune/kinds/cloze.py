@@ -27,7 +27,7 @@ from finetune.kinds.multiple_choice import choice_loss
 from finetune.scores.calibration import Classified, pad_probabilities, scale
 from finetune.scores.metrics import is_constant
 from finetune.scores.significance import Interval, accuracy_interval
-from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 _BLANK = "_"
 _BRACKETS = str.maketrans("【】", "[]")  # typed with the keys [ and ] in Chinese input methods
@@ -307,8 +307,14 @@ class Kind(TaskKind[Config]):
             return outputs.log_softmax(-1)[:, 1]
         return outputs.sum(0)[: len(blank.lengths)] / torch.tensor(blank.lengths, device=outputs.device)
 
-    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.concatenate(_right(records, predictions))))}
+    def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
+        counts = np.array([(sum(right), len(right)) for right in _right(records, predictions)])
+
+        def score(rows: NDArray[np.int64]) -> dict[str, float]:
+            right, blanks = counts[rows].sum(axis=0)
+            return {"accuracy": float(right / blanks)}
+
+        return score
 
     def intervals(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, Interval]:
         """Return intervals for a new sample of articles: the blanks of one are not independent."""

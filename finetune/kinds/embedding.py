@@ -1,7 +1,7 @@
 """Embedding: a vector for a text, close to the vectors of similar texts, or of documents that answer a query."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.pooling import Pooling, hidden_states, pool
 from finetune.scores.metrics import Vectors, correlation, document_ranks, ndcg, potentials
-from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,7 +180,7 @@ class Kind(TaskKind[Config]):
             for row, *cut in zip(rows, *smaller, strict=True)
         ]
 
-    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+    def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Score vectors. With scores: Spearman's correlation of cosine and score, 0 if undefined. Without: mean
         reciprocal rank of the first of each text's documents among all `text_pair` and `negative` of the records but
         the text itself, and nDCG@10.
@@ -189,14 +189,21 @@ class Kind(TaskKind[Config]):
         """
         similarity = np.array([prediction["similarity"] for prediction in predictions])
         scores = np.array([_score(record) for record in records], dtype=float)
-        if "rank" in predictions[0]:
-            found = {"mrr": _mean(predictions, "reciprocal_rank"), "ndcg@10": _mean(predictions, "ndcg@10")}
-            similar = similarity
-        else:
-            found = {"spearman": correlation("spearman", scores, similarity)}
-            similar = similarity[scores >= scores.min() + _SIMILAR * np.ptp(scores)]
-        alignment = float(np.mean(2 - 2 * similar))
-        return {**found, "alignment": alignment, "uniformity": math.log(_mean(predictions, "potential"))}
+        ranked = {"mrr": "reciprocal_rank", "ndcg@10": "ndcg@10"} if "rank" in predictions[0] else {}
+        means = {metric: _mean(predictions, name) for metric, name in ranked.items()}
+        potential = _mean(predictions, "potential")
+
+        def score(rows: NDArray[np.int64]) -> dict[str, float]:
+            similar = similarity[rows]
+            found = {metric: mean(rows) for metric, mean in means.items()}
+            if not ranked:
+                drawn = scores[rows]
+                found = {"spearman": correlation("spearman", drawn, similar)}
+                similar = similar[drawn >= drawn.min() + _SIMILAR * np.ptp(drawn)]
+            alignment = float(np.mean(2 - 2 * similar))
+            return {**found, "alignment": alignment, "uniformity": math.log(potential(rows))}
+
+        return score
 
     def breakdowns(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
@@ -330,5 +337,8 @@ def _first_places(texts: Sequence[str]) -> dict[str, int]:
     return places
 
 
-def _mean(rows: Sequence[Prediction], name: str) -> float:
-    return float(np.mean([row[name] for row in rows if row[name] is not None]))
+def _mean(predictions: Sequence[Prediction], name: str) -> Callable[[NDArray[np.int64]], float]:
+    """Return the function that averages a number of drawn predictions, of those that have it."""
+    has = np.array([prediction[name] is not None for prediction in predictions])
+    values = np.array([prediction[name] for prediction in predictions], dtype=float)
+    return lambda rows: float(values[rows[has[rows]]].mean())

@@ -19,8 +19,8 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.scores.calibration import Classified, list_probabilities, pad_probabilities, scale
-from finetune.scores.metrics import LabelScores, scores_of_counts
-from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+from finetune.scores.metrics import LabelScores, f1_of_counts, scores_of_counts
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 _THRESHOLD = 0.5
 _SEPARATORS = ",，、;；|/"  # that are written between labels
@@ -127,18 +127,24 @@ class Kind(TaskKind[Config]):
             "probabilities": by_label,
         }
 
-    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+    def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Return F1 of each label's yes or no: over all decisions (micro), or the mean over the labels, equal or
         weighted by frequency; 0 for a label that neither occurs nor is predicted. accuracy: rows with exactly the right
         labels."""
-        from sklearn.metrics import accuracy_score, f1_score  # takes a second
+        gold, predicted = self._gold(records) > 0, self._predicted(predictions) > 0
+        both, exact = gold & predicted, (gold == predicted).all(axis=1)
 
-        gold, predicted = self._gold(records), self._predicted(predictions)
-        f1 = {
-            f"{average}_f1": float(f1_score(gold, predicted, average=average, zero_division=0.0))
-            for average in ("micro", "macro", "weighted")
-        }
-        return {**f1, "accuracy": float(accuracy_score(gold, predicted))}
+        def score(rows: NDArray[np.int64]) -> dict[str, float]:
+            right, support, found = (each[rows].sum(axis=0) for each in (both, gold, predicted))
+            f1 = f1_of_counts(right, support, found)
+            return {
+                "micro_f1": float(f1_of_counts(right.sum(), support.sum(), found.sum())),
+                "macro_f1": float(f1.mean()),
+                "weighted_f1": float(f1 @ support / max(support.sum(), 1)),
+                "accuracy": float(exact[rows].mean()),
+            }
+
+        return score
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Return the binary cross-entropy, mean over the labels."""

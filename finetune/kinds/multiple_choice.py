@@ -20,7 +20,7 @@ from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.scores.calibration import Classified, pad_probabilities
 from finetune.scores.significance import Interval, accuracy_interval
-from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 
 class MultipleChoiceColumns(Columns):
@@ -176,8 +176,9 @@ class Kind(TaskKind[Config]):
         by_label = {**dict.fromkeys(self.labels, 0.0), **dict(zip(names, probabilities, strict=True))}
         return {"label": best, "probabilities": by_label}
 
-    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
-        return {"accuracy": float(np.mean(_right(records, predictions)))}
+    def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
+        right = np.array(_right(records, predictions))
+        return lambda rows: {"accuracy": float(right[rows].mean())}
 
     def classified(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Classified:
         gold = np.array([self._choice_id(record) for record in records])

@@ -20,7 +20,7 @@ from finetune.encoding.encoder import Encoder, Tokens, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.scores.calibration import confidence_losses
 from finetune.scores.metrics import exact_match, word_f1
-from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 
 class QuestionAnsweringColumns(Columns):
@@ -189,15 +189,15 @@ class Kind(TaskKind[Config]):
         answer = covered.strip()  # a token of a byte-level tokenizer begins with the space before it
         return {"answer": answer, "start": start + covered.index(answer), "score": score}
 
-    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+    def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Means over the questions, in [0, 1]. Each answer is compared with the right one that fits best."""
         pairs = [
             (prediction["answer"], _right_answers(record))
             for record, prediction in zip(records, predictions, strict=True)
         ]
-        exact = [any(exact_match(text, right) for right in rights) for text, rights in pairs]
-        f1 = [_best_f1(text, rights) for text, rights in pairs]
-        return {"f1": float(np.mean(f1)), "exact_match": float(np.mean(exact))}
+        exact = np.array([any(exact_match(text, right) for right in rights) for text, rights in pairs])
+        f1 = np.array([_best_f1(text, rights) for text, rights in pairs])
+        return lambda rows: {"f1": float(f1[rows].mean()), "exact_match": float(exact[rows].mean())}
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Return the cross-entropy of an answer's probability with its F1 as the target: wrong answers that the model

@@ -14,7 +14,7 @@ from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
 from finetune.scores.metrics import correlation
-from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 
 class RegressionColumns(TextColumns):
@@ -60,10 +60,13 @@ class Kind(TaskKind[Config]):
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         return {"value": float(outputs[0][0])}
 
-    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+    def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         gold = np.array([record.values["label"] for record in records])
         predicted = np.array([prediction["value"] for prediction in predictions])
-        return {metric: correlation(metric, gold, predicted) for metric in ("pearson", "spearman")}
+        return lambda rows: {
+            "pearson": correlation("pearson", gold[rows], predicted[rows]),
+            "spearman": correlation("spearman", gold[rows], predicted[rows]),
+        }
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
         """Return the squared errors."""

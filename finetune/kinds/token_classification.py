@@ -20,8 +20,8 @@ from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.kinds.classification import balanced_weights, weighted_cross_entropy
 from finetune.scores.calibration import confidence_losses
-from finetune.scores.metrics import LabelScores, entity_label_scores, entity_scores, is_constant
-from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
+from finetune.scores.metrics import LabelScores, entity_counts, entity_label_scores, entity_scores, is_constant
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none, which cross-entropy ignores
 _SHOWN = 5  # words in a message
@@ -141,11 +141,18 @@ class Kind(TaskKind[Config]):
                 tags[word], scores[word] = self.labels[int(probabilities.argmax())], float(probabilities.max())
         return {"tags": tags, "scores": scores}
 
-    def scores(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> dict[str, float]:
+    def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         """Precision, recall and F1 of whole entities, over all types; accuracy of the tags."""
         gold, predicted = _sides(records, predictions)
-        right = [tag == other for pair in zip(gold, predicted, strict=True) for tag, other in zip(*pair, strict=True)]
-        return {**entity_scores(gold, predicted, self.labels), "accuracy": float(np.mean(right))}
+        entities = entity_counts(gold, predicted, self.labels)
+        pairs = [list(zip(*tags, strict=True)) for tags in zip(gold, predicted, strict=True)]
+        tags = np.array([(sum(tag == other for tag, other in sentence), len(sentence)) for sentence in pairs])
+
+        def score(rows: NDArray[np.int64]) -> dict[str, float]:
+            right, count = tags[rows].sum(axis=0)
+            return {**entity_scores(*entities[rows].sum(axis=0)), "accuracy": float(right / count)}
+
+        return score
 
     def is_collapsed(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> bool:
         """Return whether all words get the same tag."""

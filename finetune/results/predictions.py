@@ -22,6 +22,7 @@ from experiment.models.model_names import local_model
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
 from finetune.data.records import Record
+from finetune.scores.significance import Score
 from finetune.splits import read_splits
 from finetune.task_kind import Prediction, TaskKind, find_kind
 
@@ -218,10 +219,10 @@ class ScoredSplit:
     records: Sequence[Record]
     predictions: Sequence[Sequence[Prediction]]  # by seed
 
-    def score(self, metric: str, seed: int, rows: Sequence[int]) -> float:
-        """Return a metric of the records `rows`, in which one may occur several times. seed: its position."""
-        predictions = self.predictions[seed]
-        return self.kind.scores([self.records[row] for row in rows], [predictions[row] for row in rows])[metric]
+    def scorer(self, metric: str) -> Score:
+        """Return the function that computes a metric of drawn records. Seeds are given by position."""
+        scorers = [self.kind.scorer(self.records, predictions) for predictions in self.predictions]
+        return lambda seed, rows: scorers[seed](rows)[metric]
 
 
 def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> ScoredSplit:

@@ -11,7 +11,7 @@ from experiment.intervals import wilson_interval
 _ROUNDING = 1e-9  # largest error of a sum of right answers
 
 Scores = NDArray[np.float64]  # R resamples
-Score = Callable[[int, Sequence[int]], float]
+Score = Callable[[int, NDArray[np.int64]], float]
 """(number of the seed, numbers of the drawn records) -> score"""
 
 Interval = tuple[float, float]
@@ -54,9 +54,8 @@ def bootstrap_scores(score: Score, seeds: int, samples: Iterable[NDArray[np.int6
     draw = np.random.default_rng([stream, seeds])
     scores = []
     for sample in samples:
-        rows = sample.tolist()  # one at a time: a number takes five times as much memory as in an array
         drawn, counts = np.unique(draw.integers(0, seeds, size=seeds), return_counts=True)
-        scores.append(np.average([score(int(seed), rows) for seed in drawn], weights=counts))
+        scores.append(np.average([score(int(seed), sample) for seed in drawn], weights=counts))
     return np.array(scores)
 
 

@@ -6,7 +6,6 @@ DIR/runs.json is the record of the runs, DIR/compare.json their scores, see `exp
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -153,8 +152,8 @@ def _resample(column: str, cells: Mapping[str, CellScores]) -> dict[str, Scores]
     shown = track(enumerate(splits.items()), f"{column}: bootstrap", len(splits), "rows")
     scores: dict[str, Scores] = {}
     for stream, (row, split) in shown:
-        score = partial(ScoredSplit.score, split, cells[row].metric)
-        scores[row] = bootstrap_scores(score, len(split.predictions), draw_records(units, RESAMPLES), stream)
+        samples = draw_records(units, RESAMPLES)
+        scores[row] = bootstrap_scores(split.scorer(cells[row].metric), len(split.predictions), samples, stream)
     return scores
 
 

@@ -172,8 +172,8 @@ def test_a_kind_learns_and_saves_what_it_learned(
     encoder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches targets, losses or decoding that do not fit together, a saved model that is not the one scored, a kind
-    without a list of its worst rows or a table of its labels, a metric that is accepted but not scored, and a
-    model card whose snippet does not run."""
+    without a list of its worst rows or a table of its labels, a metric that is accepted but not scored, scores of other
+    records than a bootstrap draws, and a model card whose snippet does not run."""
     config = config_of(name, encoder, tmp_path, score_train=True)
     results = run(config)
     assert results["splits"]["train"][config.task.metric]["mean"] > TASKS[name].chance
@@ -190,6 +190,10 @@ def test_a_kind_learns_and_saves_what_it_learned(
     table = read_table(Path(str(config.task.test)), config.task.columns)
     predictions = predictor.kind.relate(table.records, predictor.predict_records(table.records))
     assert predictor.kind.scores(table.records, predictions)[config.task.metric] == pytest.approx(score)
+    rows = np.random.default_rng(0).integers(0, len(table), size=len(table))
+    drawn = [table.records[row] for row in rows], [predictions[row] for row in rows]
+    scored = predictor.kind.scorer(table.records, predictions)(rows)
+    assert scored == pytest.approx(predictor.kind.scores(*drawn), rel=1e-12)
     losses = [float(row["loss"]) for row in csv.DictReader((folder / "worst-test.csv").open())]
     assert losses == sorted(losses, reverse=True)
     assert 0 <= losses[-1] < losses[0]

@@ -77,7 +77,8 @@ def test_one_label_is_no_task(tmp_path: Path) -> None:
 
 
 def test_scores() -> None:
-    """Catches swapped averages: the values are computed by hand. a: 1 of 2 found; b: found; c: one too many."""
+    """Catches swapped averages, and a division by zero without labels: the values are computed by hand. a: 1 of 2
+    found; b: found; c: one too many."""
     records = [Record("f", {"labels": labels}) for labels in (["a", "b"], ["a"], [])]
     predictions = [{"labels": labels} for labels in (["a", "b"], [], ["c"])]
     found = KIND.scores(records, predictions)
@@ -86,6 +87,8 @@ def test_scores() -> None:
     assert found["macro_f1"] == pytest.approx((a + b + c) / 3)
     assert found["weighted_f1"] == pytest.approx((2 * a + b) / 3)
     assert found["accuracy"] == pytest.approx(1 / 3)
+    nothing = KIND.scores(records[2:], [{"labels": []}])
+    assert nothing == {"micro_f1": 0.0, "macro_f1": 0.0, "weighted_f1": 0.0, "accuracy": 1.0}
 
 
 def test_scores_of_each_label() -> None:

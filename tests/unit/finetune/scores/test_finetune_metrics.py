@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 from sklearn import metrics
@@ -46,10 +48,29 @@ def test_weighted_f1_weighs_by_gold_counts() -> None:
 
 
 def test_a_predicted_label_that_never_occurs_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
-    """Catches scikit-learn's warnings on the user's terminal in ordinary cases of small splits."""
+    """Catches warnings on the user's terminal in ordinary cases of small splits."""
     classification_scores(np.array([0, 0]), np.array([0, 1]))
     classification_scores(np.array([0, 0]), np.array([0, 0]))
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("golds", [1, 2, 5, 7])
+@pytest.mark.parametrize("predictions", [1, 2, 5, 7])
+def test_metrics_are_those_of_scikit_learn(golds: int, predictions: int) -> None:
+    """Catches averages over labels that do not occur, or that are never predicted; and an undefined correlation."""
+    draw = np.random.default_rng(golds)
+    gold, predicted = draw.choice(7, golds, replace=False), draw.choice(7, predictions, replace=False)
+    gold, predicted = draw.choice(gold, 50), draw.choice(predicted, 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        expected = {
+            "accuracy": metrics.accuracy_score(gold, predicted),
+            "macro_f1": metrics.f1_score(gold, predicted, average="macro", zero_division=0.0),
+            "weighted_f1": metrics.f1_score(gold, predicted, average="weighted", zero_division=0.0),
+            "uar": metrics.balanced_accuracy_score(gold, predicted),
+            "matthews": metrics.matthews_corrcoef(gold, predicted),
+        }
+    assert classification_scores(gold, predicted) == pytest.approx(expected, rel=1e-12)
 
 
 def test_confusion_has_gold_in_rows() -> None:

@@ -20,7 +20,7 @@ RECORDS = 400
 def accuracy(right: np.ndarray) -> Score:
     """right: seeds x records."""
 
-    def score(seed: int, rows: Sequence[int]) -> float:
+    def score(seed: int, rows: np.ndarray) -> float:
         return float(right[seed, rows].mean())
 
     return score
