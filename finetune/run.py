@@ -20,6 +20,7 @@ from experiment.files import write_text
 from experiment.formatting import counted, describe_duration
 from experiment.process.hardware import prepare_process
 from experiment.progress import print_warning, terminal
+from experiment.results.main_score import count_collapsed
 from experiment.run_files.outcome_file import Outcome, recorded_outcome
 from experiment.run_files.provenance import (
     ancestors_of,
@@ -64,7 +65,8 @@ def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry
         results = run(loaded)
         print_results(results, folder.results)
         terminal().print(f"done: {describe_duration(time.monotonic() - start)} in this command")
-        if any(folder.path.glob("seed-*/model")) and results["collapsed"] != results["seeds"]:
+        has_collapsed = count_collapsed(results, "validation") == len(results["seeds"])
+        if any(folder.path.glob("seed-*/model")) and not has_collapsed:
             model = shlex.quote(str(folder.path))
             commands = f"deepcloze predict --model {model} --input FILE --output FILE; deepcloze serve --model {model}"
             terminal().print(f"next: {commands}")

@@ -11,6 +11,7 @@ from experiment.files import read_json, write_text
 from experiment.formatting import csv_table, table_console
 from experiment.results.charts import Line, Panel
 from experiment.results.curves import Curve
+from experiment.results.main_score import count_collapsed
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import read_events
 
@@ -69,10 +70,10 @@ def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def _describe_collapsed(folder: RunFolder) -> str:
-    """Return how many seeds of a fine-tuning run have collapsed, as in `SweepResult`."""
+    """Return how many seeds of a fine-tuning run have collapsed on validation, as in `SweepResult`."""
     try:
         results = read_json(folder.results)
-        collapsed, seeds = len(results["collapsed"]), len(results["seeds"])
+        collapsed, seeds = count_collapsed(results, "validation"), len(results["seeds"])
     except (OSError, ValueError, KeyError, TypeError):  # pretraining, not done, or damaged, which `read_metric` reports
         return ""
     return f"{collapsed} of {seeds} seeds collapsed" if collapsed else ""

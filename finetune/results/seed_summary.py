@@ -69,7 +69,7 @@ def _combine(
         "metric": task.metric,
         "labels": list(labels),
         "seeds": list(records),
-        "collapsed": [seed for seed, record in records.items() if record.collapsed],
+        "collapsed": {str(seed): record.collapsed for seed, record in records.items() if record.collapsed},
         "best_epochs": [record.best_epoch for record in by_seed],
         "splits": {
             split: {name: _summarize(split, name, by_seed) for name in metrics}

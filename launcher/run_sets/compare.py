@@ -17,6 +17,7 @@ from experiment.files import read_json, write_json, write_text
 from experiment.formatting import table_console
 from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
+from experiment.results.main_score import count_collapsed
 from experiment.results.plots import draw_dots
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder
 from finetune.results.predictions import DamagedPredictionsError, ScoredSplit, read_scored_split
@@ -49,7 +50,7 @@ class CellScores:
     values: tuple[float, ...]  # by seed
     mean: float
     std: float | None  # None for one seed
-    collapsed: int  # number of seeds
+    collapsed: int  # number of seeds, on this split
     labels: tuple[str, ...]
 
 
@@ -115,8 +116,8 @@ def _damaged(cell: Path, problem: str) -> UserError:
 def _scores(
     column: str, folder: RunFolder, split: str, chosen: Mapping[str, str], results: Mapping[str, Any]
 ) -> CellScores:
-    metric, collapsed, labels = results["metric"], len(results["collapsed"]), tuple(results["labels"])
-    scores = results["splits"][split][metric]
+    metric, labels = results["metric"], tuple(results["labels"])
+    scores, collapsed = results["splits"][split][metric], count_collapsed(results, split)
     values, mean, std = tuple(scores["values"]), scores["mean"], scores["std"]
     return CellScores(column, folder, split, chosen, metric, values, mean, std, collapsed, labels)
 

@@ -164,7 +164,7 @@ def test_a_collapsed_seed_is_reported(
     answer = {"label": "low", "probabilities": {"high": 0.1, "low": 0.9}}
     monkeypatch.setattr(Kind, "decode", lambda *_: answer)
     finetune(config_file)
-    assert results(tmp_path / "run")["collapsed"] == [2]
+    assert results(tmp_path / "run")["collapsed"] == {"2": ["validation", "test"]}
     captured = capsys.readouterr()
     assert "seed 2 has collapsed: it predicts the same for every row of validation, test; " in captured.err
     assert "1 of 2 seeds collapsed (2)" in captured.out
@@ -213,6 +213,16 @@ def test_what_to_change_after_a_collapse(
     assert re.search(f"seed 1 has collapsed: .*; {advice}", error)
     assert "next:" not in error
     assert results(tmp_path / "run")["init"] == overrides.get("model.weights", str(encoder))
+
+
+def test_a_collapse_on_a_test_split_alone_is_no_failure(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a good model that is not said to be ready, because it gives the few rows of a test split one label."""
+    monkeypatch.setattr(Kind, "is_collapsed", lambda _, records, __: "/test." in records[0].place)
+    finetune(config_file, {"training.seeds": "[1]", "training.epochs": "1"})
+    assert results(tmp_path / "run")["collapsed"] == {"1": ["test"]}
+    assert "next: deepcloze predict" in capsys.readouterr().err
 
 
 def test_an_unusual_learning_rate_is_named(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,7 +198,7 @@ def test_the_labels_of_a_task(tmp_path: Path) -> None:
     folder = open_run_folder(tmp_path / "task")
     label = {name: {"mean": mean} for name, mean in (("precision", 0.5), ("recall", 0.25), ("f1", 0.333))}
     more = {
-        "collapsed": [3],
+        "collapsed": {"3": ["test"]},
         "label_scores": {"validation": {}, "test": {"joy": {**label, "support": 1200}}},
         "confusions": {"validation": [], "test": [{"label": "joy", "predicted": "fear", "count": 7, "share": 0.125}]},
         "calibration": {"test": {"ece": {"values": [0.1], "mean": 0.1, "std": None, "median": 0.1}}},

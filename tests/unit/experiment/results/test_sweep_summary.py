@@ -49,15 +49,20 @@ def test_damaged_results_of_fine_tuning(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("content", "shown"),
     [
-        ('{"collapsed": [], "seeds": [7, 8, 9]}', "0.5000"),
+        ('{"collapsed": {}, "seeds": [7, 8, 9]}', "0.5000"),
+        ('{"collapsed": {"7": ["test"]}, "seeds": [7, 8, 9]}', "0.5000"),
+        (
+            '{"collapsed": {"7": ["validation"], "9": ["validation", "test"]}, "seeds": [7, 8, 9]}',
+            "0.5000 (2 of 3 seeds collapsed)",
+        ),
         ('{"collapsed": [7, 9], "seeds": [7, 8, 9]}', "0.5000 (2 of 3 seeds collapsed)"),
         ('{"splits": ', "0.5000"),
         (None, "0.5000"),
     ],
 )
 def test_collapsed_seeds_are_marked(tmp_path: Path, content: str | None, shown: str) -> None:
-    """Catches a table in which a point looks worse, or even best, because its seeds predict one label; and a traceback
-    for runs that pretrain, and for damaged results."""
+    """Catches a table in which a point looks worse, or even best, because its seeds predict one label, but not for a
+    small test split; and a traceback for runs that pretrain, and for damaged results."""
     folder = RunFolder(tmp_path / "lr=1")
     folder.path.mkdir()
     if content is not None:

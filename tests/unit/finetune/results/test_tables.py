@@ -10,7 +10,7 @@ from finetune.results.tables import print_epochs, print_results
 
 def results(splits: list[str], best_epoch: int, **score: Any) -> dict[str, Any]:
     scores = {"accuracy": {"mean": 0.5, "std": None, **score}}
-    nothing: dict[str, Any] = {"label_scores": {}, "confusions": {}, "calibration": {}, "collapsed": []}
+    nothing: dict[str, Any] = {"label_scores": {}, "confusions": {}, "calibration": {}, "collapsed": {}}
     found = {"seeds": [1], "metric": "accuracy", "best_epochs": [best_epoch]}
     return {**nothing, **found, "splits": dict.fromkeys(splits, scores)}
 
@@ -46,7 +46,7 @@ def test_the_results_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
     scores = {name: {"mean": 0.25, "std": None} for name in ("precision", "recall", "f1")}
     labels = {"test": {"low": {**scores, "support": 7}}}
     found = results(["validation", "test"], 2, interval=[0.4, 0.6])
-    print_results({**found, "label_scores": labels, "collapsed": [1]}, Path("results.json"))
+    print_results({**found, "label_scores": labels, "collapsed": {"1": ["test"]}}, Path("results.json"))
     out = capsys.readouterr().out
     assert not any(text in out for text in ("mean", "std", "±", "–", "1 of 1"))
     assert out.count("seed 1") == 3

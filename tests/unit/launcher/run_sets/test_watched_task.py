@@ -55,7 +55,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ChildRun]:
         runs.append(run)
         run.folder.path.mkdir(parents=True)
         splits = {"validation": {"accuracy": {"mean": 0.7}}, "test": {"accuracy": {"mean": 0.1}}}
-        (run.folder.path / "results.json").write_text(json.dumps({"splits": splits, "collapsed": [2]}))
+        (run.folder.path / "results.json").write_text(
+            json.dumps({"splits": splits, "collapsed": {"2": ["validation"]}})
+        )
         return DONE
 
     monkeypatch.setattr(watched_task, "start", start)
