@@ -172,6 +172,9 @@ class RunSet:
             records = content if self.header is None else content["runs"]
             if not all(isinstance(record["config"], dict) for record in records.values()):
                 raise ValueError("expected a config for each run")
+            if self.header is not None and any(content.get(key) != value for key, value in self.header.items()):
+                for record in records.values():
+                    record.pop("value", None)  # of another metric
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError) as error:

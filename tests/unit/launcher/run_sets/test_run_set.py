@@ -136,6 +136,24 @@ def test_damaged_results_do_not_keep_other_runs_from_starting(tmp_path: Path) ->
     assert values == {"damaged": None, "good": 0.5}
 
 
+def test_values_of_another_metric_are_not_kept(tmp_path: Path) -> None:
+    """Catches a sweep restarted with other points and another metric, where the loss of an old point is the best
+    accuracy."""
+
+    def values(points: str, metric: str) -> dict[str, float | None]:
+        runs = tuple(PlannedRun(name, shell(f"mkdir -p {tmp_path / name}"), {}) for name in points)
+        a_set = RunSet("sweep", open_run_folder(tmp_path), "--output", "sweep.json", runs, header={"metric": metric})
+        with a_set.opened() as records:
+            before = {name: record["value"] for name, record in records.items() if "value" in record}
+            a_set.finish(records, lambda _: len(metric))
+        return before
+
+    assert values("ab", "loss") == {}
+    assert values("bc", "loss") == {"a": 4, "b": 4}
+    assert values("bc", "accuracy") == {}
+    assert values("a", "accuracy") == {"b": 8, "c": 8}
+
+
 def test_runs_read_the_config_file_as_it_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a user's edit that reaches a later run of the set, and printed commands that only the set can run."""
     file = tmp_path / "run.yaml"
