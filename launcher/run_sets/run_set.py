@@ -161,7 +161,7 @@ class RunSet:
 
     def _read(self) -> dict[str, RunRecord]:
         """Return the record, with the runs of this set. A run without a folder has not started, or was removed to run
-        again.
+        again; runs of earlier plans without one are left out.
 
         Raises UserError if the record is damaged, or if a run was started with another config.
         """
@@ -199,7 +199,8 @@ class RunSet:
             records[run.name] = {**(record if same else RunRecord(config={}, state=_OTHER_SEEDS)), "config": run.config}
             if run.values:
                 records[run.name]["values"] = run.values
-        return records
+        planned = {run.name for run in self.runs}
+        return {name: found for name, found in records.items() if name in planned or (self.folder.path / name).exists()}
 
     def _refuse_other_name(self, run: PlannedRun, records: Mapping[str, RunRecord]) -> None:
         """Raise UserError if a point of a grid was started under another name, as with 0.001 for 1e-3: it would be

@@ -154,6 +154,21 @@ def test_values_of_another_metric_are_not_kept(tmp_path: Path) -> None:
     assert values("a", "accuracy") == {"b": 8, "c": 8}
 
 
+def test_runs_taken_out_before_they_started_are_forgotten(tmp_path: Path) -> None:
+    """Catches rows that are `not started` for ever, and results of removed rows that are lost."""
+
+    def names(*planned: str) -> list[str]:
+        runs = tuple(PlannedRun(name, shell("true"), {}) for name in planned)
+        with RunSet("compare", open_run_folder(tmp_path), "run.dir", "runs.json", runs).opened() as records:
+            for record in records.values():
+                record["state"] = DONE
+        return list(read_json(tmp_path / "runs.json"))
+
+    assert names("a", "b", "c") == ["a", "b", "c"]
+    (tmp_path / "b").mkdir()
+    assert names("a") == ["a", "b"]
+
+
 def test_runs_read_the_config_file_as_it_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a user's edit that reaches a later run of the set, and printed commands that only the set can run."""
     file = tmp_path / "run.yaml"
