@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -160,7 +160,7 @@ class DotChart:
     title: str
     rows: Sequence[Dots]
 
-    @property
+    @cached_property
     def ticks(self) -> list[float]:
         """Round numbers, the first and last of which are the ends of the axis."""
         shown = [value for row in self.rows for value in (*row.values, row.mean, *(row.interval or ()))]

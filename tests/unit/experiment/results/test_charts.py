@@ -66,6 +66,7 @@ def test_dots_are_within_their_axis(values: list[float], ticks: list[float]) -> 
     assert chart.place(chart.ticks[0]) == 0.0
     assert chart.place(chart.ticks[-1]) == 100.0
     assert all(0.0 <= chart.place(value) <= 100.0 for value in values)
+    assert chart.ticks is chart.ticks, "each dot would read all rows: quadratic in a sweep's points"
 
 
 def test_the_axis_has_room_for_intervals() -> None:
