@@ -2,9 +2,10 @@
 
 import functools
 import logging
+import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +19,11 @@ from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
     NullFormatter,
-    NullLocator,
     PercentFormatter,
 )
 
 from experiment.files import atomic_write
-from experiment.results.charts import COLORS, Charts, DotChart, DotCharts, DrawnLine, Panel
+from experiment.results.charts import COLORS, LOOKS, Charts, DotChart, DotCharts, DrawnLine, Panel
 
 GREY = "#596579"
 _WIDTH = 1.8  # of a line, in points, as which matplotlib counts the lengths of dashes
@@ -64,20 +64,6 @@ def draw_panels(path: Path, panels: Sequence[Panel]) -> None:
     save_figure(canvas, path)
 
 
-def draw_grid(path: Path, panel: Panel, x_label: str, ticks: Mapping[float, str], log_x: bool) -> None:
-    """Draw one panel over the values of a grid, whose labels are in `ticks`, and save it as a PNG."""
-    canvas = Canvas(figsize=(9, 5), dpi=144, layout="constrained")
-    axes = canvas.subplots()
-    if log_x:
-        axes.set_xscale("log")
-    _draw_panel(axes, panel)
-    axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.08)
-    axes.set_xlabel(x_label, color=GREY)
-    save_figure(canvas, path)
-
-
 def draw_dots(path: Path, charts: Sequence[DotChart]) -> None:
     """Draw charts below each other and save them as a PNG."""
     heights = [1.2 + 0.6 * len(chart.rows) for chart in charts]
@@ -112,8 +98,11 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.from_zero:
         axes.set_ylim(bottom=0.0)
     handles, labels = axes.get_legend_handles_labels()
-    if len(entries := dict(zip(labels, handles, strict=True))) > 1:
-        axes.legend(entries.values(), entries.keys(), frameon=False, labelcolor=GREY)
+    entries = dict(zip(labels, handles, strict=True))
+    if 1 < len(entries) <= LOOKS:  # with more, looks repeat, and the legend would cover the lines
+        columns = math.ceil(len(entries) / len(COLORS))
+        legend = axes.legend(entries.values(), entries.keys(), ncols=columns, frameon=False, labelcolor=GREY)
+        legend.set_in_layout(False)  # one that is larger than the axes would shrink them
     _tidy(axes, grid="both")
 
 

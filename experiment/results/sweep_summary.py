@@ -1,4 +1,4 @@
-"""The results of a sweep: the metric of each run, one table and one plot."""
+"""The results of a sweep: the metric of each run, one table and one chart."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,7 @@ from typing import Any
 from experiment.errors import UserError, reason
 from experiment.files import read_json, write_text
 from experiment.formatting import csv_table, table_console
-from experiment.results.charts import Line, Panel
-from experiment.results.curves import Curve
+from experiment.results.charts import DotChart, Dots
 from experiment.results.main_score import count_collapsed
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import read_events
@@ -90,6 +89,13 @@ def sort_results(results: Sequence[SweepResult], lower_is_better: bool) -> list[
     return sorted(results, key=lambda result: math.inf if result.value is None else sign * result.value)
 
 
+def score_charts(best_first: Sequence[SweepResult], metric: str) -> list[DotChart]:
+    """Return a chart with a row for each result that has a finite value; empty if none has. metric: its name."""
+    values = {result.name: result.value for result in best_first if result.value is not None}
+    scored = [Dots(name, [value], value) for name, value in values.items() if math.isfinite(value)]
+    return [DotChart(metric, scored)] if scored else []
+
+
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Config key -> short label: its last part, or the whole key if another one ends in the same part."""
     last = [key.rpartition(".")[2] for key in keys]
@@ -106,10 +112,12 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
     rows = [[*result.values.values(), result.value, result.state, result.name] for result in best_first]
     write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder"], *rows]))
     _print_table(best_first, keys, metric)
-    plotted = any(result.value is not None for result in best_first)
-    if plotted:
-        _plot(best_first, keys, metric, output / "sweep.png")
-    print(f"{output}/sweep.csv, sweep.json" + (", sweep.png" if plotted else ""))
+    charts = score_charts(best_first, metric)
+    if charts:
+        from experiment.results.plots import draw_dots  # matplotlib takes a second
+
+        draw_dots(output / "sweep.png", charts)
+    print(f"{output}/sweep.csv, sweep.json" + (", sweep.png" if charts else ""))
 
 
 def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric: str) -> None:
@@ -122,39 +130,3 @@ def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric:
     for result in best_first:
         table.add_row(*result.values.values(), result.shown())
     table_console().print(table)
-
-
-def _plot(results: Sequence[SweepResult], keys: Sequence[str], metric: str, path: Path) -> None:
-    """Plot the metric over the first key, with one line for each combination of the other keys."""
-    from experiment.results.plots import draw_grid
-
-    first, *others = keys
-    labels = short_names(keys)
-    measured = [(result.values, result.value) for result in results if result.value is not None]
-    positions = _axis_positions(list(dict.fromkeys(values[first] for values, _ in measured)))
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for values, value in measured:
-        label = " ".join(f"{labels[key]}={values[key]}" for key in others)
-        lines.setdefault(label, []).append((positions[values[first]], value))
-    panel = Panel(
-        metric,
-        [
-            Line(label, Curve.of(*zip(*sorted(points), strict=True)), marked=True)
-            for label, points in sorted(lines.items())
-        ],
-        scale="log" if _spans_decades([value for _, value in measured]) else "linear",
-    )
-    ticks = {position: text for text, position in positions.items()}
-    draw_grid(path, panel, first, ticks, _spans_decades(list(positions.values())))
-
-
-def _axis_positions(texts: Sequence[str]) -> dict[str, float]:
-    """Text of a value -> x: the numbers themselves, or 0, 1, 2, … if one of the texts is not a number."""
-    try:
-        return {text: float(text) for text in texts}
-    except ValueError:
-        return {text: float(index) for index, text in enumerate(texts)}
-
-
-def _spans_decades(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) >= 10 * min(values)

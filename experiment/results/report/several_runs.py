@@ -1,6 +1,5 @@
 """The sections of a report about several runs, also of a sweep or a comparison: charts and differences of configs."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,9 +13,7 @@ from experiment.formatting import UNKNOWN, show
 from experiment.results.charts import (
     LOOKS,
     Charts,
-    DotChart,
     DotCharts,
-    Dots,
     Line,
     Panel,
     Plot,
@@ -30,7 +27,7 @@ from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, T
 from experiment.results.report.run import OpenRuns, Run
 from experiment.results.report.run_facts import describe_state, scaled
 from experiment.results.report.training import optimization_plots
-from experiment.results.sweep_summary import SweepResult, metric_title, read_results, sort_results
+from experiment.results.sweep_summary import SweepResult, metric_title, read_results, score_charts, sort_results
 from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, RunFolder, planned_folders
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
@@ -165,9 +162,7 @@ def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
         configs = [run.get("config", {}) for run in record["runs"].values()]
         metric = metric_title(str(record["metric"]), configs[0] if configs else {})
         table = _sweep_table(best_first, metric)
-        values = {result.name: result.value for result in best_first if result.value is not None}
-        scored = [Dots(name, [value], value) for name, value in values.items() if math.isfinite(value)]
-        charts = [DotCharts("sweep", [DotChart(metric, scored)])] if scored else []
+        charts = [DotCharts("sweep", found)] if (found := score_charts(best_first, metric)) else []
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -10,9 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiment.results import plots as figures
-from experiment.results.charts import Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
+from experiment.results.charts import LOOKS, Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
 from experiment.results.curves import Curve
-from experiment.results.plots import draw_charts, draw_grid, draw_panels, save_figure
+from experiment.results.plots import draw_charts, draw_panels, save_figure
 
 
 @pytest.fixture
@@ -101,8 +101,19 @@ def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
     lines = [Line(name, Curve.of([1, 2], [1.0, 2.0])) for name in ("$5_to_$10", "$\\frac{$")]
     panel = Panel("$\\loss$", lines, "log")
     draw_panels(tmp_path / "loss.png", [panel])
-    draw_grid(tmp_path / "sweep.png", panel, "$\\lr$", {1.0: "$\\low$", 2.0: "2"}, log_x=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "sweep.png"}
+    assert inked(tmp_path / "loss.png") > 0.0
+
+
+@pytest.mark.parametrize("count", [2, LOOKS, LOOKS + 1, 60])
+def test_a_legend_leaves_room_for_the_lines(tmp_path: Path, canvases: list[Figure], count: int) -> None:
+    """Catches a legend of many runs that covers the lines, or shrinks the axes to nothing with a warning."""
+    lines = [Line(f"learning rate {number}", Curve.of([1, 2], [number, 2.0])) for number in range(count)]
+    draw_panels(tmp_path / "loss.png", [Panel("loss", lines)] * 2)
+    for axes in canvases[0].axes:
+        legend, height = axes.get_legend(), axes.get_window_extent().height
+        assert height > 0.35 * canvases[0].bbox.height
+        assert (legend is not None) == (count <= LOOKS)
+        assert legend is None or legend.get_window_extent().height < height / 2
 
 
 def test_the_settings_of_a_notebook_stay(tmp_path: Path) -> None:

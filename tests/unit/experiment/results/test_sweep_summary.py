@@ -1,10 +1,11 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from experiment.errors import UserError
-from experiment.results.sweep_summary import SweepResult, read_metric, read_results, sort_results
+from experiment.results.sweep_summary import SweepResult, read_metric, read_results, score_charts, sort_results
 from experiment.run_files.run_folder import RunFolder
 
 
@@ -14,6 +15,15 @@ def test_best_first(lower_is_better: bool, best: float) -> None:
     results = [SweepResult("a", {}, "done", value) for value in (2.0, None, 3.0, 1.0)]
     best_first = [result.value for result in sort_results(results, lower_is_better)]
     assert (best_first[0], best_first[-1]) == (best, None)
+
+
+def test_points_of_a_grid_have_a_row_each() -> None:
+    """Catches points of a large grid that share a line, and a chart that fails for a run without a finite value."""
+    values = {"lr=1 rate=1": 2.0, "lr=1 rate=2": 3.0, "diverged": math.inf, "failed": None}
+    results = [SweepResult(name, {}, "done", value) for name, value in values.items()]
+    (chart,) = score_charts(results, "loss")
+    assert [(dots.label, dots.mean) for dots in chart.rows] == [("lr=1 rate=1", 2.0), ("lr=1 rate=2", 3.0)]
+    assert score_charts(results[2:], "loss") == []
 
 
 def test_results_of_fine_tuning(tmp_path: Path) -> None:
