@@ -130,6 +130,11 @@ def _check_settings(config: PreTrainedConfig) -> None:
             "model.config.default_language: 'xmod' has adapters for each language; expected that of the corpus, "
             f"such as {config.languages[0]}"
         )
+    if getattr(config.get_text_config(), "is_decoder", False):
+        raise UserError(
+            "model: is_decoder is true in its config: a token would attend to those before it only; set "
+            "model.config.is_decoder to false"
+        )
     if config.model_type in _UNTRAINABLE:
         raise UserError(f"model: '{config.model_type}' cannot be trained: {_UNTRAINABLE[config.model_type]}")
 
@@ -163,6 +168,9 @@ def _with_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrai
     try:
         for field, value in fields.items():
             setattr(config, field, value)
+        if "num_hidden_layers" in fields and "layer_types" not in fields and hasattr(config, "layer_types"):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
+        config.validate()
     except Exception as error:  # transformers raises many types
         raise UserError(f"model.config: {first_line(error)}") from None
     return config

@@ -124,6 +124,23 @@ def test_a_folder_with_a_model_of_another_type_is_rejected(folder: Path, tokeniz
     assert resolve_model_config(same, tokenizer).model_type == "bert"
 
 
+def test_layers_left_out_have_no_types(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Catches a run of ModernBERT that fails at its first checkpoint, because its config has types of more layers."""
+    fields = {"model_type": "modernbert", **TINY, "num_hidden_layers": 4}
+    resolve_model_config(ModelConfig(config=fields), tokenizer).save_pretrained(tmp_path)
+    config = resolve_model_config(ModelConfig(init_from=str(tmp_path), config={"num_hidden_layers": 2}), tokenizer)
+    assert len(config.layer_types) == 2
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.config: .*num_hidden_layers` \(3\)"):
+        resolve_model_config(ModelConfig(init_from=str(tmp_path), config={"num_hidden_layers": 3}), tokenizer)
+
+
+def test_a_decoder_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches a model that trains on both sides of a mask, but predicts from one side where transformers loads it."""
+    with pytest.raises(UserError, match=r"set model\.config\.is_decoder to false"):
+        resolve(tokenizer, is_decoder=True)
+
+
 def test_a_folder_without_a_model_is_rejected(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Catches an attempt to download a folder's name from the hub, and a traceback for a damaged config.json."""
     with pytest.raises(UserError, match=r"has no config\.json"):
