@@ -106,6 +106,8 @@ class Loader(yaml.SafeLoader):
                     problem = f"duplicate key '{key.value}', already in line {seen[key.value]}"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen[key.value] = line
+                if key.tag != "tag:yaml.org,2002:merge":
+                    key.tag = "tag:yaml.org,2002:str"  # as numbers, 1.1 and 1.10 would be the same
         return node
 
 
