@@ -5,6 +5,7 @@ complete examples.
 """
 
 from collections.abc import Iterator
+from glob import has_magic
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -284,6 +285,8 @@ class CheckpointConfig(Section):
     def _url(cls, mirror: str | None) -> str | None:
         if mirror is not None and not is_url(mirror):
             raise ValueError(f"'mirror': expected a URL, such as s3://bucket/runs/first, found {mirror!r}")
+        if mirror is not None and has_magic(mirror):
+            raise ValueError(f"'mirror': a URL with *, ? or [ stands for several, found {mirror!r}")
         return mirror and mirror.rstrip("/")
 
 
