@@ -157,6 +157,9 @@ def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Itera
                     blank.clear()
             line = reader.line_num + 1
     except csv.Error as error:
+        if "new-line character" in str(error):
+            problem = "a carriage return (\\r) inside a cell; remove it, or convert line ends with tr '\\r' '\\n'"
+            raise UserError(f"{origin}:{line}: {problem}") from None
         problem = str(error).replace("\t", "\\t")  # the separator that was expected
         raise UserError(f"{origin}:{line}: malformed row: {problem}{_quoting_hint(csv_format)}") from None
 

@@ -108,6 +108,12 @@ def test_a_tab_is_written_out_in_messages() -> None:
         list(read_csv(["a\tb\n", '"1" 2\t3\n'], "f.tsv", CsvFormat("\t"))[1])
 
 
+def test_a_carriage_return_in_a_cell_is_named() -> None:
+    """Catches Python's advice to open the file otherwise, and ours about quotes and the separator."""
+    with pytest.raises(UserError, match=r"^f\.tsv:2: a carriage return \(\\r\) inside a cell; remove it, or .*'$"):
+        list(read_csv(["a\tb\n", "1 \r2\t3\n"], "f.tsv", CsvFormat("\t"))[1])
+
+
 def test_a_file_without_rows_has_no_columns() -> None:
     """Catches a StopIteration or an index error for an empty file."""
     nothing: list[str] = []
