@@ -5,8 +5,11 @@ The device is this machine's, or one that the user names. Takes no device.
 
 import os
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+_CGROUP = Path("/sys/fs/cgroup")
 _TIMEOUT = 10.0  # seconds, for nvidia-smi
 _GIB = 1 << 30
 # Of a GPU's memory, at least and at most: a card sold with 80 GiB has 79.2 to 79.6; the CUDA context, NCCL's buffers,
@@ -53,8 +56,12 @@ def local_gpu() -> Device | None:
 
 
 def local_cpu(ranks: int) -> Device:
-    """Return this machine as a device, its memory shared by `ranks` ranks."""
-    return Device("cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks, None)
+    """Return this machine as a device, its memory, or a container's limit, shared by `ranks` ranks."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup v2, v1
+        with suppress(OSError, ValueError):  # no such file, or no limit: 'max'
+            memory = min(memory, int((_CGROUP / name).read_text()))
+    return Device("cpu", memory // ranks, None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.plan.cost import Device, local_gpu
+from pretrain.plan import cost
+from pretrain.plan.cost import Device, local_cpu, local_gpu
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,14 @@ def test_without_nvidia_smi_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_cpu_has_no_reserve() -> None:
     """Catches a CPU that is planned as a GPU because of capital letters."""
     assert [Device(name, 1 << 40, None).reserve == (0, 0) for name in ("cpu", "CPU", "H100")] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_the_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Catches a plan that fits the host, but not the container."""
+    monkeypatch.setattr(cost, "_CGROUP", tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("max\n")
+    assert local_cpu(1).memory == cost.os.sysconf("SC_PAGE_SIZE") * cost.os.sysconf("SC_PHYS_PAGES")
+    (tmp_path / name).write_text(f"{1 << 20}\n")
+    assert local_cpu(2).memory == 1 << 19
