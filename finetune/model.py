@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
@@ -91,7 +92,8 @@ def _has_token_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def build_model(spec: ModelSpec) -> BuiltModel:
     """Return the model; torch's global generator draws its new weights.
 
-    A head in the folder is kept if it is of the same class and its labels have the same names in the same order.
+    A head in the folder is kept if it is of the same class and its labels have the same names in the same order. The
+    output layer of a head computes in fp32, also with autocast.
 
     Raises UserError for weights that do not fit the config, or lack a part of the encoder.
     """
@@ -103,7 +105,30 @@ def build_model(spec: ModelSpec) -> BuiltModel:
     for name, parameter in built.model.named_parameters():
         if any(is_in_module(name, module) for module in spec.freeze):
             parameter.requires_grad_(False)
+    if spec.auto_model not in ("AutoModel", "AutoModelForMaskedLM"):
+        _compute_outputs_in_fp32(built.model)
     return built
+
+
+class _Float32Linear(nn.Linear):
+    """Computes in fp32, also with autocast."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):
+            return super().forward(values.float())
+
+
+def _compute_outputs_in_fp32(model: PreTrainedModel) -> None:
+    """Let the output layer, the last linear layer of the head, compute in fp32: bf16 has 8 bits, so that values between
+    64 and 128 would be multiples of 0.5."""
+    has_base = model.base_model is not model  # not so for some, such as T5 for question answering
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and (_is_in_head(name, model) or not has_base)
+    ]
+    if layers:
+        layers[-1].__class__ = _Float32Linear
 
 
 def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -> list[str]:
