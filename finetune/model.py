@@ -27,7 +27,10 @@ from experiment.models.transformers_models import (
     quiet_transformers,
 )
 
-_TOKENIZER_FILES = ("*token*.json", "vocab*", "merges.txt", "*.model")
+_TOKENIZER_FILES = (
+    *("*token*.json", "vocab*", "merges.txt", "*.model"),
+    *("bpe.codes", "dict.txt", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
+)
 
 
 @dataclass(frozen=True)

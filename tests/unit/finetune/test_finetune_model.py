@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForTokenClassification,
+    BertweetTokenizer,
+    LukeTokenizer,
+    PhobertTokenizer,
     RobertaConfig,
     RobertaForMaskedLM,
+    RoCBertTokenizer,
     RoFormerConfig,
     RoFormerForMaskedLM,
 )
@@ -21,7 +26,7 @@ from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from finetune.kinds import multi_label, question_answering
 from finetune.kinds.classification import Config, Kind
-from finetune.model import ModelSpec, build_model, describe_model, read_model_inputs
+from finetune.model import ModelSpec, build_model, describe_model, model_files, read_model_inputs
 
 AUTO = "AutoModelForSequenceClassification"
 
@@ -264,3 +269,12 @@ def test_the_output_layer_of_a_head_computes_in_fp32(
         values = model(input_ids=torch.tensor([[1, 2, 3]]))[output]
     assert values.dtype == dtype
     assert torch.equal(values, values.bfloat16().float()) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokenizer", [BertweetTokenizer, LukeTokenizer, PhobertTokenizer, RoCBertTokenizer])
+def test_all_files_of_a_tokenizer_belong_to_the_model(tokenizer: Any, tmp_path: Path) -> None:
+    """Catches exported models without a file of their tokenizer, and runs that resume with other merges."""
+    names = set(tokenizer.vocab_files_names.values())
+    for name in names:
+        (tmp_path / name).touch()
+    assert {path.name for path in model_files(tmp_path, weights=False)} == names
