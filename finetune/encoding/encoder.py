@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,32 +49,35 @@ class Encoder:
 
     def encode(self, text: str, text_pair: str | None = None) -> Tokens:
         """Return a text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
-        if text_pair and self.tokenizer.is_fast:
+        # Fast tokenizers make a single text of a pair with an empty text.
+        if text_pair or (text_pair is not None and not self.tokenizer.is_fast):
             return self._encode_pair(text, text_pair)
-        encoded = self._tokenize(text, text_pair, truncation="longest_first", max_length=self.max_length)
+        encoded = self._tokenize(text, truncation="longest_first", max_length=self.max_length)
         ids = encoded["input_ids"]
-        cut = 0 if len(ids) < self.max_length else self._count_cut(encoded, text, text_pair)
+        cut = 0 if len(ids) < self.max_length else self._count_cut(encoded, text)
         types = torch.tensor(encoded["token_type_ids"]) if self.token_types else None
         return Tokens(torch.tensor(ids), types, cut)
 
     def _encode_pair(self, text: str, text_pair: str) -> Tokens:
         """Return what truncation="longest_first" gives, in linear time: fast tokenizers make a sequence of each two
-        parts of the texts that they cut off."""
+        parts of the texts that they cut off, slow ones warn of each pair."""
         texts = self._tokenize([text, text_pair], special=False)["input_ids"]
         room = self.room(2)
         cut = max(sum(map(len, texts)) - room, 0)
         if cut:
             shorter = 0 if len(texts[0]) <= len(texts[1]) else 1
-            kept = min(len(texts[shorter]), room // 2)
+            # Fast tokenizers give an odd room's last token to the longer text, slow ones to the first.
+            half = room // 2 if self.tokenizer.is_fast or shorter == 1 else room - room // 2
+            kept = min(len(texts[shorter]), half)
             for index, size in ((shorter, kept), (1 - shorter, room - kept)):
                 start = len(texts[index]) - size if self.tokenizer.truncation_side == "left" else 0
                 texts[index] = texts[index][start : start + size]
         return self.assemble(*texts, cut=cut)
 
-    def _count_cut(self, encoded: "BatchEncoding", text: str, text_pair: str | None) -> int:
+    def _count_cut(self, encoded: "BatchEncoding", text: str) -> int:
         """Count the tokens that a sequence of maximum length lacks."""
         if not self.tokenizer.is_fast:
-            return len(self._tokenize(text, text_pair)["input_ids"]) - self.max_length
+            return len(self._tokenize(text)["input_ids"]) - self.max_length
         # The rest of the text is kept, in sequences with special tokens: no need to tokenize a long text again.
         added: int = self.tokenizer.num_special_tokens_to_add(pair=False)
         assert encoded.encodings is not None
@@ -170,7 +174,11 @@ class Encoder:
             return_attention_mask=False,
         )
         mask = encoded["special_tokens_mask"]
-        places = encoded.sequence_ids() if self.tokenizer.is_fast else [None if special else 0 for special in mask]
+        if self.tokenizer.is_fast:
+            places = encoded.sequence_ids()
+        else:
+            order, size = count(), mask.count(0) // len(texts)  # the texts are equal
+            places = [None if special else next(order) // size for special in mask]
         specials: list[tuple[list[int], list[int]]] = [([], [])]
         text_types: list[int] = []
         before = None
@@ -185,12 +193,9 @@ class Encoder:
         assert len(text_types) == len(texts), "a tokenizer that puts nothing between the texts of a pair"
         return _Frame(tuple(specials), tuple(text_types))
 
-    def _tokenize(
-        self, text: str | Sequence[str], text_pair: str | None = None, special: bool = True, **options: Any
-    ) -> Any:
+    def _tokenize(self, text: str | Sequence[str], special: bool = True, **options: Any) -> Any:
         return self.tokenizer(
             text,
-            text_pair,
             add_special_tokens=special,
             split_special_tokens=not self.special_tokens_in_text,
             return_attention_mask=False,
