@@ -136,9 +136,9 @@ class Kind(TaskKind[Config]):
         tags, scores = [""] * len(record.values["words"]), [0.0] * len(record.values["words"])
         for example, scores_TC in zip(examples, outputs, strict=True):
             tagged: _Tagged = example.details
-            for word, position in zip(tagged.words, tagged.positions, strict=True):
-                probabilities = torch.from_numpy(scores_TC[position]).softmax(-1)
-                tags[word], scores[word] = self.labels[int(probabilities.argmax())], float(probabilities.max())
+            best = torch.from_numpy(scores_TC[list(tagged.positions)]).softmax(-1).max(-1)
+            for word, label, score in zip(tagged.words, best.indices.tolist(), best.values.tolist(), strict=True):
+                tags[word], scores[word] = self.labels[label], score
         return {"tags": tags, "scores": scores}
 
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:

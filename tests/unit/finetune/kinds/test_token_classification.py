@@ -51,6 +51,20 @@ def test_every_word_gets_one_tag(encoder: Path, lengths: list[int], max_length: 
     assert KIND.decode(record, made, outputs)["tags"] == ["B-X"] * len(words)
 
 
+def test_the_words_of_a_sequence_are_decoded_together(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a softmax for each word, which takes 16 times as long, and another word's score."""
+    record = Record("f", {"words": ["word0", "!!", "word1"]})
+    (example,) = KIND.expand(record, encode(encoder, 16), training=False)
+    scores_TC = np.random.default_rng(0).normal(size=(len(example.sequences[0]), 3)).astype(np.float32)
+    rows = [torch.from_numpy(scores_TC[position]).softmax(-1) for position in (1, 2, 4)]
+    calls, convert = [], torch.from_numpy
+    monkeypatch.setattr(torch, "from_numpy", lambda array: calls.append(1) or convert(array))
+    found = KIND.decode(record, [example], [scores_TC])
+    assert found["tags"] == [KIND.labels[int(row.argmax())] for row in rows]
+    assert found["scores"] == [float(row.max()) for row in rows]
+    assert len(calls) == 1
+
+
 @given(st.lists(st.integers(1, 12), max_size=40), st.integers(1, 30))
 def test_a_word_is_tagged_in_the_first_window_with_most_context(lengths: list[int], size: int) -> None:
     """Catches another window for words in two or three of them, also at the end, where windows overlap most."""
