@@ -28,9 +28,10 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     """Return the config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read."""
     check_label_count(folder)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **changes
-        )
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **changes
+            )
     except Exception as error:  # transformers raises many types for values that make no config
         raise UserError(f"cannot read the model config {folder / 'config.json'}: {first_line(error)}") from None
     names = config.architectures or []

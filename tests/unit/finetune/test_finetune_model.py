@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertForTokenClassification,
     BertweetTokenizer,
     LukeTokenizer,
@@ -168,10 +170,17 @@ def test_weights_that_lack_a_layer_are_rejected(copied: Path) -> None:
         build_model(start(copied))
 
 
-def test_loading_is_quiet(encoder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
-    """Catches transformers' progress bar and its report on new weights on the terminal, or its logging left off."""
+def test_loading_is_quiet(
+    encoder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches transformers' progress bar, its reports on new weights and on another number of labels on the terminal,
+    or its logging left off."""
     level = logging.get_verbosity()
+    BertForSequenceClassification(BertConfig.from_pretrained(encoder, num_labels=3)).save_pretrained(tmp_path)
+    capfd.readouterr()
+    caplog.clear()
     build_model(start(encoder))
+    build_model(ModelSpec(tmp_path, True, AUTO, {"num_labels": 1}))
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
     assert logging.get_verbosity() == level
