@@ -152,6 +152,10 @@ def _read_tags(cell: object) -> list[str] | None:
 
 
 def _read_sentence(cell: object) -> list[str]:
+    found = _parse_json(cell)
+    numbers = isinstance(found, list) and all(isinstance(each, int | float) for each in found)
+    if isinstance(cell, str) and found and numbers:
+        return cell.split()  # such as [ 3 ], a reference
     words = _read_words(cell) or []  # an empty cell is a sentence without words
     if isinstance(cell, str) and words == [cell.strip()] and _CHINESE_SENTENCE.search(cell):
         raise ValueError("; in Chinese, put spaces between the words, or between the characters as in training")

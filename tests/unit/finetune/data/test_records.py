@@ -311,6 +311,16 @@ def test_an_empty_cell_is_a_sentence_without_words(tmp_path: Path) -> None:
     assert values(read_table(path, TokenColumns(), targets_required=False)) == [{"words": ["a", "b"]}, {"words": []}]
 
 
+def test_a_sentence_of_a_reference_is_no_list(tmp_path: Path) -> None:
+    """Catches a file that is rejected because one of its sentences is a list of numbers in JSON."""
+    path = write(tmp_path / "a.csv", 'tokens\na b\n[ 3 ]\n"[1, 2.5]"\n"[""a"", ""b""]"\n')
+    found = values(read_table(path, TokenColumns(), targets_required=False))
+    assert [row["words"] for row in found] == [["a", "b"], ["[", "3", "]"], ["[1,", "2.5]"], ["a", "b"]]
+    for name, text in (("b.csv", 'tokens\n"[""a"", 3]"\n'), ("c.jsonl", '{"tokens": [3]}\n')):
+        with pytest.raises(UserError, match="expected a list of words, or words separated by spaces in 'tokens'"):
+            read_table(write(tmp_path / name, text), TokenColumns(), targets_required=False)
+
+
 def test_a_chinese_sentence_is_not_one_word(tmp_path: Path) -> None:
     """Catches a file of plain sentences, each of which gets one tag."""
     path = write(tmp_path / "a.csv", "tokens\n李 婷 好 。\n好\n李婷来了，好。\n")
