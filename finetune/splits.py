@@ -13,7 +13,7 @@ from experiment.errors import UserError
 from experiment.progress import track
 from finetune.config import TrainingConfig
 from finetune.data.columns import CONTEXT, LABEL, Columns
-from finetune.data.records import Record, Table, read_table
+from finetune.data.records import Record, Table, has_minus_one, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
 from finetune.encoding.examples import Padding, Split
@@ -56,11 +56,13 @@ def read_splits(task: TaskConfig, model: Path, fit_on: str = "train") -> dict[st
     Raises UserError with file and line.
     """
     joiner = turn_joiner(model, task)
-    tables = {
-        split: read_table(Path(path), task.columns, task.file_format(), split in ("train", "validation"), joiner)
-        for split, path in task.files().items()
-        if split != "train" or task.is_trained
-    }
+    tables: dict[str, Table] = {}
+    minus_one = "-1" in (task.labels or ())
+    for split, path in task.files().items():
+        if split != "train" or task.is_trained:
+            required = split in ("train", "validation")
+            tables[split] = read_table(Path(path), task.columns, task.file_format(), required, joiner, minus_one)
+            minus_one |= split == "train" and has_minus_one(tables[split], task.columns)
     if fit_on == "train+validation" and "train" in tables:
         if validation := tables.pop("validation", None):
             tables["train"] = _joined(tables["train"], validation, task.columns)

@@ -22,7 +22,7 @@ from finetune.data.columns import CellType, Columns
 from finetune.data.formats import FileFormat, Row, read_rows
 from finetune.data.task_config import DialogueContext
 
-_MISSING = (None, "-1", -1.0)  # targets of a test split that has none; the data sets of the Hugging Face Hub have -1
+_MINUS_ONE = ("-1", -1.0)  # targets of a test split that has none, in data sets of the Hugging Face Hub
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,12 @@ def read_table(
     file_format: FileFormat | None = None,
     targets_required: bool = True,
     joiner: TurnJoiner | None = None,
+    minus_one: bool = False,
 ) -> Table:
     """Read a data file, see `formats.read_rows`.
 
-    targets_required: whether to reject a file in which the column of a target is missing or empty.
+    targets_required: whether to reject a file in which the column of a target is missing or empty. minus_one: whether
+    -1 in all rows is a target; otherwise it means that a split, if it may, has none.
 
     Raises UserError with file and line.
     """
@@ -109,16 +111,24 @@ def read_table(
     records = list(read_records(rows, columns, targets_required, joiner))
     if not records:
         raise UserError(f"{path} has no rows")
-    return _check_targets(path, records, columns.cell_types(), targets_required)
+    return _check_targets(path, records, columns.cell_types(), targets_required, minus_one)
 
 
-def _check_targets(path: Path, records: list[Record], types: Mapping[str, CellType], required: bool) -> Table:
+def has_minus_one(table: Table, columns: Columns) -> bool:
+    """Return whether -1 is a target of a table."""
+    targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
+    return any(record.values.get(role) in _MINUS_ONE for record in table.records for role in targets)
+
+
+def _check_targets(
+    path: Path, records: list[Record], types: Mapping[str, CellType], required: bool, minus_one: bool
+) -> Table:
     """Return a table in which all records have their targets or none has."""
     found = {role for record in records for role in record.values}
     targets = [
         role for role, cell_type in types.items() if cell_type.target and (not cell_type.optional or role in found)
     ]
-    missing = (None,) if required else _MISSING
+    missing = (None,) if required or minus_one else (None, *_MINUS_ONE)
     decisive = [role for role in targets if not types[role].encoded] or targets
     labelled = any(record.values.get(role) not in missing for record in records for role in decisive)
     for role in targets:

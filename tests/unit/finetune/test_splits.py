@@ -6,12 +6,12 @@ import pytest
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn
 from finetune.data.records import Record, Table
-from finetune.kinds import multi_label
+from finetune.kinds import classification, multi_label
 from finetune.kinds.classification import ClassificationColumns
 from finetune.kinds.multiple_choice import MultipleChoiceColumns
 from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.kinds.regression import RegressionColumns
-from finetune.splits import make_kind, related_records, split_off
+from finetune.splits import make_kind, read_splits, related_records, split_off
 
 TEXTS = ClassificationColumns()
 
@@ -100,6 +100,21 @@ def test_labels_of_a_drawn_validation_split_are_known() -> None:
     assert make_kind(config, {"train": train, "validation": drawn}).labels == ("x", "y", "z")
     given = config.model_copy(update={"validation": "v.jsonl"})
     assert make_kind(given, {"train": train, "validation": drawn}).labels == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("train", "given", "labelled"), [("-1", None, True), ("0", None, False), ("0", ("-1", "0", "1"), True)]
+)
+def test_minus_one_in_all_rows_may_be_a_label(
+    tmp_path: Path, train: str, given: tuple[str, ...] | None, labelled: bool
+) -> None:
+    """Catches a test split of one class, -1, that is not scored, and one without labels that is."""
+    files = {"train": f"text,label\na,{train}\nb,1\n", "validation": "text,label\na,1\n", "test": "text,label\na,-1\n"}
+    for split, content in files.items():
+        (tmp_path / f"{split}.csv").write_text(content)
+    paths = {split: str(tmp_path / f"{split}.csv") for split in files}
+    config = classification.Config(**paths, labels=given, columns=ClassificationColumns(text="text"))
+    assert read_splits(config, tmp_path)["test"].labelled == labelled
 
 
 def test_too_few_rows_are_rejected() -> None:
