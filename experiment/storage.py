@@ -61,6 +61,7 @@ _TRANSIENT = {
     "TransportError",
 }
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound"}
+_EXPIRED = {"FileExpired"}  # of s3fs: another version is there
 # The names that storages give to the checksum of a file, or to the time of its last change.
 _VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "LastModified", "Last-Modified", "mtime")
 _TRANSIENT_NUMBERS = {
@@ -134,6 +135,10 @@ def _file_info(name: str, info: dict[str, Any]) -> FileInfo:
     if info["size"] is None:
         raise _without_size(name)
     return FileInfo(info["size"], next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
+
+
+def _changed(url: str) -> StorageError:
+    return StorageError(f"{url} changed while it was read; run the command again")
 
 
 def _without_size(url: str) -> StorageError:
@@ -327,9 +332,8 @@ class _Reader(io.RawIOBase):
         self._url = url
         self._file: Any = None
         self._position = 0
+        self._info: FileInfo | None = None
         self._size: int = retry(url, lambda: self._open().size)
-        if self._size is None:
-            raise _without_size(url)
 
     def readable(self) -> bool:
         return True
@@ -365,6 +369,13 @@ class _Reader(io.RawIOBase):
         if self._file is None:
             fs, path = _open_filesystem(self._url)
             self._file = fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
+            if self._file.size is None:
+                raise _without_size(self._url)
+            details = getattr(self._file, "details", {"size": self._file.size})  # of file://, that is all
+            info = _file_info(self._url, details)
+            if self._info not in (None, info):
+                raise _changed(self._url)
+            self._info = info
         return self._file
 
     def _close_file(self) -> None:
@@ -440,7 +451,7 @@ def _error_of_server(error: Exception) -> Exception:
 
 def _is_transient(error: BaseException) -> bool:
     names = {base.__name__ for base in type(error).__mro__}
-    if names & _NO_CREDENTIALS or isinstance(error, FileNotFoundError | PermissionError):
+    if names & (_NO_CREDENTIALS | _EXPIRED) or isinstance(error, FileNotFoundError | PermissionError):
         return False
     if (status := _http_status(error)) is not None:
         return status == 429 or status >= 500
@@ -460,6 +471,8 @@ def _storage_error(url: str, error: BaseException) -> StorageError:
     cause = first_line(error)
     if names & _NO_CREDENTIALS:
         return StorageError(f"{url}: no credentials: {advice}")
+    if names & _EXPIRED:
+        return _changed(url)
     if isinstance(error, PermissionError):
         return DeniedError(f"{url}: access denied ({cause}): check the credentials, which may have expired; {advice}")
     if isinstance(error, FileNotFoundError):

@@ -13,7 +13,7 @@ from pretrain.cleaning.step import Document, check_installed
 from pretrain.corpus.documents import check_read, read_documents
 from pretrain.corpus.formats import Document as RawDocument
 from pretrain.corpus.formats import ReadStats, explain_read_errors
-from pretrain.corpus.sources import Source, Span, find_sources
+from pretrain.corpus.sources import Source, Span, check_unchanged, find_sources
 
 
 def find_inputs(config: CleanConfig) -> tuple[Source, ...]:
@@ -65,3 +65,4 @@ def _read(source: Source, config: CleanConfig, stats: ReadStats) -> Iterator[Raw
     else:
         with explain_read_errors(source.name):
             yield from reader.read(source.name)
+    check_unchanged(source)

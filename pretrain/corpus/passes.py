@@ -8,8 +8,9 @@ from pretrain.corpus.documents import reading_progress
 from pretrain.corpus.engines import Engine
 from pretrain.corpus.records import SplitCount, SplitRecord, SplitTask, read_counts, read_finished, write_count
 from pretrain.corpus.source_digest import SourceDigest
+from pretrain.corpus.sources import changed_source
 from pretrain.corpus.splits import Split
-from pretrain.corpus.tasks import changed_source, count_split, tokenize_split
+from pretrain.corpus.tasks import count_split, tokenize_split
 
 R = TypeVar("R", SplitCount, SplitRecord)
 

@@ -23,7 +23,7 @@ from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData
 from experiment.models.hub_names import HubName
 from experiment.storage import FileInfo, is_url, join, list_files, stat_file
-from pretrain.corpus.formats import WHOLE, Range, check_is_read, detect_format
+from pretrain.corpus.formats import WHOLE, Range, UnreadableError, check_is_read, detect_format, explain_read_errors
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER
 from pretrain.corpus.options import SourceName
 
@@ -262,3 +262,15 @@ def report_skipped(where: str, count: int, example: str) -> None:
     """Say how many files or members of other formats are left out."""
     if count:
         print(f"{where}: skipping {counted(count, 'file')} of other formats, such as {example}", file=sys.stderr)
+
+
+def check_unchanged(source: Source) -> None:
+    """Raise UnreadableError if a file or archive is not the one that was found."""
+    if source.kind in ("file", "archive"):
+        with explain_read_errors(source.name):
+            if stat_file(source.name) != (source.bytes, source.version):
+                raise changed_source(source.name)
+
+
+def changed_source(name: str) -> UnreadableError:
+    return UnreadableError(f"{name} changed while it was read; run the command again")

@@ -17,11 +17,11 @@ import numpy as np
 
 from experiment.errors import UserError
 from experiment.files import checksum, sha256, write_json
-from experiment.storage import StorageError, stat_file
+from experiment.storage import StorageError
 from pretrain.corpus.build_plan import HELDOUT, MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
 from pretrain.corpus.engines import check_shared
-from pretrain.corpus.formats import Document, ReadStats, UnreadableError, explain_read_errors
+from pretrain.corpus.formats import Document, ReadStats, UnreadableError
 from pretrain.corpus.options import TextOptions
 from pretrain.corpus.records import (
     ShardRecord,
@@ -34,6 +34,7 @@ from pretrain.corpus.records import (
 )
 from pretrain.corpus.shards import Piece, PieceWriter, join_pieces
 from pretrain.corpus.source_digest import SourceDigest
+from pretrain.corpus.sources import changed_source, check_unchanged
 from pretrain.corpus.splits import Split
 from pretrain.corpus.tokenization import DocumentEncoder, EncodedBatch, TokenizerSpec
 
@@ -139,10 +140,7 @@ def _read(job: BuildJob, split: Split, stats: ReadStats) -> Iterator[tuple[Docum
         else:
             stats.empty_documents += 1
     for source, _ in split.spans:
-        if source.kind in ("file", "archive"):
-            with explain_read_errors(source.name):
-                if stat_file(source.name) != (source.bytes, source.version):
-                    raise changed_source(source.name)
+        check_unchanged(source)
 
 
 def _encode(encoder: DocumentEncoder, documents: Sequence[Document]) -> EncodedBatch:
@@ -153,10 +151,6 @@ def _encode(encoder: DocumentEncoder, documents: Sequence[Document]) -> EncodedB
         first, last = documents[0].place, documents[-1].place
         where = first if len(documents) == 1 else f"a document between {first} and {last}"
         raise UserError(f"the tokenizer fails on {where}: {error}") from None
-
-
-def changed_source(name: str) -> UnreadableError:
-    return UnreadableError(f"{name} changed while it was read; run the command again")
 
 
 def _tokenize(job: BuildJob, split: Split, parts: bytes) -> SplitRecord:

@@ -158,6 +158,20 @@ def test_errors_of_a_web_server(web_server: str, tmp_path: Path, monkeypatch: py
             list_files(url)
 
 
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_file_that_changes_while_it_is_read(bucket: str, monkeypatch: pytest.MonkeyPatch, is_listed: bool) -> None:
+    """Catches the beginning of one version with the end of another, and advice that repeats the error."""
+    monkeypatch.setattr(storage, "_BLOCK", 1 << 10)
+    put(bucket, x=CONTENT)
+    if is_listed:
+        list_files(bucket)
+    with open_url(f"{bucket}/x") as file:
+        assert file.read(10) == CONTENT[:10]
+        put(bucket, x=bytes(len(CONTENT)))
+        with pytest.raises(StorageError, match=r"x changed while it was read; run the command again"):
+            file.read()
+
+
 def test_a_download_continues(bucket: str, tmp_path: Path) -> None:
     """Catches a copy that starts over, and progress that does not add up to the size."""
     put(bucket, x=CONTENT)

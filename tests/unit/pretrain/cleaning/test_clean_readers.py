@@ -206,6 +206,18 @@ def test_a_dump_of_wikipedia(tmp_path: Path) -> None:
         read(tmp_path / "cut.xml.bz2")
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "a\nb\n"), ("wiki.xml", WIKI)])
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, name: str, content: str) -> None:
+    """Catches a result with documents of two versions."""
+    (tmp_path / name).write_text(content)
+    config = build_config(CleanConfig, {"source": str(tmp_path), "output": "out"})
+    found = read_inputs(find_inputs(config), config)
+    next(found)
+    (tmp_path / name).write_text(content + "\n")
+    with pytest.raises(UserError, match=rf"{name} changed while it was read; run the command again"):
+        list(found)
+
+
 def test_an_article_with_many_notes_takes_linear_time() -> None:
     """Catches a list of thousands of notes that a worker searches for each of them."""
     source = "A fact.<ref>[[File:x.png|A [[book]]]]</ref>[[File:x.png|<ref>b</ref>]]\n\n\n" * 1_000
