@@ -333,7 +333,7 @@ class _Reader(io.RawIOBase):
         self._file: Any = None
         self._position = 0
         self._info: FileInfo | None = None
-        self._size: int = retry(url, lambda: self._open().size)
+        self._size: int = _retry(url, lambda: self._open().size)
 
     def readable(self) -> bool:
         return True
@@ -348,7 +348,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if self._position >= self._size:
             return 0
-        block = retry(self._url, lambda: self._read(len(buffer)))
+        block = _retry(self._url, lambda: self._read(len(buffer)))
         buffer[: len(block)] = block
         self._position += len(block)
         return len(block)
@@ -415,7 +415,22 @@ def _call(url: str, function: Callable[[Any, str], T]) -> T:
         fs.invalidate_cache()
         return function(fs, path)
 
-    return retry(url, call)
+    return _retry(url, call)
+
+
+def _retry(url: str, function: Callable[[], T]) -> T:
+    """Like `retry`. After an error, the next call reads credentials and other settings again: a file system keeps those
+    that it began with."""
+    import fsspec
+
+    try:
+        return retry(url, function)
+    except MissingError:  # expected
+        raise
+    except StorageError:
+        if (file_system := fsspec.registry.get(url.partition("://")[0])) is not None:
+            file_system.clear_instance_cache()
+        raise
 
 
 def retry(name: str, function: Callable[[], T], explain: Callable[[str, Exception], UserError] | None = None) -> T:

@@ -271,7 +271,8 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_credentials(bucket: str, faulty: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches retries, or an unclear message, for credentials that are missing or expired."""
+    """Catches retries, or an unclear message, for credentials that are missing or expired, and new ones that have no
+    effect until the process ends."""
     import s3fs
 
     put(bucket, x=b"1")
@@ -281,13 +282,15 @@ def test_credentials(bucket: str, faulty: Proxy, monkeypatch: pytest.MonkeyPatch
         read_bytes(f"{bucket}/x")
     assert faulty.met == 1
     faulty.lasting = None
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(StorageError, match=f"^{bucket}/x: no credentials: set AWS_ACCESS_KEY_ID and "):
-        read_bytes(f"{bucket}/x")
+    with monkeypatch.context() as missing:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            missing.delenv(name)
+        missing.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        missing.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+        for use in (read_bytes, open_url):
+            with pytest.raises(StorageError, match=f"^{bucket}/x: no credentials: set AWS_ACCESS_KEY_ID and "):
+                use(f"{bucket}/x")
+    assert read_bytes(f"{bucket}/x") == b"1"
 
 
 def test_nothing_is_logged_when_all_is_well(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
