@@ -24,13 +24,14 @@ def worker_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """Open a pool of processes that each call `initializer(*initargs)` first.
 
-    Workers are forked from a fork server, which has no threads or locks that a fork could break. Ctrl-C does not reach
-    them, nor the fork server while it imports modules. Raises StoppedError with `advice` if a worker is killed.
+    Workers are forked from a fork server, which has no threads or locks that a fork could break. They have the
+    environment variables of this process. Ctrl-C does not reach them, nor the fork server while it imports modules.
+    Raises StoppedError with `advice` if a worker is killed.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["pretrain.corpus.tasks"])
     closed_to_stop, stop = context.Pipe(duplex=False)
-    pool = _Pool(workers, context, _start, (closed_to_stop, initializer, initargs))
+    pool = _Pool(workers, context, _start, (closed_to_stop, dict(os.environ), initializer, initargs))
     try:
         with _isolated():
             with signals_blocked((signal.SIGINT,)):  # Ctrl-C reaches the whole process group; the parent handles it
@@ -58,18 +59,27 @@ class _Pool(ProcessPoolExecutor):
 def _isolated() -> Iterator[None]:
     """Let processes that start in the block import neither the main module, because a script that builds a corpus would
     build it again, nor files in the working directory that have the names of our packages."""
-    main, safe_path = sys.modules["__main__"], os.environ.get("PYTHONSAFEPATH", "")  # which is off if it is empty
+    main, safe_path = sys.modules["__main__"], os.environ.get("PYTHONSAFEPATH")
     sys.modules["__main__"], os.environ["PYTHONSAFEPATH"] = ModuleType("__main__"), "1"
     try:
         yield
     finally:
-        sys.modules["__main__"], os.environ["PYTHONSAFEPATH"] = main, safe_path
+        sys.modules["__main__"] = main
+        if safe_path is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = safe_path
 
 
 def _start(
-    closed_to_stop: connection.Connection, initializer: Callable[[*Args], None] | None, initargs: tuple[*Args]
+    closed_to_stop: connection.Connection,
+    environment: dict[str, str],
+    initializer: Callable[[*Args], None] | None,
+    initargs: tuple[*Args],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # if the fork server has been started by others
+    os.environ.clear()  # the fork server has the variables of the first pool
+    os.environ.update(environment)
     threading.Thread(target=_exit_with_parent, args=(closed_to_stop,), daemon=True).start()
     if initializer is not None:
         initializer(*initargs)
