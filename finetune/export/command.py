@@ -37,6 +37,8 @@ def export_command(options: ExportOptions) -> None:
             if repository is not None:
                 name_model(aside, repository.repository)
     except OSError as error:
+        if not source.exists():  # by the retention of a run that trains
+            raise UserError(f"{source} was deleted while it was exported; run the command again") from None
         raise UserError(f"cannot write {target}: {describe_disk_error(error) or reason(error)}") from None
     print("\n".join([f"{source} -> {target}", *lines]), flush=True)
     if repository is not None:

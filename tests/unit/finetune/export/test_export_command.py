@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.retention import discard
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from finetune.prediction import onnx_model
@@ -102,6 +103,27 @@ def test_a_failed_export_leaves_no_folder(run: Path, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match=r"cannot write .*encoder: disk full"):
         export(run, tmp_path / "encoder")
     assert list(tmp_path.glob("*encoder*")) == []
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a message that names the output as the cause, and quotes shutil."""
+    checkpoint = checkpoint_path(run / "checkpoints", 2)
+
+    class Unlisted(set[Path]):
+        def __contains__(self, path: object) -> bool:  # while the folder is copied
+            if checkpoint.exists():
+                discard(checkpoint)
+            return False
+
+    monkeypatch.setattr("finetune.export.command.unlisted_files", lambda _: Unlisted())
+    with pytest.raises(UserError, match=r"^.*/step-00000002/hf was deleted while it was exported; run the command ag"):
+        export(run, tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()
+    monkeypatch.undo()
+    export(run, tmp_path / "encoder")
+    assert step_of(tmp_path / "encoder") == 1.0
 
 
 def test_the_output_cannot_be_in_what_is_exported(run: Path) -> None:
