@@ -19,6 +19,7 @@ from experiment import progress
 from experiment.config import Section, build_config, load_config
 from experiment.config.field_types import expand_home
 from experiment.config.yaml_dialect import write_yaml
+from experiment.csv_and_jsonl import warn_once
 from experiment.errors import UserError
 from experiment.files import read_json, write_text
 from experiment.process.fast_imports import fast_imports
@@ -297,6 +298,7 @@ def _as_a_command(quiet: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise UserError("call deepcloze in the main thread, which gets the signals that stop a run")
     handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+    warn_once.cache_clear()  # once in each command
     try:
         with progress.quiet() if quiet else nullcontext():
             yield

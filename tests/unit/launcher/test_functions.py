@@ -19,6 +19,7 @@ import deepcloze
 from deepcloze import UserError
 from experiment import progress
 from experiment.config import load_config
+from experiment.csv_and_jsonl import warn_once
 from experiment.errors import is_quiet
 from experiment.process.signals import ignore_stop_signals
 from launcher.options import PretrainOptions
@@ -253,6 +254,19 @@ def test_a_quiet_call_ends_with_its_function(monkeypatch: pytest.MonkeyPatch) ->
         deepcloze.pretrain(RUN, quiet=True)
         assert is_quiet()
     assert (names, modes) == (["other.yaml", "other.yaml", "mine.yaml"], [True, False, True])
+
+
+def test_each_call_warns_about_data(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a warning about a file that only the first call of a notebook shows, or one that a call shows twice."""
+
+    def launch(_: PretrainOptions) -> None:
+        for _ in range(2):
+            warn_once("a.csv: skipped 12 rows")
+
+    monkeypatch.setattr("launcher.launch.launch_pretraining", launch)
+    for _ in range(2):
+        deepcloze.pretrain(RUN)
+    assert caplog.messages == ["a.csv: skipped 12 rows"] * 2
 
 
 @pytest.mark.parametrize("function", ["pretrain.evaluate.evaluate", "finetune.run.run"])
