@@ -156,9 +156,10 @@ def pretrain(options: PretrainOptions) -> None:
 
         launch_detached(options)
     else:
+        from experiment.run_files.goodput import process_start
         from launcher.launch import launch_pretraining
 
-        launch_pretraining(options)
+        launch_pretraining(options, process_start())
 
 
 def evaluate(options: EvaluateOptions) -> None:

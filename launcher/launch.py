@@ -41,14 +41,17 @@ from pretrain.restore import restore_run
 _PEAK_RATIO = 1.5  # highest loss divided by the first one; healthy runs stay below, also with batches of two sequences
 
 
-def launch_pretraining(options: PretrainOptions) -> None:
+def launch_pretraining(options: PretrainOptions, start_time: float | None = None) -> None:
     """Pretrain, one process per slot, and return when the run is done; or print the plan, for a dry run.
+
+    start_time: since when the time of the first attempt counts, as `time.time()`; default: now.
 
     Raises UserError for anything that would keep the ranks from starting, StoppedError for a run that stopped early but
     can resume, KeyboardInterrupt for a signal before the ranks begin, and SystemExit for a run that failed (with a
     message) or that the ranks rejected (rank 0 prints why).
     """
     checked_at = time.time()
+    start_time = checked_at if start_time is None else start_time
     if options.profile:
         options = options.model_copy(update={"overrides": {**options.overrides, "run.profile": "true"}})
     raise_limit_of_open_files()
@@ -65,7 +68,7 @@ def launch_pretraining(options: PretrainOptions) -> None:
         _restore_for_plan(config, folder, dead_owner)
         slots = chosen_slots(options, machine)
         announce_checks(options.config, slots)
-        with _ranks_started_early(options, slots, machine) as held:
+        with _ranks_started_early(options, slots, machine, start_time) as held:
             with warnings_left_to_rank0():
                 plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
                 if plan.local:
@@ -76,8 +79,8 @@ def launch_pretraining(options: PretrainOptions) -> None:
                         announce_checks(options.config, plan.slots)
             if options.autotune:
                 plan = autotune(plan, dead_owner)
-            start = replace(plan.launch(), checked_at=checked_at, dead_owner=dead_owner, held=held)
-            launch(start, plan.summary)
+            start = replace(plan.launch(), start_time=start_time, checked_at=checked_at)
+            launch(replace(start, dead_owner=dead_owner, held=held), plan.summary)
 
 
 def _restore_for_plan(config: PretrainConfig, folder: RunFolder, dead_owner: Renewal | None) -> None:
@@ -97,12 +100,12 @@ def _restore_for_plan(config: PretrainConfig, folder: RunFolder, dead_owner: Ren
 
 
 def _ranks_started_early(
-    options: PretrainOptions, slots: Slots, machine: Machine
+    options: PretrainOptions, slots: Slots, machine: Machine, start_time: float
 ) -> contextlib.AbstractContextManager[HeldRanks | None]:
     """Return the ranks of a launch on this machine, which import their libraries while the launch is checked."""
     if not is_local(slots) or options.autotune:  # others depend on the plan
         return contextlib.nullcontext()
-    return held_ranks(local_command(options, slots, machine))
+    return held_ranks(local_command(options, slots, machine), start_time)
 
 
 def _warn_of_full_disk(plan: LaunchPlan) -> None:

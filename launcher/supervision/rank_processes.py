@@ -17,7 +17,6 @@ from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder, temporary_root
 from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
 from experiment.process.signals import handle_stop_signals, interrupt, kill_group, warnings_blocked
-from experiment.run_files.goodput import process_start
 from experiment.run_files.heartbeat import Heartbeat, request_stack
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
@@ -204,7 +203,6 @@ class HeldRanks:
     """Ranks on this machine that have been started, and wait after their imports."""
 
     command: Command
-    start_time: float  # of the attempt, exactly as the ranks know it
     begin: Callable[[], RunningRanks]  # to call once
 
 
@@ -246,13 +244,14 @@ def started(
 
 
 @contextmanager
-def held_ranks(command: Command) -> Iterator[HeldRanks]:
+def held_ranks(command: Command, start_time: float) -> Iterator[HeldRanks]:
     """Start ranks that import their modules, which takes seconds, and wait until `begin` is called. They are killed at
     the end of the block, or earlier if this process dies. Raises KeyboardInterrupt for a stop signal.
 
+    start_time: of the attempt, as `time.time()`; the launch has the same.
+
     `begin` raises UserError if its temporary folder was removed or is full.
     """
-    start_time = process_start()
     with temporary_folder(temporary_root(), "deepcloze-launch-") as folder, ExitStack() as held:
         gate = folder / "gate"
         signals: list[int] = []
@@ -272,7 +271,7 @@ def held_ranks(command: Command) -> Iterator[HeldRanks]:
                     raise UserError(f"cannot create {gate}: {error.strerror}") from None
                 yield process
 
-        yield HeldRanks(command, start_time, begin)
+        yield HeldRanks(command, begin)
 
 
 @contextmanager

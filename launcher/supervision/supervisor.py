@@ -15,7 +15,7 @@ from pathlib import Path
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import remove_unfinished
 from experiment.run_files.checkpoints import saves
-from experiment.run_files.goodput import process_start, record_end
+from experiment.run_files.goodput import record_end
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import lock_run
@@ -157,9 +157,7 @@ class _Supervisor:
 
     def _start_time(self) -> float:
         """Return when the current attempt started. The first includes the time before the launch was checked."""
-        if self._attempts:
-            return time.time()
-        return self._launch.held.start_time if self._launch.held else process_start()
+        return time.time() if self._attempts else self._launch.start_time
 
     def _has_saved_since(self, before: set[tuple[int, int]] | None) -> bool:
         now = saves(self._folder.checkpoints)

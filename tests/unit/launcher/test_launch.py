@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+import deepcloze
 from experiment.config import load_config
 from experiment.errors import StoppedError, UserError
 from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
@@ -127,10 +128,10 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     @contextmanager
-    def held_ranks(command: Command) -> Iterator[HeldRanks]:
+    def held_ranks(command: Command, _: float) -> Iterator[HeldRanks]:
         seen.append(shlex.join(command.argv))
         try:
-            yield HeldRanks(command, 5.0, nullcontext)
+            yield HeldRanks(command, nullcontext)
         finally:
             seen.append("ended")
 
@@ -176,11 +177,21 @@ def test_a_launch_and_its_process_may_begin_at_different_times(config: str, monk
     ledger."""
     seen: list[Launch] = []
     monkeypatch.setattr(launch, "supervise", lambda start: seen.append(start) or LaunchResult(Outcome.DONE))
+    monkeypatch.setattr("experiment.run_files.goodput.process_start", lambda: 5.0)
     before = time.time()
-    launch_pretraining(PretrainOptions(config=config, num_gpus=2))
+    assert main(["pretrain", "--config", config, "--num_gpus=2"]) == 0
     assert before <= seen[0].checked_at <= time.time()
-    assert seen[0].held is not None
-    assert seen[0].held.start_time == 5.0
+    assert seen[0].start_time == 5.0
+
+
+def test_a_call_begins_when_it_is_made(config: str, launches: list[Launch]) -> None:
+    """Catches a run that counts the hours of a notebook before it was called, and whose second attempt is taken for the
+    first one."""
+    before = time.time()
+    for _ in range(2):
+        deepcloze.pretrain(config, num_gpus=2)
+    first, second = launches
+    assert before <= first.start_time < second.start_time <= time.time()
 
 
 def test_a_refused_launch_leaves_the_output_of_the_active_one(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def step(name):
     print(name, flush=True)
     time.sleep(1)
 
-def launch_pretraining(_):
+def launch_pretraining(*_):
     with handle_stop_signals(interrupt):
         try:
             while True:

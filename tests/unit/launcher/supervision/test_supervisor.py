@@ -21,7 +21,7 @@ from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import AlertsConfig, TrackingConfig
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import attempt as attempt_module
-from launcher.supervision import launch_result, restarts, supervisor
+from launcher.supervision import launch_result, restarts
 from launcher.supervision.attempt import Launch
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.supervisor import remove_earlier_output, supervise
@@ -219,16 +219,14 @@ def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFol
     assert launches(folder)[0]["outcome"] == "stopped"
 
 
-def test_a_stop_file_older_than_the_launch_but_not_its_process_is_removed(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_file_older_than_the_launch_but_not_its_process_is_removed(folder: RunFolder) -> None:
     """Catches `sh -c 'prepare && exec deepcloze pretrain'` that stops at once because of a STOP file created while the
     shell prepared the launch."""
     began = time.time() - 100
     folder.stop.touch()
     os.utime(folder.stop, (began + 50, began + 50))
-    monkeypatch.setattr(supervisor, "process_start", lambda: began)
-    assert attempt(folder, "write_outcome(folder, Outcome.DONE)").outcome is Outcome.DONE
+    launch = replace(one_launch(folder, "write_outcome(folder, Outcome.DONE)"), start_time=began)
+    assert supervise(launch).outcome is Outcome.DONE
     assert datetime.fromisoformat(launches(folder)[0]["time"]).timestamp() == int(began)
 
 
