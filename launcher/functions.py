@@ -23,6 +23,7 @@ from experiment.csv_and_jsonl import warn_once
 from experiment.errors import UserError
 from experiment.files import read_json, write_text
 from experiment.process.fast_imports import fast_imports
+from experiment.process.own_process import restore_devices
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import Event, read_events
@@ -137,12 +138,15 @@ def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str,
         raise UserError(f"evaluate: 'corpora': expected a list of folders, found one: [{str(corpora)!r}]")
     from launcher.hosts.machine import launch_machine
 
-    launch_machine()
-    with fast_imports():
-        from pretrain.evaluate import evaluate as evaluate_corpora
+    try:
+        launch_machine()
+        with fast_imports():
+            from pretrain.evaluate import evaluate as evaluate_corpora
 
-    with _own_torch_state():
-        return evaluate_corpora(expand_home(str(checkpoint)), [expand_home(str(corpus)) for corpus in corpora])
+        with _own_torch_state():
+            return evaluate_corpora(expand_home(str(checkpoint)), [expand_home(str(corpus)) for corpus in corpora])
+    finally:
+        restore_devices()
 
 
 def finetune(config: Config, overrides: Overrides | None = None, *, quiet: bool = False) -> dict[str, Any]:
@@ -293,8 +297,8 @@ def _own_torch_state() -> Iterator[None]:
 
 @contextmanager
 def _as_a_command(quiet: bool) -> Iterator[None]:
-    """Raise RuntimeError or UserError in place of the end of the process, and restore the handlers of signals. Messages
-    about flags are about `overrides`."""
+    """Raise RuntimeError or UserError in place of the end of the process, and restore the handlers of signals and the
+    variables that choose devices. Messages about flags are about `overrides`."""
     if threading.current_thread() is not threading.main_thread():
         raise UserError("call deepcloze in the main thread, which gets the signals that stop a run")
     handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
@@ -312,5 +316,6 @@ def _as_a_command(quiet: bool) -> Iterator[None]:
             raise UserError("the run was rejected, for the reason that is printed above") from None
         raise RuntimeError(str(ending.code).removeprefix("deepcloze: ")) from None
     finally:
+        restore_devices()
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -26,9 +26,10 @@ GATE_VARIABLE = "DEEPCLOZE_GATE"
 """A file. The ranks wait for it after their imports: meanwhile the launch checks the config. Only on the machine of the
 launch."""
 
-_DEVICE = "DS_ACCELERATOR"
+_DEVICE, _GPUS = "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.01
-_given_device: list[str | None] = []  # the variable before `use_cpu`
+_CPU = {_DEVICE: "cpu", _GPUS: ""}  # as `use_cpu` and `hide_gpus` set them
+_given: dict[str, str | None] = {}  # before that
 
 
 def has_launcher() -> bool:
@@ -49,26 +50,40 @@ def own_environment() -> dict[str, str]:
 def use_cpu() -> None:
     """Let DeepSpeed, if this process imports it later, use the CPU, instead of looking for a GPU. Neither it nor torch
     says then that there is none."""
-    if not _given_device or os.environ.get(_DEVICE) != "cpu":
-        _given_device[:] = [os.environ.get(_DEVICE)]
-    os.environ[_DEVICE] = "cpu"
+    _set(_DEVICE)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of CUDA's compiler without a GPU
 
 
 def hide_gpus() -> None:
     """Let torch find no GPU if DS_ACCELERATOR is cpu, by the user's choice. Call it before torch looks for one."""
     if given_environment().get(_DEVICE) == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        _set(_GPUS)
+
+
+def _set(name: str) -> None:
+    if name not in _given or os.environ.get(name) != _CPU[name]:
+        _given[name] = os.environ.get(name)
+    os.environ[name] = _CPU[name]
+
+
+def restore_devices() -> None:
+    """Undo `use_cpu` and `hide_gpus`, in a process that is not ours: its child processes would inherit the choice."""
+    while _given:
+        name, value = _given.popitem()
+        if os.environ.get(name) == _CPU[name]:  # nobody has changed it since
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def given_environment() -> dict[str, str]:
     """Return the environment without the choice of `use_cpu`, which is not the user's: ranks on other hosts may have
     GPUs."""
     environment = dict(os.environ)
-    if _given_device and environment.get(_DEVICE) == "cpu":
+    if _DEVICE in _given and environment.get(_DEVICE) == "cpu":
         del environment[_DEVICE]
-        if _given_device[0] is not None:
-            environment[_DEVICE] = _given_device[0]
+        if (value := _given[_DEVICE]) is not None:
+            environment[_DEVICE] = value
     return environment
 
 

@@ -1,6 +1,7 @@
 """The functions of the module `deepcloze`, without training. Their examples run in test_documented_commands.py."""
 
 import inspect
+import os
 import re
 import shutil
 import signal
@@ -21,7 +22,10 @@ from experiment import progress
 from experiment.config import load_config
 from experiment.csv_and_jsonl import warn_once
 from experiment.errors import is_quiet
+from experiment.process import own_process
+from experiment.process.own_process import hide_gpus, use_cpu
 from experiment.process.signals import ignore_stop_signals
+from launcher.hosts.machine import Devices
 from launcher.options import PretrainOptions
 from pretrain.config import PretrainConfig
 
@@ -267,6 +271,42 @@ def test_each_call_warns_about_data(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     for _ in range(2):
         deepcloze.pretrain(RUN)
     assert caplog.messages == ["a.csv: skipped 12 rows"] * 2
+
+
+@pytest.mark.parametrize("given", [None, "cpu"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("launcher.launch.launch_pretraining", lambda: deepcloze.pretrain(RUN)),
+        ("pretrain.evaluate.evaluate", lambda: deepcloze.evaluate("runs/mine", ["corpus"])),
+        ("finetune.run.run", lambda: deepcloze.finetune(TASK)),
+    ],
+)
+def test_the_device_is_chosen_for_the_call_alone(
+    name: str, call: Callable[[], object], given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a notebook on a machine without GPUs whose later commands tell hosts with GPUs to use their CPUs, and one
+    that never finds its GPUs again."""
+
+    def choose(*_: object) -> None:
+        use_cpu()
+        hide_gpus()
+        chosen.append((os.environ["DS_ACCELERATOR"], os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+    chosen: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(own_process, "_given", {})
+    monkeypatch.setattr("finetune.resolve.load_run_config", lambda *_: None)
+    monkeypatch.setattr("launcher.hosts.machine.find_devices", lambda _: Devices("cpu", (0, 1)))
+    monkeypatch.setattr(name, choose)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # restored at the end
+    if given is None:
+        monkeypatch.delenv("DS_ACCELERATOR")
+    call()
+    assert chosen == [("cpu", "0,1" if given is None else "")]
+    assert (os.environ.get("DS_ACCELERATOR"), os.environ["CUDA_VISIBLE_DEVICES"]) == (given, "0,1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert own_process.own_environment()["DS_ACCELERATOR"] == "cpu", "the choice of the user now"
 
 
 @pytest.mark.parametrize("function", ["pretrain.evaluate.evaluate", "finetune.run.run"])

@@ -45,7 +45,7 @@ def test_the_cpu_beside_a_gpu_is_taken_with_a_warning(
 ) -> None:
     """Catches fine-tuning that takes the CPU without a word because the driver does not fit torch, or because this
     process has told DeepSpeed so."""
-    monkeypatch.setattr(own_process, "_given_device", [])
+    monkeypatch.setattr(own_process, "_given", {})
     monkeypatch.setenv("DS_ACCELERATOR", "")  # restored at the end
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

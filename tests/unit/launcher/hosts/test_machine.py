@@ -38,7 +38,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_hosts_do_not_use_the_cpu_because_this_one_does(monkeypatch: pytest.MonkeyPatch, given: str | None):
     """Catches a sweep from a machine without GPUs whose second run, or whose child processes, tell hosts with GPUs to
     use their CPUs, and a choice of the user that they do not get."""
-    monkeypatch.setattr(own_process, "_given_device", [])
+    monkeypatch.setattr(own_process, "_given", {})
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # restored at the end
     if given is None:
         monkeypatch.delenv("DS_ACCELERATOR")
@@ -54,7 +54,7 @@ def test_other_hosts_do_not_use_the_cpu_because_this_one_does(monkeypatch: pytes
 @pytest.mark.parametrize(("accelerator", "visible"), [("cpu", ""), ("cuda", "0,1")])
 def test_gpus_are_hidden_where_the_cpu_is_chosen(monkeypatch: pytest.MonkeyPatch, accelerator: str, visible: str):
     """Catches fine-tuning that uses a GPU with DS_ACCELERATOR=cpu, and one that does not use the GPUs chosen."""
-    monkeypatch.setattr(own_process, "_given_device", [])
+    monkeypatch.setattr(own_process, "_given", {})
     monkeypatch.setenv("DS_ACCELERATOR", accelerator)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     own_process.hide_gpus()
