@@ -23,6 +23,7 @@ from experiment.csv_and_jsonl import warn_once
 from experiment.errors import UserError
 from experiment.files import read_json, write_text
 from experiment.process.fast_imports import fast_imports
+from experiment.process.hardware import return_freed_memory
 from experiment.process.own_process import restore_devices
 from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt
 from experiment.run_files.run_folder import RunFolder
@@ -173,8 +174,11 @@ def finetune(config: Config, overrides: Overrides | None = None, *, quiet: bool 
             from finetune.resolve import load_run_config
             from finetune.run import run
 
-        with _own_torch_state():
-            return run(load_run_config(options.config, options.overrides))
+        try:
+            with _own_torch_state():
+                return run(load_run_config(options.config, options.overrides))
+        finally:
+            return_freed_memory()
 
 
 def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool = False, **flags: Any) -> dict[str, Any]:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 HOPPER = 9  # major number of the compute capability of H100 and H200
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1
+_MMAP_THRESHOLD = 32 * 2**20  # to which glibc raises its threshold at most, as large blocks are freed: mallopt(3)
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,16 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+
+
+def return_freed_memory() -> None:
+    """Undo `keep_freed_memory`, and return the memory that is free: for a process that is not ours."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 65536)  # the default
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD)
+        libc.malloc_trim(0)
 
 
 def available_device() -> "torch.device":

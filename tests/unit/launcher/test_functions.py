@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from experiment.config import load_config
 from experiment.csv_and_jsonl import warn_once
 from experiment.errors import is_quiet
 from experiment.process import own_process
+from experiment.process.hardware import keep_freed_memory
 from experiment.process.own_process import hide_gpus, use_cpu
 from experiment.process.signals import ignore_stop_signals
 from launcher.hosts.machine import Devices
@@ -307,6 +309,32 @@ def test_the_device_is_chosen_for_the_call_alone(
     assert (os.environ.get("DS_ACCELERATOR"), os.environ["CUDA_VISIBLE_DEVICES"]) == (given, "0,1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert own_process.own_environment()["DS_ACCELERATOR"] == "cpu", "the choice of the user now"
+
+
+def test_memory_is_returned_after_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a notebook that keeps the memory of a fine-tuning, and all that it frees later."""
+    process = psutil.Process()
+    pins: list[bytes] = []
+
+    def train(_: None) -> dict[str, Any]:
+        keep_freed_memory()
+        blocks = []
+        for _ in range(200):
+            blocks.append(b"x" * 2**20)
+            pins.append(bytes(4000))  # between blocks that are freed
+        used.append(process.memory_info().rss)
+        return {}
+
+    used: list[int] = []
+    monkeypatch.setattr("finetune.run.run", train)
+    monkeypatch.setattr("finetune.resolve.load_run_config", lambda *_: None)
+    deepcloze.finetune(TASK)
+    after = process.memory_info().rss
+    assert after < used[0] - 150e6
+    for _ in range(2):
+        b"x" * 2**27
+    assert process.memory_info().rss < after + 50e6
+    assert len(pins) == 200
 
 
 @pytest.mark.parametrize("function", ["pretrain.evaluate.evaluate", "finetune.run.run"])
