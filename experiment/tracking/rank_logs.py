@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -40,17 +41,27 @@ def set_up_logging(folder: RunFolder, rank: int) -> list[_Removed]:
 @contextmanager
 def logging_set_up(folder: RunFolder) -> Iterator[None]:
     """Log in the block as rank 0 does, for a command of one process, or a function that a script calls."""
-    level = logging.getLogger().level
+    root, show_warning = logging.getLogger(), warnings.showwarning
+    level, others = root.level, [(handler, handler.level) for handler in root.handlers]
     removed = set_up_logging(folder, 0)
+    captured_before = warnings.showwarning is show_warning
+    for handler, own_level in others:
+        handler.setLevel(max(level, own_level))
+        if type(handler) is logging.StreamHandler:
+            handler.addFilter(_is_left_to_others)
     try:
         yield
     finally:
         _remove_own_handlers()
+        for handler, own_level in others:
+            handler.setLevel(own_level)
+            handler.removeFilter(_is_left_to_others)
         for logger, handler, propagate in removed:
             logger.addHandler(handler)
             logger.propagate = propagate
-        logging.getLogger().setLevel(level)
-        logging.captureWarnings(False)
+        root.setLevel(level)
+        if not captured_before:
+            logging.captureWarnings(False)
 
 
 def _remove_own_handlers() -> None:
@@ -90,14 +101,17 @@ class _RankLog(logging.FileHandler):
             super().handleError(record)
 
 
+def _is_left_to_others(record: logging.LogRecord) -> bool:
+    """Return whether the terminal shows a message only if the script that calls us has a handler for it."""
+    ours = record.name.split(".")[0] in OUR_PACKAGES
+    return not ours and (record.levelno < logging.WARNING or record.name == "py.warnings")
+
+
 class _Terminal(logging.Handler):
     """Prints above the progress line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.name == PROGRESS_LOG:
-            return False
-        ours = record.name.split(".")[0] in OUR_PACKAGES
-        return ours or (record.levelno >= logging.WARNING and record.name != "py.warnings")
+        return record.name != PROGRESS_LOG and not _is_left_to_others(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

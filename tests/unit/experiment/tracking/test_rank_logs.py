@@ -108,6 +108,35 @@ def test_handlers_of_a_script_are_back_after_the_call(tmp_path: Path) -> None:
     assert "during" in RunFolder(tmp_path).rank_log(0).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_handlers_of_a_script_show_no_more_than_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], captured: bool
+) -> None:
+    """Catches messages that a script with `logging.basicConfig()` shows twice, messages of libraries that it does not
+    show otherwise, and Python's warnings that it no longer logs after the call."""
+    root, written = logging.getLogger(), io.StringIO()
+    root.setLevel(logging.WARNING)
+    handlers = [logging.StreamHandler(written), logging.FileHandler(tmp_path / "own.log")]
+    for handler in handlers:
+        root.addHandler(handler)
+    logging.captureWarnings(captured)
+    show_warning = warnings.showwarning
+    with logging_set_up(RunFolder(tmp_path)):
+        for name in ("finetune", "library", "experiment.progress"):
+            logging.getLogger(name).info("information of %s", name)
+        for name in ("finetune", "library"):
+            logging.getLogger(name).warning("warning of %s", name)
+    handlers[1].close()
+    printed = ["information of finetune", "warning: warning of finetune", "warning: warning of library"]
+    assert capsys.readouterr().err.splitlines() == printed
+    assert written.getvalue() == ""
+    assert (tmp_path / "own.log").read_text() == "warning of finetune\nwarning of library\n"
+    logging.getLogger("finetune").warning("after")
+    assert written.getvalue() == "after\n"
+    assert [(handler.level, handler.filters) for handler in handlers] == [(0, []), (0, [])]
+    assert warnings.showwarning == show_warning
+
+
 def test_setting_up_twice_logs_once_and_a_second_attempt_appends(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
