@@ -4,6 +4,7 @@ They take the arguments of the commands, print the same progress, and return res
 input, StoppedError for work that was stopped and that the same call resumes, and RuntimeError if a run failed.
 """
 
+import gc
 import json
 import os
 import reprlib
@@ -285,18 +286,22 @@ _TORCH_STATE = threading.RLock()
 
 @contextmanager
 def _own_torch_state() -> Iterator[None]:
-    """Keep the random state of the caller's process, and compute gradients if the caller does not. One thread at a
-    time."""
+    """Keep the random state of the caller's process, compute gradients if the caller does not, and free the memory of
+    GPUs for other processes, such as ranks. One thread at a time."""
     import torch
 
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with (
-        _TORCH_STATE,
-        torch.random.fork_rng(devices),
-        torch.inference_mode(mode=False),
-        torch.enable_grad(),
-    ):
-        yield
+    with _TORCH_STATE:
+        was_initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = range(torch.cuda.device_count()) if was_initialized else ()
+        try:
+            with torch.random.fork_rng(devices), torch.inference_mode(mode=False), torch.enable_grad():
+                yield
+        finally:
+            if not was_initialized:  # GPUs have had no state to keep, only the seed of the last torch.manual_seed
+                torch.cuda.manual_seed_all(torch.initial_seed())
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -348,7 +348,9 @@ def test_the_state_of_torch_is_the_callers(function: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(function, compute)
     monkeypatch.setattr("finetune.resolve.load_run_config", lambda *_: None)
-    before = torch.get_rng_state()
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    seed, before = torch.initial_seed(), torch.get_rng_state()
     with torch.inference_mode():
         if function == "finetune.run.run":
             found: Any = deepcloze.finetune(TASK)
@@ -357,6 +359,29 @@ def test_the_state_of_torch_is_the_callers(function: str, monkeypatch: pytest.Mo
         assert torch.is_inference_mode_enabled()
     assert found == {"gradients": True}
     assert torch.equal(torch.get_rng_state(), before)
+    assert torch.cuda.is_initialized() or seeds == [0, seed]  # type: ignore[no-untyped-call]
+
+
+def test_the_memory_of_gpus_is_free_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that run out of memory because the notebook that starts them keeps what it has evaluated with."""
+
+    class Model:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            events.append("deleted")
+
+    def evaluate(*_: object) -> None:
+        Model()
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+    events: list[str] = []
+    monkeypatch.setattr("pretrain.evaluate.evaluate", evaluate)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("freed"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: None)
+    deepcloze.evaluate("runs/mine", ["corpus"])
+    assert events == ["deleted", "freed"]
 
 
 @pytest.mark.parametrize(
