@@ -45,6 +45,7 @@ class MirrorUploads:
         self.uploading: int | None = None  # step
         self.problem: str | None = None  # of the last attempt
         self._may_pass = False  # the problem, without a change of the config or of permissions
+        self._failed_at = 0.0  # as time.monotonic()
         self._end = math.inf  # of the attempts while closing, as time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
@@ -77,21 +78,19 @@ class MirrorUploads:
     def _work(self) -> None:
         while True:
             with self._wanted:
-                is_over = time.monotonic() >= self._end  # the last attempt has been made
-                if not is_over:
-                    self._wanted.wait_for(
-                        lambda: self._is_wanted or (self._is_closing and not self._may_pass),
-                        self._seconds_to_retry() if self.problem is not None else None,
-                    )
-                if self._is_closing and not self._is_wanted and (is_over or not self._may_pass):
+                self._wanted.wait_for(
+                    lambda: self._is_wanted or self._is_over(),
+                    self._retry_seconds if self.problem is not None else None,
+                )
+                if self._is_over() and not self._is_wanted:
                     return
                 self._is_wanted, keep, newest = False, self._keep, self._newest
             if keep is not None:
                 self._try(keep, newest)
 
-    def _seconds_to_retry(self) -> float:
-        """Return the wait after a failure. While closing, the last attempt is made at the end."""
-        return max(0.0, min(self._retry_seconds, self._end - time.monotonic()))
+    def _is_over(self) -> bool:
+        """Return whether there is no attempt after the last one."""
+        return self._is_closing and (not self._may_pass or self._failed_at + self._retry_seconds >= self._end)
 
     def _try(self, keep: Retention, newest: int) -> None:
         try:
@@ -103,10 +102,9 @@ class MirrorUploads:
             self._may_pass = not is_refused and not isinstance(error, DeniedError)
         self.uploading = None
         if self.problem is not None:
+            self._failed_at = time.monotonic()
             text = f"checkpoints cannot be copied to {self._mirror.url}: {self.problem}"
-            wait = self._seconds_to_retry()
-            is_last = self._is_closing and (not self._may_pass or wait == 0)
-            log.warning("%s%s", text, "" if is_last else f"; trying again in {wait:.0f} s")
+            log.warning("%s%s", text, "" if self._is_over() else f"; trying again in {self._retry_seconds:.0f} s")
             self._alert(Alert("mirror", text))
 
     def _upload(self, keep: Retention, newest: int) -> None:
