@@ -91,6 +91,7 @@ def names_model_folder(path: Path, folder: Path) -> bool:
     if _NAME.fullmatch(folder.parent.name):
         checkpoints = folder.parent.parent
         names |= {folder.parent, checkpoints / BEST, checkpoints.parent}
+    names |= {name.resolve() for name in names}  # without .. and links
     return not names.isdisjoint({path.absolute(), path.resolve()})
 
 

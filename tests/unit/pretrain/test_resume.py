@@ -438,6 +438,22 @@ def test_another_model_is_compared_with_the_run(tmp_path: Path, changes: dict[st
         locate_model(now, point)
 
 
+def test_a_model_has_several_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is refused because its config names the same model by another path."""
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    (tmp_path / "link").symlink_to("base")
+    for began_with in ("../base", "../link"):
+        monkeypatch.chdir(tmp_path / "a")
+        first, _ = locate_model(ModelConfig(init_from=began_with), None)
+        run = make_run(tmp_path / began_with.replace("/", "-"), (6,), model=first)
+        point = ResumePoint(checkpoint_path(run / "checkpoints", 6), fork=False)
+        monkeypatch.chdir(tmp_path / "b")
+        for name in (began_with, str(tmp_path / "base"), str(tmp_path / "link")):
+            assert locate_model(ModelConfig(init_from=name), point)[0] == first, name
+
+
 @pytest.mark.parametrize(("began_with", "now"), [("base", "other"), (None, "other"), ("base", None)])
 def test_a_run_continues_from_the_model_it_began_with(tmp_path: Path, began_with: str | None, now: str | None) -> None:
     """Catches a model that seems to be used, and is recorded, but whose weights are not loaded: the run continues those
