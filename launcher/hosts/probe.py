@@ -27,6 +27,7 @@ FACTS_MARK = "deepcloze facts: "
 _TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
 _CGROUP = Path("/sys/fs/cgroup")
+_PCI_DEVICES, _NVIDIA = Path("/sys/bus/pci/devices"), "0x10de"
 
 
 def main(request: str) -> None:
@@ -158,6 +159,8 @@ def _gpu_memory_used() -> tuple[list[int] | None, str | None]:
     except subprocess.TimeoutExpired as error:
         return [], f"no answer within {error.timeout:.0f} s"
     except subprocess.CalledProcessError as error:
+        if not _has_nvidia_device():  # a CPU machine with the image of others
+            return [], None
         text = error.stdout.decode(errors="replace").strip().partition("\n")[0]
         return [], f"{text or 'no message'} (exit code {error.returncode})"
     except OSError:
@@ -165,6 +168,13 @@ def _gpu_memory_used() -> tuple[list[int] | None, str | None]:
     if count := len(list(Path("/dev").glob("nvidia[0-9]*"))):
         return [0] * count, None
     return None if any(map(os.path.exists, ("/dev/kfd", "/dev/dxg"))) else [], None
+
+
+def _has_nvidia_device() -> bool:
+    """Return whether the machine has an NVIDIA device, whatever its driver does."""
+    with suppress(OSError):
+        return any(path.read_text().strip() == _NVIDIA for path in _PCI_DEVICES.glob("*/vendor"))
+    return True
 
 
 def cpu_cores() -> int:

@@ -109,8 +109,12 @@ def test_gpus_as_nvidia_smi_lists_them(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert (facts().gpu_memory_used, facts().gpu_error) == ((3 << 20, 40 << 30, 0), None)
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
-    assert facts().gpu_memory_used is not None
-    assert facts().gpu_error == "NVIDIA-SMI has failed (exit code 9)"
+    for vendor, error in (("0x10de", "NVIDIA-SMI has failed (exit code 9)"), ("0x8086", None)):
+        (tmp_path / "0000:17:00.0").mkdir(exist_ok=True)
+        (tmp_path / "0000:17:00.0/vendor").write_text(f"{vendor}\n")
+        monkeypatch.setattr(probe, "_PCI_DEVICES", tmp_path)
+        assert facts().gpu_memory_used is not None
+        assert facts().gpu_error == error, "a CPU machine may have the driver's package"
     program.unlink()
     assert facts().gpu_error is None, "a host without NVIDIA GPUs has no nvidia-smi"
 
