@@ -115,9 +115,9 @@ def read_table(
 
 
 def has_minus_one(table: Table, columns: Columns) -> bool:
-    """Return whether -1 is a target of a table."""
+    """Return whether -1 is a label of a table. As a number, it is one of many, and in all rows it means none."""
     targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
-    return any(record.values.get(role) in _MINUS_ONE for record in table.records for role in targets)
+    return any(record.values.get(role) == "-1" for record in table.records for role in targets)
 
 
 def _check_targets(

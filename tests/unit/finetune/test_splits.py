@@ -6,7 +6,7 @@ import pytest
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn
 from finetune.data.records import Record, Table
-from finetune.kinds import classification, multi_label
+from finetune.kinds import classification, multi_label, regression
 from finetune.kinds.classification import ClassificationColumns
 from finetune.kinds.multiple_choice import MultipleChoiceColumns
 from finetune.kinds.question_answering import QuestionAnsweringColumns
@@ -115,6 +115,17 @@ def test_minus_one_in_all_rows_may_be_a_label(
     paths = {split: str(tmp_path / f"{split}.csv") for split in files}
     config = classification.Config(**paths, labels=given, columns=ClassificationColumns(text="text"))
     assert read_splits(config, tmp_path)["test"].labelled == labelled
+
+
+def test_minus_one_in_all_rows_is_no_number(tmp_path: Path) -> None:
+    """Catches a hidden test split of a regression that is scored because a number of the training data is -1."""
+    files = {"train": "text,label\na,-1\nb,1\n", "validation": "text,label\na,1\n", "test": "text,label\na,-1\n"}
+    for split, content in files.items():
+        (tmp_path / f"{split}.csv").write_text(content)
+    paths = {split: str(tmp_path / f"{split}.csv") for split in files}
+    assert not read_splits(regression.Config(**paths, columns=RegressionColumns(text="text")), tmp_path)[
+        "test"
+    ].labelled
 
 
 def test_too_few_rows_are_rejected() -> None:
