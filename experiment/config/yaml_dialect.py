@@ -95,7 +95,7 @@ class Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
-        for key, value in node.value:
+        for number, (key, value) in enumerate(node.value):
             if isinstance(key, yaml.ScalarNode):
                 name, colon, rest = key.value.partition(":")
                 if node.flow_style and colon and key.style is None and value.value == "":
@@ -106,9 +106,14 @@ class Loader(yaml.SafeLoader):
                     problem = f"duplicate key '{key.value}', already in line {seen[key.value]}"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen[key.value] = line
-                if key.tag != "tag:yaml.org,2002:merge":
-                    key.tag = "tag:yaml.org,2002:str"  # as numbers, 1.1 and 1.10 would be the same
+                if key.tag != "tag:yaml.org,2002:merge":  # as numbers, 1.1 and 1.10 would be the same
+                    node.value[number] = (_text_node(key), value)
         return node
+
+
+def _text_node(node: yaml.ScalarNode) -> yaml.ScalarNode:
+    """Return a node that is text. The given one may be a value with an anchor."""
+    return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark, node.style)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -215,8 +215,8 @@ def test_merge_keys_and_aliases_are_no_duplicates(tmp_path: Path) -> None:
 def test_keys_are_text(tmp_path: Path) -> None:
     """Catches names such as 2024.10 that become numbers, of which two may be the same."""
     path = tmp_path / "c.yaml"
-    path.write_text("run: {model: {2024.1: a, 2024.10: b, 1e3: c, true: d, null: e, 010: f}}\n")
-    names = {"2024.1": "a", "2024.10": "b", "1e3": "c", "true": "d", "null": "e", "010": "f"}
+    path.write_text("run: {model: {2024.1: a, 2024.10: b, 1e3: &v 5, true: d, null: e, 010: f, *v : g}}\n")
+    names = {"2024.1": "a", "2024.10": "b", "1e3": 5, "true": "d", "null": "e", "010": "f", "5": "g"}
     assert load_config(Config, path).run.model == names
 
 
