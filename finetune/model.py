@@ -29,7 +29,7 @@ from experiment.models.transformers_models import (
 
 _TOKENIZER_FILES = (
     *("*token*.json", "vocab*", "merges.txt", "*.model"),
-    *("bpe.codes", "dict.txt", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
+    *("bpe.codes", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
 )
 
 
