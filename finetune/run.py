@@ -36,7 +36,7 @@ from experiment.run_files.run_lock import check_unlocked, lock_run
 from experiment.tracking.jsonl import read_events
 from experiment.tracking.rank_logs import logging_set_up
 from experiment.tracking.tracker import TrackedRun, Tracker, open_trackers
-from finetune.config import FinetuneConfig
+from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig
 from finetune.parallel_seeds import (
     count_logged,
     log_events_of_process,
@@ -49,6 +49,9 @@ from finetune.results.seed_summary import SeedRecord, write_results
 from finetune.results.tables import print_results
 from finetune.seed_run import describe_differences, finished_seeds, state_file, train_seed
 from finetune.training.fit import DivergedError, Log
+
+# Sections and keys of a config with which a run that starts over has the same curves.
+_SAME_RESULT = ("run", "tracking", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))
 
 
 def finetune(config: str | Path, overrides: Mapping[str, str] | None = None, dry_run: bool = False) -> None:
@@ -103,9 +106,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     """Train and score all seeds. config: to be written to the run folder and to trackers."""
     folder, model, seeds = resolved.folder, resolved.model, resolved.training.seeds
     finished = finished_seeds(folder, resolved.settings)
-    content = dump_config(config)
-    is_other_config = has_logged_with_other_config(folder, content)
-    write_text(folder.config, content)
+    is_other_config = has_logged_with_other_config(folder, config, _SAME_RESULT)
     ancestors = ancestors_of(model.folder, "init_from") if model.pretrained else []
     records = {seed: finished[seed] for seed in seeds if seed in finished}
     order = _in_order_of_events(seeds, folder)
@@ -135,6 +136,7 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     if (first := separate_copy(folder)) is not None:
         print_warning(f"this is a copy of the run in {first}: it gets an id of its own")
     write_provenance(folder, {**collect_provenance(sys.argv), **facts}, ancestors)
+    write_text(folder.config, dump_config(config))
     provenance = read_provenance(folder)
     assert provenance is not None
     logged = count_logged(kept, folder)

@@ -19,13 +19,17 @@ import secrets
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import yaml
+
+from experiment.config import Section, dump_config, flatten
+from experiment.config.yaml_dialect import read_yaml
 from experiment.errors import UserError
 from experiment.files import REPOSITORY, parse_json, read_json, sha256, write_json
 from experiment.formatting import UNKNOWN
@@ -74,11 +78,17 @@ def write_provenance(
     return run_id
 
 
-def has_logged_with_other_config(folder: RunFolder, config: str) -> bool:
-    """Return whether the run has logged events with another RUN/config.yaml than this text. Call it before the file is
-    written."""
-    with suppress(FileNotFoundError):
-        return folder.metrics.stat().st_size > 0 and folder.config.read_text(encoding="utf-8") != config
+def has_logged_with_other_config(folder: RunFolder, config: Section, same_result: Collection[str]) -> bool:
+    """Return whether the run has logged events with another RUN/config.yaml. Call it before the file is written.
+
+    same_result: keys, or sections, that may differ.
+    """
+    with suppress(OSError, yaml.YAMLError):
+        before, now = (flatten(read_yaml(text)) for text in (folder.config.read_text("utf-8"), dump_config(config)))
+        changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+        return folder.metrics.stat().st_size > 0 and any(
+            key not in same_result and key.partition(".")[0] not in same_result for key in changed
+        )
     return False
 
 

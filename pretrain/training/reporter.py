@@ -43,6 +43,11 @@ log = logging.getLogger(__name__)
 
 _HOUR = 3600.0
 _SLOW_INTERVALS = 5  # in a row
+# Sections and keys of a config with which a run that starts over has the same curves.
+_SAME_RESULT = (
+    *("tracking", "checkpoint", "health"),
+    *("run.dir", "run.resume", "run.log_every", "run.profile", "batch.microbatch_tokens"),
+)
 
 
 def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, Any]:
@@ -52,7 +57,7 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
     config, ancestors = dump_config(run.config), _ancestors(run)
     changes = {
         "step": run.resume_plan.step,
-        "starts_over": ancestors is not None and has_logged_with_other_config(run.folder, config),
+        "starts_over": ancestors is not None and has_logged_with_other_config(run.folder, run.config, _SAME_RESULT),
         "changes": list(run.resume_plan.changes),
         "folder": str(run.folder.path),
     }
