@@ -6,12 +6,13 @@ import pytest
 from experiment.errors import UserError
 from finetune.data.columns import Columns, LabelColumn
 from finetune.data.records import Record, Table
-from finetune.kinds import classification, multi_label, regression
+from finetune.kinds import multi_label
 from finetune.kinds.classification import ClassificationColumns
 from finetune.kinds.multiple_choice import MultipleChoiceColumns
 from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.kinds.regression import RegressionColumns
 from finetune.splits import make_kind, read_splits, related_records, split_off
+from finetune.task_kind import find_kind
 
 TEXTS = ClassificationColumns()
 
@@ -103,29 +104,26 @@ def test_labels_of_a_drawn_validation_split_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "given", "labelled"), [("-1", None, True), ("0", None, False), ("0", ("-1", "0", "1"), True)]
+    ("kind", "train", "labels", "labelled"),
+    [
+        ("classification", "-1", None, True),
+        ("classification", "0", None, False),
+        ("classification", "0", ("-1", "0", "1"), True),
+        ("regression", "-1", None, False),
+    ],
 )
-def test_minus_one_in_all_rows_may_be_a_label(
-    tmp_path: Path, train: str, given: tuple[str, ...] | None, labelled: bool
+def test_minus_one_in_all_rows_of_a_test_split(
+    tmp_path: Path, kind: str, train: str, labels: tuple[str, ...] | None, labelled: bool
 ) -> None:
-    """Catches a test split of one class, -1, that is not scored, and one without labels that is."""
+    """Catches a test split with the label -1 that is not scored, and one without targets that is: -1 is a number like
+    others in the training data of a regression."""
     files = {"train": f"text,label\na,{train}\nb,1\n", "validation": "text,label\na,1\n", "test": "text,label\na,-1\n"}
     for split, content in files.items():
         (tmp_path / f"{split}.csv").write_text(content)
     paths = {split: str(tmp_path / f"{split}.csv") for split in files}
-    config = classification.Config(**paths, labels=given, columns=ClassificationColumns(text="text"))
+    given = {} if labels is None else {"labels": labels}
+    config = find_kind(kind).config_type(**paths, **given, columns={"text": "text"})
     assert read_splits(config, tmp_path)["test"].labelled == labelled
-
-
-def test_minus_one_in_all_rows_is_no_number(tmp_path: Path) -> None:
-    """Catches a hidden test split of a regression that is scored because a number of the training data is -1."""
-    files = {"train": "text,label\na,-1\nb,1\n", "validation": "text,label\na,1\n", "test": "text,label\na,-1\n"}
-    for split, content in files.items():
-        (tmp_path / f"{split}.csv").write_text(content)
-    paths = {split: str(tmp_path / f"{split}.csv") for split in files}
-    assert not read_splits(regression.Config(**paths, columns=RegressionColumns(text="text")), tmp_path)[
-        "test"
-    ].labelled
 
 
 def test_too_few_rows_are_rejected() -> None:
