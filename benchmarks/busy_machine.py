@@ -62,7 +62,7 @@ Start = Callable[[Path, Mapping[str, str], int], "subprocess.Popen[bytes]"]
 
 @dataclass(frozen=True)
 class Command:
-    """A command that runs for ever, and appends a line to files for each unit of its work."""
+    """A command that runs forever, and appends a line to files for each unit of its work."""
 
     start: Start
     files: str  # a pattern in the folder
@@ -196,7 +196,7 @@ def _start(argv: Sequence[str], folder: Path, variables: Mapping[str, str]) -> "
 
 
 def work(folder: str, *arguments: str) -> None:
-    """Run a command for ever, and append a line for each batch."""
+    """Run a command forever, and append a line for each batch."""
     from finetune.prediction.inference import Inference
     from finetune.training.updater import Updater
     from launcher.cli import main

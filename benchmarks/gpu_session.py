@@ -279,7 +279,7 @@ def _run_process(job: Job, limit: float, folder: Path, log: IO[str]) -> int | No
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Kill a job, and what it has left."""
     kill_group(process.pid)
-    with suppress(subprocess.TimeoutExpired):  # the driver may hold it for ever
+    with suppress(subprocess.TimeoutExpired):  # the driver may hold it forever
         process.wait(_GRACE)
 
 

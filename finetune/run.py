@@ -50,7 +50,7 @@ from finetune.results.tables import print_results
 from finetune.seed_run import describe_differences, finished_seeds, state_file, train_seed
 from finetune.training.fit import DivergedError, Log
 
-# Sections and keys of a config with which a run that starts over has the same curves.
+# Sections and keys of a config that do not change the curves of a run.
 _SAME_RESULT = ("run", "tracking", *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY))
 
 

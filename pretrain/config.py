@@ -286,7 +286,7 @@ class CheckpointConfig(Section):
         if mirror is not None and not is_url(mirror):
             raise ValueError(f"'mirror': expected a URL, such as s3://bucket/runs/first, found {mirror!r}")
         if mirror is not None and has_magic(mirror):
-            raise ValueError(f"'mirror': a URL with *, ? or [ stands for several, found {mirror!r}")
+            raise ValueError(f"'mirror': expected a URL without *, ? or [, found {mirror!r}")
         return mirror and mirror.rstrip("/")
 
 

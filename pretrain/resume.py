@@ -146,8 +146,8 @@ def locate_model(
         if not is_same_name and not point.fork:
             raise UserError(
                 f"{point.checkpoint} cannot be resumed with another model.init_from: the run was started with "
-                f"{_shown(saved['init_from'])}, the config says {_shown(model.init_from)}. Restore the value, also if "
-                "the model is now elsewhere or gone, or start a new run in another run.dir"
+                f"{_shown(saved['init_from'])}, the config says {_shown(model.init_from)}. Restore the value, even "
+                "if the model was moved or deleted, or start a new run in another run.dir"
             )
         if model.init_from is not None and is_same_name and _has_same_options(model, saved):
             copy = {
@@ -272,7 +272,7 @@ def check_fork(before: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
     """Like `check_resume`, for a fork: everything but the model, and what it froze, may change."""
     changes = _changes(before, now)
     frozen, _ = changes.get("model.freeze", ((), ()))
-    if frozen and "optimizer.name" not in changes:  # with others in one flat tensor, they would have their step count
+    if frozen and "optimizer.name" not in changes:  # one flat tensor has one step count
         raise UserError(
             f"run.resume: {where} cannot be forked with another model.freeze than {_shown(frozen)}: the optimizer has "
             "updated those parameters less often than the others. Keep it: they train from step model.freeze_steps on, "

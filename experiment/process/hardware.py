@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 HOPPER = 9  # major number of the compute capability of H100 and H200
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1
-_MMAP_THRESHOLD = 32 * 2**20  # to which glibc raises its threshold at most, as large blocks are freed: mallopt(3)
+_MMAP_THRESHOLD = 32 * 2**20  # maximum of glibc's dynamic threshold, see mallopt(3)
 
 log = logging.getLogger(__name__)
 

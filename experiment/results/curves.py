@@ -3,7 +3,7 @@
 Points are kept in buckets of consecutive ones, each with its first, lowest, highest and last point: the aggregation M4
 of Jugel et al. (2014), "M4: A Visualization-Oriented Time Series Data Aggregation", with which a line that is drawn at
 one bucket per pixel has the pixels of the whole curve. No outlier is lost, and buckets can be merged, so points can be
-added at the end for ever.
+added at the end forever.
 """
 
 from collections.abc import Sequence

@@ -17,4 +17,4 @@ def count_collapsed(results: Mapping[str, Any], split: str) -> int:
     collapsed = results["collapsed"]
     if isinstance(collapsed, list):  # of earlier versions: seeds that have collapsed on any split
         return len(collapsed)
-    return sum(split in collapsed[seed] for seed in collapsed)
+    return sum(split in splits for splits in collapsed.values())

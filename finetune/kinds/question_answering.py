@@ -103,7 +103,7 @@ class Kind(TaskKind[Config]):
 
     @property
     def head(self) -> dict[str, Any]:
-        return {"num_labels": 2}  # scores of first and last tokens, whatever the labels of an earlier task were
+        return {"num_labels": 2}  # scores of the first and the last token
 
     def describe(self, train: Table) -> list[str]:
         if not self.config.no_answer:

@@ -159,7 +159,7 @@ def _gpu_memory_used() -> tuple[list[int] | None, str | None]:
     except subprocess.TimeoutExpired as error:
         return [], f"no answer within {error.timeout:.0f} s"
     except subprocess.CalledProcessError as error:
-        if not _has_nvidia_device():  # a CPU machine with the image of others
+        if not _has_nvidia_device():  # a CPU machine on which the driver is installed
             return [], None
         text = error.stdout.decode(errors="replace").strip().partition("\n")[0]
         return [], f"{text or 'no message'} (exit code {error.returncode})"

@@ -84,7 +84,7 @@ class CleanConfig(TextOptions):
     def _samples_are_independent(self) -> Self:
         seeds = [item.make().config.seed for item in self.steps if item.name == "sample"]
         if len(set(seeds)) < len(seeds):
-            raise ValueError("two `sample` steps have the same seed, and would draw alike: give one another `seed`")
+            raise ValueError("two `sample` steps have the same seed and would draw the same numbers: change one `seed`")
         return self
 
     @model_validator(mode="after")

@@ -132,8 +132,7 @@ def _check_settings(config: PreTrainedConfig) -> None:
         )
     if getattr(config.get_text_config(), "is_decoder", False):
         raise UserError(
-            "model: is_decoder is true in its config: a token would attend to those before it only; set "
-            "model.config.is_decoder to false"
+            "model: its config has is_decoder: true, which means causal attention; set model.config.is_decoder to false"
         )
     if config.model_type in _UNTRAINABLE:
         raise UserError(f"model: '{config.model_type}' cannot be trained: {_UNTRAINABLE[config.model_type]}")

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 _HOUR = 3600.0
 _SLOW_INTERVALS = 5  # in a row
-# Sections and keys of a config with which a run that starts over has the same curves.
+# Sections and keys of a config that do not change the curves of a run.
 _SAME_RESULT = (
     *("tracking", "checkpoint", "health"),
     *("run.dir", "run.resume", "run.log_every", "run.profile", "batch.microbatch_tokens"),

@@ -278,7 +278,7 @@ def killed_case(world: World, tree: Tree, name: str) -> str:
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, name: str
 ) -> None:
-    """Catches a partial checkpoint that is resumed from, or stays for ever."""
+    """Catches a partial checkpoint that is resumed from, or stays forever."""
     changes = {"checkpoint__every_steps": 2, "checkpoint__keep_last": 1}
     tree, whole = (run_config(tmp_path / name, wordpiece_corpus, **changes) for name in ("killed", "whole"))
     with pytest.raises(RankError, match="the process died"):

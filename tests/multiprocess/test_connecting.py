@@ -39,7 +39,7 @@ process_group.deadline = soon
 def test_a_rank_lost_while_the_ranks_connect_to_each_other(
     start: Start, wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches a rank that waits for a lost one for ever: the timeout of torch does not apply there."""
+    """Catches a rank that waits for a lost one forever: the timeout of torch does not apply there."""
     config, port = config_file(tmp_path, wordpiece_corpus, health__hang_seconds=600), free_port()
     command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
     variables = patched(tmp_path, LOST)

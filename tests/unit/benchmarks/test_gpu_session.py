@@ -179,7 +179,7 @@ def test_steps_can_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(("again", "code"), [(["a", "b"], 0), (["failed"], 1)])
 def test_jobs_run_again_in_several_calls(tmp_path: Path, again: list[str], code: int) -> None:
-    """Catches a loop over the same command that repeats the first jobs for ever and never the last."""
+    """Catches a loop over the same command that repeats the first jobs forever and never the last."""
     count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')" + code * "; raise SystemExit(1)"
     jobs = [job("a", count, 20), job("b", count, 200)]
     assert run_session(tmp_path, 9, jobs) == code
@@ -190,7 +190,7 @@ def test_jobs_run_again_in_several_calls(tmp_path: Path, again: list[str], code:
 
 def test_jobs_that_are_cut_off_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches jobs that are not repeated because an earlier call was cut off in one of them, and ones that are repeated
-    for ever because each call is cut off in the last."""
+    forever because each call is cut off in the last."""
     monkeypatch.setattr(gpu_session, "_GRACE", 0.1)
     session = Session(tmp_path)
     for found in (["waiting", "waiting"], ["passed", "interrupted"]):

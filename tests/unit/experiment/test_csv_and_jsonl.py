@@ -57,7 +57,7 @@ def test_what_looks_like_a_header(cells: list[str], expected: bool) -> None:
 
 
 def test_a_header_that_is_read_as_data_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """Catches a header that becomes a row without a word, and a warning of data or of each reading of the file."""
+    """Catches a header that becomes a row silently, and a warning of data or of each reading of the file."""
     without_header = CsvFormat(header=False)
     for _ in range(2):
         read_csv(["text,label\n", "a good film,1\n"], "header.csv", without_header)
@@ -81,7 +81,7 @@ def test_data_that_is_read_as_a_header_is_named() -> None:
 
 
 def test_quotes_that_are_read_as_text_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """Catches quotes around cells that become a part of the texts without a word, and a warning of a quotation."""
+    """Catches quotes around cells that become a part of the texts silently, and a warning of a quotation."""
     unquoted = CsvFormat("\t", quoting=3)
     for number, lines in enumerate(
         [
@@ -184,7 +184,7 @@ def test_a_column_must_be_there_once() -> None:
 
 
 def test_rows_of_another_width_are_skipped_on_request(caplog: pytest.LogCaptureFixture) -> None:
-    """Catches broken rows, as QQP has them, that are dropped without a word or taken as they are."""
+    """Catches broken rows, as QQP has them, that are dropped silently or taken as they are."""
     lines = ["a,b\n", "1,2\n", "3\n", "4,5,6\n", "7,8\n"]
     _, rows = read_csv(lines, "f.csv", CsvFormat(on_bad_lines="skip"))
     assert [row.cells for row in rows] == [["1", "2"], ["7", "8"]]

@@ -94,7 +94,7 @@ def test_many_unknown_tokens_are_remarked_upon() -> None:
 
 
 def test_empty_texts_are_counted() -> None:
-    """Catches rows without text that are trained on without a word."""
+    """Catches rows without text that are trained on silently."""
     assert oddities(train=[*GOOD, ("text", " ", "a")]) == ["train: 1 row with an empty text"]
 
 

@@ -217,7 +217,7 @@ def run_patched(config_file: Path, tmp_path: Path, handed_over: Mapping[str, str
 def test_a_stop_signal_ends_with_a_message_and_can_be_resumed(
     run_patched: RunPatched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches SIGTERM that ends a run without a word, with an exit code that queue systems count as a failure, and a
+    """Catches SIGTERM that ends a run silently, with an exit code that queue systems count as a failure, and a
     status or log that does not tell about it."""
     flags = ["--training.seeds=1", "--training.epochs=2", "--training.evaluate_every=4"]
     stopped = run_patched(SEND_SIGNAL.format(number=int(signal.SIGTERM)), flags)
@@ -247,7 +247,7 @@ sys.meta_path.insert(0, Finder())
 
 
 def test_a_stop_signal_during_the_imports_ends_with_a_message(run_patched: RunPatched) -> None:
-    """Catches SIGTERM in the first seconds, while torch is imported, that ends the command without a word."""
+    """Catches SIGTERM in the first seconds, while torch is imported, that ends the command silently."""
     stopped = run_patched(SEND_SIGNAL_DURING_IMPORTS, [])
     assert stopped.returncode == 75, stopped.stderr
     assert stopped.stderr == "deepcloze: interrupted; run the same command again to resume\n"
@@ -353,7 +353,7 @@ def test_a_copied_run_gets_an_id_of_its_own(
 def test_what_an_earlier_training_leaves_is_mentioned(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches hours of an interrupted seed that are lost without a word, and a finished seed that is left out."""
+    """Catches hours of an interrupted seed that are lost silently, and a finished seed that is left out."""
     finetune(config_file, {"training.seeds": "[2]"})
     stop_at_the_first_evaluation(config_file, {"training.seeds": "[1]"}, monkeypatch)
     out, err = capsys.readouterr()

@@ -32,7 +32,7 @@ def programs(tmp_path: Path) -> dict[str, str]:
 def test_a_slurm_job_that_ends_by_itself_is_not_queued_again(
     tmp_path: Path, programs: dict[str, str], code: int
 ) -> None:
-    """Catches a job that is queued for ever after a failure, on a full disk, or although its user has stopped it."""
+    """Catches a job that is queued forever after a failure, on a full disk, or although its user has stopped it."""
     command = ["bash", str(HOSTFILES / "slurm.sbatch"), "my-run.yaml"]
     job = subprocess.run(command, cwd=tmp_path, env=programs | {"CODE": str(code)}, timeout=LIMIT)
     assert job.returncode == code

@@ -127,7 +127,7 @@ def test_mistakes_start_nothing(
 
 
 def test_the_command_in_the_background_is_the_same() -> None:
-    """Catches a flag or override that is lost, and a command that detaches for ever."""
+    """Catches a flag or override that is lost, and a command that detaches forever."""
     overrides = {"optimizer.lr": "1e-4", "model.freeze": "[a, b]"}
     options = PretrainOptions(
         config="my run.yaml", detach=True, num_gpus=2, profile=True, max_restarts=3, overrides=overrides

@@ -117,7 +117,7 @@ def test_the_owner_of_a_run(logged: RunFolder) -> None:
 
 
 def test_an_owner_on_another_machine_that_is_silent(logged: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches logs that are followed for hours, without a word, after the launch was killed or its host has died."""
+    """Catches logs that are followed for hours, silently, after the launch was killed or its host has died."""
     logged.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": os.getpid()}))
     owner = Owner(logged, LockTimes(dead=0.0))
     for seconds in (1, 2):
@@ -131,7 +131,7 @@ def test_an_owner_on_another_machine_that_is_silent(logged: RunFolder, capsys: p
 
 
 def test_an_owner_that_has_ended(logged: RunFolder) -> None:
-    """Catches logs that are followed for ever after a launch was killed."""
+    """Catches logs that are followed forever after a launch was killed."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
         logged.owner.write_text(json.dumps({**this_machine(), "pid": process.pid}))
         owner = Owner(logged)

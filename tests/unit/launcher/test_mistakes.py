@@ -629,7 +629,7 @@ def test_no_carriage_return_in_a_pipe(prepared: tuple[Path, str]) -> None:
 def test_a_warmup_that_does_not_end_is_a_warning(
     prepared: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a run that never reaches its learning rate without a word, and a warning of each rank."""
+    """Catches a run that never reaches its learning rate silently, and a warning of each rank."""
     folder, printed = prepared
     warning = "warning: schedule.warmup_steps is 5, but the run has only 2 steps\n"
     pretraining = printed.partition("$ pretrain")[2].partition("$ ")[0]

@@ -117,7 +117,7 @@ def test_a_rank_that_works_is_not_stuck(
 
 
 def test_compiled_code_that_runs_is_not_being_compiled() -> None:
-    """Catches a rank that blocks in a compiled layer, and is taken for one that compiles for ever."""
+    """Catches a rank that blocks in a compiled layer, and is taken for one that compiles forever."""
     seen = {}
 
     def compile_graph(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:

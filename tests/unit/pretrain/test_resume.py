@@ -312,7 +312,7 @@ def test_what_a_fork_loads(tmp_path: Path) -> None:
 def test_a_fork_that_begins_after_the_warmup(
     tmp_path: Path, steps: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a warmup for the new data that never happens, without a word."""
+    """Catches a warmup for the new data that never happens, silently."""
     parent = make_run(tmp_path / "parent", (4,))
     plan(tmp_path / "new", str(parent), schedule__warmup_steps=steps)
     assert ("schedule.warmup_steps: 4: is over: it counts from step 0" in caplog.text) == warned

@@ -43,7 +43,7 @@ def test_gpus_that_torch_cannot_use(
 def test_the_cpu_beside_a_gpu_is_taken_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches fine-tuning that takes the CPU without a word because the driver does not fit torch, or because this
+    """Catches fine-tuning that takes the CPU silently because the driver does not fit torch, or because this
     process has told DeepSpeed so."""
     monkeypatch.setattr(own_process, "_given", {})
     monkeypatch.setenv("DS_ACCELERATOR", "")  # restored at the end

@@ -78,7 +78,7 @@ def run() -> Iterator[Run]:
 
 @needs_cores
 def test_spinning_adapts_to_the_share_of_waiting(run: Run) -> None:
-    """Catches a team that does not stop the spinning or stays for ever, and a change at each look near one limit."""
+    """Catches a team that does not stop the spinning or stays forever, and a change at each look near one limit."""
     code = """
 spinning = Spinning(load_openmp(), cores)
 for share, expected in (0.0, True), (0.1, True), (0.5, False), (0.1, False), (0.0, True), (0.1, True):

@@ -57,5 +57,5 @@ def test_a_hanging_import_is_interrupted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("body", ["signal.raise_signal(signal.SIGTERM); print('continues')", "import library"])
 def test_a_script_that_is_imported_can_be_interrupted(tmp_path: Path, body: str) -> None:
-    """Catches signals that are delayed for ever, because the whole script runs inside an import."""
+    """Catches signals that are delayed forever, because the whole script runs inside an import."""
     assert output_of(tmp_path, ["-c", "import script"], body)[-1] == "interrupted"

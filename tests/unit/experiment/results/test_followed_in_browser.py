@@ -156,7 +156,7 @@ def test_runs_appear_and_disappear(driver: Any, serve: Serve, tmp_path: Path) ->
 
 def test_a_server_that_ends_and_comes_back(driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a page that hides that it is old, and one that has to be reloaded after its server was restarted, because
-    it waits for ever or its charts are empty."""
+    it waits forever or its charts are empty."""
     monkeypatch.setattr(page_server._Handler, "protocol_version", "HTTP/1.0")  # connections end, as with a process
     log(tmp_path / "run", 10)
     with served(tmp_path / "run") as url:

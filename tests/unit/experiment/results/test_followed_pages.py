@@ -262,7 +262,7 @@ def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_readers_take_turns_unless_they_are_stuck() -> None:
-    """Catches many files that are read at a time, which takes gigabytes, and readers that wait for ever."""
+    """Catches many files that are read at a time, which takes gigabytes, and readers that wait forever."""
     readers, inside, most, ready = Readers(stuck_seconds=LIMIT), [0], [0], threading.Event()
 
     def read() -> None:

@@ -310,7 +310,7 @@ def test_the_report_says_how_the_time_was_spent(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_about_to_end_says_how(tmp_path: Path) -> None:
-    """Catches a report in an artifact of W&B that says "running" for ever, and one that does not say when it was so."""
+    """Catches a report in an artifact of W&B that says "running" forever, and one that does not say when it was so."""
     folder = run_with(tmp_path, EVENTS)
     with lock_run(folder):
         now = rf"running on {re.escape(platform.node())}, as of 20\d\d-\d\d-\d\d \d\d:\d\d UTC"

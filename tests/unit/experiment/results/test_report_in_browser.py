@@ -239,7 +239,7 @@ def test_values_of_any_size_are_drawn(driver: Any, tmp_path: Path) -> None:
 
 
 def test_without_javascript_the_page_says_so(driver: Any, pages: dict[str, Path]) -> None:
-    """Catches charts that are empty without a word where scripts do not run."""
+    """Catches charts that are empty silently where scripts do not run."""
     driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         View(driver, pages["run"])

@@ -379,7 +379,7 @@ def refuse(patch: pytest.MonkeyPatch, method: str, name: str) -> None:
 
 
 def test_a_complete_file_that_is_a_folder_is_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches a checkpoint that is skipped without a word, so that the run starts over."""
+    """Catches a checkpoint that is skipped silently, so that the run starts over."""
     before, newest = make(tmp_path / "run" / "checkpoints", 1, 2)
     for path in (newest, before):
         (path / "COMPLETE").unlink()

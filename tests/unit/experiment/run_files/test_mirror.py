@@ -79,7 +79,7 @@ def test_an_empty_run_folder_gets_the_newest_and_the_best(bucket: str, run: RunF
 
 
 def test_an_interrupted_restore_is_repeated(mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run that has its newest checkpoint, and for ever lacks its best one, its metrics or its identity."""
+    """Catches a run that has its newest checkpoint, and forever lacks its best one, its metrics or its identity."""
     from experiment.run_files import mirror as module
 
     read = module.read_bytes

@@ -86,7 +86,7 @@ def test_a_quote_that_swallows_rows_of_a_tsv_file_is_rejected(tmp_path: Path) ->
 def test_a_quote_that_may_have_swallowed_rows_of_a_csv_file_is_named(
     end: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches rows that vanish without a word, and texts with commas and line breaks that are rejected."""
+    """Catches rows that vanish silently, and texts with commas and line breaks that are rejected."""
     path = tmp_path / "a.csv"
     path.write_text(f"label,text\n{SWALLOWED}".replace("\t", ",").replace("\n", end))
     assert len(cells(path)) == 2

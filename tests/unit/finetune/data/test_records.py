@@ -45,7 +45,7 @@ def test_headerless_tsv_by_column_number(tmp_path: Path) -> None:
 
 
 def test_data_read_as_a_header_by_column_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Catches a first row that is lost as a header without a word where columns are numbers."""
+    """Catches a first row that is lost as a header silently where columns are numbers."""
     by_number = ClassificationColumns(label="1", text="0")
     path = write(tmp_path / "a.csv", "a stirring film,1\nbad,0\n")
     assert len(read_table(path, by_number)) == 1

@@ -224,7 +224,7 @@ def test_a_file_without_header_and_labels(
 def test_a_header_or_its_lack_is_seen(
     trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a header that gets a prediction without a word, and data that is listed as names of columns."""
+    """Catches a header that gets a prediction silently, and data that is listed as names of columns."""
     (tmp_path / "with.csv").write_text("text\nword1 word2\n")
     (tmp_path / "without.csv").write_text("word1 word2 , word3\nword30\n")
     flags = ("--columns.text=0", "--header=none", "--sep=;")

@@ -97,7 +97,7 @@ def test_hosts_that_failed_are_not_measured(
 def test_a_host_that_does_not_pass_is_explained_once(
     target: Target, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a host that answers again, but is not taken back, without a word; and one message every ten seconds."""
+    """Catches a host that answers again, but is not taken back, silently; and one message every ten seconds."""
     own = run.probe_this_machine(ProbeRequest())
     versions = iter(["3.12.1", "3.12.1", "3.13.0"])
     denied = Unreachable("permission denied", "ssh-copy-id", answers=True)

@@ -155,7 +155,7 @@ def test_values_of_another_metric_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_runs_taken_out_before_they_started_are_forgotten(tmp_path: Path) -> None:
-    """Catches rows that are `not started` for ever, and results of removed rows that are lost."""
+    """Catches rows that are `not started` forever, and results of removed rows that are lost."""
 
     def names(*planned: str) -> list[str]:
         runs = tuple(PlannedRun(name, shell("true"), {}) for name in planned)

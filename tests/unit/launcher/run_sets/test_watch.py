@@ -147,7 +147,7 @@ def test_a_run_that_ends_while_its_checkpoint_is_scored(run: RunFolder, save: Sa
 
 
 def test_failures_are_tried_once_more(run: RunFolder, save: Save, end: End, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a failure that ends the watch, is tried for ever, never again, or hidden at the end."""
+    """Catches a failure that ends the watch, is tried forever, never again, or hidden at the end."""
     save(100)
 
     def fail(step: int) -> None:
@@ -230,7 +230,7 @@ def test_what_is_printed(run: RunFolder, save: Save, end: End, capsys: pytest.Ca
 
 
 def test_a_run_folder_that_is_gone_ends_the_watch(run: RunFolder, save: Save) -> None:
-    """Catches a watch that waits for ever for a run that was deleted."""
+    """Catches a watch that waits forever for a run that was deleted."""
     with pytest.raises(UserError, match=r"the run folder .*/run is gone"):
         watch(run, Scorer(), lambda: shutil.rmtree(run.path))
 
@@ -320,7 +320,7 @@ def test_only_one_process_writes_the_metrics(run: RunFolder, save: Save, end: En
 def test_mistakes_are_rejected_at_the_start(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a watch that waits for ever in a folder that is no run, and two that score the same checkpoints."""
+    """Catches a watch that waits forever in a folder that is no run, and two that score the same checkpoints."""
     monkeypatch.setattr("launcher.run_sets.watch.read_watched_task", lambda file, probe: TASK)
     assert main(["watch", str(tmp_path), "--task", "toy.yaml"]) == 2
     assert "is not a pretraining run that has started: it has no config.yaml" in capsys.readouterr().err
@@ -360,7 +360,7 @@ def test_another_config_is_rejected(run: RunFolder, save: Save, end: End) -> Non
 
 
 def test_results_that_cannot_be_logged_end_the_watch(run: RunFolder, save: Save, end: End) -> None:
-    """Catches a watch that takes a damaged file for a run in use, and waits for ever."""
+    """Catches a watch that takes a damaged file for a run in use, and waits forever."""
     save(100)
     with pytest.raises(UserError, match=r"provenance\.json"):
         watch(run, Scorer(), lambda: run.provenance.write_text("{"), end)

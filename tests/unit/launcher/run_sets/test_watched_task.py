@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_not_scored(
 def test_a_stopped_scoring_resumes(
     run: RunFolder, save: Save, write_task: WriteTask, started: list[ChildRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a restart that trains finished seeds again, and leftovers of other checkpoints that stay for ever."""
+    """Catches a restart that trains finished seeds again, and leftovers of other checkpoints that stay forever."""
     checkpoints = [save(100), save(200)]
     folders, resumed = [], []
 

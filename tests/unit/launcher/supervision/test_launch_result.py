@@ -43,7 +43,7 @@ def test_the_killed_rank_is_named(folder: RunFolder, exit_code: int) -> None:
 
 
 def test_the_last_step_of_a_killed_rank_is_named(folder: RunFolder) -> None:
-    """Catches a rank that dies without a word on how far it came."""
+    """Catches a rank that dies silently on how far it came."""
     record(folder, 1, None)
     write_heartbeat(folder, Heartbeat(1, "node-1", 71, 9, 57, "training", False, 0.0))
     assert message(folder, 247).startswith(

@@ -241,7 +241,7 @@ def test_an_unfinished_cleaning_of_another_text_is_refused(
 
 
 def test_a_damaged_part_is_one_message(config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback, and documents that are lost without a word."""
+    """Catches a traceback, and documents that are lost silently."""
     with monkeypatch.context() as patch:
         patch.setattr(passes, "_decide", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

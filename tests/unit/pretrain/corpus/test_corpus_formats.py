@@ -269,7 +269,7 @@ def test_no_member_of_an_archive_is_skipped_silently(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     """Catches members whose names leave the archive's folder and that are left out or unpacked there, and members of
-    other formats that are left out without a word."""
+    other formats that are left out silently."""
     outside = {"../up.txt": b"up\n", "/abs.txt": b"abs\n", "a/../../b.txt": b"b\n"}
     members = {**outside, ".hidden.txt": b"no\n", "x/notes.bin": b"no", "x/image.png": b"no"}
     path = tmp_path / "below" / f"a.{kind}"
@@ -369,7 +369,7 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
 
 
 def test_a_link_to_a_missing_file_is_named(tmp_path: Path) -> None:
-    """Catches a corpus that lacks a file without a word. Links of other formats, and hidden ones, do not matter."""
+    """Catches a corpus that lacks a file silently. Links of other formats, and hidden ones, do not matter."""
     (tmp_path / "a.txt").write_text("a\n")
     for name in (".b.txt", "b.png"):
         (tmp_path / name).symlink_to("nowhere")

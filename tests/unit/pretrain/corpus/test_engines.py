@@ -219,7 +219,7 @@ def test_ray_is_not_installed(
 
 
 def test_a_folder_that_machines_do_not_share(tmp_path: Path, source: Path, vocabulary_folder: Path) -> None:
-    """Catches a build that waits for pieces on the disk of another machine for ever."""
+    """Catches a build that waits for pieces on the disk of another machine forever."""
     plan = plan_build(CorpusOptions(source=source, tokenizer=str(vocabulary_folder), output=tmp_path / "c"))
     with pytest.raises(
         UserError, match=rf"{plan.partial} does not exist on .*; expected a disk that all machines share"

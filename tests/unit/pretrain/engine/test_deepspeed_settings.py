@@ -278,7 +278,7 @@ def test_an_older_gpu_is_told_what_it_can_run(
 def test_a_cpu_that_emulates_bf16_is_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a run that is several times slower than in fp32 without a word, and a warning where bf16 is fast."""
+    """Catches a run that is several times slower than in fp32 silently, and a warning where bf16 is fast."""
     for native, preset, expected in (
         (True, "bf16_zero2", []),
         (False, "fp32_zero2", []),

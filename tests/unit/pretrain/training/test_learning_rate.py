@@ -125,7 +125,7 @@ def test_invalid_schedules_are_rejected(fields: dict[str, Any], message: str) ->
 
 
 def test_a_budget_that_ends_before_the_decay() -> None:
-    """Catches a run that ends at its peak rate without a word, and a warning after a decay, or where there is none."""
+    """Catches a run that ends at its peak rate silently, and a warning after a decay, or where there is none."""
     wsd = ScheduleConfig.model_validate({"budget": "100s", "name": "wsd", "min_lr_ratio": 0.1})
     assert [ends_early(wsd, 2.0, rate) for rate in (2.0, 0.8, 0.7, 0.2, 0.0)] == [True, True, False, False, False]
     others = {"budget": "100s", "name": "constant"}, {"steps": 10, "name": "wsd"}

@@ -240,7 +240,7 @@ def test_an_upload_does_not_hold_up_training(store: str, run: RunFolder, monkeyp
 def test_failures_alert_and_are_tried_again(
     bucket: str, run: RunFolder, faulty: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a mirror that stops for ever after an outage, or fails in silence."""
+    """Catches a mirror that stops forever after an outage, or fails in silence."""
     alerts: list[Alert] = []
     faulty.lasting = Fault(answer=response("403 Forbidden", "ExpiredToken", "The provided token has expired."))
     mirror = Mirror(f"{bucket}/run")
