@@ -51,6 +51,12 @@ _KNOWN_KEYS = (
     *("memory_breakdown", "steps_per_print", "dump_state"),
 )
 
+_UNSUPPORTED_ZERO = {
+    "round_robin_gradients": "breaks DeepSpeed's parameter mapping",
+    "zenflow": "replaces the optimizer and leaves out updates",
+    "zero_quantized_weights": "would train with weights of 8 bits",
+    "zero_quantized_nontrainable_weights": "would compute with weights of 8 bits",
+}
 _SHORT_MASTERS = (
     ("bf16", "bf16_master_weights_and_grads"),
     ("bf16", "bf16_optimizer_states"),
@@ -282,8 +288,9 @@ def _check_zero(raw: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     zero: dict[str, Any] = raw.get("zero_optimization", {})
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: 'zero_optimization.stage' is {zero.get('stage')}, expected 0, 1, 2 or 3")
-    if zero.get("round_robin_gradients"):
-        raise UserError(f"{path}: 'round_robin_gradients' breaks DeepSpeed's parameter mapping; remove it")
+    for key, why in _UNSUPPORTED_ZERO.items():
+        if zero.get(key):
+            raise UserError(f"{path}: '{key}' {why}; remove it")
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if zero.get(old):
             raise UserError(f"{path}: '{old}' is an old name; use '{new}': {{\"device\": \"cpu\"}}")

@@ -119,6 +119,8 @@ def test_engine_config_does_not_change_its_input() -> None:
         ),
         ('{"zero_optimization": {"stage": 4}}', "'zero_optimization.stage' is 4"),
         ('{"zero_optimization": {"round_robin_gradients": true}}', "round_robin_gradients"),
+        ('{"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}', "'zenflow' replaces the optimizer"),
+        ('{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}', "'zero_quantized_weights' would train"),
         ('{"fp16": {"enabled": true}, "bf16": {"enabled": true}}', "both 'fp16' and 'bf16'"),
         ('{"zero_optimization": {"stage": 1, "cpu_offload": true}}', "'cpu_offload' is an old name; use 'offload_opt"),
         ('{"zero_optimization": {"stage": 3, "cpu_offload_param": true}}', 'use \'offload_param\': {"device": "cpu"}'),
