@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,20 @@ def test_added_tokens(wordpiece: Path, extended: Path, tmp_path: Path, model_typ
     reopened = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").eval()
     assert torch.equal(logits(reopened, ids), logits(after, ids))
     assert tokenizer_fingerprint(load_tokenizer(tmp_path / "hf")) == tokenizer_fingerprint(new)
+
+
+def test_every_table_of_the_vocabulary_gets_rows() -> None:
+    """Catches zeros in NeoMME's second table, of values in attention, for added tokens."""
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("neomme", vocab_size=20, pad_token_id=0, num_key_value_heads=2, **sizes)
+    model = AutoModelForMaskedLM.from_config(config)
+    torch.nn.init.normal_(model.base_model.value_embeddings.weight)  # zeros at first
+    config = copy.deepcopy(config)
+    config.vocab_size = 21
+    larger = resize_model(model, config, {20: [3, 4]})
+    before, after = model.base_model.value_embeddings.weight, larger.base_model.value_embeddings.weight
+    assert torch.equal(after[:20], before)
+    assert torch.equal(after[20], before[[3, 4]].mean(0))
 
 
 def test_a_decoder_of_its_own_is_kept(wordpiece: Path, extended: Path, tmp_path: Path) -> None:
