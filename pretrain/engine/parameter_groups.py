@@ -36,7 +36,7 @@ def parameter_groups(
     }
     matrices = set(hidden_matrices(model)) - set(unused) if config.name == "muon" else set()
     matrix_rate = (config.muon.lr or config.lr) / config.lr
-    depths = layer_ids(model)
+    depths = layer_ids(model, unused)
     deepest = max(depths.values())
     groups: dict[tuple[float, int, bool, bool], Group] = {}
     for name, parameter in model.named_parameters():

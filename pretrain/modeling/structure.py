@@ -2,11 +2,11 @@
 
 Floating-point operations (FLOPs) of a training step, forward and backward, per real token:
 
-    6 N_encoder  +  12 h sum over layers of s_eff  +  6 r (V h + h^2)
+    6 N_encoder  +  12 h sum over layers of s_eff  +  6 r (V + h) d
 
 N_encoder: parameters outside the embeddings and the head, shared ones (ALBERT) once for each layer;
 s_eff = sum(s^2) / sum(s) over the sequences, at most the local window where a layer has one; r: the fraction of tokens
-that are predicted; h: hidden size; V: vocabulary size.
+that are predicted; h: hidden size; V: vocabulary size; d: width of the decoder, h unless embeddings are factorized.
 (Kaplan et al. 2020, section 2.1, with attention inside each sequence only.)
 
 Padding and recomputed activations do not count. The last layer counts in full, although it computes predicted positions
@@ -14,10 +14,10 @@ only (`pretrain.modeling.last_layer`).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,12 +40,13 @@ def forward_without_checkpointing(layer: GradientCheckpointingLayer) -> Forward:
     return MethodType(forward, layer)
 
 
-def layer_ids(model: PreTrainedModel) -> dict[str, int]:
+def layer_ids(model: PreTrainedModel, unused: Collection[str] = ()) -> dict[str, int]:
     """Return parameter name -> 0 for embeddings, 1 … L for the encoder's layers from the bottom, L + 1 for the head.
 
     The numbering of ELECTRA (Clark et al. 2020) and BEiT. A layer is the outermost numbered module of the encoder, so
     layers that share their weights count once. Parameters shared by all layers (relative positions) count as
-    embeddings, those after the last layer (a final norm) as head.
+    embeddings, those after the last layer (a final norm) as head. `unused`: parameters that are not counted for L,
+    such as those of a vision tower.
     """
     encoder = f"{model.base_model_prefix}."
     tables = _tables(model)
@@ -55,7 +56,7 @@ def layer_ids(model: PreTrainedModel) -> dict[str, int]:
         number = _NUMBERED.search(name) if name.startswith(encoder) else None
         if number is not None:
             ids[name] = int(number[1]) + 1
-            layers = max(layers, ids[name])
+            layers = max(layers, 0 if name in unused else ids[name])
         elif id(parameter) in tables or "embedding" in name:
             ids[name] = 0
         else:
@@ -66,16 +67,25 @@ def layer_ids(model: PreTrainedModel) -> dict[str, int]:
 def hidden_matrices(model: PreTrainedModel) -> list[str]:
     """Return names of the weights that hidden states are multiplied by: of linear layers, except the decoder, also
     where it is tied to the embeddings."""
-    tables = _tables(model)
-    decoder = model.get_output_embeddings()
-    matrices = {
-        id(module.weight)
-        for module in model.modules()
-        if type(module).__name__.endswith("Linear")  # I-BERT has a class of its own
-        and module is not decoder
-        and min(module.weight.shape) > 1
-    }
-    return [name for name, parameter in model.named_parameters() if id(parameter) in matrices - tables]
+    weights = {id(module.weight) for module in _linear_layers(model) if min(module.weight.shape) > 1}
+    others = _tables(model) | {id(module.weight) for module in _decoder(model)}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in weights - others]
+
+
+def _linear_layers(module: nn.Module) -> list[nn.Linear]:
+    found = (each for each in module.modules() if type(each).__name__.endswith("Linear"))  # I-BERT has its own class
+    return cast(list[nn.Linear], list(found))
+
+
+def _decoder(model: PreTrainedModel) -> list[nn.Linear]:
+    """Return the layers that give each token's logit: MobileBERT has two, one of which is tied to the embeddings."""
+    output, vocabulary = model.get_output_embeddings(), model.config.get_text_config().vocab_size
+    base = set(model.base_model.modules())
+    return [
+        layer
+        for layer in _linear_layers(model)
+        if layer is output or (layer not in base and vocabulary in layer.weight.shape)
+    ]
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,7 @@ class FlopsModel:
     encoder_parameters: int
     hidden_size: int
     vocabulary: int
+    decoder_width: int
     windows: tuple[int | None, ...]  # per layer: tokens in the local window, None for full attention
 
     @property
@@ -143,7 +154,7 @@ class FlopsModel:
         mean_length = squared_lengths / tokens
         attended = sum(mean_length if window is None else min(window, mean_length) for window in self.windows)
         encoder = tokens * (6.0 * self.encoder_parameters + 12.0 * self.hidden_size * attended)
-        return encoder + 6.0 * predicted * (self.vocabulary * self.hidden_size + self.hidden_size**2)
+        return encoder + 6.0 * predicted * (self.vocabulary + self.hidden_size) * self.decoder_width
 
 
 def flops_model(model: PreTrainedModel) -> FlopsModel | None:
@@ -166,5 +177,6 @@ def flops_model(model: PreTrainedModel) -> FlopsModel | None:
         encoder_parameters=encoder,
         hidden_size=config.hidden_size,
         vocabulary=config.vocab_size,
+        decoder_width=sum(layer.weight.numel() for layer in _decoder(model)) // config.vocab_size,
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
     )

@@ -11,7 +11,7 @@ from pretrain.modeling.structure import FlopsModel, count_parameters, flops_mode
 
 HIDDEN, INNER, VOCABULARY = 24, 40, 200
 LAYER = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN * INNER + INNER + HIDDEN + 4 * HIDDEN  # attention, MLP, two norms
-HEAD = 6 * (VOCABULARY * HIDDEN + HIDDEN * HIDDEN)  # per predicted token
+NARROW = 16  # embeddings and decoder of ELECTRA
 
 
 def known_flops(example: Example) -> FlopsModel:
@@ -21,16 +21,22 @@ def known_flops(example: Example) -> FlopsModel:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "encoder"),
-    [("bert", 3 * LAYER), ("distilbert", 3 * LAYER), ("electra", 3 * LAYER + 16 * HIDDEN + HIDDEN)],
+    ("model_type", "encoder", "decoder_width"),
+    [
+        ("bert", 3 * LAYER, HIDDEN),
+        ("distilbert", 3 * LAYER, HIDDEN),
+        ("electra", 3 * LAYER + NARROW * HIDDEN + HIDDEN, NARROW),
+    ],
 )
-def test_flops_of_a_step(example: Callable[[str], Example], model_type: str, encoder: int) -> None:
-    """Catches counted parameters that no token is multiplied with, such as embeddings, and wrong factors.
+def test_flops_of_a_step(example: Callable[[str], Example], model_type: str, encoder: int, decoder_width: int) -> None:
+    """Catches counted parameters that no token is multiplied with, such as embeddings, wrong factors, and a decoder
+    counted as wide as the hidden states.
 
     Two sequences, of 10 and 30 tokens, six of them predicted, by hand: their mean attended length is 25.
     """
+    head = (VOCABULARY + HIDDEN) * decoder_width  # per predicted token
     flops = known_flops(example(model_type)).per_step(tokens=40, squared_lengths=10**2 + 30**2, predicted=6)
-    assert flops == 40 * (6 * encoder + 12 * HIDDEN * 3 * 25) + 6 * HEAD
+    assert flops == 40 * (6 * encoder + 12 * HIDDEN * 3 * 25) + 6 * 6 * head
 
 
 def test_a_local_window_caps_the_attended_length(example: Callable[[str], Example]) -> None:
@@ -76,6 +82,16 @@ def test_flops_are_unknown_without_hidden_size_and_layers(model_type: str) -> No
     assert flops_model(meta_model(AutoConfig.for_model(model_type))) is None
 
 
+def test_a_decoder_of_two_matrices() -> None:
+    """Catches half of MobileBERT's decoder that Muon orthogonalizes, or that is not counted."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "embedding_size": NARROW, "num_hidden_layers": 1}
+    model = meta_model(AutoConfig.for_model("mobilebert", **sizes))
+    flops = flops_model(model)
+    assert flops is not None
+    assert flops.decoder_width == HIDDEN
+    assert "cls.predictions.dense.weight" not in hidden_matrices(model)
+
+
 def model_of(model_type: str, **fields: Any) -> PreTrainedModel:
     """On the meta device: names and shapes only."""
     with torch.device("meta"):
@@ -110,6 +126,13 @@ def test_layers_are_numbered_from_the_embeddings_to_the_head(
         assert found, f"no parameter of {model_type} has '{part}' in its name"
         tied = {name for name in found if "embeddings" in name and number}
         assert {layer for name, layer in found.items() if name not in tied} == {number}, found
+
+
+def test_unused_layers_are_not_counted() -> None:
+    """Catches a smaller learning rate of all text layers because a vision tower has more."""
+    model = model_of("bert", vocab_size=50, num_hidden_layers=4)
+    unused = {name for name, _ in model.named_parameters() if ".layer.3." in name}
+    assert layer_ids(model, unused)["cls.predictions.bias"] == 4
 
 
 MATRICES = {

@@ -94,7 +94,7 @@ def test_interval_without_a_trained_step_has_no_loss() -> None:
 def test_flops_are_of_the_steps_that_this_process_trained_on() -> None:
     """Catches an MFU that counts steps of an earlier attempt, whose time is not measured here, or batches that a rewind
     skips, which take no time."""
-    model = FlopsModel(encoder_parameters=1000, hidden_size=4, vocabulary=50, windows=(None, 9))
+    model = FlopsModel(encoder_parameters=1000, hidden_size=4, vocabulary=50, decoder_width=4, windows=(None, 9))
     interval = new_interval(TrainingProgress(interval_losses=(7.0, 8.0), interval_masked=20))
     for step in (totals(3, 40, 500), totals(0, 10, 100)):
         interval.add(TRAINED, step)
