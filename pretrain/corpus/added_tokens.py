@@ -25,8 +25,8 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
 
     In a WordPiece tokenizer, words and continuations (`##itis`) become entries of the vocabulary. Words that the
     pre-tokenizer splits (`covid-19`), and all words of other tokenizers, become added tokens, which match whole words
-    of the text. None of them is a special token. Words that are one token already are skipped. The same input gives the
-    same bytes.
+    of the text, or anywhere if the script is written without spaces. None of them is a special token. Words that are
+    one token already are skipped. The same input gives the same bytes.
 
     Raises UserError for a file that cannot be read, a line with more than one word, and a word that would not become
     one token.
