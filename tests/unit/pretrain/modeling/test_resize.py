@@ -235,8 +235,9 @@ def test_tokenizers_that_do_not_match_are_rejected(
     check_tokenizer(settings, new, tmp_path)
     with pytest.raises(UserError, match=f"another tokenizer than the one in {extended}"):
         check_tokenizer(settings, old, tmp_path)
-    with pytest.raises(UserError, match=f"another tokenizer than the one in {tmp_path}"):
-        check_tokenizer(ModelConfig(init_from=str(tmp_path)), new, tmp_path)
+    advice = f"in {tmp_path}, .* set model.added_tokens: {tmp_path / 'corpus' / 'tokenizer'}"
+    with pytest.raises(UserError, match=advice):
+        check_tokenizer(ModelConfig(init_from=str(tmp_path)), new, tmp_path / "corpus")
     for folder, message in ((byte_level, "does not extend"), (tmp_path / "none", "does not exist")):
         with pytest.raises(UserError, match=rf"model\.added_tokens: .*{message}"):
             check_tokenizer(ModelConfig(init_from=str(tmp_path), added_tokens=str(folder)), new, tmp_path)
