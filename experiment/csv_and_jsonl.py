@@ -3,7 +3,6 @@
 `origin` is the name of the file in messages: its path, or archive::member. Lines are counted from 1.
 """
 
-import codecs
 import csv
 import json
 import logging
@@ -66,28 +65,6 @@ def raw_lines(stream: IO[bytes], origin: str, first: int = 1) -> Iterator[bytes]
         if len(line) > _MAX_LINE:
             raise UserError(f"{origin}:{number}: the line has more than {_MAX_LINE:,} bytes; split it")
         yield line
-
-
-def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[str]:
-    """Decode the lines of a UTF-8 file. They keep their line ends, but not a byte order mark. `first`: number of the
-    first line."""
-    for number, raw in enumerate(lines, first):
-        try:
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if number == 1 and raw.startswith(b"PK\x03\x04"):
-                raise UserError(
-                    f"{origin}: a ZIP archive, such as a workbook of Excel; save the sheet as CSV UTF-8"
-                ) from None
-            if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise UserError(
-                    f"{origin}: UTF-16 text; convert the file first, for instance with iconv -f UTF-16 -t UTF-8"
-                ) from None
-            raise UserError(
-                f"{origin}:{number}: not UTF-8 text (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
-                "convert the file first, for instance with iconv -f ENCODING -t UTF-8; Chinese may be GB18030 or BIG5"
-            ) from None
-        yield line.removeprefix("\ufeff") if number == 1 else line
 
 
 def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[list[str], Iterator[CsvRow]]:

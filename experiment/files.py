@@ -1,5 +1,6 @@
 """Files on disk: atomic writes, fsync, JSON, lists and checksums."""
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -9,7 +10,7 @@ import platform
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import takewhile
@@ -179,11 +180,33 @@ def read_items(path: Path | str, key: str) -> list[tuple[int, str]]:
     key: of the file, for messages. Raises UserError if it cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason(error)
-        raise UserError(f"{key}: cannot read {path}: {problem}") from None
+        with open(path, "rb") as file:
+            lines = list(text_lines(file, f"{key}: {path}"))
+    except OSError as error:
+        raise UserError(f"{key}: cannot read {path}: {reason(error)}") from None
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def text_lines(lines: Iterable[bytes], origin: str, first: int = 1) -> Iterator[str]:
+    """Decode the lines of a UTF-8 file. They keep their line ends, but not a byte order mark. `first`: number of the
+    first line."""
+    for number, raw in enumerate(lines, first):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if number == 1 and raw.startswith(b"PK\x03\x04"):
+                raise UserError(
+                    f"{origin}: a ZIP archive, such as a workbook of Excel; save the sheet as CSV UTF-8"
+                ) from None
+            if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(
+                    f"{origin}: UTF-16 text; convert the file first, for instance with iconv -f UTF-16 -t UTF-8"
+                ) from None
+            raise UserError(
+                f"{origin}:{number}: not UTF-8 text (byte 0x{raw[error.start]:02x} at column {error.start + 1}); "
+                "convert the file first, for instance with iconv -f ENCODING -t UTF-8; Chinese may be GB18030 or BIG5"
+            ) from None
+        yield line.removeprefix("\ufeff") if number == 1 else line
 
 
 def parse_json(text: str | bytes) -> Any:

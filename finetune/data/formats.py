@@ -13,9 +13,9 @@ from typing import IO, Any, Literal, NamedTuple, cast
 import pyarrow
 import pyarrow.parquet
 
-from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, text_lines, warn_once
+from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, warn_once
 from experiment.errors import UserError, reason
-from experiment.files import parse_json
+from experiment.files import parse_json, text_lines
 from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData, load_rows, read_cells
 from experiment.parquet import parquet_rows

@@ -26,10 +26,10 @@ from experiment.csv_and_jsonl import (
     raw_lines,
     read_csv,
     read_json_lines,
-    text_lines,
     unexpected_cell,
 )
 from experiment.errors import UserError
+from experiment.files import text_lines
 from experiment.parquet import parquet_rows
 from pretrain.corpus.compression import MemberReader, decompress, find_member
 from pretrain.corpus.options import TextOptions

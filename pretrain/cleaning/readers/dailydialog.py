@@ -4,8 +4,8 @@ document, with a line for each turn."""
 import re
 from collections.abc import Iterator
 
-from experiment.csv_and_jsonl import text_lines
 from experiment.errors import UserError
+from experiment.files import text_lines
 from pretrain.cleaning.readers import open_members, zip_members
 from pretrain.corpus.formats import Document
 

@@ -8,8 +8,8 @@ import re
 import zipfile
 from collections.abc import Iterator
 
-from experiment.csv_and_jsonl import text_lines
 from experiment.errors import UserError
+from experiment.files import text_lines
 from experiment.storage import open_file
 from pretrain.cleaning.readers import zip_members
 from pretrain.corpus.formats import Document

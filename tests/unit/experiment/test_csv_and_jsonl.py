@@ -12,9 +12,9 @@ from experiment.csv_and_jsonl import (
     raw_lines,
     read_csv,
     read_json_lines,
-    text_lines,
 )
 from experiment.errors import UserError
+from experiment.files import text_lines
 
 
 def test_rows_are_read_one_by_one() -> None:

@@ -399,7 +399,11 @@ def test_user_dictionaries_that_cannot_be_read(tmp_path: Path) -> None:
     """Catches a dictionary without effect."""
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
     (tmp_path / "gb.txt").write_bytes("词".encode("gb18030"))
-    for name, problem in {"empty.txt": "has no words", "gb.txt": "not UTF-8 text", "none.txt": "No such file"}.items():
+    for name, problem in {
+        "empty.txt": "has no words",
+        "gb.txt": "1: not UTF-8 text .*GB18030",
+        "none.txt": "No such file",
+    }.items():
         with pytest.raises(UserError, match=rf"--user_dictionary: .*{name}.*{problem}"):
             read_segmenter("jieba", tmp_path / name)
     with pytest.raises(ValueError, match="--user_dictionary needs --segmenter jieba"):
