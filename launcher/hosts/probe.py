@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def collect(request: Mapping[str, Any]) -> dict[str, Any]:
         "versions": {name: _version(name) for name in request["libraries"]},
         "source": _source_digest(request["project"], request["packages"]),
         "checksums": {path: _checksum(path) for path in request["files"]},
-        "missing_folders": [path for path in request["folders"] if not Path(path).is_dir()],
+        "missing_folders": list(filterfalse(os.path.isdir, request["folders"])),  # Path.is_dir() may raise
         "shared": shared,
         "write_error": write_error,
         "free_bytes": _free_bytes(request["token_folder"]) if shared else None,
@@ -100,7 +101,7 @@ def _cache_bytes(cache: str | None, kept: Sequence[str]) -> int | None:
     """Free bytes on the disk of the cache, and the sizes of the files that are kept or replaced there."""
     if cache is None:
         return None
-    existing = next(folder for folder in (Path(cache), *Path(cache).parents) if folder.exists())
+    existing = next(filter(os.path.exists, (Path(cache), *Path(cache).parents)))  # Path.exists() may raise
     free = _free_bytes(str(existing))
     if free is None or not os.access(existing, os.W_OK):
         return 0

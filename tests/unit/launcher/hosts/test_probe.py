@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import os
 import platform
 import socket
 import subprocess
@@ -48,6 +50,23 @@ def test_the_space_of_a_cache_has_what_is_in_it(tmp_path: Path) -> None:
     assert free is not None
     assert found == pytest.approx(free + (1 << 40), abs=1 << 34)
     assert facts().cache_bytes is None
+
+
+def test_a_folder_of_another_user_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that is called unreachable because its user may not search a folder above the cache, or above the
+    working directory."""
+    private, stat = tmp_path / "private", os.stat
+    private.mkdir()
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{private}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    found = facts(folders=(str(private / "work"),), cache=str(private / "cache"))
+    assert found.missing_folders == (str(private / "work"),)
+    assert found.cache_bytes is not None
 
 
 def test_a_copy_may_be_deleted_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
