@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -38,8 +39,9 @@ class Machine:
     find_port: Callable[[], int]  # a free port: called shortly before it is used
     deepspeed_env_files: tuple[Path, ...] = ()  # the user's own, which DeepSpeed exports to other hosts
 
+    @cached_property  # a restart, perhaps weeks later, uses what the launch has read
     def deepspeed_env_text(self) -> str:
-        """Return the lines of all these files. Raises UserError for one that cannot be read."""
+        """Read the lines of all these files. Raises UserError for one that cannot be read."""
         return "\n".join(read_text(path, "the DeepSpeed environment file") for path in self.deepspeed_env_files)
 
 

@@ -89,5 +89,5 @@ def command_on_hosts(
     added = launch_environment(machine.environ, device=None)
     exported = exported_variables(added, rendezvous, launcher)
     environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
-    files = {hostfile: hostfile_text(slots), exports: exported_text(exported, machine.deepspeed_env_text())}
+    files = {hostfile: hostfile_text(slots), exports: exported_text(exported, machine.deepspeed_env_text)}
     return Command(argv, environment, files)

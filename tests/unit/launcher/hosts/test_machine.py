@@ -31,7 +31,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr("pwd.getpwuid", unknown)
-    assert launch_machine().deepspeed_env_text() == ""
+    assert launch_machine().deepspeed_env_text == ""
 
 
 @pytest.mark.parametrize("given", [None, "cpu", "cuda"])
@@ -192,4 +192,14 @@ def test_an_environment_file_that_is_not_text_is_rejected(tmp_path: Path) -> Non
     path.write_bytes("NAME=café".encode("latin-1"))
     given = Machine(Devices("cpu", (0,)), {}, free_port, (path,))
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        given.deepspeed_env_text()
+        given.deepspeed_env_text  # noqa: B018 (read on first use)
+
+
+def test_an_environment_file_is_read_once(tmp_path: Path) -> None:
+    """Catches a restart that fails, or differs, because the user has deleted or edited the file since the launch."""
+    path = tmp_path / ".deepspeed_env"
+    path.write_text("A=1")
+    machine = Machine(Devices("cpu", (0,)), {}, free_port, (path,))
+    assert machine.deepspeed_env_text == "A=1"
+    path.unlink()
+    assert machine.deepspeed_env_text == "A=1"
