@@ -13,7 +13,6 @@ from launcher.hosts.ssh import KEEP_ALIVE
 Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
 """The program that starts the ranks on other hosts."""
 
-# DeepSpeed would write variables that begin with PYTHON into command lines, where shells interpret their values.
 _FORWARDED = (
     *("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON"),
     *("DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_", "DEEPCLOZE_APPRISE_"),  # of alerts
@@ -22,6 +21,8 @@ _FORWARDED = (
 )
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
 _DEVICE = "DS_ACCELERATOR"  # if the user sets it, for all hosts
+# DeepSpeed writes variables with these prefixes into command lines, where shells interpret their values.
+_EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 # On a CPU, tensors come from malloc. By default glibc maps and unmaps memory for each large one, and on small models
 # the page faults cost more than the arithmetic. These settings make it keep and reuse freed memory.
@@ -110,10 +111,12 @@ def exported_text(exported: Mapping[str, str], user_text: str = "") -> str:
 def remote_deepspeed_environment(
     environ: Mapping[str, str], added: Mapping[str, str], forwarded: Mapping[str, str]
 ) -> dict[str, str]:
-    """Like `deepspeed_environment`, for ranks on other hosts: without the forwarded variables, which DeepSpeed would
-    write into command lines, and with options for the ssh processes of pdsh, which outlive it."""
+    """Like `deepspeed_environment`, for ranks on other hosts: without the forwarded variables that DeepSpeed would
+    write into command lines, or that are forwarded by their prefix; named ones, such as PATH, may be needed here, too.
+    With options for the ssh processes of pdsh, which outlive it."""
     environment = deepspeed_environment(environ, added)
-    kept = {name: value for name, value in environment.items() if name not in forwarded or name in added}
+    removed = {name for name in forwarded if name.startswith(_FORWARDED + _EXPORTED_BY_DEEPSPEED)} - added.keys()
+    kept = {name: value for name, value in environment.items() if name not in removed}
     return kept | {"PDSH_SSH_ARGS_APPEND": f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {KEEP_ALIVE}".strip()}
 
 

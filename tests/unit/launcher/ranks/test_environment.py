@@ -142,6 +142,19 @@ def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_u
     assert found == {"PDSH_SSH_ARGS_APPEND": f"-p 2222 {options}"}
 
 
+def test_named_variables_are_kept_unless_deepspeed_exports_them() -> None:
+    """Catches a launcher that does not find mpirun, or its libraries, because of --env=PATH,LD_LIBRARY_PATH, and a
+    prefix that DeepSpeed has added."""
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+    from deepspeed.launcher.runner import EXPORT_ENVS
+
+    exported = {f"{prefix}_X": "secret" for prefix in [*EXPORT_ENVS, *CUDA_Accelerator.export_envs(None)]}
+    kept = {"PATH": "/opt/mpi/bin", "LD_LIBRARY_PATH": "/opt/mpi/lib"}
+    environ = exported | kept
+    found = remote_deepspeed_environment(environ, {}, forwarded_environment(environ, list(environ)))
+    assert found.keys() == kept.keys() | {"PDSH_SSH_ARGS_APPEND"}
+
+
 def test_the_interface_is_that_of_the_route_to_the_first_host():
     """Catches gloo on the interface of a container bridge, and a choice of the user that is ignored."""
     addresses = {"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "ib0": ["10.1.0.7"]}
