@@ -83,15 +83,17 @@ class HangWatch:
     def is_settled(self) -> bool:
         """Look at all ranks; end the run if it hangs. Returns whether it does."""
         now = self._clock()
-        # No heartbeat was read while this machine was suspended: count a part of a long pause only.
-        elapsed, self._checked = min(now - self._checked, self._limit / 4), now
+        # No heartbeat was read while this machine was suspended: count a part of a long pause only. None was written
+        # while the disk did not answer.
+        writable = self._can_write()
+        elapsed, self._checked = min(now - self._checked, self._limit / 4) if writable else 0.0, now
         for rank in range(self._ranks):
             self._look_at(rank, elapsed)
         hung = hung_ranks(list(self._lives.values()), self._ranks, self._limit)
         ended = [life for life in hung if self._has_ended(life.beat.rank)]
         for life in ended:
             del self._lives[life.beat.rank]
-        if not hung or ended or not self._can_write():
+        if not hung or ended or not writable:
             return False
         self._end(hung)
         return True

@@ -180,6 +180,8 @@ def test_a_disk_that_does_not_answer_is_no_rank(folder: RunFolder) -> None:
     watched.after(1, beat(0, 1), beat(1, 1))
     folder.logs.rename(folder.path / "away")
     assert not any(watched.after(10) for _ in range(20))
+    (folder.path / "away").rename(folder.logs)
+    assert not watched.after(10), "the ranks have had no time for another heartbeat"
 
 
 def test_a_heartbeat_is_overwritten(folder: RunFolder) -> None:
