@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -24,9 +25,11 @@ _POLL_SECONDS = 0.2
 _AT_ONCE = 128  # three file descriptors each
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # exit codes of shells
 
-# The working directory, which `python -` searches first, may have modules of any name.
+# The working directory, which `python -` searches first, may have modules of any name. The alarm ends a program that
+# waits for a disk: killing ssh does not.
 _PROGRAM = """\
-import sys
+import signal, sys
+signal.alarm({seconds})
 sys.path = [folder for folder in sys.path if folder]
 probe = {{"__name__": "probe"}}
 exec(compile({source!r}, "probe.py", "exec"), probe)
@@ -130,7 +133,8 @@ def probe_this_machine(request: ProbeRequest) -> HostAnswer:
 
 def probe_program(request: ProbeRequest) -> str:
     """Return the program that `PYTHON -` reads on a host. It prints the facts as one line."""
-    return _PROGRAM.format(source=inspect.getsource(probe), request=json.dumps(asdict(request)))
+    source, seconds = inspect.getsource(probe), math.ceil(_ANSWER_SECONDS)
+    return _PROGRAM.format(seconds=seconds, source=source, request=json.dumps(asdict(request)))
 
 
 class _Questions:

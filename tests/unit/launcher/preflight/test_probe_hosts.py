@@ -146,6 +146,15 @@ def test_a_host_that_hangs_is_given_up(ssh: Ssh, monkeypatch: pytest.MonkeyPatch
     assert answer.reason == "no answer within 0 s"
 
 
+def test_a_program_that_waits_for_a_disk_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a process that each look leaves on a host, where nothing else ends it."""
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(module.inspect, "getsource", lambda _: "import time\ndef main(_): time.sleep(3600)")
+    program = module.probe_program(ProbeRequest())
+    done = subprocess.run([sys.executable, "-"], input=program, text=True, check=False, timeout=LIMIT)
+    assert done.returncode == -signal.SIGALRM
+
+
 def test_hosts_are_asked_in_a_thread(ssh: Ssh) -> None:
     """Catches signal handlers in a thread that waits for hosts to return, where Python allows none."""
     ssh("eval $8")
