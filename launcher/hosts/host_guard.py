@@ -39,6 +39,7 @@ PREFIX = "deepcloze guard: "
 _COUNT_SECONDS = 5.0  # between looks at all processes of the host
 _KILL_SECONDS = 10.0
 _LEAVE = "leave"
+_CLOSED = "closed"
 _LEAVE_SECONDS = 40.0
 
 
@@ -60,7 +61,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
         launch: its name.
         environment: variables for its ranks.
         head: name of the host of rank 0.
-        lines: from the launcher; `_LEAVE` if this process is asked to end.
+        lines: from the launcher; `_LEAVE` if this process is asked to end, `_CLOSED` if the connection is closed.
     """
     run, _, _ = launch.partition("-")
     # Leftovers of an earlier launch of the run. Another name of this host may have a guard of this launch.
@@ -75,20 +76,19 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
 
 
 def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
-    last_line, leave_at = time.monotonic(), float("inf")
+    end_at, leaving = time.monotonic() + SILENCE_SECONDS, False
     processes, counted_at = 0, float("-inf")
-    while time.monotonic() - last_line < SILENCE_SECONDS and time.monotonic() < leave_at:
+    while time.monotonic() < end_at:
         with suppress(queue.Empty):
             line = lines.get(timeout=BEAT_SECONDS)
             if line == END:
                 return
-            if line == _LEAVE:  # the host shuts down: its ranks got the signal too, and save a checkpoint
-                leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)
-            else:
-                last_line = time.monotonic()
+            if not leaving:
+                # If the host shuts down, its ranks get the signal too, and save a checkpoint. sshd may end first.
+                seconds = {_LEAVE: _LEAVE_SECONDS, _CLOSED: BEAT_SECONDS}.get(line, SILENCE_SECONDS)
+                end_at, leaving = time.monotonic() + seconds, line == _LEAVE
             if line.startswith(STACK):
                 _request_stack(launch, line)
-        leaving = leave_at < float("inf")
         if leaving or time.monotonic() - counted_at >= _COUNT_SECONDS:
             processes, counted_at = sum(1 for _ in _processes(launch)), time.monotonic()
         _send(str(processes))
@@ -105,7 +105,7 @@ def _request_stack(launch: str, line: str) -> None:
 def _read_lines(lines: "queue.SimpleQueue[str]") -> None:
     for line in sys.stdin:
         lines.put(line.strip())
-    lines.put(END)  # the connection is closed
+    lines.put(_CLOSED)
 
 
 def _end_launches(name: str, keep: str | None = None) -> None:
