@@ -31,6 +31,11 @@ def start_seconds(hosts: int) -> float:
     return _START_SECONDS + _SECONDS_PER_HOST * hosts
 
 
+def name_reasons(reasons: Mapping[str, str]) -> str:
+    """Return hosts, each with the reason why it cannot be used, as a text."""
+    return "; ".join(f"{host}: {reason}" for host, reason in reasons.items())
+
+
 @dataclass(frozen=True)
 class Rendezvous:
     """Meeting point of a launch's ranks on the first host. Without an address, DeepSpeed's launcher asks that host."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.files import parse_record, temporary_folder, temporary_root
-from launcher.hosts.guarded_hosts import GuardedHosts
+from launcher.hosts.guarded_hosts import GuardedHosts, name_reasons
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
@@ -82,7 +82,7 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
 
 def _check_lost(guards: GuardedHosts) -> None:
     if lost := dict(guards.lost):
-        raise MeasurementError("lost " + "; ".join(f"{host}: {reason}" for host, reason in lost.items()))
+        raise MeasurementError(f"lost {name_reasons(lost)}")
 
 
 def _run(command: Command, folder: Path, processes: RankProcesses) -> str:

@@ -20,7 +20,7 @@ from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import Renewal
 from experiment.tracking.config import TrackingConfig
-from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous
+from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous, name_reasons
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision.hang_watch import HangWatch
@@ -115,8 +115,7 @@ def _run_on_hosts(launch: Launch, layout: Layout, stop: StopSignals, record: Att
     if result is None and stop.killed:
         return _KILLED
     if result is None or (lost and _is_explained_by_a_lost_host(result)):
-        reasons = "; ".join(f"{host}: {reason}" for host, reason in lost.items())
-        return LaunchResult(Outcome.FAILED, f"lost {reasons}", Cause.LOST_HOST, frozenset(lost))
+        return LaunchResult(Outcome.FAILED, f"lost {name_reasons(lost)}", Cause.LOST_HOST, frozenset(lost))
     return result
 
 

@@ -21,6 +21,7 @@ from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import lock_run
 from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
 from experiment.tracking.config import AlertEvent, TrackingConfig
+from launcher.hosts.guarded_hosts import name_reasons
 from launcher.hosts.hostfile import Slots
 from launcher.supervision.attempt import Launch, Layout, run_attempt
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt
@@ -169,8 +170,7 @@ class _Supervisor:
             message = f"found {self._folder.stop}; run the same command again to resume"
             return LaunchResult(Outcome.STOPPED, message), False
         if not layout.slots:
-            reasons = "; ".join(f"{host}: {reason}" for host, reason in self._unusable.items())
-            message = f"no host answers and passes preflight: {reasons}"
+            message = f"no host answers and passes preflight: {name_reasons(self._unusable)}"
             return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST), False
         own_stop = _OwnStopFile(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys()
