@@ -177,7 +177,7 @@ class _Supervisor:
         with watch_for_hosts(missing, self._passing, self._folder, own_stop.make):
             result = run_attempt(self._launch, layout, self._stop, record)
         withdrawn = own_stop.withdraw()
-        return result, withdrawn and result.outcome is Outcome.STOPPED
+        return result, withdrawn and (result.outcome, result.cause) == (Outcome.STOPPED, Cause.SIGNAL)
 
     def _announce(self, attempt: Attempt, restart: Restart) -> None:
         if attempt.joins_hosts:

@@ -7,11 +7,12 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -21,8 +22,9 @@ from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import LockTimes, lock_run
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import Command
-from launcher.supervision import attempt, rank_processes, stop_signals, supervisor
+from launcher.supervision import attempt, rank_processes, restarts, stop_signals, supervisor
 from launcher.supervision.attempt import Launch, Layout
+from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
 
@@ -79,6 +81,58 @@ class LosesTheSecondHost(StandInGuards):
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return open_run_folder(tmp_path / "run")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of an attempt that runs no process."""
+
+    outcome: Outcome
+    cause: Cause | None = None
+    lost: str = ""
+    saves: bool = False
+    returns: bool = False  # whether a host that is missing is usable after a checkpoint
+
+
+LOST = Ending(Outcome.FAILED, Cause.LOST_HOST, "node-2", saves=True)
+JOINS = Ending(Outcome.STOPPED, Cause.SIGNAL, saves=True, returns=True)
+REFUSED = Ending(Outcome.REFUSED, Cause.AGREED)
+DONE = Ending(Outcome.DONE)
+
+
+def supervise_endings(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, *endings: Ending, **settings: Any
+) -> tuple[LaunchResult, list[str]]:
+    """Supervise attempts that end like this. Returns the result, and the numbers of the hosts of each attempt."""
+    remaining, hosts, on_return = iter(endings), list[str](), list[Callable[[], object]]()
+
+    @contextmanager
+    def watch(_: object, __: object, ___: object, callback: Callable[[], object]) -> Iterator[None]:
+        on_return[:] = [callback]
+        yield
+
+    def end(_: object, layout: Layout, *__: object) -> LaunchResult:
+        hosts.append("".join(host.removeprefix("node-") for host in layout.slots))
+        ending = next(remaining)
+        if ending.saves:
+            checkpoint = folder.checkpoints / f"step-{len(hosts):08d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "COMPLETE").touch()
+        if ending.returns:
+            on_return[0]()
+        return LaunchResult(ending.outcome, f"ending {len(hosts)}", ending.cause, frozenset(ending.lost.split()))
+
+    monkeypatch.setattr(supervisor, "watch_for_hosts", watch)
+    monkeypatch.setattr(supervisor, "run_attempt", end)
+    monkeypatch.setattr(restarts, "_FIRST_WAIT_SECONDS", 0.0)
+    settings = {"max_restarts": 1} | settings
+    return supervise(replace(launch(folder, ""), **settings)), hosts
+
+
+def losing(*hosts: str) -> Callable[..., dict[str, str]]:
+    """A stand-in for `unusable_hosts`, or for preflight, with these hosts at the first looks, each time one."""
+    looks = iter(hosts)
+    return lambda *_: dict.fromkeys(next(looks, "").split(), "refused")
 
 
 def launch(folder: RunFolder, body: str, layouts: list[Layout] | None = None) -> Launch:
@@ -214,6 +268,16 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     supervise(replace(launch(folder, body, layouts), max_restarts=1, preflight_problems=preflight_problems))
     assert checked == [{"node-2"} if is_named else set(SLOTS)]
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
+
+
+def test_a_disk_that_is_full_when_a_host_returns_ends_the_run(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a restart of ranks that stopped because no checkpoint can be written, not to take a host back."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
+    full = Ending(Outcome.STOPPED, Cause.AGREED, returns=True)
+    result, hosts = supervise_endings(folder, monkeypatch, LOST, full)
+    assert (result.outcome, result.message, hosts) == (Outcome.STOPPED, "ending 2", ["12", "1"])
 
 
 def test_hosts_are_used_if_they_cannot_be_asked(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
