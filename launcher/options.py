@@ -84,7 +84,7 @@ class LaunchOptions(HostOptions):
     """The response to hosts or ranks that fail."""
 
     max_restarts: NonNegativeInt | None = None
-    """Restarts within an hour after failures; default: 0 on one machine, 10 on several."""
+    """Restarts after failures, within an hour and without a checkpoint; default: 0 on one machine, 10 on several."""
 
     allow_missing: bool = False
     """Start on the hosts that pass preflight, if some fail."""

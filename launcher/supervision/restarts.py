@@ -7,7 +7,7 @@ from experiment.run_files.outcome_file import Cause, Outcome
 from launcher.supervision.launch_result import LaunchResult
 
 WINDOW_SECONDS = 3600.0
-"""`--max_restarts` counts the restarts within this time."""
+"""`--max_restarts` counts the restarts within this time, and those since the last checkpoint."""
 
 _FIRST_WAIT_SECONDS = 5.0
 _MAX_WAIT_SECONDS = 120.0
@@ -43,7 +43,7 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
 
     Args:
         attempts: all of this launch so far, oldest first.
-        max_restarts: how often to restart after failures within `WINDOW_SECONDS`.
+        max_restarts: how often to restart after failures within `WINDOW_SECONDS`, and since the last checkpoint.
         can_halve: whether the microbatch can be halved.
     """
     last = attempts[-1]
@@ -56,9 +56,11 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
         return End("a microbatch is one sequence already; see docs/precision.md for what else saves memory")
     failures = [attempt for attempt in attempts if not attempt.joins_hosts]
     recent = [attempt for attempt in failures if last.end_time - attempt.end_time < WINDOW_SECONDS]
-    if len(recent) > max_restarts:
-        return End(_advice(max_restarts, halve))
-    return Restart(_wait_seconds(attempts), halve)
+    stuck = _failures_since_checkpoint(attempts)  # attempts may take so long that few fit into the window
+    for count, limit in ((len(recent), "within an hour"), (stuck, "without a checkpoint")):
+        if count > max_restarts:
+            return End(_advice(max_restarts, halve, limit))
+    return Restart(0.0 if stuck == 1 else min(_MAX_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2.0 ** (stuck - 2)), halve)
 
 
 def _may_succeed_again(last: Attempt, earlier: Sequence[Attempt]) -> bool:
@@ -74,17 +76,16 @@ def _may_succeed_again(last: Attempt, earlier: Sequence[Attempt]) -> bool:
     return True
 
 
-def _advice(max_restarts: int, out_of_memory: bool) -> str:
+def _advice(max_restarts: int, out_of_memory: bool, limit: str) -> str:
     if out_of_memory and max_restarts == 0:
         return "lower batch.microbatch_tokens, or let --max_restarts=1 halve it: the results do not change"
-    return f"not restarted: --max_restarts={max_restarts} within an hour" if max_restarts else ""
+    return f"not restarted: --max_restarts={max_restarts} {limit}" if max_restarts else ""
 
 
-def _wait_seconds(attempts: Sequence[Attempt]) -> float:
-    """Return the wait: 0 after the first failure since a checkpoint was saved, then doubling."""
+def _failures_since_checkpoint(attempts: Sequence[Attempt]) -> int:
     failures = 0
     for attempt in reversed(attempts):
-        failures += 1
+        failures += not attempt.joins_hosts
         if attempt.saved:
             break
-    return 0.0 if failures == 1 else min(_MAX_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2.0 ** (failures - 2))
+    return failures

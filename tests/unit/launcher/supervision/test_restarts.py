@@ -58,6 +58,13 @@ def test_restarts_are_counted_within_an_hour() -> None:
     assert after(LOST, max_restarts=0) == End()
 
 
+def test_restarts_without_a_checkpoint_are_counted() -> None:
+    """Catches a run that fails for weeks because each attempt takes longer than a few minutes, such as to connect."""
+    slow = [Attempt(LOST, 1800.0 * number, saved=number == 3) for number in range(10)]
+    assert isinstance(decide(slow, 7, can_halve=True), Restart)
+    assert decide(slow, 6, can_halve=True) == End("not restarted: --max_restarts=6 without a checkpoint")
+
+
 def test_failures_without_progress_wait_longer() -> None:
     waits = [after(*[LOST] * number, max_restarts=20) for number in range(1, 8)]
     assert [wait.wait_seconds for wait in waits if isinstance(wait, Restart)] == [0, 5, 10, 20, 40, 80, 120]
