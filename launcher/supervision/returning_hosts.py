@@ -1,5 +1,6 @@
 """Hosts that a launch has lost: which of them answer again, and a watch that takes them back."""
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -15,13 +16,23 @@ from launcher.hosts.guarded_hosts import start_seconds
 from launcher.hosts.ssh import SSH_FAILED, last_reason, ssh_argv
 
 _POLL_SECONDS = 10.0
+_MAX_POLL_SECONDS = 120.0
+
+
+def look_intervals() -> Iterator[float]:
+    """Yield the seconds before each further look at hosts that cannot be used: more and more."""
+    seconds = _POLL_SECONDS
+    while True:
+        yield seconds
+        seconds = min(_MAX_POLL_SECONDS, 2 * seconds)
 
 
 def unusable_hosts(hosts: Collection[str], folder: RunFolder) -> dict[str, str]:
     """Return the hosts that do not answer, or lack this Python or the run folder, and why. Asks all at once, and gives
     them as long as their guards have to start."""
-    command = ["test", "-x", sys.executable, "-a", "-d", str(folder.logs)]
-    limit, reasons = start_seconds(len(hosts)), {}
+    limit, reasons = start_seconds(len(hosts)), dict[str, str]()
+    # `timeout` ends a look at a disk that does not answer: killing ssh does not.
+    command = ["timeout", str(math.ceil(limit)), "test", "-x", sys.executable, "-a", "-d", str(folder.logs)]
     with ExitStack() as files:
         # Files, not pipes: a ProxyCommand or a shared connection of ssh may have the output open for longer than ssh.
         outputs = {host: files.enter_context(tempfile.TemporaryFile()) for host in hosts}
@@ -64,7 +75,9 @@ def watch_for_hosts(
     ended, lock = threading.Event(), threading.Lock()
 
     def watch() -> None:
-        while not ended.wait(_POLL_SECONDS):
+        for seconds in look_intervals():
+            if ended.wait(seconds):
+                return
             if find_usable(hosts):
                 before = saves(folder.checkpoints) or set()
                 while (saves(folder.checkpoints) or set()) <= before:

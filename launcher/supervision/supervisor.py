@@ -26,9 +26,10 @@ from launcher.hosts.hostfile import Slots
 from launcher.supervision.attempt import Launch, Layout, run_attempt
 from launcher.supervision.launch_result import AttemptRecord, LaunchResult, begin_attempt
 from launcher.supervision.restarts import Attempt, End, Restart, decide
-from launcher.supervision.returning_hosts import unusable_hosts, watch_for_hosts
+from launcher.supervision.returning_hosts import look_intervals, unusable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
 
+_OUTAGE_HOURS = 24.0  # for which a launch waits for a first usable host
 _CLOCK_SKEW = 60.0  # seconds between the clocks of this machine and of the disk
 
 
@@ -104,6 +105,7 @@ class _Supervisor:
         self._alerts = alerts
         self._attempts: list[Attempt] = []
         self._unusable: Mapping[str, str] = {}  # host -> why, at the last look
+        self._shown = ""  # of them, in the last message
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -123,9 +125,14 @@ class _Supervisor:
                     if not self._stop_requested():
                         self._announce(attempt, restart)
                         self._stop.wait(restart.wait_seconds)
+                    slots = self._await_slots(_trusted(layout, attempt.result))
                     if self._stop_requested():
                         return _as_stop(attempt.result)
-                    slots = self._usable_slots(_trusted(layout, attempt.result))
+                    if not slots:
+                        message = f"no host answers and passes preflight: {name_reasons(self._unusable)}"
+                        result = LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST)
+                        self._alerts.report(result)
+                        return result
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
 
     def _stop_requested(self) -> bool:
@@ -169,9 +176,6 @@ class _Supervisor:
         if self._stop_requested():
             message = f"found {self._folder.stop}; run the same command again to resume"
             return LaunchResult(Outcome.STOPPED, message), False
-        if not layout.slots:
-            message = f"no host answers and passes preflight: {name_reasons(self._unusable)}"
-            return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST), False
         own_stop = _OwnStopFile(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys()
         with watch_for_hosts(missing, self._passing, self._folder, own_stop.make):
@@ -188,6 +192,16 @@ class _Supervisor:
         notify(f"{reason}\nrestarting{when}{smaller}")
         self._alerts.report(attempt.result, f"restarting{when}{smaller}")
 
+    def _await_slots(self, trusted: Collection[str]) -> Slots:
+        """Return the slots of the usable hosts, once there are any; none after a request to stop or `_OUTAGE_HOURS`."""
+        intervals, deadline = look_intervals(), time.monotonic() + _OUTAGE_HOURS * 3600
+        while not self._stop_requested():
+            if (slots := self._usable_slots(trusted)) or time.monotonic() > deadline:
+                return slots
+            trusted = ()
+            self._stop.wait(next(intervals))
+        return {}
+
     def _usable_slots(self, trusted: Collection[str]) -> Slots:
         """Return the slots of the hosts that answer. Hosts that are not `trusted` must pass preflight too: a host that
         is back may lack its GPUs or disks."""
@@ -199,9 +213,12 @@ class _Supervisor:
             silent = unusable_hosts(wanted.keys(), self._folder)
         doubtful = wanted.keys() - silent.keys() - set(trusted)
         self._unusable = silent | (self._launch.preflight_problems(doubtful) if doubtful else {})
-        if missing := [host for host in wanted if host in self._unusable]:
-            shown = (f"{host} ({silent[host]})" if host in silent else host for host in missing)
-            notify(f"without {', '.join(shown)}, until they answer and pass preflight")
+        missing = [host for host in wanted if host in self._unusable]
+        shown = ", ".join(f"{host} ({silent[host]})" if host in silent else host for host in missing)
+        if shown and shown != self._shown:
+            waiting = f"; waiting for one, for {_OUTAGE_HOURS:.0f} hours at most" if len(missing) == len(wanted) else ""
+            notify(f"without {shown}, until they answer and pass preflight{waiting}")
+        self._shown = shown
         return {host: slots for host, slots in wanted.items() if host not in self._unusable}
 
     def _passing(self, hosts: Collection[str]) -> Collection[str]:

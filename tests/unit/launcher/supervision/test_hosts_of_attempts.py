@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
 
@@ -101,7 +102,7 @@ DONE = Ending(Outcome.DONE)
 
 
 def supervise_endings(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, *endings: Ending, **settings: Any
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, *endings: Ending, look_seconds: float = 0.0, **settings: Any
 ) -> tuple[LaunchResult, list[str]]:
     """Supervise attempts that end like this. Returns the result, and the numbers of the hosts of each attempt."""
     remaining, hosts, on_return = iter(endings), list[str](), list[Callable[[], object]]()
@@ -125,12 +126,13 @@ def supervise_endings(
     monkeypatch.setattr(supervisor, "watch_for_hosts", watch)
     monkeypatch.setattr(supervisor, "run_attempt", end)
     monkeypatch.setattr(restarts, "_FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor, "look_intervals", lambda: repeat(look_seconds))
     settings = {"max_restarts": 1} | settings
     return supervise(replace(launch(folder, ""), **settings)), hosts
 
 
 def losing(*hosts: str) -> Callable[..., dict[str, str]]:
-    """A stand-in for `unusable_hosts`, or for preflight, with these hosts at the first looks, each time one."""
+    """A stand-in for `unusable_hosts`, or for preflight, with other hosts at each of the first looks."""
     looks = iter(hosts)
     return lambda *_: dict.fromkeys(next(looks, "").split(), "refused")
 
@@ -309,15 +311,40 @@ def test_a_launch_without_hosts_fails(
     shown: str,
     reasons: str,
 ) -> None:
-    """Catches hosts that are left out without a reason."""
+    """Catches hosts that are left out without a reason, and a launch that never ends."""
+    monkeypatch.setattr(supervisor, "_OUTAGE_HOURS", 0.0)
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
     monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: dict.fromkeys(silent, "refused"))
     body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
     failing = replace(launch(folder, body), preflight_problems=lambda hosts: dict.fromkeys(hosts, "devices: busy"))
     result = supervise(replace(failing, max_restarts=1))
     assert f"without {shown}, until they answer" in capsys.readouterr().err
-    expected = f"no host answers and passes preflight: {reasons}"
-    assert result.message == f"{expected}\nnot restarted: --max_restarts=1 within an hour"
+    assert result.message == f"no host answers and passes preflight: {reasons}"
+    assert [attempt["attempt"] for attempt in launches(folder)] == [1]
+
+
+def test_an_outage_of_all_hosts_is_no_failure(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run of weeks that ends because a switch restarts for some minutes, hosts that come back without their
+    disks, and a message at each look."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*["node-1 node-2"] * 20))
+    preflight_problems = losing("node-2")
+    result, hosts = supervise_endings(folder, monkeypatch, LOST, DONE, preflight_problems=preflight_problems)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1"])
+    assert capsys.readouterr().err.count("waiting for one, for 24 hours at most") == 1
+
+
+def test_a_stop_ends_the_wait_for_hosts(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a launch that is asked to stop and waits for hosts."""
+
+    def stop(*_: object) -> dict[str, str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return dict.fromkeys(SLOTS, "refused")
+
+    monkeypatch.setattr(supervisor, "unusable_hosts", stop)
+    result, hosts = supervise_endings(folder, monkeypatch, LOST, look_seconds=3600.0)
+    assert (result.outcome, hosts) == (Outcome.STOPPED, ["12"])
 
 
 def test_only_the_user_reads_what_deepspeed_exports(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
