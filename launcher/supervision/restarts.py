@@ -49,7 +49,7 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
     last = attempts[-1]
     if last.joins_hosts:
         return Restart()
-    if not _may_succeed_again(last, attempts[:-1]):
+    if not _may_succeed_again(attempts):
         return End()
     halve = last.result.cause is Cause.OUT_OF_MEMORY
     if halve and not can_halve:
@@ -63,8 +63,12 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
     return Restart(0.0 if stuck == 1 else min(_MAX_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2.0 ** (stuck - 2)), halve)
 
 
-def _may_succeed_again(last: Attempt, earlier: Sequence[Attempt]) -> bool:
+def _may_succeed_again(attempts: Sequence[Attempt]) -> bool:
+    *earlier, last = attempts
     result = last.result
+    if result.outcome is Outcome.REFUSED:  # the config has worked, so perhaps a disk of a host has failed
+        repeated = bool(earlier) and earlier[-1].result.outcome is Outcome.REFUSED
+        return not repeated and any(attempt.saved for attempt in attempts)
     if result.cause is Cause.AGREED:  # such as a disk that is full
         return False
     if result.outcome is Outcome.STOPPED:  # by a signal to a rank, whose host will perhaps shut down

@@ -247,7 +247,8 @@ class _OwnStopFile:
 
 def _trusted(layout: Layout, result: LaunchResult) -> Collection[str]:
     """Return the hosts of an attempt that need not pass preflight again."""
-    if result.cause is Cause.LOST_HOST and not result.lost:  # its name in the hostfile is unknown
+    unnamed = result.cause is Cause.LOST_HOST and not result.lost
+    if unnamed or result.cause is Cause.ERROR or result.outcome is Outcome.REFUSED:  # perhaps by a disk or GPU of one
         return ()
     return layout.slots.keys() - result.lost
 

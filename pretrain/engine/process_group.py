@@ -13,7 +13,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from experiment.errors import HostError
+from experiment.errors import HostError, first_line
 from experiment.process.hardware import unusable_gpus
 from pretrain.engine.deepspeed_internals import clone_world_group
 from pretrain.world import World
@@ -80,7 +80,7 @@ def disconnect() -> None:
 
 
 def _local_world() -> World:
-    """Read this rank from the environment, by default a single one. Selects its device."""
+    """Read this rank from the environment, by default a single one. Selects its device. Raises HostError."""
     for name, default in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),
@@ -91,7 +91,10 @@ def _local_world() -> World:
     ):
         os.environ.setdefault(name, default)
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
-    get_accelerator().set_device(world.local_rank)
+    try:
+        get_accelerator().set_device(world.local_rank)
+    except RuntimeError as error:  # such as a GPU that has failed since the launch
+        raise HostError(f"GPU {world.local_rank} cannot be used: {first_line(error)}") from error
     return world
 
 

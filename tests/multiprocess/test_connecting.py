@@ -116,6 +116,18 @@ def test_a_rank_with_a_gpu_that_torch_cannot_use_fails(monkeypatch: pytest.Monke
         process_group.connect(timedelta(seconds=1), pytest.fail)
 
 
+def test_a_rank_whose_gpu_has_failed_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that ends, not restarted without the host, because one of its GPUs is gone."""
+    from pretrain.engine import process_group
+
+    def fail(_: object, index: int) -> None:
+        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(type(process_group.get_accelerator()), "set_device", fail)
+    with pytest.raises(HostError, match=r"^GPU 0 cannot be used: CUDA error: invalid device ordinal$"):
+        process_group.connect(timedelta(seconds=1), pytest.fail)
+
+
 def connections() -> dict[Any, str]:
     """The states of the sockets of this process, by their addresses."""
     return {(found.laddr, found.raddr): found.status for found in psutil.Process().net_connections()}

@@ -272,6 +272,19 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
 
 
+@pytest.mark.parametrize("failure", [Ending(Outcome.FAILED, Cause.ERROR, saves=True), REFUSED])
+def test_a_failure_that_a_host_may_have_caused_is_followed_by_preflight(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, failure: Ending
+) -> None:
+    """Catches a run that ends although it could go on without a host whose data disk or GPU has failed."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
+    killed = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
+    problems = losing("node-2")
+    settings = {"preflight_problems": problems, "max_restarts": 2}
+    result, hosts = supervise_endings(folder, monkeypatch, killed, failure, DONE, **settings)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", "12", "1"])
+
+
 def test_a_disk_that_is_full_when_a_host_returns_ends_the_run(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from launcher.supervision.restarts import Attempt, End, Restart, decide
 LOST = LaunchResult(Outcome.FAILED, "lost node-2", Cause.LOST_HOST)
 BUG = LaunchResult(Outcome.FAILED, "KeyError", Cause.ERROR)
 FULL = LaunchResult(Outcome.FAILED, "OutOfMemoryError", Cause.OUT_OF_MEMORY)
+REFUSED = LaunchResult(Outcome.REFUSED, "no such corpus", Cause.AGREED)
 PREEMPTED = LaunchResult(Outcome.STOPPED, "")
 
 
@@ -23,10 +24,19 @@ def test_what_may_not_happen_again_is_restarted_at_once(cause: Cause) -> None:
 def test_what_would_happen_again_is_not_restarted() -> None:
     """Catches a diverged run that is repeated, and a bug that is run into until the limit is reached."""
     assert after(LaunchResult(Outcome.FAILED, "the loss is NaN", Cause.AGREED)) == End()
-    assert after(LaunchResult(Outcome.REFUSED, "no such corpus", Cause.AGREED)) == End()
+    assert after(REFUSED) == End()
     assert after(BUG, BUG) == End()
     assert isinstance(after(BUG, BUG, saved=True), Restart), "further than the last time"
     assert isinstance(after(LOST, BUG), Restart)
+
+
+def test_a_refusal_after_a_checkpoint_is_restarted_once() -> None:
+    """Catches a run of weeks that ends because one host cannot read its data, and one that repeats a mistake."""
+    assert after(LOST, REFUSED, saved=True) == Restart()
+    assert after(REFUSED, LOST, REFUSED, saved=True) == Restart()
+    assert after(LOST, REFUSED) == End()
+    assert after(LOST, REFUSED, REFUSED, saved=True) == End()
+    assert after(LOST, REFUSED, saved=True, max_restarts=0) == End()
 
 
 def test_memory_that_runs_out_halves_the_microbatch() -> None:
