@@ -1,6 +1,6 @@
 """Whether a launch starts its ranks again after they have ended, and when. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from experiment.run_files.outcome_file import Cause, Outcome
@@ -21,6 +21,11 @@ class Attempt:
     end_time: float  # seconds, of any clock
     saved: bool  # a checkpoint
     joins_hosts: bool = False  # ended by the launcher itself, because hosts have returned; not a failure
+    left_out: Collection[str] = ()  # hosts that had returned, without which the next attempt runs; not counted either
+
+    @property
+    def changes_hosts(self) -> bool:
+        return self.joins_hosts or bool(self.left_out)
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,14 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, can_halve: bool) -> R
         can_halve: whether the microbatch can be halved.
     """
     last = attempts[-1]
-    if last.joins_hosts:
+    if last.changes_hosts:
         return Restart()
     if not _may_succeed_again(attempts):
         return End()
     halve = last.result.cause is Cause.OUT_OF_MEMORY
     if halve and not can_halve:
         return End("a microbatch is one sequence already; see docs/precision.md for what else saves memory")
-    failures = [attempt for attempt in attempts if not attempt.joins_hosts]
+    failures = [attempt for attempt in attempts if not attempt.changes_hosts]
     recent = [attempt for attempt in failures if last.end_time - attempt.end_time < WINDOW_SECONDS]
     stuck = _failures_since_checkpoint(attempts)  # attempts may take so long that few fit into the window
     for count, limit in ((len(recent), "within an hour"), (stuck, "without a checkpoint")):
@@ -89,7 +94,7 @@ def _advice(max_restarts: int, out_of_memory: bool, limit: str) -> str:
 def _failures_since_checkpoint(attempts: Sequence[Attempt]) -> int:
     failures = 0
     for attempt in reversed(attempts):
-        failures += not attempt.joins_hosts
+        failures += not attempt.changes_hosts
         if attempt.saved:
             break
     return failures

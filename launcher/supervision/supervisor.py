@@ -106,6 +106,8 @@ class _Supervisor:
         self._attempts: list[Attempt] = []
         self._unusable: Mapping[str, str] = {}  # host -> why, at the last look
         self._shown = ""  # of them, in the last message
+        self._joined: set[str] = set()  # hosts that have returned since the last checkpoint
+        self._left_out: set[str] = set()  # those that had when an attempt failed, until the next one
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -133,6 +135,7 @@ class _Supervisor:
                         result = LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST)
                         self._alerts.report(result)
                         return result
+                    self._joined |= slots.keys() - layout.slots.keys() - self._left_out
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
 
     def _stop_requested(self) -> bool:
@@ -161,7 +164,19 @@ class _Supervisor:
         if not self._stop.abandoned:
             record.end(result)
             record_end(self._folder, record.start_time)
-        return Attempt(result, time.monotonic(), self._has_saved_since(saved), joins_hosts)
+        has_saved = self._has_saved_since(saved)
+        return Attempt(result, time.monotonic(), has_saved, joins_hosts, self._leave_out(result, has_saved))
+
+    def _leave_out(self, result: LaunchResult, has_saved: bool) -> list[str]:
+        """Leave out hosts that have returned, if an attempt with them has failed before a checkpoint was saved: the run
+        was fine without them. Returns their names."""
+        if has_saved:
+            self._joined, self._left_out = set(), set()
+        if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
+            return []
+        hosts, self._joined = self._joined, set()
+        self._left_out |= hosts
+        return sorted(hosts)
 
     def _start_time(self) -> float:
         """Return when the current attempt started. The first includes the time before the launch was checked."""
@@ -188,9 +203,11 @@ class _Supervisor:
             return
         smaller = ", with half the microbatch" if restart.halve_microbatch else ""
         when = f" in {restart.wait_seconds:.0f} s" if restart.wait_seconds else ""
-        reason = attempt.result.message or "the ranks were stopped"
-        notify(f"{reason}\nrestarting{when}{smaller}")
-        self._alerts.report(attempt.result, f"restarting{when}{smaller}")
+        returned = ", ".join(attempt.left_out)
+        without = f" without {returned}, back since the last checkpoint, until the next one" if returned else ""
+        reason, how = attempt.result.message or "the ranks were stopped", f"{when}{smaller}{without}"
+        notify(f"{reason}\nrestarting{how}")
+        self._alerts.report(attempt.result, f"restarting{how}")
 
     def _await_slots(self, trusted: Collection[str]) -> Slots:
         """Return the slots of the usable hosts, once there are any; none after a request to stop or `_OUTAGE_HOURS`."""
@@ -203,8 +220,8 @@ class _Supervisor:
         return {}
 
     def _usable_slots(self, trusted: Collection[str]) -> Slots:
-        """Return the slots of the hosts that answer. Hosts that are not `trusted` must pass preflight too: a host that
-        is back may lack its GPUs or disks."""
+        """Return the slots of the hosts that answer, of those that are left out only if there are no others. Hosts that
+        are not `trusted` must pass preflight too: a host that is back may lack its GPUs or disks."""
         wanted = self._launch.slots
         if self._launch.local:
             return wanted
@@ -219,7 +236,8 @@ class _Supervisor:
             waiting = f"; waiting for one, for {_OUTAGE_HOURS:.0f} hours at most" if len(missing) == len(wanted) else ""
             notify(f"without {shown}, until they answer and pass preflight{waiting}")
         self._shown = shown
-        return {host: slots for host, slots in wanted.items() if host not in self._unusable}
+        usable = {host: slots for host, slots in wanted.items() if host not in self._unusable}
+        return {host: slots for host, slots in usable.items() if host not in self._left_out} or usable
 
     def _passing(self, hosts: Collection[str]) -> Collection[str]:
         return set(hosts) - self._launch.preflight_problems(hosts).keys()

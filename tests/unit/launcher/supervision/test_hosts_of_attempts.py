@@ -272,6 +272,29 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     assert [list(layout.slots) for layout in layouts] == [list(SLOTS), list(SLOTS) if passes else ["node-1"]]
 
 
+@pytest.mark.parametrize("failure", [REFUSED, Ending(Outcome.FAILED, Cause.LOST_RANK)])
+def test_a_host_that_returns_and_does_not_work_is_left_out(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: Ending
+) -> None:
+    """Catches a run that ends, or repeats an attempt that fails, because of a host that passes preflight only, and one
+    that ends although no other host is left, or never takes the host back."""
+    endings = [LOST, JOINS, failure, JOINS, failure, replace(LOST, lost="node-1", saves=False), DONE]
+    silent = losing("node-2", "", "", "", "", "node-1")
+    monkeypatch.setattr(supervisor, "unusable_hosts", silent)
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "1", "12", "1", "2"])
+    expected = "ending 3\nrestarting without node-2, back since the last checkpoint, until the next one\n"
+    assert expected in capsys.readouterr().err
+
+
+def test_a_host_that_has_worked_is_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that is blamed for a failure after a checkpoint that was saved with it."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
+    killed = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
+    result, hosts = supervise_endings(folder, monkeypatch, LOST, JOINS, killed, DONE, max_restarts=2)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "12"])
+
+
 @pytest.mark.parametrize("failure", [Ending(Outcome.FAILED, Cause.ERROR, saves=True), REFUSED])
 def test_a_failure_that_a_host_may_have_caused_is_followed_by_preflight(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, failure: Ending

@@ -81,6 +81,13 @@ def test_failures_without_progress_wait_longer() -> None:
     assert after(*[LOST] * 7, saved=True) == Restart(0.0)
 
 
+def test_a_failure_of_hosts_that_had_returned_is_not_counted() -> None:
+    """Catches a run that ends, at once or after some checkpoints, because a host that is broken comes back."""
+    left_out = [Attempt(result, 1.0, saved=False, left_out=["node-2"]) for result in (LOST, REFUSED)]
+    assert decide(left_out[1:], 0, can_halve=True) == Restart()
+    assert decide([*left_out, Attempt(LOST, 2.0, saved=False)], 1, can_halve=True) == Restart()
+
+
 def test_hosts_that_return_do_not_count_as_failures() -> None:
     joins = [Attempt(PREEMPTED, float(number), saved=True, joins_hosts=True) for number in range(20)]
     assert decide(joins, 0, can_halve=True) == Restart()
