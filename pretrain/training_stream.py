@@ -9,6 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from experiment.errors import UserError
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
@@ -56,6 +58,22 @@ class TrainingStream:
             assert end is not None
             epochs += order.start(end) / order.corpora[0].sequences
         return epochs
+
+    def tokens_per_epoch(self, step: int) -> dict[str, float]:
+        """Return the tokens in an epoch of each corpus, special tokens included: a mean over the epochs before `step`,
+        since stages with longer sequences add fewer special tokens."""
+        positions, epochs = np.zeros((2, len(self.corpora)))
+        for maker, first, end in zip(self.makers, self.first_steps, self.ends, strict=True):
+            order = maker.order
+            assert isinstance(order, ShuffledOrder)
+            if first <= step:
+                read = order.positions_by_corpus(order.start(step if end is None else min(step, end)))
+                read = np.maximum(read, 1)  # a ratio even before the first step
+                positions += read
+                epochs += read / [corpus.sequences for corpus in order.corpora]
+        text = np.array([corpus.corpus.tokens for corpus in self.makers[0].corpora])
+        tokens = text + self.makers[0].vocabulary.num_special_tokens * positions / epochs
+        return dict(zip(self.corpora, tokens.tolist(), strict=True))
 
 
 def open_stream(

@@ -120,7 +120,8 @@ def _corpora(state: Mapping[str, Any]) -> Iterator[list[str]]:
     total = sum(corpus["weight"] for corpus in train)
     for corpus in train:
         seen = state["progress"]["tokens_by_corpus"].get(corpus["name"], 0)
-        epochs = f"{seen / corpus['tokens']:,.2f}"
+        of_epoch = state.get("tokens_per_epoch", {}).get(corpus["name"])  # not in an older checkpoint
+        epochs = show(seen / of_epoch if of_epoch else None, ",.2f")
         yield [*_corpus_row(corpus), f"{corpus['weight'] / total:.1%}", f"{seen:,}", epochs]
 
 

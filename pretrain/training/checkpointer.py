@@ -46,6 +46,7 @@ from pretrain.training.training_progress import (
     progress_to_json,
     rename_corpora,
 )
+from pretrain.training_stream import TrainingStream
 from pretrain.world import World
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Checkpointer:
         run: ResolvedRun,
         engine: Engine,
         model: PreTrainedModel,
+        stream: TrainingStream,
         group: CpuGroup,
         interval: LogInterval,
         clock: TrainingClock,
@@ -114,6 +116,7 @@ class Checkpointer:
         self._run = run
         self._engine = engine
         self._model = model
+        self._stream = stream
         self._group = group
         self._interval = interval
         self._clock = clock
@@ -270,6 +273,7 @@ class Checkpointer:
             "identity": self._run.identity,
             "precision": self._engine.precision,
             "corpora": _describe_corpora(self._run),
+            "tokens_per_epoch": self._stream.tokens_per_epoch(step),
             "provenance": dict(self._provenance),
             "step": step,
             "loss_scaler": self._engine.loss_scaler_state(),

@@ -107,7 +107,7 @@ class Trainer:
         self._reporter = Reporter(run, model.flops, engine, self._interval, times, nodes, tracker)
         clock = TrainingClock(self._progress.seconds)
         self._checkpointer = Checkpointer(
-            run, engine, model.model, group, self._interval, clock, times, provenance, self._reporter.alert
+            run, engine, model.model, stream, group, self._interval, clock, times, provenance, self._reporter.alert
         )
         self._recovery = Recovery(config.health)
         self._bad_batches = BadBatchWriter(run.folder, world, stream.corpora, run.tokenizer.decode)

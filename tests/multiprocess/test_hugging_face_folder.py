@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from experiment.run_files.checkpoints import checkpoint_path
+from experiment.run_files.checkpoints import checkpoint_path, read_state
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from pretrain.corpus.reader import open_corpus
@@ -132,8 +132,11 @@ def test_an_exported_encoder_has_a_card(
     assert "Evaluated at step 2." in card
     corpus = open_corpus(wordpiece_corpus)
     seen = next(event["tokens"] for event in events if event["step"] == 3)
+    of_epoch = read_state(copy)["tokens_per_epoch"][corpus.name]
+    assert of_epoch > corpus.tokens, "special tokens"
+    epochs = f"{seen / of_epoch:.2f}"
     counts = f"{corpus.documents:,} | {corpus.tokens:,} | {corpus.fingerprint}"
-    assert f"| {corpus.name} | {counts} | {corpus.manifest.recipe.source} | 100.0% | {seen:,} |" in card
+    assert f"| {corpus.name} | {counts} | {corpus.manifest.recipe.source} | 100.0% | {seen:,} | {epochs} |" in card
     assert open_corpus(heldout_corpus).fingerprint in card
     assert f"| tokens | {seen:,} |" in card
     assert "| 2 | 1 | " in card, "ranks and hosts"

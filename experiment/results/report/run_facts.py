@@ -119,9 +119,9 @@ def _tokens(history: History, state: Mapping[str, Any]) -> Iterator[Fact]:
     try:
         train = state["corpora"]["train"]
         if len(train) == 1:
-            by_corpus = state.get("progress", {}).get("tokens_by_corpus", {})
-            parents = sum(count for name, count in by_corpus.items() if name != train[0]["name"])  # of a fork
-            yield Fact("Epochs", f"{(tokens - parents) / train[0]['tokens']:.2f}", f"of {train[0]['name']}")
+            name, by_corpus = train[0]["name"], state.get("progress", {}).get("tokens_by_corpus", {})
+            parents = sum(count for corpus, count in by_corpus.items() if corpus != name)  # of a fork
+            yield Fact("Epochs", f"{(tokens - parents) / state['tokens_per_epoch'][name]:.2f}", f"of {name}")
         else:
             yield Fact("Corpora", f"{len(train)}", ", ".join(corpus["name"] for corpus in train))
     except (KeyError, TypeError, ZeroDivisionError):  # no checkpoint yet, or one of an older version

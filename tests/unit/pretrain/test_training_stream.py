@@ -287,10 +287,17 @@ def test_a_fork_ends_after_its_parents_step(
 
 
 def test_epochs_are_those_of_all_stages(open_run_stream: OpenStream) -> None:
-    """Catches a start message and a plan with the epochs of one stage, or without those of the batch warmup."""
+    """Catches a start message and a plan with the epochs of one stage, or without those of the batch warmup, and a
+    report with others."""
     stream = open_run_stream(mixed=False, **changing_batches())
     read = [len(origins(stream[step])) for step in range(16)]
     lengths = [len(maker.corpora[0].index) for maker in stream.makers]
     of_stages = [sum(read[:6]) / lengths[0], sum(read[6:11]) / lengths[1], sum(read[11:]) / lengths[2]]
     assert stream.epochs == pytest.approx(sum(of_stages))
+    tokens = sum(stream[step].tokens for step in range(16))
+    assert tokens / stream.tokens_per_epoch(16)["text"] == pytest.approx(stream.epochs, rel=0.02)
+    whole = open_run_stream(mixed=False, schedule={"epochs": 2.0})
+    assert whole.steps is not None
+    assert sum(whole[step].tokens for step in range(whole.steps)) == 2 * whole.tokens_per_epoch(whole.steps)["text"]
+    assert set(open_run_stream(**changing_batches()).tokens_per_epoch(0)) == {"text", "text-heldout"}, "before step 1"
     assert open_run_stream(**changing_batches()).epochs is None, "of a mixture"

@@ -108,7 +108,8 @@ def _write_checkpoint(folder: RunFolder, step: int) -> None:
     (checkpoint / "hf").mkdir(parents=True)
     save_file({"weight": np.zeros((1000, 64), dtype=np.float32)}, checkpoint / "hf" / "model.safetensors")
     corpora = {"train": [{"name": "wikipedia", "tokens": 20_000_000, "weight": 1.0}]}
-    write_json(checkpoint / "state.json", {"precision": "bf16", "corpora": corpora})
+    state = {"precision": "bf16", "corpora": corpora, "tokens_per_epoch": {"wikipedia": 20_500_000.0}}
+    write_json(checkpoint / "state.json", state)
     mark_complete(checkpoint)
     write_best(folder.checkpoints, step)
 

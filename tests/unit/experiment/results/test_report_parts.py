@@ -95,7 +95,7 @@ def test_the_headline(run: RunFolder) -> None:
     assert facts["Parameters"] == ("64k", "64,000")
     assert facts["Steps"] == ("1,000", "of 1,000, 100%")
     assert facts["Tokens"] == ("32.8M", "32,768,000")
-    assert facts["Epochs"] == ("1.64", "of wikipedia")
+    assert facts["Epochs"] == ("1.60", "of wikipedia")
     assert facts["Precision"] == ("bf16", "")
     assert facts["Duration"] == ("15h33m", "3 attempts")
     assert facts["Best checkpoint"] == ("1,000", "step")
