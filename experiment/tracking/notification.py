@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from email.message import EmailMessage
 from email.utils import localtime, make_msgid, parseaddr
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
 
@@ -48,18 +48,27 @@ class Service:
     send: Callable[[Message], None] = field(repr=False)
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Makes a redirection an HTTPError: urllib would follow it with a GET, which loses the message."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def webhook_service(environ: Mapping[str, str] = os.environ) -> Service:
     """Return a service that POSTs JSON to DEEPCLOZE_WEBHOOK_URL. Raises UserError without the URL, which is secret."""
     url = environ.get(_WEBHOOK, "")
     if not url.startswith(("https://", "http://")):
         raise UserError(f"tracking.alerts.webhook: set {_WEBHOOK} to a URL that begins with https:// or http://")
 
+    opener = urllib.request.build_opener(_NoRedirects)
+
     def send(message: Message) -> None:
         # `text`: shown by Slack and Mattermost
         payload = {"text": f"{message.title}\n{message.text}", **message.fields}
         headers = {"Content-Type": "application/json", "User-Agent": "deepcloze"}  # Discord refuses urllib's
         request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
-        with urllib.request.urlopen(request, timeout=_WEBHOOK_TIMEOUT) as reply:
+        with opener.open(request, timeout=_WEBHOOK_TIMEOUT) as reply:
             reply.read(1)
 
     return Service("webhook", send)

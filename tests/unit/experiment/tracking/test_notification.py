@@ -79,13 +79,21 @@ def test_a_webhook_gets_the_name_of_the_program(monkeypatch: pytest.MonkeyPatch)
     """Catches the default of urllib, which Discord refuses with 403."""
     sent: list[urllib.request.Request] = []
 
-    def urlopen(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+    def open_request(_: object, request: urllib.request.Request, timeout: float) -> io.BytesIO:
         sent.append(request)
         return io.BytesIO()
 
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", open_request)
     webhook_service({"DEEPCLOZE_WEBHOOK_URL": "https://x.example"}).send(Message("a", "b"))
     assert [request.get_header("User-agent") for request in sent] == ["deepcloze"]
+
+
+@pytest.mark.parametrize("status", [302, 308, 500])
+def test_a_webhook_that_does_not_take_the_message(status: int) -> None:
+    """Catches an alert that is lost without a warning, because the server redirects to a page that can be read."""
+    with webhook(status) as (url, received), pytest.raises(OSError, match=f"HTTP Error {status}"):
+        webhook_service({"DEEPCLOZE_WEBHOOK_URL": url}).send(Message("a", "b"))
+    assert len(received) == 1
 
 
 def test_a_receiver_that_is_refused_is_named(mail_server: MailServer, caplog: pytest.LogCaptureFixture) -> None:
