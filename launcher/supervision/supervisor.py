@@ -73,7 +73,8 @@ class LaunchAlerts:
     def __init__(self, config: TrackingConfig, folder: RunFolder) -> None:
         """Raises UserError if an environment variable is missing."""
         self._project, self._folder = config.project, folder
-        self._filter = AlertFilter(config.alerts.events)
+        self._events = config.alerts.events
+        self._filter = AlertFilter(self._events)
         others = {"W&B": self._send_to_wandb} if config.alerts.wandb else {}
         self._messenger = Messenger(config.alerts, folder, lambda message: notify(f"warning: {message}"), others)
 
@@ -81,7 +82,8 @@ class LaunchAlerts:
         """Send an alert if an attempt has failed. `restarting`: the next step; empty if the launch ends."""
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return
-        event: AlertEvent = "stall" if result.cause is Cause.HUNG else "crash"
+        stalled = result.cause is Cause.HUNG and "stall" in self._events
+        event: AlertEvent = "stall" if stalled else "crash"
         text = f"{result.outcome}: {result.message}\n{restarting or 'the launch has ended'}"
         alert = Alert(event, text, repeated=bool(restarting))
         if self._filter.passes(alert):

@@ -39,6 +39,14 @@ def test_failed_attempts_are_told(sent: list[Alert], tmp_path: Path) -> None:
     ]
 
 
+def test_a_stall_is_a_crash_for_those_who_want_no_stalls(sent: list[Alert], tmp_path: Path) -> None:
+    """Catches a run that hangs and ends without an alert because `events` names crashes only."""
+    alerts = LaunchAlerts(TrackingConfig(alerts=AlertsConfig(events=("crash", "finish"))), RunFolder(tmp_path))
+    alerts.report(LaunchResult(Outcome.FAILED, "rank 0 hangs", Cause.HUNG))
+    alerts.close()
+    assert [alert.event for alert in sent] == ["crash"]
+
+
 def test_wandb_is_told_when_the_launch_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an alert that opens the W&B run while the next attempt uses it, none for a run whose rank 0 was killed,
     and one through another W&B run."""
