@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 from rich.table import Table
 
 from experiment.config import read_recorded
-from experiment.errors import UserError, notify
+from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import read_json
 from experiment.formatting import FILE_WIDTH, UNKNOWN, describe_duration, show, table_console
 from experiment.results.main_score import main_score
@@ -48,8 +49,8 @@ class RunStatus:
     activity: str | None  # of a run that is alive
     step: int | None  # finished steps
     total_steps: int | None
-    loss: float | None
-    tokens_per_second: float | None
+    loss: float | None  # mean of the seeds that are trained at a time
+    tokens_per_second: float | None  # their sum
     seconds_left: float | None
     checkpoint_step: int | None  # of the last checkpoint
     checkpoint_age: float | None  # seconds
@@ -76,6 +77,11 @@ def read_status(run: str) -> RunStatus:
     total = _total_steps(folder, attempts)
     recent = [line for line in times if line.start == times[-1].start]
     metric, split, score = _score(folder)
+    training = [found for found in others if found] or [events]
+    losses, speeds = (
+        [number for found in training if (number := last_number(found, key)) is not None]
+        for key in ("loss", "tokens_per_second")
+    )
     return RunStatus(
         run=run,
         state=life.state,
@@ -89,8 +95,8 @@ def read_status(run: str) -> RunStatus:
         activity=attempts[-1].activity if attempts and seeds is None and life.state == "running" else None,
         step=step,
         total_steps=total,
-        loss=last_number(events, "loss"),
-        tokens_per_second=last_number(events, "tokens_per_second"),
+        loss=fmean(losses) if losses else None,
+        tokens_per_second=sum(speeds) if speeds else None,
         seconds_left=_seconds_left(recent, total) if life.state == "running" else None,
         checkpoint_step=saved,
         checkpoint_age=_age(checkpoints[-1]) if checkpoints else None,
@@ -192,10 +198,10 @@ def print_status(folders: Sequence[str], as_json: bool) -> None:
     def read(run: Path) -> RunStatus | None:
         try:
             return read_status(str(run))
-        except PermissionError as error:
+        except OSError as error:
             if len(each) == 1:
                 raise
-            notify(f"{run} is skipped: {error.filename}: {error.strerror}")
+            notify(f"{run} is skipped: {describe_disk_error(error) or error}")
             return None
 
     with ThreadPoolExecutor(READERS) as readers:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import platform
@@ -111,16 +112,18 @@ def test_folders_that_are_no_runs_are_skipped(tmp_path: Path, capsys: pytest.Cap
     assert "report is not a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
 def test_a_folder_that_may_not_be_read_hides_no_other_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Catches `status` of a disk that has a folder of another user, such as lost+found, or a file that is private."""
+    """Catches `status` of a disk that has a folder of another user, such as lost+found, or a file that is private or
+    cannot be read."""
     names = {name: make_run(tmp_path / name) for name in ("lost+found", "private", "run")}
 
     def refuse(function: Callable[..., object], name: str) -> Callable[..., object]:
         def refused(folder: RunFolder | str) -> object:
             if name in str(folder):
-                raise PermissionError(13, "Permission denied", names[name])
+                raise OSError(13 if name == "lost+found" else number, "refused", names[name])
             return function(folder)
 
         return refused
@@ -131,7 +134,7 @@ def test_a_folder_that_may_not_be_read_hides_no_other_run(
     assert main(["status", str(tmp_path), "--json"]) == 0
     captured = capsys.readouterr()
     assert [status["run"] for status in json.loads(captured.out)] == [names["run"]]
-    assert captured.err == f"deepcloze: {names['private']} is skipped: {names['private']}: Permission denied\n"
+    assert captured.err == f"deepcloze: {names['private']} is skipped: {names['private']}: {os.strerror(number)}\n"
     opened = open_runs({name: RunFolder(Path(path)) for name, path in names.items() if name != "lost+found"})
     assert [run.name for run in opened] == ["run"]
     assert "warning: private is left out: " in capsys.readouterr().err
@@ -318,7 +321,8 @@ def test_the_figures_of_a_run(folder: RunFolder) -> None:
 
 def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a fine-tuning without its total steps, time left and attempts, a time left at the speed of the steps that
-    an earlier command has trained, and steps of seeds that are trained at a time but not counted."""
+    an earlier command has trained, steps of seeds that are trained at a time but not counted, and loss and speed of
+    a finished seed in place of theirs."""
     folder.config.write_text("training: {seeds: [1, 2, 3]}\n")
     assert (read_status(str(folder.path)).total_steps, read_status(str(folder.path)).attempts) == (None, 0)
     now = datetime(2026, 11, 20, 9, 20, tzinfo=UTC)
@@ -336,10 +340,12 @@ def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.Capture
         assert (status.step, status.total_steps, status.seconds_left, status.attempts) == (100, 900, None, 2)
         for seed, step in ((2, 150), (3, 50)):
             path = folder.logs / f"seed-{seed}.jsonl"
-            path.write_text(json.dumps({"step": step, "loss": 1.0, "seed": seed}) + "\n")
+            event = {"step": step, "loss": seed / 10, "tokens_per_second": 1000 * seed, "seed": seed}
+            path.write_text(json.dumps(event) + "\n")
             os.utime(path, (0, now.timestamp() + 110 - 5 * seed))
         status = read_status(str(folder.path))
         assert (status.state, status.step, status.seconds_left) == ("running", 300, 600.0)
+        assert (status.loss, status.tokens_per_second) == (0.25, 5000)
         assert (status.activity, status.goodput) == (None, None)
         assert main(["status", str(folder.path)]) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
