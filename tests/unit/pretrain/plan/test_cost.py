@@ -23,12 +23,16 @@ from pretrain.plan.cost import Device, local_cpu, local_gpu
 def test_the_first_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, found: tuple[str, int | None, float | None] | None
 ) -> None:
-    """Catches units, and a plan for the CPU where the memory or the power of a GPU is unknown."""
+    """Catches units, a plan for the CPU where the memory or the power of a GPU is unknown, and one for a whole GPU
+    where a part of it is used."""
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert local_gpu() == (None if found is None else Device(*found))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-41b36014")
+    assert local_gpu() == (None if found is None else Device(f"{found[0]} MIG", None, None))
 
 
 def test_without_nvidia_smi_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
