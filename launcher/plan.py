@@ -27,15 +27,14 @@ def print_run_plan(options: PlanOptions) -> None:
         from pretrain.plan.plan import plan_run
         from pretrain.plan.text import as_json, print_plan
 
-    ranks = sum(map(len, slots.values()))
+    ranks_by_host = list(map(len, slots.values()))
     found = local_gpu() if machine.devices.kind == "cuda" else None
-    device = found or local_cpu(max(map(len, slots.values())))
+    device = found or local_cpu(max(ranks_by_host))
     if options.device is not None:
         device = Device(options.device, None, None)
     plan = plan_run(
-        resolve_run(config, ranks, copy_corpora=copy_urls),
-        hosts=len(slots),
-        ranks=ranks,
+        resolve_run(config, sum(ranks_by_host), copy_corpora=copy_urls),
+        ranks_by_host=ranks_by_host,
         device=device if options.memory_gib is None else replace(device, memory=int(options.memory_gib * 2**30)),
         rates=Rates(
             peak_flops=None if options.peak_tflops is None else options.peak_tflops * 1e12,

@@ -81,8 +81,8 @@ class MemorySettings:
     """Settings that the memory of a rank depends on, besides parameters and microbatches."""
 
     zero_stage: int
-    hosts: int
     ranks: int
+    host_ranks: int  # the most on a machine
     precision: Precision
     on_gpu: bool
     average_bytes: int  # of an averaged weight; 0 without model.ema_decay
@@ -107,14 +107,14 @@ class MemorySettings:
 
 
 def memory_settings(
-    config: PretrainConfig, deepspeed: DeepSpeedSettings, hosts: int, ranks: int, on_gpu: bool
+    config: PretrainConfig, deepspeed: DeepSpeedSettings, ranks: int, host_ranks: int, on_gpu: bool
 ) -> MemorySettings:
     zero: Mapping[str, Any] = deepspeed.raw.get("zero_optimization", {})
     offload_param = (zero.get("offload_param") or {}).get("device", "none")
     return MemorySettings(
         zero_stage=deepspeed.zero_stage,
-        hosts=hosts,
         ranks=ranks,
+        host_ranks=host_ranks,
         precision=deepspeed.precision,
         on_gpu=on_gpu,
         average_bytes=0 if config.model.ema_decay is None else _FP32,
@@ -144,11 +144,11 @@ def rank_memory(counts: ParameterCounts, microbatch: MicrobatchMemory, settings:
         )
     moments["start"] = _start(counts, settings, resident)
     if not settings.on_gpu:
-        moments["checkpoint"] = resident + Parts(buffers=_copied(counts, settings, settings.ranks))
+        moments["checkpoint"] = resident + Parts(buffers=_copied(counts, settings, 1))
     host = _offloaded(counts, settings)
     swapped = 2 * _FP32 * counts.total + _moments(counts, settings)  # masters, gradients and moments
     disk = swapped // settings.ranks if settings.offload == "nvme" else 0
-    checkpoint = _copied(counts, settings, settings.hosts) if settings.on_gpu else 0
+    checkpoint = _copied(counts, settings, settings.host_ranks) if settings.on_gpu else 0
     return RankMemory(moments, host if settings.on_gpu else 0, checkpoint, disk)
 
 
@@ -175,16 +175,16 @@ def _moments(counts: ParameterCounts, settings: MemorySettings) -> int:
     return 2 * _FP32 * counts.total - (_FP32 * counts.hidden_matrices if settings.optimizer == "muon" else 0)
 
 
-def _copied(counts: ParameterCounts, settings: MemorySettings, owners: int) -> int:
-    """Return the bytes of the first of this many ranks or machines for a checkpoint: each copies its part of masters,
-    moments and averages, at ZeRO 0 only the first; rank 0 the whole model, too."""
+def _copied(counts: ParameterCounts, settings: MemorySettings, ranks: int) -> int:
+    """Return the bytes of rank 0, or of a machine with it and so many ranks, for a checkpoint: each copies its part of
+    masters, moments and averages, at ZeRO 0 only rank 0; rank 0 the whole model, too."""
     states = (_FP32 + settings.average_bytes) * counts.total + _moments(counts, settings)
-    return (states if settings.zero_stage == 0 else -(-states // owners)) + _FP32 * counts.total
+    return (states if settings.zero_stage == 0 else -(-states * ranks // settings.ranks)) + _FP32 * counts.total
 
 
 def _shares_memory(settings: MemorySettings) -> bool:
     """Return whether ranks exchange weights and gradients in memory, as CPU ranks of one host do."""
-    return not settings.on_gpu and settings.hosts == 1 and settings.ranks > 1
+    return not settings.on_gpu and settings.ranks == settings.host_ranks > 1
 
 
 def _start(counts: ParameterCounts, settings: MemorySettings, resident: Parts) -> Parts:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import NamedTuple
@@ -40,6 +41,7 @@ class RunPlan:
     run: ResolvedRun
     hosts: int
     ranks: int
+    host_ranks: int  # the most on a machine
     device: Device
     rates: Rates
     packed: bool
@@ -86,8 +88,9 @@ class RunPlan:
         return total + low, total + high
 
 
-def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Rates) -> RunPlan:
+def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rates: Rates) -> RunPlan:
     """Plan a run. `rates.peak_flops` None: look it up by the device's name. Raises UserError as `open_stream`."""
+    ranks, host_ranks = sum(ranks_by_host), max(ranks_by_host)
     skeleton = meta_model(run.model_config)
     packed = is_packed(run.model_config)
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
@@ -96,7 +99,7 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
     # Position ids do not matter: batches get no tensors.
     stream = open_stream(run, World(0, ranks), rows=rows, first_position=0, attention_ratio=ratio)
     stages = stage_work(stream, run.config.masking)
-    settings = memory_settings(run.config, run.deepspeed, hosts, ranks, device.is_gpu)
+    settings = memory_settings(run.config, run.deepspeed, ranks, host_ranks, device.is_gpu)
     if rates.peak_flops is None:
         rates = replace(rates, peak_flops=peak_flops(device.name, run.deepspeed.precision))
     alternatives = _alternatives(settings)
@@ -129,8 +132,9 @@ def plan_run(run: ResolvedRun, hosts: int, ranks: int, device: Device, rates: Ra
         cost = run_cost(computing, communicating, ranks, rates)
     return RunPlan(
         run=run,
-        hosts=hosts,
+        hosts=len(ranks_by_host),
         ranks=ranks,
+        host_ranks=host_ranks,
         device=device,
         rates=rates,
         packed=packed,

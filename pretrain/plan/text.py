@@ -131,7 +131,7 @@ def _memory(plan: RunPlan) -> list[str]:
     unsure = "whether it fits is unknown" if plan.device.memory is None else "it may NOT fit"
     fits = {True: "it fits", False: "it does NOT fit", None: unsure}[plan.fits]
     lines = [f"ZeRO {plan.zero_stage} in {plan.run.deepspeed.precision} ({plan.run.deepspeed.path.name}): {fits}"]
-    per_host = -(-plan.ranks // plan.hosts)
+    per_host = plan.host_ranks
     if plan.device.is_gpu:
         low, high = plan.device.reserve
         lines.append(

@@ -78,7 +78,7 @@ def planned(tree: Tree, ranks: int) -> RankMemory:
     from pretrain.resolve import resolve
 
     run = resolve(build_config(PretrainConfig, tree), ranks)
-    plan = plan_run(run, 1, ranks, Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
+    plan = plan_run(run, [ranks], Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
     return plan.chosen.memory
 
 

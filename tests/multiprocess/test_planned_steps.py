@@ -27,7 +27,7 @@ def test_a_run_takes_the_planned_steps_and_tokens(
     """Catches a plan that counts other batches than the run trains on."""
     tree = run_config(tmp_path, wordpiece_corpus) | {"schedule": schedule | {"warmup_steps": 2}}
     run = resolve(build_config(PretrainConfig, tree), 2)
-    plan = plan_run(run, 1, 2, Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
+    plan = plan_run(run, [2], Device("cpu", None, None), Rates(None, 0.4, 25e9, None, None))
     assert pools[2].run(pretrain_case, tree) == ["done"] * 2
     last = step_events(tmp_path)[-1]
     assert (last["step"], last["tokens"]) == (plan.steps, plan.tokens)

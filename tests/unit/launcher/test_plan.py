@@ -126,6 +126,19 @@ def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]
         assert expected in printed
 
 
+def test_the_machine_with_the_most_ranks_counts(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches host memory for the mean of machines with different numbers of slots."""
+    needed = []
+    for slots in ((4, 4), (2, 6)):
+        hostfile = tmp_path / "hosts"
+        hostfile.write_text("".join(f"node{number} slots={each}\n" for number, each in enumerate(slots)))
+        zero = plan(capsys, config, "--hostfile", str(hostfile), *H100)["zero"]
+        needed.append(zero["3"]["checkpoint_memory"])
+    assert needed[0] < needed[1]
+
+
 def test_large_figures_have_no_exponent(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches device hours such as 4.608e+04."""
     slow = ("--device=cpu", "--peak_tflops=1e-9", "--watts=700", "--price=1")

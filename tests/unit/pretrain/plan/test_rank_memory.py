@@ -18,8 +18,8 @@ COUNTS = ParameterCounts(
 NOTHING = MicrobatchMemory(0, 0, 0)
 BF16 = MemorySettings(
     zero_stage=1,
-    hosts=1,
     ranks=8,
+    host_ranks=8,
     precision="bf16",
     on_gpu=True,
     average_bytes=0,
@@ -62,7 +62,7 @@ def test_bytes_per_parameter(stage: int, precision: Precision, expected: float) 
 def test_ranks_on_one_host_do_not_copy_what_others_send() -> None:
     """Catches a plan for gloo, which needs the parts of the gradient from all ranks at once, where memory is shared."""
     cpu = replace(BF16, on_gpu=False)
-    shared, sent = (rank_memory(COUNTS, NOTHING, replace(cpu, hosts=hosts)).moments["update"] for hosts in (1, 2))
+    shared, sent = (rank_memory(COUNTS, NOTHING, replace(cpu, host_ranks=ranks)).moments["update"] for ranks in (8, 4))
     assert sent.total - shared.total == 4 * N - BUFFER_BYTES
 
 
@@ -84,8 +84,9 @@ def test_averages_and_offload() -> None:
 
 def test_checkpoints_are_copied_to_the_host() -> None:
     """Catches pinned memory that is missing in a plan, and copies that all ranks make although rank 0 alone writes."""
-    two_machines = replace(BF16, hosts=2, average_bytes=4)
+    two_machines = replace(BF16, host_ranks=4, average_bytes=4)
     assert rank_memory(COUNTS, NOTHING, two_machines).checkpoint == (16 // 2 + 4) * N
+    assert rank_memory(COUNTS, NOTHING, replace(two_machines, host_ranks=6)).checkpoint == (16 * 6 // 8 + 4) * N
     assert rank_memory(COUNTS, NOTHING, replace(two_machines, zero_stage=0, precision="fp32")).checkpoint == 20 * N
     on_cpu = rank_memory(COUNTS, NOTHING, replace(BF16, on_gpu=False))
     assert on_cpu.checkpoint == 0
