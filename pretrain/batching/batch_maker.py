@@ -17,14 +17,22 @@ from numpy.typing import NDArray
 from pretrain.batching.batch import IGNORED, Microbatch, RankBatch
 from pretrain.batching.masking import Masker, MaskingSchedule, Ranges
 from pretrain.batching.order import BatchSequences, Order
-from pretrain.batching.packing import Assignment, MicrobatchLayout, assign, next_multiple, padded_width, round_up
+from pretrain.batching.packing import (
+    Assignment,
+    MicrobatchLayout,
+    Rows,
+    assign,
+    next_multiple,
+    padded_width,
+    round_up,
+)
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.batching.vocabulary import Vocabulary
 from pretrain.corpus.reader import Corpus
 from pretrain.world import World
 
 # Masked positions, and the predicted columns of a row, are padded to a multiple, so that kernels see few shapes.
-MASKED_BUCKET = 64
+_MASKED_BUCKET = 64
 _COLUMNS_BUCKET = 8
 # Flat microbatches are larger: their masked positions are padded by less than one part in 32, `cu_seqlens` by less than
 # one part in 8.
@@ -201,10 +209,9 @@ class BatchMaker:
             input_ids, position_ids, segments = input_ids[:, :width], position_ids[:, :width], segments[:, :width]
         if self.layout.rows == "flat":
             boundaries = _flat_boundaries(segments.reshape(-1), self.layout.max_seq_length)
-            count = next_multiple(round_up(len(masked), _FLAT_PARTS), MASKED_BUCKET)
         else:
-            boundaries, count = _boundaries(segments), next_multiple(len(masked), MASKED_BUCKET)
-        padding = count - len(masked)
+            boundaries = _boundaries(segments)
+        padding = padded_predictions(len(masked), self.layout.rows) - len(masked)
         return Microbatch(
             input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
             position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
@@ -214,6 +221,11 @@ class BatchMaker:
             labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),
             **_predicted_by_row(masked, segments.shape, padding) if self.layout.rows == "windows" else {},
         )
+
+
+def padded_predictions(masked: int, rows: Rows) -> int:
+    """Return M, the entries of `masked_positions` for this many masked slots."""
+    return next_multiple(round_up(masked, _FLAT_PARTS) if rows == "flat" else masked, _MASKED_BUCKET)
 
 
 def _predicted_by_row(masked: NDArray[np.int64], shape: tuple[int, ...], padding: int) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from experiment.models.transformers_models import describe_unused_layers, first_
 from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
-from pretrain.modeling.attention import uses_flash
+from pretrain.modeling.attention import Capability, uses_flash
 from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import ignores_padding, probe, why_not_packed
 from pretrain.modeling.random_model import meta_model, random_model
@@ -155,7 +155,12 @@ def attention_ratio(flops: FlopsModel | None) -> float | None:
 def choose_rows(model: BuiltModel, dtype: torch.dtype) -> Rows:
     """Flat rows where flash attention computes them, in `dtype` on this process's CUDA device. Other kernels compare
     all slots of a row, so they get windows."""
-    if not model.packed:
-        return "padded"
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return "flat" if uses_flash(model.model.config, capability, dtype) else "windows"
+    return rows_on(capability, model.packed, model.model.config, dtype)
+
+
+def rows_on(capability: Capability | None, packed: bool, config: PreTrainedConfig, dtype: torch.dtype) -> Rows:
+    """Like `choose_rows`, on a device of this capability (None: a CPU)."""
+    if not packed:
+        return "padded"
+    return "flat" if uses_flash(config, capability, dtype) else "windows"

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.batching.batch import Microbatch
+from pretrain.batching.packing import Rows
 from pretrain.modeling.attention import Predicted, interruptible, use_packed_attention
 from pretrain.modeling.build import checkpoint_activations
 from pretrain.modeling.head import choose_fused_head
@@ -59,11 +60,15 @@ class Computation:
     """The computation of a microbatch."""
 
     dtype: torch.dtype  # of weights and activations
-    packed: bool
+    rows: Rows
     on_gpu: bool
     checkpointed: bool  # model.activation_checkpointing
     gradients_stay: bool = False  # in `parameter.grad` until the step
     accumulates: bool = False  # a step has several microbatches
+
+    @property
+    def packed(self) -> bool:
+        return self.rows != "padded"
 
 
 def microbatch_memory(model: PreTrainedModel, shape: MicrobatchShape, computation: Computation) -> MicrobatchMemory:
@@ -99,6 +104,8 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     wrapped = MaskedLanguageModel(model, computation.packed, head=head).train()
     if computation.on_gpu:
         _use_gpu_kernels(model, computation.packed)
+    if computation.rows == "flat":
+        wrapped._windows = set()  # flash attention needs no masks, which would have an entry for each pair of slots
     if computation.checkpointed:
         # The meta device has no generator; its state takes no memory worth counting.
         checkpoint_activations(model, preserve_rng_state=False)

@@ -4,6 +4,7 @@ The device is this machine's, or one that the user names. Takes no device.
 """
 
 import os
+import re
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 _TIMEOUT = 10.0  # seconds, for nvidia-smi
 _GIB = 1 << 30
+_OLDER_GPUS = re.compile(r"\b(P100|V100|T4|GTX|TITAN|RTX 20\d\d|Quadro)")  # than capability 8.0
 # Of a GPU's memory, at least and at most: a card sold with 80 GiB has 79.2 to 79.6; the CUDA context, NCCL's buffers,
 # workspaces of cuBLAS and fragmentation take 1.5 to 3 GiB. Figures from practice, not measured with deepcloze.
 _RESERVED_SHARES = 0.005, 0.01
@@ -29,6 +31,11 @@ class Device:
     @property
     def is_gpu(self) -> bool:
         return self.name.lower() != "cpu"
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The CUDA capability, as far as kernels are chosen by it: an A100's, unless the GPU is known to be older."""
+        return None if not self.is_gpu else (7, 0) if _OLDER_GPUS.search(self.name) else (8, 0)
 
     @property
     def reserve(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from experiment.process.hardware import peak_flops
 from experiment.run_files.provenance import forked_from, read_provenance
 from pretrain.batching.packing import Rows
 from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
+from pretrain.modeling.build import rows_on
 from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
 from pretrain.modeling.structure import FlopsModel, ParameterCounts, count_parameters, flops_model, hidden_matrices
@@ -94,7 +95,7 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
     skeleton = meta_model(run.model_config)
     packed = is_packed(run.model_config)
     counts, flops = count_parameters(skeleton), flops_model(skeleton)
-    rows: Rows = "windows" if packed else "padded"
+    rows = rows_on(device.capability, packed, run.model_config, run.deepspeed.dtype)
     ratio = None if device.is_gpu or flops is None else flops.attention_ratio
     # Position ids do not matter: batches get no tensors.
     stream = open_stream(run, World(0, ranks), rows=rows, first_position=0, attention_ratio=ratio)
@@ -104,7 +105,7 @@ def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rat
         rates = replace(rates, peak_flops=peak_flops(device.name, run.deepspeed.precision))
     alternatives = _alternatives(settings)
     largest = {
-        stay: _largest_microbatch(run, stages, packed, device.is_gpu, stay)
+        stay: _largest_microbatch(run, stages, rows, device.is_gpu, stay)
         for stay in {each.gradients_stay for each in alternatives}
     }
     longest = max(stages, key=lambda stage: stage.steps or math.inf)
@@ -189,14 +190,14 @@ def _alternatives(settings: MemorySettings) -> list[MemorySettings]:
 
 
 def _largest_microbatch(
-    run: ResolvedRun, stages: tuple[StageWork, ...], packed: bool, on_gpu: bool, gradients_stay: bool
+    run: ResolvedRun, stages: tuple[StageWork, ...], rows: Rows, on_gpu: bool, gradients_stay: bool
 ) -> MicrobatchMemory:
     """Return the memory of the microbatch that takes the most. Raises UserError for a model that cannot run without
     values."""
     shapes = {(stage.batch.largest, stage.batch.microbatches > 1) for stage in stages}
     computation = Computation(
         dtype=run.deepspeed.dtype,
-        packed=packed,
+        rows=rows,
         on_gpu=on_gpu,
         checkpointed=run.config.model.activation_checkpointing,
         gradients_stay=gradients_stay,

@@ -110,7 +110,7 @@ def _work(plan: RunPlan) -> list[str]:
         lines.append(
             f"{steps} of {counted(stage.sequences, 'sequence')} of at most {stage.max_seq_length} tokens: "
             f"{stage.tokens_per_step():,.0f} tokens per step in {counted(batch.microbatches, 'microbatch', 'es')} of "
-            f"{shape.rows} × {shape.width} slots per rank, {batch.filled:.0%} of them filled"
+            f"{shape.rows:,} × {shape.width:,} slots per rank, {batch.filled:.0%} of them filled"
         )
     if plan.steps is not None:
         epochs = "" if plan.epochs is None else f", {format_epochs(plan.epochs)}"

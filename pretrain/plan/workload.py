@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.batching.batch_maker import MASKED_BUCKET, BatchMaker
+from pretrain.batching.batch_maker import BatchMaker, padded_predictions
 from pretrain.batching.order import CorpusStream, ShuffledOrder
-from pretrain.batching.packing import microbatch_widths, next_multiple
+from pretrain.batching.packing import microbatch_widths
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.config import MaskingConfig
 from pretrain.plan.activations import MicrobatchShape
@@ -114,7 +114,7 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
     largest = MicrobatchShape(
         rows=assignment.rows,
         width=int(widths.max()),
-        predicted=next_multiple(int(predicted), MASKED_BUCKET),
+        predicted=padded_predictions(int(predicted), maker.layout.rows),
         sequences=int(np.bincount(microbatch, minlength=count).max()) + assignment.rows,
     )
     tokens = int(lengths.sum())

@@ -139,6 +139,24 @@ def test_the_machine_with_the_most_ranks_counts(
     assert needed[0] < needed[1]
 
 
+@pytest.mark.parametrize(
+    ("device", "ds_config", "flat"),
+    [
+        ("H100", "bf16_zero3", True),
+        ("H100", "fp32_zero3", False),
+        ("Tesla V100-SXM2-32GB", "fp16_zero3", False),
+        ("cpu", "bf16_zero3", False),
+    ],
+)
+def test_plans_the_rows_of_the_device(
+    config: Path, capsys: pytest.CaptureFixture[str], device: str, ds_config: str, flat: bool
+) -> None:
+    """Catches windows, and a warning of their padding, for a GPU that computes flat rows, and flat rows for others."""
+    flags = ("--device", device, f"--engine.ds_config=ds_configs/{ds_config}.json")
+    (stage,) = plan(capsys, config, "--num_gpus=1", *flags)["stages"]
+    assert (stage["batch"]["largest"]["rows"] == 1) == flat
+
+
 def test_large_figures_have_no_exponent(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches device hours such as 4.608e+04."""
     slow = ("--device=cpu", "--peak_tflops=1e-9", "--watts=700", "--price=1")

@@ -16,7 +16,7 @@ from pretrain.plan.activations import (
 from runs import sampled, soak
 
 SHAPE = MicrobatchShape(rows=4, width=32, predicted=64, sequences=9)
-FP32 = Computation(torch.float32, packed=True, on_gpu=False, checkpointed=False)
+FP32 = Computation(torch.float32, "windows", on_gpu=False, checkpointed=False)
 VOCABULARY = 300
 
 
@@ -95,9 +95,12 @@ def test_a_gpu_keeps_masks_of_a_byte(dtype: torch.dtype) -> None:
 
 
 def test_a_gpu_keeps_no_scores() -> None:
-    """Catches a GPU that is planned with the attention of a CPU."""
+    """Catches a GPU that is planned with the attention of a CPU, and flat rows with masks for each pair of slots."""
     long = MicrobatchShape(rows=1, width=512, predicted=64, sequences=1)
     assert memory(replace(FP32, on_gpu=True), long).activations < 0.3 * memory(FP32, long).activations
+    flat = replace(FP32, on_gpu=True, rows="flat")
+    wide, twice = (memory(flat, replace(SHAPE, rows=1, width=width)).activations for width in (8192, 16384))
+    assert twice == pytest.approx(2 * wide, rel=0.1)
 
 
 def test_gradients_that_stay_are_counted_once() -> None:
@@ -137,6 +140,9 @@ def test_several_architectures_run_on_the_meta_device(model_type: str, on_gpu: b
         vocab_size=60_000,
         pad_token_id=0,
     )
-    found = memory(Computation(torch.bfloat16, model_type not in PADDED, on_gpu, checkpointed), config=config)
+    found = memory(
+        Computation(torch.bfloat16, "padded" if model_type in PADDED else "windows", on_gpu, checkpointed),
+        config=config,
+    )
     assert found.total > 0
     assert found.logits <= 64 * 60_032 * 2

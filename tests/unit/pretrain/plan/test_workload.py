@@ -68,15 +68,15 @@ def test_tokens_are_those_of_the_batches(open_work: OpenWork, sections: dict[str
         assert stage.tokens == sum(int(each.sum()) for each in lengths)
 
 
-@pytest.mark.parametrize("ratio", [None, 0.0])
-def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork, ratio: float | None) -> None:
+@pytest.mark.parametrize(("rows", "ratio"), [("windows", None), ("windows", 0.0), ("flat", None)])
+def test_the_largest_batch_is_one_of_the_run(open_work: OpenWork, rows: Rows, ratio: float | None) -> None:
     """Catches microbatches of another shape than those that a rank computes, whose rows may be wider than a sequence
     (0.0: attention takes no time)."""
-    stream, (stage,) = open_work(ranks=1, ratio=ratio)
+    stream, (stage,) = open_work(ranks=1, rows=rows, ratio=ratio)
     assert (stream.makers[0].layout.row_width > 32) == (ratio is not None)
     batches = [stream[step] for step in range(15)]  # the sample has all of so few
-    rows, width = max(batch.microbatches[0].input_ids.shape for batch in batches)
-    assert (stage.batch.largest.rows, stage.batch.largest.width) == (rows, width)
+    shape = max(batch.microbatches[0].input_ids.shape for batch in batches)
+    assert (stage.batch.largest.rows, stage.batch.largest.width) == shape
     assert (stage.batch.tokens, stage.batch.squared_lengths, stage.batch.microbatches) in [
         (batch.tokens, batch.squared_lengths, len(batch.microbatches)) for batch in batches
     ]
