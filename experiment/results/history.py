@@ -54,7 +54,7 @@ class SeedHistory:
         known = ~np.isnan(steps + tokens + speeds)
         of_tokens, of_seconds = map(copy.copy, self._time)
         before, start = (curve.last[1] if len(curve) else 0.0 for curve in self._time)
-        if not len(of_tokens):  # a fork begins with the tokens of its parent, which it logs with an evaluation
+        if not len(of_tokens):  # a fork begins with the tokens of its parent, which it logs first
             before = float(np.fmax.reduce(tokens[: int(known.argmax())], initial=0.0))
         steps, tokens, speeds = steps[known], tokens[known], speeds[known]
         taken = np.maximum(np.diff(tokens, prepend=before), 0.0)

@@ -49,7 +49,8 @@ class RunEvaluator:
         """Evaluate the model, log the scores, and return the progress with them. Collective."""
         with self._times.during(EVALUATING):
             metrics = self._held_out.metrics(self._predict, self._engine.device)
-            if metrics:
+            begins_fork = progress.step == self._first_step > 0
+            if metrics or begins_fork:  # the tokens of a fork's parent, from which its own are counted
                 reporter.log(progress, metrics)
             so_far = self._interval.include_in(progress)
             corpora = {name: corpus.fingerprint for name, corpus in self._held_out.corpora.items()}

@@ -52,6 +52,7 @@ def test_a_fork_with_the_same_config_repeats_its_parent(
     assert logged(tmp_path, "step") == [3, 4, 5, 6]
     for key in ("loss", "lr", "grad_norm", "tokens"):
         assert logged(tmp_path, key) == logged(parent, key)[2:]
+    assert evaluation_events(tmp_path) == [{"step": 2, "tokens": logged(parent, "tokens")[1]}], "where it begins"
     theirs, ours = (saved_tensors(checkpoint_path(folder / "checkpoints", 6)) for folder in (parent, tmp_path))
     assert_same_tensors(theirs, ours)
     assert provenance(tmp_path)["run_id"] != provenance(parent)["run_id"]
