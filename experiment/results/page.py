@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
+from unicodedata import bidirectional
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic_core import to_json
@@ -115,6 +116,12 @@ class SeenToken:
 class SeenText:
     title: str
     tokens: Sequence[SeenToken]
+
+    @property
+    def direction(self) -> str:
+        """That of most letters: the first ones may be those of a special token, such as [CLS]."""
+        letters = Counter(bidirectional(character) for token in self.tokens for character in token.text)
+        return "rtl" if letters["R"] + letters["AL"] > letters["L"] else "ltr"
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
         ("mark", "<b>"),
         ("p", " c"),
         ("td", "step 1"),
-        ("td", "<u> "),
+        ("bdi", "<u>"),
         ("span", "9.0%"),
         ("figcaption", "Tokens <%>"),
         *[("div", "<of>"), ("div", "20.0%"), ("div", "the"), ("div", "10.0%")],
@@ -107,6 +107,25 @@ def test_blocks_become_html_in_their_order(tmp_path: Path) -> None:
         ("summary", "config.yaml"),
         ("pre", "run:\n  dir: <x>\n"),
     ]
+
+
+def test_text_from_right_to_left(tmp_path: Path) -> None:
+    """Catches words and punctuation of Arabic or Hebrew that a page shows in the wrong order."""
+    words = ["[CLS]", "ذهب", "الولد", ".", "[SEP]"]
+    blocks: list[Block] = [
+        *(SeenTexts([SeenText("text", [SeenToken(word) for word in seen])]) for seen in (words, ["[CLS]", "he"])),
+        Fillings([Filling("ذهب ", "الولد", ".", [("step 1", [("البيت", "9.0%")])])]),
+        Table(["text", "loss"], [["ذهب (A1).", "1.0"]]),
+    ]
+    text = write_page(tmp_path / "page.html", Page("Run", blocks)).read_text(encoding="utf-8")
+    starts = (
+        'dir="rtl"><span>[CLS]',
+        'dir="ltr"><span>[CLS]',
+        'dir="auto">ذهب <mark>',
+        "<bdi>البيت",
+        'dir="auto">ذهب (A1)',
+    )
+    assert [start for start in starts if start not in text] == []
 
 
 def test_a_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
