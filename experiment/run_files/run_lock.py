@@ -196,7 +196,8 @@ class Owner:
             self._warn_if_silent(owner["host"])
             return True
         with suppress(psutil.NoSuchProcess):
-            if owner is not None:
+            # At first only with the lock: after a kill, another program may have got the process id.
+            if owner is not None and (self._process is not None or is_locked(self._folder)):
                 self._process = psutil.Process(owner["pid"])
             return self._process is not None and self._process.status() != psutil.STATUS_ZOMBIE
         return False

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
+import filelock
 import pytest
 
 from experiment.run_files import run_lock
@@ -131,9 +132,12 @@ def test_an_owner_on_another_machine_that_is_silent(logged: RunFolder, capsys: p
 
 
 def test_an_owner_that_has_ended(logged: RunFolder) -> None:
-    """Catches logs that are followed forever after a launch was killed."""
+    """Catches logs that are followed forever after a launch was killed, also if another program has its process id."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
         logged.owner.write_text(json.dumps({**this_machine(), "pid": process.pid}))
         owner = Owner(logged)
+        assert not owner.is_alive(), "no process has the lock"
+        with filelock.FileLock(logged.lock):
+            assert owner.is_alive()
         assert owner.is_alive()
     assert not owner.is_alive()
