@@ -40,7 +40,7 @@ class MaskedLanguageModel(nn.Module):
         self._max_length = max_length
         self._masked_positions: Tensor | None = None
         self._width = 0  # of the rows
-        self._windows = {None} | {getattr(module, "sliding_window", None) for module in model.modules()}
+        self.windows = {None} | {getattr(module, "sliding_window", None) for module in model.modules()}
         use_fast_dropout(model)
         use_fast_linear(model)
         use_one_hot_products(model)
@@ -69,12 +69,12 @@ class MaskedLanguageModel(nn.Module):
                     width = segments.shape[1]
                     predicted = Predicted(masked_positions, predicted_columns, predicted_entries)
                     longest = min(width, self._max_length or width)
-                    varlen = varlen_kernels(self.model.config, self.model.dtype, self._windows != {None})
+                    varlen = varlen_kernels(self.model.config, self.model.dtype, self.windows != {None})
                     packing = Packing(segments, cu_seqlens, longest, predicted, varlen)
                     if not uses_flash(self.model.config, packing.capability, self.model.dtype):
                         # Not in the first layer: if it is compiled, its graph would differ from the graph of the
                         # others.
-                        for window in self._windows:
+                        for window in self.windows:
                             packing.bias(window, self.model.dtype)
                     output = self.model(input_ids=input_ids, position_ids=position_ids, packing=packing)
                 else:

@@ -105,7 +105,7 @@ def _prepare(model: PreTrainedModel, computation: Computation) -> MaskedLanguage
     if computation.on_gpu:
         _use_gpu_kernels(model, computation.packed)
     if computation.rows == "flat":
-        wrapped._windows = set()  # flash attention needs no masks, which would have an entry for each pair of slots
+        wrapped.windows = set()  # flash attention needs no masks, which have an entry for each pair of slots
     if computation.checkpointed:
         # The meta device has no generator; its state takes no memory worth counting.
         checkpoint_activations(model, preserve_rng_state=False)
