@@ -69,10 +69,12 @@ def _read(path: Path, count: int) -> list[str]:
 
 
 def _evaluated(glue: Path) -> list[str]:
-    """Return the validation sentences of CoLA and SST-2 with at least five words: shorter ones occur anywhere."""
+    """Return the validation sentences of CoLA and SST-2 with at least five words: shorter ones occur anywhere. Those of
+    SST-2, which are tokenized, get the spaces that reviews have."""
     cola = [line.split("\t")[3] for line in (glue / "CoLA/dev.tsv").read_text(encoding="utf-8").splitlines()]
     sst2 = [line.split("\t")[0] for line in (glue / "SST-2/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]]
-    return [text for text in (*cola, *sst2) if len(re.findall(r"\w+", text)) >= 5]
+    natural = [re.sub(r" (?=n't\b|'\w|[.,;:!?)])|(?<=\() ", "", text) for text in sst2]
+    return [text for text in (*cola, *natural) if len(re.findall(r"\w+(?:['’]\w+)*", text)) >= 5]
 
 
 def _plant(path: Path, reviews: list[str], evaluated: list[str]) -> Counter[str]:

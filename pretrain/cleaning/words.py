@@ -18,6 +18,9 @@ _RUN = rf"[{_LETTER}--[{UNSPACED}]][[\p{{L}}\p{{N}}{_INSIDE}]--[{UNSPACED}]]*"
 _WORD = regex.compile(rf"(?V1){_RUN}(?:['’]{_RUN})*|[{_LETTER}][{_INSIDE}]*")
 _CHARACTER = regex.compile(rf"[{UNSPACED}]\p{{M}}*")
 _TOKEN = regex.compile(rf"{_WORD.pattern}|[^\p{{L}}\p{{N}}\s]+")
+# Contractions are divided as in the Penn Treebank: do|n't, it|'s.
+_DIVIDED = regex.compile(rf"(?V1)(?i:n't\b)|{_RUN}(?!(?<=[nN])'[tT]\b)|[{_LETTER}][{_INSIDE}]*")
+_APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ＇`´\x92", "'"))  # as typed; \x92: of text that was read as Latin-1
 _IGNORED = regex.compile(r"[\p{Cf}\ufe00-\ufe0f]")  # they only change how others look
 # A lookbehind that begins at each quote would take quadratic time: (?=\s) comes first.
 _SENTENCE_END = regex.compile(r"(?=\s)(?<=[.!?…][\"'”’)\]]*)\s+|(?<=[。！？])")
@@ -39,14 +42,19 @@ def normalized_words(text: str) -> list[str]:
     return [_normalize(word) for word in _WORD.findall(text)]
 
 
+def divided_words(text: str) -> list[str]:
+    """Return normalized words with contractions divided: the same for `it's` and `it 's`, `don’t` and `do n't`."""
+    return [_normalize(word) for word in _DIVIDED.findall(text.translate(_APOSTROPHES))]
+
+
 def count_words(words: Sequence[str]) -> float:
     """Return the number of words of `normalized_words`. Two characters of a script without spaces count as one word."""
     return sum(0.5 if _CHARACTER.fullmatch(word) else 1.0 for word in words)
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Return the spans of the words of `normalized_words`."""
-    return [found.span() for found in _WORD.finditer(text)]
+    """Return the spans of the words of `divided_words`."""
+    return [found.span() for found in _DIVIDED.finditer(text.translate(_APOSTROPHES))]
 
 
 @lru_cache(maxsize=1 << 18)

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from experiment.config import Section
 from experiment.decontamination import texts_digests
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
-from pretrain.cleaning.words import count_words, normalized_words, word_spans
+from pretrain.cleaning.words import count_words, divided_words, normalized_words, word_spans
 
 _SHOWN = 30  # words of a match
 _SENTENCE = regex.compile(r"[^\n.!?…。！？]*(?:[.!?…。！？]+[\"'”’)\]]*|\n|$)\s*")
@@ -24,7 +24,8 @@ class Config(Section):
     """Fine-tuning configs: paths, or names of recipes such as `sst2`."""
 
     ngram: PositiveInt = 13
-    """Words of an n-gram, without case, punctuation and diacritics. A shorter text matches as a whole."""
+    """Words of an n-gram, without case, punctuation and diacritics; `it's` and `it 's` are two words. A shorter text
+    matches as a whole."""
 
     min_words: PositiveInt = 5
     """A text with fewer words matches only if it is a whole line of a document. Here, two characters of a script
@@ -50,9 +51,9 @@ class Index:
         self._ngrams: dict[int, int] = {}  # hash -> the first text that has it
         self._lines: dict[str, int] = {}  # of fewer words
         for number, text in enumerate(texts):
-            words = normalized_words(text)
+            words = divided_words(text)
             length = min(len(words), ngram)
-            if len(words) >= ngram or count_words(words) >= min_words:
+            if len(words) >= ngram or count_words(normalized_words(text)) >= min_words:
                 for start in range(len(words) - length + 1):
                     self._lengths.setdefault(_hash(words[start : start + self._head]), set()).add(length)
                     self._ngrams.setdefault(_hash(words[start : start + length]), number)
@@ -61,7 +62,7 @@ class Index:
 
     def matches(self, text: str) -> Iterator[Match]:
         """Yield all matches in a document, in order of their first words; whole lines last."""
-        words = normalized_words(text)
+        words = divided_words(text)
         for start in range(len(words) - self._head + 1):
             for length in self._lengths.get(_hash(words[start : start + self._head]), ()):
                 found = self._ngrams.get(_hash(words[start : start + length]))
@@ -70,7 +71,7 @@ class Index:
         if self._lines:
             start = 0
             for line in text.split("\n"):
-                line_words = normalized_words(line)
+                line_words = divided_words(line)
                 found = self._lines.get(" ".join(line_words))
                 if found is not None:
                     yield Match(start, start + len(line_words), found)
@@ -92,14 +93,15 @@ class Step(DocumentStep[Config]):
         self._index = Index(evaluated, self.config.ngram, self.config.min_words)
 
     def facts(self) -> Mapping[str, Any]:
-        return {"against": self._digests}
+        """Return what is compared: an unfinished cleaning that has compared other words is refused."""
+        return {"against": self._digests, "contractions": "divided"}
 
     def apply(self, document: Document) -> Verdict | None:
         matches = self._index.matches(document.text)
         first = next(matches, None)
         if first is None:
             return None
-        words = normalized_words(document.text)[first.start : first.end]
+        words = divided_words(document.text)[first.start : first.end]
         detail = f"{self._places[first.text]}: {' '.join(words[:_SHOWN])}"
         if self.config.action == "drop":
             return Verdict("contaminated", detail=detail)

@@ -24,7 +24,12 @@ def words(count: int, name: str = "w") -> str:
         (f"Before {' '.join(LONG.split()[4:17])} after", True),  # 13 words
         (f"Before {' '.join(LONG.split()[4:16])} after", False),  # 12 words
         ("They wrote: “It’s a charming, and often affecting, journey”.", True),
+        ("it `s a charming and often affecting journey", True),
+        ("They said I don’t think I laughed out loud once.", True),
+        ("They said i do n't think i laughed out loud once .", True),
         ("It's a charming and often dull journey", False),
+        ("I DON\x92T KNOW WHY!", True),
+        ("You see, I don't know why.", False),
         ("not bad", True),
         ("Yesterday.\nNot bad!\nToday.", True),
         ("It was not bad at all", False),
@@ -36,9 +41,11 @@ def words(count: int, name: str = "w") -> str:
     ],
 )
 def test_matches(text: str, is_found: bool) -> None:
-    """Catches n-grams of the wrong length, short texts that are missed, and ones so short that they match by chance."""
+    """Catches n-grams of the wrong length, texts that are missed, as when contractions are written in another way, and
+    ones so short that they match by chance."""
+    contractions = ["i do n't think i laughed out loud once", "I don't know why"]
     chinese = ["这部电影非常好看我们都很喜欢", "花呗分期付款", "花呗可以分期付款吗怎"]
-    index = Index([LONG, SHORT, "not bad", *chinese], ngram=13, min_words=5)
+    index = Index([LONG, SHORT, "not bad", *contractions, *chinese], ngram=13, min_words=5)
     assert (next(index.matches(text), None) is not None) == is_found
 
 
@@ -86,14 +93,14 @@ def test_cleaning_in_two_stages_keeps_the_record(clean: Any, tmp_path: Any) -> N
 
 def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:
     """Catches a cut that takes the whole document, or leaves a part of the match."""
-    lines = [f"One. Two says {LONG}. Three.", LONG]
+    lines = [f"I don't. Two don’t say {LONG}. Three.", LONG]
     found = clean(lines, {"decontaminate": {"against": ["task"], "action": "cut"}}, evaluated=[LONG])
     step = found["steps"][0]
     assert (step["changed"], step["dropped"], len(step["matches"])) == (1, 1, 2)
     example = step["rules"]["contaminated_sentences"]["examples"][0]
     assert example["text"] == lines[0]
     (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
-    assert document.text == "One. Three."
+    assert document.text == "I don't. Three."
 
 
 def test_cutting_a_large_text_takes_linear_time(clean: Any, tmp_path: Any) -> None:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pretrain.cleaning.words import count_words, normalized_words, sentences, tokens, word_spans
+from pretrain.cleaning.words import count_words, divided_words, normalized_words, sentences, tokens, word_spans
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,14 @@ from pretrain.cleaning.words import count_words, normalized_words, sentences, to
 def test_words_are_those_that_a_reader_sees(text: str, expected: list[str]) -> None:
     """Catches invisible characters and underscores that are words or keep equal ones apart, and empty words."""
     assert normalized_words(text) == expected
-    assert [normalized_words(text[start:end]) for start, end in word_spans(text)] == [[word] for word in expected]
+    divided = [part for word in expected for part in word.split("'")]
+    assert [normalized_words(text[start:end]) for start, end in word_spans(text)] == [[word] for word in divided]
+
+
+def test_contractions_are_divided_in_any_spelling() -> None:
+    """Catches evaluation texts that are not found, because they are tokenized as in the Penn Treebank."""
+    texts = ["It's 'n'thing' she CAN'T", "it 's ' n ' thing ' she ca n't", "It`s ‘n’thing´ she can\x92t"]
+    assert [divided_words(text) for text in texts] == [["it", "s", "n", "thing", "she", "ca", "n't"]] * 3
 
 
 def test_two_characters_of_a_script_without_spaces_are_a_word() -> None:
