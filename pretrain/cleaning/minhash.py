@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+IntegerT = TypeVar("IntegerT", bound=np.integer[Any])
 
 _SEED = 1
 
@@ -71,6 +73,14 @@ def _hash_functions(bands: Bands) -> NDArray[np.uint64]:
     functions = generator.integers(0, 2**64, (3, bands.count * bands.rows), np.uint64, endpoint=False)
     functions[::2] |= np.uint64(1)
     return functions.T
+
+
+def sorted_distinct(values: NDArray[IntegerT]) -> NDArray[IntegerT]:
+    """Return the different values, sorted. For many integers, `np.unique` of NumPy 2.4 takes 100 times as long."""
+    ordered = np.sort(values)
+    differs = np.ones(len(ordered), bool)
+    differs[1:] = ordered[1:] != ordered[:-1]
+    return ordered[differs]
 
 
 def jaccard(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> float:

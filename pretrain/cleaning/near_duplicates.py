@@ -14,7 +14,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pretrain.cleaning.minhash import NgramSets, jaccard
+from experiment.progress import track
+from pretrain.cleaning.minhash import NgramSets, jaccard, sorted_distinct
 from pretrain.cleaning.step import first_of_equal, joined
 from pretrain.cleaning.words import normalized_words
 
@@ -26,7 +27,7 @@ def hash_ngrams(text: str, ngram: int) -> NDArray[np.uint32]:
     without letters and digits."""
     words = normalized_words(text) or [text]
     grams = [" ".join(words[start : start + ngram]) for start in range(max(len(words) - ngram + 1, 1))]
-    return np.unique(np.array([xxhash.xxh32_intdigest(gram.encode()) for gram in grams], np.uint32))
+    return sorted_distinct(np.array([xxhash.xxh32_intdigest(gram.encode()) for gram in grams], np.uint32))
 
 
 def choose_duplicates(
@@ -37,7 +38,7 @@ def choose_duplicates(
     bands, sets: as `sketch` and `NgramSets` have them, of consecutive parts of the collection.
     """
     similarity = _Similarity(sets, threshold)
-    for band in range(len(bands[0])):
+    for band in track(range(len(bands[0])), "comparing documents", len(bands[0]), "bands"):
         _compare_band(joined(part[band] for part in bands), similarity)
     kept = np.full(similarity.count, -1, np.int64)
     for later, earlier in similarity.similar_pairs():
@@ -77,10 +78,12 @@ class _Similarity:
 
     def compare(self, later: NDArray[np.int64], earlier: NDArray[np.int64]) -> NDArray[np.bool_]:
         pairs = later.astype(np.int64) * self.count + earlier
-        new = np.setdiff1d(pairs, self._known)
+        new = sorted_distinct(pairs)
+        places = np.searchsorted(self._known, new)
+        is_new = places == np.searchsorted(self._known, new, side="right")
+        new, places = new[is_new], places[is_new]
         if len(new):
             found = np.array([self.is_similar(*divmod(pair, self.count)) for pair in new.tolist()], bool)
-            places = np.searchsorted(self._known, new)
             self._known, self._similar = np.insert(self._known, places, new), np.insert(self._similar, places, found)
         return self._similar[np.searchsorted(self._known, pairs)]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from experiment.intervals import wilson_interval
 from pretrain.batching.masking import Ranges
-from pretrain.cleaning.minhash import NgramSets, choose_bands, jaccard, sketch
+from pretrain.cleaning.minhash import NgramSets, choose_bands, jaccard, sketch, sorted_distinct
 from pretrain.corpus.shards import MappedShard, map_shard
 from pretrain.corpus.word_cache import TokenIds
 from pretrain.inspection.sample import Document, Sample
@@ -83,7 +83,7 @@ def find_near_duplicates(sample: Sample, advance: Callable[[float], None]) -> Ne
 
 def ngram_set(ids: TokenIds) -> NDArray[np.uint32]:
     """Return the hashes of the different n-grams of a document. A shorter document is one n-gram."""
-    return np.unique(_hash_ngrams(ids, np.array([0, len(ids)])).ngrams)
+    return sorted_distinct(_hash_ngrams(ids, np.array([0, len(ids)])).ngrams)
 
 
 def _hash_ngrams(ids: TokenIds, offsets: NDArray[np.int64]) -> NgramSets:

@@ -1,5 +1,7 @@
 """MinHash: what it finds, what it keeps, and that it never removes what is different."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,18 @@ def test_the_first_of_duplicates_is_kept_in_any_division_into_parts() -> None:
     first, second = "one two three four five six", "seven eight nine ten eleven twelve"
     texts = [first, second, "other words that nobody has written", first.upper(), second + "!", first]
     assert kept_instead(*texts) == kept_instead(*texts, parts=3) == [-1, -1, -1, 0, 1, 0]
+
+
+def test_known_pairs_are_not_searched_again_in_each_band() -> None:
+    """Catches pages of one template that are compared for hours: many pairs, few of which are new in a band."""
+    count, bands = 1000, 1000
+    sets = NgramSets.of([np.arange(1 + 9 * (number % 2), dtype=np.uint32) + 10 * number for number in range(count)])
+    keys = np.tile(np.arange(count, dtype=np.uint64), (bands, 1))
+    keys[0] = 0
+    keys[range(1, bands), range(bands - 1)] = count - 1
+    started = time.process_time()
+    assert (choose_duplicates([keys], [sets], 0.8) == -1).all()
+    assert time.process_time() - started < 3
 
 
 def test_numbers_make_a_difference() -> None:
