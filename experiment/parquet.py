@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from experiment.errors import UserError
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
     from pyarrow.parquet import ParquetFile
 
+_BUFFER = 1 << 20  # bytes of a column that are read at once
 _ROWS = 64  # decoded at once; a file of a kilobyte may repeat a text of a megabyte in each row
 
 
@@ -24,6 +25,14 @@ class _Cells(Sequence[Any]):
 
     def __getitem__(self, column: Any) -> Any:
         return self._convert(range(self._length)[column])[self._index]
+
+
+def open_parquet(stream: IO[bytes], whole_columns: bool = False) -> "ParquetFile":
+    """Open a file for `parquet_rows`. whole_columns: read each column of a row group at once, which takes memory, but
+    few requests to a server."""
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(stream, pre_buffer=whole_columns, buffer_size=_BUFFER)
 
 
 def parquet_rows(

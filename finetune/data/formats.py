@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
 import pyarrow
-import pyarrow.parquet
 
 from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, warn_once
 from experiment.errors import UserError, reason
 from experiment.files import parse_json, text_lines
 from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData, load_rows, read_cells
-from experiment.parquet import parquet_rows
+from experiment.parquet import open_parquet, parquet_rows
 
 FormatName = Literal["csv", "jsonl", "json", "parquet", "conll"]
 
@@ -256,7 +255,7 @@ def _squad_questions(title: object, paragraphs: list[Any]) -> Iterator[dict[str,
 def read_parquet(path: Path) -> Iterator[Row]:
     """Yield the rows of a Parquet file."""
     try:
-        with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        with path.open("rb") as stream, open_parquet(stream) as file:
             names = file.schema_arrow.names
             for number, cells in parquet_rows(file, lambda row: f"{path}, row {row}"):
                 yield Row(f"{path}, row {number}", names, cells, str(path))

@@ -30,7 +30,8 @@ from experiment.csv_and_jsonl import (
 )
 from experiment.errors import UserError
 from experiment.files import text_lines
-from experiment.parquet import parquet_rows
+from experiment.parquet import open_parquet, parquet_rows
+from experiment.storage import is_url
 from pretrain.corpus.compression import MemberReader, decompress, find_member
 from pretrain.corpus.options import TextOptions
 
@@ -352,10 +353,9 @@ def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: 
 
 def _parse_parquet(stream: IO[bytes], origin: str, options: TextOptions, part: Range) -> Iterator[Document]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(stream)
+        file = open_parquet(stream, whole_columns=is_url(origin))
         for column, option in options.columns.items():
             column_index(file.schema_arrow.names, column, origin, option)  # rejects none and several
         groups = range(file.num_row_groups)[part.start : part.stop]

@@ -213,6 +213,16 @@ def test_a_small_parquet_file_takes_little_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_a_column_of_parquet_is_read_in_blocks(tmp_path: Path) -> None:
+    """Catches workers that each hold the text of a whole row group."""
+    path, stats = tmp_path / "a.parquet", ReadStats()
+    table = pa.table({"text": [f"{number:01000}" for number in range(8000)]})
+    pq.write_table(table, path, compression="NONE", use_dictionary=False)
+    documents = read_documents(map(Span, find_sources(str(path))), TextOptions(), stats)
+    next(documents)
+    assert stats.file_position() < path.stat().st_size / 2
+
+
 def test_the_parquet_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """Catches a traceback for text that is not UTF-8, and the number of a row within its row group."""
     path = tmp_path / "a.parquet"
