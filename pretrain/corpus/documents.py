@@ -143,8 +143,10 @@ def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
     # "r|" streams: each member is read when it is reached, without seeking.
     mode: Literal["r|", "r:"] = "r|" if compression else "r:"
     content = decompress(file, compression)
-    # errors: of the names
-    with tarfile.open(fileobj=content, mode=mode, encoding="utf-8", errors="replace", tarinfo=_Member) as archive:
+    # errors: of the names. ignore_zeros: another archive may follow the end of one.
+    with tarfile.open(
+        fileobj=content, mode=mode, ignore_zeros=True, encoding="utf-8", errors="replace", tarinfo=_Member
+    ) as archive:
         for info in archive:
             archive.members.clear()  # type: ignore[attr-defined]  # it would grow with the archive
             if part.stop is not None and info.offset >= part.stop:

@@ -364,6 +364,21 @@ def test_a_damaged_header_in_a_tar_is_not_its_end(tmp_path: Path) -> None:
             texts(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_tars_that_follow_one_another_are_one(tmp_path: Path, suffix: str) -> None:
+    """Catches documents after the end of the first archive of a file, and a damaged header there, lost in silence."""
+    parts = [tar_of({name: name.encode()}) for name in ("a.txt", "b.txt")]
+    parts = parts if suffix == "tar.gz" else [*map(gzip.decompress, parts)]
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(b"".join(parts))
+    assert texts(path) == ["a.txt", "b.txt"]
+    whole = bytearray(b"".join(map(gzip.decompress, [tar_of({"a.txt": b"a"}), tar_of({"b.txt": b"b"})])))
+    whole[len(whole) // 2 + 100] ^= 0xFF
+    path.write_bytes(gzip.compress(whole) if suffix == "tar.gz" else whole)
+    with pytest.raises(UserError, match="damaged or truncated"):
+        texts(path)
+
+
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     """Catches a folder on another disk that is left out, one that is read twice, and a link to a folder above it."""
     for name in ("data/a", "other"):
