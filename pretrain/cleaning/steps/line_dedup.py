@@ -16,7 +16,6 @@ from pretrain.cleaning.step import (
     Document,
     OpenedParts,
     Verdict,
-    first_of_equal,
     joined,
     split_by_part,
 )
@@ -56,12 +55,14 @@ class Step(CollectionStep[Config]):
         return {"hashes": np.array(hashes, np.uint64)}
 
     def decide(self, observed: OpenedParts[Arrays]) -> list[NDArray[Any]]:
-        hashes = joined(arrays["hashes"] for arrays in observed)
+        removed = joined(arrays["hashes"] != 0 for arrays in observed)  # first: those that are compared
+        hashes = joined(arrays["hashes"][arrays["hashes"] != 0] for arrays in observed)
         order = np.argsort(hashes, kind="stable")
-        ordered = hashes[order]
-        occurrence = np.arange(len(order)) - first_of_equal(ordered)
-        removed = np.zeros(len(order), bool)
-        removed[order] = (occurrence >= self.config.max_count) & (ordered != 0)
+        hashes = hashes[order]
+        kept = self.config.max_count
+        recurs = np.zeros(len(order), bool)
+        recurs[order[kept:]] = hashes[kept:] == hashes[:-kept]  # its own and as many before it
+        removed[removed] = recurs
         return split_by_part(removed, [len(arrays["hashes"]) for arrays in observed])
 
     def apply(self, documents: Sequence[Document], decisions: NDArray[Any]) -> list[Verdict | None]:

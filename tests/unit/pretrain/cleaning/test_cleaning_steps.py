@@ -1,6 +1,7 @@
 """Each step on texts that it keeps, changes and drops."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from experiment.errors import UserError
 from pretrain.cleaning.parts import read_documents
-from pretrain.cleaning.step import Document, DocumentStep, Verdict, find_step
+from pretrain.cleaning.step import Document, DocumentStep, OpenedParts, Verdict, find_step
 from pretrain.cleaning.steps import step_names
 
 SENTENCE = "The river was long and it ran to the sea with all of the water that people have there. "
@@ -211,6 +212,21 @@ def test_recurring_lines_go_except_the_first(clean: Any, tmp_path: Path) -> None
         "The text of page b is here.\nYes.",
         "The text of page c is here.\nYes.",
     ]
+
+
+def test_recurring_lines_are_found_in_little_memory() -> None:
+    """Catches memory for short lines, which are not compared, and lines that are kept too often."""
+    step_type = find_step("line_dedup")
+    step = step_type(step_type.config_type(max_count=2))
+    hashes = np.zeros((2, 100_000), np.uint64)
+    hashes[:, :5] = [[3, 0, 5, 3, 7], [5, 3, 0, 3, 5]]
+    tracemalloc.start()
+    try:
+        removed = step.decide(OpenedParts(lambda part: {"hashes": hashes[part]}, 2))
+        assert tracemalloc.get_traced_memory()[1] < 4 * hashes.size
+    finally:
+        tracemalloc.stop()
+    assert [part.nonzero()[0].tolist() for part in removed] == [[], [1, 3, 4]]
 
 
 def test_recurring_paragraphs_are_found_between_any_blank_lines(clean: Any, tmp_path: Path) -> None:
