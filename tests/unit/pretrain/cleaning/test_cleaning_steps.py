@@ -106,17 +106,29 @@ def test_chinese_words_of_a_list_are_found(tmp_path: Path) -> None:
 
 
 def test_words_of_a_list_are_found(tmp_path: Path) -> None:
-    """Catches words inside others, case, and phrases."""
-    (tmp_path / "words").write_text("# comment\nass\nbad phrase\n")
+    """Catches words inside others, case, also of ß, phrases across lines, and apostrophes of another kind."""
+    (tmp_path / "words").write_text("# comment\nass\nbad phrase\nStraße\ndon't\nİst\n", encoding="utf-8")
     keys = {"file": str(tmp_path / "words")}
     assert apply("word_list", "a classic passage", **keys)[0] == ""
     assert apply("word_list", "such an ASS!", **keys)[0] == "listed_word"
     assert apply("word_list", "他说ass了", **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", **keys)[0] == "listed_word"
+    for text in ("a bad\r\n phrase", "EINE STRASSE", "I don’t", "ist"):
+        assert apply("word_list", text, **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", max_count=1, **keys)[0] == ""
     assert apply("word_list", "a # comment", **keys)[0] == ""
     with pytest.raises(UserError, match=r"word_list.file: cannot read .*none"):
         apply("word_list", "a", file=str(tmp_path / "none"))
+
+
+def test_another_list_is_another_cleaning(clean: Any, tmp_path: Path) -> None:
+    """Catches a result that is kept although the words of the file have changed."""
+    step = {"word_list": {"file": str(tmp_path / "words")}}
+    (tmp_path / "words").write_text("bad\n")
+    clean(["a line"], step)
+    (tmp_path / "words").write_text("worse\n")
+    with pytest.raises(UserError, match="another config"):
+        clean(["a line"], step)
 
 
 def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
