@@ -313,5 +313,4 @@ def describe_errors(errors: Sequence[Any]) -> str:
         message = "unknown field; /docs lists those of this request"
     if errors[0]["type"] == "model_attributes_type":
         message = "input should be an object"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{place.removeprefix('.') or 'the request'}: {message[0].lower()}{message[1:]}{more}"
+    return f"{place.removeprefix('.') or 'the request'}: {message[0].lower()}{message[1:]}"

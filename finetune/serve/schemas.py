@@ -1,6 +1,6 @@
 """Requests and answers, from which the OpenAPI schema is made."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -17,10 +17,21 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+# One mistake is reported: pydantic takes seconds, and hundreds of MB, to report as many as fit into a request.
+Texts = Annotated[list[Text], Field(fail_fast=True)]
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown_field(cls, values: Any) -> Any:
+        """Drop the unknown fields after the first, which is reported, see `Texts`."""
+        if not isinstance(values, dict):
+            return values
+        kept = {*cls.model_fields, next((name for name in values if name not in cls.model_fields), "")}
+        return {name: value for name, value in values.items() if name in kept}
 
 
 class PredictRequest(_Request):
@@ -33,12 +44,13 @@ class PredictRequest(_Request):
         }
     )
 
-    texts: list[Text] = Field(default_factory=list, description="For models of single texts.")
-    pairs: list[Annotated[list[Text], Field(min_length=2, max_length=2)]] = Field(
-        default_factory=list, description="For models of pairs of texts: [first, second]."
+    texts: Texts = Field(default_factory=list, description="For models of single texts.")
+    pairs: list[Annotated[Texts, Field(min_length=2, max_length=2)]] = Field(
+        default_factory=list, fail_fast=True, description="For models of pairs of texts: [first, second]."
     )
     records: list[dict[str, JsonValue]] = Field(
         default_factory=list,
+        fail_fast=True,
         description="For all models: objects with the fields that GET /v1/model lists, such as `question` and "
         "`context`, or `words`, a list.",
     )
@@ -68,14 +80,17 @@ class PredictResponse(BaseModel):
     predictions: list[Prediction] = Field(description="One for each text, pair or record, in their order.")
 
 
+_Options = Annotated[list[Annotated[Texts, Field(min_length=2)]], Field(fail_fast=True)]  # of each mask in a text
+
+
 class FillMaskRequest(_Request):
     """Texts with masks, written as GET /v1/model says, for example `[MASK]`."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"texts": ["Paris is the [MASK] of France."]}})
 
-    texts: list[Text]
+    texts: Texts
     top_k: int = Field(default=5, ge=1, le=1000, description="Candidates for each mask.")
-    options: list[list[Annotated[list[Text], Field(min_length=2)]]] | None = Field(
+    options: Annotated[list[_Options], Field(fail_fast=True)] | None = Field(
         default=None,
         description="Of each text, of each mask in it: two or more options, of one or more tokens. They are ranked by "
         "the mean log-probability of their tokens, in place of `top_k` candidates.",
@@ -96,7 +111,7 @@ class FillMaskResponse(BaseModel):
 class EmbedRequest(_Request):
     model_config = ConfigDict(json_schema_extra={"example": {"texts": ["a gorgeous film"]}})
 
-    texts: list[Text]
+    texts: Texts
     pooling: Pooling | None = Field(
         default=None,
         description="The mean over all tokens, special ones included; or `cls`, the first token. null: as the model "

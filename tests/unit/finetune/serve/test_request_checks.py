@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 from serving_clients import Connect
 from starlette.testclient import TestClient
 
@@ -22,6 +23,7 @@ from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import JsonFormatter
 from finetune.serve.request_checks import limit_size
+from finetune.serve.schemas import FillMaskRequest, PredictRequest
 
 JSON = {"Content-Type": "application/json"}
 DEEP = b'{"records": [{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}]}"
@@ -74,6 +76,26 @@ def test_a_mistake_is_one_message(client: TestClient, body: bytes, status: Any, 
     assert len(answer.json()["error"].splitlines()) == 1
     assert re.search(message, answer.json()["error"]), answer.text
     assert client.post("/v1/predict", json={"texts": ["word1"]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("request_type", "values"),
+    [
+        (PredictRequest, {"texts": [1] * 9}),
+        (PredictRequest, {"pairs": [1] * 9}),
+        (PredictRequest, {"pairs": [[1]] * 9}),
+        (PredictRequest, {"records": [1] * 9}),
+        (PredictRequest, {"texts": [], "a": 1, "b": 2}),
+        (FillMaskRequest, {"texts": [], "options": [1] * 9}),
+        (FillMaskRequest, {"texts": [], "options": [[1] * 9]}),
+        (FillMaskRequest, {"texts": [], "options": [[[1] * 9] * 9]}),
+    ],
+)
+def test_one_of_many_mistakes_is_reported(request_type: type[BaseModel], values: Any) -> None:
+    """Catches a server that answers nobody for seconds, while pydantic reports each mistake in a request of 1 MiB."""
+    with pytest.raises(ValidationError) as caught:
+        request_type.model_validate(values)
+    assert caught.value.error_count() == 1
 
 
 @pytest.mark.parametrize(
