@@ -51,6 +51,10 @@ def choose_device(precision: str, key: str = "training.precision") -> Device:
     return Device(device, _DTYPES[precision])
 
 
+class OutOfMemoryError(UserError):
+    """There is not enough memory for one example. `is_out_of_memory` knows it by its name."""
+
+
 class Microbatch:
     """A number of examples, which is halved when memory runs out."""
 
@@ -61,12 +65,13 @@ class Microbatch:
     def compute(self, examples: Sequence[T], compute: Callable[[Sequence[Sequence[T]]], None]) -> None:
         """Call `compute` with the examples in microbatches, and again with smaller ones whenever memory runs out.
 
-        Raises UserError if there is not enough memory for a single example.
+        Raises OutOfMemoryError if there is not enough memory for a single example.
         """
         size = min(self.size, len(examples))
         while not _fits(compute, [examples[start : start + size] for start in range(0, len(examples), size)]):
             if size == 1:
-                raise UserError("out of memory with one example; lower model.max_seq_length in the fine-tuning config")
+                advice = "lower model.max_seq_length in the fine-tuning config"
+                raise OutOfMemoryError(f"out of memory with one example; {advice}")
             size = -(-size // 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

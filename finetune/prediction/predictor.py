@@ -1,7 +1,7 @@
 """Predict with a fine-tuned model, for `deepcloze predict` and servers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -80,7 +80,7 @@ class Predictor:
         """Like `predict`, for records that were read from a file."""
         self.check_calibrated(calibrated)
         split = self.encode(records)
-        return self.decode(split, self.compute(split.examples), calibrated)
+        return self.decode(split, self._inference.compute(split.examples)[0], calibrated)
 
     def encode(self, records: Sequence[Record]) -> Split:
         """Return the first step of `predict_records`. Raises UserError for a record that cannot be encoded."""
@@ -94,8 +94,13 @@ class Predictor:
             return self.kind.count_option_tokens(records, self.loaded.encoder)
 
     def compute(self, examples: Sequence[Example]) -> Outputs:
-        """Return the second step: the outputs of any examples, also of several calls of `encode`."""
-        return self._inference.compute(examples)[0]
+        """Return the second step: the outputs of any examples, also of several calls of `encode`.
+
+        If memory runs out, only this call computes fewer at once, unlike the rest of a file: on a server, memory may be
+        free again.
+        """
+        microbatch = Microbatch(self._inference.microbatch.size)
+        return replace(self._inference, microbatch=microbatch).compute(examples)[0]
 
     def decode(self, split: Split, outputs: Outputs, calibrated: bool = False) -> list[Prediction]:
         """Return the last step. outputs: of the examples of the split."""

@@ -64,7 +64,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     415: {"model": Error, "description": "The request is not JSON"},
     421: {"model": Error, "description": "The server does not answer to this name"},
     422: {"model": Error, "description": "The request is not as described here"},
-    503: {"model": Error, "description": "Too many texts are waiting; try again after Retry-After"},
+    503: {"model": Error, "description": "Too many texts are waiting, or memory runs out; try again after Retry-After"},
 }
 _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'unsafe-inline' 'self'; img-src data:; frame-ancestors 'none'"}
 _FORMS = (FORM, "multipart/form-data")

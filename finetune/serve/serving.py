@@ -15,14 +15,14 @@ from typing import Any, Self, TypeVar
 
 from fastapi import HTTPException
 
-from experiment.errors import UserError
+from experiment.errors import UserError, is_out_of_memory
 from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
 from finetune.pooling import Pooling
 from finetune.prediction.predictor import Predictor
 from finetune.serve.batching import Batcher, BatchLimits, Size
 from finetune.serve.monitoring import Metrics, log, log_event
-from finetune.serve.request_checks import Admission, Limits
+from finetune.serve.request_checks import Admission, Limits, busy
 from finetune.serve.served_model import ServedModel
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -68,7 +68,13 @@ class Services:
 
         def batcher(compute: Callable[[list[Example]], Sequence[ResultT]]) -> Batcher[Example, ResultT]:
             async def in_thread(items: list[Example]) -> Sequence[ResultT]:
-                return await asyncio.get_running_loop().run_in_executor(thread, compute, items)
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(thread, compute, items)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    log.exception("out of memory")
+                raise busy("out of memory; try again, or send shorter texts")  # not above: `error` keeps tensors
 
             return Batcher(in_thread, batch_limits, observe)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel, ValidationError
 from serving_clients import Connect
 from starlette.testclient import TestClient
@@ -395,6 +396,34 @@ def test_a_request_that_takes_too_long(
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert "not answered within 0.2 s" in answer.json()["error"]
     assert client.serving.admission.texts == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", ["predict", "embed", "fill-mask"])
+def test_running_out_of_memory_is_the_servers_error(
+    path: str, folders: dict[str, Path], connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a client that is told to change a config, an operator who is told nothing, and batches that stay small
+    once there is memory again."""
+    client = connect(folders["masked" if path == "fill-mask" else "sequence"])
+    limit, computed = 0, []
+
+    def compute(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        computed.append(len(inputs[0]))
+        if computed[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    client.serving.served.loaded.model.base_model.encoder.register_forward_pre_hook(compute)  # type: ignore[attr-defined]
+    body = {"texts": ["word1 [MASK]"] * 8}
+    answer = client.post(f"/v1/{path}", json=body)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"] == "out of memory; try again, or send shorter texts"
+    assert "out of memory" in caplog.messages
+    if path == "predict":
+        limit = 1
+        assert client.post(f"/v1/{path}", json=body).status_code == 200
+    computed, limit = [], 8
+    assert client.post(f"/v1/{path}", json=body).status_code == 200
+    assert computed == [8]
 
 
 def test_a_bug_is_a_500_without_texts_in_the_log(
