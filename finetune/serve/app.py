@@ -5,6 +5,7 @@ From outside to inside, a request passes `observe` (logs, metrics), `limit_time`
 {"error": MESSAGE}.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -123,7 +124,7 @@ async def predict(asked: PredictRequest, serving: State, request: Request) -> Re
     records = _requested_records(asked, serving.served)
     options = sum(_predicting(serving.served).kind.count_options(record) for record in records)
     with serving.answering(texts, options) as services:
-        return JSONResponse({"predictions": await services.predict(records, asked.calibrated)})
+        return await _render("predictions", await services.predict(records, asked.calibrated))
 
 
 @api.post("/fill-mask", response_model=FillMaskResponse)
@@ -140,7 +141,7 @@ async def fill_mask(asked: FillMaskRequest, serving: State, request: Request) ->
             found = await services.fill(asked.texts, asked.top_k)
         else:
             found = await services.rank(asked.texts, asked.options)
-        return JSONResponse({"predictions": found})
+        return await _render("predictions", found)
 
 
 @api.post("/embed", response_model=EmbedResponse)
@@ -150,7 +151,7 @@ async def embed(asked: EmbedRequest, serving: State, request: Request) -> Respon
     with serving.answering(len(asked.texts)) as services:
         if services.served.embedder is None:
             raise HTTPException(404, "the model embeds no texts: it has no hidden state for each token")
-        return JSONResponse({"embeddings": await services.embed(asked.texts, asked.pooling)})
+        return await _render("embeddings", await services.embed(asked.texts, asked.pooling))
 
 
 _SENTENCES = ModelPredictionRequest.model_json_schema()
@@ -221,6 +222,13 @@ async def docs() -> HTMLResponse:
 
 def _html(name: str) -> HTMLResponse:
     return HTMLResponse(files(__package__).joinpath(name).read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
+
+
+async def _render(name: str, items: Sequence[Any]) -> Response:
+    """Return {name: items} as JSON, which may take seconds: made in a thread, and one item after the other, since the
+    event loop waits for each call of the encoder."""
+    parts = await asyncio.to_thread(lambda: [JSONResponse(item).body for item in items])
+    return Response(b'{"%b":[%b]}' % (name.encode(), b",".join(parts)), media_type="application/json")
 
 
 async def _read_json_or_form(request: Request) -> Any:

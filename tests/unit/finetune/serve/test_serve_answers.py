@@ -3,6 +3,7 @@
 import itertools
 import random
 import shutil
+import threading
 import urllib.parse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from serving_clients import WORDS, Connect
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from transformers import (
     AutoModel,
@@ -154,6 +156,29 @@ def test_embeddings(head: str, folders: dict[str, Path], connect: Connect) -> No
     ):
         found = post(client, "/v1/embed", {"texts": given, "pooling": pooling})["embeddings"]
         assert found == [pytest.approx(each, abs=CLOSE) for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("path", "head"), [("/v1/predict", "sequence"), ("/v1/embed", "sequence"), ("/v1/fill-mask", "masked")]
+)
+def test_answers_are_rendered_beside_the_event_loop(
+    path: str, head: str, folders: dict[str, Path], connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches probes and other clients that wait while a large answer is rendered: in the thread of the event loop, or
+    at once, without letting other threads run."""
+    client, rendered, threads = connect(folders[head]), [], []
+
+    def render(response: JSONResponse, content: Any) -> bytes:
+        rendered.append(content)
+        threads.append(threading.current_thread())
+        return original(response, content)
+
+    original = JSONResponse.render
+    monkeypatch.setattr(JSONResponse, "render", render)
+    assert answer_of(client, path, {"texts": ["word1 [MASK]"] * 3}) == rendered
+    assert len(rendered) == 3
+    assert client.portal is not None
+    assert client.portal.call(threading.current_thread) not in threads
 
 
 def test_tags(folders: dict[str, Path], connect: Connect) -> None:
