@@ -191,8 +191,8 @@ async def _discard(receive: Receive) -> None:
 
 
 def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
-    """Answer 408 to a request that does not arrive in time, 503 to one that is not answered in time. Drop clients
-    that do not take their answer in time. Cancel the work for a request whose client has gone."""
+    """Answer 408 to a request that does not arrive in time, 503 to one that is not answered in time. Cancel the work
+    for a request whose client has gone."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         answering = asyncio.current_task()

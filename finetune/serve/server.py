@@ -31,7 +31,7 @@ from finetune.serve.serving import Serving, in_daemon_thread
 TOKEN_VARIABLE = "DEEPCLOZE_SERVE_TOKEN"
 
 _HEADER_SECONDS = 10.0  # for the headers of a request
-_IDLE_SECONDS = 30  # until a connection without requests is closed
+_IDLE_SECONDS = 30  # until a connection without requests, or without progress of an answer, is closed
 _BACKLOG = 2048
 _DRAIN_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
@@ -90,7 +90,8 @@ def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
 
 
 class _Protocol(H11Protocol):
-    """Closes connections whose clients are slow to send the headers of a request, which uvicorn waits for forever."""
+    """Closes connections whose clients are slow to send the headers of a request, or do not read their answer, both of
+    which uvicorn waits for forever."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -102,6 +103,10 @@ class _Protocol(H11Protocol):
         super().data_received(data)
         self._expect_headers()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_reading()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._cancel()
@@ -112,6 +117,14 @@ class _Protocol(H11Protocol):
             self._cancel()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(_HEADER_SECONDS, self.timeout_keep_alive_handler)
+
+    def _expect_reading(self, unread: int = 0) -> None:
+        """Drop the client if it has read nothing since `unread` bytes were left; look again later if some are left."""
+        if left := self.transport.get_write_buffer_size():
+            if left == unread:
+                self.transport.abort()  # `close` would wait for the client
+            else:
+                self.loop.call_later(self.timeout_keep_alive, self._expect_reading, left)
 
     def _cancel(self) -> None:
         if self._deadline is not None:

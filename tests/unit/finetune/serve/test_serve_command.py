@@ -1,5 +1,6 @@
 """Options of `deepcloze serve`, and mistakes that end it before it serves. Real processes: tests/multiprocess."""
 
+import asyncio
 import errno
 import gc
 import io
@@ -14,7 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import uvicorn
+from starlette.responses import Response
 from starlette.testclient import TestClient
+from uvicorn.server import ServerState
 
 from experiment.errors import UserError
 from finetune.options import ServeOptions
@@ -185,6 +189,39 @@ def test_a_server_that_reloads_ends(folders: dict[str, Path]) -> None:
         client.portal.call(serving.reload)
         assert begun.wait(LIMIT)
     downloaded.set()
+
+
+@pytest.mark.parametrize("connection", [b"keep-alive", b"close"])
+def test_clients_that_do_not_read_their_answer_are_dropped(connection: bytes) -> None:
+    """Catches answers of megabytes that stay in memory until the server ends, with their connections."""
+    state = ServerState()
+    answer = Response(b"a" * 2**25)  # more than the system takes
+    config = uvicorn.Config(answer, http=server._Protocol, lifespan="off", log_config=None, timeout_keep_alive=1)
+    config.load()
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        listening = await loop.create_server(lambda: server._Protocol(config, state, {}, loop), "127.0.0.1", 0)
+        with socket.create_connection(listening.sockets[0].getsockname()) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: %b\r\n\r\n" % connection)
+            async with asyncio.timeout(LIMIT):
+                while not state.total_requests or state.connections:
+                    await asyncio.sleep(0.01)
+        listening.close()
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(("unread", "aborted"), [([9, 5, 5], [True]), ([9, 5, 4, 0], [])])
+def test_clients_that_read_slowly_get_their_answer(unread: list[int], aborted: list[bool]) -> None:
+    """Catches an answer that is cut because it takes long."""
+    sizes, calls = iter(unread), []
+    protocol = server._Protocol.__new__(server._Protocol)
+    protocol.transport = SimpleNamespace(get_write_buffer_size=lambda: next(sizes), abort=lambda: calls.append(True))
+    protocol.loop = SimpleNamespace(call_later=lambda _, function, *arguments: function(*arguments))
+    protocol.timeout_keep_alive = 1
+    protocol._expect_reading()
+    assert (calls, list(sizes)) == (aborted, [])
 
 
 def test_reloads_while_the_server_starts_and_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
