@@ -31,7 +31,9 @@ from finetune.serve.serving import Serving, in_daemon_thread
 TOKEN_VARIABLE = "DEEPCLOZE_SERVE_TOKEN"
 
 _HEADER_SECONDS = 10.0  # for the headers of a request
-_IDLE_SECONDS = 30  # until a connection without requests, or without progress of an answer, is closed
+# Until a connection without requests, or without progress of an answer, is closed. Most load balancers keep theirs for
+# 60 s; one that is closed here first may have taken a request, and fails it.
+_IDLE_SECONDS = 75
 _BACKLOG = 2048
 _DRAIN_SECONDS = 1.0
 _CLOSE = (b"connection", b"close")
