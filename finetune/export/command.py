@@ -11,9 +11,16 @@ from experiment.run_files.checkpoints import find_model_folder, unlisted_files
 from experiment.run_files.run_folder import RunFolder
 from finetune.export.exported_card import name_model, write_card
 from finetune.export.push import check_target, parse_target, push_folder
+from finetune.model import model_files
 from finetune.options import ExportOptions
 from finetune.prediction.onnx_model import holds_onnx_model, require_packages
 from finetune.prediction.saved_task import FILE, find_model, read_saved_task
+
+# Of a model, beside weights, config and tokenizer: all else in a folder, such as .git, may not be meant for others.
+_MORE_FILES = (
+    *("deepcloze*.json", "generation_config.json", "chat_template.jinja", "LICENSE*"),
+    *("modules.json", "*sentence_*.json", "[0-9]_*/*"),  # of sentence-transformers
+)
 
 
 def export_command(options: ExportOptions) -> None:
@@ -59,8 +66,14 @@ def _write(source: Path, folder: Path, options: ExportOptions, repository: HubNa
     if options.format == "hf":
         if (source / FILE).is_file():
             read_saved_task(source)  # refuses damaged files, as the export to ONNX does
-        unlisted = unlisted_files(source)
-        shutil.copytree(source, folder, ignore=lambda at, names: {x for x in names if Path(at, x) in unlisted})
+        unlisted, files = unlisted_files(source), set(model_files(source, weights=True))
+        files.update(path for pattern in _MORE_FILES for path in source.glob(pattern))
+        known = files | {path.parent for path in files}
+        shutil.copytree(
+            source,
+            folder,
+            ignore=lambda at, names: {x for x in names if (path := Path(at, x)) in unlisted or path not in known},
+        )
         write_card(source, folder, title)
         return []
     require_packages("onnx", "onnxruntime", "onnxscript")

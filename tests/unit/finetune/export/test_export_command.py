@@ -68,6 +68,21 @@ def test_only_what_the_checkpoint_lists_is_exported(run: Path, tmp_path: Path) -
         assert {path.name for path in output.rglob("*")} == expected
 
 
+def test_only_the_files_of_a_model_are_exported(run: Path, tmp_path: Path) -> None:
+    """Catches secrets and optimizer states in the folder of a training, which `--push` would publish; and modules of
+    sentence-transformers that are missing."""
+    folder = Path(shutil.copytree(checkpoint_path(run / "checkpoints", 2) / "hf", tmp_path / "source"))
+    kept = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
+    kept |= {"LICENSE", "2_Dense/model.safetensors"}
+    expected = kept | {path.name for path in folder.iterdir()} | {"README.md"}
+    for name in (*kept, ".env", ".git/config", "checkpoint-10/optimizer.pt", "training_args.bin", "data/train.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    export(folder, output := tmp_path / "exported")
+    assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == expected
+    assert {path.name for path in output.iterdir() if path.is_dir()} == {"1_Pooling", "2_Dense"}
+
+
 def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
     """Catches a user's files that an export replaces."""
     (tmp_path / "mine").mkdir()
