@@ -128,11 +128,15 @@ class Kind(TaskKind[Config]):
             raise UserError(f"{record.place}: no answer; if questions may have none, set task.no_answer: true")
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
+        """Return the windows of the context; none if the tokenizer drops all its characters, such as U+200B."""
+        self.check_input(record)
         asked = encoder.ids(record.values["question"])
         question = asked[: encoder.room(2) // 2]
         context, covered = encoder.ids_and_offsets(record.values["context"])
-        if not context:  # a tokenizer may drop characters
+        if not context and training:
             raise UserError(f"{record.place}: the context is empty")
+        if not context:
+            return []
         offsets_N2 = np.array(covered, dtype=np.int32)
         answer = self._answer_tokens(record, offsets_N2)
         examples = []
@@ -169,6 +173,8 @@ class Kind(TaskKind[Config]):
         return Loss.of(losses, len(outputs))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
+        if not examples:
+            return {"answer": "", "start": None, "score": 1.0}
         windows = [example.details for example in examples]
         shown = [scores[window.start :][: len(window.offsets)] for window, scores in zip(windows, outputs, strict=True)]
         spans = [_best_span(scores_T2, self.config.max_answer_tokens) for scores_T2 in shown]

@@ -143,6 +143,14 @@ def test_no_answer_needs_all_windows(encoder: Path) -> None:
     assert WITH_NONE.decode(record(), made, outputs)["answer"] != ""
 
 
+@pytest.mark.parametrize("answers", [{}, {"answers": []}, {"answers": [{"text": "\u200b", "start": 0}]}])
+def test_a_context_without_tokens_has_no_answer(encoder: Path, answers: dict[str, Any]) -> None:
+    """Catches one row among thousands that ends a prediction, or fails a request, although its context is not empty."""
+    given = Record("f:2", {"question": "word9?", "context": "\u200b", **answers})
+    found = KIND.decode(given, KIND.expand(given, encode(encoder), training=False), [])
+    assert found == {"answer": "", "start": None, "score": 1.0}
+
+
 def test_spans_are_in_order_and_short(encoder: Path) -> None:
     """Catches an end before the start, and answers of half the text."""
     made = KIND.expand(record("word1"), encode(encoder), training=False)
@@ -200,6 +208,7 @@ def test_scores_are_those_of_squad(found: str, right: list[str], f1: float, exac
         ({"answers": []}, r"f:2: no answer; if questions may have none, set task\.no_answer: true"),
         ({"answers": [{"text": "word2", "start": 0}]}, r"the answer 'word2' is not at character 0 .*, found 'Word0'"),
         ({"context": " ", "answers": []}, r"f:2: the context is empty"),
+        ({"context": "\u200b", "answers": []}, r"f:2: the context is empty"),
     ],
 )
 def test_mistakes_are_named(encoder: Path, values: dict[str, Any], message: str) -> None:
