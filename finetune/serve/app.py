@@ -92,7 +92,8 @@ def make_app(serving: Serving, token: str | None, hosts: frozenset[str] | None =
         async with serving:
             yield
 
-    app = FastAPI(title="deepcloze serve", description=_ABOUT, lifespan=lifespan, docs_url=None, redoc_url=None)
+    settings: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(title="deepcloze serve", description=_ABOUT, lifespan=lifespan, **settings)
     app.state.serving = serving
     app.include_router(api)
     app.include_router(site)
@@ -157,6 +158,7 @@ async def embed(asked: EmbedRequest, serving: State, request: Request) -> Respon
 _SENTENCES = ModelPredictionRequest.model_json_schema()
 
 
+@api.post("/model_prediction", include_in_schema=False)
 @api.post(
     "/model_prediction/",
     response_model=LabelAndScore,
@@ -188,12 +190,14 @@ async def model(serving: State) -> ModelInfo:
     return serving.served.info
 
 
+@site.head("/healthz", include_in_schema=False)
 @site.get("/healthz", response_model=Status, tags=["operation"])
 async def healthz() -> Response:
     """Return whether the process answers."""
     return JSONResponse({"status": "ok"})
 
 
+@site.head("/readyz", include_in_schema=False)
 @site.get("/readyz", response_model=Status, responses={503: {"model": Error}}, tags=["operation"])
 async def readyz(serving: State) -> Response:
     """Return whether the server takes further requests."""

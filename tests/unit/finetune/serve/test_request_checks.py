@@ -1,6 +1,7 @@
 """What a server rejects: one message each, and it still answers afterwards."""
 
 import asyncio
+import itertools
 import json
 import logging
 import re
@@ -144,10 +145,13 @@ def test_masks_that_cannot_be_filled(body: Any, message: str, folders: dict[str,
     assert answer.json()["error"].startswith(message)
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/labels", 404), ("DELETE", "/v1/model", 405)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/labels", 404), ("POST", "/v1/predict/", 404), ("DELETE", "/v1/model", 405)],
+)
 def test_what_the_server_does_not_have(client: TestClient, method: str, path: str, status: int) -> None:
     """Catches an answer that does not say what to do."""
-    answer = client.request(method, path)
+    answer = client.request(method, path, follow_redirects=False)
     assert answer.status_code == status
     assert answer.json()["error"].endswith("; /docs lists those of this server")
 
@@ -295,9 +299,10 @@ def test_other_hosts_and_pages_of_other_sites(
 
 
 def test_probes_have_any_name(client: TestClient) -> None:
-    """Catches a server that is restarted because Kubernetes asks for its health by address."""
+    """Catches a server that is restarted because Kubernetes asks for its health by address, or a balancer by HEAD."""
     app = make_app(client.serving, None, allowed_hosts(["models.example"], "0.0.0.0"))  # type: ignore[attr-defined]
-    assert TestClient(app).get("/healthz", headers={"Host": "10.0.0.7:8000"}).status_code == 200
+    for method, path in itertools.product(("GET", "HEAD"), ("/healthz", "/readyz")):
+        assert TestClient(app).request(method, path, headers={"Host": "10.0.0.7:8000"}).status_code == 200
     assert TestClient(app).get("/metrics", headers={"Host": "10.0.0.7:8000"}).status_code == 421
 
 

@@ -233,13 +233,15 @@ def test_a_model_says_that_it_expects_dialogues(trained_run: Path, connect: Conn
     assert connect(model).get("/v1/model").json()["fields"] == {"text": "text"}
 
 
-@pytest.mark.parametrize("send", ["json", "data", "files"])
-def test_label_and_score_for_older_clients(send: str, folders: dict[str, Path], connect: Connect) -> None:
-    """Catches an answer that older clients cannot parse: a list, for JSON and both kinds of forms."""
+@pytest.mark.parametrize(("send", "slash"), [("json", "/"), ("json", ""), ("data", "/"), ("files", "/")])
+def test_label_and_score_for_older_clients(send: str, slash: str, folders: dict[str, Path], connect: Connect) -> None:
+    """Catches an answer that older clients cannot parse: a list, for JSON and both kinds of forms; and a path without
+    its last slash that clients must follow a redirect for."""
     client = connect(folders["sequence"])
     fields: Any = {"sentence1": "word1", "sentence2": "word2"}
     given = {name: (None, text) for name, text in fields.items()} if send == "files" else fields
-    label, score = client.post("/v1/model_prediction/", **{send: given}).json()
+    answer = client.post(f"/v1/model_prediction{slash}", follow_redirects=False, **{send: given})
+    label, score = answer.json()
     (expected,) = probabilities(folders["sequence"], [{"text": "word1", "text_pair": "word2"}])
     assert score == pytest.approx(expected[label], abs=CLOSE)
     label, score = client.post("/v1/model_prediction/", json={"sentence1": "word1", "sentence2": ""}).json()
