@@ -19,7 +19,6 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from experiment.errors import UserError
@@ -247,8 +246,6 @@ async def _read_json_or_form(request: Request) -> Any:
         return dict(await request.form(max_files=0, max_fields=_FIELDS))
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, NOT_JSON) from error
-    except ClientDisconnect as error:
-        raise HTTPException(400, "the client is gone") from error
 
 
 def _parse_form(body: bytes) -> dict[str, str]:

@@ -207,8 +207,11 @@ def limit_time(app: ASGIApp, limits: Limits) -> ASGIApp:
             answering.cancel()
 
         async def note_arrival() -> Message:
-            nonlocal watching
+            nonlocal watching, gone
             event = await receive()
+            if event["type"] == "http.disconnect":
+                gone = True
+                raise asyncio.CancelledError
             if watching is None and not event.get("more_body", False):
                 watching = asyncio.create_task(watch())
             return event

@@ -214,6 +214,23 @@ def test_a_body_without_a_length_is_counted(client: TestClient) -> None:
     assert "larger than 64 KiB" in answer.json()["error"]
 
 
+@pytest.mark.parametrize("path", ["/v1/predict", "/v1/model_prediction/"])
+def test_a_client_that_goes_while_it_sends(path: str, client: TestClient) -> None:
+    """Catches lost connections that logs and metrics count as mistakes of clients."""
+    events = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        return next(events, {"type": "http.disconnect"})
+
+    async def send(_: object) -> None:
+        raise AssertionError
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    assert client.portal is not None
+    client.portal.call(client.app, scope, receive, send)
+    assert f'deepcloze_requests_total{{path="{path}",status="499"}} 1.0' in client.get("/metrics").text
+
+
 def test_a_body_that_is_never_read_is_not_awaited(client: TestClient) -> None:
     """Catches ten seconds of waiting for a body that is announced as a terabyte: `--timeout` may be shorter."""
 
