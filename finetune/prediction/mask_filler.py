@@ -20,6 +20,8 @@ from finetune.prediction.loaded_model import LoadedModel, load_model
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import SavedTask
 
+_MASKS = 64  # whose probabilities are in memory at once: a batch may have a thousand, with a MB each
+
 Candidates = list[list[tuple[int, float]]]
 """For each mask of a text, (token id, probability) of its candidates, the most probable first."""
 
@@ -112,9 +114,9 @@ class MaskFiller:
         inputs = pad_sequences([text.sequences[0] for text in texts], self.loaded.padding, self.loaded.device.device)
         with torch.inference_mode(), self.loaded.device.autocast():
             logits_MV = cloze.masked_logits(self.loaded.model, inputs, rows, positions)
-        probabilities_MV = logits_MV.softmax(-1)[:, : self.vocabulary_size]
-        found = probabilities_MV.topk(max(each.top_k for each in masks))
-        candidates = zip(found.indices.tolist(), found.values.tolist(), strict=True)  # of one mask after the other
+        most = max(each.top_k for each in masks)
+        found = [each.softmax(-1)[:, : self.vocabulary_size].topk(most) for each in torch.split(logits_MV, _MASKS)]
+        candidates = (pair for each in found for pair in zip(each.indices.tolist(), each.values.tolist(), strict=True))
         return [[list(zip(*next(candidates), strict=True))[: each.top_k] for _ in each.positions] for each in masks]
 
     def describe(self, candidates: Candidates) -> list[list[dict[str, Any]]]:

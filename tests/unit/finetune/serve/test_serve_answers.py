@@ -25,6 +25,8 @@ from transformers import (
     pipeline,
 )
 
+from finetune.prediction import mask_filler
+from finetune.prediction.mask_filler import MaskFiller
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import FILE, find_model, override_task, read_saved_task, write_saved_task
 from runs import sampled
@@ -113,6 +115,17 @@ def test_filled_masks(folders: dict[str, Path], connect: Connect) -> None:
         ]
         for mask, other in zip(masks, expected, strict=True):
             assert [each["probability"] for each in mask] == pytest.approx([e["score"] for e in other], abs=CLOSE)
+
+
+def test_many_masks(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches probabilities of all masks of a batch in memory at once, and candidates of another mask."""
+    filler, softmax, counts = MaskFiller.load(folders["masked"], "fp32"), torch.Tensor.softmax, []
+    given = ["[MASK]", "word1 [MASK] word2 [MASK]", "[MASK] word3 [MASK]"]
+    expected = filler.fill(given)
+    monkeypatch.setattr(mask_filler, "_MASKS", 2)
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda rows, *dim: counts.append(len(rows)) or softmax(rows, *dim))
+    assert filler.fill(given) == expected
+    assert counts == [2, 2, 1]
 
 
 def test_ranked_options(folders: dict[str, Path], connect: Connect) -> None:
