@@ -297,9 +297,9 @@ def test_the_device_is_chosen_for_the_call_alone(
 
     chosen: list[tuple[str, str | None]] = []
     monkeypatch.setattr(own_process, "_given", {})
-    monkeypatch.setattr("finetune.resolve.load_run_config", lambda *_: None)
     monkeypatch.setattr("launcher.hosts.machine.find_devices", lambda _: Devices("cpu", (0, 1)))
-    monkeypatch.setattr(name, choose)
+    monkeypatch.setattr(name, choose)  # before the next line: modules imported after that keep the substitute
+    monkeypatch.setattr("finetune.resolve.load_run_config", lambda *_: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # restored at the end
     if given is None:
