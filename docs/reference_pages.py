@@ -12,7 +12,7 @@ from pathlib import PurePath
 
 from experiment.config.reference import REQUIRED, ConfigSection, config_reference
 from experiment.formatting import markdown_table
-from launcher.command_line import ABOUT_QUIET, Command, describe_command
+from launcher.command_line import ABOUT_FLAGS, Command, describe_command
 from launcher.commands import COMMANDS
 from launcher.configs import CONFIGS
 
@@ -35,7 +35,7 @@ _COMMANDS_HEAD = f"""\
 All commands, in the order of their use. `deepcloze COMMAND --help` prints the same in the terminal.
 
 Flags are written `--flag value` or `--flag=value`; in their names, `-` and `_` are the same. Commands that take a
-config also take any of its keys as `--section.key=value`, see [config.md](config.md). {ABOUT_QUIET}
+config also take any of its keys as `--section.key=value`, see [config.md](config.md). {ABOUT_FLAGS}
 """
 
 

@@ -28,7 +28,10 @@ from experiment.errors import UserError
 _DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
 """Including characters that word processors and web pages put in place of two hyphens."""
 
-ABOUT_QUIET = "With `-q` or `--quiet`, every command prints results, warnings and errors only."
+ABOUT_FLAGS = (
+    "With `-q` or `--quiet`, every command prints results, warnings and errors only. `deepcloze --version` prints the "
+    "version."
+)
 
 _SYNONYMS = {
     "file": "input",
@@ -321,7 +324,7 @@ def _overview(commands: Mapping[str, Command], about: str, width: int) -> str:
             *("usage: deepcloze COMMAND [--flag=value …]", "", _filled(about, width), "", "commands:"),
             *table(rows, width),
             *("", _filled("Run `deepcloze COMMAND --help` for the flags of a command and an example.", width)),
-            *("", _filled(ABOUT_QUIET, width)),
+            *("", _filled(ABOUT_FLAGS, width)),
         ]
     )
 

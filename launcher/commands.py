@@ -386,8 +386,8 @@ def config(options: ConfigOptions) -> None:
 def recipes(options: RecipesOptions) -> None:
     """List, print or copy the configs that come with deepcloze.
 
-    Each is complete but for its data: published pretraining recipes, and tasks in the format of their original files.
-    --config takes their names too.
+    There are published pretraining recipes, and tasks in the format of their original files. Each is complete but for
+    its data and, in fine-tuning, its model: give --model.init_from. --config takes their names too.
 
     Example:
         deepcloze recipes cp roberta-base roberta.yaml

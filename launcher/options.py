@@ -155,7 +155,7 @@ class WatchOptions(Section):
     """Shell command to run after each scored checkpoint, with the result as JSON on its stdin."""
 
     mail: Annotated[str | None, Metavar("TO")] = None
-    """Address to send each result to; the mail server is set by DEEPCLOZE_SMTP_* variables, see docs/watching.md."""
+    """Address to send each result to; the mail server is set by DEEPCLOZE_SMTP_* variables, see docs/tracking.md."""
 
 
 class EvaluateOptions(Section):

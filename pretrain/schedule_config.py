@@ -29,7 +29,7 @@ class StageConfig(Section):
 
 class ScheduleConfig(Section):
     """The learning-rate schedule and the length of the run. Set exactly one of `steps`, `epochs`, `tokens` and
-    `budget`. See docs/schedules.md."""
+    `budget`; none is needed if every stage has `steps`. See docs/schedules.md."""
 
     name: Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt", "wsd"] = "linear"
     """Shape of the decay after the warmup. `wsd` is warmup-stable-decay."""

@@ -44,7 +44,8 @@ class HostOptions(PlacementOptions):
 
     env: Annotated[str | None, Metavar("NAME[,NAME…]", separator=",")] = None
     """More environment variables to send to other hosts, by name; WANDB_*, HF_*, OMP_*, NCCL_*, GLOO_*, MLFLOW_*,
-    PYTHON* and CUDA_* (except CUDA_VISIBLE_DEVICES) always are."""
+    PYTHON* and CUDA_* (except CUDA_VISIBLE_DEVICES), those of alerts, DS_ACCELERATOR and TORCHINDUCTOR_CACHE_DIR
+    always are."""
 
 
 def place_ranks(devices: Devices, options: PlacementOptions, hosts: Hosts | None = None) -> Slots:

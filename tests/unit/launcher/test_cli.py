@@ -116,6 +116,7 @@ def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]
     """Catches a command or flag that is missing from the help, and an example that the command would reject."""
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
+    assert "deepcloze --version" in " ".join(overview.split())
     for name, command in COMMANDS.items():
         assert f"  {name}" in overview
         assert main([name, "--help"]) == 0
