@@ -42,11 +42,11 @@ def forward_without_checkpointing(layer: GradientCheckpointingLayer) -> Forward:
 
 def layer_ids(model: PreTrainedModel, unused: Collection[str] = ()) -> dict[str, int]:
     """Return parameter name -> 0 for embeddings, 1 … L for the encoder's layers from the bottom, L + 1 for the head.
+    `unused`: names of parameters that the model does not use, such as a vision tower's, whose layers do not count.
 
     The numbering of ELECTRA (Clark et al. 2020) and BEiT. A layer is the outermost numbered module of the encoder, so
     layers that share their weights count once. Parameters shared by all layers (relative positions) count as
-    embeddings, those after the last layer (a final norm) as head. `unused`: parameters that are not counted for L,
-    such as those of a vision tower.
+    embeddings, those after the last layer (a final norm) as head.
     """
     encoder = f"{model.base_model_prefix}."
     tables = _tables(model)
@@ -61,7 +61,7 @@ def layer_ids(model: PreTrainedModel, unused: Collection[str] = ()) -> dict[str,
             ids[name] = 0
         else:
             ids[name] = -1
-    return {name: layers + 1 if number < 0 else number for name, number in ids.items()}
+    return {name: layers + 1 if number < 0 else min(number, layers + 1) for name, number in ids.items()}
 
 
 def hidden_matrices(model: PreTrainedModel) -> list[str]:
@@ -78,14 +78,9 @@ def _linear_layers(module: nn.Module) -> list[nn.Linear]:
 
 
 def _decoder(model: PreTrainedModel) -> list[nn.Linear]:
-    """Return the layers that give each token's logit: MobileBERT has two, one of which is tied to the embeddings."""
-    output, vocabulary = model.get_output_embeddings(), model.config.get_text_config().vocab_size
-    base = set(model.base_model.modules())
-    return [
-        layer
-        for layer in _linear_layers(model)
-        if layer is output or (layer not in base and vocabulary in layer.weight.shape)
-    ]
+    """Return the layers whose weights give the logits. MobileBERT has two: one is tied to its narrow embeddings."""
+    second = model.cls.predictions.dense if model.config.model_type == "mobilebert" else None
+    return [layer for layer in _linear_layers(model) if layer in (model.get_output_embeddings(), second)]
 
 
 @dataclass(frozen=True)
