@@ -112,9 +112,14 @@ def _is_tied(model: PreTrainedModel) -> bool:
 def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
     """Return tensors with a row per token: embeddings (NeoMME has two), decoder and its bias; tied tensors once."""
     output = model.get_output_embeddings()
-    embeddings = (module for module in model.base_model.modules() if isinstance(module, nn.Embedding))
     tables = [model.get_input_embeddings().weight, output.weight, getattr(output, "bias", None)]
-    tables += [module.weight for module in embeddings if module.num_embeddings == _vocabulary_size(model)]
+    tables += [
+        module.weight
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and module.num_embeddings == _vocabulary_size(model)
+        and not f"{name}.weight".endswith(_LEARNED_POSITIONS)
+    ]
     return list({id(table): table for table in tables if table is not None}.values())
 
 

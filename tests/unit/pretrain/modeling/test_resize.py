@@ -96,6 +96,18 @@ def test_every_table_of_the_vocabulary_gets_rows() -> None:
     assert torch.equal(after[20], before[[3, 4]].mean(0))
 
 
+def test_positions_are_no_vocabulary() -> None:
+    """Catches rows for added tokens in a table of positions that is as long as the vocabulary."""
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("bert", vocab_size=30, max_position_embeddings=32, **sizes)
+    model = AutoModelForMaskedLM.from_config(config)
+    config = copy.deepcopy(config)
+    config.vocab_size = 32
+    larger = resize_model(model, config, {30: [3, 4], 31: [5]})
+    before, after = (each.base_model.embeddings.position_embeddings.weight for each in (model, larger))
+    assert torch.equal(after, before)
+
+
 def test_a_decoder_of_its_own_is_kept(wordpiece: Path, extended: Path, tmp_path: Path) -> None:
     """Catches trained weights that are replaced by the embeddings because the config says that they are tied."""
     old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
