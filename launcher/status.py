@@ -77,7 +77,8 @@ def read_status(run: str) -> RunStatus:
     total = _total_steps(folder, attempts)
     recent = [line for line in times if line.start == times[-1].start]
     metric, split, score = _score(folder)
-    training = [found for found in others if found] or [events]
+    # The file of a finished seed stays until those before it have finished.
+    training = [found for found in others if found and found[-1].get("seed") not in folder.finished_seeds] or [events]
     losses, speeds = (
         [number for found in training if (number := last_number(found, key)) is not None]
         for key in ("loss", "tokens_per_second")

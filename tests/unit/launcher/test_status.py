@@ -348,6 +348,10 @@ def test_the_progress_of_a_fine_tuning(folder: RunFolder, capsys: pytest.Capture
         assert (status.loss, status.tokens_per_second) == (0.25, 5000)
         assert (status.activity, status.goodput) == (None, None)
         assert main(["status", str(folder.path)]) == 0
+        folder.seed_folder(3).mkdir()
+        (folder.seed_folder(3) / "COMPLETE").touch()
+        status = read_status(str(folder.path))
+        assert (status.step, status.loss, status.tokens_per_second) == (300, 0.2, 2000)
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line for line in shown if line[0] in ("step", "time", "attempts")] == [
         ["step", "300", "of", "900"],
