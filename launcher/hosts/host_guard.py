@@ -39,7 +39,6 @@ PREFIX = "deepcloze guard: "
 _COUNT_SECONDS = 5.0  # between looks at all processes of the host
 _KILL_SECONDS = 10.0
 _LEAVE = "leave"
-_CLOSED = "closed"
 _LEAVE_SECONDS = 40.0
 
 
@@ -61,7 +60,7 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
         launch: its name.
         environment: variables for its ranks.
         head: name of the host of rank 0.
-        lines: from the launcher; `_LEAVE` if this process is asked to end, `_CLOSED` if the connection is closed.
+        lines: from the launcher; `_LEAVE` if this process is asked to end.
     """
     run, _, _ = launch.partition("-")
     # Leftovers of an earlier launch of the run. Another name of this host may have a guard of this launch.
@@ -76,19 +75,20 @@ def guard(launch: str, environment: Mapping[str, str], head: str, lines: "queue.
 
 
 def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
-    end_at, leaving = time.monotonic() + SILENCE_SECONDS, False
+    last_line, leave_at = time.monotonic(), float("inf")
     processes, counted_at = 0, float("-inf")
-    while time.monotonic() < end_at:
+    while time.monotonic() - last_line < SILENCE_SECONDS and time.monotonic() < leave_at:
         with suppress(queue.Empty):
             line = lines.get(timeout=BEAT_SECONDS)
             if line == END:
                 return
-            if not leaving:
-                # If the host shuts down, its ranks get the signal too, and save a checkpoint. sshd may end first.
-                seconds = {_LEAVE: _LEAVE_SECONDS, _CLOSED: BEAT_SECONDS}.get(line, SILENCE_SECONDS)
-                end_at, leaving = time.monotonic() + seconds, line == _LEAVE
+            if line == _LEAVE:  # the host shuts down: its ranks got the signal too, and save a checkpoint
+                leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)
+            else:
+                last_line = time.monotonic()
             if line.startswith(STACK):
                 _request_stack(launch, line)
+        leaving = leave_at < float("inf")
         if leaving or time.monotonic() - counted_at >= _COUNT_SECONDS:
             processes, counted_at = sum(1 for _ in _processes(launch)), time.monotonic()
         _send(str(processes))
@@ -105,7 +105,7 @@ def _request_stack(launch: str, line: str) -> None:
 def _read_lines(lines: "queue.SimpleQueue[str]") -> None:
     for line in sys.stdin:
         lines.put(line.strip())
-    lines.put(_CLOSED)
+    lines.put(END)  # the connection is closed
 
 
 def _end_launches(name: str, keep: str | None = None) -> None:
