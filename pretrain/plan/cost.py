@@ -13,7 +13,7 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 _TIMEOUT = 10.0  # seconds, for nvidia-smi
 _GIB = 1 << 30
-_OLDER_GPUS = re.compile(r"\b(P100|V100|T4|GTX|TITAN|RTX 20\d\d|Quadro)")  # than capability 8.0
+_OLDER_GPUS = re.compile(r"\b([KMPV]\d+|T4|T1000|MX\d+|GTX|TITAN|RTX 20\d\d|Quadro)", re.IGNORECASE)  # than 8.0
 # Of a GPU's memory, at least and at most: a card sold with 80 GiB has 79.2 to 79.6; the CUDA context, NCCL's buffers,
 # workspaces of cuBLAS and fragmentation take 1.5 to 3 GiB. Figures from practice, not measured with deepcloze.
 _RESERVED_SHARES = 0.005, 0.01
