@@ -94,7 +94,9 @@ def _local_world() -> World:
     try:
         get_accelerator().set_device(world.local_rank)
     except RuntimeError as error:  # such as a GPU that has failed since the launch
-        raise HostError(f"GPU {world.local_rank} cannot be used: {first_line(error)}") from error
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        place = f"GPU {world.local_rank} of CUDA_VISIBLE_DEVICES={visible}"
+        raise HostError(f"{place} cannot be used: {first_line(error)}") from error
     return world
 
 
