@@ -28,6 +28,9 @@ from experiment.files import read_json, write_json
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
 
+CLOCK_SKEW = 60.0
+"""Seconds that may lie between the clocks of this machine and of the disk."""
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # see random(4)
 _LEASE_SECONDS = 120.0  # for which an NFS server keeps the lock of a dead client; Linux: 90
 _LOOK_SECONDS = 1.0  # a process that looks whether the folder is in use holds the lock for a moment
@@ -196,9 +199,11 @@ class Owner:
             self._warn_if_silent(owner["host"])
             return True
         with suppress(psutil.NoSuchProcess):
-            # At first only with the lock: after a kill, another program may have got the process id.
-            if owner is not None and (self._process is not None or is_locked(self._folder)):
-                self._process = psutil.Process(owner["pid"])
+            if owner is not None:
+                process = psutil.Process(owner["pid"])
+                # After a kill, another program may have got the process id.
+                if process.create_time() < (_renewed(self._folder.owner) or 0) / 1e9 + CLOCK_SKEW:
+                    self._process = process
             return self._process is not None and self._process.status() != psutil.STATUS_ZOMBIE
         return False
 

@@ -18,7 +18,7 @@ from experiment.run_files.checkpoints import saves
 from experiment.run_files.goodput import record_end
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
-from experiment.run_files.run_lock import lock_run
+from experiment.run_files.run_lock import CLOCK_SKEW, lock_run
 from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from launcher.hosts.guarded_hosts import name_reasons
@@ -30,7 +30,6 @@ from launcher.supervision.returning_hosts import look_intervals, unusable_hosts,
 from launcher.supervision.stop_signals import StopSignals
 
 _OUTAGE_HOURS = 24.0  # for which a launch waits for a first usable host
-_CLOCK_SKEW = 60.0  # seconds between the clocks of this machine and of the disk
 
 
 def supervise(launch: Launch) -> LaunchResult:
@@ -289,7 +288,7 @@ def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
     """Remove trials, unfinished files of killed processes of this machine, the output of a background launch, and
     a STOP file that is older than `checked_at`, when deepcloze began to check this launch, or dated in the future.
     Raises OSError for the STOP file."""
-    if folder.stop.exists() and not checked_at <= folder.stop.stat().st_mtime < time.time() + _CLOCK_SKEW:
+    if folder.stop.exists() and not checked_at <= folder.stop.stat().st_mtime < time.time() + CLOCK_SKEW:
         folder.stop.unlink()
         notify(f"removed {folder.stop}, which is not from this launch by its date")
     shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
