@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -30,6 +31,7 @@ from launcher.supervision.returning_hosts import look_intervals, unusable_hosts,
 from launcher.supervision.stop_signals import StopSignals
 
 _OUTAGE_HOURS = 24.0  # for which a launch waits for a first usable host
+_MAX_FAILURES = 3  # of attempts with a host that has returned and saved no checkpoint
 
 
 def supervise(launch: Launch) -> LaunchResult:
@@ -77,13 +79,13 @@ class LaunchAlerts:
         others = {"W&B": self._send_to_wandb} if config.alerts.wandb else {}
         self._messenger = Messenger(config.alerts, folder, lambda message: notify(f"warning: {message}"), others)
 
-    def report(self, result: LaunchResult, restarting: str = "") -> None:
-        """Send an alert if an attempt has failed. `restarting`: the next step; empty if the launch ends."""
+    def report(self, result: LaunchResult, restarting: str = "", waiting: str = "") -> None:
+        """Send an alert if an attempt has failed. `restarting`, `waiting`: the next step; empty if the launch ends."""
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return
         stalled = result.cause is Cause.HUNG and "stall" in self._events
         event: AlertEvent = "stall" if stalled else "crash"
-        text = f"{result.outcome}: {result.message}\n{restarting or 'the launch has ended'}"
+        text = f"{result.outcome}: {result.message}\n{restarting or waiting or 'the launch has ended'}"
         alert = Alert(event, text, repeated=bool(restarting))
         if self._filter.passes(alert):
             self._messenger.alert(alert)
@@ -109,6 +111,7 @@ class _Supervisor:
         self._shown = ""  # of them, in the last message
         self._joined: set[str] = set()  # hosts that have returned since the last checkpoint
         self._left_out: set[str] = set()  # those that had when an attempt failed, until the next one
+        self._failures: Counter[str] = Counter()  # host -> such attempts
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -132,10 +135,8 @@ class _Supervisor:
                     if self._stop_requested():
                         return _as_stop(attempt.result)
                     if not slots:
-                        message = f"no host answers and passes preflight: {name_reasons(self._unusable)}"
-                        result = LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST)
-                        self._alerts.report(result)
-                        return result
+                        self._alerts.report(self._no_host())
+                        return self._no_host()
                     self._joined |= slots.keys() - layout.slots.keys() - self._left_out
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
 
@@ -172,12 +173,20 @@ class _Supervisor:
         """Leave out hosts that have returned, if an attempt with them has failed before a checkpoint was saved: the run
         was fine without them. Returns their names."""
         if has_saved:
-            self._joined, self._left_out = set(), set()
+            for host in self._joined:
+                del self._failures[host]
+            self._joined, self._left_out = set(), self._given_up()
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return []
-        hosts, self._joined = self._joined, set()
+        hosts = self._joined & result.lost if result.lost else self._joined
+        self._joined = self._joined - hosts
         self._left_out |= hosts
+        self._failures.update(hosts)
         return sorted(hosts)
+
+    def _given_up(self) -> set[str]:
+        """Return the hosts that have failed too often to be taken back."""
+        return {host for host, failures in self._failures.items() if failures >= _MAX_FAILURES}
 
     def _start_time(self) -> float:
         """Return when the current attempt started. The first includes the time before the launch was checked."""
@@ -193,7 +202,7 @@ class _Supervisor:
             message = f"found {self._folder.stop}; run the same command again to resume"
             return LaunchResult(Outcome.STOPPED, message), False
         own_stop = _OwnStopFile(self._folder.stop)
-        missing = self._launch.slots.keys() - layout.slots.keys()
+        missing = self._launch.slots.keys() - layout.slots.keys() - self._given_up()
         with watch_for_hosts(missing, self._passing, self._folder, own_stop.make):
             result = run_attempt(self._launch, layout, self._stop, record)
         withdrawn = own_stop.withdraw()
@@ -204,21 +213,34 @@ class _Supervisor:
             return
         smaller = ", with half the microbatch" if restart.halve_microbatch else ""
         when = f" in {restart.wait_seconds:.0f} s" if restart.wait_seconds else ""
-        returned = ", ".join(attempt.left_out)
-        without = f" without {returned}, back since the last checkpoint, until the next one" if returned else ""
+        given_up = self._given_up()
+        left_out = (
+            f"{host} {'from now on' if host in given_up else 'until the next checkpoint'}" for host in attempt.left_out
+        )
+        without = f" without {', '.join(left_out)}" if attempt.left_out else ""
         reason, how = attempt.result.message or "the ranks were stopped", f"{when}{smaller}{without}"
         notify(f"{reason}\nrestarting{how}")
         self._alerts.report(attempt.result, f"restarting{how}")
 
     def _await_slots(self, trusted: Collection[str]) -> Slots:
         """Return the slots of the usable hosts, once there are any; none after a request to stop or `_OUTAGE_HOURS`."""
-        intervals, deadline = look_intervals(), time.monotonic() + _OUTAGE_HOURS * 3600
-        while not self._stop_requested():
+        deadline, waiting = time.monotonic() + _OUTAGE_HOURS * 3600, ""
+        for seconds in look_intervals():
+            if self._stop_requested():
+                break
             if (slots := self._usable_slots(trusted)) or time.monotonic() > deadline:
                 return slots
+            if not waiting:
+                waiting = f"waiting for a host, for {_OUTAGE_HOURS:.0f} hours at most"
+                notify(waiting)
+                self._alerts.report(self._no_host(), waiting=waiting)
             trusted = ()
-            self._stop.wait(next(intervals))
+            self._stop.wait(seconds)
         return {}
+
+    def _no_host(self) -> LaunchResult:
+        message = f"no host answers and passes preflight: {name_reasons(self._unusable)}"
+        return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST)
 
     def _usable_slots(self, trusted: Collection[str]) -> Slots:
         """Return the slots of the hosts that answer, of those that are left out only if there are no others. Hosts that
@@ -234,8 +256,7 @@ class _Supervisor:
         missing = [host for host in wanted if host in self._unusable]
         shown = ", ".join(f"{host} ({silent[host]})" if host in silent else host for host in missing)
         if shown and shown != self._shown:
-            waiting = f"; waiting for one, for {_OUTAGE_HOURS:.0f} hours at most" if len(missing) == len(wanted) else ""
-            notify(f"without {shown}, until they answer and pass preflight{waiting}")
+            notify(f"without {shown}, until they answer and pass preflight")
         self._shown = shown
         usable = {host: slots for host, slots in wanted.items() if host not in self._unusable}
         return {host: slots for host, slots in usable.items() if host not in self._left_out} or usable

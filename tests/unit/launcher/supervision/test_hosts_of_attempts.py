@@ -21,6 +21,7 @@ from experiment.run_files.heartbeat import Heartbeat
 from experiment.run_files.outcome_file import Cause, Outcome, RankRecord
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import LockTimes, lock_run
+from experiment.tracking.alerts import Messenger
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import Command
 from launcher.supervision import attempt, rank_processes, restarts, stop_signals, supervisor
@@ -102,13 +103,21 @@ DONE = Ending(Outcome.DONE)
 
 
 def supervise_endings(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, *endings: Ending, look_seconds: float = 0.0, **settings: Any
+    folder: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    *endings: Ending,
+    look_seconds: float = 0.0,
+    watched: list[Collection[str]] | None = None,
+    **settings: Any,
 ) -> tuple[LaunchResult, list[str]]:
-    """Supervise attempts that end like this. Returns the result, and the numbers of the hosts of each attempt."""
+    """Supervise attempts that end like this. Returns the result, and the numbers of the hosts of each attempt.
+    `watched` gets the missing hosts that each attempt looks for."""
     remaining, hosts, on_return = iter(endings), list[str](), list[Callable[[], object]]()
 
     @contextmanager
-    def watch(_: object, __: object, ___: object, callback: Callable[[], object]) -> Iterator[None]:
+    def watch(missing: Collection[str], _: object, __: object, callback: Callable[[], object]) -> Iterator[None]:
+        if watched is not None:
+            watched.append(missing)
         on_return[:] = [callback]
         yield
 
@@ -283,8 +292,30 @@ def test_a_host_that_returns_and_does_not_work_is_left_out(
     monkeypatch.setattr(supervisor, "unusable_hosts", silent)
     result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "1", "12", "1", "2"])
-    expected = "ending 3\nrestarting without node-2, back since the last checkpoint, until the next one\n"
-    assert expected in capsys.readouterr().err
+    assert "ending 3\nrestarting without node-2 until the next checkpoint\n" in capsys.readouterr().err
+
+
+def test_a_host_that_never_works_is_given_up(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that spends half its time with a host that passes preflight and fails the run, for weeks."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
+    failure = Ending(Outcome.FAILED, Cause.HUNG)
+    saves = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
+    endings = [LOST, *(JOINS, failure) * 3, saves, DONE]
+    watched: list[Collection[str]] = []
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, watched=watched, max_restarts=2)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", *["1", "12"] * 3, "1", "1"])
+    assert watched[-3:] == [set(), set(), set()]
+    assert "restarting without node-2 from now on\n" in capsys.readouterr().err
+
+
+def test_a_host_is_not_left_out_for_the_loss_of_another(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that goes on with half its hosts because one of the others was lost."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "", "node-1"))
+    endings = [LOST, JOINS, replace(LOST, lost="node-1", saves=False), replace(JOINS, saves=True), DONE]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "2", "12"])
 
 
 def test_a_host_that_has_worked_is_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,10 +396,15 @@ def test_an_outage_of_all_hosts_is_no_failure(
     """Catches a run of weeks that ends because a switch restarts for some minutes, hosts that come back without their
     disks, and a message at each look."""
     monkeypatch.setattr(supervisor, "unusable_hosts", losing(*["node-1 node-2"] * 20))
+    alerts: list[str] = []
+    monkeypatch.setattr(Messenger, "alert", lambda _, alert: alerts.append(alert.text))
     preflight_problems = losing("node-2")
     result, hosts = supervise_endings(folder, monkeypatch, LOST, DONE, preflight_problems=preflight_problems)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1"])
-    assert capsys.readouterr().err.count("waiting for one, for 24 hours at most") == 1
+    assert capsys.readouterr().err.count("waiting for a host, for 24 hours at most") == 1
+    reasons = "node-1: refused; node-2: refused"
+    waiting = f"failed: no host answers and passes preflight: {reasons}\nwaiting for a host, for 24 hours at most"
+    assert alerts == ["failed: ending 1\nrestarting", waiting]
 
 
 def test_a_stop_ends_the_wait_for_hosts(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
