@@ -13,6 +13,7 @@ from rich.errors import LiveError
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from experiment.errors import QUIET_VARIABLE, is_quiet
+from experiment.process.own_process import variable_set
 
 T = TypeVar("T")
 
@@ -56,16 +57,11 @@ def print_warning(line: str) -> None:
 def quiet(warnings: bool = True) -> Iterator[None]:
     """Print only results, warnings and errors in the block and the processes that it starts. warnings: whether to print
     warnings about the data, too."""
-    before = os.environ.get(QUIET_VARIABLE)
-    os.environ[QUIET_VARIABLE] = "1" if warnings else _WITHOUT_WARNINGS
-    terminal.cache_clear()
     try:
-        yield
+        with variable_set(QUIET_VARIABLE, "1" if warnings else _WITHOUT_WARNINGS):
+            terminal.cache_clear()
+            yield
     finally:
-        if before is None:
-            del os.environ[QUIET_VARIABLE]
-        else:
-            os.environ[QUIET_VARIABLE] = before
         terminal.cache_clear()
 
 

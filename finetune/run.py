@@ -26,7 +26,6 @@ from experiment.run_files.provenance import (
     ancestors_of,
     collect_provenance,
     has_logged_with_other_config,
-    read_provenance,
     separate_copy,
     wandb_id,
     write_provenance,
@@ -135,10 +134,8 @@ def _train_and_score(config: FinetuneConfig, resolved: ResolvedRun) -> dict[str,
     }
     if (first := separate_copy(folder)) is not None:
         print_warning(f"this is a copy of the run in {first}: it gets an id of its own")
-    write_provenance(folder, {**collect_provenance(sys.argv), **facts}, ancestors)
+    provenance = write_provenance(folder, {**collect_provenance(sys.argv), **facts}, ancestors)
     write_text(folder.config, dump_config(config))
-    provenance = read_provenance(folder)
-    assert provenance is not None
     logged = count_logged(kept, folder)
     resumed_step = steps * logged + (started if logged == len(kept) else 0)
     tracked = TrackedRun(wandb_id(provenance), flatten(config), total, resumed_step, seed_steps=steps)

@@ -5,10 +5,10 @@ Imports no torch: the launcher calls it, too.
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiment.errors import UserError
+from experiment.process.daemon_thread import in_daemon_thread
 from experiment.run_files.checkpoints import complete_checkpoints
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.run_folder import RunFolder
@@ -43,9 +43,7 @@ def restore_run(config: PretrainConfig, on_progress: Callable[[], None]) -> None
 def _check_owner_in_time(mirror: Mirror, folder: RunFolder) -> None:
     """Raise UserError if the mirror belongs to another run. A storage that does not answer only gives a warning: a run
     with checkpoints trains without it, and is checked again before each upload."""
-    thread = ThreadPoolExecutor(1, "owner of the mirror")
-    checking = thread.submit(mirror.check_owner, folder)
-    thread.shutdown(wait=False)
+    checking = in_daemon_thread(lambda: mirror.check_owner(folder), "owner of the mirror")
     try:
         checking.result(_OWNER_SECONDS)
     except (StorageError, TimeoutError) as error:

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from experiment.files import REPOSITORY
@@ -85,6 +85,19 @@ def given_environment() -> dict[str, str]:
         if (value := _given[_DEVICE]) is not None:
             environment[_DEVICE] = value
     return environment
+
+
+@contextlib.contextmanager
+def variable_set(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable in the block, also for the processes that it starts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def python_path(environ: Mapping[str, str]) -> str:

@@ -62,20 +62,21 @@ def write_provenance(
     attempt: Mapping[str, Any],
     ancestors: Sequence[Mapping[str, Any]] | None = None,
     decontaminated: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> str:
-    """Add an attempt to RUN/provenance.json. Returns the run's id, which is drawn at random at the first attempt.
+) -> dict[str, Any]:
+    """Add an attempt to RUN/provenance.json and return its content. The run's id is drawn at random at the first
+    attempt.
 
     ancestors: the models that the run's weights came from, oldest first (see `ancestors_of`); None if the run is
     resumed. Raises UserError if the file is damaged.
     """
     record = read_provenance(folder) or {"run_id": secrets.token_hex(8), "ancestors": [], "attempts": []}
+    record["attempts"].append(dict(attempt))
     if ancestors is not None:
         record["ancestors"] = list(ancestors)
     if decontaminated:
         record["decontaminated"] = dict(decontaminated)
-    write_json(folder.provenance, {**record, "attempts": [*record["attempts"], dict(attempt)]})
-    run_id: str = record["run_id"]
-    return run_id
+    write_json(folder.provenance, record)
+    return record
 
 
 def has_logged_with_other_config(folder: RunFolder, config: Section, same_result: Collection[str]) -> bool:

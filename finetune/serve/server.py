@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from experiment.errors import UserError, reason
 from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.models.model_names import local_model
+from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.hardware import prepare_process
 from experiment.progress import terminal
 from finetune.options import ServeOptions
@@ -26,7 +27,7 @@ from finetune.serve.app import make_app
 from finetune.serve.monitoring import log_as_json, log_event
 from finetune.serve.request_checks import Limits
 from finetune.serve.served_model import ServedModel, load_served_model
-from finetune.serve.serving import Serving, in_daemon_thread
+from finetune.serve.serving import Serving
 
 TOKEN_VARIABLE = "DEEPCLOZE_SERVE_TOKEN"
 
@@ -54,7 +55,7 @@ def serve_command(options: ServeOptions) -> None:
         prepare_process()
         if terminal().is_interactive:  # elsewhere stderr is a log, of JSON lines only
             terminal().print(f"loading {options.model}")
-        first = in_daemon_thread(load).result()
+        first = in_daemon_thread(load, "load").result()
         log_as_json()
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)
         serving = Serving(first, load, limits, options.batch_delay_ms / 1000, options.batch_tokens)

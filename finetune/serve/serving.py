@@ -7,15 +7,15 @@ reload puts another `Services` in place; requests that began with the old one ar
 import asyncio
 import gc
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 from fastapi import HTTPException
 
 from experiment.errors import UserError, is_out_of_memory
+from experiment.process.daemon_thread import in_daemon_thread
 from finetune.data.records import Record
 from finetune.encoding.examples import Example, Split
 from finetune.pooling import Pooling
@@ -30,22 +30,6 @@ _BATCH_COST = {"cpu": 64, "cuda": 4096}  # tokens that take as long to compute a
 
 
 ResultT = TypeVar("ResultT")
-
-
-def in_daemon_thread(load: Callable[[], ResultT]) -> Future[ResultT]:
-    """Load a model in a thread of its own, which ends with its threads of OpenMP: while there are more than cores, none
-    spins. The end of the process does not wait for it."""
-    result: Future[ResultT] = Future()
-    result.set_running_or_notify_cancel()  # a thread cannot be cancelled
-
-    def run() -> None:
-        try:
-            result.set_result(load())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return result
 
 
 class Services:
@@ -216,7 +200,7 @@ class Serving:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                served = await asyncio.wrap_future(in_daemon_thread(self._load))
+                served = await asyncio.wrap_future(in_daemon_thread(self._load, "load"))
             except UserError as error:
                 log_event("the model was not reloaded: the old one stays", logging.ERROR, reason=str(error))
             except Exception:

@@ -1,8 +1,12 @@
 """Other sizes of the microbatch: halved when memory runs out, and tried by `--autotune`."""
 
 import math
+from typing import TypeVar
 
-from pretrain.config import PretrainConfig
+from experiment.config import Section
+from pretrain.config import BatchConfig, PretrainConfig, Stage
+
+S = TypeVar("S", bound=Section)
 
 
 def max_halvings(config: PretrainConfig) -> int:
@@ -26,24 +30,12 @@ def scaled_microbatch(config: PretrainConfig, doublings: int) -> PretrainConfig:
     least one sequence."""
     if doublings == 0:
         return config
-    batch = config.batch.model_copy(
-        update={"microbatch_tokens": _scaled(config.batch.microbatch_tokens, config.batch.max_seq_length, doublings)}
-    )
-    stages = tuple(
-        stage.model_copy(
-            update={
-                "microbatch_tokens": _scaled(
-                    stage.microbatch_tokens or config.batch.microbatch_tokens,
-                    stage.max_seq_length or config.batch.max_seq_length,
-                    doublings,
-                )
-            }
-        )
-        for stage in config.schedule.stages
-    )
+
+    def scaled(section: S, sizes: BatchConfig | Stage) -> S:
+        tokens = sizes.microbatch_tokens
+        tokens = tokens << doublings if doublings > 0 else tokens >> -doublings
+        return section.model_copy(update={"microbatch_tokens": max(sizes.max_seq_length, tokens)})
+
+    stages = tuple(map(scaled, config.schedule.stages, config.stages))  # none if the config has none
     schedule = config.schedule.model_copy(update={"stages": stages})
-    return config.model_copy(update={"batch": batch, "schedule": schedule})
-
-
-def _scaled(tokens: int, max_seq_length: int, doublings: int) -> int:
-    return max(max_seq_length, tokens << doublings if doublings > 0 else tokens >> -doublings)
+    return config.model_copy(update={"batch": scaled(config.batch, config.batch), "schedule": schedule})

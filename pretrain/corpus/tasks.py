@@ -4,10 +4,8 @@ Each is a function of a `BuildJob` and its own argument. It can be repeated, on 
 again.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 
 from experiment.errors import UserError
 from experiment.files import checksum, sha256, write_json
+from experiment.process.own_process import variable_set
 from experiment.storage import StorageError
 from pretrain.corpus.build_plan import HELDOUT, MAIN, PART_CODES, Part
 from pretrain.corpus.documents import locate_lines, read_documents
@@ -97,7 +96,7 @@ def write_shard_file(job: BuildJob, task: ShardTask) -> ShardRecord | str:
 
 def _with_exact_places(read: Callable[[Split], R], split: Split) -> R:
     """Call `read(split)`; if it raises UserError, again with the lines before the split counted, for its message."""
-    with _one_thread():
+    with variable_set("TOKENIZERS_PARALLELISM", "false"):  # there is a process for each core
         try:
             return read(split)
         except (StorageError, UnreadableError):  # no line is the cause, and counting may take hours
@@ -107,20 +106,6 @@ def _with_exact_places(read: Callable[[Split], R], split: Split) -> R:
             if located == split:
                 raise
             return read(located)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep `tokenizers` from starting threads: there is a process for each core."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
 
 
 @lru_cache(maxsize=2)

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, TypeVarTuple
 
 from experiment.errors import StoppedError
+from experiment.process.own_process import variable_set
 from experiment.process.signals import signals_blocked, uninterrupted
 
 Args = TypeVarTuple("Args")
@@ -59,16 +60,13 @@ class _Pool(ProcessPoolExecutor):
 def _isolated() -> Iterator[None]:
     """Let processes that start in the block import neither the main module, because a script that builds a corpus would
     build it again, nor files in the working directory that have the names of our packages."""
-    main, safe_path = sys.modules["__main__"], os.environ.get("PYTHONSAFEPATH")
-    sys.modules["__main__"], os.environ["PYTHONSAFEPATH"] = ModuleType("__main__"), "1"
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
-        yield
+        with variable_set("PYTHONSAFEPATH", "1"):
+            yield
     finally:
         sys.modules["__main__"] = main
-        if safe_path is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = safe_path
 
 
 def _start(

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from experiment.process.daemon_thread import in_daemon_thread
 from experiment.run_files.checkpoints import (
     checkpoint_path,
     complete_checkpoints,
@@ -244,9 +244,8 @@ class Checkpointer:
         """Wait until the newest checkpoint is in the mirror, for at most `mirror_uploads.CLOSE_SECONDS`. Collective."""
         if self._run.config.checkpoint.mirror is None:
             return
-        thread = ThreadPoolExecutor(1, "end of the uploads")
-        closing = thread.submit(self._uploads.close if self._uploads is not None else lambda: None)
-        thread.shutdown(wait=False)
+        close = self._uploads.close if self._uploads is not None else lambda: None
+        closing = in_daemon_thread(close, "end of the uploads")
         self._group.wait_for_all(closing, lambda: True)  # the time is limited
         closing.result()
 

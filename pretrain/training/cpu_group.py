@@ -4,33 +4,21 @@ import datetime
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from experiment.errors import HostError, UserError, readable_disk_errors
+from experiment.process.daemon_thread import in_daemon_thread
+from experiment.process.own_process import variable_set
 
 T = TypeVar("T")
 
 _POLL_SECONDS = 1.0
 _CONNECT_ON_USE = "TORCH_GLOO_LAZY_INIT"
-
-
-@contextmanager
-def _connecting_on_use() -> Iterator[None]:
-    """Let two ranks of a group that is created inside connect when they first send to each other: to neighbours in a
-    ring and in trees, not to all others."""
-    is_set = _CONNECT_ON_USE in os.environ
-    os.environ.setdefault(_CONNECT_ON_USE, "1")
-    try:
-        yield
-    finally:
-        if not is_set:
-            del os.environ[_CONNECT_ON_USE]
 
 
 class AgreedError(UserError):
@@ -51,7 +39,8 @@ class CpuGroup:
         self._timeout_seconds = timeout.total_seconds()
         self._group = None  # the default one
         if dist.get_backend() != "gloo":
-            with _connecting_on_use():
+            # Two ranks connect when they first send to each other: to neighbours in a ring and in trees, not to all.
+            with variable_set(_CONNECT_ON_USE, os.environ.get(_CONNECT_ON_USE, "1")):
                 self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def all_reduce_sum(self, numbers: Sequence[int], is_progress: bool = True) -> list[int]:
@@ -104,21 +93,14 @@ class CpuGroup:
         `function` may call `from_rank0`, `from_all_ranks` and `from_all_ranks_slowly`, the same number of times on each
         rank, but no other collective: there the other ranks learn of a rank that has failed.
         """
-        try:
-            with readable_disk_errors():
-                result = function()
-        except (AgreedError, HostError):
-            raise
-        except UserError as error:
-            self._raise_any(str(error))
-            raise
-        self._raise_any(None)
+        result, problem = _call(function)
+        self._raise_any(problem)
         return result
 
     def from_rank0(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0 and return its result on all ranks. Errors are raised on all as by `call`."""
         self._raise_any(None)
-        box: list[Any] = _call(function) if dist.get_rank() == 0 else [None, None]
+        box: list[Any] = list(_call(function)) if dist.get_rank() == 0 else [None, None]
         dist.broadcast_object_list(box, src=0, group=self._group)
         self._on_progress()
         if box[1] is not None:
@@ -139,9 +121,7 @@ class CpuGroup:
         a callback for its progress, see `wait_for_all`."""
         self._raise_any(None)
         progressed = threading.Event()
-        thread = ThreadPoolExecutor(1, "slow part")
-        part = thread.submit(function, progressed.set)
-        thread.shutdown(wait=False)
+        part = in_daemon_thread(lambda: function(progressed.set), "slow part")
 
         def made_progress() -> bool:
             made = progressed.is_set()
@@ -172,12 +152,13 @@ class CpuGroup:
         dist.barrier(group=self._group)
 
 
-def _call(function: Callable[[], object]) -> list[Any]:
-    """Return [result, None], or [None, message] of a UserError, other than a HostError, or of an error of the disk."""
+def _call(function: Callable[[], T]) -> tuple[T, None] | tuple[Any, str]:
+    """Return (result, None), or (None, message) of a UserError or an error of the disk. Raises a HostError, and an
+    AgreedError, of which the other ranks know."""
     try:
         with readable_disk_errors():
-            return [function(), None]
-    except HostError:
+            return function(), None
+    except (AgreedError, HostError):
         raise
     except UserError as error:
-        return [None, str(error)]
+        return None, str(error)

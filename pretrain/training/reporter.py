@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from experiment.config import dump_config
 from experiment.files import write_text
 from experiment.formatting import counted, format_epochs
+from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.hardware import peak_flops, peak_memory
 from experiment.results.fillings import drop_fillings
 from experiment.run_files.goodput import ActivityTimer
@@ -23,7 +24,6 @@ from experiment.run_files.provenance import (
     ancestors_of,
     collect_provenance,
     has_logged_with_other_config,
-    read_provenance,
     wandb_id,
     write_provenance,
 )
@@ -62,10 +62,8 @@ def record_start(run: ResolvedRun, world_size: int, hosts: int) -> Mapping[str, 
         "folder": str(run.folder.path),
     }
     attempt = collect_provenance(sys.argv, world_size, hosts) | changes
-    write_provenance(run.folder, attempt, ancestors, known)
+    provenance = write_provenance(run.folder, attempt, ancestors, known)
     write_text(run.folder.config, config)
-    provenance = read_provenance(run.folder)
-    assert provenance is not None
     return provenance
 
 
@@ -204,9 +202,7 @@ class Reporter:
 
         Raises TimeoutError if they wait far longer, as for a disk that does not answer; not if the run has failed.
         """
-        thread = ThreadPoolExecutor(1, "trackers")
-        closing = thread.submit(self._close_tracker, outcome, step)
-        thread.shutdown(wait=False)
+        closing = in_daemon_thread(lambda: self._close_tracker(outcome, step), "trackers")
         if outcome is Outcome.FAILED:
             wait([closing], CLOSE_SECONDS)
         else:

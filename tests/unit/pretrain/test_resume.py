@@ -272,7 +272,7 @@ def make_run(
     """A run with checkpoints of these steps, descended from step 4 of `parent`. `model`: section of its config."""
     folder = RunFolder(path)
     ancestors = ancestors_of(checkpoint_path(parent / "checkpoints", 4) / "hf", relation) if parent and relation else []
-    run_id = write_provenance(folder, {}, ancestors)
+    run_id = write_provenance(folder, {}, ancestors)["run_id"]
     for step in steps:
         checkpoint = checkpoint_path(folder.checkpoints, step)
         (checkpoint / "hf").mkdir(parents=True)

@@ -80,12 +80,12 @@ def test_the_first_attempt_is_kept_and_the_id_stays(tmp_path: Path) -> None:
     """Catches a resume that overwrites the first attempt, or takes a new id."""
     folder = open_run_folder(tmp_path)
     assert read_provenance(folder) is None
-    run_id = write_provenance(folder, {"date": 1}, ancestors=[{"run_id": "parent"}])
-    assert write_provenance(folder, {"date": 2}) == run_id
+    run_id = write_provenance(folder, {"date": 1}, ancestors=[{"run_id": "parent"}])["run_id"]
     record = {"run_id": run_id, "ancestors": [{"run_id": "parent"}], "attempts": [{"date": 1}, {"date": 2}]}
+    assert write_provenance(folder, {"date": 2}) == record
     assert read_provenance(folder) == record
     assert list(record) == list(json.loads(folder.provenance.read_text()))
-    assert write_provenance(open_run_folder(tmp_path / "other"), {}) != run_id
+    assert write_provenance(open_run_folder(tmp_path / "other"), {})["run_id"] != run_id
     write_provenance(folder, {"date": 3}, decontaminated={"books": ["1"]})
     assert (read_provenance(folder) or {})["decontaminated"] == {"books": ["1"]}
 
@@ -150,7 +150,7 @@ def test_a_damaged_origin_is_rejected(tmp_path: Path) -> None:
 def test_a_copied_run_gets_an_id_of_its_own(tmp_path: Path) -> None:
     """Catches two runs that log to one run of W&B and write to one mirror; and a moved run that becomes another one."""
     first, copy = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "copy")
-    run_id = write_provenance(first, {"folder": str(first.path)}, [])
+    run_id = write_provenance(first, {"folder": str(first.path)}, [])["run_id"]
     assert separate_copy(first) is None
     assert separate_copy(copy) is None
     (tmp_path / "link").symlink_to(first.path)
@@ -160,9 +160,9 @@ def test_a_copied_run_gets_an_id_of_its_own(tmp_path: Path) -> None:
     assert separate_copy(copy) is None
     shutil.copy(copy.provenance, first.provenance)
     assert separate_copy(copy) == first.path
-    own = write_provenance(copy, {"folder": str(copy.path)})
+    own = write_provenance(copy, {"folder": str(copy.path)})["run_id"]
     assert own != run_id
     assert separate_copy(copy) is None
     moved = RunFolder(copy.path.rename(tmp_path / "moved"))
     assert separate_copy(moved) is None
-    assert write_provenance(moved, {}) == own
+    assert write_provenance(moved, {})["run_id"] == own
