@@ -29,6 +29,8 @@ T = TypeVar("T")
 REPOSITORY = Path(__file__).resolve().parents[1]
 """The folder of our packages: a clone, or where pip has installed them."""
 
+PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
+
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 _UNLOCKED_SECONDS = 10.0  # between a folder and its lock
 _CHECKSUM_BYTES = 2**20  # read at once
@@ -172,6 +174,16 @@ def create_json(path: Path, value: Any) -> None:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(path: Path, what: str) -> str:
+    """Return the text of a file. Raises UserError that calls it `what`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text: {error}") from None
 
 
 def read_items(path: Path | str, key: str) -> list[tuple[int, str]]:

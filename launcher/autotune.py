@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from statistics import harmonic_mean, median
 
 from experiment.errors import StoppedError, UserError, inform
+from experiment.formatting import UNKNOWN
 from experiment.process.signals import handle_stop_signals
 from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
@@ -176,8 +177,8 @@ def _cells(findings: Findings, size: int) -> tuple[str, str, str]:
         return f"{speed.tokens_per_second:,.0f}", f"{speed.memory / 2**30:.1f} GiB", chosen
     if (failure := findings.failures.get(size)) is not None:
         reason = "out of memory" if failure.cause in _MEMORY_CAUSES else failure.message.partition("\n")[0]
-        return "–", "–", reason
-    return "–", "–", f"{chosen}: not measured in time"
+        return UNKNOWN, UNKNOWN, reason
+    return UNKNOWN, UNKNOWN, f"{chosen}: not measured in time"
 
 
 def trial_config(config: PretrainConfig, sizes: Sequence[int], folder: RunFolder) -> PretrainConfig:

@@ -5,6 +5,7 @@ import sys
 
 from experiment.config import load_config
 from experiment.errors import UserError, inform
+from experiment.files import PACKAGES
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
 from finetune.options import ExportOptions, PredictOptions, ServeOptions
 from launcher.command_line import Command, terminal_width
@@ -177,7 +178,7 @@ def evaluate(options: EvaluateOptions) -> None:
         import_transformers_without_scipy()
         from pretrain.evaluate import evaluate_command
 
-    evaluate_command(options.checkpoint, options.corpus, json=options.json_output)
+    evaluate_command(options.checkpoint, options.corpus, options.json_output)
 
 
 def export(options: ExportOptions) -> None:
@@ -250,7 +251,7 @@ def serve(options: ServeOptions) -> None:
             import_transformers_without_scipy()
             from finetune.serve.server import serve_command
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("launcher", "pretrain", "finetune", "experiment"):
+        if (error.name or "").split(".")[0] in PACKAGES:
             raise
         raise UserError(f"{error.name} is not installed; run: pip install 'deepcloze[serve]'") from None
 

@@ -174,10 +174,9 @@ def _cache_needs(run: "ResolvedRun") -> CacheNeeds | None:
     from pretrain.corpus.cache import CorpusCache, read_description
 
     cache = CorpusCache(Path(config.cache))
-    corpora = [*(given.corpus for given in run.corpora), *run.held_out.values()]
     copies = {
         str(cache.folder_of(source, read_description(source))): sum(shard.bytes for shard in corpus.manifest.shards)
-        for source, corpus in zip(config.all_sources, corpora, strict=True)
+        for source, corpus in zip(config.all_sources, run.all_corpora, strict=True)
         if is_url(source)
     }
     needs = CacheNeeds(config.cache, config.cache_bytes, copies)

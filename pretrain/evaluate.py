@@ -4,7 +4,7 @@ The figures depend on the corpus, the seed, the masking policy and the sequence 
 the microbatch size or the step, so they are comparable within a run and between runs.
 """
 
-import json as json_format
+import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ from pretrain.batching.order import SequentialOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary, build_vocabulary
-from pretrain.config import MaskingConfig, ModelConfig
+from pretrain.config import BatchConfig, MaskingConfig, ModelConfig, RunConfig
 from pretrain.corpus.cache import open_local
 from pretrain.corpus.reader import Corpus, unique_names
 from pretrain.corpus.verification import verified_shards
@@ -47,7 +47,6 @@ if TYPE_CHECKING:  # imports DeepSpeed, which `deepcloze evaluate` does not need
     from pretrain.resolve import ResolvedRun
 
 _SEQUENCES = 256  # per evaluation batch
-_DEFAULT_LENGTH = 128
 _MAX_LOSS = 700.0  # of which the exponential is a finite number
 
 
@@ -147,9 +146,9 @@ def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.dev
     return Scores(loss, math.inf if loss > _MAX_LOSS else math.exp(loss), total_correct / masked, int(masked))
 
 
-def evaluate_command(checkpoint: str, corpus: str, json: bool = False) -> None:
+def evaluate_command(checkpoint: str, corpus: str, as_json: bool = False) -> None:
     """Print the scores on comma-separated corpora. Raises UserError as `evaluate`."""
-    _print(evaluate(checkpoint, list(filter(None, corpus.split(","))), show_progress=not json), as_json=json)
+    _print(evaluate(checkpoint, list(filter(None, corpus.split(","))), show_progress=not as_json), as_json)
 
 
 def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool = True) -> dict[str, Scores]:
@@ -206,7 +205,7 @@ def _settings(folder: Path) -> tuple[MaskingConfig, int, int]:
     """Return the masking, the seed and the sequence length."""
     state = state_around(folder)
     if not state:
-        return MaskingConfig(), 42, _DEFAULT_LENGTH
+        return MaskingConfig(), RunConfig.model_fields["seed"].default, BatchConfig().max_seq_length
     config = state["config"]
     return build_config(MaskingConfig, config["masking"]), config["run"]["seed"], config["batch"]["max_seq_length"]
 
@@ -228,7 +227,7 @@ def _open_all(names: Sequence[str], fingerprint: str, folder: Path) -> dict[str,
 
 def _print(scores: dict[str, Scores], as_json: bool) -> None:
     if as_json:
-        print(json_format.dumps({name: of_corpus.finite() for name, of_corpus in scores.items()}))
+        print(json.dumps({name: of_corpus.finite() for name, of_corpus in scores.items()}))
         return
     table = Table("corpus", *(kind.replace("_", " ") for kind in Scores._fields))
     for name, (loss, perplexity, accuracy, masked) in scores.items():

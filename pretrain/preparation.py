@@ -53,7 +53,7 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
     group.call(lambda: check_device_support(run.deepspeed))
     if world.rank == 0:
         warn_of_emulation(run.deepspeed)
-    verify_on_each_host([*(given.corpus for given in run.corpora), *run.held_out.values()], world, group)
+    verify_on_each_host(run.all_corpora, world, group)
     model = group.call(lambda: _build_model(run))
     rows = agreed_rows(choose_rows(model, run.deepspeed.dtype), world, group)
     stream = group.call(

@@ -72,6 +72,11 @@ class ResolvedRun:
     resume_plan: ResumePlan
 
     @property
+    def all_corpora(self) -> list[Corpus]:
+        """The corpora of the training mixture, then the held-out ones."""
+        return [*(given.corpus for given in self.corpora), *self.held_out.values()]
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence of any stage or evaluation, special tokens included."""
         return max(self.config.batch.max_seq_length, *(stage.max_seq_length for stage in self.config.stages))

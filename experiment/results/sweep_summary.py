@@ -8,7 +8,7 @@ from typing import Any
 
 from experiment.errors import UserError, reason
 from experiment.files import read_json, write_text
-from experiment.formatting import csv_table, table_console
+from experiment.formatting import UNKNOWN, csv_table, table_console
 from experiment.results.charts import DotChart, Dots
 from experiment.results.main_score import count_collapsed
 from experiment.run_files.run_folder import RunFolder
@@ -28,7 +28,7 @@ class SweepResult:
     def shown(self) -> str:
         """Return the value for a table, with the share of collapsed seeds."""
         if self.value is None:
-            return "–" if self.state == "done" else self.state
+            return UNKNOWN if self.state == "done" else self.state
         return f"{self.value:.4f} ({self.collapsed})" if self.collapsed else f"{self.value:.4f}"
 
 

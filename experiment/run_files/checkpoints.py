@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from experiment.errors import HostError, UserError, reason
@@ -305,12 +306,11 @@ def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
     write_json(checkpoint / COMPLETE, checksums | {_STATE: checksum(checkpoint / _STATE)}, indent=1)
 
 
-def mark_complete(checkpoint: Path, known: Mapping[str, str] | None = None) -> None:
+def mark_complete(checkpoint: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
     """Make a folder a complete checkpoint: fsync everything in it, then write its checksums. `known`: checksums of
     files that need not be read again, by path in the checkpoint."""
     files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     fsync_tree(checkpoint)
-    known = known or {}
     checksums = {name: known.get(name) or checksum(path) for name, path in files.items()}
     write_json(checkpoint / COMPLETE, checksums, indent=1)
 
@@ -327,6 +327,6 @@ def named_best(checkpoints: Path) -> Path | None:
     return checkpoints / _read_best(checkpoints / BEST) if _is_best(checkpoints / BEST) else None
 
 
-def checkpoint_step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path | str) -> int:
     """Return the step in the name of a checkpoint."""
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(Path(checkpoint).name.removeprefix("step-"))

@@ -53,7 +53,7 @@ class Mirror:
     def complete(self) -> dict[str, bytes]:
         """Return the complete checkpoints, oldest first: name -> content of COMPLETE. Raises StorageError."""
         found = {}
-        for name in sorted(filter(is_checkpoint_name, list_folders(self.url)), key=_step):
+        for name in sorted(filter(is_checkpoint_name, list_folders(self.url)), key=checkpoint_step):
             with suppress(MissingError):
                 found[name] = read_bytes(join(self.url, name, COMPLETE))
         return found
@@ -130,7 +130,7 @@ class Mirror:
 
         drop_later: also delete those of steps after `newest`.
         """
-        steps = {_step(name): name for name in names}
+        steps = {checkpoint_step(name): name for name in names}
         later = [step for step in steps if drop_later and step > newest]
         superseded = [steps[step] for step in (*keep.superseded(list(steps), newest), *later)]
         for name in superseded:
@@ -229,7 +229,3 @@ def _checksums(url: str, marker: bytes) -> dict[str, str]:
 
 def _run_files(folder: RunFolder) -> tuple[Path, ...]:
     return folder.config, folder.provenance, folder.metrics
-
-
-def _step(name: str) -> int:
-    return checkpoint_step(Path(name))

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from experiment.formatting import describe_duration, format_perplexity
+from experiment.formatting import UNKNOWN, describe_duration, format_perplexity
 from experiment.progress import terminal
 from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.jsonl import SLOW_RATIO, Metrics
@@ -124,5 +124,5 @@ def _figure(metric: str, value: int | float | str | None) -> str:
     if metric == "perplexity" and isinstance(value, float):
         return format_perplexity(value)
     if value is None:
-        return "–"
+        return UNKNOWN
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

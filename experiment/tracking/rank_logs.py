@@ -8,11 +8,12 @@ from contextlib import contextmanager, suppress
 
 from rich.text import Text
 
+from experiment.files import PACKAGES
 from experiment.progress import terminal, warning_console
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.progress_line import PROGRESS_LOG
 
-OUR_PACKAGES = frozenset({"__main__", "launcher", "pretrain", "finetune", "experiment", "benchmarks"})
+OUR_PACKAGES = frozenset({"__main__", *PACKAGES, "benchmarks"})
 COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 _Removed = tuple[logging.Logger, logging.Handler, bool]  # and whether the logger passed messages on
 FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from experiment.errors import UserError
+from experiment.files import read_text
 
 Slots = Mapping[str, tuple[int, ...]]
 """Host name -> the slots to use on it, hosts in rank order."""
@@ -37,16 +38,6 @@ def read_hostfile(path: Path | str) -> Hosts:
     Raises UserError for a file that cannot be read and for whatever `parse_hostfile` rejects.
     """
     return parse_hostfile(read_text(Path(path), "the hostfile"), origin=str(path))
-
-
-def read_text(path: Path, what: str) -> str:
-    """Return the text of a file. Raises UserError that calls it `what`."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text: {error}") from None
 
 
 def is_this_machine(host: str) -> bool:

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from experiment.files import read_text
 from experiment.process.fast_imports import fast_imports
 from experiment.process.hardware import unusable_gpus
 from experiment.process.own_process import given_environment, use_cpu
-from launcher.hosts.hostfile import read_text
 from launcher.hosts.probe import cpu_cores
 
 DeviceKind = Literal["cuda", "cpu"]

@@ -22,10 +22,11 @@ from typing import Any
 LAUNCHER_TOKEN = "launcher"
 """File that the launching machine writes to the token folder, for the hosts to see."""
 
+TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
+
 FACTS_MARK = "deepcloze facts: "
 """Precedes the facts: the shell of the host may print more, even on the same line."""
 
-_TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
 _CGROUP = Path("/sys/fs/cgroup")
 _PCI_DEVICES, _NVIDIA = Path("/sys/bus/pci/devices"), "0x10de"
@@ -67,8 +68,8 @@ def _exchange_tokens(folder: str | None, token: str) -> tuple[bool | None, str |
     """Return (whether this host sees the launching machine's token in the folder, why its own cannot be written)."""
     if folder is None:
         return None, None
-    deadline = time.monotonic() + _TOKEN_SECONDS
-    while not _lists(folder, LAUNCHER_TOKEN):
+    deadline = time.monotonic() + TOKEN_SECONDS
+    while not _lists_token(folder):
         if time.monotonic() > deadline:
             return False, None
         time.sleep(0.2)
@@ -82,9 +83,9 @@ def _exchange_tokens(folder: str | None, token: str) -> tuple[bool | None, str |
     return True, None
 
 
-def _lists(folder: str, name: str) -> bool:
+def _lists_token(folder: str) -> bool:
     try:
-        return Path(folder, name) in Path(folder).iterdir()  # a lookup by name may be answered from a cache
+        return Path(folder, LAUNCHER_TOKEN) in Path(folder).iterdir()  # a lookup by name may be answered from a cache
     except OSError:
         return False
 

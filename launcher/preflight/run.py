@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import get_args
 
 from experiment.errors import UserError, describe_disk_error, is_quiet, notify
-from experiment.files import temporary_folder, write_text
+from experiment.files import PACKAGES, temporary_folder, write_text
 from experiment.formatting import counted
 from experiment.run_files.provenance import LIBRARIES
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
-from launcher.hosts.probe import LAUNCHER_TOKEN
+from launcher.hosts.probe import LAUNCHER_TOKEN, TOKEN_SECONDS
 from launcher.preflight.bandwidth import Measurement, MeasurementError, measure
 from launcher.preflight.checks import Check, Problems, find_problems, find_slow_hosts
 from launcher.preflight.probe_hosts import (
@@ -30,9 +30,7 @@ from launcher.preflight.probe_hosts import (
 from launcher.preflight.target import Target
 from launcher.ranks.placement import is_local, name_localhost
 
-_PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 _TOKEN_FOLDER = ".preflight-"
-_TOKEN_SECONDS = 5.0  # network disks cache folders for some seconds
 _CHECKS: tuple[Check, ...] = get_args(Check)
 _OK, _FAILED, _UNKNOWN = "ok", "FAILED", "?"
 
@@ -119,7 +117,7 @@ def _probe(
     request = ProbeRequest(
         libraries=LIBRARIES,
         project=target.project,
-        packages=_PACKAGES,
+        packages=PACKAGES,
         files=tuple(map(str, target.files)),
         folders=(str(Path.cwd()),),  # DeepSpeed changes to it on all hosts
         cache=target.cache.folder if target.cache else None,
@@ -164,7 +162,7 @@ def _token_folder(run: Path | None) -> Iterator[Path | None]:
 
 def _seen_tokens(folder: Path, expected: Mapping[str, str]) -> set[str]:
     """Return the hosts whose tokens are in the folder. `expected`: token -> host."""
-    deadline = time.monotonic() + _TOKEN_SECONDS
+    deadline = time.monotonic() + TOKEN_SECONDS
     while True:
         names = {path.name for path in folder.iterdir()}
         if names.issuperset(expected) or time.monotonic() > deadline:

@@ -130,7 +130,7 @@ class MirrorUploads:
         if keep.best in found and found[keep.best].name in known:
             self._mirror.write_best(found[keep.best].name)
         elif (best := self._mirror.best()) in known:
-            keep = replace(keep, best=checkpoint_step(Path(best)))
+            keep = replace(keep, best=checkpoint_step(best))
         for name in self._mirror.apply_retention(list(known), keep, newest, drop_later=self._has_saved):
             del known[name]
         if not self._is_tidy:
@@ -151,5 +151,5 @@ class MirrorUploads:
     def _delete_incomplete(self, wanted: Collection[int]) -> None:
         """Delete what uploads of earlier attempts left behind. `wanted`: steps to be copied, which are replaced."""
         for name in self._mirror.incomplete():
-            if checkpoint_step(Path(name)) not in wanted:
+            if checkpoint_step(name) not in wanted:
                 self._mirror.delete(name)

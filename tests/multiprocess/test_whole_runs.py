@@ -94,7 +94,7 @@ def test_init_from_and_evaluate_agree_with_the_run(
     for metric in ("loss", "perplexity", "accuracy"):
         assert first_event[f"eval/held/{metric}"] == pytest.approx(last[f"eval/held/{metric}"], rel=1e-5)
 
-    evaluate_command(str(tmp_path / "first"), str(heldout_corpus), json=True)
+    evaluate_command(str(tmp_path / "first"), str(heldout_corpus), as_json=True)
     (scores,) = json.loads(capsys.readouterr().out).values()
     for metric in ("loss", "perplexity", "accuracy"):
         assert scores[metric] == pytest.approx(last[f"eval/held/{metric}"], rel=1e-5)

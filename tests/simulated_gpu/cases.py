@@ -56,10 +56,10 @@ def evaluation_case(_world: World, checkpoint: Path, corpus: Path, on_gpu: bool)
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         if not on_gpu:
-            evaluate_command(str(checkpoint), str(corpus), json=True)
+            evaluate_command(str(checkpoint), str(corpus), as_json=True)
             return json.loads(printed.getvalue()), []
         with simulated_gpu() as gpu:
-            evaluate_command(str(checkpoint), str(corpus), json=True)
+            evaluate_command(str(checkpoint), str(corpus), as_json=True)
             return json.loads(printed.getvalue()), [*gpu.mixed, *gpu.races]
 
 

@@ -139,7 +139,7 @@ def test_corpora_of_the_same_name(
     shutil.copytree(heldout_corpus, "old/held")
     shutil.copytree(wordpiece_corpus, "held")
     for names in ("old/held,held", "held,old/held"):
-        evaluate_command(str(folder), names, json=True)
+        evaluate_command(str(folder), names, as_json=True)
         assert set(json.loads(capsys.readouterr().out)) == {"old/held", f"{tmp_path.name}/held"}
 
 
@@ -148,7 +148,7 @@ def test_evaluate_scores_any_hugging_face_folder(
 ) -> None:
     """Catches a command that accepts only runs, sequences longer than the model's positions, output besides the JSON,
     and scores that are not those of the model in the folder."""
-    evaluate_command(str(folder), f"{heldout_corpus},{wordpiece_corpus}", json=True)
+    evaluate_command(str(folder), f"{heldout_corpus},{wordpiece_corpus}", as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert set(printed) == {heldout_corpus.name, wordpiece_corpus.name}
     for scores in printed.values():
@@ -177,7 +177,7 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
     config = {"masking": masking, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
     (folder.parent / "state.json").write_text(json.dumps({"identity": {}, "config": config}))
     mark_complete(folder.parent)
-    evaluate_command(str(folder), str(heldout_corpus), json=True)
+    evaluate_command(str(folder), str(heldout_corpus), as_json=True)
     found = json.loads(capsys.readouterr().out)[heldout_corpus.name]
     masked = {}
     for unit in ("token", "span"):
@@ -202,7 +202,7 @@ def test_nothing_is_left_of_a_killed_evaluation(
         return score(self, *arguments, **options)
 
     monkeypatch.setattr(HeldOutEvaluator, "evaluate", look)
-    evaluate_command(str(folder), str(corpus), json=True)
+    evaluate_command(str(folder), str(corpus), as_json=True)
     assert during == [before]
 
 
@@ -214,7 +214,7 @@ def test_json_has_null_where_nothing_was_masked(
     config = {"masking": {"rate": 1e-9}, "run": {"seed": 7}, "batch": {"max_seq_length": 40}}
     (folder.parent / "state.json").write_text(json.dumps({"identity": {}, "config": config}))
     mark_complete(folder.parent)
-    evaluate_command(str(folder), str(heldout_corpus), json=True)
+    evaluate_command(str(folder), str(heldout_corpus), as_json=True)
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[heldout_corpus.name]
     assert found == {"loss": None, "perplexity": None, "accuracy": None, "masked_tokens": 0}
 
@@ -238,9 +238,9 @@ def test_another_state_json_beside_a_model(
     if is_checkpoint:
         mark_complete(folder.parent)
         with pytest.raises(UserError, match=r"state\.json is damaged: it is not JSON"):
-            evaluate_command(str(folder), str(heldout_corpus), json=True)
+            evaluate_command(str(folder), str(heldout_corpus), as_json=True)
     else:
-        evaluate_command(str(folder), str(heldout_corpus), json=True)
+        evaluate_command(str(folder), str(heldout_corpus), as_json=True)
         assert json.loads(capsys.readouterr().out)[heldout_corpus.name]["masked_tokens"] > 0
 
 
@@ -266,4 +266,4 @@ def test_evaluate_rejects_a_damaged_corpus(folder: Path, heldout_corpus: Path, t
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
     with pytest.raises(UserError, match=rf"{shard} is damaged: its SHA-256 is "):
-        evaluate_command(str(folder), str(damaged), json=True)
+        evaluate_command(str(folder), str(damaged), as_json=True)

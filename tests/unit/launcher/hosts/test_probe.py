@@ -101,7 +101,7 @@ def test_tokens_are_exchanged(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_shared_gets_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(probe, "TOKEN_SECONDS", 0.0)
     found = facts(token_folder=str(tmp_path / "run" / "token"), token="host-1")
     assert (found.shared, found.free_bytes) == (False, None)
     assert list(tmp_path.iterdir()) == []
