@@ -48,9 +48,7 @@ class LoadedModel:
         return self.model.precision if isinstance(self.model, OnnxModel) else self.device.precision
 
 
-def load_model(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask, precision: str = "auto"
-) -> LoadedModel:
+def load_model(folder: Path, tokenizer: PreTrainedTokenizerBase, task: SavedTask, precision: str) -> LoadedModel:
     """Load the model in a folder, with the head of a task, to compute with it as fast as possible.
 
     precision: as in the training config. Raises UserError for a folder that is not usable, or whose weights lack the

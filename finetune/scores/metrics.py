@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
+_NDCG_CUTOFF = 10
 _ROWS = 256  # of a matrix of similarities that are computed at once
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
@@ -228,13 +229,13 @@ def document_ranks(
     return ranks
 
 
-def ndcg(ranks: Sequence[int], cutoff: int = 10) -> float:
-    """Normalized discounted cumulative gain of the first documents of a query (Järvelin and Kekäläinen 2002).
+def ndcg(ranks: Sequence[int]) -> float:
+    """Normalized discounted cumulative gain of the first 10 documents of a query (Järvelin and Kekäläinen 2002).
 
     ranks: of all its relevant documents, which have the same gain.
     """
-    ideal = range(1, min(len(ranks), cutoff) + 1)
-    return _discounted([rank for rank in ranks if rank <= cutoff]) / _discounted(ideal)
+    ideal = range(1, min(len(ranks), _NDCG_CUTOFF) + 1)
+    return _discounted([rank for rank in ranks if rank <= _NDCG_CUTOFF]) / _discounted(ideal)
 
 
 def _discounted(ranks: Sequence[int]) -> float:

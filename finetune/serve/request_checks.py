@@ -74,7 +74,7 @@ class Admission:
                 raise HTTPException(413, f"{count:,} {name} in one request; {most}")
 
     @contextmanager
-    def admit(self, texts: int, options: int = 0) -> Iterator[None]:
+    def admit(self, texts: int, options: int) -> Iterator[None]:
         """Admit a request. options: of all texts, for masks or as choices; they count as texts.
 
         Raises HTTPException like `check`, and 503 if too many wait already.

@@ -173,9 +173,7 @@ def steps_per_epoch(task: Task, config: TrainingConfig) -> int:
     return -(-len(task.splits["train"].examples) // config.batch_size)
 
 
-def training_order(
-    lengths: Sequence[int], batch_size: int, seed: int, first: int = 0
-) -> Iterator[tuple[int, list[int]]]:
+def training_order(lengths: Sequence[int], batch_size: int, seed: int, first: int) -> Iterator[tuple[int, list[int]]]:
     """Yield the epoch (from 1) and the examples of each update from number `first` on, without end.
 
     A pure function of the seed and the number of the update.

@@ -95,7 +95,7 @@ def exported_variables(added: Mapping[str, str], rendezvous: Rendezvous | None, 
     return exported
 
 
-def exported_text(exported: Mapping[str, str], user_text: str = "") -> str:
+def exported_text(exported: Mapping[str, str], user_text: str) -> str:
     """Return the text of the file (DS_ENV_FILE) whose variables DeepSpeed exports on other hosts, in logged command
     lines.
 

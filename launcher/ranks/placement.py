@@ -158,7 +158,7 @@ def parse_filter(text: str, flag: str) -> dict[str, tuple[int, ...] | None]:
     return named
 
 
-def select_slots(available: Slots, include: str | None = None, exclude: str | None = None) -> Slots:
+def select_slots(available: Slots, include: str | None, exclude: str | None) -> Slots:
     """Filter the available slots by `include` or `exclude`; hosts left without slots are dropped.
 
     Raises UserError if both filters are given, a filter names an unknown host or slot, or no slot remains.

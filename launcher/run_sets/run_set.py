@@ -291,7 +291,7 @@ def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
     return origins | {key: known[key] for key in now if key in known} | dict(before)
 
 
-def _changed_key(before: FlatConfig, now: FlatConfig, ignored: Sequence[str] = ()) -> str | None:
+def _changed_key(before: FlatConfig, now: FlatConfig, ignored: Sequence[str]) -> str | None:
     keys = sorted(key for key in {*before, *now} - {_SEEDS, *ignored} if not key.startswith(_IRRELEVANT))
     return next((key for key in keys if before.get(key) != now.get(key)), None)
 

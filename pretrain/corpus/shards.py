@@ -188,7 +188,7 @@ class MappedShard(NamedTuple):
 
 
 def write_shard(
-    path: Path, ids: TokenIds, lengths: Counts, word_starts: BoolArray | None = None, durable: bool = True
+    path: Path, ids: TokenIds, lengths: Counts, word_starts: BoolArray | None, durable: bool = True
 ) -> None:
     """Write a shard as an Arrow stream of one record batch; with `durable`, wait until it is on disk.
 

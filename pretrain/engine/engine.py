@@ -73,7 +73,7 @@ class Engine:
         world: World,
         swap_folder: Path | None = None,
         unused: Collection[str] = (),
-        compiled: Collection[type[nn.Module]] = (),
+        compiled: Collection[type[nn.Module]],
     ) -> None:
         """Args:
         model: the same fp32 weights on every rank.
