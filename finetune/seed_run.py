@@ -37,9 +37,9 @@ _CONFUSION_LABELS = 1000  # whose counts are kept: files of more would have tens
 
 
 def finished_seeds(
-    folder: RunFolder, settings: Mapping[str, Any], unknown: tuple[str, ...] = ()
+    folder: RunFolder, settings: Mapping[str, Any], not_compared: tuple[str, ...] = ()
 ) -> dict[int, SeedRecord]:
-    """Return the finished seeds in a run folder. unknown: how the keys of settings begin that are not compared.
+    """Return the finished seeds in a run folder. not_compared: prefixes of the keys of settings that are left out.
 
     Raises UserError for a folder of a run with other settings.
     """
@@ -50,8 +50,8 @@ def finished_seeds(
         except (OSError, ValueError):
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         changed = changed_settings(settings, record.settings)
-        if known := [key for key in changed if not key.startswith(unknown)]:
-            differences = describe_differences({key: changed[key] for key in known})
+        if compared := [key for key in changed if not key.startswith(not_compared)]:
+            differences = describe_differences({key: changed[key] for key in compared})
             raise UserError(
                 f"run.dir: {path.parent} was trained with other settings: {differences}; choose another run.dir"
             )

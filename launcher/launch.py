@@ -16,7 +16,7 @@ from experiment.errors import StoppedError, UserError, end_line, inform, is_quie
 from experiment.formatting import counted, describe_duration
 from experiment.process.own_process import raise_limit_of_open_files
 from experiment.process.signals import handle_stop_signals, interrupt
-from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, saves
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, completed_saves
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder, open_run_folder
@@ -141,7 +141,7 @@ def launch(start: Launch, summary: str) -> None:
     `summary`: of the run, to print.
     """
     folder = open_run_folder(start.folder.path)
-    before = saves(folder.checkpoints) or set()
+    before = completed_saves(folder.checkpoints) or set()
     inform(summary)
     result = supervise(start)
     match result.outcome:
@@ -182,8 +182,8 @@ def announce_checks(config: str, slots: Slots) -> None:
 
 
 def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: float) -> None:
-    """Announce the end. `before`: `saves` before this launch; `seconds`: that it took."""
-    found = saves(folder.checkpoints)
+    """Announce the end. `before`: `completed_saves` before this launch; `seconds`: that it took."""
+    found = completed_saves(folder.checkpoints)
     if not found:
         return
     path, new = folder.path, found - before
@@ -216,7 +216,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 def announce_stop(folder: RunFolder, before: set[tuple[int, int]]) -> None:
     """Print the step that a stopped run has saved. `before`: as above."""
     end_line()
-    new = (saves(folder.checkpoints) or set()) - before
+    new = (completed_saves(folder.checkpoints) or set()) - before
     if not new:
         return
     step, _ = max(new)
@@ -228,7 +228,7 @@ def announce_stop(folder: RunFolder, before: set[tuple[int, int]]) -> None:
 def announce_failure(folder: RunFolder) -> None:
     """Print where the same command would resume a failed run, and where its logs are."""
     end_line()
-    if found := saves(folder.checkpoints):
+    if found := completed_saves(folder.checkpoints):
         step, _ = max(found)
         inform(f"the newest checkpoint is of step {step:,}: the same command resumes from it; logs: {folder.logs}")
     else:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import IO
 
-from experiment.run_files.goodput import STARTING, ActivityTimer, Doing
+from experiment.run_files.goodput import STARTING, ActivityTimer, CurrentActivity
 from experiment.run_files.heartbeat import STACK_SIGNAL, Heartbeat, beat_seconds, hung_seconds, write_heartbeat
 from experiment.run_files.run_folder import RunFolder
 
@@ -46,7 +46,7 @@ class RankHeartbeat:
     def _run(self) -> None:
         number, stuck, before, checked = 0, 0.0, None, time.monotonic()
         while True:
-            doing = Doing(0, STARTING, 0) if self._times is None else self._times.doing
+            doing = CurrentActivity(0, STARTING, 0) if self._times is None else self._times.doing
             frame = _main_frame()
             now = time.monotonic()
             # A machine that was suspended has not hung: count a part of a long pause only.

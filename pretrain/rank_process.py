@@ -53,7 +53,7 @@ class RankRecorder:
         """Record that this rank now looks for stop requests itself."""
         self._record(None, training=True)
 
-    def agree(self, ending: ReportedOutcome) -> None:
+    def record_agreed(self, ending: ReportedOutcome) -> None:
         """Record how the run ended, on which all ranks have agreed. Only rank 0 writes."""
         if self.rank == 0:
             with suppress(OSError):
@@ -63,7 +63,7 @@ class RankRecorder:
         """Print and record a mistake that all ranks have raised. Only rank 0 does."""
         if self.rank == 0:
             print(f"deepcloze: {error}", file=sys.stderr)
-        self.agree(ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED))
+        self.record_agreed(ReportedOutcome(Outcome.REFUSED, str(error), Cause.AGREED))
 
     def fail(self, outcome: Outcome, message: str, cause: Cause | None) -> None:
         """Record an outcome that this rank alone knows of, unless another rank has failed before: losing that

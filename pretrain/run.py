@@ -176,7 +176,7 @@ def _connect_and_pretrain(config: PretrainConfig, recorder: RankRecorder) -> Out
     times = ActivityTimer(attempt_start())
     heartbeat.follow(times)
     ending = pretrain(config, world, stop_request, recorder, times)
-    recorder.agree(ending)
+    recorder.record_agreed(ending)
     with contextlib.suppress(RuntimeError):  # the outcome stands
         disconnect()
     return ending.outcome

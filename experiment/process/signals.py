@@ -46,7 +46,7 @@ class SignalHistory:
         return number != signal.SIGHUP and since is not None and now - since > REPEATED_SECONDS
 
 
-def warnings_blocked() -> AbstractContextManager[None]:
+def warning_signals_blocked() -> AbstractContextManager[None]:
     """Block SIGUSR1 and SIGUSR2 in the processes that the block starts, and in theirs: batch systems may send them to
     all processes of a job, and DeepSpeed's launchers, pdsh, ssh and W&B would die. Ranks unblock them when they handle
     them.

@@ -52,7 +52,7 @@ def complete_checkpoints(checkpoints: Path, last_step: int | None = None) -> lis
     return [path for path in found if last_step is None or checkpoint_step(path) <= last_step]
 
 
-def saves(checkpoints: Path) -> set[tuple[int, int]] | None:
+def completed_saves(checkpoints: Path) -> set[tuple[int, int]] | None:
     """Return the steps of the complete checkpoints, each with the time at which it was completed, as st_mtime_ns:
     another one if a damaged checkpoint is saved again. None for a disk error."""
     with suppress(OSError):

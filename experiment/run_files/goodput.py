@@ -132,7 +132,7 @@ def compile_seconds() -> float:
     return calculate_time_spent().get("total_wall_time", 0.0)
 
 
-class Doing(NamedTuple):
+class CurrentActivity(NamedTuple):
     """The activity of a rank, see `ActivityTimer.doing`."""
 
     step: int  # finished steps
@@ -190,9 +190,9 @@ class ActivityTimer:
         return self._elapsed[activity]
 
     @property
-    def doing(self) -> Doing:
+    def doing(self) -> CurrentActivity:
         """The current activity, for other threads: equal values mean that there was no progress."""
-        return Doing(self._step, self._activity, self._changes)
+        return CurrentActivity(self._step, self._activity, self._changes)
 
     def make_progress(self) -> None:
         """Call within a long activity, such as after each microbatch or collective."""

@@ -68,9 +68,9 @@ def measure(slots: Slots, machine: Machine, target: Target) -> Measurement:
                 )
                 output = _run(command, folder, processes)
                 _check_lost(guards)
-                if processes.left is not None:
+                if processes.ended_host is not None:
                     raise MeasurementError(
-                        f"the ranks on {processes.left} ended before the others; the end of the output of all:\n"
+                        f"the ranks on {processes.ended_host} ended before the others; the end of the output of all:\n"
                         f"{_tail(output)}"
                     )
     for line in output.splitlines():

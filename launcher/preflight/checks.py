@@ -200,10 +200,10 @@ def _slow_link(host: str, slots: Slots, link: float, usual: float) -> Problem:
     fix = f"ssh {host} ip -s link    # or --exclude {host}"
     if len(slots) == 2:
         first, second = slots
-        text = f"{_megabytes(link)} between {first} and {second}, whichever of them is slow"
-        return Problem("speed", f"{text}; expected at least {_megabytes(_SLOWEST_LINK)}", fix)
+        text = f"{_bandwidth(link)} between {first} and {second}, whichever of them is slow"
+        return Problem("speed", f"{text}; expected at least {_bandwidth(_SLOWEST_LINK)}", fix)
     return Problem(
-        "speed", f"its network gives {_megabytes(link)}; the median of all hosts is {_megabytes(usual)}", fix
+        "speed", f"its network gives {_bandwidth(link)}; the median of all hosts is {_bandwidth(usual)}", fix
     )
 
 
@@ -211,5 +211,5 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def _megabytes(size: float) -> str:
+def _bandwidth(size: float) -> str:
     return f"{size / 1e6:,.1f} MB/s"

@@ -120,7 +120,7 @@ def remote_deepspeed_environment(
     return kept | {"PDSH_SSH_ARGS_APPEND": f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {KEEP_ALIVE}".strip()}
 
 
-def network_interface(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
+def interface_variables(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:
     """Return the settings that make gloo and NCCL use the interface through which a host reaches the first one.
 
     Args:

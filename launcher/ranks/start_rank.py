@@ -20,7 +20,7 @@ from experiment.process.own_process import LAUNCH_VARIABLE
 from launcher.hosts.host_guard import read_environment
 from launcher.hosts.machine import guess_device
 from launcher.hosts.probe import cpu_cores, route_to, within_quota
-from launcher.ranks.environment import host_environment, network_interface
+from launcher.ranks.environment import host_environment, interface_variables
 
 MEASURE = "--measure"
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     ranks = int(environ.get("LOCAL_SIZE", "1"))
     environ |= host_environment(environ, _cores_of_ranks(ranks), ranks, guess_device(environ))
     if int(environ.get("WORLD_SIZE", "1")) > ranks:
-        environ |= _network(environ)
+        environ |= _interface_variables(environ)
     os.execve(sys.executable, [sys.executable, "-u", "-m", module, *argv], environ)
 
 
@@ -66,7 +66,7 @@ def _of_launch(environ: Mapping[str, str]) -> Mapping[str, str]:
         sys.exit("deepcloze: the launch that started this rank has ended")
 
 
-def _network(environ: Mapping[str, str]) -> dict[str, str]:
+def _interface_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the interface through which this host reaches the first one; nothing if that is unknown."""
     import psutil  # slow, and only several hosts need it
 
@@ -75,7 +75,7 @@ def _network(environ: Mapping[str, str]) -> dict[str, str]:
     except (OSError, KeyError):
         return {}
     addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
-    return network_interface(environ, addresses, own)
+    return interface_variables(environ, addresses, own)
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:

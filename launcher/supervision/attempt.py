@@ -139,7 +139,7 @@ def _run(
         watched = polled(survivors.check, _SURVIVORS_SECONDS, "surviving ranks") if launch.local else nullcontext()
         with processes.running(process.pid), stop.killing(processes.kill), watched:
             exit_code = _wait(process, launch, layout.ranks)
-    return _result(launch, stop, hang.message, processes.left, exit_code, start_time)
+    return _result(launch, stop, hang.message, processes.ended_host, exit_code, start_time)
 
 
 def _result(

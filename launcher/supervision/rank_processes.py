@@ -16,7 +16,7 @@ from typing import IO, TextIO
 from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder, temporary_root
 from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
-from experiment.process.signals import handle_stop_signals, interrupt, kill_group, warnings_blocked
+from experiment.process.signals import handle_stop_signals, interrupt, kill_group, warning_signals_blocked
 from experiment.run_files.heartbeat import Heartbeat, request_stack
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
@@ -48,7 +48,7 @@ def watchdog(group: int) -> Iterator[None]:
     shell = 'read -r _; kill -s KILL -- "-$0"'
 
     def start() -> "subprocess.Popen[bytes]":
-        with warnings_blocked():
+        with warning_signals_blocked():
             return subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
 
     watchdog = start()
@@ -72,11 +72,11 @@ class RankProcesses:
     """The process group of a launch on this machine. It is killed when a host is lost, or some time after the processes
     of a host have ended.
 
-    `left`: the host whose processes had ended when the others were killed.
+    `ended_host`: the host whose processes had ended when the others were killed.
     """
 
     def __init__(self) -> None:
-        self.left: str | None = None
+        self.ended_host: str | None = None
         self._group: int | None = None
         self._killed = False
         self._timer: threading.Timer | None = None
@@ -123,7 +123,7 @@ class RankProcesses:
     def _kill_others(self, left: str) -> None:
         with self._lock:
             if self._group is not None:
-                self.left = left
+                self.ended_host = left
                 self.kill()
 
 
@@ -225,7 +225,7 @@ def started(
     environment = {**command.environment, START_VARIABLE: str(start_time)}
     if gate is not None:
         environment[GATE_VARIABLE] = str(gate)
-    with warnings_blocked():
+    with warning_signals_blocked():
         process = subprocess.Popen(
             command.argv,
             env=environment,

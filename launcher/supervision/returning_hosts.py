@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from experiment.process.signals import kill_group
-from experiment.run_files.checkpoints import saves
+from experiment.run_files.checkpoints import completed_saves
 from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import start_seconds
 from launcher.hosts.ssh import SSH_FAILED, last_reason, ssh_argv
@@ -79,8 +79,8 @@ def watch_for_hosts(
             if ended.wait(seconds):
                 return
             if find_usable(hosts):
-                before = saves(folder.checkpoints) or set()
-                while (saves(folder.checkpoints) or set()) <= before:
+                before = completed_saves(folder.checkpoints) or set()
+                while (completed_saves(folder.checkpoints) or set()) <= before:
                     if ended.wait(1.0):
                         return
                 if find_usable(hosts):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import remove_unfinished
-from experiment.run_files.checkpoints import saves
+from experiment.run_files.checkpoints import completed_saves
 from experiment.run_files.goodput import record_end
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
@@ -151,7 +151,7 @@ class _Supervisor:
     def _attempt(self, layout: Layout) -> Attempt:
         """Raises an error that prevents the first attempt from starting. Later disk errors count as a failed attempt,
         because the ranks may have failed for the same reason."""
-        saved = saves(self._folder.checkpoints)
+        saved = completed_saves(self._folder.checkpoints)
         try:
             record = begin_attempt(self._folder, layout.slots, self._start_time())
         except (OSError, UserError) as error:
@@ -193,7 +193,7 @@ class _Supervisor:
         return time.time() if self._attempts else self._launch.start_time
 
     def _has_saved_since(self, before: set[tuple[int, int]] | None) -> bool:
-        now = saves(self._folder.checkpoints)
+        now = completed_saves(self._folder.checkpoints)
         return before is not None and now is not None and not now <= before
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:

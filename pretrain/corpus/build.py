@@ -29,14 +29,14 @@ from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, percentiles, read_manifest, write_manifest
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.origins import read_cleanings, source_shares, write_cleanings
-from pretrain.corpus.passes import count_documents, scan_source, split_tasks, tokenize, total
+from pretrain.corpus.passes import count_documents, join_digests, scan_source, split_tasks, tokenize
 from pretrain.corpus.records import (
     ShardRecord,
     ShardTask,
     SplitCount,
     SplitRecord,
     forget_other_shards,
-    forget_piece,
+    forget_split_of,
     holds_work,
     open_partial,
 )
@@ -99,7 +99,7 @@ def _build(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
         open_partial(plan.partial, plan.arguments)
         counts = count_documents(plan, run, plan.splits) if plan.sampling.enabled else {}
         if manifests:
-            _check_same_recipe(plan, manifests, total(counts[split.key].source for split in plan.splits))
+            _check_same_recipe(plan, manifests, join_digests(counts[split.key].source for split in plan.splits))
         unpublished = [part for part in plan.sampling.parts if part not in manifests]
         manifests |= _write_parts(plan, run, unpublished, counts)
     except BaseException:
@@ -157,7 +157,7 @@ def _write_shards(
             return records, sorted(finished, key=lambda found: found.shard.file)
         for file in damaged:
             notify(f"{plan.partial / file} is missing or damaged; tokenizing its text again")
-            forget_piece(plan.partial, file)
+            forget_split_of(plan.partial, file)
 
 
 def _check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
@@ -190,7 +190,7 @@ def _manifest(plan: BuildPlan, part: Part, records: Sequence[SplitRecord], finis
     for record in records:
         unknown.update(record.unknown_texts)
     return Manifest(
-        recipe=plan.recipe(part, str(total(record.source for record in records))),
+        recipe=plan.recipe(part, str(join_digests(record.source for record in records))),
         vocabulary_size=plan.tokenizer.vocabulary_size,
         token_type=plan.tokenizer.spec.token_type,
         empty_documents=sum(record.empty_documents for record in records) if part == MAIN else 0,

@@ -20,7 +20,7 @@ from pretrain.corpus.formats import (
     Members,
     Range,
     ReadStats,
-    check_is_read,
+    check_supported_format,
     count_line_breaks,
     explain_read_errors,
     parse_documents,
@@ -124,7 +124,7 @@ def _read_archive(file: IO[bytes], span: Span, options: TextOptions, stats: Read
 
     for name, member in members(file, span, is_wanted):
         found.read += 1
-        check_is_read(name, f"{source.name}::{name}")
+        check_supported_format(name, f"{source.name}::{name}")
         yield from parse_documents(member, name, f"{source.name}::{name}", options, stats)
 
 

@@ -151,7 +151,7 @@ def _suffixes(name: str) -> tuple[str, str]:
     return (suffixes[-1], last) if suffixes and last in ("gz", "zst") else (last, "")
 
 
-def check_is_read(name: str, origin: str) -> None:
+def check_supported_format(name: str, origin: str) -> None:
     """Raise UserError for a format that is not read, such as .pdf."""
     suffix, _ = _suffixes(name)
     if suffix in _CONVERSION_OF:

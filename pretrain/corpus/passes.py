@@ -18,7 +18,7 @@ R = TypeVar("R", SplitCount, SplitRecord)
 def scan_source(plan: BuildPlan, run: Engine) -> SourceDigest:
     """Read the whole source without tokenizing it, and return its digest. Records nothing."""
     counts = {count.key: count for count in _with_progress("comparing", run(count_split, plan.splits), plan.splits)}
-    return total(counts[split.key].source for split in plan.splits)
+    return join_digests(counts[split.key].source for split in plan.splits)
 
 
 def count_documents(plan: BuildPlan, run: Engine, splits: Sequence[Split]) -> dict[str, SplitCount]:
@@ -55,7 +55,7 @@ def tokenize(
     return [records[task.split.key] for task in tasks]
 
 
-def total(digests: Iterable[SourceDigest]) -> SourceDigest:
+def join_digests(digests: Iterable[SourceDigest]) -> SourceDigest:
     """Return the digest of all documents, from the digests of all splits in order."""
     found = SourceDigest()
     for digest in digests:

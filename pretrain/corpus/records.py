@@ -158,7 +158,7 @@ def read_finished(folder: Path, tasks: Iterable[SplitTask]) -> dict[str, SplitRe
     return finished
 
 
-def forget_piece(folder: Path, file: str) -> None:
+def forget_split_of(folder: Path, file: str) -> None:
     """Delete the record of the split that a damaged piece belongs to."""
     key = file.partition("-")[0]
     (folder / f"{key}.json").unlink(missing_ok=True)

@@ -23,7 +23,14 @@ from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData
 from experiment.models.hub_names import HubName
 from experiment.storage import FileInfo, is_url, join, list_files, stat_file
-from pretrain.corpus.formats import WHOLE, Range, UnreadableError, check_is_read, detect_format, explain_read_errors
+from pretrain.corpus.formats import (
+    WHOLE,
+    Range,
+    UnreadableError,
+    check_supported_format,
+    detect_format,
+    explain_read_errors,
+)
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER
 from pretrain.corpus.options import SourceName
 
@@ -170,7 +177,7 @@ class _Finder:
         if not self.is_read_by_caller(name):
             if name.lower().endswith((".zip", *_TAR)):
                 return self._archive(name, "*", info)
-            check_is_read(os.path.basename(name), f"{self.key} {name}")  # noqa: PTH119
+            check_supported_format(os.path.basename(name), f"{self.key} {name}")  # noqa: PTH119
         return Source("file", name, "", *(info or stat_file(name)))
 
     def _archive(self, name: str, members: str, info: FileInfo | None = None) -> Source:

@@ -86,7 +86,7 @@ class HostMemory:
                 kept[AVERAGE] = engine.ema.of(fragment)
             for kind, tensor in kept.items():
                 key = _key(fragment.name, fragment.start, kind)
-                tensors[key] = self._of(key, tensor).copy_(tensor, non_blocking=True)
+                tensors[key] = self._buffer_for(key, tensor).copy_(tensor, non_blocking=True)
             index[fragment.name] = {
                 "shape": list(fragment.shape),
                 "kinds": {kind: tensor.dim() > 0 for kind, tensor in kept.items()},  # False: one scalar for all
@@ -97,7 +97,7 @@ class HostMemory:
         self._tensors = tensors
         return Share(rank, tensors, index)
 
-    def _of(self, key: str, tensor: Tensor) -> Tensor:
+    def _buffer_for(self, key: str, tensor: Tensor) -> Tensor:
         known = self._tensors.get(key)
         if known is not None and known.shape == tensor.shape:
             return known

@@ -44,7 +44,7 @@ class MirrorUploads:
         self._is_wanted, self._is_closing = False, False
         self.uploading: int | None = None  # step
         self.problem: str | None = None  # of the last attempt
-        self._may_pass = False  # the problem, without a change of the config or of permissions
+        self._is_transient = False  # the problem, without a change of the config or of permissions
         self._failed_at = 0.0  # as time.monotonic()
         self._end = math.inf  # of the attempts while closing, as time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
@@ -65,7 +65,7 @@ class MirrorUploads:
         failure that may pass."""
         with self._wanted:
             self._is_closing, self._end = True, time.monotonic() + seconds
-            self._is_wanted |= self._may_pass
+            self._is_wanted |= self._is_transient
             self._wanted.notify()
         self._thread.join(1.0)
         if self._thread.is_alive():
@@ -90,16 +90,16 @@ class MirrorUploads:
 
     def _is_over(self) -> bool:
         """Return whether there is no attempt after the last one."""
-        return self._is_closing and (not self._may_pass or self._failed_at + self._retry_seconds >= self._end)
+        return self._is_closing and (not self._is_transient or self._failed_at + self._retry_seconds >= self._end)
 
     def _try(self, keep: Retention, newest: int) -> None:
         try:
             self._upload(keep, newest)
-            self.problem, self._may_pass = None, False
+            self.problem, self._is_transient = None, False
         except Exception as error:  # training continues, whatever it is
             self.problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             is_refused = isinstance(error, UserError) and not isinstance(error, StorageError)
-            self._may_pass = not is_refused and not isinstance(error, DeniedError)
+            self._is_transient = not is_refused and not isinstance(error, DeniedError)
         self.uploading = None
         if self.problem is not None:
             self._failed_at = time.monotonic()

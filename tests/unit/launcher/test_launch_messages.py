@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.run_files.checkpoints import checkpoint_path, mark_complete, saves
+from experiment.run_files.checkpoints import checkpoint_path, completed_saves, mark_complete
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
 from launcher.launch import announce_checks, announce_done, announce_failure, announce_stop, has_diverged
@@ -76,7 +76,7 @@ def test_a_diverged_run_is_told_from_a_noisy_one(losses: list[float], diverged: 
 
 def test_a_run_that_was_finished_says_so(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a launch that seems to have trained."""
-    announce_done(run, saves(run.checkpoints) or set(), seconds=9)
+    announce_done(run, completed_saves(run.checkpoints) or set(), seconds=9)
     printed = capsys.readouterr().err
     assert printed.startswith(f"deepcloze: {run.path} was finished already, at step 1,200; ")
     assert "done" not in printed
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_that_is_trained_again_does_not_count(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a launch that has trained, and says nothing of it or that the run was finished."""
-    before = saves(run.checkpoints) or set()
+    before = completed_saves(run.checkpoints) or set()
     shutil.copytree(checkpoint_path(run.checkpoints, 1200), earlier := checkpoint_path(run.checkpoints, 1190))
     mark_complete(earlier)
     announce_stop(run, before)
@@ -102,7 +102,7 @@ def test_a_stopped_run_says_what_it_has_saved(run: RunFolder, capsys: pytest.Cap
     """Catches the step of an earlier launch."""
     announce_stop(run, set())
     assert capsys.readouterr().err == "deepcloze: stopped at step 1,200, saved\n"
-    announce_stop(run, saves(run.checkpoints) or set())
+    announce_stop(run, completed_saves(run.checkpoints) or set())
     assert capsys.readouterr().err == ""
 
 

@@ -165,7 +165,7 @@ def test_only_rank_0_writes_what_all_have_agreed_on(folder: RunFolder, capsys: p
     RankRecorder(folder, 0).announce_refusal(UserError("no such corpus"))
     assert read_outcome(folder) == (Outcome.REFUSED, "no such corpus", Cause.AGREED)
     assert capsys.readouterr().err == "deepcloze: no such corpus\n"
-    RankRecorder(folder, 0).agree(ReportedOutcome(Outcome.DONE, ""))
+    RankRecorder(folder, 0).record_agreed(ReportedOutcome(Outcome.DONE, ""))
     assert read_outcome(folder) == (Outcome.DONE, "", None), "a run that is done has no cause"
 
 
@@ -187,7 +187,7 @@ def test_a_run_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
     recorder = RankRecorder(RunFolder(tmp_path / "run"), 0)
     recorder.start()
     recorder.fail(Outcome.FAILED, "", Cause.ERROR)
-    recorder.agree(ReportedOutcome(Outcome.DONE, ""))
+    recorder.record_agreed(ReportedOutcome(Outcome.DONE, ""))
     recorder.end(1)
 
 

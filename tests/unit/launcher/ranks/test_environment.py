@@ -14,8 +14,8 @@ from launcher.ranks.environment import (
     exported_variables,
     forwarded_environment,
     host_environment,
+    interface_variables,
     launch_environment,
-    network_interface,
     remote_deepspeed_environment,
 )
 
@@ -158,6 +158,6 @@ def test_named_variables_are_kept_unless_deepspeed_exports_them() -> None:
 def test_the_interface_is_that_of_the_route_to_the_first_host():
     """Catches gloo on the interface of a container bridge, and a choice of the user that is ignored."""
     addresses = {"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "ib0": ["10.1.0.7"]}
-    assert network_interface({"NCCL_SOCKET_IFNAME": "eth0"}, addresses, "10.1.0.7") == {"GLOO_SOCKET_IFNAME": "ib0"}
-    assert network_interface({"GLOO_SOCKET_IFNAME": "ib0"}, addresses, "10.1.0.7") == {"NCCL_SOCKET_IFNAME": "=ib0"}
-    assert network_interface({}, addresses, "10.2.0.7") == {}
+    assert interface_variables({"NCCL_SOCKET_IFNAME": "eth0"}, addresses, "10.1.0.7") == {"GLOO_SOCKET_IFNAME": "ib0"}
+    assert interface_variables({"GLOO_SOCKET_IFNAME": "ib0"}, addresses, "10.1.0.7") == {"NCCL_SOCKET_IFNAME": "=ib0"}
+    assert interface_variables({}, addresses, "10.2.0.7") == {}
