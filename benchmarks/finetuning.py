@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.measuring import describe_machine, run_module
 from experiment.process.hardware import keep_freed_memory
-from finetune.device import Microbatch
+from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Split
 from finetune.model import build_model
 from finetune.prediction.inference import evaluate
@@ -70,7 +70,7 @@ def _measure_deepcloze(run: ResolvedRun, seed: int, _: bool) -> tuple[float, flo
     fitted = fit(model, run.task, run.training, seed, run.device, lambda *_: None)
     assert fitted.best is not None
     trained = time.process_time()
-    evaluate(model, run.task, validation, Microbatch(run.training.batch_size * 4), run.device)
+    evaluate(model, run.task, validation, MicrobatchSize(run.training.batch_size * 4), run.device)
     evaluation = time.process_time() - trained  # `fit` has evaluated once
     return trained - start - evaluation, fitted.best.scores["accuracy"]
 

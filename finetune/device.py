@@ -55,7 +55,7 @@ class OutOfMemoryError(UserError):
     """There is not enough memory for one example. `is_out_of_memory` knows it by its name."""
 
 
-class Microbatch:
+class MicrobatchSize:
     """A number of examples, which is halved when memory runs out."""
 
     def __init__(self, size: int) -> None:

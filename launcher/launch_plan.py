@@ -21,7 +21,7 @@ from launcher.hosts.machine import Machine
 from launcher.options import PretrainOptions
 from launcher.preflight.run import preflight_problems
 from launcher.preflight.target import CacheNeeds, Target, target_of_hosts, target_of_run
-from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine
+from launcher.ranks.deepspeed_command import DeepSpeedCommand, command_on_hosts, command_on_this_machine
 from launcher.ranks.environment import launch_environment
 from launcher.ranks.microbatch import max_halvings, scaled_microbatch
 from launcher.ranks.placement import HostOptions, check_launcher, is_local, place_ranks
@@ -78,7 +78,7 @@ class LaunchPlan:
             preflight_problems=partial(preflight_problems, self.target, {}),
         )
 
-    def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> Command:
+    def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> DeepSpeedCommand:
         """Return the command that starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
         config = scaled_microbatch(self.config, -layout.microbatch_halvings)
         began = self.folder.metrics.exists() or complete_checkpoints(self.folder.checkpoints)
@@ -137,7 +137,7 @@ def plan_launch(
     return LaunchPlan(options, run.config, run.folder, slots, machine, target, _summary(run), run.identity)
 
 
-def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> Command:
+def local_command(options: PretrainOptions, slots: Slots, machine: Machine) -> DeepSpeedCommand:
     """Return the command for ranks on this machine that read the config of the options."""
     overrides = (f"--{key}={text}" for key, text in options.overrides.items())
     arguments = ("--config", str(Path(options.config).absolute()), *overrides)

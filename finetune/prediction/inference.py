@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from experiment.errors import is_out_of_memory
 from experiment.models.model_folder import first_use
 from finetune.config import TrainingConfig
-from finetune.device import Device, Microbatch
+from finetune.device import Device, MicrobatchSize
 from finetune.encoding.examples import Batch, Example, Padding, Split, pad_sequences
 from finetune.splits import Task
 from finetune.task_kind import Loss, LossOptions, Prediction, TaskKind
@@ -49,7 +49,7 @@ class Inference:
     kind: TaskKind[Any]
     padding: Padding
     device: Device
-    microbatch: Microbatch
+    microbatch: MicrobatchSize
 
     def compute(self, examples: Sequence[Example], options: LossOptions | None = None) -> tuple[Outputs, Loss | None]:
         """Return the outputs of every example, and the loss of the examples with targets; None without any.
@@ -138,9 +138,9 @@ def decode(kind: TaskKind[Any], split: Split, outputs: Outputs) -> tuple[Predict
     )
 
 
-def evaluation_microbatch(config: TrainingConfig) -> Microbatch:
+def evaluation_microbatch(config: TrainingConfig) -> MicrobatchSize:
     computed = config.microbatch_size or config.batch_size
-    return Microbatch(config.eval_batch_size or computed * _EVALUATION_FACTOR)
+    return MicrobatchSize(config.eval_batch_size or computed * _EVALUATION_FACTOR)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Evaluation:
     scores: dict[str, float]  # empty without targets
 
 
-def evaluate(model: nn.Module, task: Task, split: Split, microbatch: Microbatch, device: Device) -> Evaluation:
+def evaluate(model: nn.Module, task: Task, split: Split, microbatch: MicrobatchSize, device: Device) -> Evaluation:
     """Predict all records of a split, and score them if it has targets."""
     inference = Inference(model, task.kind, task.padding, device, microbatch)
     options, compares = task.loss_options(device.device), task.kind.compares_examples

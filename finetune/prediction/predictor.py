@@ -10,7 +10,7 @@ from experiment.errors import UserError
 from experiment.models.model_names import local_model
 from finetune.data.columns import TEXT
 from finetune.data.records import Record, Table, read_value
-from finetune.device import Microbatch
+from finetune.device import MicrobatchSize
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.encoding.examples import Example, Split
 from finetune.prediction.inference import Inference, Outputs, decode
@@ -55,7 +55,7 @@ class Predictor:
     @classmethod
     def of(cls, loaded: LoadedModel, task: SavedTask, batch_size: int = 128) -> Self:
         """Predict with a model that is loaded already, and has the head of the task."""
-        inference = Inference(loaded.model, task.kind, loaded.padding, loaded.device, Microbatch(batch_size))
+        inference = Inference(loaded.model, task.kind, loaded.padding, loaded.device, MicrobatchSize(batch_size))
         return cls(task.kind, task.temperature, loaded, task.accepts_pairs, inference)
 
     @property
@@ -99,7 +99,7 @@ class Predictor:
         If memory runs out, only this call computes fewer at once, unlike the rest of a file: on a server, memory may be
         free again.
         """
-        microbatch = Microbatch(self._inference.microbatch.size)
+        microbatch = MicrobatchSize(self._inference.microbatch.size)
         return replace(self._inference, microbatch=microbatch).compute(examples)[0]
 
     def decode(self, split: Split, outputs: Outputs, calibrated: bool = False) -> list[Prediction]:

@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from experiment.models.dropout import use_fast_dropout
 from experiment.models.fast_linear import use_fast_linear
 from finetune.config import TrainingConfig
-from finetune.device import Device, Microbatch
+from finetune.device import Device, MicrobatchSize
 from finetune.encoding.examples import Batch, Example
 from finetune.prediction.inference import collate
 from finetune.splits import Task
@@ -32,7 +32,7 @@ class Updater:
         self.total_steps = total_steps(task, config)
         self._model, self._task, self._config, self._device = model, task, config, device
         self._warmup = config.warmup_ratio * self.total_steps if config.warmup_steps is None else config.warmup_steps
-        self._microbatch = Microbatch(config.microbatch_size or config.batch_size)
+        self._microbatch = MicrobatchSize(config.microbatch_size or config.batch_size)
         groups = parameter_groups(model, config.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=config.lr, eps=config.adam_eps, fused=True)
         self._scaler = torch.amp.GradScaler(device.device.type, enabled=device.dtype == torch.float16)

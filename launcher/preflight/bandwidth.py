@@ -11,7 +11,7 @@ from launcher.hosts.guarded_hosts import GuardedHosts, name_reasons
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.preflight.target import Target
-from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine
+from launcher.ranks.deepspeed_command import DeepSpeedCommand, command_on_hosts, command_on_this_machine
 from launcher.ranks.placement import is_local
 from launcher.ranks.start_rank import MEASURE
 from launcher.supervision.rank_processes import RankProcesses, started
@@ -85,7 +85,7 @@ def _check_lost(guards: GuardedHosts) -> None:
         raise MeasurementError(f"lost {name_reasons(lost)}")
 
 
-def _run(command: Command, folder: Path, processes: RankProcesses) -> str:
+def _run(command: DeepSpeedCommand, folder: Path, processes: RankProcesses) -> str:
     """Return the output of the command. Kills it, and all that it has started here, if it does not end in time."""
     path, limit = folder / "output", LIMIT_SECONDS + _EXIT_SECONDS
     with path.open("wb") as file, started(command, time.time(), file) as process, processes.running(process.pid):

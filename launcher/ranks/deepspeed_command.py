@@ -1,4 +1,4 @@
-"""Command line, environment and input files of DeepSpeed. Pure."""
+"""DeepSpeedCommand line, environment and input files of DeepSpeed. Pure."""
 
 import base64
 import json
@@ -29,7 +29,7 @@ _FILE = str(REPOSITORY / "launcher" / "ranks" / "start_rank.py")
 
 
 @dataclass(frozen=True)
-class Command:
+class DeepSpeedCommand:
     """A command that starts DeepSpeed: one rank per slot, each running `launcher.ranks.start_rank ARGUMENT…`."""
 
     argv: tuple[str, ...]
@@ -37,7 +37,7 @@ class Command:
     files: Mapping[Path, str] = field(default_factory=dict)  # path -> text: written before the start
 
 
-def command_on_this_machine(slots: Slots, arguments: Sequence[str], machine: Machine) -> Command:
+def command_on_this_machine(slots: Slots, arguments: Sequence[str], machine: Machine) -> DeepSpeedCommand:
     """Return the command for ranks that all run on this machine."""
     # `deepspeed` starts this on each host. Started directly, one process less has to import torch, which takes seconds.
     argv = (
@@ -48,7 +48,7 @@ def command_on_this_machine(slots: Slots, arguments: Sequence[str], machine: Mac
         *("--module", _MODULE, *arguments),
     )
     added = launch_environment(machine.environ, machine.devices.kind)
-    return Command(argv, deepspeed_environment(machine.environ, added))
+    return DeepSpeedCommand(argv, deepspeed_environment(machine.environ, added))
 
 
 def command_on_hosts(
@@ -59,7 +59,7 @@ def command_on_hosts(
     launcher: Launcher,
     forwarded: Mapping[str, str],
     rendezvous: Rendezvous | None,
-) -> Command:
+) -> DeepSpeedCommand:
     """Return the command for ranks on other hosts, with its hostfile and the variables to export.
 
     Args:
@@ -90,4 +90,4 @@ def command_on_hosts(
     exported = exported_variables(added, rendezvous, launcher)
     environment = remote_deepspeed_environment(machine.environ, added, forwarded) | {"DS_ENV_FILE": str(exports)}
     files = {hostfile: hostfile_text(slots), exports: exported_text(exported, machine.deepspeed_env_text)}
-    return Command(argv, environment, files)
+    return DeepSpeedCommand(argv, environment, files)

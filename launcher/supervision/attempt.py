@@ -22,7 +22,7 @@ from experiment.run_files.run_lock import Renewal
 from experiment.tracking.config import TrackingConfig
 from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous, name_reasons
 from launcher.hosts.hostfile import Slots
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision.hang_watch import HangWatch
 from launcher.supervision.launch_result import (
     STOPPED_EARLY,
@@ -69,7 +69,7 @@ class Launch:
 
     folder: RunFolder
     slots: Slots  # of all hosts
-    command: Callable[[Layout, Rendezvous | None], Command]  # no rendezvous: all ranks run on this machine
+    command: Callable[[Layout, Rendezvous | None], DeepSpeedCommand]  # no rendezvous: all ranks run on this machine
     local: bool = True  # whether they do
     host_environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # for ranks on other hosts
     max_restarts: int = 0

@@ -21,7 +21,7 @@ from experiment.run_files.heartbeat import Heartbeat, request_stack
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.guarded_hosts import GuardedHosts
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision.launch_result import is_running
 
 _NOISE = re.compile(
@@ -202,13 +202,13 @@ def _copy(source: IO[bytes], target: IO[bytes]) -> None:
 class HeldRanks:
     """Ranks on this machine that have been started, and wait after their imports."""
 
-    command: Command
+    command: DeepSpeedCommand
     begin: Callable[[], RunningRanks]  # to call once
 
 
 @contextmanager
 def started(
-    command: Command, start_time: float, output: int | IO[bytes] | None = None, gate: Path | None = None
+    command: DeepSpeedCommand, start_time: float, output: int | IO[bytes] | None = None, gate: Path | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Write the files of a command and start it: DeepSpeed's launcher. Its process group is killed at the end of the
     block, or when this process dies.
@@ -244,7 +244,7 @@ def started(
 
 
 @contextmanager
-def held_ranks(command: Command, start_time: float) -> Iterator[HeldRanks]:
+def held_ranks(command: DeepSpeedCommand, start_time: float) -> Iterator[HeldRanks]:
     """Start ranks that import their modules, which takes seconds, and wait until `begin` is called. They are killed at
     the end of the block, or earlier if this process dies. Raises KeyboardInterrupt for a stop signal.
 

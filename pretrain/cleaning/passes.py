@@ -23,7 +23,7 @@ from pretrain.cleaning.markup import to_text
 from pretrain.cleaning.parts import PassFolder
 from pretrain.cleaning.step import CollectionStep, Document, DocumentStep, DuplicateStep, OpenedParts, Step, Verdict
 from pretrain.cleaning.tally import PartTally, StepTally
-from pretrain.corpus.engines import Engine, check_shared
+from pretrain.corpus.engines import TaskRunner, check_shared
 
 _STEP_TALLIES = TypeAdapter(list[StepTally])
 _PART_CHARACTERS = 1 << 22
@@ -96,9 +96,9 @@ class _Part(NamedTuple):
 
 
 def run_passes(
-    passes: Sequence[Pass], documents: Iterator[Document], folder: Path, run: Engine
+    passes: Sequence[Pass], documents: Iterator[Document], folder: Path, run_tasks: TaskRunner
 ) -> tuple[Done, list[StepTally]]:
-    """Run all passes that are not finished. run: an engine whose job are the passes.
+    """Run all passes that are not finished. run_tasks: an engine whose job are the passes.
 
     Returns the last pass, and the tallies of all steps. Raises UserError.
     """
@@ -110,9 +110,9 @@ def run_passes(
             files.folder.mkdir(exist_ok=True)
             label = f"cleaning, pass {number + 1} of {len(passes)}"
             if before is None:
-                done = _first_pass(planned, documents, files, run, label)
+                done = _first_pass(planned, documents, files, run_tasks, label)
             else:
-                done = _next_pass(number, planned, before, files, run, label)
+                done = _next_pass(number, planned, before, files, run_tasks, label)
             done.write()
         if before is not None:
             before.files.remove_documents()
@@ -126,7 +126,9 @@ def digest_of(documents: Iterator[Document]) -> str:
     return _joined_digest(map(_digest, _chunks(documents)))
 
 
-def _first_pass(planned: Pass, documents: Iterator[Document], files: PassFolder, run: Engine, label: str) -> Done:
+def _first_pass(
+    planned: Pass, documents: Iterator[Document], files: PassFolder, run_tasks: TaskRunner, label: str
+) -> Done:
     """Divide the documents into parts, and handle those that are not finished."""
     digests = list[str]()
 
@@ -141,27 +143,27 @@ def _first_pass(planned: Pass, documents: Iterator[Document], files: PassFolder,
                     "delete the folder to start over"
                 )
 
-    _handle(run, label, unfinished())
+    _handle(run_tasks, label, unfinished())
     if not digests:
         raise UserError("source: it holds no documents with text")
     return Done(files, len(digests), _joined_digest(digests), _merged(planned, files, len(digests)))
 
 
-def _next_pass(number: int, planned: Pass, before: Done, files: PassFolder, run: Engine, label: str) -> Done:
+def _next_pass(number: int, planned: Pass, before: Done, files: PassFolder, run_tasks: TaskRunner, label: str) -> Done:
     """Decide, and handle the parts that are not finished."""
     _decide(planned, before, files)
     left = (part for part in range(before.parts) if not files.is_finished(part))
-    _handle(run, label, (_Part(number, files, part, before.files) for part in left))
+    _handle(run_tasks, label, (_Part(number, files, part, before.files) for part in left))
     tallies = _merged(planned, files, before.parts)
     if isinstance(planned.decided, DuplicateStep):
         _name_kept(tallies[0], before)
     return Done(files, before.parts, before.source, tallies)
 
 
-def _handle(run: Engine, label: str, parts: Iterable[_Part]) -> None:
+def _handle(run_tasks: TaskRunner, label: str, parts: Iterable[_Part]) -> None:
     """Let workers handle parts, and wait for them."""
     with progress(label, None, describe=lambda done: f"{done:,.0f} documents") as advance:
-        for read in run(_process, parts):
+        for read in run_tasks(_process, parts):
             advance(read)
 
 

@@ -25,7 +25,7 @@ from pretrain.cleaning.passes import Done, Pass, digest_of, plan_passes, run_pas
 from pretrain.cleaning.reading import find_inputs, identity_of, read_inputs
 from pretrain.cleaning.report import Summary, describe_kept, print_steps, summarize, write_report
 from pretrain.cleaning.step import ReadTask, Step, check_installed
-from pretrain.corpus.engines import Engine, open_engine
+from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.origins import read_cleanings
 from pretrain.corpus.sources import Source
 
@@ -64,8 +64,8 @@ def clean(
             shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
         else:
             passes = plan_passes(steps)
-            with open_engine(workers, passes, engine, ray_address) as run:
-                summary = _clean(config, sources, steps, passes, recipe, folder, run)
+            with open_engine(workers, passes, engine, ray_address) as run_tasks:
+                summary = _clean(config, sources, steps, passes, recipe, folder, run_tasks)
     print(describe_kept(summary))
     if summary["steps"]:
         print_steps(summary)
@@ -102,12 +102,12 @@ def _clean(
     passes: Sequence[Pass],
     recipe: str,
     folder: Path,
-    run: Engine,
+    run_tasks: TaskRunner,
 ) -> Summary:
     unfinished = folder.with_name(f"{folder.name}.partial")
     _check_unfinished(unfinished, {"recipe": recipe, "sources": identity_of(sources)})
     try:
-        last, tallies = run_passes(passes, read_inputs(sources, config), unfinished, run)
+        last, tallies = run_passes(passes, read_inputs(sources, config), unfinished, run_tasks)
     except UserError:
         if not _holds_parts(unfinished):
             shutil.rmtree(unfinished)

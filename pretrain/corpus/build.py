@@ -24,7 +24,7 @@ from pretrain.corpus import shards, tasks
 from pretrain.corpus.announcement import announce_sources
 from pretrain.corpus.build_plan import HELDOUT, MAIN, BuildPlan, Part, plan_build
 from pretrain.corpus.documents import check_read
-from pretrain.corpus.engines import Engine, open_engine
+from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import MANIFEST, TOKENIZER, Manifest, percentiles, read_manifest, write_manifest
 from pretrain.corpus.options import CorpusOptions
@@ -56,8 +56,8 @@ def build_corpus(options: CorpusOptions) -> Manifest:
     killed. Finished shards are kept, and the same call resumes from them.
     """
     plan = plan_build(options)
-    with _open_build(plan) as run:
-        manifests = _check_existing(plan, run) if holds_corpus(plan.folder) else _build(plan, run)
+    with _open_build(plan) as run_tasks:
+        manifests = _check_existing(plan, run_tasks) if holds_corpus(plan.folder) else _build(plan, run_tasks)
     _print_summaries(plan, manifests)
     return manifests[MAIN]
 
@@ -65,20 +65,20 @@ def build_corpus(options: CorpusOptions) -> Manifest:
 def complete_corpus(plan: BuildPlan) -> None:
     """Build and publish the rest of a corpus, unless another process has done so. Raises LockedError if one is
     doing so, and as `build_corpus`."""
-    with _open_build(plan) as run:
-        manifests = {} if holds_corpus(plan.folder) else _build(plan, run)
+    with _open_build(plan) as run_tasks:
+        manifests = {} if holds_corpus(plan.folder) else _build(plan, run_tasks)
     _print_summaries(plan, manifests)
 
 
 @contextmanager
-def _open_build(plan: BuildPlan) -> Iterator[Engine]:
+def _open_build(plan: BuildPlan) -> Iterator[TaskRunner]:
     advice = "; the same command resumes from what is finished"
     with (
         readable_disk_errors(f"--output {plan.folder}: ", advice),
         lock_output(plan.folder, "--output"),
-        open_engine(plan.options.workers, build_job(plan), plan.options.engine, plan.options.ray_address) as run,
+        open_engine(plan.options.workers, build_job(plan), plan.options.engine, plan.options.ray_address) as run_tasks,
     ):
-        yield run
+        yield run_tasks
 
 
 def _print_summaries(plan: BuildPlan, manifests: Mapping[Part, Manifest]) -> None:
@@ -91,17 +91,17 @@ def build_job(plan: BuildPlan) -> BuildJob:
     return BuildJob(plan.partial, plan.options, plan.tokenizer.spec, shards.SHARD_TOKENS, tasks.BATCH_BYTES)
 
 
-def _build(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
+def _build(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
     """Build all parts and publish them. However this ends, finished splits are kept."""
     announce_sources(plan.sources, plan.options)
     manifests = _published_heldout(plan)
     try:
         open_partial(plan.partial, plan.arguments)
-        counts = count_documents(plan, run, plan.splits) if plan.sampling.enabled else {}
+        counts = count_documents(plan, run_tasks, plan.splits) if plan.sampling.enabled else {}
         if manifests:
             _check_same_recipe(plan, manifests, join_digests(counts[split.key].source for split in plan.splits))
         unpublished = [part for part in plan.sampling.parts if part not in manifests]
-        manifests |= _write_parts(plan, run, unpublished, counts)
+        manifests |= _write_parts(plan, run_tasks, unpublished, counts)
     except BaseException:
         if not holds_work(plan.partial):
             shutil.rmtree(plan.partial, ignore_errors=True)
@@ -124,11 +124,11 @@ def _published_heldout(plan: BuildPlan) -> dict[Part, Manifest]:
 
 
 def _write_parts(
-    plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
+    plan: BuildPlan, run_tasks: TaskRunner, parts: Sequence[Part], counts: Mapping[str, SplitCount]
 ) -> dict[Part, Manifest]:
     """Tokenize the unfinished splits, and write the folders of these parts in the partial folder."""
     cleanings, decontaminated = read_cleanings(plan.sources)
-    records, written = _write_shards(plan, run, parts, counts)
+    records, written = _write_shards(plan, run_tasks, parts, counts)
     manifests = {}
     for part in parts:
         finished = [found for found in written if found.part == part]
@@ -139,18 +139,18 @@ def _write_parts(
 
 
 def _write_shards(
-    plan: BuildPlan, run: Engine, parts: Sequence[Part], counts: Mapping[str, SplitCount]
+    plan: BuildPlan, run_tasks: TaskRunner, parts: Sequence[Part], counts: Mapping[str, SplitCount]
 ) -> tuple[list[SplitRecord], list[ShardRecord]]:
     """Tokenize the unfinished splits, and join the shards of these parts. Returns the records of all splits, in
     order, and of the shards, in the order of their files."""
     splits = split_tasks(plan, counts)
     while True:
-        records = tokenize(plan, run, splits, counts)
+        records = tokenize(plan, run_tasks, splits, counts)
         _check_records(plan, records)
         joins = shard_tasks(plan, records)
         if forget_other_shards(plan.partial, joins):
             continue
-        written = list(run(write_shard_file, [task for task in joins if task.part in parts]))
+        written = list(run_tasks(write_shard_file, [task for task in joins if task.part in parts]))
         damaged = [result for result in written if isinstance(result, str)]
         if not damaged:
             finished = [found for found in written if isinstance(found, ShardRecord)]
@@ -229,10 +229,10 @@ def existing_manifests(plan: BuildPlan) -> dict[Part, Manifest]:
     return manifests
 
 
-def _check_existing(plan: BuildPlan, run: Engine) -> dict[Part, Manifest]:
+def _check_existing(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
     """Return the manifests of an existing corpus. Raises UserError if it differs from the one that would be built."""
     manifests = existing_manifests(plan)  # first, because reading the source may take long
-    _check_same_recipe(plan, manifests, scan_source(plan, run))
+    _check_same_recipe(plan, manifests, scan_source(plan, run_tasks))
     print(f"{plan.folder} already exists, built from the same documents with the same tokenizer")
     shutil.rmtree(plan.partial, ignore_errors=True)  # killed after the last rename
     return manifests

@@ -25,7 +25,7 @@ _TASKS_PER_WORKER = 2  # that are submitted: one to run and one to follow
 _KILLED = "use fewer --workers, and run the same command again to resume from what is finished"
 
 
-class Engine(Protocol):
+class TaskRunner(Protocol):
     """Runs `function(job, task)` for each of the tasks, and yields the results in the order of completion. Takes few
     tasks ahead of time, so that they can be read while others run."""
 
@@ -34,7 +34,7 @@ class Engine(Protocol):
 
 def open_engine(
     workers: int | None, job: object, engine: str = "local", ray_address: str | None = None
-) -> AbstractContextManager[Engine]:
+) -> AbstractContextManager[TaskRunner]:
     """Open the engine `ray`, or for any other name `workers` processes, by default one per core.
 
     Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed.
@@ -43,11 +43,11 @@ def open_engine(
 
 
 @contextmanager
-def _local(workers: int, job: object) -> Iterator[Engine]:
+def _local(workers: int, job: object) -> Iterator[TaskRunner]:
     with ExitStack() as stack:
         pools: list[Any] = []
 
-        def run(function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]:
+        def run_tasks(function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]:
             remaining = iter(tasks)
             first = list(islice(remaining, 2))
             remaining = chain(first, remaining)
@@ -65,7 +65,7 @@ def _local(workers: int, job: object) -> Iterator[Engine]:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
 
-        yield run
+        yield run_tasks
 
 
 _job: object = None
@@ -81,7 +81,7 @@ def _run_in_worker(function: Callable[[Any, T], R], task: T) -> R:
 
 
 @contextmanager
-def _ray(address: str | None, job: object) -> Iterator[Engine]:
+def _ray(address: str | None, job: object) -> Iterator[TaskRunner]:
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # by default Ray tries 20 times, of 40 s each, to connect
     try:
         import ray
@@ -98,7 +98,7 @@ def _ray(address: str | None, job: object) -> Iterator[Engine]:
     # A task is repeated as often as it is lost with its node. If it raises an error, that is the result.
     remote = ray.remote(max_retries=-1)(_outcome)
 
-    def run(function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]:
+    def run_tasks(function: Callable[[Any, T], R], tasks: Iterable[T]) -> Iterator[R]:
         remaining, running = iter(tasks), list[Any]()
         while True:
             cores = int(ray.cluster_resources().get("CPU", 1))  # nodes come and go
@@ -113,7 +113,7 @@ def _ray(address: str | None, job: object) -> Iterator[Engine]:
                 yield outcome
 
     try:
-        yield run
+        yield run_tasks
     finally:
         ray.shutdown()
 

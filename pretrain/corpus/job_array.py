@@ -12,7 +12,7 @@ from experiment.files import created_parents
 from experiment.output_folder import LockedError
 from pretrain.corpus.build import build_job, complete_corpus, existing_manifests, holds_corpus, shard_tasks
 from pretrain.corpus.build_plan import BuildPlan, plan_build
-from pretrain.corpus.engines import Engine, open_engine
+from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.options import CorpusOptions
 from pretrain.corpus.passes import count_documents, split_tasks, tokenize
 from pretrain.corpus.records import SplitRecord, SplitTask, open_partial, read_counts, read_finished
@@ -41,8 +41,8 @@ def build_share(options: CorpusOptions) -> None:
     advice = "; submit the same array again to resume from what is finished"
     with readable_disk_errors(f"--output {plan.folder}: ", advice), created_parents(plan.folder):
         open_partial(plan.partial, plan.arguments)
-        with open_engine(plan.options.workers, build_job(plan)) as run:
-            is_last = _build_share(plan, run, slice(index, None, tasks))
+        with open_engine(plan.options.workers, build_job(plan)) as run_tasks:
+            is_last = _build_share(plan, run_tasks, slice(index, None, tasks))
     if is_last:
         try:
             complete_corpus(plan)
@@ -68,12 +68,12 @@ def array_share(environment: Mapping[str, str]) -> tuple[int, int]:
     return (number - first) // step, count
 
 
-def _build_share(plan: BuildPlan, run: Engine, share: slice) -> bool:
+def _build_share(plan: BuildPlan, run_tasks: TaskRunner, share: slice) -> bool:
     """Count or tokenize a share of the splits, then join a share of the shards. Returns whether the corpus is to
     be published."""
     counts = {}
     if plan.sampling.enabled:
-        count_documents(plan, run, plan.splits[share])
+        count_documents(plan, run_tasks, plan.splits[share])
         counts = read_counts(plan.partial, [split.key for split in plan.splits])
         if len(counts) < len(plan.splits):
             print(
@@ -82,7 +82,7 @@ def _build_share(plan: BuildPlan, run: Engine, share: slice) -> bool:
             )
             return False
     tasks = split_tasks(plan, counts)
-    tokenize(plan, run, tasks[share], counts)
+    tokenize(plan, run_tasks, tasks[share], counts)
     records: dict[str, SplitRecord] = {}
 
     def unfinished(tasks: Sequence[SplitTask]) -> list[SplitTask]:
@@ -97,7 +97,7 @@ def _build_share(plan: BuildPlan, run: Engine, share: slice) -> bool:
     if len(records) < len(tasks):
         return False
     joins = shard_tasks(plan, [records[task.split.key] for task in tasks])
-    list(run(write_shard_file, joins[share]))
+    list(run_tasks(write_shard_file, joins[share]))
     _wait_for_others(
         plan.folder, joins, lambda left: [task for task in left if not (plan.partial / task.record).exists()]
     )

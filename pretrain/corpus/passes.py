@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from pretrain.corpus.build_plan import BuildPlan
 from pretrain.corpus.documents import reading_progress
-from pretrain.corpus.engines import Engine
+from pretrain.corpus.engines import TaskRunner
 from pretrain.corpus.records import SplitCount, SplitRecord, SplitTask, read_counts, read_finished, write_count
 from pretrain.corpus.source_digest import SourceDigest
 from pretrain.corpus.sources import changed_source
@@ -15,17 +15,19 @@ from pretrain.corpus.tasks import count_split, tokenize_split
 R = TypeVar("R", SplitCount, SplitRecord)
 
 
-def scan_source(plan: BuildPlan, run: Engine) -> SourceDigest:
+def scan_source(plan: BuildPlan, run_tasks: TaskRunner) -> SourceDigest:
     """Read the whole source without tokenizing it, and return its digest. Records nothing."""
-    counts = {count.key: count for count in _with_progress("comparing", run(count_split, plan.splits), plan.splits)}
+    counts = {
+        count.key: count for count in _with_progress("comparing", run_tasks(count_split, plan.splits), plan.splits)
+    }
     return join_digests(counts[split.key].source for split in plan.splits)
 
 
-def count_documents(plan: BuildPlan, run: Engine, splits: Sequence[Split]) -> dict[str, SplitCount]:
+def count_documents(plan: BuildPlan, run_tasks: TaskRunner, splits: Sequence[Split]) -> dict[str, SplitCount]:
     """Count the documents of splits. Returns the counts by key."""
     counts = read_counts(plan.partial, [split.key for split in splits])
     todo = [split for split in splits if split.key not in counts]
-    for count in _with_progress("counting", run(count_split, todo), todo):
+    for count in _with_progress("counting", run_tasks(count_split, todo), todo):
         write_count(plan.partial, count)
         counts[count.key] = count
     return counts
@@ -38,7 +40,7 @@ def split_tasks(plan: BuildPlan, counts: Mapping[str, SplitCount]) -> list[Split
 
 
 def tokenize(
-    plan: BuildPlan, run: Engine, tasks: Sequence[SplitTask], counts: Mapping[str, SplitCount]
+    plan: BuildPlan, run_tasks: TaskRunner, tasks: Sequence[SplitTask], counts: Mapping[str, SplitCount]
 ) -> list[SplitRecord]:
     """Tokenize splits, those that are finished excepted, and return the records of all.
 
@@ -46,7 +48,7 @@ def tokenize(
     """
     records = read_finished(plan.partial, tasks)
     todo = [task for task in tasks if task.split.key not in records]
-    for record in _with_progress("tokenizing", run(tokenize_split, todo), [task.split for task in todo]):
+    for record in _with_progress("tokenizing", run_tasks(tokenize_split, todo), [task.split for task in todo]):
         records[record.key] = record
     for task in tasks:
         split = task.split

@@ -46,7 +46,7 @@ class Waits:
 _WAITS = Waits()
 
 
-class Task:
+class BackgroundWork:
     """Work in a thread of its own, once at a time."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -110,7 +110,7 @@ class FollowedRun:
         self._located = threading.Event()
         self._problem = ""
         self._values: dict[Path, tuple[object, Any]] = {}  # file -> its stamp, and its content
-        self._reading, self._observing = Task(self._read), Task(self._observe)
+        self._reading, self._observing = BackgroundWork(self._read), BackgroundWork(self._observe)
         self.read_at = time.time()  # the time at which the known values were true
 
     @property
@@ -191,7 +191,7 @@ class FollowedPage:
 
     def __init__(self, make: Callable[[], tuple[Page, Sequence[FollowedRun]]], wait_seconds: float) -> None:
         self._make, self._wait_seconds = make, wait_seconds
-        self._making = Task(self._make_again)
+        self._making = BackgroundWork(self._make_again)
         (header,) = render_parts(Page("report", [], Headline("reading", "plain", "", [])))
         self._state = _State(0, "report", [_FollowedPart(header, 0, None)], time.time(), 1.0, 0.0)
 

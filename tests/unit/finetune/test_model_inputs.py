@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BertConfig, GPT2Config, XLNetConfig, XLN
 
 from experiment.models.tokenizer import load_any_tokenizer
 from finetune.data.records import Record, Table
-from finetune.device import Device, Microbatch
+from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
 from finetune.kinds.classification import Config, Kind
@@ -56,7 +56,10 @@ def test_predictions_of_xlnet_do_not_depend_on_the_batch(xlnet: Path) -> None:
     model = build_model(spec(xlnet)).model
     device = Device(torch.device("cpu"), None)
     alone, together = (
-        [found["probabilities"]["a"] for found in evaluate(model, task, split, Microbatch(size), device).predictions]
+        [
+            found["probabilities"]["a"]
+            for found in evaluate(model, task, split, MicrobatchSize(size), device).predictions
+        ]
         for size in (1, 20)
     )
     assert max(alone) - min(alone) > 1e-2

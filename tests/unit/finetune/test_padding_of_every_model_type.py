@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from finetune.data.records import Record, Table
-from finetune.device import Device, Microbatch
+from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.kinds.classification import Config, Kind
@@ -52,7 +52,7 @@ def head(model_type: str, name: str) -> nn.Module:
 
 def logit_differences(model: nn.Module, task: Task, device: Device, batch_size: int) -> Tensor:
     """N, of the two labels."""
-    found = evaluate(model, task, task.splits["validation"], Microbatch(batch_size), device).predictions
+    found = evaluate(model, task, task.splits["validation"], MicrobatchSize(batch_size), device).predictions
     return torch.tensor([row["probabilities"]["a"] for row in found]).logit()
 
 
@@ -88,7 +88,7 @@ def test_the_batch_size_does_not_change_outputs_of_other_heads(model_type: str, 
     task = replace(made, splits={"test": replace(train, examples=tuple(examples))})
     task, device, _ = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
     alone, together = (
-        Inference(model, kind, task.padding, device, Microbatch(size)).compute(examples)[0] for size in (1, 40)
+        Inference(model, kind, task.padding, device, MicrobatchSize(size)).compute(examples)[0] for size in (1, 40)
     )
     for one, other, example in zip(alone, together, examples, strict=True):
         for row, padded in zip(one, other, strict=True):

@@ -34,7 +34,7 @@ from launcher.launch_plan import LaunchPlan, plan_launch
 from launcher.options import PretrainOptions
 from launcher.preflight.run import Report
 from launcher.preflight.target import Target
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.ranks.microbatch import scaled_microbatch
 from launcher.supervision import supervisor
 from launcher.supervision.attempt import Launch, Layout, Rendezvous
@@ -128,7 +128,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     @contextmanager
-    def held_ranks(command: Command, _: float) -> Iterator[HeldRanks]:
+    def held_ranks(command: DeepSpeedCommand, _: float) -> Iterator[HeldRanks]:
         seen.append(shlex.join(command.argv))
         try:
             yield HeldRanks(command, nullcontext)
@@ -151,7 +151,7 @@ def failed_hosts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return failed
 
 
-def slots_of(command: Command) -> Any:
+def slots_of(command: DeepSpeedCommand) -> Any:
     """The slots of a launch on this machine, as DeepSpeed reads them."""
     (encoded,) = (word.partition("=")[2] for word in command.argv if word.startswith("--world_info="))
     return json.loads(base64.urlsafe_b64decode(encoded))
@@ -265,7 +265,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert "TOKENIZERS_PARALLELISM=false" in environment or "TOKENIZERS_PARALLELISM" in os.environ
     argv = shlex.split(command, comments=True)
     assert argv[0] == sys.executable
-    assert slots_of(Command(tuple(argv), {})) == {"localhost": [0, 1]}
+    assert slots_of(DeepSpeedCommand(tuple(argv), {})) == {"localhost": [0, 1]}
     assert argv[-1] == "--run.dir=2024 01"
     assert len(resolved) == 1
     assert launches == held == []

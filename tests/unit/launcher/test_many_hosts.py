@@ -16,7 +16,7 @@ from experiment.run_files.run_folder import open_run_folder
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.hostfile import parse_hostfile
 from launcher.hosts.machine import Devices, Machine
-from launcher.ranks.deepspeed_command import Command, command_on_hosts
+from launcher.ranks.deepspeed_command import DeepSpeedCommand, command_on_hosts
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.launch_result import read_result
 from launcher.supervision.supervisor import supervise
@@ -66,9 +66,9 @@ def test_a_lost_host_of_many_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     folder = open_run_folder(tmp_path / "run")
     seen: list[tuple[Layout, Rendezvous | None]] = []
 
-    def command(layout: Layout, rendezvous: Rendezvous | None) -> Command:
+    def command(layout: Layout, rendezvous: Rendezvous | None) -> DeepSpeedCommand:
         seen.append((layout, rendezvous))
-        return Command((sys.executable, "-c", RANKS, str(folder.path)), {"PYTHONPATH": str(ROOT)})
+        return DeepSpeedCommand((sys.executable, "-c", RANKS, str(folder.path)), {"PYTHONPATH": str(ROOT)})
 
     result = supervise(Launch(folder, SLOTS, command, local=False, max_restarts=1))
     assert result.outcome is Outcome.DONE, result

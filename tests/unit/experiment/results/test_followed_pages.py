@@ -15,7 +15,14 @@ from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.results.history import History
 from experiment.results.report import followed_pages
-from experiment.results.report.followed_pages import FollowedPage, FollowedPages, FollowedRun, Readers, Task, Waits
+from experiment.results.report.followed_pages import (
+    BackgroundWork,
+    FollowedPage,
+    FollowedPages,
+    FollowedRun,
+    Readers,
+    Waits,
+)
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_life import Life
@@ -249,7 +256,7 @@ def test_a_page_that_takes_long_is_shown_later(tmp_path: Path, held: threading.E
 def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches work that is never done, because too many threads were running when it was asked for first."""
     done: list[int] = []
-    task = Task(lambda: done.append(1))
+    task = BackgroundWork(lambda: done.append(1))
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

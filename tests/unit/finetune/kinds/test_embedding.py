@@ -19,7 +19,7 @@ from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig, TrainingConfig
 from finetune.data.records import Record, Table, read_table
-from finetune.device import Device, Microbatch
+from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example, Padding, Split
 from finetune.evaluation_texts import texts_of
@@ -329,7 +329,7 @@ def test_seeds_of_a_run_have_the_same_validation_loss(encoder: Path, tmp_path: P
     records = tuple(Record("f", {"text": str(n), "text_pair": str(n)}) for n in range(20))
     split = Split(Table(Path("f"), records, labelled=True), tuple(examples), tuple(range(20)))
     ready = Task(make_kind(), "mrr", {}, Padding.of(load_tokenizer(encoder)))
-    losses = [evaluate(model, ready, split, Microbatch(size), CPU).loss for size in (20, 3)]
+    losses = [evaluate(model, ready, split, MicrobatchSize(size), CPU).loss for size in (20, 3)]
     examples.sort(key=lambda each: -each.longest)
     outputs = make_kind().forward(model, collate(make_kind(), examples, ready.padding, CPU.device))
     assert losses == pytest.approx([loss_of(make_kind(), examples, outputs).item()] * 2, abs=1e-5)

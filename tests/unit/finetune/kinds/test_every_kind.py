@@ -22,7 +22,7 @@ from experiment.models.tokenizer import load_any_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.data.columns import TextColumns
 from finetune.data.records import read_table
-from finetune.device import Device, Microbatch
+from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Padding
 from finetune.kinds import kind_names
@@ -299,7 +299,7 @@ def test_predictions_do_not_depend_on_the_batch(encoder: Path, tmp_path: Path, n
     found = []
     for batch_size in (1, 7):
         inference = Inference(
-            model, kind, Padding.of(tokenizer), Device(torch.device("cpu"), None), Microbatch(batch_size)
+            model, kind, Padding.of(tokenizer), Device(torch.device("cpu"), None), MicrobatchSize(batch_size)
         )
         outputs, _ = inference.compute(split.examples)
         found.append(decode(kind, split, outputs))

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from finetune.data.records import Record, Table
-from finetune.device import Device, Microbatch
+from finetune.device import Device, MicrobatchSize
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.kinds.cloze import Config, Kind, _Blank, _Masked
@@ -67,6 +67,6 @@ def test_the_batch_size_does_not_change_the_scores(model_type: str) -> None:
     task, device, lines = adapt_to_model(model, task, Device(torch.device("cpu"), None), max_length=40)
     assert (task.padding.length is not None) == (model_type in PADDED), lines
     alone, together = (
-        Inference(model, kind, task.padding, device, Microbatch(size)).compute(blanks)[0] for size in (1, 6)
+        Inference(model, kind, task.padding, device, MicrobatchSize(size)).compute(blanks)[0] for size in (1, 6)
     )
     torch.testing.assert_close(np.array(alone), np.array(together), rtol=0, atol=1e-4)

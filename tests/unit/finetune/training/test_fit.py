@@ -14,7 +14,7 @@ from torch import nn
 from experiment.errors import StoppedError, UserError
 from finetune.config import TrainingConfig
 from finetune.data.records import Record, Table
-from finetune.device import Device, Microbatch, choose_device
+from finetune.device import Device, MicrobatchSize, choose_device
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.kinds.classification import Config, Kind
@@ -68,7 +68,7 @@ def probabilities(evaluation: Evaluation) -> Any:
 
 
 def predict(model: nn.Module, ready: Task, name: str, batch_size: int) -> Evaluation:
-    return evaluate(model, ready, ready.splits[name], Microbatch(batch_size), CPU)
+    return evaluate(model, ready, ready.splits[name], MicrobatchSize(batch_size), CPU)
 
 
 def ignore(step: int, figures: Any) -> None:
@@ -644,7 +644,7 @@ def test_the_training_split_is_scored_if_asked_for() -> None:
     fitted = fit(model, ready, config, 1, CPU, lambda _, metrics: events.append(metrics))
     logged = [event["eval/train/accuracy"] for event in events if "eval/train/loss" in event]
     assert logged == [epoch.train_scores["accuracy"] for epoch in fitted.epochs]
-    again = evaluate(model, ready, ready.splits["train"], Microbatch(64), CPU)
+    again = evaluate(model, ready, ready.splits["train"], MicrobatchSize(64), CPU)
     assert fitted.evaluations["train"].scores == again.scores == fitted.best.train_scores
     assert list(fitted.evaluations) == ["train", "validation"]
     plain = fit(Bag(), ready, TrainingConfig(lr=0.05, epochs=3, batch_size=8), 1, CPU, ignore)

@@ -11,7 +11,7 @@ from launcher.preflight import bandwidth
 from launcher.preflight.bandwidth import RESULT_MARK, Measurement, MeasurementError, measure
 from launcher.preflight.measure import _ranks_by_host, _rounds
 from launcher.preflight.target import target_of_hosts
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.ranks.placement import HostOptions
 from stand_in_hosts import install_ssh
 
@@ -30,7 +30,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def program(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Python code that stands for DeepSpeed's launcher."""
     code: list[str] = []
-    monkeypatch.setattr(bandwidth, "command_on_hosts", lambda *_: Command((sys.executable, "-c", *code), {}))
+    monkeypatch.setattr(bandwidth, "command_on_hosts", lambda *_: DeepSpeedCommand((sys.executable, "-c", *code), {}))
     return code
 
 

@@ -8,7 +8,7 @@ from deepspeed.launcher.runner import encode_world_info, parse_args, parse_inclu
 from experiment.files import REPOSITORY
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Devices, Machine
-from launcher.ranks.deepspeed_command import Command, command_on_hosts, command_on_this_machine
+from launcher.ranks.deepspeed_command import DeepSpeedCommand, command_on_hosts, command_on_this_machine
 from launcher.ranks.placement import Launcher
 
 ARGUMENTS = [
@@ -21,11 +21,11 @@ ARGUMENTS = [
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29999)
 
 
-def here(slots: Slots) -> Command:
+def here(slots: Slots) -> DeepSpeedCommand:
     return command_on_this_machine(slots, ARGUMENTS, MACHINE)
 
 
-def on_hosts(slots: Slots, launcher: Launcher = "pdsh") -> Command:
+def on_hosts(slots: Slots, launcher: Launcher = "pdsh") -> DeepSpeedCommand:
     return command_on_hosts(slots, ARGUMENTS, MACHINE, Path("/cluster"), launcher, {}, None)
 
 
@@ -33,19 +33,19 @@ LOCAL = here({"localhost": (0, 1)})
 HOSTS = on_hosts({"a": (0, 1), "b": (3,)})
 
 
-def parsed(command: Command):
+def parsed(command: DeepSpeedCommand):
     """The command line as DeepSpeed parses it."""
     return parse_args(list(command.argv[3:]))
 
 
-def parsed_locally(command: Command, monkeypatch: pytest.MonkeyPatch):
+def parsed_locally(command: DeepSpeedCommand, monkeypatch: pytest.MonkeyPatch):
     """That of a launch on this machine."""
     monkeypatch.setattr("sys.argv", list(command.argv[2:]))
     return launch.parse_args()
 
 
 @pytest.mark.parametrize(("command", "launcher"), [(LOCAL, "launch"), (HOSTS, "runner")])
-def test_runs_deepspeed_with_this_interpreter(command: Command, launcher: str):
+def test_runs_deepspeed_with_this_interpreter(command: DeepSpeedCommand, launcher: str):
     """Catches a deepspeed of another environment, found on PATH."""
     assert command.argv[:3] == (sys.executable, "-m", f"deepspeed.launcher.{launcher}")
 

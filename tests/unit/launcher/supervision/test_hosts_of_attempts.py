@@ -23,7 +23,7 @@ from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import LockTimes, lock_run
 from experiment.tracking.alerts import Messenger
 from launcher.hosts.guarded_hosts import Rendezvous
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt, rank_processes, restarts, stop_signals, supervisor
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.launch_result import LaunchResult
@@ -147,11 +147,11 @@ def losing(*hosts: str) -> Callable[..., dict[str, str]]:
 
 
 def launch(folder: RunFolder, body: str, layouts: list[Layout] | None = None) -> Launch:
-    def command(layout: Layout, _: Rendezvous | None) -> Command:
+    def command(layout: Layout, _: Rendezvous | None) -> DeepSpeedCommand:
         if layouts is not None:
             layouts.append(layout)
         argv = (sys.executable, "-c", RANKS + body, str(folder.path))
-        return Command(argv, os.environ | {"PYTHONPATH": str(ROOT)}, {folder.logs / "worker.env": "A=1\n"})
+        return DeepSpeedCommand(argv, os.environ | {"PYTHONPATH": str(ROOT)}, {folder.logs / "worker.env": "A=1\n"})
 
     return Launch(folder, SLOTS, command, local=False)
 

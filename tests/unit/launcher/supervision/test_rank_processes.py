@@ -20,7 +20,7 @@ from experiment.errors import UserError
 from experiment.process.own_process import GATE_VARIABLE
 from experiment.run_files.outcome_file import Outcome, RankRecord
 from experiment.run_files.run_folder import RunFolder, open_run_folder
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import rank_processes
 from launcher.supervision.attempt import Launch
 from launcher.supervision.rank_processes import SurvivingRanks, filtered_output, held_ranks, is_noise
@@ -50,7 +50,7 @@ wait_at_gate()
 # Stands for `deepcloze`. With a second argument it gets a signal while DeepSpeed's launcher starts.
 LAUNCHER = """
 import json, os, signal, subprocess, sys, time
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from experiment.process.signals import handle_stop_signals, interrupt
 from launcher.supervision.rank_processes import held_ranks
 argv, early = json.loads(sys.argv[1]), sys.argv[2:]
@@ -61,14 +61,14 @@ def start(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
     return process
 subprocess.Popen = start
-with handle_stop_signals(interrupt), held_ranks(Command(tuple(argv), os.environ), time.time()):
+with handle_stop_signals(interrupt), held_ranks(DeepSpeedCommand(tuple(argv), os.environ), time.time()):
     time.sleep(3600)
 """
 
 
-def rank(folder: Path, body: str = "") -> Command:
+def rank(folder: Path, body: str = "") -> DeepSpeedCommand:
     argv = (sys.executable, "-c", RANK.format(folder=str(folder), body=body))
-    return Command(argv, os.environ | {"PYTHONPATH": str(ROOT)})
+    return DeepSpeedCommand(argv, os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def has_ended(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from experiment.run_files import checkpoints
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.tracking.config import AlertsConfig, TrackingConfig
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt as attempt_module
 from launcher.supervision import launch_result, restarts
 from launcher.supervision.attempt import Launch
@@ -49,11 +49,11 @@ import os, sys, time
 from pathlib import Path
 from experiment.process import signals
 from experiment.run_files.run_folder import RunFolder
-from launcher.ranks.deepspeed_command import Command
+from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision.attempt import Launch
 from launcher.supervision.supervisor import supervise
 signals.REPEATED_SECONDS = float(os.environ["REPEATED_SIGNAL_SECONDS"])
-command = Command(tuple(sys.argv[2:]), os.environ)
+command = DeepSpeedCommand(tuple(sys.argv[2:]), os.environ)
 launch = Launch(RunFolder(Path(sys.argv[1])), {"localhost": (0,)}, lambda *_: command)
 result = supervise(launch)
 print(result.message)
@@ -87,7 +87,7 @@ def attempt(folder: RunFolder, body: str) -> LaunchResult:
 
 
 def one_launch(folder: RunFolder, body: str, path: str = str(ROOT)) -> Launch:
-    command = Command(tuple(rank(folder, body)), os.environ | {"PYTHONPATH": path})
+    command = DeepSpeedCommand(tuple(rank(folder, body)), os.environ | {"PYTHONPATH": path})
     return Launch(folder, SLOTS, lambda *_: command)
 
 
