@@ -265,7 +265,7 @@ class TrialRunner:
         if self.interrupted or self._time_is_up():
             return TrialResult({})
         with self._watched(folder, sizes, stages) as ended:
-            result = run_attempt(replace(plan.launch(), quiet=True), Layout(plan.slots), stop, record)
+            result = run_attempt(replace(plan.settings(), quiet=True), Layout(plan.slots), stop, record)
         return TrialResult(_read_speeds(folder, sizes, stages), None if ended.is_set() or self.interrupted else result)
 
     @contextmanager

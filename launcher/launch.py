@@ -79,8 +79,8 @@ def launch_pretraining(options: PretrainOptions, start_time: float | None = None
                         announce_checks(options.config, plan.slots)
             if options.autotune:
                 plan = autotune(plan, dead_owner)
-            start = replace(plan.launch(), start_time=start_time, checked_at=checked_at)
-            launch(replace(start, dead_owner=dead_owner, held=held), plan.summary)
+            launch = replace(plan.settings(), start_time=start_time, checked_at=checked_at)
+            run_launch(replace(launch, dead_owner=dead_owner, held=held), plan.summary)
 
 
 def _restore_for_plan(config: PretrainConfig, folder: RunFolder, dead_owner: Renewal | None) -> None:
@@ -135,19 +135,19 @@ def _describe_plan(plan: LaunchPlan) -> str:
     return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(argv)}"
 
 
-def launch(start: Launch, summary: str) -> None:
+def run_launch(launch: Launch, summary: str) -> None:
     """Let the ranks begin and wait until they have exited. Raises StoppedError and SystemExit as `launch_pretraining`.
 
     `summary`: of the run, to print.
     """
-    folder = open_run_folder(start.folder.path)
+    folder = open_run_folder(launch.folder.path)
     before = completed_saves(folder.checkpoints) or set()
     inform(summary)
-    result = supervise(start)
+    result = supervise(launch)
     match result.outcome:
         case Outcome.DONE:
             with contextlib.suppress(OSError):  # a disk error does not change the outcome
-                announce_done(folder, before, time.time() - start.checked_at)
+                announce_done(folder, before, time.time() - launch.checked_at)
         case Outcome.STOPPED:
             with contextlib.suppress(OSError):
                 announce_stop(folder, before)
@@ -175,7 +175,7 @@ def warnings_left_to_rank0() -> Iterator[None]:
 
 
 def announce_checks(config: str, slots: Slots) -> None:
-    """Announce the checks. config: its file."""
+    """Announce the checks. config: path of the config file."""
     ranks = sum(map(len, slots.values()))
     where = "this machine" if is_local(slots) else counted(len(slots), "host")
     inform(f"checking {config} for {counted(ranks, 'rank')} on {where}")
@@ -214,7 +214,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def announce_stop(folder: RunFolder, before: set[tuple[int, int]]) -> None:
-    """Print the step that a stopped run has saved. `before`: as above."""
+    """Print the step that a stopped run has saved. `before`: `completed_saves` before this launch."""
     end_line()
     new = (completed_saves(folder.checkpoints) or set()) - before
     if not new:

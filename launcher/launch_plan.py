@@ -60,7 +60,7 @@ class LaunchPlan:
         """The variables that the launch adds for all ranks."""
         return launch_environment(self.machine.environ, self.machine.devices.kind if self.local else None)
 
-    def launch(self) -> Launch:
+    def settings(self) -> Launch:
         """Return the settings with which the supervisor starts the ranks."""
         max_restarts = self.options.max_restarts
         if max_restarts is None:
