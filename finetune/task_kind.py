@@ -120,7 +120,7 @@ class TaskKind(ABC, Generic[ConfigT]):
 
     @property
     def head(self) -> dict[str, Any]:
-        """Settings for the config of transformers: the size of the head and the names of its outputs, the labels. None
+        """Settings for the config of transformers: the size of the head and the names of its outputs, the labels. Empty
         without labels."""
         if not self.labels:
             return {}

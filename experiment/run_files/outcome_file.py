@@ -39,10 +39,10 @@ class Cause(StrEnum):
 
     AGREED = "agreed"  # all ranks decided it: they would again
     OUT_OF_MEMORY = "out_of_memory"  # of the device
-    LOST_RANK = "lost_rank"  # a collective failed
+    LOST_RANK = "lost_rank"  # a collective failed, or the launcher could not use the run folder
     SIGNAL = "signal"  # a rank was asked to stop
-    KILLED = "killed"  # a rank was
-    LOST_HOST = "lost_host"  # or a disk or GPU of a host
+    KILLED = "killed"  # a signal killed a rank
+    LOST_HOST = "lost_host"  # a host, or its disk or GPU, was lost
     HUNG = "hung"  # a rank made no progress
     ERROR = "error"  # anything else
 

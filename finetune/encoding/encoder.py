@@ -208,7 +208,7 @@ class Encoder:
 def load_task_tokenizer(folder: Path, task: TaskConfig, fine_tunes: bool = False) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a model folder. Raises UserError if it lacks a special token that the task needs.
 
-    fine_tunes: whether texts are cut as the task has it; otherwise as the model was trained, which the tokenizer says.
+    fine_tunes: truncate on the right; False: on the side saved in the tokenizer. Dialogues: always on the left.
     """
     needed = ["pad_token"] if task.dialogue is None else ["pad_token", "sep_token"]
     tokenizer = load_any_tokenizer(folder, needed)

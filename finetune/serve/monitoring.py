@@ -45,7 +45,7 @@ class Metrics:
         self._seconds = Histogram(
             "deepcloze_request_seconds", "Time to answer.", ["path"], buckets=_SECONDS, registry=self._registry
         )
-        self._texts = Counter("deepcloze_texts", "Texts that were asked for.", ["path"], registry=self._registry)
+        self._texts = Counter("deepcloze_texts", "Texts in requests.", ["path"], registry=self._registry)
         self._batches = Histogram(
             "deepcloze_batch_sequences", "Sequences in a batch.", buckets=_SEQUENCES, registry=self._registry
         )

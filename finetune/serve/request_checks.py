@@ -27,7 +27,7 @@ _DISCARD_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Limits:
-    """The size of a request, and the time that it may take."""
+    """Limits of a request, and of all requests together."""
 
     max_texts: int  # of one request
     max_bytes: int  # of one request

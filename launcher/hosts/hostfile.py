@@ -108,7 +108,8 @@ def allocated_hosts(environ: Mapping[str, str]) -> Hosts | None:
         if re.fullmatch(HOST_NAME, host) is None:
             raise UserError(f"the job has a host {host!r}; expected a name such as node-1")
     if hosts is not None and not (hosts and all(hosts.values())):
-        raise UserError(f"the job has {'a host without slots' if hosts else 'no hosts'}; expected at least one of each")
+        problem = "a host without slots" if hosts else "no hosts"
+        raise UserError(f"the job has {problem}; expected one host or more, each with one slot or more")
     return None if hosts is None or (len(hosts) == 1 and all(map(is_this_machine, hosts))) else hosts
 
 

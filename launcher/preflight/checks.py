@@ -166,9 +166,9 @@ def _device_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Pr
 def _network_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Problem]:
     peer = target.peer_of(host)
     if facts.network_error is not None:
-        yield Problem("network", f"no way to {peer}: {facts.network_error}", f"ssh {host} getent hosts {peer}")
+        yield Problem("network", f"cannot reach {peer}: {facts.network_error}", f"ssh {host} getent hosts {peer}")
     elif facts.address is not None and ip_address(facts.address).is_loopback:
-        text = f"its name for {peer} is the loopback address"
+        text = f"it resolves {peer} to a loopback address"
         yield Problem("network", text, f"ssh {host} getent hosts {peer}    # correct its /etc/hosts")
     for variable, names in target.interfaces.items():
         if not any(name in facts.interfaces for name in names):

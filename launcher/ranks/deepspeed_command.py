@@ -1,4 +1,4 @@
-"""DeepSpeedCommand line, environment and input files of DeepSpeed. Pure."""
+"""DeepSpeedCommand line, environment and input files of DeepSpeed."""
 
 import base64
 import json

@@ -78,7 +78,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
     ending = _describe_kill(killer, silent) if killer else ""
     if remote and exit_code == SSH_FAILED:
         killer, cause, ending = None, Cause.LOST_HOST, "ssh failed or lost the connection to a host"
-    # It exits with 0 if a signal ended the program that starts ranks on other hosts.
+    # DeepSpeed's launcher exits with 0 if a signal ended the program that starts ranks on other hosts.
     if remote and exit_code == 0 and (silent or not has_begun(folder)):
         cause, ending = Cause.KILLED, "pdsh, mpirun or srun, which runs the ranks on other hosts, was killed"
     if reported is None:

@@ -36,7 +36,7 @@ EXIT_TIMEOUT_SECONDS = 40.0
 """Limit for the other ranks to exit after one has failed: DeepSpeed's launcher gives each in turn 30 s."""
 
 RunningRanks = AbstractContextManager["subprocess.Popen[bytes]"]
-"""Lets ranks begin. In the block there is DeepSpeed's launcher, whose process group is killed at the end."""
+"""Context manager that lets ranks begin and yields DeepSpeed's launcher; on exit its process group is killed."""
 
 
 @contextmanager

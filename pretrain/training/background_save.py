@@ -46,8 +46,8 @@ T = TypeVar("T")
 
 _MOST_FAILURES = 3  # in a row
 _NICENESS = 19
-# Of processor time since the last look, a second before. A write to a dead disk may also wake up a few times a second
-# to see whether the system may cache more, which takes 0.1 ms.
+# A thread that has used less processor time than this since the last check, one second earlier, only waits: a write to
+# a dead disk wakes up a few times a second, for 0.1 ms each.
 _WORK_SECONDS = 0.001
 
 

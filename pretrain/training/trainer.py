@@ -288,7 +288,7 @@ class Trainer:
         self._evaluate_and_save_at_start()
 
     def _count(self, totals: StepTotals, trained: TrainedStep) -> None:
-        """Count the step."""
+        """Add the step to the log interval and the progress."""
         self._interval.add(trained.losses, totals)
         progress, result = self._progress, trained.result
         by_corpus = dict(progress.tokens_by_corpus)

@@ -64,7 +64,7 @@ GB = 10**9
         ),
         ({"clock_offset": -61.0}, "clock", "at least 61 s behind this machine's", "ssh b sudo chronyc makestep"),
         ({"clock_offset": 3600.0}, "clock", "at least 3600 s ahead of this machine's", "ssh b"),
-        ({"network_error": "Name or service not known"}, "network", "no way to a: Name or", "ssh b getent hosts a"),
+        ({"network_error": "Name or service not known"}, "network", "cannot reach a: Name or", "ssh b getent hosts a"),
         ({"address": "127.0.1.1"}, "network", "loopback", "/etc/hosts"),
         ({"address": "::1"}, "network", "loopback", "/etc/hosts"),
         (

@@ -121,7 +121,7 @@ def test_a_host_that_does_not_pass_is_explained_once(
 
 
 def test_a_host_that_comes_back_alone_must_reach_the_first_one(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a host that is taken back although its name for the first host is the loopback address."""
+    """Catches a host that is taken back although it resolves the first host to a loopback address."""
     asked: dict[str, str | None] = {}
 
     def probe_hosts(requests: Mapping[str, ProbeRequest], _: bool) -> dict[str, Answer]:
