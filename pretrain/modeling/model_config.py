@@ -88,7 +88,7 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
             check_extends(extended, tokenizer)
         tokenizer = extended
     if tokenizer_fingerprint(tokenizer) != corpus_fingerprint:
-        extends = f"; if that tokenizer adds tokens to the model's, set model.added_tokens: {corpus / 'tokenizer'}"
+        extends = ", or set model.added_tokens if its own adds tokens to that one"
         raise UserError(
             f"the corpus {corpus} was built with another tokenizer than the one in {folder}, so its token ids do not "
             f"match the model's. Rebuild the corpus with `--tokenizer {folder}`{'' if model.added_tokens else extends}"

@@ -122,7 +122,7 @@ def results_of(name: str, pool: RankPool, corpora: Path, folder: Path) -> Tree:
     steps = [{key: event[key] for key in KEYS} for event in events if "loss" in event]
     return {
         "steps": steps,
-        "evaluations": [event for event in events if "loss" not in event],
+        "evaluations": [event for event in events if any(name.startswith("eval/") for name in event)],
         "masks": batch_hashes(tree, steps[0]["step"] - 1, steps[-1]["step"]),
         "norms": tensor_norms(checkpoint_path(RunFolder(run_folder).checkpoints, steps[-1]["step"])),
     }

@@ -124,7 +124,9 @@ def test_a_rank_whose_gpu_has_failed_fails(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later")
 
     monkeypatch.setattr(type(process_group.get_accelerator()), "set_device", fail)
-    with pytest.raises(HostError, match=r"^GPU 0 cannot be used: CUDA error: invalid device ordinal$"):
+    with pytest.raises(
+        HostError, match=r"^GPU 0 of CUDA_VISIBLE_DEVICES=\w* cannot be used: CUDA error: invalid device ordinal$"
+    ):
         process_group.connect(timedelta(seconds=1), pytest.fail)
 
 
