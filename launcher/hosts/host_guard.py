@@ -82,7 +82,7 @@ def _wait_for_end(launch: str, lines: "queue.SimpleQueue[str]") -> None:
             line = lines.get(timeout=BEAT_SECONDS)
             if line == END:
                 return
-            if line == _LEAVE:  # the host shuts down: its ranks got the signal too, and save a checkpoint
+            if line == _LEAVE:  # the ranks may have got the signal too, as from a batch system, and save a checkpoint
                 leave_at = min(leave_at, time.monotonic() + _LEAVE_SECONDS)
             else:
                 last_line = time.monotonic()

@@ -1,4 +1,4 @@
-"""DeepSpeedCommand line, environment and input files of DeepSpeed."""
+"""Command line, environment and input files of DeepSpeed."""
 
 import base64
 import json

@@ -20,7 +20,7 @@ from experiment.run_files.goodput import record_end
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.run_files.run_lock import CLOCK_SKEW, lock_run
-from experiment.tracking.alerts import Alert, AlertFilter, Messenger, send_last_alert
+from experiment.tracking.alerts import REPEAT_SECONDS, Alert, AlertFilter, Messenger, send_last_alert
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from launcher.hosts.guarded_hosts import name_reasons
 from launcher.hosts.hostfile import Slots
@@ -79,14 +79,14 @@ class LaunchAlerts:
         others = {"W&B": self._send_to_wandb} if config.alerts.wandb else {}
         self._messenger = Messenger(config.alerts, folder, lambda message: notify(f"warning: {message}"), others)
 
-    def report(self, result: LaunchResult, restarting: str = "", waiting: str = "") -> None:
-        """Send an alert if an attempt has failed. `restarting`, `waiting`: the next step; empty if the launch ends."""
+    def report(self, result: LaunchResult, next_step: str = "") -> None:
+        """Send an alert if an attempt has failed. `next_step`: empty if the launch ends."""
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return
         stalled = result.cause is Cause.HUNG and "stall" in self._events
         event: AlertEvent = "stall" if stalled else "crash"
-        text = f"{result.outcome}: {result.message}\n{restarting or waiting or 'the launch has ended'}"
-        alert = Alert(event, text, repeated=bool(restarting))
+        text = f"{result.outcome}: {result.message}\n{next_step or 'the launch has ended'}"
+        alert = Alert(event, text, repeated=bool(next_step))
         if self._filter.passes(alert):
             self._messenger.alert(alert)
 
@@ -135,8 +135,9 @@ class _Supervisor:
                     if self._stop_requested():
                         return _as_stop(attempt.result)
                     if not slots:
-                        self._alerts.report(self._no_host())
-                        return self._no_host()
+                        result = self._no_host()
+                        self._alerts.report(result)
+                        return result
                     self._joined |= slots.keys() - layout.slots.keys() - self._left_out
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
 
@@ -181,7 +182,8 @@ class _Supervisor:
         hosts = self._joined & result.lost if result.lost else self._joined
         self._joined = self._joined - hosts
         self._left_out |= hosts
-        self._failures.update(hosts)
+        if len(hosts) == 1:  # of several, the others may work
+            self._failures.update(hosts)
         return sorted(hosts)
 
     def _given_up(self) -> set[str]:
@@ -224,16 +226,19 @@ class _Supervisor:
 
     def _await_slots(self, trusted: Collection[str]) -> Slots:
         """Return the slots of the usable hosts, once there are any; none after a request to stop or `_OUTAGE_HOURS`."""
-        deadline, waiting = time.monotonic() + _OUTAGE_HOURS * 3600, ""
+        start, waiting, alerted = time.monotonic(), "", False
         for seconds in look_intervals():
             if self._stop_requested():
                 break
-            if (slots := self._usable_slots(trusted)) or time.monotonic() > deadline:
+            slots, waited = self._usable_slots(trusted), time.monotonic() - start
+            if slots or waited > _OUTAGE_HOURS * 3600:
                 return slots
             if not waiting:
                 waiting = f"waiting for a host, for {_OUTAGE_HOURS:.0f} hours at most"
                 notify(waiting)
-                self._alerts.report(self._no_host(), waiting=waiting)
+            if waited > REPEAT_SECONDS and not alerted:
+                self._alerts.report(self._no_host(), waiting)
+                alerted = True
             trusted = ()
             self._stop.wait(seconds)
         return {}
@@ -245,9 +250,10 @@ class _Supervisor:
     def _usable_slots(self, trusted: Collection[str]) -> Slots:
         """Return the slots of the hosts that answer, of those that are left out only if there are no others. Hosts that
         are not `trusted` must pass preflight too: a host that is back may lack its GPUs or disks."""
-        wanted = self._launch.slots
         if self._launch.local:
-            return wanted
+            return self._launch.slots
+        given_up = self._given_up()
+        wanted = {host: slots for host, slots in self._launch.slots.items() if host not in given_up}
         silent: dict[str, str] = {}
         with suppress(OSError):  # no temporary file or process can be made: guards notice hosts that do not answer
             silent = unusable_hosts(wanted.keys(), self._folder)

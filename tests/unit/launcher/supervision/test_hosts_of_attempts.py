@@ -21,6 +21,7 @@ from experiment.run_files.heartbeat import Heartbeat
 from experiment.run_files.outcome_file import Cause, Outcome, RankRecord
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import LockTimes, lock_run
+from experiment.tracking import alerts
 from experiment.tracking.alerts import Messenger
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
@@ -298,14 +299,16 @@ def test_a_host_that_returns_and_does_not_work_is_left_out(
 def test_a_host_that_never_works_is_given_up(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a run that spends half its time with a host that passes preflight and fails the run, for weeks."""
-    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
+    """Catches a run that spends half its time with a host that passes preflight and fails the run, for weeks, and one
+    that goes on with it alone."""
     failure = Ending(Outcome.FAILED, Cause.HUNG)
     saves = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
-    endings = [LOST, *(JOINS, failure) * 3, saves, DONE]
+    endings = [LOST, *(JOINS, failure) * 3, saves, replace(LOST, lost="node-1"), DONE]
+    looks = ("node-2", *[""] * 7, "node-1", "node-1")
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
     watched: list[Collection[str]] = []
-    result, hosts = supervise_endings(folder, monkeypatch, *endings, watched=watched, max_restarts=2)
-    assert (result.outcome, hosts) == (Outcome.DONE, ["12", *["1", "12"] * 3, "1", "1"])
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, watched=watched, max_restarts=4)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", *["1", "12"] * 3, "1", "1", "1"])
     assert watched[-3:] == [set(), set(), set()]
     assert "restarting without node-2 from now on\n" in capsys.readouterr().err
 
@@ -396,15 +399,17 @@ def test_an_outage_of_all_hosts_is_no_failure(
     """Catches a run of weeks that ends because a switch restarts for some minutes, hosts that come back without their
     disks, and a message at each look."""
     monkeypatch.setattr(supervisor, "unusable_hosts", losing(*["node-1 node-2"] * 20))
-    alerts: list[str] = []
-    monkeypatch.setattr(Messenger, "alert", lambda _, alert: alerts.append(alert.text))
+    for module in (supervisor, alerts):
+        monkeypatch.setattr(module, "REPEAT_SECONDS", 0.0)
+    sent: list[str] = []
+    monkeypatch.setattr(Messenger, "alert", lambda _, alert: sent.append(alert.text))
     preflight_problems = losing("node-2")
     result, hosts = supervise_endings(folder, monkeypatch, LOST, DONE, preflight_problems=preflight_problems)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1"])
     assert capsys.readouterr().err.count("waiting for a host, for 24 hours at most") == 1
     reasons = "node-1: refused; node-2: refused"
     waiting = f"failed: no host answers and passes preflight: {reasons}\nwaiting for a host, for 24 hours at most"
-    assert alerts == ["failed: ending 1\nrestarting", waiting]
+    assert sent == ["failed: ending 1\nrestarting", waiting]
 
 
 def test_a_stop_ends_the_wait_for_hosts(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
