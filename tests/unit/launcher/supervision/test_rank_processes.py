@@ -144,7 +144,12 @@ def test_a_killed_watchdog_is_replaced(tmp_path: Path) -> None:
     wait_until((tmp_path / "imported").exists, process)
 
     def watchdogs() -> list[psutil.Process]:
-        return [child for child in psutil.Process(process.pid).children() if child.name() == "sh"]
+        found = []
+        for child in psutil.Process(process.pid).children():
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                if child.name() == "sh":
+                    found.append(child)
+        return found
 
     wait_until(lambda: len(watchdogs()) == 1)
     (first,) = watchdogs()
