@@ -14,6 +14,8 @@ from experiment.files import json_digest, read_items
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
 from pretrain.corpus.words import UNSPACED
 
+_LETTER = regex.compile(rf"[^\W{UNSPACED}]")
+
 
 class Config(Section):
     """Drop documents with words or phrases of a list."""
@@ -31,10 +33,12 @@ class Config(Section):
 
 class Step(DocumentStep[Config]):
     config_type = Config
+    packages = ("ahocorasick",)
 
     def prepare(self, read_task: ReadTask) -> None:
         items = read_items(self.config.file, "steps: word_list.file")
-        self.words = sorted({_normalize(word) for _, word in items if not word.startswith("#")})
+        words = {_normalize(word) for _, word in items if not word.startswith("#")}
+        self.words = sorted(words | {word.replace("ß", "ss") for word in words})  # STRASSE is Straße in capitals
         if not self.words:
             raise UserError(f"steps: word_list.file: {self.config.file} has no words")
 
@@ -43,19 +47,29 @@ class Step(DocumentStep[Config]):
         return {"words": json_digest(self.words)}
 
     @cached_property
-    def _pattern(self) -> regex.Pattern[str]:
-        letter = rf"[^\W{UNSPACED}]"
-        patterns = {"anywhere": r"\L<anywhere>", "whole": rf"(?<!{letter})\L<whole>(?!{letter})"}
-        lists: dict[str, list[str]] = {}
+    def _automaton(self) -> Any:
+        import ahocorasick
+
+        automaton = ahocorasick.Automaton()
         for word in self.words:
             is_whole = self.config.whole_words and not regex.search(rf"[{UNSPACED}]", word)
-            lists.setdefault("whole" if is_whole else "anywhere", []).append(word)
-        return regex.compile("|".join(patterns[name] for name in lists), regex.IGNORECASE | regex.FULLCASE, **lists)
+            automaton.add_word(word, (word, is_whole))
+        automaton.make_automaton()
+        return automaton
 
     def apply(self, document: Document) -> Verdict | None:
-        found = [match.group() for match in self._pattern.finditer(_normalize(document.text))]
-        return Verdict("listed_word", detail=found[0]) if len(found) > self.config.max_count else None
+        text, found, end = _normalize(document.text), list[str](), 0
+        for last, (word, is_whole) in self._automaton.iter(text):
+            start = last + 1 - len(word)
+            if start < end or (is_whole and _LETTER.search(text[start - 1 : start] + text[last + 1 : last + 2])):
+                continue
+            found.append(word)
+            if len(found) > self.config.max_count:
+                return Verdict("listed_word", detail=found[0])
+            end = last + 1
+        return None
 
 
 def _normalize(text: str) -> str:
-    return " ".join(text.replace("’", "'").split())
+    # lower: casefold would make aß of ass. It turns İ into i and a dot above.
+    return " ".join(text.lower().replace("i\u0307", "i").replace("’", "'").split())

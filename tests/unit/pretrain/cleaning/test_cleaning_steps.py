@@ -1,6 +1,7 @@
 """Each step on texts that it keeps, changes and drops."""
 
 import json
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -106,19 +107,39 @@ def test_chinese_words_of_a_list_are_found(tmp_path: Path) -> None:
 
 
 def test_words_of_a_list_are_found(tmp_path: Path) -> None:
-    """Catches words inside others, case, also of ß, phrases across lines, and apostrophes of another kind."""
-    (tmp_path / "words").write_text("# comment\nass\nbad phrase\nStraße\ndon't\nİst\n", encoding="utf-8")
+    """Catches words inside others, case, also of ß, `aß` for `ass`, phrases across lines, apostrophes of another kind,
+    and the end of a word that only begins a longer one."""
+    (tmp_path / "words").write_text(
+        "# comment\nass\nmass\nbad phrase\nbad phrase book\nStraße\ndon't\nİst\n", encoding="utf-8"
+    )
     keys = {"file": str(tmp_path / "words")}
     assert apply("word_list", "a classic passage", **keys)[0] == ""
+    assert apply("word_list", "Er aß, und trank eine Maß", **keys)[0] == ""
     assert apply("word_list", "such an ASS!", **keys)[0] == "listed_word"
     assert apply("word_list", "他说ass了", **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", **keys)[0] == "listed_word"
-    for text in ("a bad\r\n phrase", "EINE STRASSE", "I don’t", "ist"):
+    for text in ("a bad\r\n phrase", "bad phrase books", "EINE STRASSE", "die STRAẞE", "I don’t", "ist"):
         assert apply("word_list", text, **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", max_count=1, **keys)[0] == ""
     assert apply("word_list", "a # comment", **keys)[0] == ""
     with pytest.raises(UserError, match=r"word_list.file: cannot read .*none"):
         apply("word_list", "a", file=str(tmp_path / "none"))
+
+
+def test_the_time_for_a_text_does_not_grow_with_the_list(tmp_path: Path) -> None:
+    """Catches a search for one word of the list after another, which takes hours for 10,000 words."""
+
+    def seconds(words: int) -> float:
+        (tmp_path / "words").write_text("".join(f"{word:x}字\n" for word in range(words)), encoding="utf-8")
+        step_type = find_step("word_list")
+        step = step_type(step_type.config_type(file=str(tmp_path / "words")))
+        step.prepare(lambda name: [])
+        step.apply(Document("in.txt:1", "in.txt", ""))
+        started = time.process_time()
+        assert step.apply(Document("in.txt:2", "in.txt", "a b c d e f, " * 5000)) is None
+        return time.process_time() - started
+
+    assert seconds(2000) < 20 * seconds(100)
 
 
 def test_another_list_is_another_cleaning(clean: Any, tmp_path: Path) -> None:
