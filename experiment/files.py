@@ -192,10 +192,10 @@ def read_items(path: Path | str, key: str) -> list[tuple[int, str]]:
     key: of the file, for messages. Raises UserError if it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            lines = list(text_lines(file, f"{key}: {path}"))
+        raw = Path(path).read_bytes().splitlines()  # of bytes: at "\n", "\r\n" and "\r" only
     except OSError as error:
         raise UserError(f"{key}: cannot read {path}: {reason(error)}") from None
+    lines = text_lines(raw, f"{key}: {path}")
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 

@@ -16,6 +16,7 @@ from experiment.files import (
     checksum,
     created_parents,
     fsync_tree,
+    read_items,
     removed_on_error,
     sha256,
     temporary_folder,
@@ -99,6 +100,12 @@ def test_digests_are_the_published_ones(tmp_path: Path) -> None:
     path.write_bytes(content)
     assert sha256(path) == hashlib.sha256(content).hexdigest()
     assert checksum(path) == xxhash.xxh3_128_hexdigest(content)
+
+
+def test_items_have_the_numbers_of_their_lines(tmp_path: Path) -> None:
+    """Catches a list whose lines end in CR alone, as some programs write it, that becomes one item."""
+    (tmp_path / "list").write_bytes("\ufeffa\r\rb\u2028c\r\n d \n".encode())
+    assert read_items(tmp_path / "list", "key") == [(1, "a"), (3, "b\u2028c"), (4, "d")]
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_one(small_disk: SmallDisk) -> None:
