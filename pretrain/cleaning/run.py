@@ -57,8 +57,8 @@ def clean(
                 raise UserError(f"{folder / CLEAN_SUMMARY} is damaged; delete {folder} to start over")
             if summary["recipe"] != recipe or summary.get("source") != digest_of(read_inputs(sources, config)):
                 raise UserError(
-                    f"output: {folder} already holds documents that were cleaned with another config, or of other "
-                    "sources; name a new folder or delete it"
+                    f"output: {folder} already holds documents that were cleaned with another config or version, or "
+                    "of other sources or lists; name a new folder or delete it"
                 )
             print(f"{folder} already exists, of the same sources and steps")
             shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)  # killed after the rename
@@ -149,8 +149,8 @@ def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
         recorded = read_json(path) if path.exists() else identity
     if recorded != identity and _holds_parts(partial):
         raise UserError(
-            f"{partial} holds an unfinished cleaning with another config, or of other sources, also if files were "
-            "changed or copied since; use the same to resume it, or delete it to start over"
+            f"{partial} holds an unfinished cleaning with another config or version, or of other sources or lists, "
+            "also if files were changed or copied since; use the same to resume it, or delete it to start over"
         )
     partial.mkdir(exist_ok=True)
     write_json(path, identity)

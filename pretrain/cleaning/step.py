@@ -97,7 +97,8 @@ class Step(ABC, Generic[ConfigT]):
         """Open the files that the config names, in the main process. Raises UserError."""
 
     def facts(self) -> Mapping[str, Any]:
-        """Return the facts about the step in clean.json besides its counts."""
+        """Return the facts about the step in clean.json besides its counts. A cleaning with other facts is refused,
+        finished or not."""
         return {}
 
 

@@ -93,7 +93,7 @@ class Step(DocumentStep[Config]):
         self._index = Index(evaluated, self.config.ngram, self.config.min_words)
 
     def facts(self) -> Mapping[str, Any]:
-        """Return what is compared: an unfinished cleaning that has compared other words is refused."""
+        """Return what is compared: a cleaning that has compared other words is refused."""
         return {"against": self._digests, "contractions": "divided"}
 
     def apply(self, document: Document) -> Verdict | None:

@@ -1,5 +1,6 @@
 """Language identification by a fastText model, such as lid.176.bin."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from pydantic import Field
 from experiment.config import Section
 from experiment.config.field_types import Fraction, PathText
 from experiment.errors import UserError
+from experiment.files import checksum
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
 
 _LABEL = "__label__"
@@ -42,6 +44,11 @@ class Step(DocumentStep[Config]):
             raise UserError(
                 f"steps: language.keep: {self.config.model} knows no language '{unknown[0]}'; it knows {known}, …"
             )
+        self._digest = checksum(Path(self.config.model))
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return a digest of the model: a cleaning by another one is refused."""
+        return {"model": self._digest}
 
     @cached_property
     def model(self) -> Any:

@@ -40,7 +40,7 @@ class Step(CollectionStep[Config]):
     config_type = Config
 
     def facts(self) -> Mapping[str, Any]:
-        """Return how texts are split: an unfinished cleaning that has split them in another way is refused."""
+        """Return how texts are split: a cleaning that has split them in another way is refused."""
         return {"separator": _SEPARATORS[self.config.unit]}
 
     def observe(self, documents: Sequence[Document]) -> Arrays:

@@ -1,7 +1,8 @@
 """Lists of domains, URLs and words in URLs, of datatrove."""
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
@@ -9,7 +10,7 @@ from experiment.config import Section
 from experiment.config.field_types import PathText
 from experiment.csv_and_jsonl import unexpected_cell
 from experiment.errors import UserError
-from experiment.files import read_items
+from experiment.files import json_digest, read_items
 from pretrain.cleaning.datatrove_step import FilterStep
 from pretrain.cleaning.step import Document, ReadTask, Verdict
 
@@ -52,6 +53,10 @@ class Step(FilterStep[Config]):
             for key, argument in _LISTS.items()
             if (path := getattr(self.config, key)) is not None
         }
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return a digest of the lists: a cleaning by others is refused."""
+        return {"lists": json_digest(self.lists)}
 
     def make_filter(self) -> "BaseFilter":
         from datatrove.pipeline.filters import URLFilter

@@ -43,7 +43,7 @@ class Step(DocumentStep[Config]):
             raise UserError(f"steps: word_list.file: {self.config.file} has no words")
 
     def facts(self) -> Mapping[str, Any]:
-        """Return a digest of the words: an unfinished cleaning that has looked for others is refused."""
+        """Return a digest of the words: a cleaning that has looked for others is refused."""
         return {"words": json_digest(self.words)}
 
     @cached_property

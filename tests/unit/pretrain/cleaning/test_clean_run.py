@@ -186,9 +186,9 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
     """Catches a result that is overwritten, or taken for that of another config or source."""
     first = clean(["a text"], {"exact_dedup": {}})
     assert clean(["a text"], {"exact_dedup": {}}) == first
-    with pytest.raises(UserError, match="another config, or of other sources"):
+    with pytest.raises(UserError, match="another config or version, or of other sources"):
         clean(["a text"], {"length": {}})
-    with pytest.raises(UserError, match="another config, or of other sources"):
+    with pytest.raises(UserError, match="another config or version, or of other sources"):
         clean(["b text"], {"exact_dedup": {}})
     (tmp_path / "out" / "clean.json").write_text("[]")
     with pytest.raises(UserError, match=r"clean.json is damaged; delete .*/out to start over$"):
@@ -232,7 +232,7 @@ def test_an_unfinished_cleaning_of_another_text_is_refused(
     text, modified = (tmp_path / "a.txt").read_text(), (tmp_path / "a.txt").stat().st_mtime_ns
     (tmp_path / "a.txt").write_text(text.replace("a0", "z0"))
     os.utime(tmp_path / "a.txt", ns=(modified + 1, modified + 1))
-    with pytest.raises(UserError, match="another config, or of other sources"):
+    with pytest.raises(UserError, match="another config or version, or of other sources"):
         clean(config, tmp_path / "out")
     os.utime(tmp_path / "a.txt", ns=(modified, modified))
     (tmp_path / "out.partial" / "pass-0" / "done.json").unlink()

@@ -142,14 +142,20 @@ def test_the_time_for_a_text_does_not_grow_with_the_list(tmp_path: Path) -> None
     assert seconds(2000) < 20 * seconds(100)
 
 
-def test_another_list_is_another_cleaning(clean: Any, tmp_path: Path) -> None:
-    """Catches a result that is kept although the words of the file have changed."""
-    step = {"word_list": {"file": str(tmp_path / "words")}}
-    (tmp_path / "words").write_text("bad\n")
-    clean(["a line"], step)
-    (tmp_path / "words").write_text("worse\n")
-    with pytest.raises(UserError, match="another config"):
-        clean(["a line"], step)
+@pytest.mark.parametrize(("name", "key"), [("word_list", "file"), ("url_filter", "domains"), ("language", "model")])
+def test_another_list_is_another_cleaning(name: str, key: str, clean: Any, tmp_path: Path) -> None:
+    """Catches a result that is kept although the words of the file, or the model, have changed."""
+    step = {name: {key: str(tmp_path / "file")}}
+    if name == "language":
+        write_language_model(tmp_path / "file")
+    else:
+        (tmp_path / "file").write_text("bad\n")
+    clean(["a line"], step, metadata=["url"])
+    clean(["a line"], step, metadata=["url"])
+    with (tmp_path / "file").open("a") as file:
+        file.write("worse\n")
+    with pytest.raises(UserError, match="another config or version, or of other sources or lists"):
+        clean(["a line"], step, metadata=["url"])
 
 
 def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
