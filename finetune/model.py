@@ -28,8 +28,8 @@ from experiment.models.transformers_models import (
 )
 
 _TOKENIZER_FILES = (
-    *("*token*.json", "vocab*", "merges.txt", "*.model"),
-    *("bpe.codes", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
+    *("*tokens*.json", "*tokenizer*.json", "vocab*", "merges.txt", "*.model"),
+    *("bpe.codes", "dict.txt", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
 )
 
 

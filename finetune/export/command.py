@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 from experiment.errors import UserError, describe_disk_error, reason
+from experiment.files import read_json
+from experiment.formatting import shorten
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import local_model
 from experiment.output_folder import is_free, new_folder
@@ -19,7 +21,8 @@ from finetune.prediction.saved_task import FILE, find_model, read_saved_task
 # Of a model, beside weights, config and tokenizer: all else in a folder, such as .git, may not be meant for others.
 _MORE_FILES = (
     *("deepcloze*.json", "generation_config.json", "chat_template.jinja", "LICENSE*"),
-    *("modules.json", "*sentence_*.json", "[0-9]_*/*"),  # of sentence-transformers
+    *("modules.json", "*sentence_*.json"),  # of sentence-transformers
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),  # code of a model of its own
 )
 
 
@@ -66,17 +69,33 @@ def _write(source: Path, folder: Path, options: ExportOptions, repository: HubNa
     if options.format == "hf":
         if (source / FILE).is_file():
             read_saved_task(source)  # refuses damaged files, as the export to ONNX does
-        unlisted, files = unlisted_files(source), set(model_files(source, weights=True))
-        files.update(path for pattern in _MORE_FILES for path in source.glob(pattern))
-        known = files | {path.parent for path in files}
-        shutil.copytree(
-            source,
-            folder,
-            ignore=lambda at, names: {x for x in names if (path := Path(at, x)) in unlisted or path not in known},
-        )
+        _copy(source, folder)
         write_card(source, folder, title)
-        return []
+        names = {path.name for path in source.iterdir()} - {path.name for path in folder.iterdir()}
+        return [f"left out: {shorten(', '.join(sorted(names)), 200)}"] if names else []
     require_packages("onnx", "onnxruntime", "onnxscript")
     from finetune.export.onnx_folder import write_onnx_folder
 
     return write_onnx_folder(source, folder, title, options.int8)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Copy the files of a model. Raises UserError."""
+    unlisted, files, modules = unlisted_files(source), model_files(source, weights=True), _module_folders(source)
+    files += [path for pattern in _MORE_FILES for path in source.glob(pattern)]
+    known = {path for file in (*files, *modules) for path in (file, *file.parents)}
+
+    def is_copied(path: Path) -> bool:
+        in_module = not path.name.startswith(".") and not modules.isdisjoint(path.parents)
+        return path not in unlisted and (path in known or in_module)
+
+    shutil.copytree(source, folder, ignore=lambda at, names: {x for x in names if not is_copied(Path(at, x))})
+
+
+def _module_folders(source: Path) -> set[Path]:
+    """Return the folders of modules of sentence-transformers, such as `1_Pooling`. Raises UserError."""
+    path = source / "modules.json"
+    try:
+        return {source / module["path"] for module in read_json(path)} - {source} if path.exists() else set()
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: expected a list of modules, each with its 'path'") from None

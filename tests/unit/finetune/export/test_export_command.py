@@ -68,19 +68,30 @@ def test_only_what_the_checkpoint_lists_is_exported(run: Path, tmp_path: Path) -
         assert {path.name for path in output.rglob("*")} == expected
 
 
-def test_only_the_files_of_a_model_are_exported(run: Path, tmp_path: Path) -> None:
-    """Catches secrets and optimizer states in the folder of a training, which `--push` would publish; and modules of
-    sentence-transformers that are missing."""
+def test_only_the_files_of_a_model_are_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches secrets and optimizer states in the folder of a training, which `--push` would publish, and modules of
+    sentence-transformers or code of the model that are missing, in silence."""
     folder = Path(shutil.copytree(checkpoint_path(run / "checkpoints", 2) / "hf", tmp_path / "source"))
     kept = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"}
-    kept |= {"LICENSE", "2_Dense/model.safetensors"}
+    kept |= {"2_Asym/query_0_Dense/model.safetensors", "10_Dense/model.safetensors"}
+    kept |= {"LICENSE", "dict.txt", "modeling_x.py"}
     expected = kept | {path.name for path in folder.iterdir()} | {"README.md"}
-    for name in (*kept, ".env", ".git/config", "checkpoint-10/optimizer.pt", "training_args.bin", "data/train.csv"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    others = (".env", ".git/config", "checkpoint-10/optimizer.pt", "training_args.bin", "data/train.csv")
+    for name in (*kept, *others, "hf_token.json", "3_Old/x.json", "1_Pooling/.env"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).touch()
+    paths = ("", "1_Pooling", "2_Asym", "10_Dense")
+    (folder / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
     export(folder, output := tmp_path / "exported")
     assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == expected
-    assert {path.name for path in output.iterdir() if path.is_dir()} == {"1_Pooling", "2_Dense"}
+    assert {path.name for path in output.iterdir() if path.is_dir()} == {*paths} - {""}
+    assert (
+        "left out: .env, .git, 3_Old, checkpoint-10, data, hf_token.json, training_args.bin\n"
+        in capsys.readouterr().out
+    )
+    (folder / "modules.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"modules.json: expected a list of modules"):
+        export(folder, tmp_path / "damaged")
 
 
 def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
