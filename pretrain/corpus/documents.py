@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, Literal, Self
 
-from experiment.csv_and_jsonl import missing_column
+from experiment.csv_and_jsonl import missing_column, warn_once
 from experiment.errors import UserError
 from experiment.hub_data import HubData, load_rows, read_cells
 from experiment.progress import progress
@@ -144,7 +144,7 @@ def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
     mode: Literal["r|", "r:"] = "r|" if compression else "r:"
     content = decompress(file, compression)
     # errors: of the names. ignore_zeros: another archive may follow the end of one.
-    with tarfile.open(
+    with _Archive.open(
         fileobj=content, mode=mode, ignore_zeros=True, encoding="utf-8", errors="replace", tarinfo=_Member
     ) as archive:
         for info in archive:
@@ -155,17 +155,41 @@ def _tar_members(file: IO[bytes], span: Span, is_wanted: Callable[[str], bool]) 
                 member = archive.extractfile(info)
                 assert member is not None
                 yield info.name, member
+        if archive.has_trailer:
+            warn_once(f"{source.name}: what follows the end of the archive is no archive, and is ignored")
+
+
+class _Archive(tarfile.TarFile):
+    has_ended = False  # the block before was an end marker
+    has_trailer = False  # something else follows the end of the last archive, such as a checksum or a line end
 
 
 class _Member(tarfile.TarInfo):
     """Raises ReadError for a damaged header, which `tarfile` takes for the end of the archive."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+    def fromtarfile(cls, archive: _Archive) -> Self:  # type: ignore[override]
         try:
-            return super().fromtarfile(archive)
+            member = super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            archive.has_ended = True
+            raise
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(str(error)) from None
+            if not archive.has_ended:
+                raise tarfile.ReadError(str(error)) from None
+            archive.has_trailer = True
+            raise tarfile.EmptyHeaderError from None  # type: ignore[attr-defined]  # ends the reading
+        archive.has_ended = False
+        return member
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            if buf[257:262] == b"ustar":  # a header, even after the end of an archive
+                raise tarfile.ReadError(str(error)) from None
+            raise
 
 
 def tar_compression(name: str) -> str:

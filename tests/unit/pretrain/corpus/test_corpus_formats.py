@@ -379,6 +379,18 @@ def test_tars_that_follow_one_another_are_one(tmp_path: Path, suffix: str) -> No
         texts(path)
 
 
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+@pytest.mark.parametrize("trailer", [b"\n", b"0cc175b9c0f1b6a831c399e269772661  a.tar\n" * 20, bytes(100)])
+def test_what_follows_the_end_of_a_tar_is_ignored(
+    tmp_path: Path, suffix: str, trailer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a line end or a checksum after an archive that makes it unreadable."""
+    whole = gzip.decompress(tar_of({"a.txt": b"a\n"})) + trailer
+    (tmp_path / f"a.{suffix}").write_bytes(gzip.compress(whole) if suffix == "tar.gz" else whole)
+    assert texts(tmp_path / f"a.{suffix}") == ["a"]
+    assert f"a.{suffix}: what follows the end of the archive is no archive" in caplog.text
+
+
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     """Catches a folder on another disk that is left out, one that is read twice, and a link to a folder above it."""
     for name in ("data/a", "other"):
