@@ -94,7 +94,7 @@ class Step(DocumentStep[Config]):
 
     def facts(self) -> Mapping[str, Any]:
         """Return what is compared: a cleaning that has compared other words is refused."""
-        return {"against": self._digests, "contractions": "divided"}
+        return {"against": self._digests}
 
     def apply(self, document: Document) -> Verdict | None:
         matches = self._index.matches(document.text)

@@ -70,6 +70,12 @@ def test_the_order_of_texts_does_not_matter() -> None:
     assert texts_digest(["a", "b"]) == texts_digest(["b", "a", "a"]) != texts_digest(["ab"])
 
 
+def test_the_digest_of_texts_is_known() -> None:
+    """Catches digests that change by accident: all corpora would count as not decontaminated. Corpora for which
+    contractions were not divided have others."""
+    assert texts_digest(["a"]) == "2d381637f8c0ed4ad9492ab1bd901484"
+
+
 def test_a_corpus_of_several_folders_has_what_they_share(tmp_path: Path) -> None:
     """Catches a corpus that counts as decontaminated although one of its sources was not."""
     for name, tasks in (("a", {"sst2": "1", "cola": "2"}), ("b", {"sst2.yaml": "1"}), ("c", None)):
