@@ -60,7 +60,7 @@ class MicrobatchSize:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._warned = False
+        self.warned = False
 
     def compute(self, examples: Sequence[T], compute: Callable[[Sequence[Sequence[T]]], None]) -> None:
         """Call `compute` with the examples in microbatches, and again with smaller ones whenever memory runs out.
@@ -76,10 +76,10 @@ class MicrobatchSize:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if size < min(self.size, len(examples)):
-            if not self._warned:
+            if not self.warned:
                 message = "out of memory: computing %d examples at once, not %d; scores stay the same"
                 log.warning(message, size, self.size)
-            self.size, self._warned = size, True
+            self.size, self.warned = size, True
 
 
 def _fits(compute: Callable[[Sequence[Sequence[T]]], None], parts: Sequence[Sequence[T]]) -> bool:

@@ -1,6 +1,7 @@
 """Predict with a fine-tuned model, for `deepcloze predict` and servers."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -99,8 +100,11 @@ class Predictor:
         If memory runs out, only this call computes fewer at once, unlike the rest of a file: on a server, memory may be
         free again.
         """
-        microbatch = MicrobatchSize(self._inference.microbatch.size)
-        return replace(self._inference, microbatch=microbatch).compute(examples)[0]
+        shared = self._inference.microbatch
+        microbatch = copy(shared)
+        outputs = replace(self._inference, microbatch=microbatch).compute(examples)[0]
+        shared.warned |= microbatch.warned
+        return outputs
 
     def decode(self, split: Split, outputs: Outputs, calibrated: bool = False) -> list[Prediction]:
         """Return the last step. outputs: of the examples of the split."""
