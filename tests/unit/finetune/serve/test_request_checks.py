@@ -424,7 +424,7 @@ def test_a_request_that_takes_too_long(
 def test_running_out_of_memory_is_the_servers_error(
     path: str, folders: dict[str, Path], connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a client that is told to change a config, an operator who is told nothing, and batches that stay small
+    """Catches a lack of memory that is put down to the client, or not logged, and batches that stay small
     once there is memory again."""
     client = connect(folders["masked" if path == "fill-mask" else "sequence"])
     limit, computed = 0, []

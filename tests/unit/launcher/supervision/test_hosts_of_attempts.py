@@ -300,7 +300,7 @@ def test_a_host_that_never_works_is_given_up(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a run that spends half its time with a host that passes preflight and fails the run, for weeks, and one
-    that goes on with it alone."""
+    that uses this host when the others are lost."""
     failure = Ending(Outcome.FAILED, Cause.HUNG)
     saves = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
     endings = [LOST, *(JOINS, failure) * 3, saves, replace(LOST, lost="node-1"), DONE]
@@ -314,7 +314,7 @@ def test_a_host_that_never_works_is_given_up(
 
 
 def test_a_host_is_not_left_out_for_the_loss_of_another(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a run that goes on with half its hosts because one of the others was lost."""
+    """Catches a host that is left out because another one was lost."""
     monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "", "node-1"))
     endings = [LOST, JOINS, replace(LOST, lost="node-1", saves=False), replace(JOINS, saves=True), DONE]
     result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2)
