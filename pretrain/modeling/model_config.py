@@ -90,8 +90,8 @@ def check_tokenizer(model: ModelConfig, corpus_fingerprint: str, corpus: Path) -
     if tokenizer_fingerprint(tokenizer) != corpus_fingerprint:
         extends = ", or set model.added_tokens if its own adds tokens to that one"
         raise UserError(
-            f"the corpus {corpus} was built with another tokenizer than the one in {folder}, so its token ids do not "
-            f"match the model's. Rebuild the corpus with `--tokenizer {folder}`{'' if model.added_tokens else extends}"
+            f"the corpus {corpus} was built with another tokenizer than the one in {folder}. Rebuild the corpus with "
+            f"`--tokenizer {folder}`{'' if model.added_tokens else extends}"
         )
 
 

@@ -18,8 +18,8 @@ IMPORT = re.compile(r"^\s*(?:import|from)\s+(\w+)", re.MULTILINE)
 PRODUCT = ("launcher", "pretrain", "finetune", "experiment")
 # Needed without an import: command-line tools, pytest plugins, stubs for mypy; transformers' Trainer needs accelerate,
 # starlette's test client httpx2, and its forms python-multipart; torch.onnx needs onnxscript; datatrove's URL filter
-# needs fasteners and pyahocorasick, trafilatura lxml_html_clean. A test asks pytest for schemathesis;
-# moto's server, ipykernel and MkDocs are started as processes.
+# needs fasteners, trafilatura lxml_html_clean. A test asks pytest for schemathesis; moto's server, ipykernel and MkDocs
+# are started as processes.
 NOT_IMPORTED = {
     "accelerate",
     "fasteners",
@@ -30,7 +30,6 @@ NOT_IMPORTED = {
     "moto",
     "mypy",
     "onnxscript",
-    "pyahocorasick",
     "pytest-timeout",
     "pytest-xdist",
     "python-multipart",

@@ -247,7 +247,7 @@ def test_tokenizers_that_do_not_match_are_rejected(
     check_tokenizer(settings, new, tmp_path)
     with pytest.raises(UserError, match=f"another tokenizer than the one in {extended}"):
         check_tokenizer(settings, old, tmp_path)
-    with pytest.raises(UserError, match=f"in {tmp_path}, .* set model.added_tokens if its own adds tokens"):
+    with pytest.raises(UserError, match=f"in {tmp_path}\\. .* set model.added_tokens if its own adds tokens"):
         check_tokenizer(ModelConfig(init_from=str(tmp_path)), new, tmp_path / "corpus")
     for folder, message in ((byte_level, "does not extend"), (tmp_path / "none", "does not exist")):
         with pytest.raises(UserError, match=rf"model\.added_tokens: .*{message}"):
