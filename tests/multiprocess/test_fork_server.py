@@ -11,6 +11,7 @@ import psutil
 import pytest
 import yaml
 
+from fork_server import TITLE
 from launches import Start, wait_for_exit
 from waiting import wait_until
 
@@ -29,13 +30,13 @@ def config(tmp_path: Path, wordpiece_corpus: Path) -> Iterator[str]:
 
 
 def forked(first: int, mark: str) -> psutil.Process:
-    """The process in which the command of the process `first` runs. It is another one with the same variable."""
+    """The process in which the command of the process `first` runs: the child of the server with the same variable."""
     found: list[psutil.Process] = []
 
     def search() -> bool:
         for process in psutil.process_iter():
             try:
-                if process.pid != first and process.environ().get("MARK") == mark:
+                if process.pid != first and process.environ().get("MARK") == mark and is_served(process):
                     found.append(process)
             except psutil.Error:
                 continue
@@ -43,6 +44,11 @@ def forked(first: int, mark: str) -> psutil.Process:
 
     wait_until(search)
     return found[0]
+
+
+def is_served(process: psutil.Process) -> bool:
+    parent = process.parent()
+    return parent is not None and TITLE in parent.cmdline()
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -67,7 +73,9 @@ def test_a_signal_ends_both_processes(start: Start, tmp_path: Path, config: str,
 def test_the_end_of_the_command_ends_the_process(start: Start, tmp_path: Path, config: str) -> None:
     """Catches a killed rank whose death its launcher does not see."""
     first = start(*PRETRAIN, config, MARK=str(tmp_path), DEEPCLOZE_GATE=str(tmp_path / "gate"))
-    forked(first.pid, str(tmp_path)).kill()
+    second = forked(first.pid, str(tmp_path))
+    second.kill()
+    wait_until(lambda: has_ended(second))
     assert wait_for_exit(first)[0] == -signal.SIGKILL
 
 
