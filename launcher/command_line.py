@@ -101,7 +101,7 @@ def parse_command_line(argv: Sequence[str], commands: Mapping[str, Command]) -> 
     try:
         texts, overrides = _split(name, argv[1:], options_type)
         return name, _build_options(options_type, texts, overrides)
-    except _UsageError as error:
+    except UserError as error:
         raise UserError(f"{error} (deepcloze {name} --help)") from None
 
 
@@ -154,10 +154,6 @@ def help_text(argv: Sequence[str], commands: Mapping[str, Command], about: str, 
     return _command_help(*_find_command(argv, commands), width)
 
 
-class _UsageError(UserError):
-    """A usage error; the message points to --help."""
-
-
 def _split(
     command: str, arguments: Sequence[str], options_type: type[Section]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -173,7 +169,7 @@ def _split(
         if not argument.startswith("--"):
             if not positional or argument.startswith(tuple(_DASHES)):
                 hint = _meant_flag(argument, options_type, texts, overrides)
-                raise _UsageError(f"unexpected argument '{argument}'; {hint}")
+                raise UserError(f"unexpected argument '{argument}'; {hint}")
             texts.setdefault(positional[0], []).append(argument)
             if not flags[positional[0]].is_repeated:
                 positional.pop(0)
@@ -183,12 +179,12 @@ def _split(
         is_plain = name in _plain_keys(command)
         is_override = is_plain or ("." in written and _overrides_field(options_type) is not None)
         if not is_override and name not in flags:
-            raise _UsageError(f"unknown flag '--{written}'{_similar_flags(name, flags, command, options_type)}")
+            raise UserError(f"unknown flag '--{written}'{_similar_flags(name, flags, command, options_type)}")
         if not equals and not is_override and flags[name].is_switch:
             value = "true"
         elif not equals:
             if not rest or rest[0].startswith("--"):
-                raise _UsageError(f"--{written} needs a value: --{written}=…")
+                raise UserError(f"--{written} needs a value: --{written}=…")
             value = rest.pop(0)
         if is_override:
             overrides[name if is_plain else written] = value
@@ -256,7 +252,7 @@ def _build_options(
     flags = flags_of(options_type)
     missing = [_usage(flag) for flag in flags.values() if flag.required and flag.name not in texts]
     if missing:
-        raise _UsageError(f"missing: {', '.join(missing)}")
+        raise UserError(f"missing: {', '.join(missing)}")
     values: dict[str, Any] = {name: _value(flags[name], given) for name, given in texts.items()}
     if field := _overrides_field(options_type):
         values[field] = dict(overrides)
@@ -264,7 +260,7 @@ def _build_options(
         return options_type(**values)
     except ValidationError as error:
         messages = [_explain(details, flags, texts) for details in error.errors()]
-        raise _UsageError("\n".join(dict.fromkeys(messages))) from None
+        raise UserError("\n".join(dict.fromkeys(messages))) from None
 
 
 def _value(flag: Flag, texts: Sequence[str]) -> Any:
