@@ -6,11 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-"""Batch systems send one of them, as the user chooses, some time before they end a job."""
+"""Batch systems send one of them, as the user chooses, some time before they end a job, perhaps to all its processes.
+DeepSpeed's launchers, pdsh, ssh and W&B would die: they are started with these blocked. Ranks unblock them."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
 
@@ -44,14 +45,6 @@ class SignalHistory:
         now = self._clock()
         self._first.setdefault(number, now)
         return number != signal.SIGHUP and since is not None and now - since > REPEATED_SECONDS
-
-
-def warning_signals_blocked() -> AbstractContextManager[None]:
-    """Block SIGUSR1 and SIGUSR2 in the processes that the block starts, and in theirs: batch systems may send them to
-    all processes of a job, and DeepSpeed's launchers, pdsh, ssh and W&B would die. Ranks unblock them when they handle
-    them.
-    """
-    return signals_blocked(WARNING_SIGNALS)
 
 
 @contextmanager

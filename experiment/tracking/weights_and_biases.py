@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from experiment.errors import UserError
-from experiment.process.signals import warning_signals_blocked
+from experiment.process.signals import WARNING_SIGNALS, signals_blocked
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert, send_by_wandb
@@ -108,7 +108,7 @@ class WandbTracker:
 
     def _work(self, kept: Iterator[Event]) -> None:
         try:
-            with warning_signals_blocked():  # W&B's own process
+            with signals_blocked(WARNING_SIGNALS):  # W&B's own process
                 run, first_number = self._start()
             rows = _Rows(run, first_number)
             for earlier in kept:

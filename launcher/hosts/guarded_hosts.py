@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from experiment.files import REPOSITORY
-from experiment.process.signals import kill_group, warning_signals_blocked
+from experiment.process.signals import WARNING_SIGNALS, kill_group, signals_blocked
 from experiment.run_files.heartbeat import Heartbeat
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
 from launcher.hosts.ssh import CONNECT_SECONDS, last_reason, ssh_argv
@@ -186,7 +186,7 @@ class _Connection:
 
     def __init__(self, host: str) -> None:
         command = ["env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-P", "-m", "launcher.hosts.host_guard"]
-        with warning_signals_blocked():
+        with signals_blocked(WARNING_SIGNALS):
             self._process = subprocess.Popen(
                 ssh_argv(host, command),
                 stdin=subprocess.PIPE,
