@@ -109,8 +109,9 @@ class Spinning:
 
     def __init__(self, openmp: ctypes.CDLL, cores: int) -> None:
         self._openmp = openmp
-        self._threads = cores + 1  # of a team that lets others hardly spin
-        self._team: _SleepingTeam | None = None
+        self._threads = cores + 1  # of a team that lets others hardly spin, while it sleeps
+        self._team: threading.Thread | None = None  # starts the others
+        self._ended = threading.Event()
 
     def adapt(self, share: float) -> None:
         """Shorten the spinning, or lengthen it again. share: as from `waiting_share`.
@@ -118,34 +119,22 @@ class Spinning:
         Raises RuntimeError if the system refuses more threads.
         """
         if self._team is None and share > _BUSY:
-            self._team = _SleepingTeam(self._openmp, self._threads)
+            _check_startable(self._threads)
+            self._ended.clear()
+            ready = threading.Event()
+            self._team = threading.Thread(target=self._hold, args=(ready,), name="sleeping-team", daemon=True)
+            self._team.start()
+            ready.wait()
         elif self._team is not None and share < _IDLE:
-            self._team.end()
+            self._ended.set()
+            self._team.join()
             self._team = None
 
-
-class _SleepingTeam:
-    """Threads of OpenMP that sleep."""
-
-    def __init__(self, openmp: ctypes.CDLL, threads: int) -> None:
-        """Start the threads. Raises RuntimeError if they cannot be started."""
-        _check_startable(threads)
-        self._ended = threading.Event()
-        ready = threading.Event()
-        args = (openmp, threads, ready)
-        self._thread = threading.Thread(target=self._hold, args=args, name="sleeping-team", daemon=True)
-        self._thread.start()
-        ready.wait()
-
-    def _hold(self, openmp: ctypes.CDLL, threads: int, ready: threading.Event) -> None:
+    def _hold(self, ready: threading.Event) -> None:
         nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)  # a function that each thread calls once
-        openmp.GOMP_parallel(nothing, None, threads, 0)
+        self._openmp.GOMP_parallel(nothing, None, self._threads, 0)
         ready.set()
         self._ended.wait()  # OpenMP ends the team with the thread that has started it
-
-    def end(self) -> None:
-        self._ended.set()
-        self._thread.join()
 
 
 def _check_startable(count: int) -> None:
