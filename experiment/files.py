@@ -137,17 +137,26 @@ def temporary_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[P
 
 def _is_left(folder: Path, now: float, made_here: bool) -> bool:
     """Return whether the process that made the folder has ended."""
-    age = now - folder.stat().st_mtime
-    descriptor = os.open(folder, os.O_RDONLY)
+    age, locked = now - folder.stat().st_mtime, is_folder_locked(folder)
+    return not locked and age > (_UNLOCKED_SECONDS if made_here and locked is not None else _LEFT_SECONDS)
+
+
+def is_folder_locked(folder: Path) -> bool | None:
+    """Return whether the process that made a `temporary_folder` on this machine has it locked; False if there is none,
+    None on a disk without locks for folders."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    except OSError:  # a disk without locks for folders
-        made_here = False
+        return True
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
-    return age > (_UNLOCKED_SECONDS if made_here else _LEFT_SECONDS)
+    return False
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:

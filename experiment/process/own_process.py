@@ -4,7 +4,6 @@ They import the same code, whatever is installed or lies in the working director
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import resource
@@ -13,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from experiment.files import REPOSITORY
+from experiment.files import REPOSITORY, is_folder_locked
 from experiment.run_files.outcome_file import Outcome
 
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
@@ -113,24 +112,9 @@ def wait_at_gate() -> None:
         return
     gate = Path(path)
     while not gate.exists():
-        if not _is_locked(gate.parent):
+        if is_folder_locked(gate.parent) is False:
             os._exit(Outcome.REFUSED.exit_code)  # skips the slow teardown of imported libraries
         time.sleep(_POLL_SECONDS)
-
-
-def _is_locked(folder: Path) -> bool:
-    """Return whether the process that made a temporary folder still runs, see `temporary_folder`."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # it is locked, or on a disk without locks for folders
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def raise_limit_of_open_files() -> None:
