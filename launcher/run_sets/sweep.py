@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 from experiment.config import did_you_mean, flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
@@ -54,19 +53,6 @@ class SweepPlan:
     metric: str
     lower_is_better: bool
 
-    @classmethod
-    def of(
-        cls,
-        runs: tuple[PlannedRun, ...],
-        output: Path,
-        metric: str,
-        lower_is_better: bool,
-        configs: Mapping[str, bytes],
-    ) -> Self:
-        header = {"metric": metric, "lower_is_better": lower_is_better}
-        run_set = RunSet("sweep", RunFolder(output), "--output", SWEEP_RECORD, runs, header, configs)
-        return cls(run_set, metric, lower_is_better)
-
 
 def run_sweep(plan: SweepPlan) -> None:
     """Run the missing runs, then write OUTPUT/sweep.{json,csv,png} and print the table.
@@ -108,11 +94,12 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         name, values = next(iter(points.items()))
         with user_errors_in(f"sweep: {name}"):
             output = f"{Path(load_config(config_type, config, options.overrides | values).run.dir)}-sweep"
-    check_run_folder(RunFolder(Path(output).absolute()), None, "--output")
-    pins, runs = _Pins(Path(output) / SWEEP_RECORD), []
+    folder = RunFolder(Path(output).absolute())
+    check_run_folder(folder, None, "--output")
+    pins, runs = _Pins(folder.path / SWEEP_RECORD), []
     loaded: dict[str, FinetuneConfig | PretrainConfig] = {}
     for name, values in points.items():
-        overrides = options.overrides | values | {"run.dir": str(Path(output).absolute() / name)}
+        overrides = options.overrides | values | {"run.dir": str(folder.path / name)}
         with user_errors_in(f"sweep: {name}"):
             loaded[name] = load_config(config_type, config, overrides)
             check_differs(name, loaded)
@@ -130,7 +117,9 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
         argv = (*command, *(f"--{key}={text}" for key, text in overrides.items()))
         runs.append(PlannedRun(name, argv, validated, values=values))
     metric, lower_is_better = _choose_metric(options.metric, runs[0].config, finetuning)
-    return SweepPlan.of(tuple(runs), Path(output).absolute(), metric, lower_is_better, {config: content})
+    header = {"metric": metric, "lower_is_better": lower_is_better}
+    run_set = RunSet("sweep", folder, "--output", SWEEP_RECORD, tuple(runs), header, {config: content})
+    return SweepPlan(run_set, metric, lower_is_better)
 
 
 def check_differs(name: str, points: Mapping[str, FinetuneConfig | PretrainConfig]) -> None:

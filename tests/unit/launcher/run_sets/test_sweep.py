@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from launcher.commands import COMMANDS
 from launcher.options import PretrainOptions, SweepOptions
 from launcher.run_sets import run_set
 from launcher.run_sets import sweep as sweep_module
-from launcher.run_sets.run_set import DONE, ChildRun, PlannedRun
+from launcher.run_sets.run_set import DONE, ChildRun, PlannedRun, RunSet
 from launcher.run_sets.sweep import SweepPlan, grid_points, parse_grid, plan_sweep, run_sweep
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
@@ -248,7 +248,13 @@ def plan(output: Path, losses: dict[str, str], seconds: float = 0.0) -> SweepPla
         )
         for rate, loss in losses.items()
     ]
-    return SweepPlan.of(tuple(runs), output, "eval/held/loss", lower_is_better=True, configs={})
+    return plan_of(runs, output)
+
+
+def plan_of(runs: Sequence[PlannedRun], output: Path, metric: str = "eval/held/loss") -> SweepPlan:
+    header = {"metric": metric, "lower_is_better": True}
+    run_set = RunSet("sweep", RunFolder(output), "--output", "sweep.json", tuple(runs), header)
+    return SweepPlan(run_set, metric, lower_is_better=True)
 
 
 def test_a_sweep_with_a_failure_run_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -300,7 +306,7 @@ def test_a_point_that_was_trained_under_another_name(
     config = {**run.config, "run.dir": "another", "tracking.name": "another"}
     argv = (*run.argv[:3], str(tmp_path / "renamed"), *run.argv[4:])
     renamed = replace(run, name="renamed", values=values, argv=argv, config=config)
-    sweep = SweepPlan.of((renamed,), tmp_path, "eval/held/loss", lower_is_better=True, configs={})
+    sweep = plan_of([renamed], tmp_path)
     if refused:
         with pytest.raises(UserError, match=r"renamed has the same config as lr=1e-3, which was started in .*; write"):
             run_sweep(sweep)
@@ -313,7 +319,7 @@ def test_scores_of_a_fine_tuning_name_their_split(tmp_path: Path, capfd: pytest.
     """Catches a table of validation scores that are taken for those of the test split."""
     (run,) = plan(tmp_path, {"1e-4": "4.5"}).runs.runs
     run = replace(run, config={**run.config, "task.kind": "regression"})
-    run_sweep(SweepPlan.of((run,), tmp_path, "loss", lower_is_better=True, configs={}))
+    run_sweep(plan_of([run], tmp_path, "loss"))
     assert "validation loss" in capfd.readouterr().out
     assert "validation loss" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
