@@ -154,7 +154,8 @@ class _Supervisor:
         because the ranks may have failed for the same reason."""
         saved = completed_saves(self._folder.checkpoints)
         try:
-            record = begin_attempt(self._folder, layout.slots, self._start_time())
+            start_time = time.time() if self._attempts else self._launch.start_time  # before the checks
+            record = begin_attempt(self._folder, layout.slots, start_time)
         except (OSError, UserError) as error:
             if not self._attempts:
                 raise
@@ -189,10 +190,6 @@ class _Supervisor:
     def _given_up(self) -> set[str]:
         """Return the hosts that have failed too often to be taken back."""
         return {host for host, failures in self._failures.items() if failures >= _MAX_FAILURES}
-
-    def _start_time(self) -> float:
-        """Return when the current attempt started. The first includes the time before the launch was checked."""
-        return time.time() if self._attempts else self._launch.start_time
 
     def _has_saved_since(self, before: set[tuple[int, int]] | None) -> bool:
         now = completed_saves(self._folder.checkpoints)
