@@ -100,13 +100,13 @@ class Messenger:
 
     def alert(self, alert: Alert) -> None:
         for channel in self._channels:
-            channel.send(alert)
+            channel.alerts.put(alert)
 
     def close(self, outcome: Outcome | None = None) -> None:
         """Wait until all alerts are sent, for at most `FLUSH_SECONDS`."""
         end = time.monotonic() + FLUSH_SECONDS
         for channel in self._channels:
-            channel.finish()
+            channel.alerts.put(None)
         for channel in self._channels:
             channel.wait(end)
 
@@ -122,16 +122,9 @@ class _Channel:
 
     def __init__(self, name: str, send: Callable[[Alert], None], warn: Callable[[str], None]) -> None:
         self._name, self._send, self._warn = name, send, warn
-        self._alerts: SimpleQueue[Alert | None] = SimpleQueue()
+        self.alerts: SimpleQueue[Alert | None] = SimpleQueue()  # to send; None: no further one will come
         self._worker = threading.Thread(target=self._work, name=f"alerts by {name}", daemon=True)
         self._worker.start()
-
-    def send(self, alert: Alert) -> None:
-        self._alerts.put(alert)
-
-    def finish(self) -> None:
-        """Signal that no further alert will come."""
-        self._alerts.put(None)
 
     def wait(self, end: float) -> None:
         """Wait until all are sent, or `time.monotonic()` reaches `end`."""
@@ -140,7 +133,7 @@ class _Channel:
             self._warn(f"alerts by {self._name} are given up: no answer in time")
 
     def _work(self) -> None:
-        while (alert := self._alerts.get()) is not None:
+        while (alert := self.alerts.get()) is not None:
             if problem := self._try(alert):
                 self._warn(f"the alert '{alert.event}' could not be sent by {self._name}: {problem}")
 
