@@ -3,16 +3,16 @@
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 from experiment.errors import UserError, describe_disk_error, is_quiet, notify
-from experiment.files import PACKAGES, temporary_folder, write_text
+from experiment.files import PACKAGES, created_parents, temporary_folder, write_text
 from experiment.formatting import counted
 from experiment.run_files.provenance import LIBRARIES
-from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_folder import RunFolder, check_creatable
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.hosts.probe import LAUNCHER_TOKEN, TOKEN_SECONDS
@@ -30,7 +30,6 @@ from launcher.preflight.probe_hosts import (
 from launcher.preflight.target import Target
 from launcher.ranks.placement import is_local, name_localhost
 
-_TOKEN_FOLDER = ".preflight-"
 _CHECKS: tuple[Check, ...] = get_args(Check)
 _OK, _FAILED, _UNKNOWN = "ok", "FAILED", "?"
 
@@ -149,15 +148,11 @@ def _token_folder(run: Path | None) -> Iterator[Path | None]:
     if run is None:
         yield None
         return
-    made = [path for path in (RunFolder(run).logs, run, *run.parents) if not path.exists()]
-    try:
-        with temporary_folder(open_run_folder(run).logs, _TOKEN_FOLDER, mode=0o777) as folder:
-            write_text(folder / LAUNCHER_TOKEN, "")
-            yield folder
-    finally:
-        for path in made:
-            with suppress(OSError):  # not empty
-                path.rmdir()
+    check_creatable(RunFolder(run))
+    prefix = RunFolder(run).logs / ".preflight-"
+    with created_parents(prefix), temporary_folder(prefix.parent, prefix.name, mode=0o777) as folder:
+        write_text(folder / LAUNCHER_TOKEN, "")
+        yield folder
 
 
 def _seen_tokens(folder: Path, expected: Mapping[str, str]) -> set[str]:
