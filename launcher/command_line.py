@@ -6,7 +6,7 @@ report an unknown flag afterwards, and would read values as Python literals; so 
 
 - `--flag value`, `--flag=value`; `-` and `_` are the same in names of flags. A `bool` field is a switch.
 - A field annotated with `Positional` is also accepted by position; one whose type is a tuple, once or more often.
-- A field of type `dict[str, str]` collects `--section.key=value` overrides: dotted key -> raw text.
+- A field `overrides` collects `--section.key=value`: dotted key -> raw text.
 """
 
 import inspect
@@ -24,6 +24,8 @@ from pydantic_core import ErrorDetails
 from experiment.config import Metavar, Positional, Section, did_you_mean
 from experiment.config.field_types import describe_field, is_section, known_keys, union_members
 from experiment.errors import UserError
+
+_OVERRIDES = "overrides"
 
 _DASHES = "-\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"
 """Including characters that word processors and web pages put in place of two hyphens."""
@@ -127,7 +129,7 @@ def flags_of(options_type: type[Section]) -> dict[str, Flag]:
         name = field.alias or field_name
         types = tuple(kind for kind in union_members(field.annotation) if kind is not type(None))
         metavar = next((entry for entry in field.metadata if isinstance(entry, Metavar)), None)
-        if name != _overrides_field(options_type):
+        if name != _OVERRIDES:
             flags[name] = Flag(
                 name=name,
                 types=types,
@@ -177,7 +179,7 @@ def _split(
         written, equals, value = argument[2:].partition("=")
         name = written.replace("-", "_")
         is_plain = name in _plain_keys(command)
-        is_override = is_plain or ("." in written and _overrides_field(options_type) is not None)
+        is_override = is_plain or ("." in written and _OVERRIDES in options_type.model_fields)
         if not is_override and name not in flags:
             raise UserError(f"unknown flag '--{written}'{_similar_flags(name, flags, command, options_type)}")
         if not equals and not is_override and flags[name].is_switch:
@@ -218,7 +220,7 @@ def _meant_flag(
     flags = flags_of(options_type)
     written = argument.lstrip(_DASHES)
     name, equals, _ = written.partition("=")
-    is_override = "." in name and equals and _overrides_field(options_type) is not None
+    is_override = "." in name and equals and _OVERRIDES in options_type.model_fields
     if is_override or (name.replace("-", "_") in flags and (equals or argument != written)):
         return f"did you mean '--{written}'?"
     missing = [flag for flag in flags.values() if flag.required and flag.name not in texts]
@@ -230,7 +232,7 @@ def _meant_flag(
 def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_type: type[Section]) -> str:
     """Return the config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps;
     else the most similar flag."""
-    if _overrides_field(options_type) is not None:
+    if _OVERRIDES in options_type.model_fields:
         from launcher.configs import CONFIGS, config_of_command  # takes a while to import
 
         config = config_of_command(command)
@@ -254,8 +256,8 @@ def _build_options(
     if missing:
         raise UserError(f"missing: {', '.join(missing)}")
     values: dict[str, Any] = {name: _value(flags[name], given) for name, given in texts.items()}
-    if field := _overrides_field(options_type):
-        values[field] = dict(overrides)
+    if _OVERRIDES in options_type.model_fields:
+        values[_OVERRIDES] = dict(overrides)
     try:
         return options_type(**values)
     except ValidationError as error:
@@ -300,11 +302,6 @@ def _explain(details: ErrorDetails, flags: Mapping[str, Flag], texts: Mapping[st
     return f"{flag.label}: expected {expected}, found '{found}'{close if 'did you mean' in close else ''}"
 
 
-def _overrides_field(options_type: type[Section]) -> str | None:
-    """Return the field that collects `--section.key=value`, if the command takes a config."""
-    return next((name for name, field in options_type.model_fields.items() if field.annotation == dict[str, str]), None)
-
-
 def _default_metavar(types: Sequence[Any]) -> str:
     if types == (bool,):
         return ""
@@ -333,9 +330,9 @@ def describe_command(name: str, command: Command) -> CommandDescription:
     usage += [f"[{_usage(flag)}]" for flag in flags if flag.positional and not flag.required]
     usage += ["[flags]"] if any(not flag.required and not flag.positional for flag in flags) else []
     rows = [(_usage(flag), _meaning(flag)) for flag in sorted(flags, key=lambda flag: not flag.required)]
-    if field := _overrides_field(options_type):
+    if _OVERRIDES in options_type.model_fields:
         usage.append("[--section.key=value …]")
-        rows.append(("--section.key=value", _one_line(options_type.model_fields[field].description)))
+        rows.append(("--section.key=value", _one_line(options_type.model_fields[_OVERRIDES].description)))
     text, _, example = inspect.cleandoc(command.__doc__ or "").partition("\n\nExample:\n")
     return CommandDescription(
         " ".join(["deepcloze", name, *usage]), text, tuple(rows), textwrap.dedent(example).strip()
