@@ -93,29 +93,17 @@ def work_of_this_thread() -> ThreadWork:
     return work
 
 
+@dataclass
 class BackgroundSave:
-    """The save in flight, if any."""
+    """The save in flight, if any. Building it deletes leftovers of interrupted saves; collective."""
 
-    def __init__(
-        self,
-        checkpoints: Path,
-        group: CpuGroup,
-        world: World,
-        saved_step: int | None,
-        uploads: MirrorUploads | None = None,
-    ) -> None:
-        """Collective. Deletes leftovers of interrupted saves.
+    checkpoints: Path  # folder of the run
+    group: CpuGroup
+    world: World
+    saved_step: int | None  # of the newest checkpoint of the run; None if it has none
+    uploads: MirrorUploads | None = None  # to tell of new checkpoints, on rank 0
 
-        Args:
-            checkpoints: folder of the run.
-            saved_step: of the newest checkpoint of the run; None if it has none.
-            uploads: to tell of new checkpoints, on rank 0.
-        """
-        self._checkpoints = checkpoints
-        self._group = group
-        self._world = world
-        self._uploads = uploads
-        self.saved_step = saved_step
+    def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority)
         self._work = self._thread.submit(work_of_this_thread).result()
         self._snapshot: Snapshot | None = None  # in flight
@@ -123,7 +111,7 @@ class BackgroundSave:
         self._publishing = False  # in the second part
         self._failures = 0
         self.problem = ""  # of the last save that failed
-        group.from_rank0(lambda: remove_leftovers(checkpoints))
+        self.group.from_rank0(lambda: remove_leftovers(self.checkpoints))
 
     @property
     def is_part_done(self) -> bool:
@@ -141,7 +129,7 @@ class BackgroundSave:
 
         Raises UnwritableError on all ranks after three failed saves in a row.
         """
-        if self._snapshot is not None and ranks_done == self._world.size:
+        if self._snapshot is not None and ranks_done == self.world.size:
             self._advance(self._snapshot)
 
     def wait(self) -> None:
@@ -151,12 +139,12 @@ class BackgroundSave:
         launcher ends the ranks.
         """
         while self._snapshot is not None:
-            self._group.wait_for_all(self._part, self._work.has_worked)
+            self.group.wait_for_all(self._part, self._work.has_worked)
             self._advance(self._snapshot)
 
     def _advance(self, snapshot: Snapshot) -> None:
         try:
-            results = on_all_ranks(self._group, self._part.result)
+            results = on_all_ranks(self.group, self._part.result)
         except UnwritableError as error:
             self._fail(snapshot.step, error)
             return
@@ -167,18 +155,18 @@ class BackgroundSave:
             self._part = self._thread.submit(self._publish, snapshot, results)
 
     def _publish(self, snapshot: Snapshot, shares: Sequence[WrittenShare]) -> None:
-        if self._world.rank == 0:
+        if self.world.rank == 0:
             partial = self._partial(snapshot.step)
             complete_checkpoint(partial, shares, snapshot.state, snapshot.write_model)
-            keep = replace(snapshot.keep, uploading=self._uploads.uploading) if self._uploads else snapshot.keep
-            publish(partial, checkpoint_path(self._checkpoints, snapshot.step), keep, before=self.saved_step)
-            if self._uploads is not None:
-                self._uploads.update(snapshot.keep, snapshot.step)
+            keep = replace(snapshot.keep, uploading=self.uploads.uploading) if self.uploads else snapshot.keep
+            publish(partial, checkpoint_path(self.checkpoints, snapshot.step), keep, before=self.saved_step)
+            if self.uploads is not None:
+                self.uploads.update(snapshot.keep, snapshot.step)
 
     def _fail(self, step: int, error: UnwritableError) -> None:
         """Leave nothing of the save behind, the disk may be full, and let training continue a few times."""
         partial = self._partial(step)
-        if self._world.rank == 0 and os.path.lexists(partial):
+        if self.world.rank == 0 and os.path.lexists(partial):
             discard(partial)
         self._snapshot, self.problem = None, str(error)
         self._failures += 1
@@ -187,7 +175,7 @@ class BackgroundSave:
         log.warning("the checkpoint of step %d cannot be written: %s; the next save tries again", step, error)
 
     def _partial(self, step: int) -> Path:
-        return self._checkpoints / f".{checkpoint_path(self._checkpoints, step).name}.partial"
+        return self.checkpoints / f".{checkpoint_path(self.checkpoints, step).name}.partial"
 
 
 def on_all_ranks(group: CpuGroup, write: Callable[[], T]) -> list[T]:

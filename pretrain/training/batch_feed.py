@@ -9,6 +9,7 @@ Step k, in order:
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,34 +36,27 @@ class _UpcomingBatch(NamedTuple):
     agreement: PendingTotals
 
 
+@dataclass
 class BatchFeed:
     """Gives the trainer one batch per step, while the ranks agree on the next one."""
 
-    def __init__(
-        self,
-        stream: TrainingStream,
-        device: torch.device,
-        hang_seconds: float,
-        checkpointer: Checkpointer,
-        agreement: StepAgreement,
-        group: CpuGroup,
-        times: ActivityTimer,
-    ) -> None:
-        """`device`: that trains."""
-        self._timeout = _DATA_TIMEOUT * hang_seconds
-        self._stream = stream
-        self._on_gpu = device.type == "cuda"
-        self._checkpointer = checkpointer
-        self._agreement = agreement
-        self._group = group
-        self._times = times
+    stream: TrainingStream
+    device: torch.device  # that trains
+    hang_seconds: float
+    checkpointer: Checkpointer
+    agreement: StepAgreement
+    group: CpuGroup
+    times: ActivityTimer
+
+    def __post_init__(self) -> None:
         self._batches: Iterator[RankBatch] = iter(())
         self._upcoming: _UpcomingBatch | None = None
 
     def open(self, step: int) -> None:
         """Start the stream at a step, counted from 0."""
-        steps, workers = self._stream.steps, 2 if self._on_gpu else 1
-        self._batches = load_batches(self._stream, step, steps, workers, timeout=self._timeout, pin_memory=self._on_gpu)
+        on_gpu, timeout = self.device.type == "cuda", _DATA_TIMEOUT * self.hang_seconds
+        workers = 2 if on_gpu else 1
+        self._batches = load_batches(self.stream, step, self.stream.steps, workers, timeout=timeout, pin_memory=on_gpu)
 
     def close(self) -> None:
         """End the worker processes, and drop the batch that was taken ahead."""
@@ -75,7 +69,7 @@ class BatchFeed:
         totals = agreement.wait()
         if totals.failed_batches:  # raised only now, so that the step before it is completed
             failure = str(share) if isinstance(share, DataWorkerError) else None
-            raise DataWorkerError(self._group.first_message(failure, always_name_rank=True))
+            raise DataWorkerError(self.group.first_message(failure, always_name_rank=True))
         assert isinstance(share, RankBatch), "the run ends with the stream"
         self._upcoming = self._take_ahead(stop)
         return share, totals
@@ -97,10 +91,10 @@ class BatchFeed:
     def _take_ahead(self, stop: StopRequest) -> _UpcomingBatch:
         """Take a batch, if there is one, and begin to agree on it."""
         share: RankBatch | DataWorkerError | None
-        with self._times.during(DATA, recorded=False), phase("data"):
+        with self.times.during(DATA, recorded=False), phase("data"):
             try:
                 share = next(self._batches, None)
             except DataWorkerError as error:
                 share = error
-        stop_requested, part_done = stop.reason is not None, self._checkpointer.is_part_done
-        return _UpcomingBatch(share, self._agreement.begin(share, stop_requested, part_done))
+        stop_requested, part_done = stop.reason is not None, self.checkpointer.is_part_done
+        return _UpcomingBatch(share, self.agreement.begin(share, stop_requested, part_done))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,44 +89,30 @@ def verify_together(group: CpuGroup, world: World, checkpoint: Path) -> str | No
     return next((problem for problem in problems if problem is not None), None)
 
 
+@dataclass
 class Checkpointer:
-    """Saves a run every `checkpoint.every_steps` steps, on request, at its best step and when it ends or stops."""
+    """Saves a run every `checkpoint.every_steps` steps, on request, at its best step and when it ends or stops.
 
-    def __init__(
-        self,
-        run: ResolvedRun,
-        engine: Engine,
-        model: PreTrainedModel,
-        stream: TrainingStream,
-        group: CpuGroup,
-        interval: LogInterval,
-        clock: TrainingClock,
-        times: ActivityTimer,
-        provenance: Mapping[str, Any],
-        alert: Callable[[Alert], None],
-    ) -> None:
-        """Collective.
+    Building it is collective.
+    """
 
-        Args:
-            model: whose config and buffers go to the Hugging Face folder.
-            interval: its losses are a part of the progress.
-            provenance: of the run.
-            alert: sends an alert.
-        """
-        self._run = run
-        self._engine = engine
-        self._model = model
-        self._stream = stream
-        self._group = group
-        self._interval = interval
-        self._clock = clock
-        self._times = times
-        self._provenance = provenance
-        plan = run.resume_plan
+    run: ResolvedRun
+    engine: Engine
+    model: PreTrainedModel  # whose config and buffers go to the Hugging Face folder
+    stream: TrainingStream
+    group: CpuGroup
+    interval: LogInterval  # its losses are a part of the progress
+    clock: TrainingClock
+    times: ActivityTimer
+    provenance: Mapping[str, Any]  # of the run
+    alert: Callable[[Alert], None]
+
+    def __post_init__(self) -> None:
+        folder, plan, world = self.run.folder, self.run.resume_plan, self.engine.world
         saved_step = plan.step if plan.checkpoint is not None and not plan.fork else None
-        url = run.config.checkpoint.mirror
-        self._uploads = MirrorUploads(Mirror(url), run.folder, alert) if url and engine.world.rank == 0 else None
-        self._saves = BackgroundSave(run.folder.checkpoints, group, engine.world, saved_step, self._uploads)
+        url = self.run.config.checkpoint.mirror
+        self._uploads = MirrorUploads(Mirror(url), folder, self.alert) if url and world.rank == 0 else None
+        self._saves = BackgroundSave(folder.checkpoints, self.group, world, saved_step, self._uploads)
         self._memory = HostMemory()
 
     @property
@@ -144,22 +130,22 @@ class Checkpointer:
 
         Raises UnwritableError on all ranks after three failed saves in a row.
         """
-        with self._times.during(CHECKPOINTING, recorded=False):
+        with self.times.during(CHECKPOINTING, recorded=False):
             self._saves.advance_if_done(ranks_done)
 
     def wait(self) -> None:
         """Wait until the save in flight has ended. Collective; raises like `advance_if_done`."""
-        with self._times.during(CHECKPOINTING):
+        with self.times.during(CHECKPOINTING):
             self._saves.wait()
 
     def load_newest(self) -> TrainingProgress:
         """Load this run's newest checkpoint, to rewind. Collective; no save may be in flight."""
-        candidates = self._group.from_rank0(lambda: complete_checkpoints(self._run.folder.checkpoints))
+        candidates = self.group.from_rank0(lambda: complete_checkpoints(self.run.folder.checkpoints))
         assert candidates, "the trainer saves a checkpoint before it may rewind"
-        verify_candidate = partial(verify_together, self._group, self._engine.world)
-        newest = self._group.call(lambda: last_usable(candidates, verify_candidate))
-        load_checkpoint(self._engine, newest)
-        progress = _read_progress(newest, self._run)
+        verify_candidate = partial(verify_together, self.group, self.engine.world)
+        newest = self.group.call(lambda: last_usable(candidates, verify_candidate))
+        load_checkpoint(self.engine, newest)
+        progress = _read_progress(newest, self.run)
         self._saves.saved_step = progress.step
         return progress
 
@@ -173,15 +159,15 @@ class Checkpointer:
 
         Raises UnwritableError on all ranks after three failed saves in a row, or if the run ends and one cannot write.
         """
-        every_steps = self._run.config.checkpoint.every_steps
+        every_steps = self.run.config.checkpoint.every_steps
         if not (finished or stopping or requested or progress.is_best_step or progress.is_multiple_of(every_steps)):
             return
-        progress = replace(progress, seconds=self._clock.seconds)
+        progress = replace(progress, seconds=self.clock.seconds)
         if finished or stopping:
             self.save_now(progress)
         else:
             self.save(progress)
-        self._clock.restart_save_timer()
+        self.clock.restart_save_timer()
 
     def save_at_start(self, progress: TrainingProgress, finished: bool, evaluated: bool) -> None:
         """Save if it is due before the next step: a checkpoint to rewind to, the best step, the end. Collective.
@@ -194,7 +180,7 @@ class Checkpointer:
             return
         if self.saved_step is not None:
             self._upload(progress)
-        needs_rewind_target = self.saved_step is None and self._run.config.health.policy == "rewind"
+        needs_rewind_target = self.saved_step is None and self.run.config.health.policy == "rewind"
         if needs_rewind_target or finished:
             self.save_now(progress)
         elif progress.is_best_step:
@@ -205,12 +191,12 @@ class Checkpointer:
 
         Raises UnwritableError on all ranks after three failed saves in a row.
         """
-        with self._times.during(CHECKPOINTING):
+        with self.times.during(CHECKPOINTING):
             self._saves.wait()
             if self.saved_step != progress.step:
-                self._saves.begin(self._snapshot(self._interval.include_in(progress)))
+                self._saves.begin(self._snapshot(self.interval.include_in(progress)))
             else:  # an attempt that failed after it was saved may not have named the best
-                self._on_rank0(lambda: _name_best(self._run.folder.checkpoints, progress))
+                self._on_rank0(lambda: _name_best(self.run.folder.checkpoints, progress))
                 self._upload(progress)
 
     def save_now(self, progress: TrainingProgress) -> None:
@@ -218,7 +204,7 @@ class Checkpointer:
 
         Raises UnwritableError on all ranks if one cannot write.
         """
-        with self._times.during(CHECKPOINTING):
+        with self.times.during(CHECKPOINTING):
             self.save(progress)
             self._saves.wait()
         if self.saved_step != progress.step:
@@ -229,9 +215,9 @@ class Checkpointer:
 
         Raises UnwritableError on all ranks if rank 0 cannot write; the checkpoint stays usable.
         """
-        checkpoints = self._run.folder.checkpoints
+        checkpoints = self.run.folder.checkpoints
         checkpoint = checkpoint_path(checkpoints, progress.step)
-        saved = progress_to_json(self._interval.include_in(progress))
+        saved = progress_to_json(self.interval.include_in(progress))
 
         def replace_progress() -> None:
             replace_state(checkpoint, read_state(checkpoint) | {"progress": saved})
@@ -242,11 +228,11 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait until the newest checkpoint is in the mirror, for at most `mirror_uploads.CLOSE_SECONDS`. Collective."""
-        if self._run.config.checkpoint.mirror is None:
+        if self.run.config.checkpoint.mirror is None:
             return
         close = self._uploads.close if self._uploads is not None else lambda: None
         closing = in_daemon_thread(close, "end of the uploads")
-        self._group.wait_for_all(closing, lambda: True)  # the time is limited
+        self.group.wait_for_all(closing, lambda: True)  # the time is limited
         closing.result()
 
     def _upload(self, progress: TrainingProgress) -> None:
@@ -256,30 +242,30 @@ class Checkpointer:
             self._uploads.update(self._retention(progress), self.saved_step, is_new=False)
 
     def _retention(self, progress: TrainingProgress) -> Retention:
-        options = self._run.config.checkpoint
+        options = self.run.config.checkpoint
         return Retention(options.keep_last, options.keep_every, progress.evaluations.best_step)
 
     def _on_rank0(self, write: Callable[[], None]) -> None:
-        on_all_ranks(self._group, write if self._engine.world.rank == 0 else lambda: None)
+        on_all_ranks(self.group, write if self.engine.world.rank == 0 else lambda: None)
 
     def _snapshot(self, progress: TrainingProgress) -> Snapshot:
         """Return everything that the checkpoint of this step contains, copied."""
         step = progress.step
-        buffers = persistent_buffers(self._model) if self._engine.world.rank == 0 else {}
+        buffers = persistent_buffers(self.model) if self.engine.world.rank == 0 else {}
         state = {
             "progress": progress_to_json(progress),
-            "config": self._run.config.model_dump(mode="json"),
-            "identity": self._run.identity,
-            "precision": self._engine.precision,
-            "corpora": _describe_corpora(self._run),
-            "tokens_per_epoch": self._stream.tokens_per_epoch(step),
-            "provenance": dict(self._provenance),
+            "config": self.run.config.model_dump(mode="json"),
+            "identity": self.run.identity,
+            "precision": self.engine.precision,
+            "corpora": _describe_corpora(self.run),
+            "tokens_per_epoch": self.stream.tokens_per_epoch(step),
+            "provenance": dict(self.provenance),
             "step": step,
-            "loss_scaler": self._engine.loss_scaler_state(),
+            "loss_scaler": self.engine.loss_scaler_state(),
         }
         return Snapshot(
             step,
-            self._memory.copy(self._engine),
+            self._memory.copy(self.engine),
             state,
             lambda weights, folder: self._write_model(weights, buffers, folder, step),
             self._retention(progress),
@@ -287,8 +273,8 @@ class Checkpointer:
 
     def _write_model(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], folder: Path, step: int) -> None:
         own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-        write_hugging_face_folder(own | buffers, self._model, self._run.tokenizer, folder)
-        write_origin(folder, self._run.folder, self._provenance, step)
+        write_hugging_face_folder(own | buffers, self.model, self.run.tokenizer, folder)
+        write_origin(folder, self.run.folder, self.provenance, step)
 
 
 def _name_best(checkpoints: Path, progress: TrainingProgress) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from pretrain.batching.batch import Microbatch
@@ -20,54 +20,46 @@ EvaluationMetrics = Mapping[str, float | int | None]
 """Flat: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
 
 
+@dataclass(frozen=True)
 class RunEvaluator:
     """Evaluates a run every `evaluation.every_steps` steps, before its first step and after its last."""
 
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        held_out: HeldOutEvaluator,
-        engine: Engine,
-        interval: LogInterval,
-        times: ActivityTimer,
-        first_step: int,
-    ) -> None:
-        self._config = config
-        self._held_out = held_out
-        self._engine = engine
-        self._interval = interval
-        self._times = times
-        self._first_step = first_step
+    config: EvaluationConfig
+    held_out: HeldOutEvaluator
+    engine: Engine
+    interval: LogInterval
+    times: ActivityTimer
+    first_step: int
 
     def is_due(self, progress: TrainingProgress, finished: bool) -> bool:
         """Return whether this step is to be evaluated, and has not been. A run that is asked to stop saves at once: the
         evaluation of that step is left to its next attempt."""
-        is_chosen = progress.step == self._first_step or progress.is_multiple_of(self._config.every_steps)
+        is_chosen = progress.step == self.first_step or progress.is_multiple_of(self.config.every_steps)
         return (finished or is_chosen) and not progress.evaluated
 
     def evaluate(self, progress: TrainingProgress, reporter: Reporter) -> TrainingProgress:
         """Evaluate the model, log the scores, and return the progress with them. Collective."""
-        with self._times.during(EVALUATING):
-            metrics = self._held_out.metrics(self._predict, self._engine.device)
-            begins_fork = progress.step == self._first_step > 0
+        with self.times.during(EVALUATING):
+            metrics = self.held_out.metrics(self._predict, self.engine.device)
+            begins_fork = progress.step == self.first_step > 0
             if metrics or begins_fork:  # the tokens of a fork's parent, from which its own are counted
                 reporter.log(progress, metrics)
-            so_far = self._interval.include_in(progress)
-            corpora = {name: corpus.fingerprint for name, corpus in self._held_out.corpora.items()}
+            so_far = self.interval.include_in(progress)
+            corpora = {name: corpus.fingerprint for name, corpus in self.held_out.corpora.items()}
             comparable = forget_replaced(progress.evaluations, corpora)
-            history = update_history(comparable, self._config, progress.step, metrics, so_far.trained)
-            for name in newly_overfitting(history, self._config):
+            history = update_history(comparable, self.config, progress.step, metrics, so_far.trained)
+            for name in newly_overfitting(history, self.config):
                 log.warning(
                     "step %d: overfitting: the loss on %s has risen for %d evaluations while the training loss fell",
                     progress.step,
                     name,
-                    self._config.overfitting_after,
+                    self.config.overfitting_after,
                 )
             return replace(so_far, evaluations=history, evaluated=True)
 
     def _predict(self, microbatch: Microbatch) -> Predictions:
-        self._times.make_progress()
-        return self._engine.predict(microbatch)
+        self.times.make_progress()
+        return self.engine.predict(microbatch)
 
 
 def log_early_stop(history: EvaluationHistory) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,37 +113,26 @@ def _ancestors(run: ResolvedRun) -> list[dict[str, Any]] | None:
     return ancestors_of(Path(init_from), "init_from") if init_from else []
 
 
+@dataclass
 class Reporter:
     """Logs the metrics of a run every `run.log_every` steps and after its last one, and sends alerts."""
 
-    def __init__(
-        self,
-        run: ResolvedRun,
-        flops: FlopsModel | None,
-        engine: Engine,
-        interval: LogInterval,
-        times: ActivityTimer,
-        nodes: Sequence[str],
-        tracker: Trackers | None,
-    ) -> None:
-        """Args:
-        flops: of the model; None if they are unknown.
-        nodes: the host of each rank.
-        tracker: of rank 0; None on the others.
-        """
-        self._log_every = run.config.run.log_every
-        self._flops = flops
-        self._engine = engine
-        self._interval = interval
-        self._times = times
-        self._slow_ranks = SlowRanks(nodes)
-        self._tracker = tracker
-        self._downstream = DownstreamLog(run.folder)
-        self._checkpoint_alarm = CheckpointAlarm(run.config.tracking.alerts.no_checkpoint_hours)
+    run: ResolvedRun
+    flops: FlopsModel | None  # of the model; None if they are unknown
+    engine: Engine
+    interval: LogInterval
+    times: ActivityTimer
+    nodes: Sequence[str]  # the host of each rank
+    tracker: Trackers | None  # of rank 0; None on the others
+
+    def __post_init__(self) -> None:
+        self._slow_ranks = SlowRanks(self.nodes)
+        self._downstream = DownstreamLog(self.run.folder)
+        self._checkpoint_alarm = CheckpointAlarm(self.run.config.tracking.alerts.no_checkpoint_hours)
         self._logged_step = -1
 
     def is_due(self, progress: TrainingProgress, finished: bool) -> bool:
-        return finished or progress.is_multiple_of(self._log_every)
+        return finished or progress.is_multiple_of(self.run.config.run.log_every)
 
     def report(
         self, progress: TrainingProgress, rate: float, grad_norm: float, saved_step: int | None
@@ -154,7 +144,7 @@ class Reporter:
             grad_norm: of the last step, before clipping.
             saved_step: of the newest checkpoint.
         """
-        interval, by_corpus = self._interval, progress.tokens_by_corpus
+        interval, by_corpus = self.interval, progress.tokens_by_corpus
         interval.all_reduce_losses()
         pace = interval.measure_pace()
         slowest_rank = self._slowest_rank(pace.data_seconds)
@@ -164,13 +154,13 @@ class Reporter:
                 "loss": interval.mean_loss,
                 "lr": rate,
                 "grad_norm": grad_norm,
-                "loss_scale": self._engine.loss_scale,
+                "loss_scale": self.engine.loss_scale,
                 "skipped_steps": progress.skipped_steps,
-                "overflows": progress.overflows if self._engine.precision == "fp16" else None,
+                "overflows": progress.overflows if self.engine.precision == "fp16" else None,
                 "tokens_per_second": pace.tokens_per_second,
                 "mfu": self._mfu(pace.seconds),
                 "data_wait": pace.data_seconds / pace.seconds,
-                "goodput": self._times.goodput,
+                "goodput": self.times.goodput,
                 "checkpoint_seconds": pace.checkpoint_seconds,
                 "memory": peak_memory(),
                 **slowest_rank,
@@ -180,21 +170,21 @@ class Reporter:
         self._log_downstream(progress.step)
         if (message := self._checkpoint_alarm.check(saved_step)) is not None:
             self.alert(Alert("no_checkpoint", message))
-        self._times.record()
+        self.times.record()
         return interval.end(progress)
 
     def log(self, progress: TrainingProgress, metrics: Metrics) -> None:
         """Log an event of the current step, unless it was logged before a rewind."""
-        if self._tracker is not None and progress.step > self._logged_step:
-            self._tracker.log({"step": progress.step, "tokens": progress.tokens, **metrics})
+        if self.tracker is not None and progress.step > self._logged_step:
+            self.tracker.log({"step": progress.step, "tokens": progress.tokens, **metrics})
 
     def skip_until(self, step: int) -> None:
         """Skip events up to this step, which are logged already, after a rewind."""
         self._logged_step = max(self._logged_step, step)
 
     def alert(self, alert: Alert) -> None:
-        if self._tracker is not None:
-            self._tracker.alert(alert)
+        if self.tracker is not None:
+            self.tracker.alert(alert)
 
     def close(self, outcome: Outcome, step: int, group: CpuGroup) -> None:
         """Close the trackers, which may wait for servers until their timeouts. `step`: the last finished one.
@@ -211,40 +201,40 @@ class Reporter:
             closing.result()
 
     def _close_tracker(self, outcome: Outcome, step: int) -> None:
-        if self._tracker is not None:
-            self._tracker.close(outcome, step)
+        if self.tracker is not None:
+            self.tracker.close(outcome, step)
 
     def _slowest_rank(self, data_seconds: float) -> Metrics:
         """Compare how long the ranks have worked in the interval without waiting for others. Collective.
 
         data_seconds: that this rank has waited for data.
         """
-        timer, world = self._engine.forward_timer, self._engine.world
+        timer, world = self.engine.forward_timer, self.engine.world
         if not timer.enabled:
             return {}
         forward_seconds = timer.take()
-        seconds = torch.zeros(world.size, dtype=torch.float64, device=self._engine.device)
+        seconds = torch.zeros(world.size, dtype=torch.float64, device=self.engine.device)
         seconds[world.rank] = forward_seconds + data_seconds if forward_seconds else 0.0
         dist.all_reduce(seconds)
-        slowest = self._slow_ranks.update(seconds.tolist()) if self._tracker is not None else None
+        slowest = self._slow_ranks.update(seconds.tolist()) if self.tracker is not None else None
         if slowest is None:
             return {"slowest_rank": None, "slowest_rank_ratio": None}
         return {"slowest_rank": slowest.rank, "slowest_rank_ratio": slowest.ratio}
 
     def _mfu(self, seconds: float) -> float | None:
         """Model FLOPs utilisation of the interval; None where the device's peak or the model's FLOPs are unknown."""
-        if self._engine.device.type != "cuda" or self._flops is None:
+        if self.engine.device.type != "cuda" or self.flops is None:
             return None
-        peak = peak_flops(torch.cuda.get_device_name(self._engine.device), self._engine.precision)
+        peak = peak_flops(torch.cuda.get_device_name(self.engine.device), self.engine.precision)
         if peak is None:
             return None
-        return self._interval.flops(self._flops) / seconds / (peak * self._engine.world.size)
+        return self.interval.flops(self.flops) / seconds / (peak * self.engine.world.size)
 
     def _log_downstream(self, step: int) -> None:
         """Log new scores of `deepcloze watch`, which are events of earlier steps."""
-        if self._tracker is not None:
+        if self.tracker is not None:
             for event in self._downstream.take_new(step):
-                self._tracker.log(event)
+                self.tracker.log(event)
 
 
 class SlowestRank(NamedTuple):

@@ -7,6 +7,7 @@ clock: the learning rate of a step under a time budget depends on when the step 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.batching.batch import RankBatch
@@ -35,16 +36,13 @@ class StepTotals(NamedTuple):
         return self.milliseconds / 1000
 
 
+@dataclass(frozen=True)
 class StepAgreement:
-    def __init__(
-        self, sums: CpuGroup | DeviceSums, world: World, clock: TrainingClock, save_minutes: float | None, corpora: int
-    ) -> None:
-        """`save_minutes`: between checkpoints; None: none are due by the clock. `corpora`: of the mixture."""
-        self._sums = sums
-        self._is_rank0 = world.rank == 0
-        self._clock = clock
-        self._save_minutes = save_minutes
-        self._corpora = corpora
+    sums: CpuGroup | DeviceSums
+    world: World
+    clock: TrainingClock
+    save_minutes: float | None  # between checkpoints; None: none are due by the clock
+    corpora: int  # of the mixture
 
     def begin(
         self, share: RankBatch | DataWorkerError | None, stop_requested: bool, part_done: bool
@@ -56,7 +54,8 @@ class StepAgreement:
             stop_requested: of this rank.
             part_done: whether this rank has done its part of a save in flight.
         """
-        save_due = self._save_minutes is not None and self._clock.minutes_since_save >= self._save_minutes
+        is_rank0 = self.world.rank == 0
+        save_due = self.save_minutes is not None and self.clock.minutes_since_save >= self.save_minutes
         batch = share if isinstance(share, RankBatch) else None
         own = StepTotals(
             masked_tokens=batch.masked_tokens if batch else 0,
@@ -64,13 +63,13 @@ class StepAgreement:
             squared_lengths=batch.squared_lengths if batch else 0,
             failed_batches=int(isinstance(share, DataWorkerError)),
             stop_requests=int(stop_requested),
-            save_requests=int(save_due and self._is_rank0),
+            save_requests=int(save_due and is_rank0),
             ranks_done=int(part_done),
-            milliseconds=int(self._clock.seconds * 1000) if self._is_rank0 else 0,
-            corpus_tokens=tuple(batch.corpus_tokens) if batch else (0,) * self._corpora,
+            milliseconds=int(self.clock.seconds * 1000) if is_rank0 else 0,
+            corpus_tokens=tuple(batch.corpus_tokens) if batch else (0,) * self.corpora,
         )
         *numbers, corpus_tokens = own
-        return PendingTotals(self._sums.start_all_reduce_sum([*numbers, *corpus_tokens]))
+        return PendingTotals(self.sums.start_all_reduce_sum([*numbers, *corpus_tokens]))
 
 
 class PendingTotals:

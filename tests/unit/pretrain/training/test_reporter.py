@@ -52,7 +52,7 @@ def test_a_run_that_starts_over_with_another_config_is_another_one_in_wandb(
 
 def test_mfu_is_unknown_for_a_model_with_unknown_flops() -> None:
     """Catches a run on a GPU that stops at its first log line because of a figure that cannot be computed."""
-    stub: Any = SimpleNamespace(_engine=SimpleNamespace(device=SimpleNamespace(type="cuda")), _flops=None)
+    stub: Any = SimpleNamespace(engine=SimpleNamespace(device=SimpleNamespace(type="cuda")), flops=None)
     assert Reporter._mfu(stub, seconds=1.0) is None
 
 
@@ -66,7 +66,7 @@ def stuck_trackers() -> Iterator[Trackers]:
 
 
 def reporter(trackers: Trackers) -> Any:
-    stub: Any = SimpleNamespace(_tracker=trackers)
+    stub: Any = SimpleNamespace(tracker=trackers)
     stub._close_tracker = lambda outcome, step: Reporter._close_tracker(stub, outcome, step)
     return stub
 
