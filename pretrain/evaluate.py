@@ -65,32 +65,12 @@ Predict = Callable[[Microbatch], Predictions]
 
 
 @dataclass(frozen=True)
-class HeldOutSettings:
-    """Settings for batches of held-out text. The figures depend on all of them but the layout's microbatch size."""
-
-    vocabulary: Vocabulary
-    masking: MaskingConfig
-    seed: int  # of the masks
-    layout: MicrobatchLayout
-
-
-@dataclass(frozen=True)
 class HeldOutCorpus:
     """An evaluation corpus as batches."""
 
     maker: BatchMaker
     batches: int
     fingerprint: str  # of the corpus
-
-
-def open_held_out(corpus: Corpus, settings: HeldOutSettings, world: World, index_folder: Path) -> HeldOutCorpus:
-    """Open a held-out corpus. `index_folder`: for the sequence index, if the corpus folder is read-only."""
-    vocabulary, layout = settings.vocabulary, settings.layout
-    index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, index_folder)
-    order = SequentialOrder(len(index), _SEQUENCES)
-    masker = Masker(vocabulary, settings.masking, settings.seed, corpus.fingerprint)
-    maker = BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)
-    return HeldOutCorpus(maker, order.steps, corpus.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -113,18 +93,40 @@ class HeldOutEvaluator:
         }
 
 
+def open_held_out(
+    corpora: Mapping[str, Corpus],
+    vocabulary: Vocabulary,
+    masking: MaskingConfig,
+    seed: int,
+    layout: MicrobatchLayout,
+    world: World,
+    index_folder: Path,
+) -> HeldOutEvaluator:
+    """Open held-out corpora, given by name. The figures depend on vocabulary, masking, seed and sequence length.
+
+    Args:
+        seed: of the masks.
+        index_folder: for the sequence indexes, if a corpus folder is read-only.
+    """
+    opened = {}
+    for name, corpus in corpora.items():
+        index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, index_folder)
+        order = SequentialOrder(len(index), _SEQUENCES)
+        masker = Masker(vocabulary, masking, seed, corpus.fingerprint)
+        maker = BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)
+        opened[name] = HeldOutCorpus(maker, order.steps, corpus.fingerprint)
+    return HeldOutEvaluator(opened)
+
+
 def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: World) -> HeldOutEvaluator:
     """Return the evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable.
 
     `rows`, `first_position`: of the model, see MicrobatchLayout.
     """
-    batch = run.config.batch
-    layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position)
-    settings = HeldOutSettings(run.vocabulary, run.config.masking, run.config.run.seed, layout)
+    config = run.config
+    layout = MicrobatchLayout(config.batch.max_seq_length, config.batch.microbatch_tokens, rows, first_position)
     index_folder = run.folder.path / "index"
-    return HeldOutEvaluator(
-        {name: open_held_out(corpus, settings, world, index_folder) for name, corpus in run.held_out.items()}
-    )
+    return open_held_out(run.held_out, run.vocabulary, config.masking, config.run.seed, layout, world, index_folder)
 
 
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:
@@ -193,12 +195,9 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         return predictions
 
     with tempfile.TemporaryDirectory() as index_folder:
-        held_out = HeldOutSettings(vocabulary, masking, seed, layout)
-        opened = {
-            name: open_held_out(corpus, held_out, World(), Path(index_folder)) for name, corpus in corpora.items()
-        }
+        evaluator = open_held_out(corpora, vocabulary, masking, seed, layout, World(), Path(index_folder))
     # The folder of the opened indexes is gone already: nothing would remove it if the process were killed.
-    return HeldOutEvaluator(opened).evaluate(predict, device, show_progress)
+    return evaluator.evaluate(predict, device, show_progress)
 
 
 def _settings(folder: Path) -> tuple[MaskingConfig, int, int]:

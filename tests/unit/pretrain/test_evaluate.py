@@ -33,7 +33,6 @@ from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import (
     HeldOutCorpus,
     HeldOutEvaluator,
-    HeldOutSettings,
     Predict,
     Scores,
     evaluate_command,
@@ -47,7 +46,8 @@ MASKING = MaskingConfig()
 
 def held_out(corpus: Path, layout: MicrobatchLayout, seed: int = 42, masking: MaskingConfig = MASKING) -> HeldOutCorpus:
     vocabulary = build_vocabulary(load_tokenizer(corpus / "tokenizer"))
-    return open_held_out(open_corpus(corpus), HeldOutSettings(vocabulary, masking, seed, layout), World(), corpus)
+    opened = open_held_out({"held": open_corpus(corpus)}, vocabulary, masking, seed, layout, World(), corpus)
+    return opened.corpora["held"]
 
 
 def evaluate(held: HeldOutCorpus, predict: Predict) -> Scores:
