@@ -82,7 +82,10 @@ def _exists(stop_file: Path) -> bool:
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop. Catches signals from construction to `close`."""
+    """Whether this rank has been asked to stop. Catches signals from construction to `close`.
+
+    A thread waits for a second signal: the main thread may be blocked in C++.
+    """
 
     def __init__(self, stop_file: Path | None, end_process: Callable[[str], object] = lambda _: None) -> None:
         """Args:
@@ -93,10 +96,15 @@ class StopRequest:
         self._checked = float("-inf")
         self._reason: str | None = None
         self._handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        wakeup = signal.set_wakeup_fd(-1)
-        if wakeup != -1:  # requests no longer end the process, see `exit_on_stop_request`
-            os.write(wakeup, _TAKEN_OVER)
-        self._second: _SecondSignal | None = _SecondSignal(end_process)
+        received, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        before = signal.set_wakeup_fd(self._wakeup)
+        if before != -1:  # requests no longer end the process, see `exit_on_stop_request`
+            os.write(before, _TAKEN_OVER)
+        self._awaits_second = True
+        threading.Thread(
+            target=_wait_for_second, args=(received, end_process), name="second signal", daemon=True
+        ).start()
 
     @property
     def reason(self) -> str | None:
@@ -109,9 +117,11 @@ class StopRequest:
 
     def ignore_second(self) -> None:
         """Let a second signal change nothing: DeepSpeed's launcher sends SIGTERM when another rank has ended."""
-        if self._second is not None:
-            self._second.close()
-            self._second = None
+        if self._awaits_second:
+            self._awaits_second = False
+            signal.set_wakeup_fd(-1)
+            os.write(self._wakeup, _TAKEN_OVER)  # data workers hold the pipe open, too
+            os.close(self._wakeup)
 
     def close(self) -> None:
         """Restore the signal handlers."""
@@ -129,25 +139,10 @@ class StopRequest:
         self._reason = self._reason or f"signal {signal.Signals(number).name}"
 
 
-class _SecondSignal:
-    """Waits for a second signal in a thread: the main thread may be blocked in C++."""
-
-    def __init__(self, end_process: Callable[[str], object]) -> None:
-        self._end_process = end_process
-        received, self._wakeup = os.pipe()
-        os.set_blocking(self._wakeup, False)
-        signal.set_wakeup_fd(self._wakeup)
-        threading.Thread(target=self._watch, args=(received,), name="second signal", daemon=True).start()
-
-    def close(self) -> None:
-        signal.set_wakeup_fd(-1)
-        os.write(self._wakeup, _TAKEN_OVER)  # data workers hold the pipe open, too
-        os.close(self._wakeup)
-
-    def _watch(self, received: int) -> None:
-        _receive_signals()
-        history = SignalHistory()
-        with open(received, "rb", buffering=0) as pipe:
-            while (number := pipe.read(1)) not in (b"", _TAKEN_OVER):
-                if number[0] in STOP_SIGNALS and history.is_second(number[0]):
-                    self._end_process(f"a second signal, {signal.Signals(number[0]).name}")
+def _wait_for_second(received: int, end_process: Callable[[str], object]) -> None:
+    _receive_signals()
+    history = SignalHistory()
+    with open(received, "rb", buffering=0) as pipe:
+        while (number := pipe.read(1)) not in (b"", _TAKEN_OVER):
+            if number[0] in STOP_SIGNALS and history.is_second(number[0]):
+                end_process(f"a second signal, {signal.Signals(number[0]).name}")
