@@ -32,10 +32,9 @@ from benchmarks.measuring import describe_machine
 from experiment.process.hardware import keep_freed_memory
 from pretrain.batching.batch import flatten_batch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.loader import load_batches
 from pretrain.batching.masking import Masker
-from pretrain.batching.order import BatchSequences, CorpusStream, ShuffledOrder
+from pretrain.batching.order import BatchSequences, BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import Vocabulary

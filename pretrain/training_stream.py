@@ -14,10 +14,9 @@ import numpy as np
 from experiment.errors import UserError
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.counter_rng import make_key
 from pretrain.batching.masking import Masker, MaskingSchedule
-from pretrain.batching.order import CorpusStream, ShuffledOrder
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.batching.sequences import open_index

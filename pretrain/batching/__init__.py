@@ -1,7 +1,7 @@
 """Corpus -> microbatches: pure functions of (corpus, seed, step).
 
 - sequences: split documents into sequences without losing a token
-- order: which sequences make up global batch k; batch_sizes: how many; counter_rng: random numbers and permutations
+- order: which sequences make up global batch k, and how many; counter_rng: random numbers and permutations
 - vocabulary: facts about a tokenizer
 - masking: which of their tokens are predicted, and the inputs in their place
 - packing: sequences -> (rank, microbatch, row), packed or dealt; row_width: how wide packed rows are

@@ -1,12 +1,13 @@
 """The sequences of global batch k: a pure function of (sequences per corpus, seeds, mixture shares, k).
 
-1. Global batch k is the slice [S(k), S(k + 1)) of an endless stream of positions; see `batch_sizes.py` for S.
+1. Global batch k is the slice [S(k), S(k + 1)) of an endless stream of positions; see `BatchSizes` for S.
 2. A mixture assigns each position to one of its corpora, block by block, in proportion to their shares.
 3. Position p of a corpus's own stream is sequence `permute(seed, p // N, p mod N)` of epoch p // N.
 
 The order does not depend on world size, microbatch size or earlier batches, and batch 10^9 costs as much as batch 0.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -14,7 +15,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.counter_rng import make_key, permutations, permute
 
 _BLOCK = 1024  # positions in which a mixture has exact shares; they are shuffled inside
@@ -35,6 +35,34 @@ class Order(Protocol):
     def batch(self, step: int) -> BatchSequences:
         """Return the global batch of this step, counted from 0."""
         ...
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The number of sequences of each global batch of a stream, and thus its start.
+
+    Batch warmup: over the first `warmup_steps` steps of the run, batches grow linearly to `sequences`; the batch of
+    step k has about `sequences * (k + 1) / (warmup_steps + 1)`, at least one.
+    """
+
+    sequences: int
+    warmup_steps: int = 0
+    first_step: int = 0  # step of the run at which the stream starts
+
+    def start(self, step: int) -> int:
+        """S(step): the position in the stream at which the batch of this step of the run starts."""
+        warm = max(self.first_step, min(step, self.warmup_steps))  # the last step with a growing batch
+        triangle = (warm * (warm + 1) - self.first_step * (self.first_step + 1)) // 2
+        grown = -(-self.sequences * triangle // (self.warmup_steps + 1))
+        return max(warm - self.first_step, grown) + (step - warm) * self.sequences
+
+    def end(self, positions: int) -> int:
+        """Return the first step of the run at whose start `positions` positions of the stream have been read."""
+        warm = max(self.first_step, self.warmup_steps)
+        left = positions - self.start(warm)
+        if left > 0:
+            return warm + -(-left // self.sequences)
+        return self.first_step + bisect_left(range(self.first_step, warm), positions, key=self.start)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.masking import Masker
-from pretrain.batching.order import CorpusStream, ShuffledOrder
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import SequenceIndex, split_documents
 from pretrain.batching.vocabulary import Vocabulary

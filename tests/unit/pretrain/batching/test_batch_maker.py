@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pretrain.batching.batch import IGNORED
-from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.masking import MaskingSchedule
+from pretrain.batching.order import BatchSizes
 from pretrain.world import World
 from runs import soak
 

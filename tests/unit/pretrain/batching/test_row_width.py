@@ -8,8 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.batch_sizes import BatchSizes
-from pretrain.batching.order import BatchSequences, CorpusStream, ShuffledOrder
+from pretrain.batching.order import BatchSequences, BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.batching.sequences import SequenceIndex

@@ -12,9 +12,8 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 from experiment.models.tokenizer import load_tokenizer
 from pretrain.batching.batch import IGNORED, Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
-from pretrain.batching.batch_sizes import BatchSizes
 from pretrain.batching.masking import Masker
-from pretrain.batching.order import CorpusStream, ShuffledOrder
+from pretrain.batching.order import BatchSizes, CorpusStream, ShuffledOrder
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.sequences import open_index
 from pretrain.batching.vocabulary import build_vocabulary
