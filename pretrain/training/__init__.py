@@ -8,6 +8,6 @@
   continues
 - mirror_uploads: copies of checkpoints in object storage
 - health: find bad batches, write them to the run folder, end a run in which skipping them does not help
-- replicas: do the ranks still agree; cpu_group: collectives on the CPU; device_sums: sums of whole numbers on GPUs
+- replicas: do the ranks still agree; cpu_group: collectives on the CPU
 - profiler: where the time of a step goes; stop_request: signals and the STOP file
 """

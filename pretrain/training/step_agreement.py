@@ -2,18 +2,21 @@
 requests to stop or save, how many ranks have finished their part of a save, and the time.
 
 One all-reduce of whole numbers per step, in flight while the step is computed: by the GPUs where ranks have some
-(`device_sums`), else over gloo. Requests take effect when that step ends. Decisions that depend on time use rank 0's
+(`DeviceSums`), else over gloo. Requests take effect when that step ends. Decisions that depend on time use rank 0's
 clock: the learning rate of a step under a time budget depends on when the step before it began.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+import torch.distributed as dist
+
 from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
+from pretrain.engine.host_copy import HostCopy
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.device_sums import DeviceSums
 from pretrain.training.training_progress import TrainingClock
 from pretrain.world import World
 
@@ -34,6 +37,38 @@ class StepTotals(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.milliseconds / 1000
+
+
+class DeviceSums:
+    """Sums whole numbers over all ranks by their GPUs, in place of `CpuGroup`.
+
+    gloo sends such sums around a ring of all ranks, in 2 (N - 1) messages one after another: at 1,024 ranks that takes
+    longer than a short step. NCCL adds them in a tree over its own network, and no host waits for another one.
+    """
+
+    def __init__(self, device: torch.device, on_progress: Callable[[], None]) -> None:
+        """`on_progress`: called when sums are complete."""
+        self._device = device
+        self._on_progress = on_progress
+        # Of its own, so that training's kernels do not wait for it. The group's collectives still run in the order of
+        # their calls.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def start_all_reduce_sum(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Start to sum each number over all ranks. Returns a function that waits for the sums, which are complete when
+        the GPUs have finished the step before this one. Collective of the default group, in the order of its calls."""
+        host = torch.tensor(numbers, dtype=torch.int64).pin_memory()
+        with torch.cuda.stream(self._stream):
+            sums = host.to(self._device, non_blocking=True)
+            dist.all_reduce(sums)
+            copy = HostCopy(sums)
+
+        def wait_for_sums() -> list[int]:
+            found = copy.wait()
+            self._on_progress()
+            return found
+
+        return wait_for_sums
 
 
 @dataclass(frozen=True)

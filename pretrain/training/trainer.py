@@ -24,7 +24,6 @@ from pretrain.training.background_save import UnwritableError
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.checkpointer import Checkpointer, load_resumed
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.device_sums import DeviceSums
 from pretrain.training.evaluation import RunEvaluator, log_early_stop, should_stop_early
 from pretrain.training.health import (
     ADVICE,
@@ -40,7 +39,7 @@ from pretrain.training.log_interval import LogInterval
 from pretrain.training.profiler import StepProfiler
 from pretrain.training.replicas import compare_replicas
 from pretrain.training.reporter import Reporter, open_run_tracker, record_start
-from pretrain.training.step_agreement import StepAgreement, StepTotals
+from pretrain.training.step_agreement import DeviceSums, StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.training_progress import TrainingClock, TrainingProgress
 from pretrain.training_stream import TrainingStream

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.modeling.small_embeddings import OneHotEmbedding
-from pretrain.training.device_sums import DeviceSums
+from pretrain.training.step_agreement import DeviceSums
 from pretrain.world import World
 
 

@@ -133,8 +133,7 @@ def device_sums_case(world: World, tree: Mapping[str, Any], stop_after: int) -> 
     from pretrain.engine.host_copy import HostCopy
     from pretrain.training import trainer
     from pretrain.training.cpu_group import CpuGroup
-    from pretrain.training.device_sums import DeviceSums
-    from pretrain.training.step_agreement import StepAgreement
+    from pretrain.training.step_agreement import DeviceSums, StepAgreement
 
     events: list[str] = []
     read = HostCopy.wait
