@@ -90,8 +90,8 @@ class CpuGroup:
         """Call `function` on every rank and return its result. A UserError, or an error of the disk, on any rank is an
         AgreedError on all, but a HostError stays one of its rank, whose end the others notice.
 
-        `function` may call `from_rank0`, `from_all_ranks` and `from_all_ranks_slowly`, the same number of times on each
-        rank, but no other collective: there the other ranks learn of a rank that has failed.
+        `function` may call `from_rank0` and `from_all_ranks_slowly`, the same number of times on each rank, but no
+        other collective: there the other ranks learn of a rank that has failed.
         """
         result, problem = _call(function)
         self._raise_any(problem)
@@ -108,17 +108,12 @@ class CpuGroup:
         result: T = box[0]
         return result
 
-    def from_all_ranks(self, function: Callable[[], T]) -> list[T]:
-        """Call `function` on every rank and return the results, by rank. Errors are raised on all as by `call`."""
-        self._raise_any(None)
-        gathered = self.all_gather_objects(_call(function))
-        if problem := next((text for _, text in gathered if text is not None), None):
-            raise AgreedError(problem)
-        return [of_rank for of_rank, _ in gathered]
-
     def from_all_ranks_slowly(self, function: Callable[[Callable[[], None]], T]) -> list[T]:
-        """Like `from_all_ranks`, for a function that may take longer than the timeout of a collective. `function` gets
-        a callback for its progress, see `wait_for_all`."""
+        """Call `function` on every rank and return the results, by rank. Errors are raised on all as by `call`.
+
+        `function` may take longer than the timeout of a collective. It gets a callback for its progress, see
+        `wait_for_all`.
+        """
         self._raise_any(None)
         progressed = threading.Event()
         part = in_daemon_thread(lambda: function(progressed.set), "slow part")
@@ -129,7 +124,10 @@ class CpuGroup:
             return made
 
         self.wait_for_all(part, made_progress)
-        return self.from_all_ranks(part.result)
+        gathered = self.all_gather_objects(_call(part.result))
+        if problem := next((text for _, text in gathered if text is not None), None):
+            raise AgreedError(problem)
+        return [of_rank for of_rank, _ in gathered]
 
     def first_message(self, message: str | None, always_name_rank: bool = False) -> str | None:
         """Return the message of the first rank that has one, with its host and rank unless all have one; None if none

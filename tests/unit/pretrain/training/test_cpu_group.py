@@ -78,7 +78,9 @@ def test_a_part_that_is_stuck_ends_the_wait(last: Meeting, message: str, monkeyp
         progress_at([stuck, stuck, slow, stuck, stuck, last], monkeypatch)
 
 
-@pytest.mark.parametrize("method", [CpuGroup.call, CpuGroup.from_all_ranks])
+@pytest.mark.parametrize(
+    "method", [CpuGroup.call, lambda group, function: group.from_all_ranks_slowly(lambda _: function())]
+)
 def test_a_problem_of_one_host_is_no_mistake(
     method: Callable[[CpuGroup, Callable[[], None]], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,5 +91,6 @@ def test_a_problem_of_one_host_is_no_mistake(
 
     monkeypatch.setattr(cpu_group.dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(CpuGroup, "all_gather_objects", lambda _, value: [value])
+    monkeypatch.setattr(CpuGroup, "wait_for_all", lambda _group, part, _made_progress: part.exception())
     with pytest.raises(HostError):
         method(CpuGroup(datetime.timedelta(seconds=2)), fail)
