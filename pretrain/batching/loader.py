@@ -101,7 +101,7 @@ class _Prefetcher(Iterator[RankBatch]):
         self._end_workers = Finalize(self, _end_workers, (workers_started, closed), exitpriority=0)
         pipes = []
         for number in range(workers):
-            worker, pipe = _start_worker(batches, (first + number, last, workers))
+            worker, pipe = _start_worker(batches, _steps(first + number, last, workers))
             workers_started.append(worker)
             pipes.append(pipe)
         self._turns = itertools.cycle(workers_started)
@@ -131,8 +131,8 @@ class _Prefetcher(Iterator[RankBatch]):
         return DataWorkerError(f"the data worker (pid {worker.pid}) {what}")
 
 
-def _start_worker(batches: Batches, span: tuple[int, int | None, int]) -> tuple[BaseProcess, Connection]:
-    """Start a worker for the steps of `span`. Returns it and the pipe that it writes to.
+def _start_worker(batches: Batches, steps: Iterator[int]) -> tuple[BaseProcess, Connection]:
+    """Start a worker for these steps. Returns it and the pipe that it writes to.
 
     Before CPython 3.11.10 a forked process hangs if a thread that is not Python's own, such as one that ends a
     collective, was creating its thread state at that moment (github.com/python/cpython/issues/112275). A worker that
@@ -140,7 +140,7 @@ def _start_worker(batches: Batches, span: tuple[int, int | None, int]) -> tuple[
     """
     for attempt in range(1, _START_ATTEMPTS + 1):
         reader, writer = Pipe(duplex=False)
-        worker = get_context("fork").Process(target=_make_batches, args=(batches, span, writer, reader), daemon=True)
+        worker = get_context("fork").Process(target=_make_batches, args=(batches, steps, writer, reader), daemon=True)
         worker.start()
         writer.close()  # only the worker has it open: the pipe ends with the worker
         if reader.poll(_START_SECONDS) or attempt == _START_ATTEMPTS:
@@ -160,14 +160,14 @@ def _end_workers(workers: Sequence[BaseProcess], closed: threading.Event) -> Non
         worker.join(_EXIT_SECONDS)
 
 
-def _make_batches(batches: Batches, span: tuple[int, int | None, int], writer: Connection, reader: Connection) -> None:
+def _make_batches(batches: Batches, steps: Iterator[int], writer: Connection, reader: Connection) -> None:
     """Send the batches of a worker's steps, or the last line and traceback of an error, which ends it."""
     reader.close()  # else a worker would not notice that its rank has died
     _defer_signals()
     torch.set_num_threads(1)
     with contextlib.suppress(BrokenPipeError):
         writer.send_bytes(_STARTED)
-        for step in _steps(*span):
+        for step in steps:
             try:
                 message = flatten_batch(batches[step])
             except Exception as error:
