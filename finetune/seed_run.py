@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from experiment.errors import UserError
-from experiment.files import created_parents, read_json, removed_on_error, write_json
+from experiment.files import created_parents, parse_record, removed_on_error, write_json
 from experiment.formatting import format_parameters
 from experiment.progress import print_warning, terminal
 from experiment.run_files.provenance import read_provenance, write_origin
@@ -23,7 +22,7 @@ from finetune.model import build_model, save_model
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.resolve import ResolvedRun
 from finetune.results.model_card import write_seed_card
-from finetune.results.predictions import prediction_rows, save_predictions, write_rows, write_worst_rows
+from finetune.results.predictions import prediction_rows, write_rows, write_worst_rows
 from finetune.results.seed_summary import SeedRecord
 from finetune.results.tables import print_epochs
 from finetune.scores.calibration import measure_calibration
@@ -46,7 +45,7 @@ def finished_seeds(
     records = {}
     for seed, path in folder.finished_seeds.items():
         try:
-            record = TypeAdapter(SeedRecord).validate_python(read_json(path))
+            record = parse_record(SeedRecord, path.read_bytes())
         except (OSError, ValueError):
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         changed = changed_settings(settings, record.settings)
@@ -153,7 +152,7 @@ def _write_seed(
     for split, evaluation in fitted.evaluations.items():
         kind, table = run.task.kind, run.task.splits[split].table
         write_rows(folder / f"predictions-{split}.csv", prediction_rows(kind, table.records, evaluation.predictions))
-        save_predictions(folder / f"predictions-{split}.jsonl", evaluation.predictions)
+        write_rows(folder / f"predictions-{split}.jsonl", evaluation.predictions)
         if split in record.scores:
             write_worst_rows(folder / f"worst-{split}.csv", kind, table.records, evaluation.predictions)
             for name, rows in kind.breakdowns(table.records, evaluation.predictions).items():
@@ -184,9 +183,7 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
         for split, found in fitted.evaluations.items()
         if found.scores
     }
-    has_few_labels = len(kind.labels) <= _CONFUSION_LABELS
-    confusion = {split: kind.confusion(*found) if has_few_labels else None for split, found in labelled.items()}
-    label_scores = {split: kind.label_scores(*found) for split, found in labelled.items()}
+    counted = labelled if len(kind.labels) <= _CONFUSION_LABELS else {}
     temperature, calibration = measure_calibration(
         {split: kind.classified(*found) for split, found in labelled.items()}
     )
@@ -196,8 +193,10 @@ def _make_record(fitted: Fitted, run: ResolvedRun) -> SeedRecord:
         epochs=[_epoch_row(epoch, run.task.metric) for epoch in fitted.epochs],
         scores={split: fitted.evaluations[split].scores for split in labelled},
         intervals={split: dict(kind.intervals(*found)) for split, found in labelled.items()},
-        confusion={split: matrix.tolist() for split, matrix in confusion.items() if matrix is not None},
-        label_scores={split: scores for split, scores in label_scores.items() if scores},
+        confusion={
+            split: matrix.tolist() for split, found in counted.items() if (matrix := kind.confusion(*found)) is not None
+        },
+        label_scores={split: scores for split, found in labelled.items() if (scores := kind.label_scores(*found))},
         collapsed=[split for split, found in labelled.items() if kind.is_collapsed(*found)],
         temperature=temperature,
         calibration=calibration,

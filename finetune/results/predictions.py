@@ -17,7 +17,7 @@ import numpy as np
 
 from experiment.config import load_config
 from experiment.errors import UserError, reason
-from experiment.files import atomic_write, parse_json, read_json, write_text
+from experiment.files import atomic_write, parse_json, read_json
 from experiment.models.model_names import local_model
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import FinetuneConfig
@@ -137,17 +137,12 @@ _FORMATS: dict[str, Callable[[Path], AbstractContextManager[Write]]] = {
 }
 
 
-def save_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write a JSON object for each record, with all digits, for `read_predictions`."""
-    write_text(path, "".join(f"{json.dumps(prediction, ensure_ascii=False)}\n" for prediction in predictions))
-
-
 class DamagedPredictionsError(UserError):
     """The predictions of a seed cannot be read."""
 
 
 def read_predictions(path: Path) -> list[Prediction]:
-    """Return the predictions in a file of `save_predictions`. Raises DamagedPredictionsError."""
+    """Return the predictions in a .jsonl file of them. Raises DamagedPredictionsError."""
     try:
         return [parse_json(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:

@@ -80,17 +80,17 @@ def test_a_killed_seed_is_trained_again_and_agrees(
     config_file: Path, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches an incomplete seed folder counted as a result, and a repeated seed with other weights."""
-    save = seed_run.save_predictions
+    save = seed_run.write_worst_rows
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(seed_run, "save_predictions", killed)
+    monkeypatch.setattr(seed_run, "write_worst_rows", killed)
     with pytest.raises(KeyboardInterrupt):
         finetune(config_file, {"training.seeds": "[1]"})
     assert not (tmp_path / "run" / "seed-1").exists()
     assert not (tmp_path / "run" / "results.json").exists()
-    monkeypatch.setattr(seed_run, "save_predictions", save)
+    monkeypatch.setattr(seed_run, "write_worst_rows", save)
     finetune(config_file, {"training.seeds": "[1]"})
     runs = (tmp_path / "run", trained_run)
     once, again = (load_file(run / "seed-1" / "model" / "model.safetensors") for run in runs)
