@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,45 +21,28 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from experiment.errors import UserError, notify, readable_disk_errors
 from experiment.files import write_json
 from experiment.process.hardware import prepare_process
 from finetune.encoding.examples import Split
+from finetune.kinds import embedding
 from finetune.model import build_model
-from finetune.pooling import hidden_states, pool
 from finetune.prediction.inference import Inference, evaluation_microbatch
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 
 _C = 1.0
 _ITERATIONS = 1000
 
-# Shape suffixes: N examples, S sequences of a batch, D hidden.
-
-
-class MeanPooled(nn.Module):
-    """The mean of an encoder's last hidden states, in the place of logits."""
-
-    def __init__(self, encoder: PreTrainedModel) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
-        """Pool the hidden states. logits: SD."""
-        return SequenceClassifierOutput(
-            logits=pool(hidden_states(self.encoder, inputs), inputs["attention_mask"], "mean")
-        )
+# Shape suffixes: N examples, D hidden.
 
 
 def probe(run: ResolvedRun) -> dict[str, float]:
     """Return the metrics on validation of a probe that was fitted on train. Raises UserError."""
     kind, splits = run.task.kind, run.task.splits
-    encoder = build_model(run.model).model.base_model.to(run.device.device).eval()
-    model = MeanPooled(encoder)
-    train, validation = (features(model, splits[split], run) for split in ("train", "validation"))
+    encoder = build_model(run.model).model.base_model.to(run.device.device)
+    train, validation = (features(encoder, splits[split], run) for split in ("train", "validation"))
     targets = np.array([example.target for example in splits["train"].examples])
     if len(set(targets)) == 1:
         raise UserError(f"{splits['train'].table.path}: every row has the label '{kind.labels[targets[0]]}'")
@@ -70,11 +54,11 @@ def probe(run: ResolvedRun) -> dict[str, float]:
     return kind.scores(splits["validation"].table.records, predictions)
 
 
-def features(model: MeanPooled, split: Split, run: ResolvedRun) -> NDArray[np.float32]:
+def features(encoder: PreTrainedModel, split: Split, run: ResolvedRun) -> NDArray[np.float32]:
     """Compute features ND, a row for each example."""
-    microbatch = evaluation_microbatch(run.training)
-    inference = Inference(model, run.task.kind, run.task.padding, run.device, microbatch)
-    outputs, _ = inference.compute(split.examples)
+    kind = embedding.Kind(embedding.Config(pooling="mean", normalize=False), ())
+    inference = Inference(encoder, kind, run.task.padding, run.device, evaluation_microbatch(run.training))
+    outputs, _ = inference.compute([replace(example, target=None) for example in split.examples])
     return np.stack([rows[0] for rows in outputs])
 
 

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModel, AutoTokenizer
 
 from finetune.model import build_model
-from finetune.probe import MeanPooled, features, main, probe
+from finetune.probe import features, main, probe
 from finetune.resolve import load_run_config, resolve
 
 
@@ -39,9 +39,8 @@ def test_a_probe_separates_what_the_encoder_separates(task: Path) -> None:
 def test_features_are_the_mean_over_the_tokens(task: Path, encoder: Path) -> None:
     """Catches padding in the mean, hidden states of another layer, and rows in the order of their lengths."""
     run = resolve(load_run_config(task))
-    model = MeanPooled(build_model(run.model).model.base_model).eval()
     split = run.task.splits["validation"]
-    found = features(model, split, run)
+    found = features(build_model(run.model).model.base_model, split, run)
     tokenizer, alone = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
     assert len({example.longest for example in split.examples}) > 1
     for record, row in list(zip(split.table.records, found, strict=True))[:8]:
