@@ -282,14 +282,7 @@ def read_conll(path: Path) -> Iterator[Row]:
             for number, fields in sentence:
                 if len(fields) != width:
                     raise UserError(f"{path}:{number}: expected {counted(width, 'column')}, found {len(fields)}")
-            place = f"{path}:{sentence[0][0]}"
-            yield Row(place, _names(width), _cells([fields for _, fields in sentence]), place)
-
-
-def _names(width: int) -> list[str]:
-    return [*map(str, range(width)), "tokens", *(["tags"] if width > 1 else [])]
-
-
-def _cells(rows: list[list[str]]) -> list[list[str]]:
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return [*columns, columns[0], *([columns[-1]] if len(columns) > 1 else [])]
+            columns = [list(column) for column in zip(*(fields for _, fields in sentence), strict=True)]
+            cells = {str(number): column for number, column in enumerate(columns)}
+            cells |= {"tokens": columns[0], **({"tags": columns[-1]} if width > 1 else {})}
+            yield _row(f"{path}:{sentence[0][0]}", cells)
