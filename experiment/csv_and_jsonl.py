@@ -53,11 +53,6 @@ class CsvRow(NamedTuple):
     cells: list[str]
 
 
-class JsonRow(NamedTuple):
-    line: int
-    cells: dict[str, Any]
-
-
 def raw_lines(stream: IO[bytes], origin: str, first: int = 1) -> Iterator[bytes]:
     """Yield the lines of a file, with their line ends. Raises UserError for a line that is too long to be one. `first`:
     number of the first line."""
@@ -186,23 +181,19 @@ def _separator_hint(csv_format: CsvFormat) -> str:
     return f"; is the separator {csv_format.separator or ','!r}? If not, set {csv_format.option('sep')}"
 
 
-def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterator[JsonRow]:
-    """Yield the rows of a file with one JSON object per line. Empty lines are skipped. `first`: number of the first
-    line."""
+def read_json_lines(lines: Iterable[str], origin: str, first: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, object) of a file with one object per line, without empty lines. first: number of its first line."""
     for number, line in enumerate(lines, first):
         if not line.strip():
             continue
         try:
             row = parse_json(line.strip())
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{origin}:{number}: expected one JSON object per line: {error.msg} at column {error.colno}"
-            ) from None
         except ValueError as error:
-            raise UserError(f"{origin}:{number}: expected one JSON object per line: {error}") from None
+            problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(f"{origin}:{number}: expected one JSON object per line: {problem}") from None
         if not isinstance(row, dict):
             raise UserError(f"{origin}:{number}: expected one JSON object per line, found {line.strip()[:60]}")
-        yield JsonRow(number, row)
+        yield number, row
 
 
 def column_index(names: Sequence[str], column: str, place: str, key: str, csv_format: CsvFormat | None = None) -> int:

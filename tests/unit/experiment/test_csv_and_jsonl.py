@@ -167,7 +167,7 @@ def test_a_line_larger_than_memory_is_rejected(monkeypatch: pytest.MonkeyPatch) 
 def test_an_ambiguous_or_unreadable_row_is_rejected(row: str, problem: str) -> None:
     """Catches the last of two values taken silently, and tracebacks."""
     rows = read_json_lines(['{"text": "a", "n": 1}', row], "f")
-    assert next(rows).line == 1
+    assert next(rows)[0] == 1
     with pytest.raises(UserError) as raised:
         next(rows)
     assert str(raised.value).startswith(f"f:2: expected one JSON object per line: {problem}")
