@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from experiment.errors import UserError
 from finetune.data.records import Record
 from finetune.prediction.predictor import Predictor
+from finetune.serve import schemas
 from finetune.serve.monitoring import observe
 from finetune.serve.request_checks import (
     FORM,
@@ -35,36 +36,26 @@ from finetune.serve.request_checks import (
     require_host,
     require_token,
 )
-from finetune.serve.schemas import (
-    EmbedRequest,
-    EmbedResponse,
-    Error,
-    FillMaskRequest,
-    FillMaskResponse,
-    LabelAndScore,
-    ModelInfo,
-    ModelPredictionRequest,
-    PredictRequest,
-    PredictResponse,
-    Status,
-)
 from finetune.serve.served_model import ServedModel
 from finetune.serve.serving import Serving
 
 _ABOUT = """Predictions of one model. Texts of all requests are computed together; an answer does not depend on others.
 Errors are answered with `{"error": MESSAGE}`. If the server has a token, send `Authorization: Bearer TOKEN`."""
 
+_DESCRIPTIONS = {
+    400: "Invalid JSON, or not UTF-8",
+    401: "The token is missing or wrong",
+    403: "The request is from a page of another site",
+    404: "The model cannot do this",
+    408: "The request did not arrive in time",
+    413: "The request is too large, or has too many texts",
+    415: "The request is not JSON",
+    421: "The server does not answer to this name",
+    422: "The request is not as described here",
+    503: "Too many texts are waiting, or memory runs out; try again after Retry-After",
+}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Error, "description": "Invalid JSON, or not UTF-8"},
-    401: {"model": Error, "description": "The token is missing or wrong"},
-    403: {"model": Error, "description": "The request is from a page of another site"},
-    404: {"model": Error, "description": "The model cannot do this"},
-    408: {"model": Error, "description": "The request did not arrive in time"},
-    413: {"model": Error, "description": "The request is too large, or has too many texts"},
-    415: {"model": Error, "description": "The request is not JSON"},
-    421: {"model": Error, "description": "The server does not answer to this name"},
-    422: {"model": Error, "description": "The request is not as described here"},
-    503: {"model": Error, "description": "Too many texts are waiting, or memory runs out; try again after Retry-After"},
+    status: {"model": schemas.Error, "description": text} for status, text in _DESCRIPTIONS.items()
 }
 _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'unsafe-inline' 'self'; img-src data:; frame-ancestors 'none'"}
 _FORMS = (FORM, "multipart/form-data")
@@ -116,8 +107,8 @@ def _serving(request: Request) -> Serving:
 State = Annotated[Serving, Depends(_serving)]
 
 
-@api.post("/predict", response_model=PredictResponse)
-async def predict(asked: PredictRequest, serving: State, request: Request) -> Response:
+@api.post("/predict", response_model=schemas.PredictResponse)
+async def predict(asked: schemas.PredictRequest, serving: State, request: Request) -> Response:
     """Predict for texts, pairs of texts, or records."""
     texts = request.state.texts = len(asked.texts or asked.pairs or asked.records)
     serving.admission.check(texts)
@@ -127,8 +118,8 @@ async def predict(asked: PredictRequest, serving: State, request: Request) -> Re
         return await _render("predictions", await services.predict(records, asked.calibrated))
 
 
-@api.post("/fill-mask", response_model=FillMaskResponse)
-async def fill_mask(asked: FillMaskRequest, serving: State, request: Request) -> Response:
+@api.post("/fill-mask", response_model=schemas.FillMaskResponse)
+async def fill_mask(asked: schemas.FillMaskRequest, serving: State, request: Request) -> Response:
     """Fill the masks in texts with the most probable tokens, or rank given options."""
     request.state.texts = len(asked.texts)
     options = sum(len(each) for lists in asked.options or [] for each in lists)
@@ -144,8 +135,8 @@ async def fill_mask(asked: FillMaskRequest, serving: State, request: Request) ->
         return await _render("predictions", found)
 
 
-@api.post("/embed", response_model=EmbedResponse)
-async def embed(asked: EmbedRequest, serving: State, request: Request) -> Response:
+@api.post("/embed", response_model=schemas.EmbedResponse)
+async def embed(asked: schemas.EmbedRequest, serving: State, request: Request) -> Response:
     """Embed texts: the hidden states of the encoder's last layer, pooled."""
     request.state.texts = len(asked.texts)
     with serving.answering(len(asked.texts)) as services:
@@ -154,13 +145,13 @@ async def embed(asked: EmbedRequest, serving: State, request: Request) -> Respon
         return await _render("embeddings", await services.embed(asked.texts, asked.pooling))
 
 
-_SENTENCES = ModelPredictionRequest.model_json_schema()
+_SENTENCES = schemas.ModelPredictionRequest.model_json_schema()
 
 
 @api.post("/model_prediction", include_in_schema=False)
 @api.post(
     "/model_prediction/",
-    response_model=LabelAndScore,
+    response_model=schemas.LabelAndScore,
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -171,7 +162,7 @@ _SENTENCES = ModelPredictionRequest.model_json_schema()
 async def model_prediction(serving: State, request: Request) -> Response:
     """Predict for one text or pair, as JSON or as a form: `[label, probability of the label]`."""
     try:
-        asked = ModelPredictionRequest.model_validate(await _read_json_or_form(request))
+        asked = schemas.ModelPredictionRequest.model_validate(await _read_json_or_form(request))
     except ValidationError as error:
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from None
     request.state.texts = 1
@@ -183,21 +174,21 @@ async def model_prediction(serving: State, request: Request) -> Response:
         return JSONResponse([found["label"], found["probabilities"][found["label"]]])
 
 
-@api.get("/model", response_model=ModelInfo)
-async def model(serving: State) -> ModelInfo:
+@api.get("/model", response_model=schemas.ModelInfo)
+async def model(serving: State) -> schemas.ModelInfo:
     """Return the model, and the requests that it accepts."""
     return serving.served.info
 
 
 @site.head("/healthz", include_in_schema=False)
-@site.get("/healthz", response_model=Status, tags=["operation"])
+@site.get("/healthz", response_model=schemas.Status, tags=["operation"])
 async def healthz() -> Response:
     """Return whether the process answers."""
     return JSONResponse({"status": "ok"})
 
 
 @site.head("/readyz", include_in_schema=False)
-@site.get("/readyz", response_model=Status, responses={503: {"model": Error}}, tags=["operation"])
+@site.get("/readyz", response_model=schemas.Status, responses={503: {"model": schemas.Error}}, tags=["operation"])
 async def readyz(serving: State) -> Response:
     """Return whether the server takes further requests."""
     if serving.admission.is_full:
@@ -205,7 +196,9 @@ async def readyz(serving: State) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@site.get("/metrics", tags=["operation"], responses={200: {"content": {"text/plain": {}}}, 401: {"model": Error}})
+@site.get(
+    "/metrics", tags=["operation"], responses={200: {"content": {"text/plain": {}}}, 401: {"model": schemas.Error}}
+)
 async def metrics(serving: State) -> Response:
     """Return counts for Prometheus."""
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -259,7 +252,7 @@ def _parse_form(body: bytes) -> dict[str, str]:
         raise HTTPException(400, "the form is not UTF-8") from error
 
 
-def _requested_records(asked: PredictRequest, served: ServedModel) -> list[Record]:
+def _requested_records(asked: schemas.PredictRequest, served: ServedModel) -> list[Record]:
     """Read the records. Raises UserError for input that the model rejects, HTTPException if it does not predict."""
     predictor = _predicting(served)
     if asked.records:

@@ -10,17 +10,7 @@ from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import read_json
 from experiment.formatting import UNKNOWN, show
-from experiment.results.charts import (
-    LOOKS,
-    Charts,
-    DotCharts,
-    Line,
-    Panel,
-    Plot,
-    charts_block,
-    look,
-    style,
-)
+from experiment.results.charts import LOOKS, Charts, DotCharts, Line, Panel, Plot, charts_block, look, style
 from experiment.results.comparison import comparison_blocks
 from experiment.results.main_score import main_score
 from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, Text
