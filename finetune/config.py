@@ -130,13 +130,9 @@ class TrainingConfig(Section):
             yield f"training.lr is {self.lr:g}: usual learning rates are 1e-5 to 1e-3, see docs/finetuning.md"
 
     @model_validator(mode="after")
-    def _patience_has_a_validation_split(self) -> Self:
+    def _settings_fit_together(self) -> Self:
         if self.patience is not None and self.fit_on != "train":
             raise ValueError(f"patience: needs a validation split, which fit_on: {self.fit_on} leaves none of")
-        return self
-
-    @model_validator(mode="after")
-    def _seeds_are_distinct(self) -> Self:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: needs one or more, each once; found {list(self.seeds)}")
         return self

@@ -177,13 +177,9 @@ def _describe_with_limits(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if get_origin(annotation) in (list, tuple):
         items = dict.fromkeys(_describe_with_limits(part) for part in get_args(annotation) if part is not Ellipsis)
         count = f"{len(get_args(annotation))} " if _is_fixed_tuple(annotation) else ""
-        return f"a list of {count}{_plural(_joined(list(items)))}"
+        plural = re.sub("^a (.*?)(number|mapping|list)", r"\1\2s", _joined(list(items)))  # such as 'numbers > 0'
+        return f"a list of {count}{plural}"
     return " ".join(filter(None, [describe_type(annotation), _limits(metadata)]))
-
-
-def _plural(description: str) -> str:
-    """Return the plural: 'numbers > 0' for 'a number > 0'."""
-    return re.sub("^a (.*?)(number|mapping|list)", r"\1\2s", description)
 
 
 def _limits(metadata: Iterable[Any]) -> str:

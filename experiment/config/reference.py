@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args, get_origin
 
@@ -116,19 +116,14 @@ def _keys_of_field(section: type[BaseModel], name: str, prefix: str) -> Iterator
     yield ConfigKey(prefix + name, describe_field(field), _default(field), find_meaning(section, name))
     for optional in _sections_in(field.annotation):
         yield from _keys(optional, f"{prefix}{name}.")
-    for below, containers in ((f"{name}[].", (list, tuple)), (f"{name}.NAME.", (dict, Mapping))):
-        for item in _item_sections(field.annotation, containers):
+    for container in union_members(field.annotation):
+        below = f"{name}[]." if get_origin(container) in (list, tuple) else f"{name}.NAME."
+        for item in [section for part in get_args(container) for section in _sections_in(part)]:
             yield from _keys(item, prefix + below)
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [kind for kind in union_members(annotation) if is_section(kind)]
-
-
-def _item_sections(annotation: Any, containers: tuple[type, ...]) -> list[type[BaseModel]]:
-    """Return the sections that the items of a list, or the values of a mapping, may be."""
-    found = [kind for kind in union_members(annotation) if get_origin(kind) in containers]
-    return [item for kind in found for part in get_args(kind) for item in _sections_in(part)]
 
 
 def _default(field: FieldInfo) -> str:

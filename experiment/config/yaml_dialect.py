@@ -3,6 +3,7 @@
 `5e-4` is a number; dates, `on`, `yes`, `010` and `1_000` are text.
 """
 
+import copy
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -107,13 +108,10 @@ class Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen[key.value] = line
                 if key.tag != "tag:yaml.org,2002:merge":  # as numbers, 1.1 and 1.10 would be the same
-                    node.value[number] = (_text_node(key), value)
+                    text = copy.copy(key)  # `key` may be a value with an anchor
+                    text.tag = "tag:yaml.org,2002:str"
+                    node.value[number] = (text, value)
         return node
-
-
-def _text_node(node: yaml.ScalarNode) -> yaml.ScalarNode:
-    """Return a node that is text. The given one may be a value with an anchor."""
-    return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark, node.style)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
@@ -100,17 +100,15 @@ class Panel:
     def drawn(self) -> list[DrawnLine]:
         """The lines that have points. Of many, fewer points are shown."""
         limit = max(_FEWEST_POINTS, min(MAX_POINTS, _CHART_POINTS // max(len(self.lines), 1)))
-        looks = zip(self.lines, self._looks(), strict=True)
-        return [DrawnLine(line, len(line.curve), limit, *found) for line, found in looks if len(line.curve)]
-
-    def _looks(self) -> Iterator[tuple[str, str]]:
-        numbers = count()
+        numbers, found = count(), []
         for line in self.lines:
             if line.color is None:
                 color, dash = look(next(numbers) if line.look is None else line.look)
             else:
                 color, dash = line.color, ""
-            yield color, _DASHED if line.dashed else dash
+            if points := len(line.curve):
+                found.append(DrawnLine(line, points, limit, color, _DASHED if line.dashed else dash))
+        return found
 
 
 @dataclass(frozen=True)

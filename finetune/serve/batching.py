@@ -160,18 +160,15 @@ class Batcher(Generic[ItemT, ResultT]):
             results = await self._compute([job.items[index] for job, index in parts])
             found = list(zip(parts, results, strict=True))
         except Exception as error:
-            await self._retry(parts, error)
+            jobs = list(dict.fromkeys(job for job, _ in parts))
+            if len(jobs) == 1:
+                jobs[0].fail(error)
+            else:
+                for job in jobs:
+                    await self._compute_batch([part for part in parts if part[0] is job])
             return
         for (job, index), result in found:
             job.put(index, result)
-
-    async def _retry(self, parts: Sequence[_Part[ItemT, ResultT]], error: Exception) -> None:
-        jobs = list(dict.fromkeys(job for job, _ in parts))
-        if len(jobs) == 1:
-            jobs[0].fail(error)
-            return
-        for job in jobs:
-            await self._compute_batch([part for part in parts if part[0] is job])
 
     def _forget(self) -> None:
         """Drop the jobs that are done, or whose callers were cancelled."""

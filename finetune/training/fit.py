@@ -326,20 +326,18 @@ class _Fitting:
 
     def state(self) -> dict[str, Any]:
         """Return the state for `load_state`. The best weights are left out if they are the present ones."""
+        best = self._best
         return {
             "updater": self._updater.state(),
             "losses": self._meter.sums,
             "seconds": self._meter.seconds[1],
             "epochs": [asdict(epoch) for epoch in self._epochs],
-            "best": None if self._best is None else self._state_of(self._best),
-        }
-
-    def _state_of(self, best: _Best) -> dict[str, Any]:
-        is_present = self._epochs[best.number].steps == self.steps
-        return {
-            "number": best.number,
-            "weights": None if is_present else best.weights,
-            "validation": best.validation and asdict(best.validation),
+            "best": best
+            and {
+                "number": best.number,
+                "weights": None if self._epochs[best.number].steps == self.steps else best.weights,
+                "validation": best.validation and asdict(best.validation),
+            },
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -51,7 +51,13 @@ def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False
     for run in opened:
         if not run.history.seeds and run.results is None:
             raise UserError(f"{run.folder.path} has nothing to report: no event in {run.folder.metrics.name}")
-    return _write(directory, _overlay_page(opened), png)
+    configs = [
+        Code(f"{run.name}: config.yaml", run.folder.config.read_text(encoding="utf-8", errors="replace"))
+        for run in opened
+        if run.folder.config.is_file()
+    ]
+    blocks = [*overlay_blocks(opened), Heading("Configs"), *configs]
+    return _write(directory, Page(counted(len(opened), "run"), blocks), png)
 
 
 def _write(directory: Path, page: Page, png: bool) -> Path:
@@ -88,14 +94,3 @@ def run_page(run: Run, blocks: Sequence[Block]) -> Page:
     else:
         headline = task_headline(run, run.results)
     return Page(run.folder.path.name, [*blocks, *provenance_blocks(run.folder)], headline)
-
-
-def _overlay_page(runs: Sequence[Run]) -> Page:
-    """Return the page of several runs."""
-    configs = [
-        Code(f"{run.name}: config.yaml", run.folder.config.read_text(encoding="utf-8", errors="replace"))
-        for run in runs
-        if run.folder.config.is_file()
-    ]
-    blocks = [*overlay_blocks(runs), Heading("Configs"), *configs]
-    return Page(counted(len(runs), "run"), blocks)

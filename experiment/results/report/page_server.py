@@ -72,10 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", page.html())
 
     def _page(self, path: str) -> FollowedPage | None:
-        if path == "/":
-            return self.server.pages.page("")
         name = unquote(path.removeprefix(_RUN)) if path.startswith(_RUN) else ""
-        return self.server.pages.page(name) if name else None
+        return self.server.pages.page(name) if name or path == "/" else None
 
     def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
         self.send_response(status)
