@@ -90,8 +90,7 @@ def read_csv(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> tuple[
 
 
 def looks_like_header(cells: Sequence[str], words: int = 3) -> bool:
-    """Return whether the cells of a row may be names of columns: distinct, short, of at most 3 `words`, and no
-    numbers."""
+    """Return whether cells may be names of columns: distinct, short, of at most 3 `words`, and no numbers."""
     return len(set(cells)) == len(cells) and all(_looks_like_name(cell.strip(), words) for cell in cells)
 
 

@@ -58,8 +58,7 @@ def reason(error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, and the second if the first announces it; its type if it has
-    none."""
+    """Return an error's first line, and the second if the first announces it; its type if it has no message."""
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 

@@ -74,8 +74,7 @@ def csv_table(rows: Iterable[Sequence[object]]) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int | None = None) -> str:
-    """Return a table that ends with a newline. Cells are Markdown. The columns after the first `labels` hold
-    numbers."""
+    """Return a table that ends with a newline. Cells are Markdown. Columns after the first `labels` hold numbers."""
     rule = "|".join("---" if labels is None or number < labels else "---:" for number in range(len(columns)))
     header, *lines = [f"| {' | '.join(cells)} |\n" for cells in [columns, *rows]]
     return "".join([header, f"|{rule}|\n", *lines])

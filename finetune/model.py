@@ -55,8 +55,6 @@ class BuiltModel:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """The inputs that a model accepts."""
-
     max_length: int | None  # tokens; None: no limit
     token_types: bool  # whether it tells the two texts of a pair apart by token_type_ids
 
@@ -135,8 +133,7 @@ def _compute_outputs_in_fp32(model: PreTrainedModel) -> None:
 
 
 def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -> list[str]:
-    """Return lines on the size of a model and where its weights come from. uses_head: whether its head is of
-    interest."""
+    """Return lines on a model's size and the origin of its weights. uses_head: whether its head is of interest."""
     parameters = list(built.model.parameters())
     count = sum(map(torch.Tensor.numel, parameters))
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
@@ -181,8 +178,7 @@ def _is_in_head(parameter: str, model: PreTrainedModel) -> bool:
 
 
 def _fits_head(model: PreTrainedModel, spec: ModelSpec) -> bool:
-    """Return whether the head in the folder, if any, is for the same labels. Otherwise its weights mean something
-    else."""
+    """Return whether the head in the folder, if any, is for the same labels: else its weights mean something else."""
     config = load_config(spec.folder)
     architecture = (config.architectures or ["Model"])[0]
     if architecture.endswith("Model") or has_masked_lm_head(config.architectures):  # no head for a task

@@ -151,8 +151,7 @@ def _in_order_of_events(seeds: Sequence[int], folder: RunFolder) -> list[int]:
 
 @contextmanager
 def _closed_at_the_end(tracker: Tracker) -> Iterator[None]:
-    """Close the tracker with the outcome of the run. Raises StoppedError in place of errors of the disk that may
-    pass."""
+    """Close the tracker with the run's outcome. Raises StoppedError in place of disk errors that may pass."""
     outcome = Outcome.FAILED
     try:
         with stopped_by_disk_errors():
@@ -166,8 +165,7 @@ def _closed_at_the_end(tracker: Tracker) -> Iterator[None]:
 
 
 def _train_seeds(missing: Sequence[int], resolved: ResolvedRun, logs: Mapping[int, Log]) -> dict[int, SeedRecord]:
-    """Train with the missing seeds. Raises SystemExit if one fails. logs: of all seeds, in the order of their
-    events."""
+    """Train the missing seeds. Raises SystemExit if one fails. logs: of all seeds, in the order of their events."""
     if _in_parallel(missing, resolved):
         return train_seeds_in_parallel(resolved, logs)
     records = {}

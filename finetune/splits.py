@@ -137,8 +137,7 @@ def make_task(
 def encode_split(
     table: Table, kind: TaskKind[Any], encoder: Encoder, training: bool, records: Iterable[Record] | None = None
 ) -> Split:
-    """Encode all records. records: the table's own, with a progress bar. Raises UserError for an invalid
-    target."""
+    """Encode all records. records: the table's own, with a progress bar. Raises UserError for an invalid target."""
     expanded = [kind.expand(record, encoder, training) for record in records or table.records]
     return Split(
         table,

@@ -181,19 +181,17 @@ class TaskKind(ABC, Generic[ConfigT]):
                 yield from [value] if isinstance(value, str) else value
 
     def check_input(self, record: Record) -> None:
-        """Raise UserError for a record that cannot be predicted, as `expand` does: without a tokenizer, to find it
-        early."""
+        """Raise UserError for a record that cannot be predicted, as `expand` does, but early: without a tokenizer."""
 
     def check_target(self, record: Record) -> None:
-        """Raise UserError for an invalid target, as `expand` does: without a tokenizer, to find it early."""
+        """Raise UserError for an invalid target, as `expand` does, but early: without a tokenizer."""
 
     def count_options(self, record: Record) -> int:
         """Return how many texts of a record are scored one by one, such as choices; 0 if there are none."""
         return 0
 
     def count_option_tokens(self, records: Sequence[Record], encoder: "Encoder") -> int:
-        """Return a lower bound of the tokens of `expand`, where they grow with the square of the options' lengths; else
-        0."""
+        """Return a lower bound of the tokens of `expand`, if they grow with the square of options' lengths; else 0."""
         return 0
 
     def probe(self, encoder: "Encoder") -> "Example":

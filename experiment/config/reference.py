@@ -19,8 +19,6 @@ REQUIRED = "required"
 
 @dataclass(frozen=True)
 class ConfigKey:
-    """One key of a config."""
-
     name: str  # dotted; keys of list items as `schedule.stages[].steps`
     type: str
     default: str  # as YAML, or REQUIRED

@@ -51,7 +51,6 @@ class Line:
 
     @property
     def has_average(self) -> bool:
-        """Whether its moving average is drawn."""
         return self.smoothed and len(self.curve) >= _FEWEST_SMOOTHED
 
 

@@ -58,8 +58,7 @@ class Curve:
         return len(full) * size + len(rest)
 
     def points(self, limit: int = MAX_POINTS) -> Points:
-        """Return the first, lowest, highest and last point of each bucket, at most `limit`: all points of a short
-        curve."""
+        """Return the first, lowest, highest and last point of each bucket, at most `limit`: all of a short curve."""
         corners = self._buckets(limit)[:, :8].reshape(-1, 4, 2)
         by_x = np.take_along_axis(corners, corners[:, :, :1].argsort(axis=1, kind="stable"), axis=1).reshape(-1, 2)
         kept = np.ones(len(by_x), dtype=np.bool_)

@@ -33,8 +33,6 @@ class FilledSentence:
 
 @dataclass(frozen=True)
 class CheckpointFillings:
-    """The fillings of one checkpoint."""
-
     step: int
     weights: str  # identifies the checkpoint, see `checkpoints.weights_digest`
     sentences: tuple[FilledSentence, ...]

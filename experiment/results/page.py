@@ -192,8 +192,6 @@ class Fact:
 
 @dataclass(frozen=True)
 class Headline:
-    """The headline of the page."""
-
     state: str
     tone: Tone  # of the state
     message: str

@@ -59,8 +59,6 @@ def open_lines(path: Path) -> Iterator[Iterator[str]]:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """The format of a data file."""
-
     name: FormatName | None = None  # None: as the file name suggests
     csv: CsvFormat = field(default_factory=CsvFormat)  # if it has no separator, the file name suggests one
 

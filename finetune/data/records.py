@@ -235,8 +235,7 @@ def _read_cell(row: Row, cell_type: CellType, found: int | list[int]) -> Any:
 
 
 def read_value(cell: object, cell_type: CellType, place: str, column: str) -> Any:
-    """Return the value of a cell, or of a tuple of cells. Raises UserError, with its place and column, if it holds
-    something else."""
+    """Return the value of a cell, or of a tuple of cells. Raises UserError if it holds something else."""
     try:
         value = cell_type.read(cell)
     except ValueError as hint:

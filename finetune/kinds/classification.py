@@ -91,7 +91,6 @@ class Kind(TaskKind[Config]):
         return balanced_weights([example.target for example in examples], len(self.labels))
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Return the cross-entropy, weighted by label."""
         assert batch.targets is not None
         return Loss.of(weighted_cross_entropy(outputs, batch.targets, options), len(batch.targets))
 

@@ -56,8 +56,7 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """Return the labels of the training split, sorted. Raises UserError if there is only one, or for one with two
-        spellings."""
+        """Return the sorted labels of the training split. Raises UserError if one is alone or has two spellings."""
         rows = reversed(train.records)
         places = {label: record.place for record in rows for label in _labels_of(record, config)}
         reject_two_spellings(places)

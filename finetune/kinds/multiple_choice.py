@@ -161,7 +161,6 @@ class Kind(TaskKind[Config]):
         return logits.reshape(-1, 1)
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Return the cross-entropy over the choices of each question."""
         assert batch.targets is not None
         sizes = [len(example.sequences) for example in batch.examples]
         return choice_loss(torch.split(outputs[:, 0].float(), sizes), batch.targets)
@@ -191,8 +190,7 @@ class Kind(TaskKind[Config]):
 
 
 def choice_loss(scores: Sequence[Tensor], targets: Tensor) -> Loss:
-    """Return the cross-entropy over the choices of each question. scores: of its choices. targets: indices of the right
-    ones."""
+    """Return the cross-entropy over the choices of each question. scores: of these. targets: the right indices."""
     padded = pad_sequence(list(scores), batch_first=True, padding_value=float("-inf"))
     losses = F.cross_entropy(padded, targets, reduction="none")
     return Loss.of(losses.sum(), len(losses))

@@ -52,7 +52,6 @@ class Kind(TaskKind[Config]):
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), record.values.get("label"))]
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
-        """Return the squared error."""
         assert batch.targets is not None
         losses = F.mse_loss(outputs.float()[:, 0], batch.targets, reduction="none")
         return Loss.of(losses.sum(), len(losses))
@@ -69,6 +68,5 @@ class Kind(TaskKind[Config]):
         }
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:
-        """Return the squared errors."""
         pairs = zip(records, predictions, strict=True)
         return np.array([(record.values["label"] - prediction["value"]) ** 2 for record, prediction in pairs])

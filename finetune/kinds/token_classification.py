@@ -174,7 +174,6 @@ class Kind(TaskKind[Config]):
     def label_pairs(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the tags of all words."""
         gold, predicted = (
             np.array([self.label_ids[tag] for tags in side for tag in tags], dtype=int)
             for side in _sides(records, predictions)

@@ -219,8 +219,7 @@ def _same(alone: Tensor, together: Tensor) -> bool:
 def computes(
     model: nn.Module, kind: TaskKind[Any], batch: Batch, device: Device, options: LossOptions | None = None
 ) -> bool:
-    """Return whether a model can compute a batch in the precision of the device; with loss options, the gradients
-    too."""
+    """Return whether a model can compute a batch in the device's precision; with loss options, gradients too."""
     try:
         with torch.set_grad_enabled(options is not None):
             with device.autocast():

@@ -45,8 +45,7 @@ def check_row_file(path: Path) -> None:
 
 @contextmanager
 def open_row_file(path: Path) -> Iterator[Write]:
-    """A function that adds rows to a new file. The file appears, or replaces another, when the block ends without an
-    error."""
+    """Yield a function that adds rows to a new file, which appears, or replaces another, if the block succeeds."""
     check_row_file(path)
     with atomic_write(path) as temporary, _FORMATS[path.suffix](temporary) as write:
         yield write
@@ -177,8 +176,7 @@ def prediction_rows(
 
 
 def _inputs(values: Mapping[str, Any], kind: TaskKind[Any], optional: Set[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a record: its texts first, then its target. optional: columns that are empty if it lacks
-    them."""
+    """Yield the values of a record: texts first, then the target. optional: columns that are empty if it lacks them."""
     types = kind.config.columns.cell_types()
     if not optional <= values.keys():
         values = {role: values.get(role, []) for role in types if role in values or role in optional} | dict(values)

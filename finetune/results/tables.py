@@ -23,8 +23,7 @@ Describe = Callable[[Any], str]
 def print_scores(
     title: str, splits: Mapping[str, Mapping[str, Any]], metric: str | None, describe: Describe = "{:.4f}".format
 ) -> None:
-    """Print a row for each metric, a column for each split. Splits may have different ones. metric: the one to mark, if
-    any."""
+    """Print a row for each metric of any split, a column for each split. metric: the one to mark, if any."""
     if not splits:
         return
     table = _table(title, *splits)

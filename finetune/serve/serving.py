@@ -159,8 +159,7 @@ class Serving:
         batch_delay: float,
         batch_tokens: int | None = None,
     ) -> None:
-        """load: loads the model again, for a reload. batch_delay: seconds. batch_tokens: default: as the device
-        needs."""
+        """load: loads the model again. batch_delay: seconds. batch_tokens: default: as the device needs."""
         self._first: ServedModel | None = served
         self._load = load
         self._delay, self._batch_tokens = batch_delay, batch_tokens

@@ -149,8 +149,7 @@ class Updater:
 
 
 def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rate at a step (from 0): linear over `warmup` steps, then linear to 0 after the last
-    step."""
+    """Factor of the learning rate at a step (from 0): linear warmup, then linear to 0 after the last step."""
     return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / max(steps - warmup, 1)
 
 

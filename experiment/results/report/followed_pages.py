@@ -98,8 +98,6 @@ class Readers:
 
 
 class FollowedRun:
-    """A followed run and its history so far."""
-
     def __init__(self, folder: RunFolder, readers: Readers) -> None:
         self._folder = folder
         self._readers = readers

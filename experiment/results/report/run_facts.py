@@ -138,7 +138,6 @@ def _losses(history: History) -> Iterator[Fact]:
 
 
 def _checkpoints(run: Run) -> Iterator[Fact]:
-    """Yield the last checkpoint, and the best one."""
     with suppress(OSError, ValueError, IndexError):  # being copied or deleted; IndexError: there is none
         last = run.checkpoints[-1]
         saved = datetime.fromtimestamp((last / COMPLETE).stat().st_mtime, UTC)

@@ -142,8 +142,7 @@ def _value(config: Mapping[str, Any], key: str) -> str:
 
 
 def sweep_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
-    """Return the runs of a sweep, best first, from DIR/sweep.json; empty if there is none. Raises UserError if
-    damaged."""
+    """Return the runs of a sweep, best first, from DIR/sweep.json; empty without it. Raises UserError if damaged."""
     path = folder.path / SWEEP_RECORD
     try:
         record = read_json(path)
