@@ -71,28 +71,16 @@ class Corpus:
             starts: offset of each span in the token stream of the whole corpus, [S].
             lengths: tokens of each span, [S]. A span must lie within one document.
         """
-        spans = self._locate(starts, lengths)
-        out = np.empty(int(lengths.sum()), dtype=np.int32)
-        at = 0
+        spans = (shard.ids[begin:end] for shard, begin, end in self._locate(starts, lengths))
         # One copy per span is faster than fancy indexing, which needs an index per token.
-        for shard, begin, end in spans:
-            out[at : at + end - begin] = shard.ids[begin:end]
-            at += end - begin
-        return out
+        return np.concatenate([np.empty(0, np.int32), *spans], dtype=np.int32, casting="same_kind")
 
     def read_word_starts(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> BoolArray | None:
         """Mark the tokens of S spans (see `read`) that begin a word. None: the corpus was built without a segmenter."""
         if self.manifest.recipe.segmenter is None:
             return None
-        spans = self._locate(starts, lengths)
-        out = np.empty(int(lengths.sum()), dtype=np.bool_)
-        at = 0
-        for shard, begin, end in spans:
-            assert shard.word_starts is not None
-            bits = np.unpackbits(shard.word_starts[begin // 8 : -(-end // 8)], bitorder="little")
-            out[at : at + end - begin] = bits[begin % 8 :][: end - begin]
-            at += end - begin
-        return out
+        spans = (shard.word_flags(begin, end) for shard, begin, end in self._locate(starts, lengths))
+        return np.concatenate([np.empty(0, np.bool_), *spans])
 
     def count_tokens(
         self, shards: Iterable[int], advance: Callable[[float], None] = lambda _: None

@@ -129,14 +129,14 @@ def join_pieces(folder: Path, pieces: Sequence[Piece], path: Path) -> tuple[Shar
             path,
             np.concatenate([piece.ids for piece in mapped]),
             np.concatenate([np.diff(piece.offsets) for piece in mapped]),
-            np.concatenate([_flags(piece) for piece in mapped]) if has_words else None,
+            np.concatenate([piece.word_flags(0, len(piece.ids)) for piece in mapped]) if has_words else None,
         )
     shard = map_shard(path)
     lengths = np.diff(shard.offsets).astype(np.int64)
     content = hashlib.sha256(lengths.data)
     content.update(shard.ids.data)
     if shard.word_starts is not None:
-        content.update(np.packbits(_flags(shard)).data)
+        content.update(np.packbits(shard.word_flags(0, len(shard.ids))).data)
     described = Shard(
         file=path.name,
         rows=len(lengths),
@@ -149,12 +149,6 @@ def join_pieces(folder: Path, pieces: Sequence[Piece], path: Path) -> tuple[Shar
         content=content.hexdigest(),
     )
     return described, Counter(lengths.tolist())
-
-
-def _flags(shard: "MappedShard") -> BoolArray:
-    """Return the word starts of a shard, [tokens]."""
-    assert shard.word_starts is not None
-    return np.unpackbits(shard.word_starts, count=len(shard.ids), bitorder="little").astype(np.bool_)
 
 
 def write_datasets_metadata(folder: Path, manifest: Manifest) -> None:
@@ -185,6 +179,12 @@ class MappedShard(NamedTuple):
     ids: TokenIds  # [tokens]
     offsets: npt.NDArray[np.int32]  # [rows + 1] where each document begins, and where the last one ends
     word_starts: npt.NDArray[np.uint8] | None  # [at least tokens / 8] one bit per token, lowest bit first
+
+    def word_flags(self, begin: int, end: int) -> BoolArray:
+        """Return whether each of the tokens [begin, end) begins a word."""
+        assert self.word_starts is not None
+        bits = np.unpackbits(self.word_starts[begin // 8 : -(-end // 8)], bitorder="little")
+        return bits[begin % 8 :][: end - begin].astype(np.bool_)
 
 
 def write_shard(
