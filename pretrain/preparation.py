@@ -102,7 +102,7 @@ def agreed_rows(rows: Rows, world: World, group: CpuGroup) -> Rows:
 def copy_corpora_to_hosts(world: World, group: CpuGroup, config: CorpusConfig) -> Mapping[str, Path]:
     """Copy the corpora to `corpus.cache` on one rank of each host. Collective; raises AgreedError.
 
-    Returns the folder of each corpus, as `CorpusCache.locate` does on the host; nothing without a cache.
+    Returns the folder of each corpus, as `CorpusCache.locate` on the host does; nothing without a cache.
     """
     if config.cache is None:
         return {}
@@ -110,7 +110,8 @@ def copy_corpora_to_hosts(world: World, group: CpuGroup, config: CorpusConfig) -
 
     def locate(on_progress: Callable[[], None]) -> tuple[str, dict[str, Path] | None]:
         cache = CorpusCache(folder, config.cache_bytes, on_progress, show_progress=world.rank == 0)
-        return platform.node(), cache.locate(config.sources) if world.local_rank == 0 else None
+        copies = {source: cache.locate(source) for source in config.sources} if world.local_rank == 0 else None
+        return platform.node(), copies
 
     # The rank with local rank 0 need not be the first one of its host: hosts may have different numbers of ranks.
     located = group.from_all_ranks_slowly(locate)

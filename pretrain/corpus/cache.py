@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,20 +62,12 @@ class CorpusCache:
         files = {path: xxh3_128_hexdigest(content) for path, content in sorted(description.files.items())}
         return self.folder / json_digest([name, files])[:16] / name
 
-    def locate(self, sources: Sequence[str]) -> dict[str, Path]:
-        """Return the folder to open for each corpus: its copy, which is made if it is missing.
+    def locate(self, source: str) -> Path:
+        """Return the folder to open for a corpus: its copy, which is made if it is missing.
 
         If the disk is full, or cannot be written, it is the source itself, with a warning. Raises UserError if that is
         a URL, or cannot be read.
         """
-        return {source: self._locate(source) for source in sources}
-
-    def release(self) -> None:
-        """Release the copies, which are no longer used."""
-        while self._locks:
-            os.close(self._locks.pop())
-
-    def _locate(self, source: str) -> Path:
         try:
             description = read_description(source)
             folder = self.folder_of(source, description)
@@ -89,6 +81,11 @@ class CorpusCache:
             log.warning("corpus.cache: %s; reading %s instead of a copy", refusal, source)
             return Path(source)
         return folder
+
+    def release(self) -> None:
+        """Release the copies, which are no longer used."""
+        while self._locks:
+            os.close(self._locks.pop())
 
     def _make(self, source: str, description: Description, folder: Path) -> None:
         """Copy the corpus unless that is done, and lock the copy, so that no process deletes it."""
@@ -170,8 +167,10 @@ def _user_cache() -> CorpusCache:
 
 def copy_urls(config: CorpusConfig) -> dict[str, Path]:
     """Copy the corpora whose names are URLs to `corpus.cache`. Returns their folders."""
-    urls = [source for source in config.sources if is_url(source)]
-    return CorpusCache(Path(config.cache), config.cache_bytes).locate(urls) if config.cache and urls else {}
+    if config.cache is None:
+        return {}
+    cache = CorpusCache(Path(config.cache), config.cache_bytes)
+    return {source: cache.locate(source) for source in config.sources if is_url(source)}
 
 
 def open_metadata(source: str) -> Corpus:
@@ -189,7 +188,7 @@ def open_local(source: str) -> Corpus:
     """Open a corpus, given as a folder or a URL, which is copied to the user's cache folder. Raises UserError."""
     if not is_url(source):
         return open_corpus(Path(source))
-    return open_corpus(_user_cache().locate([source])[source])
+    return open_corpus(_user_cache().locate(source))
 
 
 def read_description(source: str) -> Description:

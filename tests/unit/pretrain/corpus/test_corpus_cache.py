@@ -43,9 +43,9 @@ def files_below(folder: Path) -> dict[str, int]:
 def test_copies_of_a_folder_and_of_a_url_are_equal(stored: str, wordpiece_corpus: Path, tmp_path: Path) -> None:
     """Catches a copy with another name or fingerprint, which results would depend on, and two copies of one corpus."""
     cache = CorpusCache(tmp_path / "cache")
-    found = cache.locate([stored, str(wordpiece_corpus)])
-    assert found[stored] == found[str(wordpiece_corpus)]
-    copy, original = open_corpus(found[stored]), open_corpus(wordpiece_corpus)
+    found = cache.locate(stored)
+    assert found == cache.locate(str(wordpiece_corpus))
+    copy, original = open_corpus(found), open_corpus(wordpiece_corpus)
     assert (copy.name, copy.fingerprint) == (original.name, original.fingerprint)
     assert copy.path.is_relative_to(tmp_path / "cache")
     assert all(copy.find_damage(shard) is None for shard in copy.manifest.shards)
@@ -64,7 +64,7 @@ def test_a_url_is_opened_without_its_documents(stored: str, wordpiece_corpus: Pa
 def test_what_is_complete_is_not_copied_again(in_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a host that copies at every start, or all files if one is missing."""
     cache = CorpusCache(tmp_path)
-    folder = cache.locate([in_bucket])[in_bucket]
+    folder = cache.locate(in_bucket)
     cache.release()
     shards = sorted(folder.glob("*.arrow"))
     before = {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
@@ -76,7 +76,7 @@ def test_what_is_complete_is_not_copied_again(in_bucket: str, tmp_path: Path, mo
     monkeypatch.setattr(
         storage, "open_url", lambda url, start=0: opened.append(f"{url}@{start}") or original(url, start)
     )
-    cache.locate([in_bucket])
+    cache.locate(in_bucket)
     assert f"{in_bucket}/{shards[0].name}@1000" in opened
     assert shards[0].read_bytes() == content
     after = {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
@@ -92,8 +92,7 @@ def test_one_corpus_under_two_names(wordpiece_corpus: Path, tmp_path: Path) -> N
     cache = CorpusCache(
         tmp_path / "cache", on_progress=lambda: calls.append(None) if len(calls) < 20 else pytest.fail("waits")
     )
-    found = cache.locate(sources)
-    assert [found[source].name for source in sources] == [wordpiece_corpus.name, "latest"]
+    assert [cache.locate(source).name for source in sources] == [wordpiece_corpus.name, "latest"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "url", "metadata"])
@@ -110,7 +109,7 @@ def test_files_beside_the_shards_are_current(wordpiece_corpus: Path, tmp_path: P
             copy = open_metadata(source).path
         else:
             cache = CorpusCache(tmp_path / "cache")
-            copy = cache.locate([source])[source]
+            copy = cache.locate(source)
             cache.release()
         assert (copy / "tokenizer" / "tokenizer.json").read_text().endswith("}" + change)
 
@@ -119,22 +118,22 @@ def test_a_copy_in_use_outlives_errors_of_the_source(wordpiece_corpus: Path, tmp
     """Catches a copy that is deleted under a run because another run cannot read the source."""
     folder = tmp_path / "text"
     shutil.copytree(wordpiece_corpus, folder)
-    copy = CorpusCache(tmp_path / "cache").locate([str(folder)])[str(folder)]
+    copy = CorpusCache(tmp_path / "cache").locate(str(folder))
     (folder / "notes").symlink_to("/proc/self/mem")  # reading it fails
-    assert CorpusCache(tmp_path / "cache").locate([str(folder)]) == {str(folder): folder}
+    assert CorpusCache(tmp_path / "cache").locate(str(folder)) == folder
     assert open_corpus(copy).manifest == open_corpus(folder).manifest
 
 
 def test_a_damaged_copy_is_copied_again(stored: str, tmp_path: Path) -> None:
     """Catches a copy that stays damaged, so that no run can use the host."""
     cache = CorpusCache(tmp_path)
-    folder = cache.locate([stored])[stored]
+    folder = cache.locate(stored)
     cache.release()
     shard = next(folder.glob("*.arrow"))
     content = bytearray(shard.read_bytes())
     content[-100] ^= 1
     shard.write_bytes(content)
-    corpus = open_corpus(cache.locate([stored])[stored])
+    corpus = open_corpus(cache.locate(stored))
     assert all(corpus.find_damage(shard) is None for shard in corpus.manifest.shards)
 
 
@@ -145,7 +144,7 @@ def test_a_damaged_original(stored: str, tmp_path: Path) -> None:
     content[-100] ^= 1
     write_bytes(shard, bytes(content))
     with pytest.raises(StorageError, match=f"^{shard} is damaged: found checksum [0-9a-f]*, expected "):
-        CorpusCache(tmp_path).locate([stored])
+        CorpusCache(tmp_path).locate(stored)
 
 
 def test_one_of_several_processes_copies(wordpiece_corpus: Path, tmp_path: Path) -> None:
@@ -154,13 +153,13 @@ def test_one_of_several_processes_copies(wordpiece_corpus: Path, tmp_path: Path)
     source = str(wordpiece_corpus)
     waits: list[int] = []
 
-    def locate(number: int) -> dict[str, Path]:
-        return CorpusCache(tmp_path, on_progress=lambda: waits.append(number)).locate([source])
+    def locate(number: int) -> Path:
+        return CorpusCache(tmp_path, on_progress=lambda: waits.append(number)).locate(source)
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(locate, range(4)))
     assert found == [found[0]] * 4
-    assert files_below(tmp_path).keys() >= {f"{next(iter(found[0].values())).relative_to(tmp_path)}/manifest.json"}
+    assert files_below(tmp_path).keys() >= {f"{found[0].relative_to(tmp_path)}/manifest.json"}
     assert not [name for name in files_below(tmp_path) if name.endswith(".partial")]
 
 
@@ -181,9 +180,9 @@ def test_a_process_that_waits_holds_no_lock(wordpiece_corpus: Path, tmp_path: Pa
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 fcntl.flock(other, fcntl.LOCK_UN)
 
-        found = CorpusCache(tmp_path, on_progress=take_turns).locate([source])
+        found = CorpusCache(tmp_path, on_progress=take_turns).locate(source)
     assert waited.is_set()
-    assert open_corpus(found[source]).manifest == manifest
+    assert open_corpus(found).manifest == manifest
 
 
 @pytest.mark.parametrize("full", ["cache", "disk"])
@@ -201,7 +200,7 @@ def test_the_copy_that_was_not_used_for_longest_is_deleted(
     sizes = {}
     for source in (text, heldout, other):
         cache = CorpusCache(tmp_path / "sizes")
-        sizes[source] = sum(files_below(cache.locate([source])[source]).values())
+        sizes[source] = sum(files_below(cache.locate(source)).values())
     room = sizes[text] + sizes[heldout] + 1000
     limit = room if full == "cache" else 1e12
     if full == "disk":
@@ -211,15 +210,15 @@ def test_the_copy_that_was_not_used_for_longest_is_deleted(
             lambda folder: shutil._ntuple_diskusage(0, 0, room - sum(files_below(folder).values())),
         )
     old, used = CorpusCache(tmp_path / "cache", limit), CorpusCache(tmp_path / "cache", limit)
-    first = old.locate([text])[text]
-    second = used.locate([heldout])[heldout]
+    first = old.locate(text)
+    second = used.locate(heldout)
     os.utime(first.parent / ".lock", (time.time() - 10, time.time() - 10))
     os.utime(second.parent / ".lock", (time.time() - 20, time.time() - 20))
     old.release()
-    third = CorpusCache(tmp_path / "cache", limit).locate([other])[other]
+    third = CorpusCache(tmp_path / "cache", limit).locate(other)
     assert (first.exists(), second.exists(), third.exists()) == (False, True, True)
     with pytest.raises(UserError, match=r"^corpus.cache: .* corpus.cache_gib allows .* MB, expected .* in use$"):
-        CorpusCache(tmp_path / "cache", 10).locate([f"file://{text}"])
+        CorpusCache(tmp_path / "cache", 10).locate(f"file://{text}")
 
 
 def test_copies_that_vanish_while_the_cache_is_measured(
@@ -230,7 +229,7 @@ def test_copies_that_vanish_while_the_cache_is_measured(
     gone.mkdir(parents=True)
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: scandir(gone / "deleted" if str(path) == str(gone) else path))
-    (copy,) = CorpusCache(tmp_path / "cache", 1e9).locate([str(wordpiece_corpus)]).values()
+    copy = CorpusCache(tmp_path / "cache", 1e9).locate(str(wordpiece_corpus))
     assert open_corpus(copy).fingerprint == open_corpus(wordpiece_corpus).fingerprint
     assert copy.is_relative_to(tmp_path / "cache")
 
@@ -242,12 +241,12 @@ def test_a_full_disk(
     caplog.set_level(logging.WARNING)
     cache, source = CorpusCache(small_disk.path / "cache"), str(wordpiece_corpus)
     small_disk.fill()
-    assert cache.locate([source]) == {source: wordpiece_corpus}
+    assert cache.locate(source) == wordpiece_corpus
     assert f"reading {source} instead of a copy" in caplog.text
     with pytest.raises(UserError, match=f"^corpus.cache: file://{source} cannot be copied to {cache.folder}: "):
-        cache.locate([f"file://{source}"])
+        cache.locate(f"file://{source}")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10**12))  # full a moment later
-    assert cache.locate([source]) == {source: wordpiece_corpus}
+    assert cache.locate(source) == wordpiece_corpus
 
 
 def test_a_bucket_that_vanishes(in_bucket: str, tmp_path: Path) -> None:
@@ -255,10 +254,10 @@ def test_a_bucket_that_vanishes(in_bucket: str, tmp_path: Path) -> None:
     shard = next(name for name in list_files(in_bucket) if name.endswith(".arrow"))
     delete(shard)
     with pytest.raises(StorageError, match=f"^{shard} does not exist$"):
-        CorpusCache(tmp_path).locate([in_bucket])
+        CorpusCache(tmp_path).locate(in_bucket)
     delete(in_bucket)
     with pytest.raises(StorageError, match=f"^{in_bucket}/manifest.json does not exist$"):
-        CorpusCache(tmp_path).locate([in_bucket])
+        CorpusCache(tmp_path).locate(in_bucket)
 
 
 def test_configs() -> None:
