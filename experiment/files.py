@@ -37,11 +37,7 @@ _CHECKSUM_BYTES = 2**20  # read at once
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
 
 
-class _ThreadLocal(threading.local):
-    on_sync: Callable[[], None] | None = None
-
-
-_of_thread = _ThreadLocal()
+_of_thread = threading.local()  # on_sync: called after each sync of the thread
 
 
 @contextmanager
@@ -297,8 +293,8 @@ def fsync(*paths: Path) -> None:
 def sync(descriptor: int) -> None:
     """Wait until an open file or folder is on disk."""
     os.fsync(descriptor)
-    if _of_thread.on_sync is not None:
-        _of_thread.on_sync()
+    if on_sync := getattr(_of_thread, "on_sync", None):
+        on_sync()
 
 
 def call_after_syncs(function: Callable[[], None]) -> None:
