@@ -133,16 +133,12 @@ def _is_file(name: str, info: dict[str, Any]) -> bool:
 
 def _file_info(name: str, info: dict[str, Any]) -> FileInfo:
     if info["size"] is None:
-        raise _without_size(name)
+        raise StorageError(f"{name}: the server does not give the size of the file")
     return FileInfo(info["size"], next((str(info[key]) for key in _VERSIONS if info.get(key)), ""))
 
 
 def _changed(url: str) -> StorageError:
     return StorageError(f"{url} changed while it was read; run the command again")
-
-
-def _without_size(url: str) -> StorageError:
-    return StorageError(f"{url}: the server does not give the size of the file")
 
 
 def list_folders(url: str) -> list[str]:
@@ -369,8 +365,6 @@ class _Reader(io.RawIOBase):
         if self._file is None:
             fs, path = _open_filesystem(self._url)
             self._file = fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
-            if self._file.size is None:
-                raise _without_size(self._url)
             details = getattr(self._file, "details", {"size": self._file.size})  # of file://, that is all
             info = _file_info(self._url, details)
             if self._info not in (None, info):
