@@ -7,7 +7,7 @@ single one.
 
 import io
 import zlib
-from typing import IO, TYPE_CHECKING, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import zstandard
 
@@ -22,18 +22,12 @@ _PROBED_BYTES = 1 << 20  # in which the first member ends if there are several s
 _USUAL_RATIO = 4  # of text to its compressed size
 
 
-class _Decompressor(Protocol):
-    eof: bool
-    unused_data: bytes
-
-    def decompress(self, data: bytes) -> bytes: ...
-
-
-def _decompressor(compression: str) -> _Decompressor:
+def _decompressor(compression: str) -> Any:
+    """Return an object with `decompress(data)`, `eof` and `unused_data`."""
     if compression == "gz":
-        return cast(_Decompressor, zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
+        return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     # 2**31 is the largest window that `zstd --long` writes.
-    return cast(_Decompressor, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj())
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
 def decompress(stream: IO[bytes], compression: str) -> IO[bytes]:
@@ -51,7 +45,7 @@ class MemberReader(io.RawIOBase):
     def __init__(self, compressed: IO[bytes], compression: str, stop: int | None = None) -> None:
         self.end: int | None = None
         self._compressed, self._compression, self._stop = compressed, compression, stop
-        self._member: _Decompressor | None = None
+        self._member: Any = None  # that is being decompressed
         self._input, self._output = b"", memoryview(b"")
         self._written = 0  # bytes decompressed
 
@@ -63,7 +57,6 @@ class MemberReader(io.RawIOBase):
             self._input = self._input or self._compressed.read(_INPUT_BYTES)
             if self._member is None and not self._begin_member():
                 return 0
-            assert self._member is not None
             if not self._input:
                 raise EOFError("its last part has no end")
             self._output = memoryview(self._member.decompress(self._input))
