@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import regex
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import read_items
@@ -43,9 +43,10 @@ def extend_tokenizer(extend: Path, added: Path, output: Path) -> None:
         new_ids = {token: vocabulary_size(old) + index for index, token in enumerate([*entries, *added_tokens])}
         if entries:
             state["model"]["vocab"] |= {token: new_ids[token] for token in entries}
-        state["added_tokens"] += [_added_token(token, new_ids[token], state) for token in added_tokens]
+        extended = Tokenizer.from_str(json.dumps(state))
+        extended.add_tokens([_added_token(token, state) for token in added_tokens])
         save_tokenizer(old, partial)
-        Tokenizer.from_str(json.dumps(state)).save(str(partial / "tokenizer.json"))
+        extended.save(str(partial / "tokenizer.json"))
         new = load_tokenizer(partial)
         save_tokenizer(new, partial)
         check_extends(new, old)
@@ -148,17 +149,10 @@ def _is_one_token(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
     return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
 
 
-def _added_token(token: str, identifier: int, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the JSON of an added token. With `lstrip` it includes the space before it, as other tokens do."""
-    return {
-        "id": identifier,
-        "content": token,
-        "single_word": not _UNSPACED.search(token[0] + token[-1]),  # in a text, others stand beside them
-        "lstrip": _continuation_prefix(state) is None,
-        "rstrip": False,
-        "normalized": True,
-        "special": False,
-    }
+def _added_token(token: str, state: dict[str, Any]) -> AddedToken:
+    """With `lstrip` it includes the space before it, as other tokens do."""
+    single_word = not _UNSPACED.search(token[0] + token[-1])  # in a text, others stand beside them
+    return AddedToken(token, single_word=single_word, lstrip=_continuation_prefix(state) is None, normalized=True)
 
 
 def _check_new_tokens(
