@@ -16,7 +16,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,10 +99,11 @@ def read_python_docs(
             raise UserError(f"--packages: not installed: {', '.join(sorted(missing))}")
         distributions = [(name, found) for name, found in distributions if name in wanted]
     for package, distribution in distributions:
-        yield from unseen(package, "METADATA", _description(distribution))
-    by_package = [list(_package_files(package, found)) for package, found in distributions]
+        payload = distribution.metadata.get_payload()  # type: ignore[attr-defined]
+        yield from unseen(package, "METADATA", prose(payload) if isinstance(payload, str) else "")
+    by_package = [_select_docs(package, _installed_files(found)) for package, found in distributions]
     if PYTHON in wanted:
-        by_package = [list(_standard_library()), *by_package]
+        by_package = [_select_docs(PYTHON, _standard_library()), *by_package]
     files = [file for found in by_package for file in _spread(found, files_per_package)]
     with (
         # Syntax trees have no cycles: looking for some takes a seventh of the time.
@@ -134,36 +135,30 @@ def _spread(files: list[_DocFile], most: int | None) -> list[_DocFile]:
     return [files[number * len(files) // most] for number in range(most)]
 
 
-def _description(distribution: importlib.metadata.Distribution) -> str:
-    payload = distribution.metadata.get_payload()  # type: ignore[attr-defined]
-    return prose(payload) if isinstance(payload, str) else ""
-
-
-def _standard_library() -> Iterator[_DocFile]:
+def _standard_library() -> Iterator[tuple[Path, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    yield from _select_docs(PYTHON, ((path, path.relative_to(root).as_posix()) for path in _python_files(root)))
+    for directory, inside, names in os.walk(root):
+        inside[:] = set(inside) - {"site-packages", "dist-packages", "__pycache__"}
+        paths = (Path(directory, name) for name in names if name.endswith(".py"))
+        yield from ((path, path.relative_to(root).as_posix()) for path in paths)
 
 
-def _python_files(folder: Path) -> Iterator[Path]:
-    for directory, inside, names in os.walk(folder):
-        inside[:] = sorted(set(inside) - {"site-packages", "dist-packages", "__pycache__"})
-        yield from (Path(directory, name) for name in names if name.endswith(".py"))
-
-
-def _package_files(package: str, distribution: importlib.metadata.Distribution) -> Iterator[_DocFile]:
+def _installed_files(distribution: importlib.metadata.Distribution) -> Iterator[tuple[Path, str]]:
     named = ((Path(str(file.locate())), file.as_posix()) for file in distribution.files or [])
-    yield from _select_docs(package, ((path, name) for path, name in named if not name.startswith("..")))
+    return ((path, name) for path, name in named if not name.startswith(".."))
 
 
-def _select_docs(package: str, files: Iterator[tuple[Path, str]]) -> Iterator[_DocFile]:
-    """Yield source files and documentation pages, sorted by name, without tests, licenses and data."""
+def _select_docs(package: str, files: Iterator[tuple[Path, str]]) -> list[_DocFile]:
+    """Return source files and documentation pages, sorted by name, without tests, licenses and data."""
+    found = []
     for path, name in sorted(files, key=lambda file: file[1]):
         source = path.suffix in (".py", ".pyi")
         page = path.suffix in (".rst", ".md") or (path.suffix == ".txt" and path.stem.lower().startswith("readme"))
         if not (source or page) or _TESTS.search(name) or _LEGAL.search(path.stem) or ".dist-info/" in name:
             continue
         module = name.rsplit(".", 1)[0].replace("/", ".").removesuffix(".__init__")
-        yield _DocFile(str(path), package, module if source else name)
+        found.append(_DocFile(str(path), package, module if source else name))
+    return found
 
 
 _MIN_WORDS = 8
@@ -192,10 +187,8 @@ def extract_docs(path: str) -> list[tuple[str, str]]:
     """
     file = Path(path)
     try:
-        if file.suffix in (".py", ".pyi"):
-            found: Iterator[tuple[str, str]] = _in_source(file.read_bytes())
-        else:
-            found = iter([("", file.read_text(encoding="utf-8"))])
+        is_source = file.suffix in (".py", ".pyi")
+        found = _in_source(file.read_bytes()) if is_source else [("", file.read_text(encoding="utf-8"))]
         cleaned = [(name, prose(text)) for name, text in found]
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # templates, Python 2, odd encodings
         return []
@@ -214,13 +207,12 @@ def prose(text: str) -> str:
     return kept
 
 
-def _in_source(source: bytes) -> Iterator[tuple[str, str]]:
+def _in_source(source: bytes) -> Iterable[tuple[str, str]]:
     if b'"""' not in source and b"'''" not in source:
-        return
+        return ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's code
-        tree = ast.parse(source)
-    yield from _in_node(tree, "")
+        return _in_node(ast.parse(source), "")
 
 
 def _in_node(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
@@ -255,33 +247,31 @@ def _without_code(lines: list[str]) -> Iterator[str]:
     fenced = doctest = False
     block_indent: int | None = None  # of the line whose indented block is skipped
     for line in lines:
-        indent = len(line) - len(line.lstrip())
-        if line.lstrip().startswith(("```", "~~~")):
+        text = line.lstrip()
+        indent = len(line) - len(text)
+        if text.startswith(("```", "~~~")):
             fenced = not fenced
             continue
         if fenced:
             continue
-        if not line.strip():
+        if not text:
             doctest = False
             yield ""
             continue
-        if block_indent is not None:
-            if indent > block_indent:
-                continue
-            block_indent = None
-        if line.lstrip().startswith(">>>"):
-            doctest = True
+        if block_indent is not None and indent > block_indent:
+            continue
+        block_indent = None
+        doctest = doctest or text.startswith(">>>")
         if doctest or _TABLE_ROW.match(line):
             continue
         if _RULE.match(line):  # an underlined heading is separate from the text after it
             yield ""
             continue
-        admonition = _ADMONITION.match(line)
-        if admonition:
+        if admonition := _ADMONITION.match(line):
             line = admonition[1] + line[admonition.end() :]
             if not line.strip():
                 continue
-        elif line.lstrip().startswith(".. "):
+        elif text.startswith(".. "):
             block_indent = indent
             continue
         if line.rstrip().endswith("::"):
@@ -298,13 +288,8 @@ def _unwrapped(lines: Iterator[str]) -> Iterator[str]:
     for line in lines:
         text = line.strip()
         indent = len(line) - len(line.lstrip())
-        if (
-            paragraph
-            and text
-            and indent == paragraph_indent
-            and not _LIST_ITEM.match(text)
-            and not paragraph.endswith(":")
-        ):
+        is_next = text and indent == paragraph_indent and not _LIST_ITEM.match(text)
+        if paragraph and is_next and not paragraph.endswith(":"):
             paragraph += " " + text
             continue
         if paragraph:
