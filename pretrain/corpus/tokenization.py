@@ -89,8 +89,6 @@ class DocumentEncoder:
         self._tokenizer.encode_special_tokens = True  # a literal [MASK] in the text is ordinary text
         self._tokenizer.post_processor = None  # it may change offsets
         self._spec = spec
-        self._is_special = np.zeros(max((*spec.special_ids, -1)) + 1, dtype=bool)
-        self._is_special[list(spec.special_ids)] = True
         self._words = (
             WordCache(self._tokenizer, spec.token_type)
             if spec.segmenter is None and encodes_words_independently(spec.tokenizer_json)
@@ -102,7 +100,7 @@ class DocumentEncoder:
         flat, lengths, word_starts = self._tokenize(texts)
         ends = np.cumsum(lengths)
         words = np.array([len(text.split()) for text in texts], dtype=np.int64)
-        has_special = self._is_special[flat[flat < len(self._is_special)]].any()
+        special = np.flatnonzero(np.isin(flat, self._spec.special_ids))
         return EncodedBatch(
             ids=flat,
             lengths=lengths,
@@ -110,7 +108,7 @@ class DocumentEncoder:
             if self._spec.unknown_id is not None
             else np.zeros_like(lengths),
             words=words if word_starts is None else _count_per_document(word_starts, ends),
-            special=self._first_special(flat, ends) if has_special else None,
+            special=int(np.searchsorted(ends, special[0], side="right")) if len(special) else None,
             word_starts=word_starts,
         )
 
@@ -156,10 +154,6 @@ class DocumentEncoder:
         boundaries = word_boundaries(self._spec.tokenizer_json)
         assert boundaries is not None, "checked before the build starts"
         return boundaries, load_segmenter(self._spec.segmenter)
-
-    def _first_special(self, flat: TokenIds, ends: Counts) -> int:
-        first = np.flatnonzero(np.isin(flat, self._spec.special_ids))[0]
-        return int(np.searchsorted(ends, first, side="right"))
 
 
 def hide_special_tokens(tokenizer_json: str, special_ids: Container[int]) -> str:
