@@ -17,8 +17,7 @@ import pyarrow as pa
 
 from experiment.files import atomic_write, checksum, fsync, sha256, write_json
 from pretrain.corpus.manifest import Manifest, Shard
-from pretrain.corpus.tokenization import EncodedBatch
-from pretrain.corpus.word_cache import Counts, TokenIds
+from pretrain.corpus.tokenization import Counts, EncodedBatch, TokenIds
 from pretrain.corpus.words import BoolArray
 
 SHARD_TOKENS = 32 * 2**20  # close a piece or a shard at the first document that reaches this

@@ -13,10 +13,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from experiment.models.tokenizer import special_token_ids, vocabulary_size
-from pretrain.corpus.word_cache import Counts, TokenIds, WordCache, encodes_words_independently
+from pretrain.corpus.word_cache import WordCache, encodes_words_independently
 from pretrain.corpus.words import (
     BoolArray,
     Segmenter,
@@ -30,6 +31,8 @@ from pretrain.corpus.words import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TokenIds = npt.NDArray[np.unsignedinteger]
+Counts = npt.NDArray[np.int64]
 
 _SAMPLED_CHARACTERS, _LONGEST_UNKNOWN = 10_000, 40  # of a batch, to count unknown texts, and of such a text
 
@@ -90,7 +93,7 @@ class DocumentEncoder:
         self._tokenizer.post_processor = None  # it may change offsets
         self._spec = spec
         self._words = (
-            WordCache(self._tokenizer, spec.token_type)
+            WordCache(self._tokenizer)
             if spec.segmenter is None and encodes_words_independently(spec.tokenizer_json)
             else None
         )
@@ -129,15 +132,17 @@ class DocumentEncoder:
 
     def _tokenize(self, texts: list[str]) -> tuple[TokenIds, Counts, BoolArray | None]:
         """Return the ids, lengths and word starts of `EncodedBatch`."""
-        if self._words is not None and (found := self._words.encode(texts)) is not None:
-            return *found, None
-        segmented = self._spec.segmenter is not None
-        encode = self._tokenizer.encode_batch if segmented else self._tokenizer.encode_batch_fast  # without offsets
-        encodings = encode(texts, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        ids = None if self._words is None else self._words.encode(texts)
+        word_starts = None
+        if ids is None:
+            segmented = self._spec.segmenter is not None
+            encode = self._tokenizer.encode_batch if segmented else self._tokenizer.encode_batch_fast  # without offsets
+            encodings = encode(texts, add_special_tokens=False)
+            ids = [encoding.ids for encoding in encodings]
+            word_starts = self._word_starts(texts, encodings) if segmented else None
         lengths = np.array([len(document) for document in ids], dtype=np.int64)
         flat = np.fromiter(itertools.chain.from_iterable(ids), self._spec.token_type, int(lengths.sum()))
-        return flat, lengths, self._word_starts(texts, encodings) if segmented else None
+        return flat, lengths, word_starts
 
     def _word_starts(self, texts: list[str], encodings: list[Encoding]) -> BoolArray:
         boundaries, segmenter = self._segmentation

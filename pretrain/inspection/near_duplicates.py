@@ -20,7 +20,7 @@ from experiment.intervals import wilson_interval
 from pretrain.batching.masking import Ranges
 from pretrain.cleaning.minhash import NgramSets, choose_bands, jaccard, sketch, sorted_distinct
 from pretrain.corpus.shards import MappedShard, map_shard
-from pretrain.corpus.word_cache import TokenIds
+from pretrain.corpus.tokenization import TokenIds
 from pretrain.inspection.sample import Document, Sample
 
 NGRAM = 5

@@ -6,7 +6,7 @@ import numpy as np
 
 from pretrain.corpus.reader import Corpus
 from pretrain.corpus.shards import map_shard
-from pretrain.corpus.word_cache import TokenIds
+from pretrain.corpus.tokenization import TokenIds
 
 MAX_TOKENS = 2**30  # read about as many; more takes minutes
 MAX_DOCUMENTS = 2000
