@@ -7,7 +7,7 @@ and can be memory-mapped. Its size bounds the memory of a task.
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,19 +36,6 @@ class Piece:
     checksum: str  # XXH3-128 of the file
 
 
-@dataclass
-class _OpenPiece:
-    """Documents of the piece that is being filled."""
-
-    ids: list[TokenIds] = field(default_factory=list)
-    lengths: list[Counts] = field(default_factory=list)
-    word_starts: list[BoolArray] = field(default_factory=list)
-    tokens: int = 0
-    unknown: int = 0
-    words: int = 0
-    text_bytes: int = 0
-
-
 class PieceWriter:
     """Writes the documents of a split for one corpus."""
 
@@ -57,7 +44,14 @@ class PieceWriter:
         self.pieces: list[Piece] = []
         self.empty_documents = 0  # without a token
         self._folder, self._name, self._piece_tokens = folder, name, piece_tokens
-        self._open = _OpenPiece()
+        self._open()
+
+    def _open(self) -> None:
+        """Begin a piece."""
+        self._ids: list[TokenIds] = []
+        self._lengths: list[Counts] = []
+        self._word_starts: list[BoolArray] = []
+        self._counts = Counter[str]()  # fields of `Piece`
 
     def add(self, batch: EncodedBatch, text_bytes: Counts) -> None:
         """Append D documents. `text_bytes` [D]: UTF-8 bytes of each."""
@@ -65,42 +59,43 @@ class PieceWriter:
         ends = np.cumsum(batch.lengths)
         while first < len(ends):
             # The document that fills the piece is the last one in it.
-            room = self._piece_tokens - self._open.tokens
+            room = self._piece_tokens - self._counts["tokens"]
             last = min(int(np.searchsorted(ends, token + room)), len(ends) - 1)
             documents, end = slice(first, last + 1), int(ends[last])
             self._append(batch, documents, slice(token, end))
-            self._open.text_bytes += int(text_bytes[documents].sum())
+            self._counts["text_bytes"] += int(text_bytes[documents].sum())
             first, token = last + 1, end
-            if self._open.tokens >= self._piece_tokens:
+            if self._counts["tokens"] >= self._piece_tokens:
                 self._close()
 
     def finish(self) -> list[Piece]:
         """Close the last piece, and return all."""
-        if self._open.tokens:
+        if self._counts["tokens"]:
             self._close()
         return self.pieces
 
     def _append(self, batch: EncodedBatch, documents: slice, tokens: slice) -> None:
-        """Add some documents of a batch, and their tokens, to the open piece."""
-        piece, lengths = self._open, batch.lengths[documents]
-        piece.ids.append(batch.ids[tokens])
+        lengths = batch.lengths[documents]
+        kept = lengths[lengths > 0]
+        self.empty_documents += len(lengths) - len(kept)
+        self._ids.append(batch.ids[tokens])
+        self._lengths.append(kept)
         if batch.word_starts is not None:
-            piece.word_starts.append(batch.word_starts[tokens])
-        piece.lengths.append(lengths[lengths > 0])
-        piece.tokens += int(lengths.sum())
-        piece.unknown += int(batch.unknown[documents].sum())
-        piece.words += int(batch.words[documents].sum())
-        self.empty_documents += int((lengths == 0).sum())
+            self._word_starts.append(batch.word_starts[tokens])
+        self._counts.update(
+            rows=len(kept),
+            tokens=int(kept.sum()),
+            unknown_tokens=int(batch.unknown[documents].sum()),
+            words=int(batch.words[documents].sum()),
+        )
 
     def _close(self) -> None:
-        piece, path = self._open, self._folder / f"{self._name}-{len(self.pieces):03d}.arrow"
-        word_starts = np.concatenate(piece.word_starts) if piece.word_starts else None
+        path = self._folder / f"{self._name}-{len(self.pieces):03d}.arrow"
+        word_starts = np.concatenate(self._word_starts) if self._word_starts else None
         # A piece that is damaged by a power cut differs from its checksum, and is written again.
-        lengths = np.concatenate(piece.lengths)
-        write_shard(path, np.concatenate(piece.ids), lengths, word_starts, durable=False)
-        counts = len(lengths), piece.tokens, piece.unknown, piece.words, piece.text_bytes
-        self.pieces.append(Piece(path.name, *counts, checksum(path)))
-        self._open = _OpenPiece()
+        write_shard(path, np.concatenate(self._ids), np.concatenate(self._lengths), word_starts, durable=False)
+        self.pieces.append(Piece(path.name, **self._counts, checksum=checksum(path)))
+        self._open()
 
 
 def compose_shards(pieces: Iterable[Piece], shard_tokens: int) -> list[tuple[Piece, ...]]:
