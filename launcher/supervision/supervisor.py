@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -31,7 +30,7 @@ from launcher.supervision.returning_hosts import look_intervals, unusable_hosts,
 from launcher.supervision.stop_signals import StopSignals
 
 _OUTAGE_HOURS = 24.0  # for which a launch waits for a first usable host
-_MAX_FAILURES = 3  # of attempts with a host that has returned and saved no checkpoint
+_MAX_FAILURES = 3  # in a row, of attempts with a host that has rejoined
 
 
 def supervise(launch: Launch) -> LaunchResult:
@@ -107,11 +106,9 @@ class _Supervisor:
         self._stop = stop
         self._alerts = alerts
         self._attempts: list[Attempt] = []
-        self._unusable: Mapping[str, str] = {}  # host -> why, at the last look
+        self._unusable: dict[str, str] = {}  # host -> why, at the last look
         self._shown = ""  # of them, in the last message
-        self._joined: set[str] = set()  # hosts that have returned since the last checkpoint
-        self._left_out: set[str] = set()  # those that had when an attempt failed, until the next one
-        self._failures: Counter[str] = Counter()  # host -> such attempts
+        self._failures: dict[str, int] = {}  # host that has rejoined -> failures since; until a checkpoint with it
 
     def run(self) -> LaunchResult:
         layout = Layout(self._launch.slots)
@@ -131,14 +128,15 @@ class _Supervisor:
                     if not self._stop_requested():
                         self._announce(attempt, restart)
                         self._stop.wait(restart.wait_seconds)
-                    slots = self._await_slots(_trusted(layout, attempt.result))
+                    slots = self._choose(self._await_slots(_trusted(layout, attempt.result)), layout, attempt)
                     if self._stop_requested():
                         return _as_stop(attempt.result)
                     if not slots:
                         result = self._no_host()
                         self._alerts.report(result)
                         return result
-                    self._joined |= slots.keys() - layout.slots.keys() - self._left_out
+                    if not slots.keys().isdisjoint(layout.slots):  # else there is nothing to rejoin
+                        self._failures = dict.fromkeys(slots.keys() - layout.slots.keys(), 0) | self._failures
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
 
     def _stop_requested(self) -> bool:
@@ -169,23 +167,33 @@ class _Supervisor:
             record.end(result)
             record_end(self._folder, record.start_time)
         has_saved = self._has_saved_since(saved)
-        return Attempt(result, time.monotonic(), has_saved, joins_hosts, self._leave_out(result, has_saved))
+        return Attempt(result, time.monotonic(), has_saved, joins_hosts, self._leave_out(layout, result, has_saved))
 
-    def _leave_out(self, result: LaunchResult, has_saved: bool) -> list[str]:
-        """Leave out hosts that have returned, if an attempt with them has failed before a checkpoint was saved: the run
-        was fine without them. Returns their names."""
+    def _leave_out(self, layout: Layout, result: LaunchResult, has_saved: bool) -> set[str]:
+        """Count an attempt that has failed before a checkpoint was saved against the hosts that have rejoined: the run
+        was fine without them. Returns those to leave out; none if there are no others."""
+        hosts = layout.slots.keys() & self._failures.keys()
         if has_saved:
-            for host in self._joined:
+            for host in hosts:
                 del self._failures[host]
-            self._joined, self._left_out = set(), self._given_up()
+            return set()
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
-            return []
-        hosts = self._joined & result.lost if result.lost else self._joined
-        self._joined = self._joined - hosts
-        self._left_out |= hosts
-        if len(hosts) == 1:  # of several, the others may work
-            self._failures.update(hosts)
-        return sorted(hosts)
+            return set()
+        if result.lost:
+            hosts &= result.lost
+        for host in hosts:
+            self._failures[host] += 1
+        return hosts if hosts < layout.slots.keys() else set()
+
+    def _choose(self, usable: Slots, layout: Layout, last: Attempt) -> Slots:
+        """Leave out hosts with which the run has failed since they rejoined. Take one of them back after a checkpoint,
+        or if there are no others: with several, a failure would not say which of them does not work."""
+        before = layout.slots.keys() - last.left_out
+        doubted = [host for host in usable if self._failures.get(host) and host not in before]
+        others = usable.keys() - doubted
+        if doubted and (not others or (last.joins_hosts and others <= before)):
+            doubted.remove(min(doubted, key=self._failures.__getitem__))
+        return {host: slots for host, slots in usable.items() if host not in doubted}
 
     def _given_up(self) -> set[str]:
         """Return the hosts that have failed too often to be taken back."""
@@ -214,7 +222,8 @@ class _Supervisor:
         when = f" in {restart.wait_seconds:.0f} s" if restart.wait_seconds else ""
         given_up = self._given_up()
         left_out = (
-            f"{host} {'from now on' if host in given_up else 'until the next checkpoint'}" for host in attempt.left_out
+            f"{host} {'from now on' if host in given_up else 'until the next checkpoint'}"
+            for host in sorted(attempt.left_out)
         )
         without = f" without {', '.join(left_out)}" if attempt.left_out else ""
         reason, how = attempt.result.message or "the ranks were stopped", f"{when}{smaller}{without}"
@@ -245,8 +254,8 @@ class _Supervisor:
         return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST)
 
     def _usable_slots(self, trusted: Collection[str]) -> Slots:
-        """Return the slots of the hosts that answer, of those that are left out only if there are no others. Hosts that
-        are not `trusted` must pass preflight too: a host that is back may lack its GPUs or disks."""
+        """Return the slots of the hosts that answer and are not given up. Hosts that are not `trusted` must pass
+        preflight too: a host that is back may lack its GPUs or disks."""
         if self._launch.local:
             return self._launch.slots
         given_up = self._given_up()
@@ -261,8 +270,7 @@ class _Supervisor:
         if shown and shown != self._shown:
             notify(f"without {shown}, until they answer and pass preflight")
         self._shown = shown
-        usable = {host: slots for host, slots in wanted.items() if host not in self._unusable}
-        return {host: slots for host, slots in usable.items() if host not in self._left_out} or usable
+        return {host: slots for host, slots in wanted.items() if host not in self._unusable}
 
     def _passing(self, hosts: Collection[str]) -> Collection[str]:
         return set(hosts) - self._launch.preflight_problems(hosts).keys()

@@ -99,6 +99,7 @@ class Ending:
 
 LOST = Ending(Outcome.FAILED, Cause.LOST_HOST, "node-2", saves=True)
 JOINS = Ending(Outcome.STOPPED, Cause.SIGNAL, saves=True, returns=True)
+HUNG = Ending(Outcome.FAILED, Cause.HUNG)
 REFUSED = Ending(Outcome.REFUSED, Cause.AGREED)
 DONE = Ending(Outcome.DONE)
 
@@ -301,9 +302,8 @@ def test_a_host_that_never_works_is_given_up(
 ) -> None:
     """Catches a run that spends half its time with a host that passes preflight and fails the run, for weeks, and one
     that uses this host when the others are lost."""
-    failure = Ending(Outcome.FAILED, Cause.HUNG)
     saves = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
-    endings = [LOST, *(JOINS, failure) * 3, saves, replace(LOST, lost="node-1"), DONE]
+    endings = [LOST, *(JOINS, HUNG) * 3, saves, replace(LOST, lost="node-1"), DONE]
     looks = ("node-2", *[""] * 7, "node-1", "node-1")
     monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
     watched: list[Collection[str]] = []
@@ -311,6 +311,39 @@ def test_a_host_that_never_works_is_given_up(
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", *["1", "12"] * 3, "1", "1", "1"])
     assert watched[-3:] == [set(), set(), set()]
     assert "restarting without node-2 from now on\n" in capsys.readouterr().err
+
+
+def test_of_hosts_that_return_together_only_those_that_do_not_work_are_given_up(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that spends half its time with several hosts that do not work, for weeks, and one that gives up a
+    host because of another."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2 node-3"))
+    both = replace(LOST, lost="node-2 node-3")
+    endings = [both, *(JOINS, HUNG) * 2, JOINS, JOINS, HUNG, DONE]
+    slots = dict.fromkeys(("node-1", "node-2", "node-3"), (0,))
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2, slots=slots)
+    assert (result.outcome, hosts) == (Outcome.DONE, "123 1 123 1 12 1 13 123 13".split())
+
+
+def test_a_host_that_does_not_work_is_given_up_while_others_are_lost(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that ends because it is restarted on a broken host only, instead of waiting for the others."""
+    looks = ("node-2", "", "", *["node-1"] * 4)
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
+    endings = [LOST, JOINS, HUNG, replace(LOST, lost="node-1", saves=False), HUNG, HUNG, DONE]
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=4)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "1", "2", "2", "1"])
+
+
+def test_hosts_that_replace_all_others_are_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches hosts that are blamed for a failure although the run has never worked without them."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2 node-3", *["node-1"] * 9))
+    endings = [replace(LOST, lost="node-2 node-3"), replace(LOST, lost="node-1"), *[HUNG] * 4, DONE]
+    slots = dict.fromkeys(("node-1", "node-2", "node-3"), (0,))
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=6, slots=slots)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["123", "1", *["23"] * 5])
 
 
 def test_a_host_is_not_left_out_for_the_loss_of_another(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
