@@ -1,7 +1,7 @@
 """Compare the facts of hosts with the needs of a run. Pure, and linear in the number of hosts."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from statistics import median_high, median_low
@@ -56,6 +56,8 @@ def find_problems(
             check: Check = "Python" if answer.connected else "ssh"
             problems[host] = [Problem(check, answer.reason, answer.fix)]
         else:
+            if isinstance(answers.get(target.peer_of(host) or ""), Unreachable):  # which may be why it is not reached
+                answer = replace(answer, facts=replace(answer.facts, network_error=None))
             problems[host] = list(_problems_of_host(host, answer, own, target, host in tokens))
             machine = answer.facts.machine
             if machine is not None and (first := names.setdefault(machine, host)) != host:

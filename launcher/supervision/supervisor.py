@@ -7,9 +7,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from experiment.errors import UserError, describe_disk_error, notify
@@ -210,7 +211,7 @@ class _Supervisor:
             return LaunchResult(Outcome.STOPPED, message), False
         own_stop = _OwnStopFile(self._folder.stop)
         missing = self._launch.slots.keys() - layout.slots.keys() - self._given_up()
-        with watch_for_hosts(missing, self._passing, self._folder, own_stop.make):
+        with watch_for_hosts(missing, partial(self._passing, layout.slots), self._folder, own_stop.make):
             result = run_attempt(self._launch, layout, self._stop, record)
         withdrawn = own_stop.withdraw()
         return result, withdrawn and (result.outcome, result.cause) == (Outcome.STOPPED, Cause.SIGNAL)
@@ -263,8 +264,9 @@ class _Supervisor:
         silent: dict[str, str] = {}
         with suppress(OSError):  # no temporary file or process can be made: guards notice hosts that do not answer
             silent = unusable_hosts(wanted.keys(), self._folder)
-        doubtful = wanted.keys() - silent.keys() - set(trusted)
-        self._unusable = silent | (self._launch.preflight_problems(doubtful) if doubtful else {})
+        answering = [host for host in wanted if host not in silent]
+        doubtful = [host for host in answering if host not in trusted]
+        self._unusable = silent | (self._launch.preflight_problems(doubtful, answering) if doubtful else {})
         missing = [host for host in wanted if host in self._unusable]
         shown = ", ".join(f"{host} ({silent[host]})" if host in silent else host for host in missing)
         if shown and shown != self._shown:
@@ -272,8 +274,8 @@ class _Supervisor:
         self._shown = shown
         return {host: slots for host, slots in wanted.items() if host not in self._unusable}
 
-    def _passing(self, hosts: Collection[str]) -> Collection[str]:
-        return set(hosts) - self._launch.preflight_problems(hosts).keys()
+    def _passing(self, running: Collection[str], hosts: Collection[str]) -> Collection[str]:
+        return set(hosts) - self._launch.preflight_problems(hosts, running).keys()
 
 
 class _OwnStopFile:

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.checks import find_problems, find_slow_hosts
-from launcher.preflight.probe_hosts import HostAnswer
+from launcher.preflight.probe_hosts import HostAnswer, Unreachable
 from launcher.preflight.target import CacheNeeds, Target
 
 Answers = Callable[..., HostAnswer]
@@ -114,6 +114,15 @@ def test_a_token_that_is_not_seen_here_means_another_folder(answer: Answers, tar
     assert problem.check == "run folder"
     assert "files that the host writes there are not seen on this machine" in problem.text
     assert problems["a"] == []
+
+
+def test_a_lost_peer_is_no_problem_of_other_hosts(answer: Answers, target: Targets) -> None:
+    """Catches healthy hosts that fail because the name of the first one is unknown by now."""
+    unknown = answer(address=None, network_error="Name or service not known")
+    lost = Unreachable("its name cannot be resolved", "correct DNS")
+    answers = {"a": lost, "b": unknown, "c": unknown}
+    problems = find_problems(answers, answer().facts, target("a", "b", "c"), {"b", "c"})
+    assert [len(found) for found in problems.values()] == [1, 0, 0]
 
 
 def test_without_a_run_its_folder_and_disk_are_not_checked(answer: Answers, target: Targets) -> None:

@@ -111,7 +111,7 @@ def test_a_host_that_does_not_pass_is_explained_once(
     printed: dict[str, str] = {}
     target = replace(target, slots={"node-1": (0,), "node-2": (0,), "node-3": (0,)})
     for _ in range(3):
-        problems = run.preflight_problems(target, printed, ["node-1", "node-2", "node-3"])
+        problems = run.preflight_problems(target, printed, ["node-1", "node-2", "node-3"], ["node-1"])
         assert list(problems) == ["node-1", "node-2", "node-3"]
         assert problems["node-3"] == "ssh: permission denied"
     first, denial, second = capsys.readouterr().err.splitlines()
@@ -120,8 +120,24 @@ def test_a_host_that_does_not_pass_is_explained_once(
     assert "Python 3.13.0" in second
 
 
-def test_a_host_that_comes_back_alone_must_reach_the_first_one(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a host that is taken back although it resolves the first host to a loopback address."""
+@pytest.mark.parametrize(
+    ("hosts", "peers", "expected"),
+    [
+        (["node-2"], ["node-1"], {"node-2": "node-1"}),
+        (["node-1", "node-2"], ["node-10"], {"node-1": "node-10", "node-2": "node-10"}),
+        (["node-2", "node-10"], ["node-2", "node-10"], {"node-2": "node-10", "node-10": "node-2"}),
+        (["node-2"], ["node-2"], {"node-2": None}),
+    ],
+)
+def test_a_host_that_comes_back_must_reach_one_that_answers(
+    hosts: list[str],
+    peers: list[str],
+    expected: dict[str, str | None],
+    target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a host that is taken back although it resolves the first host to a loopback address, and hosts that do
+    not pass because the first one is lost and its name unknown."""
     asked: dict[str, str | None] = {}
 
     def probe_hosts(requests: Mapping[str, ProbeRequest], _: bool) -> dict[str, Answer]:
@@ -129,8 +145,8 @@ def test_a_host_that_comes_back_alone_must_reach_the_first_one(target: Target, m
         return {host: Unreachable("refused", "ping") for host in requests}
 
     monkeypatch.setattr(run, "probe_hosts", probe_hosts)
-    run.preflight_problems(replace(target, slots={"node-1": (0,), "node-2": (0,)}), {}, ["node-2"])
-    assert asked == {"node-2": "node-1"}
+    run.preflight_problems(replace(target, slots=NODES), {}, hosts, peers)
+    assert asked == expected
 
 
 def test_a_host_that_comes_back_needs_no_room_for_saved_checkpoints(
@@ -140,7 +156,7 @@ def test_a_host_that_comes_back_needs_no_room_for_saved_checkpoints(
     seen = []
     monkeypatch.setattr(run, "_probe", lambda subset, **_: seen.append(subset) or ({}, None, {}))
     monkeypatch.setattr(run, "find_problems", lambda *_: {"localhost": []})
-    run.preflight_problems(replace(target, checkpoint_bytes=1 << 60), {}, ["localhost"])
+    run.preflight_problems(replace(target, checkpoint_bytes=1 << 60), {}, ["localhost"], [])
     assert [subset.checkpoint_bytes for subset in seen] == [0]
 
 

@@ -117,9 +117,12 @@ def supervise_endings(
     remaining, hosts, on_return = iter(endings), list[str](), list[Callable[[], object]]()
 
     @contextmanager
-    def watch(missing: Collection[str], _: object, __: object, callback: Callable[[], object]) -> Iterator[None]:
+    def watch(
+        missing: Collection[str], look: Callable[[Collection[str]], object], _: object, callback: Callable[[], object]
+    ) -> Iterator[None]:
         if watched is not None:
             watched.append(missing)
+            look(missing)
         on_return[:] = [callback]
         yield
 
@@ -271,7 +274,8 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     checked: list[Collection[str]] = []
     layouts: list[Layout] = []
 
-    def preflight_problems(hosts: Collection[str]) -> dict[str, str]:
+    def preflight_problems(hosts: Collection[str], answering: Collection[str]) -> dict[str, str]:
+        assert list(answering) == list(SLOTS)
         checked.append(set(hosts))
         return {} if passes else {"node-2": "devices: busy"}
 
@@ -313,6 +317,19 @@ def test_a_host_that_never_works_is_given_up(
     assert "restarting without node-2 from now on\n" in capsys.readouterr().err
 
 
+def test_a_lost_host_must_reach_those_that_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host that never rejoins because it cannot reach another one that is lost."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def preflight_problems(hosts: Collection[str], peers: Collection[str]) -> dict[str, str]:
+        asked.append((list(hosts), list(peers)))
+        return {}
+
+    supervise_endings(folder, monkeypatch, LOST, DONE, watched=[], preflight_problems=preflight_problems)
+    assert asked[-1] == (["node-2"], ["node-1"])
+
+
 def test_of_hosts_that_return_together_only_those_that_do_not_work_are_given_up(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +340,7 @@ def test_of_hosts_that_return_together_only_those_that_do_not_work_are_given_up(
     endings = [both, *(JOINS, HUNG) * 2, JOINS, JOINS, HUNG, DONE]
     slots = dict.fromkeys(("node-1", "node-2", "node-3"), (0,))
     result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=2, slots=slots)
-    assert (result.outcome, hosts) == (Outcome.DONE, "123 1 123 1 12 1 13 123 13".split())
+    assert (result.outcome, hosts) == (Outcome.DONE, ["123", "1", "123", "1", "12", "1", "13", "123", "13"])
 
 
 def test_a_host_that_does_not_work_is_given_up_while_others_are_lost(
@@ -419,7 +436,7 @@ def test_a_launch_without_hosts_fails(
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
     monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: dict.fromkeys(silent, "refused"))
     body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
-    failing = replace(launch(folder, body), preflight_problems=lambda hosts: dict.fromkeys(hosts, "devices: busy"))
+    failing = replace(launch(folder, body), preflight_problems=lambda hosts, _: dict.fromkeys(hosts, "devices: busy"))
     result = supervise(replace(failing, max_restarts=1))
     assert f"without {shown}, until they answer" in capsys.readouterr().err
     assert result.message == f"no host answers and passes preflight: {reasons}"
