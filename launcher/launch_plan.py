@@ -75,7 +75,7 @@ class LaunchPlan:
             max_halvings=max_halvings(self.config),
             tracking=self.config.tracking,
             hang_seconds=self.config.health.hang_seconds,
-            preflight_problems=partial(preflight_problems, self.target, {}),
+            preflight_problems=partial(preflight_problems, self.target),
         )
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> DeepSpeedCommand:

@@ -62,14 +62,15 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
 
 
 def preflight_problems(
-    target: Target, printed: dict[str, str], hosts: Collection[str], peers: Collection[str]
+    target: Target, hosts: Collection[str], peers: Collection[str], printed: dict[str, str]
 ) -> dict[str, str]:
     """Return why hosts do not pass the checks for a run that has begun, for those of `hosts` that do not. Measures
     nothing, and expects no room for checkpoints, some of which are there by now.
 
-    Prints why a host that answers does not pass, unless it is in `printed`: host -> the last printed reason.
-
-    peers: hosts that answer. Each host must reach the first other one: the name of a lost host may be unknown by now.
+    Args:
+        peers: hosts that answer. Each host must reach the first other one: the name of a lost host may be unknown by
+            now.
+        printed: host -> the last printed reason. Another reason of a host that answers is printed, and stored there.
     """
     target = replace(target, checkpoint_bytes=0, slots={host: target.slots[host] for host in (*peers, *hosts)})
     try:

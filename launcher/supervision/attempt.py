@@ -77,8 +77,8 @@ class Launch:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)  # for alerts
     hang_seconds: float = 600.0  # as `health.hang_seconds`
     quiet: bool = False  # do not print the output of the ranks
-    # (hosts, hosts that answer) -> why hosts do not pass
-    preflight_problems: Callable[[Collection[str], Collection[str]], dict[str, str]] = lambda *_: {}
+    # see `launcher.preflight.run`
+    preflight_problems: Callable[[Collection[str], Collection[str], dict[str, str]], dict[str, str]] = lambda *_: {}
     start_time: float = field(default_factory=time.time)  # of the first attempt
     checked_at: float = field(default_factory=time.time)  # when deepcloze began to check the launch
     dead_owner: Renewal | None = None  # of the run folder, as `check_unlocked` found it

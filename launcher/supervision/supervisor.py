@@ -107,8 +107,7 @@ class _Supervisor:
         self._stop = stop
         self._alerts = alerts
         self._attempts: list[Attempt] = []
-        self._unusable: dict[str, str] = {}  # host -> why, at the last look
-        self._shown = ""  # of them, in the last message
+        self._unusable: dict[str, str] = {}  # host -> why, as printed at the last look
         self._failures: dict[str, int] = {}  # host that has rejoined -> failures since; until a checkpoint with it
 
     def run(self) -> LaunchResult:
@@ -261,21 +260,19 @@ class _Supervisor:
             return self._launch.slots
         given_up = self._given_up()
         wanted = {host: slots for host, slots in self._launch.slots.items() if host not in given_up}
-        silent: dict[str, str] = {}
+        unusable: dict[str, str] = {}
         with suppress(OSError):  # no temporary file or process can be made: guards notice hosts that do not answer
-            silent = unusable_hosts(wanted.keys(), self._folder)
-        answering = [host for host in wanted if host not in silent]
-        doubtful = [host for host in answering if host not in trusted]
-        self._unusable = silent | (self._launch.preflight_problems(doubtful, answering) if doubtful else {})
-        missing = [host for host in wanted if host in self._unusable]
-        shown = ", ".join(f"{host} ({silent[host]})" if host in silent else host for host in missing)
-        if shown and shown != self._shown:
-            notify(f"without {shown}, until they answer and pass preflight")
-        self._shown = shown
-        return {host: slots for host, slots in wanted.items() if host not in self._unusable}
+            unusable = unusable_hosts(wanted.keys(), self._folder)
+        answering = [host for host in wanted if host not in unusable]
+        if doubtful := [host for host in answering if host not in trusted]:
+            unusable |= self._launch.preflight_problems(doubtful, answering, self._unusable)
+        printed, self._unusable = self._unusable, unusable
+        if new := [f"{host} ({reason})" for host, reason in unusable.items() if printed.get(host) != reason]:
+            notify(f"without {', '.join(new)}, until they answer and pass preflight")
+        return {host: slots for host, slots in wanted.items() if host not in unusable}
 
     def _passing(self, running: Collection[str], hosts: Collection[str]) -> Collection[str]:
-        return set(hosts) - self._launch.preflight_problems(hosts, running).keys()
+        return set(hosts) - self._launch.preflight_problems(hosts, running, self._unusable).keys()
 
 
 class _OwnStopFile:

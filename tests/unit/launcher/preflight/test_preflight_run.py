@@ -111,7 +111,7 @@ def test_a_host_that_does_not_pass_is_explained_once(
     printed: dict[str, str] = {}
     target = replace(target, slots={"node-1": (0,), "node-2": (0,), "node-3": (0,)})
     for _ in range(3):
-        problems = run.preflight_problems(target, printed, ["node-1", "node-2", "node-3"], ["node-1"])
+        problems = run.preflight_problems(target, ["node-1", "node-2", "node-3"], ["node-1"], printed)
         assert list(problems) == ["node-1", "node-2", "node-3"]
         assert problems["node-3"] == "ssh: permission denied"
     first, denial, second = capsys.readouterr().err.splitlines()
@@ -145,7 +145,7 @@ def test_a_host_that_comes_back_must_reach_one_that_answers(
         return {host: Unreachable("refused", "ping") for host in requests}
 
     monkeypatch.setattr(run, "probe_hosts", probe_hosts)
-    run.preflight_problems(replace(target, slots=NODES), {}, hosts, peers)
+    run.preflight_problems(replace(target, slots=NODES), hosts, peers, {})
     assert asked == expected
 
 
@@ -156,7 +156,7 @@ def test_a_host_that_comes_back_needs_no_room_for_saved_checkpoints(
     seen = []
     monkeypatch.setattr(run, "_probe", lambda subset, **_: seen.append(subset) or ({}, None, {}))
     monkeypatch.setattr(run, "find_problems", lambda *_: {"localhost": []})
-    run.preflight_problems(replace(target, checkpoint_bytes=1 << 60), {}, ["localhost"], [])
+    run.preflight_problems(replace(target, checkpoint_bytes=1 << 60), ["localhost"], [], {})
     assert [subset.checkpoint_bytes for subset in seen] == [0]
 
 

@@ -274,7 +274,7 @@ def test_a_host_that_was_lost_has_to_pass_preflight(
     checked: list[Collection[str]] = []
     layouts: list[Layout] = []
 
-    def preflight_problems(hosts: Collection[str], answering: Collection[str]) -> dict[str, str]:
+    def preflight_problems(hosts: Collection[str], answering: Collection[str], _: object) -> dict[str, str]:
         assert list(answering) == list(SLOTS)
         checked.append(set(hosts))
         return {} if passes else {"node-2": "devices: busy"}
@@ -322,7 +322,7 @@ def test_a_lost_host_must_reach_those_that_run(folder: RunFolder, monkeypatch: p
     monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
     asked: list[tuple[list[str], list[str]]] = []
 
-    def preflight_problems(hosts: Collection[str], peers: Collection[str]) -> dict[str, str]:
+    def preflight_problems(hosts: Collection[str], peers: Collection[str], _: object) -> dict[str, str]:
         asked.append((list(hosts), list(peers)))
         return {}
 
@@ -420,7 +420,7 @@ def test_hosts_are_used_if_they_cannot_be_asked(folder: RunFolder, monkeypatch: 
     ("silent", "shown", "reasons"),
     [
         (["node-1", "node-2"], "node-1 (refused), node-2 (refused)", "node-1: refused; node-2: refused"),
-        (["node-1"], "node-1 (refused), node-2", "node-1: refused; node-2: devices: busy"),
+        (["node-1"], "node-1 (refused), node-2 (devices: busy)", "node-1: refused; node-2: devices: busy"),
     ],
 )
 def test_a_launch_without_hosts_fails(
@@ -436,11 +436,29 @@ def test_a_launch_without_hosts_fails(
     monkeypatch.setattr(attempt, "GuardedHosts", LosesTheSecondHost)
     monkeypatch.setattr(supervisor, "unusable_hosts", lambda *_: dict.fromkeys(silent, "refused"))
     body = "write_outcome(folder, Outcome.FAILED, '', Cause.LOST_RANK)"
-    failing = replace(launch(folder, body), preflight_problems=lambda hosts, _: dict.fromkeys(hosts, "devices: busy"))
+    failing = replace(launch(folder, body), preflight_problems=lambda hosts, *_: dict.fromkeys(hosts, "devices: busy"))
     result = supervise(replace(failing, max_restarts=1))
     assert f"without {shown}, until they answer" in capsys.readouterr().err
     assert result.message == f"no host answers and passes preflight: {reasons}"
     assert [attempt["attempt"] for attempt in launches(folder)] == [1]
+
+
+@pytest.mark.parametrize("is_printed", [True, False])
+def test_the_reason_of_a_host_is_printed_once(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_printed: bool
+) -> None:
+    """Catches a second line about a host that preflight has explained, and the same line at each restart."""
+
+    def preflight_problems(hosts: Collection[str], _: object, printed: dict[str, str]) -> dict[str, str]:
+        if is_printed:
+            printed["node-2"] = "devices: busy"
+        return dict.fromkeys(hosts, "devices: busy")
+
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
+    killed = Ending(Outcome.FAILED, Cause.KILLED, saves=True)
+    settings = {"preflight_problems": preflight_problems, "max_restarts": 2}
+    supervise_endings(folder, monkeypatch, LOST, killed, DONE, **settings)
+    assert capsys.readouterr().err.count("without node-2") == (not is_printed)
 
 
 def test_an_outage_of_all_hosts_is_no_failure(
