@@ -126,7 +126,7 @@ class _Supervisor:
                     return result
                 case Restart() as restart:
                     if not self._stop_requested():
-                        self._announce(attempt, restart)
+                        self._announce(layout, attempt, restart)
                         self._stop.wait(restart.wait_seconds)
                     slots = self._choose(self._await_slots(_trusted(layout, attempt.result)), layout, attempt)
                     if self._stop_requested():
@@ -195,9 +195,10 @@ class _Supervisor:
             doubted.remove(min(doubted, key=self._failures.__getitem__))
         return {host: slots for host, slots in usable.items() if host not in doubted}
 
-    def _given_up(self) -> set[str]:
-        """Return the hosts that have failed too often to be taken back."""
-        return {host for host, failures in self._failures.items() if failures >= _MAX_FAILURES}
+    def _given_up(self) -> dict[str, str]:
+        """Return the hosts that have failed too often to be taken back, and why."""
+        reason = f"given up after {_MAX_FAILURES} failures (restart the command to use it)"
+        return {host: reason for host, failures in self._failures.items() if failures >= _MAX_FAILURES}
 
     def _has_saved_since(self, before: set[tuple[int, int]] | None) -> bool:
         now = completed_saves(self._folder.checkpoints)
@@ -209,23 +210,24 @@ class _Supervisor:
             message = f"found {self._folder.stop}; run the same command again to resume"
             return LaunchResult(Outcome.STOPPED, message), False
         own_stop = _OwnStopFile(self._folder.stop)
-        missing = self._launch.slots.keys() - layout.slots.keys() - self._given_up()
+        missing = self._launch.slots.keys() - layout.slots.keys() - self._given_up().keys()
         with watch_for_hosts(missing, partial(self._passing, layout.slots), self._folder, own_stop.make):
             result = run_attempt(self._launch, layout, self._stop, record)
         withdrawn = own_stop.withdraw()
         return result, withdrawn and (result.outcome, result.cause) == (Outcome.STOPPED, Cause.SIGNAL)
 
-    def _announce(self, attempt: Attempt, restart: Restart) -> None:
+    def _announce(self, layout: Layout, attempt: Attempt, restart: Restart) -> None:
         if attempt.joins_hosts:
             return
         smaller = ", with half the microbatch" if restart.halve_microbatch else ""
         when = f" in {restart.wait_seconds:.0f} s" if restart.wait_seconds else ""
         given_up = self._given_up()
-        left_out = (
+        left_out = [
             f"{host} {'from now on' if host in given_up else 'until the next checkpoint'}"
-            for host in sorted(attempt.left_out)
-        )
-        without = f" without {', '.join(left_out)}" if attempt.left_out else ""
+            for host in layout.slots
+            if host in given_up or host in attempt.left_out
+        ]
+        without = f" without {', '.join(left_out)}" if left_out else ""
         reason, how = attempt.result.message or "the ranks were stopped", f"{when}{smaller}{without}"
         notify(f"{reason}\nrestarting{how}")
         self._alerts.report(attempt.result, f"restarting{how}")
@@ -241,7 +243,7 @@ class _Supervisor:
                 return slots
             if not waiting:
                 waiting = f"waiting for a host, for {_OUTAGE_HOURS:.0f} hours at most"
-                notify(waiting)
+                notify("; ".join(filter(None, (waiting, name_reasons(self._given_up())))))
             if waited > REPEAT_SECONDS and not alerted:
                 self._alerts.report(self._no_host(), waiting)
                 alerted = True
@@ -250,7 +252,7 @@ class _Supervisor:
         return {}
 
     def _no_host(self) -> LaunchResult:
-        message = f"no host answers and passes preflight: {name_reasons(self._unusable)}"
+        message = f"no host can be used: {name_reasons(self._unusable | self._given_up())}"
         return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST)
 
     def _usable_slots(self, trusted: Collection[str]) -> Slots:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -344,14 +345,24 @@ def test_of_hosts_that_return_together_only_those_that_do_not_work_are_given_up(
 
 
 def test_a_host_that_does_not_work_is_given_up_while_others_are_lost(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a run that ends because it is restarted on a broken host only, instead of waiting for the others."""
+    """Catches a run that ends because it is restarted on a broken host only, instead of waiting for the others, and one
+    that waits or ends without naming this host."""
     looks = ("node-2", "", "", *["node-1"] * 4)
     monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
     endings = [LOST, JOINS, HUNG, replace(LOST, lost="node-1", saves=False), HUNG, HUNG, DONE]
     result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=4)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "1", "2", "2", "1"])
+    given_up = "node-2: given up after 3 failures (restart the command to use it)"
+    err = capsys.readouterr().err
+    assert "ending 6\nrestarting without node-2 from now on\n" in err
+    assert f"waiting for a host, for 24 hours at most; {given_up}\n" in err
+    monkeypatch.setattr(supervisor, "_OUTAGE_HOURS", 0.0)
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
+    shutil.rmtree(folder.checkpoints)
+    result, _ = supervise_endings(folder, monkeypatch, *endings, max_restarts=4)
+    assert result.message == f"no host can be used: node-1: refused; {given_up}"
 
 
 def test_hosts_that_replace_all_others_are_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +450,7 @@ def test_a_launch_without_hosts_fails(
     failing = replace(launch(folder, body), preflight_problems=lambda hosts, *_: dict.fromkeys(hosts, "devices: busy"))
     result = supervise(replace(failing, max_restarts=1))
     assert f"without {shown}, until they answer" in capsys.readouterr().err
-    assert result.message == f"no host answers and passes preflight: {reasons}"
+    assert result.message == f"no host can be used: {reasons}"
     assert [attempt["attempt"] for attempt in launches(folder)] == [1]
 
 
@@ -476,7 +487,7 @@ def test_an_outage_of_all_hosts_is_no_failure(
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1"])
     assert capsys.readouterr().err.count("waiting for a host, for 24 hours at most") == 1
     reasons = "node-1: refused; node-2: refused"
-    waiting = f"failed: no host answers and passes preflight: {reasons}\nwaiting for a host, for 24 hours at most"
+    waiting = f"failed: no host can be used: {reasons}\nwaiting for a host, for 24 hours at most"
     assert sent == ["failed: ending 1\nrestarting", waiting]
 
 
