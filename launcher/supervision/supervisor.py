@@ -69,7 +69,7 @@ def _ignored_suspension() -> Iterator[None]:
 
 
 class LaunchAlerts:
-    """Sends alerts while the launch continues; when it ends, through W&B too."""
+    """Sends alerts about a launch; through W&B too when no attempt is about to start."""
 
     def __init__(self, config: TrackingConfig, folder: RunFolder) -> None:
         """Raises UserError if an environment variable is missing."""
@@ -79,14 +79,14 @@ class LaunchAlerts:
         others = {"W&B": self._send_to_wandb} if config.alerts.wandb else {}
         self._messenger = Messenger(config.alerts, folder, lambda message: notify(f"warning: {message}"), others)
 
-    def report(self, result: LaunchResult, next_step: str = "") -> None:
+    def report(self, result: LaunchResult, next_step: str = "", restarting: bool = False) -> None:
         """Send an alert if an attempt has failed. `next_step`: empty if the launch ends."""
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return
         stalled = result.cause is Cause.HUNG and "stall" in self._events
         event: AlertEvent = "stall" if stalled else "crash"
         text = f"{result.outcome}: {result.message}\n{next_step or 'the launch has ended'}"
-        alert = Alert(event, text, repeated=bool(next_step))
+        alert = Alert(event, text, repeated=restarting)
         if self._filter.passes(alert):
             self._messenger.alert(alert)
 
@@ -230,7 +230,7 @@ class _Supervisor:
         without = f" without {', '.join(left_out)}" if left_out else ""
         reason, how = attempt.result.message or "the ranks were stopped", f"{when}{smaller}{without}"
         notify(f"{reason}\nrestarting{how}")
-        self._alerts.report(attempt.result, f"restarting{how}")
+        self._alerts.report(attempt.result, f"restarting{how}", restarting=True)
 
     def _await_slots(self, trusted: Collection[str]) -> Slots:
         """Return the slots of the usable hosts, once there are any; none after a request to stop or `_OUTAGE_HOURS`."""

@@ -480,15 +480,15 @@ def test_an_outage_of_all_hosts_is_no_failure(
     monkeypatch.setattr(supervisor, "unusable_hosts", losing(*["node-1 node-2"] * 20))
     for module in (supervisor, alerts):
         monkeypatch.setattr(module, "REPEAT_SECONDS", 0.0)
-    sent: list[str] = []
-    monkeypatch.setattr(Messenger, "alert", lambda _, alert: sent.append(alert.text))
+    sent: list[tuple[str, bool]] = []
+    monkeypatch.setattr(Messenger, "alert", lambda _, alert: sent.append((alert.text, alert.repeated)))
     preflight_problems = losing("node-2")
     result, hosts = supervise_endings(folder, monkeypatch, LOST, DONE, preflight_problems=preflight_problems)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1"])
     assert capsys.readouterr().err.count("waiting for a host, for 24 hours at most") == 1
     reasons = "node-1: refused; node-2: refused"
     waiting = f"failed: no host can be used: {reasons}\nwaiting for a host, for 24 hours at most"
-    assert sent == ["failed: ending 1\nrestarting", waiting]
+    assert sent == [("failed: ending 1\nrestarting", True), (waiting, False)]
 
 
 def test_a_stop_ends_the_wait_for_hosts(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ def test_failed_attempts_are_told(sent: list[Alert], tmp_path: Path) -> None:
     alerts = LaunchAlerts(TrackingConfig(), RunFolder(tmp_path))
     killed = LaunchResult(Outcome.FAILED, "rank 1 was killed", Cause.KILLED)
     for restarting in ("restarting", "restarting in 5 s", ""):
-        alerts.report(killed, restarting)
-    alerts.report(LaunchResult(Outcome.FAILED, "rank 0 hangs", Cause.HUNG), "restarting")
+        alerts.report(killed, restarting, restarting=bool(restarting))
+    alerts.report(LaunchResult(Outcome.FAILED, "rank 0 hangs", Cause.HUNG), "restarting", restarting=True)
     for outcome in (Outcome.DONE, Outcome.STOPPED):
         alerts.report(LaunchResult(outcome))
     alerts.close()
@@ -47,9 +47,10 @@ def test_a_stall_is_a_crash_for_those_who_want_no_stalls(sent: list[Alert], tmp_
     assert [alert.event for alert in sent] == ["crash"]
 
 
-def test_wandb_is_told_when_the_launch_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an alert that opens the W&B run while the next attempt uses it, none for a run whose rank 0 was killed,
-    and one through another W&B run."""
+@pytest.mark.parametrize("next_step", ["", "waiting for a host"])
+def test_wandb_is_told_when_no_attempt_follows(next_step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an alert that opens the W&B run while the next attempt uses it, none for a run whose rank 0 was killed or
+    that waits for hosts, and one through another W&B run."""
     folder = RunFolder(tmp_path / "base")
     write_json(folder.provenance, {"run_id": "id7", "ancestors": [], "attempts": [{"starts_over": True}]})
     alerts = LaunchAlerts(TrackingConfig(wandb="online", alerts=AlertsConfig(wandb=True)), folder)
@@ -57,12 +58,13 @@ def test_wandb_is_told_when_the_launch_ends(tmp_path: Path, monkeypatch: pytest.
         server.inserted = True
         for name, value in (("WANDB_BASE_URL", server.url), ("WANDB_API_KEY", "0" * 40), ("HOME", str(tmp_path))):
             monkeypatch.setenv(name, value)
-        alerts.report(LaunchResult(Outcome.FAILED, "rank 0 hangs", Cause.HUNG), "restarting")
-        alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED))
+        alerts.report(LaunchResult(Outcome.FAILED, "rank 0 hangs", Cause.HUNG), "restarting", restarting=True)
+        alerts.report(LaunchResult(Outcome.FAILED, "rank 0 was killed", Cause.KILLED), next_step)
         alerts.close()
     (alert,) = server.alerts
     assert (alert["runName"], alert["projectName"]) == ("id7-2", "deepcloze")
-    assert (alert["title"], alert["text"]) == ("crash: base", "failed: rank 0 was killed\nthe launch has ended")
+    text = f"failed: rank 0 was killed\n{next_step or 'the launch has ended'}"
+    assert (alert["title"], alert["text"]) == ("crash: base", text)
     assert server.exit_codes == [1]
 
 
