@@ -30,6 +30,7 @@ from launcher.supervision.restarts import Attempt, End, Restart, decide
 from launcher.supervision.returning_hosts import look_intervals, unusable_hosts, watch_for_hosts
 from launcher.supervision.stop_signals import StopSignals
 
+_RELEASE_SECONDS = 5.0  # until the driver has freed the GPU memory of ranks that were killed
 _OUTAGE_HOURS = 24.0  # for which a launch waits for a first usable host
 _MAX_FAILURES = 3  # in a row, of attempts with a host that has rejoined
 
@@ -234,6 +235,8 @@ class _Supervisor:
 
     def _await_slots(self, trusted: Collection[str]) -> Slots:
         """Return the slots of the usable hosts, once there are any; none after a request to stop or `_OUTAGE_HOURS`."""
+        if not (trusted or self._launch.local):
+            self._stop.wait(_RELEASE_SECONDS)  # else preflight finds busy GPUs
         start, waiting, alerted = time.monotonic(), "", False
         for seconds in look_intervals():
             if self._stop_requested():

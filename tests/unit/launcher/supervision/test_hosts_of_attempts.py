@@ -29,6 +29,7 @@ from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import attempt, rank_processes, restarts, stop_signals, supervisor
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.launch_result import LaunchResult
+from launcher.supervision.stop_signals import StopSignals
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
 
@@ -103,6 +104,12 @@ JOINS = Ending(Outcome.STOPPED, Cause.SIGNAL, saves=True, returns=True)
 HUNG = Ending(Outcome.FAILED, Cause.HUNG)
 REFUSED = Ending(Outcome.REFUSED, Cause.AGREED)
 DONE = Ending(Outcome.DONE)
+
+
+@pytest.fixture(autouse=True)
+def no_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs are free at once."""
+    monkeypatch.setattr(supervisor, "_RELEASE_SECONDS", 0.0)
 
 
 def supervise_endings(
@@ -401,6 +408,23 @@ def test_a_failure_that_a_host_may_have_caused_is_followed_by_preflight(
     settings = {"preflight_problems": problems, "max_restarts": 2}
     result, hosts = supervise_endings(folder, monkeypatch, killed, failure, DONE, **settings)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "12", "1"])
+
+
+@pytest.mark.parametrize(
+    ("cause", "local", "waits"),
+    [(Cause.ERROR, False, [0.0, 5.0]), (Cause.ERROR, True, [0.0]), (Cause.KILLED, False, [0.0])],
+)
+def test_preflight_waits_for_gpu_memory_of_killed_ranks(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, cause: Cause, local: bool, waits: list[float]
+) -> None:
+    """Catches hosts that are left out because the driver has not freed the memory of their ranks yet, and a wait when
+    these hosts need no preflight."""
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing())
+    monkeypatch.setattr(supervisor, "_RELEASE_SECONDS", 5.0)
+    waited: list[float] = []
+    monkeypatch.setattr(StopSignals, "wait", lambda _, seconds: waited.append(seconds))
+    supervise_endings(folder, monkeypatch, Ending(Outcome.FAILED, cause), DONE, local=local)
+    assert waited == waits
 
 
 def test_a_disk_that_is_full_when_a_host_returns_ends_the_run(
