@@ -182,13 +182,12 @@ def create_json(path: Path, value: Any) -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """Return the text of a file. Raises UserError that calls it `what`."""
+    """Return the lines of a UTF-8 file, without a byte order mark. Raises UserError that calls it `what`."""
     try:
-        return path.read_text(encoding="utf-8")
+        raw = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text: {error}") from None
+    return "\n".join(text_lines(raw, f"{what} {path}"))
 
 
 def read_items(path: Path | str, key: str) -> list[tuple[int, str]]:

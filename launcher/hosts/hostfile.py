@@ -69,7 +69,7 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
     """
     hosts: dict[str, int] = {}
     line_of: dict[str, int] = {}
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         entry = line.partition("#")[0].strip()
         if not entry:
             continue

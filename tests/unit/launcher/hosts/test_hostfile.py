@@ -74,11 +74,24 @@ def test_rejects_a_missing_file(tmp_path: Path):
         read_hostfile(tmp_path / "none")
 
 
-def test_rejects_a_file_that_is_not_text(tmp_path: Path):
-    """Catches a decoding trace for a binary file."""
-    (tmp_path / "hosts").write_bytes(b"a slots=1\n\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a slots=1\n\xff\xfe", "hosts:2: not UTF-8"),
+        ("a slots=1\n".encode("utf-16"), "hosts: UTF-16 text; convert the file first"),
+    ],
+)
+def test_rejects_a_file_that_is_not_text(content: bytes, message: str, tmp_path: Path):
+    """Catches a decoding trace for a binary file, and a message that does not say what to do."""
+    (tmp_path / "hosts").write_bytes(content)
+    with pytest.raises(UserError, match=message):
         read_hostfile(tmp_path / "hosts")
+
+
+def test_reads_the_file_of_an_editor_on_windows(tmp_path: Path):
+    """Catches a byte order mark that becomes part of the first name."""
+    (tmp_path / "hosts").write_bytes("\ufeffa slots=1\r\n".encode())
+    assert read_hostfile(tmp_path / "hosts") == {"a": 1}
 
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9-]{0,4}(\.[a-z0-9-]{1,4}){0,2}\.?", fullmatch=True)

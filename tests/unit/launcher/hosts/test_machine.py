@@ -189,9 +189,9 @@ def test_a_free_port_can_be_listened_on():
 def test_an_environment_file_that_is_not_text_is_rejected(tmp_path: Path) -> None:
     """Catches a traceback."""
     path = tmp_path / ".deepspeed_env"
-    path.write_bytes("NAME=café".encode("latin-1"))
+    path.write_bytes("A=1\nNAME=café".encode("latin-1"))
     given = Machine(Devices("cpu", (0,)), {}, free_port, (path,))
-    with pytest.raises(UserError, match="is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"deepspeed_env:2: not UTF-8 text \(byte 0xe9 at column 9\); convert the file"):
         given.deepspeed_env_text  # noqa: B018 (read on first use)
 
 
