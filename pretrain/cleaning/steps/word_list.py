@@ -37,8 +37,7 @@ class Step(DocumentStep[Config]):
 
     def prepare(self, read_task: ReadTask) -> None:
         items = read_items(self.config.file, "steps: word_list.file")
-        words = {_normalize(word) for _, word in items if not word.startswith("#")}
-        self.words = sorted(words | {word.replace("ß", "ss") for word in words})  # STRASSE is Straße in capitals
+        self.words = sorted({_normalize(word).lower() for _, word in items if not word.startswith("#")})
         if not self.words:
             raise UserError(f"steps: word_list.file: {self.config.file} has no words")
 
@@ -51,17 +50,20 @@ class Step(DocumentStep[Config]):
         import ahocorasick
 
         automaton = ahocorasick.Automaton()
-        for word in self.words:
+        capitals = {word.replace("ß", "ss") for word in self.words}.difference(self.words)  # STRASSE of Straße
+        for word in (*self.words, *capitals):
             is_whole = self.config.whole_words and not regex.search(rf"[{UNSPACED}]", word)
-            automaton.add_word(word, (word, is_whole))
+            automaton.add_word(word, (word, is_whole, word in capitals))
         automaton.make_automaton()
         return automaton
 
     def apply(self, document: Document) -> Verdict | None:
         text, found, end = _normalize(document.text), list[str](), 0
-        for last, (word, is_whole) in self._automaton.iter(text):
+        for last, (word, is_whole, in_capitals) in self._automaton.iter(text.lower()):
             start = last + 1 - len(word)
             if start < end or (is_whole and _LETTER.search(text[start - 1 : start] + text[last + 1 : last + 2])):
+                continue
+            if in_capitals and not text[start : last + 1].isupper():
                 continue
             found.append(word)
             if len(found) > self.config.max_count:
@@ -71,5 +73,6 @@ class Step(DocumentStep[Config]):
 
 
 def _normalize(text: str) -> str:
-    # lower: casefold would make aß of ass. It turns İ into i and a dot above.
-    return " ".join(text.lower().replace("i\u0307", "i").replace("’", "'").split())
+    # In lower case, İ is i and a dot above; all other characters stay one.
+    text = text.replace("İ", "I").replace("I\u0307", "I").replace("i\u0307", "i")
+    return " ".join(text.replace("’", "'").split())

@@ -107,8 +107,8 @@ def test_chinese_words_of_a_list_are_found(tmp_path: Path) -> None:
 
 
 def test_words_of_a_list_are_found(tmp_path: Path) -> None:
-    """Catches words inside others, case, also of ß, `aß` for `ass`, phrases across lines, apostrophes of another kind,
-    and the end of a word that only begins a longer one."""
+    """Catches words inside others, case, also of ß, `aß` for `ass` and `ass` for `aß`, phrases across lines,
+    apostrophes of another kind, and the end of a word that only begins a longer one."""
     (tmp_path / "words").write_text(
         "# comment\nass\nmass\nbad phrase\nbad phrase book\nStraße\ndon't\nİst\n", encoding="utf-8"
     )
@@ -122,6 +122,11 @@ def test_words_of_a_list_are_found(tmp_path: Path) -> None:
         assert apply("word_list", text, **keys)[0] == "listed_word"
     assert apply("word_list", "a bad phrase", max_count=1, **keys)[0] == ""
     assert apply("word_list", "a # comment", **keys)[0] == ""
+    (tmp_path / "words").write_text("aß\nMaße\n", encoding="utf-8")
+    for text in ("the ass, or Ass", "die Masse", "Maẞen", "İ i\u0307\u0307 ass MASSEN"):
+        assert apply("word_list", text, **keys)[0] == ""
+    for text in ("MASSE", "İ I\u0307 ı AẞT MASSE", "ER ASS"):
+        assert apply("word_list", text, **keys)[0] == "listed_word"
     with pytest.raises(UserError, match=r"word_list.file: cannot read .*none"):
         apply("word_list", "a", file=str(tmp_path / "none"))
 
