@@ -19,7 +19,7 @@ _WORD = regex.compile(rf"(?V1){_RUN}(?:['’]{_RUN})*|[{_LETTER}][{_INSIDE}]*")
 _CHARACTER = regex.compile(rf"[{UNSPACED}]\p{{M}}*")
 _TOKEN = regex.compile(rf"{_WORD.pattern}|[^\p{{L}}\p{{N}}\s]+")
 # Contractions are divided as in the Penn Treebank: do|n't, it|'s.
-_DIVIDED = regex.compile(rf"(?V1)(?i:n't\b)|{_RUN}(?!(?<=[nN])'[tT]\b)|[{_LETTER}][{_INSIDE}]*")
+_DIVIDED = regex.compile(rf"(?V1)(?i:n't)(?!{_RUN})|{_RUN}(?!(?<=[nN])'[tT](?!{_RUN}))|[{_LETTER}][{_INSIDE}]*")
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ＇`´\x92", "'"))  # as typed; \x92: of text that was read as Latin-1
 _IGNORED = regex.compile(r"[\p{Cf}\ufe00-\ufe0f]")  # they only change how others look
 # A lookbehind that begins at each quote would take quadratic time: (?=\s) comes first.

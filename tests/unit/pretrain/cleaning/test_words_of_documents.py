@@ -34,6 +34,12 @@ def test_contractions_are_divided_in_any_spelling() -> None:
     assert [divided_words(text) for text in texts] == [["it", "s", "n", "thing", "she", "ca", "n't"]] * 3
 
 
+def test_a_contraction_ends_before_chinese() -> None:
+    """Catches an evaluation text that is not found, because no space follows its contraction."""
+    assert divided_words("don't你") == divided_words("do n't你") == ["do", "n't", "你"]
+    assert divided_words("n'tя n't1") == ["n", "tя", "n", "t1"]
+
+
 def test_two_characters_of_a_script_without_spaces_are_a_word() -> None:
     """Catches five Chinese characters that count as five words."""
     assert count_words(normalized_words("花呗分期 by phone")) == 4
