@@ -41,6 +41,42 @@ def test_without_nvidia_smi_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp
     assert local_gpu() is None
 
 
+OLDER = (
+    *(
+        "Tesla V100-SXM2-16GB",
+        "Tesla P100-PCIE-16GB",
+        "Tesla K80",
+        "Tesla T4",
+        "Tesla C2050",
+        "V100",
+        "T4",
+        "P40",
+        "C2050",
+    ),
+    *("NVIDIA GeForce RTX 2060 SUPER", "NVIDIA GeForce RTX 2080 Ti", "NVIDIA TITAN RTX", "Quadro RTX 8000"),
+    *("NVIDIA GeForce GTX 1660 Ti", "GTX1080", "NVIDIA GeForce GT 1030", "NVIDIA GeForce MX450", "Quadro P2000"),
+    *("NVIDIA T600", "NVIDIA T600 Laptop GPU", "NVIDIA T1000 8GB", "NVIDIA T1200 Laptop GPU", "GRID V100D-8Q"),
+)
+NEWER = (
+    *("NVIDIA RTX 2000 Ada Generation", "NVIDIA GeForce RTX 2050", "NVIDIA GeForce MX570", "NVIDIA RTX A2000 12GB"),
+    *(
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GH200 480GB",
+        "NVIDIA A40-48Q",
+        "NVIDIA L4",
+    ),
+    *("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090", "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"),
+    *("NVIDIA B200", "NVIDIA GB10", "AMD Instinct MI300X"),
+)
+
+
+@pytest.mark.parametrize(("names", "older"), [(OLDER, True), (NEWER, False)])
+def test_older_gpus_are_known_by_their_names(names: tuple[str, ...], older: bool) -> None:
+    """Catches a plan of flat rows for a GPU without flash attention, and of windows for one whose name is similar."""
+    assert [name for name in names if (Device(name, None, None).capability < (8, 0)) != older] == []
+
+
 def test_a_cpu_has_no_reserve() -> None:
     """Catches a CPU that is planned as a GPU because of capital letters."""
     assert [Device(name, 1 << 40, None).reserve == (0, 0) for name in ("cpu", "CPU", "H100")] == [True, True, False]
