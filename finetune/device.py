@@ -51,35 +51,30 @@ def choose_device(precision: str, key: str = "training.precision") -> Device:
     return Device(device, _DTYPES[precision])
 
 
-class OutOfMemoryError(UserError):
-    """There is not enough memory for one example. `is_out_of_memory` knows it by its name."""
-
-
 class MicrobatchSize:
     """A number of examples, which is halved when memory runs out."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.warned = False
+        self._warned = False
 
     def compute(self, examples: Sequence[T], compute: Callable[[Sequence[Sequence[T]]], None]) -> None:
         """Call `compute` with the examples in microbatches, and again with smaller ones whenever memory runs out.
 
-        Raises OutOfMemoryError if there is not enough memory for a single example.
+        Raises UserError if there is not enough memory for a single example.
         """
         size = min(self.size, len(examples))
         while not _fits(compute, [examples[start : start + size] for start in range(0, len(examples), size)]):
             if size == 1:
-                advice = "lower model.max_seq_length in the fine-tuning config"
-                raise OutOfMemoryError(f"out of memory with one example; {advice}")
+                raise UserError("out of memory with one example; lower model.max_seq_length in the fine-tuning config")
             size = -(-size // 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if size < min(self.size, len(examples)):
-            if not self.warned:
+            if not self._warned:
                 message = "out of memory: computing %d examples at once, not %d; scores stay the same"
                 log.warning(message, size, self.size)
-            self.size, self.warned = size, True
+            self.size, self._warned = size, True
 
 
 def _fits(compute: Callable[[Sequence[Sequence[T]]], None], parts: Sequence[Sequence[T]]) -> bool:

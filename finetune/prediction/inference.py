@@ -3,7 +3,7 @@
 A few examples show before training which precision a model can compute in, and whether padding changes its outputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeVar
@@ -61,27 +61,28 @@ class Inference:
         losses: list[Loss] = []
 
         def compute(parts: Sequence[Sequence[int]]) -> None:
-            computed = [self._compute_batch([examples[index] for index in indices], options) for indices in parts]
-            for indices, (rows, loss) in zip(parts, computed, strict=True):
-                for index in indices:
-                    outputs[index] = [next(rows) for _ in examples[index].sequences]
+            computed = [self.compute_batch([examples[index] for index in indices], options) for indices in parts]
+            for indices, (found, loss) in zip(parts, computed, strict=True):
+                for index, rows in zip(indices, found, strict=True):
+                    outputs[index] = rows
                 losses.extend([loss] if loss else [])
 
-        with torch.inference_mode():
-            lengths = [example.longest for example in examples]
-            for indices in evaluation_batches(lengths, self.microbatch.size, self.padding.is_avoided):
-                self.microbatch.compute(indices, compute)
+        lengths = [example.longest for example in examples]
+        for indices in evaluation_batches(lengths, self.microbatch.size, self.padding.is_avoided):
+            self.microbatch.compute(indices, compute)
         return outputs, _total(losses)
 
-    def _compute_batch(
-        self, examples: Sequence[Example], options: LossOptions | None
-    ) -> tuple[Iterator[NDArray[np.float32]], Loss | None]:
-        """Return the outputs of all sequences in order, and the loss."""
+    @torch.inference_mode()
+    def compute_batch(
+        self, examples: Sequence[Example], options: LossOptions | None = None
+    ) -> tuple[Outputs, Loss | None]:
+        """Like `compute`, in one microbatch."""
         batch = collate(self.kind, examples, self.padding, self.device.device)
         with self.device.autocast():
             outputs = self.kind.forward(self.model, batch)
         loss = None if options is None or batch.targets is None else self.kind.loss(outputs, batch, options)
-        return iter(outputs.float().cpu().numpy()), loss
+        rows = iter(outputs.float().cpu().numpy())
+        return [[next(rows) for _ in example.sequences] for example in examples], loss
 
     def compare(self, examples: Sequence[Example], outputs: Outputs, options: LossOptions) -> Loss | None:
         """Return the loss of a kind that compares examples, from their outputs; None without targets.

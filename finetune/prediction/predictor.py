@@ -1,8 +1,7 @@
 """Predict with a fine-tuned model, for `deepcloze predict` and servers."""
 
 from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +13,7 @@ from finetune.data.records import Record, Table, read_value
 from finetune.device import MicrobatchSize
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.encoding.examples import Example, Split
-from finetune.prediction.inference import Inference, Outputs, decode
+from finetune.prediction.inference import Inference, Outputs, compute_together, decode
 from finetune.prediction.loaded_model import LoadedModel, load_model
 from finetune.prediction.saved_task import SavedTask, find_model, read_saved_task
 from finetune.splits import encode_split
@@ -97,14 +96,9 @@ class Predictor:
     def compute(self, examples: Sequence[Example]) -> Outputs:
         """Return the second step: the outputs of any examples, also of several calls of `encode`.
 
-        If memory runs out, only this call computes fewer at once, unlike the rest of a file: on a server, memory may be
-        free again.
+        They are computed together, whatever the batch size. Raises the error of torch if memory runs out.
         """
-        shared = self._inference.microbatch
-        microbatch = copy(shared)
-        outputs = replace(self._inference, microbatch=microbatch).compute(examples)[0]
-        shared.warned |= microbatch.warned
-        return outputs
+        return compute_together(examples, self.loaded.padding, lambda batch: self._inference.compute_batch(batch)[0])
 
     def decode(self, split: Split, outputs: Outputs, calibrated: bool = False) -> list[Prediction]:
         """Return the last step. outputs: of the examples of the split."""

@@ -292,6 +292,10 @@ def handle_errors(app: FastAPI) -> None:
         message = _CLEARER.get(str(error.detail), str(error.detail))
         return error_response(error.status_code, message, dict(error.headers or {}))
 
+    @app.exception_handler(MemoryError)
+    async def answer_out_of_memory(request: Request, _: MemoryError) -> Response:
+        return await answer_http_error(request, busy("out of memory; try again, or send fewer or shorter texts"))
+
     @app.exception_handler(Exception)
     async def answer_bug(_: Request, __: Exception) -> Response:
         return error_response(500, "an error in the server; its log says more")

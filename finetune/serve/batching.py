@@ -91,7 +91,8 @@ class Batcher(Generic[ItemT, ResultT]):
         limits: BatchLimits,
         observe: Callable[[Size], None] = lambda _: None,
     ) -> None:
-        """compute: the results of a batch, in order; called for one batch at a time. observe: called for each batch."""
+        """compute: the results of a batch, in order; called for one batch at a time. MemoryError: fewer items may fit.
+        observe: called for each batch."""
         self._compute, self._limits, self._observe = compute, limits, observe
         self._jobs: deque[_Job[ItemT, ResultT]] = deque()
         self._tokens = 0  # that wait
@@ -149,7 +150,8 @@ class Batcher(Generic[ItemT, ResultT]):
             self._jobs.rotate(-1)
 
     async def _compute_batch(self, parts: Sequence[_Part[ItemT, ResultT]]) -> None:
-        """Compute items together; if that fails, the items of each job on their own, so that only some fail."""
+        """Compute items together; if that fails, half of them if memory ran out, or the items of each job on their own,
+        so that only some fail."""
         parts = [(job, index) for job, index in parts if not job.done.done()]
         if not parts:
             return
@@ -160,15 +162,23 @@ class Batcher(Generic[ItemT, ResultT]):
             results = await self._compute([job.items[index] for job, index in parts])
             found = list(zip(parts, results, strict=True))
         except Exception as error:
-            jobs = list(dict.fromkeys(job for job, _ in parts))
-            if len(jobs) == 1:
-                jobs[0].fail(error)
-            else:
-                for job in jobs:
-                    await self._compute_batch([part for part in parts if part[0] is job])
+            await self._retry(parts, error)
             return
         for (job, index), result in found:
             job.put(index, result)
+
+    async def _retry(self, parts: Sequence[_Part[ItemT, ResultT]], error: Exception) -> None:
+        jobs = list(dict.fromkeys(job for job, _ in parts))
+        if isinstance(error, MemoryError) and parts[1:]:
+            half = len(parts) // 2
+            smaller = [parts[:half], parts[half:]]
+        elif jobs[1:]:
+            smaller = [[part for part in parts if part[0] is job] for job in jobs]
+        else:
+            jobs[0].fail(error)
+            return
+        for each in smaller:
+            await self._compute_batch(each)
 
     def _forget(self) -> None:
         """Drop the jobs that are done, or whose callers were cancelled."""

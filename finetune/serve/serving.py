@@ -12,6 +12,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
+import torch
 from fastapi import HTTPException
 
 from experiment.errors import UserError, is_out_of_memory
@@ -22,7 +23,7 @@ from finetune.pooling import Pooling
 from finetune.prediction.predictor import Predictor
 from finetune.serve.batching import Batcher, BatchLimits, Size
 from finetune.serve.monitoring import Metrics, log, log_event
-from finetune.serve.request_checks import Admission, Limits, busy
+from finetune.serve.request_checks import Admission, Limits
 from finetune.serve.served_model import ServedModel
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -49,6 +50,7 @@ class Services:
         self._users = 0
         self._unused = asyncio.Event()
         self._padded = served.loaded.padding.length
+        self._warned = False
 
         def batcher(compute: Callable[[list[Example]], Sequence[ResultT]]) -> Batcher[Example, ResultT]:
             async def in_thread(items: list[Example]) -> Sequence[ResultT]:
@@ -57,8 +59,13 @@ class Services:
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
-                    log.exception("out of memory")
-                raise busy("out of memory; try again, or send shorter texts")  # not above: `error` keeps tensors
+                    if len(items) == 1:
+                        log.exception("out of memory")
+                    elif not self._warned:
+                        self._warned = True
+                        log.warning("out of memory: computing fewer than %d texts at once", len(items))
+                torch.cuda.empty_cache()  # not above: `error` keeps tensors
+                raise MemoryError
 
             return Batcher(in_thread, batch_limits, observe)
 

@@ -3,7 +3,6 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -68,29 +67,6 @@ def test_texts_are_cut_as_in_training(model: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-def test_a_server_warns_once_that_memory_runs_out(
-    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Catches a log with a warning for each batch, and batches that stay small when memory is free again."""
-    predictor, sizes = Predictor.load(model, "fp32"), list[int]()
-    compute = predictor.loaded.model.forward
-
-    def forward(*arguments: Any, **inputs: Any) -> Any:
-        sizes.append(len(inputs["input_ids"]))
-        if sizes[-1] > 1:
-            raise torch.OutOfMemoryError
-        return compute(*arguments, **inputs)
-
-    monkeypatch.setattr(predictor.loaded.model, "forward", forward)
-    examples = predictor.encode([predictor.record("r", {"text": text}) for text in ("a", "b")]).examples
-    for _ in range(2):
-        predictor.compute(examples)
-    assert sizes == [2, 1, 1] * 2
-    assert [message for message in caplog.messages if "out of memory" in message] == [
-        "out of memory: computing 1 examples at once, not 128; scores stay the same"
-    ]
-
-
 def test_linear_layers_are_computed_as_in_training(model: Path) -> None:
     """Catches predictions on a CPU that take longer than those during training."""
     types = {type(module) for module in Predictor.load(model, "fp32")._inference.model.modules()}

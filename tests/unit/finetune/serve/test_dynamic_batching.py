@@ -146,6 +146,36 @@ def test_an_error_reaches_only_its_request() -> None:
     run(test)
 
 
+def test_a_batch_is_halved_when_memory_runs_out() -> None:
+    """Catches requests that fail although memory suffices for each of their items, or because of an item of another
+    request, and a bug that is retried in halves."""
+
+    async def test() -> None:
+        batches: list[list[int]] = []
+
+        async def compute(items: list[int]) -> list[int]:
+            batches.append(items)
+            if 9 in items:
+                raise ValueError("a bug")
+            if len(items) > 2 or 5 in items:
+                raise MemoryError
+            return items
+
+        batcher = Batcher(compute, LIMITS)
+        found = await asyncio.gather(
+            batcher.submit([0, 1, 2], ones(3)), batcher.submit([3, 5], ones(2)), return_exceptions=True
+        )
+        assert found[0] == [0, 1, 2]
+        assert isinstance(found[1], MemoryError)
+        batches.clear()
+        with pytest.raises(ValueError, match="a bug"):
+            await batcher.submit([9, 8], ones(2))
+        assert batches == [[9, 8]]
+        await batcher.close()
+
+    run(test)
+
+
 def test_items_of_a_cancelled_request_are_dropped() -> None:
     """Catches a model that computes for clients that are gone while others wait."""
 

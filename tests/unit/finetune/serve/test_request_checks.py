@@ -411,8 +411,8 @@ def test_a_request_that_takes_too_long(
 ) -> None:
     """Catches a client that waits forever, and one text too many in the queue after each timeout."""
     client, resume = connect(folders["sequence"], timeout=0.2), threading.Event()
-    compute = Inference.compute
-    monkeypatch.setattr(Inference, "compute", lambda self, examples: resume.wait(60) and compute(self, examples))
+    compute = Inference.compute_batch
+    monkeypatch.setattr(Inference, "compute_batch", lambda self, examples: resume.wait(60) and compute(self, examples))
     answer = client.post("/v1/predict", json={"texts": ["a"]})
     resume.set()
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
@@ -424,8 +424,9 @@ def test_a_request_that_takes_too_long(
 def test_running_out_of_memory_is_the_servers_error(
     path: str, folders: dict[str, Path], connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a lack of memory that is put down to the client, or not logged, and batches that stay small
-    once there is memory again."""
+    """Catches a lack of memory that is put down to the client, or not logged, a request that is never answered
+    although memory suffices for each of its texts, a warning for each batch, and batches that stay small once there is
+    memory again."""
     client = connect(folders["masked" if path == "fill-mask" else "sequence"])
     limit, computed = 0, []
 
@@ -438,11 +439,17 @@ def test_running_out_of_memory_is_the_servers_error(
     body = {"texts": ["word1 [MASK]"] * 8}
     answer = client.post(f"/v1/{path}", json=body)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert answer.json()["error"] == "out of memory; try again, or send shorter texts"
+    assert answer.json()["error"] == "out of memory; try again, or send fewer or shorter texts"
     assert "out of memory" in caplog.messages
-    if path == "predict":
-        limit = 1
+    limit = 1
+    for _ in range(2):
+        computed = []
         assert client.post(f"/v1/{path}", json=body).status_code == 200
+        assert computed == [8, *[4, *[2, 1, 1] * 2] * 2]
+    assert [message for message in caplog.messages if "out of memory" in message] == [
+        "out of memory: computing fewer than 8 texts at once",
+        "out of memory",
+    ]
     computed, limit = [], 8
     assert client.post(f"/v1/{path}", json=body).status_code == 200
     assert computed == [8]
@@ -460,7 +467,7 @@ def test_a_bug_is_a_500_without_texts_in_the_log(
         raise RuntimeError(f"cannot compute {secret}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Inference, "compute", fail)
+        patch.setattr(Inference, "compute_batch", fail)
         answer = client.post("/v1/predict", params={"q": secret}, json={"texts": [secret]})
     assert answer.status_code == 500
     assert answer.json() == {"error": "an error in the server; its log says more"}
