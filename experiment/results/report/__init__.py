@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.errors import UserError
+from experiment.errors import UserError, notify
 from experiment.formatting import counted
 from experiment.results.fillings import filling_blocks
 from experiment.results.history import NO_AXIS
@@ -44,20 +44,23 @@ def write_report(
 
 
 def write_overlay(runs: Sequence[str | Path], directory: Path, png: bool = False) -> Path:
-    """Write a page about several runs to `directory`; return its path. Raises UserError as `write_report`."""
-    opened = open_runs(name_runs([open_folder(run).path for run in dict.fromkeys(runs)]))
-    if not opened:
-        raise UserError("none of these runs can be read")
-    for run in opened:
-        if not run.history.seeds and run.results is None:
-            raise UserError(f"{run.folder.path} has nothing to report: no event in {run.folder.metrics.name}")
+    """Write a page about several runs to `directory`; return its path. Runs with nothing to report are left out, with a
+    warning. Raises UserError if none is left."""
+    shown = []
+    for run in open_runs(name_runs([open_folder(run).path for run in dict.fromkeys(runs)])):
+        if run.history.seeds or run.results is not None:
+            shown.append(run)
+        else:
+            notify(f"warning: {run.name} is left out: no complete event in {run.folder.metrics.name}")
+    if not shown:
+        raise UserError("none of these runs has anything to report")
     configs = [
         Code(f"{run.name}: config.yaml", run.folder.config.read_text(encoding="utf-8", errors="replace"))
-        for run in opened
+        for run in shown
         if run.folder.config.is_file()
     ]
-    blocks = [*overlay_blocks(opened), Heading("Configs"), *configs]
-    return _write(directory, Page(counted(len(opened), "run"), blocks), png)
+    blocks = [*overlay_blocks(shown), Heading("Configs"), *configs]
+    return _write(directory, Page(counted(len(shown), "run"), blocks), png)
 
 
 def _write(directory: Path, page: Page, png: bool) -> Path:

@@ -176,8 +176,6 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     page = write_overlay([*folders, folders[0]], tmp_path / "out")
     assert page.read_text(encoding="utf-8").count("<h1>2 runs</h1>") == 1
     assert "<h1>1 run</h1>" in write_overlay(folders[:1], tmp_path / "out").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match="nothing to report"):
-        write_overlay([folders[0], open_run_folder(tmp_path / "new").path], tmp_path / "out")
     with pytest.raises(UserError, match="no run folder"):
         write_overlay([folders[0], tmp_path / "missing"], tmp_path / "out")
 
@@ -189,7 +187,19 @@ def test_damaged_results_do_not_stop_a_report_of_other_runs(tmp_path: Path, caps
     page = write_overlay([tmp_path / name for name in ("a", "b", "c")], tmp_path / "out")
     assert "<h1>2 runs</h1>" in page.read_text(encoding="utf-8")
     assert capsys.readouterr().err.count("results.json is damaged") == 1
-    with pytest.raises(UserError, match="none of these runs can be read"):
+    with pytest.raises(UserError, match="none of these runs has anything to report"):
+        write_overlay([tmp_path / "b"], tmp_path / "out")
+
+
+def test_a_run_that_was_killed_at_its_first_event_does_not_stop_a_report_of_other_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("a", '{"step": 1, "loss": 1.0}\n'), ("b", '{"step": 1, "lo')):
+        open_run_folder(tmp_path / name).metrics.write_text(text)
+    page = write_overlay([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert "<h1>1 run</h1>" in page.read_text(encoding="utf-8")
+    assert "warning: b is left out: no complete event in metrics.jsonl" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none of these runs has anything to report"):
         write_overlay([tmp_path / "b"], tmp_path / "out")
 
 
