@@ -2,12 +2,12 @@
 
     python -m benchmarks.gpu_kernels bf16
 
-Prints a `KernelTime` after each kernel. CUDA events measure the times, of several calls at once: the GPU waits for the
-host in the first one only.
+Prints a `KernelTime` after each kernel, also if it fails. CUDA events measure the times, of several calls at once: the
+GPU waits for the host in the first one only.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_results import print_figures
+from experiment.errors import first_line
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling.attention import (
     Packing,
+    VarlenKernel,
     flash_attention,
     flash_attention_2,
     masked_attention,
@@ -57,12 +59,15 @@ class KernelTime:
     error: str = ""  # why nothing was measured
 
 
+_Call = tuple[Sequence[Tensor], Callable[[], Tensor]]
+"""The inputs for which gradients are computed, and the forward pass."""
+
+
 @dataclass(frozen=True)
 class _Kernel:
     name: str
     shape: str
-    inputs: Sequence[Tensor]  # gradients are computed for these
-    call: Callable[[], Tensor]
+    prepare: Callable[[], _Call]  # imports the kernel, and draws its inputs
     flops: float | None = None  # of forward and backward
 
 
@@ -75,14 +80,13 @@ def run(settings: KernelSettings) -> Iterator[KernelTime]:
 def _measure(kernel: _Kernel, settings: KernelSettings) -> KernelTime:
     try:
         ms = _milliseconds(kernel, settings)
-    except torch.cuda.OutOfMemoryError:
-        return KernelTime(kernel.name, settings.precision, kernel.shape, error="out of memory")
+    except Exception as error:  # the others may still work
+        return KernelTime(kernel.name, settings.precision, kernel.shape, error=first_line(error))
     rate = None if kernel.flops is None else kernel.flops / ms / 1e9
     return KernelTime(kernel.name, settings.precision, kernel.shape, ms, rate)
 
 
 def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:
-    """One after the other, because they take much memory."""
     for length in settings.lengths:
         yield from _attention(settings, length)
     yield from _flash(settings, settings.lengths[-1], _WINDOW)
@@ -93,37 +97,57 @@ def _kernels(settings: KernelSettings) -> Iterator[_Kernel]:
 
 def _attention(settings: KernelSettings, length: int) -> Iterator[_Kernel]:
     yield from _flash(settings, length)
+    flops = _attention_flops(settings.tokens, length)
+    for dropout in (0.0, 0.1):
+        prepare = partial(_prepare_masked, settings, length, dropout)
+        yield _Kernel(f"attention with a mask, dropout {dropout:g}", _attention_shape(settings, length), prepare, flops)
+
+
+def _prepare_masked(settings: KernelSettings, length: int, dropout: float) -> _Call:
     query, key, value, packing = _draw_attention(settings, length)
     with_mask = masked_attention if settings.device == "cuda" else matmul_attention
     bias = packing.bias(None, DTYPES[settings.precision])
-    for dropout in (0.0, 0.1):
-        call = partial(with_mask, query, key, value, bias, _SIZE**-0.5, dropout)
-        name = f"attention with a mask, dropout {dropout:g}"
-        yield _Kernel(name, _describe(query), (query, key, value), call, _attention_flops(settings.tokens, length))
+    return (query, key, value), partial(with_mask, query, key, value, bias, _SIZE**-0.5, dropout)
 
 
 def _flash(settings: KernelSettings, length: int, window: int | None = None) -> Iterator[_Kernel]:
     dtype = DTYPES[settings.precision]
     if settings.device != "cuda" or not supports_flash(torch.cuda.get_device_capability(), _SIZE, dtype):
         return
-    from pretrain.modeling.varlen_attention import varlen_attention
-
-    query, key, value, packing = _draw_attention(settings, length)
     flops = _attention_flops(settings.tokens, length) if window is None else None
-    for name, kernel in (("FlashAttention-2", flash_attention_2), ("our flash attention", varlen_attention)):
+    for name, ours in (("FlashAttention-2", False), ("our flash attention", True)):
         for dropout in (0.0, 0.1):
-            call = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, dropout, window, kernel)
+            prepare = partial(_prepare_flash, settings, length, window, dropout, ours)
             full_name = f"{name}, dropout {dropout:g}" + ("" if window is None else f", window {window}")
-            yield _Kernel(full_name, _describe(query), (query, key, value), call, flops)
+            yield _Kernel(full_name, _attention_shape(settings, length), prepare, flops)
+
+
+def _prepare_flash(settings: KernelSettings, length: int, window: int | None, dropout: float, ours: bool) -> _Call:
+    kernel: VarlenKernel = flash_attention_2
+    if ours:
+        from pretrain.modeling.varlen_attention import varlen_attention
+
+        kernel = varlen_attention
+    query, key, value, packing = _draw_attention(settings, length)
+    call = partial(flash_attention, query, key, value, packing, _SIZE**-0.5, dropout, window, kernel)
+    return (query, key, value), call
 
 
 def _draw_attention(settings: KernelSettings, length: int) -> tuple[Tensor, Tensor, Tensor, Packing]:
     """Query, key and value, and rows of one sequence each."""
-    rows = max(1, settings.tokens // length)
+    rows = _rows(settings, length)
     query, key, value = (_draw(settings, rows, length, _HEADS, _SIZE).transpose(1, 2) for _ in range(3))
     numbers = torch.arange(1, rows + 1, dtype=torch.int32, device=settings.device)
     bounds = torch.arange(0, rows + 1, dtype=torch.int32, device=settings.device) * length
     return query, key, value, Packing(numbers[:, None].expand(rows, length), bounds)
+
+
+def _rows(settings: KernelSettings, length: int) -> int:
+    return max(1, settings.tokens // length)
+
+
+def _attention_shape(settings: KernelSettings, length: int) -> str:
+    return _describe(_rows(settings, length), _HEADS, length, _SIZE)
 
 
 def _attention_flops(tokens: int, length: int) -> float:
@@ -133,50 +157,65 @@ def _attention_flops(tokens: int, length: int) -> float:
 
 def _heads(settings: KernelSettings, vocabulary: int) -> Iterator[_Kernel]:
     predicted = max(1, round(_PREDICTED * settings.tokens))
-    shapes = ((predicted, _HIDDEN), (vocabulary, _HIDDEN), (vocabulary,))
-    hidden, weight, bias = inputs = [_draw(settings, *shape) for shape in shapes]
+    shape, flops = f"{predicted} x {_HIDDEN} x {vocabulary}", 6.0 * predicted * _HIDDEN * vocabulary
+    for fused in (False, True) if settings.device == "cuda" else (False,):  # its Triton kernel does not run on a CPU
+        name = "head, fused" if fused else "head, logits kept"
+        yield _Kernel(name, shape, partial(_prepare_head, settings, predicted, vocabulary, fused), flops)
+
+
+def _prepare_head(settings: KernelSettings, predicted: int, vocabulary: int, fused: bool) -> _Call:
     labels = torch.arange(predicted, device=settings.device) % vocabulary
     labels[::50] = IGNORED
-    shape, flops = f"{predicted} x {_HIDDEN} x {vocabulary}", 6.0 * predicted * _HIDDEN * vocabulary
-    yield _Kernel("head, logits kept", shape, inputs, partial(_plain_loss, hidden, weight, bias, labels), flops)
-    if settings.device == "cuda":  # its Triton kernel does not run on a CPU
-        from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
-
-        fused = partial(linear_cross_entropy, hidden, weight, bias, labels)
-        yield _Kernel("head, fused", shape, inputs, lambda: fused().loss_sum, flops)
+    loss = partial(_fused_loss if fused else _plain_loss, labels)
+    return _prepare(settings, loss, ((predicted, _HIDDEN), (vocabulary, _HIDDEN), (vocabulary,)))
 
 
-def _plain_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+def _plain_loss(labels: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     loss_sum, _ = cross_entropy(F.linear(hidden, weight, bias), labels, count=False)
     return loss_sum
 
 
+def _fused_loss(labels: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from pretrain.modeling.fused_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, bias, labels).loss_sum
+
+
 def _layers(settings: KernelSettings) -> Iterator[_Kernel]:
-    values, wide = _draw(settings, settings.tokens, _HIDDEN), _draw(settings, settings.tokens, 4 * _HIDDEN)
-    weight, bias, scale = (_draw(settings, *shape) for shape in ((4 * _HIDDEN, _HIDDEN), (4 * _HIDDEN,), (_HIDDEN,)))
-    norm = partial(F.layer_norm, values, (_HIDDEN,), scale)
-    yield _Kernel("dropout", _describe(values), [values], partial(F.dropout, values, 0.1))
-    yield _Kernel("layer norm", _describe(values), [values, scale], norm)
-    yield _Kernel("GELU", _describe(wide), [wide], partial(F.gelu, wide))
-    flops = 6.0 * settings.tokens * weight.numel()
-    linear = partial(F.linear, values, weight, bias)
-    yield _Kernel("linear layer", f"{_describe(values)} x {4 * _HIDDEN}", [values, weight, bias], linear, flops)
+    narrow, wide = (settings.tokens, _HIDDEN), (settings.tokens, 4 * _HIDDEN)
+    memory_bound: tuple[tuple[str, Callable[..., Tensor], tuple[tuple[int, ...], ...]], ...] = (
+        ("dropout", lambda values: F.dropout(values, 0.1), (narrow,)),
+        ("layer norm", lambda values, scale: F.layer_norm(values, (_HIDDEN,), scale), (narrow, (_HIDDEN,))),
+        ("GELU", F.gelu, (wide,)),
+    )
+    for name, call, shapes in memory_bound:
+        yield _Kernel(name, _describe(*shapes[0]), partial(_prepare, settings, call, shapes))
+    linear = partial(_prepare, settings, F.linear, (narrow, (4 * _HIDDEN, _HIDDEN), (4 * _HIDDEN,)))
+    yield _Kernel(
+        "linear layer", _describe(*narrow, 4 * _HIDDEN), linear, 6.0 * settings.tokens * _HIDDEN * 4 * _HIDDEN
+    )
+
+
+def _prepare(settings: KernelSettings, call: Callable[..., Tensor], shapes: Sequence[tuple[int, ...]]) -> _Call:
+    inputs = [_draw(settings, *shape) for shape in shapes]
+    return inputs, partial(call, *inputs)
 
 
 def _draw(settings: KernelSettings, *shape: int) -> Tensor:
     return torch.randn(shape, device=settings.device, dtype=DTYPES[settings.precision]).requires_grad_()
 
 
-def _describe(tensor: Tensor) -> str:
-    return " x ".join(str(size) for size in tensor.shape)
+def _describe(*sizes: int) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _milliseconds(kernel: _Kernel, settings: KernelSettings) -> float:
     """Median time of a forward and a backward pass."""
-    upstream = torch.ones_like(kernel.call())
+    inputs, call = kernel.prepare()
+    upstream = torch.ones_like(call())
 
     def compute() -> None:
-        torch.autograd.grad(kernel.call(), kernel.inputs, upstream)
+        torch.autograd.grad(call(), inputs, upstream)
 
     for _ in range(_WARM):
         compute()
@@ -201,6 +240,12 @@ def _time_on_cpu(compute: Callable[[], None]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-if __name__ == "__main__":
-    for result in run(KernelSettings("cuda", sys.argv[1])):
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu_kernels", description=__doc__.partition("\n")[0])
+    parser.add_argument("precision", choices=DTYPES)
+    for result in run(KernelSettings("cuda", parser.parse_args(argv).precision)):
         print_figures(asdict(result))
+
+
+if __name__ == "__main__":
+    main()

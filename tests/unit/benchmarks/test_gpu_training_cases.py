@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -122,12 +122,26 @@ def test_kernels() -> None:
     assert all(row.ms is not None and row.precision == "bf16" and not row.error for row in rows)
 
 
-def test_a_kernel_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches other kernels that are not measured because one does not fit on the device."""
-    monkeypatch.setattr(gpu_kernels, "_milliseconds", out_of_memory)
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error\nmore")])
+@pytest.mark.parametrize("step", ["_milliseconds", "_draw"])
+def test_a_kernel_that_fails_says_so(step: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches other kernels that are not measured because one, or its inputs, do not fit on the device."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(gpu_kernels, step, fail)
     rows = list(gpu_kernels.run(KERNELS))
     assert len(rows) > 5
-    assert {(row.ms, row.error) for row in rows} == {(None, "out of memory")}
+    assert {(row.ms, row.error) for row in rows} == {(None, str(error).splitlines()[0])}
+
+
+@pytest.mark.parametrize("arguments", [[], ["fp8"]])
+def test_a_wrong_precision_says_so(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a traceback."""
+    with pytest.raises(SystemExit, match="2"):
+        gpu_kernels.main(arguments)
+    assert "precision" in capsys.readouterr().err
 
 
 def test_times_are_of_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
