@@ -162,6 +162,22 @@ def test_the_learning_rate_of_a_large_model(monkeypatch: pytest.MonkeyPatch, tmp
     assert (optimizer["name"], optimizer["lr"], optimizer["muon"]["lr"]) == ("muon", 5e-4, 5e-4)
 
 
+def test_a_run_that_compiles_for_a_minute_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches a budget that ends before SIGTERM, because compiling is a part of it."""
+    stops: list[float] = []
+
+    def stop_after(seconds: float, *_: object) -> int:
+        stops.append(seconds)
+        return 0
+
+    monkeypatch.setattr(gpu_pretraining, "deepcloze", lambda *_: None)
+    monkeypatch.setattr(gpu_pretraining, "_write_text", lambda _: None)
+    monkeypatch.setattr(gpu_pretraining, "stop_after", stop_after)
+    with pytest.raises(SystemExit, match="expected exit code 75 of the run, got 0"):
+        gpu_pretraining.pretrain(tmp_path, 120)
+    assert stops[0] + 60 < 120
+
+
 def test_the_models_are_of_their_published_size() -> None:
     """Catches figures of a model that is smaller than its name says."""
     from transformers import AutoConfig
