@@ -85,7 +85,7 @@ def _page(outcomes: Mapping[str, JobOutcome], folder: Path) -> Iterator[str]:
         yield "## Training\n"
         yield "tokens/s: median (min – max) of the rounds\n"
         columns = ["case", "device", "commit", "rounds", "MFU", "tokens/s", "ms per step", "peak memory"]
-        yield markdown_table([*columns, "real tokens per slot"], _training_rows(training), labels=3)
+        yield markdown_table([*columns, "real tokens per slot", "warnings"], _training_rows(training), labels=3)
     for profile in sorted(folder.glob("profile/*/profile.txt")):
         yield f"## Profile: {profile.parent.name}\n\n```\n{profile.read_text(encoding='utf-8').strip()}\n```\n"
     for figures in _figures(outcomes, "pretraining"):
@@ -137,6 +137,7 @@ def _training_rows(results: Iterable[Figures]) -> Iterator[list[str]]:
             f"{statistics.median(ms):.1f}",
             f"{max(memory) / 2**30:.1f} GiB",
             f"{statistics.median(fill):.3f}",
+            escape("; ".join(dict.fromkeys(line for result in rounds for line in result.get("warnings", ())))),
         ]
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_training bert-base-512-bf16-zero1-compiled [--profile DIR]
     python -m benchmarks.gpu_training --compile CASE …
 
-Prints a `TrainingResult`: MFU as in `pretrain.modeling.structure`, where padding and recomputed
+Prints a `TrainingResult` of each round: MFU as in `pretrain.modeling.structure`, where padding and recomputed
 activations do not count, speed, and peak memory. It uses the engine, model and batches of `deepcloze pretrain`;
 documents are about as long as in Wikipedia. `--compile` runs several cases at once, without figures: their compiled
 layers and kernels are in the cache then. `--tiny` runs a tiny model, also on a CPU; its figures mean nothing.
@@ -11,6 +11,7 @@ layers and kernels are in the cache then. `--tiny` runs a tiny model, also on a 
 
 import argparse
 import gzip
+import logging
 import os
 import re
 import shutil
@@ -19,11 +20,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from benchmarks.gpu_kernels import DTYPES
-from benchmarks.gpu_results import print_figures, read_figures
+from benchmarks.gpu_results import Figures, print_figures, read_figures
 from experiment.errors import UserError
 from experiment.files import cache_folder
 from experiment.process.hardware import peak_flops, peak_memory
@@ -76,7 +77,8 @@ _SPECIAL = 5  # ids 0 to 4: padding, unknown, and those around a text
 _FILL = {"flat": 0.97, "windows": 0.9, "padded": 0.5}  # of the slots, about
 _SHORTEST = 8  # length of the longest sequence; special tokens would be a large part of less
 _BATCHES = 4
-_WARMUP, _STEPS = 5, 20
+_WARMUP, _WARMUP_SECONDS = 5, 3.0  # the first steps, which compile, and about the seconds after them
+_ROUNDS, _STEPS = 5, 20
 _COMPILED_LAYERS = 7  # enough for all graphs: the first and last layers of ModernBERT, local and global attention
 _TOKENS = 65_536  # slots of a microbatch; a step has one
 _NAME = re.compile(rf"({'|'.join(MODELS)})-(\d+)-(bf16|fp16)-zero([123])-(compiled|eager)")
@@ -102,7 +104,7 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Measurements of a training run, or an error."""
+    """Measurements of a round of a training run, or an error."""
 
     case: str
     device: str = ""
@@ -112,6 +114,7 @@ class TrainingResult:
     memory: int | None = None  # peak, in bytes
     fill: float | None = None  # real tokens per slot
     error: str = ""
+    warnings: tuple[str, ...] = ()  # of the run, such as that layers are not compiled
 
 
 def parse_case(name: str, tiny: bool = False, layers: int | None = None) -> TrainingCase:
@@ -138,17 +141,34 @@ class _RandomCorpus:
         return self._draw.integers(_SPECIAL, self._vocabulary, int(lengths.sum()), dtype=np.int32)
 
 
-def run(case: TrainingCase, profile: Path | None = None) -> TrainingResult:
-    """Train and measure. `profile`: a folder for a profile of some further steps."""
+class _Warnings(logging.StreamHandler[TextIO]):
+    """Prints warnings, as logging does without a handler, and keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setLevel(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        super().emit(record)
+
+
+def run(case: TrainingCase, profile: Path | None = None) -> list[TrainingResult]:
+    """Train and measure several rounds. `profile`: a folder for a profile of some further steps."""
     world = connect(timedelta(seconds=60), _give_up)
+    logger, warnings = logging.getLogger("pretrain"), _Warnings()
+    logger.addHandler(warnings)
     try:
         built, engine = _build(case, world)
         with closing(engine):
-            return _measure(case, built, engine, profile)
+            results = _measure(case, built, engine, profile)
     except torch.cuda.OutOfMemoryError:
-        return TrainingResult(case.name, error="out of memory")
+        results = [TrainingResult(case.name, error="out of memory")]
     finally:
+        logger.removeHandler(warnings)
         disconnect()
+    return [replace(result, warnings=tuple(warnings.lines)) for result in results]
 
 
 def compile_cases(names: Sequence[str], tiny: bool = False) -> int:
@@ -159,11 +179,15 @@ def compile_cases(names: Sequence[str], tiny: bool = False) -> int:
     failed = False
     for name, process in zip(names, processes, strict=True):
         output, _ = process.communicate()
-        error = list(read_figures(output))[-1]["error"] if process.returncode == 0 else "failed"
+        error = _compile_error(list(read_figures(output))[-1]) if process.returncode == 0 else "failed"
         print(f"{name}: {error or 'compiled'}", flush=True)
         print_figures({"case": name, "error": error})
         failed |= bool(error)
     return int(failed)
+
+
+def _compile_error(figures: Figures) -> str:
+    return str(figures["error"]) or next((line for line in figures["warnings"] if "without torch.compile" in line), "")
 
 
 def _give_up(message: str) -> NoReturn:
@@ -191,27 +215,41 @@ def _build(case: TrainingCase, world: World) -> tuple[BuiltModel, Engine]:
     return built, engine
 
 
-def _measure(case: TrainingCase, built: BuiltModel, engine: Engine, profile: Path | None) -> TrainingResult:
+def _measure(case: TrainingCase, built: BuiltModel, engine: Engine, profile: Path | None) -> list[TrainingResult]:
     batches = make_batches(case, built, pinned=engine.device.type == "cuda")
     steps, warmup = (2, 1) if case.tiny else (_STEPS, _WARMUP)
+    rounds, left = (1, 0.0) if case.tiny or case.layers is not None else (_ROUNDS, _WARMUP_SECONDS)
     _train(engine, batches, 0, warmup)
-    seconds = _train(engine, batches, warmup, steps)
+    step = warmup
+    while left > 0:
+        left -= _train(engine, batches, step, warmup)
+        step += warmup
+    results = []
+    for first in range(step, step + rounds * steps, steps):
+        seconds = _train(engine, batches, first, steps)
+        timed = [batches[number % len(batches)] for number in range(first, first + steps)]
+        results.append(_result(case, built, timed, seconds, engine.device))
     if profile is not None:
         _profile(engine, batches, profile)
-    timed = [batches[step % len(batches)] for step in range(warmup, warmup + steps)]
+    return results
+
+
+def _result(
+    case: TrainingCase, built: BuiltModel, timed: Sequence[RankBatch], seconds: float, device: torch.device
+) -> TrainingResult:
     tokens = sum(batch.tokens for batch in timed)
     slots = sum(microbatch.input_ids.numel() for batch in timed for microbatch in batch.microbatches)
-    on_gpu = engine.device.type == "cuda"
-    device = torch.cuda.get_device_name() if on_gpu else "CPU"
-    peak = peak_flops(device, case.precision) if on_gpu else None
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak = peak_flops(name, case.precision) if on_gpu else None
     assert built.flops is not None
     flops = sum(built.flops.per_step(batch.tokens, batch.squared_lengths, batch.masked_tokens) for batch in timed)
     return TrainingResult(
         case.name,
-        device,
+        name,
         tokens_per_second=tokens / seconds,
         mfu=None if peak is None else flops / seconds / peak,
-        step_ms=1000 * seconds / steps,
+        step_ms=1000 * seconds / len(timed),
         memory=peak_memory(),
         fill=tokens / slots,
     )
@@ -310,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(cases) > 1:
         parser.error(f"expected one case without --compile, found {len(cases)}")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    print_figures(asdict(run(cases[0], given.profile)))
+    for result in run(cases[0], given.profile):
+        print_figures(asdict(result))
     return 0
 
 

@@ -26,7 +26,7 @@ from launcher.hosts.machine import free_port
 from simulated_gpu.gpu import simulated_gpu
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 with simulated_gpu():
-    print(json.dumps(asdict(run(parse_case(sys.argv[1], tiny=True)))))
+    print(json.dumps(asdict(run(parse_case(sys.argv[1], tiny=True))[-1])))
 """
 
 pytestmark = pytest.mark.soak

@@ -18,14 +18,20 @@ def test_rounds_are_one_row(tmp_path: Path) -> None:
     failed = {"case": "large", "error": "out of memory"}
     found = page(
         tmp_path,
-        mfu_bert=JobOutcome("passed", figures=[first], commit="a1"),
-        mfu2_bert=JobOutcome("passed", figures=[again], commit="a1"),
+        mfu_bert=JobOutcome("passed", figures=[first, again], commit="a1"),
         mfu_large=JobOutcome("passed", figures=[failed]),
         mfu_other=JobOutcome("passed", figures=[again], commit="b2"),
     )
     assert "| bert | H100 | b2 | 1 | 40.0% | 300 (300 – 300) " in found
     assert "| bert | H100 | a1 | 2 | 40.0% | 200 (100 – 300) | 1.0 | 1.0 GiB | 1.000 |" in found
     assert "- large: out of memory" in found
+
+
+def test_warnings_are_beside_the_figures(tmp_path: Path) -> None:
+    """Catches an MFU of compiled layers that were not compiled."""
+    rounds = [{**CASE, "tokens_per_second": 100.0, "warnings": ["the layers run without torch.compile"]}] * 2
+    found = page(tmp_path, mfu_bert=JobOutcome("passed", figures=rounds))
+    assert "| 1.000 | the layers run without torch.compile |" in found
 
 
 def test_failures_are_explained(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What `benchmarks.gpu_session` measures, with tiny models on a CPU."""
 
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 from benchmarks import gpu_kernels, gpu_pretraining, gpu_training
 from benchmarks.gpu_kernels import KernelSettings
 from benchmarks.gpu_results import read_figures
-from benchmarks.gpu_training import MODELS, parse_case
+from benchmarks.gpu_training import MODELS, TrainingResult, parse_case
 from runs import soak
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,6 +64,54 @@ def test_a_case_that_fails_to_compile_says_so(capfd: pytest.CaptureFixture[str])
     assert "no-such-case: failed" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(("warning", "code"), [("the layers run without torch.compile", 1), ("attention is slow", 0)])
+def test_a_case_that_runs_without_compiled_layers_has_failed(
+    warning: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches layers that could not be compiled, and pass for compiled ones."""
+    output = "FIGURES " + json.dumps({"case": "any", "error": "", "warnings": [warning]})
+    process = SimpleNamespace(communicate=lambda: (output, None), returncode=0)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: process)
+    assert gpu_training.compile_cases(["any"]) == code
+    assert f"any: {warning if code else 'compiled'}\n" in capsys.readouterr().out
+
+
+def test_warnings_of_a_case_are_kept_and_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches figures of compiled layers or of our kernels that are those of torch, and nothing says so."""
+
+    def measure(*_: object) -> list[TrainingResult]:
+        logging.getLogger("pretrain.modeling.attention").warning("attention is that of %s", "torch")
+        return [TrainingResult("any"), TrainingResult("any")]
+
+    run_without_engine(monkeypatch)
+    monkeypatch.setattr(gpu_training, "_measure", measure)
+    assert [result.warnings for result in gpu_training.run(CASE)] == [("attention is that of torch",)] * 2
+    assert capsys.readouterr().err == "attention is that of torch\n"
+
+
+def test_a_case_has_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a range of one round, and one that is measured before the clock of the GPU has settled."""
+    timed: list[tuple[int, int]] = []
+
+    def train(_engine: object, _batches: object, first: int, steps: int) -> float:
+        timed.append((first, steps))
+        return float(len(timed))
+
+    batch = SimpleNamespace(
+        tokens=8, squared_lengths=1, masked_tokens=1, microbatches=[SimpleNamespace(input_ids=torch.ones(10))]
+    )
+    monkeypatch.setattr(gpu_training, "_train", train)
+    monkeypatch.setattr(gpu_training, "make_batches", lambda *_, **__: [batch])
+    built: Any = SimpleNamespace(flops=SimpleNamespace(per_step=lambda *_: 1.0))
+    engine: Any = SimpleNamespace(device=torch.device("cpu"))
+    results = gpu_training._measure(parse_case(CASE.name), built, engine, None)
+    assert timed == [(0, 5), (5, 5), (10, 5), (15, 20), (35, 20), (55, 20), (75, 20), (95, 20)]
+    assert [result.tokens_per_second for result in results] == [160 / seconds for seconds in (4, 5, 6, 7, 8)]
+    assert {result.fill for result in results} == {0.8}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +130,12 @@ def test_a_wrong_argument_says_so(arguments: list[str], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
+def run_without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_training, "connect", lambda *_: None)
+    monkeypatch.setattr(gpu_training, "disconnect", lambda: None)
+    monkeypatch.setattr(gpu_training, "_build", lambda *_: (None, SimpleNamespace(close=lambda: None)))
+
+
 def out_of_memory(*_: object, **__: object) -> None:
     raise torch.cuda.OutOfMemoryError
 
@@ -87,12 +143,9 @@ def out_of_memory(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("step", ["_build", "_measure"])
 def test_a_case_that_runs_out_of_memory_says_so(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an engine that does not fit on the device and is reported as an exit code."""
-    engine = SimpleNamespace(close=lambda: None)
-    monkeypatch.setattr(gpu_training, "connect", lambda *_: None)
-    monkeypatch.setattr(gpu_training, "disconnect", lambda: None)
-    monkeypatch.setattr(gpu_training, "_build", lambda *_: (None, engine))
+    run_without_engine(monkeypatch)
     monkeypatch.setattr(gpu_training, step, out_of_memory)
-    assert gpu_training.run(CASE).error == "out of memory"
+    assert [result.error for result in gpu_training.run(CASE)] == ["out of memory"]
 
 
 def test_a_case_that_cannot_connect_ends(monkeypatch: pytest.MonkeyPatch) -> None:
