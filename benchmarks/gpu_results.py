@@ -43,6 +43,12 @@ class JobOutcome:
     output: str = ""  # its end, if the job did not pass
     commit: str = ""  # of deepcloze
     again: bool = False  # it runs again because it was asked for
+    earlier: list[Figures] = field(default_factory=list)  # of earlier runs of the job, each with its commit
+
+    @property
+    def measured(self) -> list[Figures]:
+        """All figures, each with its commit."""
+        return [*self.earlier, *({"commit": self.commit, **figures} for figures in self.figures)]
 
     @property
     def has_failed(self) -> bool:
@@ -96,7 +102,7 @@ def _page(outcomes: Mapping[str, JobOutcome], folder: Path) -> Iterator[str]:
 def _figures(outcomes: Mapping[str, JobOutcome], start: str) -> list[Figures]:
     """Of the jobs whose names begin so, each once, with the commit."""
     jobs = [outcome for name, outcome in outcomes.items() if name.startswith(start)]
-    found = [{"commit": outcome.commit, **figures} for outcome in jobs for figures in outcome.figures]
+    found = [figures for outcome in jobs for figures in outcome.measured]
     return [figures for number, figures in enumerate(found) if figures not in found[:number]]
 
 
@@ -108,7 +114,7 @@ def _failures(outcomes: Mapping[str, JobOutcome]) -> Iterator[str]:
                 if figures.get("result") == "failed":
                     yield f"- `{figures['test']}`: {escape(figures['message'])}"
             yield f"\n```\n{outcome.output}\n```\n"
-    for figures in _figures(outcomes, ""):
+    for figures in (figures for outcome in outcomes.values() for figures in outcome.figures):
         if figures.get("error"):
             yield f"- {figures.get('case') or figures.get('kernel')}: {figures['error']}\n"
 

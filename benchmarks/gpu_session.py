@@ -130,20 +130,20 @@ class Session:
                 outcome.status = "interrupted"
                 outcome.figures = list(read_figures(self._printed(name)))
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Run jobs again: those that `matching` finds; 'failed': those that failed. If an earlier call with these names
-        has left some of them, only those run. Raises UserError."""
+    def forget(self, names: Iterable[str], jobs: Sequence[Job]) -> None:
+        """Run jobs again: those that `select` finds; 'failed': those that failed. If an earlier call with these names
+        has left some of them, only those run. A job that has not run yet is left as it is. Figures are kept. Raises
+        UserError."""
         known, found = self.outcomes, list[str]()
         for name in filter(None, names):
             failed = [key for key in known if known[key].has_failed or known[key].status == "waiting"]
-            of_name = failed if name == "failed" else matching(name, known)
-            if name == "failed" and not of_name:
+            if name == "failed" and not failed:
                 print("--again failed: no job has failed", flush=True)
-            elif not of_name:
-                raise UserError(f"--again {name}: no such job in {self._state}")
-            found += of_name
-        if not any(known[key].again and not known[key].is_final for key in found):
-            known |= dict.fromkeys(found, JobOutcome("waiting", again=True))
+            found += failed if name == "failed" else [job.name for job in select(jobs, [name], "--again")]
+        known_again = {key: known[key] for key in found if key in known}
+        if not any(outcome.again and not outcome.is_final for outcome in known_again.values()):
+            for key, outcome in known_again.items():
+                known[key] = JobOutcome("waiting", again=True, earlier=outcome.measured)
 
     def run(self, job: Job, left: float = math.inf) -> JobOutcome:
         """Run a job, for at most the seconds that are left, and record how it went."""
@@ -151,6 +151,7 @@ class Session:
         outcome = JobOutcome("running", 1, commit=self.commit)
         if before is not None:
             outcome.attempts, outcome.again = before.attempts + 1, before.again
+            outcome.earlier = before.measured if before.is_final else before.earlier
         self._record(job, outcome)
         limit = min(job.seconds, left)
         start = time.monotonic()
@@ -166,9 +167,8 @@ class Session:
         finally:
             output = self._printed(job.name)
             outcome.seconds = time.monotonic() - start
-            figures = list(read_figures(output))
-            outcome.figures = [*(before.figures if before and job == ENVIRONMENT else []), *figures]
-            if outcome.status == "passed" and not figures:
+            outcome.figures = list(read_figures(output))
+            if outcome.status == "passed" and not outcome.figures:
                 outcome.status, output = "failed", f"{output}\nit gave no figures"
             if outcome.has_failed:
                 outcome.output = "\n".join(output.splitlines()[-_LINES:])
@@ -198,22 +198,28 @@ def matching(name: str, names: Iterable[str]) -> list[str]:
     return [name] if name in names else [one for one in names if one.startswith(name)]
 
 
-def select(jobs: Iterable[Job], names: Sequence[str]) -> list[Job]:
+def select(jobs: Iterable[Job], names: Sequence[str], flag: str = "--only") -> list[Job]:
     """Return the jobs that `matching` finds for these names, in this order. Raises UserError if there is none."""
     by_name = {job.name: job for job in jobs}
     found = {name: [by_name[key] for key in matching(name, by_name)] for name in names}
     for name, selected in found.items():
         if not selected:
-            raise UserError(f"--only {name}: no such job; the jobs are {', '.join(by_name)}")
+            raise UserError(f"{flag} {name}: no such job; the jobs are {', '.join(by_name)}")
     return list(dict.fromkeys(job for selected in found.values() for job in selected))
 
 
-def run_session(folder: Path, minutes: float, jobs: Sequence[Job], again: Iterable[str] = ()) -> int:
-    """Run jobs for this time. Returns the exit code. Raises UserError if there is no job to run again."""
+def run_session(
+    folder: Path, minutes: float, planned: Sequence[Job], again: Iterable[str] = (), only: Sequence[str] = ("",)
+) -> int:
+    """Run jobs for this time. Returns the exit code. Raises UserError if a name is none of a planned job.
+
+    again: as for `Session.forget`. only: as for `select`.
+    """
+    jobs = select(planned, only)
     deadline = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     session = Session(folder)
-    session.forget(again)
+    session.forget(again, planned)
     machine = session.run(ENVIRONMENT)  # in each call: it may be another one
     if machine.status != "passed":
         machine = session.run(ENVIRONMENT)
@@ -299,8 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given.prepare is not None:
                 prepare(given.prepare, given.python, given.torch, given.installed)
                 return 0
-            jobs = select(plan(), given.only.split(","))
-            return run_session(given.results.absolute(), given.minutes, jobs, given.again.split(","))
+            again, only = given.again.split(","), given.only.split(",")
+            return run_session(given.results.absolute(), given.minutes, list(plan()), again, only)
     except UserError as error:
         print(f"gpu_session: {error}", file=sys.stderr)
         return 2

@@ -34,6 +34,18 @@ def test_warnings_are_beside_the_figures(tmp_path: Path) -> None:
     assert "| 1.000 | the layers run without torch.compile |" in found
 
 
+def test_figures_of_earlier_runs_are_listed(tmp_path: Path) -> None:
+    """Catches figures that lose their commit, and an error that has been fixed since."""
+    measured = {**CASE, "tokens_per_second": 100.0}
+    earlier = JobOutcome(
+        "passed", figures=[measured, {"case": "large", "error": "out of memory"}], commit="a1"
+    ).measured
+    found = page(tmp_path, mfu_bert=JobOutcome("passed", figures=[measured], commit="b2", earlier=earlier))
+    assert "| bert | H100 | a1 | 1 | 40.0% | 100 (100 – 100) " in found
+    assert "| bert | H100 | b2 | 1 | 40.0% | 100 (100 – 100) " in found
+    assert "out of memory" not in found
+
+
 def test_failures_are_explained(tmp_path: Path) -> None:
     """Catches a table that says only that something failed, and skipped jobs among the failures."""
     tests = [

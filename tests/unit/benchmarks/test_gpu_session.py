@@ -171,10 +171,36 @@ def test_steps_can_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run_session(tmp_path, 9, jobs) == 1
     assert run_session(tmp_path, 9, jobs, ["failed"]) == 0
     assert run_session(tmp_path, 9, jobs, ["wor"]) == 0
-    with pytest.raises(UserError, match="--again none: no such job"):
+    with pytest.raises(UserError, match="--again none: no such job; the jobs are broken, works"):
         run_session(tmp_path, 9, jobs, ["none"])
     assert run_session(tmp_path, 9, jobs, ["failed"]) == 0
     assert "--again failed: no job has failed" in capsys.readouterr().out
+
+
+def test_a_job_that_has_not_run_yet_can_be_asked_for_again(tmp_path: Path) -> None:
+    """Catches an exit code of 2 for it, and another job of the same beginning that runs in its place."""
+    count = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')"
+    jobs = [job("compile"), job("compiled-layers", count)]
+    assert run_session(tmp_path, 9, jobs, only=["compiled-layers"]) == 0
+    assert run_session(tmp_path, 9, jobs, ["compile"]) == 0
+    assert statuses(tmp_path) == {"compiled-layers": "passed", "compile": "passed"}
+    assert (tmp_path / "runs").read_text(encoding="utf-8") == "x"
+
+
+def test_figures_outlive_another_run_of_their_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches figures that are deleted before there are new ones, and those of two commits that are mixed up."""
+    number = tmp_path / "number"
+    number.write_text("1")
+    figures = f"print('FIGURES {{\"ms\": %s}}' % open({str(number)!r}).read())"
+    jobs = [Job("kernel-times", 60, 60, ("-c", figures))]
+    assert run_session(tmp_path, 9, jobs) == 0
+    monkeypatch.setattr(gpu_session, "ENVIRONMENT", environment(GPU.replace("0123456789", "abcdef")))
+    number.write_text("2")
+    assert run_session(tmp_path, 0, jobs, ["kernel"]) == MORE_TO_DO
+    first = {"commit": "0123456789", "ms": 1}
+    assert Session(tmp_path).outcomes["kernel-times"].measured == [first]
+    assert run_session(tmp_path, 9, jobs) == 0
+    assert Session(tmp_path).outcomes["kernel-times"].measured == [first, {"commit": "abcdef", "ms": 2}]
 
 
 @pytest.mark.parametrize(("again", "code"), [(["a", "b"], 0), (["failed"], 1)])
@@ -197,7 +223,7 @@ def test_jobs_that_are_cut_off_run_again(tmp_path: Path, monkeypatch: pytest.Mon
         session.run(job("a"))
         session.run(job("b", HANG), left=0.1)
         session = Session(tmp_path)
-        session.forget(["a", "b"])
+        session.forget(["a", "b"], [job("a"), job("b")])
         assert [outcome.status for outcome in session.outcomes.values()] == found
 
 
@@ -255,7 +281,7 @@ def test_a_job_without_a_watchdog_ends(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_session, "watchdog", watchdog)
     monkeypatch.setattr(gpu_session, "ENVIRONMENT", environment(HANG))
     with pytest.raises(OSError, match="unavailable"):
-        run_session(tmp_path, 9, [])
+        run_session(tmp_path, 9, [job("any")])
     assert not any(process.is_running() for process in started)
 
 
