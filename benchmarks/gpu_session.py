@@ -32,7 +32,7 @@ from typing import IO
 
 from benchmarks.gpu_results import JobOutcome, read_figures, write_results
 from benchmarks.gpu_wheels import prepare
-from experiment.errors import UserError
+from experiment.errors import UserError, first_line, readable_disk_errors
 from experiment.files import write_json
 from experiment.process.signals import handle_stop_signals, interrupt, kill_group, uninterrupted
 from launcher.supervision.rank_processes import watchdog
@@ -185,7 +185,10 @@ class Session:
     def _record(self, job: Job, outcome: JobOutcome) -> None:
         self.outcomes[job.name] = outcome
         write_json(self._state, {name: asdict(one) for name, one in self.outcomes.items()})
-        write_results(self._folder / "RESULTS.gpu.md", self.outcomes)
+        try:
+            write_results(self._folder / "RESULTS.gpu.md", self.outcomes)
+        except Exception as error:  # session.json has it all
+            print(f"RESULTS.gpu.md was not written: {first_line(error)}", flush=True)
         if outcome.status == "running":
             print(f"{job.name}: about {job.expected} s", flush=True)
         else:
@@ -301,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag("--installed", type=Path, metavar="FILE", help="and these packages: the output of `pip freeze` there")
     given = parser.parse_args(argv)
     try:
-        with handle_stop_signals(interrupt):
+        with handle_stop_signals(interrupt), readable_disk_errors():
             if given.prepare is not None:
                 prepare(given.prepare, given.python, given.torch, given.installed)
                 return 0

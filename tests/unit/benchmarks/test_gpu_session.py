@@ -1,6 +1,8 @@
 """`benchmarks.gpu_session` with jobs that stand in for those on a GPU."""
 
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -201,6 +203,27 @@ def test_figures_outlive_another_run_of_their_job(tmp_path: Path, monkeypatch: p
     assert Session(tmp_path).outcomes["kernel-times"].measured == [first]
     assert run_session(tmp_path, 9, jobs) == 0
     assert Session(tmp_path).outcomes["kernel-times"].measured == [first, {"commit": "abcdef", "ms": 2}]
+
+
+def test_a_page_that_cannot_be_written_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a mistake in the page that ends the session, and jobs that do not run because of it."""
+    (tmp_path / "RESULTS.gpu.md").mkdir()
+    assert run_session(tmp_path, 9, [job("any")]) == 0
+    assert statuses(tmp_path) == {"any": "passed"}
+    assert "RESULTS.gpu.md was not written" in capsys.readouterr().out
+
+
+def test_a_full_disk_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback."""
+
+    def write_json(path: Path, _: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(gpu_session, "write_json", write_json)
+    assert gpu_session.main(["--results", str(tmp_path)]) == 2
+    assert "session.json: disk full" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("again", "code"), [(["a", "b"], 0), (["failed"], 1)])
