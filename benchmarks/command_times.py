@@ -7,6 +7,7 @@ Beside them, Python and the libraries that the commands import. Rounds alternate
 counted, after which the files are in the system's cache.
 """
 
+import random
 import subprocess
 import sys
 import tempfile
@@ -14,11 +15,11 @@ import time
 from pathlib import Path
 
 import fire
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.busy_machine import Inputs, write_inputs
-from benchmarks.measuring import deepcloze, describe_machine, spread
+from benchmarks.measuring import deepcloze, describe_machine, spread, write_small_run
 from experiment.process.own_process import module_command, own_environment
 
 _IMPORTS = ("pass", "import numpy", "import torch", "import torch, transformers")
@@ -32,7 +33,7 @@ def command_times(rounds: int = 5) -> None:
     """
     print(describe_machine(), flush=True)
     with tempfile.TemporaryDirectory(prefix="deepcloze-commands-") as scratch:
-        commands = _commands(write_inputs(Path(scratch)))
+        commands = _commands(Path(scratch))
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for number in range(rounds + 1):
             for name, argv in commands.items():
@@ -45,34 +46,39 @@ def command_times(rounds: int = 5) -> None:
     Console(width=120).print(table)
 
 
-def _commands(inputs: Inputs) -> dict[str, list[str]]:
-    """Arguments, in which OUTPUT is a new path."""
-    lines = inputs.rows.read_text().splitlines()
-    few, ten = (inputs.folder / name for name in ("600.csv", "10.csv"))
-    few.write_text("\n".join(lines[:601]))
-    ten.write_text("\n".join(lines[:11]))
-    text, corpus = inputs.folder / "few.txt", inputs.folder / "few"
-    text.write_text("\n".join((inputs.folder / "text.txt").read_text().splitlines()[:100]))
-    tokenizer = str(inputs.folder / "tokenizer")
-    deepcloze("corpus", "--source", str(text), "--tokenizer", tokenizer, "--output", str(corpus))
-    once = ["--training.steps=null", "--training.epochs=1", "--training.evaluate_every=epoch", "--run.dir=OUTPUT"]
+def _commands(folder: Path) -> dict[str, list[str]]:
+    """Write what the commands read. Returns their arguments, in which OUTPUT is a new path."""
+    pretrained, finetuned, corpus = (str(folder / name) for name in ("pretrained", "finetuned", "few"))
+    deepcloze("pretrain", "--config", str(write_small_run(folder)), f"--run.dir={pretrained}")
+    lines = (folder / "text.txt").read_text().splitlines()
+    (folder / "few.txt").write_text("\n".join(lines[:100]))
+    tokenizer = str(folder / "tokenizer")
+    deepcloze("corpus", "--source", str(folder / "few.txt"), "--tokenizer", tokenizer, "--output", corpus)
+    draw, words = random.Random(2), " ".join(lines).split()
+    rows = [f"{draw.choice('ab')},{' '.join(draw.choices(words, k=draw.randint(5, 40)))}" for _ in range(2000)]
+    for number in (10, 600, 2000):
+        (folder / f"{number}.csv").write_text("\n".join(["label,text", *rows[:number]]))
+    task = {
+        "run": {"dir": finetuned, "keep": "best"},
+        "task": {"train": str(folder / "2000.csv"), "columns": {"label": "label", "text": "text"}},
+        "model": {"init_from": pretrained, "max_seq_length": 64},
+        "training": {"batch_size": 16, "steps": 2, "evaluate_every": 2, "seeds": [1]},
+    }
+    (folder / "task.yaml").write_text(yaml.safe_dump(task))
+    finetune = ["finetune", "--config", str(folder / "task.yaml")]
+    deepcloze(*finetune)
+    few = f"--task.train={folder / '600.csv'}"
+    predict = ["predict", "--model", finetuned, "--input", str(folder / "10.csv")]
+    once = ["--training.steps=null", "--training.epochs=1", "--training.evaluate_every=epoch", "--run.keep=none"]
     deepcloze_argv = module_command("launcher")
     own = {
-        "finetune, 600 sentences": ["finetune", "--config", str(inputs.task), f"--task.train={few}", *once],
-        "predict, 10 rows": [
-            "predict",
-            "--model",
-            str(inputs.finetuned),
-            "--input",
-            str(ten),
-            "--output",
-            "OUTPUT.csv",
-        ],
-        "evaluate, 100 documents": ["evaluate", "--checkpoint", str(inputs.pretrained), "--corpus", str(corpus)],
+        "finetune, 600 sentences": [*finetune, few, *once, "--run.dir=OUTPUT"],
+        "predict, 10 rows": [*predict, "--output", "OUTPUT.csv"],
+        "evaluate, 100 documents": ["evaluate", "--checkpoint", pretrained, "--corpus", corpus],
         "--help": ["--help"],
         "pretrain --help": ["pretrain", "--help"],
-        "status": ["status", str(inputs.pretrained)],
-        "validate": ["validate", str(inputs.pretrained / "config.yaml")],
+        "status": ["status", pretrained],
+        "validate": ["validate", f"{pretrained}/config.yaml"],
         "completion bash": ["completion", "bash"],
     }
     python = {f"python -c '{code}'": [sys.executable, "-c", code] for code in _IMPORTS}
