@@ -23,7 +23,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import deepcloze, describe_machine
+from benchmarks.measuring import cpu_precision, deepcloze, describe_machine
 from experiment.formatting import format_perplexity
 from experiment.models.tokenizer import load_tokenizer
 from experiment.tracking.jsonl import read_events
@@ -73,7 +73,8 @@ def continuation(
         "from scratch": {"config": _architecture(Path(model))},
     }
     runs = {name: _best_run(name, work, section, size, rates) for name, section in models.items()}
-    _print(runs, f"{Path(model).parent.name}, {steps} steps of {sequences} sequences of up to {length} tokens")
+    about = f"{steps} steps of {sequences} sequences of up to {length} tokens, {cpu_precision()}"
+    _print(runs, f"{Path(model).parent.name}, {about}")
 
 
 def _build_corpus(folder: Path, source: str, tokenizer: str, *flags: str) -> None:
@@ -116,7 +117,7 @@ def _write_config(path: Path, work: Path, model: dict[str, Any], size: RunSize) 
         "schedule": {"warmup_steps": size.steps // 10, "steps": size.steps},
         "evaluation": {"every_steps": size.steps},
         "checkpoint": {"every_steps": None, "keep_last": 1},
-        "engine": {"ds_config": "ds_configs/bf16_zero1.json"},
+        "engine": {"ds_config": f"ds_configs/{cpu_precision()}_zero1.json"},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config), encoding="utf-8")

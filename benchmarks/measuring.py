@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from experiment.formatting import describe_duration
+from experiment.process.hardware import has_native_bf16
 from launcher.ranks.environment import GLIBC_TUNABLES
 
 DEFAULT_ALLOCATOR: dict[str, str] = {}
@@ -60,12 +61,17 @@ _SMALL_RUN = {
     },
     "batch": {"sequences": 32, "max_seq_length": 128, "microbatch_tokens": 4096},
     "schedule": {"steps": 3},
-    "engine": {"ds_config": "ds_configs/bf16_zero1.json"},
 }
 
 
+def cpu_precision() -> str:
+    """Return bf16, or fp32 where this CPU only emulates bf16."""
+    return "bf16" if has_native_bf16("cpu") else "fp32"
+
+
 def write_small_run(folder: Path) -> Path:
-    """Write text, tokenizer, corpus and the config of a run of three steps. Returns the path of the config."""
+    """Write text, tokenizer, corpus and the config of a run of three steps. Returns the path of the config. Prints the
+    precision of the run."""
     words = random.Random(1)
     vocabulary = ["".join(words.choices("aeioulnrst", k=words.randint(2, 9))) for _ in range(5000)]
     lines = (" ".join(words.choices(vocabulary, k=100)) for _ in range(5000))
@@ -74,8 +80,10 @@ def write_small_run(folder: Path) -> Path:
     tokenizer, corpus = str(folder / "tokenizer"), str(folder / "corpus")
     deepcloze("tokenizer", *source, "--output", tokenizer, "--vocab_size", "8000")
     deepcloze("corpus", *source, "--tokenizer", tokenizer, "--output", corpus)
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump({**_SMALL_RUN, "corpus": {"train": corpus}}))
+    config, precision = folder / "run.yaml", cpu_precision()
+    print(f"precision: {precision}", flush=True)
+    engine = {"ds_config": f"ds_configs/{precision}_zero1.json"}
+    config.write_text(yaml.safe_dump({**_SMALL_RUN, "corpus": {"train": corpus}, "engine": engine}))
     return config
 
 
