@@ -6,7 +6,8 @@
 for the same number of updates, with AdamW, linear warmup and decay, each in its own process, on one thread. They
 alternate, so that a slow minute of the machine affects all. CPU time of the training alone is counted: no loading, no
 evaluation. The Trainer is measured with `train_sampling_strategy="group_by_length"` and dynamic padding, and with all
-sequences padded to `model.max_seq_length`. The accuracy is on the validation split.
+sequences padded to `model.max_seq_length`. All keep freed memory, as `deepcloze finetune` does. The accuracy is on the
+validation split.
 """
 
 import json
@@ -55,6 +56,7 @@ def finetuning(config: str, *, precision: str = "fp32", steps: int = 60, rounds:
 def measure(name: str, config: str, precision: str, steps: int, seed: int) -> dict[str, float]:
     """Train one contestant in this process."""
     overrides = {"training.precision": precision, "training.steps": str(steps), "training.evaluate_every": str(steps)}
+    keep_freed_memory()
     torch.set_num_threads(1)  # threads that wait for each other would count
     run = resolve(load_run_config(config, overrides))
     measured = _measure_deepcloze if name == DEEPCLOZE else _measure_trainer
@@ -64,7 +66,6 @@ def measure(name: str, config: str, precision: str, steps: int, seed: int) -> di
 
 
 def _measure_deepcloze(run: ResolvedRun, seed: int, _: bool) -> tuple[float, float]:
-    keep_freed_memory()
     model, validation = build_model(run.model).model, run.task.splits["validation"]
     start = time.process_time()
     fitted = fit(model, run.task, run.training, seed, run.device, lambda *_: None)
