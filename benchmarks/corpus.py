@@ -10,20 +10,16 @@ once (PSS). Last, one process reads and hashes the source without tokenizing it,
 feed.
 """
 
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import fire
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import PeakMemory, deepcloze, describe_machine, run_module
+from benchmarks.measuring import PeakMemory, deepcloze, describe_machine, run_module, run_or_measure, spread
 
 _DEEPCLOZE, _RAW, _FAST, _MAP = "deepcloze corpus", "encode_batch", "encode_batch_fast", "datasets.map"
 _BATCH = 1000  # documents, as in `datasets.map`
@@ -82,14 +78,12 @@ def _table(runs: Runs) -> Table:
     for name, found in runs.items():
         # Of `datasets.map` the whole process, as users start it; of the others tokenization alone.
         key = "total" if name in (_DEEPCLOZE, _MAP) else "encoding"
-        ratio = "" if name == _DEEPCLOZE else _spread([run[key] / own for run, own in zip(found, ours, strict=True)])
-        seconds = (_spread([run[of] for run in found]) for of in ("total", "encoding"))
+        ratio = (
+            "" if name == _DEEPCLOZE else spread([run[key] / own for run, own in zip(found, ours, strict=True)], ".2f")
+        )
+        seconds = (spread([run[of] for run in found], ".2f") for of in ("total", "encoding"))
         table.add_row(name, *seconds, f"{max(run['memory'] for run in found) / 1e9:.2f}", ratio)
     return table
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} – {max(values):.2f})"
 
 
 def measure(name: str, source: str, tokenizer: str, threads: int) -> float:
@@ -142,7 +136,4 @@ def _read(_name: str, source: str, tokenizer: str, _threads: int) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1].startswith("{"):
-        print(measure(**json.loads(sys.argv[1])))
-    else:
-        fire.Fire(corpus)
+    run_or_measure(corpus, measure)

@@ -10,19 +10,16 @@ sequences padded to `model.max_seq_length`. All keep freed memory, as `deepcloze
 validation split.
 """
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from typing import Any
 
-import fire
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import describe_machine, run_module
+from benchmarks.measuring import describe_machine, run_module, run_or_measure
 from experiment.process.hardware import keep_freed_memory
 from finetune.device import MicrobatchSize
 from finetune.encoding.examples import Split
@@ -126,7 +123,4 @@ def _rows(split: Split) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1].startswith("{"):
-        print(json.dumps(measure(**json.loads(sys.argv[1]))))
-    else:
-        fire.Fire(finetuning)
+    run_or_measure(finetuning, measure)

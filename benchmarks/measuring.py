@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+import fire
 import psutil
 import yaml
 
@@ -42,6 +43,15 @@ def run_module(
     variables = _variables(threads, environment)
     finished = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(finished.stdout.splitlines()[-1])
+
+
+def run_or_measure(command: Callable[..., None], measure: Callable[..., Any]) -> None:
+    """Call `command` with the arguments of this process or, if `run_module` has started it, print what `measure`
+    returns."""
+    if sys.argv[1:2] and sys.argv[1].startswith("{"):
+        print(json.dumps(measure(**json.loads(sys.argv[1]))))
+    else:
+        fire.Fire(command)
 
 
 def _variables(threads: int | None, environment: Mapping[str, str] | None) -> dict[str, str]:

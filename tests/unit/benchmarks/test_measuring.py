@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import cleaning_memory, near_duplicates, serving
-from benchmarks.measuring import PeakMemory, describe_machine, run_module
+from benchmarks.measuring import PeakMemory, describe_machine, run_module, run_or_measure
 
 MEMORY = 400 * 2**20
 FORKING = f"""
@@ -47,6 +47,18 @@ def test_a_module_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixtu
     with pytest.raises(subprocess.CalledProcessError):
         run_module("failing", {}, environment={"PYTHONPATH": str(tmp_path)})
     assert "no such tokenizer" in capfd.readouterr().err
+
+
+def test_a_module_is_measured_or_called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches settings of `run_module` that are read as arguments of the command line, or the other way round."""
+
+    def command(name: str) -> None:
+        print(f"table of {name}")
+
+    for argument in ("a", '{"name": "a"}'):
+        monkeypatch.setattr(sys, "argv", ["module", argument])
+        run_or_measure(command, lambda name: {"of": name})
+    assert capsys.readouterr().out.splitlines() == ["table of a", '{"of": "a"}']
 
 
 def test_a_server_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
