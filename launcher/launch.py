@@ -16,7 +16,13 @@ from experiment.errors import StoppedError, UserError, end_line, inform, is_quie
 from experiment.formatting import counted, describe_duration
 from experiment.process.own_process import raise_limit_of_open_files
 from experiment.process.signals import handle_stop_signals, interrupt
-from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, completed_saves
+from experiment.run_files.checkpoints import (
+    BEST,
+    checkpoint_candidates,
+    checkpoint_path,
+    complete_checkpoints,
+    completed_saves,
+)
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder, open_run_folder
@@ -194,13 +200,14 @@ def announce_done(folder: RunFolder, before: set[tuple[int, int]], seconds: floa
     losses = [event["loss"] for event in read_events(folder.metrics) if event.get("loss") is not None]
     with_loss = f", loss {losses[-1]:.4f}" if losses else ""
     inform(f"done: {counted(step, 'step')}{with_loss}, {describe_duration(seconds)} in this launch")
-    inform(f"  model: {checkpoint_path(folder.checkpoints, step) / 'hf'}")
+    best = checkpoint_candidates(folder.checkpoints / BEST)
+    inform(f"  model: {(best or [checkpoint_path(folder.checkpoints, step)])[0] / 'hf'}")
     if has_diverged(losses):
         risen = f"the loss has risen from {losses[0]:.4f} to as much as {max(losses):.4f}"
         notify(f"warning: {risen}: lower optimizer.lr, and start in a new run.dir")
         return
-    run = shlex.quote(str(path))
-    inform(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={run}")
+    run, start = shlex.quote(str(path)), shlex.quote(str(folder.checkpoints / BEST if best else path))
+    inform(f"  next:  deepcloze report {run}; deepcloze finetune --config TASK --model.init_from={start}")
 
 
 def has_diverged(losses: Sequence[float]) -> bool:

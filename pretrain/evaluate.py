@@ -26,7 +26,7 @@ from experiment.models.transformers_models import max_positions
 from experiment.process.hardware import available_device
 from experiment.process.shared_cores import share_cores
 from experiment.progress import terminal, track
-from experiment.run_files.checkpoints import find_model_folder, state_around
+from experiment.run_files.checkpoints import find_model_folder, mention_best, state_around
 from pretrain.batching.batch import Microbatch
 from pretrain.batching.batch_maker import BatchMaker, MaskedCorpus
 from pretrain.batching.masking import Masker
@@ -182,6 +182,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     for _ in verified_shards(corpora.values(), show_progress=show_progress):
         pass
 
+    mention_best(path, folder)
     if show_progress and folder != path:
         terminal().print(f"model: {folder}")
     built = build_model(model_config, config, seed, new_head=False)

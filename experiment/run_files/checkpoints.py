@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from experiment.errors import HostError, UserError, reason
+from experiment.errors import HostError, UserError, inform, reason
 from experiment.files import checksum, fsync_tree, json_digest, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,13 @@ def find_checkpoint(path: Path) -> Path:
     if path.exists():
         raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
     raise UserError(f"{path} does not exist: expected a Hugging Face folder, a checkpoint, a run or a model on the Hub")
+
+
+def mention_best(path: Path, model: Path) -> None:
+    """Inform if `path`, which refers to the folder `model`, is a run whose best checkpoint is another one."""
+    best = path / "checkpoints" / BEST
+    if (found := checkpoint_candidates(best)) and found[0] != model.resolve().parent:
+        inform(f"{path}: this is its newest checkpoint; the best one is step {checkpoint_step(found[0]):,}: {best}")
 
 
 def checkpoint_candidates(path: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from experiment.formatting import shorten
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import local_model
 from experiment.output_folder import is_free, new_folder
-from experiment.run_files.checkpoints import find_model_folder, unlisted_files
+from experiment.run_files.checkpoints import find_model_folder, mention_best, unlisted_files
 from experiment.run_files.run_folder import RunFolder
 from finetune.export.exported_card import name_model, write_card
 from finetune.export.push import check_target, parse_target, push_folder
@@ -33,7 +33,8 @@ def export_command(options: ExportOptions) -> None:
     if options.push is None and (options.private or options.overwrite):
         raise UserError("--private and --overwrite need --push OWNER/NAME")
     repository = None if options.push is None else parse_target(options.push)
-    source = _find_source(local_model(options.checkpoint))
+    path = local_model(options.checkpoint)
+    source = _find_source(path)
     target = Path(options.output).absolute()
     if not is_free(target):
         raise UserError(f"{target} already exists; choose another --output")
@@ -50,6 +51,7 @@ def export_command(options: ExportOptions) -> None:
         if not source.exists():  # by the retention of a run that trains
             raise UserError(f"{source} was deleted while it was exported; run the command again") from None
         raise UserError(f"cannot write {target}: {describe_disk_error(error) or reason(error)}") from None
+    mention_best(path, source)
     print("\n".join([f"{source} -> {target}", *lines]), flush=True)
     if repository is not None:
         print(f"{target} -> {push_folder(target, repository, options.private)}")

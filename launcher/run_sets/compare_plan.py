@@ -8,6 +8,7 @@ from typing import Any
 from experiment.config import flatten, load_config, read_config_file
 from experiment.errors import UserError, user_errors_in
 from experiment.process.own_process import module_command
+from experiment.run_files.checkpoints import BEST
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig, check_validation
 from finetune.resolve import check_data
@@ -156,7 +157,9 @@ def _plan_cells(
     then = now
     if pretraining is not None:
         origin = {**origin, **{f"pretrain.{key}": value for key, value in pretraining.config.items()}}
-        then = {**now, "model.init_from": str(parent / pretraining.name)}
+        has_best = pretraining.config["evaluation.best_metric"] is not None
+        run = parent / pretraining.name
+        then = {**now, "model.init_from": str(run / "checkpoints" / BEST if has_best else run)}
     cells = {}
     for task in tasks:
         name = f"{folder}/{task.name}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.run_files.checkpoints import checkpoint_path, completed_saves, mark_complete
+from experiment.run_files.checkpoints import checkpoint_path, completed_saves, mark_complete, write_best
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.hosts.hostfile import Slots
 from launcher.launch import announce_checks, announce_done, announce_failure, announce_stop, has_diverged
@@ -44,7 +44,17 @@ def test_a_finished_run_says_where_its_model_is(run: RunFolder, capsys: pytest.C
     printed = capsys.readouterr().err
     assert "deepcloze: done: 1,200 steps, loss 2.5000, 1m15s in this launch\n" in printed
     assert f"model: {run.checkpoints}/step-00001200/hf\n" in printed
-    assert f"deepcloze finetune --config TASK --model.init_from={run.path}" in printed
+    assert f"deepcloze finetune --config TASK --model.init_from={run.path}\n" in printed
+
+
+def test_a_finished_run_names_its_best_checkpoint(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches an overfitted model that is recommended after early stopping."""
+    shutil.copytree(checkpoint_path(run.checkpoints, 1200), checkpoint_path(run.checkpoints, 900))
+    write_best(run.checkpoints, 900)
+    announce_done(run, set(), seconds=75)
+    printed = capsys.readouterr().err
+    assert f"model: {run.checkpoints}/step-00000900/hf\n" in printed
+    assert f"deepcloze finetune --config TASK --model.init_from={run.checkpoints}/best\n" in printed
 
 
 def test_a_run_whose_loss_has_risen_says_what_to_change(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

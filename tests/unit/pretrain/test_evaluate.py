@@ -21,7 +21,7 @@ from transformers import (
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
-from experiment.run_files.checkpoints import mark_complete
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
 from pretrain import evaluate as evaluate_module
 from pretrain.batching import sequences
 from pretrain.batching.batch import Microbatch
@@ -184,6 +184,18 @@ def test_a_checkpoint_is_scored_as_its_run_scores_it(
         held = held_out(heldout_corpus, MicrobatchLayout(40, 400), seed=7, masking=MaskingConfig(rate=0.3, unit=unit))
         masked[unit] = sum(held.maker[step].masked_tokens for step in range(held.batches))
     assert found["masked_tokens"] == masked["span"] != masked["token"]
+
+
+def test_an_evaluation_of_a_run_names_its_best_checkpoint(
+    folder: Path, heldout_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an overfitted model that is measured without a word."""
+    for step in (1, 2):
+        shutil.copytree(folder, checkpoint_path(tmp_path / "run" / "checkpoints", step) / "hf")
+        mark_complete(checkpoint_path(tmp_path / "run" / "checkpoints", step))
+    write_best(tmp_path / "run" / "checkpoints", 1)
+    evaluate_command(str(tmp_path / "run"), str(heldout_corpus), as_json=True)
+    assert capsys.readouterr().err.endswith(f"the best one is step 1: {tmp_path}/run/checkpoints/best\n")
 
 
 def test_nothing_is_left_of_a_killed_evaluation(

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
-from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
 from experiment.run_files.retention import discard
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
@@ -52,6 +52,19 @@ def test_export_copies_the_newest_checkpoint(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "new" / "encoder")
     assert step_of(tmp_path / "new" / "encoder") == 2.0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["encoder"]
+
+
+def test_an_export_of_a_run_names_its_best_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an overfitted model that is published without a word, and one word too many."""
+    write_best(run / "checkpoints", 2)
+    export(run, tmp_path / "a")
+    export(checkpoint_path(run / "checkpoints", 1), tmp_path / "b")
+    assert not capsys.readouterr().err
+    write_best(run / "checkpoints", 1)
+    export(run, tmp_path / "c")
+    assert capsys.readouterr().err.endswith(f"the best one is step 1: {run}/checkpoints/best\n")
 
 
 def test_only_what_the_checkpoint_lists_is_exported(run: Path, tmp_path: Path) -> None:

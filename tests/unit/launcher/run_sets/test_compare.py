@@ -423,6 +423,31 @@ def test_mistakes_are_rejected_before_anything_runs(
     assert not (tmp_path / "compare").exists()
 
 
+@pytest.mark.parametrize("best_metric", [None, "eval/held/loss"])
+def test_a_chain_goes_on_from_its_best_checkpoint(
+    write_files: Callable[..., Path],
+    wordpiece_corpus: Path,
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    best_metric: str | None,
+) -> None:
+    """Catches a comparison of the overfitted model that early stopping leaves."""
+    pretraining = {
+        "run": {"dir": "replaced"},
+        "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(wordpiece_corpus)}},
+        "schedule": {"steps": 6, "warmup_steps": 2},
+        "evaluation": {"best_metric": best_metric},
+        "engine": {"ds_config": "fp32_zero1"},
+    }
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(pretraining))
+    rows = {"a": {"init_from": str(encoder), "pretrain": str(tmp_path / "more.yaml")}}
+    assert main(["compare", str(write_files(rows=rows)), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    suffix = "" if best_metric is None else "/checkpoints/best"
+    assert f"--model.init_from={tmp_path}/compare/a/pretrain{suffix} " in printed
+
+
 def test_tasks_have_names_of_their_own(
     write_files: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
