@@ -31,13 +31,14 @@ class Config(TaskConfig):
 
     kind: Literal["regression"] = "regression"
     columns: RegressionColumns = RegressionColumns()
-    metric: Literal["pearson", "spearman"] = "pearson"
+    metric: Literal["pearson", "spearman", "rmse", "mae"] = "pearson"
 
 
 class Kind(TaskKind[Config]):
     """A prediction has `value`."""
 
     config_type = Config
+    lower_is_better = ("rmse", "mae")
     answer = "value"
 
     @property
@@ -62,9 +63,12 @@ class Kind(TaskKind[Config]):
     def scorer(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> Scorer:
         gold = np.array([record.values["label"] for record in records])
         predicted = np.array([prediction["value"] for prediction in predictions])
+        errors = np.abs(predicted - gold)
         return lambda rows: {
             "pearson": correlation("pearson", gold[rows], predicted[rows]),
             "spearman": correlation("spearman", gold[rows], predicted[rows]),
+            "rmse": float(np.sqrt(np.mean(errors[rows] ** 2))),
+            "mae": float(errors[rows].mean()),
         }
 
     def losses(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> NDArray[np.float64]:

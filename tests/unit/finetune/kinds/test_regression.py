@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+from sklearn.metrics import mean_absolute_error, mean_squared_error
 
 from experiment.errors import UserError
 from finetune.data.records import Record, read_table
@@ -27,7 +28,19 @@ def test_correlations() -> None:
 @pytest.mark.parametrize(("gold", "predicted"), [([1.0, 2.0], [3.0, 3.0]), ([1.0, 1.0], [1.0, 2.0])])
 def test_a_constant_side_scores_zero(gold: list[float], predicted: list[float]) -> None:
     """Catches NaN, which makes an epoch neither better nor worse than another."""
-    assert scores(gold, predicted) == {"pearson": 0.0, "spearman": 0.0}
+    found = scores(gold, predicted)
+    assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
+
+
+def test_errors_are_in_the_units_of_the_targets() -> None:
+    """Catches errors whose sign counts, a mean squared error in place of its root, and an epoch that is best because
+    its errors are largest."""
+    gold, predicted = [1.0, 2.0, 3.0, 4.0], [2.0, 0.0, 3.0, 7.0]
+    found = scores(gold, predicted)
+    assert found["rmse"] == pytest.approx(mean_squared_error(gold, predicted) ** 0.5)
+    assert found["mae"] == pytest.approx(mean_absolute_error(gold, predicted))
+    assert Kind.lower_is_better == ("rmse", "mae")
+    assert Kind.metrics() == ("pearson", "spearman", "rmse", "mae")
 
 
 @pytest.mark.parametrize("cell", ["high", "nan", "inf", True, [1]])
