@@ -132,6 +132,13 @@ def _compute_outputs_in_fp32(model: PreTrainedModel) -> None:
         layers[-1].__class__ = _Float32Linear
 
 
+def set_output_bias(built: BuiltModel, value: float) -> None:
+    """Set the bias of a new output layer, if it has one."""
+    for name, module in built.model.named_modules():
+        if type(module) is _Float32Linear and f"{name}.bias" in built.new:
+            nn.init.constant_(module.bias, value)
+
+
 def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -> list[str]:
     """Return lines on a model's size and the origin of its weights. uses_head: whether its head is of interest."""
     parameters = list(built.model.parameters())

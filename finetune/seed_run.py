@@ -18,7 +18,7 @@ from experiment.run_files.provenance import read_provenance, write_origin
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import changed_settings
 from finetune.encoding.encoder import load_task_tokenizer
-from finetune.model import build_model, save_model
+from finetune.model import build_model, save_model, set_output_bias
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.resolve import ResolvedRun
 from finetune.results.model_card import write_seed_card
@@ -78,8 +78,11 @@ def is_finished(seed: int, run: ResolvedRun) -> bool:
 def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     """Build, train and save one model in RUN/seed-N."""
     torch.manual_seed(seed)  # for the new head; `fit` seeds again
-    model = build_model(run.model).model
+    built = build_model(run.model)
+    model = built.model
     if run.task.is_trained:
+        if (bias := run.task.kind.output_bias(run.task.splits["train"].table)) is not None:
+            set_output_bias(built, bias)
         state = state_file(seed, run)
         evaluations = _working_folder(seed, run.folder) / _EVALUATIONS
         if run.keep != "all" or not state.steps:

@@ -141,6 +141,10 @@ class TaskKind(ABC, Generic[ConfigT]):
             raise UserError(f"{place}: unknown label '{label}'{did_you_mean(label, self.labels)}")
         return self.label_ids[label]
 
+    def output_bias(self, train: Table) -> float | None:
+        """Return the bias that a new output layer starts with; None if it is the one of transformers."""
+        return None
+
     def describe(self, train: Table) -> list[str]:
         """Return lines about the training split, for the user."""
         return []

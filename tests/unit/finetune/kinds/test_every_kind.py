@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from experiment.config import build_config
 from experiment.models.tokenizer import load_any_tokenizer
@@ -123,7 +124,7 @@ def embedding(draw: random.Random) -> Row:
 
 TASKS = {
     "classification": TinyTask(classification, chance=0.6),
-    "regression": TinyTask(regression, chance=0.3),
+    "regression": TinyTask(regression, chance=0.3, epochs=6),
     "multi_label": TinyTask(multi_label, chance=0.6, epochs=5),
     "token_classification": TinyTask(token_classification, chance=0.8),
     "question_answering": TinyTask(question_answering, chance=0.5),
@@ -219,6 +220,30 @@ def run_snippet(model: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     printed = capsys.readouterr().out.strip()
     assert printed
     return ast.literal_eval(printed) if printed.startswith(("[", "{")) else printed
+
+
+def test_a_regression_starts_at_the_mean_of_its_targets(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a new head at 0, from which targets of 50 to 90 take thousands of updates to reach, one that differs
+    between seeds, and the head of an earlier task that is changed."""
+    far = TinyTask(lambda draw: {**(row := regression(draw)), "label": 50 + 40 * row["label"]}, chance=0.0, lr=1e-9)
+    monkeypatch.setitem(TASKS, "regression", far)
+    config = config_of("regression", encoder, tmp_path, steps=1, seeds=[1, 2])
+    assert all(value < 20 for value in run(config)["splits"]["test"]["mae"]["values"])
+    path = tmp_path / "train.jsonl"
+    mean = np.mean([json.loads(line)["label"] for line in path.read_text().splitlines()])
+    first, second = (
+        load_file(tmp_path / "run" / seed / "model" / "model.safetensors") for seed in ("seed-1", "seed-2")
+    )
+    assert first["classifier.bias"].item() == pytest.approx(mean)
+    assert first["classifier.bias"].item() == pytest.approx(second["classifier.bias"].item())
+    path.write_text(json.dumps({"label": 1.0, "sentence1": "word1"}) + "\n")
+    start = config.model.model_copy(update={"init_from": str(tmp_path / "run" / "seed-1" / "model")})
+    again = config.run.model_copy(update={"dir": str(tmp_path / "again")})
+    run(config.model_copy(update={"model": start, "run": again}))
+    kept = load_file(tmp_path / "again" / "seed-1" / "model" / "model.safetensors")
+    assert kept["classifier.bias"].item() == pytest.approx(mean)
 
 
 def test_the_snippet_of_a_task_on_pairs_runs(
