@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from experiment.config import Metavar, Positional, Section, did_you_mean
 from experiment.config.field_types import describe_field, is_section, known_keys, union_members
+from experiment.config.validation_errors import keys_by_name
 from experiment.errors import UserError
 
 _OVERRIDES = "overrides"
@@ -231,21 +232,23 @@ def _meant_flag(
 
 def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_type: type[Section]) -> str:
     """Return the config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps;
-    else the most similar flag."""
-    if _OVERRIDES in options_type.model_fields:
-        from launcher.configs import CONFIGS, config_of_command  # takes a while to import
+    else the most similar flag, and how keys are written."""
+    synonym = _SYNONYMS.get(name)
+    known = did_you_mean(name, [*flags, *_plain_keys(command)], prefix="--")
+    suggestion = f"; did you mean '--{synonym}'?" if synonym in flags else known
+    if _OVERRIDES not in options_type.model_fields:
+        return suggestion
+    from launcher.configs import CONFIGS, config_of_command  # takes a while to import
 
-        config = config_of_command(command)
-        configs = CONFIGS.values() if config is None else [config]
-        keys = [key for config in configs for key in known_keys(config) if "." in key]
-        meant = [key for key in keys if key.replace(".", "_") == name] or [
-            key for key in keys if key.rpartition(".")[2] == name
-        ]
-        if meant:
-            return "; did you mean " + " or ".join(f"'--{key}'" for key in dict.fromkeys(meant)) + "?"
-    if (synonym := _SYNONYMS.get(name)) in flags:
-        return f"; did you mean '--{synonym}'?"
-    return did_you_mean(name, [*flags, *_plain_keys(command)], prefix="--")
+    config = config_of_command(command)
+    kinds = [kind for kind, one in CONFIGS.items() if config in (one, None)]
+    keys = [key for kind in kinds for key in known_keys(CONFIGS[kind]) if "." in key]
+    meant = [key for key in keys if key.replace(".", "_") == name] or keys_by_name(name, keys)
+    if meant:
+        return "; did you mean " + " or ".join(f"'--{key}'" for key in dict.fromkeys(meant)) + "?"
+    lists = f"; `deepcloze config {kinds[0]}` lists them" if len(kinds) == 1 else ""
+    about = " Config" if suggestion.endswith("?") else "; config"
+    return f"{suggestion}{about} keys are written --section.key=value{lists}"
 
 
 def _build_options(

@@ -167,7 +167,9 @@ def test_a_mistake_is_one_message_and_exit_2():
     messages = [line for line in answer.stderr.splitlines() if not line.startswith("import time:")]
     assert answer.returncode == 2
     assert answer.stdout == ""
-    assert messages == ["deepcloze: unknown flag '--num_gpu'; did you mean '--num_gpus'? (deepcloze pretrain --help)"]
+    about_keys = "Config keys are written --section.key=value; `deepcloze config pretrain` lists them"
+    suggestion = f"unknown flag '--num_gpu'; did you mean '--num_gpus'? {about_keys}"
+    assert messages == [f"deepcloze: {suggestion} (deepcloze pretrain --help)"]
 
 
 def test_exceptions_become_exit_codes(

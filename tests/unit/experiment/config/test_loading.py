@@ -181,7 +181,7 @@ def test_full_width_punctuation_in_the_names_of_users_is_right() -> None:
     class Rows(Section):
         rows: dict[str, Source]
 
-    with pytest.raises(UserError, match="did you mean 'weight'"):
+    with pytest.raises(UserError, match=r"weigth'; did you mean '.*\.weight'"):
         build_config(Rows, {"rows": {"大：模型": {"path": "a", "weigth": 1.0}}}, {})
 
 

@@ -16,7 +16,7 @@ def build(*steps: Any, **keys: Any) -> CleanConfig:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([{"exact_dedupe": {}}], "unknown config key 'steps.0.exact_dedupe'; did you mean 'exact_dedup'?"),
+        ([{"exact_dedupe": {}}], "unknown config key 'steps.0.exact_dedupe'; did you mean 'steps.0.exact_dedup'?"),
         ([{"minhash": {"treshold": 0.8}}], "did you mean"),
         ([{"minhash": {"threshold": 1.8}}], "less than or equal to 1, found a number (1.8)"),
         (
