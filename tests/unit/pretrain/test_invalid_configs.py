@@ -3,14 +3,17 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
+from experiment.config import build_config
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
+from pretrain.config import PretrainConfig
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 Reject = Callable[..., str]
@@ -126,3 +129,14 @@ def test_urls(rejected_message: Reject, wordpiece_corpus: Path, tmp_path: Path) 
     assert "deepcloze: corpus.train: ftp://h/x/manifest.json: unknown protocol 'ftp'; expected one of s3://," in message
     message = rejected_message(cache, "--corpus.cache_gib=0.00001", f"--corpus.train=file://{wordpiece_corpus}")
     assert re.search(r"deepcloze: corpus.cache_gib is 1e-05, but the corpora take .* GiB$", message)
+
+
+def test_the_default_rate_is_too_high_to_continue_a_model() -> None:
+    """Catches a model of the Hub that forgets what it has learned silently, and a warning about a rate that was
+    chosen."""
+    tree: dict[str, Any] = {"run": {"dir": "r"}, "corpus": {"train": "c"}, "schedule": {"steps": 9}}
+    scratch, start = {"model": {"config": {"model_type": "bert"}}}, {"model": {"init_from": "bert-base-uncased"}}
+    (line,) = build_config(PretrainConfig, tree | start | {"optimizer": {"weight_decay": 0.1}}, {}).warnings(None)
+    assert line == "optimizer.lr is 0.0005, for training from scratch: to continue a model, set 5e-5"
+    for chosen in (scratch, start | {"optimizer": {"lr": 5e-4}}):
+        assert not list(build_config(PretrainConfig, tree | chosen, {}).warnings(None))
