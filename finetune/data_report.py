@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from experiment.formatting import counted, shorten
-from experiment.models.tokenizer import decode_token
+from experiment.models.tokenizer import decode_token, many_unknown
 from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns, as_number
 from finetune.data.records import Record, Table
 from finetune.encoding.examples import Split
@@ -29,7 +29,6 @@ _SHOWN_TOKENS = 40
 _PERCENTILES = (50, 90, 99)
 _ROUND_TO = 8  # tensor cores prefer multiples of it
 _ACCEPTABLE = 0.01  # share of sequences that may be cut without a suggestion
-_MANY_UNKNOWN = 0.05  # share of the tokens of a split
 
 
 def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
@@ -139,8 +138,7 @@ def unknown_warnings(splits: Mapping[str, Split], unknown_id: int | None) -> Ite
     for name, split in splits.items():
         ids = [tokens.input_ids for example in split.examples for tokens in example.sequences]
         share = (torch.cat(ids) == unknown_id).float().mean().item() if ids and unknown_id is not None else 0.0
-        if share > _MANY_UNKNOWN:
-            yield f"{name}: {share:.0%} of the tokens are unknown: the model's tokenizer lacks characters of the text"
+        yield from many_unknown(name, share)
 
 
 def _describe_target(target: Any, labels: Sequence[str]) -> str:

@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MANY_UNKNOWN = 0.05  # share of the tokens of a corpus
 ONLY_IN_FP32 = ("fnet",)  # torch has no Fourier transforms in 16 bit
 
 
@@ -204,13 +203,8 @@ def _open_corpora(
         if corpus.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise UserError(f"{key}: {corpus.path} was built with another tokenizer than {first.path}")
     for corpus in (first, *others):
-        if corpus.manifest.unknown_token_rate > _MANY_UNKNOWN:
-            log.warning(
-                "%.0f %% of the tokens of %s are unknown, and nothing is learned from them: its tokenizer lacks "
-                "characters of the text; train one on the text, or add tokens to it, with `deepcloze tokenizer`",
-                100 * corpus.manifest.unknown_token_rate,
-                corpus.path,
-            )
+        for line in corpus.manifest.unknown_warnings(corpus.path):
+            log.warning("%s", line)
     trained = {given.corpus.fingerprint for given in corpora}
     for name, corpus in held_out.items():
         if corpus.fingerprint in trained:

@@ -6,7 +6,7 @@ the same ids.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,15 @@ ROBERTA_TOKENS = {
 # Model types whose own tokenizer reads a vocab.txt in another way than BERT's.
 _OTHER_VOCABULARIES = ("bertweet", "esm", "funnel", "mpnet", "phobert", "roc_bert", "roformer", "splinter", "tapas")
 _PRETRAINING_NEEDS = ("cls_token", "sep_token", "pad_token", "mask_token")
+_MANY_UNKNOWN = 0.05  # share of the tokens of a text
 # Keys with which transformers records the origin of a tokenizer.
 _SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+
+
+def many_unknown(text: str, share: float) -> Iterator[str]:
+    """Yield a warning if the share of unknown tokens is high. text: its name."""
+    if share > _MANY_UNKNOWN:
+        yield f"{text}: {share:.0%} of the tokens are unknown: the tokenizer lacks characters of the text"
 
 
 def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":

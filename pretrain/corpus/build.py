@@ -84,6 +84,8 @@ def _open_build(plan: BuildPlan) -> Iterator[TaskRunner]:
 def _print_summaries(plan: BuildPlan, manifests: Mapping[Part, Manifest]) -> None:
     for part, manifest in manifests.items():
         print(summary(plan.folder_of(part), manifest))
+        for line in manifest.unknown_warnings(plan.folder_of(part)):
+            notify(f"warning: {line}")
 
 
 def build_job(plan: BuildPlan) -> BuildJob:

@@ -1,7 +1,7 @@
 """manifest.json: the contents of a corpus folder, with checksums."""
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -11,6 +11,7 @@ from pydantic import AliasPath, ConfigDict, Field, NonNegativeInt, TypeAdapter, 
 
 from experiment.errors import UserError
 from experiment.files import json_digest, write_json
+from experiment.models.tokenizer import many_unknown
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -91,6 +92,14 @@ class Manifest:
     @property
     def unknown_token_rate(self) -> float:
         return sum(shard.unknown_tokens for shard in self.shards) / self.tokens
+
+    def unknown_warnings(self, corpus: Path) -> Iterator[str]:
+        """Yield a warning if many tokens are unknown."""
+        for line in many_unknown(str(corpus), self.unknown_token_rate):
+            yield (
+                f"{line}, and nothing is learned from these tokens; train a tokenizer on the text, or add tokens to "
+                "it, with `deepcloze tokenizer`"
+            )
 
     @property
     def tokens_per_word(self) -> float:

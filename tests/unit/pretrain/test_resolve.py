@@ -59,15 +59,21 @@ def test_held_out_text_without_spaces_is_warned_of_too(
 
 @pytest.mark.parametrize(("text", "warned"), [("你好 世界", True), ("de fi go lu mar nes", False)])
 def test_unknown_tokens_are_warned_of(
-    tmp_path: Path, wordpiece: Path, caplog: pytest.LogCaptureFixture, text: str, warned: bool
+    tmp_path: Path,
+    wordpiece: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    warned: bool,
 ) -> None:
     """Catches weeks of training on text of which the tokenizer knows little, and a warning without reason."""
     (tmp_path / "s.txt").write_text(f"{text}\n", encoding="utf-8")
     build_corpus(CorpusOptions(source=tmp_path / "s.txt", tokenizer=wordpiece, output=tmp_path / "corpus", workers=1))
     with caplog.at_level(logging.WARNING):
         resolve(config_of(tmp_path / "run", tmp_path / "corpus"), 1)
-    assert (f"100 % of the tokens of {tmp_path / 'corpus'} are unknown" in caplog.text) == warned
+    assert (f"{tmp_path / 'corpus'}: 100% of the tokens are unknown" in caplog.text) == warned
     assert ("unknown" in caplog.text) == warned
+    assert (f"warning: {tmp_path / 'corpus'}: 100% of the tokens are unknown" in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize("has_template", [True, False])
