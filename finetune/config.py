@@ -51,6 +51,11 @@ class ModelConfig(Section):
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` keeps the architecture and initializes the weights randomly, as a baseline."""
 
+    pooling: Literal["default", "mean", "cls"] = "default"
+    """What a head for sequence classification or multiple choice reads: the mean over the hidden states of all tokens,
+    or the hidden state of the first one, such as [CLS]. `default`: as the config of the model says. Only models with
+    `classifier_pooling`, such as ModernBERT, have a choice; embeddings have `task.pooling`."""
+
     max_seq_length: SequenceLength = 128
     """Maximum length of a sequence in tokens, special tokens included; longer ones are truncated."""
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -27,6 +27,7 @@ from experiment.models.transformers_models import (
     quiet_transformers,
 )
 
+_POOLING_HEADS = ("AutoModelForSequenceClassification", "AutoModelForMultipleChoice")
 _TOKENIZER_FILES = (
     *("*tokens*.json", "*tokenizer*.json", "vocab*", "merges.txt", "*.model"),
     *("bpe.codes", "dict.txt", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"),
@@ -57,6 +58,21 @@ class BuiltModel:
 class ModelInputs:
     max_length: int | None  # tokens; None: no limit
     token_types: bool  # whether it tells the two texts of a pair apart by token_type_ids
+
+
+def pooling_of_head(folder: Path, auto_model: str, pooling: Literal["default", "mean", "cls"]) -> dict[str, str]:
+    """Return the setting of a model's config for what its head pools. Raises UserError if the head has no choice."""
+    if pooling == "default":
+        return {}
+    config = load_config(folder)
+    if auto_model not in _POOLING_HEADS or not hasattr(type(config)(), "classifier_pooling"):
+        head = auto_model.removeprefix("AutoModelFor")
+        raise UserError(
+            f"model.pooling: '{pooling}': {config.model_type} models have no choice of pooling for {head}; models with "
+            "classifier_pooling, such as ModernBERT, have one for SequenceClassification and MultipleChoice"
+        )
+    is_first = pooling == "cls" and config.model_type == "eurobert"  # which calls its first token <s>
+    return {"classifier_pooling": "bos" if is_first else pooling}
 
 
 def model_files(folder: Path, weights: bool) -> list[Path]:

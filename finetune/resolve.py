@@ -22,7 +22,7 @@ from finetune.data_report import data_warnings, describe_example, print_lengths,
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.evaluation_texts import contamination_warnings
-from finetune.model import ModelSpec, build_model, describe_model, model_files
+from finetune.model import ModelSpec, build_model, describe_model, model_files, pooling_of_head
 from finetune.prediction.inference import adapt_to_model
 from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
 from finetune.task_kind import TaskKind
@@ -132,7 +132,8 @@ def _read_data(config: FinetuneConfig) -> tuple[Mapping[str, Table], TaskKind[An
     tables = read_splits(config.task, folder, config.training.fit_on)
     kind = make_kind(config.task, tables)
     pretrained = config.model.weights == "pretrained"
-    return tables, kind, ModelSpec(folder, pretrained, kind.auto_model, kind.head, config.model.freeze)
+    head = {**kind.head, **pooling_of_head(folder, kind.auto_model, config.model.pooling)}
+    return tables, kind, ModelSpec(folder, pretrained, kind.auto_model, head, config.model.freeze)
 
 
 def config_settings(config: FinetuneConfig) -> dict[str, Any]:

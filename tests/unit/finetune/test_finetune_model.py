@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
@@ -28,7 +30,7 @@ from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from finetune.kinds import multi_label, question_answering
 from finetune.kinds.classification import Config, Kind
-from finetune.model import ModelSpec, build_model, describe_model, model_files, read_model_inputs
+from finetune.model import ModelSpec, build_model, describe_model, model_files, pooling_of_head, read_model_inputs
 
 AUTO = "AutoModelForSequenceClassification"
 
@@ -64,6 +66,43 @@ def test_random_weights_are_the_same_architecture_with_none_of_the_values(encode
     for name in matrices:
         ours, theirs = random.state_dict()[name], pretrained.state_dict()[name]
         assert not torch.isclose(ours, theirs).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "pooling", "expected"),
+    [("modernbert", "mean", "mean"), ("modernbert", "cls", "cls"), ("eurobert", "cls", "bos")],
+)
+def test_the_head_pools_as_the_config_says(tmp_path: Path, model_type: str, pooling: Any, expected: str) -> None:
+    """Catches a setting without effect, and a name of transformers' that its model does not know."""
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    special = {f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep", "mask"))}
+    other = {"modernbert": {"mean": "cls", "cls": "mean"}[pooling], "eurobert": "late"}[model_type]
+    config = AutoConfig.for_model(model_type, **sizes, **special, classifier_pooling=other)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    head = start(tmp_path).head
+    model = build_model(
+        ModelSpec(tmp_path, True, AUTO, {**head, **pooling_of_head(tmp_path, AUTO, pooling)})
+    ).model.eval()
+    assert model.config.classifier_pooling == expected
+    inputs = torch.tensor([[3, 10, 11, 12, 4]])
+    with torch.no_grad():
+        found = model(inputs).logits
+        model.config.classifier_pooling = model.classifier_pooling = other
+        assert not torch.allclose(found, model(inputs).logits)
+
+
+def test_a_head_without_a_choice_of_pooling(encoder: Path) -> None:
+    """Catches a setting that is accepted and ignored."""
+    assert pooling_of_head(encoder, AUTO, "default") == {}
+    for auto_model in (AUTO, "AutoModelForTokenClassification", "AutoModel"):
+        with pytest.raises(UserError, match=r"^model\.pooling: 'mean': bert models have no choice of pooling"):
+            pooling_of_head(encoder, auto_model, "mean")
 
 
 def test_the_seed_decides_the_head(encoder: Path) -> None:
