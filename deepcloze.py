@@ -80,9 +80,8 @@ def _put_own_packages_first() -> None:
     if imported := [name for name in hidden if name in sys.modules]:
         raise ImportError(f"{_location(imported[0])} hides the package '{imported[0]}' of deepcloze; rename it")
     sys.path.insert(0, str(_ROOT))
-    from experiment.process.own_process import own_environment
-
-    os.environ.update(own_environment())  # for worker processes
+    path = filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
+    os.environ["PYTHONPATH"] = ":".join(path)  # for worker processes
 
 
 def _location(name: str) -> Path:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import resource
+import site
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -100,9 +101,12 @@ def variable_set(name: str, value: str) -> Iterator[None]:
 
 
 def python_path(environ: Mapping[str, str]) -> str:
-    """Return PYTHONPATH with the repository as its first entry."""
-    others = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry not in ("", str(REPOSITORY))]
-    return ":".join([str(REPOSITORY), *others])
+    """Return PYTHONPATH with the repository as its first entry. If deepcloze is installed in a site directory, only
+    without empty entries: other packages there, such as backports, would hide modules of the standard library."""
+    given = [entry for entry in environ.get("PYTHONPATH", "").split(":") if entry]
+    if REPOSITORY in (Path(folder).resolve() for folder in (*site.getsitepackages(), site.getusersitepackages())):
+        return ":".join(given)
+    return ":".join([str(REPOSITORY), *(entry for entry in given if entry != str(REPOSITORY))])
 
 
 def wait_at_gate() -> None:

@@ -4,9 +4,9 @@ See `host_guard` for the other side.
 """
 
 import json
+import os
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
-from experiment.files import REPOSITORY
+from experiment.process.own_process import module_command, python_path
 from experiment.process.signals import WARNING_SIGNALS, kill_group, signals_blocked
 from experiment.run_files.heartbeat import Heartbeat
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
@@ -185,7 +185,7 @@ class _Connection:
     """The ssh process that runs the guard of a host."""
 
     def __init__(self, host: str) -> None:
-        command = ["env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-P", "-m", "launcher.hosts.host_guard"]
+        command = ["env", f"PYTHONPATH={python_path(os.environ)}", *module_command("launcher.hosts.host_guard")]
         with signals_blocked(WARNING_SIGNALS):
             self._process = subprocess.Popen(
                 ssh_argv(host, command),

@@ -80,9 +80,11 @@ def losses(wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]) -
 def test_a_wheel_trains_as_the_source_does(
     installed: Installed, wordpiece_corpus: Path, tmp_path: Path, losses: list[float]
 ) -> None:
-    """Catches ranks that do not find the packages of a wheel, or find others."""
+    """Catches ranks that do not find the packages of a wheel, find others, or import a backport that is installed in
+    place of the standard library."""
     for name in ("launcher", "pretrain", "finetune", "experiment", "torch", "deepspeed"):
         (installed.folder / f"{name}.py").write_text("raise SystemExit('imported from the working directory')\n")
+    (installed.packages / "argparse.py").write_text("raise SystemExit('not of the standard library')\n")
     config = config_file(tmp_path, wordpiece_corpus, engine__ds_config="fp32_zero1")
     done = installed.run("pretrain", "--config", str(config), "--num_gpus=2", "--oversubscribe")
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,13 @@
 import os
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 from experiment.errors import UserError
 from experiment.files import REPOSITORY
+from experiment.process import own_process
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
 from launcher.ranks.environment import (
@@ -19,6 +21,7 @@ from launcher.ranks.environment import (
     remote_deepspeed_environment,
 )
 
+SITE = Path(sysconfig.get_path("purelib")).resolve()
 LOADER = Path("/lib64/ld-linux-x86-64.so.2")
 
 
@@ -88,6 +91,17 @@ def test_the_repository_is_imported_first(before: str | None, after: str):
     added = launch_environment(environ, "cuda")
     assert added["PYTHONPATH"] == after
     assert added["PYTHONSAFEPATH"] == "1", "nothing from the working directory"
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, ""), ("/a::/b", "/a:/b"), (f"{SITE}:/a", f"{SITE}:/a")])
+def test_a_wheel_does_not_put_other_packages_first(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that import a backport, such as of argparse, in place of the standard library, because it is
+    installed beside deepcloze; and ranks that lose the folder because something on the path hides ours."""
+    monkeypatch.setattr(own_process, "REPOSITORY", SITE)
+    environ = {} if before is None else {"PYTHONPATH": before}
+    assert launch_environment(environ, "cuda")["PYTHONPATH"] == after
 
 
 def test_deepspeed_does_not_see_cuda_visible_devices():
