@@ -200,6 +200,8 @@ class Owner:
             return True
         with suppress(psutil.NoSuchProcess):
             if owner is not None:
+                if owner.get("pid_namespace", mine := _pid_namespace()) != mine:
+                    return is_locked(self._folder)
                 process = psutil.Process(owner["pid"])
                 # After a kill, another program may have got the process id.
                 if process.create_time() < (_renewed(self._folder.owner) or 0) / 1e9 + CLOCK_SKEW:
@@ -255,10 +257,17 @@ def this_machine() -> dict[str, object]:
     return {"host": platform.node(), "boot": boot}
 
 
+def _pid_namespace() -> str:
+    """Names the process table that ids of this process belong to: a container with the host's name has its own."""
+    with suppress(OSError):  # not on Linux
+        return str(Path("/proc/self/ns/pid").readlink())
+    return ""
+
+
 @contextmanager
 def _owner_file(path: Path, on_lost: Callable[[], object], renew_seconds: float) -> Iterator[None]:
     """Write the file, renew it in a thread, and remove it at the end."""
-    mine = {**this_machine(), "pid": os.getpid(), "id": os.urandom(8).hex()}
+    mine = {**this_machine(), "pid_namespace": _pid_namespace(), "pid": os.getpid(), "id": os.urandom(8).hex()}
     write_json(path, mine)
     released = threading.Event()
 

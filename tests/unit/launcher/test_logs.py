@@ -116,6 +116,18 @@ def test_the_owner_of_a_run(logged: RunFolder) -> None:
     assert Owner(logged).is_alive()
 
 
+def test_an_owner_in_a_container_with_the_name_of_its_host(logged: RunFolder) -> None:
+    """Catches logs that are followed forever because the host has a process with the id of a run in a container."""
+    owner = Owner(logged)
+    with lock_run(logged):
+        assert json.loads(logged.owner.read_text())["pid_namespace"] == str(Path("/proc/self/ns/pid").readlink())
+        record = {**this_machine(), "pid": os.getpid(), "pid_namespace": "pid:[1]"}
+        logged.owner.write_text(json.dumps(record))
+        assert owner.is_alive()
+    logged.owner.write_text(json.dumps(record))
+    assert not owner.is_alive()
+
+
 def test_an_owner_on_another_machine_that_is_silent(logged: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches logs that are followed for hours, silently, after the launch was killed or its host has died."""
     logged.owner.write_text(json.dumps({"host": "elsewhere", "boot": "1", "pid": os.getpid()}))
