@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiment.files import REPOSITORY
 from waiting import LIMIT, wait_until
 
-HOSTFILES = Path(__file__).parents[3] / "hostfiles"
+HOSTFILES = REPOSITORY / "hostfiles"
+START_RANK = REPOSITORY / "launcher" / "ranks" / "start_rank.py"
 
 
 @pytest.fixture
@@ -60,7 +62,29 @@ def test_the_kubernetes_job_starts_one_deepcloze() -> None:
     job = yaml.safe_load((HOSTFILES / "kubernetes.yaml").read_text(encoding="utf-8"))
     replicas = job["spec"]["mpiReplicaSpecs"]
     containers = {name: spec["template"]["spec"]["containers"][0] for name, spec in replicas.items()}
-    assert containers["Launcher"]["command"][:2] == ["deepcloze", "pretrain"]
-    assert replicas["Launcher"]["template"]["spec"]["terminationGracePeriodSeconds"] >= 600, "to save a checkpoint"
+    assert containers["Launcher"]["args"][0] == "pretrain"
+    assert "command" not in containers["Launcher"], "the entrypoint has tini"
     assert containers["Worker"]["command"] == ["sh", "-c", "ssh-keygen -A && exec /usr/sbin/sshd -De -o StrictModes=no"]
     assert containers["Worker"]["resources"]["limits"]["nvidia.com/gpu"] == job["spec"]["slotsPerWorker"]
+
+
+def test_the_workers_of_a_kubernetes_job_outlive_their_ranks(tmp_path: Path) -> None:
+    """Catches ranks that are killed before they have saved, because sshd ends as soon as the job is deleted, and a
+    worker that waits for itself."""
+    job = yaml.safe_load((HOSTFILES / "kubernetes.yaml").read_text(encoding="utf-8"))
+    pods = {name: spec["template"]["spec"] for name, spec in job["spec"]["mpiReplicaSpecs"].items()}
+    seconds = {name: pod["terminationGracePeriodSeconds"] for name, pod in pods.items()}
+    assert seconds["Worker"] > seconds["Launcher"] >= 600, "to save a checkpoint"
+    shell, option, script = pods["Worker"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    processes = tmp_path / "proc"
+    rank = processes / "7" / "cmdline"
+    rank.parent.mkdir(parents=True)
+    rank.write_bytes(f"python\0-u\0{START_RANK}\0--config\0".encode())
+    hook = [shell, option, script.replace("/proc/", f"{processes}/").replace("sleep 1", "touch waiting; sleep 0.1")]
+    with subprocess.Popen(hook, cwd=tmp_path) as waiting:
+        own = processes / str(waiting.pid) / "cmdline"
+        own.parent.mkdir()
+        own.write_bytes("\0".join(hook).encode())
+        wait_until((tmp_path / "waiting").exists, waiting)
+        rank.unlink()
+        assert waiting.wait(LIMIT) == 0
