@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,8 @@ def check_nvme(settings: DeepSpeedSettings) -> None:
     disk = settings.nvme_path
     if disk is not None and not (disk.is_dir() and os.access(disk, os.W_OK)):
         raise UserError(f"engine.ds_config: 'nvme_path' is {disk}, which is not a writable folder on this machine")
+    # torch looks for ninja on PATH, where the scripts of an environment are only if it is activated.
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{sysconfig.get_path('scripts')}"
     if not (get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible() and is_ninja_available()):
         raise UserError(
             "engine.ds_config: for NVMe offload DeepSpeed builds its kernel 'async_io', which needs a C++ compiler, "

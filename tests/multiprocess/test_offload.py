@@ -1,6 +1,7 @@
 """Offloading master weights and optimizer state to CPU memory or NVMe changes no result."""
 
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,23 @@ def test_nvme_offload_without_its_kernel_is_rejected(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("pretrain.engine.deepspeed_settings.is_ninja_available", lambda: False)
     with pytest.raises(UserError, match=r"libaio.*--engine\.ds_config=ds_configs/bf16_zero3_cpu_offload\.json"):
         check_nvme(nvme_settings(bf16={"enabled": True}))
+
+
+def test_ninja_is_found_in_an_environment_that_is_not_activated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches NVMe offload that is rejected because only the environment of this Python has ninja."""
+    from deepspeed.accelerator import get_accelerator
+
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "ninja").write_text("#!/bin/sh\n")
+    (scripts / "ninja").chmod(0o755)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(scripts))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    builder = type(get_accelerator().create_op_builder("AsyncIOBuilder"))
+    monkeypatch.setattr(builder, "is_compatible", lambda _: True)
+    check_nvme(nvme_settings())
 
 
 def test_a_missing_nvme_path_is_rejected(tmp_path: Path) -> None:
