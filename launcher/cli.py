@@ -74,7 +74,7 @@ def _interrupts() -> tuple[signal.Signals, ...]:
 
 def _run_command(argv: Sequence[str]) -> None:
     if list(argv) == ["--version"]:
-        print(f"deepcloze {importlib.metadata.version('deepcloze')}")
+        print(f"deepcloze {_version()}")
     elif is_help_request(argv):
         print(help_text(argv, COMMANDS, ABOUT, width=terminal_width()))
     else:
@@ -86,6 +86,13 @@ def _run_command(argv: Sequence[str]) -> None:
             raise UserError(f"{os.fsencode(damaged)!r} is not UTF-8, as names of files and other arguments have to be")
         name, options = parse_command_line(argv, COMMANDS)
         fire.Fire({name: partial(COMMANDS[name], options)}, command=[name], name="deepcloze")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("deepcloze")
+    except importlib.metadata.PackageNotFoundError:  # `python -m launcher` in a clone
+        return "(not installed)"
 
 
 def _reader_has_ended() -> bool:

@@ -1,5 +1,5 @@
 import errno
-import importlib
+import importlib.metadata
 import io
 import os
 import shlex
@@ -110,6 +110,15 @@ def test_a_command_collects_no_garbage_while_it_imports():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "0", "True"]
+
+
+def test_the_version_of_a_clone_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Catches a traceback of `python -m launcher --version`."""
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **_: iter(()))
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "deepcloze (not installed)\n"
 
 
 def test_help_explains_every_command_and_flag(capsys: pytest.CaptureFixture[str]):
