@@ -17,7 +17,8 @@ from rank_pool import RankPool
 from runs import logged, pretrain_case, run_config
 
 REPOSITORY = Path(__file__).parents[2]
-_PACKAGES = ("launcher", "pretrain", "finetune", "experiment", "ds_configs", "hostfiles")
+_PACKAGES = ("launcher", "pretrain", "finetune", "experiment", "ds_configs")
+_DOCUMENTS = ("docs", "hostfiles")
 
 
 class Installed(NamedTuple):
@@ -37,7 +38,7 @@ class Installed(NamedTuple):
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in _PACKAGES:  # a copy: a build writes to the folder of its source
+    for name in (*_PACKAGES, *_DOCUMENTS):  # a copy: a build writes to the folder of its source
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("deepcloze.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)
@@ -65,8 +66,13 @@ def test_a_wheel_has_all_files(installed: Installed) -> None:
     assert "roberta-base" in done.stdout
     source = installed.folder.with_name("source")
     files = [path.relative_to(source) for name in _PACKAGES for path in (source / name).rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} > {".py", ".json", ".j2", ".html", ".css", ".js", ".sbatch", ".md"}
+    assert {path.suffix for path in files} > {".py", ".json", ".j2", ".html", ".css", ".js", ".md"}
     assert [path for path in files if not (installed.packages / path).is_file()] == []
+    documents = [path for pattern in ("docs/*.md", "hostfiles/*") for path in source.glob(pattern)]
+    assert {path.suffix for path in documents} > {".md", ".sbatch"}
+    folder = installed.command.parents[1] / "share" / "doc" / "deepcloze"
+    assert [path for path in documents if not (folder / path.relative_to(source)).is_file()] == []
+    assert not (installed.packages / "hostfiles").exists(), "no package"
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ def test_an_image_is_built_from_what_a_wheel_contains() -> None:
     """Catches a package that `.dockerignore` keeps from an image."""
     setuptools = PYPROJECT["tool"]["setuptools"]
     needed = {pattern.removesuffix("*") for pattern in setuptools["packages"]["find"]["include"]}
+    needed |= {pattern.partition("/")[0] for patterns in setuptools["data-files"].values() for pattern in patterns}
     needed |= {f"{module}.py" for module in setuptools["py-modules"]}
     needed |= {"pyproject.toml", PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"]}
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
