@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# Of TORCH and PYTHON, those on the command line.
+GIVEN := $(strip $(foreach name,TORCH PYTHON,$(if $(findstring command,$(origin $(name))),$(name))))
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-for-tests
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -19,7 +21,7 @@ PYTEST := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648 $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo packages test check soak compat docs image
+.PHONY: always help setup demo packages test check soak compat docs image
 
 help:
 	@echo "make setup   a virtual environment with deepcloze in .venv; then: . .venv/bin/activate"
@@ -33,13 +35,13 @@ help:
 
 setup: $(READY)
 
-# Both run again only if pyproject.toml or this file changes.
-$(READY): pyproject.toml Makefile
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" .ci/setup
+# Both run again only if pyproject.toml or this file changes, or TORCH or PYTHON is given.
+$(READY): pyproject.toml Makefile $(if $(GIVEN),always)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" GIVEN="$(GIVEN)" .ci/setup
 	@touch $@
 
 $(TEST_READY): $(READY)
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" .ci/setup test
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" GIVEN="$(GIVEN)" .ci/setup test
 	@touch $@
 
 demo: $(READY)

@@ -1,9 +1,12 @@
 """What a release is made from."""
 
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -41,3 +44,34 @@ def test_an_image_is_built_from_what_a_wheel_contains() -> None:
     needed |= {"pyproject.toml", PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"]}
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert {line.removeprefix("!") for line in lines if line.startswith("!")} == needed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "installed", "message"),
+    [
+        ([], [], ""),
+        (["TORCH=torch==9.0"], ["torch==9.0", "."], ""),
+        (["PYTHON=./python3.12"], [], ".venv has Python 3.11.0, not Python 3.12.0: remove it, or name another"),
+        (["PYTHON=./.venv/bin/python"], ["."], ""),
+    ],
+)
+def test_an_environment_that_exists(tmp_path: Path, arguments: list[str], installed: list[str], message: str) -> None:
+    """Catches a TORCH or PYTHON on the command line of make that has no effect, without a word."""
+    scripts = tmp_path / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    for name in ("pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    for python, version in ((scripts / "python", "3.11.0"), (tmp_path / "python3.12", "3.12.0")):
+        answer, log = (
+            f"[ $1 != --version ] || echo Python {version}",
+            f"[ $1 != -m ] || echo $@ >> {tmp_path}/installed",
+        )
+        python.write_text(f"#!/bin/sh\n{answer}\n{log}\n")
+        python.chmod(0o755)
+    shutil.copy(scripts / "python", scripts / "pip")
+    (tmp_path / ".venv" / ".ready").touch()
+    done = subprocess.run(["make", "setup", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert message in done.stderr
+    assert (done.returncode == 0) is (not message)
+    assert [line.split()[-1] for path in tmp_path.glob("installed") for line in path.open()] == installed
