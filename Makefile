@@ -73,7 +73,7 @@ docs: $(READY)
 image:
 	$(if $(ENGINE),,$(error make image needs docker, podman or buildah))$(ENGINE) build --build-arg BASE=$(BASE) --build-arg TORCH=$(TORCH) --tag $(IMAGE) \
 		--label org.opencontainers.image.version=$(VERSION) \
-		--label org.opencontainers.image.revision=$(shell git rev-parse HEAD) $(BUILD_FLAGS) .
+		--label org.opencontainers.image.revision=$(shell git describe --always --abbrev=40 --exclude='*' --dirty) $(BUILD_FLAGS) .
 	@echo "$(IMAGE)"
 
 # The packages: for SLURM, Open MPI, MPICH, NVMe offload and object storage.

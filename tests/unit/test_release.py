@@ -75,3 +75,18 @@ def test_an_environment_that_exists(tmp_path: Path, arguments: list[str], instal
     assert message in done.stderr
     assert (done.returncode == 0) is (not message)
     assert [line.split()[-1] for path in tmp_path.glob("installed") for line in path.open()] == installed
+
+
+def test_the_label_of_an_image_names_changes(tmp_path: Path) -> None:
+    """Catches an image of a changed checkout whose label names its commit alone."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"], ["tag", "v1"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    make = ["make", "--dry-run", "image", "ENGINE=docker"]
+    for ending in ("", "-dirty"):
+        done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert f"image.revision={commit}{ending} " in done.stdout
+        with (tmp_path / "Makefile").open("a") as makefile:
+            makefile.write("# changed\n")
