@@ -11,22 +11,22 @@ from launcher.configs import config_of_command
 _BASH = """\
 # deepcloze, bash: deepcloze completion bash > ~/.deepcloze.bash, and in ~/.bashrc: . ~/.deepcloze.bash
 _deepcloze() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{commands} --help --version --quiet"
-    elif [ "$before" = --config ]; then
-        case "${{COMP_WORDS[1]}}" in
-{recipes}
-        esac
-        COMPREPLY=($(compgen -W "$words" -- "$word") $(compgen -f -- "$word"))
-        return
-    else
-        case "${{COMP_WORDS[1]}}" in
-{flags}
-        esac
+    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
+    local command="" words="" recipes="" IFS=$'\\n'
+    for command in "${{COMP_WORDS[@]:1:$((COMP_CWORD-1))}}"; do [[ $command = -* ]] || break; done
+    case "$command" in
+        "" | -*) words="{commands} --help --version --quiet" ;;
+{cases}
+    esac
+    # The = in --config=NAME is a word.
+    if [ "$word" = "=" ]; then word=""; elif [ "$before" = "=" ]; then before="${{COMP_WORDS[COMP_CWORD-2]}}"; fi
+    if [ "$before" = --config ]; then
+        COMPREPLY=($(IFS=" "; compgen -W "$recipes" -- "$word"; compgen -f -- "$word"))
+        compopt -o filenames 2>/dev/null  # zsh has no compopt
+    elif [[ $command != [a-z]* || $word = -* ]]; then
+        COMPREPLY=($(IFS=" "; compgen -W "$words" -- "$word"))
+        case "${{COMPREPLY[0]}}" in *=) compopt -o nospace 2>/dev/null ;; esac
     fi
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
-    case "${{COMPREPLY[0]}}" in *=) compopt -o nospace ;; esac
 }}
 complete -o default -F _deepcloze deepcloze
 """
@@ -43,9 +43,11 @@ def completion_script(shell: Literal["bash", "zsh", "fish"], commands: Mapping[s
 
 
 def _bash(commands: Mapping[str, Command]) -> str:
-    flags = [f'            {name}) words="{" ".join(_flags(name, command))}" ;;' for name, command in commands.items()]
-    recipes = [f'            {name}) words="{" ".join(_recipe_names(name))}" ;;' for name in ("pretrain", "finetune")]
-    return _BASH.format(commands=" ".join(commands), flags="\n".join(flags), recipes="\n".join(recipes))
+    cases = [
+        f'        {name}) words="{" ".join(_flags(name, command))}" recipes="{" ".join(_recipe_names(name))}" ;;'
+        for name, command in commands.items()
+    ]
+    return _BASH.format(commands=" ".join(commands), cases="\n".join(cases))
 
 
 def _fish(commands: Mapping[str, Command]) -> str:

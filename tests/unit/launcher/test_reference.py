@@ -198,18 +198,45 @@ def test_a_mistaken_config_is_recognized(
         (["finetune", "--training.class"], {"--training.class_weights="}),
         (["pretrain", "--config", "rob"], {"roberta-base"}),
         (["status", "--js"], {"--json"}),
+        (["-q", "pre"], {"preflight", "pretrain"}),
+        (["-q", "pretrain", "--config", "rob"], {"roberta-base"}),
     ],
 )
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_completes(words: list[str], expected: set[str]) -> None:
     """Catches a script that bash cannot run, and flags or keys that are missing in it."""
+    replies = bash_replies(words, Path())
+    assert expected <= set(replies)
+    assert all(reply.startswith(words[-1]) for reply in replies)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pretrain", "--hostfile", ""], []),
+        (["predict", "--model", "m"], []),
+        (["validate", ""], []),
+        (["pretrain", "--config", "my"], ["my run.yaml"]),
+        (["pretrain", "--config", "=", "rob"], ["roberta-base"]),  # bash divides words at the =
+        (["finetune", "--config", "="], [*(r.name for r in all_recipes() if r.kind == "finetune"), "my run.yaml"]),
+        (["pretrain", "--optimizer.lr", "="], []),
+    ],
+)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_files_and_values(tmp_path: Path, words: list[str], expected: list[str]) -> None:
+    """Catches flags where a file belongs, which bash completes if there is no reply, names that are divided at spaces,
+    and `--config=` without recipes."""
+    (tmp_path / "my run.yaml").touch()
+    assert bash_replies(words, tmp_path) == expected
+
+
+def bash_replies(words: list[str], folder: Path) -> list[str]:
     script = completion_script("bash", COMMANDS)
     typed = " ".join(f"'{word}'" for word in ["deepcloze", *words])
     code = f"compopt() {{ :; }}\n{script}\nCOMP_WORDS=({typed}); COMP_CWORD={len(words)}; _deepcloze\n"
-    code += 'printf "%s\\n" "${COMPREPLY[@]}"'
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
-    assert expected <= set(done.stdout.split())
-    assert all(word.startswith(words[-1]) for word in done.stdout.split())
+    code += 'for reply in "${COMPREPLY[@]}"; do echo "$reply"; done'
+    done = subprocess.run(["bash", "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 def test_placeholders_are_not_completed() -> None:
