@@ -1,6 +1,7 @@
 """`python -m launcher` is `deepcloze`."""
 
 import atexit
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ def run() -> NoReturn:
     _open_closed_streams()
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":  # may lack … and ×
         sys.stdout.reconfigure(errors="replace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # warns if it cannot write to the home, which it need not
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)  # until `main` handles them, after the imports
     from launcher.cli import main
 

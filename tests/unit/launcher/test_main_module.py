@@ -95,3 +95,14 @@ def test_a_locale_that_lacks_characters() -> None:
     command = [sys.executable, "-m", "launcher", "--help"]
     done = subprocess.run(command, capture_output=True, env=environment, cwd=REPOSITORY, check=True)
     assert done.stdout.startswith(b"usage: deepcloze COMMAND [--flag=value ?]")
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    """Catches the complaints of matplotlib, which uses a temporary folder instead, around the result of a report."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    unset = ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": "/proc/none"}
+    command = [sys.executable, "-m", "launcher", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=True)
+    assert (done.stdout, done.stderr) == (f"{tmp_path}/report/index.html\n", "")
+    assert list((tmp_path / "report").glob("*.png"))
