@@ -1,15 +1,32 @@
 """One vector for a text from the hidden states of its tokens."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from experiment.errors import UserError
+from experiment.files import read_json
 
 Pooling = Literal["mean", "cls"]
 """The mean over all tokens, special ones included; or the first token, such as [CLS]."""
+
+
+def declared_pooling(folder: Path) -> Pooling | None:
+    """Return the pooling of a sentence-transformers model. None if it has none, or another one. Raises UserError if its
+    config is damaged."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    modes = {"mean_tokens": "mean", "cls_token": "cls"}  # of versions before 5
+    found = [config.get("pooling_mode"), *(mode for name, mode in modes.items() if config.get(f"pooling_mode_{name}"))]
+    return next((mode for mode in get_args(Pooling) if mode in found), None)
 
 
 def hidden_states(encoder: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:

@@ -157,6 +157,10 @@ class TaskConfig(Section):
         files = {"task.train": self.train, "task.validation": self.validation, "task.test": test}
         return {key: text for key, text in files.items() if text is not None and PREFIX in text}
 
+    def for_model(self, folder: Path) -> Self:
+        """Return the task with the defaults that the model in a folder decides."""
+        return self
+
     def with_files(self, files: Mapping[str, str]) -> Self:
         """Return the same task with other files. files: as `files` returns them."""
         train, validation = files.get("train"), files.get("validation")

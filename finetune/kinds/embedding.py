@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch, Example
-from finetune.pooling import Pooling, hidden_states, pool
+from finetune.pooling import Pooling, declared_pooling, hidden_states, pool
 from finetune.scores.metrics import Vectors, correlation, document_ranks, ndcg, potentials
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
@@ -57,8 +58,9 @@ class Config(TaskConfig):
     columns: EmbeddingColumns = EmbeddingColumns()
     metric: Literal["spearman", "mrr", "ndcg@10", "alignment", "uniformity"] = "spearman"
 
-    pooling: Pooling = "mean"
-    """The mean over the hidden states of all tokens, or the hidden state of the first one, such as [CLS]."""
+    pooling: Pooling | None = None
+    """The mean over the hidden states of all tokens, or the hidden state of the first one, such as [CLS]. null: that of
+    the model, if it is one of sentence-transformers, otherwise `mean`."""
 
     normalize: bool = True
     """Whether to scale vectors to length 1. Training compares cosines either way."""
@@ -68,6 +70,9 @@ class Config(TaskConfig):
 
     dimensions: tuple[PositiveInt, ...] = ()
     """Smaller sizes that vectors can be cut to: their first components are trained, too (Matryoshka)."""
+
+    def for_model(self, folder: Path) -> Self:
+        return self if self.pooling else self.model_copy(update={"pooling": declared_pooling(folder) or "mean"})
 
 
 _USAGE = """
@@ -94,7 +99,7 @@ class Kind(TaskKind[Config]):
 
     @property
     def embedding(self) -> tuple[Pooling, bool]:
-        return self.config.pooling, self.config.normalize
+        return self.config.pooling or "mean", self.config.normalize
 
     def describe(self, train: Table) -> list[str]:
         scores = [score for record in train.records if (score := _score(record)) is not None]
@@ -144,7 +149,7 @@ class Kind(TaskKind[Config]):
         hidden_STD = hidden_states(cast(nn.Module, model.base_model), batch.inputs)
         if (largest := max(self.config.dimensions, default=0)) > hidden_STD.shape[-1]:
             raise UserError(f"task.dimensions: {largest} is more than the model has: {hidden_STD.shape[-1]}")
-        vectors_SD = pool(hidden_STD, batch.inputs["attention_mask"], self.config.pooling)
+        vectors_SD = pool(hidden_STD, batch.inputs["attention_mask"], self.embedding[0])
         return F.normalize(vectors_SD, dim=-1) if self.config.normalize else vectors_SD
 
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
@@ -249,8 +254,8 @@ class Kind(TaskKind[Config]):
             "sentence_bert_config.json": {"max_seq_length": max_seq_length, "do_lower_case": False},
             "1_Pooling/config.json": {
                 "word_embedding_dimension": model.config.get_text_config().hidden_size,
-                "pooling_mode_cls_token": self.config.pooling == "cls",
-                "pooling_mode_mean_tokens": self.config.pooling == "mean",
+                "pooling_mode_cls_token": self.embedding[0] == "cls",
+                "pooling_mode_mean_tokens": self.embedding[0] == "mean",
             },
         }
 

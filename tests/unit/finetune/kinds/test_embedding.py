@@ -1,6 +1,7 @@
 import csv
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from pyarrow import parquet
 from torch import Tensor
 from transformers import BertModel
@@ -29,7 +31,7 @@ from finetune.options import PredictOptions
 from finetune.prediction.inference import collate, evaluate
 from finetune.prediction.predict import predict_command
 from finetune.prediction.predictor import Predictor
-from finetune.resolve import config_settings
+from finetune.resolve import config_settings, load_run_config
 from finetune.results.predictions import open_row_file, optional_inputs, prediction_rows, read_predictions
 from finetune.run import run
 from finetune.serve.served_model import load_served_model
@@ -438,6 +440,35 @@ def test_sentence_transformers_opens_the_folder(model: Path) -> None:
     opened = SentenceTransformer(str(model), device="cpu")
     assert opened.max_seq_length == 16
     np.testing.assert_allclose(predicted(model), opened.encode(TEXTS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ({"pooling_mode": "cls", "embedding_dimension": 8}, "cls"),  # as sentence-transformers 6 writes it
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode": "max"}, "mean"),
+        (None, "mean"),
+    ],
+)
+def test_the_pooling_of_a_model_is_the_default(
+    encoder: Path, tmp_path: Path, pooling: dict[str, Any] | None, expected: str
+) -> None:
+    """Catches models trained with the first token, such as BGE, that continue with the mean."""
+    folder = Path(shutil.copytree(encoder, tmp_path / "model"))
+    if pooling is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    tree = {"run": {"dir": "run"}, "task": {"kind": "embedding", "train": "f.csv"}, "model": {"init_from": str(folder)}}
+    config = tmp_path / "task.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    assert load_run_config(config).task.pooling == expected
+    assert load_run_config(config, {"task.pooling": "mean"}).task.pooling == "mean"
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"1_Pooling/config\.json is damaged"):
+        load_run_config(config)
 
 
 def test_a_server_gives_the_same_vectors(model: Path) -> None:
