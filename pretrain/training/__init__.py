@@ -1,6 +1,6 @@
 """The training loop and its parts.
 
-- trainer: take a batch, train, respond to a bad one, count, report, evaluate, save; training_progress: how far a run is
+- trainer: take a batch, train, respond to a bad one, count, report, evaluate, save
 - batch_feed: batches, taken one step ahead; step_agreement: one all-reduce per step, for joint decisions
 - reporter: metrics, alerts, slow ranks; log_interval: losses and pace since the last log event
 - evaluation: held-out scores, best step, early stopping, overfitting; learning_rate: a function of the step

@@ -38,7 +38,7 @@ from pretrain.training.checkpoint_tensors import (
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.mirror_uploads import MirrorUploads
-from pretrain.training.training_progress import (
+from pretrain.training_progress import (
     TrainingClock,
     TrainingProgress,
     fork_progress,

@@ -12,7 +12,7 @@ from pretrain.evaluate import HeldOutEvaluator
 from pretrain.modeling.masked_lm import Predictions
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.reporter import Reporter
-from pretrain.training.training_progress import EvaluationHistory, TrainingProgress
+from pretrain.training_progress import EvaluationHistory, TrainingProgress
 
 log = logging.getLogger(__name__)
 

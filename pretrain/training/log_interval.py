@@ -13,7 +13,7 @@ from torch import Tensor
 from experiment.run_files.goodput import CHECKPOINTING, DATA, TRAINING, ActivityTimer
 from pretrain.modeling.structure import FlopsModel
 from pretrain.training.step_agreement import StepTotals
-from pretrain.training.training_progress import TrainingProgress
+from pretrain.training_progress import TrainingProgress
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from pretrain.modeling.structure import FlopsModel
 from pretrain.resolve import ResolvedRun
 from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
-from pretrain.training.training_progress import TrainingProgress
+from pretrain.training_progress import TrainingProgress
 from pretrain.training_stream import TrainingStream
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from pretrain.batching.batch import RankBatch
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.host_copy import HostCopy
 from pretrain.training.cpu_group import CpuGroup
-from pretrain.training.training_progress import TrainingClock
+from pretrain.training_progress import TrainingClock
 from pretrain.world import World
 
 

@@ -41,7 +41,7 @@ from pretrain.training.replicas import compare_replicas
 from pretrain.training.reporter import Reporter, open_run_tracker, record_start
 from pretrain.training.step_agreement import DeviceSums, StepAgreement, StepTotals
 from pretrain.training.stop_request import StopRequest
-from pretrain.training.training_progress import TrainingClock, TrainingProgress
+from pretrain.training_progress import TrainingClock, TrainingProgress
 from pretrain.training_stream import TrainingStream
 
 log = logging.getLogger(__name__)

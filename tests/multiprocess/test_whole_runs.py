@@ -14,11 +14,11 @@ from experiment.config import build_config
 from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, read_state
 from experiment.run_files.run_folder import RunFolder
 from launches import Start, config_file, patched, wait_for_exit
+from pretrain import training_progress
 from pretrain.batching.sequences import open_index
 from pretrain.config import PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import evaluate_command
-from pretrain.training import training_progress
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import Tree, evaluation_events, events_without_timing, logged, pretrain_case, run_config, step_events

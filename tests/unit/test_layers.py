@@ -17,7 +17,7 @@ PRETRAIN_LAYERS = (
     ("pretrain.training",),
     ("pretrain.training_stream", "pretrain.evaluate"),
     ("pretrain.resolve",),
-    ("pretrain.engine", "pretrain.resume", "pretrain.restore"),
+    ("pretrain.engine", "pretrain.resume", "pretrain.restore", "pretrain.training_progress"),
     ("pretrain.modeling", "pretrain.inspection"),
     ("pretrain.batching",),
     ("pretrain.cleaning",),

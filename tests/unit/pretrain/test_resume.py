@@ -23,7 +23,7 @@ from pretrain.resume import (
     plan_resume,
     run_identity,
 )
-from pretrain.training.training_progress import TrainingProgress, fork_progress
+from pretrain.training_progress import TrainingProgress, fork_progress
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}

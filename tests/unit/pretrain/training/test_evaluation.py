@@ -10,7 +10,7 @@ from pretrain.training.evaluation import (
     should_stop_early,
     update_history,
 )
-from pretrain.training.training_progress import EvaluationHistory
+from pretrain.training_progress import EvaluationHistory
 
 
 def histories_after(

@@ -8,7 +8,7 @@ from experiment.run_files.goodput import CHECKPOINTING, DATA, EVALUATING, Activi
 from pretrain.modeling.structure import FlopsModel
 from pretrain.training.log_interval import LogInterval, Pace
 from pretrain.training.step_agreement import StepTotals
-from pretrain.training.training_progress import TrainingProgress
+from pretrain.training_progress import TrainingProgress
 
 CPU = torch.device("cpu")
 TRAINED = torch.tensor([0.5])  # losses of a step

@@ -22,7 +22,7 @@ from experiment.storage import DeniedError, StorageError, list_folders, write_by
 from experiment.tracking.alerts import Alert
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.mirror_uploads import MirrorUploads
-from pretrain.training.training_progress import TrainingProgress
+from pretrain.training_progress import TrainingProgress
 from s3_server import Fault, Proxy, proxy, response
 from waiting import wait_until
 

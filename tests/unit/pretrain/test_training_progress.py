@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pretrain.training.training_progress import (
+from pretrain.training_progress import (
     EvaluationHistory,
     TrainingClock,
     TrainingProgress,
@@ -73,7 +73,7 @@ def test_names_in_state_json_do_not_change() -> None:
 def test_training_time_covers_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a resumed run that starts its time budget over, and a save that resets the training time."""
     now = 1000.0
-    monkeypatch.setattr("pretrain.training.training_progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("pretrain.training_progress.time.monotonic", lambda: now)
     clock = TrainingClock(seconds_before=50.0)
     assert (clock.seconds, clock.minutes_since_save) == (50.0, 0.0)
     now += 90.0
