@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.config import flatten, with_defaults
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
 from experiment.models.hub_names import HubName, meant_name
 from experiment.models.model_names import record_model
 from experiment.run_files.checkpoints import (
@@ -29,6 +29,7 @@ from experiment.run_files.provenance import forked_from, read_origin, read_prove
 from experiment.run_files.run_folder import RunFolder, check_run_folder
 from experiment.storage import is_url
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
+from pretrain.training_progress import progress_from_json
 
 log = logging.getLogger(__name__)
 
@@ -193,11 +194,13 @@ def plan_resume(point: ResumePoint | None, identity: Mapping[str, Any]) -> Resum
     state = read_state(point.checkpoint)
     before = state["identity"]
     where = str(point.checkpoint)
+    with user_errors_in(where):
+        step = progress_from_json(state["progress"]).step
     if point.fork:
         lines = check_fork(before, identity, where)
     else:
         lines = check_resume(before, identity, where, f" ({state['config']['corpus']['train']})")
-    changed, step = _changes(before, identity), state["progress"]["step"]
+    changed = _changes(before, identity)
     for key in _FROM_STEP_0 if point.fork else ():
         ends_freeze = key == "model.freeze_steps" and key in changed and identity[key] < changed[key][0]
         if key in changed and 0 < identity[key] <= step and not ends_freeze:

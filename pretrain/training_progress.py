@@ -3,8 +3,10 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from experiment.errors import UserError
 
 # Names in state.json, kept so that existing checkpoints load.
 _SAVED_AS = {"masked_tokens": "masked", "grad_norms": "norms", "bad_steps": "skipped", "evaluations": "standing"}
@@ -66,14 +68,17 @@ def progress_to_json(progress: TrainingProgress) -> dict[str, Any]:
 
 
 def progress_from_json(saved: dict[str, Any]) -> TrainingProgress:
-    """Return the progress that a checkpoint's state.json holds."""
+    """Return the progress that a checkpoint's state.json holds. Raises UserError for fields of a newer version."""
     names = {old: new for new, old in _SAVED_AS.items()}
-    fields: dict[str, Any] = {
+    values: dict[str, Any] = {
         names.get(key, key): tuple(value) if isinstance(value, list) else value for key, value in saved.items()
     }
-    evaluations = fields["evaluations"]
+    evaluations = values["evaluations"]
+    for kind, found in ((TrainingProgress, values), (EvaluationHistory, evaluations)):
+        if unknown := found.keys() - {known.name for known in fields(kind)}:
+            raise UserError(f"a newer version of deepcloze wrote its progress: unknown field '{min(unknown)}'")
     trained = tuple(evaluations["trained"])
-    return TrainingProgress(**{**fields, "evaluations": EvaluationHistory(**{**evaluations, "trained": trained})})
+    return TrainingProgress(**{**values, "evaluations": EvaluationHistory(**{**evaluations, "trained": trained})})
 
 
 def fork_progress(parent: TrainingProgress, same_stream: bool) -> TrainingProgress:

@@ -8,7 +8,7 @@ import pytest
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from experiment.run_files.checkpoints import checkpoint_path, mark_complete, verify
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete, read_state, replace_state, verify
 from experiment.run_files.provenance import ancestors_of, write_origin, write_provenance
 from experiment.run_files.run_folder import RunFolder
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
@@ -23,7 +23,7 @@ from pretrain.resume import (
     plan_resume,
     run_identity,
 )
-from pretrain.training_progress import TrainingProgress, fork_progress
+from pretrain.training_progress import TrainingProgress, fork_progress, progress_to_json
 
 CONFIG = {"run": {"dir": "/runs/a"}, "model": {"config": {"model_type": "bert"}}, "corpus": {"train": "/data/a"}}
 MODEL = {"model_type": "bert", "hidden_size": 24, "transformers_version": "5.0", "dtype": None}
@@ -278,7 +278,8 @@ def make_run(
         (checkpoint / "hf").mkdir(parents=True)
         write_origin(checkpoint / "hf", folder, {"run_id": run_id, "ancestors": ancestors}, step)
         config = {"model": model.model_dump(mode="json"), "corpus": {"train": "/data/a"}}
-        state = {"identity": identity(), "config": config, "progress": {"step": step}}
+        progress = progress_to_json(TrainingProgress(step=step))
+        state = {"identity": identity(), "config": config, "progress": progress}
         (checkpoint / "state.json").write_text(json.dumps(state))
         mark_complete(checkpoint)
     return path
@@ -335,6 +336,21 @@ def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
     assert plan(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
     with pytest.raises(UserError, match=r"step-00000004 is damaged: state\.json"):
         plan(new, str(checkpoint_path(parent / "checkpoints", 4)))
+
+
+@pytest.mark.parametrize(("field", "nested"), [("momentum", False), ("median", True)])
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_checkpoint_of_a_newer_version_is_rejected(tmp_path: Path, field: str, nested: bool, fork: bool) -> None:
+    """Catches a TypeError in the ranks, which spends all restarts."""
+    run = make_run(tmp_path / "run", (4,))
+    checkpoint = checkpoint_path(run / "checkpoints", 4)
+    state = read_state(checkpoint)
+    (state["progress"]["standing"] if nested else state["progress"])[field] = 1
+    replace_state(checkpoint, state)
+    with pytest.raises(UserError) as error:
+        plan(*(tmp_path / "new", str(run)) if fork else (run, "auto"))
+    newer = "a newer version of deepcloze wrote its progress"
+    assert str(error.value) == f"{checkpoint}: {newer}: unknown field '{field}'"
 
 
 def test_a_model_without_the_state_of_a_run_cannot_be_forked(tmp_path: Path) -> None:
