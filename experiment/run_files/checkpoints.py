@@ -188,7 +188,8 @@ def verify(
         return f"its {COMPLETE} file cannot be read: {error}"
     if not isinstance(checksums, dict) or not checksums:
         return f"its {COMPLETE} file lists no checksums"
-    for name in choose(sorted(checksums)):
+    chosen = choose(sorted(checksums))
+    for name in chosen:
         try:
             found = _read_again(checkpoint / name, lambda path: checksum(path, on_progress), waits)
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
@@ -196,7 +197,8 @@ def verify(
             return f"{name} cannot be read: {reason(error)}"
         if found != checksums[name]:
             return f"{name} has checksum {found}, expected {checksums[name]}"
-    return verify_name(checkpoint)
+    is_unlisted = _STATE not in checksums  # as after a kill while it was replaced
+    return verify_name(checkpoint, is_unlisted and any(name.startswith("engine/") for name in chosen))
 
 
 def _read_again(path: Path, read: Callable[[Path], T], waits: Sequence[float]) -> T:
@@ -228,12 +230,16 @@ def _require_damage(error: Exception, checkpoint: Path, name: str) -> None:
         )
 
 
-def verify_name(checkpoint: Path) -> str | None:
-    """Return the problem if a checkpoint has the name of another step; None without one, or if its step is unknown."""
+def verify_name(checkpoint: Path, has_state: bool = False) -> str | None:
+    """Return the problem if a checkpoint has the name of another step; None without one, or if its step is unknown.
+    has_state: state.json must be there, which says the step."""
     try:
         step = read_state(checkpoint)["step"]
-    except (OSError, ValueError, KeyError, TypeError):  # not among the files that were to be read
-        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not has_state:  # not among the files that were to be read
+            return None
+        _require_damage(error, checkpoint, _STATE)
+        return f"its {_STATE} is missing or has no step"
     if _NAME.fullmatch(checkpoint.name) and checkpoint_step(checkpoint) != step:
         return f"its {_STATE} is of step {step}"
     return None

@@ -12,6 +12,7 @@ from experiment.errors import HostError, UserError
 from experiment.files import checksum
 from experiment.run_files import checkpoints as checkpoints_module
 from experiment.run_files.checkpoints import (
+    Verify,
     checkpoint_candidates,
     checkpoint_path,
     complete_checkpoints,
@@ -22,6 +23,7 @@ from experiment.run_files.checkpoints import (
     read_state,
     replace_state,
     verify,
+    verify_descriptions,
     write_best,
 )
 from experiment.run_files.retention import Retention, apply_retention, discard
@@ -33,6 +35,7 @@ def make(checkpoints: Path, *steps: int) -> list[Path]:
     for step in steps:
         path = checkpoint_path(checkpoints, step)
         (path / "engine").mkdir(parents=True)
+        (path / "engine" / "index.json").write_text("{}")
         (path / "engine" / "rank-00000.safetensors").write_bytes(bytes(range(256)) + bytes([step % 256]))
         (path / "state.json").write_text(f'{{"step": {step}}}\n')
         (path / "hf").mkdir()
@@ -410,6 +413,22 @@ def test_a_checkpoint_is_usable_while_its_state_is_replaced(tmp_path: Path, monk
     assert seen == [(None, "old"), (None, "new"), (None, "new")]
     (checkpoint / "state.json").write_text('{"is": "damaged"}')
     assert verify(checkpoint) is not None
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{}", '{"step": '])
+@pytest.mark.parametrize("verify", [verify, verify_descriptions])
+def test_a_state_without_a_checksum_is_damaged(tmp_path: Path, verify: Verify, content: str | None) -> None:
+    """Catches a traceback for the newest checkpoint instead of a resume from the one before; a model can be used."""
+    before, newest = make(tmp_path, 1, 2)
+    checksums = json.loads((newest / "COMPLETE").read_text())
+    del checksums["state.json"]
+    (newest / "COMPLETE").write_text(json.dumps(checksums))
+    assert last_usable([before, newest], verify) == newest
+    (newest / "state.json").unlink()
+    if content is not None:
+        (newest / "state.json").write_text(content)
+    assert last_usable([before, newest], verify) == before
+    assert find_model_folder(newest / "hf") == newest / "hf"
 
 
 def test_a_checkpoint_is_complete_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
