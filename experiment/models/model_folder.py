@@ -91,8 +91,11 @@ def build_from_config(
     except UserError:
         raise
     except Exception as error:  # transformers raises many types for values that make no model
-        problem = f"cannot build a '{config.model_type}' model from it: {first_line(error)}"
-        raise UserError(f"{origin}: {problem}") from None
+        why = first_line(error)
+        if isinstance(error, KeyError):  # its text is the repr of a key
+            names = [name for name, value in vars(config).items() if repr(value) == why]
+            why = f"'{names[0]}' has the unknown value {why}" if names else f"unknown key or value {why}"
+        raise UserError(f"{origin}: cannot build a '{config.model_type}' model from it: {why}") from None
     if weights is not None:
         _check_indexes(weights)
         _check_size(model, weights, origin)

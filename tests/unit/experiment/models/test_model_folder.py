@@ -30,6 +30,20 @@ def test_layers_by_any_name_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("bert", {"hidden_act": "foo"}, "'hidden_act' has the unknown value 'foo'"),
+        ("eurobert", {"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "unknown key or value 'foo'"),
+    ],
+)
+def test_an_unknown_value_is_named(model_type: str, fields: dict[str, Any], message: str) -> None:
+    """Catches a message that consists of the value alone, the text of a KeyError."""
+    with pytest.raises(UserError) as error:
+        build(AutoConfig.for_model(model_type, **fields))
+    assert str(error.value) == f"config.json: cannot build a '{model_type}' model from it: {message}"
+
+
+@pytest.mark.parametrize(
     ("model_type", "auto_model"),
     [("mt5", AutoModelForSequenceClassification), ("bart", AutoModelForMaskedLM), ("bert", AutoModelForMaskedLM)],
 )
