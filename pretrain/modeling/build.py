@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Collection
+import reprlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from experiment.errors import UserError, user_errors_in
-from experiment.models.model_folder import first_use, load_weights
+from experiment.models.model_folder import first_use, load_config, load_weights
 from experiment.models.tokenizer import load_tokenizer
 from experiment.models.transformers_models import describe_unused_layers, first_position, keep_fixed
 from pretrain.batching.packing import Rows
@@ -69,13 +70,27 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
 def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
     """Return the model in `model.init_from`, resized to `config`."""
     assert model.init_from is not None
-    built = _load(Path(model.init_from), source_config(model), new_head)
+    source = source_config(model)
+    _warn_of_changes(model.config or {}, load_config(Path(model.init_from)), source)
+    built = _load(Path(model.init_from), source, new_head)
     if model.added_tokens is None and model.max_positions is None:
         return built
     pieces = {}
     if model.added_tokens is not None:
         pieces = old_pieces(load_tokenizer(model.added_tokens), load_tokenizer(model.init_from))
     return resize_model(built, copy.deepcopy(config), pieces)
+
+
+def _warn_of_changes(fields: Iterable[str], before: PreTrainedConfig, now: PreTrainedConfig) -> None:
+    """Log which `fields` differ from a pretrained model, except for those of dropout and positions."""
+    changes = [
+        f"{field} {reprlib.repr(old)} -> {reprlib.repr(new)}"
+        for field in fields
+        if (old := getattr(before, field, None)) != (new := getattr(now, field, None))
+        and not any(part in field for part in ("drop", "position", "rope"))
+    ]
+    if changes:
+        log.warning("model.config differs from the config of model.init_from: %s", ", ".join(changes))
 
 
 def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
