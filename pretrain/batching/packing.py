@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-_ROW_BUCKETS = 16  # a microbatch has a multiple of 1/16 of the maximum number of rows
+_ROW_BUCKETS = 16  # rows are rounded up to a multiple of 1/16 of the most that a microbatch can have
 _WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this
 
 Rows = Literal["padded", "windows", "flat"]
@@ -221,15 +221,16 @@ def assign_to_ranks(
     fullest_first = longest_first(filled)
     width = layout.row_width
     max_rows = layout.microbatch_tokens // width
-    microbatches = max(1, -(-packed.count // (world_size * max_rows)))
-    bucket = max(1, max_rows // _ROW_BUCKETS)
-    rows = -(-packed.count // (world_size * microbatches))
-    rows = min(max_rows, next_multiple(rows, bucket))
+    needed = -(-packed.count // world_size)  # rows of a rank
+    microbatches = max(1, -(-needed // max_rows))
+    # From the sequences: unlike the packed rows, they are equally many in all batches, so few row counts occur.
+    bucket = max(1, min(max_rows, -(-len(lengths) // world_size)) // _ROW_BUCKETS)
+    rows = min(max_rows, next_multiple(-(-needed // microbatches), bucket))
 
     # Snake order: each round gives every rank one row, alternately first to last and last to first rank.
     round_, place = np.divmod(np.arange(packed.count), world_size)
     rank = np.where(round_ % 2 == 1, world_size - 1 - place, place)
-    bounds = np.arange(microbatches + 1) * -(-packed.count // world_size) // microbatches
+    bounds = np.arange(microbatches + 1) * needed // microbatches
     microbatch = np.searchsorted(bounds, round_, side="right") - 1
     row = round_ - bounds[microbatch]
     assert not row.size or row.max() < rows

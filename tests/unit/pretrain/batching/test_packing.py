@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from pretrain.batching.packing import (
     MicrobatchLayout,
+    assign,
     assign_to_ranks,
     deal,
     longest_first,
@@ -92,13 +93,14 @@ def test_ranks_get_equal_tokens(world_size):
     assert tokens.max() - tokens.min() <= 128 * 2
 
 
-def test_few_shapes_occur():
+@pytest.mark.parametrize("max_rows", [64, 512])
+def test_few_shapes_occur(max_rows):
     """Catches a row count that varies from batch to batch, for which kernels would be recompiled."""
     rng = np.random.default_rng(0)
     shapes = set()
     for _ in range(200):
         lengths = rng.integers(3, 129, 256)
-        shapes.add(assign_to_ranks(lengths, pack(lengths, 128), 2, MicrobatchLayout(128, 128 * 64)).rows)
+        shapes.add(assign_to_ranks(lengths, pack(lengths, 128), 2, MicrobatchLayout(128, 128 * max_rows)).rows)
     assert len(shapes) <= 4
 
 
@@ -110,6 +112,15 @@ def test_few_rows_are_empty(count):
     assert assignment.rows * assignment.microbatches - count <= 0.12 * count
     rows = np.bincount(assignment.microbatch)
     assert rows.max() - rows.min() <= 1, "a second microbatch that is nearly empty"
+
+
+@pytest.mark.parametrize("rows", ["padded", "windows"])
+@pytest.mark.parametrize(("sequences", "world_size"), [(1024, 64), (16, 1), (1000, 8), (1, 4)])
+def test_rows_of_a_batch_smaller_than_a_microbatch(rows, sequences, world_size):
+    """Catches rows that are rounded up to a part of a microbatch that the batch cannot fill."""
+    assignment = assign(np.full(sequences, 128), world_size, MicrobatchLayout(128, 128 * 2048, rows))
+    assert assignment.microbatches == 1
+    assert assignment.rows <= -(-sequences // world_size) * 17 / 16
 
 
 @given(st.integers(0, 10**6), st.sampled_from([8, 32, 64]))
