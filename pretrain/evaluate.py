@@ -46,7 +46,7 @@ from pretrain.world import World
 if TYPE_CHECKING:  # imports DeepSpeed, which `deepcloze evaluate` does not need
     from pretrain.resolve import ResolvedRun
 
-_SEQUENCES = 256  # per evaluation batch
+_SEQUENCES = 256  # per evaluation batch, at least
 _MAX_LOSS = 700.0  # of which the exponential is a finite number
 
 
@@ -109,9 +109,10 @@ def open_held_out(
         index_folder: for the sequence indexes, if a corpus folder is read-only.
     """
     opened = {}
+    sequences = max(_SEQUENCES, world.size * layout.microbatch_tokens // layout.max_seq_length)
     for name, corpus in corpora.items():
         index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, index_folder)
-        order = SequentialOrder(len(index), _SEQUENCES)
+        order = SequentialOrder(len(index), sequences)
         masker = Masker(vocabulary, masking, seed, corpus.fingerprint)
         maker = BatchMaker((MaskedCorpus(corpus, index, masker),), order, vocabulary, layout, world)
         opened[name] = HeldOutCorpus(maker, order.steps, corpus.fingerprint)
