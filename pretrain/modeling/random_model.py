@@ -3,7 +3,7 @@
 A transformers config keeps any keyword as an attribute, so a misspelt field changes nothing and raises nothing. A field
 that the user sets in `model.config` is used if one of these holds:
 
-- The config declares it: a default, an alias (`attribute_map`) or a property with a setter.
+- The config class declares it: a default, an alias (`attribute_map`) or a property with a setter.
 - The config class computes something from it, such as ModernBERT's `global_attn_every_n_layers`.
 - A model looks it up in the config while it is built, such as DeBERTa's `position_buckets`.
 """
@@ -31,6 +31,10 @@ from experiment.errors import UserError
 from experiment.models.model_folder import build_from_config
 from experiment.models.transformers_models import quiet_transformers
 
+# Fields of older releases, from which only a new config computes others -> the field to set.
+_REPLACED = {"global_attn_every_n_layers": "layer_types"} | dict.fromkeys(
+    ("rope_theta", "global_rope_theta", "local_rope_theta"), "rope_parameters"
+)
 # Tasks that a pretrained model may be fine-tuned for, with fields of their own.
 _FINE_TUNING_HEADS = (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
@@ -62,20 +66,32 @@ def check_fields(fields: Mapping[str, Any], make_config: Callable[[Mapping[str, 
     known = declared_fields(config)
     used = {field for field in fields if field in known or _is_computed_with(field, make_config)}
     while unused := [field for field in fields if field not in used]:
-        looked_up = _missing_lookups(make_config({field: fields[field] for field in fields if field in used}))
+        with_used = make_config({field: fields[field] for field in fields if field in used})
+        for field in unused:  # a folder's config may have it
+            vars(with_used).pop(field, None)
+        looked_up = _missing_lookups(with_used)
         if looked_up.isdisjoint(unused):
             raise UserError(
                 f"unknown config key 'model.config.{unused[0]}': '{config.model_type}' does not use it with this config"
-                f"{did_you_mean(unused[0], known | {name for name in looked_up if not name.startswith('_')})}"
+                f"{_suggestion(unused[0], known, looked_up)}"
             )
         used |= looked_up.intersection(unused)
 
 
 def declared_fields(config: PreTrainedConfig) -> set[str]:
-    """Return fields with a default, aliases of them, and properties that can be set."""
+    """Return fields with a default, aliases of them, and properties that can be set. Other keys in a folder's
+    config.json are none of them."""
     members = inspect.getmembers_static(type(config))
     properties = {name for name, member in members if isinstance(member, property) and member.fset}
-    return {*config.to_dict(), *config.attribute_map, *(name for name in properties if not name.startswith("_"))}
+    public = {name for name in properties if not name.startswith("_")}
+    return {*type(config)().to_dict(), *config.attribute_map, *public}
+
+
+def _suggestion(field: str, declared: set[str], looked_up: set[str]) -> str:
+    """Return the end of the message about an unused field."""
+    if (replacement := _REPLACED.get(field)) in declared:
+        return f"; set {replacement}"
+    return did_you_mean(field, declared | {name for name in looked_up if not name.startswith("_")})
 
 
 def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> bool:
