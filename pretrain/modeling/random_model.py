@@ -28,6 +28,7 @@ from transformers import (
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
+from experiment.formatting import shorten
 from experiment.models.model_folder import build_from_config
 from experiment.models.transformers_models import quiet_transformers
 
@@ -91,7 +92,9 @@ def _suggestion(field: str, declared: set[str], looked_up: set[str]) -> str:
     """Return the end of the message about an unused field."""
     if (replacement := _REPLACED.get(field)) in declared:
         return f"; set {replacement}"
-    return did_you_mean(field, declared | {name for name in looked_up if not name.startswith("_")})
+    common = declared_fields(PreTrainedConfig())
+    names = {name for name in declared | looked_up if not name.startswith("_")} - common
+    return shorten(did_you_mean(field, names), 350)
 
 
 def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> bool:

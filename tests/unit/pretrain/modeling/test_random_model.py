@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,14 @@ def test_other_fields_are_rejected(model_type: str, field: str, nearest: str | N
         check(model_type, {field: 1})
     if nearest is not None:
         assert f"did you mean '{nearest}'?" in str(error.value)
+
+
+def test_the_list_of_known_fields_is_short() -> None:
+    """Catches lists with private names and those that every config has, which hide the fields of the type."""
+    with pytest.raises(UserError, match="; known: attention_bias, ") as error:
+        check("modernbert", {"zzqj": 1})
+    assert not {"_name_or_path", "architectures", "id2label", "return_dict"} & set(re.split(r"[, ]+", str(error.value)))
+    assert len(str(error.value)) < 500
 
 
 def test_a_field_that_depends_on_another_is_rejected_without_it() -> None:
