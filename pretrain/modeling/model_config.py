@@ -46,15 +46,14 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
     if model.init_from is None:
         check_fields(fields, partial(_new_config, default, tokenizer))
         config = _new_config(default, tokenizer, fields)
-        pad_token_id = config.get_text_config().pad_token_id
-        if pad_token_id != tokenizer.pad_token_id:
-            raise UserError(
-                f"model.config.pad_token_id is {pad_token_id}, the tokenizer's padding token is "
-                f"{tokenizer.pad_token_id}"
-            )
     else:
         check_fields(fields, partial(_with_fields, default))
         config = _resized_config(model, tokenizer)
+    padding = config.get_text_config().pad_token_id
+    if padding != tokenizer.pad_token_id and (model.init_from is None or "pad_token_id" in fields):
+        raise UserError(
+            f"model.config.pad_token_id is {padding}, the tokenizer's padding token is {tokenizer.pad_token_id}"
+        )
     _check_settings(config)
     largest = max(tokenizer.get_vocab().values())
     size = config.get_text_config().vocab_size

@@ -124,6 +124,15 @@ def test_a_folder_with_a_model_of_another_type_is_rejected(folder: Path, tokeniz
     assert resolve_model_config(same, tokenizer).model_type == "bert"
 
 
+def test_a_padding_id_that_is_not_the_tokenizers_is_rejected(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches an override that makes an ordinary token the padding of a pretrained model, and an agreeing one that is
+    refused."""
+    same = ModelConfig(init_from=str(folder), config={"pad_token_id": tokenizer.pad_token_id})
+    resolve_model_config(same, tokenizer)
+    with pytest.raises(UserError, match=r"model\.config\.pad_token_id is 3, the tokenizer's padding token is 0"):
+        resolve_model_config(ModelConfig(init_from=str(folder), config={"pad_token_id": 3}), tokenizer)
+
+
 def test_layers_left_out_have_no_types(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Catches a run of ModernBERT that fails at its first checkpoint, because its config has types of more layers."""
     fields = {"model_type": "modernbert", **TINY, "num_hidden_layers": 4}
