@@ -68,12 +68,16 @@ def build_model(model: ModelConfig, config: PreTrainedConfig, seed: int, new_hea
 
 
 def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bool) -> PreTrainedModel:
-    """Return the model in `model.init_from`, resized to `config`."""
+    """Return the model in `model.init_from`, resized to `config`, and untied if `model.config` says so."""
     assert model.init_from is not None
     source = source_config(model)
     _warn_of_changes(model.config or {}, load_config(Path(model.init_from)), source)
+    untie = (model.config or {}).get("tie_word_embeddings") is False
+    if untie:  # load a tied decoder as a copy of the embeddings; transformers keeps one that has weights of its own
+        source.tie_word_embeddings = True
     built = _load(Path(model.init_from), source, new_head)
-    if model.added_tokens is None and model.max_positions is None:
+    untie = untie and built.get_output_embeddings() is not None  # Perceiver has none
+    if model.added_tokens is None and model.max_positions is None and not untie:
         return built
     pieces = {}
     if model.added_tokens is not None:
@@ -82,12 +86,13 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
 
 
 def _warn_of_changes(fields: Iterable[str], before: PreTrainedConfig, now: PreTrainedConfig) -> None:
-    """Log which `fields` differ from a pretrained model, except for those of dropout and positions."""
+    """Log which `fields` differ from a pretrained model, except for those of dropout, positions and tying, which
+    is undone by a copy."""
     changes = [
         f"{field} {reprlib.repr(old)} -> {reprlib.repr(new)}"
         for field in fields
         if (old := getattr(before, field, None)) != (new := getattr(now, field, None))
-        and not any(part in field for part in ("drop", "position", "rope"))
+        and not any(part in field for part in ("drop", "position", "rope", "tie_"))
     ]
     if changes:
         log.warning("model.config differs from the config of model.init_from: %s", ", ".join(changes))

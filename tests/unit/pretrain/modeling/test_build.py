@@ -21,6 +21,7 @@ from pretrain.config import ModelConfig
 from pretrain.modeling.build import build_model, choose_rows
 from pretrain.modeling.model_config import resolve_model_config
 from pretrain.modeling.random_model import meta_model
+from tiny_models import tiny_fields
 
 BERT = ModelConfig(config={"model_type": "bert", **TINY})
 
@@ -67,6 +68,41 @@ def test_fields_that_change_a_pretrained_model_are_logged(
     build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
     start = "model.config differs from the config of model.init_from: "
     assert [text for text in caplog.messages if start in text] == ([] if changes is None else [start + changes])
+
+
+def test_an_untied_decoder_starts_as_a_copy_of_the_embeddings(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a random decoder, with a warning that the folder has no head, and one that stays tied."""
+    settings = ModelConfig(init_from=str(folder), config={"tie_word_embeddings": False})
+    with caplog.at_level(logging.WARNING):
+        built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model
+    assert not caplog.messages
+    assert not built.config.tie_word_embeddings
+    original = BertForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    for name, parameter in original.named_parameters(remove_duplicate=False):
+        assert torch.equal(built.get_parameter(name), parameter), name
+    assert built.get_output_embeddings().weight is not built.get_input_embeddings().weight
+
+
+def test_a_decoder_of_its_own_stays_with_tie_word_embeddings_false(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Catches a trained decoder that is replaced by the embeddings, in a folder that is untied already."""
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, tie_word_embeddings=False, **TINY)
+    original = BertForMaskedLM(config)
+    original.save_pretrained(tmp_path)
+    settings = ModelConfig(init_from=str(tmp_path), config={"tie_word_embeddings": False})
+    built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model
+    assert torch.equal(built.get_output_embeddings().weight, original.get_output_embeddings().weight)
+
+
+def test_perceiver_has_no_decoder_to_untie(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches a traceback for a type that has no output embeddings."""
+    settings = ModelConfig(config={"model_type": "perceiver", **tiny_fields("perceiver")})
+    build_model(settings, resolve_model_config(settings, tokenizer), seed=1).model.save_pretrained(tmp_path)
+    settings = ModelConfig(init_from=str(tmp_path), config={"tie_word_embeddings": False})
+    build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
 
 
 def test_a_folder_without_a_head_gets_a_new_one(
