@@ -24,6 +24,7 @@ Kind = Literal["model", "dataset"]
 
 _CONFIG_AND_TOKENIZER = ("*.json", "*.txt", "*.model")
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+_MODULE_WEIGHTS = "[0-9]*_*/model.safetensors"  # of sentence-transformers, such as 2_Dense
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _CANDIDATES = 50  # repositories to compare a misspelt name with
 
@@ -91,8 +92,8 @@ def _snapshot(name: HubName, weights: bool, **options: Any) -> Path:
     folder: str = snapshot_download(
         name.repository,
         revision=name.revision,
-        allow_patterns=[*_CONFIG_AND_TOKENIZER, *(_WEIGHTS if weights else ())],
-        ignore_patterns=["*/*"],  # files of other formats, and of modules of other libraries
+        allow_patterns=[*_CONFIG_AND_TOKENIZER, *((*_WEIGHTS, _MODULE_WEIGHTS) if weights else ())],
+        ignore_patterns=["[!0-9]*/*"],  # folders of other formats, but not of modules, such as 1_Pooling
         **options,
     )
     return Path(folder)

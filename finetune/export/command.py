@@ -95,9 +95,15 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 def _module_folders(source: Path) -> set[Path]:
-    """Return the folders of modules of sentence-transformers, such as `1_Pooling`. Raises UserError."""
+    """Return the folders of modules of sentence-transformers, such as `1_Pooling`. Raises UserError if one that has
+    files is missing."""
     path = source / "modules.json"
     try:
-        return {source / module["path"] for module in read_json(path)} - {source} if path.exists() else set()
-    except (ValueError, TypeError, KeyError):
+        listed = read_json(path) if path.exists() else []
+        modules = {source / module["path"]: str(module.get("type")) for module in listed}
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: expected a list of modules, each with its 'path'") from None
+    for folder, kind in modules.items():
+        if not folder.is_dir() and not kind.endswith(".Normalize"):  # which has no files, so the Hub has no folder
+            raise UserError(f"{path} names the module {folder.name}, but there is no such folder")
+    return modules.keys() - {source}

@@ -23,7 +23,11 @@ FILES = {
     "modeling_tiny.py": b"raise SystemExit('code has run')",
     "onnx/model.onnx": b"another format",
     "1_Pooling/config.json": b"{}",
+    "2_Dense/model.safetensors": WEIGHTS,
+    "2_Dense/pytorch_model.bin": b"a pickle",
+    "openvino/config.json": b"{}",
 }
+ROOT = {"config.json", "tokenizer.json", "vocab.txt"}
 
 
 @pytest.fixture
@@ -84,11 +88,13 @@ def test_the_address_of_a_page_is_no_name(text: str, name: str | None) -> None:
 
 
 def test_downloads_what_is_needed_and_once(hub: HubServer, commit: str) -> None:
-    """Catches pickles, code and other formats on the disk, and a second download of what is there."""
+    """Catches pickles, code and other formats on the disk, modules of sentence-transformers that are missing, and a
+    second download of what is there."""
     assert resolve_commit(NAME) == HubName(NAME.repository, commit)
     folder = download_model(NAME)
     assert folder.name == commit
-    assert contents(folder).keys() == {"config.json", "tokenizer.json", "vocab.txt", "model.safetensors"}
+    modules = {"1_Pooling/config.json", "2_Dense/model.safetensors"}
+    assert contents(folder).keys() == ROOT | modules | {"model.safetensors"}
     hub.requests.clear()
     assert local_model(f"{NAME}@{commit}") == folder
     assert hub.requests == [], "all files of a commit are known"
@@ -96,7 +102,7 @@ def test_downloads_what_is_needed_and_once(hub: HubServer, commit: str) -> None:
 
 def test_a_tokenizer_comes_without_weights(hub: HubServer, commit: str) -> None:
     """Catches gigabytes of weights that nobody reads, and a model that then seems to be complete."""
-    assert contents(local_tokenizer(str(NAME))).keys() == {"config.json", "tokenizer.json", "vocab.txt"}
+    assert contents(local_tokenizer(str(NAME))).keys() == ROOT | {"1_Pooling/config.json"}
     assert (local_model(str(NAME)) / "model.safetensors").read_bytes() == WEIGHTS
 
 

@@ -107,6 +107,18 @@ def test_only_the_files_of_a_model_are_exported(run: Path, tmp_path: Path, capsy
         export(folder, tmp_path / "damaged")
 
 
+def test_modules_that_are_missing(run: Path, tmp_path: Path) -> None:
+    """Catches an export that sentence-transformers cannot open, and a refusal because of a module without files."""
+    folder = Path(shutil.copytree(checkpoint_path(run / "checkpoints", 2) / "hf", tmp_path / "source"))
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match=r"modules\.json names the module 1_Pooling, but there is no such folder"):
+        export(folder, tmp_path / "incomplete")
+    (folder / "1_Pooling").mkdir()
+    export(folder, tmp_path / "complete")
+
+
 def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:
     """Catches a user's files that an export replaces."""
     (tmp_path / "mine").mkdir()
