@@ -174,8 +174,9 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
     if layers := describe_unused_layers(spec.folder, built.unused):
         return [*lines, layers]
     unused = built.unused
-    if has_masked_lm_head(load_config(spec.folder).architectures):  # a head for a task replaces it
-        unused = tuple(name for name in unused if not _is_in_head(name, built.model))
+    if has_masked_lm_head(load_config(spec.folder).architectures):  # a head for a task replaces it, AutoModel has none
+        prefix, encoder = f"{built.model.base_model_prefix}.", dict(built.model.base_model.named_children())
+        unused = tuple(name for name in unused if name.startswith(prefix) or name.split(".")[0] in encoder)
     if unused:
         lines.append(f"{spec.folder}: tensors that the model does not use: {', '.join(unused)}")
     return lines

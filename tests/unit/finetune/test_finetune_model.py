@@ -177,6 +177,17 @@ def test_weights_that_are_not_used_are_reported(encoder: Path, copied: Path) -> 
     )
 
 
+def test_an_unused_masked_lm_head_is_not_reported(copied: Path) -> None:
+    """Catches a line on the masked-LM head in each run of embeddings, and a tensor of the encoder left out silently."""
+    spec = ModelSpec(copied, True, "AutoModel", {})
+    assert len(describe_model(build_model(spec), spec)) == 1
+    weights = load_file(copied / "model.safetensors")
+    other = {"bert.embeddings.other.weight": weights["bert.embeddings.LayerNorm.weight"].clone()}
+    save_file(weights | other, copied / "model.safetensors", metadata={"format": "pt"})
+    _, line = describe_model(build_model(spec), spec)
+    assert line.endswith("tensors that the model does not use: bert.embeddings.other.weight")
+
+
 def test_frozen_modules_are_not_trained(encoder: Path) -> None:
     """Catches modules that are trained despite model.freeze, a typo in it, and a model with nothing to train."""
     spec = replace(start(encoder), freeze=("embeddings", "layer.0"))
