@@ -85,7 +85,7 @@ def old_pieces(new: "PreTrainedTokenizerFast", old: "PreTrainedTokenizerFast") -
             pieces[identifier] = _split_continuation(token, prefix, known)
         else:
             word = added[identifier].content if identifier in added else new.backend_tokenizer.decode([identifier])
-            found = old(f" {word.strip()}", add_special_tokens=False)["input_ids"]
+            found = old(_in_text(word.strip()), add_special_tokens=False)["input_ids"]
             pieces[identifier] = [piece for piece in found if piece != old.unk_token_id]
     return pieces
 
@@ -145,8 +145,13 @@ def _parse_word(word: str, state: dict[str, Any], tokenizer: "PreTrainedTokenize
 def _is_one_token(token: str, tokenizer: "PreTrainedTokenizerFast") -> bool:
     if token in tokenizer.get_vocab():
         return True
-    ids = tokenizer(f" {token}", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(_in_text(token), add_special_tokens=False)["input_ids"]
     return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+
+
+def _in_text(word: str) -> str:
+    """Return the word with the space that is before it in a text, if its script has spaces."""
+    return word if _UNSPACED.match(word) else f" {word}"
 
 
 def _added_token(token: str, state: dict[str, Any]) -> AddedToken:

@@ -92,6 +92,12 @@ def test_the_pieces_of_an_added_word_are_those_of_its_text(word: str, byte_level
     assert old_pieces(new, old) == {identifier: old(f" {word}", add_special_tokens=False)["input_ids"]}
 
 
+def test_the_pieces_of_a_chinese_word_have_no_space(byte_level: Path, tmp_path: Path) -> None:
+    """Catches a new row that is the mean of pieces with a space, which Chinese text does not have."""
+    old, new = load_tokenizer(byte_level), extend(byte_level, tmp_path, "新冠")
+    assert old_pieces(new, old) == {len(old): old("研究新冠", add_special_tokens=False)["input_ids"][-6:]}
+
+
 @pytest.mark.parametrize(("word", "text"), [("新冠", "研究新冠肺炎"), ("ခေါင်း", "လူခေါင်းကိုက်"), ("ປອດ", "ໂລກປອດບວມ")])
 @pytest.mark.parametrize("kind", ["byte_level", "unigram"])
 def test_words_of_unspaced_scripts_are_found_between_other_characters(
