@@ -86,12 +86,19 @@ def test_scores_are_exact_at_any_microbatch_size(heldout_corpus: Path) -> None:
 
 
 def test_batches_fill_the_microbatches_of_all_ranks(heldout_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches batches of a fixed size, of which each of many ranks gets a few sequences."""
+    """Catches batches of a fixed size, of which each of many ranks gets a few sequences, and microbatches that are
+    larger than those of training."""
     monkeypatch.setattr(evaluate_module, "_SEQUENCES", 3)
     vocabulary = build_vocabulary(load_tokenizer(heldout_corpus / "tokenizer"))
-    for ranks, tokens, count in ((1, 40, 3), (1, 400, 10), (4, 40, 4), (2, 200, 10)):
+    for ranks, tokens, trained, count in (
+        (1, 40, 99, 3),
+        (1, 400, 99, 10),
+        (4, 40, 99, 4),
+        (2, 200, 7, 7),
+        (2, 200, 2, 3),
+    ):
         layout, world, corpora = MicrobatchLayout(40, tokens), World(0, ranks), {"held": open_corpus(heldout_corpus)}
-        held = open_held_out(corpora, vocabulary, MASKING, 42, layout, world, heldout_corpus).corpora["held"]
+        held = open_held_out(corpora, vocabulary, MASKING, 42, layout, world, heldout_corpus, trained).corpora["held"]
         assert [len(held.maker.assign(step)[1]) for step in range(held.batches - 1)] == [count] * (held.batches - 1)
         assert held.batches > 1
 
