@@ -363,7 +363,7 @@ class PretrainConfig(Section):
         """Yield settings that have no effect, or a poor one. steps: of the run, if known."""
         if self.optimizer.lr > _HIGH_LR:
             yield f"optimizer.lr is {self.optimizer.lr:g}: usual learning rates are 1e-4 to 1e-2"
-        if self.model.init_from is not None and "lr" not in self.optimizer.model_fields_set:
+        if self.model.init_from is not None and self.optimizer.lr == type(self.optimizer).model_fields["lr"].default:
             yield f"optimizer.lr is {self.optimizer.lr:g}, for training from scratch: to continue a model, set 5e-5"
         if steps is not None:
             yield from self.schedule.warnings(steps)
