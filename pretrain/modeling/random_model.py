@@ -92,9 +92,10 @@ def _suggestion(field: str, declared: set[str], looked_up: set[str]) -> str:
     """Return the end of the message about an unused field."""
     if (replacement := _REPLACED.get(field)) in declared:
         return f"; set {replacement}"
-    common = declared_fields(PreTrainedConfig())
-    names = {name for name in declared | looked_up if not name.startswith("_")} - common
-    return shorten(did_you_mean(field, names), 350)
+    names = {name for name in declared | looked_up if not name.startswith("_")}
+    if (close := did_you_mean(field, names)).endswith("?"):
+        return close
+    return shorten(did_you_mean(field, names - declared_fields(PreTrainedConfig())), 350)
 
 
 def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> bool:
