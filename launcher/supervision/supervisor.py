@@ -238,6 +238,8 @@ class _Supervisor:
         if not (trusted or self._launch.local):
             self._stop.wait(_RELEASE_SECONDS)  # else preflight finds busy GPUs
         start, waiting, alerted = time.monotonic(), "", False
+        if self._launch.slots.keys() == self._given_up().keys():
+            return {}
         for seconds in look_intervals():
             if self._stop_requested():
                 break

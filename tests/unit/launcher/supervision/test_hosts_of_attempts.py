@@ -325,6 +325,17 @@ def test_a_host_that_never_works_is_given_up(
     assert "restarting without node-2 from now on\n" in capsys.readouterr().err
 
 
+def test_a_run_ends_if_all_hosts_are_given_up(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a wait of a day for no host."""
+    endings = [replace(LOST, lost="node-1"), JOINS, replace(LOST, saves=False), HUNG, HUNG, HUNG, HUNG, HUNG, HUNG]
+    looks = ("node-1", "", "node-2", *[""] * 20)
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=20)
+    assert result.outcome is Outcome.FAILED
+    assert result.message.startswith("no host can be used: ")
+    assert result.message.count("given up after 3 failures") == 2, (result.message, hosts)
+
+
 def test_a_lost_host_must_reach_those_that_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a host that never rejoins because it cannot reach another one that is lost."""
     monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2"))
