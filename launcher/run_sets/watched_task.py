@@ -86,6 +86,8 @@ def read_watched_task(file: str, probe: bool) -> WatchedTask:
     for key in _NEWER_KEYS:
         if key in CHANGE_ROUNDING_ONLY or settings["training"][key] == TrainingConfig.model_fields[key].default:
             del settings["training"][key]
+    if config.model.pooling == "default":  # which version 0.2.0 lacks, too
+        del settings["model"]["pooling"]
     with user_errors_in(file):
         settings["data"] = data_checksums(task)
     if probe:

@@ -46,6 +46,19 @@ def write_task(tmp_path: Path) -> WriteTask:
     return write
 
 
+def test_scores_of_earlier_versions_stay_comparable(write_task: WriteTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a new key that makes the scores of all checkpoints so far those of another config."""
+    files = {f"task__{split}": f"{split}.tsv" for split in ("train", "validation", "test")}
+    path = write_task(**files)
+    monkeypatch.chdir(path.parent)
+    assert read_watched_task("toy.yaml", probe=False).config[:16] == "28c4a721718a7897"
+    assert read_watched_task("toy.yaml", probe=True).config[:16] == "20faa15982566278"
+    assert (
+        read_watched_task(str(write_task(**files, model__pooling="mean")), probe=False).config[:16]
+        != "28c4a721718a7897"
+    )
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[ChildRun]:
     """The processes that were started. They write scores of both splits."""
