@@ -72,7 +72,11 @@ def _combine(
         "collapsed": {str(seed): record.collapsed for seed, record in records.items() if record.collapsed},
         "best_epochs": [record.best_epoch for record in by_seed],
         "splits": {
-            split: {name: _summarize(split, name, by_seed) for name in metrics}
+            split: {
+                name: _summarize(split, name, by_seed)
+                for name in metrics
+                if all(name in record.scores[split] for record in by_seed)  # earlier versions had fewer
+            }
             for split, metrics in first.scores.items()
         },
         "label_scores": {split: _label_scores(split, by_seed) for split in first.label_scores},
