@@ -61,7 +61,12 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
     folder = _cached(pinned, weights)
     if folder is None:
         inform(f"downloading {pinned} from the Hugging Face Hub")
-        folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, tqdm_class=_bar(on_progress)))
+        try:
+            folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, tqdm_class=_bar(on_progress)))
+        except UserError:  # perhaps not to be reached
+            folder = _cached(pinned, weights, modules=False)
+            if folder is None:
+                raise
     if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():
         raise UserError(
             f"{name}: there is neither a config.json nor a tokenizer of transformers on the Hugging Face Hub"
@@ -74,26 +79,28 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
     return folder
 
 
-def _cached(name: HubName, weights: bool) -> Path | None:
-    """Return the folder, if all its files are known to be there. Does not access the network."""
+def _cached(name: HubName, weights: bool, modules: bool = True) -> Path | None:
+    """Return the folder, if all its files are known to be there. Does not access the network. modules: False if those
+    of sentence-transformers may be missing: earlier versions did not download them."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
     try:
         get_cached_repo_tree(name.repository, revision=name.revision)
-        return _snapshot(name, weights, local_files_only=True)
+        return _snapshot(name, weights, modules, local_files_only=True)
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
         return None
 
 
-def _snapshot(name: HubName, weights: bool, **options: Any) -> Path:
+def _snapshot(name: HubName, weights: bool, modules: bool = True, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     folder: str = snapshot_download(
         name.repository,
         revision=name.revision,
         allow_patterns=[*_CONFIG_AND_TOKENIZER, *((*_WEIGHTS, _MODULE_WEIGHTS) if weights else ())],
-        ignore_patterns=["[!0-9]*/*"],  # folders of other formats, but not of modules, such as 1_Pooling
+        # Folders of other formats, but not of modules, such as 1_Pooling.
+        ignore_patterns=["[!0-9]*/*" if modules else "*/*"],
         **options,
     )
     return Path(folder)

@@ -187,6 +187,16 @@ def test_a_cached_model_needs_no_server(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_model_that_an_earlier_version_cached(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a machine without a network that needs modules of sentence-transformers, which were not downloaded."""
+    folder = download_model(NAME)
+    for path in (folder / "1_Pooling").iterdir():
+        path.unlink()
+    (folder / "1_Pooling").rmdir()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download_model(NAME) == folder
+
+
 def test_without_a_network(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a message that does not say why, or what to do."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
