@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
@@ -157,8 +157,8 @@ class TaskConfig(Section):
         files = {"task.train": self.train, "task.validation": self.validation, "task.test": test}
         return {key: text for key, text in files.items() if text is not None and PREFIX in text}
 
-    def for_model(self, folder: Path) -> Self:
-        """Return the task with the defaults that the model in a folder decides."""
+    def for_model(self, folder: Path, earlier: Mapping[str, Any]) -> Self:
+        """Return the task with the defaults that a model decides. earlier: dotted keys of the run, as it began."""
         return self
 
     def with_files(self, files: Mapping[str, str]) -> Self:

@@ -71,8 +71,9 @@ class Config(TaskConfig):
     dimensions: tuple[PositiveInt, ...] = ()
     """Smaller sizes that vectors can be cut to: their first components are trained, too (Matryoshka)."""
 
-    def for_model(self, folder: Path) -> Self:
-        return self if self.pooling else self.model_copy(update={"pooling": declared_pooling(folder) or "mean"})
+    def for_model(self, folder: Path, earlier: Mapping[str, Any]) -> Self:
+        pooling = self.pooling or earlier.get("task.pooling") or declared_pooling(folder) or "mean"
+        return self.model_copy(update={"pooling": pooling})
 
 
 _USAGE = """

@@ -158,13 +158,16 @@ def _plan_cells(
     if pretraining is not None:
         origin = {**origin, **{f"pretrain.{key}": value for key, value in pretraining.config.items()}}
         has_best = pretraining.config["evaluation.best_metric"] is not None
+        origin |= {"pretrain.checkpoint": "best"} if has_best else {}  # the newest one, in earlier versions
         run = parent / pretraining.name
         then = {**now, "model.init_from": str(run / "checkpoints" / BEST if has_best else run)}
     cells = {}
     for task in tasks:
         name = f"{folder}/{task.name}"
         checked = _check_cell(task.file, {**now, **task.pinned}, parent / name, config.grid)
-        argv = _cell_argv(task.file, {**then, **task.pinned}, parent / name, config.grid)
+        # A pretraining does not keep the pooling of the sentence-transformers model that it continues.
+        pooling = {"task.pooling": str(checked["task.pooling"])} if checked.get("task.pooling") and pretraining else {}
+        argv = _cell_argv(task.file, {**then, **task.pinned, **pooling}, parent / name, config.grid)
         all_keys = {**checked, **task.data, **origin, **then}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
     return cells

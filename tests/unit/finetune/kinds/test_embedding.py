@@ -453,7 +453,7 @@ def test_sentence_transformers_opens_the_folder(model: Path) -> None:
     ],
 )
 def test_the_pooling_of_a_model_is_the_default(
-    encoder: Path, tmp_path: Path, pooling: dict[str, Any] | None, expected: str
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: dict[str, Any] | None, expected: str
 ) -> None:
     """Catches models trained with the first token, such as BGE, that continue with the mean."""
     folder = Path(shutil.copytree(encoder, tmp_path / "model"))
@@ -465,6 +465,11 @@ def test_the_pooling_of_a_model_is_the_default(
     config.write_text(yaml.safe_dump(tree))
     assert load_run_config(config).task.pooling == expected
     assert load_run_config(config, {"task.pooling": "mean"}).task.pooling == "mean"
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(yaml.safe_dump({"task": {"pooling": "mean"}}))
+    assert load_run_config(config).task.pooling == "mean"  # as the run began
+    shutil.rmtree("run")
     (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "1_Pooling" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"1_Pooling/config\.json is damaged"):

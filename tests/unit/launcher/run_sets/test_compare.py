@@ -432,7 +432,8 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     capsys: pytest.CaptureFixture[str],
     best_metric: str | None,
 ) -> None:
-    """Catches a comparison of the overfitted model that early stopping leaves."""
+    """Catches a comparison of the overfitted model that early stopping leaves, and one of models that pool
+    differently."""
     pretraining = {
         "run": {"dir": "replaced"},
         "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(wordpiece_corpus)}},
@@ -441,11 +442,22 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
         "engine": {"ds_config": "fp32_zero1"},
     }
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(pretraining))
-    rows = {"a": {"init_from": str(encoder), "pretrain": str(tmp_path / "more.yaml")}}
-    assert main(["compare", str(write_files(rows=rows)), "--dry_run"]) == 0
+    folder = Path(shutil.copytree(encoder, tmp_path / "cls"))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    rows = {"a": {"init_from": str(folder), "pretrain": str(tmp_path / "more.yaml")}}
+    path = write_files(rows=rows)
+    assert main(["compare", str(path), "--dry_run"]) == 0
     printed = capsys.readouterr().out
     suffix = "" if best_metric is None else "/checkpoints/best"
     assert f"--model.init_from={tmp_path}/compare/a/pretrain{suffix} " in printed
+    assert "task.pooling" not in printed
+    (tmp_path / "pairs.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n' * 4)
+    pairs = {"kind": "embedding", "train": str(tmp_path / "pairs.jsonl"), "validation": str(tmp_path / "pairs.jsonl")}
+    tree = yaml.safe_load((tmp_path / "toy.yaml").read_text())
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**tree, "task": {**pairs, "metric": "mrr"}}))
+    assert main(["compare", str(path), "--dry_run"]) == 0
+    assert " --task.pooling=cls" in capsys.readouterr().out
 
 
 def test_tasks_have_names_of_their_own(
