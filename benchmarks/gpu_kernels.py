@@ -8,6 +8,7 @@ GPU waits for the host in the first one only.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -243,8 +244,12 @@ def _time_on_cpu(compute: Callable[[], None]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu_kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("precision", choices=DTYPES)
+    results = []
     for result in run(KernelSettings("cuda", parser.parse_args(argv).precision)):
+        results.append(result)
         print_figures(asdict(result))
+    if any(result.error and "out of memory" not in result.error for result in results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
