@@ -68,7 +68,15 @@ def test_the_kubernetes_job_starts_one_deepcloze() -> None:
     assert containers["Worker"]["resources"]["limits"]["nvidia.com/gpu"] == job["spec"]["slotsPerWorker"]
 
 
-def test_the_workers_of_a_kubernetes_job_outlive_their_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"python -u {START_RANK} --config my-run.yaml",
+        "python -u -m deepspeed.launcher.launch --no_python launcher.ranks.start_rank",
+        "python -u -m pretrain.run --local_rank=0",
+    ],
+)
+def test_the_workers_of_a_kubernetes_job_outlive_their_ranks(tmp_path: Path, command: str) -> None:
     """Catches ranks that are killed before they have saved, because sshd ends as soon as the job is deleted, and a
     worker that waits for itself."""
     job = yaml.safe_load((HOSTFILES / "kubernetes.yaml").read_text(encoding="utf-8"))
@@ -79,7 +87,7 @@ def test_the_workers_of_a_kubernetes_job_outlive_their_ranks(tmp_path: Path) -> 
     processes = tmp_path / "proc"
     rank = processes / "7" / "cmdline"
     rank.parent.mkdir(parents=True)
-    rank.write_bytes(f"python\0-u\0{START_RANK}\0--config\0".encode())
+    rank.write_bytes(command.replace(" ", "\0").encode())
     hook = [shell, option, script.replace("/proc/", f"{processes}/").replace("sleep 1", "touch waiting; sleep 0.1")]
     with subprocess.Popen(hook, cwd=tmp_path) as waiting:
         own = processes / str(waiting.pid) / "cmdline"
