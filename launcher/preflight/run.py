@@ -220,6 +220,8 @@ def _values(answer: HostAnswer) -> dict[Check, str]:
     values["devices"] = f"{len(gpus)} GPUs" if gpus else f"{facts.cores} cores"
     if facts.address is not None:
         values["network"] = facts.address
+    elif facts.network_error is not None:
+        values["network"] = _UNKNOWN
     return values
 
 
