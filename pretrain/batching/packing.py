@@ -223,7 +223,8 @@ def assign_to_ranks(
     max_rows = layout.microbatch_tokens // width
     needed = -(-packed.count // world_size)  # rows of a rank
     microbatches = max(1, -(-needed // max_rows))
-    # From the sequences: unlike the packed rows, they are equally many in all batches, so few row counts occur.
+    # From the sequences: unlike the packed rows, they are equally many in all batches of a stage after batch warmup,
+    # so few row counts occur.
     bucket = max(1, min(max_rows, -(-len(lengths) // world_size)) // _ROW_BUCKETS)
     rows = min(max_rows, next_multiple(-(-needed // microbatches), bucket))
 
