@@ -10,6 +10,7 @@ import pytest
 from launcher.preflight.bandwidth import Measurement
 from launcher.preflight.checks import find_problems, find_slow_hosts
 from launcher.preflight.probe_hosts import HostAnswer, Unreachable
+from launcher.preflight.run import _values
 from launcher.preflight.target import CacheNeeds, Target
 
 Answers = Callable[..., HostAnswer]
@@ -117,12 +118,14 @@ def test_a_token_that_is_not_seen_here_means_another_folder(answer: Answers, tar
 
 
 def test_a_lost_peer_is_no_problem_of_other_hosts(answer: Answers, target: Targets) -> None:
-    """Catches healthy hosts that fail because the name of the first one is unknown by now."""
+    """Catches healthy hosts that fail because the name of the first one is unknown by now, and a table that says that
+    their network works."""
     unknown = answer(address=None, network_error="Name or service not known")
     lost = Unreachable("its name cannot be resolved", "correct DNS")
     answers = {"a": lost, "b": unknown, "c": unknown}
     problems = find_problems(answers, answer().facts, target("a", "b", "c"), {"b", "c"})
     assert [len(found) for found in problems.values()] == [1, 0, 0]
+    assert _values(unknown)["network"] == "?"
 
 
 def test_without_a_run_its_folder_and_disk_are_not_checked(answer: Answers, target: Targets) -> None:
