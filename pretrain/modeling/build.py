@@ -89,7 +89,7 @@ def _warn_of_changes(fields: Iterable[str], before: PreTrainedConfig, now: PreTr
     """Log which `fields` differ from a pretrained model, except for those of dropout, positions and tying, which
     is undone by a copy."""
     changes = [
-        f"{field} {reprlib.repr(old)} -> {reprlib.repr(new)}"
+        f"{field} {reprlib.repr(new)} (was {reprlib.repr(old)})"
         for field in fields
         if (old := getattr(before, field, None)) != (new := getattr(now, field, None))
         and not any(part in field for part in ("drop", "position", "rope", "tie_"))

@@ -51,8 +51,11 @@ def test_weights_come_from_the_folder(folder: Path, tokenizer: PreTrainedTokeniz
 @pytest.mark.parametrize(
     ("fields", "changes"),
     [
-        ({"hidden_act": "relu", "layer_norm_eps": 1e-12}, "hidden_act 'gelu' -> 'relu'"),
-        ({"hidden_act": "relu", "layer_norm_eps": 1e-5}, "hidden_act 'gelu' -> 'relu', layer_norm_eps 1e-12 -> 1e-05"),
+        ({"hidden_act": "relu", "layer_norm_eps": 1e-12}, "hidden_act 'relu' (was 'gelu')"),
+        (
+            {"hidden_act": "relu", "layer_norm_eps": 1e-5},
+            "hidden_act 'relu' (was 'gelu'), layer_norm_eps 1e-05 (was 1e-12)",
+        ),
         ({"model_type": "bert", "hidden_dropout_prob": 0.3}, None),
     ],
 )
