@@ -24,7 +24,7 @@ def declared_pooling(folder: Path) -> Pooling | None:
         config = dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    modes = {"mean_tokens": "mean", "cls_token": "cls"}  # of versions before 5
+    modes = {"mean_tokens": "mean", "cls_token": "cls"}  # of earlier versions, which we write too
     found = [config.get("pooling_mode"), *(mode for name, mode in modes.items() if config.get(f"pooling_mode_{name}"))]
     return next((mode for mode in get_args(Pooling) if mode in found), None)
 
