@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-_ROW_BUCKETS = 16  # rows are rounded up to a multiple of 1/16 of the most that a microbatch can have
+_ROW_PARTS = 8  # rows of a microbatch are rounded up by less than one part in 8
 _WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this
 
 Rows = Literal["padded", "windows", "flat"]
@@ -223,10 +223,7 @@ def assign_to_ranks(
     max_rows = layout.microbatch_tokens // width
     needed = -(-packed.count // world_size)  # rows of a rank
     microbatches = max(1, -(-needed // max_rows))
-    # From the sequences: unlike the packed rows, they are equally many in all batches of a stage after batch warmup,
-    # so few row counts occur.
-    bucket = max(1, min(max_rows, -(-len(lengths) // world_size)) // _ROW_BUCKETS)
-    rows = min(max_rows, next_multiple(-(-needed // microbatches), bucket))
+    rows = min(max_rows, round_up(max(1, -(-needed // microbatches)), _ROW_PARTS))
 
     # Snake order: each round gives every rank one row, alternately first to last and last to first rank.
     round_, place = np.divmod(np.arange(packed.count), world_size)

@@ -123,6 +123,13 @@ def test_rows_of_a_batch_smaller_than_a_microbatch(rows, sequences, world_size):
     assert assignment.rows <= -(-sequences // world_size) * 17 / 16
 
 
+@pytest.mark.parametrize("max_rows", [16, 64, 256])
+def test_few_rows_are_empty_if_many_sequences_share_one(max_rows):
+    """Catches rows that are rounded up to a part of the sequences, of which a row holds many."""
+    assignment = assign(np.full(256, 40), 1, MicrobatchLayout(512, 512 * max_rows))
+    assert assignment.microbatches * assignment.rows <= 22 + assignment.microbatches
+
+
 @given(st.integers(0, 10**6), st.sampled_from([8, 32, 64]))
 def test_rounding_up_leaves_few_counts(count, parts):
     """Catches counts rounded down, by more than a part, or to as many values as there are counts."""
