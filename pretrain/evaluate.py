@@ -101,19 +101,16 @@ def open_held_out(
     layout: MicrobatchLayout,
     world: World,
     index_folder: Path,
-    batch_sequences: int = 0,
 ) -> HeldOutEvaluator:
     """Open held-out corpora, given by name. The figures depend on vocabulary, masking, seed and sequence length.
 
     Args:
         seed: of the masks.
-        batch_sequences: of a training batch. Batches are not larger, so that no microbatch needs more memory than in
-            training, but have at least 256 sequences.
         index_folder: for the sequence indexes, if a corpus folder is read-only.
     """
     opened = {}
     fitting = world.size * layout.microbatch_tokens // layout.max_seq_length  # one microbatch of each rank
-    sequences = max(_SEQUENCES, min(batch_sequences, fitting))
+    sequences = max(_SEQUENCES, fitting)
     for name, corpus in corpora.items():
         index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, index_folder)
         order = SequentialOrder(len(index), sequences)
@@ -129,17 +126,11 @@ def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: W
     `rows`, `first_position`: of the model, see MicrobatchLayout.
     """
     config = run.config
-    layout = MicrobatchLayout(config.batch.max_seq_length, config.batch.microbatch_tokens, rows, first_position)
-    return open_held_out(
-        run.held_out,
-        run.vocabulary,
-        config.masking,
-        config.run.seed,
-        layout,
-        world,
-        run.folder.path / "index",
-        config.batch.sequences,
-    )
+    length = config.batch.max_seq_length
+    of_batch = -(-config.batch.sequences // world.size) * length  # no more memory than training needs
+    layout = MicrobatchLayout(length, min(config.batch.microbatch_tokens, of_batch), rows, first_position)
+    index_folder = run.folder.path / "index"
+    return open_held_out(run.held_out, run.vocabulary, config.masking, config.run.seed, layout, world, index_folder)
 
 
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:

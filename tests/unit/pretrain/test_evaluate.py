@@ -4,7 +4,8 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from pretrain.batching.batch import Microbatch
 from pretrain.batching.masking import MaskingSchedule
 from pretrain.batching.packing import MicrobatchLayout
 from pretrain.batching.vocabulary import build_vocabulary
-from pretrain.config import MaskingConfig
+from pretrain.config import MaskingConfig, PretrainConfig
 from pretrain.corpus.reader import open_corpus
 from pretrain.evaluate import (
     HeldOutCorpus,
@@ -36,9 +37,11 @@ from pretrain.evaluate import (
     Predict,
     Scores,
     evaluate_command,
+    open_evaluator,
     open_held_out,
 )
 from pretrain.modeling.masked_lm import Predictions
+from pretrain.resolve import ResolvedRun
 from pretrain.world import World
 
 MASKING = MaskingConfig()
@@ -89,17 +92,31 @@ def test_batches_fill_the_microbatches_of_all_ranks(heldout_corpus: Path, monkey
     """Catches batches of a fixed size, of which each of many ranks gets a few sequences, and microbatches that are
     larger than those of training."""
     monkeypatch.setattr(evaluate_module, "_SEQUENCES", 3)
-    vocabulary = build_vocabulary(load_tokenizer(heldout_corpus / "tokenizer"))
-    for ranks, tokens, trained, count in (
-        (1, 40, 99, 3),
-        (1, 400, 99, 10),
-        (4, 40, 99, 4),
-        (2, 200, 7, 7),
-        (2, 200, 2, 3),
+    for ranks, tokens, trained, count, rows in (
+        (1, 40, 99, 3, 1),
+        (1, 400, 99, 10, 10),
+        (4, 40, 99, 4, 1),
+        (2, 200, 7, 8, 4),
+        (2, 200, 2, 3, 1),
     ):
-        layout, world, corpora = MicrobatchLayout(40, tokens), World(0, ranks), {"held": open_corpus(heldout_corpus)}
-        held = open_held_out(corpora, vocabulary, MASKING, 42, layout, world, heldout_corpus, trained).corpora["held"]
-        assert [len(held.maker.assign(step)[1]) for step in range(held.batches - 1)] == [count] * (held.batches - 1)
+        run = SimpleNamespace(
+            config=PretrainConfig.model_validate(
+                {
+                    "run": {"dir": "run"},
+                    "model": {"init_from": "trained"},
+                    "corpus": {"train": "corpus"},
+                    "schedule": {"steps": 1},
+                    "batch": {"sequences": trained, "max_seq_length": 40, "microbatch_tokens": tokens},
+                }
+            ),
+            held_out={"held": open_corpus(heldout_corpus)},
+            vocabulary=build_vocabulary(load_tokenizer(heldout_corpus / "tokenizer")),
+            folder=SimpleNamespace(path=heldout_corpus),
+        )
+        held = open_evaluator(cast(ResolvedRun, run), "padded", 0, World(0, ranks)).corpora["held"]
+        assignments = [held.maker.assign(step) for step in range(held.batches - 1)]
+        assert [len(lengths) for _, lengths, _ in assignments] == [count] * (held.batches - 1)
+        assert {assignment.rows for *_, assignment in assignments} == {rows}
         assert held.batches > 1
 
 
