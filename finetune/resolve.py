@@ -61,8 +61,8 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     task = config.task.pinned(map(str, earlier.values()))
     with user_errors_in("model.init_from"):
         model = record_model(config.model.init_from, earlier.get("model.init_from"))
-        folder_of_model = local_model(model)  # copies a model of the Hub to this machine
-    task = task.for_model(folder_of_model, earlier)
+        local_model(model)  # copies a model of the Hub to this machine
+    task = task.for_model(model, earlier)
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder.path)}),

@@ -47,7 +47,9 @@ def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
     return call_hub(name, kind, resolve)
 
 
-def download_model(name: HubName, weights: bool = True, on_progress: Callable[[], None] = lambda: None) -> Path:
+def download_model(
+    name: HubName, weights: bool = True, on_progress: Callable[[], None] = lambda: None, modules: bool = False
+) -> Path:
     """Return the folder with a model's config and tokenizer, and its weights in safetensors.
 
     Cached files are not downloaded again; waits for another process that downloads the same. Shows a progress bar
@@ -56,17 +58,16 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
     Args:
         weights: whether to download them.
         on_progress: called when something has been received.
+        modules: whether to download those of sentence-transformers, such as 1_Pooling, too.
     """
+    from huggingface_hub import constants
+
     pinned = resolve_commit(name)
-    folder = _cached(pinned, weights)
+    folder = _cached(pinned, weights, modules)
     if folder is None:
-        inform(f"downloading {pinned} from the Hugging Face Hub")
-        try:
-            folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, tqdm_class=_bar(on_progress)))
-        except UserError:  # perhaps not to be reached
-            folder = _cached(pinned, weights, modules=False)
-            if folder is None:
-                raise
+        if not constants.is_offline_mode():
+            inform(f"downloading {pinned} from the Hugging Face Hub")
+        folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, modules, tqdm_class=_bar(on_progress)))
     if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():
         raise UserError(
             f"{name}: there is neither a config.json nor a tokenizer of transformers on the Hugging Face Hub"
@@ -79,9 +80,8 @@ def download_model(name: HubName, weights: bool = True, on_progress: Callable[[]
     return folder
 
 
-def _cached(name: HubName, weights: bool, modules: bool = True) -> Path | None:
-    """Return the folder, if all its files are known to be there. Does not access the network. modules: False if those
-    of sentence-transformers may be missing: earlier versions did not download them."""
+def _cached(name: HubName, weights: bool, modules: bool) -> Path | None:
+    """Return the folder, if all its files are known to be there. Does not access the network."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
@@ -92,15 +92,16 @@ def _cached(name: HubName, weights: bool, modules: bool = True) -> Path | None:
         return None
 
 
-def _snapshot(name: HubName, weights: bool, modules: bool = True, **options: Any) -> Path:
+def _snapshot(name: HubName, weights: bool, modules: bool, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     folder: str = snapshot_download(
         name.repository,
         revision=name.revision,
         allow_patterns=[*_CONFIG_AND_TOKENIZER, *((*_WEIGHTS, _MODULE_WEIGHTS) if weights else ())],
-        # Folders of other formats, but not of modules, such as 1_Pooling.
-        ignore_patterns=["[!0-9]*/*" if modules else "*/*"],
+        ignore_patterns=[
+            "[!0-9]*/*" if modules else "*/*"
+        ],  # folders of other formats; those of modules begin with digits
         **options,
     )
     return Path(folder)

@@ -37,12 +37,14 @@ def record_model(name: str, earlier: str | None = None) -> str:
     return str(resolve_commit(hub))
 
 
-def local_model(name: str, on_progress: Callable[[], None] = lambda: None, weights: bool = True) -> Path:
+def local_model(
+    name: str, on_progress: Callable[[], None] = lambda: None, weights: bool = True, modules: bool = False
+) -> Path:
     """Return the path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub
     is copied to the user's cache folder first. Raises UserError.
 
-    on_progress: called when something has been received from the Hub. weights: whether to copy the weights of a Hub
-    model, too.
+    on_progress: called when something has been received from the Hub. weights, modules: whether to copy the weights of
+    a Hub model, and its modules of sentence-transformers, too.
     """
     _check_form(name)
     if is_url(name):
@@ -50,7 +52,7 @@ def local_model(name: str, on_progress: Callable[[], None] = lambda: None, weigh
     if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
         log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)
     hub = HubName.of_model(name)
-    return Path(name) if hub is None else download_model(hub, weights, on_progress)
+    return Path(name) if hub is None else download_model(hub, weights, on_progress, modules)
 
 
 def local_tokenizer(name: str) -> Path:

@@ -157,8 +157,11 @@ class TaskConfig(Section):
         files = {"task.train": self.train, "task.validation": self.validation, "task.test": test}
         return {key: text for key, text in files.items() if text is not None and PREFIX in text}
 
-    def for_model(self, folder: Path, earlier: Mapping[str, Any]) -> Self:
-        """Return the task with the defaults that a model decides. earlier: dotted keys of the run, as it began."""
+    def for_model(self, model: str, earlier: Mapping[str, Any]) -> Self:
+        """Return the task with the defaults that a model decides. Raises UserError.
+
+        model: as `record_model` returns it. earlier: dotted keys of the run, as it began.
+        """
         return self
 
     def with_files(self, files: Mapping[str, str]) -> Self:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from experiment.errors import UserError
+from experiment.errors import UserError, user_errors_in
+from experiment.models.model_names import local_model
 from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, ScoreColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -71,8 +71,11 @@ class Config(TaskConfig):
     dimensions: tuple[PositiveInt, ...] = ()
     """Smaller sizes that vectors can be cut to: their first components are trained, too (Matryoshka)."""
 
-    def for_model(self, folder: Path, earlier: Mapping[str, Any]) -> Self:
-        pooling = self.pooling or earlier.get("task.pooling") or declared_pooling(folder) or "mean"
+    def for_model(self, model: str, earlier: Mapping[str, Any]) -> Self:
+        pooling = self.pooling or earlier.get("task.pooling")
+        if pooling is None:
+            with user_errors_in("task.pooling is not set"):
+                pooling = declared_pooling(local_model(model, modules=True)) or "mean"
         return self.model_copy(update={"pooling": pooling})
 
 

@@ -93,16 +93,18 @@ def test_downloads_what_is_needed_and_once(hub: HubServer, commit: str) -> None:
     assert resolve_commit(NAME) == HubName(NAME.repository, commit)
     folder = download_model(NAME)
     assert folder.name == commit
+    assert contents(folder).keys() == ROOT | {"model.safetensors"}
+    assert local_model(str(NAME), modules=True) == folder
     modules = {"1_Pooling/config.json", "2_Dense/model.safetensors"}
     assert contents(folder).keys() == ROOT | modules | {"model.safetensors"}
     hub.requests.clear()
-    assert local_model(f"{NAME}@{commit}") == folder
+    assert local_model(f"{NAME}@{commit}") == local_model(f"{NAME}@{commit}", modules=True) == folder
     assert hub.requests == [], "all files of a commit are known"
 
 
 def test_a_tokenizer_comes_without_weights(hub: HubServer, commit: str) -> None:
     """Catches gigabytes of weights that nobody reads, and a model that then seems to be complete."""
-    assert contents(local_tokenizer(str(NAME))).keys() == ROOT | {"1_Pooling/config.json"}
+    assert contents(local_tokenizer(str(NAME))).keys() == ROOT
     assert (local_model(str(NAME)) / "model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -187,14 +189,23 @@ def test_a_cached_model_needs_no_server(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_model_that_an_earlier_version_cached(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a machine without a network that needs modules of sentence-transformers, which were not downloaded."""
+@pytest.mark.parametrize("code", [403, 503, None], ids=["refused", "busy", "offline"])
+def test_missing_modules(
+    hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int | None
+) -> None:
+    """Catches a model without its pooling after any fault of the Hub, and one that cannot be read without a network for
+    lack of modules that only some commands need."""
     folder = download_model(NAME)
-    for path in (folder / "1_Pooling").iterdir():
-        path.unlink()
-    (folder / "1_Pooling").rmdir()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    capfd.readouterr()
+    if code is None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        hub.fault("1_Pooling/config.json", *[status(code)] * 99)
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set" if code is None else str(NAME)):
+        download_model(NAME, modules=True)
+    assert ("downloading" in capfd.readouterr().err) == (code is not None)
     assert download_model(NAME) == folder
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_a_network(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:

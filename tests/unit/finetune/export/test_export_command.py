@@ -18,6 +18,7 @@ from experiment.run_files.retention import discard
 from finetune.export.command import export_command
 from finetune.options import ExportOptions
 from finetune.prediction import onnx_model
+from hub_server import HubServer
 from launcher.cli import main
 from pretrain.training.checkpoint_tensors import write_hugging_face_folder
 from pretrain.world import World
@@ -26,7 +27,7 @@ from rank_pool import ForkServer, RankPool
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 
 
-def export(checkpoint: Path, output: Path | str, **options: Any) -> None:
+def export(checkpoint: Path | str, output: Path | str, **options: Any) -> None:
     export_command(ExportOptions(checkpoint=str(checkpoint), output=str(output), **options))
 
 
@@ -117,6 +118,14 @@ def test_modules_that_are_missing(run: Path, tmp_path: Path) -> None:
         export(folder, tmp_path / "incomplete")
     (folder / "1_Pooling").mkdir()
     export(folder, tmp_path / "complete")
+
+
+def test_modules_of_a_model_of_the_hub(hub: HubServer, run: Path, tmp_path: Path) -> None:
+    """Catches a download of the model without its modules."""
+    modules = {"1_Pooling/config__json": b"{}", "modules__json": b'[{"path": "1_Pooling"}]'}
+    hub.repository("org/tiny").push_folder(checkpoint_path(run / "checkpoints", 2) / "hf", **modules)
+    export("org/tiny", output := tmp_path / "exported")
+    assert (output / "1_Pooling" / "config.json").read_text() == "{}"
 
 
 def test_export_does_not_overwrite(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from torch import Tensor
 from transformers import BertModel
 
-from experiment.config import build_config
+from experiment.config import build_config, dump_config
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
 from finetune.config import FinetuneConfig, TrainingConfig
@@ -38,6 +38,7 @@ from finetune.serve.served_model import load_served_model
 from finetune.splits import Task, read_splits
 from finetune.task_kind import Loss, LossOptions
 from finetune.training.updater import Updater
+from hub_server import HubServer, status
 
 WORDS = [f"word{number}" for number in range(40)]
 CPU = Device(torch.device("cpu"), None)
@@ -467,13 +468,28 @@ def test_the_pooling_of_a_model_is_the_default(
     assert load_run_config(config, {"task.pooling": "mean"}).task.pooling == "mean"
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    Path("run/config.yaml").write_text(yaml.safe_dump({"task": {"pooling": "mean"}}))
+    Path("run/config.yaml").write_text(dump_config(load_run_config(config, {"task.pooling": "mean"})))
     assert load_run_config(config).task.pooling == "mean"  # as the run began
     shutil.rmtree("run")
     (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "1_Pooling" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"1_Pooling/config\.json is damaged"):
         load_run_config(config)
+
+
+def test_the_pooling_of_a_model_of_the_hub(hub: HubServer, encoder: Path, tmp_path: Path) -> None:
+    """Catches the mean for a model whose pooling cannot be read."""
+    modes = b'{"pooling_mode_cls_token": true}'
+    hub.repository("org/tiny").push_folder(encoder, **{"1_Pooling/config__json": modes})
+    tree = {"run": {"dir": "run"}, "task": {"kind": "embedding", "train": "f.csv"}, "model": {"init_from": "org/tiny"}}
+    config = tmp_path / "task.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    hub.fault("1_Pooling/config.json", *[status(403)] * 99)
+    assert load_run_config(config, {"task.pooling": "mean"}).task.pooling == "mean"
+    with pytest.raises(UserError, match=r"^task\.pooling is not set: org/tiny@"):
+        load_run_config(config)
+    hub.faults.clear()
+    assert load_run_config(config).task.pooling == "cls"
 
 
 def test_a_server_gives_the_same_vectors(model: Path) -> None:
