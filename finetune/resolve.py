@@ -62,7 +62,7 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     with user_errors_in("model.init_from"):
         model = record_model(config.model.init_from, earlier.get("model.init_from"))
         local_model(model)  # copies a model of the Hub to this machine
-    task = task.for_model(model, earlier)
+    task = task.for_model(model, earlier if earlier.get("model.init_from") == model else {})
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder.path)}),

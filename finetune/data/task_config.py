@@ -160,7 +160,7 @@ class TaskConfig(Section):
     def for_model(self, model: str, earlier: Mapping[str, Any]) -> Self:
         """Return the task with the defaults that a model decides. Raises UserError.
 
-        model: as `record_model` returns it. earlier: dotted keys of the run, as it began.
+        model: as `record_model` returns it. earlier: dotted keys of the run, if it began with this model.
         """
         return self
 

@@ -456,7 +456,8 @@ def test_sentence_transformers_opens_the_folder(model: Path) -> None:
 def test_the_pooling_of_a_model_is_the_default(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: dict[str, Any] | None, expected: str
 ) -> None:
-    """Catches models trained with the first token, such as BGE, that continue with the mean."""
+    """Catches models trained with the first token, such as BGE, that continue with the mean, and the pooling of another
+    model, with which the run began."""
     folder = Path(shutil.copytree(encoder, tmp_path / "model"))
     if pooling is not None:
         (folder / "1_Pooling").mkdir()
@@ -470,6 +471,8 @@ def test_the_pooling_of_a_model_is_the_default(
     Path("run").mkdir()
     Path("run/config.yaml").write_text(dump_config(load_run_config(config, {"task.pooling": "mean"})))
     assert load_run_config(config).task.pooling == "mean"  # as the run began
+    Path("run/config.yaml").write_text(dump_config(load_run_config(config, {"model.init_from": str(encoder)})))
+    assert load_run_config(config).task.pooling == expected, "it began with another model"
     shutil.rmtree("run")
     (folder / "1_Pooling").mkdir(exist_ok=True)
     (folder / "1_Pooling" / "config.json").write_text("{")
