@@ -23,7 +23,7 @@ from launcher.run_sets.run_set import (
     recorded_configs,
     recorded_data,
 )
-from launcher.run_sets.sweep import check_differs, read_grid
+from launcher.run_sets.sweep import check_differs, parse_grid, read_grid
 from launcher.run_validation import data_origin, encoder_origin, validate_finetuning, validate_pretraining
 from pretrain.config import PretrainConfig
 
@@ -164,13 +164,23 @@ def _plan_cells(
     cells = {}
     for task in tasks:
         name = f"{folder}/{task.name}"
-        checked = _check_cell(task.file, {**now, **task.pinned}, parent / name, config.grid)
-        # A pretraining does not keep the pooling of the sentence-transformers model that it continues.
-        pooling = {"task.pooling": str(checked["task.pooling"])} if checked.get("task.pooling") and pretraining else {}
-        argv = _cell_argv(task.file, {**then, **task.pinned, **pooling}, parent / name, config.grid)
+        pinned = task.pinned
+        if pretraining is not None:
+            pinned = {**pinned, **_pooling(task.file, {**now, **pinned}, parent / name, config.grid)}
+        checked = _check_cell(task.file, {**now, **pinned}, parent / name, config.grid)
+        argv = _cell_argv(task.file, {**then, **pinned}, parent / name, config.grid)
         all_keys = {**checked, **task.data, **origin, **then}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
     return cells
+
+
+def _pooling(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> dict[str, str]:
+    """Return the override with the pooling of an embedding task, unless it is in the grid: a pretraining does not keep
+    that of the sentence-transformers model that it continues."""
+    if grid is not None and "task.pooling" in parse_grid(grid):
+        return {}
+    pooling = getattr(validate_finetuning(file, {**overrides, "run.dir": str(folder)}).task, "pooling", None)
+    return {"task.pooling": pooling} if pooling is not None else {}
 
 
 def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> FlatConfig:

@@ -433,7 +433,7 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     best_metric: str | None,
 ) -> None:
     """Catches a comparison of the overfitted model that early stopping leaves, and one of models that pool
-    differently."""
+    differently, or a sweep over the pooling that is refused after the pretraining."""
     pretraining = {
         "run": {"dir": "replaced"},
         "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(wordpiece_corpus)}},
@@ -456,8 +456,9 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     pairs = {"kind": "embedding", "train": str(tmp_path / "pairs.jsonl"), "validation": str(tmp_path / "pairs.jsonl")}
     tree = yaml.safe_load((tmp_path / "toy.yaml").read_text())
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**tree, "task": {**pairs, "metric": "mrr"}}))
-    assert main(["compare", str(path), "--dry_run"]) == 0
-    assert " --task.pooling=cls" in capsys.readouterr().out
+    for grid, kept in (("null", True), ("task.scale=10,20", True), ("task.pooling=mean,cls", False)):
+        assert main(["compare", str(path), "--dry_run", f"--grid={grid}"]) == 0
+        assert (" --task.pooling=cls" in capsys.readouterr().out) == kept, grid
 
 
 def test_tasks_have_names_of_their_own(
