@@ -9,6 +9,7 @@ that the user sets in `model.config` is used if one of these holds:
 """
 
 import copy
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -93,9 +94,9 @@ def _suggestion(field: str, declared: set[str], looked_up: set[str]) -> str:
     if (replacement := _REPLACED.get(field)) in declared:
         return f"; set {replacement}"
     names = {name for name in declared | looked_up if not name.startswith("_")}
-    if (close := did_you_mean(field, names)).endswith("?"):
-        return close
-    return shorten(did_you_mean(field, names - declared_fields(PreTrainedConfig())), 350)
+    common = declared_fields(PreTrainedConfig())  # few of them concern the model
+    close = difflib.get_close_matches(field, common & names, n=1, cutoff=0.85)
+    return shorten(did_you_mean(field, {*names - common, *close}), 350)
 
 
 def _is_computed_with(field: str, make_config: Callable[[Mapping[str, Any]], PreTrainedConfig]) -> bool:

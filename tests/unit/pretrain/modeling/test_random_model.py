@@ -76,6 +76,10 @@ def test_fields_that_models_look_up_are_known(model_type: str, fields: dict[str,
         ("deberta-v2", "conv_kernel", "conv_kernel_size"),
         ("mpnet", "relative_buckets", "relative_attention_num_buckets"),
         ("esm", "token_dropot", "token_dropout"),
+        ("bert", "num_layers", "num_hidden_layers"),  # not num_labels, which all models have
+        ("roberta", "n_layer", "num_hidden_layers"),
+        ("bert", "attention", "num_attention_heads"),
+        ("roberta", "position_type", "max_position_embeddings"),
         ("bert", "temperature", None),  # transformers drops settings of text generation
         ("bert", "attn_implementation", None),  # chosen when the model is built
         ("bert", "to_dict", None),  # a method
@@ -88,6 +92,14 @@ def test_other_fields_are_rejected(model_type: str, field: str, nearest: str | N
         check(model_type, {field: 1})
     if nearest is not None:
         assert f"did you mean '{nearest}'?" in str(error.value)
+
+
+@pytest.mark.parametrize(("field", "common"), [("d_model", "model_type"), ("rope_theta", "rope_scaling")])
+def test_fields_that_all_models_have_are_seldom_suggested(field: str, common: str) -> None:
+    """Catches advice to set `model_type` or `rope_scaling` for a field that BERT does not have."""
+    with pytest.raises(UserError) as error:
+        check("bert", {field: 1})
+    assert common not in str(error.value)
 
 
 def test_the_list_of_known_fields_is_short() -> None:
