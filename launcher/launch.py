@@ -85,6 +85,9 @@ def launch_pretraining(options: PretrainOptions, start_time: float | None = None
                         announce_checks(options.config, plan.slots)
             if options.autotune:
                 plan = autotune(plan, dead_owner)
+            if not plan.ranks_read_options:
+                for warning in config.warnings_of_unset_keys():
+                    notify(f"warning: {warning}")
             launch = replace(plan.settings(), start_time=start_time, checked_at=checked_at)
             run_launch(replace(launch, dead_owner=dead_owner, held=held), plan.summary)
 

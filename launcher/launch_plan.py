@@ -56,6 +56,11 @@ class LaunchPlan:
         return is_local(self.slots)
 
     @property
+    def ranks_read_options(self) -> bool:
+        """Whether the ranks of the first attempt read the config of the options, not the resolved one."""
+        return self.local and not self.config_changed
+
+    @property
     def added_environment(self) -> Mapping[str, str]:
         """The variables that the launch adds for all ranks."""
         return launch_environment(self.machine.environ, self.machine.devices.kind if self.local else None)
@@ -85,7 +90,7 @@ class LaunchPlan:
         if layout.restarted and config.run.resume == "never" and began:  # by this launch
             config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
         # A restart reads a copy: the user may have edited the file for another run.
-        if self.local and not layout.restarted and config == self.config and not self.config_changed:
+        if self.ranks_read_options and not layout.restarted and config == self.config:
             return local_command(self.options, layout.slots, self.machine)
         config_file = self.folder.logs / "launch.yaml"
         # The shell of another host would parse the overrides again, so they are passed in a file there.

@@ -363,10 +363,14 @@ class PretrainConfig(Section):
         """Yield settings that have no effect, or a poor one. steps: of the run, if known."""
         if self.optimizer.lr > _HIGH_LR:
             yield f"optimizer.lr is {self.optimizer.lr:g}: usual learning rates are 1e-4 to 1e-2"
-        if self.model.init_from is not None and self.optimizer.lr == type(self.optimizer).model_fields["lr"].default:
-            yield f"optimizer.lr is {self.optimizer.lr:g}, for training from scratch: to continue a model, set 5e-5"
+        yield from self.warnings_of_unset_keys()
         if steps is not None:
             yield from self.schedule.warnings(steps)
+
+    def warnings_of_unset_keys(self) -> Iterator[str]:
+        """Yield defaults that suit the run poorly. In a resolved config all keys are set."""
+        if self.model.init_from is not None and "lr" not in self.optimizer.model_fields_set:
+            yield f"optimizer.lr is {self.optimizer.lr:g}, for training from scratch: to continue a model, set 5e-5"
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -41,6 +41,7 @@ from launcher.supervision.attempt import Launch, Layout, Rendezvous
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.rank_processes import HeldRanks
 from pretrain.config import PretrainConfig
+from pretrain.run import read_arguments
 
 CONFIG = """
 run: {dir: my-run}
@@ -211,6 +212,35 @@ def test_only_a_dry_run_prints_warnings(config: str, caplog: pytest.LogCaptureFi
     """Catches warnings printed twice, by the launcher and by rank 0, and a dry run that hides them."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, dry_run=dry_run))
     assert ("something is odd" in caplog.text) == dry_run
+
+
+@pytest.mark.parametrize("lr", [{}, {"optimizer.lr": "5e-4"}])
+@pytest.mark.parametrize("where", [{"num_gpus": 2}, {"hostfile": "hosts"}, {"autotune": True}])
+def test_an_unset_rate_is_warned_of_once(
+    config: str,
+    launches: list[Launch],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: dict[str, Any],
+    lr: dict[str, str],
+) -> None:
+    """Catches a warning that is lost because the ranks read a file in which all keys are set, or is printed by the
+    launcher and by rank 0, or at each restart, and one about a rate that was chosen."""
+    Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
+    monkeypatch.setattr(launch, "autotune", lambda plan, _: replace(plan, config_changed=True))
+    overrides = {"model.config": "null", "model.init_from": "start", **lr}
+    launch_pretraining(PretrainOptions(config=config, overrides=overrides, **where))
+    printed = capsys.readouterr().err.count("warning: optimizer.lr is 0.0005, for training from scratch")
+    (started,) = launches
+
+    def warnings_of_ranks(layout: Layout) -> list[str]:
+        command = started.command(layout, None)
+        for file, text in command.files.items():
+            file.write_text(text)
+        return list(read_arguments(command.argv[command.argv.index("--config") :]).warnings(None))
+
+    assert printed + len(warnings_of_ranks(Layout(started.slots))) == (not lr)
+    assert warnings_of_ranks(Layout(started.slots, restarted=True)) == []
 
 
 def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[Launch], resolved: list[Any]):
