@@ -77,6 +77,7 @@ class WandbTracker:
             "resume": "allow",  # also offline: `wandb sync` then appends a later attempt instead of replacing the first
             "config": dict(parameters),
             "dir": str(folder.path),
+            "reinit": "create_new",  # the caller of `deepcloze.finetune` may have an active run
         }
         self._settings: dict[str, Any] = {
             "init_timeout": _INIT_SECONDS,
@@ -139,7 +140,10 @@ class WandbTracker:
         if self._config.wandb == "online":
             try:
                 wandb.setup(settings)  # so that `login` is silent too
-                if not wandb.login(prompt=False):
+                if wandb.run is not None:  # of the caller; `login` returns False then
+                    if wandb.run.settings.mode != "online":
+                        raise RuntimeError("the active W&B run is not online")
+                elif not wandb.login(prompt=False):
                     raise RuntimeError("no API key; `wandb login` stores one")
                 run = wandb.init(mode="online", settings=settings, **self._options)
                 first_number = run.starting_step

@@ -11,6 +11,7 @@ import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,11 +79,14 @@ class FakeWandb:
         self.has_key = True
         self.silent = False
         self.starting_step = 0  # what the server says: after its last row
+        self.run: SimpleNamespace | None = None  # the active run of the caller
 
     def setup(self, settings: dict[str, Any]) -> None:
         self.silent = settings["silent"]
 
     def login(self, prompt: bool) -> bool:
+        if self.run is not None:
+            return False
         assert not prompt, "asking at a terminal would stop the run"
         assert self.silent, "it would write into the progress line"
         return self.has_key
@@ -264,6 +268,14 @@ def test_a_run_that_cannot_be_online_is_logged_offline(
     assert len(warnings(caplog)) == 1
 
 
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_a_caller_with_an_active_run(tmp_path: Path, fake: FakeWandb, mode: str) -> None:
+    """Catches a run that is logged offline, although the caller is logged in, and W&B that asks for a key."""
+    fake.run = SimpleNamespace(settings=SimpleNamespace(mode=mode))
+    tracker(tmp_path).close(Outcome.DONE)
+    assert [run.options["mode"] for run in fake.runs] == ["online" if mode == "online" else "offline"]
+
+
 def test_a_missing_package_warns_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -376,6 +388,38 @@ def test_offline_writes_into_the_run_folder(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*-id7/*.wandb"))
     assert last_step(tmp_path / "run" / "wandb", "id7") == 99 * 10_000
     assert last_step(tmp_path / "run" / "wandb", "other") == -1
+
+
+def test_the_run_of_the_caller_stays_active(tmp_path: Path) -> None:
+    """Catches a notebook whose own W&B run gets the rows of a fine-tuning, and is finished with it."""
+    code = """
+        import sys, wandb
+        from pathlib import Path
+        from experiment.run_files.outcome_file import Outcome
+        from experiment.run_files.run_folder import RunFolder
+        from experiment.tracking.config import TrackingConfig
+        from experiment.tracking.weights_and_biases import WandbTracker
+
+        folder = RunFolder(Path(sys.argv[1]))
+        with wandb.init(mode="offline", dir=sys.argv[2], id="mine") as mine:
+            tracker = WandbTracker(TrackingConfig(wandb="offline"), folder, "run", {}, finish_seconds=120)
+            tracker.log({"step": 3, "loss": 1.0})
+            tracker.close(Outcome.DONE)
+            assert wandb.run is mine
+            mine.log({"loss": 1.0})
+            wandb.log({"loss": 2.0})
+    """
+    for name in ("run", "mine"):
+        (tmp_path / name).mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "run"), str(tmp_path / "mine")],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[4])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [last_step(tmp_path / name / "wandb", name) for name in ("run", "mine")] == [30_000, 1]
 
 
 def test_an_unreachable_network_does_not_delay_a_run(tmp_path: Path) -> None:
