@@ -10,7 +10,7 @@ from typing import Any
 
 from experiment.formatting import UNKNOWN, csv_table, escape, markdown_table, show
 from experiment.results.charts import DotChart, DotCharts, Dots
-from experiment.results.page import Block, Heading, Table, Text
+from experiment.results.page import Block, Table, Text
 
 Comparison = Mapping[str, Mapping[str, Mapping[str, Any]]]
 Cells = list[list[str]]
@@ -104,13 +104,13 @@ def _dots(row: str, cell: Mapping[str, Any]) -> Dots:
     return Dots(row, [float(value) for value in cell["values"]], float(cell["mean"]), interval)
 
 
-def comparison_blocks(comparison: Comparison) -> list[Block]:
-    """Return a section of a report."""
-    blocks: list[Block] = [Heading("Comparison")]
+def comparison_blocks(comparison: Comparison, failed: Mapping[str, str]) -> list[Block]:
+    """Return charts and tables for a report. failed: name of a run -> how it failed."""
+    blocks: list[Block] = []
     if charts := score_charts(comparison):
         blocks += [Text(f"{INTERVALS}."), DotCharts("scores", charts)]
-    for title, (columns, *rows) in tables(comparison, {}).items():
-        blocks.append(Table(columns, rows, title, labels=3 if title == TESTS else 1))
+    for title, (columns, *rows) in tables(comparison, failed).items():
+        blocks.append(Table(columns, rows, title, labels={TESTS: 3, FAILED: 2}.get(title, 1)))
     return blocks
 
 

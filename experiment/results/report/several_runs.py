@@ -9,9 +9,9 @@ from typing import Any
 from experiment.config import flatten
 from experiment.errors import UserError
 from experiment.files import read_json
-from experiment.formatting import UNKNOWN, show
+from experiment.formatting import UNKNOWN, counted, show
 from experiment.results.charts import LOOKS, Charts, DotCharts, Line, Panel, Plot, charts_block, look, style
-from experiment.results.comparison import comparison_blocks
+from experiment.results.comparison import Comparison, comparison_blocks
 from experiment.results.main_score import main_score
 from experiment.results.page import Block, Cell, Heading, RunRow, Runs, Table, Text
 from experiment.results.report.run import OpenRuns, Run
@@ -22,7 +22,7 @@ from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, Run
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
-_PRETRAINING = "pretrain"  # folder of a row, beside the folders of its tasks
+_NOT_ENDED = ("", "started with other seeds")  # states in the record of a comparison
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
@@ -175,43 +175,54 @@ def _sweep_table(best_first: list[SweepResult], metric: str) -> Table:
 
 
 def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
-    """Return the tables of a comparison, from DIR/compare.json, and its runs by task; empty for another folder.
+    """Return the tables of a comparison, from DIR/compare.json, and the runs in DIR/runs.json, by task; empty for
+    another folder.
 
     Raises UserError for a damaged file.
     """
-    path = folder.path / "compare.json"
+    path, states = folder.path / "compare.json", _run_states(folder)
+    has_scores = path.is_file()
+    if not states and not has_scores:
+        return []
+    missing = [name for name, state in states.items() if state in _NOT_ENDED]
+    failed = {name: state for name, state in states.items() if state not in (*_NOT_ENDED, "done")}
     try:
-        comparison = read_json(path)
-        blocks, groups = comparison_blocks(comparison), _groups(folder, comparison)
-    except FileNotFoundError:  # not done
-        blocks = [Heading("Comparison"), Text("The scores are compared when all runs are done.")]
-        if not (groups := _planned(folder)):
-            return []
+        comparison = read_json(path) if has_scores else {}
+        scores, groups = comparison_blocks(comparison, failed), _groups(folder, states, comparison)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: expected scores by row and task") from None
+    blocks: list[Block] = [Heading("Comparison")]
+    if not has_scores:
+        blocks.append(Text("The scores are compared when all runs are done."))
+    elif missing:
+        not_done = f"{len(missing):,} of {counted(len(states), 'run')}"
+        blocks.append(Text(f"Not done: {not_done}. The scores are from the last time that all runs had ended."))
+    blocks += scores
     for title, runs in groups.items():
         if any(run.metrics.is_file() for run in runs.values()):
             blocks += [Heading(f"Training: {title}"), *overlay_blocks(open_runs(runs))]
     return blocks
 
 
-def _groups(folder: RunFolder, comparison: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, RunFolder]]:
-    """Group the runs whose curves belong together, by title: pretraining runs, and the runs of each task, by row."""
-    groups: dict[str, dict[str, RunFolder]] = {}
-    for row, cells in comparison.items():
-        for column, cell in cells.items():
-            groups.setdefault(column, {})[row] = RunFolder(folder.path / cell["folder"])
-            pretraining = RunFolder(folder.path / Path(cell["folder"]).parts[0] / _PRETRAINING)
-            if pretraining.metrics.is_file():
-                groups.setdefault(_PRETRAINING, {})[row] = pretraining
-    return groups
+def _run_states(folder: RunFolder) -> dict[str, str]:
+    """Return ROW/TASK or ROW/pretrain -> state of the run, "" if it has not ended; empty without a record."""
+    with suppress(OSError, ValueError, AttributeError):
+        return {name: run.get("state", "") for name, run in read_json(folder.path / COMPARISON_RECORD).items()}
+    return {}
 
 
-def _planned(folder: RunFolder) -> dict[str, dict[str, RunFolder]]:
-    """Like `_groups`, for an unfinished comparison, with all points of a grid."""
+def _groups(folder: RunFolder, states: Mapping[str, str], comparison: Comparison) -> dict[str, dict[str, RunFolder]]:
+    """Group the runs whose curves belong together, by title: pretraining runs, and the runs of each task, by row. Of a
+    grid, the chosen point if the cell is done, or else all points."""
+    cells = [(row, Path(cell["folder"])) for row, found in comparison.items() for cell in found.values()]
+    names, chosen = {path.parts[0]: row for row, path in cells}, {folder.path / path for _, path in cells}
     groups: dict[str, dict[str, RunFolder]] = {}
-    if (folder.path / COMPARISON_RECORD).is_file():
-        for path in planned_folders(folder.path):
-            points = {f"{path.parent.name}/{point.name}": RunFolder(point) for point in planned_folders(path)}
-            groups.setdefault(path.name, {}).update(points or {path.parent.name: RunFolder(path)})
+    for name, state in states.items():
+        path = folder.path / name
+        row = names.get(path.parent.name, path.parent.name)
+        points = planned_folders(path) or [path]
+        shown = [point for point in points if state == "done" and point in chosen] or points
+        for point in shown:
+            label = row if len(shown) == 1 else f"{row}/{point.name}"
+            groups.setdefault(path.name, {})[label] = RunFolder(point)
     return groups

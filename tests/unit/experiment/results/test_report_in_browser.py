@@ -194,6 +194,7 @@ def test_a_comparison(driver: Any, tmp_path: Path, width: int) -> None:
         run = {"metric": "f1", "split": "test", "collapsed": 0, "folder": f"{row}/toy", "chosen": {}, "against": {}}
         cells[row] = {"toy": {**scores, **run}}
     (tmp_path / "compare.json").write_text(json.dumps(cells))
+    (tmp_path / "runs.json").write_text(json.dumps({f"{row}/toy": {"state": "done"} for row in cells}))
     view = View(driver, write_report(tmp_path), width, scheme="dark")
     assert view.texts(".series") == list(cells)
     assert view.run("return document.querySelectorAll('.plot path.line').length") == 4

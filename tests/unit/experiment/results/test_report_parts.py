@@ -1,6 +1,7 @@
 """Marks, headline and overlays of reports."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.results.charts import Charts
 from experiment.results.history import History
-from experiment.results.page import Table
+from experiment.results.page import Heading, Table, Text
 from experiment.results.report import write_overlay, write_report
 from experiment.results.report.run import open_run, open_runs
 from experiment.results.report.run_facts import scaled, task_headline, training_headline
@@ -29,6 +30,7 @@ from experiment.results.report.tasks import worst_rows
 from experiment.results.report.training import read_marks, training_blocks
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
+from launcher.run_sets.run_set import PlannedRun, RunSet
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +232,7 @@ def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
     file."""
     for name in ("a/sst2", "b/sst2", "b/pretrain"):
         open_run_folder(tmp_path / name).metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    write_json(tmp_path / "runs.json", {name: {"state": "done"} for name in ("a/sst2", "b/pretrain", "b/sst2")})
     cell = {"metric": "accuracy", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0}
     cells = {row: {"sst2": {**cell, "folder": f"{row}/sst2", "chosen": {}, "against": {}}} for row in ("a", "b")}
     write_json(tmp_path / "compare.json", cells)
@@ -248,6 +251,59 @@ def test_the_curves_of_a_comparison(tmp_path: Path) -> None:
         write_json(tmp_path / "compare.json", {"a": {"sst2": {**cells["a"]["sst2"], **damage}}})
         with pytest.raises(UserError, match=r"compare\.json is damaged"):
             compare_blocks(RunFolder(tmp_path), open_runs)
+
+
+CELL = {"metric": "f1", "split": "test", "values": [0.5], "mean": 0.5, "std": None, "collapsed": 0, "against": {}}
+
+
+def comparison_page(folder: Path) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """The texts, the tables' rows and the labels of the curves of each chart."""
+    blocks = compare_blocks(RunFolder(folder), open_runs)
+    charts = [chart for block in blocks if isinstance(block, Charts) for chart in data_of(block)["charts"]]
+    return (
+        [block.text for block in blocks if isinstance(block, Heading | Text)],
+        [list(row) for block in blocks if isinstance(block, Table) for row in block.rows],
+        [[line["label"] for line in chart["lines"]] for chart in charts],
+    )
+
+
+def test_a_comparison_that_was_extended(tmp_path: Path) -> None:
+    """Catches rows, tasks and seeds that are missing from the page until all runs are done, failures that it never
+    names, and scores of an earlier start without a note."""
+    for name in ("a-1/sst2", "b/sst2", "c/sst2", "c/cola"):
+        open_run_folder(tmp_path / name).metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    done, failed = {"config": {"training.seeds": "1"}, "state": "done"}, {"config": {}, "state": "failed (exit code 1)"}
+    write_json(tmp_path / "compare.json", {"a + 1": {"sst2": {**CELL, "folder": "a-1/sst2", "chosen": {}}}, "b": {}})
+    write_json(tmp_path / "runs.json", {"a-1/sst2": done, "b/sst2": failed})
+    texts, rows, curves = comparison_page(tmp_path)
+    assert "Not done" not in str(texts)
+    assert ["b/sst2", "failed (exit code 1)"] in rows
+    assert curves == [["a + 1", "b"]]
+    planned = ("a-1/sst2", "c/sst2", "c/cola")
+    runs = tuple(PlannedRun(name, (), {"training.seeds": "1,2" if name == "a-1/sst2" else "1"}) for name in planned)
+    with suppress(SystemExit), RunSet("compare", RunFolder(tmp_path), "run.dir", "runs.json", runs).opened():
+        texts, rows, curves = comparison_page(tmp_path)
+    assert "Not done: 3 of 4 runs. The scores are from the last time that all runs had ended." in texts
+    assert [text for text in texts if text.startswith("Training")] == ["Training: sst2", "Training: cola"]
+    assert curves == [["a + 1", "b", "c"], ["c"]]
+    (tmp_path / "compare.json").unlink()
+    texts, rows, curves = comparison_page(tmp_path)
+    assert ["b/sst2", "failed (exit code 1)"] in rows
+
+
+def test_the_runs_of_a_cell_are_in_one_chart(tmp_path: Path) -> None:
+    """Catches charts that are repeated for each test split of a task, and points of a grid that were not chosen."""
+    for point in ("lr=1", "lr=2"):
+        open_run_folder(tmp_path / "a/meld" / point).metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    write_json(tmp_path / "a/meld/sweep.json", {"metric": "f1", "runs": {"lr=1": {}, "lr=2": {}}})
+    write_json(tmp_path / "runs.json", {"a/meld": {"state": "done"}})
+    columns = {f"meld {split}": {**CELL, "split": split, "folder": "a/meld/lr=2", "chosen": {}} for split in "xy"}
+    write_json(tmp_path / "compare.json", {"a": columns})
+    texts, _, curves = comparison_page(tmp_path)
+    assert [text for text in texts if text.startswith("Training")] == ["Training: meld"]
+    assert curves == [["a"]]
+    write_json(tmp_path / "runs.json", {"a/meld": {}})
+    assert comparison_page(tmp_path)[2] == [["a/lr=1", "a/lr=2"]]
 
 
 def test_seeds_are_curves_of_their_own(tmp_path: Path) -> None:
