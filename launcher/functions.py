@@ -117,8 +117,10 @@ def pretrain(
     with _as_a_command(quiet), _config_file(config, PretrainConfig, overrides) as file:
         flags |= {"config": file, "overrides": _as_text(overrides), "num_gpus": num_gpus, "hostfile": hostfile}
         options = _options(PretrainOptions, "pretrain", flags)
+        # Before the launch: the file may be edited, or the working directory changed, while the run trains.
+        folder = Path(load_config(PretrainConfig, options.config, options.overrides).run.dir).absolute()
         launch_pretraining(options)
-        return Path(load_config(PretrainConfig, options.config, options.overrides).run.dir)
+        return folder
 
 
 def evaluate(checkpoint: str | Path, corpora: Sequence[str | Path]) -> dict[str, "Scores"]:

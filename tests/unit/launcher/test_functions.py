@@ -21,6 +21,7 @@ import deepcloze
 from deepcloze import UserError
 from experiment import progress
 from experiment.config import load_config
+from experiment.config.yaml_dialect import write_yaml
 from experiment.csv_and_jsonl import warn_once
 from experiment.errors import is_quiet
 from experiment.process import own_process
@@ -260,6 +261,21 @@ def test_a_quiet_call_ends_with_its_function(monkeypatch: pytest.MonkeyPatch) ->
         deepcloze.pretrain(RUN, quiet=True)
         assert is_quiet()
     assert (names, modes) == (["other.yaml", "other.yaml", "mine.yaml"], [True, False, True])
+
+
+def test_the_run_folder_is_of_the_config_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the folder of another run, or an error after weeks of training, because the file was edited meanwhile,
+    and a path that is wrong after a change of the working directory."""
+    file = tmp_path / "my-run.yaml"
+
+    def launch(_: PretrainOptions) -> None:
+        file.write_text("run: {dir: runs/next")
+        os.chdir("/")
+
+    monkeypatch.setattr("launcher.launch.launch_pretraining", launch)
+    monkeypatch.chdir(tmp_path)
+    file.write_text(write_yaml(RUN))
+    assert deepcloze.pretrain(file) == tmp_path / "runs" / "mine"
 
 
 def test_each_call_warns_about_data(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
