@@ -23,13 +23,15 @@ class SweepResult:
     values: Mapping[str, str]  # dotted config key -> raw text; the same keys in all runs of a sweep
     state: str  # "done", or how it failed
     value: float | None  # of the metric; None if the run has none
-    collapsed: str = ""  # "2 of 3 seeds collapsed", if seeds of a fine-tuning run have
+    collapsed: int | None = None  # seeds of a fine-tuning run
+    seeds: int = 0
 
     def shown(self) -> str:
         """Return the value for a table, with the share of collapsed seeds."""
         if self.value is None:
             return UNKNOWN if self.state == "done" else self.state
-        return f"{self.value:.4f} ({self.collapsed})" if self.collapsed else f"{self.value:.4f}"
+        collapsed = f" ({self.collapsed} of {self.seeds} seeds collapsed)" if self.collapsed else ""
+        return f"{self.value:.4f}{collapsed}"
 
 
 def read_metric(folder: RunFolder, metric: str) -> float | None:
@@ -61,21 +63,20 @@ def read_results(folder: RunFolder, runs: Mapping[str, Mapping[str, Any]]) -> li
             dict(run["values"]),
             str(run.get("state", "not done")),
             run.get("value"),
-            _describe_collapsed(RunFolder(folder.path / name)),
+            *_count_collapsed(RunFolder(folder.path / name)),
         )
         for name, run in runs.items()
         if "values" in run
     ]
 
 
-def _describe_collapsed(folder: RunFolder) -> str:
-    """Return how many seeds of a fine-tuning run have collapsed on validation, as in `SweepResult`."""
+def _count_collapsed(folder: RunFolder) -> tuple[int | None, int]:
+    """Return how many seeds of a fine-tuning run have collapsed on validation, and how many it has."""
     try:
         results = read_json(folder.results)
-        collapsed, seeds = count_collapsed(results, "validation"), len(results["seeds"])
+        return count_collapsed(results, "validation"), len(results["seeds"])
     except (OSError, ValueError, KeyError, TypeError):  # pretraining, not done, or damaged, which `read_metric` reports
-        return ""
-    return f"{collapsed} of {seeds} seeds collapsed" if collapsed else ""
+        return None, 0
 
 
 def metric_title(metric: str, config: Mapping[str, object]) -> str:
@@ -109,8 +110,8 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
     """
     best_first = sort_results(results, lower_is_better)
     keys = list(best_first[0].values)
-    rows = [[*result.values.values(), result.value, result.state, result.name] for result in best_first]
-    write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder"], *rows]))
+    rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed] for run in best_first]
+    write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder", "collapsed"], *rows]))
     _print_table(best_first, keys, metric)
     charts = score_charts(best_first, metric)
     if charts:

@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 from pathlib import Path
@@ -5,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from experiment.errors import UserError
-from experiment.results.sweep_summary import SweepResult, read_metric, read_results, score_charts, sort_results
+from experiment.results.sweep_summary import (
+    SweepResult,
+    read_metric,
+    read_results,
+    score_charts,
+    sort_results,
+    write_summary,
+)
 from experiment.run_files.run_folder import RunFolder
 
 
@@ -79,3 +87,16 @@ def test_collapsed_seeds_are_marked(tmp_path: Path, content: str | None, shown: 
         folder.results.write_text(content)
     (result,) = read_results(RunFolder(tmp_path), {"lr=1": {"values": {"lr": "1"}, "state": "done", "value": 0.5}})
     assert result.shown() == shown
+
+
+def test_collapsed_seeds_are_counted_in_the_csv(tmp_path: Path) -> None:
+    """Catches scripts that choose a point whose seeds predict one label, and a 0 for pretraining, which has no such
+    seeds."""
+    runs = {f"lr={lr}": {"values": {"lr": str(lr)}, "state": "done", "value": 1.0 / lr} for lr in (1, 2, 3)}
+    for lr, collapsed in ((1, {"7": ["validation"]}), (2, {})):
+        folder = RunFolder(tmp_path / f"lr={lr}")
+        folder.path.mkdir()
+        folder.results.write_text(json.dumps({"collapsed": collapsed, "seeds": [7, 8, 9]}))
+    write_summary(read_results(RunFolder(tmp_path), runs), tmp_path, "f1", lower_is_better=False)
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [(row["lr"], row["collapsed"]) for row in csv.DictReader(file)] == [("1", "1"), ("2", "0"), ("3", "")]
