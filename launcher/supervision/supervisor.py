@@ -167,12 +167,14 @@ class _Supervisor:
         if not self._stop.abandoned:
             record.end(result)
             record_end(self._folder, record.start_time)
-        has_saved = self._has_saved_since(saved)
+        now_saved = completed_saves(self._folder.checkpoints)
+        has_saved = saved is not None and now_saved is not None and not now_saved <= saved
         return Attempt(result, time.monotonic(), has_saved, joins_hosts, self._leave_out(layout, result, has_saved))
 
     def _leave_out(self, layout: Layout, result: LaunchResult, has_saved: bool) -> set[str]:
         """Count an attempt that has failed before a checkpoint was saved against the hosts that have rejoined: the run
-        was fine without them. Returns those to leave out; none if there are no others."""
+        was fine without them. If all of several have rejoined, one is tried alone. Returns those to leave out; none if
+        there are no others."""
         hosts = layout.slots.keys() & self._failures.keys()
         if has_saved:
             for host in hosts:
@@ -180,8 +182,12 @@ class _Supervisor:
             return set()
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return set()
+        if layout.slots.keys() <= result.lost:  # an outage is no fault of a host
+            return set()
         if result.lost:
             hosts &= result.lost
+        if len(hosts) > 1 and hosts == layout.slots.keys():
+            hosts.remove(min(layout.slots, key=self._failures.__getitem__))
         for host in hosts:
             self._failures[host] += 1
         return hosts if hosts < layout.slots.keys() else set()
@@ -190,20 +196,20 @@ class _Supervisor:
         """Leave out hosts with which the run has failed since they rejoined. Take one of them back after a checkpoint,
         or if there are no others: with several, a failure would not say which of them does not work."""
         before = layout.slots.keys() - last.left_out
+        if all(map(self._failures.get, before)):  # one that has failed alone
+            before = set()
         doubted = [host for host in usable if self._failures.get(host) and host not in before]
         others = usable.keys() - doubted
         if doubted and (not others or (last.joins_hosts and others <= before)):
-            doubted.remove(min(doubted, key=self._failures.__getitem__))
+            doubted.remove(min(doubted, key=lambda host: (self._failures[host], host in layout.slots)))
         return {host: slots for host, slots in usable.items() if host not in doubted}
 
     def _given_up(self) -> dict[str, str]:
-        """Return the hosts that have failed too often to be taken back, and why."""
+        """Return the hosts that have failed too often to be taken back, and why. Never all hosts: the limit of restarts
+        ends a run that fails with each of them."""
         reason = f"given up after {_MAX_FAILURES} failures (restart the command to use it)"
-        return {host: reason for host, failures in self._failures.items() if failures >= _MAX_FAILURES}
-
-    def _has_saved_since(self, before: set[tuple[int, int]] | None) -> bool:
-        now = completed_saves(self._folder.checkpoints)
-        return before is not None and now is not None and not now <= before
+        best = min(self._launch.slots, key=lambda host: self._failures.get(host, 0))
+        return {host: reason for host, count in self._failures.items() if count >= _MAX_FAILURES and host != best}
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:
         """Return the result, and whether the attempt was ended to take hosts back."""
@@ -238,8 +244,6 @@ class _Supervisor:
         if not (trusted or self._launch.local):
             self._stop.wait(_RELEASE_SECONDS)  # else preflight finds busy GPUs
         start, waiting, alerted = time.monotonic(), "", False
-        if self._launch.slots.keys() == self._given_up().keys():
-            return {}
         for seconds in look_intervals():
             if self._stop_requested():
                 break
