@@ -43,11 +43,19 @@ class StopSignals:
             return message
         return message.replace(f"found {self._file}", f"the launcher got {self._signal_name}")
 
+    def is_asked_for(self) -> bool:
+        """Return whether a signal or a STOP file asks to stop. If the run folder cannot be read, only signals count."""
+        with suppress(OSError):
+            list(self._file.parent.iterdir())  # else a network file system may remember that there was none
+            if self._file.exists():
+                return True
+        return self.requested
+
     def wait(self, seconds: float) -> None:
-        """Wait, but not after a request."""
+        """Wait, but not after a signal or with a STOP file."""
         deadline = time.monotonic() + seconds
-        while not self.requested and time.monotonic() < deadline:
-            time.sleep(0.1)
+        while not self.is_asked_for() and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(_POLL_SECONDS, left))
 
     @contextmanager
     def killing(self, kill: Callable[[], None]) -> Iterator[None]:

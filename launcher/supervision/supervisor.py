@@ -121,16 +121,16 @@ class _Supervisor:
             match decide(self._attempts, self._launch.max_restarts, can_halve):
                 case End(advice):
                     result = attempt.result
-                    if advice and not self._stop_requested():
+                    if advice and not self._stop.is_asked_for():
                         result = replace(result, message=f"{result.message}\n{advice}")
                     self._alerts.report(result)
                     return result
                 case Restart() as restart:
-                    if not self._stop_requested():
+                    if not self._stop.is_asked_for():
                         self._announce(layout, attempt, restart)
                         self._stop.wait(restart.wait_seconds)
                     slots = self._choose(self._await_slots(_trusted(layout, attempt.result)), layout, attempt)
-                    if self._stop_requested():
+                    if self._stop.is_asked_for():
                         return _as_stop(attempt.result)
                     if not slots:
                         result = self._no_host()
@@ -139,14 +139,6 @@ class _Supervisor:
                     if not slots.keys().isdisjoint(layout.slots):  # else there is nothing to rejoin
                         self._failures = dict.fromkeys(slots.keys() - layout.slots.keys(), 0) | self._failures
                     layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
-
-    def _stop_requested(self) -> bool:
-        """Return whether a signal or a STOP file asks to stop. If the run folder cannot be read, only signals count."""
-        with suppress(OSError):
-            list(self._folder.path.iterdir())  # else a network file system may remember that there was none
-            if self._folder.stop.exists():
-                return True
-        return self._stop.requested
 
     def _attempt(self, layout: Layout) -> Attempt:
         """Raises an error that prevents the first attempt from starting. Later disk errors count as a failed attempt,
@@ -213,7 +205,7 @@ class _Supervisor:
 
     def _run_or_stop(self, layout: Layout, record: AttemptRecord) -> tuple[LaunchResult, bool]:
         """Return the result, and whether the attempt was ended to take hosts back."""
-        if self._stop_requested():
+        if self._stop.is_asked_for():
             message = f"found {self._folder.stop}; run the same command again to resume"
             return LaunchResult(Outcome.STOPPED, message), False
         own_stop = _OwnStopFile(self._folder.stop)
@@ -245,7 +237,7 @@ class _Supervisor:
             self._stop.wait(_RELEASE_SECONDS)  # else preflight finds busy GPUs
         start, waiting, alerted = time.monotonic(), "", False
         for seconds in look_intervals():
-            if self._stop_requested():
+            if self._stop.is_asked_for():
                 break
             slots, waited = self._usable_slots(trusted), time.monotonic() - start
             if slots or waited > _OUTAGE_HOURS * 3600:

@@ -24,6 +24,7 @@ from launcher.supervision import attempt as attempt_module
 from launcher.supervision import launch_result, restarts
 from launcher.supervision.attempt import Launch
 from launcher.supervision.launch_result import LaunchResult
+from launcher.supervision.stop_signals import StopSignals
 from launcher.supervision.supervisor import remove_earlier_output, supervise
 from runs import sampled, soak
 from small_disk import SmallDisk
@@ -319,6 +320,20 @@ def test_a_stop_between_restarts_ends_the_launch(
     assert len(launches(folder)) == 1
     assert result.outcome is Outcome.STOPPED
     assert result.message.startswith("lost a rank\nstopped")
+
+
+def test_a_stop_file_ends_a_wait(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a STOP file that is noticed minutes later, at the next look at hosts that do not answer."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert len(slept) < 3
+        folder.stop.touch()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    StopSignals(folder).wait(3600.0)
+    assert sum(slept) <= 1.0
 
 
 @pytest.mark.parametrize(("begun", "outcome"), [(False, Outcome.STOPPED), (True, Outcome.FAILED)])
