@@ -222,7 +222,7 @@ class _Supervisor:
         when = f" in {restart.wait_seconds:.0f} s" if restart.wait_seconds else ""
         given_up = self._given_up()
         left_out = [
-            f"{host} {'from now on' if host in given_up else 'until the next checkpoint'}"
+            f"{host} {'from now on' if host in given_up else 'until the next checkpoint if others work'}"
             for host in layout.slots
             if host in given_up or host in attempt.left_out
         ]
