@@ -109,6 +109,7 @@ class _Supervisor:
         self._alerts = alerts
         self._attempts: list[Attempt] = []
         self._unusable: dict[str, str] = {}  # host -> why, as printed at the last look
+        self._halvings: dict[int, int] = {}  # ranks -> how often the microbatch was halved, which fewer ranks need too
         self._failures: dict[str, int] = {}  # host that has rejoined -> failures since; until a checkpoint with it
 
     def run(self) -> LaunchResult:
@@ -138,7 +139,11 @@ class _Supervisor:
                         return result
                     if not slots.keys().isdisjoint(layout.slots):  # else there is nothing to rejoin
                         self._failures = dict.fromkeys(slots.keys() - layout.slots.keys(), 0) | self._failures
-                    layout = Layout(slots, layout.microbatch_halvings + restart.halve_microbatch, restarted=True)
+                    if restart.halve_microbatch:
+                        self._halvings[layout.ranks] = layout.microbatch_halvings + 1
+                    ranks = sum(map(len, slots.values()))
+                    halvings = max((count for most, count in self._halvings.items() if most >= ranks), default=0)
+                    layout = Layout(slots, halvings, restarted=True)
 
     def _attempt(self, layout: Layout) -> Attempt:
         """Raises an error that prevents the first attempt from starting. Later disk errors count as a failed attempt,
@@ -176,6 +181,8 @@ class _Supervisor:
             return set()
         if layout.slots.keys() <= result.lost:  # an outage is no fault of a host
             return set()
+        if result.cause is Cause.OUT_OF_MEMORY and layout.microbatch_halvings < max(self._halvings.values(), default=0):
+            return set()  # nor is the larger microbatch
         if result.lost:
             hosts &= result.lost
         if len(hosts) > 1 and hosts == layout.slots.keys():

@@ -118,10 +118,11 @@ def supervise_endings(
     *endings: Ending,
     look_seconds: float = 0.0,
     watched: list[Collection[str]] | None = None,
+    halvings: list[int] | None = None,
     **settings: Any,
 ) -> tuple[LaunchResult, list[str]]:
     """Supervise attempts that end like this. Returns the result, and the numbers of the hosts of each attempt.
-    `watched` gets the missing hosts that each attempt looks for."""
+    `watched` gets the missing hosts that each attempt looks for, `halvings` those of its microbatch."""
     remaining, hosts, on_return = iter(endings), list[str](), list[Callable[[], object]]()
 
     @contextmanager
@@ -137,6 +138,8 @@ def supervise_endings(
     def end(_: object, layout: Layout, *__: object) -> LaunchResult:
         hosts.append("".join(host.removeprefix("node-") for host in layout.slots))
         ending = next(remaining)
+        if halvings is not None:
+            halvings.append(layout.microbatch_halvings)
         if ending.saves:
             checkpoint = folder.checkpoints / f"step-{len(hosts):08d}"
             checkpoint.mkdir(parents=True)
@@ -350,6 +353,18 @@ def test_a_lone_host_that_reboots_is_not_given_up(folder: RunFolder, monkeypatch
     endings = [LOST, JOINS, replace(lost_2, lost="node-1"), *[lost_2] * 4, DONE]
     result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=20)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", *["2"] * 5])
+
+
+def test_the_microbatch_grows_again_when_a_host_rejoins(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that keeps half the microbatch for weeks, because memory ran out while a host was away, one that
+    runs out of memory at each return of a host, and a host that is left out for that."""
+    full, halvings = Ending(Outcome.FAILED, Cause.OUT_OF_MEMORY), list[int]()
+    monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "node-2", "", "", "node-2"))
+    endings = [LOST, full, JOINS, full, LOST, JOINS, DONE]
+    settings = {"halvings": halvings, "max_restarts": 9, "max_halvings": 3}
+    result, hosts = supervise_endings(folder, monkeypatch, *endings, **settings)
+    assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "1", "12", "12", "1", "12"])
+    assert halvings == [0, 0, 1, 0, 1, 1, 1]
 
 
 def test_a_lost_host_must_reach_those_that_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
