@@ -25,7 +25,7 @@ from finetune.scores.significance import Scores, bootstrap_scores, compare_score
 from finetune.splits import related_records
 from launcher.report import print_report
 from launcher.run_sets.compare_plan import ComparePlan
-from launcher.run_sets.run_set import DONE, PlannedRun
+from launcher.run_sets.run_set import DONE, PlannedRun, has_planned_seeds
 
 RESAMPLES = 1000
 
@@ -73,11 +73,12 @@ def run_comparison(plan: ComparePlan) -> None:
 
 
 def _cells_of(plan: ComparePlan, task: str, run: PlannedRun, state: str) -> list[CellScores]:
-    """Return the scores of a cell, see `_read_cell`. Of a failed sweep, the best of its other runs, if any."""
+    """Return the scores of a cell, see `_read_cell`. Of a failed sweep, the best of its other runs, if any, unless it
+    failed before it replaced the record of earlier seeds."""
     folder = plan.runs.run_folder(run)
     if state == DONE:
         return _read_cell(task, folder, plan.grid)
-    if plan.grid:
+    if plan.grid and has_planned_seeds(run, folder):
         with suppress(UserError):
             return _read_cell(task, folder, grid=True)
     return []

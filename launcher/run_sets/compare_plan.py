@@ -169,7 +169,7 @@ def _plan_cells(
             pinned = {**pinned, **_pooling(task.file, {**now, **pinned}, parent / name, config.grid)}
         checked = _check_cell(task.file, {**now, **pinned}, parent / name, config.grid)
         argv = _cell_argv(task.file, {**then, **pinned}, parent / name, config.grid)
-        all_keys = {**checked, **task.data, **origin, **then}
+        all_keys = {**checked, **task.data, **origin, "model.init_from": then["model.init_from"]}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
     return cells
 

@@ -25,7 +25,7 @@ from experiment.models.model_names import record_model
 from experiment.process.own_process import module_command, own_environment
 from experiment.process.signals import handle_stop_signals
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
-from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
 from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
 from pretrain.config import CHANGE_ROUNDING_ONLY as PRETRAINING_ROUNDING_ONLY
@@ -38,7 +38,6 @@ DONE = "done"
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
 
 _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
-_OTHER_SEEDS = "started with other seeds"
 _IRRELEVANT = (  # beginnings of keys
     *PRETRAINING_ROUNDING_ONLY,
     *(f"pretrain.{key}" for key in ("run.dir", "run.log_every", *PRETRAINING_ROUNDING_ONLY)),
@@ -122,7 +121,7 @@ class RunSet:
             if run.pretraining is not None and records[run.pretraining].get("state") != DONE:
                 record["state"] = "not run: its pretraining failed"
             else:
-                record["state"] = self._finish(run, f"[{number}/{len(self.runs)}] {run.name}", record.get("state"))
+                record["state"] = self._finish(run, f"[{number}/{len(self.runs)}] {run.name}")
             if measure is not None:
                 record["value"] = None
                 if record["state"] == DONE:
@@ -138,10 +137,10 @@ class RunSet:
         content = records if self.header is None else {**self.header, "runs": records, **more}
         write_json(self.folder.path / self.record, content)
 
-    def _finish(self, run: PlannedRun, label: str, state: str | None) -> str:
+    def _finish(self, run: PlannedRun, label: str) -> str:
         child = ChildRun(self.command, label, self.run_folder(run), run.argv)
         wait_for_other_process(child)
-        if _is_finished(child.folder, state):
+        if _is_finished(run, child.folder):
             inform(f"{self.command}: {label}: already finished")
             return DONE
         inform(f"{self.command}: {label}: running")
@@ -195,8 +194,9 @@ class RunSet:
                     f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
                     f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"
                 )
-            same = before.get(_SEEDS) == run.config.get(_SEEDS)
-            records[run.name] = {**(record if same else RunRecord(config={}, state=_OTHER_SEEDS)), "config": run.config}
+            if before.get(_SEEDS) != run.config.get(_SEEDS):
+                record = new
+            records[run.name] = {**record, "config": run.config}
             if run.values:
                 records[run.name]["values"] = run.values
         planned = {run.name for run in self.runs}
@@ -262,13 +262,24 @@ def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:
     return [text for text in texts if text.startswith(PREFIX)]
 
 
-def _is_finished(folder: RunFolder, state: str | None) -> bool:
+def _is_finished(run: PlannedRun, folder: RunFolder) -> bool:
     """Return whether a run is done, also if the command was killed before it could note that.
 
-    state: in the record. A fine-tuning run that has other seeds now may have results of fewer seeds.
+    The folder of a fine-tuning run that has more seeds now may still report the end of the run with fewer.
     """
     outcome = read_outcome(folder)
-    return state != _OTHER_SEEDS and outcome is not None and outcome.outcome is Outcome.DONE
+    return outcome is not None and outcome.outcome is Outcome.DONE and has_planned_seeds(run, folder)
+
+
+def has_planned_seeds(run: PlannedRun, folder: RunFolder) -> bool:
+    """Return whether the results of a fine-tuning run, or of a sweep of them, are of the seeds that it has now.
+
+    True for a pretraining run, and if the results are missing or damaged, which is reported where they are read.
+    """
+    found = [config.get(_SEEDS) for config in recorded_configs(folder.path / SWEEP_RECORD).values()]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found.append(read_json(folder.results)["seeds"])
+    return all(seeds == run.config.get(_SEEDS) for seeds in found)
 
 
 @contextmanager

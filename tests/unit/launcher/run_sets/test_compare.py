@@ -23,7 +23,7 @@ from hub_server import HubServer
 from launcher.cli import main
 from launcher.run_sets import compare, run_set
 from launcher.run_sets.compare import CellScores
-from launcher.run_sets.run_set import DONE, ChildRun
+from launcher.run_sets.run_set import DONE, REJECTED, ChildRun
 
 LOW, HIGH = "ba de fi go lu mar", "pol rin sta ter ud ven"
 
@@ -273,6 +273,29 @@ def test_more_seeds_are_added(
     assert after["values"][:1] == before["values"]
     assert len(after["values"]) == 2
     assert before["std"] is None
+
+
+@pytest.mark.parametrize("grid", [None, "training.lr=1e-2"])
+def test_seeds_that_were_added_and_rejected_are_trained_by_the_next_start(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    grid: str | None,
+) -> None:
+    """Catches a cell that counts as finished with its earlier seeds, and a sweep that failed whose earlier best is in
+    the table."""
+    keys = {"rows": {"ours": {"init_from": str(encoder)}}, "grid": grid}
+    assert main(["compare", str(write_files(**keys, seeds=[1]))]) == 0
+    file = str(write_files(**keys, seeds=[1, 2]))
+    with monkeypatch.context() as patch:
+        patch.setattr(run_set, "start", lambda _: REJECTED)
+        with pytest.raises(SystemExit, match="1 of 1 runs failed: ours/toy"):
+            main(["compare", file])
+    assert read_tables(tmp_path / "compare")["ours"] == {}
+    assert main(["compare", file]) == 0
+    assert len(read_tables(tmp_path / "compare")["ours"]["toy"]["values"]) == 2
 
 
 def test_cells_of_another_config_are_not_mixed_in(

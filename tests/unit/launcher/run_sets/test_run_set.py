@@ -68,12 +68,17 @@ def test_a_fine_tuning_that_has_finished_is_not_started_again(tmp_path: Path, st
     record = {"config": config} if state is None else {"config": config, "state": state}
     write_json(tmp_path / "sweep.json", {"runs": {"a": record}})
     run = open_run_folder(tmp_path / "a")
+    write_json(run.results, {"seeds": [1]})
     write_outcome(run, Outcome.DONE)
     assert not finish(tmp_path, config)
     more = {"training.seeds": [1, 2]}
     assert finish(tmp_path, more)
+    assert finish(tmp_path, more), "it was rejected or killed before it has replaced its outcome"
     run.outcome.unlink()  # as a fine-tuning run does when it starts
     assert finish(tmp_path, more), "it was killed"
+    write_json(run.results, {"seeds": [1, 2]})
+    write_outcome(run, Outcome.DONE)
+    assert not finish(tmp_path, more)
 
 
 def test_a_pretraining_that_was_resumed_and_stopped_is_not_done(tmp_path: Path) -> None:
