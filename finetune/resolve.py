@@ -22,10 +22,10 @@ from finetune.data_report import data_warnings, describe_example, print_lengths,
 from finetune.device import Device, choose_device
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.evaluation_texts import contamination_warnings
-from finetune.model import ModelSpec, build_model, describe_model, model_files, pooling_of_head
+from finetune.model import BuiltModel, ModelSpec, build_model, describe_model, model_files, pooling_of_head
 from finetune.prediction.inference import adapt_to_model
-from finetune.splits import Task, describe_task, make_kind, make_task, read_splits
-from finetune.task_kind import TaskKind
+from finetune.splits import Task, describe_task, load_inputs, make_kind, make_task, read_splits
+from finetune.task_kind import TaskKind, find_kind
 from finetune.training.updater import total_steps
 
 OF_DATA_AND_MODEL = ("data.", "encoder.", "task.", "model.", "training.precision")
@@ -92,9 +92,7 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     ):
         print_warning(f"{name}: {warning}")
     task = make_task(kind, tables, model, length, training)
-    built = build_model(model)
-    if model.pretrained and built.new and not task.is_trained:
-        raise UserError(f"{model.folder}: its weights lack {', '.join(built.new[:3])}, and the task is not trained")
+    built = _build(model, kind)
     task, device, changes = adapt_to_model(built.model, task, device, length)
     for line in (*describe_task(task), *describe_model(built, model, uses_head), *changes):
         terminal().print(f"{name}: {line}")
@@ -127,14 +125,42 @@ def check_data(config: FinetuneConfig) -> None:
     make_task(kind, tables, model, config.model.max_seq_length, config.training)
 
 
+def check_model(config: FinetuneConfig, models: set[str] | None) -> Device:
+    """Check what a config needs beside its data, and return the device. Raises UserError.
+
+    models: those that the command has loaded already; this one is added. None: the model does not exist yet.
+    """
+    check_tracking(config.tracking)
+    device = choose_device(config.training.precision)
+    kind = find_kind(config.task.kind)(config.task, config.task.labels or ())
+    key = repr((config.model, kind.auto_model, config.task.dialogue))
+    if models is not None and key not in models:
+        model = _model_of(config, kind)
+        load_inputs(config.task, model, config.model.max_seq_length)
+        if model.pretrained:
+            _build(model, kind)
+        models.add(key)
+    return device
+
+
 def _read_data(config: FinetuneConfig) -> tuple[Mapping[str, Table], TaskKind[Any], ModelSpec]:
     """Return the rows of each split, the kind of the task with its labels, and the model with a head for them."""
-    folder = local_model(config.model.init_from)
-    tables = read_splits(config.task, folder, config.training.fit_on)
+    tables = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)
     kind = make_kind(config.task, tables)
-    pretrained = config.model.weights == "pretrained"
+    return tables, kind, _model_of(config, kind)
+
+
+def _model_of(config: FinetuneConfig, kind: TaskKind[Any]) -> ModelSpec:
+    folder, pretrained = local_model(config.model.init_from), config.model.weights == "pretrained"
     head = {**kind.head, **pooling_of_head(folder, kind.auto_model, config.model.pooling)}
-    return tables, kind, ModelSpec(folder, pretrained, kind.auto_model, head, config.model.freeze)
+    return ModelSpec(folder, pretrained, kind.auto_model, head, config.model.freeze)
+
+
+def _build(model: ModelSpec, kind: TaskKind[Any]) -> BuiltModel:
+    built = build_model(model)
+    if model.pretrained and built.new and not kind.config.is_trained:
+        raise UserError(f"{model.folder}: its weights lack {', '.join(built.new[:3])}, and the task is not trained")
+    return built
 
 
 def config_settings(config: FinetuneConfig) -> dict[str, Any]:

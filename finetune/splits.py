@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from experiment.progress import track
@@ -17,7 +18,7 @@ from finetune.data.records import Record, Table, has_minus_one, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
 from finetune.encoding.examples import Padding, Split
-from finetune.model import ModelSpec, read_model_inputs
+from finetune.model import ModelInputs, ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions, TaskKind, find_kind
 
 
@@ -104,17 +105,11 @@ def make_task(
 ) -> Task:
     """Encode the splits. length: tokens of a sequence, at most.
 
-    Raises UserError for an invalid target, and for sequences longer than the model's positions.
+    Raises UserError for an invalid target, and as `load_inputs` does.
     """
     if training.label_smoothing and not kind.smooths_labels:
         raise UserError(f"training.label_smoothing: tasks of kind '{kind.config.kind}' have no use for it; set it to 0")
-    tokenizer = load_task_tokenizer(spec.folder, kind.config, fine_tunes=True)
-    inputs = read_model_inputs(spec, tokenizer)
-    if inputs.max_length is not None and length > inputs.max_length:
-        raise UserError(
-            f"model.max_seq_length is {length}, the model in {spec.folder} has {inputs.max_length} positions; lower "
-            "it, or extend the model by pretraining with model.max_positions"
-        )
+    tokenizer, inputs = load_inputs(kind.config, spec, length)
     encoder = Encoder(tokenizer, length, inputs.token_types, kind.config.special_tokens_in_text)
     splits = {
         split: encode_split(
@@ -132,6 +127,21 @@ def make_task(
         label_smoothing=training.label_smoothing,
         positions=inputs.max_length,
     )
+
+
+def load_inputs(task: TaskConfig, spec: ModelSpec, length: int) -> tuple[PreTrainedTokenizerBase, ModelInputs]:
+    """Return the tokenizer of a model and what the model takes, see `read_model_inputs`.
+
+    length: as above. Raises UserError for an unusable tokenizer or config, and for too few positions.
+    """
+    tokenizer = load_task_tokenizer(spec.folder, task, fine_tunes=True)
+    inputs = read_model_inputs(spec, tokenizer)
+    if inputs.max_length is not None and length > inputs.max_length:
+        raise UserError(
+            f"model.max_seq_length is {length}, the model in {spec.folder} has {inputs.max_length} positions; lower "
+            "it, or extend the model by pretraining with model.max_positions"
+        )
+    return tokenizer, inputs
 
 
 def encode_split(

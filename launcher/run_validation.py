@@ -8,7 +8,7 @@ import yaml
 
 from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
-from experiment.errors import notify
+from experiment.errors import notify, user_errors_in
 from experiment.files import checksum
 from experiment.models.model_names import local_model
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
@@ -74,12 +74,19 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
     return flatten(loaded) | content | {"corpus.fingerprint": plan.identity["corpus.train"]}
 
 
-def validate_finetuning(config: str, overrides: Mapping[str, str]) -> "FinetuneConfig":
-    """Return the config of a fine-tuning run. Raises UserError, as above."""
-    with fast_imports():
-        from finetune.resolve import load_run_config
+def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[str] | None) -> "FinetuneConfig":
+    """Return the config of a fine-tuning run.
 
-    return load_run_config(config, overrides)
+    models: see `check_model`. Raises UserError, as above, except for the content of the data.
+    """
+    with fast_imports():
+        import_transformers_without_scipy()
+        from finetune.resolve import check_model, load_run_config
+
+    loaded = load_run_config(config, overrides)
+    with user_errors_in(config):
+        check_model(loaded, models)
+    return loaded
 
 
 def data_origin(task: TaskConfig) -> "FlatConfig":

@@ -77,10 +77,11 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     tasks = _read_tasks(config, recorded_data(recorded))
     runs: list[PlannedRun] = []
     cells: dict[str, dict[str, PlannedRun]] = {}
+    models: set[str] = set()
     for name, row in config.rows.items():
         with user_errors_in(f"{options.file}: rows.{name}"):
             pretraining = _plan_pretraining(row, folder.path, row_folders[name], placement)
-            cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config)
+            cells[name] = _plan_cells(row, pretraining, folder.path, row_folders[name], tasks, config, models)
         runs += [*([pretraining] if pretraining is not None else []), *cells[name].values()]
     run_set = RunSet("compare", folder, "run.dir", COMPARISON_RECORD, tuple(runs), configs=configs)
     return ComparePlan(run_set, cells, config.grid is not None)
@@ -149,8 +150,12 @@ def _plan_cells(
     folder: str,
     tasks: Sequence[_Task],
     config: CompareConfig,
+    models: set[str] | None,
 ) -> dict[str, PlannedRun]:
-    """Return the runs of a row by task. Their configs have the checksums of all files that they read."""
+    """Return the runs of a row by task. Their configs have the checksums of all files that they read.
+
+    models: see `check_model`.
+    """
     origin = encoder_origin(row.init_from, row.weights)
     seeds = ",".join(map(str, config.seeds))
     now = {"model.init_from": row.init_from, "model.weights": row.weights, "training.seeds": seeds}
@@ -161,13 +166,15 @@ def _plan_cells(
         origin |= {"pretrain.checkpoint": "best"} if has_best else {}  # the newest one, in earlier versions
         run = parent / pretraining.name
         then = {**now, "model.init_from": str(run / "checkpoints" / BEST if has_best else run)}
+        if pretraining.config["model.max_positions"] is not None:
+            models = None  # it gets its positions from the pretraining
     cells = {}
     for task in tasks:
         name = f"{folder}/{task.name}"
         pinned = task.pinned
         if pretraining is not None:
             pinned = {**pinned, **_pooling(task.file, {**now, **pinned}, parent / name, config.grid)}
-        checked = _check_cell(task.file, {**now, **pinned}, parent / name, config.grid)
+        checked = _check_cell(task.file, {**now, **pinned}, parent / name, config.grid, models)
         argv = _cell_argv(task.file, {**then, **pinned}, parent / name, config.grid)
         all_keys = {**checked, **task.data, **origin, "model.init_from": then["model.init_from"]}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
@@ -183,17 +190,19 @@ def _pooling(file: str, overrides: Mapping[str, str], folder: Path, grid: str | 
     return {"task.pooling": pooling} if pooling is not None else {}
 
 
-def _check_cell(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> FlatConfig:
+def _check_cell(
+    file: str, overrides: Mapping[str, str], folder: Path, grid: str | None, models: set[str] | None
+) -> FlatConfig:
     """Return the config of a cell, as flat keys. Raises UserError for one that is not valid, at any point of the
     grid."""
     overrides = {**overrides, "run.dir": str(folder)}
     points: dict[str, FinetuneConfig] = {}
     for name, values in read_grid(grid, overrides).items() if grid is not None else ():
         with user_errors_in(f"grid: {name}"):
-            points[name] = validate_finetuning(file, {**overrides, **values})
+            points[name] = validate_finetuning(file, {**overrides, **values}, models)
             check_validation(points[name], "the points of the grid are compared on validation")
             check_differs(name, points)
-    config = flatten(validate_finetuning(file, overrides))
+    config = flatten(validate_finetuning(file, overrides, None if points else models))
     return {**{key: value for key, value in config.items() if not key.startswith(_IRRELEVANT)}, "grid": grid}
 
 

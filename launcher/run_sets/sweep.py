@@ -76,8 +76,8 @@ def run_sweep(plan: SweepPlan) -> None:
 def plan_sweep(options: SweepOptions) -> SweepPlan:
     """Validate all points of the grid. Writes and starts nothing.
 
-    Raises UserError for anything that would keep one of the runs from starting, but for the content of the data of
-    fine-tuning: it would have to be read and tokenized for each point.
+    Raises UserError for anything that would keep one of the runs from starting, except for the content of the data of
+    fine-tuning, which would have to be read and tokenized for each point.
     """
     config, content = options.config, read_config_file(options.config)
     finetuning = command_of(config) == "finetune"
@@ -98,6 +98,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
     check_run_folder(folder, None, "--output")
     pins, runs = _Pins(folder.path / SWEEP_RECORD), []
     loaded: dict[str, FinetuneConfig | PretrainConfig] = {}
+    models: set[str] = set()
     for name, values in points.items():
         overrides = options.overrides | values | {"run.dir": str(folder.path / name)}
         with user_errors_in(f"sweep: {name}"):
@@ -109,7 +110,7 @@ def plan_sweep(options: SweepOptions) -> SweepPlan:
             overrides |= pinned
             validated: FlatConfig
             if finetuning:
-                run = validate_finetuning(config, overrides)
+                run = validate_finetuning(config, overrides, models)
                 model = run.model
                 validated = {**flatten(run), **data_origin(run.task), **encoder_origin(model.init_from, model.weights)}
             else:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM
 
 from experiment.errors import StoppedError
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete
@@ -26,18 +25,6 @@ from launcher.run_sets.compare import CellScores
 from launcher.run_sets.run_set import DONE, REJECTED, ChildRun
 
 LOW, HIGH = "ba de fi go lu mar", "pol rin sta ter ud ven"
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, wordpiece: Path) -> Path:
-    """A tiny BERT with random weights."""
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = AutoTokenizer.from_pretrained(wordpiece)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -484,6 +471,27 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
         assert (" --task.pooling=cls" in capsys.readouterr().out) == kept, grid
 
 
+def test_a_chain_may_extend_a_model_that_is_too_short_for_the_task(
+    write_files: Callable[..., Path], wordpiece_corpus: Path, encoder: Path, tmp_path: Path
+) -> None:
+    """Catches a comparison that is refused because of the positions that a model has before its pretraining."""
+    folder = Path(shutil.copytree(encoder, tmp_path / "short"))
+    config = {**json.loads((encoder / "config.json").read_text()), "max_position_embeddings": 8}
+    BertForMaskedLM(BertConfig(**config)).save_pretrained(folder)
+    pretraining = {
+        "run": {"dir": "replaced"},
+        "model": {"max_positions": 16},
+        "corpus": {"train": str(wordpiece_corpus)},
+        "batch": {"max_seq_length": 16},
+        "schedule": {"steps": 6, "warmup_steps": 2},
+        "engine": {"ds_config": "fp32_zero1"},
+    }
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(pretraining))
+    chain = {"init_from": str(folder), "pretrain": str(tmp_path / "more.yaml")}
+    rows = {"a": {"init_from": str(encoder)}, "chain": chain}
+    assert main(["compare", str(write_files(rows=rows)), "--dry_run"]) == 0
+
+
 def test_tasks_have_names_of_their_own(
     write_files: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -506,6 +514,41 @@ def test_data_are_checked_before_anything_runs(
     assert main(["compare", str(file)]) == 2
     said = capsys.readouterr().err
     assert re.search(r"toy\.yaml: .*test\.csv:42: unknown label 'medium'", said), said
+    assert not started
+    assert not (tmp_path / "compare").exists()
+
+
+def test_models_of_all_rows_are_checked_before_anything_runs(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a model in the second row that cannot be loaded or is too short, and a device or an alert that a task
+    cannot have: all would show after the runs of the first row."""
+    second = tmp_path / "second"
+    rows = {"ours": {"init_from": str(encoder)}, "second": {"init_from": str(second)}}
+
+    def message(row: str, files: dict[str, str | None], **sections: object) -> str:
+        """Return the message about other files of the second model, or sections of the task. None: no such file."""
+        shutil.copytree(encoder, second, dirs_exist_ok=True)
+        for name, content in files.items():
+            (second / name).unlink() if content is None else (second / name).write_text(content)
+        file, task = write_files(rows=rows), tmp_path / "toy.yaml"
+        task.write_text(yaml.safe_dump({**yaml.safe_load(task.read_text()), **sections}))
+        assert main(["compare", str(file)]) == 2
+        before, _, said = capsys.readouterr().err.splitlines()[-1].partition(f"compare.yaml: rows.{row}: {task}: ")
+        assert before == f"deepcloze: {tmp_path}/"
+        return said
+
+    short = json.dumps({**json.loads((encoder / "config.json").read_text()), "max_position_embeddings": 8})
+    assert "max_seq_length is 16, the model in" in message("second", {"config.json": short})
+    assert "cannot load the weights in" in message("second", {"model.safetensors": "garbage"})
+    no_tokenizer = dict.fromkeys(("tokenizer.json", "tokenizer_config.json"))
+    assert message("second", no_tokenizer).startswith(f"tokenizer: {second}")
+    assert "fp16 needs a CUDA device" in message("ours", {}, training={"precision": "fp16"})
+    assert "set DEEPCLOZE_SMTP_HOST" in message("ours", {}, tracking={"alerts": {"email": "me@example.org"}})
     assert not started
     assert not (tmp_path / "compare").exists()
 

@@ -190,15 +190,13 @@ def test_the_direction_of_a_metric_of_pretraining(pretraining: Path, metric: str
 
 @pytest.mark.parametrize("lower_is_better", [False, True])
 def test_the_direction_of_a_metric_of_a_task(
-    tmp_path: Path, lower_is_better: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lower_is_better: bool, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches an error rate that is sorted as if higher were better, whatever its kind declares."""
     monkeypatch.setattr(Kind, "lower_is_better", ("accuracy",) if lower_is_better else ())
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").touch()
     data = tmp_path / "t.csv"
     data.touch()
-    tree = {"run": {"dir": "a"}, "task": {"train": str(data)}, "model": {"init_from": str(tmp_path / "model")}}
+    tree = {"run": {"dir": "a"}, "task": {"train": str(data)}, "model": {"init_from": str(encoder)}}
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(tree))
     plan = plan_sweep(SweepOptions(config=str(tmp_path / "task.yaml"), grid="training.lr=1e-5"))
     assert (plan.metric, plan.lower_is_better) == ("accuracy", lower_is_better)
@@ -360,7 +358,8 @@ def test_points_have_the_same_data_and_encoder(task: Path, pretraining: Path, tm
 
     first = config(task, "training.lr=1e-5")
     (tmp_path / "t.csv").write_text("text,label")
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
+    model = tmp_path / "model" / "config.json"
+    model.write_text(model.read_text() + "\n")
     second = config(task, "training.lr=1e-5")
     assert {key for key in first if first[key] != second[key]} == {"data.train", "encoder.config.json"}
     found = config(pretraining, "engine.ds_config=bf16_zero1")
@@ -537,10 +536,11 @@ def test_a_full_disk_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(lines) == 2, "the finished run is skipped"
 
 
-def test_all_points_start_from_one_commit(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_points_start_from_one_commit(
+    hub: HubServer, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches runs of one table whose models differ because someone has pushed to the Hub between them."""
-    files = {"config.json": b"{}", "model.safetensors": b"weights"}
-    commit = hub.repository("org/model").push(files)
+    commit = hub.repository("org/model").push_folder(encoder)
     config = tmp_path / "task.yaml"
     data = tmp_path / "t.csv"
     data.touch()
@@ -556,7 +556,7 @@ def test_all_points_start_from_one_commit(hub: HubServer, tmp_path: Path, capsys
     assert models("training.lr=1e-5,2e-5") == [pinned] * 2
     recorded = {"lr=1e-5": {"config": {"model.init_from": f"org/model@{commit}"}}}
     write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": recorded})
-    new = hub.repository("org/model").push({**files, "vocab.txt": b""})
+    new = hub.repository("org/model").push_folder(encoder, notes__txt=b"new")
     assert models("training.lr=1e-5,2e-5") == [pinned] * 2
     (tmp_path / "run-sweep" / "sweep.json").unlink()
     assert models("training.lr=1e-5") == [f"--model.init_from=org/model@{new}"]
@@ -570,14 +570,12 @@ def dry_run(capsys: pytest.CaptureFixture[str], config: Path, grid: str, *overri
 
 
 @pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def task(tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fine-tuning config. Its data are not parsed."""
     monkeypatch.chdir(tmp_path)
     Path("t.csv").touch()
     path = tmp_path / "task.yaml"
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
+    model = shutil.copytree(encoder, tmp_path / "model")
     tree = {"run": {"dir": str(tmp_path / "run")}, "task": {"train": "t.csv"}, "model": {"init_from": str(model)}}
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -604,14 +602,15 @@ def test_all_points_read_one_commit_of_the_data(
         assert set(pinned) <= set(flags)
 
 
-def test_all_points_start_from_one_checkpoint(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_points_start_from_one_checkpoint(
+    task: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches points that start from the checkpoint that is the newest one when they begin, and a sweep that cannot be
     resumed because its run has saved another one."""
 
     def save(step: int) -> str:
         checkpoint = checkpoint_path(tmp_path / "pretraining" / "checkpoints", step)
-        (checkpoint / "hf").mkdir(parents=True)
-        (checkpoint / "hf" / "config.json").write_text("{}")
+        shutil.copytree(encoder, checkpoint / "hf")
         mark_complete(checkpoint)
         return f"{checkpoint}/hf"
 
@@ -626,6 +625,17 @@ def test_all_points_start_from_one_checkpoint(task: Path, tmp_path: Path, capsys
     assert models("training.lr=1e-5,2e-5") == [first] * 2
     (tmp_path / "run-sweep" / "sweep.json").unlink()
     assert models("training.lr=1e-5") == [second]
+
+
+def test_the_model_of_all_points_is_checked(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a sweep whose last points do not start, or none of them."""
+    arguments = ["sweep", "--config", str(task), "--grid", "model.max_seq_length=128,1024"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"max_seq_length=1024: {task}: model.max_seq_length is 1024, the model in" in said
+    (tmp_path / "model" / "model.safetensors").write_text("garbage")
+    assert main(arguments) == 2
+    assert f"max_seq_length=128: {task}: cannot load the weights in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
