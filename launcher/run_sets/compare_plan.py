@@ -71,7 +71,7 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     if used := [name for name, row_folder in row_folders.items() if row_folder in _USED]:
         raise UserError(f"rows: '{used[0]}' is the name of a file or folder of the comparison; rename this row")
     recorded = recorded_configs(folder.path / COMPARISON_RECORD)
-    config = _find_encoders(config, options.file, recorded)
+    config = _find_encoders(config, options.file, row_folders, recorded)
     files = [*config.tasks, *(row.pretrain for row in config.rows.values() if row.pretrain is not None)]
     configs = {file: read_config_file(file) for file in files}
     tasks = _read_tasks(config, recorded_data(recorded))
@@ -87,13 +87,16 @@ def plan_comparison(options: CompareOptions) -> ComparePlan:
     return ComparePlan(run_set, cells, config.grid is not None)
 
 
-def _find_encoders(config: CompareConfig, file: str, recorded: Mapping[str, FlatConfig]) -> CompareConfig:
-    """Return the config with the model that each `init_from` refers to now: all cells of a row start from the
-    same checkpoint, although a run may save newer ones meanwhile. Raises UserError."""
+def _find_encoders(
+    config: CompareConfig, file: str, folders: Mapping[str, str], recorded: Mapping[str, FlatConfig]
+) -> CompareConfig:
+    """Return the config with the model that each `init_from` referred to when its row began: all cells of a row start
+    from the same checkpoint, although a run may save newer ones meanwhile. folders: by row. Raises UserError."""
     rows = {}
     for name, row in config.rows.items():
+        same = [found for run, found in recorded.items() if run.startswith(f"{folders[name]}/")]
         with user_errors_in(f"{file}: rows.{name}.init_from"):
-            model = record_model_of_set(row.init_from, recorded)
+            model = record_model_of_set(row.init_from, recorded, same)
         rows[name] = row.model_copy(update={"init_from": model})
     return config.model_copy(update={"rows": rows})
 

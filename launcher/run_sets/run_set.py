@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from experiment.models.hub_names import HubName
 from experiment.models.model_names import record_model
 from experiment.process.own_process import module_command, own_environment
 from experiment.process.signals import handle_stop_signals
+from experiment.run_files.checkpoints import names_model_folder
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
@@ -246,13 +247,19 @@ def recorded_configs(record: Path) -> dict[str, FlatConfig]:
     return {}
 
 
-def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig]) -> str:
-    """Return the model that runs of a set start from, as `record_model` gives it: all that name the same one of the Hub
-    get the commit that the first of them began with. configs: `recorded_configs` of the set. Raises UserError."""
+def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same: Iterable[FlatConfig]) -> str:
+    """Return the model that runs of a set start from, as `record_model` gives it: the one that they began with. Someone
+    may have pushed to the Hub since, or a run may have saved newer checkpoints.
+
+    configs: `recorded_configs` of the set. same: those of the runs that start from `init_from`, as all do that name the
+    same model of the Hub. Raises UserError.
+    """
     name = HubName.of_model(init_from)
-    recorded = (str(config.get("model.init_from")) for config in configs.values())
-    earlier = next((model for model in recorded if name is not None and name.may_mean(model)), None)
-    return record_model(init_from, earlier)
+    began = dict.fromkeys(str(config.get("model.init_from")) for config in (same if name is None else configs.values()))
+    if name is not None:
+        return record_model(init_from, next(filter(name.may_mean, began), None))
+    kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
+    return record_model(kept[0] if len(kept) == 1 else init_from)
 
 
 def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:

@@ -14,7 +14,6 @@ from experiment.config import did_you_mean, flatten, load_config, read_config_fi
 from experiment.errors import UserError, user_errors_in
 from experiment.files import json_digest
 from experiment.models.hub_names import HubName
-from experiment.models.model_names import record_model
 from experiment.process.own_process import module_command
 from experiment.results.sweep_summary import (
     metric_title,
@@ -24,7 +23,6 @@ from experiment.results.sweep_summary import (
     sort_results,
     write_summary,
 )
-from experiment.run_files.checkpoints import names_model_folder
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, check_run_folder
 from finetune.config import FinetuneConfig, check_validation
 from launcher.options import LaunchOptions, SweepOptions
@@ -156,20 +154,12 @@ class _Pins:
             pinned["checkpoint.mirror"] = f"{config.checkpoint.mirror}/{point}"
         if init_from is not None and (isinstance(config, FinetuneConfig) or HubName.of_model(init_from) is not None):
             if init_from not in self._models:
+                varies = "model.init_from" in values  # between points
+                same = [found for name, found in self._configs.items() if name == point or not varies]
                 with user_errors_in("model.init_from"):
-                    self._models[init_from] = self._find_model(init_from, point, "model.init_from" in values)
+                    self._models[init_from] = record_model_of_set(init_from, self._configs, same)
             pinned["model.init_from"] = self._models[init_from]
         return pinned
-
-    def _find_model(self, init_from: str, point: str, varies: bool) -> str:
-        """varies: whether points differ in `model.init_from`."""
-        if HubName.of_model(init_from) is not None:
-            return record_model_of_set(init_from, self._configs)
-        others = [] if varies else list(self._configs.values())
-        same = [self._configs[point]] if point in self._configs else others
-        began = {str(config.get("model.init_from")) for config in same}
-        kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
-        return kept[0] if len(kept) == 1 else record_model(init_from)
 
 
 def _choose_metric(requested: str | None, config: FlatConfig, finetuning: bool) -> tuple[str, bool]:
