@@ -76,7 +76,7 @@ class RunRecord(TypedDict):
 
 @dataclass(frozen=True)
 class RunSet:
-    """Runs to finish, in this order."""
+    """Runs to finish."""
 
     command: str  # for messages: "sweep"
     folder: RunFolder
@@ -112,12 +112,14 @@ class RunSet:
                 sys.exit(f"deepcloze: {self.command}: {len(failed)} of {len(self.runs)} runs failed: {names}")
 
     def finish(self, records: dict[str, RunRecord], measure: Callable[[RunFolder], float | None] | None = None) -> None:
-        """Run the missing runs, and record how each run ended. Raises StoppedError if a run was stopped.
+        """Run the missing runs, those that have failed before last, and record how each run ended. Raises StoppedError
+        if a run was stopped.
 
         measure: reads the value of a run that is done. If it raises UserError, that is raised after the last run.
         """
         damaged: list[UserError] = []
-        for number, run in enumerate(self.runs, start=1):
+        in_plan = enumerate(self.runs, start=1)
+        for number, run in sorted(in_plan, key=lambda numbered: _has_failed(numbered[1], records)):
             record = records[run.name]
             if run.pretraining is not None and records[run.pretraining].get("state") != DONE:
                 record["state"] = "not run: its pretraining failed"
@@ -267,6 +269,12 @@ def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:
     it."""
     texts = dict.fromkeys(str(value) for config in configs.values() for value in config.values())
     return [text for text in texts if text.startswith(PREFIX)]
+
+
+def _has_failed(run: PlannedRun, records: Mapping[str, RunRecord]) -> bool:
+    """Return whether a run failed when it was last run, or its pretraining did, which comes before it."""
+    names = (run.name, run.pretraining) if run.pretraining is not None else (run.name,)
+    return any(records[name].get("state", DONE) != DONE for name in names)
 
 
 def _is_finished(run: PlannedRun, folder: RunFolder) -> bool:

@@ -1,6 +1,7 @@
 """Commands that a command starts, with stand-ins for them."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
@@ -139,6 +140,27 @@ def test_damaged_results_do_not_keep_other_runs_from_starting(tmp_path: Path) ->
     assert (tmp_path / "log").read_text() == "damaged\ngood\n"
     values = {name: run["value"] for name, run in read_json(tmp_path / "sweep.json")["runs"].items()}
     assert values == {"damaged": None, "good": 0.5}
+
+
+def test_runs_that_failed_are_tried_again_after_the_others(tmp_path: Path) -> None:
+    """Catches a point that diverges again before the missing ones have started, and a new task of a row that counts as
+    failed before its pretraining is tried again."""
+    log = tmp_path / "log"
+
+    def order(**scripts: str) -> list[str]:
+        """Finish runs of scripts, named after their letters; one of two letters needs the run of the first one."""
+        log.write_text("")
+        runs = tuple(
+            PlannedRun(name, shell(f"mkdir -p {tmp_path / name}; echo {name} >> {log}; {script}"), {}, name[:-1] or None)
+            for name, script in scripts.items()
+        )
+        to_finish = RunSet("compare", open_run_folder(tmp_path), "run.dir", "runs.json", runs)
+        with suppress(SystemExit), to_finish.opened() as records:
+            to_finish.finish(records)
+        return log.read_text().split()
+
+    assert order(p="false", px="true", b="true") == ["p", "b"]
+    assert order(p="true", px="true", py="true", b="true", c="true") == ["b", "c", "p", "px", "py"]
 
 
 def test_values_of_another_metric_are_not_kept(tmp_path: Path) -> None:
