@@ -215,8 +215,8 @@ class RunSet:
             values = record.get("values", {})
             if name in planned or values.keys() != run.values.keys() or not (self.folder.path / name).exists():
                 continue
-            if any(key.startswith(_IRRELEVANT) and values[key] != run.values[key] for key in values):
-                continue  # a grid of such values compares speed
+            if any(key.startswith((*_IRRELEVANT, _SEEDS)) and values[key] != run.values[key] for key in values):
+                continue  # a grid of such values compares speed, or scores of seeds
             if _changed_key(_with_new_keys(record["config"], run.config), run.config, _OWN_PATHS) is None:
                 raise UserError(
                     f"{run.name} has the same config as {name}, which was started in {self.folder.path}; write its "

@@ -313,6 +313,15 @@ def test_a_point_that_was_trained_under_another_name(
     assert (tmp_path / "renamed").exists() != refused
 
 
+def test_a_grid_of_seeds_has_other_seeds_later(tmp_path: Path) -> None:
+    """Catches seeds that count as another spelling of those before."""
+    for seeds in ("1", "3"):
+        (run,) = plan(tmp_path, {seeds: "4.5"}).runs.runs
+        values, config = {"training.seeds": seeds}, {"training.seeds": [int(seeds)]}
+        run_sweep(plan_of([replace(run, values=values, config=config)], tmp_path))
+    assert (tmp_path / "lr=3").exists()
+
+
 def test_scores_of_a_fine_tuning_name_their_split(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches a table of validation scores that are taken for those of the test split."""
     (run,) = plan(tmp_path, {"1e-4": "4.5"}).runs.runs
