@@ -40,6 +40,7 @@ REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has rep
 
 _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
 _IRRELEVANT = (  # beginnings of keys
+    "run.keep",
     *PRETRAINING_ROUNDING_ONLY,
     *(f"pretrain.{key}" for key in ("run.dir", "run.log_every", *PRETRAINING_ROUNDING_ONLY)),
     *(f"training.{key}" for key in CHANGE_ROUNDING_ONLY),

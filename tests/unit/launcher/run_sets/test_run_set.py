@@ -119,9 +119,10 @@ def test_a_new_key_with_another_value_changes_a_run(tmp_path: Path) -> None:
 
 
 def test_seeds_in_parallel_change_no_run(tmp_path: Path) -> None:
-    """Catches a sweep that cannot go on with more seeds at a time."""
-    for parallel in (1, 2):
-        finish(tmp_path, {"training.parallel_seeds": parallel, "training.microbatch_size": parallel})
+    """Catches a sweep that cannot go on with more seeds at a time, or without keeping models because a disk is full."""
+    for parallel, keep in ((1, "best"), (2, "none")):
+        config = {"training.parallel_seeds": parallel, "training.microbatch_size": parallel, "run.keep": keep}
+        finish(tmp_path, config)
         (tmp_path / "a").mkdir(exist_ok=True)
 
 
