@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import NotRequired, TypedDict
 
 from experiment.config import read_config_file, with_defaults
@@ -50,6 +51,7 @@ _ORIGINS = ("data.", "encoder.", *_PRETRAIN_ORIGINS, *(f"pretrain.{key}" for key
 """Beginnings of keys that records of earlier versions may lack."""
 _OWN_PATHS = ("run.dir", "checkpoint.mirror")  # keys; each run of a set has its own
 _POLL_SECONDS = 0.5
+_NAMES = 100  # characters of the names of further runs in a message
 
 FlatConfig = Mapping[str, object]
 """Dotted config key -> value."""
@@ -185,26 +187,37 @@ class RunSet:
                 f"{self.option}: {path} is damaged: {reason(error)}. If no config has changed since, delete this file "
                 "and run the same command again: finished runs are kept"
             ) from None
+        changes: dict[str, str] = {}
         for run in self.runs:
             self._refuse_other_name(run, records)
-            folder, new = self.run_folder(run).path, RunRecord(config=run.config)
-            record = records.get(run.name, new) if folder.exists() else new
+            new = RunRecord(config=run.config)
+            record = records.get(run.name, new) if self.run_folder(run).path.exists() else new
             before = _with_new_keys(record["config"], run.config)
             # The folders are moved with the set. `encoder.*` and `data.*` tell the contents of models and data.
             has_content = any(key.startswith("encoder.") for key in record["config"])
             moved = [key for key in {*before, *run.config} if has_content and PATHS.fullmatch(key)]
             if key := _changed_key(before, run.config, ["run.dir", *moved]):
-                raise UserError(
-                    f"{self.option}: {folder} was started with another {key}: {before.get(key)!r}, now "
-                    f"{run.config.get(key)!r}; choose another {self.option}, or remove that folder to run it again"
-                )
+                changes[run.name] = _describe_change(key, before, run.config)
             if before.get(_SEEDS) != run.config.get(_SEEDS):
                 record = new
             records[run.name] = {**record, "config": run.config}
             if run.values:
                 records[run.name]["values"] = run.values
+        if changes:
+            raise self._refusal(changes)
         planned = {run.name for run in self.runs}
         return {name: found for name, found in records.items() if name in planned or (self.folder.path / name).exists()}
+
+    def _refusal(self, changes: Mapping[str, str]) -> UserError:
+        """Return the error about runs that were started with another config. changes: name -> `_describe_change`."""
+        (first, change), *others = changes.items()
+        names = shorten(", ".join(name for name, _ in others), _NAMES, placeholder=" …")
+        more = f", and {len(others)} more with another config ({names})" if others else ""
+        removed = "these folders to run them again" if others else "that folder to run it again"
+        return UserError(
+            f"{self.option}: {self.folder.path / first} was started with {change}{more}; choose another {self.option}, "
+            f"or remove {removed}"
+        )
 
     def _refuse_other_name(self, run: PlannedRun, records: Mapping[str, RunRecord]) -> None:
         """Raise UserError if a point of a grid was started under another name, as with 0.001 for 1e-3: it would be
@@ -319,8 +332,23 @@ def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
 
 
 def _changed_key(before: FlatConfig, now: FlatConfig, ignored: Sequence[str]) -> str | None:
-    keys = sorted(key for key in {*before, *now} - {_SEEDS, *ignored} if not key.startswith(_IRRELEVANT))
-    return next((key for key in keys if before.get(key) != now.get(key)), None)
+    """Return the first key with another value, of a checksum only if there is no other."""
+    keys = (key for key in {*before, *now} - {_SEEDS, *ignored} if not key.startswith(_IRRELEVANT))
+    changed = (key for key in keys if before.get(key) != now.get(key))
+    return min(changed, key=lambda key: (key.startswith(_ORIGINS), key), default=None)
+
+
+def _describe_change(key: str, before: FlatConfig, now: FlatConfig) -> str:
+    """Return what a run was started with: the value of a key, or other content of the file that a checksum is of."""
+    section, _, name = key.partition(".")
+    paths = {
+        "data": (f"task.{name}", f"task.test.{name}"),
+        "encoder": ("pretrain.model.init_from", "model.init_from"),  # of a chain, the model that its pretraining had
+    }
+    path = next((path for path in paths.get(section, ()) if path in now), key)
+    if path == key or before.get(path) != now[path]:
+        return f"another {path}: {before.get(path)!r}, now {now.get(path)!r}"
+    return f"other content of {now[path]}" + (f"/{name}" if section == "encoder" else "")
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,10 @@ def test_cells_of_another_config_are_not_mixed_in(
     task = tmp_path / "toy.yaml"
     task.write_text(task.read_text().replace("epochs: 2", "epochs: 3"))
     assert main(["compare", str(file)]) == 2
-    assert "was started with another training.epochs: 2, now 3" in capsys.readouterr().err
+    assert (
+        "ours/toy was started with another training.epochs: 2, now 3, and 1 more with another config (random/toy); "
+        "choose another run.dir, or remove these folders to run them again"
+    ) in capsys.readouterr().err
     assert len(started) == 2
 
 
@@ -570,12 +573,16 @@ def test_changed_data_and_encoders_are_not_mixed_in(
     train = (tmp_path / "train.csv").read_bytes()
     (tmp_path / "train.csv").write_bytes(train + b"low,ba de fi\n")
     assert main(["compare", str(file)]) == 2
-    assert "was started with another data.train: " in capsys.readouterr().err
+    assert f"toy was started with other content of {tmp_path}/train.csv; choose" in capsys.readouterr().err
     (tmp_path / "train.csv").write_bytes(train)
     weights = tmp_path / "encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
     assert main(["compare", str(file)]) == 2
-    assert "was started with another encoder.model.safetensors: " in capsys.readouterr().err
+    assert f"toy was started with other content of {weights}; choose" in capsys.readouterr().err
+    other = shutil.copytree(weights.parent, tmp_path / "other")
+    for key, value in {"weights": "random", "init_from": str(other)}.items():
+        assert main(["compare", str(write_files(rows={"ours": {**rows["ours"], key: value}}, seeds=[1]))]) == 2
+        assert re.search(rf"toy was started with another model\.{key}: '.*', now '{value}'; ", capsys.readouterr().err)
     assert started == ["ours/toy"]
 
 

@@ -152,7 +152,9 @@ def test_runs_that_failed_are_tried_again_after_the_others(tmp_path: Path) -> No
         """Finish runs of scripts, named after their letters; one of two letters needs the run of the first one."""
         log.write_text("")
         runs = tuple(
-            PlannedRun(name, shell(f"mkdir -p {tmp_path / name}; echo {name} >> {log}; {script}"), {}, name[:-1] or None)
+            PlannedRun(
+                name, shell(f"mkdir -p {tmp_path / name}; echo {name} >> {log}; {script}"), {}, name[:-1] or None
+            )
             for name, script in scripts.items()
         )
         to_finish = RunSet("compare", open_run_folder(tmp_path), "run.dir", "runs.json", runs)
@@ -229,6 +231,23 @@ def test_other_content_changes_a_run(tmp_path: Path) -> None:
     assert finish(tmp_path, {"seed": 1, "data.train": "one", "encoder.config.json": "one", "model.init_from": "/new"})
     with pytest.raises(UserError, match=r"another data\.validation: None, now 'new'"):
         finish(tmp_path, {"seed": 1, "data.train": "one", "data.validation": "new", "encoder.config.json": "one"})
+
+
+def test_one_message_names_all_runs_with_another_config(tmp_path: Path) -> None:
+    """Catches a message for each run, so that the user removes one folder after the other."""
+    for seed in (1, 2):
+        runs = tuple(PlannedRun(f"row-{row}/task", shell("true"), {"seed": seed}) for row in range(12))
+        to_finish = RunSet("compare", open_run_folder(tmp_path), "run.dir", "runs.json", runs)
+        if seed == 1:
+            with to_finish.opened() as records:
+                to_finish.finish(records)
+            for run in runs:
+                open_run_folder(to_finish.run_folder(run).path)
+    with pytest.raises(UserError, match=r"row-0/task was started with another seed: 1, now 2, and 11 more") as refused:
+        to_finish.opened().__enter__()
+    named = ", ".join(f"row-{row}/task" for row in range(1, 9))
+    assert f"({named}, …); choose another run.dir, or remove these folders" in str(refused.value)
+    assert len(str(refused.value)) < 500
 
 
 def test_a_chain_may_be_moved(tmp_path: Path) -> None:
