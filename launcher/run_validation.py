@@ -75,7 +75,7 @@ def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapp
 
 
 def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[str] | None) -> "FinetuneConfig":
-    """Return the config of a fine-tuning run.
+    """Return the config of a fine-tuning run, with the precision that `auto` stands for on this machine.
 
     models: see `check_model`. Raises UserError, as above, except for the content of the data.
     """
@@ -85,8 +85,8 @@ def validate_finetuning(config: str, overrides: Mapping[str, str], models: set[s
 
     loaded = load_run_config(config, overrides)
     with user_errors_in(config):
-        check_model(loaded, models)
-    return loaded
+        precision = check_model(loaded, models).precision
+    return loaded.model_copy(update={"training": loaded.training.model_copy(update={"precision": precision})})
 
 
 def data_origin(task: TaskConfig) -> "FlatConfig":

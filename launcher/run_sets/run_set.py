@@ -40,6 +40,7 @@ DONE = "done"
 REJECTED = "rejected (exit code 2)"  # the user's mistake, which the run has reported
 
 _SEEDS = "training.seeds"  # may change: finished seeds are not trained again
+_PRECISION = "training.precision"
 _IRRELEVANT = (  # beginnings of keys
     "run.keep",
     *PRETRAINING_ROUNDING_ONLY,
@@ -323,12 +324,14 @@ def _locked(folder: RunFolder, option: str) -> Iterator[None]:
 
 
 def _with_new_keys(before: FlatConfig, now: FlatConfig) -> FlatConfig:
-    """Return a recorded config with the keys of `now` that an earlier version did not have, at their defaults."""
+    """Return a recorded config with the keys of `now` that an earlier version did not have, at their defaults. Such a
+    version recorded the precision `auto`, not what it stood for."""
     kind = config_of_kind(str(now["task.kind"])) if "task.kind" in now else FinetuneConfig
     known = with_defaults(with_defaults(with_defaults(before, kind), PretrainConfig), PretrainConfig, "pretrain.")
     missing = tuple(part for part in _ORIGINS if not any(key.startswith(part) for key in before))
     origins = {key: value for key, value in now.items() if key.startswith(missing)}
-    return origins | {key: known[key] for key in now if key in known} | dict(before)
+    full = origins | {key: known[key] for key in now if key in known} | dict(before)
+    return full if full.get(_PRECISION) != "auto" else full | {_PRECISION: now.get(_PRECISION)}
 
 
 def _changed_key(before: FlatConfig, now: FlatConfig, ignored: Sequence[str]) -> str | None:

@@ -586,6 +586,29 @@ def test_changed_data_and_encoders_are_not_mixed_in(
     assert started == ["ours/toy"]
 
 
+def test_a_comparison_has_one_precision(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches one table of bf16 and fp32 because the comparison was resumed on another machine, and one of an earlier
+    version that cannot be resumed."""
+    file, record = write_files(rows={"ours": {"init_from": str(encoder)}}, seeds=[1]), tmp_path / "compare/runs.json"
+    task = tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("precision: fp32", "precision: auto"))
+    monkeypatch.setattr("finetune.device.has_native_bf16", lambda _: False)
+    assert main(["compare", str(file)]) == 0
+    monkeypatch.setattr("finetune.device.has_native_bf16", lambda _: True)
+    assert main(["compare", str(file)]) == 2
+    assert "was started with another training.precision: 'fp32', now 'bf16'; " in capsys.readouterr().err
+    record.write_text(record.read_text().replace('"training.precision": "fp32"', '"training.precision": "auto"'))
+    assert main(["compare", str(file)]) == 0
+    assert started == ["ours/toy"]
+
+
 def test_a_row_starts_from_one_checkpoint(
     write_files: Callable[..., Path],
     started: list[str],
