@@ -22,7 +22,6 @@ from experiment.run_files.run_folder import COMPARISON_RECORD, SWEEP_RECORD, Run
 
 _NOT_COMPARED = ("run.dir", "tracking.")  # keys
 _DIFFERENCES = "Differences of the configs"
-_NOT_ENDED = ("", "started with other seeds")  # states in the record of a comparison
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, RunFolder]:
@@ -184,8 +183,8 @@ def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
     has_scores = path.is_file()
     if not states and not has_scores:
         return []
-    missing = [name for name, state in states.items() if state in _NOT_ENDED]
-    failed = {name: state for name, state in states.items() if state not in (*_NOT_ENDED, "done")}
+    missing = [name for name, state in states.items() if not state]
+    failed = {name: state for name, state in states.items() if state not in ("", "done")}
     try:
         comparison = read_json(path) if has_scores else {}
         scores, groups = comparison_blocks(comparison, failed), _groups(folder, states, comparison)
