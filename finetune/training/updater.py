@@ -18,7 +18,9 @@ from finetune.prediction.inference import collate
 from finetune.splits import Task
 from finetune.task_kind import Loss
 
-_SORTED_BATCHES = 50  # examples of this many batches are sorted by length together: less padding, still random
+# Examples of this many batches are sorted by length together: less padding, still random. They are at most a quarter of
+# the split, as in transformers' group_by_length: otherwise a batch would have nearly the same examples in every epoch.
+_SORTED_BATCHES = 50
 
 
 class Updater:
@@ -192,7 +194,7 @@ def training_batches(lengths: Sequence[int], batch_size: int, generator: torch.G
     """
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     whole = len(shuffled) - len(shuffled) % batch_size
-    group = batch_size * _SORTED_BATCHES
+    group = batch_size * max(1, min(_SORTED_BATCHES, whole // batch_size // 4))
     batches = [shuffled[whole:]] if shuffled[whole:] else []
     for start in range(0, whole, group):
         by_length = sorted(shuffled[start : min(start + group, whole)], key=lambda index: lengths[index])

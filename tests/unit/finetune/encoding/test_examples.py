@@ -1,6 +1,7 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,6 +102,20 @@ def test_no_two_epochs_or_seeds_have_the_same_order() -> None:
         return [index for _, indices in updates for index in indices]
 
     assert len({tuple(order(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(600, 16), (1600, 32)])
+def test_examples_of_a_small_split_change_their_batch_mates(count: int, batch_size: int) -> None:
+    """Catches batches of the same examples in every epoch and seed, because the whole split is sorted by length."""
+    lengths = np.random.default_rng(0).lognormal(3, 0.5, count).astype(int).tolist()
+
+    def mates(seed: int) -> list[set[int]]:
+        batches = training_batches(lengths, batch_size, torch.Generator().manual_seed(seed))
+        found = {index: set(batch) - {index} for batch in batches for index in batch}
+        return [found[index] for index in range(count)]
+
+    again = [len(before & after) / len(before) for before, after in zip(mates(1), mates(2), strict=True)]
+    assert np.mean(again) < 0.2
 
 
 def test_training_batches_group_by_length_and_differ_by_epoch() -> None:
