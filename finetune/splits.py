@@ -109,6 +109,8 @@ def make_task(
     """
     if training.label_smoothing and not kind.smooths_labels:
         raise UserError(f"training.label_smoothing: tasks of kind '{kind.config.kind}' have no use for it; set it to 0")
+    if training.class_weights == "balanced" and type(kind).label_weights is TaskKind.label_weights:
+        raise UserError(f"training.class_weights: tasks of kind '{kind.config.kind}' have no classes to weight")
     tokenizer, inputs = load_inputs(kind.config, spec, length)
     encoder = Encoder(tokenizer, length, inputs.token_types, kind.config.special_tokens_in_text)
     splits = {
@@ -117,13 +119,12 @@ def make_task(
         )
         for split, table in tables.items()
     }
-    examples = splits["train"].examples if kind.config.is_trained else ()
     return Task(
         kind=kind,
         metric=kind.config.metric,
         splits=splits,
         padding=Padding.of(tokenizer),
-        label_weights=None if training.class_weights == "none" else kind.label_weights(examples),
+        label_weights=kind.label_weights(splits["train"].examples) if training.class_weights == "balanced" else None,
         label_smoothing=training.label_smoothing,
         positions=inputs.max_length,
     )

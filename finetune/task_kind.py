@@ -211,8 +211,9 @@ class TaskKind(ABC, Generic[ConfigT]):
         return torch.tensor([example.target for example in examples])
 
     def label_weights(self, examples: Sequence["Example"]) -> tuple[float, ...]:
-        """Return the weights of labels for `loss` with `training.class_weights: balanced`."""
-        raise UserError(f"training.class_weights: tasks of kind '{self.config.kind}' have no classes to weight")
+        """Return the weights of labels for `loss` with `training.class_weights: balanced`, which is rejected for kinds
+        that do not define this."""
+        raise NotImplementedError
 
     def forward(self, model: "nn.Module", batch: "Batch") -> "Tensor":
         """Return the outputs of a model; the first dimension is S."""

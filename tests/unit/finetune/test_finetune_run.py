@@ -317,6 +317,14 @@ def test_label_smoothing_is_refused_by_kinds_without_it(config_file: Path, monke
         finetune(config_file, {"training.label_smoothing": "0.1"})
 
 
+def test_class_weights_are_refused_by_kinds_without_them(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a mistake that is found only when all splits are tokenized, which may take minutes."""
+    monkeypatch.delattr(Kind, "label_weights")
+    monkeypatch.delattr("finetune.splits.encode_split")
+    with pytest.raises(UserError, match=r"training\.class_weights: tasks of kind 'classification' have no classes"):
+        finetune(config_file, {"training.class_weights": "balanced"})
+
+
 def test_the_resolved_config_starts_the_same_run(
     config_file: Path, tmp_path: Path, seeds_trained: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
