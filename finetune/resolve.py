@@ -4,7 +4,7 @@
 trained. The code below takes the typed result.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,9 @@ from experiment.errors import UserError, user_errors_in
 from experiment.files import checksum
 from experiment.models.model_names import local_model, record_model
 from experiment.progress import print_warning, terminal
+from experiment.run_files.checkpoints import checkpoint_step, find_model_folder, is_checkpoint_name
 from experiment.run_files.run_folder import RunFolder, check_not_moved, check_run_folder
+from experiment.run_files.run_lock import Owner
 from experiment.tracking.tracker import check_tracking
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig
 from finetune.data.records import Table
@@ -59,10 +61,12 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     check_not_moved(file, overrides or (), folder)
     earlier = flatten(read_recorded(folder.config))  # with the commits of models and data of the Hub
     task = config.task.pinned(map(str, earlier.values()))
+    began = earlier.get("model.init_from")
     with user_errors_in("model.init_from"):
-        model = record_model(config.model.init_from, earlier.get("model.init_from"))
-        local_model(model)  # copies a model of the Hub to this machine
-    task = task.for_model(model, earlier if earlier.get("model.init_from") == model else {})
+        model = record_model(config.model.init_from, began)
+    with user_errors_in("model.init_from, which this run has recorded" if model == began else "model.init_from"):
+        find_model_folder(local_model(model))  # copies a model of the Hub to this machine
+    task = task.for_model(model, earlier if model == began else {})
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder.path)}),
@@ -88,6 +92,7 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     for warning in (
         *data_warnings(tables, config.task.columns),
         *training.warnings(),
+        *_retention_warnings(model.folder),
         *(contamination_warnings(config.task, model.folder) if model.pretrained else ()),
     ):
         print_warning(f"{name}: {warning}")
@@ -114,6 +119,19 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
         device=device,
         settings=_result_settings(config, model, device, kind.labels, tables),
     )
+
+
+def _retention_warnings(model: Path) -> Iterator[str]:
+    """Warn of a checkpoint that its run, which trains, may delete."""
+    checkpoint = model.resolve().parent
+    if is_checkpoint_name(checkpoint.name):
+        run = RunFolder(checkpoint.parents[1])
+        keep_every = flatten(read_recorded(run.config)).get("checkpoint.keep_every")
+        if (not keep_every or checkpoint_step(checkpoint) % keep_every) and Owner(run).is_alive():
+            yield (
+                f"model.init_from: {checkpoint} is of a run that trains, which may delete it before each seed has "
+                "started; name a checkpoint that checkpoint.keep_every keeps, or a copy by `deepcloze export`"
+            )
 
 
 def check_data(config: FinetuneConfig) -> None:

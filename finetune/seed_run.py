@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment.errors import UserError
 from experiment.files import created_parents, parse_record, removed_on_error, write_json
@@ -80,6 +80,8 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     torch.manual_seed(seed)  # for the new head; `fit` seeds again
     built = build_model(run.model)
     model = built.model
+    # To be saved: tokenizing has changed the truncation settings of the other one. After training, it may be deleted.
+    tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config, fine_tunes=True)
     if run.task.is_trained:
         if (bias := run.task.kind.output_bias(run.task.splits["train"].table)) is not None:
             set_output_bias(built, bias)
@@ -90,7 +92,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
 
         def keep(steps: int) -> None:
             if run.keep == "all":
-                _write_model(evaluations / f"step-{steps:08d}", model, run)
+                _write_model(evaluations / f"step-{steps:08d}", model, tokenizer, run)
 
         fitted = fit(model, run.task, run.training, seed, run.device, log, state, keep)
     else:
@@ -103,7 +105,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
         shutil.rmtree(leftover, ignore_errors=True)
     with created_parents(output), removed_on_error(output):
         output.mkdir()
-        _write_seed(output, seed, model, fitted, record, run)
+        _write_seed(output, seed, model, tokenizer, fitted, record, run)
         with suppress(FileNotFoundError):
             (output.parent / _EVALUATIONS).rename(output / _EVALUATIONS)
         output.rename(final)
@@ -141,11 +143,17 @@ def _working_folder(seed: int, folder: RunFolder) -> Path:
 
 
 def _write_seed(
-    folder: Path, seed: int, model: PreTrainedModel, fitted: Fitted, record: SeedRecord, run: ResolvedRun
+    folder: Path,
+    seed: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fitted: Fitted,
+    record: SeedRecord,
+    run: ResolvedRun,
 ) -> None:
     """Write the content of RUN/seed-N to `folder`, which will be renamed to it."""
     if run.keep != "none":
-        _write_model(folder / "model", model, run, record.temperature)
+        _write_model(folder / "model", model, tokenizer, run, record.temperature)
         if provenance := read_provenance(run.folder):
             final = RunFolder(run.folder.seed_folder(seed))
             write_origin(folder / "model", final, provenance, fitted.best.steps if fitted.best else 0)
@@ -163,9 +171,13 @@ def _write_seed(
     write_json(folder / _COMPLETE, asdict(record))
 
 
-def _write_model(folder: Path, model: PreTrainedModel, run: ResolvedRun, temperature: float | None = None) -> None:
-    # Load it again: tokenizing has changed the truncation settings of the other one.
-    tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config, fine_tunes=True)
+def _write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: ResolvedRun,
+    temperature: float | None = None,
+) -> None:
     save_model(model, tokenizer, run.task.kind.config.special_tokens_in_text, folder)
     for name, content in run.task.kind.library_files(model, run.max_seq_length).items():
         (folder / name).parent.mkdir(exist_ok=True)

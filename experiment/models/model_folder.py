@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from experiment.errors import UserError, first_line, is_out_of_memory
 from experiment.files import read_json
 from experiment.models.transformers_models import LOADING, check_label_count, quiet_transformers
+from experiment.run_files.checkpoints import missing_model
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _MAX_LAYERS = 1000  # more are a mistake, and would be built one by one until the memory is full
@@ -26,6 +27,8 @@ _SPARE = 1 << 24  # elements of parts that the weights lack, such as a pooler an
 
 def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
     """Return the config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read."""
+    if not folder.exists():
+        raise missing_model(folder)
     check_label_count(folder)
     try:
         with quiet_transformers():

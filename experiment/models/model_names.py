@@ -11,7 +11,7 @@ from pathlib import Path
 from experiment.errors import UserError
 from experiment.models.hub import download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
-from experiment.run_files.checkpoints import find_model_folder
+from experiment.run_files.checkpoints import find_model_folder, names_model_folder
 from experiment.run_files.mirror import local_checkpoint
 from experiment.storage import is_url, local_folder
 
@@ -25,16 +25,17 @@ def record_model(name: str, earlier: str | None = None) -> str:
     """Return the name to record in a config: the absolute path of a Hugging Face folder, or NAME@COMMIT of a model of
     the Hub.
 
-    earlier: the name that the run recorded when it began, if it did. For a name without a revision, it determines the
-    commit. Raises UserError if there is no such model.
+    earlier: the name that the run recorded when it began, if it did. It is returned, without a look at the model, for
+    the same folder, checkpoint or run, and for the same name of the Hub without a revision. Raises UserError if there
+    is no such model.
     """
     _check_form(name)
     hub = HubName.of_model(name)
-    if hub is None:
-        return str(find_model_folder(local_model(name)).absolute())
-    if earlier is not None and hub.revision is None and hub.may_mean(earlier):
-        return earlier
-    return str(resolve_commit(hub))
+    if earlier is not None:
+        is_same = hub is not None and hub.revision is None and hub.may_mean(earlier)
+        if is_same or names_model_folder(Path(name), Path(earlier)):
+            return earlier
+    return str(find_model_folder(local_model(name)).absolute() if hub is None else resolve_commit(hub))
 
 
 def local_model(

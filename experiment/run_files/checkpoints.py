@@ -119,7 +119,18 @@ def find_checkpoint(path: Path) -> Path:
         )
     if path.exists():
         raise UserError(f"{path} is neither a Hugging Face folder, a checkpoint nor a run with a complete checkpoint")
-    raise UserError(f"{path} does not exist: expected a Hugging Face folder, a checkpoint, a run or a model on the Hub")
+    raise missing_model(path)
+
+
+def missing_model(path: Path) -> UserError:
+    """Return the error about a model that does not exist, or not any more."""
+    expected = "expected a Hugging Face folder, a checkpoint, a run or a model on the Hub"
+    if any(is_checkpoint_name(name) for name in (path.name, path.parent.name)):
+        expected = (
+            "runs delete old checkpoints, but those of checkpoint.keep_every. Name one that is kept, or a copy by "
+            "`deepcloze export`"
+        )
+    return UserError(f"{path} does not exist: {expected}")
 
 
 def mention_best(path: Path, model: Path) -> None:

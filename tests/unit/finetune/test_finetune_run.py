@@ -4,7 +4,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,24 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.errors import StoppedError, UserError
 from experiment.progress import quiet
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete
 from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.run_folder import open_run_folder
+from experiment.run_files.run_lock import lock_run
 from experiment.tracking.tracker import Trackers
 from finetune import run as run_module
+from finetune import seed_run
 from finetune.kinds.classification import Kind
 from finetune.prediction.predictor import Predictor
 from finetune.resolve import ResolvedRun, load_run_config
 from finetune.results.seed_summary import SeedRecord
 from finetune.run import finetune
-from finetune.training.fit import Log
+from finetune.training.fit import Fitted, Log, fit
 from hub_server import HubServer, use_hub_for_data
 from launcher.cli import main
 from launcher.status import RunStatus, read_status
@@ -500,6 +504,77 @@ def test_a_damaged_checkpoint_is_not_fine_tuned(
     assert "skipping damaged checkpoint" in caplog.text
     with pytest.raises(UserError, match=r"model\.init_from: the checkpoint .*step-00000020 is damaged: hf/model"):
         finetune(config_file, {"model.init_from": str(newest)})
+
+
+@pytest.fixture
+def pretraining(encoder: Path, tmp_path: Path) -> Callable[[int], Path]:
+    """Saves a checkpoint of a step in the run `pretraining`; each has other weights."""
+
+    def save(step: int) -> Path:
+        checkpoint = checkpoint_path(tmp_path / "pretraining" / "checkpoints", step)
+        shutil.copytree(encoder, checkpoint / "hf")
+        weights = load_file(checkpoint / "hf" / "model.safetensors")
+        changed = {name: value * (1 + step / 1e4) for name, value in weights.items()}
+        save_file(changed, checkpoint / "hf" / "model.safetensors", {"format": "pt"})
+        mark_complete(checkpoint)
+        return checkpoint
+
+    return save
+
+
+def test_all_seeds_start_from_one_checkpoint(
+    config_file: Path, tmp_path: Path, pretraining: Callable[[int], Path], seeds_trained: list[int]
+) -> None:
+    """Catches a run that cannot be continued because its pretraining run has saved or deleted checkpoints since."""
+    overrides = {"model.init_from": str(tmp_path / "pretraining"), "training.epochs": "1"}
+    older = pretraining(10)
+    finetune(config_file, {**overrides, "training.seeds": "1"})
+    newer = pretraining(20)
+    finetune(config_file, {**overrides, "training.seeds": "1,2"})
+    assert seeds_trained == [1, 2]
+    assert results(tmp_path / "run")["init"] == str(older / "hf")
+    shutil.rmtree(older)
+    message = rf"model\.init_from, which this run has recorded: {older}/hf does not exist: runs delete old checkpoints"
+    with pytest.raises(UserError, match=message):
+        finetune(config_file, {**overrides, "training.seeds": "1,2,3"})
+    with pytest.raises(UserError, match=r"trained with other settings: encoder\.model\.safetensors; choose another"):
+        finetune(config_file, {**overrides, "model.init_from": str(newer)})
+
+
+def test_a_checkpoint_that_is_deleted_during_training(
+    config_file: Path, tmp_path: Path, pretraining: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a trained seed that cannot be saved without the tokenizer, and a message about names on the Hub."""
+    checkpoint = pretraining(10)
+
+    def delete_and_fit(*arguments: Any) -> Fitted:
+        shutil.rmtree(checkpoint)
+        return fit(*arguments)
+
+    monkeypatch.setattr(seed_run, "fit", delete_and_fit)
+    with pytest.raises(UserError, match=rf"^{checkpoint}/hf does not exist: runs delete old checkpoints, but those of"):
+        finetune(config_file, {"model.init_from": str(tmp_path / "pretraining"), "training.epochs": "1"})
+    assert Predictor.load(tmp_path / "run" / "seed-1" / "model").predict([{"text": "word1"}])
+
+
+@pytest.mark.parametrize(("state", "keep_every", "is_warned"), [("trains", 15, 1), ("trains", 5, 0), ("done", 15, 0)])
+def test_a_checkpoint_that_may_be_deleted(
+    config_file: Path,
+    tmp_path: Path,
+    pretraining: Callable[[int], Path],
+    capsys: pytest.CaptureFixture[str],
+    state: str,
+    keep_every: int,
+    is_warned: bool,
+) -> None:
+    """Catches training that ends because retention deletes the checkpoint, and a warning where it never does."""
+    pretraining(10)
+    run = open_run_folder(tmp_path / "pretraining")
+    run.config.write_text(f"checkpoint: {{keep_every: {keep_every}}}\n")
+    with lock_run(run) if state == "trains" else nullcontext():
+        finetune(config_file, {"model.init_from": str(run.path)}, dry_run=True)
+    said = "step-00000010 is of a run that trains, which may delete it before each seed has started; name"
+    assert (said in " ".join(capsys.readouterr().err.split())) == is_warned
 
 
 def test_a_model_folder_is_no_run_folder(config_file: Path, encoder: Path) -> None:
