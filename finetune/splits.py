@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from finetune.data.columns import CONTEXT, LABEL, Columns
 from finetune.data.records import Record, Table, has_minus_one, read_table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
-from finetune.encoding.examples import Padding, Split
+from finetune.encoding.examples import Example, Padding, Split
 from finetune.model import ModelInputs, ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions, TaskKind, find_kind
+
+_ENCODED_TOGETHER = 256  # records: more are no faster, and their encodings are in memory
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,11 @@ def encode_split(
     table: Table, kind: TaskKind[Any], encoder: Encoder, training: bool, records: Iterable[Record] | None = None
 ) -> Split:
     """Encode all records. records: the table's own, with a progress bar. Raises UserError for an invalid target."""
-    expanded = [kind.expand(record, encoder, training) for record in records or table.records]
+    expanded: list[list[Example]] = []
+    rest = iter(records or table.records)
+    while chunk := list(islice(rest, _ENCODED_TOGETHER)):
+        encoded = encoder.knowing([row for record in chunk for row in kind.encoded_texts(record)])
+        expanded += [kind.expand(record, encoded, training) for record in chunk]
     return Split(
         table,
         examples=tuple(example for examples in expanded for example in examples),

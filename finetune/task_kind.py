@@ -16,6 +16,7 @@ from experiment.config import did_you_mean
 from experiment.errors import UserError
 from experiment.process.fast_imports import fast_imports
 from finetune import kinds
+from finetune.data.columns import TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.scores.calibration import Classified, calibrate
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from finetune.encoding.encoder import Encoder
+    from finetune.encoding.encoder import Encoder, TextOrPair
     from finetune.encoding.examples import Batch, Example
     from finetune.pooling import Pooling
 
@@ -175,6 +176,12 @@ class TaskKind(ABC, Generic[ConfigT]):
     @abstractmethod
     def expand(self, record: Record, encoder: "Encoder", training: bool) -> list["Example"]:
         """Return the examples of a record, without targets if it has none. Raises UserError for an invalid target."""
+
+    def encoded_texts(self, record: Record) -> Sequence["TextOrPair"]:
+        """Return texts and pairs that `expand` encodes: those of many records are encoded together, which is faster."""
+        values = record.values
+        is_text = isinstance(self.config.columns, TextColumns)
+        return [(values["text"], values.get("text_pair"))] if is_text else []
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
         """Yield the texts of a record that pretraining text must not have, if it is evaluated on: all that the model

@@ -1,7 +1,7 @@
 """Texts to the token ids that a model expects; windows over texts that are too long for one sequence."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -31,6 +31,9 @@ class Tokens:
         return len(self.input_ids)
 
 
+TextOrPair = tuple[str, str | None]
+
+
 class _Frame(NamedTuple):
     """The special tokens around the texts of a sequence, as (ids, token types), and the types of the texts."""
 
@@ -46,42 +49,61 @@ class Encoder:
     max_length: int  # tokens of a sequence, special tokens included
     token_types: bool  # whether the model has token types
     special_tokens_in_text: bool = False  # whether those written out in a text are special; otherwise they are text
+    known: Mapping[TextOrPair, Tokens] = field(default_factory=dict, repr=False, compare=False)  # what `encode` returns
 
     def encode(self, text: str, text_pair: str | None = None) -> Tokens:
         """Return a text or a pair as one sequence. If it is too long, the longer text is cut at its end."""
+        return self.known.get((text, text_pair)) or self.encode_all([(text, text_pair)])[0]
+
+    def encode_all(self, rows: Sequence[TextOrPair]) -> list[Tokens]:
+        """Like `encode` for each row, in about half the time, and on all cores with fast tokenizers."""
         # Fast tokenizers make a single text of a pair with an empty text.
-        if text_pair or (text_pair is not None and not self.tokenizer.is_fast):
-            return self._encode_pair(text, text_pair)
-        encoded = self._tokenize(text, truncation="longest_first", max_length=self.max_length)
-        ids = encoded["input_ids"]
-        cut = 0 if len(ids) < self.max_length else self._count_cut(encoded, text)
-        types = torch.tensor(encoded["token_type_ids"]) if self.token_types else None
-        return Tokens(torch.tensor(ids), types, cut)
+        is_pair = [bool(pair) or (pair is not None and not self.tokenizer.is_fast) for _, pair in rows]
+        singles = self._encode_texts([text for (text, _), paired in zip(rows, is_pair, strict=True) if not paired])
+        pairs = self._encode_pairs([row for row, paired in zip(rows, is_pair, strict=True) if paired])
+        return [next(pairs if paired else singles) for paired in is_pair]
 
-    def _encode_pair(self, text: str, text_pair: str) -> Tokens:
-        """Return what truncation="longest_first" gives, in linear time: fast tokenizers make a sequence of each two
+    def knowing(self, rows: Sequence[TextOrPair]) -> "Encoder":
+        """Return an encoder that has encoded these rows together."""
+        return replace(self, known=dict(zip(rows, self.encode_all(rows), strict=True))) if rows else self
+
+    def _encode_texts(self, texts: Sequence[str]) -> Iterator[Tokens]:
+        if not texts:
+            return
+        encoded = self._tokenize(texts, truncation="longest_first", max_length=self.max_length)
+        for index, ids in enumerate(encoded["input_ids"]):
+            cut = 0 if len(ids) < self.max_length else self._count_cut(encoded, index, texts[index])
+            types = torch.tensor(encoded["token_type_ids"][index]) if self.token_types else None
+            yield Tokens(torch.tensor(ids), types, cut)
+
+    def _encode_pairs(self, pairs: Sequence[TextOrPair]) -> Iterator[Tokens]:
+        """Yield what truncation="longest_first" gives, in linear time: fast tokenizers make a sequence of each two
         parts of the texts that they cut off, slow ones warn of each pair."""
-        texts = self._tokenize([text, text_pair], special=False)["input_ids"]
-        room = self.room(2)
-        cut = max(sum(map(len, texts)) - room, 0)
-        if cut:
-            shorter = 0 if len(texts[0]) <= len(texts[1]) else 1
-            # Fast tokenizers give an odd room's last token to the longer text, slow ones to the first.
-            half = room // 2 if self.tokenizer.is_fast or shorter == 1 else room - room // 2
-            kept = min(len(texts[shorter]), half)
-            for index, size in ((shorter, kept), (1 - shorter, room - kept)):
-                start = len(texts[index]) - size if self.tokenizer.truncation_side == "left" else 0
-                texts[index] = texts[index][start : start + size]
-        return self.assemble(*texts, cut=cut)
+        if not pairs:
+            return
+        flat = [text for first, second in pairs for text in (first, second or "")]
+        found = self._tokenize(flat, special=False)["input_ids"]
+        for texts in map(list, zip(found[::2], found[1::2], strict=True)):
+            room = self.room(2)
+            cut = max(sum(map(len, texts)) - room, 0)
+            if cut:
+                shorter = 0 if len(texts[0]) <= len(texts[1]) else 1
+                # Fast tokenizers give an odd room's last token to the longer text, slow ones to the first.
+                half = room // 2 if self.tokenizer.is_fast or shorter == 1 else room - room // 2
+                kept = min(len(texts[shorter]), half)
+                for index, size in ((shorter, kept), (1 - shorter, room - kept)):
+                    start = len(texts[index]) - size if self.tokenizer.truncation_side == "left" else 0
+                    texts[index] = texts[index][start : start + size]
+            yield self.assemble(*texts, cut=cut)
 
-    def _count_cut(self, encoded: "BatchEncoding", text: str) -> int:
+    def _count_cut(self, encoded: "BatchEncoding", index: int, text: str) -> int:
         """Count the tokens that a sequence of maximum length lacks."""
         if not self.tokenizer.is_fast:
             return len(self._tokenize(text)["input_ids"]) - self.max_length
         # The rest of the text is kept, in sequences with special tokens: no need to tokenize a long text again.
         added: int = self.tokenizer.num_special_tokens_to_add(pair=False)
         assert encoded.encodings is not None
-        return sum(len(part) - added for part in encoded.encodings[0].overflowing)
+        return sum(len(part) - added for part in encoded.encodings[index].overflowing)
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text, without special tokens."""

@@ -16,7 +16,7 @@ from experiment.models.model_names import local_model
 from finetune.data.columns import ContextColumn, NegativesColumn, PairedColumn, ScoreColumn, TextColumns
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
-from finetune.encoding.encoder import Encoder
+from finetune.encoding.encoder import Encoder, TextOrPair
 from finetune.encoding.examples import Batch, Example
 from finetune.pooling import Pooling, declared_pooling, hidden_states, pool
 from finetune.scores.metrics import Vectors, correlation, document_ranks, ndcg, potentials
@@ -121,6 +121,9 @@ class Kind(TaskKind[Config]):
             )
         if metric in ("mrr", "ndcg@10") and scored:
             raise UserError(f"{record.place}: pairs with scores have no {metric}; set task.metric: spearman")
+
+    def encoded_texts(self, record: Record) -> list[TextOrPair]:
+        return [(text, None) for text in (record.values["text"], *_others(record))]
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         text, others = record.values["text"], _others(record)

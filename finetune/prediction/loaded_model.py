@@ -115,7 +115,8 @@ class Embedder:
     def encode(self, texts: Sequence[str], pooling: Pooling | None = None) -> list[Example]:
         """Texts that are too long are cut. `details`: the pooling."""
         with self.loaded.encoding:
-            return [Example((self.loaded.encoder.encode(text),), details=pooling or self.pooling) for text in texts]
+            encoded = self.loaded.encoder.encode_all([(text, None) for text in texts])
+        return [Example((tokens,), details=pooling or self.pooling) for tokens in encoded]
 
     def compute(self, texts: Sequence[Example]) -> list[list[float]]:
         """Return the vectors of encoded texts, D numbers each: hidden states of the last layer, pooled.

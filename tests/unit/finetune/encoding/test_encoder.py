@@ -51,6 +51,24 @@ def test_a_pair_is_cut_as_the_tokenizer_does(kind: str, side: str, length: int, 
     assert found.cut == len(tokenizer(*texts, verbose=False)["input_ids"]) - len(found)
 
 
+@given(st.sampled_from(sorted(PAIRED)), st.sampled_from(["left", "right"]), st.integers(6, 24), st.data())
+def test_texts_that_are_encoded_together(kind: str, side: str, length: int, data: st.DataObject) -> None:
+    """Catches rows in another order, and tokens, types or counts of one text in the sequence of another."""
+    tokenizer = PAIRED[kind]
+    tokenizer.truncation_side = side
+    texts = st.text("abc é", min_size=0 if tokenizer.is_fast else 1, max_size=40)
+    rows = data.draw(st.lists(st.tuples(texts, st.none() | texts), max_size=6))
+    encoder = Encoder(tokenizer, length, token_types=True)
+    together = [encoder.encode_all(rows), [encoder.knowing(rows).encode(*row) for row in rows]]
+    for found in together:
+        for tokens, alone in zip(found, [encoder.encode(*row) for row in rows], strict=True):
+            assert alone.token_type_ids is not None
+            assert tokens.token_type_ids is not None
+            assert tokens.input_ids.tolist() == alone.input_ids.tolist()
+            assert tokens.token_type_ids.tolist() == alone.token_type_ids.tolist()
+            assert (tokens.input_ids.dtype, tokens.cut) == (alone.input_ids.dtype, alone.cut)
+
+
 @pytest.mark.parametrize("family", ["bert", "xlnet"])
 @pytest.mark.parametrize("texts", [("word1 word2",), ("word1 word2", "word3")])
 def test_assembled_ids_are_those_of_the_tokenizer(encoder: Path, family: str, texts: tuple[str, ...]) -> None:

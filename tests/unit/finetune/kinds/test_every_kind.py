@@ -310,6 +310,21 @@ def test_the_probe_can_be_computed(encoder: Path, task: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_records_are_encoded_together(
+    encoder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches texts that are encoded one by one, which takes twice the time."""
+    config = config_of(name, encoder, tmp_path)
+    tables = read_splits(config.task, encoder)
+    calls, encode_all = [], Encoder.encode_all
+    monkeypatch.setattr(Encoder, "encode_all", lambda *arguments: calls.append(1) or encode_all(*arguments))
+    made = Encoder(load_any_tokenizer(encoder, needed=()), 24, token_types=True)
+    split = encode_split(tables["test"], make_kind(config.task, tables), made, training=False)
+    assert len(split.table) > 10
+    assert len(calls) <= 1
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_predictions_do_not_depend_on_the_batch(encoder: Path, tmp_path: Path, name: str) -> None:
     """Catches padding that takes part in what is computed, and outputs of a batch given to the wrong sequence."""
     config = config_of(name, encoder, tmp_path)
