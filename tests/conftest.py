@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -215,6 +216,28 @@ def handed_over(request: pytest.FixtureRequest) -> Mapping[str, str]:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fine-tuning in this process leaves empty figures."""
     leave_figures_empty(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def _measured_memory() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def memory_measured_once(monkeypatch: pytest.MonkeyPatch, _measured_memory: dict[Any, Any]) -> None:
+    """Plans in this process measure the memory of a microbatch, which takes 0.4 s, once for all tests.
+    test_planned_activations.py tests it."""
+    from pretrain.plan import plan
+
+    measure = plan.microbatch_memory
+
+    def measure_once(model: Any, shape: Any, computation: Any) -> Any:
+        key = (type(model), model.config.to_json_string(), shape, computation)
+        if key not in _measured_memory:
+            _measured_memory[key] = measure(model, shape, computation)
+        return _measured_memory[key]
+
+    monkeypatch.setattr(plan, "microbatch_memory", measure_once)
 
 
 @pytest.fixture

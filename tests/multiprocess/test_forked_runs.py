@@ -17,6 +17,8 @@ from launcher.cli import main
 from rank_pool import RankPool
 from runs import TINY, Tree, assert_same_tensors, evaluation_events, logged, pretrain_case, run_config, saved_tensors
 
+pytestmark = pytest.mark.usefixtures("memory_measured_once")
+
 
 def provenance(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(RunFolder(folder).provenance.read_text(encoding="utf-8"))

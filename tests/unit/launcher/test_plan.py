@@ -16,6 +16,8 @@ from experiment.run_files.run_lock import lock_run
 from launcher.cli import main
 from pretrain.resolve import ResolvedRun
 
+pytestmark = pytest.mark.usefixtures("memory_measured_once")
+
 
 @pytest.fixture
 def config(tmp_path: Path, wordpiece_corpus: Path) -> Path:
