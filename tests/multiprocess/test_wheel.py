@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +35,13 @@ class Installed(NamedTuple):
         )
 
 
+class Wheel(NamedTuple):
+    path: Path
+    source: Path
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in (*_PACKAGES, *_DOCUMENTS):  # a copy: a build writes to the folder of its source
@@ -44,11 +50,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         shutil.copy(REPOSITORY / name, source / name)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(folder)!r})"  # as pip does
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
-    (wheel,) = folder.glob("deepcloze-*.whl")
+    (path,) = folder.glob("deepcloze-*.whl")
+    return Wheel(path, source)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Wheel) -> Installed:
+    folder = wheel.path.parent
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", "--no-compile", str(wheel)]
+    install = [*pip, "--python", str(python), "install", "--no-deps", "--no-index", "--no-compile", str(wheel.path)]
     subprocess.run(install, check=True, capture_output=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
     # Finds what deepcloze depends on, but not this checkout: .pth files in folders that a .pth file names are not read.
@@ -59,20 +71,28 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return Installed(python.with_name("deepcloze"), packages, work)
 
 
-def test_a_wheel_has_all_files(installed: Installed) -> None:
+def test_a_wheel_has_all_files(wheel: Wheel) -> None:
     """Catches files that only a source checkout has."""
+    source = wheel.source
+    files = [path.relative_to(source) for name in _PACKAGES for path in (source / name).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} > {".py", ".json", ".j2", ".html", ".css", ".js", ".md"}
+    documents = [path.relative_to(source) for name in ("docs/*.md", "hostfiles/*") for path in source.glob(name)]
+    assert {path.suffix for path in documents} > {".md", ".sbatch"}
+    share = Path("-".join(wheel.path.name.split("-")[:2]) + ".data/data/share/doc/deepcloze")
+    packed = set(map(Path, zipfile.ZipFile(wheel.path).namelist()))
+    assert {Path("deepcloze.py"), *files, *(share / path for path in documents)} - packed == set()
+    assert not any(path.parts[0] == "hostfiles" for path in packed), "no package"
+
+
+@pytest.mark.soak
+def test_an_installed_wheel_finds_its_files(installed: Installed) -> None:
+    """Catches a recipe that is looked up, or documents that are installed, in the wrong folder."""
     done = installed.run("recipes")
     assert done.returncode == 0, done.stderr
     assert "roberta-base" in done.stdout
-    source = installed.folder.with_name("source")
-    files = [path.relative_to(source) for name in _PACKAGES for path in (source / name).rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} > {".py", ".json", ".j2", ".html", ".css", ".js", ".md"}
-    assert [path for path in files if not (installed.packages / path).is_file()] == []
-    documents = [path for pattern in ("docs/*.md", "hostfiles/*") for path in source.glob(pattern)]
-    assert {path.suffix for path in documents} > {".md", ".sbatch"}
     folder = installed.command.parents[1] / "share" / "doc" / "deepcloze"
-    assert [path for path in documents if not (folder / path.relative_to(source)).is_file()] == []
-    assert not (installed.packages / "hostfiles").exists(), "no package"
+    assert (folder / "docs" / "commands.md").is_file()
+    assert (folder / "hostfiles").is_dir()
 
 
 @pytest.fixture
