@@ -25,22 +25,20 @@ def test_a_module_of_the_same_name_on_the_path_is_not_imported(tmp_path: Path) -
     assert "executed" not in done.stdout
 
 
-def test_worker_processes_import_the_same_packages(tmp_path: Path) -> None:
+def test_worker_processes_import_the_same_packages(wordpiece: Path, tmp_path: Path) -> None:
     """Catches workers, which are other processes, that import a user's `pretrain.py`."""
     (tmp_path / "pretrain.py").write_text("raise SystemExit('executed')")
     (tmp_path / "text.txt").write_text("a b\nc d\n" * 50)
-    for flags in (["tokenizer", "--vocab_size=40"], ["corpus", "--tokenizer=tokenizer", "--workers=2"]):
-        output = f"--output={flags[0]}"
-        code = f"from deepcloze import run; import sys; sys.argv[1:] = {[*flags, '--source=text.txt', output]}; run()"
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    flags = ["corpus", f"--tokenizer={wordpiece}", "--workers=2", "--source=text.txt", "--output=corpus"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"from deepcloze import run; import sys; sys.argv[1:] = {flags}; run()"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "corpus" / "manifest.json").is_file()
 
 
