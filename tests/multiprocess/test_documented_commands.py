@@ -54,9 +54,13 @@ SLOW = (
     "my-embedding",
     "deepspeed ",  # as test_launches.py starts it
     "--model.added_tokens",
+    "--profile",
+    "ds_config=bf16_zero2",
+    "--training.seeds=1,2,3",
 )
-# Pages whose commands other tests run with other files: test_watched_runs.py, tests/cluster, tests of reports and logs.
-SLOW_PAGES = ("docs/watching.md", "docs/cluster.md", "docs/tracking.md")
+# Pages whose commands other tests run with other files: test_watched_runs.py, test_detached_runs.py, tests/cluster,
+# tests of reports and logs.
+SLOW_PAGES = ("docs/watching.md", "docs/cluster.md", "docs/tracking.md", "docs/launching.md")
 
 
 def is_run_here(command: Command) -> bool:

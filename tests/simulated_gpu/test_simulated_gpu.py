@@ -140,9 +140,9 @@ def test_losses_are_those_of_a_cpu(
     ("size", "ds_config", "changes"),
     [
         (1, "fp16_zero1", {"model__config": MODERNBERT}),
-        (2, "fp16_zero1", {"optimizer__name": "lamb"}),
         (2, "fp16_zero3", {"optimizer__name": "muon"}),
         *soak(
+            (2, "fp16_zero1", {"optimizer__name": "lamb"}),
             (2, "bf16_zero3", {"model__config": MODERNBERT}),
             (2, "bf16_zero3", {"optimizer__name": "stableadamw"}),
             (2, "bf16_zero1", {"optimizer__name": "muon"}),
@@ -238,10 +238,12 @@ def test_an_evaluation_may_be_the_first_to_use_our_own_attention(ranks: dict[int
         (faults.loss_read_in_a_microbatch, 1, "bf16_zero1", "waits_in_microbatches", "_local_scalar_dense"),
         (faults.copies_that_are_not_awaited, 1, "bf16_zero1", "races", r"stream \d+ reads in .* writes in _to_copy"),
         (faults.pinned_memory_used_again, 1, "bf16_zero1", "races", "the host writes in copy_ .* reads in _to_copy"),
-        (faults.checkpoint_that_is_not_awaited, 1, "bf16_zero1", "races", "the host reads in .* writes in copy_"),
         (faults.gathers_that_do_not_wait, 2, "bf16_zero3", "races", r"stream \d+ reads in cat .* writes in copy_"),
         (faults.gathered_on_another_stream, 2, "bf16_zero3", "races", r"stream \d+ reads in cat .* writes in copy_"),
-        (faults.reduced_gradients_not_awaited, 2, "bf16_zero3", "races", r"stream \d+ (reads|writes)"),
+        *soak(
+            (faults.checkpoint_that_is_not_awaited, 1, "bf16_zero1", "races", "the host reads in .* writes in copy_"),
+            (faults.reduced_gradients_not_awaited, 2, "bf16_zero3", "races", r"stream \d+ (reads|writes)"),
+        ),
     ],
 )
 def test_faults_are_found(

@@ -35,6 +35,7 @@ from finetune.results.tables import print_results
 from finetune.run import run
 from finetune.splits import encode_split, make_kind, read_splits
 from finetune.task_kind import find_kind
+from runs import soak
 from simulated_gpu.gpu import simulated_gpu
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -265,7 +266,12 @@ def test_the_snippet_of_a_task_on_pairs_runs(
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*((name, "fp32") for name in TASKS), ("token_classification", "bf16"), ("classification", "fp16")],
+    [
+        *((name, "fp32") for name in TASKS if name not in ("classification", "token_classification")),
+        ("token_classification", "bf16"),
+        ("classification", "fp16"),
+        *soak(("classification", "fp32"), ("token_classification", "fp32")),
+    ],
 )
 def test_a_gpu_computes_what_a_cpu_does(encoder: Path, tmp_path: Path, name: str, precision: str) -> None:
     """Catches tensors on the wrong device in training, in the saved state, or when a saved model predicts."""

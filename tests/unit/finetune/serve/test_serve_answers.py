@@ -323,7 +323,7 @@ def test_answers_are_the_same(
     ("path", "head"),
     sampled(
         itertools.product(PATHS, ("sequence", "masked")),
-        [*((path, "sequence") for path in PATHS), ("/v1/predict", "masked"), ("/v1/fill-mask", "masked")],
+        [*((path, "sequence") for path in PATHS if path != "/v1/fill-mask"), ("/v1/fill-mask", "masked")],
     ),
 )
 def test_every_request_gets_a_documented_answer(
