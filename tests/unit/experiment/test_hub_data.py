@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import datasets
 import pytest
 from huggingface_hub import HfFileSystem
 
@@ -76,7 +75,7 @@ def test_another_commit_in_the_cache(hub: HubServer, commit: str, monkeypatch: p
     """Catches rows of another commit: datasets loads any that is cached if it cannot reach the one it is asked for."""
     load_rows(HubData.parse(f"hub:{NAME}").pinned())
     data = HubData(NAME, hub.repository(NAME, "dataset").push(files(("new", 1))))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=f"^{data}: cannot be downloaded now; the cache has commit {commit} only"):
         load_rows(data)
     load_rows.cache_clear()

@@ -22,7 +22,6 @@ from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.files import REPOSITORY
 from experiment.models.tokenizer import load_any_tokenizer
-from finetune.export import onnx_folder
 from finetune.export.command import export_command
 from finetune.model import ModelSpec, build_model, save_model
 from finetune.options import ExportOptions
@@ -202,7 +201,7 @@ def exported(trained_run: Path, export_onnx: ExportOnnx) -> Path:
 def int8(exported: Path, trained_run: Path, export_onnx: ExportOnnx) -> Path:
     """The same in int8, of the same graph, which takes seconds to write."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_folder, "write_graph", lambda _, path: shutil.copy(exported / FILE, path))
+        patch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / FILE, path))
         return export_onnx(trained_run, int8=True)
 
 
@@ -282,7 +281,7 @@ def test_a_masked_language_model(
     same = {"model": "", "loaded": ""}
     assert served.info.model_copy(update=same) == original.info.model_copy(update=same)
 
-    monkeypatch.setattr(onnx_folder, "write_graph", lambda _, path: shutil.copy(exported / FILE, path))
+    monkeypatch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / FILE, path))
     model = onnx.load(export_onnx(encoder, int8=True) / FILE)
     assert not [node for node in model.graph.node if node.op_type == "Transpose" and "weight" in node.input[0]]
     shapes = [tuple(each.dims) for each in model.graph.initializer if each.data_type == onnx.TensorProto.INT8]
@@ -305,7 +304,7 @@ def test_sizes_and_differences_are_printed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches an export that says nothing about what it found."""
-    monkeypatch.setattr(onnx_folder, "write_graph", lambda _, path: shutil.copy(exported / FILE, path))
+    monkeypatch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / FILE, path))
     export_command(ExportOptions(checkpoint=str(trained_run), output=str(tmp_path / "out"), format="onnx", int8=True))
     printed = capfd.readouterr()
     lines = printed.out.splitlines()
@@ -322,7 +321,7 @@ def test_outputs_that_differ_are_an_error(
     int8: Path, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a model that is written although it computes something else: here what int8 makes of it."""
-    monkeypatch.setattr(onnx_folder, "write_graph", lambda _, path: shutil.copy(int8 / FILE, path))
+    monkeypatch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(int8 / FILE, path))
     with pytest.raises(UserError, match=r"logits of ONNX Runtime differ from those of PyTorch by up to .*e-\d\d"):
         export_command(ExportOptions(checkpoint=str(trained_run), output=str(tmp_path / "out"), format="onnx"))
     assert list(tmp_path.glob("*out*")) == []

@@ -3,7 +3,6 @@ import math
 from pathlib import Path
 
 import pytest
-from sklearn.metrics import mean_absolute_error, mean_squared_error
 
 from experiment.errors import UserError
 from finetune.data.records import Record, read_table
@@ -35,6 +34,8 @@ def test_a_constant_side_scores_zero(gold: list[float], predicted: list[float]) 
 def test_errors_are_in_the_units_of_the_targets() -> None:
     """Catches errors whose sign counts, a mean squared error in place of its root, and an epoch that is best because
     its errors are largest."""
+    from sklearn.metrics import mean_absolute_error, mean_squared_error
+
     gold, predicted = [1.0, 2.0, 3.0, 4.0], [2.0, 0.0, 3.0, 7.0]
     found = scores(gold, predicted)
     assert found["rmse"] == pytest.approx(mean_squared_error(gold, predicted) ** 0.5)

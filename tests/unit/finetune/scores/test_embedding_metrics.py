@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import ndcg_score
 
 from finetune.scores.metrics import document_ranks, ndcg, potentials
 
@@ -40,6 +39,8 @@ def test_a_text_is_no_document_of_itself() -> None:
 
 def test_ranks_and_ndcg() -> None:
     """Catches ranks from 0, an ideal order that is longer than the cutoff, and documents beyond it that count."""
+    from sklearn.metrics import ndcg_score
+
     queries, documents = unit_vectors(300, seed=1), unit_vectors(40, seed=2)
     relevant = np.random.default_rng(3).permuted(np.tile(np.arange(40), (300, 1)), axis=1)[:, :12]
     ranks = np.array([document_ranks(queries, documents, *[relevant[:, number]] * 2) for number in range(12)]).T

@@ -2,8 +2,6 @@ import warnings
 
 import numpy as np
 import pytest
-from sklearn import metrics
-from sklearn.metrics import precision_recall_fscore_support
 
 from finetune.data.records import Record
 from finetune.kinds.classification import Config, Kind
@@ -58,6 +56,8 @@ def test_a_predicted_label_that_never_occurs_does_not_warn(recwarn: pytest.Warni
 @pytest.mark.parametrize("predictions", [1, 2, 5, 7])
 def test_metrics_are_those_of_scikit_learn(golds: int, predictions: int) -> None:
     """Catches averages over labels that do not occur, or that are never predicted; and an undefined correlation."""
+    from sklearn import metrics
+
     draw = np.random.default_rng(golds)
     gold, predicted = draw.choice(7, golds, replace=False), draw.choice(7, predictions, replace=False)
     gold, predicted = draw.choice(gold, 50), draw.choice(predicted, 50)
@@ -87,6 +87,8 @@ def test_summarize_over_seeds() -> None:
 def test_scores_are_those_of_scikit_learn() -> None:
     """Catches precision and recall mixed up, and a division by zero for a label that is never predicted or never
     occurs."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     gold, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 3, 0])
     expected = precision_recall_fscore_support(gold, predicted, labels=range(4), zero_division=0.0)
     found = label_scores(gold, predicted, LABELS)
@@ -96,6 +98,8 @@ def test_scores_are_those_of_scikit_learn() -> None:
 
 def test_pairs_are_those_that_a_matrix_counts() -> None:
     """Catches pairs that are transposed, and mistakes in another order than that of the matrix."""
+    from sklearn import metrics
+
     gold, predicted = np.random.default_rng(0).integers(0, 4, size=(2, 200))
     matrix = confusion_matrix(gold, predicted, 4)
     assert np.array_equal(matrix, metrics.confusion_matrix(gold, predicted))

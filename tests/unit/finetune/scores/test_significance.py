@@ -3,7 +3,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from finetune.scores.significance import (
     Difference,
@@ -105,6 +104,8 @@ def test_one_seed_gives_the_paired_bootstrap() -> None:
 
     The exact sign test of McNemar says how likely such a difference is.
     """
+    from scipy.stats import binomtest
+
     first = answers(0.7, 1, 0)
     second = first.copy()
     gained, lost = np.flatnonzero(~first[0])[:14], np.flatnonzero(first[0])[:4]

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from pretrain.batching import counter_rng
 from pretrain.batching.counter_rng import (
@@ -82,6 +81,8 @@ def test_several_permutations_at_once(n):
 @pytest.mark.parametrize("n", [5, 16, 1024, *soak(1000)])
 def test_every_place_is_equally_likely(n):
     """Catches a network with too few rounds: over many seeds and epochs, the image of an index must be uniform."""
+    from scipy import stats
+
     if n in (16, 1024):
         images = np.concatenate([permutations(seed, range(200), n)[:, n // 2] for seed in range(20)])
     else:  # one by one, which takes longer

@@ -3,7 +3,6 @@ import hashlib
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from pretrain.batching.counter_rng import fold_in
 from pretrain.batching.masking import MAX_SPAN_WORDS, Masker, Ranges, draw_spans
@@ -13,6 +12,14 @@ from pretrain.config import MaskingConfig
 MASK, UNK = 4, 3
 UNITS = ("token", "word", "span")
 KEYS = fold_in(1, np.arange(200_000))
+
+
+@pytest.fixture
+def stats():
+    """scipy.stats, whose import takes a second: in the test process that needs it only."""
+    from scipy import stats
+
+    return stats
 
 
 @pytest.fixture
@@ -82,7 +89,7 @@ def test_the_rate_holds_at_every_place_of_sequences_of_every_length(masker, unit
 
 
 @pytest.mark.parametrize("unit", ["word", "span"])
-def test_words_are_chosen_as_a_whole_and_end_with_their_sequence(masker, unit):
+def test_words_are_chosen_as_a_whole_and_end_with_their_sequence(masker, unit, stats):
     """Catches partial words, and words that cross from one sequence into the next."""
     masker = of(masker, unit=unit, rate=0.3)
     lengths = np.random.default_rng(2).integers(1, 30, 3000)
@@ -115,7 +122,7 @@ def test_word_starts_can_be_given(masker, unit):
     assert (masked[:, 1] != masked[:, 2]).any()
 
 
-def test_each_token_of_a_word_has_its_own_replacement(masker):
+def test_each_token_of_a_word_has_its_own_replacement(masker, stats):
     """Catches words whose tokens share the 80/10/10 draw: BERT's whole-word masking decides for each."""
     shown, pairs = pairs_of_tokens(of(masker, unit="word"))
     masked = (shown == MASK)[pairs]
@@ -143,7 +150,7 @@ def pairs_of_tokens(masker):
     return shown, pairs
 
 
-def test_span_lengths_are_truncated_geometric():
+def test_span_lengths_are_truncated_geometric(stats):
     """Catches a wrong distribution (chi-square), such as lengths clipped to 10, whose mean is 4.5."""
     words = np.full(500, 4000)
     spans = draw_spans(words, KEYS[:500], 0.15)
@@ -155,7 +162,7 @@ def test_span_lengths_are_truncated_geometric():
     assert stats.chisquare(counts, expected * len(whole)).pvalue > 1e-3
 
 
-def test_gaps_between_spans_are_geometric():
+def test_gaps_between_spans_are_geometric(stats):
     """Catches spans that avoid or attract each other. After an uncovered word, a span starts with probability q."""
     spans = draw_spans(np.full(500, 4000), KEYS[:500], 0.15)
     gaps = np.concatenate(
@@ -177,7 +184,7 @@ def by_sequence(spans, words, count):
     return np.split(spans.starts, where), np.split(spans.sizes, where)
 
 
-def test_a_sequence_begins_like_an_excerpt_of_an_endless_text():
+def test_a_sequence_begins_like_an_excerpt_of_an_endless_text(stats):
     """Catches a first span drawn like the others: the rest of it has the equilibrium distribution."""
     spans = draw_spans(np.full(100_000, 20), KEYS[:100_000], 0.3)
     at_start = spans.sizes[spans.starts % 20 == 0]
@@ -215,7 +222,7 @@ def test_a_rank_without_sequences(masker, unit):
     assert len(shown) == len(chosen) == 0
 
 
-def test_random_replacements_are_real_words_evenly_drawn(masker):
+def test_random_replacements_are_real_words_evenly_drawn(masker, stats):
     """Catches replacements by special ids, and draws that are not uniform or correlate with the 80/10/10 decision."""
     lengths = np.full(5000, 100)
     tokens = np.full(lengths.sum(), 5)

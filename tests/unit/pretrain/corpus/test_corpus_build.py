@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import psutil
 import pytest
@@ -71,6 +70,8 @@ def test_corpus_equals_tokenizer_output(
     corpus: Build, tmp_path: Path, lines: list[str], vocabulary_folder: Path
 ) -> None:
     """Catches documents that are lost, reordered or truncated, or get special tokens."""
+    import datasets
+
     manifest = corpus("c")
     rows = datasets.load_from_disk(str(tmp_path / "c"))
     tokenizer = load_tokenizer(vocabulary_folder)
@@ -576,6 +577,8 @@ def test_invalid_options(
 
 
 def rows(folder: Path) -> list[tuple[int, ...]]:
+    import datasets
+
     return [tuple(row) for row in datasets.load_from_disk(str(folder))["input_ids"]]
 
 

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -275,6 +274,8 @@ def test_chinese_text_without_words(
 def test_segmented_corpus(tmp_path: Path, chinese: Path, source: Path) -> None:
     """Catches words that are not jieba's, word starts read at wrong offsets, and a fingerprint that ignores word
     starts, although masks depend on them."""
+    import datasets
+
     build_corpus(CorpusOptions(source=source, tokenizer=chinese, output=tmp_path / "one", workers=1, segmenter="jieba"))
     corpus = open_corpus(tmp_path / "one")
     assert len(corpus.manifest.shards) > 3
