@@ -27,6 +27,7 @@ _TESTS = Path(__file__).parent
 _CPU_TIMES = psutil.cpu_times()
 gc.disable()  # until tests are collected: their imports make a million objects that stay
 _CACHE = tempfile.mkdtemp(prefix="deepcloze-tests-")
+_PARENT = "FORK_SERVER_PARENT"  # a variable: the folder of a server from which those of test processes are forked
 os.environ["XDG_CACHE_HOME"] = _CACHE  # also of the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that no folder has may be one on the Hub
 # Threads that wait for another one spin for milliseconds otherwise: on busy cores, that one cannot run meanwhile.
@@ -37,6 +38,14 @@ settings.load_profile("busy")
 # The commands that tests start would ignore them too, under `nohup` and in the background of a shell.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # with xdist; None in its test processes, which inherit the variable
+        folder = Path(_CACHE, "fork-server")
+        folder.mkdir()
+        config.add_cleanup(ForkServer(folder).close)
+        os.environ[_PARENT] = str(folder)
 
 
 def pytest_collection_finish() -> None:
@@ -181,7 +190,7 @@ def byte_level_corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path,
 
 @pytest.fixture(scope="session")
 def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    server = ForkServer(tmp_path_factory.mktemp("ranks"))
+    server = ForkServer(tmp_path_factory.mktemp("ranks"), os.environ.get(_PARENT))
     yield server
     server.close()
 

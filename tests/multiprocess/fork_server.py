@@ -9,7 +9,9 @@ forked one is killed too. Both show the arguments and the environment of the com
 start: the forked process is not in the process group of the first one, settings of glibc do not apply, and all
 processes hash strings alike. A test of such things has the mark `real_start`.
 
-The server is single-threaded. It can serve in the namespaces of another process, too.
+The server is single-threaded. It can serve in the namespaces of another process, too. With several test processes, the
+first one, which runs no tests, has a server from which those of the others are forked, as a command is: the libraries
+are imported once.
 """
 
 import array
@@ -26,8 +28,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import set_start_method
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any, NoReturn
+
+import hand_over
 
 TITLE = "fork server of tests"
 PATCH = "FORK_SERVER_PATCH"  # a variable: a file with Python code that commands run first
@@ -38,8 +43,10 @@ _READ_AT_IMPORT = ("DS_", "HF_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "LD_", "G
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def main(requests: Connection, listener: socket.socket) -> NoReturn:
-    """Serve until the other end of `requests` is closed."""
+def main(requests: Connection) -> NoReturn:
+    """Serve until the other end of `requests` is closed. First receives the socket of `listen` there."""
+    listener = socket.socket(fileno=recv_handle(requests))
+    select.select([requests, listener], [], [])  # imports nothing if nobody needs it
     _import_everything()
     # SIGINT: Ctrl-C reaches the whole process group, and pytest handles it. SIGCHLD: leaves no zombies.
     for number in (signal.SIGINT, signal.SIGCHLD):
@@ -284,7 +291,12 @@ def _show(argv: list[str], environ: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    requests, listener, path = json.loads(sys.argv[1])
+    path, parent = json.loads(sys.argv[1])
+    if parent:  # does not return, unless that server refuses, or has ended
+        hand_over.hand_over(parent, None, [sys.argv[0], json.dumps([path, None])], False)
     sys.path[:] = path
     os.environ.pop(PADDING)
-    main(Connection(requests), socket.socket(fileno=listener))
+    requests = Connection(os.dup(0))
+    with open(os.devnull) as empty:
+        os.dup2(empty.fileno(), 0)
+    main(requests)

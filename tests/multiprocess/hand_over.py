@@ -29,7 +29,7 @@ def _command() -> tuple[str | None, list[str], bool] | None:
     return None
 
 
-def _hand_over(folder_of_server: str, module: str | None, argv: list[str], unbuffered: bool) -> None:
+def hand_over(folder_of_server: str, module: str | None, argv: list[str], unbuffered: bool) -> None:
     """Returns if there is no server, or if it refuses; otherwise ends the process."""
     import array
     import json
@@ -105,4 +105,4 @@ def _hand_over(folder_of_server: str, module: str | None, argv: list[str], unbuf
 
 
 if found := _command():
-    _hand_over(__file__.rpartition("/")[0], *found)
+    hand_over(__file__.rpartition("/")[0], *found)

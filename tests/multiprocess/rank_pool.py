@@ -23,6 +23,7 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Client, Connection, Listener, Pipe, wait
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -66,24 +67,24 @@ def _spawned_rank(variables: dict[str, str], rank: int, size: int, address: str,
 class ForkServer:
     """A process of `fork_server.py`."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder`: for the ranks' output, and what hands commands over: see `environment`."""
+    def __init__(self, folder: Path, parent: str | None = None) -> None:
+        """`folder`: for the ranks' output, and what hands commands over: see `environment`. `parent`: the folder of a
+        server to fork this one from."""
         self._folder = folder
         (folder / "sitecustomize.py").symlink_to(Path(__file__).with_name("hand_over.py"))
         self._requests, theirs = Pipe()
         environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"WANDB_MODE": "disabled", PADDING: 16384 * "x"}
         with listen(folder) as listener, theirs, (folder / "output.log").open("a") as output:
-            passed = [theirs.fileno(), listener.fileno()]
-            arguments = json.dumps([*passed, sys.path])
+            arguments = json.dumps([sys.path, parent])
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("fork_server.py")), arguments, 8192 * "x"],
                 env=os.environ | environment,
-                stdin=subprocess.DEVNULL,
+                stdin=theirs.fileno(),
                 stdout=output,
                 stderr=output,
-                pass_fds=passed,
             )
+            send_handle(self._requests, listener.fileno(), self._process.pid)
 
     def environment(self) -> dict[str, str]:
         """Variables with which commands are handed over to the server."""

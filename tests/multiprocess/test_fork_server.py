@@ -13,6 +13,8 @@ import yaml
 
 from fork_server import TITLE
 from launches import Start, wait_for_exit
+from pretrain.world import World
+from rank_pool import ForkServer, RankPool
 from waiting import wait_until
 
 PRETRAIN = (sys.executable, "-m", "pretrain.run", "--config")
@@ -92,3 +94,25 @@ def test_output_and_exit_code_are_those_of_the_command(start: Start, tmp_path: P
 def test_commands_of_marked_tests_are_not_handed_over(start: Start, tmp_path: Path) -> None:
     process = start(sys.executable, "-c", "import os; print(os.environ.get('PYTHONPATH'))")
     assert wait_for_exit(process) == (0, f"{os.environ.get('PYTHONPATH')}\n")
+
+
+def server_case(world: World) -> tuple[int, str | None]:
+    """The server of a rank, and a variable."""
+    return os.getppid(), os.environ.get("MARK")
+
+
+def test_a_server_is_forked_from_another(
+    fork_server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a server for each test process that imports everything again, ranks that have the cache folder of another
+    test process, and a server that outlives its test process."""
+    monkeypatch.setenv("MARK", str(tmp_path))
+    server = ForkServer(tmp_path, parent=fork_server.environment()["PYTHONPATH"].partition(":")[0])
+    pool = RankPool(server, 1)
+    ((pid, mark),) = pool.run(server_case)
+    process = psutil.Process(pid)
+    assert is_served(process)
+    assert mark == str(tmp_path)
+    pool.close()
+    server.close()
+    wait_until(lambda: has_ended(process))
