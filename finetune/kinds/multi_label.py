@@ -23,6 +23,7 @@ from finetune.scores.metrics import LabelScores, f1_of_counts, scores_of_counts
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 _THRESHOLD = 0.5
+_YES, _NO = {"1", "true"}, {"0", "false"}  # in multi-hot vectors
 _SEPARATORS = ",，、;；|/"  # that are written between labels
 
 
@@ -31,7 +32,7 @@ class MultiLabelColumns(TextColumns):
 
     labels: LabelsColumn = "labels"
     """Column with the labels: a JSON list, or text with `task.label_separator` between them; empty if there are
-    none. Empty labels are left out."""
+    none. Empty labels are left out. Or, with `task.labels`, a list that has 1 or 0 for each of them (multi-hot)."""
 
     text: TextColumn = "text"
     """Column with the text."""
@@ -56,10 +57,16 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """Return the sorted labels of the training split. Raises UserError if one is alone or has two spellings."""
+        """Return the sorted labels of the training split. Raises UserError if one is alone or has two spellings, and if
+        they are multi-hot vectors."""
         rows = reversed(train.records)
         places = {label: record.place for record in rows for label in _labels_of(record, config)}
         reject_two_spellings(places)
+        if length := _multi_hot_length([_labels_of(record, config) for record in train.records]):
+            raise UserError(
+                f"{train.path}: the labels of each row are {length} zeros and ones, a multi-hot vector; list the names "
+                f"of the {length} labels, in its order, in task.labels"
+            )
         labels = set(places)
         if len(labels) < 2:
             found = f"only the label '{labels.pop()}'" if labels else "no labels"
@@ -184,7 +191,18 @@ def _joined(labels: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _labels_of(record: Record, config: Config) -> list[str]:
-    found = record.values["labels"]
-    if isinstance(found, list):
-        return found
-    return [label for part in found.split(config.label_separator) if (label := part.strip())]
+    found, known = record.values["labels"], config.labels or ()
+    if not isinstance(found, list):
+        found = [label for part in found.split(config.label_separator) if (label := part.strip())]
+    # 0 and 1 may be labels themselves; of three values, two are the same, as in no list of labels.
+    if len(found) == len(known) and (_YES | _NO).issuperset(found) and (len(known) > 2 or not {*found} & {*known}):
+        return [label for label, value in zip(known, found, strict=True) if value in _YES]
+    return found
+
+
+def _multi_hot_length(rows: Sequence[Sequence[str]]) -> int | None:
+    """Return the length of multi-hot vectors; None if rows are lists of labels, in which no label is repeated."""
+    lengths = {len(row) for row in rows}
+    values = {value for row in rows for value in row}
+    is_repeated = any(len(set(row)) < len(row) for row in rows)
+    return lengths.pop() if len(lengths) == 1 and values <= _YES | _NO and is_repeated else None

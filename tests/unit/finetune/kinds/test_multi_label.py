@@ -63,6 +63,47 @@ def test_a_number_and_its_text_with_a_point_are_not_two_labels(tmp_path: Path) -
         Kind.find_labels(CONFIG, table)
 
 
+@pytest.mark.parametrize("labels", [("joy", "fear", "love"), ("0", "1", "2")])
+def test_multi_hot_vectors_are_read_with_the_labels_of_the_task(
+    tmp_path: Path, encoder: Path, labels: tuple[str, ...]
+) -> None:
+    """Catches vectors of floats, as transformers' own models train on, that become the labels 0 and 1."""
+    config = CONFIG.model_copy(update={"labels": labels})
+    rows = (
+        "[1.0, 0.0, 1.0]",
+        "[0, 0, 0]",
+        "[false, true, false]",
+        f'["{labels[2]}"]',
+        f'["{labels[0]}", "{labels[2]}"]',
+    )
+    table = read(tmp_path / "f.jsonl", "".join(f'{{"labels": {row}, "text": "x"}}\n' for row in rows))
+    kind, encode = Kind(config, labels), Encoder(load_tokenizer(encoder), 8, token_types=True)
+    expected = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1]]
+    for record, target in zip(table.records, expected, strict=True):
+        kind.check_target(record)
+        assert kind.expand(record, encode, True)[0].target == target
+    predictions = [{"labels": [label for label, is_in in zip(labels, row, strict=True) if is_in]} for row in expected]
+    assert kind.scores(table.records, predictions)["accuracy"] == 1.0
+    assert f"{labels[0]} 40.0%, {labels[1]} 20.0%" in kind.describe(table)[0]
+
+
+def test_two_labels_called_0_and_1_are_no_vector(tmp_path: Path) -> None:
+    """Catches lists of labels that are taken for vectors."""
+    table = read(tmp_path / "f.jsonl", '{"labels": [0, 1], "text": "x"}\n{"labels": [1], "text": "x"}\n')
+    assert Kind.find_labels(CONFIG, table) == ("0", "1")
+    config = CONFIG.model_copy(update={"labels": ("0", "1")})
+    assert Kind(config, ("0", "1")).describe(table)[0].endswith("0 50.0%, 1 100.0%; none 0.0%")
+
+
+@pytest.mark.parametrize("rows", [("[1.0, 0.0, 0.0]", "[0.0, 0.0, 1.0]"), ('"1|0"', '"0|0"')])
+def test_multi_hot_vectors_need_names(tmp_path: Path, rows: tuple[str, str]) -> None:
+    """Catches a model that has learned that every row has the labels 0 and 1, with an F1 of 1."""
+    table = read(tmp_path / "f.jsonl", "".join(f'{{"labels": {row}, "text": "x"}}\n' for row in rows))
+    message = r"f\.jsonl: the labels of each row are \d zeros and ones, .* names of the \d labels, .* in task\.labels"
+    with pytest.raises(UserError, match=message):
+        Kind.find_labels(CONFIG, table)
+
+
 def test_an_unknown_label_is_named(encoder: Path) -> None:
     """Catches a label of validation that train lacks, dropped silently."""
     record = Record("f.csv:3", {"labels": ["a", "bb"], "text": "x"})
