@@ -3,6 +3,7 @@
 import re
 import statistics
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are constant
 _NDCG_CUTOFF = 10
+# Chinese and Japanese, which have no spaces between words, with their punctuation and full-width forms.
+_CJK = re.compile("[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 _ROWS = 256  # of a matrix of similarities that are computed at once
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
@@ -202,7 +205,13 @@ def word_f1(found: str, right: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    """Split a text into words in lower case, without punctuation and articles."""
+    """Split a text into words in lower case, without punctuation and articles. In Chinese and Japanese, each character
+    is a word, as in the script of MLQA (Lewis et al. 2020)."""
+    if _CJK.search(text):
+        kept = (
+            each for each in text.lower() if each not in string.punctuation and unicodedata.category(each)[0] != "P"
+        )
+        return _CJK.sub(r" \g<0> ", "".join(kept)).split()
     without_punctuation = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
 

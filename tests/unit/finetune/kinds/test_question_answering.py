@@ -190,11 +190,18 @@ def test_padding_takes_no_part_in_the_loss(encoder: Path) -> None:
         ("cat", [], 0.0, 0.0),
         ("the", ["a"], 1.0, 1.0),
         ("cat cat", ["cat"], 2 / 3, 0.0),
+        ("«cat»", ["cat"], 0.0, 0.0),
+        ("北京大学", ["北京大学的"], 8 / 9, 0.0),
+        ("《红楼梦》", ["红楼梦。"], 1.0, 1.0),
+        ("（1998）", ["1998年"], 2 / 3, 0.0),
+        ("iPhone 4手机", ["iphone 4 手机"], 1.0, 1.0),
+        ("维生素A", ["维生素B"], 6 / 8, 0.0),
+        ("トヨタの𠮷田", ["トヨタ，𠮷田"], 10 / 11, 0.0),
     ],
 )
-def test_scores_are_those_of_squad(found: str, right: list[str], f1: float, exact: float) -> None:
-    """Catches articles, case or punctuation that count, words counted twice, and the mean over answers instead of the
-    best."""
+def test_scores_are_those_of_squad_and_mlqa(found: str, right: list[str], f1: float, exact: float) -> None:
+    """Catches articles, case or punctuation that count, words counted twice, the mean over answers instead of the
+    best, and Chinese answers that are one word each."""
     answers = [{"text": text, "start": 0} for text in right]
     prediction: Prediction = {"answer": found, "start": 0, "score": 1.0}
     assert KIND.scores([Record("f", {"answers": answers})], [prediction]) == pytest.approx(
