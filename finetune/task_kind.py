@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_arg
 
 from experiment.config import did_you_mean
 from experiment.errors import UserError
+from experiment.formatting import shorten
 from experiment.process.fast_imports import fast_imports
 from finetune import kinds
 from finetune.data.columns import TextColumns
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from finetune.pooling import Pooling
 
 _SHOWN_LABELS = 30  # on one line
+_LONGEST_LIST = 250  # characters, of labels in a message
 
 # Shape suffixes: S sequences of a batch, T tokens of the longest of them, C labels.
 
@@ -139,7 +141,10 @@ class TaskKind(ABC, Generic[ConfigT]):
     def label_id(self, label: str, place: str) -> int:
         """Return the id of a label. place: file and line. Raises UserError for an unknown label."""
         if label not in self.label_ids:
-            raise UserError(f"{place}: unknown label '{label}'{did_you_mean(label, self.labels)}")
+            listed = self.config.labels is not None
+            problem = "" if listed else " (not in the training split: if it is right, list all labels in task.labels)"
+            close = shorten(did_you_mean(label, self.labels), _LONGEST_LIST)
+            raise UserError(f"{place}: unknown label '{label}'{problem}{close}")
         return self.label_ids[label]
 
     def output_bias(self, train: Table) -> float | None:

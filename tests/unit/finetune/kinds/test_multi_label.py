@@ -107,7 +107,7 @@ def test_multi_hot_vectors_need_names(tmp_path: Path, rows: tuple[str, str]) -> 
 def test_an_unknown_label_is_named(encoder: Path) -> None:
     """Catches a label of validation that train lacks, dropped silently."""
     record = Record("f.csv:3", {"labels": ["a", "bb"], "text": "x"})
-    with pytest.raises(UserError, match=r"f\.csv:3: unknown label 'bb'; did you mean 'b'\?"):
+    with pytest.raises(UserError, match=r"f\.csv:3: unknown label 'bb' .*; did you mean 'b'\?"):
         KIND.expand(record, Encoder(load_tokenizer(encoder), 8, token_types=True), training=False)
 
 

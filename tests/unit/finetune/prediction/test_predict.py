@@ -416,7 +416,9 @@ def test_an_unknown_label_is_found_before_the_model_is_loaded(
     monkeypatch.setattr(Predictor, "load", lambda *_: pytest.fail("the model is loaded"))
     (tmp_path / "in.csv").write_text("text,label\na,low\nb,lo\n")
     assert predict(trained_run, tmp_path / "in.csv", tmp_path / "out.csv", "--score") == 2
-    assert "in.csv:3: unknown label 'lo'; did you mean 'low'?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "in.csv:3: unknown label 'lo' (not in the training split: " in said
+    assert "; did you mean 'low'?" in said
 
 
 @pytest.mark.parametrize(
