@@ -30,6 +30,9 @@ class CellType:
     target: bool = False  # to be predicted: a test split may lack it
     encoded: bool = False  # a target that the model reads too, such as the other text of a pair to embed
     optional: bool = False  # a target that any split may lack, and rows too if it is encoded
+    hidden: tuple[Any, ...] = (None, "-1", -1.0)
+    """Values that stand for no target, if all rows of a test split have one of them: None for an empty cell, and what
+    data sets of the Hugging Face Hub have."""
 
     @property
     def is_input(self) -> bool:
@@ -239,7 +242,8 @@ TagsColumn = Annotated[Name, CellType("a list of tags, or tags separated by spac
 OptionsColumn = Annotated[Name, CellType("a list with two or more options for each blank", _read_options)]
 ClozeAnswersColumn = Annotated[Name, CellType("a list of letters, one for each blank", _read_words, target=True)]
 AnswersColumn = Annotated[
-    Name, CellType('answers {"text": […], "answer_start": […]} as in SQuAD', _read_answers, target=True)
+    Name,
+    CellType('answers {"text": […], "answer_start": […]} as in SQuAD', _read_answers, target=True, hidden=(None, [])),
 ]
 
 

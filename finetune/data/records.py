@@ -22,8 +22,6 @@ from finetune.data.columns import CellType, Columns
 from finetune.data.formats import FileFormat, Row, read_rows
 from finetune.data.task_config import DialogueContext
 
-_MINUS_ONE = ("-1", -1.0)  # targets of a test split that has none, in data sets of the Hugging Face Hub
-
 
 @dataclass(frozen=True)
 class Record:
@@ -128,9 +126,9 @@ def _check_targets(
     targets = [
         role for role, cell_type in types.items() if cell_type.target and (not cell_type.optional or role in found)
     ]
-    missing = (None,) if required or minus_one else (None, *_MINUS_ONE)
     decisive = [role for role in targets if not types[role].encoded] or targets
-    labelled = any(record.values.get(role) not in missing for record in records for role in decisive)
+    hidden = {role: (None,) if required or minus_one else types[role].hidden for role in decisive}
+    labelled = any(record.values.get(role) not in hidden[role] for record in records for role in decisive)
     for role in targets:
         empty = [record.place for record in records if record.values.get(role) is None]
         if empty and (required or labelled) and not (types[role].optional and types[role].encoded):

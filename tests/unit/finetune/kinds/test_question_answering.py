@@ -240,6 +240,21 @@ def test_forms_of_answers(tmp_path: Path, cell: object) -> None:
     assert found.values["answers"] == [{"text": "word1", "start": 6}]
 
 
+def test_a_test_split_may_hide_its_answers(tmp_path: Path) -> None:
+    """Catches answers that are all withheld, as on the Hugging Face Hub, taken for questions without an answer; a few
+    such questions are some of SQuAD 2.0."""
+    path = tmp_path / "f.jsonl"
+    hidden, shown = ({"text": text, "answer_start": [6] * len(text)} for text in ([], ["word1"]))
+    rows = [json.dumps({"question": "x", "context": CONTEXT, "answers": each}) for each in (hidden, hidden, shown)]
+    path.write_text("\n".join(rows[:2]))
+    table = read_table(path, CONFIG.columns, targets_required=False)
+    assert not table.labelled
+    assert "answers" not in table.records[0].values
+    assert read_table(path, CONFIG.columns, targets_required=True).labelled
+    path.write_text("\n".join(rows))
+    assert read_table(path, CONFIG.columns, targets_required=False).records[0].values["answers"] == []
+
+
 @pytest.mark.parametrize("cell", [{"text": ["a"], "answer_start": []}, [{"text": "a"}], [1], "word1", 3])
 def test_other_answers_are_rejected(tmp_path: Path, cell: object) -> None:
     """Catches a traceback for an invalid answer."""
