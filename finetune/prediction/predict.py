@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import numpy as np
+
 from experiment.csv_and_jsonl import listed, warn_once
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents, write_json
@@ -189,6 +191,10 @@ def _report_scores(
     scores, metric = kind.scores(*found), kind.config.metric
     pairs, classified = kind.label_pairs(*found), kind.classified(*found)
     labels = kind.label_scores(*found)
+    confusions: list[dict[str, Any]] = []
+    if pairs is not None:
+        found_pairs, counts = np.unique(pairs[0] * len(kind.labels) + pairs[1], return_counts=True)
+        confusions = top_confusions(found_pairs, counts, kind.labels)
     written = {
         "model": str(predictor.folder.absolute()),
         "input": options.input if options.input.startswith(PREFIX) else str(Path(options.input).absolute()),
@@ -197,7 +203,7 @@ def _report_scores(
         "metric": metric,
         "scores": scores,
         "label_scores": labels,
-        "confusions": [] if pairs is None else top_confusions(*pairs, kind.labels),
+        "confusions": confusions,
         "ece": None if classified is None else calibration_error(classified),
     }
     write_json(path, written)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from experiment.files import write_json
 from experiment.formatting import counted
 from finetune.resolve import ResolvedRun
-from finetune.scores.metrics import LabelScores, Number, counted_pairs, summarize, top_confusions
+from finetune.scores.metrics import LabelScores, Number, summarize, top_confusions
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ def _combine(
             for split, metrics in first.scores.items()
         },
         "label_scores": {split: _label_scores(split, by_seed) for split in first.label_scores},
-        "confusions": {split: top_confusions(*counted_pairs(matrix), labels) for split, matrix in confusions.items()},
+        "confusions": {
+            split: top_confusions(np.flatnonzero(matrix), matrix[matrix > 0], labels)
+            for split, matrix in confusions.items()
+        },
         "temperatures": [record.temperature for record in by_seed],
         "calibration": {
             split: {name: summarize([record.calibration[split][name] for record in by_seed]) for name in errors}

@@ -105,22 +105,19 @@ def scores_of_counts(
     return {label: {name: values[at].item() for name, values in columns.items()} for at, label in enumerate(labels)}
 
 
-def counted_pairs(confusion: Confusion) -> tuple[LabelIds, LabelIds]:
-    """Return the label and the predicted label of each record that a matrix of `confusion_matrix` counts, sorted."""
-    gold, predicted = np.nonzero(confusion)
-    counts = confusion[gold, predicted]
-    return gold.repeat(counts), predicted.repeat(counts)
+def top_confusions(
+    pairs: NDArray[np.int64], counts: NDArray[np.int64], labels: Sequence[str], count: int = 10
+) -> list[dict[str, Any]]:
+    """Return the most frequent mistakes, as {label, predicted, count, share}. share: of the label's records.
 
-
-def top_confusions(gold: LabelIds, predicted: LabelIds, labels: Sequence[str], count: int = 10) -> list[dict[str, Any]]:
-    """Return the most frequent mistakes, as {label, predicted, count, share}. share: of the label's records."""
-    wrong = gold != predicted
-    counts = Counter(zip(gold[wrong].tolist(), predicted[wrong].tolist(), strict=True))
-    support = np.bincount(gold)
-    return [
-        {"label": labels[label], "predicted": labels[other], "count": found, "share": float(found / support[label])}
-        for (label, other), found in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:count]
-    ]
+    pairs: C · label + predicted label, sorted. counts: how often each pair occurs.
+    """
+    gold, predicted = np.divmod(pairs, len(labels))
+    shares = counts / np.bincount(gold, counts)[gold]
+    wrong = np.flatnonzero(gold != predicted)
+    top = wrong[np.argsort(-counts[wrong], kind="stable")[:count]]
+    found = zip(*(each[top].tolist() for each in (gold, predicted, counts, shares)), strict=True)
+    return [{"label": labels[a], "predicted": labels[b], "count": n, "share": share} for a, b, n, share in found]
 
 
 def is_constant(answers: Sequence[Any], targets: Sequence[Any]) -> bool:

@@ -1,4 +1,5 @@
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,9 +7,9 @@ import pytest
 from finetune.data.records import Record
 from finetune.kinds.classification import Config, Kind
 from finetune.scores.metrics import (
+    Confusion,
     classification_scores,
     confusion_matrix,
-    counted_pairs,
     is_constant,
     label_scores,
     summarize,
@@ -96,16 +97,15 @@ def test_scores_are_those_of_scikit_learn() -> None:
         assert [found[label][name] for label in LABELS] == pytest.approx(values.tolist())
 
 
-def test_pairs_are_those_that_a_matrix_counts() -> None:
+def test_mistakes_are_in_the_order_of_the_matrix() -> None:
     """Catches pairs that are transposed, and mistakes in another order than that of the matrix."""
     from sklearn import metrics
 
     gold, predicted = np.random.default_rng(0).integers(0, 4, size=(2, 200))
     matrix = confusion_matrix(gold, predicted, 4)
     assert np.array_equal(matrix, metrics.confusion_matrix(gold, predicted))
-    assert np.array_equal(confusion_matrix(*counted_pairs(matrix), 4), matrix)
-    found = top_confusions(gold, predicted, LABELS, count=99)
-    assert found == top_confusions(*counted_pairs(matrix), LABELS, count=99)
+    found = mistakes(matrix, count=99)
+    assert found == top_confusions(*np.unique(4 * gold + predicted, return_counts=True), LABELS, count=99)
     counts = matrix - np.diag(np.diag(matrix))
     order = [divmod(place, 4) for place in np.argsort(-counts, axis=None, kind="stable")[:12].tolist()]
     assert [(mistake["label"], mistake["predicted"]) for mistake in found] == [(LABELS[a], LABELS[b]) for a, b in order]
@@ -114,12 +114,22 @@ def test_pairs_are_those_that_a_matrix_counts() -> None:
 def test_mistakes_are_ordered_by_count() -> None:
     """Catches right answers among the mistakes, transposed labels, and mistakes that never happened."""
     matrix = np.array([[9, 1, 0, 0], [4, 5, 1, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
-    assert top_confusions(*counted_pairs(matrix), LABELS) == [
+    assert mistakes(matrix) == [
         {"label": "b", "predicted": "a", "count": 4, "share": 0.4},
         {"label": "a", "predicted": "b", "count": 1, "share": 0.1},
         {"label": "b", "predicted": "c", "count": 1, "share": 0.1},
     ]
-    assert len(top_confusions(*counted_pairs(matrix), LABELS, count=2)) == 2
+    assert len(mistakes(matrix, count=2)) == 2
+
+
+def test_mistakes_of_many_words_need_no_memory() -> None:
+    """Catches a matrix that is turned into a pair for each of millions of words."""
+    matrix = np.array([[10**12, 0, 0, 0], [0, 1, 0, 10**12], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert [mistake["count"] for mistake in mistakes(matrix)] == [10**12]
+
+
+def mistakes(matrix: Confusion, count: int = 10) -> list[dict[str, Any]]:
+    return top_confusions(np.flatnonzero(matrix), matrix[matrix > 0], LABELS, count)
 
 
 @pytest.mark.parametrize(
