@@ -11,7 +11,7 @@ import numpy as np
 from experiment.csv_and_jsonl import MAX_FIELD
 from experiment.errors import UserError
 from experiment.files import read_json
-from experiment.formatting import shorten, show
+from experiment.formatting import UNKNOWN, shorten, show
 from experiment.results.charts import Line, Panel, Plot, charts_block
 from experiment.results.curves import Curve
 from experiment.results.history import Axis
@@ -64,18 +64,27 @@ def _subject(results: Mapping[str, Any]) -> str:
 
 
 def _score_table(results: Mapping[str, Any]) -> Table:
-    """Return a row for each metric and split, and the calibration errors."""
+    """Return a row for each metric and split, and the calibration errors; with intervals if any metric has one."""
     calibration = results.get("calibration", {})
-    rows = [
-        [split, metric, *(show(scores[key], ".4f") for key in ("mean", "std", "median")), _joined(scores["values"])]
+    found = [
+        (split, metric, scores)
         for split, metrics in results["splits"].items()
         for metric, scores in {**metrics, **calibration.get(split, {})}.items()
     ]
-    return Table(["split", "metric", "mean", "std", "median", "per seed"], rows, labels=2)
+    columns = ["split", "metric", "mean", "std", "median", "per seed"]
+    rows = [
+        [split, metric, *(show(scores[key], ".4f") for key in columns[2:5]), _joined(scores["values"])]
+        for split, metric, scores in found
+    ]
+    if any("interval" in scores for *_, scores in found):
+        columns.insert(3, "95 % interval")
+        for row, (*_, scores) in zip(rows, found, strict=True):
+            row.insert(3, _joined(scores["interval"], " to ") if "interval" in scores else UNKNOWN)
+    return Table(columns, rows, labels=2)
 
 
-def _joined(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4f}" for value in values)
+def _joined(values: Sequence[float], separator: str = ", ") -> str:
+    return separator.join(f"{value:.4f}" for value in values)
 
 
 def _label_tables(results: Mapping[str, Any]) -> list[Block]:

@@ -162,6 +162,20 @@ def test_the_report_of_a_fine_tuning_run(tmp_path: Path) -> None:
     assert cells == ["test", "accuracy", "0.8500", "0.0707", "0.8500", "0.8000, 0.9000"]
 
 
+def test_scores_with_intervals(tmp_path: Path) -> None:
+    """Catches confidence intervals that are in results.json but not on the page, or in the row of another metric."""
+    folder = open_run_folder(tmp_path / "task")
+    scores = RESULTS["splits"]["test"]["accuracy"]
+    splits = {"validation": {"accuracy": {**scores, "interval": [0.75, 0.91]}}, "test": {"accuracy": scores}}
+    write_json(folder.path / "results.json", {**RESULTS, "splits": splits})
+    text = write_report(folder.path).read_text(encoding="utf-8")
+    assert "95 % interval" in text
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", text) == [
+        *("validation", "accuracy", "0.8500", "0.7500 to 0.9100", "0.0707", "0.8500", "0.8000, 0.9000"),
+        *("test", "accuracy", "0.8500", "–", "0.0707", "0.8500", "0.8000, 0.9000"),
+    ]
+
+
 def test_the_confusion_matrix_is_that_of_all_seeds(tmp_path: Path) -> None:
     """Catches the matrix of one seed, of validation where test has one, or of a seed that is not in the results; and a
     report that fails for a task without labels, or for a folder that is being copied."""
