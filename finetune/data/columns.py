@@ -7,7 +7,7 @@ field is the role that its column plays. Reading, messages and docs/config.md fo
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
 
@@ -83,9 +83,22 @@ def _read_texts(cell: object) -> list[str]:
     )
 
 
+class NamedChoices(list[str]):
+    """The texts of choices that each row names: in ARC, some have A to D and others 1 to 4."""
+
+    def __init__(self, texts: Iterable[str], names: Sequence[str]) -> None:
+        super().__init__(texts)
+        self.names = names
+
+
 def _read_choices(cell: object) -> list[str]:
-    """Read texts. Rows with fewer choices than columns have empty cells at the end, which are left out."""
-    texts = _read_texts(cell)
+    """Read texts, perhaps with names. Rows with fewer choices than columns have empty cells at the end, which are left
+    out."""
+    parsed = _parse_json(cell)
+    match parsed:  # as ARC and CommonsenseQA are on the Hugging Face Hub
+        case {"text": [*texts], "label": [*names]} if len(texts) == len(names):
+            return NamedChoices(_read_texts(texts), [_read_id(name) or "" for name in names])
+    texts = _read_texts(parsed)
     if not isinstance(cell, tuple):
         return texts
     while texts and not texts[-1].strip():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from experiment.errors import UserError
-from finetune.data.columns import ChoiceColumn, ChoicesColumn, Columns, ContextColumn, TextColumn
+from finetune.data.columns import ChoiceColumn, ChoicesColumn, Columns, ContextColumn, NamedChoices, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
@@ -31,7 +31,8 @@ class MultipleChoiceColumns(Columns):
     these; `task.labels` names the first, second, … choice if it is not clear which."""
 
     choices: ChoicesColumn = "choices"
-    """Column with a list of choices, in CSV as JSON; or a list of columns with one choice each."""
+    """Column with a list of choices, in CSV as JSON; or a list of columns with one choice each. A list may have names
+    that `label` uses: `{"label": ["A", "B"], "text": […, …]}`."""
 
     question: TextColumn | None = "question"
     """Column with the question; null if there is none."""
@@ -86,7 +87,10 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """Return the names of the first, second, … choice in the file; () if labels are the texts of the choices."""
+        """Return the names of the first, second, … choice in the file; () if labels are the texts of the choices, or if
+        each row has names for them."""
+        if isinstance(train.records[0].values["choices"], NamedChoices):
+            return ()
         most = max(len(record.values["choices"]) for record in train.records)
         numbers = [str(number) for number in range(most + 1)]
         fitting = [
@@ -97,7 +101,7 @@ class Kind(TaskKind[Config]):
             tuple(string.ascii_lowercase[:most]),
         ]
         for record in train.records:
-            choices, label = _stripped(record.values["choices"]), record.values["label"]
+            choices, label = _names_in_row(record.values["choices"]), record.values["label"]
             fitting = [names for names in fitting if label in (names[: len(choices)] if names else choices)]
             if not fitting:
                 raise UserError(
@@ -152,7 +156,7 @@ class Kind(TaskKind[Config]):
         """Return the names of the choices of a row in the file."""
         if self.labels and len(choices) > len(self.labels):
             raise UserError(f"{place}: {len(choices)} choices, but only {len(self.labels)} labels: {self.labels}")
-        return list(self.labels[: len(choices)]) or _stripped(choices)
+        return list(self.labels[: len(choices)]) or _names_in_row(choices)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return S1 scores."""
@@ -202,9 +206,9 @@ def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list
     ]
 
 
-def _stripped(choices: Sequence[str]) -> list[str]:
-    """Return choices as labels are read, without the space around them."""
-    return [choice.strip() for choice in choices]
+def _names_in_row(choices: Sequence[str]) -> list[str]:
+    """Return the names of choices, or their texts as labels are read, without the space around them."""
+    return [name.strip() for name in (choices.names if isinstance(choices, NamedChoices) else choices)]
 
 
 def _describe_names(names: tuple[str, ...]) -> str:

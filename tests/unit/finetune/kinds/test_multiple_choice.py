@@ -93,6 +93,33 @@ def test_labels_may_name_the_choices() -> None:
     assert find("1", "2", labels=("1", "2", "3", "4")) == ("1", "2", "3", "4")
 
 
+def test_each_row_may_name_its_choices(tmp_path: Path, encoder: Path) -> None:
+    """Catches ARC and CommonsenseQA, which have names beside the texts, being rejected, or answered by the texts."""
+    rows = [(["A", "B", "C"], "B"), (["1", "2"], "1"), ([1, 2, 3, 4], 4)]
+    cells = [{"label": names, "text": CHOICES[: len(names)]} for names, _ in rows]
+    path = tmp_path / "f.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"question": "word20", "choices": choices, "label": label}) + "\n"
+            for choices, (_, label) in zip([cells[0], json.dumps(cells[1]), cells[2]], rows, strict=True)
+        )
+    )
+    table = read_table(path, MultipleChoiceColumns())
+    kind = make_kind(Config(train="f", validation="f"), {"train": table})
+    assert [kind.expand(found, encode(encoder), training=True)[0].target for found in table.records] == [1, 0, 3]
+    assert [kind.count_options(found) for found in table.records] == [3, 2, 4]
+    assert list(kind.evaluated_texts(table.records[1])) == ["word1", "word2", "word20"]
+    predictions = [
+        kind.decode(found, [], [np.eye(n)[target][:, None].astype(np.float32)])
+        for found, n, target in zip(table.records, (3, 2, 4), (1, 1, 3), strict=True)
+    ]
+    assert [prediction["label"] for prediction in predictions] == ["B", "2", "4"]
+    assert kind.scores(table.records, predictions) == {"accuracy": pytest.approx(2 / 3)}
+    path.write_text(json.dumps({"question": "word20", "choices": cells[0], "label": "D"}))
+    with pytest.raises(UserError, match=r"f\.jsonl:1: the label 'D' is not a choice; the choices: A, B, C"):
+        kind.check_target(read_table(path, MultipleChoiceColumns()).records[0])
+
+
 @pytest.mark.parametrize(
     ("labels", "choices", "label", "message"),
     [
