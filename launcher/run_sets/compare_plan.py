@@ -189,7 +189,7 @@ def _pooling(file: str, overrides: Mapping[str, str], folder: Path, grid: str | 
     that of the sentence-transformers model that it continues."""
     if grid is not None and "task.pooling" in parse_grid(grid):
         return {}
-    pooling = getattr(validate_finetuning(file, {**overrides, "run.dir": str(folder)}).task, "pooling", None)
+    pooling = getattr(validate_finetuning(file, {**overrides, "run.dir": str(folder)}, None).task, "pooling", None)
     return {"task.pooling": pooling} if pooling is not None else {}
 
 
