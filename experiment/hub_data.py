@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from experiment.errors import UserError, first_line, user_errors_in
 from experiment.models.hub import resolve_commit
 from experiment.models.hub_names import HubName
-from experiment.parquet import with_names
 from experiment.progress import terminal
 
 if TYPE_CHECKING:
@@ -90,8 +89,16 @@ def load_rows(data: HubData) -> "datasets.Dataset":
 
 def read_cells(rows: "datasets.Dataset", columns: Sequence[str], part: slice = slice(None)) -> Iterator[list[Any]]:
     """Yield the cells of each row. Labels have their names, and None in place of -1, which stands for a missing one."""
-    features = rows.features.to_dict()
+    features = [rows.features[column] for column in columns]
     chosen = rows.select_columns(list(columns)).select(range(len(rows))[part])
     for batch in chosen.iter(batch_size=1000):
         for cells in zip(*(batch[column] for column in columns), strict=True):
-            yield [with_names(features[column], cell) for column, cell in zip(columns, cells, strict=True)]
+            yield [_named(feature, cell) for feature, cell in zip(features, cells, strict=True)]
+
+
+def _named(feature: Any, cell: Any) -> Any:
+    names = getattr(feature, "names", None)
+    if names is not None:
+        return None if cell in (None, -1) else names[cell]
+    inner = getattr(feature, "feature", None)
+    return [_named(inner, part) for part in cell] if inner is not None and isinstance(cell, list) else cell

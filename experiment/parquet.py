@@ -1,7 +1,6 @@
 """Read the rows of a Parquet file, a few at a time."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import IO, TYPE_CHECKING, Any
 
@@ -41,18 +40,16 @@ def parquet_rows(
     place: Callable[[int], str],
     columns: Sequence[str] | None = None,
     row_groups: range | None = None,
-    features: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[int, Sequence[Any]]]:
     """Yield the number of each row, from 1, and its cells. Raises UserError if a column in `columns`, or one that is
     read, has a cell that Python cannot represent, such as a year after 9999.
 
-    place: returns the file and a row, for messages. columns, row_groups: default: all. features: of `label_features`,
-    for names in place of the numbers of labels.
+    place: returns the file and a row, for messages. columns, row_groups: default: all.
     """
     groups = range(file.num_row_groups) if row_groups is None else row_groups
     first = 1 + sum(file.metadata.row_group(group).num_rows for group in range(groups.start))
     for batch in file.iter_batches(_ROWS, row_groups=list(groups), columns=columns):
-        convert = cache(partial(_convert, batch, first, place, features or {}))
+        convert = cache(partial(_convert, batch, first, place))
         if columns is None:
             yield from ((first + index, _Cells(convert, index, batch.num_columns)) for index in range(batch.num_rows))
         else:
@@ -60,33 +57,12 @@ def parquet_rows(
         first += batch.num_rows
 
 
-def label_features(file: "ParquetFile") -> Mapping[str, Any]:
-    """Return the features that the library `datasets` has written into a file, by column; empty if another has."""
-    try:
-        return dict(json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"])
-    except (KeyError, TypeError, ValueError):
-        return {}
-
-
-def with_names(feature: Any, cell: Any) -> Any:
-    """Return a cell whose labels have their names, and None in place of -1. feature: of its column, as in JSON."""
-    match feature, cell:
-        case {"_type": "ClassLabel", "names": names}, int():
-            return None if cell == -1 else names[cell]
-        case {"feature": inner}, list():
-            return [with_names(inner, part) for part in cell]
-    return cell
-
-
-def _convert(
-    batch: "RecordBatch", first: int, place: Callable[[int], str], features: Mapping[str, Any], column: int
-) -> list[Any]:
+def _convert(batch: "RecordBatch", first: int, place: Callable[[int], str], column: int) -> list[Any]:
     """first: number of the first row of the batch."""
     cells: list[Any] = []
-    name = batch.schema.names[column]
     try:
-        cells.extend(with_names(features.get(name), cell.as_py()) for cell in batch.column(column))
+        cells.extend(cell.as_py() for cell in batch.column(column))
     except (ValueError, OverflowError, LookupError) as error:  # a date, text that is not UTF-8, a time zone
-        problem = error.args[0] if isinstance(error, KeyError) else error
+        name, problem = batch.schema.names[column], error.args[0] if isinstance(error, KeyError) else error
         raise UserError(f"{place(first + len(cells))}: cannot read '{name}': {problem}") from None
     return cells

@@ -17,7 +17,7 @@ from experiment.errors import UserError, reason
 from experiment.files import parse_json, text_lines
 from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData, load_rows, read_cells
-from experiment.parquet import label_features, open_parquet, parquet_rows
+from experiment.parquet import open_parquet, parquet_rows
 
 FormatName = Literal["csv", "jsonl", "json", "parquet", "conll"]
 
@@ -251,12 +251,11 @@ def _squad_questions(title: object, paragraphs: list[Any]) -> Iterator[dict[str,
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """Yield the rows of a Parquet file. Labels have their names if `datasets` wrote it."""
+    """Yield the rows of a Parquet file."""
     try:
         with path.open("rb") as stream, open_parquet(stream) as file:
             names = file.schema_arrow.names
-            rows = parquet_rows(file, lambda row: f"{path}, row {row}", features=label_features(file))
-            for number, cells in rows:
+            for number, cells in parquet_rows(file, lambda row: f"{path}, row {row}"):
                 yield Row(f"{path}, row {number}", names, cells, str(path))
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from None

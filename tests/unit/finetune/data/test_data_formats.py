@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,7 +15,6 @@ from finetune.data.columns import Columns, LabelColumn, TextColumn, TextsColumn
 from finetune.data.formats import FileFormat, Row, read_rows
 from finetune.data.records import read_table
 from finetune.kinds.question_answering import QuestionAnsweringColumns
-from finetune.kinds.token_classification import TokenClassificationColumns
 
 SWALLOWED = '1\t" he said\n0\tthey left\n0\tshe did "\n1\tno\n'
 
@@ -240,26 +238,6 @@ def test_texts_lists_and_numbers(tmp_path: Path) -> None:
         {"label": "0", "text": "two", "choices": []},
     ]
     assert table.records[1].place == f"{path}, row 2"
-
-
-def test_labels_of_a_parquet_file_have_their_names(tmp_path: Path) -> None:
-    """Catches tags that are rejected as numbers, and labels `0` and `1`, of files that `hub:` reads with names."""
-    labels = datasets.ClassLabel(names=["bad", "good"])
-    features = datasets.Features({"text": datasets.List(datasets.Value("string")), "tags": datasets.List(labels)})
-    cells = {"text": [["a", "b"], ["c"]], "tags": [[1, 0], [1]]}
-    datasets.Dataset.from_dict(cells, features=features).to_parquet(tmp_path / "tags.parquet")
-    table = read_table(tmp_path / "tags.parquet", TokenClassificationColumns(words="text"))
-    assert [record.values["tags"] for record in table.records] == [["good", "bad"], ["good"]]
-    features = datasets.Features({"text": datasets.Value("string"), "label": labels})
-    path = tmp_path / "data" / "train.parquet"
-    path.parent.mkdir()
-    datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features).to_parquet(path)
-    expected = [["a", "bad"], ["b", "good"], ["c", None]]
-    assert [list(row.cells) for row in read_rows(path, FileFormat())] == expected
-    assert [list(row.cells) for row in read_rows(Path(f"hub:{path.parent}"), FileFormat())] == expected
-    damaged = pyarrow.parquet.read_table(path).set_column(1, "label", pyarrow.array(["good", "bad", "bad"]))
-    pyarrow.parquet.write_table(damaged, path)
-    assert [row.cells[1] for row in read_rows(path, FileFormat())] == ["good", "bad", "bad"]
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
