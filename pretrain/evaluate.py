@@ -46,7 +46,7 @@ from pretrain.world import World
 if TYPE_CHECKING:  # imports DeepSpeed, which `deepcloze evaluate` does not need
     from pretrain.resolve import ResolvedRun
 
-_SEQUENCES = 256  # per evaluation batch, at least
+_SEQUENCES = 256  # of a batch of `evaluate`
 _MAX_LOSS = 700.0  # of which the exponential is a finite number
 
 
@@ -101,16 +101,16 @@ def open_held_out(
     layout: MicrobatchLayout,
     world: World,
     index_folder: Path,
+    sequences: int,
 ) -> HeldOutEvaluator:
     """Open held-out corpora, given by name. The figures depend on vocabulary, masking, seed and sequence length.
 
     Args:
         seed: of the masks.
         index_folder: for the sequence indexes, if a corpus folder is read-only.
+        sequences: of a batch, of all ranks together.
     """
     opened = {}
-    fitting = world.size * layout.microbatch_tokens // layout.max_seq_length  # one microbatch of each rank
-    sequences = max(_SEQUENCES, fitting)
     for name, corpus in corpora.items():
         index = open_index(corpus, layout.max_seq_length - vocabulary.num_special_tokens, index_folder)
         order = SequentialOrder(len(index), sequences)
@@ -121,16 +121,23 @@ def open_held_out(
 
 
 def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: World) -> HeldOutEvaluator:
-    """Return the evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable.
+    """Return the evaluator of a run. It uses one sequence length in all stages, so that the figures are comparable, and
+    batches as large as in training, so that it needs no more memory.
 
     `rows`, `first_position`: of the model, see MicrobatchLayout.
     """
     config = run.config
-    length = config.batch.max_seq_length
-    of_batch = -(-config.batch.sequences // world.size) * length  # no more memory than training needs
-    layout = MicrobatchLayout(length, min(config.batch.microbatch_tokens, of_batch), rows, first_position)
-    index_folder = run.folder.path / "index"
-    return open_held_out(run.held_out, run.vocabulary, config.masking, config.run.seed, layout, world, index_folder)
+    layout = MicrobatchLayout(config.batch.max_seq_length, config.batch.microbatch_tokens, rows, first_position)
+    return open_held_out(
+        run.held_out,
+        run.vocabulary,
+        config.masking,
+        config.run.seed,
+        layout,
+        world,
+        run.folder.path / "index",
+        config.batch.sequences,
+    )
 
 
 def _score(name: str, corpus: HeldOutCorpus, predict: Predict, device: torch.device, show_progress: bool) -> Scores:
@@ -200,7 +207,7 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
         return predictions
 
     with tempfile.TemporaryDirectory() as index_folder:
-        evaluator = open_held_out(corpora, vocabulary, masking, seed, layout, World(), Path(index_folder))
+        evaluator = open_held_out(corpora, vocabulary, masking, seed, layout, World(), Path(index_folder), _SEQUENCES)
     # The folder of the opened indexes is gone already: nothing would remove it if the process were killed.
     return evaluator.evaluate(predict, device, show_progress)
 

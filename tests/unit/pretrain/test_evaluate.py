@@ -49,7 +49,7 @@ MASKING = MaskingConfig()
 
 def held_out(corpus: Path, layout: MicrobatchLayout, seed: int = 42, masking: MaskingConfig = MASKING) -> HeldOutCorpus:
     vocabulary = build_vocabulary(load_tokenizer(corpus / "tokenizer"))
-    opened = open_held_out({"held": open_corpus(corpus)}, vocabulary, masking, seed, layout, World(), corpus)
+    opened = open_held_out({"held": open_corpus(corpus)}, vocabulary, masking, seed, layout, World(), corpus, 256)
     return opened.corpora["held"]
 
 
@@ -88,36 +88,21 @@ def test_scores_are_exact_at_any_microbatch_size(heldout_corpus: Path) -> None:
         assert other == pytest.approx(first, rel=1e-6)
 
 
-def test_batches_fill_the_microbatches_of_all_ranks(heldout_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches batches of a fixed size, of which each of many ranks gets a few sequences, and microbatches that are
-    larger than those of training."""
-    monkeypatch.setattr(evaluate_module, "_SEQUENCES", 3)
-    for ranks, tokens, trained, count, rows in (
-        (1, 40, 99, 3, 1),
-        (1, 400, 99, 10, 10),
-        (4, 40, 99, 4, 1),
-        (2, 200, 7, 8, 4),
-        (2, 200, 2, 3, 1),
-    ):
-        run = SimpleNamespace(
-            config=PretrainConfig.model_validate(
-                {
-                    "run": {"dir": "run"},
-                    "model": {"init_from": "trained"},
-                    "corpus": {"train": "corpus"},
-                    "schedule": {"steps": 1},
-                    "batch": {"sequences": trained, "max_seq_length": 40, "microbatch_tokens": tokens},
-                }
-            ),
-            held_out={"held": open_corpus(heldout_corpus)},
-            vocabulary=build_vocabulary(load_tokenizer(heldout_corpus / "tokenizer")),
-            folder=SimpleNamespace(path=heldout_corpus),
-        )
-        held = open_evaluator(cast(ResolvedRun, run), "padded", 0, World(0, ranks)).corpora["held"]
-        assignments = [held.maker.assign(step) for step in range(held.batches - 1)]
-        assert [len(lengths) for _, lengths, _ in assignments] == [count] * (held.batches - 1)
-        assert {assignment.rows for *_, assignment in assignments} == {rows}
-        assert held.batches > 1
+def test_batches_are_as_large_as_in_training(heldout_corpus: Path) -> None:
+    """Catches batches of a fixed size, of which each of many ranks gets a few sequences, and microbatches that need
+    more memory than those of training."""
+    batch = {"sequences": 7, "max_seq_length": 40}
+    sections = {"model": {"init_from": "trained"}, "corpus": {"train": "corpus"}, "batch": batch}
+    run = SimpleNamespace(
+        config=PretrainConfig.model_validate({"run": {"dir": "run"}, "schedule": {"steps": 1}, **sections}),
+        held_out={"held": open_corpus(heldout_corpus)},
+        vocabulary=build_vocabulary(load_tokenizer(heldout_corpus / "tokenizer")),
+        folder=SimpleNamespace(path=heldout_corpus),
+    )
+    held = open_evaluator(cast(ResolvedRun, run), "padded", 0, World(0, 2)).corpora["held"]
+    assignments = [held.maker.assign(step) for step in range(held.batches - 1)]
+    assert [len(lengths) for _, lengths, _ in assignments] == [7] * (held.batches - 1)
+    assert {assignment.rows for *_, assignment in assignments} == {4}
 
 
 def test_masks_depend_only_on_the_seed(heldout_corpus: Path) -> None:
