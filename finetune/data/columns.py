@@ -7,7 +7,7 @@ field is the role that its column plays. Reading, messages and docs/config.md fo
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
 
@@ -83,22 +83,16 @@ def _read_texts(cell: object) -> list[str]:
     )
 
 
-class NamedChoices(list[str]):
-    """The texts of choices that each row names: in ARC, some have A to D and others 1 to 4."""
-
-    def __init__(self, texts: Iterable[str], names: Sequence[str]) -> None:
-        super().__init__(texts)
-        self.names = names
-
-
-def _read_choices(cell: object) -> list[str]:
-    """Read texts, perhaps with names. Rows with fewer choices than columns have empty cells at the end, which are left
-    out."""
-    parsed = _parse_json(cell)
-    match parsed:  # as ARC and CommonsenseQA are on the Hugging Face Hub
+def _read_choices(cell: object) -> list[str] | dict[str, str]:
+    """Read texts, or texts by name if the row names them: in ARC, some rows have A to D and others 1 to 4. Rows with
+    fewer choices than columns have empty cells at the end, which are left out."""
+    match _parse_json(cell):  # as ARC and CommonsenseQA are on the Hugging Face Hub
         case {"text": [*texts], "label": [*names]} if len(texts) == len(names):
-            return NamedChoices(_read_texts(texts), [_read_id(name) or "" for name in names])
-    texts = _read_texts(parsed)
+            named = dict(zip((_read_id(name) or "" for name in names), _read_texts(texts), strict=True))
+            if len(named) < len(texts):
+                raise ValueError("; two choices have the same name")
+            return named
+    texts = _read_texts(cell)
     if not isinstance(cell, tuple):
         return texts
     while texts and not texts[-1].strip():

@@ -1,7 +1,7 @@
 """Multiple choice: which of several choices answers a question or continues a text."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from experiment.errors import UserError
-from finetune.data.columns import ChoiceColumn, ChoicesColumn, Columns, ContextColumn, NamedChoices, TextColumn
+from finetune.data.columns import ChoiceColumn, ChoicesColumn, Columns, ContextColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
 from finetune.encoding.encoder import Encoder, Tokens
@@ -21,6 +21,9 @@ from finetune.encoding.examples import Batch, Example
 from finetune.scores.calibration import Classified, pad_probabilities
 from finetune.scores.significance import Interval, accuracy_interval
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
+
+Choices = list[str] | dict[str, str]
+"""Texts, or texts by name."""
 
 
 class MultipleChoiceColumns(Columns):
@@ -89,7 +92,7 @@ class Kind(TaskKind[Config]):
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
         """Return the names of the first, second, … choice in the file; () if labels are the texts of the choices, or if
         each row has names for them."""
-        if isinstance(train.records[0].values["choices"], NamedChoices):
+        if isinstance(train.records[0].values["choices"], dict):
             return ()
         most = max(len(record.values["choices"]) for record in train.records)
         numbers = [str(number) for number in range(most + 1)]
@@ -134,7 +137,7 @@ class Kind(TaskKind[Config]):
         self.check_input(record)
         texts = [record.values[role] for role in ("context", "question") if role in record.values]
         first, room = encoder.ids(texts[0]), encoder.room(2)
-        seconds = [encoder.ids(" ".join([*texts[1:], choice])) for choice in record.values["choices"]]
+        seconds = [encoder.ids(" ".join([*texts[1:], choice])) for choice in _texts(record.values["choices"])]
         sequences = tuple(self._sequence(first, second, room, encoder) for second in seconds)
         return [Example(sequences, self._choice_id(record) if "label" in record.values else None)]
 
@@ -152,7 +155,7 @@ class Kind(TaskKind[Config]):
             raise UserError(f"{record.place}: the label '{label}' {problem}; the choices: {', '.join(names)}")
         return names.index(label)
 
-    def _names(self, choices: Sequence[str], place: str) -> list[str]:
+    def _names(self, choices: Choices, place: str) -> list[str]:
         """Return the names of the choices of a row in the file."""
         if self.labels and len(choices) > len(self.labels):
             raise UserError(f"{place}: {len(choices)} choices, but only {len(self.labels)} labels: {self.labels}")
@@ -206,9 +209,13 @@ def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list
     ]
 
 
-def _names_in_row(choices: Sequence[str]) -> list[str]:
+def _names_in_row(choices: Choices) -> list[str]:
     """Return the names of choices, or their texts as labels are read, without the space around them."""
-    return [name.strip() for name in (choices.names if isinstance(choices, NamedChoices) else choices)]
+    return [name.strip() for name in choices]
+
+
+def _texts(choices: Choices) -> Iterable[str]:
+    return choices.values() if isinstance(choices, dict) else choices
 
 
 def _describe_names(names: tuple[str, ...]) -> str:

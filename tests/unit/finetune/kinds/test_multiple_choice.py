@@ -115,6 +115,7 @@ def test_each_row_may_name_its_choices(tmp_path: Path, encoder: Path) -> None:
     ]
     assert [prediction["label"] for prediction in predictions] == ["B", "2", "4"]
     assert kind.scores(table.records, predictions) == {"accuracy": pytest.approx(2 / 3)}
+    assert table.records[0].values["choices"] == dict(zip("ABC", CHOICES, strict=False)), "names are in the digest"
     path.write_text(json.dumps({"question": "word20", "choices": cells[0], "label": "D"}))
     with pytest.raises(UserError, match=r"f\.jsonl:1: the label 'D' is not a choice; the choices: A, B, C"):
         kind.check_target(read_table(path, MultipleChoiceColumns()).records[0])
