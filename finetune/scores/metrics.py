@@ -15,6 +15,7 @@ _CONSTANT = 0.01  # numbers whose spread is below this share of the targets' are
 _NDCG_CUTOFF = 10
 # Chinese and Japanese, which have no spaces between words, with their punctuation and full-width forms.
 _CJK = re.compile("[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ROWS = 256  # of a matrix of similarities that are computed at once
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
@@ -189,28 +190,30 @@ def _entity_tags(sentences: Tags, labels: Sequence[str]) -> list[list[str]]:
 def exact_match(found: str, right: str) -> bool:
     """Return whether two answers have the same words, as the script of SQuAD (Rajpurkar et al. 2016) compares them:
     without case, punctuation and articles."""
-    return _words(found) == _words(right)
+    words, right_words = _words(found, right)
+    return words == right_words
 
 
 def word_f1(found: str, right: str) -> float:
     """Return F1 of the words of an answer, as the script of SQuAD counts them."""
-    words, right_words = _words(found), _words(right)
+    words, right_words = _words(found, right)
     common = (Counter(words) & Counter(right_words)).total()
     if not words or not right_words:
         return float(words == right_words)
     return 2 * common / (len(words) + len(right_words))
 
 
-def _words(text: str) -> list[str]:
-    """Split a text into words in lower case, without punctuation and articles. In Chinese and Japanese, each character
-    is a word, as in the script of MLQA (Lewis et al. 2020)."""
-    if _CJK.search(text):
-        kept = (
-            each for each in text.lower() if each not in string.punctuation and unicodedata.category(each)[0] != "P"
-        )
-        return _CJK.sub(r" \g<0> ", "".join(kept)).split()
-    without_punctuation = "".join(character for character in text.lower() if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
+def _words(*answers: str) -> list[list[str]]:
+    """Split answers into words in lower case, without punctuation and articles. If one of them is Chinese or Japanese,
+    each character in these scripts is a word, as in the script of MLQA (Lewis et al. 2020)."""
+    if not any(map(_CJK.search, answers)):
+        plain = [text.lower().translate(_NO_PUNCTUATION) for text in answers]
+        return [re.sub(r"\b(a|an|the)\b", " ", text).split() for text in plain]
+    kept = [
+        "".join(each for each in text.lower().translate(_NO_PUNCTUATION) if unicodedata.category(each)[0] != "P")
+        for text in answers
+    ]
+    return [_CJK.sub(r" \g<0> ", text).split() for text in kept]
 
 
 def document_ranks(
