@@ -65,7 +65,9 @@ def load_run_config(file: str | Path, overrides: Mapping[str, str] | None = None
     with user_errors_in("model.init_from"):
         model = record_model(config.model.init_from, began)
     with user_errors_in("model.init_from, which this run has recorded" if model == began else "model.init_from"):
-        find_model_folder(local_model(model))  # copies a model of the Hub to this machine
+        folder_of_model = local_model(model)  # copies a model of the Hub to this machine
+        if model == began:  # otherwise `record_model` has found it
+            find_model_folder(folder_of_model)
     task = task.for_model(model, earlier if model == began else {})
     return config.model_copy(
         update={
@@ -125,7 +127,7 @@ def _retention_warnings(model: Path) -> Iterator[str]:
     """Warn of a checkpoint that its run, which trains, may delete."""
     checkpoint = model.resolve().parent
     if is_checkpoint_name(checkpoint.name):
-        run = RunFolder(checkpoint.parents[1])
+        run = RunFolder(checkpoint.parent.parent)
         keep_every = flatten(read_recorded(run.config)).get("checkpoint.keep_every")
         if (not keep_every or checkpoint_step(checkpoint) % keep_every) and Owner(run).is_alive():
             yield (
@@ -151,7 +153,7 @@ def check_model(config: FinetuneConfig, models: set[str] | None) -> Device:
     check_tracking(config.tracking)
     device = choose_device(config.training.precision)
     kind = find_kind(config.task.kind)(config.task, config.task.labels or ())
-    key = repr((config.model, kind.auto_model, config.task.dialogue))
+    key = repr((config.model, kind.auto_model, config.task.dialogue, config.task.is_trained))
     if models is not None and key not in models:
         model = _model_of(config, kind)
         load_inputs(config.task, model, config.model.max_seq_length)

@@ -112,7 +112,7 @@ def make_task(
     """
     if training.label_smoothing and not kind.smooths_labels:
         raise UserError(f"training.label_smoothing: tasks of kind '{kind.config.kind}' have no use for it; set it to 0")
-    if training.class_weights == "balanced" and type(kind).label_weights is TaskKind.label_weights:
+    if training.class_weights == "balanced" and not kind.weights_labels:
         raise UserError(f"training.class_weights: tasks of kind '{kind.config.kind}' have no classes to weight")
     tokenizer, inputs = load_inputs(kind.config, spec, length)
     encoder = Encoder(tokenizer, length, inputs.token_types, kind.config.special_tokens_in_text)

@@ -92,6 +92,9 @@ class TaskKind(ABC, Generic[ConfigT]):
     smooths_labels: ClassVar[bool] = False
     """Whether `loss` uses `LossOptions.label_smoothing`."""
 
+    weights_labels: ClassVar[bool] = False
+    """Whether `loss` uses `LossOptions.label_weights`, for `training.class_weights: balanced`."""
+
     compares_examples: ClassVar[bool] = False
     """Whether the loss of an example depends on the others of its update, which are then drawn at random, not by
     length, and computed with gradient caching if they take several microbatches."""
@@ -141,10 +144,9 @@ class TaskKind(ABC, Generic[ConfigT]):
     def label_id(self, label: str, place: str) -> int:
         """Return the id of a label. place: file and line. Raises UserError for an unknown label."""
         if label not in self.label_ids:
-            listed = self.config.labels is not None
-            problem = "" if listed else " (not in the training split: if it is right, list all labels in task.labels)"
+            advice = "" if self.config.labels else " (task.labels can list labels that the training split lacks)"
             close = shorten(did_you_mean(label, self.labels), _LONGEST_LIST)
-            raise UserError(f"{place}: unknown label '{label}'{problem}{close}")
+            raise UserError(f"{place}: unknown label '{label}'{advice}{close}")
         return self.label_ids[label]
 
     def output_bias(self, train: Table) -> float | None:
@@ -194,7 +196,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         for role, cell_type in self.config.columns.cell_types().items():
             if cell_type.is_input and role in record.values:
                 value = record.values[role]
-                yield from [value] if isinstance(value, str) else value
+                yield from [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value
 
     def check_input(self, record: Record) -> None:
         """Raise UserError for a record that cannot be predicted, as `expand` does, but early: without a tokenizer."""
@@ -223,8 +225,7 @@ class TaskKind(ABC, Generic[ConfigT]):
         return torch.tensor([example.target for example in examples])
 
     def label_weights(self, examples: Sequence["Example"]) -> tuple[float, ...]:
-        """Return the weights of labels for `loss` with `training.class_weights: balanced`, which is rejected for kinds
-        that do not define this."""
+        """Return the weights of labels for `loss`, if `weights_labels`."""
         raise NotImplementedError
 
     def forward(self, model: "nn.Module", batch: "Batch") -> "Tensor":

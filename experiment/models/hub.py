@@ -99,9 +99,7 @@ def _snapshot(name: HubName, weights: bool, modules: bool, **options: Any) -> Pa
         name.repository,
         revision=name.revision,
         allow_patterns=[*_CONFIG_AND_TOKENIZER, *((*_WEIGHTS, _MODULE_WEIGHTS) if weights else ())],
-        ignore_patterns=[
-            "[!0-9]*/*" if modules else "*/*"
-        ],  # folders of other formats; those of modules begin with digits
+        ignore_patterns=["[!0-9]*/*" if modules else "*/*"],  # other formats; folders of modules begin with digits
         **options,
     )
     return Path(folder)

@@ -55,6 +55,7 @@ class Kind(TaskKind[Config]):
 
     config_type = Config
     smooths_labels = True
+    weights_labels = True
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:

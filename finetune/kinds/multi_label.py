@@ -53,6 +53,7 @@ class Kind(TaskKind[Config]):
     """A prediction has `labels`, whose probability is 0.5 or more, and `probabilities`, by label."""
 
     config_type = Config
+    weights_labels = True
     answer = "labels"
 
     @classmethod
@@ -201,8 +202,8 @@ def _labels_of(record: Record, config: Config) -> list[str]:
 
 
 def _multi_hot_length(rows: Sequence[Sequence[str]]) -> int | None:
-    """Return the length of multi-hot vectors; None if rows are lists of labels, in which no label is repeated."""
+    """Return the length of multi-hot vectors; None if rows are lists of labels: they differ, and have none twice."""
     lengths = {len(row) for row in rows}
     values = {value for row in rows for value in row}
-    is_repeated = any(len(set(row)) < len(row) for row in rows)
-    return lengths.pop() if len(lengths) == 1 and values <= _YES | _NO and is_repeated else None
+    is_vector = any(len(set(row)) < len(row) for row in rows) or all(values == set(row) for row in rows)
+    return lengths.pop() if len(lengths) == 1 and len(values) == 2 and values <= _YES | _NO and is_vector else None

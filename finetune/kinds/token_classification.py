@@ -77,6 +77,7 @@ class Kind(TaskKind[Config]):
     hub_task = "token-classification"
     usage = _USAGE
     smooths_labels = True
+    weights_labels = True
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:

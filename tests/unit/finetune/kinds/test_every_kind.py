@@ -325,9 +325,10 @@ def test_records_are_encoded_together(
     calls, encode_all = [], Encoder.encode_all
     monkeypatch.setattr(Encoder, "encode_all", lambda *arguments: calls.append(1) or encode_all(*arguments))
     made = Encoder(load_any_tokenizer(encoder, needed=()), 24, token_types=True)
-    split = encode_split(tables["test"], make_kind(config.task, tables), made, training=False)
+    kind = make_kind(config.task, tables)
+    split = encode_split(tables["test"], kind, made, training=False)
     assert len(split.table) > 10
-    assert len(calls) <= 1
+    assert len(calls) == bool(kind.encoded_texts(tables["test"].records[0]))
 
 
 @pytest.mark.parametrize("name", TASKS)

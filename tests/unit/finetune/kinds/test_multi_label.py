@@ -95,7 +95,7 @@ def test_two_labels_called_0_and_1_are_no_vector(tmp_path: Path) -> None:
     assert Kind(config, ("0", "1")).describe(table)[0].endswith("0 50.0%, 1 100.0%; none 0.0%")
 
 
-@pytest.mark.parametrize("rows", [("[1.0, 0.0, 0.0]", "[0.0, 0.0, 1.0]"), ('"1|0"', '"0|0"')])
+@pytest.mark.parametrize("rows", [("[1.0, 0.0, 0.0]", "[0.0, 0.0, 1.0]"), ("[1, 0]", "[0, 1]"), ('"1|0"', '"0|0"')])
 def test_multi_hot_vectors_need_names(tmp_path: Path, rows: tuple[str, str]) -> None:
     """Catches a model that has learned that every row has the labels 0 and 1, with an F1 of 1."""
     table = read(tmp_path / "f.jsonl", "".join(f'{{"labels": {row}, "text": "x"}}\n' for row in rows))
