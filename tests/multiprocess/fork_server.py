@@ -46,7 +46,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def main(requests: Connection) -> NoReturn:
     """Serve until the other end of `requests` is closed. First receives the socket of `listen` there."""
     listener = socket.socket(fileno=recv_handle(requests))
-    select.select([requests, listener], [], [])  # imports nothing if nobody needs it
+    ready, _, _ = select.select([requests, listener], [], [])
+    with socket.socket(fileno=os.dup(requests.fileno())) as stream:
+        if requests in ready and not stream.recv(1, socket.MSG_PEEK):
+            os._exit(0)  # nobody has needed the server
     _import_everything()
     # SIGINT: Ctrl-C reaches the whole process group, and pytest handles it. SIGCHLD: leaves no zombies.
     for number in (signal.SIGINT, signal.SIGCHLD):
@@ -86,7 +89,7 @@ def _import_everything() -> None:
     import deepspeed.module_inject.auto_ep_layer
     import deepspeed.runtime.superoffload.superoffload_stage3
     import pytest  # by the cases of ranks
-    import sklearn.metrics  # also sets variables that are read at an import
+    import sklearn.metrics
     import torch
     import transformers.models.bert.modeling_bert
     import transformers.models.bert.tokenization_bert

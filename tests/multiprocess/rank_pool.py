@@ -75,6 +75,9 @@ class ForkServer:
         self._requests, theirs = Pipe()
         environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"WANDB_MODE": "disabled", PADDING: 16384 * "x"}
+        # As sklearn sets them: commands have them once this process has imported it, and a forked server does not
+        # import it again.
+        environment |= {"KMP_DUPLICATE_LIB_OK": "True", "KMP_INIT_AT_FORK": "FALSE"}
         with listen(folder) as listener, theirs, (folder / "output.log").open("a") as output:
             arguments = json.dumps([sys.path, parent])
             self._process = subprocess.Popen(

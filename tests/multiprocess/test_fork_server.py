@@ -1,6 +1,7 @@
 """Commands that are handed over to the fork server behave like started ones."""
 
 import fcntl
+import importlib
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sklearn
 import yaml
 
 from fork_server import TITLE
@@ -96,23 +98,39 @@ def test_commands_of_marked_tests_are_not_handed_over(start: Start, tmp_path: Pa
     assert wait_for_exit(process) == (0, f"{os.environ.get('PYTHONPATH')}\n")
 
 
-def server_case(world: World) -> tuple[int, str | None]:
-    """The server of a rank, and a variable."""
-    return os.getppid(), os.environ.get("MARK")
+def server_case(world: World) -> tuple[int, dict[str, str]]:
+    """The server of a rank, and its variables."""
+    return os.getppid(), dict(os.environ)
 
 
 def test_a_server_is_forked_from_another(
     fork_server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a server for each test process that imports everything again, ranks that have the cache folder of another
-    test process, and a server that outlives its test process."""
+    test process, a server that refuses commands once its test process has imported sklearn, and a server that outlives
+    its test process."""
     monkeypatch.setenv("MARK", str(tmp_path))
+    for name in [name for name in os.environ if name.startswith("KMP_")]:
+        monkeypatch.delenv(name)
     server = ForkServer(tmp_path, parent=fork_server.environment()["PYTHONPATH"].partition(":")[0])
     pool = RankPool(server, 1)
-    ((pid, mark),) = pool.run(server_case)
+    ((pid, variables),) = pool.run(server_case)
     process = psutil.Process(pid)
     assert is_served(process)
-    assert mark == str(tmp_path)
+    assert variables["MARK"] == str(tmp_path)
+    importlib.reload(sklearn)
+    read = {name: value for name, value in os.environ.items() if name.startswith("KMP_")}
+    assert read
+    assert {name: variables.get(name) for name in read} == read
     pool.close()
     server.close()
     wait_until(lambda: has_ended(process))
+
+
+def test_a_server_that_nobody_needs_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches tests that end with seconds of imports although none needs a server."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "deepspeed.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    ForkServer(tmp_path).close()
+    assert (tmp_path / "output.log").read_text() == ""
