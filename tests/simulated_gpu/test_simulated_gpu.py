@@ -240,10 +240,8 @@ def test_an_evaluation_may_be_the_first_to_use_our_own_attention(ranks: dict[int
         (faults.pinned_memory_used_again, 1, "bf16_zero1", "races", "the host writes in copy_ .* reads in _to_copy"),
         (faults.gathers_that_do_not_wait, 2, "bf16_zero3", "races", r"stream \d+ reads in cat .* writes in copy_"),
         (faults.gathered_on_another_stream, 2, "bf16_zero3", "races", r"stream \d+ reads in cat .* writes in copy_"),
-        *soak(
-            (faults.checkpoint_that_is_not_awaited, 1, "bf16_zero1", "races", "the host reads in .* writes in copy_"),
-            (faults.reduced_gradients_not_awaited, 2, "bf16_zero3", "races", r"stream \d+ (reads|writes)"),
-        ),
+        (faults.checkpoint_that_is_not_awaited, 1, "bf16_zero1", "races", "the host reads in .* writes in copy_"),
+        *soak((faults.reduced_gradients_not_awaited, 2, "bf16_zero3", "races", r"stream \d+ (reads|writes)")),
     ],
 )
 def test_faults_are_found(
