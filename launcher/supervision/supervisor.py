@@ -239,14 +239,16 @@ class _Supervisor:
         self._alerts.report(attempt.result, f"restarting{how}", restarting=True)
 
     def _await_slots(self, trusted: Collection[str]) -> Slots:
-        """Return the slots of the usable hosts, once there are any; none after a request to stop or `_OUTAGE_HOURS`."""
+        """Return the slots of the usable hosts, once there are any; none after a request to stop or `_OUTAGE_HOURS`.
+        After `REPEAT_SECONDS` without any, hosts that were given up may be used too: the others may never come back."""
         if not (trusted or self._launch.local):
             self._stop.wait(_RELEASE_SECONDS)  # else preflight finds busy GPUs
         start, waiting, alerted = time.monotonic(), "", False
         for seconds in look_intervals():
             if self._stop.is_asked_for():
                 break
-            slots, waited = self._usable_slots(trusted), time.monotonic() - start
+            left_out = () if alerted else self._given_up().keys()
+            slots, waited = self._usable_slots(trusted, left_out), time.monotonic() - start
             if slots or waited > _OUTAGE_HOURS * 3600:
                 return slots
             if not waiting:
@@ -263,13 +265,12 @@ class _Supervisor:
         message = f"no host can be used: {name_reasons(self._unusable | self._given_up())}"
         return LaunchResult(Outcome.FAILED, message, Cause.LOST_HOST)
 
-    def _usable_slots(self, trusted: Collection[str]) -> Slots:
-        """Return the slots of the hosts that answer and are not given up. Hosts that are not `trusted` must pass
+    def _usable_slots(self, trusted: Collection[str], left_out: Collection[str]) -> Slots:
+        """Return the slots of the hosts that answer and are not left out. Hosts that are not `trusted` must pass
         preflight too: a host that is back may lack its GPUs or disks."""
         if self._launch.local:
             return self._launch.slots
-        given_up = self._given_up()
-        wanted = {host: slots for host, slots in self._launch.slots.items() if host not in given_up}
+        wanted = {host: slots for host, slots in self._launch.slots.items() if host not in left_out}
         unusable: dict[str, str] = {}
         with suppress(OSError):  # no temporary file or process can be made: guards notice hosts that do not answer
             unusable = unusable_hosts(wanted.keys(), self._folder)

@@ -414,6 +414,23 @@ def test_a_host_that_does_not_work_is_given_up_while_others_are_lost(
     assert result.message == f"no host can be used: node-1: refused; {given_up}"
 
 
+def test_a_host_that_was_given_up_is_used_while_no_other_answers(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that waits a day for a host that is lost for good, although another one answers and restarts are
+    left."""
+    monkeypatch.setattr(supervisor, "REPEAT_SECONDS", 0.0)
+    start = [LOST, JOINS, HUNG, replace(LOST, lost="node-1", saves=False)]
+    for ends, last, message in (
+        ([DONE], "222", "ending 7"),
+        ([HUNG] * 9, "2222", "ending 8\nnot restarted: --max_restarts=5 within an hour"),
+    ):
+        monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "", "", *["node-1"] * 99))
+        result, hosts = supervise_endings(folder, monkeypatch, *start, HUNG, HUNG, *ends, max_restarts=5)
+        assert (result.message, hosts) == (message, ["12", "1", "12", "1", *last])
+        shutil.rmtree(folder.checkpoints)
+
+
 def test_hosts_that_replace_all_others_are_not_left_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches hosts that are blamed for a failure although the run has never worked without them."""
     monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2 node-3", *["node-1"] * 9))
