@@ -11,7 +11,8 @@ from experiment.process.own_process import module_command
 from experiment.run_files.checkpoints import BEST
 from experiment.run_files.run_folder import COMPARISON_RECORD, RunFolder, check_run_folder, folder_name
 from finetune.config import FinetuneConfig, check_validation
-from finetune.resolve import check_data
+from finetune.device import choose_device
+from finetune.resolve import check_data, load_run_config
 from launcher.options import CompareOptions, LaunchOptions
 from launcher.run_sets.compare_config import CompareConfig, RowConfig
 from launcher.run_sets.run_set import (
@@ -189,7 +190,7 @@ def _pooling(file: str, overrides: Mapping[str, str], folder: Path, grid: str | 
     that of the sentence-transformers model that it continues."""
     if grid is not None and "task.pooling" in parse_grid(grid):
         return {}
-    pooling = getattr(validate_finetuning(file, {**overrides, "run.dir": str(folder)}, None).task, "pooling", None)
+    pooling = getattr(load_run_config(file, {**overrides, "run.dir": str(folder)}).task, "pooling", None)
     return {"task.pooling": pooling} if pooling is not None else {}
 
 
@@ -197,7 +198,7 @@ def _check_cell(
     file: str, overrides: Mapping[str, str], folder: Path, grid: str | None, models: set[str] | None
 ) -> FlatConfig:
     """Return the config of a cell, as flat keys. Raises UserError for one that is not valid, at any point of the
-    grid."""
+    grid; the config without those values need not be, because it never runs."""
     overrides = {**overrides, "run.dir": str(folder)}
     points: dict[str, FinetuneConfig] = {}
     for name, values in read_grid(grid, overrides).items() if grid is not None else ():
@@ -205,7 +206,9 @@ def _check_cell(
             points[name] = validate_finetuning(file, {**overrides, **values}, models)
             check_validation(points[name], "the points of the grid are compared on validation")
             check_differs(name, points)
-    config = flatten(validate_finetuning(file, overrides, None if points else models))
+    config = flatten(load_run_config(file, overrides) if points else validate_finetuning(file, overrides, models))
+    if config["training.precision"] == "auto":
+        config["training.precision"] = choose_device("auto").precision
     return {**{key: value for key, value in config.items() if not key.startswith(_IRRELEVANT)}, "grid": grid}
 
 

@@ -335,6 +335,17 @@ def test_a_grid_is_chosen_by_validation(
     assert cell["mean"] == scores[best]["test"]["accuracy"]["mean"]
 
 
+def test_a_config_that_the_grid_replaces_is_not_checked(
+    write_files: Callable[..., Path], encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a comparison that is refused although each point of its grid is valid."""
+    path, task = write_files(rows={"ours": {"init_from": str(encoder)}}), tmp_path / "toy.yaml"
+    task.write_text(task.read_text().replace("precision: fp32", "precision: fp16"))
+    assert main(["compare", str(path), "--dry_run", "--grid=training.precision=bf16,fp32"]) == 0
+    assert main(["compare", str(path), "--dry_run", "--grid=training.precision=fp16,fp32"]) == 2
+    assert "grid: precision=fp16: " in capsys.readouterr().err
+
+
 def test_a_point_of_a_grid_that_fails_leaves_the_others(
     write_files: Callable[..., Path], started: list[str], encoder: Path, tmp_path: Path
 ) -> None:
