@@ -18,7 +18,7 @@ from textwrap import shorten
 from typing import NotRequired, TypedDict
 
 from experiment.config import read_config_file, with_defaults
-from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors
+from experiment.errors import StoppedError, UserError, inform, notify, reason, stopped_by_disk_errors, user_errors_in
 from experiment.files import atomic_write, read_json, write_json
 from experiment.hub_data import PREFIX
 from experiment.models.hub_names import HubName
@@ -256,11 +256,12 @@ def write_copy(file: str, content: bytes, folder: Path) -> Path:
 
 
 def recorded_configs(record: Path) -> dict[str, FlatConfig]:
-    """Return the config of each run in the record of a set. Empty if it has not begun, or the record is damaged, which
-    `RunSet.opened` rejects."""
+    """Return the config of each run in the record of a set that has a folder: others have not started, or were removed
+    to run again. Empty if the record is missing, or damaged, which `RunSet.opened` rejects."""
     with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
         content = read_json(record)
-        return {name: dict(run["config"]) for name, run in content.get("runs", content).items()}
+        configs = {name: dict(run["config"]) for name, run in content.get("runs", content).items()}
+        return {name: config for name, config in configs.items() if (record.parent / name).exists()}
     return {}
 
 
@@ -276,7 +277,10 @@ def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same:
     if name is not None:
         return record_model(init_from, next(filter(name.may_mean, began), None))
     kept = [model for model in began if names_model_folder(Path(init_from), Path(model))]
-    return record_model(kept[0] if len(kept) == 1 else init_from)
+    if len(kept) != 1:
+        return record_model(init_from)
+    with user_errors_in("recorded by earlier runs"):
+        return record_model(kept[0])
 
 
 def recorded_data(configs: Mapping[str, FlatConfig]) -> list[str]:

@@ -627,8 +627,9 @@ def test_a_row_starts_from_one_checkpoint(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a row whose tasks start from different checkpoints, because its run saved a newer one between them; and
-    a comparison that cannot be resumed, or seeds that are added to other weights."""
+    """Catches a row whose tasks start from different checkpoints, because its run saved a newer one between them; a
+    comparison that cannot be resumed, or seeds that are added to other weights; and a row that keeps a checkpoint,
+    which may be deleted, after its folder was removed."""
 
     def save(step: int, last_bytes: bytes = b"") -> Path:
         checkpoint = checkpoint_path(tmp_path / "run" / "checkpoints", step)
@@ -652,6 +653,13 @@ def test_a_row_starts_from_one_checkpoint(
     capsys.readouterr()
     assert main(["compare", str(write_files(rows=rows, seeds=[1, 2])), "--dry_run"]) == 0
     assert re.findall(r"init_from=(\S+)", capsys.readouterr().out) == [str(first), str(newest)]
+    shutil.rmtree(first.parent)
+    assert main(["compare", str(file)]) == 2
+    expected = f"compare.yaml: rows.ours.init_from: recorded by earlier runs: {first} does not exist"
+    assert expected in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "compare" / "ours")
+    assert main(["compare", str(file), "--dry_run"]) == 0
+    assert f"--model.init_from={newest}" in capsys.readouterr().out
 
 
 def test_a_run_whose_folder_was_removed_runs_again(

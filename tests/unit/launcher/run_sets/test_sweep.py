@@ -565,6 +565,7 @@ def test_all_points_start_from_one_commit(
     assert models("training.lr=1e-5,2e-5") == [pinned] * 2
     recorded = {"lr=1e-5": {"config": {"model.init_from": f"org/model@{commit}"}}}
     write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": recorded})
+    (tmp_path / "run-sweep" / "lr=1e-5").mkdir()
     new = hub.repository("org/model").push_folder(encoder, notes__txt=b"new")
     assert models("training.lr=1e-5,2e-5") == [pinned] * 2
     (tmp_path / "run-sweep" / "sweep.json").unlink()
@@ -606,6 +607,7 @@ def test_all_points_read_one_commit_of_the_data(
         assert [flag for flag in flags if "task.test" in flag] == [f"--task.test={tests}"]
     recorded = {"lr=1e-5": {"config": {"task.train": f"hub:org/reviews@{commit}:train"}}}
     write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": recorded})
+    (tmp_path / "run-sweep" / "lr=1e-5").mkdir()
     data.push({"train.csv": b"text,label,more"})
     for flags in dry_run(capsys, task, "training.lr=1e-5,2e-5,3e-5", *overrides):
         assert set(pinned) <= set(flags)
@@ -615,7 +617,7 @@ def test_all_points_start_from_one_checkpoint(
     task: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches points that start from the checkpoint that is the newest one when they begin, and a sweep that cannot be
-    resumed because its run has saved another one."""
+    resumed because its run has saved another one, or which keeps a checkpoint after its points were removed."""
 
     def save(step: int) -> str:
         checkpoint = checkpoint_path(tmp_path / "pretraining" / "checkpoints", step)
@@ -630,9 +632,10 @@ def test_all_points_start_from_one_checkpoint(
     first = save(1)
     assert models("training.lr=1e-5,2e-5") == [first] * 2
     write_json(tmp_path / "run-sweep" / "sweep.json", {"runs": {"lr=1e-5": {"config": {"model.init_from": first}}}})
+    (tmp_path / "run-sweep" / "lr=1e-5").mkdir()
     second = save(2)
     assert models("training.lr=1e-5,2e-5") == [first] * 2
-    (tmp_path / "run-sweep" / "sweep.json").unlink()
+    (tmp_path / "run-sweep" / "lr=1e-5").rmdir()
     assert models("training.lr=1e-5") == [second]
 
 
