@@ -1,5 +1,6 @@
 """Names of the Hub, against a server on this machine."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,7 @@ def test_missing_modules(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     else:
         hub.fault("1_Pooling/config.json", *[status(code)] * 99)
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # between the attempts of the library
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set" if code is None else str(NAME)):
         download_model(NAME, modules=True)
     assert ("downloading" in capfd.readouterr().err) == (code is not None)
