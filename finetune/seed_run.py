@@ -80,7 +80,7 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     torch.manual_seed(seed)  # for the new head; `fit` seeds again
     built = build_model(run.model)
     model = built.model
-    # To be saved: tokenizing has changed the truncation settings of the other one. After training, it may be deleted.
+    # Saved with the model: the one that tokenized has other truncation settings. Retention may delete its folder later.
     tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config, fine_tunes=True)
     if run.task.is_trained:
         if (bias := run.task.kind.output_bias(run.task.splits["train"].table)) is not None:

@@ -206,14 +206,11 @@ def word_f1(found: str, right: str) -> float:
 def _words(*answers: str) -> list[list[str]]:
     """Split answers into words in lower case, without punctuation and articles. If one of them is Chinese or Japanese,
     each character in these scripts is a word, as in the script of MLQA (Lewis et al. 2020)."""
+    texts = [text.lower().translate(_NO_PUNCTUATION) for text in answers]
     if not any(map(_CJK.search, answers)):
-        plain = [text.lower().translate(_NO_PUNCTUATION) for text in answers]
-        return [re.sub(r"\b(a|an|the)\b", " ", text).split() for text in plain]
-    kept = [
-        "".join(each for each in text.lower().translate(_NO_PUNCTUATION) if unicodedata.category(each)[0] != "P")
-        for text in answers
-    ]
-    return [_CJK.sub(r" \g<0> ", text).split() for text in kept]
+        return [re.sub(r"\b(a|an|the)\b", " ", text).split() for text in texts]
+    texts = ["".join(each for each in text if unicodedata.category(each)[0] != "P") for text in texts]
+    return [_CJK.sub(r" \g<0> ", text).split() for text in texts]
 
 
 def document_ranks(

@@ -179,10 +179,10 @@ class _Supervisor:
             return set()
         if result.outcome not in (Outcome.FAILED, Outcome.REFUSED):
             return set()
-        if layout.slots.keys() <= result.lost:  # an outage is no fault of a host
+        if layout.slots.keys() <= result.lost:  # all hosts at once: the network or the power has failed
             return set()
         if result.cause is Cause.OUT_OF_MEMORY and layout.microbatch_halvings < max(self._halvings.values(), default=0):
-            return set()  # nor is the larger microbatch
+            return set()  # the microbatch has grown again, and is too large
         if result.lost:
             hosts &= result.lost
         if len(hosts) > 1 and hosts == layout.slots.keys():
@@ -195,7 +195,7 @@ class _Supervisor:
         """Leave out hosts with which the run has failed since they rejoined. Take one of them back after a checkpoint,
         or if there are no others: with several, a failure would not say which of them does not work."""
         before = layout.slots.keys() - last.left_out
-        if all(map(self._failures.get, before)):  # one that has failed alone
+        if all(map(self._failures.get, before)):  # the run has failed on each of them
             before = set()
         doubted = [host for host in usable if self._failures.get(host) and host not in before]
         others = usable.keys() - doubted
