@@ -23,7 +23,6 @@ from pretrain.batching.packing import (
     Rows,
     assign,
     next_multiple,
-    padded_width,
     round_up,
 )
 from pretrain.batching.sequences import SequenceIndex
@@ -75,12 +74,12 @@ class _OwnSequences(NamedTuple):
 
 
 class _Slots(NamedTuple):
-    """A rank's slots: K microbatches of B rows of W slots."""
+    """The N slots of a rank's microbatches, flattened."""
 
-    input_ids: NDArray[np.int64]  # [K, B, W]
-    position_ids: NDArray[np.int64]  # [K, B, W]
-    segments: NDArray[np.int32]  # [K, B, W]
-    text: NDArray[np.int64]  # [T] the flattened slot of each text token
+    input_ids: NDArray[np.int64]  # [N]
+    position_ids: NDArray[np.int64]  # [N]
+    segments: NDArray[np.int32]  # [N]
+    text: NDArray[np.int64]  # [T] the slot of each text token
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class BatchMaker:
         tokens = [int(own.lengths[own.origins.corpora == number].sum()) for number in range(len(self.corpora))]
         return RankBatch(
             step=step,
-            microbatches=self._microbatches(slots, text),
+            microbatches=self._microbatches(slots, text, assignment),
             masked_tokens=len(text.masked),
             tokens=sum(tokens),
             squared_lengths=int((own.lengths * own.lengths).sum()),
@@ -155,42 +154,45 @@ class BatchMaker:
 
     def _fill_slots(self, own: _OwnSequences, text: MaskedText, assignment: Assignment) -> _Slots:
         prefix, suffix = self.vocabulary.prefix, self.vocabulary.suffix
-        shape = (assignment.microbatches, assignment.rows, assignment.width)
+        count = assignment.bounds[-1]
         text_slots = Ranges(own.first_slots + len(prefix), own.text_lengths).indices()
         all_slots = Ranges(own.first_slots, own.lengths).indices()
 
-        input_ids = np.full(shape, self.vocabulary.pad_id, dtype=np.int64)
-        flat_ids = input_ids.reshape(-1)
-        flat_ids[text_slots] = text.inputs
+        input_ids = np.full(count, self.vocabulary.pad_id, dtype=np.int64)
+        input_ids[text_slots] = text.inputs
         for place, token in enumerate(prefix):
-            flat_ids[own.first_slots + place] = token
+            input_ids[own.first_slots + place] = token
         for place, token in enumerate(suffix):
-            flat_ids[own.first_slots + own.lengths - len(suffix) + place] = token
+            input_ids[own.first_slots + own.lengths - len(suffix) + place] = token
 
-        position_ids = np.full(shape, self.layout.first_position, dtype=np.int64)
-        position_ids.reshape(-1)[all_slots] += all_slots - np.repeat(own.first_slots, own.lengths)
-        segments = np.zeros(shape, dtype=np.int32)
-        numbers = np.arange(1, len(own.lengths) + 1, dtype=np.int32)
-        segments.reshape(-1)[all_slots] = np.repeat(numbers, own.lengths)
+        position_ids = np.full(count, self.layout.first_position, dtype=np.int64)
+        position_ids[all_slots] += all_slots - np.repeat(own.first_slots, own.lengths)
+        segments = np.zeros(count, dtype=np.int32)
+        segments[all_slots] = np.repeat(np.arange(1, len(own.lengths) + 1, dtype=np.int32), own.lengths)
         return _Slots(input_ids, position_ids, segments, text_slots)
 
-    def _microbatches(self, slots: _Slots, text: MaskedText) -> list[Microbatch]:
+    def _microbatches(self, slots: _Slots, text: MaskedText, assignment: Assignment) -> list[Microbatch]:
         masked = slots.text[text.masked]
         labels = text.tokens[text.masked]
         by_slot = np.argsort(masked, kind="stable")
         masked, labels = masked[by_slot], labels[by_slot]
 
-        count, rows, width = slots.input_ids.shape
-        bounds = np.searchsorted(masked, np.arange(count + 1) * rows * width)
+        bounds = assignment.bounds
+        masked_bounds = np.searchsorted(masked, bounds)
         return [
             self._microbatch(
-                slots.input_ids[number],
-                slots.position_ids[number],
-                slots.segments[number],
-                masked[low:high] - number * rows * width,
+                slots.input_ids[start:end].reshape(shape),
+                slots.position_ids[start:end].reshape(shape),
+                slots.segments[start:end].reshape(shape),
+                masked[low:high] - start,
                 labels[low:high],
             )
-            for number, (low, high) in enumerate(pairwise(bounds))
+            for shape, (start, end), (low, high) in zip(
+                zip(assignment.rows, assignment.widths, strict=True),
+                pairwise(bounds),
+                pairwise(masked_bounds),
+                strict=True,
+            )
         ]
 
     def _microbatch(
@@ -202,20 +204,15 @@ class BatchMaker:
         labels: NDArray[np.int64],
     ) -> Microbatch:
         """Shapes [B, W], [B, W], [B, W], [M] and [M]; `masked` are slots of this microbatch, flattened."""
-        if self.layout.rows == "padded":
-            full, longest = segments.shape[1], int(segments.any(axis=0).sum())
-            width = padded_width(longest, self.layout)
-            masked = masked // full * width + masked % full
-            input_ids, position_ids, segments = input_ids[:, :width], position_ids[:, :width], segments[:, :width]
         if self.layout.rows == "flat":
             boundaries = _flat_boundaries(segments.reshape(-1), self.layout.max_seq_length)
         else:
             boundaries = _boundaries(segments)
         padding = padded_predictions(len(masked), self.layout.rows) - len(masked)
         return Microbatch(
-            input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
-            position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
-            segments=torch.from_numpy(np.ascontiguousarray(segments)),
+            input_ids=torch.from_numpy(input_ids),
+            position_ids=torch.from_numpy(position_ids),
+            segments=torch.from_numpy(segments),
             cu_seqlens=torch.from_numpy(boundaries),
             masked_positions=torch.from_numpy(np.pad(masked, (0, padding))),
             labels=torch.from_numpy(np.pad(labels, (0, padding), constant_values=IGNORED)),

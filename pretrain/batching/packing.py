@@ -5,9 +5,11 @@ Windows and padded rows:
 1. Whole sequences are packed into rows of W slots (best fit, longest first). A model that does not support packing gets
    one sequence per row.
 2. Rows, fullest first, are assigned to ranks in snake order, which balances the ranks by tokens. Each rank splits its
-   rows, in that order, into as few microbatches as hold them, so a padded microbatch has sequences of similar length.
-3. All microbatches of a step have the same number of rows on every rank, rounded up to one of a few bucket sizes, so
-   that compiled kernels see few shapes. Surplus rows are padding with weight zero.
+   rows, in that order, into as few microbatches as hold them. A padded microbatch has sequences of similar length: it
+   is as wide as the longest of all ranks, and the shorter they are, the more rows it has.
+3. A microbatch has the same shape on every rank: windows the same number of rows in all microbatches of a step, padded
+   ones the rows that `microbatch_tokens` allows. Rows are rounded up to one of a few numbers, so that compiled kernels
+   see few shapes. Surplus rows are padding with weight zero.
 
 Flat microbatches, which have a single row of T slots, are dealt without packing:
 
@@ -27,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROW_PARTS = 8  # rows of a microbatch are rounded up by less than one part in 8
-_WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this
+_WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this, or that of the longest sequence
 
 Rows = Literal["padded", "windows", "flat"]
 """The layout of sequences in the rows of a microbatch.
@@ -71,14 +73,23 @@ class Assignment:
     microbatch: NDArray[np.int64]  # [S]
     row: NDArray[np.int64]  # [S] in the microbatch
     offset: NDArray[np.int64]  # [S] first slot in the row
-    microbatches: int  # on every rank
-    rows: int  # of every microbatch
-    width: int  # slots in a row
+    rows: NDArray[np.int64]  # [K] of each microbatch, on every rank
+    widths: NDArray[np.int64]  # [K] slots in a row of each microbatch
+
+    @property
+    def microbatches(self) -> int:
+        """K, the microbatches of each rank."""
+        return len(self.rows)
+
+    @property
+    def bounds(self) -> NDArray[np.int64]:
+        """The slots [K + 1] at which a rank's microbatches begin, flattened, and the total."""
+        return np.concatenate([[0], np.cumsum(self.rows * self.widths)])
 
     def first_slots(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the first slot of each of these sequences in its rank's flattened microbatches; same shape."""
-        rows = self.microbatch[sequences] * self.rows + self.row[sequences]
-        return rows * self.width + self.offset[sequences]
+        microbatch = self.microbatch[sequences]
+        return self.bounds[microbatch] + self.row[sequences] * self.widths[microbatch] + self.offset[sequences]
 
 
 def pack(lengths: NDArray[np.int64], width: int) -> PackedRows:
@@ -219,19 +230,14 @@ def assign_to_ranks(
     """
     filled = np.bincount(packed.row, weights=lengths, minlength=packed.count).astype(np.int64)
     fullest_first = longest_first(filled)
-    width = layout.row_width
-    max_rows = layout.microbatch_tokens // width
-    needed = -(-packed.count // world_size)  # rows of a rank
-    microbatches = max(1, -(-needed // max_rows))
-    rows = min(max_rows, round_up(max(1, -(-needed // microbatches)), _ROW_PARTS))
+    split = _split_padded if layout.rows == "padded" else _split_windows
+    bounds, rows, widths = split(filled[fullest_first[::world_size]], layout)
 
     # Snake order: each round gives every rank one row, alternately first to last and last to first rank.
     round_, place = np.divmod(np.arange(packed.count), world_size)
     rank = np.where(round_ % 2 == 1, world_size - 1 - place, place)
-    bounds = np.arange(microbatches + 1) * needed // microbatches
     microbatch = np.searchsorted(bounds, round_, side="right") - 1
     row = round_ - bounds[microbatch]
-    assert not row.size or row.max() < rows
 
     def by_sequence(by_fullness: NDArray[np.int64]) -> NDArray[np.int64]:
         by_row = np.empty_like(by_fullness)
@@ -239,7 +245,33 @@ def assign_to_ranks(
         return by_row[packed.row]
 
     where = by_sequence(rank), by_sequence(microbatch), by_sequence(row), packed.offset
-    return Assignment(*where, microbatches, rows, width)
+    return Assignment(*where, rows, widths)
+
+
+_Split = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""Where each microbatch begins among the R rows of a rank, and R, [K + 1]; its rows and its width, [K] each."""
+
+
+def _split_windows(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split:
+    """Split the rows of a rank, filled [R], into microbatches of the same shape."""
+    max_rows = layout.microbatch_tokens // layout.row_width
+    count = -(-len(filled) // max_rows)
+    bounds = np.arange(count + 1) * len(filled) // count
+    rows = min(max_rows, round_up(int(np.diff(bounds).max()), _ROW_PARTS))
+    return bounds, np.full(count, rows), np.full(count, layout.row_width)
+
+
+def _split_padded(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split:
+    """Split the rows of a rank into microbatches, each as wide as its first row, the longest. `filled` [R]: the longest
+    of the ranks' rows in each place, falling."""
+    bounds, rows, widths = [0], [], []
+    while (first := bounds[-1]) < len(filled):
+        width = min(layout.max_seq_length, next_multiple(int(filled[first]), _WIDTH_BUCKET))
+        max_rows = layout.microbatch_tokens // width
+        bounds.append(min(first + max_rows, len(filled)))
+        rows.append(min(max_rows, round_up(bounds[-1] - first, _ROW_PARTS)))
+        widths.append(width)
+    return np.array(bounds), np.array(rows), np.array(widths)
 
 
 def assign(lengths: NDArray[np.int64], world_size: int, layout: MicrobatchLayout) -> Assignment:
@@ -271,7 +303,8 @@ def deal(lengths: NDArray[np.int64], world_size: int, capacity: int) -> Assignme
     bins[order], offset[order[together]] = dealt, own_before
     slots = min(capacity, round_up(max(1, int(tokens.max())), _SLOT_PARTS))
     microbatch, rank = np.divmod(bins, world_size)
-    return Assignment(rank, microbatch, np.zeros_like(rank), offset, microbatches, rows=1, width=slots)
+    rows, widths = np.ones(microbatches, dtype=np.int64), np.full(microbatches, slots)
+    return Assignment(rank, microbatch, np.zeros_like(rank), offset, rows, widths)
 
 
 def _deal_level(falling: NDArray[np.int64], bins: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -290,20 +323,3 @@ def _deal_level(falling: NDArray[np.int64], bins: int) -> tuple[NDArray[np.int64
     round_, place = np.divmod(np.arange(len(falling) - levelled), bins)
     dealt[levelled:] = np.argsort(tokens, kind="stable")[np.where(round_ % 2 == 1, bins - 1 - place, place)]
     return dealt, np.bincount(dealt, weights=falling, minlength=bins).astype(np.int64)
-
-
-def microbatch_widths(
-    lengths: NDArray[np.int64], assignment: Assignment, ranks: int, layout: MicrobatchLayout
-) -> NDArray[np.int64]:
-    """Return the slots in a row of each microbatch of all ranks. lengths: of S sequences."""
-    widths = np.full(ranks * assignment.microbatches, assignment.width)
-    if layout.rows == "padded":
-        longest = np.zeros_like(widths)
-        np.maximum.at(longest, assignment.rank * assignment.microbatches + assignment.microbatch, lengths)
-        widths = np.array([padded_width(length, layout) for length in longest.tolist()])
-    return widths
-
-
-def padded_width(longest: int, layout: MicrobatchLayout) -> int:
-    """Return the width of a padded microbatch with sequences of at most `longest` tokens, rounded up to a bucket."""
-    return min(layout.row_width, next_multiple(longest, _WIDTH_BUCKET))

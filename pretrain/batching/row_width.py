@@ -56,6 +56,5 @@ def _time(maker: BatchMaker, steps: list[int], attention_ratio: float) -> float:
     total = 0.0
     for step in steps:
         *_, assignment = maker.assign(step)
-        slots = assignment.microbatches * assignment.rows * assignment.width
-        total += slots * (1.0 + _ATTENTION_TIME * attention_ratio * assignment.width)
+        total += assignment.bounds[-1] * (1.0 + _ATTENTION_TIME * attention_ratio * maker.layout.row_width)
     return total

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.batching.packing import MicrobatchLayout, Rows, assign, microbatch_widths
+from pretrain.batching.packing import MicrobatchLayout, Rows, assign
 from pretrain.batching.sequences import split_documents
 from pretrain.config import BatchConfig
 
@@ -66,8 +66,5 @@ def _sequence_lengths(lengths: NDArray[np.int64], documents: NDArray[np.int64], 
 
 def _filled(batches: NDArray[np.int64], layout: MicrobatchLayout) -> float:
     """Return the filled share. `batches` [batches, S]: lengths of sequences, special tokens included."""
-    slots = 0
-    for lengths in batches:
-        assignment = assign(lengths, 1, layout)
-        slots += assignment.rows * int(microbatch_widths(lengths, assignment, 1, layout).sum())
+    slots = sum(assign(lengths, 1, layout).bounds[-1] for lengths in batches)
     return float(batches.sum() / slots)

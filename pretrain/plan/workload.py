@@ -9,7 +9,6 @@ import numpy as np
 
 from pretrain.batching.batch_maker import BatchMaker, padded_predictions
 from pretrain.batching.order import CorpusStream, ShuffledOrder
-from pretrain.batching.packing import microbatch_widths
 from pretrain.batching.sequences import SequenceIndex
 from pretrain.config import MaskingConfig
 from pretrain.plan.activations import MicrobatchShape
@@ -108,14 +107,14 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
     microbatch = assignment.rank * assignment.microbatches + assignment.microbatch
     count = ranks * assignment.microbatches
     text = np.bincount(microbatch, weights=text_lengths, minlength=count)
-    widths = microbatch_widths(lengths, assignment, ranks, maker.layout)
     # Each text token is drawn with probability `rate`: the most of many batches, three standard deviations above.
     predicted = text.max() * rate + 3 * np.sqrt(text.max() * rate * (1 - rate))
-    largest = MicrobatchShape(
-        rows=assignment.rows,
-        width=int(widths.max()),
+    rows = int(assignment.rows[0])
+    largest = MicrobatchShape(  # of padded ones the widest; narrower ones have as many slots, but cheaper attention
+        rows=rows,
+        width=int(assignment.widths[0]),
         predicted=padded_predictions(int(predicted), maker.layout.rows),
-        sequences=int(np.bincount(microbatch, minlength=count).max()) + assignment.rows,
+        sequences=int(np.bincount(microbatch, minlength=count).max()) + rows,
     )
     tokens = int(lengths.sum())
     return BatchShape(
@@ -124,5 +123,5 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
         text_tokens=int(text_lengths.sum()),
         microbatches=assignment.microbatches,
         largest=largest,
-        filled=tokens / int(assignment.rows * widths.sum()),
+        filled=tokens / int(ranks * assignment.bounds[-1]),
     )

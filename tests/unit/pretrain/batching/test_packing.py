@@ -71,11 +71,13 @@ def test_rows_are_nearly_full():
 def test_every_sequence_is_assigned_one_place(lengths, world_size, max_rows, packed):
     """Catches sequences lost or computed twice at any world size, and ranks with unequal numbers of microbatches."""
     packed_rows = pack(lengths, 32) if packed else one_per_row(lengths)
-    assignment = assign_to_ranks(lengths, packed_rows, world_size, MicrobatchLayout(32, 32 * max_rows))
-    assert assignment.rows <= max_rows
+    layout = MicrobatchLayout(32, 32 * max_rows, "windows" if packed else "padded")
+    assignment = assign_to_ranks(lengths, packed_rows, world_size, layout)
+    assert (assignment.rows * assignment.widths <= 32 * max_rows).all()
+    assert (assignment.offset + lengths <= assignment.widths[assignment.microbatch]).all()
     assert ((assignment.rank >= 0) & (assignment.rank < world_size)).all()
     assert ((assignment.microbatch >= 0) & (assignment.microbatch < assignment.microbatches)).all()
-    assert ((assignment.row >= 0) & (assignment.row < assignment.rows)).all()
+    assert ((assignment.row >= 0) & (assignment.row < assignment.rows[assignment.microbatch])).all()
     places = set(zip(assignment.rank, assignment.microbatch, assignment.row, assignment.offset, strict=True))
     assert len(places) == len(lengths)
     for sequence, row in enumerate(packed_rows.row):
@@ -100,16 +102,30 @@ def test_few_shapes_occur(max_rows):
     shapes = set()
     for _ in range(200):
         lengths = rng.integers(3, 129, 256)
-        shapes.add(assign_to_ranks(lengths, pack(lengths, 128), 2, MicrobatchLayout(128, 128 * max_rows)).rows)
+        shapes |= set(assign(lengths, 2, MicrobatchLayout(128, 128 * max_rows)).rows)
     assert len(shapes) <= 4
+
+
+@pytest.mark.parametrize("max_rows", [16, 64])
+@pytest.mark.parametrize("median", [30, 120])
+def test_padded_microbatches_are_full(median, max_rows):
+    """Catches microbatches of short sequences with as few rows as those of long ones, and shapes that all differ."""
+    rng, capacity = np.random.default_rng(0), 512 * max_rows
+    shapes = set()
+    for _ in range(50):
+        lengths = np.clip(median * np.exp(rng.normal(0, 0.8, 1024)), 3, 512).astype(np.int64)
+        assignment = assign(lengths, 2, MicrobatchLayout(512, capacity, "padded"))
+        assert ((assignment.rows * assignment.widths)[:-1] > 0.9 * capacity).all()
+        shapes |= set(zip(assignment.rows.tolist(), assignment.widths.tolist(), strict=True))
+    assert len(shapes) <= 100
 
 
 @pytest.mark.parametrize("count", range(30, 70))
 def test_few_rows_are_empty(count):
     """Catches rows rounded up by a fifth when a batch is slightly larger than one microbatch."""
     lengths = np.full(count, 128)
-    assignment = assign_to_ranks(lengths, one_per_row(lengths), 1, MicrobatchLayout(128, 128 * 32))
-    assert assignment.rows * assignment.microbatches - count <= 0.12 * count
+    assignment = assign(lengths, 1, MicrobatchLayout(128, 128 * 32))
+    assert assignment.rows.sum() - count <= 0.12 * count
     rows = np.bincount(assignment.microbatch)
     assert rows.max() - rows.min() <= 1, "a second microbatch that is nearly empty"
 
@@ -120,14 +136,14 @@ def test_rows_of_a_batch_smaller_than_a_microbatch(rows, sequences, world_size):
     """Catches rows that are rounded up to a part of a microbatch that the batch cannot fill."""
     assignment = assign(np.full(sequences, 128), world_size, MicrobatchLayout(128, 128 * 2048, rows))
     assert assignment.microbatches == 1
-    assert assignment.rows <= -(-sequences // world_size) * 17 / 16
+    assert assignment.rows[0] <= -(-sequences // world_size) * 17 / 16
 
 
 @pytest.mark.parametrize("max_rows", [16, 64, 256])
 def test_few_rows_are_empty_if_many_sequences_share_one(max_rows):
     """Catches rows that are rounded up to a part of the sequences, of which a row holds many."""
     assignment = assign(np.full(256, 40), 1, MicrobatchLayout(512, 512 * max_rows))
-    assert assignment.microbatches * assignment.rows <= 22 + assignment.microbatches
+    assert assignment.rows.sum() <= 22 + assignment.microbatches
 
 
 @given(st.integers(0, 10**6), st.sampled_from([8, 32, 64]))
@@ -158,17 +174,18 @@ def sequence_lengths(kind, count, width):
 def test_every_sequence_has_slots_of_its_own(lengths, world_size, capacity):
     """Catches sequences lost, overlapping or outside of the row, and microbatches larger than their capacity."""
     assignment = deal(lengths, world_size, capacity)
-    assert assignment.width <= capacity
-    assert assignment.rows == 1
-    slots = np.zeros((world_size, assignment.microbatches, assignment.width), dtype=int)
+    (width,) = set(assignment.widths.tolist())
+    assert width <= capacity
+    assert (assignment.rows == 1).all()
+    slots = np.zeros((world_size, assignment.microbatches, width), dtype=int)
     where = zip(assignment.rank, assignment.microbatch, assignment.offset, lengths, strict=True)
     for rank, microbatch, offset, length in where:
-        assert offset + length <= assignment.width
+        assert offset + length <= width
         slots[rank, microbatch, offset : offset + length] += 1
     assert slots.max() == 1
     assert slots.sum() == lengths.sum()
     used = slots.sum(axis=-1, keepdims=True)
-    assert np.array_equal(slots, np.arange(assignment.width) < used), "padding is at the end"
+    assert np.array_equal(slots, np.arange(width) < used), "padding is at the end"
 
 
 @pytest.mark.parametrize("kind", ["wiki", "web", "books"])
@@ -178,7 +195,7 @@ def test_nearly_all_slots_are_real_tokens(kind, width, sequences, world_size):
     """Catches a dealing that leaves 2 % of the slots or more to padding, or makes ranks wait for each other."""
     lengths = sequence_lengths(kind, sequences, width)
     assignment = deal(lengths, world_size, 65536)
-    slots = world_size * assignment.microbatches * assignment.width
+    slots = world_size * assignment.bounds[-1]
     assert lengths.sum() / slots > 0.98
     tokens = np.bincount(assignment.rank, weights=lengths, minlength=world_size)
     assert tokens.min() > 0.98 * tokens.max()
@@ -204,7 +221,7 @@ def test_equally_full_microbatches_keep_their_order():
 def test_few_widths_of_flat_microbatches_occur():
     """Catches a number of slots that varies from batch to batch, for which kernels would be recompiled."""
     rng = np.random.default_rng(0)
-    assert len({deal(rng.integers(3, 129, 4096), 2, 32768).width for _ in range(200)}) <= 6
+    assert len({deal(rng.integers(3, 129, 4096), 2, 32768).widths[0] for _ in range(200)}) <= 6
 
 
 def test_attention_is_balanced():
