@@ -22,8 +22,10 @@ _TOKEN = regex.compile(rf"{_WORD.pattern}|[^\p{{L}}\p{{N}}\s]+")
 _DIVIDED = regex.compile(rf"(?V1)(?i:n't)(?!{_RUN})|{_RUN}(?!(?<=[nN])'[tT](?!{_RUN}))|[{_LETTER}][{_INSIDE}]*")
 _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼ＇`´\x92", "'"))  # as typed; \x92: of text that was read as Latin-1
 _IGNORED = regex.compile(r"[\p{Cf}\ufe00-\ufe0f]")  # they only change how others look
-# A lookbehind that begins at each quote would take quadratic time: (?=\s) comes first.
-_SENTENCE_END = regex.compile(r"(?=\s)(?<=[.!?…][\"'”’)\]]*)\s+|(?<=[。！？])")
+CLOSING = r"\"'”’)\]）」』》】"
+"""Quotes and brackets that belong to the sentence before them, for a set of characters in `regex`."""
+# A lookbehind that begins at each quote would take quadratic time: (?=\s) and the like come first.
+_SENTENCE_END = regex.compile(rf"(?=\s)(?<=[.!?…][{CLOSING}]*)\s+|(?![。！？{CLOSING}])(?<=[。！？][{CLOSING}]*)")
 
 
 def tokens(text: str) -> list[str]:

@@ -11,10 +11,10 @@ from pydantic import Field, PositiveInt
 from experiment.config import Section
 from experiment.decontamination import texts_digests
 from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
-from pretrain.cleaning.words import count_words, divided_words, normalized_words, word_spans
+from pretrain.cleaning.words import CLOSING, count_words, divided_words, normalized_words, word_spans
 
 _SHOWN = 30  # words of a match
-_SENTENCE = regex.compile(r"[^\n.!?…。！？]*(?:[.!?…。！？]+[\"'”’)\]]*|\n|$)\s*")
+_SENTENCE = regex.compile(rf"[^\n.!?…。！？]*(?:[.!?…。！？]+[{CLOSING}]*|\n|$)\s*")
 
 
 class Config(Section):

@@ -103,6 +103,15 @@ def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:
     assert document.text == "I don't. Three."
 
 
+def test_a_cut_sentence_ends_after_its_quotes(clean: Any, tmp_path: Any) -> None:
+    """Catches a closing quote that is left of a sentence."""
+    text = "他昨天晚上给我打了一个很长的电话"
+    step = {"decontaminate": {"against": ["task"], "action": "cut"}}
+    clean([f"「{text}。」然后离开了。", f"『《{text}！》』【{text}？】是（{text}。）的。"], step, evaluated=[text])
+    documents = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
+    assert [document.text for document in documents] == ["然后离开了。", "的。"]
+
+
 def test_cutting_a_large_text_takes_linear_time(clean: Any, tmp_path: Any) -> None:
     """Catches a copy of a test set, as one document, that a worker cuts for hours."""
     evaluated = [f"v{number} {words(13)}." for number in range(20_000)]
