@@ -24,12 +24,12 @@ class Config(Section):
     """Fine-tuning configs: paths, or names of recipes such as `sst2`."""
 
     ngram: PositiveInt = 13
-    """Words of an n-gram, without case, punctuation and diacritics; `it's` and `it 's` are two words. A shorter text
-    matches as a whole."""
+    """Words of an n-gram, without case, punctuation and diacritics; `it's` and `it 's` are two words, and two
+    characters of a script without spaces one. A shorter text matches as a whole."""
 
     min_words: PositiveInt = 5
-    """A text with fewer words matches only if it is a whole line of a document. Here, two characters of a script
-    without spaces count as one word."""
+    """A text with fewer words, counted in the same way except that `it's` is one, matches only if it is a whole line of
+    a document."""
 
     action: Literal["drop", "cut"] = "drop"
     """Drop documents that match, or cut the sentences that do."""
@@ -52,11 +52,12 @@ class Index:
         self._lines: dict[str, int] = {}  # of fewer words
         for number, text in enumerate(texts):
             words = divided_words(text)
-            length = min(len(words), ngram)
-            if len(words) >= ngram or count_words(normalized_words(text)) >= min_words:
-                for start in range(len(words) - length + 1):
-                    self._lengths.setdefault(_hash(words[start : start + self._head]), set()).add(length)
-                    self._ngrams.setdefault(_hash(words[start : start + length]), number)
+            counts = np.cumsum([0, *(count_words([word]) for word in words)])
+            if counts[-1] >= ngram or count_words(normalized_words(text)) >= min_words:
+                ends = np.searchsorted(counts, counts + min(counts[-1], ngram))
+                for start, end in enumerate(ends[ends <= len(words)].tolist()):
+                    self._lengths.setdefault(_hash(words[start : start + self._head]), set()).add(end - start)
+                    self._ngrams.setdefault(_hash(words[start:end]), number)
             elif words:
                 self._lines.setdefault(" ".join(words), number)
 

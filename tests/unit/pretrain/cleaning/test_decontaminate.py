@@ -56,6 +56,17 @@ def test_an_ngram_at_the_end_of_a_document_is_whole() -> None:
     assert next(index.matches("x " + words(13)), None) == (1, 14, 0)
 
 
+def test_two_characters_of_an_ngram_are_one_word() -> None:
+    """Catches the name of an authority that counts as a leak, and n-grams of two scripts that are missed."""
+    committee = "全国人民代表大会常务委员会"
+    text = f"昨天{committee}在北京开会讨论了新的法律草案 Xinhua 报道说"
+    index = Index([text], ngram=13, min_words=5)
+    assert next(index.matches(f"据报道{committee}今天没有开会"), None) is None
+    for ngram in (text[:26], text[3:29], f"{text[6:29]} Xinhua 报"):
+        assert next(index.matches(f"x {ngram} y"), None) is not None
+        assert next(index.matches(f"x {ngram[:-1]} y"), None) is None
+
+
 def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
     """Catches matches that are not in clean.json, which users have to check, and a missing record for the manifest."""
     found = clean([f"He said: {LONG}.", words(40)], {"decontaminate": {"against": ["task"]}}, evaluated=[SHORT, LONG])
