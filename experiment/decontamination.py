@@ -37,7 +37,7 @@ def texts_digests(texts: Iterable[EvaluationText]) -> dict[str, str]:
 
 def texts_digest(texts: Iterable[str]) -> str:
     """Return a checksum of the set of texts, whatever their order."""
-    digest = xxhash.xxh3_128(b"two characters are a word\0")  # changes if decontamination finds or removes other texts
+    digest = xxhash.xxh3_128(b"whole lines\0")  # changes if decontamination finds or removes other texts
     for text in sorted(set(texts)):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from pretrain.cleaning.step import Document, DocumentStep, ReadTask, Verdict
 from pretrain.cleaning.words import CLOSING, count_words, divided_words, normalized_words, word_spans
 
 _SHOWN = 30  # words of a match
+_LINE = regex.compile(r"\S[^\n]*")
 _SENTENCE = regex.compile(rf"[^\n.!?…。！？]*(?:[.!?…。！？]+[{CLOSING}]*|\n|$)\s*")
 
 
@@ -28,8 +29,8 @@ class Config(Section):
     characters of a script without spaces one. A shorter text matches as a whole."""
 
     min_words: PositiveInt = 5
-    """A text with fewer words, counted in the same way except that `it's` is one, matches only if it is a whole line of
-    a document."""
+    """A text with fewer words, counted in the same way except that `it's` is one, matches only as a whole line of a
+    document, of which the other lines are kept."""
 
     action: Literal["drop", "cut"] = "drop"
     """Drop documents that match, or cut the sentences that do."""
@@ -39,6 +40,7 @@ class Match(NamedTuple):
     start: int  # in words of the document
     end: int
     text: int  # index of the evaluation text
+    line: slice | None = None  # of the document, if it matches as a whole
 
 
 class Index:
@@ -71,11 +73,11 @@ class Index:
                     yield Match(start, start + length, found)
         if self._lines:
             start = 0
-            for line in text.split("\n"):
-                line_words = divided_words(line)
+            for line in _LINE.finditer(text):
+                line_words = divided_words(line.group())
                 found = self._lines.get(" ".join(line_words))
                 if found is not None:
-                    yield Match(start, start + len(line_words), found)
+                    yield Match(start, start + len(line_words), found, slice(*line.span()))
                 start += len(line_words)
 
 
@@ -102,19 +104,20 @@ class Step(DocumentStep[Config]):
         first = next(matches, None)
         if first is None:
             return None
-        words = divided_words(document.text)[first.start : first.end]
-        detail = f"{self._places[first.text]}: {' '.join(words[:_SHOWN])}"
-        if self.config.action == "drop":
+        words = divided_words(document.text)
+        detail = f"{self._places[first.text]}: {' '.join(words[first.start : first.end][:_SHOWN])}"
+        is_dropped = self.config.action == "drop"
+        if is_dropped and (first.line is None or first.end - first.start == len(words)):
             return Verdict("contaminated", detail=detail)
         document.text = _cut(document.text, [first, *matches])
-        return Verdict("contaminated_sentences", dropped=False, detail=detail)
+        return Verdict(f"contaminated_{'lines' if is_dropped else 'sentences'}", dropped=False, detail=detail)
 
 
 def _cut(text: str, matches: Sequence[Match]) -> str:
     """Return the text without the sentences that overlap a match."""
     spans, matched = word_spans(text), np.zeros(len(text), bool)
     for match in matches:
-        matched[spans[match.start][0] : spans[match.end - 1][1]] = True
+        matched[match.line or slice(spans[match.start][0], spans[match.end - 1][1])] = True
     sentences = (sentence.span() for sentence in _SENTENCE.finditer(text))
     return "".join(text[start:end] for start, end in sentences if not matched[start:end].any()).strip()
 

@@ -1,5 +1,6 @@
 """Decontamination: what is planted is found, and ordinary text is kept."""
 
+import json
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_an_ngram_at_the_end_of_a_document_is_whole() -> None:
     """Catches a match that goes beyond the last word."""
     index = Index([words(13)], ngram=13, min_words=5)
     assert next(index.matches(words(12)), None) is None
-    assert next(index.matches("x " + words(13)), None) == (1, 14, 0)
+    assert next(index.matches("x " + words(13)), None) == (1, 14, 0, None)
 
 
 def test_two_characters_of_an_ngram_are_one_word() -> None:
@@ -112,6 +113,23 @@ def test_sentences_are_cut(clean: Any, tmp_path: Any) -> None:
     assert example["text"] == lines[0]
     (document,) = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
     assert document.text == "I don't. Three."
+
+
+@pytest.mark.parametrize("action", ["drop", "cut"])
+def test_short_texts_are_cut_from_dialogues(clean: Any, tmp_path: Any, action: str) -> None:
+    """Catches a dialogue or film that is dropped because of one line such as `Hey.`."""
+    dialogues = ["Joey left.\n  …Hey! ♪\n He did?", "Hey.\nWhat?", "hey", f"Hey.\n{LONG}", "医生\n我没有病。"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in dialogues))
+    step = {"decontaminate": {"against": ["task"], "action": action}}
+    evaluated = ["Hey.", "What?", "医生", LONG]
+    found = clean([], step, evaluated=evaluated, source=str(tmp_path / "in.jsonl"))["steps"][0]
+    documents = read_documents(tmp_path / "out" / "data-00000.jsonl.zst")
+    assert [document.text for document in documents] == ["Joey left.\n  He did?", "我没有病。"]
+    counts = {name: (rule["dropped"], rule["changed"]) for name, rule in found["rules"].items()}
+    if action == "drop":
+        assert counts == {"contaminated": (2, 0), "contaminated_lines": (0, 2), "nothing_left": (1, 0)}
+    else:
+        assert counts == {"contaminated_sentences": (0, 2), "nothing_left": (3, 0)}
 
 
 def test_a_cut_sentence_ends_after_its_quotes(clean: Any, tmp_path: Any) -> None:
