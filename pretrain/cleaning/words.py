@@ -7,8 +7,10 @@ character is a word, so that n-grams of Chinese are n-grams of characters.
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Annotated
 
 import regex
+from pydantic import AfterValidator
 
 from pretrain.corpus.words import UNSPACED
 
@@ -42,6 +44,17 @@ def sentences(text: str) -> list[str]:
 def normalized_words(text: str) -> list[str]:
     """Return the words of a text without punctuation, case and diacritics, for comparing texts."""
     return [_normalize(word) for word in _WORD.findall(text)]
+
+
+def _check_words(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        if len(words := normalized_words(text)) != 1:
+            raise ValueError(f"'{text}' is not one word; texts are divided into words as here: {', '.join(words)}")
+    return texts
+
+
+Words = Annotated[tuple[str, ...], AfterValidator(_check_words)]
+"""Words of a config, such as stop words: each has to be one by the rules here."""
 
 
 def divided_words(text: str) -> list[str]:

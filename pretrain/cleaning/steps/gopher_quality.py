@@ -5,6 +5,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt
 from experiment.config import Section
 from experiment.config.field_types import Fraction
 from pretrain.cleaning.datatrove_step import FilterStep
+from pretrain.cleaning.words import Words
 
 
 class Config(Section):
@@ -37,8 +38,8 @@ class Config(Section):
     min_stop_words: NonNegativeInt | None = 2
     """Fewest different stop words."""
 
-    stop_words: tuple[str, ...] | None = None
-    """Stop words; null: the eight English ones of Gopher."""
+    stop_words: Words | None = None
+    """Stop words, in Chinese single characters; null: the eight English ones of Gopher."""
 
 
 class Step(FilterStep[Config]):

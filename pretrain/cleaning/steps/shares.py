@@ -1,14 +1,11 @@
 """Shares of digits, symbols, capital letters and stop words."""
 
 from functools import cached_property
-from typing import Self
-
-from pydantic import model_validator
 
 from experiment.config import Section
 from experiment.config.field_types import Fraction
 from pretrain.cleaning.step import Document, DocumentStep, Verdict
-from pretrain.cleaning.words import normalized_words
+from pretrain.cleaning.words import Words, normalized_words
 
 # Of Gopher (Rae et al. 2021), with the most frequent function words of English.
 _STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with", "a", "in", "is", "it", "for", "was", "i")
@@ -29,15 +26,8 @@ class Config(Section):
     min_stop_words: Fraction = 0.0
     """Smallest share of stop words among the words."""
 
-    stop_words: tuple[str, ...] = _STOP_WORDS
+    stop_words: Words = _STOP_WORDS
     """Stop words, whatever case and diacritics; in Chinese, single characters."""
-
-    @model_validator(mode="after")
-    def _stop_words_are_words(self) -> Self:
-        if split := next((text for text in self.stop_words if len(normalized_words(text)) != 1), None):
-            words = ", ".join(normalized_words(split))
-            raise ValueError(f"stop_words: '{split}' is not one word; texts are divided into words as here: {words}")
-        return self
 
 
 class Step(DocumentStep[Config]):

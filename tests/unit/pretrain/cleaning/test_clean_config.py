@@ -28,8 +28,9 @@ def build(*steps: Any, **keys: Any) -> CleanConfig:
         ([{"length": {"min_words": 9, "max_words": 3}}], "nothing would be left"),
         (
             [{"shares": {"stop_words": ["我们"]}}],
-            "stop_words: '我们' is not one word; texts are divided into words as here: 我",
+            "'steps.0.shares.stop_words': '我们' is not one word; texts are divided into words as here: 我, 们",
         ),
+        ([{"gopher_quality": {"stop_words": ["the", "我们"]}}], "gopher_quality.stop_words': '我们' is not one word"),
         ([{"sample": {"rates": {"en": 0.1}}}], "'steps.0.sample': rates needs by, which tells their keys"),
         ([{"sample": {"rate": 0.5}}, {"ftfy": {}}, {"sample": {"rate": 0.4}}], "two `sample` steps have the same seed"),
         ([{"url_filter": {}}], "needs the url of each document; name the column that holds it in 'metadata'"),
