@@ -463,7 +463,7 @@ def _is_transient(error: BaseException) -> bool:
     if names & (_NO_CREDENTIALS | _EXPIRED) or isinstance(error, FileNotFoundError | PermissionError):
         return False
     if (status := _http_status(error)) is not None:
-        return status == 429 or status >= 500
+        return status in (408, 429) or status >= 500
     return bool(names & _TRANSIENT) or getattr(error, "errno", None) in _TRANSIENT_NUMBERS
 
 

@@ -32,6 +32,7 @@ from s3_server import Fault, Proxy, free_port, proxy, response
 CONTENT = os.urandom(3 << 20)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 BUSY = response("503 Slow Down", "SlowDown", "Please reduce your request rate.")
+SLOW = response("408 Request Timeout", "RequestTimeout", "The connection was not read from or written to in time.")
 EXPIRED = response("403 Forbidden", "ExpiredToken", "The provided token has expired.")
 
 
@@ -152,6 +153,8 @@ def test_errors_of_a_web_server(web_server: str, tmp_path: Path, monkeypatch: py
         (tmp_path / "a.txt").write_bytes(b"text")
         url = f"http://127.0.0.1:{between.port}/a.txt"
         between.faults = [Fault(BUSY)] * 2
+        assert sizes_of(url) == {url: 4}
+        between.faults = [Fault(SLOW)] * 2
         assert sizes_of(url) == {url: 4}
         between.lasting = Fault(EXPIRED)
         with pytest.raises(DeniedError, match=r"a.txt: 403"):
