@@ -44,6 +44,7 @@ class PassFolder:
         return found
 
     def write(self, part: int, documents: Sequence[Document], observed: Arrays, tally: PartTally) -> None:
+        self._tally(part).unlink(missing_ok=True)  # of other documents
         for name, values in observed.items():
             _save(self.folder / f"{part:06d}.{name}.npy", values)
         write_documents(self.documents(part), documents)

@@ -129,19 +129,15 @@ def digest_of(documents: Iterator[Document]) -> str:
 def _first_pass(
     planned: Pass, documents: Iterator[Document], files: PassFolder, run_tasks: TaskRunner, label: str
 ) -> Done:
-    """Divide the documents into parts, and handle those that are not finished."""
+    """Divide the documents into parts, and handle those that are not finished, or whose documents were others: a source
+    may have been repaired since."""
     digests = list[str]()
 
     def unfinished() -> Iterator[_Part]:
         for number, chunk in enumerate(_chunks(documents)):
             digests.append(_digest(chunk))
-            if not files.is_finished(number):
+            if not files.is_finished(number) or files.tally(number).digest != digests[-1]:
                 yield _Part(0, files, number, chunk, digests[-1])
-            elif files.tally(number).digest != digests[-1]:
-                raise UserError(
-                    f"{files.folder.parent} holds an unfinished cleaning of other documents: the source changed; "
-                    "delete the folder to start over"
-                )
 
     _handle(run_tasks, label, unfinished())
     if not digests:

@@ -138,15 +138,18 @@ def _clean(
 
 def _recipe(config: CleanConfig, steps: Sequence[Step[Any]]) -> str:
     """Return a digest of everything that the result depends on besides the documents."""
-    tree = config.model_dump(mode="json", exclude={"output"})
+    tree = config.model_dump(mode="json", exclude={"source", "output"})
     return json_digest({"config": tree, "steps": [dict(step.facts()) for step in steps]})
 
 
 def _check_unfinished(partial: Path, identity: dict[str, str]) -> None:
-    """Record the identity. Raises UserError if the folder holds parts of another cleaning, or an unknown one."""
+    """Record the identity. Raises UserError if the folder holds parts of another cleaning, or an unknown one. Until the
+    first pass is finished, sources may change: its parts tell which documents they are of."""
     path, recorded = partial / _RECIPE, None
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError):
         recorded = read_json(path) if path.exists() else identity
+        if Done.read(PassFolder(partial / "pass-0")) is None:
+            recorded = {**recorded, "sources": identity["sources"]}
     if recorded != identity and _holds_parts(partial):
         raise UserError(
             f"{partial} holds an unfinished cleaning with another config or version, or of other sources or lists, "

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +17,7 @@ import zstandard
 
 from experiment.config import build_config
 from experiment.errors import UserError
-from pretrain.cleaning import near_duplicates, passes, run, step
+from pretrain.cleaning import near_duplicates, parts, passes, run, step
 from pretrain.cleaning.config import CleanConfig
 from pretrain.cleaning.parts import read_documents, write_documents
 from pretrain.cleaning.passes import digest_of
@@ -234,10 +236,59 @@ def test_an_unfinished_cleaning_of_another_text_is_refused(
     os.utime(tmp_path / "a.txt", ns=(modified + 1, modified + 1))
     with pytest.raises(UserError, match="another config or version, or of other sources"):
         clean(config, tmp_path / "out")
-    os.utime(tmp_path / "a.txt", ns=(modified, modified))
-    (tmp_path / "out.partial" / "pass-0" / "done.json").unlink()
-    with pytest.raises(UserError, match="the source changed"):
+
+
+def test_a_damaged_source_is_repaired_or_left_out(
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a cleaning that starts over, or that keeps parts of other documents, because of one damaged file."""
+    file, process, done = tmp_path / "b.txt", passes._process, list[int]()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10] + b"\xff" + whole[-9:])
+
+    def recorded(job: Any, part: Any) -> int:
+        if part.pass_number == 0:
+            done.append(part.number)
+        return process(job, part)
+
+    monkeypatch.setattr(passes, "_process", recorded)
+    with pytest.raises(UserError, match=r"b\.txt"):
         clean(config, tmp_path / "out")
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "short.partial")
+    assert done == [*range(11)]
+    file.write_bytes(whole)
+    assert clean(config, tmp_path / "out") == clean(config, tmp_path / "repaired")
+    assert done == [*range(11), 11, *range(12)]
+    done.clear()
+    first = config.model_copy(update={"source": f"{tmp_path}/a.txt"})
+    assert clean(first, tmp_path / "short") == clean(first, tmp_path / "alone")
+    assert done == [*range(6)]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_parts_of_other_documents_are_made_again(
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    """Catches parts of two texts in one result, also if the part of the second one was only begun."""
+    whole = (tmp_path / "a.txt").read_text()
+
+    def fail(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def killed(module: ModuleType, function: str, text: str) -> None:
+        (tmp_path / "a.txt").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, fail)
+            with pytest.raises(KeyboardInterrupt):
+                clean(config, tmp_path / "out")
+
+    killed(passes, "_merged", whole)
+    if is_killed:
+        killed(parts, "write_json", whole.replace("a0", "z0"))
+        (tmp_path / "a.txt").write_text(whole)
+    else:
+        (tmp_path / "a.txt").write_text(whole.replace("a0", "z0").replace("a9", "a9 a9"))
+    assert clean(config, tmp_path / "out") == clean(config, tmp_path / "fresh")
 
 
 def test_a_damaged_part_is_one_message(config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
