@@ -123,7 +123,15 @@ def run_passes(
 
 def digest_of(documents: Iterator[Document]) -> str:
     """Return the `source` of a cleaning of these documents."""
-    return _joined_digest(map(_digest, _chunks(documents)))
+    digests = list[str]()
+
+    def read() -> Iterator[int]:
+        for chunk in _chunks(documents):
+            digests.append(_digest(chunk))
+            yield len(chunk)
+
+    _count("comparing the sources", read())
+    return _joined_digest(digests)
 
 
 def _first_pass(
@@ -139,7 +147,7 @@ def _first_pass(
             if not files.is_finished(number) or files.tally(number).digest != digests[-1]:
                 yield _Part(0, files, number, chunk, digests[-1])
 
-    _handle(run_tasks, label, unfinished())
+    _count(label, run_tasks(_process, unfinished()))
     if not digests:
         raise UserError("source: it holds no documents with text")
     return Done(files, len(digests), _joined_digest(digests), _merged(planned, files, len(digests)))
@@ -149,17 +157,17 @@ def _next_pass(number: int, planned: Pass, before: Done, files: PassFolder, run_
     """Decide, and handle the parts that are not finished."""
     _decide(planned, before, files)
     left = (part for part in range(before.parts) if not files.is_finished(part))
-    _handle(run_tasks, label, (_Part(number, files, part, before.files) for part in left))
+    _count(label, run_tasks(_process, (_Part(number, files, part, before.files) for part in left)))
     tallies = _merged(planned, files, before.parts)
     if isinstance(planned.decided, DuplicateStep):
         _name_kept(tallies[0], before)
     return Done(files, before.parts, before.source, tallies)
 
 
-def _handle(run_tasks: TaskRunner, label: str, parts: Iterable[_Part]) -> None:
-    """Let workers handle parts, and wait for them."""
+def _count(label: str, parts: Iterable[int]) -> None:
+    """Wait for parts, each given as its number of documents, and show the progress."""
     with progress(label, None, describe=lambda done: f"{done:,.0f} documents") as advance:
-        for read in run_tasks(_process, parts):
+        for read in parts:
             advance(read)
 
 

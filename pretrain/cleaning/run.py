@@ -31,6 +31,7 @@ from pretrain.corpus.sources import Source
 
 _FILE_BYTES = 1 << 28  # of a file of the result, compressed
 _RECIPE = "recipe.json"
+_SOURCES = ".sources.json"  # not in clean.json: times of files may differ where the same documents are
 
 
 def clean(
@@ -55,7 +56,7 @@ def clean(
             summary = read_clean_summary(str(folder))
             if summary is None:
                 raise UserError(f"{folder / CLEAN_SUMMARY} is damaged; delete {folder} to start over")
-            if summary["recipe"] != recipe or summary.get("source") != digest_of(read_inputs(sources, config)):
+            if summary["recipe"] != recipe or not _is_of(folder, summary, sources, config):
                 raise UserError(
                     f"output: {folder} already holds documents that were cleaned with another config or version, or "
                     "of other sources or lists; name a new folder or delete it"
@@ -71,6 +72,14 @@ def clean(
         print_steps(summary)
     print(f"{config.output}/report.html")
     return summary
+
+
+def _is_of(folder: Path, summary: Summary, sources: Sequence[Source], config: CleanConfig) -> bool:
+    """Return whether a result is of these sources: by their sizes and versions, or else by their documents."""
+    with suppress(OSError, ValueError):
+        if all(source.version for source in sources) and read_json(folder / _SOURCES) == identity_of(sources):
+            return True
+    return bool(summary.get("source") == digest_of(read_inputs(sources, config)))
 
 
 def check(config: CleanConfig, read_task: ReadTask) -> None:
@@ -130,6 +139,7 @@ def _clean(
     }
     summary = summarize(config, identity, empty, kept, languages, tallies, steps)
     write_report(result, summary)
+    write_json(result / _SOURCES, identity_of(sources))
     fsync_tree(result)
     result.replace(folder)
     shutil.rmtree(unfinished)

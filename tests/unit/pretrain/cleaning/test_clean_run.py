@@ -200,6 +200,30 @@ def test_a_finished_result_is_kept_and_another_one_refused(clean: Any, tmp_path:
         clean(["a text"], {"exact_dedup": {}})
 
 
+def test_a_finished_result_is_compared_without_reading(
+    config: CleanConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a crawl that is decompressed for hours to find that its cleaning is finished, and a result of sources of
+    other times, or without them, that is refused or cleaned again."""
+    compare, compared = run.digest_of, list[str]()
+
+    def recorded(documents: Any) -> str:
+        compared.append("")
+        return compare(documents)
+
+    monkeypatch.setattr(run, "digest_of", recorded)
+    found = clean(config, tmp_path / "out")
+    assert clean(config, tmp_path / "out") == found
+    assert not compared
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    assert clean(config, tmp_path / "out") == found
+    (tmp_path / "out" / ".sources.json").write_text("")
+    clean(config, tmp_path / "out")
+    (tmp_path / "out" / ".sources.json").unlink()
+    clean(config, tmp_path / "out")
+    assert len(compared) == 3
+
+
 def test_a_flipped_bit_is_no_text(tmp_path: Path) -> None:
     """Catches documents without a checksum: of most flipped bits, zstd alone makes other text."""
     path = tmp_path / "a.jsonl.zst"
