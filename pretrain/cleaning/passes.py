@@ -197,7 +197,7 @@ def _process(passes: Sequence[Pass], part: _Part) -> int:
         verdicts = [_dropped_if_empty(*pair) for pair in zip(documents, verdicts, strict=True)]
         tallies.append(StepTally())
         for document, text, verdict in zip(documents, texts, verdicts, strict=True):
-            tallies[-1].count(document, text, verdict, step.lists_matches)
+            tallies[-1].count(document, text, verdict, step.lists_matches, step.masks)
         pairs = zip(documents, verdicts, strict=True)
         documents = [document for document, verdict in pairs if verdict is None or not verdict.dropped]
     observed = {} if planned.observed is None else planned.observed.observe(documents)

@@ -90,6 +90,9 @@ class Step(ABC, Generic[ConfigT]):
     lists_matches: ClassVar[bool] = False
     """Whether clean.json lists the details of all its verdicts."""
 
+    masks: ClassVar[bool] = False
+    """Whether the step masks text. Its examples show only what is left."""
+
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 

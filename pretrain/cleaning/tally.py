@@ -21,7 +21,7 @@ class Example:
 
     priority: int
     id: str
-    text: str  # before the step, shortened
+    text: str  # before the step, shortened; after it, if it masks text
     detail: str
     after: str = ""  # the step, of a changed text: the same place
 
@@ -46,8 +46,9 @@ class StepTally:
     rules: dict[str, RuleTally] = field(default_factory=dict)
     matches: list[dict[str, str]] = field(default_factory=list)  # the first ones, if the step lists them
 
-    def count(self, document: Document, text: str, verdict: Verdict | None, listed: bool) -> None:
-        """Count a document. text: before the step. listed: whether the step lists its matches."""
+    def count(self, document: Document, text: str, verdict: Verdict | None, listed: bool, masked: bool = False) -> None:
+        """Count a document. text: before the step. listed, masked: whether the step lists its matches, or masks text
+        that examples may not show."""
         self.read += 1
         if verdict is None:
             return
@@ -56,6 +57,7 @@ class StepTally:
         counted = RuleTally(int(verdict.dropped), int(not verdict.dropped))
         if len(rule.examples) < _EXAMPLES or priority < rule.examples[-1].priority:
             before, after = _excerpts(text, document.text, verdict.dropped)
+            before, after = (after, "") if masked else (before, after)
             counted.examples = [Example(priority, document.id, before, verdict.detail, after)]
         rule.merge(counted)
         if listed and len(self.matches) < _MATCHES:

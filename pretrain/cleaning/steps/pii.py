@@ -36,6 +36,7 @@ class Config(Section):
 class Step(DocumentStep[Config]):
     config_type = Config
     packages = ("datatrove",)
+    masks = True
 
     @cached_property
     def formatter(self) -> "PIIFormatter":

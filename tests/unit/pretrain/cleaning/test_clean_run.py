@@ -360,6 +360,20 @@ def test_results_can_be_cleaned_again(config: CleanConfig, tmp_path: Path) -> No
     assert [source.name for source in find_inputs(again)] == [f"{config.output}/data-00000.jsonl.zst"]
 
 
+def test_examples_do_not_show_what_is_masked(clean: Any, tmp_path: Path) -> None:
+    """Catches a report that publishes the addresses that a step masks."""
+    found = clean([f"{'word ' * 100}Write to a.b@c.org at 8.8.8.8", "From x@y.org."], {"pii": {}})
+    examples = found["steps"][0]["rules"]["masked"]["examples"]
+    shown = sorted(example["text"] for example in examples)
+    assert shown[0] == "From email@example.com."
+    assert shown[1].endswith("word Write to email@example.com at 192.0.2.1")
+    assert not any("after" in example for example in examples)
+    for name in ("clean.json", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "email@example.com" in text
+        assert not any(address in text for address in ("a.b@c", "x@y", "8.8.8.8"))
+
+
 def test_examples_of_changed_texts_show_the_change(clean: Any, tmp_path: Path) -> None:
     """Catches examples that show the start of a long text, in which nothing changed, or only the text before."""
     start, end = "word " * 100, "other words " * 100
