@@ -1,7 +1,7 @@
 """The tasks that a corpus was decontaminated against: digests of evaluation texts, in clean.json, in manifests, and in
 the deepcloze.json of models."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from posixpath import basename, dirname
 from typing import Any, NamedTuple
@@ -27,20 +27,14 @@ class EvaluationText(NamedTuple):
     text: str
 
 
-def texts_digests(texts: Iterable[EvaluationText]) -> dict[str, str]:
-    """Return a digest of the texts of each split: a task may be evaluated on one of them only, as in a watch."""
-    by_split: dict[str, list[str]] = {}
-    for text in texts:
-        by_split.setdefault(text.split, []).append(text.text)
-    return {split: texts_digest(found) for split, found in by_split.items()}
-
-
-def texts_digest(texts: Iterable[str]) -> str:
-    """Return a checksum of the set of texts, whatever their order."""
-    digest = xxhash.xxh3_128(b"whole lines\0")  # changes if decontamination finds or removes other texts
-    for text in sorted(set(texts)):
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()
+def texts_digests(texts: Collection[EvaluationText]) -> dict[str, str]:
+    """Return a checksum of the set of texts of each split, whatever their order: a task may be evaluated on one split
+    only, as in a watch."""
+    # The prefix changes if decontamination finds or removes other texts.
+    digests = {text.split: xxhash.xxh3_128(b"whole lines\0") for text in texts}
+    for split, text in sorted({(text.split, text.text) for text in texts}):
+        digests[split].update(text.encode() + b"\0")
+    return {split: digest.hexdigest() for split, digest in digests.items()}
 
 
 def is_clean_summary(name: str) -> bool:

@@ -9,16 +9,21 @@ import pytest
 
 from experiment import decontamination
 from experiment.decontamination import (
+    EvaluationText,
     common_decontamination,
     decontamination_of,
     is_clean_summary,
     read_clean_summary,
-    texts_digest,
+    texts_digests,
 )
 from experiment.errors import UserError
 from experiment.run_files.provenance import ancestors_of, write_origin
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import DeniedError, MissingError, StorageError
+
+
+def digest_of(texts: list[str]) -> str:
+    return texts_digests([EvaluationText("test", "", text) for text in texts])["test"]
 
 
 def test_tasks_of_all_steps_are_read(tmp_path: Path) -> None:
@@ -67,13 +72,13 @@ def test_a_file_that_may_be_missing(monkeypatch: pytest.MonkeyPatch, error: Exce
 
 
 def test_the_order_of_texts_does_not_matter() -> None:
-    assert texts_digest(["a", "b"]) == texts_digest(["b", "a", "a"]) != texts_digest(["ab"])
+    assert digest_of(["a", "b"]) == digest_of(["b", "a", "a"]) != digest_of(["ab"])
 
 
 def test_the_digest_of_texts_is_known() -> None:
     """Catches digests that change by accident: all corpora would count as not decontaminated. Corpora for which
     short lines took whole documents have others."""
-    assert texts_digest(["a"]) == "b02d3196b4f387d617871102ad90b2c7"
+    assert digest_of(["a"]) == "b02d3196b4f387d617871102ad90b2c7"
 
 
 def test_a_corpus_of_several_folders_has_what_they_share(tmp_path: Path) -> None:

@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 
-from experiment.decontamination import common_decontamination, read_clean_summary, texts_digest
+from experiment.decontamination import EvaluationText, common_decontamination, read_clean_summary, texts_digests
 from experiment.errors import UserError
 from pretrain.cleaning.parts import read_documents
 from pretrain.cleaning.steps.decontaminate import Index
 
 LONG = "a gorgeous, witty and seductive movie that takes its time to say what nobody in the room had dared to say"
 SHORT = "it's a charming and often affecting journey"
+
+
+def digest_of(*texts: str) -> str:
+    return texts_digests([EvaluationText("test", "", text) for text in texts])["test"]
 
 
 def words(count: int, name: str = "w") -> str:
@@ -81,7 +85,7 @@ def test_documents_are_dropped_and_listed(clean: Any, tmp_path: Any) -> None:
         }
     ]
     summary = read_clean_summary(f"{tmp_path}/out")
-    assert common_decontamination([summary]) == {"task test": texts_digest([LONG, SHORT])}
+    assert common_decontamination([summary]) == {"task test": digest_of(LONG, SHORT)}
     assert read_clean_summary(str(tmp_path)) is None
 
 
@@ -94,7 +98,7 @@ def test_cleaning_in_two_stages_keeps_the_record(clean: Any, tmp_path: Any) -> N
     clean([], step, evaluated=[LONG], source=sources, metadata=metadata)
     first, second = str(tmp_path / "out"), str(tmp_path / "second")
     clean([], {"exact_dedup": {}}, source=first, output=second, metadata=metadata)
-    assert common_decontamination([read_clean_summary(second)]) == {"task test": texts_digest([LONG])}
+    assert common_decontamination([read_clean_summary(second)]) == {"task test": digest_of(LONG)}
     files = sorted((tmp_path / "second").glob("*.jsonl.zst"))
     found = [document.metadata for file in files for document in read_documents(file)]
     assert found == [{"url": "http://a.org", "source": "web"}, {}]
