@@ -13,6 +13,8 @@ from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import Document, detect_format
 
 _ARTICLES = "0"  # the namespace of articles; others are talk, users, templates, …
+_FILES, _CATEGORIES = "6", "14"
+_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 
 PACKAGES: tuple[str, ...] = ("mwparserfromhell",)
 
@@ -24,7 +26,7 @@ def matches(name: str) -> bool:
 
 def read(name: str) -> Iterator[Document]:
     """Yield a document for each article, with its `title`; redirects are skipped."""
-    number = 0
+    number, markup = 0, ""
     try:
         with open_file(name) as file:
             events = ElementTree.iterparse(_decompress(file, name), events=("start", "end"))
@@ -33,15 +35,23 @@ def read(name: str) -> Iterator[Document]:
                 if event == "start" or (not page.tag.endswith("}page") and page.tag != "page"):
                     continue
                 number += 1
+                markup = markup or _markup(root)
                 if page.findtext("{*}ns", _ARTICLES) == _ARTICLES and page.find("{*}redirect") is None:
                     title = page.findtext("{*}title", "")
                     text = page.findtext("{*}revision/{*}text") or ""
-                    yield Document(text, name, number, {"title": title}, "wikitext")
+                    yield Document(text, name, number, {"title": title}, markup)
                 root.clear()  # it would keep an element for each page
     except ElementTree.ParseError as error:
         raise UserError(f"{name}: invalid XML after {number:,} pages: {error}") from None
     if number == 0:
         raise UserError(f"{name}: expected a dump of MediaWiki, found no <page>")
+
+
+def _markup(root: ElementTree.Element) -> str:
+    """Return the markup of the articles, with the language of the wiki and its names of files and categories."""
+    namespaces = root.iterfind("{*}siteinfo/{*}namespaces/{*}namespace")
+    names = (found.text for found in namespaces if found.text and found.get("key") in (_FILES, _CATEGORIES))
+    return ":".join(("wikitext", root.get(_LANGUAGE, ""), *names))
 
 
 def _decompress(file: IO[bytes], name: str) -> IO[bytes]:

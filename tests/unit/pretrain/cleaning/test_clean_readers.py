@@ -206,6 +206,43 @@ def test_a_dump_of_wikipedia(tmp_path: Path) -> None:
         read(tmp_path / "cut.xml.bz2")
 
 
+CHINESE_WIKI = """<mediawiki xml:lang="zh"><siteinfo><namespaces><namespace key="4">Wikipedia</namespace>
+<namespace key="6">Tập tin</namespace><namespace key="14" /></namespaces></siteinfo>
+<page><title>A</title><ns>0</ns><revision><text>%s</text></revision></page>
+<page><title>B</title><ns>0</ns><revision><text>%s</text></revision></page></mediawiki>"""
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("[[檔案:Foo.jpg|thumb|250px|右圖說明]]甲[[图像:Bar.png|缩略图|说明]]", "甲"),
+        ("甲[[分類:計算機]][[Tập_tin:x.png|nhỏ]][[ category : x]][[Wikipedia:乙|丙]]", "甲丙"),
+        ("-{zh-hans:计算机;zh-hant:電腦}-和-{A|zh-cn:[[博客|博客]]; zh-tw:部落格;}-", "计算机和博客"),
+        ("-{H|zh-cn:软件;zh-tw:軟體}-甲-{T|zh-hans:乙}-", "甲"),
+        ("-{乙}-、-{zh-hant;zh-hans|丙}-、-{zh-cn:一-{二}-；三;zh-tw:四}-", "乙、丙、一二；三"),
+        ("-{zh-cn:{{lang|en}}甲;zh-tw:乙}-x-{{a}}-{b", "甲x--{b"),
+        ("甲（{{lang-en|foo}}）是 (  {{a}}{{b}}) print()、（{{a}}，乙）", "甲是 print()、（，乙）"),
+    ],
+)
+def test_markup_of_the_chinese_wikipedia(tmp_path: Path, source: str, expected: str) -> None:
+    """Catches captions, categories and texts in several variants of Chinese that stay as they are, and brackets around
+    nothing, but not those of the article."""
+    (tmp_path / "wiki.xml").write_text(CHINESE_WIKI % (source, source), encoding="utf-8")
+    assert [*read(tmp_path / "wiki.xml").values()] == [expected, expected]
+
+
+def test_braces_in_a_wiki_without_variants() -> None:
+    """Catches names of molecules that lose their braces."""
+    assert to_text("3-{[2-(a)]methyl}-N", "wikitext") == "3-{[2-(a)]methyl}-N"
+    assert to_text("3-{[2-(a)]methyl}-N", "wikitext:en:File") == "3-{[2-(a)]methyl}-N"
+
+
+@pytest.mark.parametrize("repeated", ["-{", "-{-{", "}-", "-{a}-", "({{a}}", "( ", "-{;zh:"])
+def test_braces_of_a_large_article_take_linear_time(repeated: str) -> None:
+    """Catches an article that a worker cleans for hours."""
+    assert to_text(f"a {repeated * 20_000}", "wikitext:zh").startswith("a")
+
+
 @pytest.mark.parametrize(("name", "content"), [("a.txt", "a\nb\n"), ("wiki.xml", WIKI)])
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, name: str, content: str) -> None:
     """Catches a result with documents of two versions."""
