@@ -1,5 +1,6 @@
 """HTML files. A file is a document; its main text is found by trafilatura."""
 
+import codecs
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,11 +15,19 @@ PACKAGES: tuple[str, ...] = ("trafilatura",)
 
 _CHARSET = re.compile(rb"(?i)<meta[^>]{1,200}?charset\s*=\s*[\"']?\s*([\w:.-]+)")
 _HEAD_BYTES = 1 << 12
+_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _SUPERSETS = {
+    "ascii": "cp1252",
+    "big5": "big5hkscs",
+    "euc_kr": "cp949",
     "gb2312": "gb18030",
     "gbk": "gb18030",
-    "iso-8859-1": "cp1252",
-}  # https://encoding.spec.whatwg.org/#names-and-labels
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "shift_jis": "cp932",
+    "tis-620": "cp874",
+}  # https://encoding.spec.whatwg.org/#names-and-labels, with Python's names
 
 
 def matches(name: str) -> bool:
@@ -32,13 +41,18 @@ def read(name: str) -> Iterator[Document]:
 
 
 def decode_page(content: bytes, charset: str = "") -> str:
-    """Return the text of a page, in the encoding that its server gives (charset) or the page itself; otherwise in
-    UTF-8, or in the encoding that its bytes suggest."""
+    """Return the text of a page, in the encoding of its byte order mark, else the one that its server gives (charset)
+    or the page itself; otherwise in UTF-8, or in the encoding that its bytes suggest."""
     from trafilatura.utils import decode_file
 
-    declared = _CHARSET.search(content, 0, _HEAD_BYTES)
-    for name in filter(None, (charset, declared[1].decode().lower() if declared else "")):
+    mark = next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), "")
+    found = _CHARSET.search(content, 0, _HEAD_BYTES)
+    declared = found[1].decode().lower() if found else ""
+    if declared.startswith("utf-16"):  # whose bytes would not match
+        declared = "utf-8"
+    for label in filter(None, (mark, charset, declared)):
         with suppress(LookupError, ValueError):  # an unknown name
+            name = codecs.lookup(label).name
             # Python knows encodings, such as UTF-7, that give surrogates.
             return join_surrogates(content.decode(_SUPERSETS.get(name, name), "replace"))
     return str(decode_file(content))

@@ -158,6 +158,12 @@ def test_a_web_archive_that_ends_anywhere(tmp_path: Path) -> None:
     ("encoding", "head"),
     [
         ("gb18030", '<meta charset="gb2312">'),
+        ("big5hkscs", "<meta charset=big5>"),
+        ("cp932", "<meta charset=shift_jis>"),
+        ("cp949", "<meta charset=ks_c_5601-1987>"),
+        ("utf-8-sig", "<meta charset=gb2312>"),
+        ("utf-8", "<meta charset=utf-16>"),
+        ("cp1252", "<meta charset=us-ascii>"),
         ("cp1252", '<META http-equiv="Content-Type" content="text/html; charset=iso-8859-1">'),
         ("utf-8", "<meta charset=x-unknown>"),
         ("utf-8", '<meta charset="utf-8">'),
@@ -165,11 +171,15 @@ def test_a_web_archive_that_ends_anywhere(tmp_path: Path) -> None:
     ],
 )
 def test_encodings_of_pages(tmp_path: Path, suffix: str, encoding: str, head: str) -> None:
-    """Catches pages that are read as UTF-8 although neither they nor their server say so, and one bad byte that makes a
-    guess of the encoding."""
-    sentence = (
-        "Les pêcheurs préfèrent l’été à l’hiver. " if encoding == "cp1252" else "龙虾生活在海里，人们喜欢吃它。朱镕基。"
-    )
+    """Catches pages that are read as UTF-8 although neither they nor their server say so, characters that browsers know
+    in an encoding and Python does not, and one bad byte that makes a guess of the encoding."""
+    sentences = {
+        "cp1252": "Les pêcheurs préfèrent l’été à l’hiver. ",
+        "big5hkscs": "龍蝦生活在海裏，人們喜歡吃它。恒生指數。",
+        "cp932": "海に住む①髙いロブスターを人々は好んで食べます。",
+        "cp949": "바닷가재는 바다에 살고 사람들은 똠얌을 좋아한다. ",
+    }
+    sentence = sentences.get(encoding, "龙虾生活在海里，人们喜欢吃它。朱镕基。")
     page = HTML.replace("<body>", f"<head>{head}</head><body>").replace(PARAGRAPH, sentence)
     content = page.encode(encoding) + (b"\xff" if "utf-8" in head else b"")
     path = tmp_path / f"a{suffix}"
