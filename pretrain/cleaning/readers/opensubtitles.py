@@ -5,10 +5,19 @@ from posixpath import basename
 from typing import IO
 from xml.etree import ElementTree
 
+import regex
+
 from experiment.errors import UserError
 from pretrain.cleaning.readers import has_suffix, open_members, zip_members
 from pretrain.corpus.compression import decompress
 from pretrain.corpus.formats import Document, detect_format
+from pretrain.corpus.words import UNSPACED
+
+_WIDE = r"[\u3000-\u303f\uff00-\uffef]"  # punctuation
+# Between tokens.
+_NO_SPACE = regex.compile(
+    rf"(?<=[{UNSPACED}]) (?=[{UNSPACED}\p{{P}}])|(?<=\p{{P}}) (?=[{UNSPACED}])|(?<={_WIDE}) | (?={_WIDE})"
+)
 
 PACKAGES: tuple[str, ...] = ()
 
@@ -37,7 +46,8 @@ def _film(stream: IO[bytes], name: str, origin: str) -> str:
         for _, element in ElementTree.iterparse(content):
             if element.tag == "s":
                 words = [word.text or "" for word in element.iter("w")]
-                lines.append(" ".join(words or "".join(element.itertext()).split()))
+                line = " ".join(words or "".join(element.itertext()).split())
+                lines.append(_NO_SPACE.sub("", line) if words else line)
                 element.clear()
     except ElementTree.ParseError as error:
         raise UserError(f"{origin}: invalid XML: {error}") from None

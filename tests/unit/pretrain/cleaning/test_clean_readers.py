@@ -305,6 +305,25 @@ def test_subtitles_of_films(tmp_path: Path) -> None:
         read(tmp_path / "bad.xml")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "line"),
+    [
+        ("你 好 ？", "你好？"),
+        ("“ 你 好 ” ， OK ？ 3 个", "“你好”，OK？3 个"),
+        ("再 见 . . .", "再见. . ."),
+        ("Hello , world .", "Hello , world ."),
+        ("안녕 하세요 .", "안녕 하세요 ."),
+    ],
+)
+def test_tokens_of_films_in_scripts_without_spaces(tmp_path: Path, tokens: str, line: str) -> None:
+    """Catches spaces between the words of Chinese."""
+    words = " ".join(f"<w>{token}</w>" for token in tokens.split())
+    (tmp_path / "1.xml").write_text(
+        f'<document><s>{words}</s><s>\n<time id="T1S"/>\n你好 吗\n</s></document>', encoding="utf-8"
+    )
+    assert read(tmp_path / "1.xml") == {"1.xml:1": f"{line}\n你好 吗"}
+
+
 def test_moses_pairs(tmp_path: Path) -> None:
     sides = {"O.en-zh.en": "a\nb\nc\n", "O.en-zh.zh": "甲\n乙\n丙\n"}
     ids = {"O.en-zh.ids": "en/1\tzh/1\t1\t1\nen/1\tzh/1\t2\t2\nen/2\tzh/2\t1\t1\n"}
