@@ -53,6 +53,7 @@ class Step(FilterStep[Config]):
             for key, argument in _LISTS.items()
             if (path := getattr(self.config, key)) is not None
         }
+        self.domains = frozenset(map(str.lower, self.lists.get("extra_domains", ())))
 
     def facts(self) -> Mapping[str, Any]:
         """Return a digest of the lists: a cleaning by others is refused."""
@@ -72,7 +73,16 @@ class Step(FilterStep[Config]):
             return Verdict("no_url")
         if not isinstance(url, str):
             raise unexpected_cell(document.id, "url", url)
+        if self._is_listed(url):
+            return Verdict("domain")
         return super().apply(document)
+
+    def _is_listed(self, url: str) -> bool:
+        """Return whether the host or a domain that it belongs to is in `domains`: datatrove tests the host and its
+        registered domain only, and distinguishes case."""
+        found = self.filter.tldextractor(url)
+        labels = ".".join((found.subdomain, found.domain, found.suffix)).lower().strip(".").split(".")
+        return any(".".join(labels[start:]) in self.domains for start in range(len(labels)))
 
 
 def _read_list(key: str, path: str, of_words: bool) -> list[str]:

@@ -194,6 +194,26 @@ def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch
         apply("url_filter", "a", {"url": 5}, **keys)
 
 
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [
+        ("http://www.blog.example.com/x", "domain"),
+        ("https://blog.example.com:80/", "domain"),
+        ("http://www.example.com/blog.example.com", ""),
+        ("http://myblog.example.com/", ""),
+        ("http://EXAMPLE.ORG/", "domain"),
+        ("a.b.example.net./x", "domain"),
+        ("http://10.0.0.1/", "domain"),
+        ("http://x.intranet/", "domain"),
+    ],
+)
+def test_subdomains_of_listed_domains_are_dropped(url: str, rule: str, tmp_path: Path) -> None:
+    """Catches datatrove's test of the host and its registered domain alone, and of their case."""
+    (tmp_path / "domains").write_text("blog.example.com\nexample.org\nExample.net\n10.0.0.1\nintranet\n")
+    keys = {"domains": str(tmp_path / "domains"), "built_in": False}
+    assert apply("url_filter", "a", {"url": url}, **keys)[0] == rule
+
+
 def test_samples_by_weight_and_source_have_their_size() -> None:
     """Catches draws that depend on each other, and weights that are ignored."""
     step_type = find_step("sample")
