@@ -39,7 +39,7 @@ class Config(Section):
     """Number of soft words at which a document is dropped."""
 
     built_in: bool = True
-    """Use datatrove's lists of adult domains and words too."""
+    """Use datatrove's lists of adult domains and words too, which take 0.8 GB of memory in each worker."""
 
 
 class Step(FilterStep[Config]):
@@ -65,6 +65,13 @@ class Step(FilterStep[Config]):
 
         url_filter = URLFilter(self.config.soft_word_threshold, use_integrated_lists=self.config.built_in, **self.lists)
         url_filter.tldextractor = TLDExtract(suffix_list_urls=())  # the list in the package, not from the network
+        try:
+            url_filter.download_data()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"url_filter: cannot unpack the lists of datatrove: {error}; set HF_HOME to a folder that can be "
+                "written, with 150 MB of free space, or built_in: false"
+            ) from None
         return url_filter
 
     def apply(self, document: Document) -> Verdict | None:

@@ -214,6 +214,17 @@ def test_subdomains_of_listed_domains_are_dropped(url: str, rule: str, tmp_path:
     assert apply("url_filter", "a", {"url": url}, **keys)[0] == rule
 
 
+def test_a_folder_in_which_datatrove_cannot_unpack_its_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a message that blames a document."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "file" / "assets"))
+    step_type = find_step("url_filter")
+    step = step_type(step_type.config_type())
+    step.prepare(lambda name: [])
+    with pytest.raises(UserError, match=r"url_filter: cannot unpack .*file/assets.*; set HF_HOME to a folder"):
+        step.apply(Document("in.txt:1", "in.txt", "a", {"url": "http://good.org/"}))
+
+
 def test_samples_by_weight_and_source_have_their_size() -> None:
     """Catches draws that depend on each other, and weights that are ignored."""
     step_type = find_step("sample")
