@@ -8,27 +8,38 @@ from experiment.config import Section
 from pretrain.cleaning.step import Document, DocumentStep, Verdict
 
 _BREAKS = (
-    "address|article|aside|blockquote|br|caption|center|dd|div|dl|dt|figcaption|figure|footer|form|h[1-6]|header|hr|li|"
-    "main|nav|ol|option|p|pre|section|select|table|tbody|td|tfoot|th|thead|title|tr|ul"
+    "address|article|aside|blockquote|br|caption|center|dd|details|div|dl|dt|fieldset|figcaption|figure|footer|form|"
+    "frameset|h[1-6]|header|hgroup|hr|legend|li|main|nav|noscript|ol|optgroup|option|p|pre|section|select|summary|table|"
+    "tbody|td|textarea|tfoot|th|thead|title|tr|ul"
 )
 _INLINE = (
-    "a|abbr|acronym|b|big|body|cite|code|del|dfn|em|font|head|html|i|iframe|img|input|ins|kbd|label|link|mark|meta|q|s|"
-    "samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr"
+    "a|abbr|acronym|applet|audio|b|bdi|bdo|big|blink|body|button|canvas|cite|code|col|colgroup|datalist|del|dfn|em|embed|"
+    "font|frame|head|html|i|iframe|img|input|ins|kbd|label|link|mark|marquee|meta|meter|nobr|picture|progress|q|rp|rt|ruby|"
+    r"s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|video|wbr|(?:o|st1|v|w):\w+"  # with colons: of Word
 )
-_SWITCHES = "async|checked|controls|defer|disabled|hidden|loop|multiple|muted|noshade|nowrap|readonly|required|selected"
+# These are names in code too, as in `vector<map>`.
+_NAMES = "area|base|data|dialog|dir|map|menu|object|output|param|slot|source|template|track"
+_SWITCHES = (
+    "allowfullscreen|async|autofocus|autoplay|checked|compact|controls|default|defer|disabled|hidden|ismap|itemscope|loop|"
+    r"multiple|muted|noshade|novalidate|nowrap|open|readonly|required|reversed|selected|data-[\w.-]+"
+)
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'=<>`][^\s"'<>`]*)"""
 _ATTRIBUTES = rf"(?:\s+(?:[a-z_:][\w:.-]*\s*=\s*{_VALUE}|{_SWITCHES}))*\s*"  # in code, `i<a && j>b` has none
-_OPENING = re.compile(r"<!--|<(script|style)(?:\s[^<>]*)?>", re.IGNORECASE)
-_CLOSING = {"": re.compile("-->")} | {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("script", "style")}
+_HIDDEN = ("script", "style", "svg")
+_OPENING = re.compile(rf"<!--|<({'|'.join(_HIDDEN)})(?:\s[^<>]*)?>", re.IGNORECASE)
+_CLOSING = {"": re.compile("-->")} | {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in _HIDDEN}
+_READING = re.compile(r"<(rp|rt)(?:\s[^<>]*)?>[^<]*</\1\s*>", re.IGNORECASE)  # beside a character, such as furigana
 _BREAK = re.compile(rf"</?(?:{_BREAKS}){_ATTRIBUTES}/?>", re.IGNORECASE)
-_TAG = re.compile(rf"</?(?:{_INLINE}){_ATTRIBUTES}/?>", re.IGNORECASE)
+_NAMED = rf"<(?:{_NAMES})(?=\s+[a-z:-]+\s*=){_ATTRIBUTES}/?>|</(?:{_NAMES})\s*>"
+_TAG = re.compile(rf"</?(?:{_INLINE}){_ATTRIBUTES}/?>|{_NAMED}", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|([a-z][a-z0-9]*));", re.IGNORECASE)
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 
 class Config(Section):
     """Remove HTML tags and comments, such as `<b>`, and decode entities such as `&amp;`; `<br />` and the tags of
-    paragraphs, lists and tables become line breaks. For prose: code may have texts that look like tags."""
+    paragraphs, lists and tables become line breaks. For prose: code may have texts that look like tags. The
+    text in `<script>`, `<style>`, `<svg>` and `<rt>`, the reading of a character, is removed too."""
 
 
 class Step(DocumentStep[Config]):
@@ -36,7 +47,7 @@ class Step(DocumentStep[Config]):
     repairs = True
 
     def apply(self, document: Document) -> Verdict | None:
-        text = "\n".join(_lines(_without_hidden(document.text)))
+        text = "\n".join(_lines(_READING.sub("", _without_hidden(document.text))))
         text = _ENTITY.sub(_decoded, _TAG.sub("", text))
         if text == document.text:
             return None
