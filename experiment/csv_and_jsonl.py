@@ -5,20 +5,17 @@
 
 import csv
 import json
-import logging
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from typing import IO, Any, Literal, NamedTuple
 
-from experiment.errors import UserError, escaped
+from experiment.errors import UserError, warn_once
 from experiment.files import parse_json
 from experiment.formatting import counted
-
-log = logging.getLogger(__name__)
 
 # An unclosed quote swallows the rows after it. No real field is longer than this many characters.
 MAX_FIELD = 1 << 27
@@ -98,12 +95,6 @@ def _looks_like_name(cell: str, words: int) -> bool:
     fits = len(cell) <= _MAX_NAME and cell.count(" ") < words and not cell.endswith(".")
     fits &= len(_HAN.findall(cell)) <= _MAX_HAN
     return fits and _WORDS_OF_A_NAME.fullmatch(cell) is not None
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Log a warning about a file, once: some commands read files twice."""
-    log.warning("%s", escaped(message))
 
 
 def _csv_rows(lines: Iterable[str], origin: str, csv_format: CsvFormat) -> Iterator[CsvRow]:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,12 @@ def inform(message: str) -> None:
 
 def is_quiet() -> bool:
     return QUIET_VARIABLE in os.environ
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, once in each command: some commands read files or choose a device several times."""
+    log.warning("%s", escaped(message))
 
 
 def escaped(message: str) -> str:

@@ -20,8 +20,7 @@ from experiment import progress
 from experiment.config import Section, build_config, load_config
 from experiment.config.field_types import expand_home
 from experiment.config.yaml_dialect import write_yaml
-from experiment.csv_and_jsonl import warn_once
-from experiment.errors import UserError
+from experiment.errors import UserError, warn_once
 from experiment.files import read_json, write_text
 from experiment.process.fast_imports import fast_imports
 from experiment.process.hardware import return_freed_memory

@@ -12,8 +12,8 @@ from typing import IO, Any, Literal, NamedTuple, cast
 
 import pyarrow
 
-from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines, warn_once
-from experiment.errors import UserError, reason
+from experiment.csv_and_jsonl import CsvFormat, CsvRow, raw_lines, read_csv, read_json_lines
+from experiment.errors import UserError, reason, warn_once
 from experiment.files import parse_json, text_lines
 from experiment.formatting import counted
 from experiment.hub_data import PREFIX, HubData, load_rows, read_cells

@@ -13,9 +13,8 @@ from experiment.csv_and_jsonl import (
     listed,
     looks_like_header,
     unexpected_cell,
-    warn_once,
 )
-from experiment.errors import UserError
+from experiment.errors import UserError, warn_once
 from experiment.files import json_digest
 from experiment.formatting import counted
 from finetune.data.columns import CellType, Columns

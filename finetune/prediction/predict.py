@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from experiment.csv_and_jsonl import listed, warn_once
-from experiment.errors import UserError, readable_disk_errors
+from experiment.csv_and_jsonl import listed
+from experiment.errors import UserError, readable_disk_errors, warn_once
 from experiment.files import created_parents, write_json
 from experiment.formatting import counted
 from experiment.hub_data import PREFIX

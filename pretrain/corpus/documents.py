@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, Literal, Self
 
-from experiment.csv_and_jsonl import missing_column, warn_once
-from experiment.errors import UserError
+from experiment.csv_and_jsonl import missing_column
+from experiment.errors import UserError, warn_once
 from experiment.hub_data import HubData, load_rows, read_cells
 from experiment.progress import progress
 from experiment.storage import open_file

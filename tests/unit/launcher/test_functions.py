@@ -22,8 +22,7 @@ from deepcloze import UserError
 from experiment import progress
 from experiment.config import load_config
 from experiment.config.yaml_dialect import write_yaml
-from experiment.csv_and_jsonl import warn_once
-from experiment.errors import is_quiet
+from experiment.errors import is_quiet, warn_once
 from experiment.process import own_process
 from experiment.process.hardware import keep_freed_memory
 from experiment.process.own_process import hide_gpus, use_cpu
