@@ -11,7 +11,7 @@ from pathlib import Path
 from experiment.errors import UserError
 from experiment.models.hub import download_model, resolve_commit
 from experiment.models.hub_names import HubName, meant_name
-from experiment.run_files.checkpoints import find_model_folder, names_model_folder
+from experiment.run_files.checkpoints import find_model_folder, mention_newer, names_model_folder
 from experiment.run_files.mirror import local_checkpoint
 from experiment.storage import is_url, local_folder
 
@@ -32,8 +32,10 @@ def record_model(name: str, earlier: str | None = None) -> str:
     _check_form(name)
     hub = HubName.of_model(name)
     if earlier is not None:
-        is_same = hub is not None and hub.revision is None and hub.may_mean(earlier)
-        if is_same or names_model_folder(Path(name), Path(earlier)):
+        if hub is not None and hub.revision is None and hub.may_mean(earlier):
+            return earlier
+        if names_model_folder(Path(name), Path(earlier)):
+            mention_newer(Path(name), Path(earlier))
             return earlier
     return str(find_model_folder(local_model(name)).absolute() if hub is None else resolve_commit(hub))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from experiment.errors import HostError, UserError, inform, reason
+from experiment.errors import HostError, UserError, inform, notify, reason
 from experiment.files import checksum, fsync_tree, json_digest, read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -87,11 +87,14 @@ def find_model_folder(path: Path) -> Path:
 
 
 def names_model_folder(path: Path, folder: Path) -> bool:
-    """Return whether `find_model_folder` may have found `folder` by the name `path`, which may be gone since."""
+    """Return whether `find_model_folder` may have found `folder` by the name `path`, which may be gone since: also if
+    `path` is a run that has saved newer checkpoints, but not if it is a file `best` that names another one now."""
     names = {folder}
     if _NAME.fullmatch(folder.parent.name):
         checkpoints = folder.parent.parent
-        names |= {folder.parent, checkpoints / BEST, checkpoints.parent}
+        names |= {folder.parent, checkpoints.parent}
+        if named_best(checkpoints) in (None, folder.parent):
+            names.add(checkpoints / BEST)
     names |= {name.resolve() for name in names}  # without .. and links
     return not names.isdisjoint({path.absolute(), path.resolve()})
 
@@ -138,6 +141,15 @@ def mention_best(path: Path, model: Path) -> None:
     best = path / "checkpoints" / BEST
     if (found := checkpoint_candidates(best)) and found[0] != model.resolve().parent:
         inform(f"{path}: this is its newest checkpoint; the best one is step {checkpoint_step(found[0]):,}: {best}")
+
+
+def mention_newer(path: Path, model: Path) -> None:
+    """Notify if `path` is a run that has saved newer checkpoints than the one of the folder `model`, which is kept."""
+    if (found := checkpoint_candidates(path)) and found[-1].resolve() != model.resolve().parent:
+        notify(
+            f"{path}: keeping step {checkpoint_step(model.parent):,}, with which this began; the newest checkpoint is "
+            f"step {checkpoint_step(found[-1]):,}: to start from it, choose another run folder"
+        )
 
 
 def checkpoint_candidates(path: Path) -> list[Path]:

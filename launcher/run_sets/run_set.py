@@ -25,7 +25,7 @@ from experiment.models.hub_names import HubName
 from experiment.models.model_names import record_model
 from experiment.process.own_process import module_command, own_environment
 from experiment.process.signals import handle_stop_signals
-from experiment.run_files.checkpoints import names_model_folder
+from experiment.run_files.checkpoints import mention_newer, names_model_folder
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
@@ -280,6 +280,10 @@ def record_model_of_set(init_from: str, configs: Mapping[str, FlatConfig], same:
     if len(kept) != 1:
         return record_model(init_from)
     with user_errors_in("recorded by earlier runs"):
+        if not Path(kept[0]).exists():
+            advice = "restore it, or remove the folders of these runs to run them again from another model"
+            raise UserError(f"{kept[0]} does not exist; {advice}")
+        mention_newer(Path(init_from), Path(kept[0]))
         return record_model(kept[0])
 
 

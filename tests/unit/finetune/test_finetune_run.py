@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiment.errors import StoppedError, UserError
 from experiment.progress import quiet
-from experiment.run_files.checkpoints import checkpoint_path, mark_complete
+from experiment.run_files.checkpoints import checkpoint_path, mark_complete, write_best
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import open_run_folder
 from experiment.run_files.run_lock import lock_run
@@ -523,15 +523,34 @@ def pretraining(encoder: Path, tmp_path: Path) -> Callable[[int], Path]:
 
 
 def test_all_seeds_start_from_one_checkpoint(
-    config_file: Path, tmp_path: Path, pretraining: Callable[[int], Path], seeds_trained: list[int]
+    config_file: Path,
+    tmp_path: Path,
+    pretraining: Callable[[int], Path],
+    seeds_trained: list[int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Catches a run that cannot be continued because its pretraining run has saved or deleted checkpoints since."""
-    overrides = {"model.init_from": str(tmp_path / "pretraining"), "training.epochs": "1"}
+    """Catches a run that cannot be continued because its pretraining run has saved or deleted checkpoints since, one
+    that does not say that there is a newer one, and one that takes `checkpoints/best` for the one that it has."""
+    run = tmp_path / "pretraining"
+    overrides = {"model.init_from": str(run), "training.epochs": "1"}
     older = pretraining(10)
     finetune(config_file, {**overrides, "training.seeds": "1"})
+    best = {**overrides, "model.init_from": str(run / "checkpoints" / "best")}
+    write_best(run / "checkpoints", 10)
+    finetune(config_file, {**best, "training.seeds": "1"})
+    assert "keeping step" not in capsys.readouterr().err
     newer = pretraining(20)
     finetune(config_file, {**overrides, "training.seeds": "1,2"})
     assert seeds_trained == [1, 2]
+    line = (
+        f"deepcloze: {run}: keeping step 10, with which this began; the newest checkpoint is step 20: to start from it"
+    )
+    assert capsys.readouterr().err.count(line) == 1
+    write_best(run / "checkpoints", 20)
+    with pytest.raises(UserError, match=r"trained with other settings: encoder\.model\.safetensors; choose another"):
+        finetune(config_file, best)
+    (run / "checkpoints" / "best").unlink()
+    finetune(config_file, {**best, "training.seeds": "1,2"})
     assert results(tmp_path / "run")["init"] == str(older / "hf")
     shutil.rmtree(older)
     message = rf"model\.init_from, which this run has recorded: {older}/hf does not exist: runs delete old checkpoints"

@@ -647,7 +647,10 @@ def test_a_row_starts_from_one_checkpoint(
     save(2)
     assert main(["compare", str(file)]) == 0
     newest = save(3, b"\1\2\3\4")
+    capsys.readouterr()
     assert main(["compare", str(file)]) == 0
+    line = f"{tmp_path}/run: keeping step 1, with which this began; the newest checkpoint is step 3: to start from it"
+    assert capsys.readouterr().err.count(line) == 1
     assert started == ["ours/toy"]
     rows = {name: {"init_from": str(tmp_path / "run")} for name in ("ours", "second")}
     capsys.readouterr()
@@ -655,8 +658,8 @@ def test_a_row_starts_from_one_checkpoint(
     assert re.findall(r"init_from=(\S+)", capsys.readouterr().out) == [str(first), str(newest)]
     shutil.rmtree(first.parent)
     assert main(["compare", str(file)]) == 2
-    expected = f"compare.yaml: rows.ours.init_from: recorded by earlier runs: {first} does not exist"
-    assert expected in capsys.readouterr().err
+    expected = f"compare.yaml: rows.ours.init_from: recorded by earlier runs: {first} does not exist; restore it, or "
+    assert f"{expected}remove the folders of these runs to run them again" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "compare" / "ours")
     assert main(["compare", str(file), "--dry_run"]) == 0
     assert f"--model.init_from={newest}" in capsys.readouterr().out
