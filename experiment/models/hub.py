@@ -68,6 +68,12 @@ def download_model(
         if not constants.is_offline_mode():
             inform(f"downloading {pinned} from the Hugging Face Hub")
         folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, modules, tqdm_class=_bar(on_progress)))
+        # Without the list of a commit's files, `snapshot_download` returns what other programs have cached of it.
+        if modules and not (folder / "1_Pooling").is_dir() and _cached(pinned, weights, modules) is None:
+            raise UserError(
+                f"{name}: cannot tell whether it has modules of sentence-transformers, such as a pooling: the list of "
+                f"its files is not in {constants.HF_HUB_CACHE}; get it with `{_download_command(pinned, 'model')}`"
+            )
     if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():
         raise UserError(
             f"{name}: there is neither a config.json nor a tokenizer of transformers on the Hugging Face Hub"
@@ -141,14 +147,17 @@ def call_hub(name: HubName, kind: Kind, function: Callable[[], T]) -> T:
 def _unreachable(name: HubName, kind: Kind, error: BaseException) -> UserError:
     from huggingface_hub import constants
 
-    revision = "" if name.revision is None else f" --revision {name.revision}"
-    command = f"hf download {name.repository}{revision}{' --repo-type dataset' if kind == 'dataset' else ''}"
     why = f"cannot reach {constants.ENDPOINT} ({first_line(error)})"
     return UserError(
         f"{name}: no such folder, and no such {kind} in {constants.HF_HUB_CACHE}; "
         f"{'HF_HUB_OFFLINE is set' if constants.is_offline_mode() else why}: download it on a machine with network, "
-        f"with `{command}`"
+        f"with `{_download_command(name, kind)}`"
     )
+
+
+def _download_command(name: HubName, kind: Kind) -> str:
+    revision = "" if name.revision is None else f" --revision {name.revision}"
+    return f"hf download {name.repository}{revision}{' --repo-type dataset' if kind == 'dataset' else ''}"
 
 
 def _explain(name: HubName, kind: Kind, error: Exception) -> UserError:

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from experiment.errors import UserError
 from experiment.models.hub import download_model, resolve_commit
@@ -208,6 +208,24 @@ def test_missing_modules(
     assert ("downloading" in capfd.readouterr().err) == (code is not None)
     assert download_model(NAME) == folder
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("code", [503, None], ids=["busy", "offline"])
+def test_unknown_modules(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch, code: int | None) -> None:
+    """Catches the mean for a model whose pooling is not in the cache, since transformers does not need it; and a cache
+    of sentence-transformers that is refused."""
+    for file in (*ROOT, "model.safetensors"):
+        hf_hub_download(NAME.repository, file)
+    if code is None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        hub.fault("/tree/", *[status(code)] * 99)
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match=f"modules of sentence-transformers.*`hf download {NAME} --revision {commit}`$"):
+        download_model(NAME, modules=True)
+    folder = download_model(NAME)
+    (folder / "1_Pooling").mkdir()
+    assert download_model(NAME, modules=True) == folder
 
 
 def test_without_a_network(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
