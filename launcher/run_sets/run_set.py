@@ -76,6 +76,7 @@ class RunRecord(TypedDict):
     values: NotRequired[Mapping[str, str]]
     state: NotRequired[str]  # `DONE`, or how it failed; missing if it has not ended
     value: NotRequired[float | None]  # result of `measure`
+    removed: NotRequired[bool]  # from the plan; the folder is still there
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class RunSet:
         if changes:
             raise self._refusal(changes)
         planned = {run.name for run in self.runs}
-        return {name: found for name, found in records.items() if name in planned or (self.folder.path / name).exists()}
+        kept = {name for name in records if name in planned or (self.folder.path / name).exists()}
+        return {name: {**found, "removed": name not in planned} for name, found in records.items() if name in kept}
 
     def _refusal(self, changes: Mapping[str, str]) -> UserError:
         """Return the error about runs that were started with another config. changes: name -> `_describe_change`."""

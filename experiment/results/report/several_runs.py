@@ -204,9 +204,11 @@ def compare_blocks(folder: RunFolder, open_runs: OpenRuns) -> list[Block]:
 
 
 def _run_states(folder: RunFolder) -> dict[str, str]:
-    """Return ROW/TASK or ROW/pretrain -> state of the run, "" if it has not ended; empty without a record."""
+    """Return ROW/TASK or ROW/pretrain -> state of the run, "" if it has not ended, without runs that were removed from
+    the config; empty without a record."""
     with suppress(OSError, ValueError, AttributeError):
-        return {name: run.get("state", "") for name, run in read_json(folder.path / COMPARISON_RECORD).items()}
+        runs = read_json(folder.path / COMPARISON_RECORD)
+        return {name: run.get("state", "") for name, run in runs.items() if not run.get("removed")}
     return {}
 
 

@@ -269,7 +269,8 @@ def comparison_page(folder: Path) -> tuple[list[str], list[list[str]], list[list
 
 def test_a_comparison_that_was_extended(tmp_path: Path) -> None:
     """Catches rows, tasks and seeds that are missing from the page until all runs are done, failures that it never
-    names, and scores of an earlier start without a note."""
+    names, and scores of an earlier start without a note; a row that was removed and counts as not done, or as failed,
+    forever."""
     for name in ("a-1/sst2", "b/sst2", "c/sst2", "c/cola"):
         open_run_folder(tmp_path / name).metrics.write_text('{"step": 1, "loss": 2.0}\n')
     done, failed = {"config": {"training.seeds": "1"}, "state": "done"}, {"config": {}, "state": "failed (exit code 1)"}
@@ -283,11 +284,14 @@ def test_a_comparison_that_was_extended(tmp_path: Path) -> None:
     runs = tuple(PlannedRun(name, (), {"training.seeds": "1,2" if name == "a-1/sst2" else "1"}) for name in planned)
     with suppress(SystemExit), RunSet("compare", RunFolder(tmp_path), "run.dir", "runs.json", runs).opened():
         texts, rows, curves = comparison_page(tmp_path)
-    assert "Not done: 3 of 4 runs. The scores are from the last time that all runs had ended." in texts
+    assert "Not done: 3 of 3 runs. The scores are from the last time that all runs had ended." in texts
     assert [text for text in texts if text.startswith("Training")] == ["Training: sst2", "Training: cola"]
-    assert curves == [["a + 1", "b", "c"], ["c"]]
+    assert curves == [["a + 1", "c"], ["c"]]
+    assert ["b/sst2", "failed (exit code 1)"] not in rows
     (tmp_path / "compare.json").unlink()
-    texts, rows, curves = comparison_page(tmp_path)
+    again = (*runs, PlannedRun("b/sst2", (), {}))
+    with suppress(SystemExit), RunSet("compare", RunFolder(tmp_path), "run.dir", "runs.json", again).opened():
+        texts, rows, curves = comparison_page(tmp_path)
     assert ["b/sst2", "failed (exit code 1)"] in rows
 
 
