@@ -1,9 +1,8 @@
 """The splits of a task: read, or drawn from the training split; then encoded for one model."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ from finetune.config import TrainingConfig
 from finetune.data.columns import CONTEXT, LABEL, Columns
 from finetune.data.records import Record, Table, has_minus_one, read_table
 from finetune.data.task_config import TaskConfig
-from finetune.encoding.encoder import Encoder, load_task_tokenizer, turn_joiner
+from finetune.encoding.encoder import Encoder, TextOrPair, load_task_tokenizer, turn_joiner
 from finetune.encoding.examples import Example, Padding, Split
 from finetune.model import ModelInputs, ModelSpec, read_model_inputs
 from finetune.task_kind import LossOptions, TaskKind, find_kind
 
-_ENCODED_TOGETHER = 256  # records: more are no faster, and their encodings are in memory
+# Encoded together: more is no faster, and the encodings of whole texts, also of what is cut off, are in memory.
+_RECORDS = 256
+_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,31 @@ def encode_split(
 ) -> Split:
     """Encode all records. records: the table's own, with a progress bar. Raises UserError for an invalid target."""
     expanded: list[list[Example]] = []
-    rest = iter(records or table.records)
-    while chunk := list(islice(rest, _ENCODED_TOGETHER)):
-        encoded = encoder.knowing([row for record in chunk for row in kind.encoded_texts(record)])
+    for chunk, rows in _chunks(kind, records or table.records):
+        encoded = encoder.knowing(rows)
         expanded += [kind.expand(record, encoded, training) for record in chunk]
     return Split(
         table,
         examples=tuple(example for examples in expanded for example in examples),
         record_of=tuple(index for index, examples in enumerate(expanded) for _ in examples),
     )
+
+
+def _chunks(kind: TaskKind[Any], records: Iterable[Record]) -> Iterator[tuple[list[Record], list[TextOrPair]]]:
+    """Yield the records whose texts are encoded together, and these texts."""
+    chunk: list[Record] = []
+    rows: list[TextOrPair] = []
+    characters = 0
+    for record in records:
+        chunk.append(record)
+        texts = kind.encoded_texts(record)
+        rows += texts
+        characters += sum(len(text) + len(pair or "") for text, pair in texts)
+        if len(chunk) == _RECORDS or characters >= _CHARACTERS:
+            yield chunk, rows
+            chunk, rows, characters = [], [], 0
+    if chunk:
+        yield chunk, rows
 
 
 def describe_task(task: Task) -> list[str]:

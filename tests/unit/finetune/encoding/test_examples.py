@@ -53,6 +53,16 @@ def test_the_longer_text_of_a_pair_is_cut_and_counted(encoder: Path) -> None:
     assert [example.sequences[0].cut for example in made.examples] == [2, 0]
 
 
+def test_few_long_texts_are_encoded_together(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gigabytes for 256 documents of a book's length, and a text at the end of a batch that is left out."""
+    sizes, encode_all = [], Encoder.encode_all
+    monkeypatch.setattr(Encoder, "encode_all", lambda made, rows: sizes.append(len(rows)) or encode_all(made, rows))
+    monkeypatch.setattr("finetune.splits._CHARACTERS", 30)
+    made = encode(encoder, *[("word0 word1 word2",)] * 5, ("word3",), ("word0", "word1 word2 word3"), ("word4",))
+    assert sizes == [2, 2, 3, 1]
+    assert [len(example.sequences[0]) for example in made.examples] == [5] * 5 + [3, 7, 3]
+
+
 def test_special_tokens_in_a_text_are_text(encoder: Path) -> None:
     """Catches a literal [MASK] or [SEP] in the data becoming the token that the model knows by that id."""
     found = ids(encode(encoder, ("word0 [MASK] [SEP] word1",)), 0)
