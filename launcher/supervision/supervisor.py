@@ -206,7 +206,8 @@ class _Supervisor:
     def _given_up(self) -> dict[str, str]:
         """Return the hosts that have failed too often to be taken back, and why. Never all hosts: the limit of restarts
         ends a run that fails with each of them."""
-        reason = f"given up after {_MAX_FAILURES} failures (restart the command to use it)"
+        minutes = f"{REPEAT_SECONDS / 60:.0f} minutes"
+        reason = f"given up after {_MAX_FAILURES} failures (used again if no other host answers for {minutes})"
         best = min(self._launch.slots, key=lambda host: self._failures.get(host, 0))
         return {host: reason for host, count in self._failures.items() if count >= _MAX_FAILURES and host != best}
 
@@ -229,7 +230,7 @@ class _Supervisor:
         when = f" in {restart.wait_seconds:.0f} s" if restart.wait_seconds else ""
         given_up = self._given_up()
         left_out = [
-            f"{host} {'from now on' if host in given_up else 'until the next checkpoint if others work'}"
+            f"{host} {'while other hosts answer' if host in given_up else 'until the next checkpoint if others work'}"
             for host in layout.slots
             if host in given_up or host in attempt.left_out
         ]
@@ -256,6 +257,8 @@ class _Supervisor:
                 notify("; ".join(filter(None, (waiting, name_reasons(self._given_up())))))
             if waited > REPEAT_SECONDS and not alerted:
                 self._alerts.report(self._no_host(), waiting)
+                if given_up := ", ".join(self._given_up()):
+                    notify(f"no other host has answered for {waited / 60:.0f} minutes: trying {given_up} again")
                 alerted = True
             trusted = ()
             self._stop.wait(seconds)

@@ -325,7 +325,7 @@ def test_a_host_that_never_works_is_given_up(
     result, hosts = supervise_endings(folder, monkeypatch, *endings, watched=watched, max_restarts=4)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", *["1", "12"] * 3, "1", "1", "1"])
     assert watched[-3:] == [set(), set(), set()]
-    assert "restarting without node-2 from now on\n" in capsys.readouterr().err
+    assert "restarting without node-2 while other hosts answer\n" in capsys.readouterr().err
 
 
 def test_hosts_that_have_all_rejoined_are_not_all_given_up(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,9 +403,9 @@ def test_a_host_that_does_not_work_is_given_up_while_others_are_lost(
     endings = [LOST, JOINS, HUNG, replace(LOST, lost="node-1", saves=False), HUNG, HUNG, DONE]
     result, hosts = supervise_endings(folder, monkeypatch, *endings, max_restarts=4)
     assert (result.outcome, hosts) == (Outcome.DONE, ["12", "1", "12", "1", "2", "2", "1"])
-    given_up = "node-2: given up after 3 failures (restart the command to use it)"
+    given_up = "node-2: given up after 3 failures (used again if no other host answers for 10 minutes)"
     err = capsys.readouterr().err
-    assert "ending 6\nrestarting without node-2 from now on\n" in err
+    assert "ending 6\nrestarting without node-2 while other hosts answer\n" in err
     assert f"waiting for a host, for 24 hours at most; {given_up}\n" in err
     monkeypatch.setattr(supervisor, "_OUTAGE_HOURS", 0.0)
     monkeypatch.setattr(supervisor, "unusable_hosts", losing(*looks))
@@ -415,10 +415,10 @@ def test_a_host_that_does_not_work_is_given_up_while_others_are_lost(
 
 
 def test_a_host_that_was_given_up_is_used_while_no_other_answers(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a run that waits a day for a host that is lost for good, although another one answers and restarts are
-    left."""
+    left, and one that does not say so."""
     monkeypatch.setattr(supervisor, "REPEAT_SECONDS", 0.0)
     start = [LOST, JOINS, HUNG, replace(LOST, lost="node-1", saves=False)]
     for ends, last, message in (
@@ -428,6 +428,7 @@ def test_a_host_that_was_given_up_is_used_while_no_other_answers(
         monkeypatch.setattr(supervisor, "unusable_hosts", losing("node-2", "", "", *["node-1"] * 99))
         result, hosts = supervise_endings(folder, monkeypatch, *start, HUNG, HUNG, *ends, max_restarts=5)
         assert (result.message, hosts) == (message, ["12", "1", "12", "1", *last])
+        assert "deepcloze: no other host has answered for 0 minutes: trying node-2 again\n" in capsys.readouterr().err
         shutil.rmtree(folder.checkpoints)
 
 
