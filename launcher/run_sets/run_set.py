@@ -360,7 +360,8 @@ def _describe_change(key: str, before: FlatConfig, now: FlatConfig) -> str:
     }
     path = next((path for path in paths.get(section, ()) if path in now), key)
     if path == key or before.get(path) != now[path]:
-        return f"another {path}: {before.get(path)!r}, now {now.get(path)!r}"
+        advice = f" (set {key}: {before.get(key)} to resume)" if key == _PRECISION else ""  # of `auto`, elsewhere
+        return f"another {path}: {before.get(path)!r}, now {now.get(path)!r}{advice}"
     return f"other content of {now[path]}" + (f"/{name}" if section == "encoder" else "")
 
 

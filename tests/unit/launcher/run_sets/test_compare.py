@@ -614,7 +614,8 @@ def test_a_comparison_has_one_precision(
     assert main(["compare", str(file)]) == 0
     monkeypatch.setattr("finetune.device.has_native_bf16", lambda _: True)
     assert main(["compare", str(file)]) == 2
-    assert "was started with another training.precision: 'fp32', now 'bf16'; " in capsys.readouterr().err
+    advice = "'fp32', now 'bf16' (set training.precision: fp32 to resume); choose"
+    assert f"was started with another training.precision: {advice}" in capsys.readouterr().err
     record.write_text(record.read_text().replace('"training.precision": "fp32"', '"training.precision": "auto"'))
     assert main(["compare", str(file)]) == 0
     assert started == ["ours/toy"]
