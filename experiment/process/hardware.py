@@ -1,7 +1,6 @@
 """Capabilities of devices, and how this process uses memory and cores."""
 
 import ctypes
-import logging
 import os
 import re
 import resource
@@ -10,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiment.errors import warn_once
 from experiment.process.own_process import given_environment, hide_gpus, use_cpu
 from experiment.process.shared_cores import share_cores
 
@@ -20,8 +20,6 @@ HOPPER = 9  # major number of the compute capability of H100 and H200
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1
 _MMAP_THRESHOLD = 32 * 2**20  # maximum of glibc's dynamic threshold, see mallopt(3)
-
-log = logging.getLogger(__name__)
 
 
 def prepare_process() -> None:
@@ -69,7 +67,7 @@ def available_device() -> "torch.device":
     if torch.cuda.is_available():
         return torch.device("cuda")
     if problem := unusable_gpus(given_environment()):
-        log.warning("computing on the CPU: %s", problem)
+        warn_once(f"computing on the CPU: {problem}")
     return torch.device("cpu")
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiment.errors import warn_once
 from experiment.process import hardware, own_process
 from experiment.process.hardware import available_device, peak_flops, peak_memory, unusable_gpus
 
@@ -44,7 +45,8 @@ def test_the_cpu_beside_a_gpu_is_taken_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches fine-tuning that takes the CPU silently because the driver does not fit torch, or because this
-    process has told DeepSpeed so."""
+    process has told DeepSpeed so; and a warning for each point of a sweep."""
+    warn_once.cache_clear()
     monkeypatch.setattr(own_process, "_given", {})
     monkeypatch.setenv("DS_ACCELERATOR", "")  # restored at the end
     monkeypatch.delenv("DS_ACCELERATOR")
@@ -52,7 +54,7 @@ def test_the_cpu_beside_a_gpu_is_taken_with_a_warning(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "unusable_gpus", lambda environ: environ["CUDA_VISIBLE_DEVICES"])
     own_process.use_cpu()
-    assert available_device().type == "cpu"
+    assert {available_device().type for _ in range(3)} == {"cpu"}
     assert caplog.messages == ["computing on the CPU: 0"]
 
 
