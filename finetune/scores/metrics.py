@@ -205,7 +205,7 @@ def word_f1(found: str, right: str) -> float:
 
 def _words(*answers: str) -> list[list[str]]:
     """Split answers into words in lower case, without punctuation and articles. If one of them is Chinese or Japanese,
-    each character in these scripts is a word, as in the script of MLQA (Lewis et al. 2020)."""
+    each character in these scripts is a word, as in MLQA's script for Chinese (Lewis et al. 2020)."""
     texts = [text.lower().translate(_NO_PUNCTUATION) for text in answers]
     if not any(map(_CJK.search, answers)):
         return [re.sub(r"\b(a|an|the)\b", " ", text).split() for text in texts]
