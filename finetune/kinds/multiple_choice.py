@@ -1,7 +1,7 @@
 """Multiple choice: which of several choices answers a question or continues a text."""
 
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -136,8 +136,9 @@ class Kind(TaskKind[Config]):
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         self.check_input(record)
         texts = [record.values[role] for role in ("context", "question") if role in record.values]
-        first, room = encoder.ids(texts[0]), encoder.room(2)
-        seconds = [encoder.ids(" ".join([*texts[1:], choice])) for choice in _texts(record.values["choices"])]
+        first, room, choices = encoder.ids(texts[0]), encoder.room(2), record.values["choices"]
+        choices = choices.values() if isinstance(choices, dict) else choices
+        seconds = [encoder.ids(" ".join([*texts[1:], choice])) for choice in choices]
         sequences = tuple(self._sequence(first, second, room, encoder) for second in seconds)
         return [Example(sequences, self._choice_id(record) if "label" in record.values else None)]
 
@@ -212,10 +213,6 @@ def _right(records: Sequence[Record], predictions: Sequence[Prediction]) -> list
 def _names_in_row(choices: Choices) -> list[str]:
     """Return the names of choices, or their texts as labels are read, without the space around them."""
     return [name.strip() for name in choices]
-
-
-def _texts(choices: Choices) -> Iterable[str]:
-    return choices.values() if isinstance(choices, dict) else choices
 
 
 def _describe_names(names: tuple[str, ...]) -> str:

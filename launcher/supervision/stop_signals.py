@@ -127,7 +127,7 @@ def kill_on_early_stop(folder: RunFolder, stop: StopSignals) -> Iterator[threadi
         with suppress(OSError, ValueError):  # a network disk does not answer for a moment
             if stop.killed or _has_begun_to_train(folder):
                 return True
-            if stop.requested or folder.stop in folder.path.iterdir():
+            if stop.is_asked_for():
                 killed.set()
                 stop.kill_ranks()
                 return True
