@@ -176,22 +176,15 @@ def _plan_cells(
     for task in tasks:
         name = f"{folder}/{task.name}"
         pinned = task.pinned
-        if pretraining is not None:
-            pinned = {**pinned, **_pooling(task.file, {**now, **pinned}, parent / name, config.grid)}
         checked = _check_cell(task.file, {**now, **pinned}, parent / name, config.grid, models)
+        in_grid = config.grid is not None and "task.pooling" in parse_grid(config.grid)
+        if pretraining is not None and "task.pooling" in checked and not in_grid:
+            # A pretraining does not keep that of the sentence-transformers model that it continues.
+            pinned = {**pinned, "task.pooling": str(checked["task.pooling"])}
         argv = _cell_argv(task.file, {**then, **pinned}, parent / name, config.grid)
         all_keys = {**checked, **task.data, **origin, "model.init_from": then["model.init_from"]}
         cells[task.name] = PlannedRun(name, argv, all_keys, pretraining.name if pretraining is not None else None)
     return cells
-
-
-def _pooling(file: str, overrides: Mapping[str, str], folder: Path, grid: str | None) -> dict[str, str]:
-    """Return the override with the pooling of an embedding task, unless it is in the grid: a pretraining does not keep
-    that of the sentence-transformers model that it continues."""
-    if grid is not None and "task.pooling" in parse_grid(grid):
-        return {}
-    pooling = getattr(load_run_config(file, {**overrides, "run.dir": str(folder)}).task, "pooling", None)
-    return {"task.pooling": pooling} if pooling is not None else {}
 
 
 def _check_cell(
