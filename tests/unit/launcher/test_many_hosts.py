@@ -1,11 +1,13 @@
-"""512 hosts with eight ranks each, as stand-ins: nothing takes longer than seconds, or grows faster than the hosts."""
+"""Hundreds of hosts with eight ranks each, as stand-ins: nothing takes longer than seconds, or grows faster than the
+hosts."""
 
+import itertools
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from launcher.ranks.deepspeed_command import DeepSpeedCommand, command_on_hosts
 from launcher.supervision.attempt import Launch, Layout
 from launcher.supervision.launch_result import read_result
 from launcher.supervision.supervisor import supervise
+from runs import soak
 from stand_in_hosts import STAND_IN_GUARD, install_ssh
 
 ROOT = Path(__file__).parents[3]
@@ -51,17 +54,21 @@ def in_seconds() -> Iterator[None]:
 
 
 @pytest.fixture
-def usual_limit() -> Iterator[None]:
-    """The soft limit of open files that most systems have."""
+def open_files() -> Iterator[Callable[[int], None]]:
+    """Sets the soft limit of open files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, before[0]), before[1]))
-    yield
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, before[0]), before[1]))
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.usefixtures("usual_limit")
-def test_a_lost_host_of_many_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "limit"), [(128, 256), *soak((512, 1024))])  # 1024: of most systems
+def test_a_lost_host_of_many_is_left_out(
+    open_files: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, limit: int
+) -> None:
+    """Catches file descriptors that run out, and a run that needs all of its hosts."""
+    open_files(limit)
     raise_limit_of_open_files()
+    slots = dict(itertools.islice(SLOTS.items(), count))
     install_ssh(tmp_path / "bin", monkeypatch, before=SSH)
     folder = open_run_folder(tmp_path / "run")
     seen: list[tuple[Layout, Rendezvous | None]] = []
@@ -70,14 +77,14 @@ def test_a_lost_host_of_many_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
         seen.append((layout, rendezvous))
         return DeepSpeedCommand((sys.executable, "-c", RANKS, str(folder.path)), {"PYTHONPATH": str(ROOT)})
 
-    result = supervise(Launch(folder, SLOTS, command, local=False, max_restarts=1))
+    result = supervise(Launch(folder, slots, command, local=False, max_restarts=1))
     assert result.outcome is Outcome.DONE, result
     first, second = [json.loads(line) for line in folder.launches.read_text().splitlines()]
-    assert (len(first["hosts"]), first["cause"]) == (512, Cause.LOST_HOST)
-    assert second["hosts"].keys() == SLOTS.keys() - {LOST}
+    assert (len(first["hosts"]), first["cause"]) == (count, Cause.LOST_HOST)
+    assert second["hosts"].keys() == slots.keys() - {LOST}
     ((layout, rendezvous),) = seen
     assert rendezvous is not None
-    assert (len(layout.slots), rendezvous.address, rendezvous.port) == (511, "10.0.0.1", 4567)
+    assert (len(layout.slots), rendezvous.address, rendezvous.port) == (count - 1, "10.0.0.1", 4567)
 
 
 def test_the_command_line_of_many_hosts(tmp_path: Path) -> None:
