@@ -88,18 +88,40 @@ def test_the_next_microbatch_is_queued_before_the_norm_is_read(
         assert "".join(calls) == order.replace(" ", "")
 
 
-@pytest.mark.parametrize(
-    ("size", "poison", "stops"),
-    [
-        (1, "loss", False),
-        *soak((1, "loss", True), (2, "loss", True), (2, "spike", True), (2, "gradient", True)),
-    ],  # ranks that disagree: `test_bad_batches.py`
-)
-def test_a_bad_batch_after_which_a_microbatch_is_queued(
-    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, size: int, poison: str, stops: bool
+TWO_BAD = {3: POISONS["loss"], 4: POISONS["loss"]}
+
+
+@pytest.fixture(scope="module")
+def skipping(ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that skips two bad batches in a row: the second is queued before the norm of the first is read."""
+    folder = tmp_path_factory.mktemp("runs")
+    tree = runs_by_policy(folder, wordpiece_corpus, "bf16_zero1", 5)["skip"]
+    assert [outcome for outcome, _, _ in ranks[1].run(ahead_case, tree, TWO_BAD)] == ["done"]
+    return folder / "skip"
+
+
+def test_a_run_that_rewinds_ends_as_one_that_skips(
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, skipping: Path
 ) -> None:
     """Catches an update from a bad batch, moments or step counters that it changes, and a microbatch that counts twice,
-    not at all, or after a rewind. The policies end in the same run, bit by bit; `stops`: also the third one."""
+    not at all, or after a rewind: the two runs are the same, bit by bit."""
+    tree = runs_by_policy(tmp_path, wordpiece_corpus, "bf16_zero1", 5)["rewind"]
+    assert [outcome for outcome, _, _ in ranks[1].run(ahead_case, tree, TWO_BAD)] == ["done"]
+    assert "rewound to step 2" in RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
+    assert saved_progress(skipping, 5)["skipped"] == [3, 4]
+    assert None not in logged(skipping)
+    assert_same_run(skipping, tmp_path / "rewind", 5)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("size", "poison"),
+    [(1, "loss"), (2, "loss"), (2, "spike"), (2, "gradient")],  # ranks that disagree: `test_bad_batches.py`
+)
+def test_a_bad_batch_after_which_a_microbatch_is_queued(
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, size: int, poison: str
+) -> None:
+    """Catches the same on two ranks, with other bad batches, and under the policy `stop`, whose run is resumed."""
     trees = runs_by_policy(tmp_path, wordpiece_corpus, "bf16_zero1", 5)
     bad = {4: POISONS[poison]}
     for policy in ("skip", "rewind"):
@@ -108,25 +130,21 @@ def test_a_bad_batch_after_which_a_microbatch_is_queued(
     assert "rewound to step 2" in RunFolder(tmp_path / "rewind").rank_log(0).read_text(encoding="utf-8")
     assert None not in logged(tmp_path / "skip")
     assert_same_run(tmp_path / "skip", tmp_path / "rewind", 5)
-    if stops:
-        messages = [found[0] for found in ranks[size].run(ahead_case, trees["stop"], bad)]
-        assert messages[0].startswith("step 4: the ")
-        assert complete_checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == "step-00000003"
-        again = trees["stop"] | {"health": {"policy": "skip"}}
-        assert [found[0] for found in ranks[size].run(ahead_case, again, bad)] == ["done"] * size
-        assert_same_run(tmp_path / "skip", tmp_path / "stop", 5)
+    messages = [found[0] for found in ranks[size].run(ahead_case, trees["stop"], bad)]
+    assert messages[0].startswith("step 4: the ")
+    assert complete_checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == "step-00000003"
+    again = trees["stop"] | {"health": {"policy": "skip"}}
+    assert [found[0] for found in ranks[size].run(ahead_case, again, bad)] == ["done"] * size
+    assert_same_run(tmp_path / "skip", tmp_path / "stop", 5)
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(
-    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+    ranks: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path, skipping: Path
 ) -> None:
-    """Catches a microbatch that is queued although the run stops, and one that the resumed run leaves out. Of two bad
-    batches in a row, the second is queued before the norm of the first is read."""
-    bad = {3: Poison(NAN), 4: Poison(NAN)}
-    for name, stops in (("whole", []), ("stopped", [2, 2])):
-        tree = run_config(tmp_path / name, wordpiece_corpus, "bf16_zero1", schedule__steps=5, health__policy="skip")
-        for stop_after in stops:
-            found = ranks[1].run(ahead_case, tree, bad, stop_after)
-            assert [(outcome, calls[-2:]) for outcome, calls, _ in found] == [("stopped", ["s", "r"])]
-        assert [outcome for outcome, _, _ in ranks[1].run(ahead_case, tree, bad)] == ["done"]
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 5)
+    """Catches a microbatch that is queued although the run stops, and one that the resumed run leaves out."""
+    tree = runs_by_policy(tmp_path, wordpiece_corpus, "bf16_zero1", 5)["skip"]
+    for _ in range(2):
+        found = ranks[1].run(ahead_case, tree, TWO_BAD, 2)
+        assert [(outcome, calls[-2:]) for outcome, calls, _ in found] == [("stopped", ["s", "r"])]
+    assert [outcome for outcome, _, _ in ranks[1].run(ahead_case, tree, TWO_BAD)] == ["done"]
+    assert_same_run(skipping, tmp_path / "skip", 5)
