@@ -238,7 +238,7 @@ def test_files_that_are_overwritten_do_not_change_the_model(model: Path, tmp_pat
 
 def test_slow_clients_do_not_block_others(model: Path, serve: Serve) -> None:
     """Catches clients that hold a server by sending slowly: headers, or a body."""
-    server = serve(model, "--timeout", "3")
+    server = serve(model, "--timeout", "10")  # as for headers; a busy machine answers within it too
     head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
     slow = [socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT) for _ in range(40)]
     for number, client in enumerate(slow):

@@ -33,20 +33,22 @@ def test_stop_signals_are_passed_on_and_restored() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+# Each step lasts until a file says that the signal has been sent, which interrupts the first one.
 COMMAND = """
-import atexit, time
+import atexit, sys, time
+from pathlib import Path
 from launcher import cli, launch
 from experiment.process.signals import handle_stop_signals, interrupt
 
 def step(name):
     print(name, flush=True)
-    time.sleep(1)
+    while not Path(sys.argv[1], name).exists():
+        time.sleep(0.01)
 
 def launch_pretraining(*_):
     with handle_stop_signals(interrupt):
         try:
-            while True:
-                step("working")
+            step("working")
         finally:
             step("cleaning up")
             print("clean", flush=True)
@@ -58,14 +60,16 @@ exit(cli.main(["pretrain", "--config", "x.yaml"]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *soak(signal.SIGUSR1)])
-def test_further_signals_change_nothing(number: signal.Signals) -> None:
+def test_further_signals_change_nothing(number: signal.Signals, tmp_path: Path) -> None:
     """Catches a second Ctrl-C that leaves processes on other hosts, or with another exit code than the first one."""
-    process = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", COMMAND, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     seen = []
     for line in process.stdout:
         seen.append(line.strip())
         process.send_signal(number)
+        (tmp_path / seen[-1]).touch()
     assert process.wait(LIMIT) == 75
     assert seen == ["working", "cleaning up", "clean", "exiting"]
 

@@ -131,7 +131,7 @@ def test_a_dead_machine_that_returns_is_respected(folder: RunFolder) -> None:
     with (
         renewed(folder),
         pytest.raises(UserError, match="7 on elsewhere"),
-        lock_run(folder, dead=dead, times=IMPATIENT),
+        lock_run(folder, dead=dead, times=FAST),
     ):
         pass
 

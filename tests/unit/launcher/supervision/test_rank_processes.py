@@ -29,15 +29,22 @@ from waiting import wait_until
 
 ROOT = Path(__file__).parents[4]
 
-# Stands for DeepSpeed's launcher and a rank, which is a child of it.
+# Stands for DeepSpeed's launcher and a rank, which is a child of it and notes each look for its gate.
 RANK = """
 import os, sys, time
 from pathlib import Path
 from experiment.run_files.goodput import attempt_start
 from experiment.run_files.outcome_file import Cause, Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder
+from experiment.process import own_process
 from experiment.process.own_process import wait_at_gate
 folder = Path({folder!r})
+is_folder_locked = own_process.is_folder_locked
+def note_look(launch):
+    with (folder / "looks").open("a") as looks:
+        looks.write(".")
+    return is_folder_locked(launch)
+own_process.is_folder_locked = note_look
 if os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 (folder / "pid").write_text(str(os.getpid()))
@@ -112,12 +119,12 @@ def test_held_ranks_import_and_wait(tmp_path: Path) -> None:
     """Catches ranks that begin a run which is still being checked, and ones that never begin."""
     start_time = time.time() - 5
     with held_ranks(rank(tmp_path), start_time) as held:
-        wait_until((tmp_path / "imported").exists)
-        time.sleep(0.2)  # a rank that does not wait would begin in it
-        assert not (tmp_path / "began").exists()
+        looks, began = tmp_path / "looks", tmp_path / "began"
+        wait_until(lambda: began.exists() or (looks.exists() and looks.stat().st_size > 2))
+        assert not began.exists()
         with held.begin() as process:
             assert process.wait() == 0
-    assert float((tmp_path / "began").read_text()) == start_time, "the ledger finds an attempt by it"
+    assert float(began.read_text()) == start_time, "the ledger finds an attempt by it"
 
 
 def test_ranks_of_a_refused_launch_are_killed(tmp_path: Path, temporary: Path) -> None:
