@@ -16,7 +16,7 @@ from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
 from launches import LONG, Start, config_file, patched, rank_environment, wait_for_exit, wait_for_file, wait_for_steps
 from rank_pool import RankPool, free_port
-from runs import pretrain_case
+from runs import pretrain_case, soak
 
 HOST = platform.node()
 
@@ -46,16 +46,6 @@ def test_the_first_failure_is_reported(start: Start, wordpiece_corpus: Path, tmp
     assert f"the run failed: {message.splitlines()[0]}" in output
     log = RunFolder(tmp_path / "run").rank_log(1).read_text(encoding="utf-8")
     assert f"the data worker (pid {worker.pid}) was killed" in log
-
-
-def test_a_killed_rank_is_named(start: Start, wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches a message that does not say which rank ran out of memory, on which host."""
-    launch, rank = start_training(start, wordpiece_corpus, tmp_path)
-    os.kill(rank.pid, signal.SIGKILL)
-    code, output = wait_for_exit(launch)
-    assert code == 1
-    assert f"rank 1 on {HOST} (process {rank.pid})" in output
-    assert f"{HOST}, rank 0: " in output
 
 
 # A microbatch of more than 80 slots needs more memory than there is.
@@ -119,7 +109,7 @@ def test_a_rank_that_cannot_read_a_checkpoint_starts_again(
     assert [json.loads(line).get("cause") for line in lines] == ["lost_host", None]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, None])
+@pytest.mark.parametrize("number", [signal.SIGTERM, None, *soak(signal.SIGINT)])
 def test_a_rank_that_waits_for_another_can_be_stopped(
     start: Start, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals | None
 ) -> None:

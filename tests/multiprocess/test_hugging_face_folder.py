@@ -45,7 +45,6 @@ print(json.dumps({"found": found, "ours": ours}))
 
 # `test_ema.py` compares the weights of `hf/` at other layouts.
 RUNS = [
-    (1, "fp32_zero0", TINY),
     (3, "fp32_zero3", TINY | {"tie_word_embeddings": False}),
     (
         2,

@@ -1,54 +1,20 @@
-"""Whole runs as users start them: `python -m pretrain.run`, `deepspeed` and `deepcloze`."""
+"""Whole runs as users start them: `deepspeed` and `deepcloze`."""
 
 import json
-import os
 import platform
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from experiment.files import REPOSITORY
-from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, last_usable, verify
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints
 from experiment.run_files.outcome_file import Cause, Outcome, read_outcome
 from experiment.run_files.run_folder import RunFolder
 from launches import LONG, Start, config_file, partly_forked, wait_for_exit, wait_for_steps
 from rank_pool import ForkServer, RankPool, free_port
-from runs import NO_DROPOUT, SHALLOW, TINY, logged, pretrain_case, run_config, sampled, saved_tensors
-from waiting import wait_until
-
-
-def test_a_killed_rank_resumes_and_repeats_no_step(
-    start: Start, wordpiece_corpus: Path, tmp_path: Path, pools: dict[int, RankPool]
-) -> None:
-    """Catches steps missing or repeated in metrics.jsonl after kill -9, and a resume that changes the losses."""
-    config = config_file(tmp_path, wordpiece_corpus, schedule__steps=LONG, checkpoint__every_steps=5)
-    command = (sys.executable, "-m", "pretrain.run", "--config", str(config))
-    killed = start(*command)
-    wait_for_steps(tmp_path / "run", 13, killed)
-    pid = json.loads(RunFolder(tmp_path / "run").rank_record(0).read_text(encoding="utf-8"))["pid"]
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    wait_until(lambda: not psutil.pid_exists(pid))
-    reached = len(logged(tmp_path / "run"))
-    assert last_usable(complete_checkpoints(tmp_path / "run" / "checkpoints"), verify)
-
-    resumed = start(*command, f"--schedule.steps={LONG}")
-    wait_for_steps(tmp_path / "run", reached + 3, resumed)
-    (tmp_path / "run" / "STOP").touch()
-    code, output = wait_for_exit(resumed)
-    assert code == 75, output
-    steps = logged(tmp_path / "run", "step")
-    assert steps == list(range(1, len(steps) + 1))
-    last = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    assert last == checkpoint_path(tmp_path / "run" / "checkpoints", steps[-1])
-
-    uninterrupted = run_config(tmp_path / "uninterrupted", wordpiece_corpus, schedule__steps=LONG)
-    pools[1].run(pretrain_case, uninterrupted, len(steps))
-    assert logged(tmp_path / "uninterrupted") == logged(tmp_path / "run")
+from runs import NO_DROPOUT, TINY, logged, pretrain_case, run_config, sampled
 
 
 @pytest.mark.real_start
@@ -112,35 +78,3 @@ def test_a_run_rejected_by_the_ranks_exits_with_2(start: Start, wordpiece_corpus
     assert code == 2, output
     assert "Traceback" not in output
     assert output.count("run.resume is 'never'") == 1
-
-
-def rejected_case(world: Any, tree: Any) -> str:
-    """The message with which this rank rejects a run; empty if it does not."""
-    from experiment.errors import UserError
-
-    try:
-        pretrain_case(world, tree)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-OTHER_IDENTITIES: dict[str, dict[str, Any]] = {
-    "run.seed": {"run__seed": 9},
-    "batch.sequences": {"batch__sequences": 30},
-    "masking.rate": {"masking__rate": 0.3},
-    "model.hidden_size": {"model__config": SHALLOW | {"hidden_size": 32}},
-}
-
-
-def test_a_resume_with_another_identity_is_rejected_on_every_rank(
-    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
-) -> None:
-    """Catches a run that resumes with another seed or model, and ranks left waiting for rank 0."""
-    pools[2].run(pretrain_case, run_config(tmp_path, wordpiece_corpus, schedule__steps=1))
-    before = saved_tensors(checkpoint_path(tmp_path / "checkpoints", 1))
-    for key, changes in OTHER_IDENTITIES.items():
-        messages = pools[2].run(rejected_case, run_config(tmp_path, wordpiece_corpus, **changes))
-        assert len(set(messages)) == 1
-        assert f"another {key}" in messages[0]
-    assert saved_tensors(checkpoint_path(tmp_path / "checkpoints", 1)).keys() == before.keys()

@@ -112,12 +112,15 @@ def test_each_rank_checks_its_own_device(pools: dict[int, RankPool], wordpiece_c
 def test_a_mistake_on_all_ranks_names_no_host(
     pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches a message that blames one host for a mistake in the config."""
+    """Catches a message that blames one host for a mistake in the config, and a run that resumes with another seed."""
     tree = run_config(tmp_path, wordpiece_corpus, corpus__train="missing")
     errors = pools[3].run(refused_case, [tree] * 3)
     assert len(set(errors)) == 1
     assert errors[0].startswith("corpus.train: ")
     assert set(pools[3].run(pretrain_case, run_config(tmp_path, wordpiece_corpus), 1)) == {"stopped"}, "out of step"
+    errors = pools[3].run(refused_case, [run_config(tmp_path, wordpiece_corpus, run__seed=9)] * 3)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(f"{tmp_path / 'checkpoints' / 'step-00000001'} cannot be resumed with another run.seed")
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "provenance.json"])
