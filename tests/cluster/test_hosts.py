@@ -7,6 +7,8 @@ import pytest
 from hosts import Cluster
 from waiting import wait_until
 
+pytestmark = pytest.mark.soak  # the other tests on several hosts need all this too
+
 
 def test_hosts_reach_each_other_by_ssh(cluster: Cluster) -> None:
     for host in cluster.hosts:
@@ -15,7 +17,6 @@ def test_hosts_reach_each_other_by_ssh(cluster: Cluster) -> None:
             assert done.stdout.strip() == other.name, done.stderr
 
 
-@pytest.mark.soak
 def test_a_host_has_its_own_processes_and_tmp(cluster: Cluster, tmp_path: Path) -> None:
     first, second, _ = cluster.hosts
     first.popen("sleep", "1000")
@@ -26,7 +27,6 @@ def test_a_host_has_its_own_processes_and_tmp(cluster: Cluster, tmp_path: Path) 
     assert second.run("test", "-e", str(tmp_path / "shared")).returncode == 0
 
 
-@pytest.mark.soak
 def test_a_disconnected_host_is_silent_until_it_is_connected_again(cluster: Cluster) -> None:
     first, second, _ = cluster.hosts
     reach = ("ssh", "-o", "ConnectTimeout=2", second.name, "true")
@@ -36,7 +36,6 @@ def test_a_disconnected_host_is_silent_until_it_is_connected_again(cluster: Clus
     wait_until(lambda: first.run(*reach).returncode == 0)  # the address is looked up again after some time
 
 
-@pytest.mark.soak
 def test_a_reboot_ends_all_processes_of_a_host(cluster: Cluster) -> None:
     first, second, _ = cluster.hosts
     second.popen("sleep", "1000")

@@ -83,6 +83,7 @@ def test_a_resumed_run_with_stages_is_tuned(
     assert resumed["batch"]["microbatch_tokens"] == 2 * sizes[0]
 
 
+@pytest.mark.soak
 @pytest.mark.real_start  # forked ranks outlive the kill of their group for a moment, and write to their folder
 def test_a_signal_ends_the_trials(
     start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path

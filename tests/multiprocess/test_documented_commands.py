@@ -52,6 +52,8 @@ SLOW = (
     "deepcloze preflight",
     "--segmenter",
     "my-embedding",
+    "--token_file",
+    "--model runs/sst2 --port",  # the same server with its default port is in docs/serving.md
     "deepspeed ",  # as test_launches.py starts it
     "--model.added_tokens",
     "--profile",
