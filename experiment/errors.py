@@ -13,10 +13,15 @@ from functools import cache
 log = logging.getLogger(__name__)
 
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full (quota exceeded)"}
-_MAY_PASS = {*_FULL, errno.EIO, errno.ESTALE}
-# Only a disk gives these. The others count only with the name of a file: a process may not be signalled either.
-_OF_DISKS_ONLY = {*_MAY_PASS, errno.EFBIG, errno.EROFS}
-_REFUSALS = {*_OF_DISKS_ONLY, errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
+_OF_NETWORKS = {errno.ECOMM, errno.EHOSTDOWN, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN, errno.ETIMEDOUT}
+_MAY_PASS = {*_FULL, *_OF_NETWORKS, errno.EIO, errno.ESTALE}
+# Only a disk gives these. The others count only with the name of a file: sockets time out, and a process may not be
+# signalled either.
+_OF_DISKS_ONLY = {*_MAY_PASS - _OF_NETWORKS, errno.EFBIG, errno.ENOLCK, errno.EROFS}
+_REFUSALS = {
+    *(*_MAY_PASS, *_OF_DISKS_ONLY, errno.EACCES, errno.EBUSY, errno.EEXIST),
+    *(errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM),
+}
 # torch's allocator on a CPU; oneDNN, which gives no reason; its mapping of files; CUDA and Triton; cuBLAS; NCCL.
 _OUT_OF_MEMORY = (
     *("can't allocate memory", "could not create a primitive", "unable to mmap", "Cannot allocate memory"),

@@ -30,6 +30,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/config.yaml")
         (OSError(errno.EDQUOT, "", "/home/x"), "/home/x: disk full (quota exceeded)"),
         (PermissionError(errno.EACCES, "", "/runs/a"), "/runs/a: Permission denied"),
         (OSError(errno.EROFS, "", "/runs/a"), "/runs/a: Read-only file system"),
+        (TimeoutError(errno.ETIMEDOUT, "", "/nfs/a"), "/nfs/a: Connection timed out"),
+        (TimeoutError(errno.ETIMEDOUT, "of a socket"), None),
+        (OSError(errno.ENOLCK, "of flock(2), which knows no name"), "No locks available"),
         (RUST, "disk full"),
         (shutil.Error([("a", "b", str(FULL))]), "disk full"),
         (FileNotFoundError(errno.ENOENT, "", "/runs/a"), None),
@@ -65,7 +68,10 @@ def test_a_key_before_a_message_keeps_its_kind() -> None:
 @pytest.mark.parametrize(
     ("number", "expected"),
     [(number, StoppedError) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)]
-    + [(number, UserError) for number in (errno.EACCES, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG)],
+    + [(number, StoppedError) for number in (errno.ESHUTDOWN, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN)]
+    + [(number, StoppedError) for number in (errno.EREMOTEIO, errno.ECOMM)]
+    + [(number, UserError) for number in (errno.EACCES, errno.EISDIR, errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG)]
+    + [(number, UserError) for number in (errno.EBUSY, errno.ENOLCK)],
 )
 def test_only_an_error_that_may_pass_can_be_resumed(number: int, expected: type[Exception]) -> None:
     """Catches a queue that runs a command again forever because it exits with 75 for a file that it may not write."""
