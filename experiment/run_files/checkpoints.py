@@ -72,14 +72,14 @@ def _named_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def find_model_folder(path: Path) -> Path:
-    """Return the Hugging Face folder that `path` refers to: itself, or the one of the checkpoint that `find_checkpoint`
-    finds.
+    """Return the undamaged Hugging Face folder that `path` refers to: itself, or the one of a checkpoint.
 
-    Raises UserError like `find_checkpoint`, and for a folder of a complete checkpoint, or of a finished seed of
-    fine-tuning, that is damaged.
+    The checkpoint is `path`, the one that `RUN/checkpoints/best` names, or the newest one of a run: then a damaged one
+    is skipped with a warning. Raises UserError if there is none, if all are damaged, or if the one that `path` names is
+    damaged or incomplete, also as a finished seed of fine-tuning.
     """
     if not (path / "config.json").is_file():
-        return find_checkpoint(path) / "hf"
+        return last_usable(_find_candidates(path), _verify_model) / "hf"
     folder = path.resolve()
     if (folder.parent / COMPLETE).exists() and (problem := verify(folder.parent, files_below(folder.name))):
         raise UserError(f"{folder.parent} is damaged: {problem}")
@@ -99,17 +99,12 @@ def names_model_folder(path: Path, folder: Path) -> bool:
     return not names.isdisjoint({path.absolute(), path.resolve()})
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return the undamaged checkpoint that `path` refers to.
-
-    `path` is a checkpoint, `RUN/checkpoints/best`, or a run: then it is the newest checkpoint, and a damaged one is
-    skipped with a warning. Raises UserError if there is none, if all are damaged, or if the checkpoint that `path`
-    names is damaged or incomplete.
-    """
+def _find_candidates(path: Path) -> list[Path]:
+    """Return one or more `checkpoint_candidates`. Raises UserError if there are none."""
     if (path / COMPLETE).is_file() and (path / "model" / "config.json").is_file():
         raise UserError(f"{path} is a seed of `deepcloze finetune`: expected its model, {path / 'model'}")
     if candidates := checkpoint_candidates(path):
-        return last_usable(candidates, verify)
+        return candidates
     if (path / "hf" / "config.json").is_file():
         raise UserError(f"the checkpoint {path} is incomplete: it has no {COMPLETE} file, so its save did not finish")
     if _is_best(path):
@@ -271,6 +266,11 @@ def verify_name(checkpoint: Path, has_state: bool = False) -> str | None:
 def files_below(folder: str) -> Callable[[list[str]], Sequence[str]]:
     """Let `verify` read one folder of a checkpoint."""
     return lambda names: [name for name in names if name.startswith(f"{folder}/")]
+
+
+def _verify_model(checkpoint: Path) -> str | None:
+    """Run `verify` without the state of the optimizer, which is most of a checkpoint."""
+    return verify(checkpoint, lambda names: [name for name in names if not name.startswith("engine/")])
 
 
 def verify_descriptions(checkpoint: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiment.run_files.checkpoints import complete_checkpoints, find_checkpoint
+from experiment.run_files.checkpoints import complete_checkpoints, last_usable, verify
 from experiment.run_files.run_folder import RunFolder
 from pretrain.world import World
 from rank_pool import RankError, RankPool
@@ -79,7 +79,7 @@ def test_a_last_evaluation_left_to_a_resume_is_not_repeated(
     assert pools[1].run(scripted_case, stopped, losses[:5], 5) == ["stopped"]
     assert pools[1].run(scripted_case, stopped, losses[5:]) == ["done"]
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", 5)
-    assert find_checkpoint(tmp_path / "stopped").name == "step-00000005", "undamaged"
+    assert last_usable(complete_checkpoints(tmp_path / "stopped" / "checkpoints"), verify).name == "step-00000005"
     assert pools[1].run(scripted_case, stopped, []) == ["done"]
 
 

@@ -16,7 +16,6 @@ from experiment.run_files.checkpoints import (
     checkpoint_candidates,
     checkpoint_path,
     complete_checkpoints,
-    find_checkpoint,
     find_model_folder,
     last_usable,
     mark_complete,
@@ -216,14 +215,28 @@ def test_which_checkpoint_a_path_means(tmp_path: Path, caplog: pytest.LogCapture
     (incomplete / "COMPLETE").unlink()
     flip(damaged / "state.json", at=5)
     with caplog.at_level(logging.WARNING):
-        assert find_checkpoint(run) == newest
+        assert find_model_folder(run) == newest / "hf"
     assert f"skipping damaged checkpoint {damaged}: state.json has checksum" in caplog.text
-    assert find_checkpoint(oldest) == find_checkpoint(run / "checkpoints" / "best") == oldest
+    assert find_model_folder(oldest) == find_model_folder(run / "checkpoints" / "best") == oldest / "hf"
     assert find_model_folder(run) == find_model_folder(newest) == find_model_folder(newest / "hf") == newest / "hf"
     with pytest.raises(UserError, match=r"step-00000150 is damaged: state\.json has checksum"):
-        find_checkpoint(damaged)
+        find_model_folder(damaged)
     with pytest.raises(UserError, match="step-00000200 is incomplete"):
-        find_checkpoint(incomplete)
+        find_model_folder(incomplete)
+
+
+def test_a_model_is_found_without_reading_the_state_of_the_optimizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches an evaluation that reads four times as much as it needs, and is refused for weights that are undamaged."""
+    _, newest = make(tmp_path / "run" / "checkpoints", 10, 20)
+    flip(newest / "engine" / "rank-00000.safetensors")
+    for named in (tmp_path / "run", newest, newest / "hf"):
+        assert find_model_folder(named) == newest / "hf"
+    assert not caplog.messages
+    flip(newest / "hf" / "config.json", at=1)
+    with pytest.raises(UserError, match=r"step-00000020 is damaged: hf/config\.json has checksum"):
+        find_model_folder(newest)
 
 
 def test_a_path_without_a_checkpoint_is_rejected(tmp_path: Path) -> None:
@@ -234,7 +247,7 @@ def test_a_path_without_a_checkpoint_is_rejected(tmp_path: Path) -> None:
         find_model_folder(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="run has no complete checkpoint"):
-        find_checkpoint(tmp_path / "run")
+        find_model_folder(tmp_path / "run")
 
 
 def test_best_names_a_checkpoint(tmp_path: Path) -> None:
@@ -278,7 +291,7 @@ def test_a_checkpoint_with_the_name_of_another_step_is_rejected(tmp_path: Path) 
     with pytest.raises(UserError, match="all 2 checkpoints"):
         find_model_folder(tmp_path / "run")
     first.rename(tmp_path / "mine")
-    assert find_checkpoint(tmp_path / "mine") == tmp_path / "mine", "another name says nothing about the step"
+    assert find_model_folder(tmp_path / "mine") == tmp_path / "mine" / "hf", "another name says nothing about the step"
 
 
 def test_damaged_later_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
@@ -391,7 +404,7 @@ def test_a_complete_file_that_is_a_folder_is_damage(tmp_path: Path, caplog: pyte
         newest_usable(before.parent)
     assert f"skipping damaged checkpoint {newest}: its COMPLETE file cannot be read" in caplog.text
     with pytest.raises(UserError, match="is damaged: its COMPLETE file cannot be read"):
-        find_checkpoint(newest)
+        find_model_folder(newest)
 
 
 def test_a_checkpoint_is_usable_while_its_state_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

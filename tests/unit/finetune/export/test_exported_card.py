@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from experiment.errors import UserError
 from experiment.results.model_card import snippet, usage_section
-from experiment.run_files.checkpoints import find_checkpoint
+from experiment.run_files.checkpoints import find_model_folder
 from finetune.export.command import export_command
 from finetune.export.exported_card import write_card
 from finetune.options import ExportOptions
@@ -87,7 +87,7 @@ def test_a_card_in_a_checkpoint_does_not_damage_it(tmp_path: Path) -> None:
     """Catches a checkpoint that counts as damaged because its user wrote a card for it."""
     shutil.copytree(OLD, tmp_path / OLD.name)
     (tmp_path / OLD.name / "hf" / "README.md").write_text("Mine.")
-    assert find_checkpoint(tmp_path / OLD.name) == tmp_path / OLD.name
+    assert find_model_folder(tmp_path / OLD.name) == tmp_path / OLD.name / "hf"
     export(str(tmp_path / OLD.name), str(tmp_path / "out"))
     assert (tmp_path / "out" / "README.md").read_text() == "Mine."
 
