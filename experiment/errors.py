@@ -12,6 +12,8 @@ from functools import cache
 
 log = logging.getLogger(__name__)
 
+DENIED = {errno.EACCES, errno.EPERM}
+_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk full (quota exceeded)"}
 _OF_NETWORKS = {errno.ECOMM, errno.EHOSTDOWN, errno.ENOTCONN, errno.EREMOTEIO, errno.ESHUTDOWN, errno.ETIMEDOUT}
 _MAY_PASS = {*_FULL, *_OF_NETWORKS, errno.EIO, errno.ESTALE}
@@ -61,6 +63,19 @@ def user_errors_in(where: str) -> Iterator[None]:
 def reason(error: Exception) -> str:
     """Return why a file cannot be read or written, without the number and path in the text of an OSError."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether a file is missing or has other content, unlike one that a disk does not give now."""
+    return not isinstance(error, OSError) or error.errno in _OF_DAMAGE
+
+
+def require_damage(error: Exception, problem: str, advice: str = "Try again") -> None:
+    """Raise UserError, a HostError with `advice` if it may pass, for a file that may be undamaged."""
+    if isinstance(error, OSError) and error.errno in DENIED:
+        raise UserError(f"{problem}: {reason(error)}")
+    if not is_damage(error):
+        raise HostError(f"{problem}: {reason(error)}. {advice}")
 
 
 def first_line(error: BaseException) -> str:

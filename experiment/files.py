@@ -303,7 +303,24 @@ def call_after_syncs(function: Callable[[], None]) -> None:
 
 def fsync_tree(folder: Path) -> None:
     """Wait until a folder and everything in it are on disk."""
-    fsync(*folder.rglob("*"), folder)
+    fsync(*paths_below(folder), folder)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, sorted; empty if there is no such folder. Raises OSError, unlike `Path.glob`."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(os.listdir(folder))  # noqa: PTH208  (names are enough)
+    return []
+
+
+def paths_below(folder: Path) -> list[Path]:
+    """Return everything in a folder and its subfolders, sorted. Raises OSError, unlike `Path.rglob`."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(folder, onerror=fail)
+    return sorted(Path(parent, name) for parent, folders, files in walk for name in (*folders, *files))
 
 
 def sha256(path: Path) -> str:

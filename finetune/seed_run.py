@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment.errors import UserError
+from experiment.errors import UserError, require_damage
 from experiment.files import created_parents, parse_record, removed_on_error, write_json
 from experiment.formatting import format_parameters
 from experiment.progress import print_warning, terminal
@@ -40,13 +40,14 @@ def finished_seeds(
 ) -> dict[int, SeedRecord]:
     """Return the finished seeds in a run folder. not_compared: prefixes of the keys of settings that are left out.
 
-    Raises UserError for a folder of a run with other settings.
+    Raises UserError for a folder of a run with other settings, and for files that are damaged or cannot be read.
     """
     records = {}
     for seed, path in folder.finished_seeds.items():
         try:
             record = parse_record(SeedRecord, path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            require_damage(error, f"{path} cannot be read")
             raise UserError(f"{path} is damaged: remove {path.parent} to train this seed again") from None
         changed = changed_settings(settings, record.settings)
         if compared := [key for key in changed if not key.startswith(not_compared)]:

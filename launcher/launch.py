@@ -20,7 +20,7 @@ from experiment.run_files.checkpoints import (
     BEST,
     checkpoint_candidates,
     checkpoint_path,
-    complete_checkpoints,
+    checkpoints_to_resume,
     completed_saves,
 )
 from experiment.run_files.mirror import Mirror
@@ -97,7 +97,7 @@ def _restore_for_plan(config: PretrainConfig, folder: RunFolder, dead_owner: Ren
     been on a host that is lost. Otherwise rank 0 copies it. Raises UserError and OSError."""
     url = config.checkpoint.mirror
     needed = config.model.init_from is not None or config.run.parent is not None
-    if url is None or not needed or complete_checkpoints(folder.checkpoints):
+    if url is None or not needed or checkpoints_to_resume(folder.checkpoints):
         return
     check_run_folder(folder, "pretraining run")
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiment.errors import UserError
 from experiment.process.daemon_thread import in_daemon_thread
-from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.checkpoints import checkpoints_to_resume
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import StorageError
@@ -27,7 +27,7 @@ def restore_run(config: PretrainConfig, on_progress: Callable[[], None]) -> None
     folder, url = RunFolder(Path(config.run.dir).absolute()), config.checkpoint.mirror
     assert url is not None
     mirror = Mirror(url)
-    if complete_checkpoints(folder.checkpoints):
+    if checkpoints_to_resume(folder.checkpoints):
         _check_owner_in_time(mirror, folder)
         return
     if folder.provenance.exists():  # else the folder takes over the mirror's run

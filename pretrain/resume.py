@@ -19,7 +19,7 @@ from experiment.run_files.checkpoints import (
     Verify,
     checkpoint_candidates,
     checkpoint_step,
-    complete_checkpoints,
+    checkpoints_to_resume,
     incomplete_checkpoints,
     last_usable,
     names_model_folder,
@@ -111,7 +111,7 @@ def find_resume_candidates(run: RunConfig, folder: RunFolder) -> ResumeCandidate
     anything but a pretraining run.
     """
     check_run_folder(folder, "pretraining run")
-    own = complete_checkpoints(folder.checkpoints)
+    own = checkpoints_to_resume(folder.checkpoints)
     _check_incomplete(folder.checkpoints, own)
     if run.resume == "never" and (own or folder.metrics.exists()):
         raise UserError(f"run.resume is 'never', but {folder.path} already holds a run; choose another run.dir")

@@ -4,7 +4,6 @@ A checkpoint is the folder RUN/checkpoints/step-XXXXXXXX. It is complete once it
 the checksums of all its other files and is written last.
 """
 
-import errno
 import logging
 import re
 import shutil
@@ -15,8 +14,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from experiment.errors import HostError, UserError, inform, notify, reason
-from experiment.files import checksum, fsync_tree, json_digest, read_json, write_json, write_text
+from experiment.errors import DENIED, UserError, inform, is_damage, notify, reason, require_damage
+from experiment.files import (
+    checksum,
+    fsync_tree,
+    json_digest,
+    names_in,
+    paths_below,
+    read_json,
+    write_json,
+    write_text,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +33,6 @@ COMPLETE = "COMPLETE"
 BEST = "best"
 _STATE = "state.json"
 _WAITS = (2.0, 8.0, 20.0)  # seconds
-_DENIED = {errno.EACCES, errno.EPERM}
-_OF_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 T = TypeVar("T")
 
@@ -43,13 +49,23 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
 
 
 def complete_checkpoints(checkpoints: Path, last_step: int | None = None) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first. Does not verify them.
+    """Return the complete checkpoints of a run, oldest first. Does not verify them. Raises OSError.
 
     last_step: that the run has finished, if known: checkpoints of later steps are damaged, or it would have resumed
     from them, and are left out.
     """
     found = [path for path in _named_checkpoints(checkpoints) if (path / COMPLETE).exists()]
     return [path for path in found if last_step is None or checkpoint_step(path) <= last_step]
+
+
+def checkpoints_to_resume(checkpoints: Path, waits: Sequence[float] = _WAITS) -> list[Path]:
+    """Return the complete checkpoints of a run that would start over without any. Raises HostError if a disk fails,
+    after `waits` in seconds, UserError without permission to list them."""
+    try:
+        return _read_again(checkpoints, complete_checkpoints, waits)
+    except OSError as error:
+        require_damage(error, f"{checkpoints} cannot be listed")
+        raise
 
 
 def completed_saves(checkpoints: Path) -> set[tuple[int, int]] | None:
@@ -68,7 +84,7 @@ def incomplete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def _named_checkpoints(checkpoints: Path) -> list[Path]:
-    return sorted((path for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)), key=checkpoint_step)
+    return sorted((checkpoints / name for name in names_in(checkpoints) if _NAME.fullmatch(name)), key=checkpoint_step)
 
 
 def find_model_folder(path: Path) -> Path:
@@ -225,27 +241,17 @@ def _read_again(path: Path, read: Callable[[Path], T], waits: Sequence[float]) -
         try:
             return read(path)
         except OSError as error:
-            if _is_damage(error) or error.errno in _DENIED:
+            if is_damage(error) or error.errno in DENIED:
                 raise
             log.warning("%s cannot be read: %s; trying again in %.0f s", path, reason(error), wait)
         time.sleep(wait)
     return read(path)
 
 
-def _is_damage(error: Exception) -> bool:
-    """Return whether a file is missing or another one than was saved, unlike one that a disk does not give now."""
-    return not isinstance(error, OSError) or error.errno in _OF_DAMAGE
-
-
 def _require_damage(error: Exception, checkpoint: Path, name: str) -> None:
-    """Raise UserError, a HostError if it may pass, for a file of a checkpoint that may be undamaged."""
-    if isinstance(error, OSError) and error.errno in _DENIED:
-        raise UserError(f"{checkpoint / name} cannot be read: {reason(error)}")
-    if not _is_damage(error):
-        raise HostError(
-            f"{checkpoint / name} cannot be read: {reason(error)}. The checkpoint may be undamaged: try again. If the "
-            "file stays unreadable, move the checkpoint elsewhere to use an earlier one"
-        )
+    advice = "If the file stays unreadable, move the checkpoint elsewhere to use an earlier one"
+    problem = f"{checkpoint / name} cannot be read"
+    require_damage(error, problem, f"The checkpoint may be undamaged: try again. {advice}")
 
 
 def verify_name(checkpoint: Path, has_state: bool = False) -> str | None:
@@ -304,7 +310,7 @@ def link_model(checkpoint: Path, folder: Path) -> None:
     """Make `folder` a complete checkpoint that has only the Hugging Face folder, which stays when the original is
     deleted. Its files are hard links, or copies on a file system without them; they must not be changed."""
     unlisted = unlisted_files(checkpoint / "hf")
-    for source in [*sorted((checkpoint / "hf").rglob("*")), checkpoint / COMPLETE]:
+    for source in [*paths_below(checkpoint / "hf"), checkpoint / COMPLETE]:
         if source.is_dir() or source in unlisted:
             continue
         target = folder / source.relative_to(checkpoint)
@@ -345,7 +351,7 @@ def replace_state(checkpoint: Path, state: dict[str, Any]) -> None:
 def mark_complete(checkpoint: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
     """Make a folder a complete checkpoint: fsync everything in it, then write its checksums. `known`: checksums of
     files that need not be read again, by path in the checkpoint."""
-    files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(checkpoint)): path for path in paths_below(checkpoint) if path.is_file()}
     fsync_tree(checkpoint)
     checksums = {name: known.get(name) or checksum(path) for name, path in files.items()}
     write_json(checkpoint / COMPLETE, checksums, indent=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiment.errors import UserError
-from experiment.files import created_parents, read_json
+from experiment.files import created_parents, names_in, read_json
 
 RunKind = Literal["pretraining run", "fine-tuning run"]
 
@@ -87,8 +87,9 @@ class RunFolder:
     @property
     def finished_seeds(self) -> dict[int, Path]:
         """Seed -> the file that marks a finished fine-tuning seed as complete. Copies of a seed do not count."""
-        found = {path: _SEED.fullmatch(path.parent.name) for path in sorted(self.path.glob("seed-*/COMPLETE"))}
-        return {int(name[1]): path for path, name in found.items() if name is not None}
+        seeds = [int(name[1]) for name in map(_SEED.fullmatch, names_in(self.path)) if name is not None]
+        paths = {seed: self.seed_folder(seed) / "COMPLETE" for seed in seeds}
+        return {seed: path for seed, path in paths.items() if path.exists()}
 
     def bad_batch(self, step: int) -> Path:
         """Return the folder with a dump of the bad batch of this step."""

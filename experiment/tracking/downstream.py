@@ -5,6 +5,7 @@ writes metrics.jsonl logs them: rank 0 of the run, or `deepcloze watch` when the
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiment.files import parse_record, write_json
+from experiment.files import names_in, parse_record, write_json
 from experiment.formatting import counted
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import Metrics, read_events
@@ -20,6 +21,7 @@ from experiment.tracking.jsonl import Metrics, read_events
 log = logging.getLogger(__name__)
 
 _PREFIX = "downstream/"
+_NAME = re.compile(r"step-\d+\.json")
 _SETTLED = 2_000_000_000  # nanoseconds after which another change of a folder has another time
 
 
@@ -59,7 +61,7 @@ def result_file(folder: RunFolder, task: str, step: int) -> Path:
 def drop_results(folder: RunFolder, last_step: int) -> None:
     """Delete the results of steps after `last_step`, from which the run resumes: the weights of these steps are
     abandoned. Raises OSError."""
-    for task in folder.downstream.glob("*"):
+    for task in _task_folders(folder):
         for path, _ in _files(task):
             if _step(path) > last_step:
                 path.unlink(missing_ok=True)
@@ -67,7 +69,7 @@ def drop_results(folder: RunFolder, last_step: int) -> None:
 
 def read_results(folder: RunFolder) -> list[DownstreamResult]:
     """Read all results of a run, by task and step. Skips damaged files with a warning."""
-    paths = (path for task in folder.downstream.glob("*") for path, _ in _files(task))
+    paths = (path for task in _task_folders(folder) for path, _ in _files(task))
     found = [result for path in paths if (result := _read(path)) is not None]
     return sorted(found, key=lambda result: (result.task, result.step))
 
@@ -98,7 +100,7 @@ class DownstreamLog:
 
     def _new_results(self, last_step: int) -> list[DownstreamResult]:
         due: list[Path] = []
-        for folder in sorted(self._folder.downstream.glob("*")):
+        for folder in _task_folders(self._folder):
             changed = folder.stat().st_mtime_ns  # results are renamed into it
             if self._done.get(folder) == changed:
                 continue
@@ -131,11 +133,15 @@ def _event(result: DownstreamResult) -> Metrics:
     return {"step": result.step} | {f"{_PREFIX}{result.task}/{name}": value for name, value in result.metrics.items()}
 
 
+def _task_folders(folder: RunFolder) -> list[Path]:
+    return [folder.downstream / name for name in names_in(folder.downstream)]
+
+
 def _files(folder: Path) -> Iterator[tuple[Path, int]]:
     """Yield the files of the results of a task, and when they were written."""
-    for path in sorted(folder.glob("step-*.json")):
-        if path.stem.removeprefix("step-").isdecimal():
-            yield path, path.stat().st_mtime_ns
+    for name in names_in(folder):
+        if _NAME.fullmatch(name):
+            yield folder / name, (folder / name).stat().st_mtime_ns
 
 
 def _step(path: Path) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiment.config import load_config
-from experiment.errors import UserError, reason
+from experiment.errors import UserError, reason, require_damage
 from experiment.files import atomic_write, parse_json, read_json
 from experiment.models.model_names import local_model
 from experiment.run_files.run_folder import RunFolder
@@ -137,7 +137,7 @@ _FORMATS: dict[str, Callable[[Path], AbstractContextManager[Write]]] = {
 
 
 class DamagedPredictionsError(UserError):
-    """The predictions of a seed cannot be read."""
+    """The predictions of a seed are missing, damaged or of other data."""
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -145,6 +145,7 @@ def read_predictions(path: Path) -> list[Prediction]:
     try:
         return [parse_json(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
+        require_damage(error, f"{path} cannot be read")
         raise DamagedPredictionsError(f"{path} is damaged: {reason(error)}") from None
 
 
@@ -219,8 +220,8 @@ class ScoredSplit:
 
 
 def read_scored_split(folder: RunFolder, split: str, labels: Sequence[str]) -> ScoredSplit:
-    """Read a split. labels: as in the results of the run. Raises UserError if the data or the predictions have changed,
-    DamagedPredictionsError if the latter cannot be read."""
+    """Read a split. labels: as in the results of the run. Raises UserError if the data or the predictions have changed
+    or cannot be read, DamagedPredictionsError if the latter are damaged."""
     config = load_config(FinetuneConfig, folder.config)
     table = read_splits(config.task, local_model(config.model.init_from), config.training.fit_on)[split]
     kind = find_kind(config.task.kind)(config.task, tuple(labels))
@@ -246,5 +247,6 @@ def _scored_data(seed_folder: Path, split: str) -> str:
     path = seed_folder / "COMPLETE"
     try:
         return str(read_json(path)["settings"]["data"][split])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        require_damage(error, f"{path} cannot be read")
         raise DamagedPredictionsError(f"{path} is damaged: expected the settings of a finished seed") from None

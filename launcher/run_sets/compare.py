@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from experiment.errors import UserError, reason
+from experiment.errors import UserError, reason, require_damage
 from experiment.files import read_json, write_json, write_text
 from experiment.formatting import table_console
 from experiment.progress import track
@@ -88,7 +88,7 @@ def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
     """Return the scores of a finished cell for each test split that has the task's metric; on validation if there is
     none.
 
-    grid: whether the folder holds a sweep. Raises UserError for a damaged file.
+    grid: whether the folder holds a sweep. Raises UserError for a file that is damaged or cannot be read.
     """
     chosen: Mapping[str, str] = {}
     cell = folder.path
@@ -105,6 +105,7 @@ def _read_cell(task: str, folder: RunFolder, grid: bool) -> list[CellScores]:
         columns = {task if len(splits) == 1 else f"{task} {split}": split for split in splits}
         return [_scores(column, folder, split, chosen, results) for column, split in columns.items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        require_damage(error, f"{path} cannot be read")
         raise _damaged(cell, f"{path} is damaged: {type(error).__name__}: {reason(error)}") from None
 
 

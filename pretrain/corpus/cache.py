@@ -21,7 +21,7 @@ from typing import NamedTuple
 from xxhash import xxh3_128_hexdigest
 
 from experiment.errors import UserError, describe_disk_error
-from experiment.files import atomic_write, cache_folder, json_digest
+from experiment.files import atomic_write, cache_folder, json_digest, paths_below
 from experiment.storage import Download, download_files, is_url, join, list_files, read_bytes
 from pretrain.config import CorpusConfig
 from pretrain.corpus.manifest import MANIFEST, Manifest, parse_manifest, read_manifest
@@ -195,7 +195,7 @@ def read_description(source: str) -> Description:
     """Read a corpus, given as a folder or a URL, without its shards. Raises UserError for its manifest."""
     if not is_url(source):
         manifest, folder = read_manifest(Path(source).absolute()), Path(source)
-        paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        paths = {str(path.relative_to(folder)): path for path in paths_below(folder) if path.is_file()}
         return Description(manifest, {name: path.read_bytes() for name, path in paths.items() if _is_copied(name)})
     manifest = parse_manifest(read_bytes(join(source, MANIFEST)), join(source, MANIFEST))
     names = (url[len(source.rstrip("/")) + 1 :] for url in list_files(source))

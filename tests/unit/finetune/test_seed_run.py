@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiment.errors import StoppedError, UserError
+from experiment.errors import HostError, StoppedError, UserError
 from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import is_locked, lock_run
@@ -417,6 +418,29 @@ def test_a_damaged_seed_is_rejected(tmp_path: Path, content: str | None) -> None
     else:
         complete.write_text(content)
     with pytest.raises(UserError, match=r"COMPLETE is damaged: remove .*seed-1 to train this seed again"):
+        finished_seeds(RunFolder(tmp_path), {})
+
+
+@pytest.mark.parametrize(("number", "expected"), [(errno.EIO, HostError), (errno.EACCES, UserError)])
+def test_a_seed_that_cannot_be_read_now_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[UserError]
+) -> None:
+    """Catches the advice to delete a good seed, and a seed that is trained again, after an error of the disk."""
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-1" / "COMPLETE").write_text("{}")
+
+    def fail(*_: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(expected, match=rf"COMPLETE cannot be read: {os.strerror(number)}") as caught:
+            finished_seeds(RunFolder(tmp_path), {})
+        assert type(caught.value) is expected
+    monkeypatch.setattr(os, "listdir", fail)
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
         finished_seeds(RunFolder(tmp_path), {})
 
 

@@ -15,6 +15,7 @@ from experiment.run_files.checkpoints import (
     Verify,
     checkpoint_candidates,
     checkpoint_path,
+    checkpoints_to_resume,
     complete_checkpoints,
     find_model_folder,
     last_usable,
@@ -148,6 +149,45 @@ def test_a_file_without_permission_is_read_once(
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.EIO, HostError), (errno.ESHUTDOWN, HostError), (errno.EACCES, UserError)]
+)
+def test_a_folder_that_cannot_be_listed_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[UserError]
+) -> None:
+    """Catches a run that starts over, and a checkpoint that is complete without its files, because a network disk did
+    not answer for a moment."""
+    found = make(tmp_path / "run" / "checkpoints", 1, 2)
+    failures = fail_to_list(monkeypatch, OSError(number, os.strerror(number)))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        complete_checkpoints(found[0].parent)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        mark_complete(found[0])
+    with pytest.raises(expected, match=rf"^{found[0].parent} cannot be listed: {os.strerror(number)}") as caught:
+        checkpoints_to_resume(found[0].parent, waits=(0,))
+    assert type(caught.value) is expected
+    if expected is HostError:
+        failures[1:] = []
+        assert checkpoints_to_resume(found[0].parent, waits=(0, 0)) == found
+
+
+def fail_to_list(monkeypatch: pytest.MonkeyPatch, error: OSError) -> list[OSError]:
+    """Let listing folders fail, once for each item of the list that is returned."""
+    failures = [error] * 1000
+
+    def fail(function: Any) -> Any:
+        def list_folder(*args: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return function(*args)
+
+        return list_folder
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, fail(getattr(os, name)))
+    return failures
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null"])
 def test_a_damaged_complete_file_is_damage(tmp_path: Path, text: str) -> None:
     """Catches a traceback, or an empty list of checksums that matches any folder."""
@@ -228,7 +268,7 @@ def test_which_checkpoint_a_path_means(tmp_path: Path, caplog: pytest.LogCapture
 def test_a_model_is_found_without_reading_the_state_of_the_optimizer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches an evaluation that reads four times as much as it needs, and is refused for weights that are undamaged."""
+    """Catches an evaluation that reads four times as much as it needs, and is refused for undamaged weights."""
     _, newest = make(tmp_path / "run" / "checkpoints", 10, 20)
     flip(newest / "engine" / "rank-00000.safetensors")
     for named in (tmp_path / "run", newest, newest / "hf"):

@@ -1,7 +1,9 @@
 """`deepcloze compare`, with runs in this process: it starts them as commands."""
 
 import csv
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -215,6 +217,32 @@ def test_a_damaged_record_is_one_message(
     assert "runs.json is damaged: " in printed
     assert "delete this file and run the same command again" in printed
     assert not started
+
+
+@pytest.mark.parametrize("name", ["results.json", "seed-7/COMPLETE", "seed-7/predictions-test.jsonl"])
+def test_results_that_cannot_be_read_now_are_no_damage(
+    write_files: Callable[..., Path],
+    started: list[str],
+    encoder: Path,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches the advice to delete good results because a network file system failed for a moment."""
+    file = str(write_files(rows={"ours": {"init_from": str(encoder)}}, seeds=[7]))
+    assert main(["compare", file]) == 0
+    away, opened = tmp_path / "compare" / "ours" / "toy" / name, Path.open
+
+    def fail(path: Path, *args: Any, **options: Any) -> Any:
+        if path == away:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opened(path, *args, **options)
+
+    capsys.readouterr()
+    monkeypatch.setattr(Path, "open", fail)
+    assert main(["compare", file]) == 2
+    assert capsys.readouterr().err.endswith(f"deepcloze: {away} cannot be read: Stale file handle. Try again\n")
 
 
 @pytest.mark.parametrize("grid", [False, True])
