@@ -10,6 +10,7 @@ import platform
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -33,6 +34,7 @@ PACKAGES = ("launcher", "pretrain", "finetune", "experiment")
 
 _LEFT_SECONDS = 3600.0  # launches and preflight use a folder for less
 _UNLOCKED_SECONDS = 10.0  # between a folder and its lock
+_LOCK_POLL_SECONDS = 0.1
 _CHECKSUM_BYTES = 2**20  # read at once
 _MAX_DIGITS = 4300  # Python refuses to read longer whole numbers
 
@@ -145,14 +147,41 @@ def is_folder_locked(folder: Path) -> bool | None:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
+        locked = try_lock(descriptor)
     finally:
         os.close(descriptor)
-    return False
+    return None if locked is None else not locked
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder. Returns False if another process has locked it, None if the disk cannot tell, as
+    Lustre without `-o flock`."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on some disks
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def opened_lock(path: Path) -> Iterator[Callable[[float], bool | None]]:
+    """Yield a function that locks the file `path`, as `try_lock`, until the block or this process ends. Its argument:
+    seconds to wait for another process. The file is created; raises OSError."""
+    with path.open("ab") as file:
+
+        def lock(seconds: float) -> bool | None:
+            end = time.monotonic() + seconds
+            while (locked := try_lock(file.fileno())) is False and time.monotonic() < end:
+                time.sleep(_LOCK_POLL_SECONDS)
+            return locked and os.fstat(file.fileno()).st_nlink > 0  # False: another process has removed it meanwhile
+
+        try:
+            yield lock
+        finally:
+            with suppress(OSError):  # forked processes may have it open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from experiment.errors import UserError
-from experiment.files import created_parents, removed_on_error
+from experiment.files import created_parents, opened_lock, removed_on_error
 
 
 class LockedError(UserError):
@@ -37,26 +35,23 @@ def holds_result(folder: Path, file: str, key: str, kind: str) -> bool:
 @contextmanager
 def lock_output(folder: Path, key: str) -> Iterator[None]:
     """Allow one process at a time to write a folder, whose missing parents are created. Raises LockedError if another
-    one does, and UserError for `/`. key: of the folder, for messages."""
+    one does, and UserError for `/`. On a disk without locks, it allows all. key: of the folder, for messages."""
     if not folder.name:
         raise UserError(f"{key} {folder}: expected a folder that can be created")
     path = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(path)
-    with ExitStack() as parents:
+    with ExitStack() as stack:
         try:
-            parents.enter_context(created_parents(folder))
-            path.touch()  # FileLock takes a file that cannot be created, as in /proc, for a locked one
-            lock.acquire(timeout=0)
+            stack.enter_context(created_parents(folder))
+            lock = stack.enter_context(opened_lock(path))
         except FileNotFoundError as error:
             raise UserError(f"{key}: cannot write {folder}: {error.strerror}") from None
-        except Timeout:
-            raise LockedError(f"{key} {folder}: another process is writing it") from None
+        if lock(0) is False:
+            raise LockedError(f"{key} {folder}: another process is writing it")
         try:
             yield
         finally:
             # While it is held: whoever opens it later gets a new one, and finds the result.
             path.unlink(missing_ok=True)
-            lock.release()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """One process at a time writes to a run folder: the launch of a pretraining run, or a fine-tuning run.
 
 On one machine the system keeps the lock and releases it when the process ends, however it ends. Not all network file
-systems do that between machines. There the owner renews a file, and one that has not been renewed for a while counts as
-dead.
+systems do that between machines, and some have no locks. There the owner renews a file, and one that has not been
+renewed for a while counts as dead.
 
 The ranks of a launch hold a second lock: if both the launch and its watchdog are killed, they may train on. So do the
 processes of `training.parallel_seeds`, which take a while to save their state when the command is killed.
@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import filelock
 import psutil
 
 from experiment.errors import UserError, notify
-from experiment.files import read_json, write_json
+from experiment.files import opened_lock, read_json, try_lock, write_json
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
 
@@ -68,25 +67,18 @@ def lock_run(
     end properly, unless `dead` was returned by `check_unlocked`. `on_lost` is called in a thread if another
     machine takes the lock because this one has lost the disk for so long.
     """
-    lock = filelock.FileLock(folder.lock)
-    try:
-        lock.acquire(timeout=_LOOK_SECONDS)
-    except filelock.Timeout:
-        if _other_owner(folder) is None:
-            raise _used(folder) from None
-        dead = _check_other_machine(folder, times, dead)  # it is dead, but NFS keeps its lock for some time
-        try:
-            lock.acquire(timeout=_LEASE_SECONDS)
-        except filelock.Timeout:
-            raise _used(folder) from None
-    try:
-        _check_other_machine(folder, times, dead)
+    with opened_lock(folder.lock) as lock:
+        if lock(_LOOK_SECONDS) is False:
+            if _other_owner(folder) is None:
+                raise _used(folder)
+            dead = _check_owner(folder, times, dead)  # it is dead, but NFS keeps its lock for some time
+            if lock(_LEASE_SECONDS) is False:
+                raise _used(folder)
+        _check_owner(folder, times, dead)
         if await_processes:
             _wait_for_processes(folder, times)
         with _owner_file(folder.owner, on_lost, times.renew):
             yield
-    finally:
-        lock.release()
 
 
 def check_unlocked(folder: RunFolder, times: LockTimes = _TIMES) -> Renewal | None:
@@ -94,7 +86,7 @@ def check_unlocked(folder: RunFolder, times: LockTimes = _TIMES) -> Renewal | No
 
     Returns the last renewal of a process on another machine that was found dead, for `lock_run`: it need not wait.
     """
-    dead = _check_other_machine(folder, times)
+    dead = _check_owner(folder, times)
     if _other_owner(folder) is None and _stays_held(folder.lock):
         raise _used(folder)
     _wait_for_processes(folder, times)
@@ -104,12 +96,14 @@ def check_unlocked(folder: RunFolder, times: LockTimes = _TIMES) -> Renewal | No
 def lock_until_exit(folder: RunFolder) -> None:
     """Lock the run folder until this process ends, together with the other ranks. Raises OSError."""
     descriptor = os.open(folder.processes_lock, os.O_RDWR | os.O_CREAT, 0o644)  # stays open
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    with suppress(OSError):  # a disk without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 def is_locked(folder: RunFolder) -> bool:
-    """Return whether another process of this machine, or a rank, uses the run folder, which may not exist."""
-    return _is_held(folder.lock) or _is_held(folder.processes_lock)
+    """Return whether another process of this machine, or a rank, uses the run folder, which may not exist. False if the
+    disk cannot tell, see `folder_use`."""
+    return any(map(_is_held, (folder.lock, folder.processes_lock)))
 
 
 def _stays_held(lock: Path) -> bool:
@@ -122,15 +116,16 @@ def _stays_held(lock: Path) -> bool:
     return False
 
 
-def _is_held(lock: Path) -> bool:
+def _is_held(lock: Path) -> bool | None:
+    """Return whether a process has the lock; None if the disk cannot tell."""
     try:
         with _opened(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # there is none; or `open_run_folder` says why it cannot be written
+            locked = try_lock(file.fileno())
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    return False
+    except OSError:  # `open_run_folder` says why it cannot be written
+        return None
+    return None if locked is None else not locked
 
 
 def _opened(lock: Path) -> IO[bytes]:
@@ -167,18 +162,17 @@ class FolderUse:
 
 
 def folder_use(folder: RunFolder, times: LockTimes = _TIMES) -> FolderUse:
-    """Return whether a process of any machine uses the run folder. Takes seconds if the last one was on another machine
-    and has not ended properly. Writes nothing."""
-    owner, other = _owner(folder.owner), _other_owner(folder)
+    """Return whether a process of any machine uses the run folder. Writes nothing.
+
+    Takes seconds if the last one has not ended properly, and was on another machine or the disk has no locks.
+    """
+    owner = _owner(folder.owner)
     host = None if owner is None else str(owner["host"])
-    if other is None:
+    if _unlocked_owner(folder) is None:
         return FolderUse(is_locked(folder), host)
-    renewed, deadline = _renewed(folder.owner), time.monotonic() + times.observe
-    while time.monotonic() < deadline:
-        time.sleep(times.renew / 4)
-        if (last := _renewed(folder.owner)) != renewed:
-            return FolderUse(last is not None, host)
-    return FolderUse(None, host, max(0.0, time.time() - (renewed or 0) / 1e9))
+    renewed = _renewed(folder.owner)
+    alive = _is_renewed(folder, renewed, times.observe, times)
+    return FolderUse(alive, host, 0.0 if alive is not None else max(0.0, time.time() - (renewed or 0) / 1e9))
 
 
 class Owner:
@@ -188,7 +182,7 @@ class Owner:
 
     def __init__(self, folder: RunFolder, times: LockTimes = _TIMES) -> None:
         self._folder = folder
-        self._dead_seconds = times.dead
+        self._times = times
         self._process: psutil.Process | None = None
         self._renewal: Renewal | None = None
         self._renewed_at = 0.0  # as time.monotonic(); infinite after the warning
@@ -201,7 +195,7 @@ class Owner:
         with suppress(psutil.NoSuchProcess):
             if owner is not None:
                 if owner.get("pid_namespace", mine := _pid_namespace()) != mine:
-                    return is_locked(self._folder)
+                    return bool(folder_use(self._folder, self._times).alive)
                 process = psutil.Process(owner["pid"])
                 # After a kill, another program may have got the process id.
                 if process.create_time() < (_renewed(self._folder.owner) or 0) / 1e9 + CLOCK_SKEW:
@@ -213,9 +207,9 @@ class Owner:
         renewal, now = _renewed(self._folder.owner), time.monotonic()
         if renewal != self._renewal:
             self._renewal, self._renewed_at = renewal, now
-        elif now - self._renewed_at >= self._dead_seconds:
+        elif now - self._renewed_at >= self._times.dead:
             self._renewed_at = math.inf
-            silent = f"{host} has not renewed logs/{self._folder.owner.name} for {self._dead_seconds:.0f} s"
+            silent = f"{host} has not renewed logs/{self._folder.owner.name} for {self._times.dead:.0f} s"
             notify(f"warning: {silent}: the run, the host, or its disk may be down")
 
 
@@ -223,24 +217,38 @@ def _used(folder: RunFolder) -> UserError:
     return UserError(f"run.dir: another deepcloze process is using {folder.path}")
 
 
-def _check_other_machine(folder: RunFolder, times: LockTimes, dead: Renewal | None = None) -> Renewal | None:
-    """Raise UserError if a process on another machine renews its file. Returns when a dead one last did.
+def _check_owner(folder: RunFolder, times: LockTimes, dead: Renewal | None = None) -> Renewal | None:
+    """Raise UserError if a process renews its file, and nothing else tells that it lives. Returns when a dead one last
+    did.
 
     `dead`: the last renewal of a process that has been found dead before.
     """
-    owner = _other_owner(folder)
+    owner = _unlocked_owner(folder)
     if owner is None:
         return None
-    renewed, deadline = _renewed(folder.owner), time.monotonic() + times.dead
-    while renewed != dead and time.monotonic() < deadline:
+    renewed = _renewed(folder.owner)
+    alive = None if renewed == dead else _is_renewed(folder, renewed, times.dead, times)
+    if alive:
+        raise UserError(
+            f"run.dir: another deepcloze process, {owner['pid']} on {owner['host']}, is using {folder.path}"
+        )
+    return None if alive is False else renewed
+
+
+def _is_renewed(folder: RunFolder, renewed: Renewal | None, seconds: float, times: LockTimes) -> bool | None:
+    """Watch the owner's file. Returns None if it stays as it was when it was `renewed`, False if it is removed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         time.sleep(times.renew / 4)
-        if _owner(folder.owner) is None:
-            return None
-        if _renewed(folder.owner) != renewed:
-            raise UserError(
-                f"run.dir: another deepcloze process, {owner['pid']} on {owner['host']}, is using {folder.path}"
-            )
-    return renewed
+        if (last := _renewed(folder.owner, renewed)) != renewed:
+            return last is not None
+    return None
+
+
+def _unlocked_owner(folder: RunFolder) -> dict[str, object] | None:
+    """Return the content of the owner's file, if no lock tells whether the owner lives: it is on another machine, or
+    the disk has no locks."""
+    return _other_owner(folder) or (_owner(folder.owner) if _is_held(folder.lock) is None else None)
 
 
 def _other_owner(folder: RunFolder) -> dict[str, object] | None:
@@ -309,10 +317,13 @@ def _owner(path: Path) -> dict[str, object] | None:
     return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None
 
 
-def _renewed(path: Path) -> Renewal | None:
-    """Return when the file was renewed. Opens it, so that a network file system asks its server."""
+def _renewed(path: Path, known: Renewal | None = None) -> Renewal | None:
+    """Return when the file was renewed; None if there is none, `known` if the disk does not answer. Opens the file, so
+    that a network file system asks its server."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError:
+        return known

@@ -28,7 +28,7 @@ from experiment.process.signals import handle_stop_signals
 from experiment.run_files.checkpoints import mention_newer, names_model_folder
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder
-from experiment.run_files.run_lock import is_locked, lock_run
+from experiment.run_files.run_lock import folder_use, lock_run
 from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
 from pretrain.config import CHANGE_ROUNDING_ONLY as PRETRAINING_ROUNDING_ONLY
 from pretrain.config import PretrainConfig
@@ -381,12 +381,12 @@ def wait_for_other_process(run: ChildRun) -> None:
 
     Raises StoppedError if that process was stopped, or on a stop signal, which does not reach it.
     """
-    if not is_locked(run.folder):
+    if not folder_use(run.folder).alive:
         return
     signals: list[int] = []
     with handle_stop_signals(signals.append):
         notify(f"{run.command}: {run.name}: waiting for the process that is using {run.folder.path}")
-        while is_locked(run.folder):
+        while folder_use(run.folder).alive:
             if signals:
                 raise StoppedError(
                     f"{run.command}: stopped at {run.name}; the process that is using {run.folder.path} still runs"
@@ -400,7 +400,7 @@ def wait_for_other_process(run: ChildRun) -> None:
 def start(run: ChildRun) -> str:
     """Run the command. Returns `DONE`, `REJECTED` or how it failed. Raises StoppedError if it was stopped."""
     exit_code = _run_command(run)
-    if exit_code not in (0, Outcome.STOPPED.exit_code) and is_locked(run.folder):
+    if exit_code not in (0, Outcome.STOPPED.exit_code) and folder_use(run.folder).alive:
         # The process that a killed command had just started has locked the folder meanwhile.
         wait_for_other_process(run)
         exit_code = _run_command(run)

@@ -13,7 +13,7 @@ from experiment.files import json_digest, read_json, removed_on_error
 from experiment.process.own_process import module_command
 from experiment.run_files.checkpoints import checkpoint_step, files_below, link_model, verify, verify_name
 from experiment.run_files.run_folder import RunFolder, folder_name
-from experiment.run_files.run_lock import is_locked
+from experiment.run_files.run_lock import folder_use
 from experiment.tracking.downstream import DownstreamResult
 from finetune.config import CHANGE_ROUNDING_ONLY, FinetuneConfig, TrainingConfig, check_validation
 from finetune.data.task_config import data_checksums
@@ -135,7 +135,7 @@ def score_checkpoint(checkpoint: Path, weights: str, task: WatchedTask, run: Run
 def _remove_leftovers(work: Path, kept: Path) -> None:
     """Remove the folders of a killed watch, unless its last process still runs."""
     for folder in work.glob("*"):
-        if folder != kept and not is_locked(RunFolder(folder / "run")):
+        if folder != kept and not folder_use(RunFolder(folder / "run")).alive:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,18 @@ def test_one_process_at_a_time_writes_a_new_folder(tmp_path: Path) -> None:
             write(existing)
     assert (folder / "file").read_text() == "first"
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback, and a lock that outlives a node that has died, on Lustre without `-o flock`."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".new.lock").touch()  # of a process that was killed
+    write(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
 
 
 def test_what_a_killed_process_has_left_is_not_in_the_folder(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -20,7 +21,16 @@ from experiment.errors import UserError
 from experiment.run_files import run_lock
 from experiment.run_files.outcome_file import RankRecord
 from experiment.run_files.run_folder import RunFolder, open_run_folder
-from experiment.run_files.run_lock import LockTimes, check_unlocked, is_locked, lock_run
+from experiment.run_files.run_lock import (
+    FolderUse,
+    LockTimes,
+    Owner,
+    check_unlocked,
+    folder_use,
+    is_locked,
+    lock_run,
+    lock_until_exit,
+)
 from waiting import wait_until
 
 FAST = LockTimes(renew=0.05)
@@ -100,6 +110,64 @@ def test_the_lock_that_a_network_disk_keeps_for_a_dead_machine(folder: RunFolder
     with lock_run(folder, dead=dead, times=IMPATIENT):
         assert json.loads(folder.owner.read_text())["pid"] == os.getpid()
     release.join()
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the disk have no locks, as NFS without lockd or Lustre without `-o flock`."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_disk_without_locks(folder: RunFolder) -> None:
+    """Catches a traceback, two processes that write to one run, and a live run that counts as killed."""
+    with lock_run(folder, times=FAST):
+        assert folder_use(folder, FAST) == FolderUse(True, platform.node())
+        with pytest.raises(UserError, match=f"another deepcloze process, {os.getpid()} on"):
+            check_unlocked(folder, FAST)
+        with (
+            pytest.raises(UserError, match=f"another deepcloze process, {os.getpid()} on"),
+            lock_run(folder, times=FAST),
+        ):
+            pass
+        assert Owner(folder).is_alive()
+    assert folder_use(folder, FAST) == FolderUse(False)
+    lock_until_exit(folder)
+    assert check_unlocked(folder) is None
+    with lock_run(folder):
+        pass
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_killed_process_on_a_disk_without_locks(folder: RunFolder) -> None:
+    """Catches a run that can be resumed only after someone has deleted a lock."""
+    folder.lock.touch()
+    folder.owner.write_text(json.dumps({**run_lock.this_machine(), "pid": 7, "id": "1"}))
+    assert folder_use(folder, LockTimes(renew=0.05, observe=0.2)).alive is None
+    dead = check_unlocked(folder, IMPATIENT)
+    assert dead is not None
+    with lock_run(folder, dead=dead, times=LockTimes(dead=3600.0)):
+        assert json.loads(folder.owner.read_text())["pid"] == os.getpid()
+
+
+def test_a_disk_that_does_not_answer_does_not_end_a_process(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that is taken from a live process because its file could not be read for a moment."""
+    be_elsewhere(folder)
+    path_open, failures = Path.open, [False, False, *[True] * 5]
+
+    def fail(path: Path, *args: Any, **options: Any) -> IO[Any]:
+        here = path == folder.owner and threading.current_thread() is threading.main_thread()
+        if here and failures and failures.pop(0):
+            raise OSError(errno.EIO, "Input/output error")
+        return path_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with renewed(folder), pytest.raises(UserError, match="7 on elsewhere"):
+        check_unlocked(folder, FAST)
 
 
 @pytest.mark.parametrize("boot", ["2", None])
