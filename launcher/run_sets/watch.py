@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from experiment.config import load_config
-from experiment.errors import UserError, inform, notify, stopped_by_disk_errors
+from experiment.errors import DENIED, UserError, describe_disk_error, inform, is_damage, notify, stopped_by_disk_errors
 from experiment.process.signals import handle_stop_signals, interrupt
 from experiment.progress import quiet
 from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints, weights_digest
 from experiment.run_files.goodput import read_attempt_times
-from experiment.run_files.outcome_file import Outcome, read_outcome, read_rank_record
+from experiment.run_files.outcome_file import Outcome, read_outcome
 from experiment.run_files.provenance import read_provenance, wandb_id
 from experiment.run_files.run_folder import RunFolder, open_run_folder
-from experiment.run_files.run_lock import is_locked, lock_run
+from experiment.run_files.run_life import read_life
+from experiment.run_files.run_lock import lock_run
 from experiment.tracking.config import AlertsConfig
 from experiment.tracking.downstream import (
     DownstreamLog,
@@ -48,6 +49,7 @@ from pretrain.config import PretrainConfig
 
 _POLL_SECONDS = 3.0
 _ATTEMPTS = 2  # at scoring a checkpoint
+_ENDED = ("stopped", "refused", "failed")  # before its last step; a run that was killed may train on
 
 Score = Callable[[Path, str, WatchedTask, RunFolder], DownstreamResult]
 
@@ -150,14 +152,22 @@ class Watch:
         """Return when the run is done and its checkpoints are scored: returns the steps of the others. Raises UserError
         if its folder is gone."""
         while True:
-            done = is_done(self._run)  # before looking: a run that is done saves no more
-            if (due := self._next_checkpoint(done)) is not None:
+            done = read_life(self._run).state == "done"  # before looking: a run that is done saves no more
+            try:
+                if (due := self._next_checkpoint(done)) is None:
+                    self._check_folder()
+            except OSError as error:
+                if is_damage(error) or error.errno in DENIED:
+                    raise
+                self._announce_waiting(f"until the disk answers: {describe_disk_error(error) or error}")
+                self._wait()
+                continue
+            if due is not None:
                 self._try(*due)
             logged = self._log_results()
             if due is None:
                 if done and logged:
                     return sorted({step for step, _ in self._failures})
-                self._check_folder()
                 self._say_what_is_awaited()
                 self._wait()
 
@@ -166,12 +176,15 @@ class Watch:
             raise UserError(f"the run folder {self._run.path} is gone")
 
     def _say_what_is_awaited(self) -> None:
-        """Print the event that the watch waits for, once until it changes."""
-        if is_done(self._run):  # since the last look
-            return
-        awaited = "for checkpoints"
-        if has_ended(self._run):
-            awaited = f"until {self._run.path} is resumed: it has ended before its last step"
+        """Print the event that the watch waits for."""
+        state = read_life(self._run).state
+        if state in _ENDED:
+            self._announce_waiting(f"until {self._run.path} is resumed: it has ended before its last step")
+        elif state != "done":  # since the last look
+            self._announce_waiting("for checkpoints")
+
+    def _announce_waiting(self, awaited: str) -> None:
+        """Print what the watch waits for, once until it changes."""
         if awaited != self._awaited:
             self._awaited = awaited
             inform(f"watch: {self._task.name}: waiting {awaited}")
@@ -188,8 +201,10 @@ class Watch:
                 continue
             try:
                 weights = weights_digest(path)
-            except OSError:  # just deleted
-                continue
+            except OSError as error:
+                if not is_damage(error):
+                    raise
+                continue  # just deleted
             except ValueError:
                 weights = "damaged"  # so scoring it fails
             # The run deletes results when it resumes from an earlier step.
@@ -244,7 +259,7 @@ class Watch:
 
     def _log_results(self) -> bool:
         """Add missing results to metrics.jsonl if the run has ended. Returns whether it has, and none is missing."""
-        if not self._all_logged and has_ended(self._run):
+        if not self._all_logged and read_life(self._run).state in {*_ENDED, "done"}:
             self._all_logged = not DownstreamLog(self._run).take_new(sys.maxsize) or self._log_missing()
         return self._all_logged
 
@@ -274,20 +289,6 @@ def log_results(run: RunFolder, config: PretrainConfig) -> None:
     for event in DownstreamLog(run).take_new(sys.maxsize):
         tracker.log(event)
     tracker.close(outcome.outcome if outcome is not None else Outcome.FAILED)
-
-
-def has_ended(run: RunFolder) -> bool:
-    """Return whether rank 0 has ended properly, and no launcher of this machine may start it again.
-
-    The lock alone does not tell: ranks that were started by `deepspeed` hold none.
-    """
-    record = read_rank_record(run, 0)
-    return record is not None and record.exit is not None and not is_locked(run)
-
-
-def is_done(run: RunFolder) -> bool:
-    outcome = read_outcome(run)
-    return outcome is not None and outcome.outcome is Outcome.DONE and has_ended(run)
 
 
 def _results_on(task: WatchedTask, run: RunFolder) -> list[DownstreamResult]:

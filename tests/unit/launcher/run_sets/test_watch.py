@@ -1,6 +1,8 @@
 """Which checkpoints `deepcloze watch` scores, logs and announces, with a stand-in for scoring."""
 
+import errno
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -9,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,7 @@ from experiment.errors import UserError, inform
 from experiment.files import write_json, write_text
 from experiment.run_files.checkpoints import checkpoint_step
 from experiment.run_files.goodput import TRAINING, AttemptTime
-from experiment.run_files.outcome_file import Outcome
+from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import lock_run
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, drop_results, read_results, write_result
@@ -347,6 +350,34 @@ def test_a_rejected_task_ends_the_watch_unless_it_was_scored_before(run: RunFold
     assert scorer.steps == [100]
     assert watch(run, Scorer(reject)) == []
     assert logged(run) == [(100, 0.1), (200, 0.2)]
+
+
+def test_a_run_that_could_not_record_the_end_of_a_rank(run: RunFolder, save: Save) -> None:
+    """Catches a watch that waits forever for a run that is done, whose disk was full at its end."""
+    save(100)
+    write_outcome(run, Outcome.DONE)
+    watch(run, Scorer())
+    assert logged(run) == [(100, 0.1)]
+
+
+def test_a_disk_that_does_not_answer_for_a_moment(
+    run: RunFolder, save: Save, end: End, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a watch of weeks that ends, and the last checkpoint that is not scored."""
+    checkpoint = save(100)
+    end()
+    failures, path_open = [errno.ESTALE, errno.ESTALE], Path.open
+
+    def fail(path: Path, *args: Any, **options: Any) -> Any:
+        if path == checkpoint / "COMPLETE" and failures:
+            raise OSError(failures[0], os.strerror(failures.pop()), str(path))
+        return path_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    watch(run, Scorer(), *[lambda: None] * 2)
+    assert logged(run) == [(100, 0.1)]
+    waiting = f"watch: toy: waiting until the disk answers: {checkpoint}/COMPLETE: Stale file handle"
+    assert capsys.readouterr().err.count(waiting) == 1
 
 
 def test_another_config_is_rejected(run: RunFolder, save: Save, end: End) -> None:
