@@ -6,6 +6,9 @@ from pydantic import PositiveFloat, model_validator
 
 from experiment.config import Section
 
+WANDB_NAME, WANDB_GROUP = "WANDB_NAME", "WANDB_RUN_GROUP"
+"""Variables with the name of the run in Weights & Biases unless `tracking.name` is set, and with its group."""
+
 AlertEvent = Literal["crash", "stall", "bad_batch", "no_checkpoint", "mirror", "finish"]
 
 
@@ -44,7 +47,8 @@ class TrackingConfig(Section):
     """Weights & Biases project."""
 
     name: str | None = None
-    """Name of the run in Weights & Biases; default: the name of the run folder."""
+    """Name of the run in Weights & Biases; default: `WANDB_NAME`, or the name of the run folder. Runs of a sweep or
+    comparison are named POINT or ROW/TASK, and grouped."""
 
     tags: tuple[str, ...] = ()
     """Tags of the run in Weights & Biases."""

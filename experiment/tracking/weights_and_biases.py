@@ -10,6 +10,7 @@ delivered are sent from metrics.jsonl, so nothing is missing.
 
 import json
 import logging
+import os
 import struct
 import threading
 import zlib
@@ -24,7 +25,7 @@ from experiment.process.signals import WARNING_SIGNALS, signals_blocked
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert, send_by_wandb
-from experiment.tracking.config import TrackingConfig
+from experiment.tracking.config import WANDB_NAME, TrackingConfig
 from experiment.tracking.jsonl import Event, Metrics, is_evaluation
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class WandbTracker:
         self._report: Path | None = None
         self._options: dict[str, Any] = {
             "project": config.project,
-            "name": config.name or folder.path.name,
+            "name": config.name or os.environ.get(WANDB_NAME) or folder.path.name,
             "tags": config.tags,
             "id": run_id,
             "resume": "allow",  # also offline: `wandb sync` then appends a later attempt instead of replacing the first

@@ -6,6 +6,7 @@ does not mix in runs of another config. Runs read copies of config files, as the
 meanwhile. A run that a killed command has left is waited for.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from experiment.run_files.checkpoints import mention_newer, names_model_folder
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder
 from experiment.run_files.run_lock import folder_use, lock_run
+from experiment.tracking.config import WANDB_GROUP, WANDB_NAME
 from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
 from pretrain.config import CHANGE_ROUNDING_ONLY as PRETRAINING_ROUNDING_ONLY
 from pretrain.config import PretrainConfig
@@ -146,7 +148,7 @@ class RunSet:
         write_json(self.folder.path / self.record, content)
 
     def _finish(self, run: PlannedRun, label: str) -> str:
-        child = ChildRun(self.command, label, self.run_folder(run), run.argv)
+        child = ChildRun(self.command, label, self.run_folder(run), run.argv, environment=self._names_in_wandb(run))
         wait_for_other_process(child)
         if _is_finished(run, child.folder):
             inform(f"{self.command}: {label}: already finished")
@@ -156,6 +158,13 @@ class RunSet:
         state = start(replace(child, argv=self._argv_with_copy(run)))
         inform(f"{self.command}: {label}: {state} after {time.monotonic() - start_time:,.0f} s")
         return state
+
+    def _names_in_wandb(self, run: PlannedRun) -> dict[str, str]:
+        """Return the variables that name a run in Weights & Biases, and group it with the others. A sweep that is a
+        cell of a comparison has got such variables itself."""
+        outer = os.environ.get(WANDB_NAME)
+        name = run.name if outer is None else f"{outer}/{run.name}"
+        return {WANDB_NAME: name, WANDB_GROUP: os.environ.get(WANDB_GROUP, self.folder.path.name)}
 
     def _argv_with_copy(self, run: PlannedRun) -> tuple[str, ...]:
         """Write the copy of the config file for a run, and return the command that reads it."""
@@ -374,6 +383,7 @@ class ChildRun:
     folder: RunFolder
     argv: tuple[str, ...]  # the command that starts or resumes it
     shows_results: bool = True  # which it prints to stdout
+    environment: Mapping[str, str] = field(default_factory=dict)  # further variables
 
 
 def wait_for_other_process(run: ChildRun) -> None:
@@ -429,7 +439,8 @@ def _run_command(run: ChildRun) -> int:
     with handle_stop_signals(forward):
         # A new session, so that Ctrl-C does not reach it twice.
         stdout = None if run.shows_results else subprocess.DEVNULL
-        process = subprocess.Popen(run.argv, env=own_environment(), start_new_session=True, stdout=stdout)
+        environment = {**own_environment(), **run.environment}
+        process = subprocess.Popen(run.argv, env=environment, start_new_session=True, stdout=stdout)
         if signals:  # since the start
             process.send_signal(signals[0])
         exit_code = process.wait()

@@ -141,6 +141,14 @@ def test_a_run_resumes_under_its_id_with_our_step_as_axis(tmp_path: Path, fake: 
     assert run.options["name"] == tmp_path.name
 
 
+def test_the_name_of_a_run(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches cells of a comparison that all have the name of their task, and a name of the user that is replaced."""
+    monkeypatch.setenv("WANDB_NAME", "ours/toy")
+    tracker(tmp_path).close(Outcome.DONE)
+    tracker(tmp_path, name="mine").close(Outcome.DONE)
+    assert [run.options["name"] for run in fake.runs] == ["ours/toy", "mine"]
+
+
 def event(step: int, name: str = "loss") -> Event:
     return {"step": step, name: 1.0}
 

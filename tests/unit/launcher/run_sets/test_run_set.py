@@ -61,6 +61,25 @@ def finish(folder: Path, config: FlatConfig) -> bool:
     return started.exists()
 
 
+def test_the_names_of_runs_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches runs of a comparison that W&B shows as many of the same name, and points of a sweep in one of its cells
+    that do not say whose they are."""
+    show = shell(f"echo $WANDB_RUN_GROUP $WANDB_NAME >> {tmp_path}/log")
+
+    def finish_set(name: str, run: str) -> None:
+        runs = RunSet("sweep", open_run_folder(tmp_path / name), "--output", "a.json", (PlannedRun(run, show, {}),))
+        with runs.opened() as records:
+            runs.finish(records)
+
+    for variable in ("WANDB_RUN_GROUP", "WANDB_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+    finish_set("compare", "ours/toy")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "compare")
+    monkeypatch.setenv("WANDB_NAME", "ours/toy")
+    finish_set("compare/ours/toy", "lr=1e-3")
+    assert (tmp_path / "log").read_text() == "compare ours/toy\ncompare ours/toy/lr=1e-3\n"
+
+
 @pytest.mark.parametrize("state", [None, DONE])
 def test_a_fine_tuning_that_has_finished_is_not_started_again(tmp_path: Path, state: str | None) -> None:
     """Catches a run that starts again because the command was killed before it could note the end; and seeds that are
