@@ -18,7 +18,10 @@ Cells = list[list[str]]
 
 SCORES = "Scores: mean ± standard deviation over the seeds"
 INTERVALS = "Scores: a dot for each seed, their mean and its 95 % interval"
-TESTS = "Differences: Multi-Bootstrap over seeds and records (Sellam et al. 2022), 95 % interval, two-sided p"
+TESTS = (
+    "Differences: 95 % interval and two-sided p, the more cautious of the Multi-Bootstrap (Sellam et al. 2022) over "
+    "seeds and records and of Welch's test over seeds"
+)
 FAILED = "Runs that failed"
 
 _SPLIT_SHOWN = {"validation": " on validation"}

@@ -44,6 +44,13 @@ def test_a_row_whose_seeds_have_all_collapsed_has_no_p_value() -> None:
     ]
 
 
+def test_the_title_of_differences_names_both_tests() -> None:
+    """Catches a paper that cites the bootstrap for intervals and p-values that are often those of Welch's test."""
+    test = {"difference": 0.3, "interval": [0.2, 0.4], "p": 0.002}
+    table = as_markdown({"a": {"toy": {**CELL, "against": {"b": test}}}, "b": {"toy": CELL}}, {})
+    assert "more cautious of the Multi-Bootstrap (Sellam et al. 2022) over seeds and records and of Welch" in table
+
+
 def test_scores_are_charts_by_task() -> None:
     """Catches scores of another task, a row without a score that is drawn at zero, and a file of 0.2.0, which has no
     intervals."""
