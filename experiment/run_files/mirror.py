@@ -18,7 +18,7 @@ import xxhash
 from filelock import FileLock
 
 from experiment.errors import UserError
-from experiment.files import cache_folder, fsync_tree, json_digest, parse_json, write_text
+from experiment.files import atomic_write, cache_folder, fsync_tree, json_digest, parse_json, write_text
 from experiment.run_files.checkpoints import BEST, COMPLETE, checkpoint_step, files_below, is_checkpoint_name, verify
 from experiment.run_files.provenance import parse_provenance, read_provenance
 from experiment.run_files.retention import Retention, discard
@@ -167,7 +167,9 @@ class Mirror:
         for path in _run_files(folder):
             with suppress(MissingError):
                 if not path.exists():
-                    write_text(path, read_bytes(join(self.url, _RUN, path.name)).decode())
+                    content = read_bytes(join(self.url, _RUN, path.name))
+                    with atomic_write(path) as temporary:
+                        temporary.write_bytes(content)
         for name, copied in copies.items():  # the newest one first
             target = folder.checkpoints / name
             if target.exists():  # incomplete

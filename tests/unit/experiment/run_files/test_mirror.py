@@ -69,11 +69,12 @@ def test_an_empty_run_folder_gets_the_newest_and_the_best(bucket: str, run: RunF
     folder has an incomplete copy of a checkpoint."""
     mirror, folder = mirrored(bucket, run), RunFolder(tmp_path / "restored")
     (folder.checkpoints / "step-00000004" / "hf").mkdir(parents=True)
+    write_bytes(f"{mirror.url}/run/metrics.jsonl", b'{"step": 1}\n\xff')  # cut off by a kill
     mirror.restore(folder, lambda: None)
     assert [path.name for path in complete_checkpoints(folder.checkpoints)] == names(2, 4)
     assert [verify(path) for path in complete_checkpoints(folder.checkpoints)] == [None, None]
     assert (folder.checkpoints / "best").read_text() == "step-00000002\n"
-    assert folder.metrics.read_text() == '{"step": 1}\n'
+    assert folder.metrics.read_bytes() == b'{"step": 1}\n\xff'
     assert folder.provenance.exists()
     assert not list(folder.checkpoints.glob(".*"))
 
