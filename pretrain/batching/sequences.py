@@ -6,16 +6,16 @@ stream without gaps or overlaps, and an array of their start positions describes
 """
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from experiment.errors import first_line
-from experiment.files import atomic_write
+from experiment.files import atomic_write, opened_lock
 from pretrain.corpus.reader import Corpus
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ def open_index(corpus: Corpus, capacity: int, fallback: Path) -> SequenceIndex:
 
 def _read_or_build(corpus: Corpus, capacity: int, path: Path) -> SequenceIndex:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with opened_lock(path.with_name(f".{path.name}.lock")) as lock:
+        lock(math.inf)  # without locks, each process builds the same
         index, problem = _read(path, capacity, corpus.tokens)
         if index is None:
             if problem:

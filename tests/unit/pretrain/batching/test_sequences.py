@@ -1,4 +1,7 @@
+import errno
+import fcntl
 import multiprocessing
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +97,17 @@ def test_a_damaged_index_in_a_read_only_corpus_is_built_elsewhere(tmp_path, monk
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert open_index(corpus, 10, tmp_path / "fallback").starts.tolist() == STARTS
     assert file.read_bytes() == b""
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    """Catches a run that cannot start on NFS without lockd, and one that waits for a lock of a node that has died."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert open_index(Documents(tmp_path), 10, tmp_path / "fallback").starts.tolist() == STARTS
+    assert list((tmp_path / "index").glob("*.npy"))
 
 
 def test_a_valid_index_is_not_built_again(tmp_path, monkeypatch):
