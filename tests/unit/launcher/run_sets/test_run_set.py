@@ -1,5 +1,6 @@
 """Commands that a command starts, with stand-ins for them."""
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,17 @@ from experiment.files import read_json, write_json
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.run_sets import run_set
-from launcher.run_sets.run_set import DONE, REJECTED, ChildRun, FlatConfig, PlannedRun, RunSet, start
+from launcher.run_sets.run_set import (
+    DONE,
+    REJECTED,
+    ChildRun,
+    FlatConfig,
+    PlannedRun,
+    RunSet,
+    start,
+    wait_for_other_process,
+)
+from launcher.supervision.rank_processes import polled
 
 
 def shell(script: str) -> tuple[str, ...]:
@@ -27,6 +38,25 @@ def test_a_run_that_another_process_was_starting_is_waited_for(tmp_path: Path, m
     lock.acquire(timeout=0)
     monkeypatch.setattr(run_set.time, "sleep", lambda _: lock.release())
     assert start(run) == DONE
+
+
+def test_a_run_on_another_machine_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that counts as failed because a killed command on another machine has left it running."""
+    run = ChildRun("compare", "a/b", open_run_folder(tmp_path / "run"), shell("exit 1"))
+    write_json(run.folder.owner, {"host": "elsewhere", "boot": "1", "pid": 7, "id": "1"})
+    said: list[str] = []
+
+    def renew() -> bool:
+        if said:
+            run.folder.owner.unlink()
+        else:
+            os.utime(run.folder.owner)
+        return bool(said)
+
+    monkeypatch.setattr(run_set, "notify", said.append)
+    with polled(renew, 0.02, "renew"):
+        wait_for_other_process(run)
+    assert said == [f"compare: a/b: waiting for the process that is using {run.folder.path}"]
 
 
 @pytest.mark.parametrize(("code", "state"), [(0, DONE), (1, "failed (exit code 1)"), (2, REJECTED)])
