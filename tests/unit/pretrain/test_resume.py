@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +9,12 @@ from typing import Any
 import pytest
 
 from experiment.config import build_config
-from experiment.errors import UserError
+from experiment.errors import HostError, UserError
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete, read_state, replace_state, verify
 from experiment.run_files.provenance import ancestors_of, write_origin, write_provenance
 from experiment.run_files.run_folder import RunFolder
 from pretrain.config import ModelConfig, PretrainConfig, RunConfig
+from pretrain.restore import restore_run
 from pretrain.resume import (
     ResumePlan,
     ResumePoint,
@@ -288,6 +291,27 @@ def make_run(
 def plan(run: Path, resume: str, **changes: Any) -> ResumePlan:
     candidates = find_resume_candidates(RunConfig(dir=str(run), resume=resume), RunFolder(run))
     return plan_resume(candidates.choose(verify), identity(**changes))
+
+
+@pytest.mark.parametrize(("number", "expected"), [(errno.EIO, HostError), (errno.EACCES, UserError)])
+def test_checkpoints_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[UserError]
+) -> None:
+    """Catches a run that starts over at step 0, or takes another run from its mirror, after an error of the disk."""
+    run = make_run(tmp_path / "run", (4,))
+    mirrored = {**CONFIG, "run": {"dir": str(run)}, "schedule": {"steps": 1}}
+    mirrored |= {"checkpoint": {"mirror": f"file://{tmp_path}/bucket"}}
+
+    def fail(*_: Any) -> list[str]:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "listdir", fail)
+    monkeypatch.setattr("experiment.run_files.checkpoints.time.sleep", lambda _: None)
+    message = rf"^{run}/checkpoints cannot be listed: {os.strerror(number)}"
+    with pytest.raises(expected, match=message):
+        plan(run, "auto")
+    with pytest.raises(expected, match=message):
+        restore_run(build_config(PretrainConfig, mirrored), lambda: None)
 
 
 def test_what_a_fork_loads(tmp_path: Path) -> None:
