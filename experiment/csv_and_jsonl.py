@@ -48,6 +48,7 @@ class CsvFormat:
 class CsvRow(NamedTuple):
     line: int  # where it begins: a quoted field may hold line breaks
     cells: list[str]
+    skipped: int = 0  # rows before it, see `CsvFormat.on_bad_lines`
 
 
 def raw_lines(stream: IO[bytes], origin: str, first: int = 1) -> Iterator[bytes]:
@@ -144,7 +145,7 @@ def _of_equal_length(rows: Iterator[CsvRow], length: int, origin: str, csv_forma
     skipped: list[int] = []
     for row in rows:
         if len(row.cells) == length:
-            yield row
+            yield CsvRow(row.line, row.cells, len(skipped))
         elif csv_format.on_bad_lines == "drop_extra" and len(row.cells) > length:
             yield CsvRow(row.line, row.cells[:length])
         elif csv_format.on_bad_lines == "skip":

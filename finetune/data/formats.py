@@ -44,6 +44,7 @@ class Row(NamedTuple):
     cells: Sequence[object]
     named_at: str  # where the names are, such as the header
     csv: CsvFormat | None = None  # of a CSV file, whose columns may also be called by their numbers from 0
+    skipped: int = 0  # rows before it
 
 
 @contextmanager
@@ -127,7 +128,7 @@ def read_delimited(path: Path, csv_format: CsvFormat) -> Iterator[Row]:
                     raise UserError(f"{path}:{row.line}: {message}")
                 warned = True
                 warn_once(f"{path}:{row.line}: {message}")
-            yield Row(f"{path}:{row.line}", names, row.cells, f"{path}:1", csv_format)
+            yield Row(f"{path}:{row.line}", names, row.cells, f"{path}:1", csv_format, row.skipped)
 
 
 def _swallowed_rows(row: CsvRow, csv_format: CsvFormat) -> str | None:

@@ -29,6 +29,7 @@ class Record:
     place: str  # file and line, for messages
     values: Mapping[str, Any]  # role -> value; the target is absent if the split has none
     group: str | None = None  # the dialogue that it belongs to
+    skipped: int = 0  # rows before it in the file, see `task.on_bad_lines`
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class TurnJoiner:
             texts = join_turns([record.values["text"] for record in records], turns, self.context, self.separator)
             changes = [{"text": text} for text in texts]
         for record, turn, changed in zip(records, turns, changes, strict=True):
-            yield Record(record.place, {**record.values, **changed}, turn.get("group"))
+            yield replace(record, values={**record.values, **changed}, group=turn.get("group"))
 
     def _check_order(self, records: Sequence[Record], turns: Sequence[Mapping[str, Any]], key: str) -> None:
         """Raise UserError for a turn of a dialogue without a number, and if a dialogue has two turns of the same
@@ -179,7 +180,8 @@ def _records(rows: Iterable[Row], columns: Columns, targets_required: bool, key:
     for row in rows:
         if row.names != names:
             names, indices = row.names, dict(_find_columns(row, columns, types, targets_required, key))
-        yield Record(row.place, {role: _read_cell(row, types[role], found) for role, found in indices.items()})
+        values = {role: _read_cell(row, types[role], found) for role, found in indices.items()}
+        yield Record(row.place, values, skipped=row.skipped)
 
 
 def _find_columns(

@@ -154,12 +154,16 @@ def _overrides(options: PredictOptions, trained: TaskConfig) -> Mapping[str, str
 
 
 def _input_format(options: PredictOptions, task: TaskConfig, trained: TaskConfig) -> FileFormat:
-    """Return the input's format: from flags, otherwise as in training, but quotes are ordinary characters only for a
-    separator for which they were. Whether there is a header must be said if in doubt. trained: without the flags."""
+    """Return the input's format: from flags, otherwise as in training, but only for a separator of the training data
+    are quotes ordinary characters, and bad rows accepted. Whether there is a header must be said if in doubt. trained:
+    without the flags."""
     found = task.file_format(as_flags=True)
+    csv_format = replace(found.csv, rejects_header=options.header is None)
     known = {separator(Path(path), trained.file_format()) for path in trained.files().values()}
-    quoting = task.quoting if options.quoting is not None or separator(Path(options.input), found) in known else 0
-    return replace(found, csv=replace(found.csv, quoting=quoting, rejects_header=options.header is None))
+    if separator(Path(options.input), found) not in known:
+        quoting = 0 if options.quoting is None else csv_format.quoting
+        csv_format = replace(csv_format, quoting=quoting, on_bad_lines="error")
+    return replace(found, csv=csv_format)
 
 
 def _write(

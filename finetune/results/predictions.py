@@ -163,14 +163,15 @@ def prediction_rows(
     first: int = 1,
     optional: Set[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return a row for each record, or several as its kind says: its number from `first`, the columns of the task,
+    """Return a row for each record, or several as its kind says: its number in the file, the columns of the task,
     `predicted`, and further parts of the prediction, such as `probability_LABEL`.
 
-    optional: of all records of the file, see `optional_inputs`; None: these are all.
+    first: the number of the first record if none was skipped. optional: of all records of the file, see
+    `optional_inputs`; None: these are all.
     """
     optional = optional_inputs(kind, records) if optional is None else optional
     return [
-        {"row": number, **dict(_inputs(values, kind, optional)), **dict(_flatten(part, kind))}
+        {"row": number + record.skipped, **dict(_inputs(values, kind, optional)), **dict(_flatten(part, kind))}
         for number, (record, prediction) in enumerate(zip(records, predictions, strict=True), start=first)
         for values, part in kind.rows(record, prediction)
     ]

@@ -343,7 +343,7 @@ def _parse_csv(lines: Lines, csv_format: CsvFormat, options: TextOptions, part: 
     places = [column_index(names, column, lines.origin, option, csv_format) for column, option in named]
     # Quoted fields may have line breaks: where a row begins is known only to who has read the rows before it.
     position = lines.position
-    for number, cells in rows:
+    for number, cells, _ in rows:
         if part.stop is not None and position >= part.stop:
             return
         if position >= part.start:

@@ -21,7 +21,7 @@ def test_rows_are_read_one_by_one() -> None:
     """Catches a file that is read into memory before its first row is used."""
     names, rows = read_csv((f"{number},x\n" for number in itertools.count()), "f", CsvFormat(header=False))
     assert names == ["0", "1"]
-    assert [line for line, _ in itertools.islice(rows, 3)] == [1, 2, 3]
+    assert [row.line for row in itertools.islice(rows, 3)] == [1, 2, 3]
     objects = read_json_lines(('{"a": 1}\n' for _ in itertools.count()), "f")
     assert next(objects) == (1, {"a": 1})
 
@@ -31,7 +31,7 @@ def test_a_row_is_found_where_it_begins() -> None:
     lines = ["a,b\r\n", "\r\n", '1,"x\n', 'y"\n', "2,z\n", "3\n"]
     names, rows = read_csv(lines, "f.csv", CsvFormat())
     assert names == ["a", "b"]
-    assert [next(rows), next(rows)] == [(3, ["1", "x\ny"]), (5, ["2", "z"])]
+    assert [next(rows), next(rows)] == [(3, ["1", "x\ny"], 0), (5, ["2", "z"], 0)]
     with pytest.raises(UserError, match=r"f\.csv:6: expected 2 columns, found 1; is the separator ','"):
         next(rows)
 

@@ -297,6 +297,20 @@ def test_an_ordinary_csv_file_for_a_model_of_an_unquoted_tsv_file(
         assert [row["text"] for row in read_csv(tmp_path / "out.csv")] == ['"word1" word2']
 
 
+def test_bad_rows_are_accepted_in_files_of_the_training_format_only(
+    with_format: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches texts with commas that are skipped or cut because rows of the TSV file of the training were, and numbers
+    of rows that are not those of the file after a row that is skipped."""
+    model = with_format(on_bad_lines="skip")
+    (tmp_path / "rows.csv").write_text("text\nword1\nword2, word3\n")
+    assert predict(model, tmp_path / "rows.csv", tmp_path / "out.csv") == 2
+    assert "rows.csv:3: expected 1 column, found 2; is the separator ','?" in capsys.readouterr().err
+    (tmp_path / "rows.tsv").write_text("text\nword1\nword2\tword3\nword4\n")
+    assert predict(model, tmp_path / "rows.tsv", tmp_path / "out.csv") == 0
+    assert [(row["row"], row["text"]) for row in read_csv(tmp_path / "out.csv")] == [("1", "word1"), ("3", "word4")]
+
+
 def test_quotes_around_cells_that_are_not_read_as_such(
     with_format: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
