@@ -104,6 +104,11 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     for line in (*describe_task(task), *describe_model(built, model, uses_head), *changes):
         terminal().print(f"{name}: {line}")
     tokenizer = load_task_tokenizer(model.folder, kind.config)
+    if model.pretrained and length > (limit := tokenizer.model_max_length):
+        print_warning(
+            f"{name}: model.max_seq_length is {length}, but the tokenizer in {model.folder} cuts texts at {limit} "
+            "tokens: the model may not have been trained on longer ones"
+        )
     for warning in unknown_warnings(task.splits, tokenizer.unk_token_id):
         print_warning(f"{name}: {warning}")
     if "train" in task.splits:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from experiment.errors import UserError, user_errors_in
 from experiment.models.model_names import local_model
@@ -27,6 +27,7 @@ from pretrain.corpus.reader import Corpus, open_corpus, unique_names
 from pretrain.engine.deepspeed_settings import DeepSpeedSettings, load_settings
 from pretrain.modeling.model_config import check_tokenizer, resolve_model_config
 from pretrain.modeling.random_model import meta_model
+from pretrain.modeling.resize import has_learned_positions
 from pretrain.resume import (
     ResumePlan,
     ResumePoint,
@@ -132,6 +133,8 @@ def resolve(
     skeleton = meta_model(model_config)
     check_freeze(config.model.freeze, skeleton)
     _check_batches(config, max_positions(skeleton), vocabulary, world_size)
+    earlier = model_source.init_from or (None if point is None else point.checkpoint / "hf")
+    _limit_tokenizer(tokenizer, config, skeleton, earlier)
     fingerprints = [(given.corpus.fingerprint, given.weight) for given in corpora]
     affixes = (vocabulary.prefix, vocabulary.suffix)
     identity = run_identity(config, model_config.to_dict(), fingerprints, affixes, deepspeed.raw)
@@ -285,6 +288,31 @@ def _check_batches(config: PretrainConfig, positions: int | None, vocabulary: Vo
     fewest = min(stage.sequences for stage in config.stages)
     if fewest < world_size:
         log.warning("a batch has %d sequences, fewer than the %d ranks: some compute padding only", fewest, world_size)
+
+
+def _limit_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, model: PreTrainedModel, earlier: str | Path | None
+) -> None:
+    """Let `truncation=True` cut texts at the length that the model is trained for. Warn of positions beyond it that
+    stay untrained, as each of them has an embedding of its own.
+
+    earlier: the folder of the model to continue, whose tokenizer has its limit; None: a new model.
+    """
+    if (positions := max_positions(model)) is None:
+        return
+    tokenizer.model_max_length = positions
+    trained = max(stage.max_seq_length for stage in config.stages)
+    if earlier is not None:
+        trained = max(trained, load_tokenizer(Path(earlier)).model_max_length)
+    if trained < positions and has_learned_positions(model):
+        tokenizer.model_max_length = trained
+        log.warning(
+            "model.%s: only %d of the model's %d positions are trained, because no sequence is longer; the tokenizer "
+            "in the checkpoints cuts texts there",
+            "config.max_position_embeddings" if config.model.max_positions is None else "max_positions",
+            trained,
+            positions,
+        )
 
 
 def _plan_resume(

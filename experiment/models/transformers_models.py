@@ -106,9 +106,9 @@ def max_positions(model: "PreTrainedModel") -> int | None:
 
 def limit_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
     """Let `truncation=True` cut texts at the length that the model has positions for, without which transformers fails
-    on long ones."""
+    on long ones, unless the tokenizer has a lower limit."""
     if (limit := max_positions(model)) is not None:
-        tokenizer.model_max_length = limit
+        tokenizer.model_max_length = min(limit, tokenizer.model_max_length)
 
 
 def keep_fixed(model: "PreTrainedModel", new: "PreTrainedModel") -> None:

@@ -15,6 +15,11 @@ from experiment.models.transformers_models import first_position, max_positions
 _LEARNED_POSITIONS = "position_embeddings.weight"
 
 
+def has_learned_positions(model: PreTrainedModel) -> bool:
+    """Return whether each position has an embedding of its own, which only sequences of that length train."""
+    return any(name.endswith(_LEARNED_POSITIONS) for name, _ in model.named_parameters())
+
+
 def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool) -> PreTrainedConfig:
     """Return the config of the same model for sequences of up to `wanted` tokens. The model may be on the meta device.
 
@@ -25,8 +30,7 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
     the model has, and for models whose positions are of another kind.
     """
     config, present = model.config, max_positions(model)
-    learned = any(name.endswith(_LEARNED_POSITIONS) for name, _ in model.named_parameters())
-    if present is None or not (learned or _rope_parameters(config)):
+    if present is None or not (has_learned_positions(model) or _rope_parameters(config)):
         raise UserError(
             f"model.max_positions: the positions of '{config.model_type}' are neither learned nor rotary embeddings, "
             "so they cannot be extended"

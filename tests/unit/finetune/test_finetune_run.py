@@ -596,6 +596,25 @@ def test_a_checkpoint_that_may_be_deleted(
     assert (said in " ".join(capsys.readouterr().err.split())) == is_warned
 
 
+@pytest.mark.parametrize(("changes", "is_warned"), [({}, 1), ({"max_seq_length": 8}, 0), ({"weights": "random"}, 0)])
+def test_longer_sequences_than_in_pretraining(
+    config_file: Path,
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    is_warned: bool,
+) -> None:
+    """Catches position embeddings that were never trained, without a warning."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer.model_max_length = 8
+    tokenizer.save_pretrained(shutil.copytree(encoder, tmp_path / "short"))
+    overrides = {f"model.{key}": str(value) for key, value in {"init_from": tmp_path / "short", **changes}.items()}
+    finetune(config_file, overrides, dry_run=True)
+    said = "short cuts texts at 8 tokens: the model may not have been trained on longer ones"
+    assert (said in " ".join(capsys.readouterr().err.split())) == is_warned
+
+
 def test_a_model_folder_is_no_run_folder(config_file: Path, encoder: Path) -> None:
     """Catches results in the folder of the encoder, which `deepcloze predict --model RUN` would then predict with."""
     before = sorted(encoder.iterdir())

@@ -147,6 +147,39 @@ def test_training_text_as_held_out_text_warns(
     assert ("so it is not held out" in caplog.text) == warned
 
 
+def test_positions_that_no_sequence_reaches(
+    tmp_path: Path, wordpiece_corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a server and fine-tuning that use positions that were never trained, a shorter limit than the one of the
+    model that is continued, and a limit of rotary positions."""
+
+    def limit(run: str, model: dict[str, Any], length: int = 32, **sections: dict[str, Any]) -> int:
+        batch = {"sequences": 8, "max_seq_length": length, "microbatch_tokens": 64}
+        resolved = resolve(config_of(tmp_path / run, wordpiece_corpus, model=model, batch=batch, **sections), 1)
+        return int(resolved.tokenizer.model_max_length)
+
+    bert = {"config": TINY | {"intermediate_size": 32, "max_position_embeddings": 64}}
+    assert limit("run", bert) == 32
+    assert caplog.messages == [
+        "model.config.max_position_embeddings: only 32 of the model's 64 positions are trained, because no sequence is "
+        "longer; the tokenizer in the checkpoints cuts texts there"
+    ]
+    rotary = {"model_type": "modernbert", "hidden_size": 24, "num_attention_heads": 2, "max_position_embeddings": 64}
+    stages = {"steps": 2, "stages": [{"steps": 1}, {"max_seq_length": 64}]}
+    caplog.clear()
+    assert limit("rotary", {"config": rotary}) == limit("run", bert, schedule=stages) == limit("run", bert, 64) == 64
+    assert not caplog.messages
+
+    run = resolve(config_of(tmp_path / "run", wordpiece_corpus, model=bert), 1)
+    built = build_model(run.config.model, run.model_config, 8).model
+    write_hugging_face_folder(dict(built.named_parameters()), built, run.tokenizer, tmp_path / "hf")
+    continued = {"init_from": str(tmp_path / "hf")}
+    assert (limit("next", continued, 16), limit("next", continued, 48)) == (32, 48)
+    caplog.clear()
+    assert limit("next", continued | {"max_positions": 128}, 64) == 64
+    assert caplog.messages[0].startswith("model.max_positions: only 64 of the model's 128 positions are trained")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_model_that_computes_in_fp32_only(tmp_path: Path, wordpiece_corpus: Path, precision: str) -> None:
     """Catches a run that ends in its first step, with a traceback."""

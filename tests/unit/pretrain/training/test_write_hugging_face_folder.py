@@ -42,6 +42,14 @@ def test_transformers_can_cut_texts_at_the_positions(folder: Path) -> None:
     assert len(tokenizer("de fi " * 2000, truncation=True)["input_ids"]) == 512
 
 
+def test_a_limit_of_the_tokenizer_is_kept(tmp_path: Path, model: BertForMaskedLM, wordpiece: Path) -> None:
+    """Catches texts that are as long as the model has positions, though it was trained on shorter ones."""
+    tokenizer = load_tokenizer(wordpiece)
+    tokenizer.model_max_length = 128
+    write_hugging_face_folder(dict(model.named_parameters()), model, tokenizer, tmp_path / "hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").model_max_length == 128
+
+
 def test_others_can_open_the_folder(folder: Path) -> None:
     """Catches a tokenizer that transformers 4 does not know, traces of this machine, and files that only their owner
     can read."""
