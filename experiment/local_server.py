@@ -36,11 +36,17 @@ def unusable(host: str, port: int, error: OSError) -> UserError:
 
 
 def allowed_hosts(names: Sequence[str] | None, address: str) -> frozenset[str] | None:
-    """Return the names that a server answers to; None: any. names: of an option; without any, the names of this machine
-    if only it can reach the `address` to listen on."""
-    if names:
-        return frozenset(name.lower() for name in names)
-    return LOCAL_HOSTS | {address} if ip_address(address).is_loopback else None
+    """Return the names that a server answers to: those of this machine, as most reverse proxies call it, and `names`;
+    None: any, without `names` if other machines can reach the `address` to listen on. Raises UserError for a name with
+    more than the name."""
+    for name in names or ():
+        if name.count(":") == 1 or not {",", "/", "["}.isdisjoint(name):
+            raise UserError(
+                f"--allowed_hosts: expected one name without port, such as models.example.org, not '{name}'"
+            )
+    if not names and not ip_address(address).is_loopback:
+        return None
+    return LOCAL_HOSTS | {address, *(name.lower() for name in names or ())}
 
 
 def host_name(host: str) -> str:

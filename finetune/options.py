@@ -74,9 +74,9 @@ class ServeOptions(Section):
     DEEPCLOZE_SERVE_TOKEN, or none is needed."""
 
     allowed_hosts: Annotated[tuple[str, ...] | None, Metavar("NAME")] = None
-    """Name by which clients may call this server, such as models.example.org; given once or more often. Others are
-    rejected with 421. Default: local names, such as localhost, if only this machine can reach the address, otherwise
-    any."""
+    """Name by which clients may call this server, such as models.example.org, besides local names, such as localhost;
+    given once or more often. Others are rejected with 421. Default: local names only if only this machine can reach the
+    address, otherwise any."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 if the device supports it natively, otherwise fp32."""

@@ -108,7 +108,7 @@ def require_host(app: ASGIApp, hosts: frozenset[str] | None, only_own_pages: boo
         host = headers.get("host", "").lower()
         origin = headers.get("origin", f"http://{host}").lower().partition("://")[2]
         if hosts is not None and host_name(host) not in hosts:
-            message = "this server does not answer to this name; `deepcloze serve --allowed_hosts` sets its names"
+            message = f"this server does not answer to the host '{host}'; `deepcloze serve --allowed_hosts` adds names"
             await error_response(421, message)(scope, receive, send)
         elif only_own_pages and origin != host and host_name(origin) not in proxied:
             await error_response(403, "requests from pages of other sites are not answered")(scope, receive, send)

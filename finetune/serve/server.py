@@ -52,6 +52,8 @@ def serve_command(options: ServeOptions) -> None:
         return load_served_model(local_model(options.model), options.precision)
 
     with bind(options.host, options.port) as listener:
+        address, port = listener.getsockname()[:2]
+        hosts = allowed_hosts(options.allowed_hosts, address)
         prepare_process()
         if terminal().is_interactive:  # elsewhere stderr is a log, of JSON lines only
             terminal().print(f"loading {options.model}")
@@ -60,7 +62,6 @@ def serve_command(options: ServeOptions) -> None:
         limits = Limits(options.max_texts, options.max_request_kib * 1024, options.max_queue, options.timeout)
         serving = Serving(first, load, limits, options.batch_delay_ms / 1000, options.batch_tokens)
         del first  # it is freed when it is replaced
-        address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         if token is None and not ip_address(address).is_loopback:
             log_event("any client that reaches this address may send requests: there is no token", logging.WARNING)
@@ -72,7 +73,6 @@ def serve_command(options: ServeOptions) -> None:
             if wanted:
                 serving.reload()
 
-        hosts = allowed_hosts(options.allowed_hosts, address)
         run_server(make_app(serving, token, hosts), listener, options.timeout, announce, serving.reload)
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from serving_clients import Connect
 from starlette.testclient import TestClient
 
+from experiment.errors import UserError
 from experiment.local_server import allowed_hosts
 from finetune.kinds import cloze, embedding
 from finetune.prediction.inference import Inference
@@ -300,8 +301,10 @@ def test_json_without_its_type(client: TestClient, headers: dict[str, str], path
         ((), {"Host": "localhost:8000", "Origin": "https://evil.example"}, 403),
         ((), {"Host": "localhost:8000", "Origin": "null"}, 403),
         (("Models.example",), {"Host": "models.example"}, 200),
-        (("models.example",), {"Host": "localhost"}, 421),
-        (("models.example", "127.0.0.1"), {"Host": "127.0.0.1:8000", "Origin": "https://models.example"}, 200),
+        (("models.example",), {"Host": "evil.example"}, 421),
+        (("models.example",), {"Host": "127.0.0.1:8000", "Origin": "https://models.example"}, 200),
+        (("models.example",), {"Host": "127.0.0.1:8000", "Origin": "https://evil.example"}, 403),
+        (("fe80::1",), {"Host": "[fe80::1]:8000"}, 200),
     ],
 )
 def test_other_hosts_and_pages_of_other_sites(
@@ -313,6 +316,15 @@ def test_other_hosts_and_pages_of_other_sites(
     app = make_app(client.serving, None, hosts)  # type: ignore[attr-defined]
     answer = TestClient(app).get("/v1/model", headers=headers)
     assert answer.status_code == status, answer.text
+    if status == 421:
+        assert f"does not answer to the host '{headers['Host']}'; `deepcloze serve" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("name", ["models.example:443", "a.example,b.example", "https://models.example", "[::1]:8000"])
+def test_names_of_hosts_that_no_request_has(name: str) -> None:
+    """Catches a server that answers no request, because a port, a list or a URL was given as its name."""
+    with pytest.raises(UserError, match=r"^--allowed_hosts: expected one name without port, such as models\.example"):
+        allowed_hosts([name], "127.0.0.1")
 
 
 def test_probes_have_any_name(client: TestClient) -> None:
