@@ -21,7 +21,7 @@ from experiment.local_server import allowed_hosts, bind, unusable
 from experiment.models.model_names import local_model
 from experiment.process.daemon_thread import in_daemon_thread
 from experiment.process.hardware import prepare_process
-from experiment.progress import terminal
+from experiment.progress import quiet, terminal
 from finetune.options import ServeOptions
 from finetune.serve.app import make_app
 from finetune.serve.monitoring import log_as_json, log_event
@@ -73,7 +73,8 @@ def serve_command(options: ServeOptions) -> None:
             if wanted:
                 serving.reload()
 
-        run_server(make_app(serving, token, hosts), listener, options.timeout, announce, serving.reload)
+        with quiet():  # a reload that downloads a model would say so, not in JSON
+            run_server(make_app(serving, token, hosts), listener, options.timeout, announce, serving.reload)
 
 
 def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 from uvicorn.server import ServerState
 
-from experiment.errors import UserError
+from experiment.errors import UserError, is_quiet
 from finetune.options import ServeOptions
 from finetune.serve import server
 from finetune.serve.app import make_app
@@ -130,6 +130,18 @@ def test_a_full_disk_keeps_no_server_from_starting(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(server, "run_server", lambda app, listener, timeout, announce, reload: announce())
     monkeypatch.setattr(sys, "stdout", Full())
     server.serve_command(ServeOptions(model=str(tmp_path), port=0))
+
+
+def test_a_reload_prints_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a line in the log that is not JSON, about a download from the Hub."""
+    printed = []
+    monkeypatch.setattr(server, "load_served_model", lambda *_: Served())
+    monkeypatch.setattr(server, "Serving", lambda served, *_: SimpleNamespace(served=served, reload=None))
+    monkeypatch.setattr(server, "make_app", lambda *_: None)
+    monkeypatch.setattr(server, "log_as_json", lambda: None)
+    monkeypatch.setattr(server, "run_server", lambda *_: printed.append(not is_quiet()))
+    server.serve_command(ServeOptions(model=str(tmp_path), port=0))
+    assert printed == [False]
 
 
 def test_the_thread_that_loads_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
