@@ -7,7 +7,7 @@ network, and for a full disk. They retry transient errors.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +24,7 @@ Kind = Literal["model", "dataset"]
 
 _CONFIG_AND_TOKENIZER = ("*.json", "*.txt", "*.model")
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+_ONNX = ("model.onnx", "model.onnx.data")  # as `deepcloze export` names them
 _MODULE_WEIGHTS = "[0-9]*_*/model.safetensors"  # of sentence-transformers, such as 2_Dense
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _CANDIDATES = 50  # repositories to compare a misspelt name with
@@ -48,7 +49,11 @@ def resolve_commit(name: HubName, kind: Kind = "model") -> HubName:
 
 
 def download_model(
-    name: HubName, weights: bool = True, on_progress: Callable[[], None] = lambda: None, modules: bool = False
+    name: HubName,
+    weights: bool = True,
+    on_progress: Callable[[], None] = lambda: None,
+    modules: bool = False,
+    onnx: bool = False,
 ) -> Path:
     """Return the folder with a model's config and tokenizer, and its weights in safetensors.
 
@@ -59,12 +64,15 @@ def download_model(
         weights: whether to download them.
         on_progress: called when something has been received.
         modules: whether to download those of sentence-transformers, such as 1_Pooling, too.
+        onnx: whether a model without safetensors may be one that `deepcloze export` wrote as ONNX.
     """
     from huggingface_hub import constants
 
     pinned = resolve_commit(name)
-    folder = _cached(pinned, weights, modules)
-    if folder is None:
+
+    def download(weights: Sequence[str]) -> Path:
+        if (folder := _cached(pinned, weights, modules)) is not None:
+            return folder
         if not constants.is_offline_mode():
             inform(f"downloading {pinned} from the Hugging Face Hub")
         folder = call_hub(name, "model", lambda: _snapshot(pinned, weights, modules, tqdm_class=_bar(on_progress)))
@@ -74,11 +82,16 @@ def download_model(
                 f"{name}: cannot tell whether it has modules of sentence-transformers, such as a pooling: the list of "
                 f"its files is not in {constants.HF_HUB_CACHE}; get it with `{_download_command(pinned, 'model')}`"
             )
+        return folder
+
+    folder = download(_WEIGHTS if weights else ())
+    if onnx and not _has_any(folder, _WEIGHTS):
+        folder = download(_ONNX)
     if not any(folder.glob("*.json")) and not (folder / "vocab.txt").is_file():
         raise UserError(
             f"{name}: there is neither a config.json nor a tokenizer of transformers on the Hugging Face Hub"
         )
-    if weights and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+    if weights and not _has_any(folder, (*_WEIGHTS, *(_ONNX if onnx else ()))):
         raise UserError(
             f"{name}: there are no weights in safetensors (model.safetensors) on the Hugging Face Hub; others, such as "
             "pytorch_model.bin, are not read: a pickle may run code. If you trust it, download it and name its folder"
@@ -86,7 +99,11 @@ def download_model(
     return folder
 
 
-def _cached(name: HubName, weights: bool, modules: bool) -> Path | None:
+def _has_any(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def _cached(name: HubName, weights: Sequence[str], modules: bool) -> Path | None:
     """Return the folder, if all its files are known to be there. Does not access the network."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
@@ -98,13 +115,14 @@ def _cached(name: HubName, weights: bool, modules: bool) -> Path | None:
         return None
 
 
-def _snapshot(name: HubName, weights: bool, modules: bool, **options: Any) -> Path:
+def _snapshot(name: HubName, weights: Sequence[str], modules: bool, **options: Any) -> Path:
+    """weights: patterns of their names; none without weights."""
     from huggingface_hub import snapshot_download
 
     folder: str = snapshot_download(
         name.repository,
         revision=name.revision,
-        allow_patterns=[*_CONFIG_AND_TOKENIZER, *((*_WEIGHTS, _MODULE_WEIGHTS) if weights else ())],
+        allow_patterns=[*_CONFIG_AND_TOKENIZER, *weights, *([_MODULE_WEIGHTS] if weights else [])],
         ignore_patterns=["[!0-9]*/*" if modules else "*/*"],  # other formats; folders of modules begin with digits
         **options,
     )

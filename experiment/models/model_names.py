@@ -41,13 +41,17 @@ def record_model(name: str, earlier: str | None = None) -> str:
 
 
 def local_model(
-    name: str, on_progress: Callable[[], None] = lambda: None, weights: bool = True, modules: bool = False
+    name: str,
+    on_progress: Callable[[], None] = lambda: None,
+    weights: bool = True,
+    modules: bool = False,
+    onnx: bool = False,
 ) -> Path:
     """Return the path that a name stands for: a folder, a checkpoint or a run. A model of object storage or of the Hub
     is copied to the user's cache folder first. Raises UserError.
 
     on_progress: called when something has been received from the Hub. weights, modules: whether to copy the weights of
-    a Hub model, and its modules of sentence-transformers, too.
+    a Hub model, and its modules of sentence-transformers, too. onnx: whether it may be an ONNX model.
     """
     _check_form(name)
     if is_url(name):
@@ -55,7 +59,7 @@ def local_model(
     if HubName.parse(name) is not None and (Path(name) / "config.json").is_file():
         log.warning("%s: using this folder, not a model of this name on the Hugging Face Hub", name)
     hub = HubName.of_model(name)
-    return Path(name) if hub is None else download_model(hub, weights, on_progress, modules)
+    return Path(name) if hub is None else download_model(hub, weights, on_progress, modules, onnx)
 
 
 def local_tokenizer(name: str) -> Path:

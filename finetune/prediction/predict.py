@@ -100,7 +100,7 @@ def predict_command(options: PredictOptions) -> None:
         _check_writable(written)
     if source.exists() and not source.is_file() and not source.is_dir():
         raise UserError(f"--input: {source} is not a regular file; it is read twice, which a pipe cannot be")
-    folder, description = find_model(local_model(options.model))
+    folder, description = find_model(local_model(options.model, onnx=True))
     trained = read_saved_task(folder)
     task = override_task(trained, _overrides(options, trained.kind.config))
     if options.calibrated and task.temperature is None:

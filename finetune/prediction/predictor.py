@@ -46,7 +46,7 @@ class Predictor:
         if batch_size < 1:
             raise UserError(f"batch_size: expected at least 1, found {batch_size}")
         model = expand_home(str(model))
-        folder = Path(model) if task else find_model(local_model(model))[0]
+        folder = Path(model) if task else find_model(local_model(model, onnx=True))[0]
         task = task or read_saved_task(folder)
         return cls.of(
             load_model(folder, load_task_tokenizer(folder, task.kind.config), task, precision), task, batch_size

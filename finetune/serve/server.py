@@ -49,7 +49,7 @@ def serve_command(options: ServeOptions) -> None:
     signal.signal(signal.SIGHUP, lambda number, _: wanted.append(number))
 
     def load() -> ServedModel:
-        return load_served_model(local_model(options.model), options.precision)
+        return load_served_model(local_model(options.model, onnx=True), options.precision)
 
     with bind(options.host, options.port) as listener:
         address, port = listener.getsockname()[:2]

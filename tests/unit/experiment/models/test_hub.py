@@ -301,6 +301,20 @@ def test_weights_in_other_formats(hub: HubServer) -> None:
     assert refusal("empty").startswith("empty: there is neither a config.json nor a tokenizer")
 
 
+def test_an_onnx_model(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a model that `deepcloze export --format onnx --push` wrote and no command can use, and a download of both
+    formats."""
+    model = {name: FILES[name] for name in ROOT} | {"model.onnx": b"a graph", "model.onnx.data": WEIGHTS}
+    hub.repository("onnx").push(model)
+    assert refusal("onnx").startswith("onnx: there are no weights in safetensors (model.safetensors) on the Hugging")
+    assert contents(local_model("onnx", onnx=True)) == model
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert contents(local_model("onnx", onnx=True)) == model
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.repository("both").push({**model, "model.safetensors": WEIGHTS})
+    assert contents(local_model("both", onnx=True)).keys() == ROOT | {"model.safetensors"}
+
+
 def test_a_cache_that_cannot_be_written(hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a traceback for a full disk or a folder of another user."""
     file = Path(constants.HF_HUB_CACHE)

@@ -19,6 +19,7 @@ from finetune.prediction.predict import Input, _overrides
 from finetune.prediction.predictor import Predictor
 from finetune.prediction.saved_task import FILE
 from finetune.task_kind import Prediction, find_kind
+from hub_server import HubServer
 from launcher.cli import main
 
 Row = dict[str, str]
@@ -421,6 +422,18 @@ def test_bad_input_leaves_no_output(
     assert predict(trained_run, Path(name), Path("out.csv"), *flags) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("command", ["predict --input {input} --output out.csv", "serve --port 0"])
+def test_an_onnx_model_of_the_hub(
+    trained_run: Path, hub: HubServer, texts: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a pushed ONNX model whose file is not downloaded."""
+    files = {path.name: path.read_bytes() for path in (trained_run / "seed-1" / "model").iterdir()}
+    del files["model.safetensors"]
+    hub.repository("me/onnx").push({**files, "model.onnx": b"damaged"})
+    assert main([*command.format(input=texts).split(), "--model", "me/onnx"]) == 2
+    assert "/model.onnx is damaged" in capsys.readouterr().err
 
 
 def test_an_unknown_label_is_found_before_the_model_is_loaded(
