@@ -5,6 +5,7 @@ reference of its config keys. To add a kind, add a file.
 """
 
 import importlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,7 +172,8 @@ class TaskKind(ABC, Generic[ConfigT]):
     @property
     def usage(self) -> str:
         """Python that predicts for a text, for the model card. A `string.Template`: $model is the line that sets
-        `model`, $tokenizing are arguments that cut or pad a text as in training."""
+        `model`, $tokenizing are arguments that cut or pad a text as in training, $length is the maximum length, and
+        $overlap the tokens that windows over a longer text share."""
         is_pair = "text_pair" in self.config.columns.cell_types()
         text = '{"text": "A text.", "text_pair": "Another text."}' if is_pair else '"A text."'
         return (
@@ -270,7 +272,7 @@ class TaskKind(ABC, Generic[ConfigT]):
     def intervals(
         self, records: Sequence[Record], predictions: Sequence[Prediction]
     ) -> Mapping[str, tuple[float, float]]:
-        """Return the 95 % confidence intervals of those metrics that have one, see `metrics.accuracy_interval`."""
+        """Return the 95 % confidence intervals of those metrics that have one, see `significance.accuracy_interval`."""
         return {}
 
     def breakdowns(
@@ -316,6 +318,14 @@ class TaskKind(ABC, Generic[ConfigT]):
     def library_files(self, model: "PreTrainedModel", max_seq_length: int) -> Mapping[str, Any]:
         """Return the JSON files that `library` needs in the model folder: path -> content."""
         return {}
+
+
+def predictor_usage(record: Mapping[str, Any]) -> str:
+    """Return the `usage` of a kind that transformers has no pipeline for."""
+    return (
+        "import deepcloze\n\n$model\npredictor = deepcloze.Predictor.load(model)\n"
+        f"print(predictor.predict([{json.dumps(record)}]))"
+    )
 
 
 def find_kind(name: str) -> type[TaskKind[Any]]:

@@ -27,7 +27,7 @@ from finetune.kinds.multiple_choice import choice_loss
 from finetune.scores.calibration import Classified, pad_probabilities, scale
 from finetune.scores.metrics import is_constant
 from finetune.scores.significance import Interval, accuracy_interval
-from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, predictor_usage
 
 _BLANK = "_"
 _BRACKETS = str.maketrans("【】", "[]")  # typed with the keys [ and ] in Chinese input methods
@@ -86,16 +86,6 @@ class Config(TaskConfig):
         return self.scoring != "zero_shot"
 
 
-# transformers does not fill blanks: this needs deepcloze.
-_USAGE = """
-import deepcloze
-
-$model
-predictor = deepcloze.Predictor.load(model)
-print(predictor.predict([{"article": "A _ text.", "options": [["short", "long"]]}]))
-"""
-
-
 @dataclass(frozen=True)
 class _Masked:
     """A mask that stands for a token of some options."""
@@ -128,7 +118,7 @@ class Kind(TaskKind[Config]):
 
     config_type = Config
     hub_task = "multiple-choice"
-    usage = _USAGE
+    usage = predictor_usage({"article": "A _ text.", "options": [["short", "long"]]})
     answer = "answers"
 
     def __init__(self, config: Config, _: tuple[str, ...]) -> None:

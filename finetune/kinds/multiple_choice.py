@@ -20,7 +20,7 @@ from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
 from finetune.scores.calibration import Classified, pad_probabilities
 from finetune.scores.significance import Interval, accuracy_interval
-from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, predictor_usage
 
 Choices = list[str] | dict[str, str]
 """Texts, or texts by name."""
@@ -62,23 +62,6 @@ class Config(TaskConfig):
     kept."""
 
 
-# A choice follows the question or, if there is a context, both follow it.
-_USAGE = """
-import torch
-from transformers import AutoModelForMultipleChoice, AutoTokenizer
-
-$model
-question, choices = "Which one is right?", ["This one.", "That one."]
-tokenizer = AutoTokenizer.from_pretrained(model)
-texts = [question] * len(choices)  # with a context: [context] * len(choices), and in the next line
-pairs = choices  # with a context: [f"{question} {choice}" for choice in choices]
-inputs = tokenizer(texts, pairs, truncation="only_first", padding=True, $length, return_tensors="pt")
-with torch.inference_mode():
-    outputs = AutoModelForMultipleChoice.from_pretrained(model)(**{name: ids[None] for name, ids in inputs.items()})
-print(choices[int(outputs.logits.argmax())])
-"""
-
-
 class Kind(TaskKind[Config]):
     """A prediction has `label`, as the file has it, and `probabilities`: by label, or a list in the order of the
     choices if their texts are the labels."""
@@ -86,7 +69,12 @@ class Kind(TaskKind[Config]):
     config_type = Config
     auto_model = "AutoModelForMultipleChoice"
     hub_task = "multiple-choice"
-    usage = _USAGE
+
+    @property
+    def usage(self) -> str:
+        record = {"context": "A text.", "question": "Which one is right?", "choices": ["This one.", "That one."]}
+        roles = self.config.columns.without_targets().cell_types()
+        return predictor_usage({role: value for role, value in record.items() if role in roles})
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from finetune.encoding.encoder import Encoder, Tokens, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.scores.calibration import confidence_losses
 from finetune.scores.metrics import exact_match, word_f1
-from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
+from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, predictor_usage
 
 
 class QuestionAnsweringColumns(Columns):
@@ -53,24 +53,6 @@ class Config(TaskConfig):
     """Maximum length of a predicted answer in tokens."""
 
 
-# transformers 5 has no pipeline for this kind.
-_USAGE = """
-import torch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
-
-$model
-question, context = "Who wrote it?", "The text that contains the answer."
-tokenizer = AutoTokenizer.from_pretrained(model)
-inputs = tokenizer(question, context, truncation="only_second", $length, return_tensors="pt")
-with torch.inference_mode():
-    outputs = AutoModelForQuestionAnswering.from_pretrained(model)(**inputs)
-shown = torch.tensor([part == 1 for part in inputs.sequence_ids(0)])  # the tokens of the context
-scores = outputs.start_logits[0][:, None] + outputs.end_logits[0]  # of all pairs of a first and a last token
-first, last = divmod(int(scores.where((shown[:, None] & shown).triu(), -torch.inf).argmax()), len(shown))
-print(context[inputs.token_to_chars(0, first).start : inputs.token_to_chars(0, last).end])
-"""
-
-
 @dataclass(frozen=True)
 class _Window:
     """The part of a context that a sequence shows."""
@@ -99,7 +81,7 @@ class Kind(TaskKind[Config]):
     answer = "answer"
     auto_model = "AutoModelForQuestionAnswering"
     hub_task = "question-answering"
-    usage = _USAGE
+    usage = predictor_usage({"question": "Who wrote it?", "context": "The text that contains the answer."})
 
     @property
     def head(self) -> dict[str, Any]:

@@ -47,10 +47,12 @@ class Config(TaskConfig):
 
 # The first token of a word carries its tag. The pipeline splits a text into words as the tokenizer does.
 _USAGE = """
-from transformers import pipeline
+from transformers import AutoTokenizer, pipeline
 
 $model
-tagger = pipeline("token-classification", model=model, aggregation_strategy="first")
+tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=$length)
+windows = {"tokenizer": tokenizer, "stride": $overlap, "aggregation_strategy": "first"}
+tagger = pipeline("token-classification", model=model, **windows)
 print(tagger("A sentence."))
 """
 

@@ -103,10 +103,10 @@ def _seed_scores(results: Mapping[str, Any]) -> str:
 
 
 def _usage(run: ResolvedRun) -> str:
-    length = f"max_length={run.max_seq_length}"
-    padded = run.task.padding.length is not None
-    tokenizing = f"truncation=True, {length}" + (', padding="max_length"' if padded else "")
-    code = Template(run.task.kind.usage).substitute(model=MODEL, tokenizing=tokenizing, length=length)
+    length, padded = run.max_seq_length, run.task.padding.length is not None
+    tokenizing = f"truncation=True, max_length={length}" + (', padding="max_length"' if padded else "")
+    values = {"model": MODEL, "tokenizing": tokenizing, "length": length, "overlap": length // 3}
+    code = Template(run.task.kind.usage).substitute(values)
     roles = run.task.kind.config.columns.without_targets().cell_types()
     columns = ", ".join(escape(name) for role in roles for name in run.task.kind.config.columns.names(role))
     commands = f"deepcloze prepares texts as in training. The input of `predict` has the columns {columns}:"

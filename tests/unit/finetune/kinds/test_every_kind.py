@@ -207,19 +207,31 @@ def test_a_kind_learns_and_saves_what_it_learned(
     library = predictor.kind.library.replace("-", "_")
     pytest.importorskip(library, reason=f"{library} is not installed: the snippet of the model card needs it")
     found = run_snippet(folder / "model", capsys)
+    if name == "token_classification":
+        text = " ".join([*LOW * 4, HIGH[0]])
+        printed = print_with_snippet(folder / "model", capsys, {"A sentence.": text})
+        assert f"'end': {len(text)}}}]" in printed, "the end of a long text"
     if issubclass(find_kind(name).config_type.model_fields["columns"].annotation, TextColumns):
         (prediction,) = predictor.predict([{"text": "A text."}])
         expected = numbers(prediction)
         assert max(numbers(found)) == pytest.approx(max(expected), abs=1e-4)
 
 
-def run_snippet(model: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """What the Python in a model card prints, as a value if it is one. The working directory is the model folder."""
+def print_with_snippet(model: Path, capsys: pytest.CaptureFixture[str], inputs: dict[str, str]) -> str:
+    """What the Python in a model card prints, with other inputs. The working directory is the model folder."""
     (code,) = re.findall(r"```python\n(.*?)```", (model / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for shown, text in inputs.items():
+        code = code.replace(shown, text)
     capsys.readouterr()
     exec(code, {})
     printed = capsys.readouterr().out.strip()
     assert printed
+    return printed
+
+
+def run_snippet(model: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """What the Python in a model card prints, as a value if it is one."""
+    printed = print_with_snippet(model, capsys, {})
     return ast.literal_eval(printed) if printed.startswith(("[", "{")) else printed
 
 
@@ -262,6 +274,46 @@ def test_the_snippet_of_a_task_on_pairs_runs(
     record = {"text": "A text.", "text_pair": "Another text."}
     (prediction,) = Predictor.load(model, precision="fp32").predict([record])
     assert max(numbers(found)) == pytest.approx(max(numbers(prediction)), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "answer"),
+    [
+        ("question_answering", {}, {"answer": "", "start": None}),
+        ("multiple_choice", {}, {}),
+        ("multiple_choice", {"question": None, "context": "article"}, {}),
+    ],
+)
+def test_snippets_predict_as_scored(
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    columns: dict[str, Any],
+    answer: dict[str, Any],
+) -> None:
+    """Catches a snippet that finds an answer where there is none, cuts another part of a context, or gives a model a
+    question though it was trained on contexts."""
+    row = TASKS[name].row
+    options = {"columns": columns} | ({"no_answer": True} if answer else {})
+
+    def other(draw: random.Random) -> Row:
+        unanswered = {"answers": {"text": [], "answer_start": []}} if answer else {}
+        return {"article": "word1 word2", **row(draw), **unanswered}
+
+    monkeypatch.setitem(TASKS, name, TinyTask(other, chance=0.0, epochs=1, task=options))
+    run(config_of(name, encoder, tmp_path))
+    model = tmp_path / "run" / "seed-42" / "model"
+    monkeypatch.chdir(model)
+    (found,) = run_snippet(model, capsys)
+    texts = {"question": "Which one is right?", "context": "A text."}
+    if name == "multiple_choice":
+        record = {role: text for role, text in texts.items() if columns.get(role, role != "context")}
+        (expected,) = Predictor.load(model).predict([record | {"choices": ["This one.", "That one."]}])
+        assert found == expected
+    else:
+        assert {key: found[key] for key in answer} == answer
 
 
 @pytest.mark.parametrize(
