@@ -145,7 +145,7 @@ class TaskKind(ABC, Generic[ConfigT]):
     def label_id(self, label: str, place: str) -> int:
         """Return the id of a label. place: file and line. Raises UserError for an unknown label."""
         if label not in self.label_ids:
-            advice = "" if self.config.labels else " (task.labels can list labels that the training split lacks)"
+            advice = "" if self.config.labels else " (the model has those of its training split, or of task.labels)"
             close = shorten(did_you_mean(label, self.labels), _LONGEST_LIST)
             raise UserError(f"{place}: unknown label '{label}'{advice}{close}")
         return self.label_ids[label]

@@ -444,7 +444,7 @@ def test_an_unknown_label_is_found_before_the_model_is_loaded(
     (tmp_path / "in.csv").write_text("text,label\na,low\nb,lo\n")
     assert predict(trained_run, tmp_path / "in.csv", tmp_path / "out.csv", "--score") == 2
     said = capsys.readouterr().err
-    assert "in.csv:3: unknown label 'lo' (task.labels can list " in said
+    assert "in.csv:3: unknown label 'lo' (the model has those of its training split, or of task" in said
     assert "; did you mean 'low'?" in said
 
 
