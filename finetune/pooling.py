@@ -31,11 +31,11 @@ def declared_pooling(folder: Path) -> Pooling | None:
 
 def hidden_states(encoder: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the last hidden states STD of an encoder without its head. Raises UserError if it has none for each token:
-    Funnel's shortens sequences, Perceiver's takes no token ids."""
+    Funnel's shortens sequences, Perceiver's takes no token ids, T5's needs some for its decoder."""
     try:
         hidden_STD: Tensor = encoder(**inputs).last_hidden_state
         fits = hidden_STD.shape[:2] == inputs["attention_mask"].shape
-    except TypeError:  # other arguments
+    except (TypeError, ValueError):  # other arguments, such as those of a decoder
         fits = False
     if not fits:
         raise UserError("the model has no hidden state for each token, of which vectors are made")

@@ -28,6 +28,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "funnel": {"num_hidden_layers": None, "num_blocks": None, "block_sizes": [1, 1]},
     "modernvbert": {"text_config": TEXT | {"model_type": "modernbert"}, "vision_config": VISION},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 2},
+    "t5": {"eos_token_id": 3, "decoder_start_token_id": 0, "num_heads": 2, "d_kv": 16, "d_ff": 40},
     "ultravbert": {"text_config": TEXT | {"model_type": "ultrabert"}, "vision_config": VISION},
     "xmod": {"default_language": "en_XX"},
 }

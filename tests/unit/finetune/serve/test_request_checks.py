@@ -157,7 +157,7 @@ def test_what_the_server_does_not_have(client: TestClient, method: str, path: st
     assert answer.json()["error"].endswith("; /docs lists those of this server")
 
 
-@pytest.mark.parametrize("model_type", ["funnel", "perceiver"])
+@pytest.mark.parametrize("model_type", ["funnel", "perceiver", "t5"])
 def test_models_without_hidden_states_of_tokens(
     model_type: str, classifier_of: Callable[[str], Path], connect: Connect
 ) -> None:
@@ -310,8 +310,8 @@ def test_json_without_its_type(client: TestClient, headers: dict[str, str], path
 def test_other_hosts_and_pages_of_other_sites(
     client: TestClient, names: tuple[str, ...], headers: dict[str, str], status: int
 ) -> None:
-    """Catches a page on the web that reads predictions, through a name that it has pointed at this machine, and one
-    that lets visitors compute."""
+    """Catches a page on the web that reads predictions, through a name that it has pointed at this machine, one that
+    lets visitors compute, and requests that are rejected behind a proxy, which calls the server by its address."""
     hosts = allowed_hosts(names, "127.0.0.1")
     app = make_app(client.serving, None, hosts)  # type: ignore[attr-defined]
     answer = TestClient(app).get("/v1/model", headers=headers)
