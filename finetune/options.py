@@ -59,9 +59,9 @@ class PredictOptions(Section):
 
 class ServeOptions(Section):
     model: Annotated[PathText, Metavar("DIR")]
-    """Model folder, such as RUN/seed-1/model; or a run: then the model of its best seed on validation. Also a folder of
-    transformers with a head for sequence classification, token classification, multiple choice or masked LM, or
-    NAME[@REVISION] of one on the Hugging Face Hub."""
+    """Model folder, such as RUN/seed-1/model; a checkpoint; or a run: then the model of its best seed on validation, or
+    the newest checkpoint. Also a folder of transformers with a head for sequence classification, token classification,
+    multiple choice or masked LM, or NAME[@REVISION] of one on the Hugging Face Hub."""
 
     host: Annotated[str, Metavar("ADDRESS")] = "127.0.0.1"
     """Address to listen on: only this machine can reach the default; 0.0.0.0 is any address of this machine."""

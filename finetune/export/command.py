@@ -9,8 +9,7 @@ from experiment.formatting import shorten
 from experiment.models.hub_names import HubName
 from experiment.models.model_names import local_model
 from experiment.output_folder import is_free, new_folder
-from experiment.run_files.checkpoints import find_model_folder, mention_best, unlisted_files
-from experiment.run_files.run_folder import RunFolder
+from experiment.run_files.checkpoints import mention_best, unlisted_files
 from finetune.export.exported_card import name_model, write_card
 from finetune.export.push import check_target, parse_target, push_folder
 from finetune.model import model_files
@@ -34,7 +33,7 @@ def export_command(options: ExportOptions) -> None:
         raise UserError("--private and --overwrite need --push OWNER/NAME")
     repository = None if options.push is None else parse_target(options.push)
     path = local_model(options.checkpoint, modules=options.format == "hf")
-    source = _find_source(path)
+    source, _ = find_model(path)
     target = Path(options.output).absolute()
     if not is_free(target):
         raise UserError(f"{target} already exists; choose another --output")
@@ -55,12 +54,6 @@ def export_command(options: ExportOptions) -> None:
     print("\n".join([f"{source} -> {target}", *lines]), flush=True)
     if repository is not None:
         print(f"{target} -> {push_folder(target, repository, options.private)}")
-
-
-def _find_source(path: Path) -> Path:
-    """Return the model folder that `path` refers to: itself, or the one of a checkpoint or a run of either kind."""
-    is_finetuned = RunFolder(path).results.is_file() or (path / "model" / "config.json").is_file()
-    return find_model(path)[0] if is_finetuned else find_model_folder(path)
 
 
 def _write(source: Path, folder: Path, options: ExportOptions, repository: HubName | None) -> list[str]:

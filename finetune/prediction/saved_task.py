@@ -23,7 +23,7 @@ from experiment.files import checksum, read_json, write_json
 from experiment.formatting import counted
 from experiment.models.model_folder import load_config
 from experiment.models.transformers_models import has_masked_lm_head
-from experiment.run_files.checkpoints import complete_checkpoints, find_model_folder
+from experiment.run_files.checkpoints import find_model_folder
 from experiment.run_files.run_folder import RunFolder
 from finetune.kinds import kind_names
 from finetune.task_kind import TaskKind, find_kind
@@ -140,6 +140,11 @@ def _read_foreign(folder: Path) -> SavedTask:
     kind_name = next((kind for end, kind in _FOREIGN_KINDS.items() if architecture.endswith(end)), None)
     labels = tuple(config.id2label[number] for number in sorted(config.id2label))
     single_label = config.problem_type in (None, "single_label_classification")
+    if has_masked_lm_head(config.architectures):
+        raise UserError(
+            f"{folder} is a masked language model (architecture: {architecture}), which predicts no labels: `deepcloze "
+            "finetune` makes one that does, `deepcloze serve` fills masks"
+        )
     if kind_name == "multiple_choice":
         labels = ()  # the labels of the config mean nothing: choices are named by their texts
     elif kind_name is None or not single_label or len(set(labels)) < 2:
@@ -155,24 +160,17 @@ def _read_foreign(folder: Path) -> SavedTask:
 def find_model(path: Path) -> tuple[Path, str]:
     """Return the model folder that `path` refers to, and a line that says which it is.
 
-    path: a model folder, the folder of a seed, or a run. Raises UserError if it is none of these, and for the folder of
-    a damaged seed or checkpoint.
+    path: a model folder, the folder of a seed, a checkpoint, or a run of either kind; of a pretraining run, the newest
+    checkpoint is used. Raises UserError if it is none of these, and for a damaged seed or checkpoint.
     """
-    if (path / "config.json").is_file():
-        folder, description = path, str(path)
-    elif (path / "model" / "config.json").is_file():
-        folder, description = path / "model", str(path / "model")
-    elif RunFolder(path).results.is_file():
-        folder, description = _best_seed(RunFolder(path))
-    elif checkpoints := complete_checkpoints(path / "checkpoints"):
-        raise UserError(
-            f"{path} is a pretraining run: expected a finished run of `deepcloze finetune`, or a model folder; "
-            f"`deepcloze serve` fills masks with {checkpoints[-1] / 'hf'}"
-        )
-    else:
-        problem = "holds neither config.json nor results.json" if path.is_dir() else "is not a folder"
-        raise UserError(f"{path} {problem}: expected a model folder, such as RUN/seed-1/model, or a finished run")
-    return find_model_folder(folder), description
+    folder, description = path, None
+    if not (path / "config.json").is_file():
+        if (path / "model" / "config.json").is_file():
+            folder = path / "model"
+        elif RunFolder(path).results.is_file():
+            folder, description = _best_seed(RunFolder(path))
+    folder = find_model_folder(folder)
+    return folder, description or str(folder)
 
 
 def _best_seed(run: RunFolder) -> tuple[Path, str]:

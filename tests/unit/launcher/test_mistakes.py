@@ -364,7 +364,7 @@ FOLDERS = {
     "no corpora": Mistake("evaluate --checkpoint run --corpus ,", r"no corpus to evaluate on: expected corpus folders"),
     "pretraining to predict": Mistake(
         "predict --model run --input test.csv --output a.csv",
-        r"run is a pretraining run: expected a finished run of `deepcloze finetune`",
+        r"run/checkpoints/step-\d+/hf is a masked language model .*, which predicts no labels: `deepcloze finetune`",
     ),
     "nothing to serve": Mistake("serve --model no", r"no: no such folder, and no such model"),
     "nothing to export": Mistake("export --checkpoint no --output new", r"no: no such folder, and no such model"),

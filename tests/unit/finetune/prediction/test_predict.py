@@ -403,7 +403,7 @@ def test_scores_name_a_data_set_as_it_was_given(trained_run: Path, tmp_path: Pat
         ("in.csv", "text\nword1\n", ("--output=out.xls",), "expected a file that ends in .csv, .tsv, .jsonl"),
         ("in.csv", "text\nword1\n", ("--output=in.csv",), "in.csv is the input"),
         ("in.csv", "text\nword1\n", ("--model=nowhere",), "nowhere: no such folder, and no such model in "),
-        ("in.csv", "text\nword1\n", ("--model=.",), "holds neither config.json nor results.json"),
+        ("in.csv", "text\nword1\n", ("--model=.",), ". is neither a Hugging Face folder, a checkpoint nor a run with"),
     ],
 )
 def test_bad_input_leaves_no_output(

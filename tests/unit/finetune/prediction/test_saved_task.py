@@ -70,6 +70,21 @@ def test_a_damaged_checkpoint_is_rejected(tmp_path: Path) -> None:
         find_model(tmp_path / "hf")
 
 
+def test_a_pretraining_run_or_a_checkpoint(tmp_path: Path) -> None:
+    """Catches a server that refuses what `deepcloze evaluate` accepts, and an older checkpoint than the newest."""
+    for step in (2, 4):
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        (checkpoint / "hf").mkdir(parents=True)
+        (checkpoint / "hf" / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
+        mark_complete(checkpoint)
+    for path in (tmp_path / "run", checkpoint, checkpoint / "hf"):
+        assert find_model(path) == (checkpoint / "hf", str(checkpoint / "hf"))
+    with pytest.raises(
+        UserError, match=r"step-00000004/hf is a masked language model \(architecture: BertForMaskedLM\)"
+    ):
+        read_saved_task(checkpoint / "hf")
+
+
 def test_a_task_is_written_again(tmp_path: Path) -> None:
     """Catches a folder that is called damaged because a run that was killed after an evaluation wrote it twice."""
     for length in (8, 16):

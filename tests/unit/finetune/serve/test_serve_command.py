@@ -42,7 +42,7 @@ def taken_port() -> int:
     ("flags", "message"),
     [
         (["--model", "nowhere"], "nowhere: no such folder, and no such model in "),
-        (["--model", "."], ". holds neither config.json nor results.json"),
+        (["--model", "."], ". is neither a Hugging Face folder, a checkpoint nor a run with"),
         (["--model", "{encoder}", "--precision", "fp16"], "--precision: fp16 needs a CUDA device"),
         (["--model", "{encoder}", "--port", "70000"], "--port: expected"),
         (["--model", "{encoder}", "--port", "http"], "--port: expected"),
