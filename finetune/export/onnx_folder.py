@@ -1,6 +1,7 @@
 """Write a model folder whose model is ONNX, compare it with the original, and say how to use it."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from experiment.errors import UserError
@@ -10,7 +11,7 @@ from experiment.run_files.checkpoints import unlisted_files
 from finetune.encoding.encoder import load_task_tokenizer
 from finetune.export.exported_card import write_card
 from finetune.export.graph import quantize, takes_choices, write_graph
-from finetune.export.parity import Comparison, compare, sample_batches
+from finetune.export.parity import Difference, compare, sample_batches
 from finetune.model import model_files
 from finetune.prediction.loaded_model import LoadedModel, load_on_cpu
 from finetune.prediction.mask_filler import load_filling_tokenizer, ranking_task
@@ -49,7 +50,7 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
     use_fast_linear(original.model)  # as `deepcloze predict` computes it
     batches = sample_batches(original)
     found = compare(original, _load(folder), batches)
-    for name, difference in found.outputs.items():
+    for name, difference in found.items():
         if difference.largest > (most := _TOLERANCE * difference.scale):
             raise UserError(
                 f"{source}: {name} of ONNX Runtime differ from those of PyTorch by up to {difference.largest:.1e}; "
@@ -77,11 +78,8 @@ def _load(folder: Path) -> LoadedModel:
     return load_on_cpu(folder, load_task_tokenizer(folder, task.kind.config), task)
 
 
-def _describe(found: Comparison) -> str:
-    parts = [f"{name} {difference.largest:.1e} of {difference.scale:.3g}" for name, difference in found.outputs.items()]
-    if found.decisions:
-        parts += [f"probabilities {found.probability:.1e}", f"{found.same / found.decisions:.1%} same predictions"]
-    return ", ".join(parts)
+def _describe(found: Mapping[str, Difference]) -> str:
+    return ", ".join(f"{name} {each.largest:.1e} of {each.scale:.3g}" for name, each in found.items())
 
 
 def _megabytes(*files: Path) -> str:
