@@ -44,7 +44,8 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
     """
     original = _load(source)
     folder.mkdir()
-    for path in {*model_files(source, weights=False), *source.glob("deepcloze*.json")} - unlisted_files(source):
+    more = (path for pattern in ("deepcloze*.json", "LICENSE*") for path in source.glob(pattern))
+    for path in {*model_files(source, weights=False), *more} - unlisted_files(source):
         shutil.copyfile(path, folder / path.name)
     write_graph(original, folder / FILE)
     use_fast_linear(original.model)  # as `deepcloze predict` computes it

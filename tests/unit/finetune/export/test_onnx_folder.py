@@ -308,9 +308,11 @@ def test_sizes_and_differences_are_printed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches an export that says nothing about what it found, or says that all predictions are the same because they
-    are for random tokens."""
+    are for random tokens; and a license that is left out."""
+    model = Path(shutil.copytree(trained_run / "seed-1" / "model", tmp_path / "model"))
+    (model / "LICENSE.txt").write_text("Be kind.")
     monkeypatch.setattr("finetune.export.onnx_folder.write_graph", lambda _, path: shutil.copy(exported / FILE, path))
-    export_command(ExportOptions(checkpoint=str(trained_run), output=str(tmp_path / "out"), format="onnx", int8=True))
+    export_command(ExportOptions(checkpoint=str(model), output=str(tmp_path / "out"), format="onnx", int8=True))
     printed = capfd.readouterr()
     lines = printed.out.splitlines()
     assert lines[0].endswith(f"-> {tmp_path / 'out'}")
@@ -319,6 +321,7 @@ def test_sizes_and_differences_are_printed(
     for name, line in zip(("fp32", "int8"), lines[2:], strict=True):
         assert re.fullmatch(rf"ONNX {name} +\d+\.\d MB  {numbers}", line)
     assert printed.err == ""
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "Be kind."
 
 
 def test_outputs_that_differ_are_an_error(
