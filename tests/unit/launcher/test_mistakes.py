@@ -31,7 +31,7 @@ PRETRAINING = {
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "intermediate_size": 8,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": 32,
         }
     },
     "corpus": {"train": "corpus"},
@@ -240,16 +240,16 @@ CONFIGS = {
     ),
     "long sequences": Mistake(
         "pretrain --config run.yaml --batch.max_seq_length=128",
-        r"length is 128, but the model has 64 positions; lower it, or raise them in model.config",
+        r"length is 128, but the model has 32 positions; lower it, or raise them in model.config",
     ),
     "long sequences for a loaded model": Mistake(
         "pretrain --config run.yaml --run.dir=new --model.config=null --model.init_from=run --batch.max_seq_length=128 "
         "--batch.microbatch_tokens=128",
-        r"length is 128, but the model has 64 positions; lower it, or set model.max_positions: 128 to extend the model",
+        r"length is 128, but the model has 32 positions; lower it, or set model.max_positions: 128 to extend the model",
     ),
     "long sequences of a task": Mistake(
         "finetune --config task.yaml --model.max_seq_length=128",
-        r"length is 128, the model .* has 64 positions; lower it, or extend .* with model.max_positions",
+        r"length is 128, the model .* has 32 positions; lower it, or extend .* with model.max_positions",
     ),
     "unknown type of model": Mistake(
         "pretrain --config run.yaml --model.config.model_type=brt", r"unknown model type 'brt'; did you mean 'bert'\?"
