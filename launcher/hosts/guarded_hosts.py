@@ -23,6 +23,7 @@ from launcher.hosts.ssh import CONNECT_SECONDS, last_reason, ssh_argv
 _START_SECONDS = CONNECT_SECONDS + SILENCE_SECONDS
 _SECONDS_PER_HOST = 0.1  # to start ssh
 _END_SECONDS = 15.0
+_CLOSE_SECONDS = 5.0
 _NO_REASON = "the connection was closed"
 
 
@@ -111,13 +112,10 @@ class GuardedHosts:
                 connection.try_send(f"{END}\n".encode())
             else:  # no rank has started there
                 connection.close()
-        deadline = time.monotonic() + _END_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        _join(self._threads, _END_SECONDS)
         for connection in self._connections.values():
             connection.close()
-        for thread in [*self._threads, self._monitor]:
-            thread.join()
+        _join([*self._threads, self._monitor], _CLOSE_SECONDS)  # a process outside the group may keep the output open
 
     def rendezvous(self) -> Rendezvous:
         """Return the first host by the address that others know: on itself, its name often means a loopback address."""
@@ -179,6 +177,13 @@ class GuardedHosts:
         if self.processes.get(host, 0) != processes:
             self.processes[host] = processes
             self._on_change(self)
+
+
+def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
+    """Wait until the threads have ended, for so long at most."""
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Connection:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 CONNECT_SECONDS = 10
 SSH_FAILED = 255
 """The exit code of ssh if it cannot connect, or loses the connection."""
-KEEP_ALIVE = "-o ServerAliveInterval=5"
-"""Lets ssh end 15 to 20 s after a host has disappeared; without this option, it may stay for hours."""
+CONNECTION_OPTIONS = "-o ServerAliveInterval=5 -o ControlPath=none"
+"""Let ssh end 15 to 20 s after a host has disappeared; by default, it may stay for hours. A shared connection
+(`ControlMaster`) would keep the options it was opened with, and the output of ssh open after ssh was killed."""
 
 # Lines that ssh prints after the server's reason, such as "Too many authentication failures".
 _AFTER_THE_REASON = ("Connection closed by", "Connection reset by", "Disconnected from")
@@ -19,7 +20,7 @@ _AFTER_THE_REASON = ("Connection closed by", "Connection reset by", "Disconnecte
 def ssh_argv(host: str, command: Sequence[str]) -> list[str]:
     """Return the argv that runs a command on a host. ssh asks for nothing: where it would, it fails with
     `SSH_FAILED`."""
-    options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *KEEP_ALIVE.split())
+    options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", *CONNECTION_OPTIONS.split())
     return ["ssh", *options, host, shlex.join(command)]
 
 

@@ -8,7 +8,7 @@ from experiment.errors import QUIET_VARIABLE, UserError
 from experiment.process.own_process import LAUNCH_VARIABLE, python_path
 from launcher.hosts.guarded_hosts import Rendezvous
 from launcher.hosts.machine import DeviceKind
-from launcher.hosts.ssh import KEEP_ALIVE
+from launcher.hosts.ssh import CONNECTION_OPTIONS
 
 Launcher = Literal["pdsh", "openmpi", "mpich", "impi", "slurm", "mvapich"]
 """The program that starts the ranks on other hosts."""
@@ -117,7 +117,7 @@ def remote_deepspeed_environment(
     environment = deepspeed_environment(environ, added)
     removed = {name for name in forwarded if name.startswith(_FORWARDED + _EXPORTED_BY_DEEPSPEED)} - added.keys()
     kept = {name: value for name, value in environment.items() if name not in removed}
-    return kept | {"PDSH_SSH_ARGS_APPEND": f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {KEEP_ALIVE}".strip()}
+    return kept | {"PDSH_SSH_ARGS_APPEND": f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} {CONNECTION_OPTIONS}".strip()}
 
 
 def interface_variables(environ: Mapping[str, str], addresses: Mapping[str, Sequence[str]], own: str) -> dict[str, str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 _SSH = """#!/bin/sh
-# ssh -o … -o … -o … HOST COMMAND
-shift 6
+# ssh -o … [-o …] HOST COMMAND
+while [ "$1" = -o ]; do shift 2; done
 case "$1" in
     missing*) echo "ssh: Could not resolve hostname $1: Name or service not known" >&2; exit 255;;
 esac

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -118,17 +119,23 @@ def test_a_cancelled_start_waits_for_no_host(run: str, tmp_path: Path, monkeypat
     assert time.monotonic() - started < guarded_hosts._END_SECONDS
 
 
+@pytest.mark.parametrize("session", ["", "setsid"])
 def test_a_process_that_ssh_has_started_delays_no_end(
-    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, session: str
 ) -> None:
-    """Catches a stop that never returns if ssh uses a ProxyCommand, which keeps its output open, to a silent host."""
-    install_ssh(tmp_path / "bin", monkeypatch, before=f"sleep 3600 & touch {tmp_path}/connects; sleep 3600")
+    """Catches a stop that never returns if ssh uses a ProxyCommand, which keeps its output open, to a silent host, also
+    if that has left the process group."""
+    started = f"{session} sh -c 'echo $$ > {tmp_path}/pid; exec sleep 3600' &"
+    install_ssh(tmp_path / "bin", monkeypatch, before=f"{started} sleep 3600")
+    monkeypatch.setattr(guarded_hosts, "_CLOSE_SECONDS", 0.1)
     hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda _: None)
     threading.Thread(target=hosts.start, daemon=True).start()
-    wait_until((tmp_path / "connects").exists)
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     closing = threading.Thread(target=hosts.close, daemon=True)
     closing.start()
     closing.join(LIMIT)
+    with suppress(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 9)
     assert not closing.is_alive()
 
 

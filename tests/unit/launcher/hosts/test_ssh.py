@@ -10,6 +10,12 @@ def test_arguments_survive_the_shell_of_the_host() -> None:
     assert shlex.split(ssh_argv("node-1", command)[-1]) == command
 
 
+def test_no_connection_is_shared() -> None:
+    """Catches a lost host that is noticed when TCP gives up: a connection that `ControlPersist` keeps open has neither
+    our timeout, nor does it end with ssh."""
+    assert "-o ControlPath=none" in " ".join(ssh_argv("node-1", ["true"]))
+
+
 @pytest.mark.parametrize(
     ("folder", "command"),
     [("/venv", "rsync -a /venv/ node-1:/venv/"), ("/my venv", "rsync -a -s '/my venv'/ node-1:'/my venv'/")],

@@ -150,7 +150,7 @@ def test_variables_that_deepspeed_exports_appear_in_no_command_line_unless_the_u
     forwarded = forwarded_environment(environ, ["UCX_TOKEN", "PYTHONPATH"])
     assert forwarded == secret  # ranks get the PYTHONPATH of the launch, with the repository
     found = remote_deepspeed_environment(environ, {"PYTHONPATH": "/repository:/mine"}, forwarded)
-    options = "-o ServerAliveInterval=5"
+    options = "-o ServerAliveInterval=5 -o ControlPath=none"
     assert found == {"HOME": "/home", "PYTHONPATH": "/repository:/mine", "PDSH_SSH_ARGS_APPEND": options}
     found = remote_deepspeed_environment({"PDSH_SSH_ARGS_APPEND": "-p 2222"}, {}, {})
     assert found == {"PDSH_SSH_ARGS_APPEND": f"-p 2222 {options}"}
