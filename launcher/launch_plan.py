@@ -75,6 +75,7 @@ class LaunchPlan:
             self.slots,
             self.command,
             local=self.local,
+            launcher=self.options.launcher,
             host_environment=self.target.host_environment,
             max_restarts=max_restarts,
             max_halvings=max_halvings(self.config),

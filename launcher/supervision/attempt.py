@@ -23,6 +23,7 @@ from experiment.tracking.config import TrackingConfig
 from launcher.hosts.guarded_hosts import GuardedHosts, Rendezvous, name_reasons
 from launcher.hosts.hostfile import Slots
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
+from launcher.ranks.environment import Launcher
 from launcher.supervision.hang_watch import HangWatch
 from launcher.supervision.launch_result import (
     STOPPED_EARLY,
@@ -71,6 +72,7 @@ class Launch:
     slots: Slots  # of all hosts
     command: Callable[[Layout, Rendezvous | None], DeepSpeedCommand]  # no rendezvous: all ranks run on this machine
     local: bool = True  # whether they do
+    launcher: Launcher = "pdsh"  # of ranks on other hosts
     host_environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # for ranks on other hosts
     max_restarts: int = 0
     max_halvings: int = 0  # of the microbatch
@@ -166,6 +168,8 @@ def _result(
         exit_code = 1  # the exit code of DeepSpeed's launcher says only that `processes` killed it
     if reported is None and stop.requested and not has_begun(launch.folder):
         return STOPPED_EARLY  # DeepSpeed's launcher exits with 1 if it gets the signal too
+    if not launch.local and launch.launcher == "mpich":  # DeepSpeed's helper exits with 0, whatever its rank does
+        exit_code = exit_code or 1
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
 
 

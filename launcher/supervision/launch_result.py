@@ -25,6 +25,7 @@ from experiment.run_files.run_folder import RunFolder
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.ssh import SSH_FAILED
 
+_KILLS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 _MOST_NAMED = 4
 _TAIL_LINES = 15
 _TAIL_BYTES = 1 << 15
@@ -73,7 +74,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
         start_time: when the launch began, as `time.time()`.
         remote: whether ranks ran on other hosts.
     """
-    reported, silent, killer = read_outcome(folder), list(_silent_ranks(folder)), _killer(exit_code)
+    reported, silent, killer = read_outcome(folder), list(_silent_ranks(folder)), _killer(exit_code, remote)
     cause = Cause.KILLED if killer else Cause.ERROR
     ending = _describe_kill(killer, silent) if killer else ""
     if remote and exit_code == SSH_FAILED:
@@ -109,10 +110,12 @@ def _silent_ranks(folder: RunFolder) -> Iterator[str]:
             yield f"rank {process.rank} on {process.host} (process {process.pid}){step}"
 
 
-def _killer(exit_code: int) -> signal.Signals | None:
-    """Return the signal that an exit code means: -N if it ended DeepSpeed's launcher, 256 - N if it ended a rank."""
+def _killer(exit_code: int, remote: bool) -> signal.Signals | None:
+    """Return the signal that an exit code means: -N if it ended DeepSpeed's launcher, 256 - N if it ended a rank, or
+    128 + N with mpirun and srun, which may end the other ranks of a failed one by a stop signal."""
+    number = exit_code - 128 if remote and exit_code - 128 in _KILLS else -exit_code % 256
     try:
-        return signal.Signals(-exit_code if exit_code < 0 else 256 - exit_code)
+        return signal.Signals(number)
     except ValueError:
         return None
 

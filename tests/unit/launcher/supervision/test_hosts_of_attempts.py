@@ -196,6 +196,14 @@ def test_a_lost_host_explains_failures_of_ranks_only(
     assert (result.message == "lost node-2: no answer") == (cause is Cause.LOST_HOST)
 
 
+def test_mpich_does_not_say_how_its_ranks_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches mpirun blamed for an error of the ranks, which is then repeated ten times."""
+    monkeypatch.setattr(attempt, "GuardedHosts", StandInGuards)
+    result = supervise(replace(launch(folder, ""), launcher="mpich"))
+    assert (result.outcome, result.cause) == (Outcome.FAILED, Cause.ERROR)
+    assert "exited without reporting an outcome (exit code 1)" in result.message
+
+
 @pytest.mark.parametrize(
     ("reported", "expected"),
     [

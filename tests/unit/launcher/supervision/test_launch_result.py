@@ -67,6 +67,17 @@ def test_a_killed_remote_shell_is_named(folder: RunFolder, started: bool) -> Non
     assert read_result(folder, 0, 0.0, remote=True).message == "saved step 7"
 
 
+@pytest.mark.parametrize(("name", "number"), [("KILL", 9), ("SEGV", 11), ("ABRT", 6), ("BUS", 7)])
+def test_mpirun_and_srun_name_signals_in_another_way(folder: RunFolder, name: str, number: int) -> None:
+    """Catches a launch that counts as stopped because mpirun stopped the ranks that were not killed."""
+    assert f"(a rank was killed by SIG{name}" in message(folder, 128 + number, remote=True)
+    assert f"(exit code {128 + number})" in message(folder, 128 + number, remote=False)
+    record(folder, 1, None)
+    write_outcome(folder, Outcome.STOPPED, "node-0, rank 0: SIGTERM before the first step")
+    assert message(folder, 128 + number, remote=True).startswith("rank 1 on node-1 (process 71) was killed")
+    assert read_result(folder, 128 + 15, 0.0, remote=True).message.startswith("node-0, rank 0: SIGTERM")
+
+
 def test_a_rank_that_says_nothing_is_named(folder: RunFolder) -> None:
     """Catches a killed rank that nobody mentions: its signal is lost if DeepSpeed noticed another rank first."""
     record(folder, 0, 1)
