@@ -17,6 +17,7 @@ from launcher.hosts.ssh import SSH_FAILED, last_reason, ssh_argv
 
 _POLL_SECONDS = 10.0
 _MAX_POLL_SECONDS = 120.0
+_TIMED_OUT = 124  # exit code of `timeout`
 
 
 def look_intervals() -> Iterator[float]:
@@ -58,6 +59,8 @@ def unusable_hosts(hosts: Collection[str], folder: RunFolder) -> dict[str, str]:
             if exit_code == SSH_FAILED:
                 outputs[host].seek(0)
                 reasons[host] = last_reason(outputs[host].read().decode(errors="replace"), "ssh failed")
+            elif exit_code == _TIMED_OUT:
+                reasons[host] = f"the disk of {sys.executable} or {folder.logs} does not answer within {limit:.0f} s"
             elif exit_code != 0:
                 reasons[host] = f"there is no {sys.executable}, or no {folder.logs}"
     return reasons

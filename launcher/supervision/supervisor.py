@@ -297,9 +297,9 @@ class _OwnStopFile:
         self._made_at: int | None = None
 
     def make(self) -> None:
-        notify("a host has returned: the ranks save a checkpoint and start again with it")
         self._path.touch(exist_ok=False)
         self._made_at = self._path.stat().st_mtime_ns
+        notify("a host has returned: the ranks save a checkpoint and start again with it")
 
     def withdraw(self) -> bool:
         """Remove the file, unless the user has touched it since. Returns whether it was made and not touched."""

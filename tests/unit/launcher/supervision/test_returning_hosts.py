@@ -37,6 +37,14 @@ def test_hosts_that_answer_and_see_the_run_folder(
     assert list(unusable_hosts(["node-1"], RunFolder(tmp_path / "other"))) == ["node-1"]
 
 
+def test_a_disk_that_does_not_answer_is_not_called_missing(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a user who looks for a folder that is there."""
+    install_ssh(tmp_path / "bin", monkeypatch, before="exit 124")
+    assert "does not answer within 2" in unusable_hosts(["node-1"], folder)["node-1"]
+
+
 def test_a_host_has_as_long_to_answer_as_its_guard(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
