@@ -12,7 +12,7 @@ from experiment.storage import is_url
 from launcher.hosts.hostfile import Slots
 from launcher.hosts.machine import Machine
 from launcher.ranks.environment import Launcher, forwarded_environment
-from launcher.ranks.placement import HostOptions
+from launcher.ranks.placement import HostOptions, is_local
 from pretrain.config import PretrainConfig
 
 # Of each parameter, in fp32. See `pretrain/training/checkpoint_tensors.py`.
@@ -65,12 +65,13 @@ def target_of_hosts(slots: Slots, machine: Machine, options: HostOptions) -> Tar
     """Return the requirements of any launch over these slots. Raises UserError for a name in `--env` that is not
     set."""
     names = [name.strip() for name in (options.env or "").split(",") if name.strip()]
+    user_text = "" if is_local(slots) else machine.deepspeed_env_text
     return Target(
         slots=slots,
         project=str(REPOSITORY),
         interfaces=_named_interfaces(machine.environ),
         launcher=options.launcher,
-        host_environment=forwarded_environment(machine.environ, names),
+        host_environment=forwarded_environment(machine.environ, names, user_text),
         uses_cpu=machine.environ.get("DS_ACCELERATOR") == "cpu",
         oversubscribe=options.oversubscribe,
     )

@@ -71,16 +71,18 @@ def deepspeed_environment(environ: Mapping[str, str], added: Mapping[str, str]) 
     return {name: value for name, value in environ.items() if name != "CUDA_VISIBLE_DEVICES"} | dict(added)
 
 
-def forwarded_environment(environ: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+def forwarded_environment(environ: Mapping[str, str], names: Iterable[str], user_text: str = "") -> dict[str, str]:
     """Return the variables of this process that ranks on other hosts get too. They may be secret: see `host_guard`.
 
-    Variables of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA, MLflow, Python and alerts, and named ones; not
-    PYTHONPATH, which the launch extends and DeepSpeed exports. Raises UserError for a named one that is not set.
+    Variables of W&B, Hugging Face, OpenMP, NCCL, gloo, CUDA, MLflow, Python and alerts, unless the user's own
+    `.deepspeed_env`, `user_text`, has them, and named ones; not PYTHONPATH, which the launch extends and DeepSpeed
+    exports. Raises UserError for a named one that is not set.
     """
     for name in names:
         if name not in environ:
             raise UserError(f"--env: {name} is not set")
     chosen = {name for name in environ if name.startswith(_FORWARDED) or name == _DEVICE} - _OF_ONE_MACHINE
+    chosen -= _user_lines(user_text).keys()
     return {name: environ[name] for name in sorted((chosen | set(names)) - {"PYTHONPATH"})}
 
 
@@ -102,10 +104,13 @@ def exported_text(exported: Mapping[str, str], user_text: str) -> str:
     The file replaces the user's own `.deepspeed_env`, so the lines of that one, `user_text`, are included and take
     precedence. Comments and a leading `export` are removed: DeepSpeed would write them into shell commands.
     """
-    given = (re.sub(r"^export\s+", "", line.strip()) for line in user_text.splitlines())
-    user_lines = {line.partition("=")[0].strip(): line for line in given if "=" in line and not line.startswith("#")}
     lines = {name: f"{name}={value}" for name, value in exported.items()}
-    return "".join(f"{line}\n" for line in (lines | user_lines).values())
+    return "".join(f"{line}\n" for line in (lines | _user_lines(user_text)).values())
+
+
+def _user_lines(user_text: str) -> dict[str, str]:
+    given = (re.sub(r"^export\s+", "", line.strip()) for line in user_text.splitlines())
+    return {line.partition("=")[0].strip(): line for line in given if "=" in line and not line.startswith("#")}
 
 
 def remote_deepspeed_environment(

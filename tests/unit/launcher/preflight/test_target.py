@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ def machine(environ: dict[str, str]) -> Machine:
 
 
 HOSTS = target_of_hosts({"a": (0,), "b": (0,), "c": (0,)}, machine({}), HostOptions())
+
+
+def test_variables_in_deepspeed_env_come_from_there(tmp_path: Path) -> None:
+    """Catches a launch that sends the variable of the shell too; and one on this machine alone that reads the file,
+    which applies to other hosts."""
+    path = tmp_path / ".deepspeed_env"
+    path.write_text("OMP_NUM_THREADS=8\n")
+    given = replace(machine({"OMP_NUM_THREADS": "1", "HF_HOME": "/hf"}), deepspeed_env_files=(path,))
+    hosts = target_of_hosts({"a": (0,), "b": (0,)}, given, HostOptions())
+    assert hosts.host_environment == {"HF_HOME": "/hf"}
+    path.write_bytes(b"\xe9")
+    target_of_hosts({"localhost": (0,)}, replace(given), HostOptions())
 
 
 def run(folder: Path, **sections: Any) -> Target:

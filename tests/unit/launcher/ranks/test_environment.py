@@ -133,6 +133,13 @@ def test_variables_for_other_hosts():
         forwarded_environment(environ, ["OTHER"])
 
 
+def test_the_users_deepspeed_env_overrides_the_shell() -> None:
+    """Catches OMP_NUM_THREADS=1 of a login profile in place of the number in the file, as `deepspeed` never has it."""
+    environ = {"OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN", "HF_HOME": "/hf"}
+    text = "export OMP_NUM_THREADS = 8\n# HF_HOME=/other\nNCCL_DEBUG=INFO\n"
+    assert forwarded_environment(environ, ["NCCL_DEBUG"], text) == {"HF_HOME": "/hf", "NCCL_DEBUG": "WARN"}
+
+
 def test_ranks_of_mpi_and_srun_get_the_address_where_they_meet():
     """Catches ranks that cannot find each other."""
     rendezvous, launch = Rendezvous("run-1", "10.0.0.1", 29500), {"A": "1", "DEEPCLOZE_LAUNCH": "run-1"}
