@@ -28,7 +28,7 @@ from launcher.preflight.probe_hosts import (
     probe_this_machine,
 )
 from launcher.preflight.target import Target
-from launcher.ranks.placement import is_local, name_localhost
+from launcher.ranks.placement import check_installed, is_local, name_localhost
 
 _CHECKS: tuple[Check, ...] = get_args(Check)
 _OK, _FAILED, _UNKNOWN = "ok", "FAILED", "?"
@@ -47,8 +47,10 @@ def check_hosts(target: Target, machine: Machine, only_failed: bool = False) -> 
     """Check all hosts of a launch in parallel, then measure the ones that passed.
 
     Writes to the run folder, and removes it again if it made it. `only_failed`: report hosts with problems only.
-    Raises UserError if this machine cannot write there.
+    Raises UserError if this machine cannot write there, or lacks a program that starts ranks on other hosts.
     """
+    if not is_local(target.slots):
+        check_installed(target.launcher)
     answers, own, tokens = _probe(target)
     problems = find_problems(answers, own, target, tokens)
     passing = {host: numbers for host, numbers in target.slots.items() if not problems[host]}

@@ -1,6 +1,7 @@
 """Placement of ranks: the slots of each host, from the devices, the hostfile and the launch options."""
 
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -13,6 +14,15 @@ from launcher.hosts.hostfile import HOST_NAME, Hosts, Slots, is_this_machine
 from launcher.hosts.machine import Devices
 from launcher.ranks.environment import Launcher
 
+# The programs that DeepSpeed starts, and those by which it recognizes an MPI or SLURM.
+_PROGRAMS: Mapping[Launcher, tuple[str, ...]] = {
+    "pdsh": ("pdsh",),
+    "openmpi": ("mpirun", "ompi_info"),
+    "mpich": ("mpirun",),
+    "impi": ("mpirun",),
+    "slurm": ("srun", "sinfo"),
+    "mvapich": ("mpirun", "mpiname"),
+}
 _FILTER = re.compile(HOST_NAME + r"(?::(?P<slots>[0-9]+(?:,[0-9]+)*))?")
 
 
@@ -93,6 +103,14 @@ def check_launcher(launcher: Launcher, slots: Slots, environ: Mapping[str, str])
         )
     if launcher != "openmpi" and len(set(map(len, slots.values()))) > 1:
         raise UserError(f"--launcher {launcher} needs the same number of slots on every host; use --launcher pdsh")
+
+
+def check_installed(launcher: Launcher) -> None:
+    """Raise UserError if this machine lacks a program that starts ranks on other hosts."""
+    for program in _PROGRAMS[launcher]:
+        if shutil.which(program) is None:
+            hint = "; sudo apt-get install pdsh" if launcher == "pdsh" else ", or not in PATH"
+            raise UserError(f"--launcher {launcher}: {program} is not installed on this machine{hint}")
 
 
 def name_localhost(slots: Slots) -> Slots:

@@ -16,7 +16,7 @@ from launcher.preflight.checks import Problem
 from launcher.preflight.probe_hosts import Answer, HostAnswer, ProbeRequest, Unreachable
 from launcher.preflight.run import Report, check_hosts, preflight_table, require_hosts
 from launcher.preflight.target import CacheNeeds, Target, target_of_hosts
-from launcher.ranks.placement import HostOptions
+from launcher.ranks.placement import HostOptions, Launcher
 
 MACHINE = Machine(Devices("cpu", (0, 1)), environ={}, find_port=lambda: 29500)
 SLOTS = {"localhost": (0, 1)}
@@ -89,9 +89,27 @@ def test_hosts_that_failed_are_not_measured(
         return {"192.0.2.1": Unreachable("refused", "ping"), "localhost": own}
 
     monkeypatch.setattr(run, "probe_hosts", probe_hosts)
+    monkeypatch.setattr(run, "check_installed", lambda _: None)
     report = check_hosts(replace(target, slots=slots), MACHINE)
     assert measured == [{"localhost": (0, 1)}], report.text
     assert report.passed == {"localhost": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [
+        ("pdsh", "--launcher pdsh: pdsh is not installed on this machine; sudo apt-get install pdsh"),
+        ("openmpi", "--launcher openmpi: ompi_info is not installed on this machine, or not in PATH"),
+    ],
+)
+def test_a_missing_program_is_named_before_hosts_are_asked(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Launcher, message: str
+) -> None:
+    """Catches DeepSpeed's traceback, again at each restart: `mpirun` alone may be another MPI's."""
+    (tmp_path / "mpirun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        check_hosts(replace(target, slots=NODES, launcher=launcher), MACHINE)
 
 
 def test_a_host_that_does_not_pass_is_explained_once(
