@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from experiment.config import Metavar, Section
 from experiment.config.field_types import PathText
 from experiment.errors import UserError
-from launcher.hosts.hostfile import HOST_NAME, Hosts, Slots, is_this_machine
+from launcher.hosts.hostfile import HOST_NAME, Hosts, Slots, expand_nodelist, is_this_machine
 from launcher.hosts.machine import Devices
 from launcher.ranks.environment import Launcher
 
@@ -101,6 +101,13 @@ def check_launcher(launcher: Launcher, slots: Slots, environ: Mapping[str, str])
             "--launcher slurm: this job has --gpus-per-task, so each rank would see one GPU, as number 0; use "
             "--gpus-per-node, or --launcher pdsh"
         )
+    if launcher == "slurm" and "SLURM_JOB_NODELIST" in environ:
+        order = [host for host in expand_nodelist(environ["SLURM_JOB_NODELIST"]) if host in slots]
+        if order != [host for host in slots if host in order]:
+            raise UserError(
+                f"--launcher slurm: srun starts rank 0 on {order[0]}, and the others in the order of "
+                "SLURM_JOB_NODELIST; list the hosts in this order"
+            )
     if launcher != "openmpi" and len(set(map(len, slots.values()))) > 1:
         raise UserError(f"--launcher {launcher} needs the same number of slots on every host; use --launcher pdsh")
 

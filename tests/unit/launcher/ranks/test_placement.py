@@ -150,3 +150,14 @@ def test_rejects_slots_that_a_launcher_cannot_start(launcher: Launcher, slots: S
     """Catches ranks on other GPUs than requested, and several on one GPU."""
     with pytest.raises(UserError, match=re.escape(message)) if message else nullcontext():
         check_launcher(launcher, slots, {"SLURM_GPUS_PER_TASK": "1"})
+
+
+def test_srun_orders_hosts_itself():
+    """Catches ranks that wait for rank 0 on the first host of the hostfile, while srun has started it on another."""
+    environ = {"SLURM_JOB_NODELIST": "node[1-3]"}
+    for hosts in (["node1", "node3"], ["node2"], ["other", "node1", "another"]):
+        check_launcher("slurm", dict.fromkeys(hosts, (0,)), environ)
+    unordered = dict.fromkeys(["node3", "node2"], (0,))
+    with pytest.raises(UserError, match="srun starts rank 0 on node2"):
+        check_launcher("slurm", unordered, environ)
+    check_launcher("pdsh", unordered, environ)
