@@ -62,7 +62,7 @@ def find_problems(
             machine = answer.facts.machine
             if machine is not None and (first := names.setdefault(machine, host)) != host:
                 text = f"it is the same machine as {first}"
-                problems[host].append(Problem("network", text, f"remove {host} or {first} from the hostfile"))
+                problems[host].append(Problem("network", text, f"--exclude {host}    # or {first}"))
     return problems
 
 
@@ -154,11 +154,13 @@ def _device_problems(host: str, facts: HostFacts, target: Target) -> Iterator[Pr
     if target.uses_cpu or not used:
         if len(slots) > facts.cores and not target.oversubscribe:
             text = f"{facts.cores} CPU cores, expected {len(slots)}, one for each rank"
-            yield Problem("devices", text, f"correct slots={len(slots)} in the hostfile, or pass --oversubscribe")
+            yield Problem("devices", text, "ask for fewer slots or tasks, or pass --oversubscribe")
         return
     if missing := [slot for slot in slots if slot >= len(used)]:
         text = f"no GPU {missing[0]}: {len(used)} GPUs, expected {len(slots)} for its slots"
-        yield Problem("devices", text, f"ssh {host} nvidia-smi    # then correct slots={len(slots)} in the hostfile")
+        numbers = ",".join(map(str, missing))
+        fix = f"ssh {host} nvidia-smi    # then ask for fewer slots or GPUs, or --exclude {host}:{numbers}"
+        yield Problem("devices", text, fix)
     if busy := [slot for slot in slots if slot < len(used) and used[slot] > _BUSY_BYTES]:
         shown = ", ".join(f"{slot} ({_gigabytes(used[slot])} in use)" for slot in busy)
         numbers = ",".join(map(str, busy))

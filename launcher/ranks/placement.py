@@ -128,7 +128,7 @@ def name_localhost(slots: Slots) -> Slots:
 def _hostfile_slots(hosts: Hosts, options: PlacementOptions) -> Slots:
     slots = {host: tuple(range(count)) for host, count in hosts.items()}
     return {
-        host: _take_first(options.num_gpus, numbers, f"the hostfile has {len(numbers)} slots for {host}")
+        host: _take_first(options.num_gpus, numbers, f"{host} has {len(numbers)} slots")
         for host, numbers in select_slots(slots, options.include, options.exclude).items()
     }
 

@@ -285,7 +285,7 @@ MACHINES = {
     "empty hostfile": Mistake("preflight --hostfile hosts", r"hosts: no hosts found", {"hosts": "# none\n"}),
     "more ranks than slots": Mistake(
         "plan --config run.yaml --hostfile hosts --num_gpus 4",
-        r"has 2 slots for a",
+        r"a has 2 slots",
         {"hosts": "a slots=2\nb slots=2\n"},
     ),
     "host not in the hostfile": Mistake(

@@ -54,9 +54,9 @@ GB = 10**9
         ({"shared": False, "free_bytes": None}, "run folder", "are not seen on the host", "ssh b df -h /runs/first"),
         ({"write_error": "Read-only file system"}, "run folder", "cannot write to /runs/first: Read-only", "ssh b df"),
         ({"free_bytes": 99 * GB}, "disk", "99.0 GB free at /runs/first, expected 100.0 GB", "checkpoint.keep_last"),
-        ({"gpu_memory_used": (0,)}, "devices", "no GPU 1: 1 GPUs, expected 2", "slots=2"),
+        ({"gpu_memory_used": (0,)}, "devices", "no GPU 1: 1 GPUs, expected 2", "or --exclude b:1"),
         ({"gpu_memory_used": (0, 9 * GB)}, "devices", "busy GPUs: 1 (9.0 GB in use)", "--exclude b:1"),
-        ({"gpu_memory_used": (), "cores": 1}, "devices", "1 CPU cores, expected 2", "--oversubscribe"),
+        ({"gpu_memory_used": (), "cores": 1}, "devices", "1 CPU cores, expected 2", "tasks, or pass --oversub"),
         (
             {"gpu_memory_used": (), "gpu_error": "NVIDIA-SMI has failed (exit code 9)"},
             "devices",
@@ -167,7 +167,9 @@ def test_two_names_of_one_machine_are_found(answer: Answers, target: Targets) ->
     answers = {"a": answer(machine="1"), "b": answer(machine="2"), "10.0.0.1": answer(machine="1")}
     problems = find_problems(answers, answer().facts, target(*answers), set(answers))
     assert problems["a"] == problems["b"] == []
-    assert [problem.text for problem in problems["10.0.0.1"]] == ["it is the same machine as a"]
+    (problem,) = problems["10.0.0.1"]
+    assert problem.text == "it is the same machine as a"
+    assert problem.fix.startswith("--exclude 10.0.0.1 ")
 
 
 @pytest.mark.parametrize(("free", "fails"), [(None, False), (10**9, True), (2 * 10**9, False)])
