@@ -39,8 +39,11 @@ ABOUT_FLAGS = (
 _SYNONYMS = {
     "file": "input",
     "gpu": "device",
+    "hosts": "hostfile",
     "input": "source",
     "nproc_per_node": "num_gpus",
+    "num_accelerators": "num_gpus",
+    "num_nodes": "include",
     "text_column": "column",
     "text_field": "column",
 }
@@ -233,6 +236,8 @@ def _meant_flag(
 def _similar_flags(name: str, flags: Mapping[str, Flag], command: str, options_type: type[Section]) -> str:
     """Return the config keys that may be meant if the dot is missing, as in --run-dir, or the section, as in --steps;
     else the most similar flag, and how keys are written."""
+    if name == "ssh_port" and "hostfile" in flags:
+        return "; ports belong in ~/.ssh/config"
     synonym = _SYNONYMS.get(name)
     known = did_you_mean(name, [*flags, *_plain_keys(command)], prefix="--")
     suggestion = f"; did you mean '--{synonym}'?" if synonym in flags else known

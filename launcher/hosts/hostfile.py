@@ -75,7 +75,8 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> Hosts:
             continue
         match = _LINE.fullmatch(entry)
         if match is None:
-            hint = "; users belong in ~/.ssh/config" if "@" in entry else ""
+            ssh = "users" if "@" in entry else "ports" if re.search(r"\w:[0-9]+\s", entry) else ""
+            hint = f"; {ssh} belong in ~/.ssh/config" if ssh else ""
             raise UserError(f"{origin}, line {number}: expected 'NAME slots=N', found {entry!r}{hint}")
         host, slots = match["name"], int(match["slots"])
         if slots == 0:

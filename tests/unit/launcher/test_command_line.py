@@ -304,6 +304,20 @@ def test_an_unknown_flag_says_how_keys_are_written() -> None:
         parse_command_line(["sweep", "--config=c", "--learning_rate=1"], COMMANDS)
 
 
+def test_flags_of_deepspeed() -> None:
+    """Catches `--num_nodes` taken for `--num_gpus`, and a user of `deepspeed` who finds no flag for a port."""
+    from launcher.commands import COMMANDS
+
+    for flag, message in {
+        "--num_nodes": "did you mean '--include'?",
+        "--num_accelerators": "did you mean '--num_gpus'?",
+        "--hosts": "did you mean '--hostfile'?",
+        "--ssh_port": "unknown flag '--ssh_port'; ports belong in ~/.ssh/config",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            parse_command_line(["pretrain", "--config=c", f"{flag}=1"], COMMANDS)
+
+
 def test_a_long_argument_without_its_flag() -> None:
     """Catches an argument that is taken for the name of a file, and is too long for one."""
     from launcher.commands import COMMANDS

@@ -42,10 +42,11 @@ def test_rejects_a_bad_line_by_its_number(line: str):
         parse_hostfile(f"# head\nworker-0 slots=1\n{line}\n", origin="cluster")
 
 
-def test_says_where_users_belong():
-    """Catches a refused `USER@HOST` without a way to name another user."""
-    with pytest.raises(UserError, match=r"found 'me@worker-1 slots=2'; users belong in ~/\.ssh/config"):
-        parse_hostfile("me@worker-1 slots=2\n")
+@pytest.mark.parametrize(("host", "what"), [("me@worker-1", "users"), ("worker-1:2222", "ports")])
+def test_says_where_users_and_ports_belong(host: str, what: str):
+    """Catches a refused `USER@HOST` or `HOST:PORT` without a way to name another user or port."""
+    with pytest.raises(UserError, match=rf"found '{host} slots=2'; {what} belong in ~/\.ssh/config"):
+        parse_hostfile(f"{host} slots=2\n")
 
 
 @pytest.mark.parametrize("name", ["a", "A"])
