@@ -28,7 +28,6 @@ MEASURE = "--measure"
 _SOURCES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
@@ -79,8 +78,8 @@ def _interface_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE of a rank that Open MPI, MVAPICH, MPICH, Intel MPI or srun
-    has started; nothing for one that has them, because DeepSpeed's launcher started it.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE of a rank that Open MPI, MVAPICH or srun has started; nothing
+    for one that has them from DeepSpeed, as with pdsh, MPICH and Intel MPI.
 
     In a job of SLURM, its variables describe the job unless srun has started the process: MPI comes first.
     """
