@@ -74,7 +74,8 @@ def command_on_hosts(
     include = "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
     argv = (
         *_PYTHON,
-        *("deepspeed.launcher.runner", _LOG_LEVEL, f"--master_port={port}"),
+        # The guards have answered. DeepSpeed would connect to the first host again, without a timeout.
+        *("deepspeed.launcher.runner", _LOG_LEVEL, "--no_ssh_check", f"--master_port={port}"),
         *([f"--master_addr={address}"] if address else []),  # else DeepSpeed asks the first host
         f"--hostfile={hostfile}",
         # MPI launchers reject --include: their hostfile has just these slots.

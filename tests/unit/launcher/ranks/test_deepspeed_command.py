@@ -80,6 +80,11 @@ def test_several_hosts_run_on_their_slots():
     assert not args.force_multi
 
 
+def test_deepspeed_does_not_connect_to_a_host_itself():
+    """Catches a start that hangs because the first host was lost after its guard had answered."""
+    assert parsed(HOSTS).no_ssh_check
+
+
 def test_one_remote_host_is_not_taken_for_this_machine():
     """Catches a run for another machine that starts here."""
     assert parsed(on_hosts({"a": (0,)})).force_multi
