@@ -418,6 +418,12 @@ def test_other_hosts_get_the_resolved_config_and_the_environment(
     assert not {"WANDB_API_KEY", "GLOO_SOCKET_IFNAME"} & command.environment.keys(), "DeepSpeed logs what it exports"
 
 
+def test_attempts_know_the_launcher(config: str, launches: list[Launch]) -> None:
+    """Catches exit codes of MPICH's ranks that are read as those of pdsh."""
+    launch_pretraining(PretrainOptions(config=config, launcher="mpich"))
+    assert launches[0].launcher == "mpich"
+
+
 def test_a_smaller_microbatch_reaches_the_ranks(config: str, launches: list[Launch]) -> None:
     """Catches a restart after running out of memory with the same microbatch, or with another global batch."""
     stages = "[{steps: 5, max_seq_length: 64, microbatch_tokens: 100}, {sequences: 4}]"

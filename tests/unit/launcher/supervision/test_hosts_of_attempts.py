@@ -204,9 +204,7 @@ def test_mpich_does_not_say_how_its_ranks_end(folder: RunFolder, monkeypatch: py
     assert "exited without reporting an outcome (exit code 1)" in result.message
 
 
-def test_a_host_is_announced_when_its_stop_file_is_made(
-    folder: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_host_is_announced_when_its_stop_file_is_made(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches an announcement that nothing follows, because the user has made the file or the disk is full."""
     folder.stop.touch()
     with pytest.raises(FileExistsError):
