@@ -251,3 +251,4 @@ class _Connection:
             self.closed = True
             kill_group(self._process.pid)
             self._process.wait()
+            self.started.set()

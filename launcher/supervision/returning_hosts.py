@@ -35,7 +35,7 @@ def unusable_hosts(hosts: Collection[str], folder: RunFolder) -> dict[str, str]:
     # `timeout` ends a look at a disk that does not answer: killing ssh does not.
     command = ["timeout", str(math.ceil(limit)), "test", "-x", sys.executable, "-a", "-d", str(folder.logs)]
     with ExitStack() as files:
-        # Files, not pipes: a ProxyCommand or a shared connection of ssh may have the output open for longer than ssh.
+        # Files, not pipes: a ProxyCommand may have the output open for longer than ssh.
         outputs = {host: files.enter_context(tempfile.TemporaryFile()) for host in hosts}
         processes = {
             host: subprocess.Popen(

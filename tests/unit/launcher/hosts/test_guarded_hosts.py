@@ -123,20 +123,22 @@ def test_a_cancelled_start_waits_for_no_host(run: str, tmp_path: Path, monkeypat
 def test_a_process_that_ssh_has_started_delays_no_end(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, session: str
 ) -> None:
-    """Catches a stop that never returns if ssh uses a ProxyCommand, which keeps its output open, to a silent host, also
-    if that has left the process group."""
+    """Catches a start or stop that never returns if ssh uses a ProxyCommand, which keeps its output open, to a silent
+    host, also if that has left the process group."""
     started = f"{session} sh -c 'echo $$ > {tmp_path}/pid; exec sleep 3600' &"
     install_ssh(tmp_path / "bin", monkeypatch, before=f"{started} sleep 3600")
     monkeypatch.setattr(guarded_hosts, "_CLOSE_SECONDS", 0.1)
     hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda _: None)
-    threading.Thread(target=hosts.start, daemon=True).start()
+    starting, closing = (threading.Thread(target=target, daemon=True) for target in (hosts.start, hosts.close))
+    starting.start()
     wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    closing = threading.Thread(target=hosts.close, daemon=True)
     closing.start()
     closing.join(LIMIT)
+    starting.join(10.0)
     with suppress(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 9)
     assert not closing.is_alive()
+    assert not starting.is_alive()
 
 
 def test_a_killed_guard_leaves_nothing(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
