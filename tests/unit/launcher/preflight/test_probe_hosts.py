@@ -31,12 +31,12 @@ Ssh = Callable[[str], None]
 
 @pytest.fixture
 def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ssh:
-    """Makes `ssh -o … -o … -o … HOST COMMAND` a shell script, where $7 is the host and $8 the command."""
+    """Makes `ssh -o … HOST COMMAND` a shell script, where $1 is the host and $2 the command."""
 
     def make(script: str) -> None:
         (tmp_path / "bin").mkdir()
         program = tmp_path / "bin" / "ssh"
-        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.write_text(f"#!/bin/sh\nwhile [ $1 = -o ]; do shift 2; done\n{script}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
 
@@ -52,7 +52,7 @@ def test_facts_of_a_host(ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     working directory that are taken."""
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
     monkeypatch.setenv("SHELL", "/bin/zsh")
-    ssh(f"printf 'Welcome\\n to $7'; cd {tmp_path}; eval $8; echo bye")
+    ssh(f"printf 'Welcome\\n to $1'; cd {tmp_path}; eval $2; echo bye")
     answer = ask()
     assert isinstance(answer, HostAnswer), answer
     assert answer.facts.versions["pytest"] == pytest.__version__
@@ -64,7 +64,7 @@ def test_facts_of_a_host(ssh: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_clock_is_compared_with_the_time_of_the_question(ssh: Ssh, tmp_path: Path, offset: int) -> None:
     """Catches a slow connection that counts as a wrong clock, and a clock that is wrong by hours."""
     (tmp_path / "sitecustomize.py").write_text(f"import time\nnow = time.time\ntime.time = lambda: now() + {offset}\n")
-    ssh(f"export PYTHONPATH={tmp_path}; sleep 1; eval $8")
+    ssh(f"export PYTHONPATH={tmp_path}; sleep 1; eval $2")
     answer = ask()
     assert isinstance(answer, HostAnswer)
     assert 0 < answer.clock_offset / offset <= 1
@@ -157,14 +157,14 @@ def test_a_program_that_waits_for_a_disk_ends(monkeypatch: pytest.MonkeyPatch) -
 
 def test_hosts_are_asked_in_a_thread(ssh: Ssh) -> None:
     """Catches signal handlers in a thread that waits for hosts to return, where Python allows none."""
-    ssh("eval $8")
+    ssh("eval $2")
     with ThreadPoolExecutor() as threads:
         assert isinstance(threads.submit(ask).result(), HostAnswer)
 
 
 def test_hosts_are_asked_in_a_notebook(ssh: Ssh) -> None:
     """Catches an event loop that is started where one runs, as in the cells of a notebook."""
-    ssh("eval $8")
+    ssh("eval $2")
 
     async def cell() -> HostAnswer | Unreachable:
         return ask()
@@ -231,8 +231,8 @@ def test_hosts_are_asked_at_once_but_not_all(
         (tmp_path / folder).mkdir()
     answers_with_others = "until [ $(ls asked | wc -l) -ge 8 ]; do sleep 0.02; done"
     ssh(
-        f"cat > /dev/null; cd {tmp_path}; touch asked/$7 running/$7; ls running | wc -l >> counts; "
-        f"{answers_with_others}; rm running/$7; exec cat facts"
+        f"cat > /dev/null; cd {tmp_path}; touch asked/$1 running/$1; ls running | wc -l >> counts; "
+        f"{answers_with_others}; rm running/$1; exec cat facts"
     )
     answers = probe_hosts({f"node-{number}": ProbeRequest() for number in range(24)})
     assert {type(found) for found in answers.values()} == {HostAnswer}
