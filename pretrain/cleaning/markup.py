@@ -78,5 +78,5 @@ def _first_variant(conversion: regex.Match[str]) -> str:
     flags, _, variants = conversion[1].rpartition("|")
     if {"H", "T", "-"} & {flag.strip() for flag in flags.split(";")}:  # rules for the page, or its title
         return ""
-    parts: list[str] = _VARIANT.split(variants)
-    return parts[:2][-1].strip(" ;\n")
+    first: str = _VARIANT.split(variants)[:2][-1]
+    return first.strip(" ;\n")

@@ -80,7 +80,7 @@ class Step(FilterStep[Config]):
             return Verdict("no_url")
         if not isinstance(url, str):
             raise unexpected_cell(document.id, "url", url)
-        if self._is_listed(url):
+        if self.domains and self._is_listed(url):
             return Verdict("domain")
         return super().apply(document)
 
