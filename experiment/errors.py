@@ -175,7 +175,8 @@ def _errno(error: BaseException) -> int | None:
         return error.errno if error.filename is not None or error.errno in _OF_DISKS_ONLY else None
     quoted = _QUOTED_BY_SHUTIL if isinstance(error, shutil.Error) else _QUOTED_BY_RUST
     found = quoted.search(str(error))
-    return int(found[1]) if found else None
+    number = int(found[1]) if found else None
+    return None if quoted is _QUOTED_BY_RUST and number in _OF_NETWORKS else number
 
 
 def is_out_of_memory(error: BaseException) -> bool:

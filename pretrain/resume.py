@@ -179,7 +179,7 @@ def _is_same_name(init_from: str | None, saved: str | None) -> bool:
     if init_from is None or saved is None:
         return init_from is saved
     hub = HubName.of_model(init_from)
-    return names_model_folder(Path(init_from), Path(saved)) or (hub is not None and hub.may_mean(saved))
+    return names_model_folder(Path(init_from), Path(saved), any_best=True) or (hub is not None and hub.may_mean(saved))
 
 
 def _has_same_options(model: ModelConfig, saved: Mapping[str, Any]) -> bool:

@@ -102,14 +102,15 @@ def find_model_folder(path: Path) -> Path:
     return path
 
 
-def names_model_folder(path: Path, folder: Path) -> bool:
+def names_model_folder(path: Path, folder: Path, any_best: bool = False) -> bool:
     """Return whether `find_model_folder` may have found `folder` by the name `path`, which may be gone since: also if
-    `path` is a run that has saved newer checkpoints, but not if it is a file `best` that names another one now."""
+    `path` is a run that has saved newer checkpoints. any_best: also if it is a file `best` that names another one
+    now."""
     names = {folder}
     if _NAME.fullmatch(folder.parent.name):
         checkpoints = folder.parent.parent
         names |= {folder.parent, checkpoints.parent}
-        if named_best(checkpoints) in (None, folder.parent):
+        if any_best or named_best(checkpoints) in (None, folder.parent):
             names.add(checkpoints / BEST)
     names |= {name.resolve() for name in names}  # without .. and links
     return not names.isdisjoint({path.absolute(), path.resolve()})

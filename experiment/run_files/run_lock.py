@@ -22,7 +22,7 @@ from typing import IO
 
 import psutil
 
-from experiment.errors import UserError, notify
+from experiment.errors import UserError, notify, require_damage
 from experiment.files import opened_lock, read_json, try_lock, write_json
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
@@ -68,16 +68,20 @@ def lock_run(
     machine takes the lock because this one has lost the disk for so long.
     """
     with opened_lock(folder.lock) as lock:
-        if lock(_LOOK_SECONDS) is False:
+        if (locked := lock(_LOOK_SECONDS)) is False:
             if _other_owner(folder) is None:
                 raise _used(folder)
             dead = _check_owner(folder, times, dead)  # it is dead, but NFS keeps its lock for some time
-            if lock(_LEASE_SECONDS) is False:
+            if (locked := lock(_LEASE_SECONDS)) is False:
                 raise _used(folder)
         _check_owner(folder, times, dead)
         if await_processes:
             _wait_for_processes(folder, times)
-        with _owner_file(folder.owner, on_lost, times.renew):
+        with _owner_file(folder.owner, on_lost, times.renew) as mine:
+            if locked is None:  # two processes may have found no owner, and the file is of the last one
+                time.sleep(times.renew / 2)
+                if _owner(folder.owner) != mine:
+                    raise _used(folder)
             yield
 
 
@@ -168,7 +172,7 @@ def folder_use(folder: RunFolder, times: LockTimes = _TIMES) -> FolderUse:
     """
     owner = _owner(folder.owner)
     host = None if owner is None else str(owner["host"])
-    if _unlocked_owner(folder) is None:
+    if owner is None or not _is_unlocked(folder, owner):
         return FolderUse(is_locked(folder), host)
     renewed = _renewed(folder.owner)
     alive = _is_renewed(folder, renewed, times.observe, times)
@@ -223,10 +227,13 @@ def _check_owner(folder: RunFolder, times: LockTimes, dead: Renewal | None = Non
 
     `dead`: the last renewal of a process that has been found dead before.
     """
-    owner = _unlocked_owner(folder)
-    if owner is None:
+    try:
+        owner, renewed = _read_owner(folder.owner), _read_renewal(folder.owner)
+    except OSError as error:
+        require_damage(error, f"{folder.owner} cannot be read")
         return None
-    renewed = _renewed(folder.owner)
+    if owner is None or not _is_unlocked(folder, owner):
+        return None
     alive = None if renewed == dead else _is_renewed(folder, renewed, times.dead, times)
     if alive:
         raise UserError(
@@ -245,16 +252,19 @@ def _is_renewed(folder: RunFolder, renewed: Renewal | None, seconds: float, time
     return None
 
 
-def _unlocked_owner(folder: RunFolder) -> dict[str, object] | None:
-    """Return the content of the owner's file, if no lock tells whether the owner lives: it is on another machine, or
-    the disk has no locks."""
-    return _other_owner(folder) or (_owner(folder.owner) if _is_held(folder.lock) is None else None)
+def _is_unlocked(folder: RunFolder, owner: dict[str, object]) -> bool:
+    """Return whether no lock tells if the owner lives: it is on another machine, or the disk has no locks."""
+    return not _is_of_this_machine(owner) or _is_held(folder.lock) is None
 
 
 def _other_owner(folder: RunFolder) -> dict[str, object] | None:
     """Return the content of the owner's file, if the owner is on another machine."""
     owner = _owner(folder.owner)
-    return None if owner is None or owner.items() >= this_machine().items() else owner
+    return None if owner is None or _is_of_this_machine(owner) else owner
+
+
+def _is_of_this_machine(owner: dict[str, object]) -> bool:
+    return owner.items() >= this_machine().items()
 
 
 def this_machine() -> dict[str, object]:
@@ -273,8 +283,8 @@ def _pid_namespace() -> str:
 
 
 @contextmanager
-def _owner_file(path: Path, on_lost: Callable[[], object], renew_seconds: float) -> Iterator[None]:
-    """Write the file, renew it in a thread, and remove it at the end."""
+def _owner_file(path: Path, on_lost: Callable[[], object], renew_seconds: float) -> Iterator[dict[str, object]]:
+    """Write the file, renew it in a thread, and remove it at the end. Yields its content."""
     mine = {**this_machine(), "pid_namespace": _pid_namespace(), "pid": os.getpid(), "id": os.urandom(8).hex()}
     write_json(path, mine)
     released = threading.Event()
@@ -299,7 +309,7 @@ def _owner_file(path: Path, on_lost: Callable[[], object], renew_seconds: float)
     thread = threading.Thread(target=renew, name="run lock", daemon=True)
     thread.start()
     try:
-        yield
+        yield mine
     finally:
         released.set()
         thread.join(renew_seconds)
@@ -309,21 +319,32 @@ def _owner_file(path: Path, on_lost: Callable[[], object], renew_seconds: float)
 
 
 def _owner(path: Path) -> dict[str, object] | None:
-    """Read the file of the owner; None if there is none, or it is damaged."""
+    """Read the file of the owner; None if there is none, or it cannot be read."""
+    with suppress(OSError):
+        return _read_owner(path)
+    return None
+
+
+def _read_owner(path: Path) -> dict[str, object] | None:
+    """Read the file of the owner; None if it is damaged. Raises OSError."""
     try:
         found = read_json(path)
-    except (OSError, ValueError):
+    except ValueError:
         return None
     return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None
 
 
 def _renewed(path: Path, known: Renewal | None = None) -> Renewal | None:
-    """Return when the file was renewed; None if there is none, `known` if the disk does not answer. Opens the file, so
-    that a network file system asks its server."""
+    """Return when the file was renewed; None if there is none, `known` if the disk does not answer."""
     try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
+        return _read_renewal(path)
     except FileNotFoundError:
         return None
     except OSError:
         return known
+
+
+def _read_renewal(path: Path) -> Renewal:
+    """Raises OSError. Opens the file, so that a network file system asks its server."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_mtime_ns

@@ -4,6 +4,7 @@
 Weights & Biases through the process that writes them: rank 0 while the run is running, this one when it has ended.
 """
 
+import errno
 import json
 import shlex
 import subprocess
@@ -152,35 +153,39 @@ class Watch:
         """Return when the run is done and its checkpoints are scored: returns the steps of the others. Raises UserError
         if its folder is gone."""
         while True:
-            done = read_life(self._run).state == "done"  # before looking: a run that is done saves no more
             try:
-                if (due := self._next_checkpoint(done)) is None:
-                    self._check_folder()
+                if self._look():
+                    return sorted({step for step, _ in self._failures})
             except OSError as error:
-                if is_damage(error) or error.errno in DENIED:
+                if is_damage(error) or error.errno in {*DENIED, errno.ENOSPC, errno.EDQUOT}:
                     raise
                 self._announce_waiting(f"until the disk answers: {describe_disk_error(error) or error}")
                 self._wait()
-                continue
-            if due is not None:
-                self._try(*due)
-            logged = self._log_results()
-            if due is None:
-                if done and logged:
-                    return sorted({step for step, _ in self._failures})
-                self._say_what_is_awaited()
-                self._wait()
+
+    def _look(self) -> bool:
+        """Try to score the oldest checkpoint that is due, or wait. Returns whether the run is done, and nothing is left
+        to do. Raises OSError."""
+        state = read_life(self._run).state  # before looking: a run that is done saves no more
+        due = self._next_checkpoint(state == "done")
+        if due is None:
+            self._check_folder()
+        else:
+            self._try(*due)
+        logged = self._log_results(state)
+        if due is None and not (state == "done" and logged):
+            self._say_what_is_awaited(state)
+            self._wait()
+        return due is None and state == "done" and logged
 
     def _check_folder(self) -> None:
         if not self._run.path.is_dir():
             raise UserError(f"the run folder {self._run.path} is gone")
 
-    def _say_what_is_awaited(self) -> None:
-        """Print the event that the watch waits for."""
-        state = read_life(self._run).state
+    def _say_what_is_awaited(self, state: str) -> None:
+        """Print the event that the watch waits for. state: of the run."""
         if state in _ENDED:
             self._announce_waiting(f"until {self._run.path} is resumed: it has ended before its last step")
-        elif state != "done":  # since the last look
+        elif state != "done":
             self._announce_waiting("for checkpoints")
 
     def _announce_waiting(self, awaited: str) -> None:
@@ -257,9 +262,9 @@ class Watch:
         """Return the attempts at the run so far."""
         return list((read_provenance(self._run) or {"attempts": []})["attempts"])
 
-    def _log_results(self) -> bool:
+    def _log_results(self, state: str) -> bool:
         """Add missing results to metrics.jsonl if the run has ended. Returns whether it has, and none is missing."""
-        if not self._all_logged and read_life(self._run).state in {*_ENDED, "done"}:
+        if not self._all_logged and state in {*_ENDED, "done"}:
             self._all_logged = not DownstreamLog(self._run).take_new(sys.maxsize) or self._log_missing()
         return self._all_logged
 

@@ -42,6 +42,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a/config.yaml")
         (KeyError(28), None),
         (PermissionError(errno.EPERM, "of killpg(2), which is about no file"), None),
         (RuntimeError("the worker said: [Errno 13] Permission denied"), None),
+        (RuntimeError("error sending request: operation timed out (os error 110)"), None),
     ],
 )
 def test_errors_of_the_disk_are_described(error: Exception, expected: str | None) -> None:

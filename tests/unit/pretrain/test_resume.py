@@ -448,11 +448,12 @@ def test_a_resume_takes_the_model_from_its_checkpoint(tmp_path: Path, positions:
     run = make_run(tmp_path / "run", (6,), model=began_with)
     point = ResumePoint(checkpoint_path(run / "checkpoints", 6), fork=False)
     own = ModelConfig(init_from=str(point.checkpoint / "hf"), **frozen)
-    for state in ("there", "gone"):
-        for name in (parent, parent / "checkpoints" / "best", checkpoint, checkpoint / "hf"):
+    best = parent / "checkpoints" / "best"
+    for after in (lambda: best.write_text("step-00000002\n"), lambda: shutil.rmtree(parent), lambda: None):
+        for name in (parent, best, checkpoint, checkpoint / "hf"):
             named = began_with.model_copy(update={"init_from": str(name)})
-            assert locate_model(named, point) == (began_with, own), state
-        shutil.rmtree(parent, ignore_errors=True)
+            assert locate_model(named, point) == (began_with, own), name
+        after()
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import filelock
 import pytest
 
-from experiment.errors import UserError
+from experiment.errors import HostError, UserError
 from experiment.run_files import run_lock
 from experiment.run_files.outcome_file import RankRecord
 from experiment.run_files.run_folder import RunFolder, open_run_folder
@@ -168,6 +168,35 @@ def test_a_disk_that_does_not_answer_does_not_end_a_process(folder: RunFolder, m
     monkeypatch.setattr(Path, "open", fail)
     with renewed(folder), pytest.raises(UserError, match="7 on elsewhere"):
         check_unlocked(folder, FAST)
+    for before in ([True], [False, True]):
+        failures[:] = before
+        with renewed(folder), pytest.raises(HostError, match=r"launch\.owner cannot be read: Input/output error"):
+            check_unlocked(folder, FAST)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_two_processes_that_start_at_once_on_a_disk_without_locks(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches two processes that write to one run because both found no owner."""
+    both_looked, check_owner, entered = threading.Barrier(2, timeout=60), run_lock._check_owner, []
+
+    def check(*args: Any) -> Any:
+        found = check_owner(*args)
+        both_looked.wait()
+        return found
+
+    def use() -> None:
+        with suppress(UserError), lock_run(folder, times=FAST):
+            entered.append(1)
+
+    monkeypatch.setattr(run_lock, "_check_owner", check)
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(entered) == 1
 
 
 @pytest.mark.parametrize("boot", ["2", None])

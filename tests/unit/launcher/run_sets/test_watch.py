@@ -21,6 +21,7 @@ from experiment.run_files.checkpoints import checkpoint_step
 from experiment.run_files.goodput import TRAINING, AttemptTime
 from experiment.run_files.outcome_file import Outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
+from experiment.run_files.run_life import Life, read_life
 from experiment.run_files.run_lock import lock_run
 from experiment.tracking.downstream import DownstreamLog, DownstreamResult, drop_results, read_results, write_result
 from experiment.tracking.jsonl import JsonlTracker, read_events
@@ -292,7 +293,7 @@ def test_a_run_that_ends_while_its_results_are_logged(
 ) -> None:
     """Catches a message that a run is not finished, which has just ended."""
 
-    def log_results(_watch: Watch) -> bool:
+    def log_results(_watch: Watch, _state: str) -> bool:
         end()
         return True
 
@@ -378,6 +379,24 @@ def test_a_disk_that_does_not_answer_for_a_moment(
     assert logged(run) == [(100, 0.1)]
     waiting = f"watch: toy: waiting until the disk answers: {checkpoint}/COMPLETE: Stale file handle"
     assert capsys.readouterr().err.count(waiting) == 1
+
+
+def test_a_disk_that_does_not_tell_the_state_of_the_run(
+    run: RunFolder, save: Save, end: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a watch that ends because the whole run folder was away for a moment."""
+    save(100)
+    end()
+    failures = [errno.EIO, errno.ESTALE]
+
+    def read(folder: RunFolder) -> Life:
+        if failures:
+            raise OSError(failures.pop(), "gone", str(folder.results))
+        return read_life(folder)
+
+    monkeypatch.setattr("launcher.run_sets.watch.read_life", read)
+    watch(run, Scorer(), *[lambda: None] * 2)
+    assert logged(run) == [(100, 0.1)]
 
 
 def test_another_config_is_rejected(run: RunFolder, save: Save, end: End) -> None:
