@@ -7,6 +7,7 @@ import pytest
 from finetune.scores.significance import (
     Difference,
     Score,
+    Scores,
     accuracy_interval,
     bootstrap_scores,
     compare_scores,
@@ -25,13 +26,16 @@ def accuracy(right: np.ndarray) -> Score:
     return score
 
 
-def compare(first: np.ndarray, second: np.ndarray, resamples: int = 500) -> Difference:
-    units = [[number] for number in range(first.shape[1])]
-    scores = [
+def draw_scores(*models: np.ndarray, resamples: int = 500) -> list[Scores]:
+    units = [[number] for number in range(models[0].shape[1])]
+    return [
         bootstrap_scores(accuracy(right), len(right), draw_records(units, resamples), stream)
-        for stream, right in enumerate((first, second))
+        for stream, right in enumerate(models)
     ]
-    return compare_scores(first.mean(axis=1), second.mean(axis=1), *scores)
+
+
+def compare(first: np.ndarray, second: np.ndarray) -> Difference:
+    return compare_scores(first.mean(axis=1), second.mean(axis=1), *draw_scores(first, second))
 
 
 def answers(share: float, seeds: int, seed: int) -> np.ndarray:
@@ -123,6 +127,12 @@ def test_the_seeds_count_too() -> None:
     low_steady, high_steady = compare(answers(0.7, 3, 5), steady).interval
     assert low < 0 < high
     assert high - low > 2 * (high_steady - low_steady)
+
+
+def test_seeds_of_two_models_are_not_drawn_in_pairs() -> None:
+    """Catches an interval without the spread of the seeds where two models have the same one."""
+    first, second = draw_scores(*[np.repeat([[0.5], [0.7], [0.9]], RECORDS, axis=1)] * 2)
+    assert np.std(first - second) == pytest.approx(np.sqrt(2) * np.std(first), rel=0.1)
 
 
 def test_independent_questions_have_wilsons_interval() -> None:

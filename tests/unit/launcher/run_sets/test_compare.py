@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from transformers import BertConfig, BertForMaskedLM
 from experiment.errors import StoppedError
 from experiment.run_files.checkpoints import checkpoint_path, mark_complete
 from experiment.run_files.run_folder import RunFolder
+from finetune.data.records import Record
+from finetune.kinds.question_answering import QuestionAnsweringColumns
 from finetune.resolve import load_run_config
 from hub_server import HubServer
 from launcher.cli import main
@@ -180,6 +183,24 @@ def test_differences_have_the_sign_of_their_interval(tmp_path: Path, monkeypatch
     assert against["difference"] == pytest.approx(0.4)
     assert against["interval"] == pytest.approx((0.4, 0.4))
     assert tests["toy", "bad"]["interval"] == pytest.approx((0.4525, 0.5475))
+
+
+def test_rows_share_the_drawn_texts_but_not_the_drawn_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches questions on one text that are drawn one by one, texts drawn for each row, and seeds in pairs."""
+    records = [Record(f"f.jsonl:{number}", {"context": f"text {number // 20}"}) for number in range(40)]
+    split = SimpleNamespace(
+        records=records,
+        kind=SimpleNamespace(config=SimpleNamespace(columns=QuestionAnsweringColumns())),
+        predictions=[[], []],  # of two seeds
+        scorer=lambda _: lambda seed, drawn: 10 * seed + np.mean(drawn < 20),
+    )
+    monkeypatch.setattr(compare, "_read_split", lambda _: split)
+    cell: Any = SimpleNamespace(metric="f1")
+    drawn = compare._resample("toy", {"a": cell, "b": cell})
+    seeds, texts = zip(*(np.divmod(drawn[row], 5) for row in "ab"), strict=True)
+    assert set(texts[0]) == {0.0, 0.5, 1.0}
+    assert np.array_equal(*texts)
+    assert not np.array_equal(*seeds)
 
 
 def test_a_stopped_comparison_runs_each_cell_once(
