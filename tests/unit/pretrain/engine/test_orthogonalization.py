@@ -63,6 +63,19 @@ def test_scale_of_updates(adjust_lr: Any, shape: tuple[int, int], expected: floa
     assert muon.scale(*shape) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("nesterov", "expected"), [(True, [1.68, 0.192]), (False, [1.2, 0.48])])
+def test_momentum(nesterov: bool, expected: list[float]) -> None:
+    """Catches a momentum, or a choice of its kind, that has no effect."""
+    options = MuonConfig(momentum=0.4, nesterov=nesterov)
+    muon = Muon([{"params": []}], lr=1e-3, betas=(0.9, 0.98), eps=1e-6, options=options, precision="fp32")
+    weights = torch.nn.Parameter(torch.zeros(1))
+    found = []
+    for gradient in (2.0, 0.0):
+        weights.grad = torch.tensor([gradient])
+        found.append(muon._advance(weights).item())
+    assert found == pytest.approx(expected)
+
+
 def test_options_of_muon_without_muon_are_rejected() -> None:
     """Catches a learning rate that has no effect."""
     with pytest.raises(ValueError, match="'muon' belongs to the optimizer 'muon', but 'name' is 'adamw'"):
