@@ -609,11 +609,15 @@ def test_gradients_are_clipped_after_they_are_scaled(
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [({"eval_batch_size": 10}, {10, 7}), ({"microbatch_size": 2}, {8, 5}), ({}, {32, 5})],
+    [
+        ({"eval_batch_size": 10, "warmup_steps": 4}, {10, 7}),
+        ({"microbatch_size": 2, "warmup_steps": 4}, {8, 5}),
+        ({"warmup_ratio": 0.5}, {32, 5}),
+    ],
     ids=["eval_batch_size", "microbatch_size", "batch_size"],
 )
 def test_settings_of_the_optimizer_and_of_evaluations_are_used(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], expected: set[int]
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: set[int]
 ) -> None:
     """Catches keys that do nothing, and evaluations whose memory the microbatch does not bound."""
     sizes: list[int] = []
@@ -625,7 +629,7 @@ def test_settings_of_the_optimizer_and_of_evaluations_are_used(
         return forward(self, input_ids, attention_mask)
 
     monkeypatch.setattr(Bag, "forward", record)
-    config = TrainingConfig(lr=1.0, weight_decay=0, adam_eps=1e9, warmup_steps=4, epochs=1, batch_size=8, **settings)
+    config = TrainingConfig(lr=1.0, weight_decay=0, adam_eps=1e9, epochs=1, batch_size=8, **settings)
     model, lrs = Bag(), []
     before = [parameter.clone() for parameter in model.parameters()]
     fit(model, task(), config, 1, CPU, lambda _, metrics: lrs.append(metrics.get("lr")))
