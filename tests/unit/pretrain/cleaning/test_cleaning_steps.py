@@ -22,14 +22,18 @@ PROSE = (
 )
 
 
-def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: Any) -> tuple[str, str]:
-    """What one step does with a text: (rule, text after it). The rule is empty if it does nothing."""
+def prepared(name: str, **keys: Any) -> DocumentStep[Any]:
     step_type = find_step(name)
     step = step_type(step_type.config_type(**keys))
     step.prepare(lambda name: [])
     assert isinstance(step, DocumentStep)
+    return step
+
+
+def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: Any) -> tuple[str, str]:
+    """What one step does with a text: (rule, text after it). The rule is empty if it does nothing."""
     document = Document("in.txt:1", "in.txt", text, {} if metadata is None else metadata)
-    verdict = step.apply(document)
+    verdict = prepared(name, **keys).apply(document)
     return (verdict.rule if verdict else "", "" if verdict and verdict.dropped else document.text)
 
 
@@ -62,10 +66,15 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("html_tags", {}, "write &lt;b&gt; for bold", ("removed", "write <b> for bold")),
         ("length", {"min_words": 3}, "two words", ("too_few_words", "")),
         ("length", {"max_characters": 5}, "six and more", ("too_many_characters", "")),
+        ("length", {"max_words": 2}, "two words.", ("", "two words.")),
+        ("length", {"max_words": 2}, "now three words", ("too_many_words", "")),
         ("length", {"min_words": 4}, "四个汉字", ("", "四个汉字")),
-        ("shares", {"max_digits": 0.5}, "12345 a", ("too_many_digits", "")),
-        ("shares", {"max_symbols": 0.3}, "%%%% ab", ("too_many_symbols", "")),
-        ("shares", {"max_capitals": 0.5}, "LOUD a", ("too_many_capitals", "")),
+        ("shares", {"max_digits": 0.5}, "1 2 a b", ("", "1 2 a b")),
+        ("shares", {"max_digits": 0.5}, "1 2 3 a b", ("too_many_digits", "")),
+        ("shares", {"max_symbols": 0.5}, "% % a 1", ("", "% % a 1")),
+        ("shares", {"max_symbols": 0.5}, "% % % a 1", ("too_many_symbols", "")),
+        ("shares", {"max_capitals": 0.5}, "AB cd 12 %%", ("", "AB cd 12 %%")),
+        ("shares", {"max_capitals": 0.5}, "ABC cd 12 %%", ("too_many_capitals", "")),
         ("shares", {"min_stop_words": 0.2}, "buy cheap pills now", ("too_few_stop_words", "")),
         ("shares", {"min_stop_words": 0.2}, SENTENCE, ("", SENTENCE)),
         ("shares", {"min_stop_words": 0.5, "stop_words": ("für", "Is’")}, "Nur für is'", ("", "Nur für is'")),
@@ -87,6 +96,8 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("pii", {}, f"{'b.' * 60}c@x.org", ("masked", "email@example.com")),
         ("pii", {}, "请发邮件到zhang.san@qq.com吧", ("masked", "请发邮件到email@example.com吧")),
         ("pii", {}, "at 8.8.8.8 and 10.0.0.1", ("masked", "at 192.0.2.1 and 10.0.0.1")),
+        ("pii", {"remove_emails": False, "ip_replacement": "IP"}, "b@c.org, 8.8.8.8", ("masked", "b@c.org, IP")),
+        ("pii", {"remove_ips": False, "email_replacement": "X"}, "b@c.org, 8.8.8.8", ("masked", "X, 8.8.8.8")),
         ("sample", {"rate": 1.0}, "a", ("", "a")),
         ("sample", {"by": "source", "rates": {"in": 0.0}}, "a", ("not_sampled", "")),
     ],
@@ -124,6 +135,7 @@ def test_words_of_a_list_are_found(tmp_path: Path) -> None:
     )
     keys = {"file": str(tmp_path / "words")}
     assert apply("word_list", "a classic passage", **keys)[0] == ""
+    assert apply("word_list", "a classic passage", whole_words=False, **keys)[0] == "listed_word"
     assert apply("word_list", "Er aß, und trank eine Maß", **keys)[0] == ""
     assert apply("word_list", "such an ASS!", **keys)[0] == "listed_word"
     assert apply("word_list", "他说ass了", **keys)[0] == "listed_word"
@@ -146,9 +158,7 @@ def test_the_time_for_a_text_does_not_grow_with_the_list(tmp_path: Path) -> None
 
     def seconds(words: int) -> float:
         (tmp_path / "words").write_text("".join(f"{word:x}字\n" for word in range(words)), encoding="utf-8")
-        step_type = find_step("word_list")
-        step = step_type(step_type.config_type(file=str(tmp_path / "words")))
-        step.prepare(lambda name: [])
+        step = prepared("word_list", file=str(tmp_path / "words"))
         step.apply(Document("in.txt:1", "in.txt", ""))
         started = time.process_time()
         assert step.apply(Document("in.txt:2", "in.txt", "a b c d e f, " * 5000)) is None
@@ -175,27 +185,39 @@ def test_another_list_is_another_cleaning(name: str, key: str, clean: Any, tmp_p
 
 def test_a_url_filter_without_lists_adds_nothing_to_the_recipe() -> None:
     """Catches a cleaning by an earlier version that is refused, although its steps are the same."""
-    step_type = find_step("url_filter")
-    step = step_type(step_type.config_type())
-    step.prepare(lambda name: [])
-    assert step.facts() == {}
+    assert prepared("url_filter").facts() == {}
 
 
 def test_urls_are_dropped_by_lists_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a download of the list of public suffixes."""
+    """Catches a download of the list of public suffixes, and a list or a threshold that has no effect."""
 
     def refuse(*arguments: Any, **keys: Any) -> Any:
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr("socket.create_connection", refuse)
-    (tmp_path / "domains").write_text("spam.co.uk\n")
-    (tmp_path / "words").write_text("casino\n")
-    keys = {"domains": str(tmp_path / "domains"), "words": str(tmp_path / "words"), "built_in": False}
-    rules = {
-        url: apply("url_filter", "a", {"url": url} if url else {}, **keys)[0]
-        for url in ("http://www.spam.co.uk/x", "http://good.org/casino/1", "http://good.org/porn", "")
+    lists = {
+        "domains": "spam.co.uk\n",
+        "urls": "http://good.org/bad\n",
+        "words": "casino\n",
+        "soft_words": "win\nbonus\nprize\n",
     }
-    assert list(rules.values()) == ["domain", "hard_blacklisted", "", "no_url"]
+    for name, content in lists.items():
+        (tmp_path / name).write_text(content)
+    keys = {**{name: str(tmp_path / name) for name in lists}, "soft_word_threshold": 3, "built_in": False}
+    expected = {
+        "http://www.spam.co.uk/x": "domain",
+        "http://good.org/bad": "url",
+        "http://good.org/bad/1": "",
+        "http://good.org/casino/1": "hard_blacklisted",
+        "http://good.org/porn": "",
+        "http://good.org/win/bonus": "",
+        "http://good.org/win/bonus-prize": "soft_blacklisted",
+        "": "no_url",
+    }
+    step = prepared("url_filter", **keys)
+    for url, rule in expected.items():
+        verdict = step.apply(Document("in.txt:1", "in.txt", "a", {"url": url} if url else {}))
+        assert (verdict.rule if verdict else "") == rule, url
     (tmp_path / "words").write_text("赌博\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"words: .*'赌博' has no letters or digits of ASCII"):
         apply("url_filter", "a", {"url": "http://good.org/"}, **keys)
@@ -284,6 +306,8 @@ def test_languages_are_told_by_a_model(tmp_path: Path) -> None:
     assert metadata == {"language": "en"}
     assert apply("language", "der und von", **keys)[0] == "other_language"
     assert apply("language", "der und von", **keys | {"keep": None})[0] == ""
+    assert apply("language", "the and of der", **keys)[0] == ""
+    assert apply("language", "the and of der", **keys | {"min_score": 0.999})[0] == "uncertain_language"
     (tmp_path / "other.bin").write_bytes(b"not a model" * 100)
     with pytest.raises(UserError, match=r"other.bin is not a fastText model, or damaged"):
         apply("language", "a", model=str(tmp_path / "other.bin"))
