@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from experiment.config import build_config
+from experiment.run_files.goodput import CHECKPOINTING, DATA, ActivityTimer
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.provenance import wandb_id
 from experiment.run_files.run_folder import RunFolder
@@ -16,7 +18,10 @@ from experiment.tracking.tracker import CLOSE_SECONDS, Trackers
 from pretrain.config import PretrainConfig
 from pretrain.resume import ResumePlan
 from pretrain.training import reporter as reporter_module
+from pretrain.training.log_interval import LogInterval
 from pretrain.training.reporter import CheckpointAlarm, Reporter, SlowRanks, record_start
+from pretrain.training_progress import TrainingProgress
+from pretrain.world import World
 
 NODES = ["node-0", "node-0", "node-1", "node-1"]
 
@@ -54,6 +59,38 @@ def test_mfu_is_unknown_for_a_model_with_unknown_flops() -> None:
     """Catches a run on a GPU that stops at its first log line because of a figure that cannot be computed."""
     stub: Any = SimpleNamespace(engine=SimpleNamespace(device=SimpleNamespace(type="cuda")), flops=None)
     assert Reporter._mfu(stub, seconds=1.0) is None
+
+
+def test_the_figures_of_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an MFU of one of the ranks, and times that change places."""
+    monkeypatch.setattr(reporter_module.torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(reporter_module, "peak_flops", lambda *_: 100.0)
+    now = 0.0
+    times = ActivityTimer(0.0, clock=lambda: now)
+    interval = LogInterval(times, torch.device("cpu"))
+    interval.flops = lambda _: 160.0  # type: ignore[method-assign]
+    times.begin_training()
+    now += 6.0
+    for activity, seconds in ((DATA, 2.0), (CHECKPOINTING, 3.0)):
+        with times.during(activity):
+            now += seconds
+    engine: Any = SimpleNamespace(
+        world=World(rank=0, size=2),
+        device=SimpleNamespace(type="cuda"),
+        precision="bf16",
+        loss_scale=None,
+        forward_timer=SimpleNamespace(enabled=False),
+    )
+    alerts = SimpleNamespace(no_checkpoint_hours=1.0)
+    run: Any = SimpleNamespace(
+        folder=RunFolder(tmp_path), config=SimpleNamespace(tracking=SimpleNamespace(alerts=alerts))
+    )
+    events: list[Any] = []
+    tracker: Any = SimpleNamespace(log=events.append)
+    flops: Any = object()
+    figures = Reporter(run, flops, engine, interval, times, NODES, tracker)
+    figures.report(TrainingProgress(step=1), rate=1e-3, grad_norm=0.5, saved_step=None)
+    assert (events[0]["data_wait"], events[0]["checkpoint_seconds"], events[0]["mfu"]) == (0.25, 3.0, 0.1)
 
 
 @pytest.fixture
