@@ -177,7 +177,8 @@ def test_rewinds_are_limited(pools: dict[int, RankPool], wordpiece_corpus: Path,
 def test_recent_gradient_norms_survive_a_resume(
     pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
 ) -> None:
-    """Catches a window of norms that a resume empties, so that the next spike passes as normal."""
+    """Catches a window of norms that a resume empties, so that the next spike passes as normal, and a spike factor that
+    has no effect."""
     runs = {}
     for name, stop_after in (("uninterrupted", None), ("stopped", 5)):
         tree = run_config(
@@ -188,8 +189,9 @@ def test_recent_gradient_norms_survive_a_resume(
             evaluation__every_steps=4,
             evaluation__best_metric="eval/held/accuracy",
             health__policy="skip",
+            health__spike_factor=3.0,
         )
-        bad = {3: Poison(NAN), 6: Poison(1e4)}
+        bad = {3: Poison(NAN), 6: Poison(10.0)}
         assert len(set(pools[2].run(poisoned_case, tree, bad, stop_after))) == 1
         if stop_after is not None:
             assert set(pools[2].run(poisoned_case, tree, bad)) == {"done"}
