@@ -126,14 +126,6 @@ def test_a_run_begins_with_the_frequencies_of_tokens(
     assert logged(tmp_path / "resumed")[0] < uniform - 0.5
 
 
-def test_checkpoints_by_the_clock(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches ranks that go by their own clocks, so that one would save alone and hang."""
-    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=3)
-    tree["checkpoint"] = {"every_steps": None, "every_minutes": 1e-9, "keep_last": 9}
-    pools[3].run(pretrain_case, tree)
-    assert len(complete_checkpoints(tmp_path / "checkpoints")) == 3
-
-
 def timed_case(world: World, tree: Tree, stop_after: int | None = None) -> str:
     """A run with clocks that show 0.1 s more at each look, and that of rank 1 a second more."""
     looks = itertools.count()
@@ -141,6 +133,16 @@ def timed_case(world: World, tree: Tree, stop_after: int | None = None) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_progress, "time", clock)
         return pretrain_case(world, tree, stop_after)
+
+
+def test_checkpoints_by_the_clock(pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path) -> None:
+    """Catches ranks that go by their own clocks, so that one would save alone and hang, and a clock that a save does
+    not restart."""
+    tree = run_config(tmp_path, wordpiece_corpus, schedule__steps=7)
+    tree["checkpoint"] = {"every_steps": None, "every_minutes": 0.45 / 60, "keep_last": 9}
+    assert set(pools[3].run(timed_case, tree)) == {"done"}
+    steps = [read_state(checkpoint)["step"] for checkpoint in complete_checkpoints(tmp_path / "checkpoints")]
+    assert steps == [2, 5, 7]
 
 
 def test_a_time_budget_spans_attempts(
