@@ -31,8 +31,8 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int |
 
 
 def ends_early(schedule: ScheduleConfig, peak: float, rate: float) -> bool:
-    """Return whether a time budget has ended with this rate, well above the end of its decay: the last step, an
-    evaluation or a pause took longer than the decay."""
+    """Return whether a time budget has ended well above the end of its decay: a step, an evaluation or a pause took
+    longer than the decay. rate: of the last step but one; the last step begins after the end of the budget."""
     if schedule.budget_seconds is None or schedule.name in ("constant", "inverse_sqrt"):
         return False
     floor = schedule.min_lr_ratio * peak

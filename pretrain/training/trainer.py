@@ -126,10 +126,10 @@ class Trainer:
         """
         self._times.begin_training()
         self._evaluate_and_save_at_start()
-        rate = 0.0
+        previous = rate = 0.0
         while not self._is_finished():
             batch, totals = self._feed.take(stop)
-            rate = self._learning_rate(batch.step, totals.seconds)
+            previous, rate = rate, self._learning_rate(batch.step, totals.seconds)
             trained = self._train_step(batch, totals.masked_tokens, rate)
             votes = self._feed.wait_for_votes()
             self._checkpointer.advance_if_done(votes.ranks_done)
@@ -156,8 +156,8 @@ class Trainer:
                 return Outcome.STOPPED
         if should_stop_early(self._progress.evaluations, self._config.evaluation):
             log_early_stop(self._progress.evaluations)
-        elif ends_early(self._config.schedule, self._config.optimizer.lr, rate):
-            log.warning("a step, an evaluation or a pause outlasted the decay: the learning rate ended at %.2e", rate)
+        elif ends_early(self._config.schedule, self._config.optimizer.lr, previous):
+            log.warning("a step, an evaluation or a pause outlasted the decay from a learning rate of %.2e", previous)
         return Outcome.DONE
 
     def finish_save(self) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,21 @@ def test_a_time_budget_spans_attempts(
     assert 0.7 < rates[5] / (3e-3 * (1.0 - 0.9 * share)) <= 1.0, "the second attempt starts a new clock"
     assert events_without_timing(tmp_path)[-1].keys() > {"step", "eval/held/loss"}
     assert events_without_timing(tmp_path)[-1]["step"] == ended["step"]
+
+
+def test_a_run_says_that_its_budget_ended_before_the_decay(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that ends at its peak rate silently, because a step takes longer than the decay, and one that
+    says so although its rate has decayed."""
+    said = {}
+    for name in ("wsd", "linear"):
+        tree = run_config(tmp_path / name, wordpiece_corpus)
+        tree["schedule"] = {"budget": "1s", "name": name, "warmup_steps": 0}
+        assert pools[1].run(timed_case, tree) == ["done"]
+        log = RunFolder(tmp_path / name).rank_log(0).read_text(encoding="utf-8")
+        said[name] = re.findall("outlasted the decay from a learning rate of .*", log)
+    assert said == {"wsd": ["outlasted the decay from a learning rate of 3.00e-03"], "linear": []}
 
 
 def test_restarting_a_finished_run_does_nothing(
