@@ -293,8 +293,8 @@ def _check_batches(config: PretrainConfig, positions: int | None, vocabulary: Vo
 def _limit_tokenizer(
     tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, model: PreTrainedModel, earlier: str | Path | None
 ) -> None:
-    """Let `truncation=True` cut texts at the length that the model is trained for. Warn of positions beyond it that
-    stay untrained, as each of them has an embedding of its own.
+    """Let `truncation=True` cut texts at the length that the model is trained for, where positions beyond it stay
+    untrained because each of them has an embedding of its own.
 
     earlier: the folder of the model to continue, whose tokenizer has its limit; None: a new model.
     """
@@ -306,7 +306,7 @@ def _limit_tokenizer(
         trained = max(trained, load_tokenizer(Path(earlier)).model_max_length)
     if trained < positions and has_learned_positions(model):
         tokenizer.model_max_length = trained
-        log.warning(
+        log.info(
             "model.%s: only %d of the model's %d positions are trained, because no sequence is longer; the tokenizer "
             "in the checkpoints cuts texts there",
             "config.max_position_embeddings" if config.model.max_positions is None else "max_positions",

@@ -6,10 +6,10 @@ Windows and padded rows:
    one sequence per row.
 2. Rows, fullest first, are assigned to ranks in snake order, which balances the ranks by tokens. Each rank splits its
    rows, in that order, into as few microbatches as hold them. A padded microbatch has sequences of similar length: it
-   is as wide as the longest of all ranks, and the shorter they are, the more rows it has.
-3. A microbatch has the same shape on every rank: windows the same number of rows in all microbatches of a step, padded
-   ones the rows that `microbatch_tokens` allows. Rows are rounded up to one of a few numbers, so that compiled kernels
-   see few shapes. Surplus rows are padding with weight zero.
+   is as wide as the longest of all ranks.
+3. A microbatch has the same shape on every rank, and windows have the same number of rows in all microbatches of a
+   step. Rows are rounded up to one of a few numbers, so that compiled kernels see few shapes. Surplus rows are padding
+   with weight zero.
 
 Flat microbatches, which have a single row of T slots, are dealt without packing:
 
@@ -263,11 +263,15 @@ def _split_windows(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Spli
 
 def _split_padded(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split:
     """Split the rows of a rank into microbatches, each as wide as its first row, the longest. `filled` [R]: the longest
-    of the ranks' rows in each place, falling."""
+    of the ranks' rows in each place, falling.
+
+    Narrow microbatches have no more rows than wide ones: in some models a row takes memory however short it is, such as
+    Longformer's, padded to the attention window, and DeBERTa's relative positions.
+    """
+    max_rows = layout.microbatch_tokens // layout.max_seq_length
     bounds, rows, widths = [0], [], []
     while (first := bounds[-1]) < len(filled):
         width = min(layout.max_seq_length, next_multiple(int(filled[first]), _WIDTH_BUCKET))
-        max_rows = layout.microbatch_tokens // width
         bounds.append(min(first + max_rows, len(filled)))
         rows.append(min(max_rows, round_up(bounds[-1] - first, _ROW_PARTS)))
         widths.append(width)

@@ -110,7 +110,7 @@ def _batch_shape(maker: BatchMaker, step: int, rate: float) -> BatchShape:
     # Each text token is drawn with probability `rate`: the most of many batches, three standard deviations above.
     predicted = text.max() * rate + 3 * np.sqrt(text.max() * rate * (1 - rate))
     rows = int(assignment.rows[0])
-    largest = MicrobatchShape(  # of padded ones the widest; narrower ones have as many slots, but cheaper attention
+    largest = MicrobatchShape(  # padded ones become narrower
         rows=rows,
         width=int(assignment.widths[0]),
         predicted=padded_predictions(int(predicted), maker.layout.rows),

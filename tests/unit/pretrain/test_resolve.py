@@ -152,6 +152,7 @@ def test_positions_that_no_sequence_reaches(
 ) -> None:
     """Catches a server and fine-tuning that use positions that were never trained, a shorter limit than the one of the
     model that is continued, and a limit of rotary positions."""
+    caplog.set_level(logging.INFO, logger="pretrain.resolve")
 
     def limit(run: str, model: dict[str, Any], length: int = 32, **sections: dict[str, Any]) -> int:
         batch = {"sequences": 8, "max_seq_length": length, "microbatch_tokens": 64}

@@ -91,8 +91,7 @@ def test_padded_microbatches_are_as_wide_as_their_longest_sequence(open_work: Op
     (batch,) = [batch for batch in map(stream.__getitem__, range(15)) if batch.tokens == stage.batch.tokens]
     shapes = [microbatch.input_ids.shape for microbatch in batch.microbatches]
     assert len({width for _, width in shapes}) > 1
-    widest = max(shapes, key=lambda shape: shape[1])  # whose attention takes most memory
-    assert (stage.batch.largest.rows, stage.batch.largest.width) == widest
+    assert (stage.batch.largest.rows, stage.batch.largest.width) == max(shapes)
     assert stage.batch.filled == batch.tokens / sum(rows * width for rows, width in shapes)
 
 
