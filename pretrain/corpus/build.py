@@ -36,6 +36,7 @@ from pretrain.corpus.records import (
     SplitCount,
     SplitRecord,
     forget_other_shards,
+    forget_other_splits,
     forget_split_of,
     holds_work,
     open_partial,
@@ -99,6 +100,7 @@ def _build(plan: BuildPlan, run_tasks: TaskRunner) -> dict[Part, Manifest]:
     manifests = _published_heldout(plan)
     try:
         open_partial(plan.partial, plan.arguments)
+        forget_other_splits(plan.partial, plan.splits)
         counts = count_documents(plan, run_tasks, plan.splits) if plan.sampling.enabled else {}
         if manifests:
             _check_same_recipe(plan, manifests, join_digests(counts[split.key].source for split in plan.splits))

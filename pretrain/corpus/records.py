@@ -11,6 +11,7 @@ DIR.partial/main/                       becomes the corpus
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 _ARGUMENTS = "build.json"
 _LOCK = ".lock"
+_KEY = re.compile(r"[0-9a-f]{32}")  # of a split; its files begin with it
 _OF_SAMPLING = {"limit", "holdout", "seed"}  # arguments that counts do not depend on
 
 
@@ -162,6 +164,14 @@ def forget_split_of(folder: Path, file: str) -> None:
     """Delete the record of the split that a damaged piece belongs to."""
     key = file.partition("-")[0]
     (folder / f"{key}.json").unlink(missing_ok=True)
+
+
+def forget_other_splits(folder: Path, splits: Iterable[Split]) -> None:
+    """Delete the files of splits that are no longer planned: a source has changed."""
+    keys = {split.key for split in splits}
+    for name in _names(folder):
+        if (found := _KEY.match(name)) and found[0] not in keys:
+            (folder / name).unlink()
 
 
 def forget_other_shards(folder: Path, tasks: Iterable[ShardTask]) -> bool:

@@ -393,6 +393,18 @@ def test_source_that_changed_since_an_interruption(
     assert not (tmp_path / "c.partial").exists()
 
 
+def test_pieces_of_an_earlier_version_of_a_source_are_deleted(corpus: Build, tmp_path: Path, source: Path) -> None:
+    """Catches a partial folder that grows with each repair of a source until the disk is full."""
+    text = source.read_text()
+    for repair in range(3):
+        source.write_text(f"{text}the river {repair}\n")
+        interrupted(corpus, "c")
+        assert len({path.name[:32] for path in (tmp_path / "c.partial").glob("*-main-*.arrow")}) <= 4
+    corpus("c")
+    corpus("whole")
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("problem", ["changed", "outage"])
 def test_source_that_changes_while_it_is_read(
     corpus: Build, source: Path, monkeypatch: pytest.MonkeyPatch, problem: str
