@@ -150,7 +150,11 @@ def _write_shards(
     splits = split_tasks(plan, counts)
     while True:
         records = tokenize(plan, run_tasks, splits, counts)
-        _check_records(plan, records)
+        try:
+            check_records(plan, records)
+        except UserError:  # the right arguments are others, which cannot resume this build
+            shutil.rmtree(plan.partial, ignore_errors=True)
+            raise
         joins = shard_tasks(plan, records)
         if forget_other_shards(plan.partial, joins):
             continue
@@ -164,7 +168,7 @@ def _write_shards(
             forget_split_of(plan.partial, file)
 
 
-def _check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
+def check_records(plan: BuildPlan, records: Sequence[SplitRecord]) -> None:
     """Raise UserError if there is no document, or if `check_read` does."""
     archives: dict[str, Members] = {}
     for record in records:

@@ -10,7 +10,14 @@ from typing import TypeVar
 from experiment.errors import UserError, readable_disk_errors
 from experiment.files import created_parents
 from experiment.output_folder import LockedError
-from pretrain.corpus.build import build_job, complete_corpus, existing_manifests, holds_corpus, shard_tasks
+from pretrain.corpus.build import (
+    build_job,
+    check_records,
+    complete_corpus,
+    existing_manifests,
+    holds_corpus,
+    shard_tasks,
+)
 from pretrain.corpus.build_plan import BuildPlan, plan_build
 from pretrain.corpus.engines import TaskRunner, open_engine
 from pretrain.corpus.options import CorpusOptions
@@ -96,7 +103,9 @@ def _build_share(plan: BuildPlan, run_tasks: TaskRunner, share: slice) -> bool:
     print(f"{plan.partial}: {len(records):,} of {len(tasks):,} splits are finished")
     if len(records) < len(tasks):
         return False
-    joins = shard_tasks(plan, [records[task.split.key] for task in tasks])
+    ordered = [records[task.split.key] for task in tasks]
+    check_records(plan, ordered)  # no task completes such a corpus
+    joins = shard_tasks(plan, ordered)
     list(run_tasks(write_shard_file, joins[share]))
     _wait_for_others(
         plan.folder, joins, lambda left: [task for task in left if not (plan.partial / task.record).exists()]

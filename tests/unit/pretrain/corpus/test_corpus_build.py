@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,23 @@ def test_counts_outlive_a_mistake(
     corpus("whole", **flags, holdout=20)
     for part in ("", "-heldout"):
         assert contents(tmp_path / f"c{part}") == contents(tmp_path / f"whole{part}")
+
+
+@pytest.mark.parametrize("mistake", ["document_start", "archive"])
+def test_a_build_with_a_pattern_that_matches_nothing_starts_over(
+    corpus: Build, tmp_path: Path, source: Path, mistake: str
+) -> None:
+    """Catches a corrected pattern that is refused because of the tokens of the wrong one."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "the river\n")
+    wrong, right = {
+        "document_start": ({"document_start": "^="}, {"document_start": "^the"}),
+        "archive": ({"source": f"{source},{tmp_path}/a.zip::*.csv"}, {"source": f"{source},{tmp_path}/a.zip::*.txt"}),
+    }[mistake]
+    with pytest.raises(UserError, match=r"matches no line|no member matches"):
+        corpus("c", **wrong)
+    assert not (tmp_path / "c.partial").exists()
+    assert corpus("c", **right).documents > 0
 
 
 @pytest.mark.parametrize("change", ["a word", "shorter", "longer", "damaged piece"])

@@ -115,6 +115,24 @@ def test_tasks_of_a_job_array_at_the_same_time(
     assert by_task[0].isdisjoint(by_task[1])
 
 
+def test_tasks_of_a_job_array_with_a_mistake_join_nothing(
+    tmp_path: Path,
+    source: Path,
+    vocabulary_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches tasks that each tokenize the whole source again, because the one before has deleted the tokens."""
+    monkeypatch.setattr(job_array, "write_shard_file", lambda *_: pytest.fail("joins pieces"))
+    monkeypatch.setattr(job_array, "complete_corpus", lambda *_: pytest.fail("completes the corpus"))
+    command = flags(tmp_path / "c", source, vocabulary_folder, "--engine=slurm", "--workers=1", "--document_start=^=")
+    for number in (1, 2, 2):
+        array_task(monkeypatch, number, 2)
+        code = main(command)
+    assert code == 2
+    assert "--document_start '^=' matches no line" in capsys.readouterr().err
+
+
 def test_a_job_array_samples_in_two_rounds(
     tmp_path: Path, source: Path, vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
