@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from experiment.files import read_text
+from experiment.process.cpu_cores import cpu_cores
 from experiment.process.fast_imports import fast_imports
 from experiment.process.hardware import unusable_gpus
 from experiment.process.own_process import given_environment, use_cpu
-from launcher.hosts.probe import cpu_cores
 
 DeviceKind = Literal["cuda", "cpu"]
 

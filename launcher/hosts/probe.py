@@ -1,7 +1,8 @@
 """Collect the facts of the host that this runs on, for `HostFacts`, and its routes to other hosts.
 
-Preflight sends the source of this file to `PYTHON -` on other hosts. It imports nothing else of the project and no
-library, and has to run on Python versions that the project does not support: another version is a fact to report.
+Preflight sends the sources of this file and of `cpu_cores` to `PYTHON -` on other hosts. They import nothing else of
+the project and no library, and have to run on Python versions that the project does not support: another version is a
+fact to report.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
+from experiment.process.cpu_cores import cpu_cores
+
 LAUNCHER_TOKEN = "launcher"
 """File that the launching machine writes to the token folder, for the hosts to see."""
 
@@ -28,7 +31,6 @@ FACTS_MARK = "deepcloze facts: "
 """Precedes the facts: the shell of the host may print more, even on the same line."""
 
 _TOKEN_BYTES = 4096  # so that a full disk is noticed
-_CGROUP = Path("/sys/fs/cgroup")
 _PCI_DEVICES, _NVIDIA = Path("/sys/bus/pci/devices"), "0x10de"
 
 
@@ -177,21 +179,6 @@ def _has_nvidia_device() -> bool:
     with suppress(OSError):
         return any(path.read_text().strip() == _NVIDIA for path in _PCI_DEVICES.glob("*/vendor"))
     return True
-
-
-def cpu_cores() -> int:
-    """Count the CPU cores that this process may use: its affinity, limited by a container's quota."""
-    return within_quota(len(os.sched_getaffinity(0)))
-
-
-def within_quota(cores: int) -> int:
-    """Return at most as many cores as a container's quota allows (cgroup v2 or v1)."""
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with suppress(OSError, ValueError):  # no such file, or no quota: 'max'
-            quota, period = map(int, " ".join((_CGROUP / name).read_text() for name in names).split())
-            if quota > 0:  # -1: none
-                cores = min(cores, max(1, quota // period))
-    return cores
 
 
 def _machine() -> str | None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
+from experiment.process import cpu_cores
 from experiment.process.signals import handle_stop_signals, kill_group
 from experiment.progress import progress
 from launcher.hosts import probe
@@ -28,9 +29,11 @@ _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # exit codes of shells
 # The working directory, which `python -` searches first, may have modules of any name. The alarm ends a program that
 # waits for a disk: killing ssh does not.
 _PROGRAM = """\
-import signal, sys
+import signal, sys, types
 signal.alarm({seconds})
 sys.path = [folder for folder in sys.path if folder]
+cores = sys.modules["experiment.process.cpu_cores"] = types.ModuleType("cpu_cores")
+exec(compile({cores!r}, "cpu_cores.py", "exec"), vars(cores))
 probe = {{"__name__": "probe"}}
 exec(compile({source!r}, "probe.py", "exec"), probe)
 probe["main"]({request!r})
@@ -133,8 +136,9 @@ def probe_this_machine(request: ProbeRequest) -> HostAnswer:
 
 def probe_program(request: ProbeRequest) -> str:
     """Return the program that `PYTHON -` reads on a host. It prints the facts as one line."""
-    source, seconds = inspect.getsource(probe), math.ceil(_ANSWER_SECONDS)
-    return _PROGRAM.format(seconds=seconds, source=source, request=json.dumps(asdict(request)))
+    cores, source = map(inspect.getsource, (cpu_cores, probe))
+    seconds, arguments = math.ceil(_ANSWER_SECONDS), json.dumps(asdict(request))
+    return _PROGRAM.format(seconds=seconds, cores=cores, source=source, request=arguments)
 
 
 class _Questions:

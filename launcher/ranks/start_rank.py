@@ -16,10 +16,11 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from experiment.process.cpu_cores import cpu_cores, within_quota
 from experiment.process.own_process import LAUNCH_VARIABLE
 from launcher.hosts.host_guard import read_environment
 from launcher.hosts.machine import guess_device
-from launcher.hosts.probe import cpu_cores, route_to, within_quota
+from launcher.hosts.probe import route_to
 from launcher.ranks.environment import host_environment, interface_variables
 
 MEASURE = "--measure"

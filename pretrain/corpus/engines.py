@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from experiment.errors import UserError, first_line
+from experiment.process.cpu_cores import cpu_cores
 from pretrain.corpus.workers import worker_pool
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def open_engine(
 
     Raises UserError if there is no cluster, StoppedError if a worker on this machine is killed.
     """
-    return _ray(ray_address, job) if engine == "ray" else _local(workers or len(os.sched_getaffinity(0)), job)
+    return _ray(ray_address, job) if engine == "ray" else _local(workers or cpu_cores(), job)
 
 
 @contextmanager

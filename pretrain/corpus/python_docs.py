@@ -23,6 +23,7 @@ from typing import NamedTuple
 from experiment.csv_and_jsonl import is_unicode
 from experiment.errors import UserError, describe_disk_error
 from experiment.files import atomic_write
+from experiment.process.cpu_cores import cpu_cores
 from experiment.progress import progress
 from pretrain.corpus.workers import worker_pool
 
@@ -107,7 +108,7 @@ def read_python_docs(
     files = [file for found in by_package for file in _spread(found, files_per_package)]
     with (
         # Syntax trees have no cycles: looking for some takes a seventh of the time.
-        worker_pool(len(os.sched_getaffinity(0)), "run the same command again", gc.disable) as pool,
+        worker_pool(cpu_cores(), "run the same command again", gc.disable) as pool,
         progress("reading documentation", len(files), "files") as advance,
     ):
         for file, found in zip(files, pool.map(extract_docs, [file.path for file in files], chunksize=16), strict=True):

@@ -6,7 +6,7 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.process import own_process
-from launcher.hosts import probe
+from experiment.process.cpu_cores import cpu_cores
 from launcher.hosts.hostfile import is_this_machine
 from launcher.hosts.machine import (
     DeviceKind,
@@ -17,7 +17,6 @@ from launcher.hosts.machine import (
     guess_device,
     launch_machine,
 )
-from launcher.hosts.probe import cpu_cores
 from launcher.ranks.environment import forwarded_environment
 from launcher.ranks.placement import PlacementOptions, place_ranks
 
@@ -157,26 +156,6 @@ def test_a_gpu_is_found_without_torch(tmp_path: Path, names: tuple[str, ...], ki
     assert guess_device({}, tmp_path) == kind
     assert guess_device({"DS_ACCELERATOR": "cpu"}, tmp_path) == "cpu"
     assert guess_device({"DS_ACCELERATOR": "cuda"}, tmp_path) == "cuda"
-
-
-def test_a_container_quota_limits_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Catches threads for all cores of the host in a container that may use only a few, also on older systems
-    (cgroup v1)."""
-    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _: set(range(64)))
-    v1 = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
-    for files, cores in (
-        ({"cpu.max": "200000 100000\n"}, 2),
-        ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "max 100000\n"}, 64),
-        (dict(zip(v1, ("300000\n", "100000\n"), strict=True)), 3),
-        (dict(zip(v1, ("-1\n", "100000\n"), strict=True)), 64),
-    ):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        for name, text in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text)
-        monkeypatch.setattr(probe, "_CGROUP", folder)
-        assert cpu_cores() == cores
 
 
 def test_a_free_port_can_be_listened_on():

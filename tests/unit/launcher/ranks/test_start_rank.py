@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.hosts.probe import cpu_cores, within_quota
+from experiment.process.cpu_cores import cpu_cores, within_quota
 from launcher.ranks import start_rank
 from launcher.ranks.environment import GLIBC_TUNABLES, host_environment
 
@@ -54,7 +54,7 @@ def test_cores_that_a_rank_is_bound_to_are_not_divided_again(
 ) -> None:
     """Catches ranks of MPI or srun that use a part of their cores, or more than there are."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(own if pid == 0 else of_parent)))
-    monkeypatch.setattr("launcher.hosts.probe.within_quota", lambda cores: cores)
+    monkeypatch.setattr("experiment.process.cpu_cores.within_quota", lambda cores: cores)
     monkeypatch.setattr(start_rank, "within_quota", lambda cores: cores)
     environ = host_environment({}, start_rank._cores_of_ranks(ranks), ranks, "cpu")
     assert environ["OMP_NUM_THREADS"] == str(threads)

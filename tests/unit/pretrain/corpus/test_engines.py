@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from experiment.errors import UserError
+from experiment.process import cpu_cores
 from launcher.cli import main
 from pretrain.corpus import build, engines, job_array, records, shards, splits, tasks
 from pretrain.corpus.build import build_corpus, complete_corpus
@@ -63,6 +65,16 @@ def test_ctrl_c_does_not_reach_workers() -> None:
     with engines.open_engine(2, signal.SIG_BLOCK) as run:
         for blocked in run(signal.pthread_sigmask, [(), ()]):
             assert signal.SIGINT in blocked
+
+
+def test_a_container_quota_limits_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a process for each core of the host in a container that may use only a few."""
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr(cpu_cores, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(engines, "worker_pool", lambda *_: pytest.fail("starts workers"))
+    with engines.open_engine(None, 1) as run:
+        assert list(run(max, [2, 3])) == [2, 3]
 
 
 def test_tasks_of_a_job_array(

@@ -1,10 +1,12 @@
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from experiment.errors import UserError
+from experiment.process import cpu_cores
 from launcher.cli import main
 from pretrain.corpus import python_docs
 from pretrain.corpus.documents import read_documents
@@ -151,6 +153,18 @@ def test_read_installed_packages(installed: Path) -> None:
     ]
     assert {doc.package for doc in docs} == {"python", "my-shapes"}
     assert list(read_python_docs()) == docs
+
+
+def test_a_container_quota_limits_the_processes(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a process for each core of the host in a container that may use only a few."""
+    (installed / "cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr(cpu_cores, "_CGROUP", installed)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)))
+    started = list[int]()
+    real = python_docs.worker_pool
+    monkeypatch.setattr(python_docs, "worker_pool", lambda count, *rest: started.append(count) or real(count, *rest))
+    assert list(read_python_docs())
+    assert started == [1]
 
 
 def test_texts_that_are_not_unicode_are_left_out(installed: Path) -> None:
