@@ -217,7 +217,7 @@ def test_the_copy_that_was_not_used_for_longest_is_deleted(
     old.release()
     third = CorpusCache(tmp_path / "cache", limit).locate(other)
     assert (first.exists(), second.exists(), third.exists()) == (False, True, True)
-    with pytest.raises(UserError, match=r"^corpus.cache: .* corpus.cache_gib allows .* MB, expected .* in use$"):
+    with pytest.raises(UserError, match=r"^corpus.cache: .* corpus.cache_gib allows .* MiB, expected .* in use$"):
         CorpusCache(tmp_path / "cache", 10).locate(f"file://{text}")
 
 
