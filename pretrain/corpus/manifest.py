@@ -41,8 +41,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The inputs of a corpus. Equal recipes give the same documents in the same order; how they are divided into shards,
-    and with it the fingerprint, also depends on how the source is divided into files."""
+    """The inputs of a corpus. Equal recipes give the same documents in the same order; their shards, and with them the
+    fingerprint, also depend on how the source is divided into files."""
 
     __pydantic_config__: ClassVar = _NO_OTHER_KEYS
 
