@@ -143,16 +143,21 @@ class CorpusCache:
         present = _bytes_below(folder)
         missing = max(0, sum(sizes.values()) - present)
         if self.limit is not None:
-            used = _bytes_below(self.folder)
-            for other in sorted(self.folder.glob(f"*/{_LOCK}"), key=lambda lock: lock.stat().st_mtime):
-                if used + missing <= self.limit and self._free() >= missing:
+            expected, free = _bytes_below(self.folder) + missing, self._free()
+            others = sorted(self.folder.glob(f"*/{_LOCK}"), key=lambda lock: lock.stat().st_mtime)
+            for delete in (False, True):  # nothing is deleted if that would not be enough
+                freed = 0
+                for other in others:
+                    if expected - freed <= self.limit and free + freed >= missing:
+                        break
+                    freed += _evict(other, delete)  # not this copy, which is locked
+                if expected - freed > self.limit:
+                    raise CacheFullError(
+                        f"corpus.cache_gib allows {_readable(self.limit)}, expected {_readable(expected - freed)} with "
+                        "what is in use"
+                    )
+                if free + freed < missing:
                     break
-                used -= _evict(other)  # not this copy, which is locked
-            if used + missing > self.limit:
-                raise CacheFullError(
-                    f"corpus.cache_gib allows {_readable(self.limit)}, expected {_readable(used + missing)} with "
-                    "what is in use"
-                )
         if (free := self._free()) < missing:
             raise CacheFullError(f"{self.folder} has {_readable(free)} free, expected {_readable(missing)}")
 
@@ -242,14 +247,14 @@ def _granted(lock: int, kind: int) -> bool:
     return True
 
 
-def _evict(lock: Path) -> int:
-    """Delete a copy unless it is in use. Returns the bytes that this frees."""
+def _evict(lock: Path, delete: bool) -> int:
+    """Delete a copy, or only measure it, unless it is in use. Returns the bytes that deleting it frees."""
     descriptor = os.open(lock, os.O_RDWR)
     try:
         if not _granted(descriptor, fcntl.LOCK_EX):
             return 0
         freed = _bytes_below(lock.parent)
-        for copy in (path for path in lock.parent.iterdir() if path.is_dir()):
+        for copy in (path for path in lock.parent.iterdir() if delete and path.is_dir()):
             log.info("corpus.cache: deleting %s, which was not used for longest", copy)
             shutil.rmtree(copy)
         return freed

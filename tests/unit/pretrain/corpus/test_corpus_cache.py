@@ -201,7 +201,7 @@ def test_the_copy_that_was_not_used_for_longest_is_deleted(
     for source in (text, heldout, other):
         cache = CorpusCache(tmp_path / "sizes")
         sizes[source] = sum(files_below(cache.locate(source)).values())
-    room = sizes[text] + sizes[heldout] + 1000
+    room = max(sizes[text], sizes[other]) + sizes[heldout] + 1000
     limit = room if full == "cache" else 1e12
     if full == "disk":
         monkeypatch.setattr(
@@ -217,8 +217,24 @@ def test_the_copy_that_was_not_used_for_longest_is_deleted(
     old.release()
     third = CorpusCache(tmp_path / "cache", limit).locate(other)
     assert (first.exists(), second.exists(), third.exists()) == (False, True, True)
+    assert third.is_relative_to(tmp_path / "cache")
     with pytest.raises(UserError, match=r"^corpus.cache: .* corpus.cache_gib allows .* MiB, expected .* in use$"):
         CorpusCache(tmp_path / "cache", 10).locate(f"file://{text}")
+
+
+@pytest.mark.parametrize("full", ["cache", "disk"])
+def test_no_copy_is_deleted_if_that_is_not_enough(
+    wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """Catches copies that other runs must make again, although the new one fits in neither case."""
+    cache = CorpusCache(tmp_path / "cache", 10 if full == "cache" else 1e12)
+    copy = CorpusCache(tmp_path / "cache")
+    folder = copy.locate(str(heldout_corpus))
+    copy.release()
+    if full == "disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, -(10**9)))
+    assert cache.locate(str(wordpiece_corpus)) == wordpiece_corpus
+    assert open_corpus(folder).documents
 
 
 def test_copies_that_vanish_while_the_cache_is_measured(
