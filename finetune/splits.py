@@ -207,10 +207,9 @@ def split_off(table: Table, columns: Columns, share: float, seed: int) -> tuple[
     if not taken:
         raise _too_small(table, columns, len(labels) - len(by_label))
     indices = {index for place in taken for index in shuffled[place]}
-    rest = tuple(record for index, record in enumerate(table.records) if index not in indices)
-    return replace(table, records=rest), replace(
-        table, records=tuple(table.records[index] for index in sorted(indices))
-    )
+    records = [replace(record, skipped=0) for record in table.records]  # they have numbers of their own
+    rest = tuple(record for index, record in enumerate(records) if index not in indices)
+    return replace(table, records=rest), replace(table, records=tuple(records[index] for index in sorted(indices)))
 
 
 def related_records(records: Sequence[Record], columns: Columns) -> list[list[int]]:

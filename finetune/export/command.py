@@ -77,7 +77,7 @@ def _write(source: Path, folder: Path, options: ExportOptions, repository: HubNa
 def _copy(source: Path, folder: Path) -> None:
     """Copy the files of a model. Raises UserError."""
     unlisted, files, modules = unlisted_files(source), model_files(source, weights=True), _module_folders(source)
-    files += [path for pattern in _MORE_FILES for path in source.glob(pattern)]
+    files += [path for pattern in _MORE_FILES for path in source.glob(pattern) if path.is_file()]
     known = {path for file in (*files, *modules) for path in (file, *file.parents)}
 
     def is_copied(path: Path) -> bool:

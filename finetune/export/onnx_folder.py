@@ -44,7 +44,7 @@ def write_onnx_folder(source: Path, folder: Path, title: str, int8: bool) -> lis
     """
     original = _load(source)
     folder.mkdir()
-    more = (path for pattern in ("deepcloze*.json", "LICENSE*") for path in source.glob(pattern))
+    more = (path for pattern in ("deepcloze*.json", "LICENSE*") for path in source.glob(pattern) if path.is_file())
     for path in {*model_files(source, weights=False), *more} - unlisted_files(source):
         shutil.copyfile(path, folder / path.name)
     write_graph(original, folder / FILE)

@@ -163,8 +163,8 @@ def prediction_rows(
     first: int = 1,
     optional: Set[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return a row for each record, or several as its kind says: its number in the file, the columns of the task,
-    `predicted`, and further parts of the prediction, such as `probability_LABEL`.
+    """Return a row for each record, or several as its kind says: its number in the file or drawn split, the columns of
+    the task, `predicted`, and further parts of the prediction, such as `probability_LABEL`.
 
     first: the number of the first record if none was skipped. optional: of all records of the file, see
     `optional_inputs`; None: these are all.

@@ -15,7 +15,7 @@ _BREAKS = (
 _INLINE = (
     "a|abbr|acronym|applet|audio|b|bdi|bdo|big|blink|body|button|canvas|cite|code|col|colgroup|datalist|del|dfn|em|embed|"
     "font|frame|head|html|i|iframe|img|input|ins|kbd|label|link|mark|marquee|meta|meter|nobr|picture|progress|q|rp|rt|ruby|"
-    r"s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|video|wbr|(?:o|st1|v|w):\w+"  # with colons: of Word
+    r"s|samp|small|span|strike|strong|sub|sup|svg|time|tt|u|var|video|wbr|(?:o|st1|v|w):\w+"  # with colons: of Word
 )
 # These are names in code too, as in `vector<map>`.
 _NAMES = "area|base|data|dialog|dir|map|menu|object|output|param|slot|source|template|track"
@@ -26,7 +26,7 @@ _SWITCHES = (
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'=<>`][^\s"'<>`]*)"""
 _ATTRIBUTES = rf"(?:\s+(?:[a-z_:][\w:.-]*\s*=\s*{_VALUE}|{_SWITCHES}))*\s*"  # in code, `i<a && j>b` has none
 _HIDDEN = ("script", "style", "svg")
-_OPENING = re.compile(rf"<!--|<({'|'.join(_HIDDEN)})(?:\s[^<>]*)?>", re.IGNORECASE)
+_OPENING = re.compile(r"<!--|<(script|style|svg(?![^<>]*/>))(?:\s[^<>]*)?>", re.IGNORECASE)  # <svg/> has no content
 _CLOSING = {"": re.compile("-->")} | {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in _HIDDEN}
 _READING = re.compile(r"<(rp|rt)(?:\s[^<>]*)?>[^<]*</\1\s*>", re.IGNORECASE)  # beside a character, such as furigana
 _BREAK = re.compile(rf"</?(?:{_BREAKS}){_ATTRIBUTES}/?>", re.IGNORECASE)

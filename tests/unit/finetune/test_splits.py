@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def test_the_share_has_as_much_of_each_label() -> None:
     assert labels(validation) == {"common": 18, "rare": 2}
     places = [record.place for split in (train, validation) for record in split.records]
     assert sorted(places) == sorted(record.place for record in LABELLED.records)
+
+
+def test_rows_of_the_share_are_counted_in_it() -> None:
+    """Catches row numbers that have gaps where rows of the file were skipped."""
+    records = tuple(replace(record, skipped=number // 50) for number, record in enumerate(LABELLED.records))
+    for split in split_off(replace(LABELLED, records=records), TEXTS, 0.1, seed=0):
+        assert {record.skipped for record in split.records} == {0}
 
 
 def test_the_seed_decides() -> None:

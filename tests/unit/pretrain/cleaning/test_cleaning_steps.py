@@ -60,6 +60,7 @@ def apply(name: str, text: str, metadata: dict[str, Any] | None = None, **keys: 
         ("html_tags", {}, "<noscript>a <button>b</button></noscript><video src='v'><col>c", ("removed", "a b\nc")),
         ("html_tags", {}, "<fieldset><details>a</details><textarea>b</textarea>", ("removed", "a\n\nb")),
         ("html_tags", {}, "a<svg width=1><path d='M0'/><text>T</text></svg> b", ("removed", "a b")),
+        ("html_tags", {}, "a<svg width='1'/> b <svg><text>T</text></svg>c", ("removed", "a b c")),
         ("html_tags", {}, "<article data-id><map name='m'><area href='#'></map>x</article>", ("removed", "x")),
         ("html_tags", {}, "#include <map> vector<data> cp <source> <dir>", None),
         ("html_tags", {}, "template <class T = int> template<typename T=int> <table name>", None),
