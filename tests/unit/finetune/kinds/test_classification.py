@@ -50,7 +50,7 @@ def test_one_label_is_no_task() -> None:
 def test_an_unknown_label_is_named_with_its_line(encoder: Path) -> None:
     """Catches validation labels that do not occur in train mapped to some id."""
     encode = Encoder(load_tokenizer(encoder), 8, token_types=False)
-    with pytest.raises(UserError, match=r"f\.csv:3: unknown label 'c' \(task\.labels .*\); known: a, b"):
+    with pytest.raises(UserError, match=r"f\.csv:3: unknown label 'c' \(the model has .* of task\.labels\); known: a, b"):
         [KIND.expand(record, encode, training=True) for record in table("a", "c").records]
 
 
@@ -65,7 +65,7 @@ def test_a_label_like_a_known_one_is_suggested(encoder: Path) -> None:
 def test_a_label_that_train_lacks_is_to_be_listed(encoder: Path) -> None:
     """Catches a rare label of validation that ends the run with a list of thousands of others, and no advice."""
     labels, encode = tuple(map(str, range(10**4, 2 * 10**4))), Encoder(load_tokenizer(encoder), 8, token_types=False)
-    with pytest.raises(UserError, match=r"training split lacks\); known: 10000, ") as error:
+    with pytest.raises(UserError, match=r"or of task\.labels\); known: 10000, ") as error:
         Kind(CONFIG, labels).expand(table("rare").records[0], encode, training=False)
     assert len(str(error.value)) < 500
     with pytest.raises(UserError, match=r"f\.csv:2: unknown label 'rare'; known: a, b$"):
