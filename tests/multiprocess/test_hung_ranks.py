@@ -39,7 +39,7 @@ if "launcher" in sys.orig_argv or "pretrain.run" in sys.orig_argv:
     from experiment.run_files import heartbeat
     heartbeat._HUNG, heartbeat._BEATS = 8 / 600, 1200
 """
-# Forked ranks are not in the process group of the launch. It would take them for ranks that have ended.
+# Forked ranks are not in the process group of the launch, which would report that they have ended.
 IN_ITS_GROUP = """
 if "launcher" in sys.orig_argv:
     from unittest.mock import ANY

@@ -127,7 +127,8 @@ def test_a_process_that_ssh_has_started_delays_no_end(
     host, also if that has left the process group."""
     started = f"{session} sh -c 'echo $$ > {tmp_path}/pid; exec sleep 3600' &"
     install_ssh(tmp_path / "bin", monkeypatch, before=f"{started} sleep 3600")
-    monkeypatch.setattr(guarded_hosts, "_CLOSE_SECONDS", 0.1)
+    for limit in ("_END_SECONDS", "_CLOSE_SECONDS"):
+        monkeypatch.setattr(guarded_hosts, limit, 0.1)
     hosts = GuardedHosts(["hangs"], f"{run}-1", ENVIRONMENT, lambda _: None)
     starting, closing = (threading.Thread(target=target, daemon=True) for target in (hosts.start, hosts.close))
     starting.start()
