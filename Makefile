@@ -76,7 +76,8 @@ image:
 		--label org.opencontainers.image.revision=$(shell git describe --always --abbrev=40 --exclude='*' --dirty) $(BUILD_FLAGS) .
 	@echo "$(IMAGE)"
 
-# The packages: for SLURM, Open MPI, MPICH, NVMe offload and object storage.
+# The packages: for SLURM, Open MPI, MPICH, NVMe offload and object storage. Tests have a cache folder of their own, except for DeepSpeed's kernels.
+soak: export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 soak: $(TEST_READY) packages
 	@.ci/packages slurmctld:slurmctld slurmd:slurmd srun:slurm-client munged:munge mpirun.openmpi:openmpi-bin \
 		mpirun.mpich:mpich /usr/include/libaio.h:libaio-dev ceph:ceph-common ceph-mon:ceph-mon ceph-osd:ceph-osd \
