@@ -172,10 +172,11 @@ class Watch:
         else:
             self._try(*due)
         logged = self._log_results(state)
-        if due is None and not (state == "done" and logged):
+        is_finished = due is None and state == "done" and logged
+        if due is None and not is_finished:
             self._say_what_is_awaited(state)
             self._wait()
-        return due is None and state == "done" and logged
+        return is_finished
 
     def _check_folder(self) -> None:
         if not self._run.path.is_dir():

@@ -10,7 +10,6 @@ DIR.partial/main-data-0000I-….json      its record: the pieces are no longer n
 DIR.partial/main/                       becomes the corpus
 """
 
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ import xxhash
 from filelock import FileLock
 
 from experiment.errors import UserError
-from experiment.files import create_json, parse_record, write_json
+from experiment.files import create_json, names_in, parse_record, write_json
 from pretrain.corpus.build_plan import Part
 from pretrain.corpus.formats import Members
 from pretrain.corpus.manifest import Shard
@@ -131,8 +130,7 @@ def _start_over(folder: Path, found: Mapping[str, str | int | None], arguments: 
 def holds_work(folder: Path, counts: bool = True) -> bool:
     """Return whether a build has tokenized something that a later one could use or, with `counts`, has counted
     documents."""
-    names = _names(folder) if folder.is_dir() else ()
-    return any(".arrow" in name or (counts and name.endswith(".count.json")) for name in names)
+    return any(".arrow" in name or (counts and name.endswith(".count.json")) for name in names_in(folder))
 
 
 def write_count(folder: Path, count: SplitCount) -> None:
@@ -142,7 +140,7 @@ def write_count(folder: Path, count: SplitCount) -> None:
 
 def read_counts(folder: Path, keys: Iterable[str]) -> dict[str, SplitCount]:
     """Read the counts of those splits that were counted, by key."""
-    names = _names(folder)
+    names = set(names_in(folder))
     files = (f"{key}.count.json" for key in keys)
     counts = [read_record(folder / file, SplitCount) for file in files if file in names]
     return {count.key: count for count in counts if count}
@@ -150,7 +148,7 @@ def read_counts(folder: Path, keys: Iterable[str]) -> dict[str, SplitCount]:
 
 def read_finished(folder: Path, tasks: Iterable[SplitTask]) -> dict[str, SplitRecord]:
     """Read the records of those splits that are finished, by key: their pieces are there, or joined to shards."""
-    names, finished = _names(folder), {}
+    names, finished = set(names_in(folder)), {}
     pieces = names | {piece for _, shard in _shards(folder, names) for piece in shard.pieces}
     for split, parts in tasks:
         if f"{split.key}.json" in names and (record := read_record(folder / f"{split.key}.json", SplitRecord)):
@@ -169,7 +167,7 @@ def forget_split_of(folder: Path, file: str) -> None:
 def forget_other_splits(folder: Path, splits: Iterable[Split]) -> None:
     """Delete the files of splits that are no longer planned: a source has changed."""
     keys = {split.key for split in splits}
-    for name in _names(folder):
+    for name in names_in(folder):
         if (found := _KEY.match(name)) and found[0] not in keys:
             (folder / name).unlink()
 
@@ -178,7 +176,7 @@ def forget_other_shards(folder: Path, tasks: Iterable[ShardTask]) -> bool:
     """Delete the records of shards that were joined of other pieces: a source has changed. Returns whether there were
     any."""
     expected = {task.record: [piece.file for piece in task.pieces] for task in tasks}
-    others = [name for name, shard in _shards(folder, _names(folder)) if expected.get(name) != shard.pieces]
+    others = [name for name, shard in _shards(folder, names_in(folder)) if expected.get(name) != shard.pieces]
     for name in others:
         (folder / name).unlink()
     return bool(others)
@@ -201,7 +199,3 @@ def _shards(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, ShardReco
     for name in names:
         if name.endswith(".arrow.json") and (found := read_record(folder / name, ShardRecord)):
             yield name, found
-
-
-def _names(folder: Path) -> set[str]:
-    return set(os.listdir(folder))  # noqa: PTH208  (a Path per file takes longer)
