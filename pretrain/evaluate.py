@@ -41,6 +41,7 @@ from pretrain.corpus.verification import verified_shards
 from pretrain.modeling.build import build_model, choose_rows
 from pretrain.modeling.masked_lm import MaskedLanguageModel, Predictions
 from pretrain.modeling.model_config import resolve_model_config
+from pretrain.modeling.packability import least_row_width
 from pretrain.world import World
 
 if TYPE_CHECKING:  # imports DeepSpeed, which `deepcloze evaluate` does not need
@@ -127,7 +128,13 @@ def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: W
     `rows`, `first_position`: of the model, see MicrobatchLayout.
     """
     config = run.config
-    layout = MicrobatchLayout(config.batch.max_seq_length, config.batch.microbatch_tokens, rows, first_position)
+    layout = MicrobatchLayout(
+        config.batch.max_seq_length,
+        config.batch.microbatch_tokens,
+        rows,
+        first_position,
+        least_width=least_row_width(run.model_config),
+    )
     return open_held_out(
         run.held_out,
         run.vocabulary,
@@ -199,7 +206,13 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
-    layout = MicrobatchLayout(length, max(8192, length), choose_rows(built, torch.float32), built.first_position)
+    layout = MicrobatchLayout(
+        length,
+        max(8192, length),
+        choose_rows(built, torch.float32),
+        built.first_position,
+        least_width=least_row_width(config),
+    )
 
     @torch.inference_mode()
     def predict(microbatch: Microbatch) -> Predictions:

@@ -21,6 +21,7 @@ from pretrain.batching.packing import MicrobatchLayout, Rows
 from pretrain.batching.row_width import with_best_row_width
 from pretrain.batching.sequences import open_index
 from pretrain.config import MaskingConfig, Stage
+from pretrain.modeling.packability import least_row_width
 from pretrain.resolve import ResolvedRun
 from pretrain.resume import check_fork_length
 from pretrain.schedule_config import ScheduleConfig
@@ -91,12 +92,15 @@ def open_stream(
     total_weight = sum(given.weight for given in run.corpora)
     steps = _total_steps(config.schedule, orders, [total_weight / sum(order.shares) for order in orders])
     check_fork_length(run.resume_plan, steps)
+    least_width = least_row_width(run.model_config)
     makers = [
         BatchMaker(
             of_stage,
             order,
             run.vocabulary,
-            MicrobatchLayout(stage.max_seq_length, stage.microbatch_tokens, rows, first_position),
+            MicrobatchLayout(
+                stage.max_seq_length, stage.microbatch_tokens, rows, first_position, least_width=least_width
+            ),
             world,
             _masking_rate(config.masking, steps),
         )

@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 
 _ROW_PARTS = 8  # rows of a microbatch are rounded up by less than one part in 8
 _WIDTH_BUCKET = 16  # the width of a padded microbatch is a multiple of this, or that of the longest sequence
+# Memory of a padded row besides that of its slots, in slots. DeBERTa's relative positions take the most, 30 to 60.
+_ROW_SLOTS = 64
 
 Rows = Literal["padded", "windows", "flat"]
 """The layout of sequences in the rows of a microbatch.
@@ -49,11 +51,18 @@ class MicrobatchLayout:
     rows: Rows = "windows"
     first_position: int = 0  # position id of a sequence's first token; padding_idx + 1 in the RoBERTa family
     wide_rows: int | None = None  # slots of a row of windows, if it is wider than the longest sequence
+    least_width: int = 0  # slots whose memory a padded row takes at least
 
     @property
     def row_width(self) -> int:
         """W, slots of a row of windows, or of a padded one."""
         return self.wide_rows or self.max_seq_length
+
+    def padded_rows(self, width: int) -> int:
+        """Return the rows of a padded microbatch of this width that take no more memory than the widest one."""
+        taken = max(width, min(self.least_width, self.max_seq_length))
+        rows = self.microbatch_tokens // self.max_seq_length
+        return rows * (self.max_seq_length + _ROW_SLOTS) // (taken + _ROW_SLOTS)
 
 
 @dataclass(frozen=True)
@@ -264,14 +273,11 @@ def _split_windows(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Spli
 def _split_padded(filled: NDArray[np.int64], layout: MicrobatchLayout) -> _Split:
     """Split the rows of a rank into microbatches, each as wide as its first row, the longest. `filled` [R]: the longest
     of the ranks' rows in each place, falling.
-
-    Narrow microbatches have no more rows than wide ones: in some models a row takes memory however short it is, such as
-    Longformer's, padded to the attention window, and DeBERTa's relative positions.
     """
-    max_rows = layout.microbatch_tokens // layout.max_seq_length
     bounds, rows, widths = [0], [], []
     while (first := bounds[-1]) < len(filled):
         width = min(layout.max_seq_length, next_multiple(int(filled[first]), _WIDTH_BUCKET))
+        max_rows = layout.padded_rows(width)
         bounds.append(min(first + max_rows, len(filled)))
         rows.append(min(max_rows, round_up(bounds[-1] - first, _ROW_PARTS)))
         widths.append(width)

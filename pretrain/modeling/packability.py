@@ -4,6 +4,7 @@ Tested with a forward pass: a model may use the packed attention and still mix s
 relative positions, statistics of a whole row).
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -139,3 +140,12 @@ def _small(fields: Mapping[str, Any]) -> dict[str, Any]:
     if (heads := fields.get("num_key_value_heads")) is not None:  # one per attention head, one for all, or in between
         small["num_key_value_heads"] = {1: 1, fields["num_attention_heads"]: _HEADS}.get(heads, 2)
     return {name: _small(value) if isinstance(value, dict) else value for name, value in small.items()}
+
+
+def least_row_width(config: PreTrainedConfig) -> int:
+    """Return the slots whose memory a padded row takes, however narrow it is: Longformer pads rows to its attention
+    window, Perceiver computes on latents, as many for each row."""
+    if hasattr(config, "num_latents"):
+        return sys.maxsize
+    window = getattr(config, "attention_window", 0)
+    return max(window) if isinstance(window, list) else window

@@ -98,6 +98,7 @@ def test_batches_are_as_large_as_in_training(heldout_corpus: Path) -> None:
         held_out={"held": open_corpus(heldout_corpus)},
         vocabulary=build_vocabulary(load_tokenizer(heldout_corpus / "tokenizer")),
         folder=SimpleNamespace(path=heldout_corpus),
+        model_config=BertConfig(),
     )
     held = open_evaluator(cast(ResolvedRun, run), "padded", 0, World(0, 2)).corpora["held"]
     assignments = [held.maker.assign(step) for step in range(held.batches - 1)]

@@ -108,16 +108,26 @@ def test_few_shapes_occur(max_rows):
     assert len(shapes) <= 4
 
 
-def test_padded_microbatches_are_as_wide_as_their_longest_sequence():
-    """Catches microbatches of short sequences that are as wide as those of long ones, or have more rows, each of which
-    takes memory in some models, and ranks whose shapes differ."""
+@pytest.mark.parametrize("least_width", [0, 128])
+def test_padded_microbatches_are_as_wide_as_their_longest_sequence(least_width):
+    """Catches microbatches of short sequences that are as wide as those of long ones, have as few rows, or have rows
+    that take more memory than the widest ones, and ranks whose shapes differ."""
     lengths = np.clip(30 * np.exp(np.random.default_rng(0).normal(0, 0.8, 1024)), 3, 512).astype(np.int64)
-    assignment = assign(lengths, 2, MicrobatchLayout(512, 8192, "padded"))
-    assert assignment.microbatches == 1024 // 2 // 16
-    assert (assignment.rows == 16).all()
+    assignment = assign(lengths, 2, MicrobatchLayout(512, 8192, "padded", least_width=least_width))
+    taken = np.maximum(assignment.widths, least_width) + 64
+    full = 16 * (512 + 64)
+    assert (assignment.rows * taken <= full).all()
+    assert ((assignment.rows + 1) * taken > full)[:-1].all()
     longest = np.zeros(assignment.microbatches, dtype=np.int64)
     np.maximum.at(longest, assignment.microbatch, lengths)
     assert ((assignment.widths - longest >= 0) & (assignment.widths - longest < 16)).all()
+
+
+@pytest.mark.parametrize(("longest", "microbatch_tokens"), [(512, 8192), (512, 1000), (128, 128)])
+def test_rows_of_a_model_that_pads_them_keep_their_number(longest, microbatch_tokens):
+    """Catches rows of Longformer that exceed the memory: it pads each to its attention window."""
+    layout = MicrobatchLayout(longest, microbatch_tokens, "padded", least_width=512)
+    assert {layout.padded_rows(width) for width in (16, 64, longest)} == {microbatch_tokens // longest}
 
 
 @pytest.mark.parametrize("count", range(30, 70))

@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,20 @@ def test_a_plan_finds_out_which_models_are_packed(
 
     monkeypatch.setattr(packability, "random_model", build)
     assert packability.is_packed(AutoConfig.for_model(model_type, **fields)) == packed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "least"),
+    [
+        ("bert", {}, 0),
+        ("longformer", {"attention_window": [64, 256, 64]}, 256),
+        ("longformer", {"attention_window": 512}, 512),
+        ("perceiver", {}, sys.maxsize),
+    ],
+)
+def test_the_least_width_whose_memory_a_row_takes(model_type: str, fields: dict[str, Any], least: int) -> None:
+    """Catches many short rows of models in which each takes the memory of a long one."""
+    assert packability.least_row_width(AutoConfig.for_model(model_type, **fields)) == least
 
 
 @pytest.mark.parametrize("model_type", PACKED)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from pretrain.batching.packing import MicrobatchLayout
 from pretrain.modeling.random_model import meta_model
 from pretrain.plan.activations import (
     Computation,
@@ -110,6 +111,23 @@ def test_gradients_that_stay_are_counted_once() -> None:
     moved, stay = memory(), memory(replace(FP32, gradients_stay=True, accumulates=True))
     assert stay.gradients == 4 * parameters
     assert stay.activations == pytest.approx(moved.activations, rel=0.1)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("position_buckets", [256, -1])
+def test_narrow_rows_take_no_more_memory_than_wide_ones(position_buckets: int, on_gpu: bool) -> None:
+    """Catches microbatches of short sequences with so many rows that a run ends in the middle for lack of memory:
+    DeBERTa repeats its relative positions for each row."""
+    config = bert(model_type="deberta-v2", dropout=0.0)
+    config.relative_attention, config.pos_att_type = True, ["p2c", "c2p"]
+    config.share_att_key, config.position_buckets = True, position_buckets
+    layout = MicrobatchLayout(128, 4096, "padded")
+    computation = Computation(torch.bfloat16, "padded", on_gpu, checkpointed=False)
+    widest, *narrow = (
+        memory(computation, replace(SHAPE, rows=layout.padded_rows(width), width=width), config).total
+        for width in (128, 64, 32, 16)
+    )
+    assert max(narrow) <= widest
 
 
 def test_a_model_whose_text_has_a_config_of_its_own() -> None:

@@ -1,5 +1,6 @@
 """Steps and tokens of a plan, compared with the batches of the run's own stream."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_padded_microbatches_are_as_wide_as_their_longest_sequence(open_work: Op
     (batch,) = [batch for batch in map(stream.__getitem__, range(15)) if batch.tokens == stage.batch.tokens]
     shapes = [microbatch.input_ids.shape for microbatch in batch.microbatches]
     assert len({width for _, width in shapes}) > 1
-    assert (stage.batch.largest.rows, stage.batch.largest.width) == max(shapes)
+    assert (stage.batch.largest.rows, stage.batch.largest.width) == max(shapes, key=math.prod)
     assert stage.batch.filled == batch.tokens / sum(rows * width for rows, width in shapes)
 
 
