@@ -88,3 +88,17 @@ def table_console() -> "Console":
     if not console.is_terminal:
         console.width = FILE_WIDTH
     return console
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], labels: int = 1, title: str | None = None
+) -> None:
+    """Print a table on stdout. labels: how many columns, from the left, are text; the others are numbers."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < labels else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    table_console().print(table)

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 
 from experiment.config import build_config
 from experiment.config.field_types import expand_home
 from experiment.errors import UserError
-from experiment.formatting import format_perplexity, table_console
+from experiment.formatting import format_perplexity, print_table
 from experiment.models.model_names import local_model
 from experiment.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from experiment.models.transformers_models import max_positions
@@ -253,7 +252,8 @@ def _print(scores: dict[str, Scores], as_json: bool) -> None:
     if as_json:
         print(json.dumps({name: of_corpus.finite() for name, of_corpus in scores.items()}))
         return
-    table = Table("corpus", *(kind.replace("_", " ") for kind in Scores._fields))
-    for name, (loss, perplexity, accuracy, masked) in scores.items():
-        table.add_row(name, f"{loss:.4f}", format_perplexity(perplexity), f"{accuracy:.4f}", f"{masked:,}")
-    table_console().print(table)
+    rows = [
+        [name, f"{loss:.4f}", format_perplexity(perplexity), f"{accuracy:.4f}", f"{masked:,}"]
+        for name, (loss, perplexity, accuracy, masked) in scores.items()
+    ]
+    print_table(["corpus", *(kind.replace("_", " ") for kind in Scores._fields)], rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiment.errors import UserError, reason
 from experiment.files import read_json, write_text
-from experiment.formatting import UNKNOWN, csv_table, table_console
+from experiment.formatting import UNKNOWN, csv_table, print_table
 from experiment.results.charts import DotChart, Dots
 from experiment.results.main_score import count_collapsed
 from experiment.run_files.run_folder import RunFolder
@@ -112,22 +112,10 @@ def write_summary(results: Sequence[SweepResult], output: Path, metric: str, low
     keys = list(best_first[0].values)
     rows = [[*run.values.values(), run.value, run.state, run.name, run.collapsed] for run in best_first]
     write_text(output / "sweep.csv", csv_table([[*keys, metric, "state", "folder", "collapsed"], *rows]))
-    _print_table(best_first, keys, metric)
+    print_table([*keys, metric], ([*result.values.values(), result.shown()] for result in best_first), labels=0)
     charts = score_charts(best_first, metric)
     if charts:
         from experiment.results.plots import draw_dots  # matplotlib takes a second
 
         draw_dots(output / "sweep.png", charts)
     print(f"{output}/sweep.csv, sweep.json" + (", sweep.png" if charts else ""))
-
-
-def _print_table(best_first: Sequence[SweepResult], keys: Sequence[str], metric: str) -> None:
-    from rich.table import Table
-
-    table = Table()
-    for key in keys:
-        table.add_column(key, justify="right", overflow="fold")
-    table.add_column(metric, justify="right")
-    for result in best_first:
-        table.add_row(*result.values.values(), result.shown())
-    table_console().print(table)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiment.formatting import UNKNOWN, table_console
+from experiment.formatting import UNKNOWN, print_table
 
 _LABELS = 30  # more are in results.json only
 _CONFUSIONS = 3
@@ -26,34 +26,25 @@ def print_scores(
     """Print a row for each metric of any split, a column for each split. metric: the one to mark, if any."""
     if not splits:
         return
-    table = _table(title, *splits)
+    rows = []
     for name in dict.fromkeys(name for scores in splits.values() for name in scores):
         cells = [describe(scores[name]) if name in scores else UNKNOWN for scores in splits.values()]
-        table.add_row(f"{name} *" if name == metric else name, *cells)
-    table_console().print(table)
+        rows.append([f"{name} *" if name == metric else name, *cells])
+    print_table([title, *splits], rows)
 
 
 def print_label_scores(
     title: str, labels: Mapping[str, Mapping[str, Any]], describe: Describe = "{:.4f}".format
 ) -> None:
     """Print a row for each label, the most frequent first."""
-    table = _table("label", "precision", "recall", "f1", "support")
-    table.title = title
+    rows = []
     by_support = sorted(labels.items(), key=lambda item: -item[1]["support"])
     for label, scores in by_support[:_LABELS]:
         cells = [describe(scores[name]) for name in ("precision", "recall", "f1")]
-        table.add_row(label, *cells, f"{scores['support']:,}")
+        rows.append([label, *cells, f"{scores['support']:,}"])
     if len(labels) > _LABELS:
-        table.add_row(f"… and {len(labels) - _LABELS} more")
-    table_console().print(table)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table()
-    table.add_column(title)
-    for name in columns:
-        table.add_column(name, justify="right")
-    return table
+        rows.append([f"… and {len(labels) - _LABELS} more"])
+    print_table(["label", "precision", "recall", "f1", "support"], rows, title=title)
 
 
 def print_epochs(console: Console, title: str, epochs: Sequence[Mapping[str, float]], best_epoch: float) -> None:

@@ -10,11 +10,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Column, Table
-
 from experiment.errors import UserError, reason, require_damage
 from experiment.files import read_json, write_json, write_text
-from experiment.formatting import table_console
+from experiment.formatting import print_table
 from experiment.progress import track
 from experiment.results.comparison import as_csv, as_markdown, score_charts, tables
 from experiment.results.main_score import count_collapsed
@@ -181,10 +179,7 @@ def _write_tables(folder: RunFolder, cells: ScoresByRow, tests: Tests, failed: M
     write_text(folder.path / "compare.csv", as_csv(comparison))
     write_text(folder.path / "compare.md", as_markdown(comparison, failed))
     for title, (header, *rows) in tables(comparison, failed).items():
-        table = Table(*(Column(name, overflow="fold") for name in header), title=title)
-        for row in rows:
-            table.add_row(*row)
-        table_console().print(table)
+        print_table(header, rows, labels=len(header), title=title)
     print(f"{folder.path}/compare.json, compare.csv, compare.md")
     if any(comparison.values()):
         draw_dots(folder.path / "compare.png", score_charts(comparison))

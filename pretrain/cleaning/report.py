@@ -5,11 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table as TerminalTable
-
 from experiment.decontamination import CLEAN_PAGE, CLEAN_SUMMARY
 from experiment.files import write_json
-from experiment.formatting import table_console
+from experiment.formatting import print_table
 from experiment.results.page import (
     Bar,
     BarChart,
@@ -166,10 +164,4 @@ def _examples(summary: Summary) -> Iterator[Block]:
 
 def print_steps(summary: Summary) -> None:
     """Print the counts as a table."""
-    table = TerminalTable()
-    for column in _COLUMNS:
-        is_label = column in ("step", "rule")
-        table.add_column(column, justify="left" if is_label else "right", no_wrap=True)
-    for row in _rows(summary):
-        table.add_row(*row)
-    table_console().print(table)
+    print_table(_COLUMNS, _rows(summary), labels=2)
