@@ -197,7 +197,7 @@ def compare(config: Config, overrides: Overrides | None = None, *, quiet: bool =
 
     Example:
         scores = deepcloze.compare("encoders.yaml")
-        print(scores["MiniLM"]["sst2"]["mean"])
+        print(scores["BERT"]["sst2"]["mean"])
     """
     with fast_imports():
         from launcher.run_sets.compare import run_comparison

@@ -148,8 +148,7 @@ def workplace(
     write_lines(folder / "hosts", ["localhost slots=2"])
     write_model(folder / "bert-base-uncased", wordpiece)
     write_model(folder / "bert-base-chinese", sorted(set(CHINESE)))
-    for name in ("bert-base-cased", "encoders/minilm"):
-        shutil.copytree(folder / "bert-base-uncased", folder / name)
+    shutil.copytree(folder / "bert-base-uncased", folder / "bert-base-cased")
     shutil.copytree(byte_level, folder / "roberta-base")
     for page in OTHER_PAGES:
         write_configs(page, folder)

@@ -82,9 +82,17 @@ def test_config_keys_exist(page: Path) -> None:
     """A config key was renamed, and the page still has the old name."""
     for key in re.findall(rf"`((?:{'|'.join(SECTIONS)})(?:\.\w+)+)", _prose(page)):
         assert key.endswith((".py", ".md")) or _is_config_key(key), f"no such key: {key}"
-    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for key in _flatten(yaml.safe_load(block)):
+    for block in _yaml_blocks(page):
+        for key in _flatten(block):
             assert _is_config_key(key), f"yaml example: no such key: {key}"
+
+
+@each_page
+def test_pretraining_examples_set_the_learning_rate(page: Path) -> None:
+    """An example trains at the default rate, which is too high to continue a model, or for a BERT-base."""
+    for block in _yaml_blocks(page):
+        if {"run", "corpus", "schedule"} <= block.keys():
+            assert "lr" in block.get("optimizer", {}), block["run"]
 
 
 @each_page
@@ -101,6 +109,11 @@ def test_files_exist(page: Path) -> None:
 def _prose(page: Path) -> str:
     """The text without code blocks."""
     return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def _yaml_blocks(page: Path) -> list[dict[str, Any]]:
+    text = page.read_text(encoding="utf-8")
+    return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
 
 
 def _anchors(page: Path) -> list[str]:
