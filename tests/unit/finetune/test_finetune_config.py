@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 from experiment.config import build_config, dump_config, load_config
 from experiment.errors import UserError
 from finetune.config import FinetuneConfig
+from finetune.splits import read_splits
 
 RECIPES = sorted((Path(__file__).parents[3] / "finetune" / "recipes").glob("*.yaml"))
 MINIMAL = {"run": {"dir": "r"}, "task": {"train": "a.csv", "validation": "b.csv"}, "model": {"init_from": "m"}}
@@ -26,6 +28,22 @@ def test_recipes_parse(recipe: Path, tmp_path: Path) -> None:
 def test_there_are_recipes() -> None:
     """Catches the test above passing because it looks into the wrong folder."""
     assert {"cola", "sst2", "mrpc", "meld", "afqmc"} <= {recipe.stem for recipe in RECIPES}
+
+
+def test_the_recipe_of_afqmc_reads_the_files_of_clue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a recipe for another format than that of CLUE's archive: a JSON object per line, no labels in test."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data/AFQMC"
+    folder.mkdir(parents=True)
+    pair = {"sentence1": "花呗怎么还款", "sentence2": "怎么还花呗"}
+    for name in ("train", "dev"):
+        lines = [json.dumps(pair | {"label": label}) for label in "01"]
+        (folder / f"{name}.json").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "test.json").write_text(json.dumps({"id": 0} | pair), encoding="utf-8")
+    task = load_config(FinetuneConfig, next(recipe for recipe in RECIPES if recipe.stem == "afqmc")).task
+    splits = read_splits(task, tmp_path)
+    assert {name: len(table) for name, table in splits.items()} == {"train": 2, "validation": 2, "test": 1}
+    assert [record.values["label"] for record in splits["train"].records] == ["0", "1"]
 
 
 def test_labels_and_columns_may_look_like_numbers() -> None:
