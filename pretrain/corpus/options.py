@@ -41,7 +41,7 @@ class TextOptions(Section):
     """Unit of a document in plain text: a line, a block between blank lines, or a whole file."""
 
     document_start: Annotated[Annotated[str, AfterValidator(_regular_expression)] | None, Metavar("REGEX")] = None
-    """Instead of --document: start a document at each line that matches."""
+    """Instead of `document`: start a document at each line that matches."""
 
     column: Annotated[str, Metavar("NAME")] = "text"
     """Text column of .jsonl, .csv, .tsv and .parquet files."""

@@ -1,5 +1,6 @@
 """Names that users rely on, and how commands, config keys and recipes are described to a reader and a shell."""
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -40,11 +41,13 @@ def test_no_name_changes_by_accident() -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_key_is_documented(kind: str) -> None:
-    """Catches a key or section without a docstring, which the reference would show with no meaning."""
+    """Catches a key or section without a docstring, which the reference would show with no meaning, and one that refers
+    to a key as a flag."""
     for section in config_reference(CONFIGS[kind]):
         assert section.meaning or section.name == section.keys[0].name
         for key in section.keys:
             assert key.meaning.endswith("."), key.name
+            assert "--" not in re.sub(r"`deepcloze .*?`", "", key.meaning), key.name
 
 
 @pytest.mark.parametrize(
