@@ -4,13 +4,14 @@ python docs/reference_pages.py config > docs/config.md
 python docs/reference_pages.py commands > docs/commands.md
 """
 
+import itertools
 import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from experiment.config.reference import REQUIRED, ConfigSection, config_reference
+from experiment.config.reference import REQUIRED, ConfigKey, ConfigSection, config_reference
 from experiment.formatting import markdown_table
 from launcher.command_line import ABOUT_FLAGS, Command, describe_command
 from launcher.commands import COMMANDS
@@ -42,27 +43,40 @@ config also take any of its keys as `--section.key=value`, see [config.md](confi
 def config_page() -> str:
     """Return the Markdown of docs/config.md."""
     titles = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "compare": "Comparisons", "clean": "Cleaning"}
-    sections = [f"## {titles[kind]}\n\n{_tables(config_reference(config))}" for kind, config in CONFIGS.items()]
-    return "\n".join([_CONFIG_HEAD, *sections])
-
-
-def _tables(reference: Sequence[ConfigSection]) -> str:
-    """Return a heading and a table for each section."""
-    parts = []
-    for section in reference:
-        rows = [
-            [
-                f"`{key.name}`",
-                key.type,
-                f"`{key.default}`" if key.default != REQUIRED else REQUIRED,
-                _linked(key.meaning),
-            ]
-            for key in section.keys
-        ]
-        table = markdown_table(["key", "type", "default", "meaning"], rows)
-        title = f"`{section.name}`, {section.variant}" if section.variant else f"`{section.name}`"
-        parts.append("\n\n".join(filter(None, [f"### {title}", _linked(section.meaning), table])))
+    parts = [_CONFIG_HEAD]
+    shown: list[ConfigSection] = []
+    for kind, config in CONFIGS.items():
+        parts.append(f"## {titles[kind]}\n")
+        for are_keys, group in itertools.groupby(config_reference(config), key=_is_key):
+            sections = list(group)
+            if are_keys:
+                keys = [key for section in sections for key in section.keys]
+                parts.append(f"### Keys without a section\n\n{_table(keys)}")
+            else:
+                parts += [_section(section, section in shown) for section in sections]
+            shown += sections
     return "\n".join(parts)
+
+
+def _is_key(section: ConfigSection) -> bool:
+    """Whether it is a key without a section, such as `seeds`."""
+    return [key.name for key in section.keys] == [section.name]
+
+
+def _section(section: ConfigSection, is_shown: bool) -> str:
+    """Return a heading and a table. is_shown: an earlier config has the same section."""
+    title = f"`{section.name}`, {section.variant}" if section.variant else f"`{section.name}`"
+    if is_shown:
+        return f"### {title}\n\nThe same keys as [above](#{section.name}).\n"
+    return "\n\n".join(filter(None, [f"### {title}", _linked(section.meaning), _table(section.keys)]))
+
+
+def _table(keys: Sequence[ConfigKey]) -> str:
+    rows = [
+        [f"`{key.name}`", key.type, f"`{key.default}`" if key.default != REQUIRED else REQUIRED, _linked(key.meaning)]
+        for key in keys
+    ]
+    return markdown_table(["key", "type", "default", "meaning"], rows)
 
 
 def _linked(text: str) -> str:
@@ -82,7 +96,12 @@ def commands_page() -> str:
 
 def _command_section(name: str, command: Command) -> str:
     found = describe_command(name, command)
-    table = markdown_table(["flag", "meaning"], [[_cell(f"`{flag}`"), _cell(meaning)] for flag, meaning in found.flags])
+    in_pretrain = describe_command("pretrain", COMMANDS["pretrain"]).flags if name != "pretrain" else ()
+    own = [[_cell(f"`{flag}`"), _cell(meaning)] for flag, meaning in found.flags if (flag, meaning) not in in_pretrain]
+    shared = ", ".join(f"`{flag.split()[0]}`" for flag, meaning in found.flags if (flag, meaning) in in_pretrain)
+    table = markdown_table(["flag", "meaning"], own)
+    if shared:
+        table += f"\nAlso, as in [deepcloze pretrain](#deepcloze-pretrain): {shared}.\n"
     usage, example = (textwrap.indent(text, "    ") for text in (found.usage, found.example))
     return f"## deepcloze {name}\n\n{usage}\n\n{found.text}\n\n{table}\nExample:\n\n{example}\n"
 

@@ -1,5 +1,6 @@
 """Links, commands and config keys in the documentation."""
 
+import itertools
 import re
 import runpy
 import shlex
@@ -11,7 +12,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from experiment.config.reference import config_reference
 from launcher.cli import main
+from launcher.command_line import flags_of, options_of
+from launcher.commands import COMMANDS
 from launcher.configs import CONFIGS
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -49,6 +53,18 @@ def test_a_generated_page_is_up_to_date(name: str) -> None:
     write_page = runpy.run_path(str(REPOSITORY / "docs" / "reference_pages.py"))["PAGES"][name]
     page = (REPOSITORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert page == write_page(), f"python docs/reference_pages.py {name} > docs/{name}.md"
+
+
+def test_the_reference_names_each_flag_and_key() -> None:
+    """A flag that several commands have is missing at one of them, or a key that is printed in a shared table."""
+    for section in (REPOSITORY / "docs/commands.md").read_text(encoding="utf-8").split("\n## deepcloze ")[1:]:
+        command = section.split()[0]
+        for flag in flags_of(options_of(COMMANDS[command])).values():
+            assert f"`{flag.label}".replace("|", r"\|") in section, f"{command} {flag.label}"
+    config = (REPOSITORY / "docs/config.md").read_text(encoding="utf-8")
+    for table in itertools.chain.from_iterable(map(config_reference, CONFIGS.values())):
+        for key in table.keys:
+            assert f"\n| `{key.name}` |" in config
 
 
 @each_page
