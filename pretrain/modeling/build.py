@@ -26,7 +26,7 @@ from pretrain.modeling.model_config import source_config
 from pretrain.modeling.packability import ignores_padding, probe, why_not_packed
 from pretrain.modeling.random_model import meta_model, random_model
 from pretrain.modeling.resize import resize_model
-from pretrain.modeling.structure import FlopsModel, flops_model
+from pretrain.modeling.structure import FlopsModel, decoder_of, flops_model
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _pretrained_model(model: ModelConfig, config: PreTrainedConfig, new_head: bo
     if untie:  # load a tied decoder as a copy of the embeddings; transformers keeps one that has weights of its own
         source.tie_word_embeddings = True
     built = _load(Path(model.init_from), source, new_head)
-    untie = untie and built.get_output_embeddings() is not None  # Perceiver has none
+    untie = untie and decoder_of(built) is not None  # Perceiver has none
     if model.added_tokens is None and model.max_positions is None and not untie:
         return built
     pieces = {}

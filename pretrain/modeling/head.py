@@ -24,6 +24,7 @@ from experiment.models.fast_linear import FastLinear
 from pretrain.batching.batch import IGNORED
 from pretrain.modeling import cpu_cross_entropy
 from pretrain.modeling.packability import probe
+from pretrain.modeling.structure import decoder_of
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +100,8 @@ def choose_fused_head(model: PreTrainedModel, packed: bool, losses: Losses | Non
 
 def find_linear_decoder(model: PreTrainedModel, packed: bool) -> nn.Linear | None:
     """Return the layer whose output the model returns as its logits, unchanged. None if there is none."""
-    decoder = model.get_output_embeddings()
-    if type(decoder) not in (nn.Linear, FastLinear):
+    decoder = decoder_of(model)
+    if decoder is None or type(decoder) not in (nn.Linear, FastLinear):
         return None
     outputs: list[tuple[Tensor, int]] = []
     hook = decoder.register_forward_hook(lambda _module, _inputs, output: outputs.append((output, output._version)))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from experiment.errors import UserError
 from pretrain.corpus.reader import Corpus
+from pretrain.modeling.structure import decoder_of
 
 _SHARDS = 4  # of at most 32 Mi tokens: 128 Mi tokens are enough for the frequencies
 
@@ -41,8 +42,8 @@ def set_output_bias(model: PreTrainedModel, frequencies: NDArray[np.float64]) ->
     Rows of the decoder that no token has, of a padded vocabulary, get the bias of the rarest one. Raises UserError if
     the decoder has no bias.
     """
-    decoder = model.get_output_embeddings()
-    if decoder is None or getattr(decoder, "bias", None) is None:
+    decoder = decoder_of(model)
+    if decoder is None or decoder.bias is None:
         raise UserError(f"model.output_bias: the decoder of '{model.config.model_type}' has no bias with this config")
     logarithms = np.log(frequencies)
     padding = (0, decoder.bias.numel() - len(logarithms))

@@ -11,6 +11,8 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from experiment.errors import UserError
 from experiment.models.model_folder import build_from_config
 from experiment.models.transformers_models import first_position, max_positions
+from pretrain.modeling.random_model import meta_model
+from pretrain.modeling.structure import decoder_of
 
 _LEARNED_POSITIONS = "position_embeddings.weight"
 
@@ -62,7 +64,8 @@ def resize_model(
     (Beltagy et al. 2020, "Longformer", section 5): nothing changes up to the old limit, and beyond it local order is
     known from the start. Raises UserError if `config` changes another shape.
     """
-    if not _is_tied(model):  # a decoder of its own in the weights makes it so, whatever the config says
+    decoder = decoder_of(model)
+    if decoder is not None and decoder.weight is not model.get_input_embeddings().weight:  # whatever the config says
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
     larger = build_from_config(AutoModelForMaskedLM, config, "model.init_from", dtype=torch.float32)
@@ -109,22 +112,13 @@ def _vocabulary_size(model: PreTrainedModel) -> int:
     return size
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
 def _vocabulary_tables(model: PreTrainedModel) -> list[Tensor]:
-    """Return tensors with a row per token: embeddings (NeoMME has two), decoder and its bias; tied tensors once."""
-    output = model.get_output_embeddings()
-    tables = [model.get_input_embeddings().weight, output.weight, getattr(output, "bias", None)]
-    tables += [
-        module.weight
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.Embedding)
-        and module.num_embeddings == _vocabulary_size(model)
-        and not f"{name}.weight".endswith(_LEARNED_POSITIONS)
-    ]
-    return list({id(table): table for table in tables if table is not None}.values())
+    """Return the parameters with a row per token, which have more rows with a larger vocabulary: embeddings (NeoMME
+    has two), decoder and its bias; tied ones once."""
+    config = copy.deepcopy(model.config)
+    config.get_text_config().vocab_size += 1
+    larger = dict(meta_model(config).named_parameters())
+    return [table for name, table in model.named_parameters() if larger[name].shape[:1] != table.shape[:1]]
 
 
 def _persistent_buffers(model: nn.Module, larger: nn.Module) -> dict[str, Tensor]:

@@ -77,10 +77,17 @@ def _linear_layers(module: nn.Module) -> list[nn.Linear]:
     return cast(list[nn.Linear], list(found))
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Linear | None:
+    """Return the layer with a row of weights for each token. None if the head multiplies by the embeddings, such as
+    that of DeBERTa with `legacy: false`, whose output embeddings are a hidden layer in transformers."""
+    decoder = cast(nn.Linear | None, model.get_output_embeddings())
+    return decoder if decoder is not None and len(decoder.weight) == model.config.get_text_config().vocab_size else None
+
+
 def _decoder(model: PreTrainedModel) -> list[nn.Linear]:
     """Return the layers whose weights give the logits. MobileBERT has two: one is tied to its narrow embeddings."""
     second = model.cls.predictions.dense if model.config.model_type == "mobilebert" else None
-    return [layer for layer in _linear_layers(model) if layer in (model.get_output_embeddings(), second)]
+    return [layer for layer in _linear_layers(model) if layer in (decoder_of(model), second)]
 
 
 @dataclass(frozen=True)
@@ -166,12 +173,13 @@ def flops_model(model: PreTrainedModel) -> FlopsModel | None:
         for name, p in model.base_model.named_parameters()
         if id(p) not in in_embeddings
     )
+    decoder = [layer.weight for layer in _decoder(model)] or [model.get_input_embeddings().weight]
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = 2 * getattr(config, "sliding_window", 0) + 1 if "sliding_attention" in kinds else 0
     return FlopsModel(
         encoder_parameters=encoder,
         hidden_size=config.hidden_size,
         vocabulary=config.vocab_size,
-        decoder_width=sum(layer.weight.numel() for layer in _decoder(model)) // config.vocab_size,
+        decoder_width=sum(weight.numel() for weight in decoder) // config.vocab_size,
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
     )

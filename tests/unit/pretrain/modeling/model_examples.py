@@ -62,6 +62,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deberta-v2": _BERT_LIKE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "mpnet": _BERT_LIKE,
 }
+CONFIGS["deberta"] = CONFIGS["deberta-v2"]
+CONFIGS["released deberta"] = CONFIGS["deberta-v2"] | {"model_type": "deberta-v2", "legacy": False}
 PACKED = ("bert", "roberta", "electra", "distilbert", "modernbert")
 PADDED = ("deberta-v2", "mpnet")
 

@@ -53,6 +53,13 @@ def test_a_decoder_without_bias_is_rejected(tokenizer: PreTrainedTokenizerFast) 
         set_output_bias(model, np.full(len(tokenizer), 1 / len(tokenizer)))
 
 
+def test_a_head_that_multiplies_by_the_embeddings_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches frequencies of tokens in the bias of a hidden layer, or a ValueError because it has another size."""
+    model = build(tokenizer, model_type="deberta-v2", legacy=False)
+    with pytest.raises(UserError, match=r"model\.output_bias: the decoder of 'deberta-v2' has no bias"):
+        set_output_bias(model, np.full(len(tokenizer), 1 / len(tokenizer)))
+
+
 def test_a_pretrained_model_keeps_its_bias() -> None:
     """Catches a trained bias that is overwritten."""
     with pytest.raises(ValueError, match="'output_bias' is for a new model"):

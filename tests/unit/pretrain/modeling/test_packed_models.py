@@ -99,7 +99,7 @@ def relative(difference: list[Tensor], of: list[Tensor]) -> float:
     return float(torch.cat([t.flatten() for t in difference]).norm() / torch.cat([t.flatten() for t in of]).norm())
 
 
-@pytest.mark.parametrize("model_type", ALL)
+@pytest.mark.parametrize("model_type", [*ALL, "released deberta"])
 def test_loss_and_gradients_are_those_of_each_sequence_alone_with_the_full_head(
     example: Callable[[str], Example], model_type: str
 ) -> None:

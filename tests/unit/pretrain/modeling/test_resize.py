@@ -36,7 +36,7 @@ def make_folder(path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str,
     """A Hugging Face folder with random weights, biases and norms too; returns its model."""
     torch.manual_seed(1)
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = AutoConfig.for_model(model_type, **CONFIGS[model_type] | sizes | fields)
+    config = AutoConfig.for_model(**{"model_type": model_type} | CONFIGS[model_type] | sizes | fields)
     model = AutoModelForMaskedLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -94,6 +94,23 @@ def test_every_table_of_the_vocabulary_gets_rows() -> None:
     before, after = model.base_model.value_embeddings.weight, larger.base_model.value_embeddings.weight
     assert torch.equal(after[:20], before)
     assert torch.equal(after[20], before[[3, 4]].mean(0))
+
+
+@pytest.mark.parametrize("padded", [0, 8])
+def test_tokens_added_to_a_head_that_multiplies_by_the_embeddings(
+    wordpiece: Path, extended: Path, tmp_path: Path, padded: int
+) -> None:
+    """Catches an IndexError in DeBERTa's hidden layer, and a bias that is 0 for added tokens."""
+    old, new = load_tokenizer(wordpiece), load_tokenizer(extended)
+    before = make_folder(tmp_path, old, "released deberta", vocab_size=len(old) + padded)
+    after = resized(ModelConfig(init_from=str(tmp_path), added_tokens=str(extended)), new)
+    ids = torch.randint(5, len(old), (31,))
+    assert torch.allclose(logits(after, ids)[:, : len(old)], logits(before, ids)[:, : len(old)], atol=1e-5)
+    everything = [row for row in range(len(old) + padded) if not len(old) <= row < len(new)]
+    for token, pieces in old_pieces(new, old).items():
+        for name in ("deberta.embeddings.word_embeddings.weight", "lm_predictions.lm_head.bias"):
+            rows = before.get_parameter(name)[pieces or everything]
+            assert torch.allclose(after.get_parameter(name)[token], rows.mean(0), atol=1e-6)
 
 
 def test_positions_are_no_vocabulary() -> None:

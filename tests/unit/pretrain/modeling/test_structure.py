@@ -92,6 +92,16 @@ def test_a_decoder_of_two_matrices() -> None:
     assert "cls.predictions.dense.weight" not in hidden_matrices(model)
 
 
+def test_a_head_that_multiplies_by_the_embeddings() -> None:
+    """Catches DeBERTa's hidden layer taken for its decoder: left to AdamW by Muon, and FLOPs without the decoder."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = meta_model(AutoConfig.for_model("deberta-v2", legacy=False, **sizes))
+    flops = flops_model(model)
+    assert flops is not None
+    assert flops.decoder_width == HIDDEN
+    assert "lm_predictions.lm_head.dense.weight" in hidden_matrices(model)
+
+
 def model_of(model_type: str, **fields: Any) -> PreTrainedModel:
     """On the meta device: names and shapes only."""
     with torch.device("meta"):
