@@ -20,6 +20,7 @@ from experiment.models.transformers_models import (
     check_freeze,
     describe_unused_layers,
     has_masked_lm_head,
+    is_in_encoder,
     is_in_module,
     keep_fixed,
     limit_tokenizer,
@@ -175,8 +176,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
         return [*lines, layers]
     unused = built.unused
     if has_masked_lm_head(load_config(spec.folder).architectures):  # a head for a task replaces it, AutoModel has none
-        prefix, encoder = f"{built.model.base_model_prefix}.", dict(built.model.base_model.named_children())
-        unused = tuple(name for name in unused if name.startswith(prefix) or name.split(".")[0] in encoder)
+        unused = tuple(name for name in unused if is_in_encoder(name, built.model))
     if unused:
         lines.append(f"{spec.folder}: tensors that the model does not use: {', '.join(unused)}")
     return lines

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from experiment.errors import UserError, first_line, is_out_of_memory
 from experiment.files import read_json
@@ -20,13 +21,19 @@ from experiment.models.transformers_models import LOADING, check_label_count, qu
 from experiment.run_files.checkpoints import missing_model
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+# In the order in which transformers looks for them.
+_LOADED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _MAX_LAYERS = 1000  # more are a mistake, and would be built one by one until the memory is full
 _MAX_TENSORS = 50_000  # of a model, for layers by other names
 _SPARE = 1 << 24  # elements of parts that the weights lack, such as a pooler and a new head
 
 
 def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
-    """Return the config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read."""
+    """Return the config of a Hugging Face folder. changes: to its settings. Raises UserError if it cannot be read.
+
+    DeBERTa models of Microsoft need `legacy: false` for their masked-LM head, which their configs lack
+    (huggingface/transformers#15216).
+    """
     if not folder.exists():
         raise missing_model(folder)
     check_label_count(folder)
@@ -35,12 +42,24 @@ def load_config(folder: Path, **changes: Any) -> PreTrainedConfig:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **changes
             )
+        if config.model_type in ("deberta", "deberta-v2") and _has_released_head(folder):
+            config.legacy = False
+            config.architectures = config.architectures or [MODEL_FOR_MASKED_LM_MAPPING_NAMES[config.model_type]]
     except Exception as error:  # transformers raises many types for values that make no config
         raise UserError(f"cannot read the model config {folder / 'config.json'}: {first_line(error)}") from None
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder / 'config.json'}: 'architectures' is {names!r}; expected a list of names")
     return config
+
+
+def _has_released_head(folder: Path) -> bool:
+    """Return whether the weights have the masked-LM head of the DeBERTa release."""
+    path = next((path for name in _LOADED if (path := folder / name).is_file()), None)
+    if path is None:
+        return False
+    with path.open("rb") as file:
+        return b"lm_predictions.lm_head." in file.read(1 << 20)  # each format begins with the names of the tensors
 
 
 def load_weights(

@@ -80,6 +80,12 @@ def count_parameters(folder: Path) -> int | None:
     return total or None
 
 
+def is_in_encoder(tensor: str, model: "PreTrainedModel") -> bool:
+    """Return whether the name of a tensor in a folder is one of the encoder, with or without its prefix."""
+    first = tensor.split(".")[0]
+    return first == model.base_model_prefix or first in dict(model.base_model.named_children())
+
+
 def describe_unused_layers(folder: Path, unused: Iterable[str]) -> str | None:
     """Describe in a line the numbered layers among the tensors that a model does not use; None if there are none."""
     names = sorted(name for name in unused if _NUMBERED.search(name))

@@ -3,7 +3,7 @@
 import copy
 import logging
 import reprlib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from experiment.errors import UserError, user_errors_in
 from experiment.models.model_folder import first_use, load_config, load_weights
 from experiment.models.tokenizer import load_tokenizer
-from experiment.models.transformers_models import describe_unused_layers, first_position, keep_fixed
+from experiment.models.transformers_models import describe_unused_layers, first_position, is_in_encoder, keep_fixed
 from pretrain.batching.packing import Rows
 from pretrain.config import ModelConfig
 from pretrain.corpus.added_tokens import old_pieces
@@ -106,27 +106,21 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedM
             f"model.init_from: in {folder} the shape of {name} is {list(found)}, but the config makes it "
             f"{list(expected)}; model.config may only change what the weights do not depend on"
         )
-    _check_names(folder, f"{model.base_model_prefix}.", report["missing_keys"], report["unexpected_keys"])
-    if missing := report["missing_keys"]:
-        if not new_head:
-            raise UserError(f"{folder} has no masked-LM head: its weights lack {min(missing)} and others")
-        log.warning("%s has no masked-LM head; a new one is trained (%s)", folder, ", ".join(sorted(missing)))
-    keep_fixed(model, meta_model(config))
-    return model
-
-
-def _check_names(folder: Path, encoder: str, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise UserError if the folder lacks weights of the encoder; warn of unused layers.
-
-    encoder: prefix of the names of its parameters.
-    """
-    lost = sorted(name for name in missing if name.startswith(encoder))
-    if lost:
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if lost := [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]:
         raise UserError(
             f"model.init_from: {folder} has no weights for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}"
         )
-    if line := describe_unused_layers(folder, unexpected):
+    if line := describe_unused_layers(folder, unused):
         log.warning(line)
+    if missing:
+        if not new_head:
+            raise UserError(f"{folder} has no masked-LM head: its weights lack {missing[0]} and others")
+        others = [name for name in unused if not is_in_encoder(name, model) and "pooler" not in name]
+        left_out = f"; not used: {', '.join(others[:4])}{' …' if len(others) > 4 else ''}" if others else ""
+        log.warning("%s has no masked-LM head; a new one is trained (%s)%s", folder, ", ".join(missing), left_out)
+    keep_fixed(model, meta_model(config))
+    return model
 
 
 def unused_parameters(model: PreTrainedModel, packed: bool) -> frozenset[str]:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.modules import module
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, FunnelConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    FunnelConfig,
+)
 
 from experiment.errors import UserError
 from experiment.models import model_folder
@@ -64,6 +72,34 @@ def test_an_onnx_model_is_no_weights(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").touch()
     with pytest.raises(UserError, match=r"no weights: expected \*\.safetensors .*, found an ONNX model"):
         load_weights(AutoModelForMaskedLM, tmp_path, BertConfig())
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 30}
+
+
+@pytest.mark.parametrize("file", ["safetensors", "safetensors index", "bin", "bin before torch 1.6", "bin index"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_head_of_a_deberta_release_is_loaded(tmp_path: Path, legacy: bool, file: str) -> None:
+    """Catches a pretrained masked-LM head that is replaced by a random one because the config does not say which of
+    the two heads the weights have."""
+    model = DebertaV2ForMaskedLM(DebertaV2Config(**SIZES, legacy=legacy))
+    model.save_pretrained(tmp_path, max_shard_size=2000 if file.endswith("index") else "1GB")
+    if file.startswith("bin"):
+        for path in tmp_path.glob("*.safetensors*"):
+            path.unlink()
+        name = "pytorch_model-00001-of-00001.bin" if file == "bin index" else "pytorch_model.bin"
+        new_format = file != "bin before torch 1.6"
+        torch.save(model.state_dict(), tmp_path / name, _use_new_zipfile_serialization=new_format)
+        if file == "bin index":
+            index = {"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), name)}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    config = tmp_path / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({name: fields[name] for name in fields.keys() - {"legacy", "architectures"}}))
+    loaded, report = load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))
+    assert not report["missing_keys"]
+    assert torch.equal(loaded(torch.arange(9)[None]).logits, model.eval()(torch.arange(9)[None]).logits)
+    assert loaded.config.architectures == (None if legacy else ["DebertaV2ForMaskedLM"])
 
 
 def test_threads_load_models_one_after_the_other(tmp_path: Path) -> None:

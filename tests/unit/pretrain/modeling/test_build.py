@@ -10,6 +10,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
     DistilBertConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -121,6 +123,46 @@ def test_a_folder_without_a_head_gets_a_new_one(
     assert torch.equal(
         built.get_parameter("bert.encoder.layer.1.output.dense.weight"),
         encoder.get_parameter("encoder.layer.1.output.dense.weight"),
+    )
+
+
+def test_the_head_of_a_deberta_release_is_continued(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a random head in place of the pretrained one, a folder from which transformers loads another head, and a
+    decoder that is untied although this head multiplies by the embeddings."""
+    before = DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=len(tokenizer), pad_token_id=0, legacy=False, **TINY))
+    before.save_pretrained(tmp_path / "release")
+    path = tmp_path / "release" / "config.json"
+    path.write_text(path.read_text().replace('"legacy": false,', ""))
+    for fields in ({}, {"tie_word_embeddings": False}):
+        settings = ModelConfig(init_from=str(tmp_path / "release"), config=fields)
+        with caplog.at_level(logging.WARNING):
+            built = build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+        assert not built.packed
+        assert [text for text in caplog.messages if "trains padded" not in text] == []
+        built.model.save_pretrained(tmp_path / "continued")
+        after = DebertaV2ForMaskedLM.from_pretrained(tmp_path / "continued")
+        ids = torch.arange(1, 9)[None]
+        assert torch.equal(after(ids).logits, before.eval()(ids).logits)
+
+
+def test_an_unknown_head_is_named(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a pretrained head by other names that is left out without a word."""
+    model = BertForMaskedLM.from_pretrained(folder)
+    model.my_head, model.cls = model.cls, torch.nn.Identity()
+    model.save_pretrained(
+        folder, state_dict={k: v.clone() for k, v in model.state_dict().items() if "decoder" not in k}
+    )
+    settings = ModelConfig(init_from=str(folder))
+    build_model(settings, resolve_model_config(settings, tokenizer), seed=1)
+    (text,) = caplog.messages
+    assert text.endswith(
+        "cls.predictions.transform.dense.weight); not used: my_head.predictions.bias, "
+        "my_head.predictions.transform.LayerNorm.bias, my_head.predictions.transform.LayerNorm.weight, "
+        "my_head.predictions.transform.dense.bias …"
     )
 
 
