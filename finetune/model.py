@@ -172,7 +172,7 @@ def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -
         origin += f"; {'new head' if head else kept}"
         origin += f", newly initialized: {', '.join(built.new)}" if built.new else ""
     lines = [origin]
-    if layers := describe_unused_layers(spec.folder, built.unused):
+    if layers := describe_unused_layers(spec.folder, built.model, built.unused):
         return [*lines, layers]
     unused = built.unused
     if has_masked_lm_head(load_config(spec.folder).architectures):  # a head for a task replaces it, AutoModel has none

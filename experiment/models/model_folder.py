@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from experiment.errors import UserError, first_line, is_out_of_memory
 from experiment.files import read_json
-from experiment.models.transformers_models import LOADING, check_label_count, quiet_transformers
+from experiment.models.transformers_models import LOADING, check_label_count, check_layers, quiet_transformers
 from experiment.run_files.checkpoints import missing_model
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -68,7 +68,7 @@ def load_weights(
     """Return the model of a Hugging Face folder in fp32, and transformers' report of weights that are missing, unused
     or of another shape, which are initialized. auto_model: a class such as AutoModelForMaskedLM.
 
-    Raises UserError if the weights cannot be loaded.
+    Raises UserError if the weights cannot be loaded, and for weights that the model does not use in a layer.
     """
     if not has_weights(folder):
         found = ", found an ONNX model, which cannot be trained" if any(folder.glob("*.onnx")) else ""
@@ -86,6 +86,7 @@ def load_weights(
             )
         except Exception as error:  # transformers raises many types for values that make no model
             raise UserError(f"cannot load the weights in {folder}: {first_line(error)}") from None
+    check_layers(folder, model, report["unexpected_keys"])
     return model, report
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MASKED_LM = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 _MAX_LABELS = 1 << 20
-_NUMBERED = re.compile(r"\.\d+\.")
+_NUMBERED = re.compile(r".+\.\d+(?=\.)")
 
 
 LOADING = threading.RLock()
@@ -80,15 +80,33 @@ def count_parameters(folder: Path) -> int | None:
     return total or None
 
 
+def check_layers(folder: Path, model: "PreTrainedModel", unused: Iterable[str]) -> None:
+    """Raise UserError for weights that the model does not use in one of its layers, without which the layer computes
+    something else. Others may be buffers of older releases of transformers."""
+    names = sorted(name for name in unused if name.endswith("weight") and _is_in_layer(name, model))
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        kind = getattr(model.config, "position_embedding_type", None)
+        problem = f": position_embedding_type '{kind}' is not supported" if "distance_embedding" in names[0] else ""
+        name = model.config.model_type
+        raise UserError(f"{folder}: transformers' '{name}' model does not use {names[0]}{more}{problem}")
+
+
+def _is_in_layer(parameter: str, model: "PreTrainedModel") -> bool:
+    """Return whether the innermost numbered module in the name of a parameter is in the encoder."""
+    found = _NUMBERED.match(parameter.removeprefix(f"{model.base_model_prefix}."))
+    return found is not None and any(name == found[0] for name, _ in model.base_model.named_modules())
+
+
 def is_in_encoder(tensor: str, model: "PreTrainedModel") -> bool:
     """Return whether the name of a tensor in a folder is one of the encoder, with or without its prefix."""
     first = tensor.split(".")[0]
     return first == model.base_model_prefix or first in dict(model.base_model.named_children())
 
 
-def describe_unused_layers(folder: Path, unused: Iterable[str]) -> str | None:
+def describe_unused_layers(folder: Path, model: "PreTrainedModel", unused: Iterable[str]) -> str | None:
     """Describe in a line the numbered layers among the tensors that a model does not use; None if there are none."""
-    names = sorted(name for name in unused if _NUMBERED.search(name))
+    names = sorted(name for name in unused if _NUMBERED.match(name) and not _is_in_layer(name, model))
     if not names:
         return None
     return f"the config has fewer layers than {folder}: {len(names)} tensors are left out ({names[0]} …)"

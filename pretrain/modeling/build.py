@@ -111,7 +111,7 @@ def _load(folder: Path, config: PreTrainedConfig, new_head: bool) -> PreTrainedM
         raise UserError(
             f"model.init_from: {folder} has no weights for {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}"
         )
-    if line := describe_unused_layers(folder, unused):
+    if line := describe_unused_layers(folder, model, unused):
         log.warning(line)
     if missing:
         if not new_head:

@@ -175,6 +175,10 @@ def test_weights_that_are_not_used_are_reported(encoder: Path, copied: Path) -> 
         f"the config has fewer layers than {copied}: 16 tensors are left out "
         "(bert.encoder.layer.1.attention.output.LayerNorm.bias …)"
     )
+    buffer = {"bert.encoder.layer.0.attention.self.inv_freq": torch.zeros(4)}
+    save_file(weights | buffer, copied / "model.safetensors", metadata={"format": "pt"})
+    lines = describe_model(build_model(start(copied)), start(copied))
+    assert lines[1:] == [f"{copied}: tensors that the model does not use: {next(iter(buffer))}"]
 
 
 def test_an_unused_masked_lm_head_is_not_reported(copied: Path) -> None:

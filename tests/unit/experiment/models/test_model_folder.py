@@ -102,6 +102,27 @@ def test_the_head_of_a_deberta_release_is_loaded(tmp_path: Path, legacy: bool, f
     assert loaded.config.architectures == (None if legacy else ["DebertaV2ForMaskedLM"])
 
 
+def test_weights_that_a_layer_does_not_use_are_rejected(tmp_path: Path) -> None:
+    """Catches a model of BERT without the relative positions that it was trained with, which transformers dropped, and
+    buffers of older releases that are rejected."""
+    config = BertConfig(**SIZES, position_embedding_type="relative_key_query")
+    model = build_from_config(AutoModelForMaskedLM, config, "config.json")
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.inv_freq = torch.nn.Buffer(torch.zeros(4))
+    model.bert.encoder.layer.append(torch.nn.Linear(2, 2))  # a layer more than the config has
+    model.save_pretrained(tmp_path)
+    load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))
+    attention.distance_embedding = torch.nn.Embedding(63, 4)
+    for prefix, saved in (("bert.", model), ("", model.bert)):
+        saved.save_pretrained(tmp_path)
+        with pytest.raises(UserError) as error:
+            load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))
+        assert str(error.value) == (
+            f"{tmp_path}: transformers' 'bert' model does not use {prefix}encoder.layer.0.attention.self."
+            "distance_embedding.weight: position_embedding_type 'relative_key_query' is not supported"
+        )
+
+
 def test_threads_load_models_one_after_the_other(tmp_path: Path) -> None:
     """Catches threads that leave transformers without a function that it replaces while it loads: all later models of
     the process then lack the weights of their heads."""
