@@ -28,11 +28,13 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
     Learned positions are extended by `resize_model`. Rotary positions of full attention get a larger base by the
     NTK-aware formula (bloc97 2023; Peng et al. 2023, "YaRN", section 3.1), base · s^(d / (d - 2)) for s times the
     positions and d rotated dimensions of a head: the slowest rotation then covers the new length as it covered the old
-    one, and the fastest hardly changes. `scale_rope` False keeps the base. Raises UserError for fewer positions than
+    one, and the fastest hardly changes. `scale_rope` False keeps the base. Relative positions of DeBERTa keep their
+    largest distance, which also stands for the new ones beyond it. Raises UserError for fewer positions than
     the model has, and for models whose positions are of another kind.
     """
     config, present = model.config, max_positions(model)
-    if present is None or not (has_learned_positions(model) or _rope_parameters(config)):
+    relative = getattr(config, "relative_attention", False)  # of DeBERTa
+    if present is None or not (relative or has_learned_positions(model) or _rope_parameters(config)):
         raise UserError(
             f"model.max_positions: the positions of '{config.model_type}' are neither learned nor rotary embeddings, "
             "so they cannot be extended"
@@ -41,6 +43,8 @@ def config_with_positions(model: PreTrainedModel, wanted: int, scale_rope: bool)
         raise UserError(f"model.max_positions is {wanted}, but the model has {present} usable positions already")
     larger = copy.deepcopy(config)
     larger.max_position_embeddings = wanted + first_position(model)
+    if relative and wanted > present and config.max_relative_positions < 1:  # which means max_position_embeddings
+        larger.max_relative_positions = config.max_position_embeddings
     if scale_rope and wanted > present:
         for rope in _rope_parameters(larger):
             if rope.get("rope_type", "default") != "default":

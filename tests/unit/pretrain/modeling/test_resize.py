@@ -201,6 +201,22 @@ def test_rotary_positions(wordpiece: Path, tmp_path: Path) -> None:
     assert resolve_model_config(own, tokenizer).rope_parameters["full_attention"]["rope_theta"] == 1e6
 
 
+@pytest.mark.parametrize(
+    ("model_type", "fields"), [("deberta", {}), ("deberta-v2", {}), ("deberta-v2", {"position_buckets": 8})]
+)
+@pytest.mark.parametrize("learned", [False, True])
+def test_relative_positions(
+    wordpiece: Path, tmp_path: Path, model_type: str, fields: dict[str, Any], learned: bool
+) -> None:
+    """Catches DeBERTa rejected although nothing has to be extended, and a longer model with other distances."""
+    tokenizer = load_tokenizer(wordpiece)
+    before = make_folder(tmp_path, tokenizer, model_type, position_biased_input=learned, **fields)
+    after = resized(ModelConfig(init_from=str(tmp_path), max_positions=150), tokenizer)
+    ids = torch.randint(5, len(tokenizer), (150,))
+    assert torch.allclose(logits(after, ids[:70]), logits(before, ids[:70]), atol=1e-5)
+    assert logits(after, ids).isfinite().all()
+
+
 @pytest.mark.parametrize("model_type", ["eurobert", "neomme"])
 def test_the_slowest_rotation_covers_all_positions(model_type: str) -> None:
     """Catches parameters that all layers share and that are not found, and dimensions that count but do not rotate."""
@@ -229,7 +245,12 @@ def test_as_many_positions_as_there_are(wordpiece: Path, tmp_path: Path) -> None
     ("model_type", "fields", "positions", "message"),
     [
         ("bert", {}, 60, "model.max_positions is 60, but the model has 70 usable positions"),
-        ("deberta-v2", {"position_biased_input": False}, 100, "neither learned nor rotary"),
+        (
+            "deberta-v2",
+            {"position_biased_input": False, "relative_attention": False},
+            100,
+            "neither learned nor rotary",
+        ),
         ("roformer", {}, 2000, "neither learned nor rotary"),
     ],
 )
