@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from experiment.run_files.checkpoints import checkpoint_path
 from experiment.run_files.run_folder import RunFolder
@@ -69,6 +69,32 @@ def test_added_tokens_and_a_longer_context(
     assert yaml.safe_load((tmp_path / "third" / "config.yaml").read_text())["model"]["init_from"] == str(hf)
     ancestors = json.loads((tmp_path / "third" / "provenance.json").read_text())["ancestors"]
     assert [Path(ancestor["folder"]).name for ancestor in ancestors] == ["first", "grown"]
+
+
+def test_a_deberta_release_is_continued_in_zero_3(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, wordpiece: Path, tmp_path: Path
+) -> None:
+    """Catches a head whose product with the embeddings does not find them, as ZeRO 3 gathers those for their own module
+    only, and checkpoints that a resumed run or transformers loads with another head."""
+    fields = {"model_type": "deberta-v2", "vocab_size": 200, "legacy": False}
+    fields |= {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+    config = AutoConfig.for_model(**TINY | fields)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "release")
+    shutil.copytree(wordpiece, tmp_path / "release", dirs_exist_ok=True)
+    path = tmp_path / "release" / "config.json"
+    path.write_text(path.read_text().replace('"legacy": false,', ""))
+    losses = {}
+    for ds_config in ("fp32_zero3", "fp32_zero1"):
+        tree = run_config(tmp_path / ds_config, wordpiece_corpus, ds_config, schedule__steps=2)
+        tree |= {"model": {"init_from": str(tmp_path / "release")}}
+        assert set(pools[2].run(pretrain_case, tree, 1)) == {"stopped"}
+        assert set(pools[2].run(pretrain_case, tree)) == {"done"}
+        losses[ds_config] = logged(tmp_path / ds_config)
+        hf = checkpoint_path(tmp_path / ds_config / "checkpoints", 2) / "hf"
+        model, report = AutoModelForMaskedLM.from_pretrained(hf, output_loading_info=True)
+        assert not model.config.legacy
+        assert not report["missing_keys"] | report["unexpected_keys"]
+    assert losses["fp32_zero3"] == pytest.approx(losses["fp32_zero1"], rel=1e-4)
 
 
 # Every option of `model` that changes the config of the model, or how it is built. "GROWN": the extended tokenizer.
