@@ -31,6 +31,8 @@ _FORMATS: dict[str, FormatName] = {
     ".conll": "conll",
 }
 
+_SPREADSHEETS = (".xlsx", ".xls", ".ods")
+
 _EXPECTED = "expected a list of objects, one object, one object per line, or the lists of DREAM or SQuAD"
 
 _SPACES = re.compile(" +")
@@ -84,10 +86,10 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
             return read_parquet(path)
         case "conll":
             return read_conll(path)
-    raise UserError(
-        f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); "
-        f"for another name, set the format, as {file_format.csv.option('format', 'csv')}"
-    )
+    advice = f"for another name, set the format, as {file_format.csv.option('format', 'csv')}"
+    if _suffix(path) in _SPREADSHEETS:
+        advice = "export a spreadsheet as CSV"
+    raise UserError(f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); {advice}")
 
 
 def separator(path: Path, file_format: FileFormat) -> str | None:
@@ -155,9 +157,12 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 def read_json_folder(folder: Path) -> Iterator[Row]:
     """Yield the rows of all .json files in a folder and below it, by file name, as CLOTH (Xie et al. 2018) comes.
     Hidden files are skipped."""
-    files = [path for path in visible_files(folder) if path.suffix == ".json"]
+    visible = visible_files(folder)
+    files = [path for path in visible if path.suffix == ".json"]
     if not files:
-        raise UserError(f"{folder}: a folder without .json files")
+        is_hub = any(path.suffix == ".parquet" for path in visible)
+        hint = f"; name a split of its Parquet files as {PREFIX}{folder}:SPLIT" if is_hub else ""
+        raise UserError(f"{folder}: a folder without .json files{hint}")
     for path in files:
         yield from read_json(path)
 
@@ -184,8 +189,7 @@ def read_json(path: Path) -> Iterator[Row]:
         document = parse_json("".join(lines))
     except ValueError as error:
         if len(lines) > 1 and _is_object(lines[0]):
-            for number, row in read_json_lines(lines, str(path)):
-                yield _row(f"{path}:{number}", row)
+            yield from read_jsonl(path)
             return
         raise UserError(f"{path}: invalid JSON: {error}") from None
     if isinstance(document, dict) and "data" not in document:
@@ -247,7 +251,7 @@ def _squad_questions(title: object, paragraphs: list[Any]) -> Iterator[dict[str,
                 "context": paragraph["context"],
                 "question": question["question"],
                 "answers": answers,
-                "id": question["id"],
+                "id": question.get("id"),
             }
 
 
@@ -259,7 +263,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
             for number, cells in parquet_rows(file, lambda row: f"{path}, row {row}"):
                 yield Row(f"{path}, row {number}", names, cells, str(path))
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
+        hint = f"; name a split of several files as {PREFIX}{path.parent}:SPLIT" if "*" in path.name else ""
+        raise UserError(f"cannot read {path}: {reason(error)}{hint}") from None
 
 
 def read_conll(path: Path) -> Iterator[Row]:

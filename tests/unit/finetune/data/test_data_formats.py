@@ -163,7 +163,10 @@ def test_a_folder_of_objects(tmp_path: Path) -> None:
     assert found[0][0] == str(tmp_path / "high" / "high1.json")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match=r"empty: a folder without \.json files"):
+    with pytest.raises(UserError, match=r"empty: a folder without \.json files$"):
+        read(empty)
+    write(empty / "train-00000-of-00001.parquet", {})
+    with pytest.raises(UserError, match=r"a folder without \.json files; .* Parquet files as hub:/.*/empty:SPLIT"):
         read(empty)
 
 
@@ -192,6 +195,20 @@ def test_paragraphs_with_questions(tmp_path: Path) -> None:
         "id": "q1",
     }
     assert second["answers"] == {"text": [], "answer_start": []}
+
+
+def test_questions_without_ids(tmp_path: Path) -> None:
+    """Catches a file that is rejected for the lack of a field that nothing reads."""
+    asked = {"question": "What?", "answers": []}
+    path = write(tmp_path / "a.json", {"data": [{"paragraphs": [{"context": "Paris is big.", "qas": [asked]}]}]})
+    ((_, found),) = read(path)
+    assert (found["question"], found["id"]) == ("What?", None)
+
+
+def test_a_spreadsheet_is_to_be_exported(tmp_path: Path) -> None:
+    """Catches the advice to read an Excel file as CSV."""
+    with pytest.raises(UserError, match=r"a\.xlsx: expected .*; export a spreadsheet as CSV$"):
+        cells(tmp_path / "a.xlsx")
 
 
 def test_a_test_split_without_answers_has_no_labels(tmp_path: Path) -> None:
@@ -245,6 +262,8 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     with pytest.raises(UserError, match=r"cannot read .*a\.parquet: No such file"):
         read_table(path, ParquetColumns())
+    with pytest.raises(UserError, match=r"No such file.*; name a split of several files as hub:/.*:SPLIT"):
+        read_table(tmp_path / "train-*.parquet", ParquetColumns())
     path.write_bytes(b"PAR1, and then nothing")
     with pytest.raises(UserError, match=r"cannot read .*a\.parquet: .*Parquet"):
         read_table(path, ParquetColumns())
