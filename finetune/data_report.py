@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from experiment.formatting import counted, shorten
 from experiment.models.tokenizer import decode_token, many_unknown
-from finetune.data.columns import CONTEXT, LABEL, TEXT, Columns, as_number
+from finetune.data.columns import CONTEXT, LABEL, TEXT, as_number
 from finetune.data.records import Record, Table
 from finetune.encoding.examples import Split
+from finetune.task_kind import TaskKind
 
 _MANY_NUMBERS = 30  # different labels that are numbers: more are probably a scale
 
@@ -31,8 +32,9 @@ _ROUND_TO = 8  # tensor cores prefer multiples of it
 _ACCEPTABLE = 0.01  # share of sequences that may be cut without a suggestion
 
 
-def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
+def data_warnings(tables: Mapping[str, Table], kind: TaskKind[Any]) -> list[str]:
     """Return a line for each oddity of the splits, with examples."""
+    columns = kind.config.columns
     targets = [role for role, cell_type in columns.cell_types().items() if not cell_type.is_input]
     texts = columns.roles(TEXT, CONTEXT)
     lines = [
@@ -46,7 +48,7 @@ def data_warnings(tables: Mapping[str, Table], columns: Columns) -> list[str]:
             lines += _odd_labels(labels, role)
             lines += _swapped(labels, [record.values[texts[0]] for record in train.records], role)
             lines += _missing(labels, tables, role)
-        lines += _contradictions(train, targets)
+        lines += _contradictions(train, targets, kind)
     return [*lines, *_shared(tables, targets)]
 
 
@@ -88,13 +90,13 @@ def _missing(labels: Sequence[str], tables: Mapping[str, Table], role: str) -> I
             yield f"{split}: no row with {counted(len(missing), 'label')} of train, such as '{shorten(min(missing))}'"
 
 
-def _contradictions(train: Table, targets: Sequence[str]) -> Iterator[str]:
+def _contradictions(train: Table, targets: Sequence[str], kind: TaskKind[Any]) -> Iterator[str]:
     first: dict[str, Record] = {}
     found: dict[str, tuple[Record, Record]] = {}
     for record in train.records:
         key = _inputs(record, targets)
         other = first.setdefault(key, record)
-        if key not in found and any(record.values.get(role) != other.values.get(role) for role in targets):
+        if key not in found and kind.target(record, targets) != kind.target(other, targets):
             found[key] = other, record
     if found:
         one, other = next(iter(found.values()))

@@ -92,7 +92,7 @@ def resolve(config: FinetuneConfig, uses_head: bool = True) -> ResolvedRun:
     rows = ", ".join(f"{len(table):,} {split}" for split, table in tables.items())
     terminal().print(f"{name}: {rows}")
     for warning in (
-        *data_warnings(tables, config.task.columns),
+        *data_warnings(tables, kind),
         *training.warnings(),
         *_retention_warnings(model.folder),
         *(contamination_warnings(config.task, model.folder) if model.pretrained else ()),

@@ -206,6 +206,10 @@ class TaskKind(ABC, Generic[ConfigT]):
     def check_target(self, record: Record) -> None:
         """Raise UserError for an invalid target, as `expand` does, but early: without a tokenizer."""
 
+    def target(self, record: Record, roles: Sequence[str]) -> object:
+        """Return the target of a record. Targets that mean the same are equal. roles: of its parts."""
+        return [record.values.get(role) for role in roles]
+
     def count_options(self, record: Record) -> int:
         """Return how many texts of a record are scored one by one, such as choices; 0 if there are none."""
         return 0

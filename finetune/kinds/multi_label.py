@@ -98,6 +98,10 @@ class Kind(TaskKind[Config]):
     def check_target(self, record: Record) -> None:
         self._multi_hot(_labels_of(record, self.config), record.place)
 
+    def target(self, record: Record, roles: Sequence[str]) -> object:
+        """Return the labels as a set: their order means nothing."""
+        return set(_labels_of(record, self.config))
+
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         target = self._multi_hot(_labels_of(record, self.config), record.place) if "labels" in record.values else None
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), target)]

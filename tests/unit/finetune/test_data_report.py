@@ -10,9 +10,10 @@ from finetune.data.records import Record, Table
 from finetune.data_report import data_warnings, describe_example, print_lengths, unknown_warnings
 from finetune.encoding.encoder import Tokens
 from finetune.encoding.examples import Example, Split
-from finetune.kinds.classification import ClassificationColumns
+from finetune.kinds import classification, multi_label
 
-COLUMNS = ClassificationColumns(text="text", text_pair="pair")
+COLUMNS = classification.ClassificationColumns(text="text", text_pair="pair")
+KIND = classification.Kind(classification.Config(columns=COLUMNS), ())
 
 
 def table(split: str, *rows: tuple[str, ...]) -> Table:
@@ -25,7 +26,7 @@ def table(split: str, *rows: tuple[str, ...]) -> Table:
 
 
 def oddities(**splits: list[tuple[str, ...]]) -> list[str]:
-    return data_warnings({name: table(name, *rows) for name, rows in splits.items()}, COLUMNS)
+    return data_warnings({name: table(name, *rows) for name, rows in splits.items()}, KIND)
 
 
 GOOD = [(f"text {number}", "more", "ab"[number % 2]) for number in range(10)]
@@ -58,6 +59,19 @@ def test_texts_with_different_labels_are_counted() -> None:
     """Catches duplicates that contradict each other and set a limit to every score."""
     found = oddities(train=[*GOOD, ("text 1", "more", "b"), ("text 1", "more", "a"), ("text 1", "more", "a")])
     assert found == ["train: 1 text with different labels, such as in train:3 and train:13"]
+
+
+def test_the_order_of_labels_means_nothing() -> None:
+    """Catches the same labels in another order taken for a contradiction, and a multi-hot vector for a set."""
+    kind = multi_label.Kind(multi_label.Config(labels=("x", "y")), ("x", "y"))
+
+    def warnings(*labels: object) -> list[str]:
+        records = [Record(f"f:{line}", {"text": "a", "labels": each}) for line, each in enumerate(labels, 1)]
+        return data_warnings({"train": Table(Path("f"), tuple(records), labelled=True)}, kind)
+
+    assert warnings("x, y", "y,x", ["y", "x"]) == []
+    assert warnings("x", ["x", "y"]) == ["train: 1 text with different labels, such as in f:1 and f:2"]
+    assert len(warnings(["1", "0"], ["0", "1"])) == 1
 
 
 def test_an_example_shows_what_the_model_gets() -> None:

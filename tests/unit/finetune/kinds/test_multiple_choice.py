@@ -78,7 +78,7 @@ def test_labels_that_are_texts_are_not_odd() -> None:
         Record("f", {"question": f"question {n}?", "choices": [f"x{n}", f"y{n}"], "label": f"x{n}"}) for n in range(9)
     )
     tables = {"train": Table(Path("f"), records, labelled=True)}
-    assert data_warnings(tables, MultipleChoiceColumns()) == []
+    assert data_warnings(tables, Kind(Config(), ())) == []
 
 
 def test_space_around_a_choice_does_not_matter() -> None:
