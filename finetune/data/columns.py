@@ -155,6 +155,11 @@ def _read_words(cell: object) -> list[str] | None:
 
 
 def _read_tags(cell: object) -> list[str] | None:
+    """Read a list of tags; None if it holds nothing but null or -1, as data sets without tags on the Hub."""
+    if isinstance(cell, list) and cell and all(tag is None or isinstance(tag, int) for tag in cell):
+        if all(tag in (None, -1) for tag in cell):
+            return None
+        raise ValueError("; class numbers have names only in Parquet files of `datasets`: read them as hub:FOLDER")
     tags = _read_words(cell)
     if tags and not all(tags):
         raise ValueError("; a tag is empty")
@@ -245,7 +250,9 @@ NegativesColumn = Annotated[
     CellType("a text, or a list of texts", _read_negatives, target=True, encoded=True, optional=True),
 ]
 ScoreColumn = Annotated[Name, CellType("a number", _read_number, target=True, optional=True)]
-TagsColumn = Annotated[Name, CellType("a list of tags, or tags separated by spaces", _read_tags, target=True)]
+TagsColumn = Annotated[
+    Name, CellType("a list of tags, or tags separated by spaces", _read_tags, target=True, hidden=(None, []))
+]
 OptionsColumn = Annotated[Name, CellType("a list with two or more options for each blank", _read_options)]
 ClozeAnswersColumn = Annotated[Name, CellType("a list of letters, one for each blank", _read_words, target=True)]
 AnswersColumn = Annotated[

@@ -241,6 +241,25 @@ def test_null_tags_and_numbers_for_words(tmp_path: Path) -> None:
         read_table(path, CONFIG.columns, targets_required=False)
 
 
+@pytest.mark.parametrize("tags", ["[]", "[-1, -1]", "[null, null]"])
+def test_a_test_split_may_hide_its_tags(tmp_path: Path, tags: str) -> None:
+    """Catches a test split of the Hub that is rejected, because its tags are withheld; a sentence without words has no
+    tags either."""
+    path = tmp_path / "f.jsonl"
+    path.write_text(f'{{"tokens": ["a", "b"], "tags": {tags}}}\n' * 2)
+    assert not read_table(path, CONFIG.columns, targets_required=False).labelled
+    path.write_text('{"tokens": [], "tags": []}\n{"tokens": ["a"], "tags": ["O"]}\n')
+    assert read_table(path, CONFIG.columns, targets_required=False).records[0].values == {"words": [], "tags": []}
+
+
+def test_class_numbers_are_no_tags(tmp_path: Path) -> None:
+    """Catches a message that does not say where the names are."""
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"tokens": ["a", "b"], "tags": [0, -1]}\n')
+    with pytest.raises(UserError, match=r"expected a list of tags.*, found \[0, -1\]; .* read them as hub:FOLDER$"):
+        read_table(path, CONFIG.columns)
+
+
 def test_one_tag_is_no_task() -> None:
     """Catches a wrong column."""
     table = Table(Path("f"), (Record("f", {"words": ["a"], "tags": ["O"]}),), labelled=True)
