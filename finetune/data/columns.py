@@ -223,6 +223,7 @@ def _parse_json(cell: object) -> object:
 TEXT = CellType("text", _read_text)
 CONTEXT = CellType("text", _read_text)  # that several rows may be about
 LABEL = CellType("a label", _read_label, target=True)
+WORDS = CellType("a list of words, or words separated by spaces", _read_sentence)
 
 
 def _number_as_text(value: Any) -> Any:
@@ -240,7 +241,7 @@ OrderColumn = Annotated[Name, CellType("a number", _read_number)]
 GroupColumn = Annotated[Name | tuple[Name, ...], CellType("text or a whole number", _read_group)]
 TextsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_texts)]  # or one column for each
 ChoicesColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_choices)]
-WordsColumn = Annotated[Name, CellType("a list of words, or words separated by spaces", _read_sentence)]
+WordsColumn = Annotated[Name, WORDS]
 ChoiceColumn = Annotated[Name, CellType("the right choice", _read_label, target=True)]
 LabelsColumn = Annotated[Name, CellType("a list of labels, or text", _read_labels, target=True)]
 NumberColumn = Annotated[Name, CellType("a number", _read_number, target=True)]

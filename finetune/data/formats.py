@@ -86,10 +86,15 @@ def read_rows(path: Path, file_format: FileFormat) -> Iterator[Row]:
             return read_parquet(path)
         case "conll":
             return read_conll(path)
-    advice = f"for another name, set the format, as {file_format.csv.option('format', 'csv')}"
+    option = file_format.csv.option("format", "csv")
+    advice = f"for another name, set the format, as {option}; {conll_advice(file_format.csv)}"
     if _suffix(path) in _SPREADSHEETS:
         advice = "export a spreadsheet as CSV"
     raise UserError(f"{path}: expected a file that ends in {', '.join(_FORMATS)} (or one of these and .gz); {advice}")
+
+
+def conll_advice(csv_format: CsvFormat) -> str:
+    return f"for a word and its tags per line, set {csv_format.option('format', 'conll')}"
 
 
 def separator(path: Path, file_format: FileFormat) -> str | None:

@@ -12,14 +12,17 @@ from experiment.csv_and_jsonl import (
     is_unicode,
     listed,
     looks_like_header,
+    missing_column,
     unexpected_cell,
 )
 from experiment.errors import UserError, warn_once
 from experiment.files import json_digest
 from experiment.formatting import counted
-from finetune.data.columns import CellType, Columns
-from finetune.data.formats import FileFormat, Row, read_rows
+from finetune.data.columns import WORDS, CellType, Columns
+from finetune.data.formats import FileFormat, Row, conll_advice, read_rows, separator
 from finetune.data.task_config import DialogueContext
+
+_MANY_ROWS = 20  # of which nearly all have one word: a line per word
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,12 @@ def read_table(
 
     Raises UserError with file and line.
     """
-    rows = read_rows(path, file_format or FileFormat())
-    records = list(read_records(rows, columns, targets_required, joiner))
+    file_format = file_format or FileFormat()
+    records = list(read_records(read_rows(path, file_format), columns, targets_required, joiner))
     if not records:
         raise UserError(f"{path} has no rows")
+    if separator(path, file_format) is not None:
+        _reject_words_as_rows(path, records, columns, conll_advice(file_format.csv))
     return _check_targets(path, records, columns.cell_types(), targets_required, minus_one)
 
 
@@ -116,6 +121,15 @@ def has_minus_one(table: Table, columns: Columns) -> bool:
     """Return whether -1 is a label of a table. As a number, it is one of many, and in all rows it means none."""
     targets = [role for role, cell_type in columns.cell_types().items() if cell_type.target]
     return any(record.values.get(role) == "-1" for record in table.records for role in targets)
+
+
+def _reject_words_as_rows(path: Path, records: Sequence[Record], columns: Columns, advice: str) -> None:
+    for role in columns.roles(WORDS):
+        single = sum(len(record.values[role]) == 1 for record in records)
+        if len(records) >= _MANY_ROWS and single > 0.9 * len(records):
+            raise UserError(
+                f"{path}: {single:,} of {len(records):,} rows have one word, expected a sentence per row; {advice}"
+            )
 
 
 def _check_targets(
@@ -195,16 +209,19 @@ def _find_columns(
     names = [name.strip() for name in row.names]
     numbers = {str(number) for number in range(len(names))} - set(names) if row.csv else set()
     found: dict[str, list[int]] = {}
+    advice = header_advice(row.csv, row.names)
     for role, cell_type in types.items():
         asked = [name.strip() for name in columns.names(role)]
         required = not cell_type.target or (targets_required and not cell_type.optional)
+        if cell_type is WORDS and row.csv and not {*asked} <= {*names} | numbers:
+            more = f"; {conll_advice(row.csv)}{advice}"
+            raise missing_column(row.named_at, asked[0], names, f"{key}.{role}", more)
         if required or any(name in names or name in numbers for name in asked):
             found[role] = [
                 int(name) if name in numbers else column_index(names, name, row.named_at, f"{key}.{role}", row.csv)
                 for name in asked
             ]
     _reject_targets_as_inputs(row, types, found, key)
-    advice = header_advice(row.csv, row.names)
     by_number = all(name.strip().isdecimal() for role in found for name in columns.names(role))
     if advice and by_number and not looks_like_header(row.names):
         warn_once(f"{row.named_at}: column names that look like data: {listed(row.names)}{advice}")

@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,24 @@ def test_a_sentence_of_a_reference_is_no_list(tmp_path: Path) -> None:
     for name, text in (("b.csv", 'tokens\n"[""a"", 3]"\n'), ("c.jsonl", '{"tokens": [3]}\n')):
         with pytest.raises(UserError, match="expected a list of words, or words separated by spaces in 'tokens'"):
             read_table(write(tmp_path / name, text), TokenColumns(), targets_required=False)
+
+
+def test_a_line_per_word_is_no_csv_file(tmp_path: Path) -> None:
+    """Catches a model that is trained on sentences of one character, which the messages on the way advise."""
+    lines = "我\tO\n来\tO\n\n北\tB-LOC\n京\tI-LOC\n\n" * 5
+    path, config_format = write(tmp_path / "a.txt", lines), CsvFormat(as_flags=False)
+    conll = r"for a word and its tags per line, set task\.format: conll"
+    with pytest.raises(UserError, match=rf"no column 'tokens'; found: 我, O \(.*\); {conll}; if the first row is data"):
+        read_table(path, TokenColumns(), FileFormat(csv=config_format))
+    by_number = TokenColumns(words="0", tags="1")
+    message = rf"a\.txt: 20 of 20 rows have one word, expected a sentence per row; {conll}$"
+    with pytest.raises(UserError, match=message):
+        read_table(path, by_number, FileFormat(csv=replace(config_format, header=False)))
+    assert len(read_table(path, by_number, FileFormat("conll"))) == 10
+    path = write(tmp_path / "b.csv", "tokens,tags\n" + "a b,O O\n" * 3 + "yes,O\n" * 17)
+    assert len(read_table(path, TokenColumns())) == 20
+    with pytest.raises(UserError, match=rf"a\.bmes: expected a file .*; {conll}$"):
+        read_table(tmp_path / "a.bmes", TokenColumns(), FileFormat(csv=config_format))
 
 
 def test_a_chinese_sentence_is_not_one_word(tmp_path: Path) -> None:

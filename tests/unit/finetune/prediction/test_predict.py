@@ -517,5 +517,7 @@ def test_an_input_without_a_known_ending_names_the_flag(
     """Catches a message that names a key of the training config, which `deepcloze predict` rejects."""
     (tmp_path / "texts.data").write_text("text\nword1\n")
     assert predict(trained_run, tmp_path / "texts.data", tmp_path / "out.csv") == 2
-    assert capsys.readouterr().err.endswith("for another name, set the format, as --format csv\n")
+    assert capsys.readouterr().err.endswith(
+        "set the format, as --format csv; for a word and its tags per line, set --format conll\n"
+    )
     assert predict(trained_run, tmp_path / "texts.data", tmp_path / "out.csv", "--format=csv") == 0
