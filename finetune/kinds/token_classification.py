@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from experiment.errors import UserError
+from experiment.formatting import shorten
 from finetune.data.columns import Columns, TagsColumn, WordsColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -20,11 +21,19 @@ from finetune.encoding.encoder import Encoder, most_context, windows
 from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.kinds.classification import balanced_weights, weighted_cross_entropy
 from finetune.scores.calibration import confidence_losses
-from finetune.scores.metrics import LabelScores, entity_counts, entity_label_scores, entity_scores, is_constant
+from finetune.scores.metrics import (
+    LabelScores,
+    entity_counts,
+    entity_label_scores,
+    entity_scores,
+    entity_tags,
+    is_constant,
+)
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind
 
 _NO_TAG = -100  # target of a token that carries none, which cross-entropy ignores
 _SHOWN = 5  # words in a message
+_LONGEST_LIST = 250  # characters, of tags in a message
 
 
 class TokenClassificationColumns(Columns):
@@ -93,7 +102,11 @@ class Kind(TaskKind[Config]):
     def describe(self, train: Table) -> list[str]:
         counts = Counter(tag for record in train.records for tag in record.values["tags"])
         total = counts.total()
-        return [f"{total:,} words in train, {len(self.labels):,} tags: {self.describe_shares(counts, total)}"]
+        single = ", ".join(label for label, tag in entity_tags(self.labels).items() if tag == f"B-{label}")
+        return [
+            f"{total:,} words in train, {len(self.labels):,} tags: {self.describe_shares(counts, total)}",
+            *([f"scored as entities of one word: {shorten(single, _LONGEST_LIST)}"] if single else []),
+        ]
 
     def evaluated_texts(self, record: Record) -> Iterator[str]:
         """Yield the sentence, not its words."""

@@ -19,6 +19,11 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ROWS = 256  # of a matrix of similarities that are computed at once
 # Prefix of a tag -> the one of IOBES: M of BMES is I, L and U of BILOU are E and S.
 _LETTERS = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
+# Of tags that are not written as B-X: b-X and B_X; X-B and X_B.
+_SPELLINGS = (
+    re.compile("(?P<letter>[BIESMLU])[-_](?P<type>.+)", re.IGNORECASE),
+    re.compile("(?P<type>.+)[-_](?P<letter>[BIESMLU])", re.IGNORECASE),
+)
 
 # Shape suffixes: C labels; N texts or queries, M documents, R rows of a part, D hidden.
 
@@ -152,8 +157,7 @@ def entity_scores(right: int, support: int, predicted: int) -> dict[str, float]:
 def entity_label_scores(gold: Tags, predicted: Tags, labels: Sequence[str]) -> LabelScores:
     """Return the scores of each type of entities; an entity is right as a whole or not at all."""
     gold_entities, found = _entities(gold, labels), _entities(predicted, labels)
-    (tags,) = _entity_tags([labels], labels)
-    types = sorted({tag[2:] for tag in tags if tag != "O"})
+    types = sorted({tag[2:] for tag in entity_tags(labels).values() if tag != "O"})
     counts = [Counter(entity[0] for entity in entities) for entities in (gold_entities & found, gold_entities, found)]
     return scores_of_counts(types, *(np.array([count[name] for name in types]) for count in counts))
 
@@ -162,29 +166,42 @@ def _entities(sentences: Tags, labels: Sequence[str]) -> set[tuple[str, int, int
     """Return the type of each entity, and its first and last word, counted over all sentences."""
     from seqeval.metrics.sequence_labeling import get_entities  # imports scikit-learn
 
-    return set(get_entities(_entity_tags(sentences, labels)))
+    tags = entity_tags(labels)
+    return set(get_entities([[tags.get(tag, f"B-{tag}") for tag in sentence] for sentence in sentences]))
 
 
-def _entity_tags(sentences: Tags, labels: Sequence[str]) -> list[list[str]]:
-    """Return the tags of each sentence as seqeval reads them: B-, I-, E- or S- and a type.
+def entity_tags(labels: Sequence[str]) -> dict[str, str]:
+    """Return label -> the tag that seqeval reads: O, or B-, I-, E- or S- and a type.
 
-    Tags of BMES and BILOU are translated, and so are letters alone, if no label has a type. Any other tag is an entity
-    of one word.
+    Tags of BMES and BILOU are translated, and so are letters alone, if no label has a type, and b-X, B_X, X-B and X_B,
+    if all labels are written in this way. Any other label is an entity of one word.
     """
-    others = {label for label in labels if label != "O"}
-    untyped = "B" in others and others <= _LETTERS.keys()
-    has_prefixes = any(label.startswith("B-") for label in others)
+    others = [label for label in labels if label not in ("O", "o")]
+    letters = {label.upper() for label in others}
+    if "B" in letters and letters <= _LETTERS.keys():
+        found = {label: f"{_LETTERS[label.upper()]}-entity" for label in others}
+    elif not (found := _in_other_spelling(others)):
+        has_prefixes = any(label.startswith("B-") for label in others)
+        known = {letter for letter, prefix in _LETTERS.items() if has_prefixes or letter == prefix}
+        parts = {label: label.partition("-") for label in others}
+        found = {
+            label: f"{_LETTERS[letter]}-{name}" if dash and letter in known else f"B-{label}"
+            for label, (letter, dash, name) in parts.items()
+        }
+    return dict.fromkeys(labels, "O") | found
 
-    def entity_tag(tag: str) -> str:
-        if tag == "O":
-            return tag
-        if untyped:
-            return f"{_LETTERS[tag]}-entity"
-        letter, dash, name = tag.partition("-")
-        is_prefix = dash and letter in _LETTERS and (has_prefixes or _LETTERS[letter] == letter)
-        return f"{_LETTERS[letter]}-{name}" if is_prefix else f"B-{tag}"
 
-    return [list(map(entity_tag, tags)) for tags in sentences]
+def _in_other_spelling(labels: Sequence[str]) -> dict[str, str]:
+    """Return the tags of labels that all have another spelling than B-X; empty if they have not. A type must have
+    labels for its beginning and its inside, since a type such as VITAMIN-B may end like a tag."""
+    if any(label.startswith(("B-", "I-", "E-", "S-")) for label in labels):
+        return {}
+    for spelling in _SPELLINGS:
+        parts = [(part["letter"].upper(), part["type"]) for part in map(spelling.fullmatch, labels) if part]
+        begun, continued = ({name for letter, name in parts if letter in letters} for letters in ("B", "IM"))
+        if len(parts) == len(labels) and begun & continued:
+            return {label: f"{_LETTERS[letter]}-{name}" for label, (letter, name) in zip(labels, parts, strict=True)}
+    return {}
 
 
 def exact_match(found: str, right: str) -> bool:

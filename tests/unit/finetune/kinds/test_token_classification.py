@@ -158,6 +158,11 @@ def test_tags_without_a_prefix_are_entities() -> None:
         ("B-X I-X I-X O B-X", "B-X I-X I-X O O"),
         ("B I I O B", "B I I O O"),
         ("B M E O S", "B M E O O"),
+        ("b-X m-X e-X o s-X", "b-X m-X e-X o o"),
+        ("B_X I_X I_X O B_X", "B_X I_X I_X O O"),
+        ("X-B X-I X-I O X-B", "X-B X-I X-I O O"),
+        ("X_B X_M X_E O X_S", "X_B X_M X_E O O"),
+        ("b i i o b", "b i i o o"),
     ],
 )
 def test_every_scheme_of_tags_counts_the_same_entities(gold: str, predicted: str) -> None:
@@ -167,7 +172,26 @@ def test_every_scheme_of_tags_counts_the_same_entities(gold: str, predicted: str
     found = kind.scores(records, predictions)
     assert (found["precision"], found["recall"], found["f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
     (name,) = kind.label_scores(records, predictions)
-    assert name == ("X" if "-" in gold else "entity")
+    assert name == ("X" if "X" in gold else "entity")
+
+
+@pytest.mark.parametrize(
+    ("labels", "single"),
+    [
+        ("B-X I-X O", None),
+        ("NOUN VERB", "NOUN, VERB"),
+        ("B-X I-X OTHER", "OTHER"),
+        ("B_X I_X O X", "B_X, I_X, X"),
+        ("VITAMIN-B VITAMIN-E O", "VITAMIN-B, VITAMIN-E"),  # types, none of which continues
+        ("HEP-B HEP-I B-CELL", "HEP-B, HEP-I"),
+        ("S-B S-I O", None),
+    ],
+)
+def test_tags_that_are_entities_of_one_word_are_named(labels: str, single: str | None) -> None:
+    """Catches a score of single tags that looks like one of entities, and types that end in a letter of a scheme."""
+    kind = Kind(CONFIG, tuple(labels.split()))
+    lines = kind.describe(Table(Path("f"), (Record("f", {"tags": labels.split()}),), labelled=True))
+    assert lines[1:] == ([] if single is None else [f"scored as entities of one word: {single}"])
 
 
 def test_scores_of_each_type_of_entity() -> None:
