@@ -18,7 +18,7 @@ from experiment.csv_and_jsonl import (
 from experiment.errors import UserError, warn_once
 from experiment.files import json_digest
 from experiment.formatting import counted
-from finetune.data.columns import WORDS, CellType, Columns
+from finetune.data.columns import LABEL, WORDS, CellType, Columns
 from finetune.data.formats import FileFormat, Row, conll_advice, read_rows, separator
 from finetune.data.task_config import DialogueContext
 
@@ -114,6 +114,8 @@ def read_table(
         raise UserError(f"{path} has no rows")
     if separator(path, file_format) is not None:
         _reject_words_as_rows(path, records, columns, conll_advice(file_format.csv))
+    elif columns.roles(LABEL):
+        records = _labelled_or_all(path, records, columns.roles(LABEL))
     return _check_targets(path, records, columns.cell_types(), targets_required, minus_one)
 
 
@@ -130,6 +132,21 @@ def _reject_words_as_rows(path: Path, records: Sequence[Record], columns: Column
             raise UserError(
                 f"{path}: {single:,} of {len(records):,} rows have one word, expected a sentence per row; {advice}"
             )
+
+
+def _labelled_or_all(path: Path, records: list[Record], roles: Sequence[str]) -> list[Record]:
+    """Leave out rows whose label is null, as -1 of the Hub is read, unless all are. SNLI has such rows where annotators
+    disagreed; in a CSV file, an empty cell is rather a mistake."""
+    labelled, without = [], []
+    for record in records:
+        if any(record.values.get(role) is None for role in roles):
+            without.append(record.place)
+        else:
+            labelled.append(replace(record, skipped=len(without)))
+    if not labelled or not without:
+        return records
+    warn_once(f"{path}: left out {counted(len(without), 'row')} without a label (null or -1), such as {without[0]}")
+    return labelled
 
 
 def _check_targets(

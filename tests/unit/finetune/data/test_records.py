@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from experiment.csv_and_jsonl import CsvFormat
@@ -18,6 +20,7 @@ from finetune.kinds.regression import RegressionColumns
 from finetune.kinds.token_classification import TokenClassificationColumns as TokenColumns
 
 COLUMNS = ClassificationColumns(text="text")
+FEATURES = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": ["no", "yes"], "_type": "ClassLabel"}}
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -173,6 +176,23 @@ def test_a_test_split_has_all_labels_or_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.csv:3: the label is empty"):
         read_table(path, COLUMNS, targets_required=False)
     assert values(read_table(write(path, "text,label\na,\n"), COLUMNS, targets_required=False)) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_rows_without_a_label_are_left_out(tmp_path: Path, required: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches SNLI being rejected for pairs that annotators did not agree on, rows that vanish silently, and numbers of
+    rows that do not count them."""
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", "b", "c", "d"], "label": [-1, 0, 1, -1]}).replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": FEATURES}})}
+        ),
+        tmp_path / "train.parquet",
+    )
+    path = Path(f"hub:{tmp_path}:train")
+    table = read_table(path, COLUMNS, targets_required=required)
+    assert values(table) == [{"label": "no", "text": "b"}, {"label": "yes", "text": "c"}]
+    assert [record.skipped for record in table.records] == [1, 1]
+    assert caplog.messages == [f"{path}: left out 2 rows without a label (null or -1), such as {path}:1"]
 
 
 def test_minus_one_may_be_a_label(tmp_path: Path) -> None:
