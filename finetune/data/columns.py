@@ -20,6 +20,10 @@ _LARGEST = 1e18  # of the numbers to predict
 _CHINESE_SENTENCE = re.compile("[\u4e00-\u9fff][，。！？；：、…]")
 
 
+def _is_minus_one(value: object) -> bool:
+    return value in ("-1", -1.0)
+
+
 @dataclass(frozen=True, eq=False)  # types that hold the same, such as TEXT and CONTEXT, are different types
 class CellType:
     """The content of the cells of a column."""
@@ -30,9 +34,8 @@ class CellType:
     target: bool = False  # to be predicted: a test split may lack it
     encoded: bool = False  # a target that the model reads too, such as the other text of a pair to embed
     optional: bool = False  # a target that any split may lack, and rows too if it is encoded
-    hidden: tuple[Any, ...] = (None, "-1", -1.0)
-    """Values that stand for no target, if all rows of a test split have one of them: None for an empty cell, and what
-    data sets of the Hugging Face Hub have."""
+    is_hidden: Callable[[Any], bool] = _is_minus_one
+    """Whether a value stands for no target, as an empty cell does, if all rows of a test split have such a value."""
 
     @property
     def is_input(self) -> bool:
@@ -178,7 +181,8 @@ def _read_sentence(cell: object) -> list[str]:
 
 
 def _read_answers(cell: object) -> list[dict[str, Any]] | None:
-    """Read dicts with `text` and `start`, the character at which the answer starts; [] if there is no answer."""
+    """Read dicts with `text` and `start`, the character at which the answer starts, negative if that is not known; []
+    if there is no answer."""
     cell = _parse_json(cell)
     if cell is None or cell == "":
         return None
@@ -188,7 +192,7 @@ def _read_answers(cell: object) -> list[dict[str, Any]] | None:
             raise ValueError
         cell = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     if isinstance(cell, list) and all(map(_is_answer, cell)):
-        return [{"text": answer["text"], "start": answer["answer_start"]} for answer in cell]
+        return [{"text": answer["text"], "start": answer["answer_start"]} for answer in cell if answer["text"]]
     raise ValueError
 
 
@@ -203,7 +207,7 @@ def _read_options(cell: object) -> list[list[str]]:
 
 def _is_answer(value: Any) -> bool:
     text, start = (value.get("text"), value.get("answer_start")) if isinstance(value, dict) else (None, None)
-    return isinstance(text, str) and bool(text) and type(start) is int and start >= 0
+    return isinstance(text, str) and type(start) is int and (bool(text) or start < 0)
 
 
 def _parse_json(cell: object) -> object:
@@ -252,13 +256,19 @@ NegativesColumn = Annotated[
 ]
 ScoreColumn = Annotated[Name, CellType("a number", _read_number, target=True, optional=True)]
 TagsColumn = Annotated[
-    Name, CellType("a list of tags, or tags separated by spaces", _read_tags, target=True, hidden=(None, []))
+    Name,
+    CellType("a list of tags, or tags separated by spaces", _read_tags, target=True, is_hidden=lambda tags: not tags),
 ]
 OptionsColumn = Annotated[Name, CellType("a list with two or more options for each blank", _read_options)]
 ClozeAnswersColumn = Annotated[Name, CellType("a list of letters, one for each blank", _read_words, target=True)]
 AnswersColumn = Annotated[
     Name,
-    CellType('answers {"text": […], "answer_start": […]} as in SQuAD', _read_answers, target=True, hidden=(None, [])),
+    CellType(
+        'answers {"text": […], "answer_start": […]} as in SQuAD',
+        _read_answers,
+        target=True,
+        is_hidden=lambda answers: all(answer["start"] < 0 for answer in answers),
+    ),
 ]
 
 

@@ -158,8 +158,10 @@ def _check_targets(
         role for role, cell_type in types.items() if cell_type.target and (not cell_type.optional or role in found)
     ]
     decisive = [role for role in targets if not types[role].encoded] or targets
-    hidden = {role: (None,) if required or minus_one else types[role].hidden for role in decisive}
-    labelled = any(record.values.get(role) not in hidden[role] for record in records for role in decisive)
+    values = [(role, record.values.get(role)) for record in records for role in decisive]
+    labelled = any(
+        value is not None and (required or minus_one or not types[role].is_hidden(value)) for role, value in values
+    )
     for role in targets:
         empty = [record.place for record in records if record.values.get(role) is None]
         if empty and (required or labelled) and not (types[role].optional and types[role].encoded):

@@ -13,6 +13,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from experiment.errors import UserError
+from experiment.formatting import counted, shorten
 from finetune.data.columns import AnswersColumn, Columns, ContextColumn, TextColumn
 from finetune.data.records import Record, Table
 from finetune.data.task_config import TaskConfig
@@ -21,6 +22,8 @@ from finetune.encoding.examples import Batch, Example, padding_last
 from finetune.scores.calibration import confidence_losses
 from finetune.scores.metrics import exact_match, word_f1
 from finetune.task_kind import Loss, LossOptions, Prediction, Scorer, TaskKind, predictor_usage
+
+_MOST_LOST = 0.1  # share of the training questions that may be left out
 
 
 class QuestionAnsweringColumns(Columns):
@@ -34,7 +37,7 @@ class QuestionAnsweringColumns(Columns):
 
     answers: AnswersColumn = "answers"
     """Column with the right answers, as in SQuAD: `{"text": […], "answer_start": […]}`, starts in characters. Training
-    uses the first, scoring all."""
+    uses the first, scoring the texts of all."""
 
 
 class Config(TaskConfig):
@@ -87,37 +90,47 @@ class Kind(TaskKind[Config]):
     def head(self) -> dict[str, Any]:
         return {"num_labels": 2}  # scores of the first and the last token
 
+    @classmethod
+    def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
+        """Return no labels. Raises UserError if many answers are not where they should be."""
+        lost = _lost(train)
+        if len(lost) > _MOST_LOST * len(train):
+            answer = lost[0].values["answers"][0]
+            raise UserError(
+                f"{lost[0].place}: the answer '{shorten(answer['text'])}' is not at character {answer['start']} of the "
+                f"context, nor exactly once elsewhere; {len(lost):,} of {len(train):,} questions in train have such an "
+                "answer"
+            )
+        return ()
+
     def describe(self, train: Table) -> list[str]:
-        if not self.config.no_answer:
-            return []
-        none = sum(not record.values["answers"] for record in train.records)
-        return [f"{none:,} of {len(train):,} questions in train have no answer"]
+        none, lost = sum(not record.values["answers"] for record in train.records), _lost(train)
+        lines = [f"{none:,} of {len(train):,} questions in train have no answer"] if self.config.no_answer else []
+        if lost:
+            lines.append(
+                f"{counted(len(lost), 'question')} of train left out, such as {lost[0].place}: the text of the answer "
+                "is not at its start, nor exactly once elsewhere in the context"
+            )
+        return lines
 
     def check_input(self, record: Record) -> None:
         if not record.values["context"].strip():
             raise UserError(f"{record.place}: the context is empty")
 
     def check_target(self, record: Record) -> None:
-        answers = record.values["answers"]
-        for answer in answers:
-            found = record.values["context"][answer["start"] :][: len(answer["text"])]
-            if found != answer["text"]:
-                raise UserError(
-                    f"{record.place}: the answer '{answer['text']}' is not at character {answer['start']} of the "
-                    f"context, found '{found}'"
-                )
-        if not answers and not self.config.no_answer:
+        if not record.values["answers"] and not self.config.no_answer:
             raise UserError(f"{record.place}: no answer; if questions may have none, set task.no_answer: true")
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
-        """Return the windows of the context; none if the tokenizer drops all its characters, such as U+200B."""
+        """Return the windows of the context; none if the tokenizer drops all its characters, such as U+200B, and in
+        training if the place of the answer is not known."""
         self.check_input(record)
         asked = encoder.ids(record.values["question"])
         question = asked[: encoder.room(2) // 2]
         context, covered = encoder.ids_and_offsets(record.values["context"])
         if not context and training:
             raise UserError(f"{record.place}: the context is empty")
-        if not context:
+        if not context or (training and _is_lost(record)):
             return []
         offsets_N2 = np.array(covered, dtype=np.int32)
         answer = self._answer_tokens(record, offsets_N2)
@@ -130,14 +143,14 @@ class Kind(TaskKind[Config]):
         return examples
 
     def _answer_tokens(self, record: Record, offsets_N2: NDArray[np.int32]) -> range | None:
-        """Return the tokens of the context that cover the first answer; empty for no answer, None for an unlabelled
-        record."""
+        """Return the tokens of the context that cover the first answer; empty for no answer, or one that is not found;
+        None for an unlabelled record."""
         if (answers := record.values.get("answers")) is None:
             return None
         self.check_target(record)
-        if not answers:
+        if not answers or (start := _answer_start(record)) < 0:
             return range(0)
-        start, stop = answers[0]["start"], answers[0]["start"] + len(answers[0]["text"])
+        stop = start + len(answers[0]["text"])
         covering = np.flatnonzero((offsets_N2[:, 1] > start) & (offsets_N2[:, 0] < stop))
         return range(covering[0], covering[-1] + 1) if len(covering) else range(0)
 
@@ -193,6 +206,26 @@ class Kind(TaskKind[Config]):
         pairs = zip(records, predictions, strict=True)
         f1 = [_best_f1(prediction["answer"], _right_answers(record)) for record, prediction in pairs]
         return confidence_losses([prediction["score"] for prediction in predictions], f1)
+
+
+def _answer_start(record: Record) -> int:
+    """Return the character at which the first answer starts: the given one, or else that of the only place of its text;
+    -1 if its text has several places or none."""
+    context, answer = record.values["context"], record.values["answers"][0]
+    text, start = answer["text"], int(answer["start"])
+    if start >= 0 and context.startswith(text, start):
+        return start
+    first: int = context.find(text)
+    return first if first == context.rfind(text) else -1
+
+
+def _is_lost(record: Record) -> bool:
+    """Return whether a record has an answer whose place is not known."""
+    return bool(record.values.get("answers")) and _answer_start(record) < 0
+
+
+def _lost(train: Table) -> list[Record]:
+    return [record for record in train.records if _is_lost(record)]
 
 
 def _right_answers(record: Record) -> list[str]:

@@ -317,10 +317,10 @@ def test_a_number_whose_square_overflows_is_rejected(tmp_path: Path, number: str
         read_table(path, RegressionColumns(text="text"))
 
 
-@pytest.mark.parametrize("start", ["-1", "true"])
-def test_an_answer_does_not_start_before_the_text(tmp_path: Path, start: str) -> None:
-    """Catches a start that Python counts from the end, which trains the question as one without an answer."""
-    answers = f'{{"text": ["e"], "answer_start": [{start}]}}'
+@pytest.mark.parametrize(("text", "start"), [("e", "true"), ("e", "1.5"), ("", "0")])
+def test_an_answer_has_a_text_and_a_start(tmp_path: Path, text: str, start: str) -> None:
+    """Catches a start that is no number, and an answer without characters."""
+    answers = f'{{"text": ["{text}"], "answer_start": [{start}]}}'
     path = write(tmp_path / "a.jsonl", f'{{"question": "a", "context": "d e", "answers": {answers}}}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:1: expected answers"):
         read_table(path, QuestionAnsweringColumns())

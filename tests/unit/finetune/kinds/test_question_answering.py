@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from experiment.errors import UserError
 from experiment.models.tokenizer import load_tokenizer
-from finetune.data.records import Record, read_table
+from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder
 from finetune.encoding.examples import Batch
 from finetune.kinds.question_answering import Config, Kind, _best_span
@@ -214,15 +214,44 @@ def test_scores_are_those_of_squad_and_mlqa(found: str, right: list[str], f1: fl
     ("values", "message"),
     [
         ({"answers": []}, r"f:2: no answer; if questions may have none, set task\.no_answer: true"),
-        ({"answers": [{"text": "word2", "start": 0}]}, r"the answer 'word2' is not at character 0 .*, found 'Word0'"),
         ({"context": " ", "answers": []}, r"f:2: the context is empty"),
         ({"context": "\u200b", "answers": []}, r"f:2: the context is empty"),
     ],
 )
 def test_mistakes_are_named(encoder: Path, values: dict[str, Any], message: str) -> None:
-    """Catches training on answers that are somewhere else."""
+    """Catches a question without an answer taken for one that has none, and a traceback for an empty context."""
     with pytest.raises(UserError, match=message):
         KIND.expand(record(**values), encode(encoder), training=True)
+
+
+@pytest.mark.parametrize("start", [0, -1, 1000])
+def test_an_answer_at_another_place_is_found(encoder: Path, start: int) -> None:
+    """Catches training on another part of the text, and a run that is rejected for one wrong start."""
+    right, wrong = record("word2"), record(answers=[{"text": "word2", "start": start}, {"text": "none", "start": 3}])
+    targets = [KIND.expand(each, encode(encoder), training=True)[0].target for each in (right, wrong)]
+    assert targets[0] == targets[1] != [0, 0]
+
+
+@pytest.mark.parametrize("text", ["word", "word9", "o"])
+def test_an_answer_that_is_not_found_is_not_trained_on(encoder: Path, text: str) -> None:
+    """Catches a question that is trained as one without an answer, or left out silently, and one that is not scored
+    although its text is known."""
+    lost = record(answers=[{"text": text, "start": 2}])
+    assert KIND.expand(lost, encode(encoder), training=True) == []
+    KIND.check_target(lost)
+    (example,) = KIND.expand(lost, encode(encoder), training=False)
+    assert example.target == [0, 0]
+    assert KIND.scores([lost], [{"answer": text, "start": 0, "score": 1.0}])["f1"] == 1.0
+    few = Table(Path("f"), (*[record("word2")] * 9, lost), labelled=True)
+    assert Kind.find_labels(CONFIG, few) == ()
+    assert KIND.describe(few) == [
+        "1 question of train left out, such as f:2: the text of the answer is not at its start, nor exactly once "
+        "elsewhere in the context"
+    ]
+    many = Table(Path("f"), (*[record("word2")] * 4, lost), labelled=True)
+    message = rf"f:2: the answer '{text}' is not at character 2 .*; 1 of 5 questions in train have such an answer$"
+    with pytest.raises(UserError, match=message):
+        Kind.find_labels(CONFIG, many)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +270,12 @@ def test_forms_of_answers(tmp_path: Path, cell: object) -> None:
     assert found.values["answers"] == [{"text": "word1", "start": 6}]
 
 
-def test_a_test_split_may_hide_its_answers(tmp_path: Path) -> None:
-    """Catches answers that are all withheld, as on the Hugging Face Hub, taken for questions without an answer; a few
-    such questions are some of SQuAD 2.0."""
+@pytest.mark.parametrize("texts", [[], [""], ["FAKE_ANSWER_1"]])
+def test_a_test_split_may_hide_its_answers(tmp_path: Path, texts: list[str]) -> None:
+    """Catches answers that are all withheld, as on the Hugging Face Hub or in CMRC 2018 (all starts are -1), taken for
+    questions without an answer; a few such questions are some of SQuAD 2.0."""
     path = tmp_path / "f.jsonl"
-    hidden, shown = ({"text": text, "answer_start": [6] * len(text)} for text in ([], ["word1"]))
+    hidden, shown = {"text": texts, "answer_start": [-1] * len(texts)}, {"text": ["word1"], "answer_start": [6]}
     rows = [json.dumps({"question": "x", "context": CONTEXT, "answers": each}) for each in (hidden, hidden, shown)]
     path.write_text("\n".join(rows[:2]))
     table = read_table(path, CONFIG.columns, targets_required=False)
@@ -253,7 +283,8 @@ def test_a_test_split_may_hide_its_answers(tmp_path: Path) -> None:
     assert "answers" not in table.records[0].values
     assert read_table(path, CONFIG.columns, targets_required=True).labelled
     path.write_text("\n".join(rows))
-    assert read_table(path, CONFIG.columns, targets_required=False).records[0].values["answers"] == []
+    found = read_table(path, CONFIG.columns, targets_required=False).records[0].values["answers"]
+    assert [answer["text"] for answer in found] == [text for text in texts if text]
 
 
 @pytest.mark.parametrize("cell", [{"text": ["a"], "answer_start": []}, [{"text": "a"}], [1], "word1", 3])
