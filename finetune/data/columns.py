@@ -17,6 +17,7 @@ from experiment.config import Section
 from experiment.files import parse_json
 
 _LARGEST = 1e18  # of the numbers to predict
+_FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
 _CHINESE_SENTENCE = re.compile("[\u4e00-\u9fff][，。！？；：、…]")
 
 
@@ -136,8 +137,13 @@ def as_number(cell: str | float) -> float | None:
 def _read_labels(cell: object) -> list[str] | str:
     """Read a list of labels, without empty ones; text that is not a list in JSON stays text.
 
-    No labels are an empty list, not an empty cell.
+    No labels are an empty list, not an empty cell. Of a tuple of cells, a multi-hot vector is returned.
     """
+    if isinstance(cell, tuple):
+        flags = [_FLAGS.get((_read_id(part) or "").lower(), "") for part in cell]
+        if not all(flags):
+            raise ValueError("; of several columns, each must have 1 or 0")
+        return flags
     cell = _parse_json(cell)
     if isinstance(cell, str) or cell is None:
         return cell or []
@@ -247,7 +253,7 @@ TextsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _re
 ChoicesColumn = Annotated[Name | tuple[Name, ...], CellType("a list of texts", _read_choices)]
 WordsColumn = Annotated[Name, WORDS]
 ChoiceColumn = Annotated[Name, CellType("the right choice", _read_label, target=True)]
-LabelsColumn = Annotated[Name, CellType("a list of labels, or text", _read_labels, target=True)]
+LabelsColumn = Annotated[Name | tuple[Name, ...], CellType("a list of labels, or text", _read_labels, target=True)]
 NumberColumn = Annotated[Name, CellType("a number", _read_number, target=True)]
 PairedColumn = Annotated[Name, CellType("text", _read_text, target=True, encoded=True)]
 NegativesColumn = Annotated[

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from experiment.errors import UserError
@@ -32,7 +32,8 @@ class MultiLabelColumns(TextColumns):
 
     labels: LabelsColumn = "labels"
     """Column with the labels: a JSON list, or text with `task.label_separator` between them; empty if there are
-    none. Empty labels are left out. Or, with `task.labels`, a list that has 1 or 0 for each of them (multi-hot)."""
+    none. Empty labels are left out. Or, with `task.labels`, a list that has 1 or 0 for each of them (multi-hot). Or a
+    list of columns, one for each label and of its name, with 1 or 0."""
 
     text: TextColumn = "text"
     """Column with the text."""
@@ -48,6 +49,19 @@ class Config(TaskConfig):
     label_separator: Annotated[str, Field(min_length=1)] = ","
     """Separator between the labels of a row, where they are text."""
 
+    @property
+    def known_labels(self) -> tuple[str, ...]:
+        """The labels that the config names; () if it does not."""
+        columns = self.columns.labels
+        return self.labels or (columns if isinstance(columns, tuple) else ())
+
+    @model_validator(mode="after")
+    def _columns_are_labels(self) -> Self:
+        columns = self.columns.labels
+        if isinstance(columns, tuple) and not 2 <= len(set(columns)) == len(columns) == len(self.known_labels):
+            raise ValueError("columns.labels: expected two or more different columns, as many as in `labels`, if set")
+        return self
+
 
 class Kind(TaskKind[Config]):
     """A prediction has `labels`, whose probability is 0.5 or more, and `probabilities`, by label."""
@@ -58,8 +72,10 @@ class Kind(TaskKind[Config]):
 
     @classmethod
     def find_labels(cls, config: Config, train: Table) -> tuple[str, ...]:
-        """Return the sorted labels of the training split. Raises UserError if one is alone or has two spellings, and if
-        they are multi-hot vectors."""
+        """Return the labels that the config names, otherwise those of the training split, sorted. Raises UserError if
+        one is alone or has two spellings, and if they are multi-hot vectors."""
+        if config.known_labels:
+            return config.known_labels
         rows = reversed(train.records)
         places = {label: record.place for record in rows for label in _labels_of(record, config)}
         reject_two_spellings(places)
@@ -196,11 +212,12 @@ def _joined(labels: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _labels_of(record: Record, config: Config) -> list[str]:
-    found, known = record.values["labels"], config.labels or ()
+    found, known = record.values["labels"], config.known_labels
     if not isinstance(found, list):
         found = [label for part in found.split(config.label_separator) if (label := part.strip())]
     # 0 and 1 may be labels themselves; of three values, two are the same, as in no list of labels.
-    if len(found) == len(known) and (_YES | _NO).issuperset(found) and (len(known) > 2 or not {*found} & {*known}):
+    is_vector = isinstance(config.columns.labels, tuple) or len(known) > 2 or not {*found} & {*known}
+    if len(found) == len(known) and (_YES | _NO).issuperset(found) and is_vector:
         return [label for label, value in zip(known, found, strict=True) if value in _YES]
     return found
 

@@ -10,7 +10,7 @@ from experiment.models.tokenizer import load_tokenizer
 from finetune.data.records import Record, Table, read_table
 from finetune.encoding.encoder import Encoder, Tokens
 from finetune.encoding.examples import Batch, Example
-from finetune.kinds.multi_label import Config, Kind
+from finetune.kinds.multi_label import Config, Kind, MultiLabelColumns
 from finetune.scores.calibration import calibration_error
 from finetune.task_kind import LossOptions
 
@@ -85,6 +85,37 @@ def test_multi_hot_vectors_are_read_with_the_labels_of_the_task(
     predictions = [{"labels": [label for label, is_in in zip(labels, row, strict=True) if is_in]} for row in expected]
     assert kind.scores(table.records, predictions)["accuracy"] == 1.0
     assert f"{labels[0]} 40.0%, {labels[1]} 20.0%" in kind.describe(table)[0]
+
+
+@pytest.mark.parametrize("labels", [None, ("ä", "ö")])
+def test_a_column_for_each_label(tmp_path: Path, labels: tuple[str, ...] | None) -> None:
+    """Catches data sets such as Jigsaw's being rejected, columns in the order of the file, and names that are lost."""
+    config = Config(columns=MultiLabelColumns(labels=("b", "a")), labels=labels)
+    (tmp_path / "f.csv").write_text("text,a,b\nx,1,0\nx,0.0,1.0\nx,0,0\nx,True,1\n")
+    (tmp_path / "f.jsonl").write_text('{"text": "x", "a": true, "b": 0}\n{"text": "x", "a": 0, "b": 1.0}\n')
+    table = read_table(tmp_path / "f.csv", config.columns)
+    kind = Kind(config, Kind.find_labels(config, table))
+    assert kind.labels == (labels or ("b", "a"))
+    records = (*table.records, *read_table(tmp_path / "f.jsonl", config.columns).records)
+    first, second = kind.labels
+    assert [kind.target(record, ["labels"]) for record in records] == [
+        {second},
+        {first},
+        set(),
+        {first, second},
+        {second},
+        {first},
+    ]
+    (tmp_path / "f.csv").write_text("text,a,b\nx,1,2\n")
+    with pytest.raises(UserError, match=r"f\.csv:2: expected .* in 'b, a', found \[\"2\", \"1\"\]; .* have 1 or 0"):
+        read_table(tmp_path / "f.csv", config.columns)
+
+
+@pytest.mark.parametrize(("columns", "labels"), [(("a",), None), (("a", "a"), None), (("a", "b"), ("a", "b", "c"))])
+def test_columns_and_labels_are_as_many(columns: tuple[str, ...], labels: tuple[str, ...] | None) -> None:
+    """Catches a traceback of rows that do not fit the labels."""
+    with pytest.raises(ValueError, match="two or more different columns, as many as in `labels`"):
+        Config(columns=MultiLabelColumns(labels=columns), labels=labels)
 
 
 def test_two_labels_called_0_and_1_are_no_vector(tmp_path: Path) -> None:
