@@ -11,12 +11,13 @@ from types import FrameType
 
 WARNING_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Batch systems send one of them, as the user chooses, some time before they end a job, perhaps to all its processes.
-DeepSpeed's launchers, pdsh, ssh and W&B would die: they are started with these blocked. Ranks unblock them."""
+W&B would die: it is started with these blocked."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNING_SIGNALS)
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
-"""The signals that a command which can be resumed handles."""
+"""The signals that a command which can be resumed handles. Batch systems and systemd may send them to all processes of
+a launch. DeepSpeed's launchers, pdsh and ssh would die, and the ranks with them: they start with these blocked."""
 
 REPEATED_SECONDS = 1.0
 """A signal within this time of the first one repeats it: terminals, `timeout` and launchers deliver one several times.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from experiment.process.own_process import module_command, python_path
-from experiment.process.signals import WARNING_SIGNALS, kill_group, signals_blocked
+from experiment.process.signals import HANDLED_SIGNALS, kill_group, signals_blocked
 from experiment.run_files.heartbeat import Heartbeat
 from launcher.hosts.host_guard import BEAT_SECONDS, END, ENDED, PREFIX, SILENCE_SECONDS, STACK
 from launcher.hosts.ssh import CONNECT_SECONDS, last_reason, ssh_argv
@@ -191,7 +191,7 @@ class _Connection:
 
     def __init__(self, host: str) -> None:
         command = ["env", f"PYTHONPATH={python_path(os.environ)}", *module_command("launcher.hosts.host_guard")]
-        with signals_blocked(WARNING_SIGNALS):
+        with signals_blocked(HANDLED_SIGNALS):
             self._process = subprocess.Popen(
                 ssh_argv(host, command),
                 stdin=subprocess.PIPE,

@@ -13,6 +13,7 @@ if not __package__:  # started as a file, by srun: import from the repository, n
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[2])]
 
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -35,6 +36,8 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 
 
 def main(argv: Sequence[str]) -> None:
+    # DeepSpeed's launcher, which was started with them blocked, ends ranks by SIGTERM.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     module = "launcher.preflight.measure" if MEASURE in argv else "pretrain.run"
     environ = {**os.environ, **_of_launch(os.environ)}
     environ |= rank_variables(environ)

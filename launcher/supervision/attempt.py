@@ -167,7 +167,7 @@ def _result(
             return LaunchResult(Outcome.FAILED, message, Cause.KILLED)
         exit_code = 1  # the exit code of DeepSpeed's launcher says only that `processes` killed it
     if reported is None and stop.requested and not has_begun(launch.folder):
-        return STOPPED_EARLY  # DeepSpeed's launcher exits with 1 if it gets the signal too
+        return STOPPED_EARLY  # DeepSpeed's launchers on other hosts exit with 1 if they get the signal too
     if not launch.local and launch.launcher == "mpich":  # DeepSpeed's helper exits with 0, whatever its rank does
         exit_code = exit_code or 1
     return read_result(launch.folder, exit_code, start_time, remote=not launch.local)

@@ -16,7 +16,7 @@ from typing import IO, TextIO
 from experiment.errors import UserError
 from experiment.files import atomic_write, temporary_folder, temporary_root
 from experiment.process.own_process import GATE_VARIABLE, START_VARIABLE
-from experiment.process.signals import WARNING_SIGNALS, handle_stop_signals, interrupt, kill_group, signals_blocked
+from experiment.process.signals import HANDLED_SIGNALS, handle_stop_signals, interrupt, kill_group, signals_blocked
 from experiment.run_files.heartbeat import Heartbeat, request_stack
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
@@ -48,8 +48,7 @@ def watchdog(group: int) -> Iterator[None]:
     shell = 'read -r _; kill -s KILL -- "-$0"'
 
     def start() -> "subprocess.Popen[bytes]":
-        with signals_blocked(WARNING_SIGNALS):
-            return subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
+        return subprocess.Popen(["sh", "-c", shell, str(group)], stdin=subprocess.PIPE, start_new_session=True)
 
     watchdog = start()
 
@@ -225,7 +224,7 @@ def started(
     environment = {**command.environment, START_VARIABLE: str(start_time)}
     if gate is not None:
         environment[GATE_VARIABLE] = str(gate)
-    with signals_blocked(WARNING_SIGNALS):
+    with signals_blocked(HANDLED_SIGNALS):
         process = subprocess.Popen(
             command.argv,
             env=environment,

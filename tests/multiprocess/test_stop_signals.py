@@ -101,7 +101,7 @@ def test_a_second_signal_to_one_rank_ends_all(
 
 @pytest.mark.soak
 @pytest.mark.real_start
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_all_processes_saves_a_checkpoint(
     start: Start, fork_server: ForkServer, wordpiece_corpus: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from experiment.process.own_process import LAUNCH_VARIABLE
+from experiment.process.signals import HANDLED_SIGNALS
 from experiment.run_files.heartbeat import STACK_SIGNAL, Heartbeat
 from launcher.hosts import guarded_hosts, host_guard
 from launcher.hosts.guarded_hosts import GuardedHosts
@@ -79,6 +81,20 @@ def test_a_host_that_cannot_be_reached_is_lost(run: str) -> None:
     with GuardedHosts(["missing-1", "node-2"], f"{run}-1", ENVIRONMENT, lambda _: None) as hosts:
         assert hosts.lost == {"missing-1": "ssh: Could not resolve hostname missing-1: Name or service not known"}
         assert list(hosts.replies) == ["node-2"]
+
+
+def test_no_signal_to_all_processes_ends_ssh(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that are killed on all hosts because systemd or a batch system signals all processes on the machine
+    of the launch: without ssh, a guard considers it lost."""
+    popen, blocked = subprocess.Popen, set[signal.Signals]()
+
+    def start(*arguments: object, **options: object) -> "subprocess.Popen[bytes]":
+        blocked.update(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return popen(*arguments, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with GuardedHosts(["localhost"], f"{run}-1", ENVIRONMENT, lambda _: None):
+        assert blocked >= set(HANDLED_SIGNALS)
 
 
 def test_a_silent_host_is_lost(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiment.process.cpu_cores import cpu_cores, within_quota
+from experiment.process.signals import HANDLED_SIGNALS, WARNING_SIGNALS, signals_blocked
 from launcher.ranks import start_rank
 from launcher.ranks.environment import GLIBC_TUNABLES, host_environment
 
@@ -14,8 +16,9 @@ ROOT = Path(__file__).parents[4]
 
 # Stands for pretrain.run: it prints what it was started with.
 RUN = """
-import json, os, sys
-print(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "environ": dict(os.environ)}))
+import json, os, signal, sys
+blocked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+print(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "environ": dict(os.environ), "blocked": blocked}))
 sys.exit(75)
 """
 
@@ -29,17 +32,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_rank_runs_in_the_environment_of_its_host(folder: Path) -> None:
-    """Catches settings of the launching machine, a lost argument, and a process that the launcher loses track of."""
+    """Catches settings of the launching machine, a lost argument, a process that the launcher loses track of, and one
+    that DeepSpeed's launcher cannot end by SIGTERM."""
     set_here = ("OMP_NUM_THREADS", "GLIBC_TUNABLES")
     environ = {name: value for name, value in os.environ.items() if name not in set_here}
     environ |= {"PYTHONPATH": str(ROOT), "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu", "RANK": "3"}
     command = [sys.executable, "-u", "-m", "launcher.ranks.start_rank", "--local_rank=1", "--run.dir=a b"]
-    process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True)
+    with signals_blocked(HANDLED_SIGNALS):  # as DeepSpeed's launcher
+        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 75
     seen = json.loads(output)
     assert seen["pid"] == process.pid
     assert seen["argv"] == ["--local_rank=1", "--run.dir=a b"]
+    assert seen["blocked"] == sorted((*WARNING_SIGNALS, signal.SIGHUP))
     added = {"OMP_NUM_THREADS": str(max(1, cpu_cores() // 2)), "GLIBC_TUNABLES": GLIBC_TUNABLES}
     assert {name: seen["environ"].get(name) for name in environ | added} == environ | added
 

@@ -18,12 +18,13 @@ import pytest
 
 from experiment.errors import UserError
 from experiment.process.own_process import GATE_VARIABLE
+from experiment.process.signals import HANDLED_SIGNALS
 from experiment.run_files.outcome_file import Outcome, RankRecord
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from launcher.ranks.deepspeed_command import DeepSpeedCommand
 from launcher.supervision import rank_processes
 from launcher.supervision.attempt import Launch
-from launcher.supervision.rank_processes import SurvivingRanks, filtered_output, held_ranks, is_noise
+from launcher.supervision.rank_processes import SurvivingRanks, filtered_output, held_ranks, is_noise, started
 from launcher.supervision.supervisor import supervise
 from waiting import wait_until
 
@@ -175,6 +176,16 @@ def test_a_signal_while_the_ranks_are_started_leaves_none(tmp_path: Path) -> Non
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_no_signal_to_all_processes_ends_the_launcher_of_deepspeed() -> None:
+    """Catches ranks that lose their launcher, and with it the time to save, when a batch system or systemd signals all
+    processes of a job."""
+    code = f"import signal, time\nwhile len(signal.sigpending()) < {len(HANDLED_SIGNALS)}: time.sleep(0.01)"
+    with started(DeepSpeedCommand((sys.executable, "-c", code), os.environ), time.time()) as process:
+        for number in HANDLED_SIGNALS:
+            process.send_signal(number)
+        assert process.wait() == 0
+
+
 @pytest.mark.parametrize("folder", ["removed", "."])
 def test_a_rank_ends_if_its_launch_is_gone(tmp_path: Path, folder: str) -> None:
     """Catches a rank that waits forever because it was not killed with its launcher. A launch that was killed leaves
@@ -201,19 +212,19 @@ def test_ranks_that_lost_their_launcher_do_not_begin(tmp_path: Path) -> None:
 
 def test_ranks_without_a_watchdog_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches ranks that keep running because their watchdog could not be started."""
-    started: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
     def start(*arguments: object, **options: object) -> "subprocess.Popen[bytes]":
-        if started:
+        if processes:
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
-        return started[0]
+        processes.append(popen(*arguments, **options))  # type: ignore[call-overload]
+        return processes[0]
 
     monkeypatch.setattr(subprocess, "Popen", start)
     with pytest.raises(BlockingIOError), held_ranks(rank(tmp_path), time.time()):
         pass
-    assert started[0].returncode == -signal.SIGKILL
+    assert processes[0].returncode == -signal.SIGKILL
 
 
 def test_a_removed_folder_is_named(tmp_path: Path, temporary: Path) -> None:
