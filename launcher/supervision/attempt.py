@@ -184,6 +184,8 @@ def _wait(process: "subprocess.Popen[bytes]", launch: Launch, ranks: int) -> int
             kill_group(process.pid)
             process.wait()
             return 0
+    if exit_code < 0:  # DeepSpeed's launcher was killed: its ranks train on
+        kill_group(process.pid)
     _wait_for_group(process.pid)
     return exit_code
 

@@ -76,7 +76,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
     """
     reported, silent, killer = read_outcome(folder), list(_silent_ranks(folder)), _killer(exit_code, remote)
     cause = Cause.KILLED if killer else Cause.ERROR
-    ending = _describe_kill(killer, silent) if killer else ""
+    ending = _describe_kill(killer, silent, exit_code) if killer else ""
     if remote and exit_code == SSH_FAILED:
         killer, cause, ending = None, Cause.LOST_HOST, "ssh failed or lost the connection to a host"
     # DeepSpeed's launcher exits with 0 if a signal ended the program that starts ranks on other hosts.
@@ -120,11 +120,13 @@ def _killer(exit_code: int, remote: bool) -> signal.Signals | None:
         return None
 
 
-def _describe_kill(killer: signal.Signals, silent: Sequence[str]) -> str:
-    """Describe a kill. `silent`: the ranks that may have been killed."""
-    rank = " or ".join(silent) if 0 < len(silent) <= _MOST_NAMED else "a rank"
+def _describe_kill(killer: signal.Signals, silent: Sequence[str], exit_code: int) -> str:
+    """Describe a kill, of a rank or of DeepSpeed's launcher. `silent`: the ranks that may have been killed."""
+    killed = " or ".join(silent) if 0 < len(silent) <= _MOST_NAMED else "a rank"
+    if exit_code < 0:
+        killed = "DeepSpeed's launcher"
     reason = ", possibly because the system ran out of memory" if killer is signal.SIGKILL else ""
-    return f"{rank} was killed by {killer.name}{reason}"
+    return f"{killed} was killed by {killer.name}{reason}"
 
 
 def _failure_message(folder: RunFolder, reason: str, start_time: float) -> str:

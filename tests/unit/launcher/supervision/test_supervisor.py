@@ -208,6 +208,15 @@ def test_a_rank_killed_by_the_system_is_reported(folder: RunFolder):
     assert orphaned.message == f"a rank was {killed}; rank 0: lost rank 1"
 
 
+def test_ranks_end_with_the_launcher_of_deepspeed(folder: RunFolder):
+    """Catches ranks that train on without their launcher, and one that is named as the killed process."""
+    record = "from experiment.run_files.outcome_file import RankRecord; RankRecord(0, 'host', rank.pid).write(folder)"
+    start = time.monotonic()
+    result = attempt(folder, f"{STUBBORN}{record}; os.kill(os.getpid(), signal.SIGKILL)")
+    assert time.monotonic() - start < attempt_module.EXIT_TIMEOUT_SECONDS
+    assert "(DeepSpeed's launcher was killed by SIGKILL, possibly because the system" in result.message
+
+
 def test_a_stop_file_created_while_the_launch_is_checked_stops_it(folder: RunFolder):
     """Catches a run that starts although the user has stopped it."""
     launched_at = time.time()
