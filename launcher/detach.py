@@ -5,6 +5,7 @@ It has a session of its own: a terminal that closes sends no signal there.
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ def launch_detached(options: PretrainOptions) -> None:
     """Start the launch, show its output until rank 0 trains, and leave it to itself.
 
     Raises UserError for a config that is not valid and a run that is active, SystemExit with the exit code of a launch
-    that ends before.
+    that ends before, or 1 for one that is killed.
     """
     folder = RunFolder(Path(load_config(PretrainConfig, options.config, options.overrides).run.dir).absolute())
     check_not_moved(options.config, options.overrides, folder)
@@ -59,7 +60,9 @@ def launch_detached(options: PretrainOptions) -> None:
     elif process.returncode != 0:
         if is_new:
             _remove_unused(folder)
-        sys.exit(process.returncode)
+        if process.returncode < 0:
+            notify(f"the launch was killed by {signal.Signals(-process.returncode).name}")
+        sys.exit(max(1, process.returncode))
 
 
 def background_command(options: PretrainOptions) -> Sequence[str]:

@@ -35,6 +35,7 @@ time.sleep(3600)
 """
 FAILS = "import sys; sys.exit('deepcloze: the run failed: disk full')"
 REFUSED = "import sys; print('deepcloze: no such corpus', file=sys.stderr); sys.exit(2)"
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.fixture
@@ -81,7 +82,10 @@ def test_a_run_is_left_in_the_background(
     assert captured.err == folder.launch_output.read_text() == "step 1\n"
 
 
-@pytest.mark.parametrize(("program", "code", "message"), [(FAILS, 1, "disk full"), (REFUSED, 2, "no such corpus")])
+@pytest.mark.parametrize(
+    ("program", "code", "message"),
+    [(FAILS, 1, "disk full"), (REFUSED, 2, "no such corpus"), (KILLED, 1, "the launch was killed by SIGKILL")],
+)
 def test_a_launch_that_fails_tells_why(
     folder: RunFolder,
     monkeypatch: pytest.MonkeyPatch,
