@@ -102,7 +102,7 @@ def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
     _print_table(plan, findings)
     if findings.choice == 0:
         return plan
-    return replace(plan, config=scaled_microbatch(plan.config, findings.choice), config_changed=True)
+    return replace(plan, config=scaled_microbatch(plan.config, findings.choice))
 
 
 def _remove_trials(folder: RunFolder) -> None:
@@ -259,7 +259,7 @@ class TrialRunner:
         config, stages = self._plan.config, len(self._plan.config.stages)
         tokens = scaled_microbatch(config, sizes[0]).batch.microbatch_tokens
         folder = open_run_folder(self._plan.folder.trials / str(tokens))
-        plan = replace(self._plan, config=trial_config(config, sizes, folder), folder=folder, config_changed=True)
+        plan = replace(self._plan, config=trial_config(config, sizes, folder), folder=folder)
         record = begin_attempt(folder, plan.slots, time.time())
         self._stop = stop = StopSignals(folder)
         if self.interrupted or self._time_is_up():

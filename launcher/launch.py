@@ -85,7 +85,9 @@ def launch_pretraining(options: PretrainOptions, start_time: float | None = None
                         announce_checks(options.config, plan.slots)
             if options.autotune:
                 plan = autotune(plan, dead_owner)
-            if not plan.ranks_read_options:
+            if held is not None:
+                _check_unchanged(options, config)
+            else:  # the copy that the ranks read has all keys
                 for warning in config.warnings_of_unset_keys():
                     notify(f"warning: {warning}")
             launch = replace(plan.settings(), start_time=start_time, checked_at=checked_at)
@@ -117,6 +119,12 @@ def _ranks_started_early(
     return held_ranks(local_command(options, slots, machine), start_time)
 
 
+def _check_unchanged(options: PretrainOptions, config: PretrainConfig) -> None:
+    """Raise UserError if the config file no longer has the values that were checked."""
+    if load_config(PretrainConfig, options.config, options.overrides) != config:
+        raise UserError(f"{options.config} was changed while it was checked; run the same command again")
+
+
 def _warn_of_full_disk(plan: LaunchPlan) -> None:
     """Warn if the disk of a run on this machine has no room for its checkpoints. On hosts, preflight checks it."""
     folder = open_run_folder(plan.folder.path)
@@ -139,7 +147,8 @@ def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:
 def _describe_plan(plan: LaunchPlan) -> str:
     """Return the plan as text: the config, the added environment and the command."""
     variables = "\n".join(f"{name}={shlex.quote(value)}" for name, value in plan.added_environment.items())
-    argv = plan.command(Layout(plan.slots)).argv
+    local = local_command(plan.options, plan.slots, plan.machine) if plan.local else None
+    argv = (local or plan.command(Layout(plan.slots))).argv
     config = dump_config(plan.config)
     return f"# config\n{config}\n# added to the environment\n{variables}\n\n# command\n{shlex.join(argv)}"
 

@@ -48,17 +48,11 @@ class LaunchPlan:
     target: Target  # requirements for preflight
     summary: str = ""  # model and engine, in words
     identity: Mapping[str, Any] = field(default_factory=dict)  # see `pretrain.resume.run_identity`
-    config_changed: bool = False  # whether `config` differs from the options
 
     @property
     def local(self) -> bool:
         """Whether all ranks run on this machine."""
         return is_local(self.slots)
-
-    @property
-    def ranks_read_options(self) -> bool:
-        """Whether the ranks of the first attempt read the config of the options, not the resolved one."""
-        return self.local and not self.config_changed
 
     @property
     def added_environment(self) -> Mapping[str, str]:
@@ -85,14 +79,12 @@ class LaunchPlan:
         )
 
     def command(self, layout: Layout, rendezvous: Rendezvous | None = None) -> DeepSpeedCommand:
-        """Return the command that starts the ranks of a layout. `rendezvous`: None: unknown, or all ranks run here."""
+        """Return the command that starts the ranks of a layout. They read a copy of the config: the user may edit
+        the file for another run. `rendezvous`: None: unknown, or all ranks run here."""
         config = scaled_microbatch(self.config, -layout.microbatch_halvings)
         began = self.folder.metrics.exists() or complete_checkpoints(self.folder.checkpoints)
         if layout.restarted and config.run.resume == "never" and began:  # by this launch
             config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
-        # A restart reads a copy: the user may have edited the file for another run.
-        if self.ranks_read_options and not layout.restarted and config == self.config:
-            return local_command(self.options, layout.slots, self.machine)
         config_file = self.folder.logs / "launch.yaml"
         # The shell of another host would parse the overrides again, so they are passed in a file there.
         arguments = ("--config", str(config_file))

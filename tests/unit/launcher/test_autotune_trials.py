@@ -189,7 +189,7 @@ def test_the_choice_reaches_the_ranks(plan: LaunchPlan, stand_in: Any, capsys: p
     assert any("1,600" in line and "out of memory" in line for line in lines)
 
 
-def test_an_unchanged_config_is_passed_as_the_user_wrote_it(plan: LaunchPlan, stand_in: Any) -> None:
+def test_the_configured_size_may_be_the_choice(plan: LaunchPlan, stand_in: Any) -> None:
     stand_in(lambda runner, sizes: TrialResult({0: Speed(1, 1)}))
     assert autotune(plan) is plan
 

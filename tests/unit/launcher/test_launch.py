@@ -152,6 +152,12 @@ def failed_hosts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return failed
 
 
+def first_command(launch: Launch) -> DeepSpeedCommand:
+    """The command of the first attempt, on this machine."""
+    assert launch.held is not None
+    return launch.held.command
+
+
 def slots_of(command: DeepSpeedCommand) -> Any:
     """The slots of a launch on this machine, as DeepSpeed reads them."""
     (encoded,) = (word.partition("=")[2] for word in command.argv if word.startswith("--world_info="))
@@ -168,7 +174,7 @@ def test_a_plan_depends_on_the_given_machine_only(config: str, resolved: list[tu
     assert slots_of(command) == {"localhost": [4, 5]}
     assert "--master_port=29501" in command.argv
     assert command.environment == plan.added_environment
-    assert command.files == {}
+    assert list(command.files) == [plan.folder.logs / "launch.yaml"]
     assert resolved[0][1] == 2
     assert [path.name for path in Path.cwd().iterdir()] == ["config.yaml"]
 
@@ -227,14 +233,15 @@ def test_an_unset_rate_is_warned_of_once(
     """Catches a warning that is lost because the ranks read a file in which all keys are set, or is printed by the
     launcher and by rank 0, or at each restart, and one about a rate that was chosen."""
     Path("hosts").write_text("192.0.2.1 slots=2\n192.0.2.2 slots=2\n")
-    monkeypatch.setattr(launch, "autotune", lambda plan, _: replace(plan, config_changed=True))
+    monkeypatch.setattr(launch, "autotune", lambda plan, _: plan)
     overrides = {"model.config": "null", "model.init_from": "start", **lr}
     launch_pretraining(PretrainOptions(config=config, overrides=overrides, **where))
     printed = capsys.readouterr().err.count("warning: optimizer.lr is 0.0005, for training from scratch")
     (started,) = launches
 
     def warnings_of_ranks(layout: Layout) -> list[str]:
-        command = started.command(layout, None)
+        is_held = started.held is not None and not layout.restarted
+        command = first_command(started) if is_held else started.command(layout, None)
         for file, text in command.files.items():
             file.write_text(text)
         return list(read_arguments(command.argv[command.argv.index("--config") :]).warnings(None))
@@ -247,7 +254,7 @@ def test_ranks_get_the_users_config_and_overrides(config: str, launches: list[La
     """Catches ranks that run another config than the validated one."""
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"schedule.steps": "20"}))
     (started,) = launches
-    command = started.command(Layout(started.slots), None)
+    command = first_command(started)
     assert list(command.argv[-5:]) == [
         "--module",
         "launcher.ranks.start_rank",
@@ -316,7 +323,44 @@ def test_ranks_start_while_the_launch_is_checked(
     monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_afterwards)
     launch_pretraining(PretrainOptions(config=config, num_gpus=2, overrides={"run.dir": "2024 01"}))
     (started,) = launches
-    assert held == [shlex.join(started.command(Layout(started.slots), None).argv), "ended"]
+    assert held == [shlex.join(first_command(started).argv), "ended"]
+    first, second = (command.argv for command in (first_command(started), started.command(Layout(started.slots), None)))
+    assert first[: first.index("--config")] == second[: second.index("--config")]
+
+
+def edit_during_checks(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the user write another run folder to the config file while the launch is checked."""
+    resolve = sys.modules["pretrain.resolve"].resolve
+
+    def resolve_afterwards(*arguments: Any, **options: Any) -> SimpleNamespace:
+        Path(config).write_text(CONFIG.replace("my-run", "next-run"))
+        return resolve(*arguments, **options)
+
+    monkeypatch.setattr(sys.modules["pretrain.resolve"], "resolve", resolve_afterwards)
+
+
+def test_a_config_that_is_edited_during_the_checks_is_refused(
+    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that train with values that nobody has checked, or in a run folder that is not locked."""
+    edit_during_checks(config, monkeypatch)
+    with pytest.raises(UserError, match=r"config\.yaml was changed while it was checked; run the same command again"):
+        launch_pretraining(PretrainOptions(config=config))
+    assert launches == []
+    launch_pretraining(PretrainOptions(config=config))
+    assert launches[0].folder.path == Path("next-run").absolute()
+
+
+def test_a_config_that_is_edited_during_trials_is_ignored(
+    config: str, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that read the file minutes after the checks."""
+    edit_during_checks(config, monkeypatch)
+    monkeypatch.setattr(launch, "autotune", lambda plan, _: plan)
+    launch_pretraining(PretrainOptions(config=config, autotune=True))
+    (started,) = launches
+    (text,) = started.command(Layout(started.slots), None).files.values()
+    assert yaml.safe_load(text)["run"]["dir"] == str(started.folder.path) == str(Path("my-run").absolute())
 
 
 def test_no_rank_of_a_refused_launch_remains(config: str, held: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +485,7 @@ def test_a_restart_may_use_the_folder_of_its_launch(config: str, launches: list[
     """Catches `run.resume: never`, which keeps a launch from restarting after a failure."""
     launch_pretraining(PretrainOptions(config=config, overrides={"run.resume": "never"}))
     (started,) = launches
-    assert "--run.resume=never" in started.command(Layout(started.slots), None).argv
+    assert "--run.resume=never" in first_command(started).argv
     again = Layout(started.slots, restarted=True)
     (text,) = started.command(again, None).files.values()
     assert yaml.safe_load(text)["run"]["resume"] == "never", "nothing has begun: a mirror may hold another run"
@@ -465,7 +509,7 @@ def test_a_profile_is_requested_from_the_ranks(config: str, launches: list[Launc
     """Catches a flag that the ranks do not get."""
     launch_pretraining(PretrainOptions(config=config, profile=True))
     (started,) = launches
-    assert "--run.profile=true" in started.command(Layout(started.slots), None).argv
+    assert "--run.profile=true" in first_command(started).argv
 
 
 def test_trials_precede_the_launch_but_not_a_dry_run(
@@ -476,7 +520,7 @@ def test_trials_precede_the_launch_but_not_a_dry_run(
 
     def autotune(plan: LaunchPlan, _: object) -> LaunchPlan:
         assert launches == []
-        chosen.append(replace(plan, config=scaled_microbatch(plan.config, 1), config_changed=True))
+        chosen.append(replace(plan, config=scaled_microbatch(plan.config, 1)))
         return chosen[0]
 
     monkeypatch.setattr(launch, "autotune", autotune)
