@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiment.run_files.checkpoints import complete_checkpoints
+from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints
 from experiment.run_files.outcome_file import Cause
 from fork_server import PATCH
 from hosts import Cluster, Host
@@ -254,3 +254,23 @@ def test_a_warning_to_all_processes_of_a_host_saves_a_checkpoint(
     first, *_ = run.attempts()
     assert (first["outcome"], first["cause"]) == ("stopped", Cause.SIGNAL)
     assert first["message"].startswith("stopped: node-2, rank 1: signal SIGUSR1")
+
+
+@pytest.mark.soak
+def test_a_signal_to_all_processes_of_the_launching_machine_saves_a_checkpoint(
+    cluster: Cluster, tmp_path: Path, wordpiece_corpus: Path
+) -> None:
+    """Catches ranks that are killed on all hosts before they have saved because systemd or a batch system ends ssh,
+    pdsh and DeepSpeed's launcher together with `deepcloze`."""
+    head, second, third = cluster.hosts
+    run = Run(tmp_path, wordpiece_corpus, [head, second])
+    run.start(third)
+    run.wait_for_attempt(1)
+    # The command lines of ssh and pdsh have it too.
+    assert third.run("pkill", "-TERM", "-f", "launcher").returncode == 0
+    output, errors = run.wait()
+    assert run.process.returncode == 75, output + errors
+    (attempt,) = run.attempts()
+    reason = "stopped: node-1, rank 0: the launcher got SIGTERM; run the same command again to resume"
+    assert (attempt["outcome"], attempt["message"]) == ("stopped", reason)
+    assert run.saved() == [checkpoint_path(run.folder / "checkpoints", events(run.folder)[-1]["step"])]
