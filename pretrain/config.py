@@ -324,10 +324,15 @@ class EngineConfig(Section):
     """DeepSpeed config: precision, ZeRO stage, offload and communication. A JSON file, or the name of a preset such as
     bf16_zero2. See ds_configs/README.md."""
 
-    compile: Literal["auto"] | bool = "auto"
-    """Compile the layers with torch.compile: auto, on or off. auto: on GPUs only, because compiled layers are at most a
-    few percent faster on CPUs. It takes about 20 seconds in the first run; later runs find the code in
+    compile: Literal["auto", "on", "off"] | bool = "auto"
+    """Compile the layers with torch.compile. auto: on GPUs only, because compiled layers are at most a few percent
+    faster on CPUs. It takes about 20 seconds in the first run; later runs find the code in
     ~/.cache/deepcloze/compiled. If it fails, the run continues without."""
+
+    @field_validator("compile")
+    @classmethod
+    def _on_is_true(cls, value: str | bool) -> str | bool:
+        return value == "on" if value in ("on", "off") else value
 
 
 CHANGE_ROUNDING_ONLY = (

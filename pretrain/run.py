@@ -102,7 +102,7 @@ def pretrain(
 
 
 def _compiles(engine: EngineConfig) -> bool:
-    return torch.cuda.is_available() if engine.compile == "auto" else engine.compile
+    return torch.cuda.is_available() if engine.compile == "auto" else engine.compile is True
 
 
 def _train(trainer: Trainer, stop: StopRequest, group: CpuGroup) -> ReportedOutcome:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM
 
-from experiment.config import build_config
+from experiment.config import build_config, dump_config, load_config
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
 from pretrain.config import PretrainConfig
@@ -140,3 +140,17 @@ def test_the_default_rate_is_too_high_to_continue_a_model() -> None:
     assert line == "optimizer.lr is 0.0005, for training from scratch: to continue a model, set 5e-5"
     for chosen in (scratch, start | {"optimizer": {"lr": 5e-4}}):
         assert not list(build_config(PretrainConfig, tree | chosen, {}).warnings(None))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("on", True), ("off", False), ("true", True), ("false", False), ("auto", "auto")]
+)
+def test_compile_takes_on_and_off(config: Path, tmp_path: Path, text: str, value: bool | str) -> None:
+    """Catches `on` and `off`, which YAML 1.2 reads as text, that are rejected, or both taken for true."""
+    file, dumped = tmp_path / "with-compile.yaml", tmp_path / "dumped.yaml"
+    file.write_text(config.read_text().replace("engine:", f"engine:\n  compile: {text}"))
+    loaded = load_config(PretrainConfig, file)
+    assert loaded.engine.compile == value
+    assert load_config(PretrainConfig, config, {"engine.compile": text}) == loaded
+    dumped.write_text(dump_config(loaded))
+    assert load_config(PretrainConfig, dumped) == loaded
