@@ -7,7 +7,8 @@ from pydantic import PositiveFloat, model_validator
 from experiment.config import Section
 
 WANDB_NAME, WANDB_GROUP = "WANDB_NAME", "WANDB_RUN_GROUP"
-"""Variables with the name of the run in Weights & Biases unless `tracking.name` is set, and with its group."""
+"""Variables with the name of the run in Weights & Biases, unless `tracking.name` is set, and with its group. Sweeps and
+comparisons set both; the name is then used in any case."""
 
 AlertEvent = Literal["crash", "stall", "bad_batch", "no_checkpoint", "mirror", "finish"]
 

@@ -142,11 +142,15 @@ def test_a_run_resumes_under_its_id_with_our_step_as_axis(tmp_path: Path, fake: 
 
 
 def test_the_name_of_a_run(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches cells of a comparison that all have the name of their task, and a name of the user that is replaced."""
+    """Catches cells of a comparison that all have the name of their task, or the one in their config, and a name of the
+    user that is replaced."""
     monkeypatch.setenv("WANDB_NAME", "ours/toy")
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     tracker(tmp_path).close(Outcome.DONE)
     tracker(tmp_path, name="mine").close(Outcome.DONE)
-    assert [run.options["name"] for run in fake.runs] == ["ours/toy", "mine"]
+    monkeypatch.setenv("WANDB_RUN_GROUP", "compare")
+    tracker(tmp_path, name="mine").close(Outcome.DONE)
+    assert [run.options["name"] for run in fake.runs] == ["ours/toy", "mine", "ours/toy"]
 
 
 def event(step: int, name: str = "loss") -> Event:
