@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, Posit
 from experiment.config import Metavar, Positional, Section
 from experiment.config.field_types import LocalPath, PathName, PathText
 from experiment.config.recipes import find_config
+from experiment.tracking.config import MailAddresses
 from launcher.ranks.placement import HostOptions, PlacementOptions
 
 PretrainConfigName = Annotated[PathText, AfterValidator(lambda name: find_config(name, "pretrain"))]
@@ -154,8 +155,9 @@ class WatchOptions(Section):
     on_result: Annotated[str | None, Metavar("COMMAND")] = None
     """Shell command to run after each scored checkpoint, with the result as JSON on its stdin."""
 
-    mail: Annotated[str | None, Metavar("TO")] = None
-    """Address to send each result to; the mail server is set by DEEPCLOZE_SMTP_* variables, see docs/tracking.md."""
+    mail: Annotated[MailAddresses | None, Metavar("TO")] = None
+    """Address to send each result to, or several separated by commas; the mail server is set by DEEPCLOZE_SMTP_*
+    variables, see docs/tracking.md."""
 
 
 class EvaluateOptions(Section):

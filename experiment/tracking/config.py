@@ -1,8 +1,9 @@
 """The `tracking:` section of both pretraining and fine-tuning."""
 
-from typing import Literal, Self, get_args
+import re
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import PositiveFloat, model_validator
+from pydantic import AfterValidator, PositiveFloat, model_validator
 
 from experiment.config import Section
 
@@ -13,10 +14,20 @@ comparisons set both; the name is then used in any case."""
 AlertEvent = Literal["crash", "stall", "bad_batch", "no_checkpoint", "mirror", "finish"]
 
 
+def _check_addresses(text: str) -> str:
+    for address in text.split(","):
+        if not re.fullmatch(r"([^@<>;]*<)?[^@\s<>;]+@[^@\s<>;]+>?", address.strip()):  # or Name <address>
+            raise ValueError(f"expected mail addresses separated by commas, such as me@example.org, found {text!r}")
+    return text
+
+
+MailAddresses = Annotated[str, AfterValidator(_check_addresses)]
+
+
 class AlertsConfig(Section):
     """Messages to people about a run. Servers and passwords are environment variables, see docs/tracking.md."""
 
-    email: str | None = None
+    email: MailAddresses | None = None
     """Address to send mail to, or several separated by commas. The mail server is in DEEPCLOZE_SMTP_HOST."""
 
     webhook: bool = False
