@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import AfterValidator, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, field_validator, model_validator
 
 from experiment.config import Section
 
@@ -56,19 +56,28 @@ class TrackingConfig(Section):
     """Write event files of TensorBoard to RUN/tensorboard; needs the extra `tensorboard`."""
 
     project: str = "deepcloze"
-    """Weights & Biases project."""
+    """Weights & Biases project. WANDB_ENTITY names the team."""
 
     name: str | None = None
     """Name of the run in Weights & Biases; default: `WANDB_NAME`, or the name of the run folder. Runs of a sweep or
     comparison are named POINT or ROW/TASK, and grouped."""
 
-    tags: tuple[str, ...] = ()
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()  # as W&B takes them
     """Tags of the run in Weights & Biases."""
 
     artifacts: bool = False
     """Save config, provenance and report as an artifact of the run in Weights & Biases."""
 
     alerts: AlertsConfig = AlertsConfig()
+
+    @field_validator("project")
+    @classmethod
+    def _wandb_takes_it(cls, project: str) -> str:
+        if len(project) > 128 or re.search(r"[/\\#?%:]", project):  # as `wandb.Settings`
+            raise ValueError(
+                rf"expected at most 128 characters, none of / \ # ? % :, found {project!r}; name a team as WANDB_ENTITY"
+            )
+        return project
 
     @model_validator(mode="after")
     def _wandb_is_enabled(self) -> Self:
