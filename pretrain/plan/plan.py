@@ -221,7 +221,7 @@ def _flops_per_token(flops: FlopsModel | None, stages: tuple[StageWork, ...], ra
         return None
     return [
         flops.per_step(batch.tokens, batch.squared_lengths, round(rate * batch.text_tokens)) / batch.tokens
-        for batch in (stage.batch for stage in stages)
+        for batch in (stage.mean for stage in stages)
     ]
 
 

@@ -110,7 +110,7 @@ def _work(plan: RunPlan) -> list[str]:
         lines.append(
             f"{steps} of {counted(stage.sequences, 'sequence')} of at most {stage.max_seq_length} tokens: "
             f"{stage.tokens_per_step():,.0f} tokens per step in {counted(batch.microbatches, 'microbatch', 'es')} of "
-            f"{shape.rows:,} × {shape.width:,} slots per rank, {batch.filled:.0%} of them filled"
+            f"{shape.rows:,} × {shape.width:,} slots per rank, {stage.mean.filled:.0%} of them filled"
         )
     if plan.steps is not None:
         epochs = "" if plan.epochs is None else f", {format_epochs(plan.epochs)}"
@@ -266,11 +266,11 @@ def _batches_warnings(plan: RunPlan) -> Iterator[str]:
             )
         if stage.sequences < plan.ranks:
             yield f"a batch{where} has {stage.sequences:,} sequences, fewer than the {plan.ranks:,} ranks"
-        elif stage.batch.filled < _WELL_FILLED:
+        elif stage.mean.filled < _WELL_FILLED:
             advice = (
                 "; lower batch.microbatch_tokens, or raise batch.sequences" if stage.batch.microbatches == 1 else ""
             )
-            yield f"only {stage.batch.filled:.0%} of the computed slots{where} hold tokens; the rest is padding{advice}"
+            yield f"only {stage.mean.filled:.0%} of the computed slots{where} hold tokens; the rest is padding{advice}"
 
 
 def _communication_warnings(plan: RunPlan) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """The computation of a run: steps, tokens and microbatches of each stage, from the run's own stream of batches.
 
-Steps and tokens are exact. The shape of microbatches is the largest in a sample of each stage's batches.
+Steps and tokens are exact. The shape of microbatches is the largest in a sample of each stage's batches; other figures
+are means over the sample.
 """
 
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -32,6 +34,16 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
+class MeanBatch:
+    """Means over a sample of batches, see `BatchShape`."""
+
+    tokens: int
+    squared_lengths: int
+    text_tokens: int
+    filled: float
+
+
+@dataclass(frozen=True)
 class StageWork:
     """One stage of the schedule."""
 
@@ -41,9 +53,10 @@ class StageWork:
     max_seq_length: int
     tokens: int | None  # exact, of all its batches; None: unknown
     batch: BatchShape  # the one with the largest microbatches of a sample
+    mean: MeanBatch  # of the sample
 
     def tokens_per_step(self) -> float:
-        return self.batch.tokens if self.tokens is None or not self.steps else self.tokens / self.steps
+        return self.mean.tokens if self.tokens is None or not self.steps else self.tokens / self.steps
 
 
 def stage_work(stream: TrainingStream, masking: MaskingConfig) -> tuple[StageWork, ...]:
@@ -57,8 +70,9 @@ def _stage(maker: BatchMaker, first_step: int, end: int | None, rate: float) -> 
     order = maker.order
     assert isinstance(order, ShuffledOrder)
     # The last batch may be short, and early ones are during batch warmup.
-    last = max(first_step, order.sizes.warmup_steps + _SAMPLED_BATCHES if end is None else end - 2)
-    first = min(max(first_step, order.sizes.warmup_steps), last)
+    first = max(first_step, order.sizes.warmup_steps)
+    last = first + _SAMPLED_BATCHES if end is None else max(first_step, end - 2)
+    first = min(first, last)
     count = max(1, min(_SAMPLED_BATCHES, _SAMPLED_SEQUENCES // order.sizes.sequences))
     batches = [_batch_shape(maker, int(step), rate) for step in np.unique(np.linspace(last, first, count, dtype=int))]
     return StageWork(
@@ -68,6 +82,12 @@ def _stage(maker: BatchMaker, first_step: int, end: int | None, rate: float) -> 
         max_seq_length=maker.layout.max_seq_length,
         tokens=None if end is None else _tokens(maker, order, end),
         batch=max(batches, key=lambda batch: (batch.largest.rows * batch.largest.width, batch.largest.predicted)),
+        mean=MeanBatch(
+            tokens=round(fmean(batch.tokens for batch in batches)),
+            squared_lengths=round(fmean(batch.squared_lengths for batch in batches)),
+            text_tokens=round(fmean(batch.text_tokens for batch in batches)),
+            filled=fmean(batch.filled for batch in batches),
+        ),
     )
 
 

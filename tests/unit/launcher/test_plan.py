@@ -203,7 +203,7 @@ def test_a_time_budget_of_less_than_a_step(config: Path, capsys: pytest.CaptureF
     flags = ("--schedule.epochs=null", "--schedule.budget=1s", "--num_gpus=8", *H100, "--peak_tflops=1e-6")
     found = plan(capsys, config, *flags)
     assert found["budget_steps"] == 1
-    assert found["budget_tokens"] == found["stages"][0]["batch"]["tokens"]
+    assert found["budget_tokens"] == found["stages"][0]["mean"]["tokens"]
 
 
 def test_a_time_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +212,7 @@ def test_a_time_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = plan(capsys, config, *flags)
     assert found["steps"] is found["tokens"] is None
     assert found["cost"]["seconds"] == pytest.approx(3600)
-    assert found["budget_tokens"] == found["budget_steps"] * found["stages"][0]["batch"]["tokens"] > 0
+    assert found["budget_tokens"] == found["budget_steps"] * found["stages"][0]["mean"]["tokens"] > 0
     assert main(["plan", "--config", str(config), *flags]) == 0
     printed = capsys.readouterr().out
     steps, tokens = found["budget_steps"], float(f"{found['budget_tokens']:.3g}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -101,3 +102,17 @@ def test_a_time_budget_leaves_the_last_stage_open(open_work: OpenWork) -> None:
     stream, stages = open_work(schedule={"budget": "30m", "stages": STAGES})
     assert stream.steps is None
     assert [(stage.steps, stage.tokens is None) for stage in stages] == [(7, False), (None, True)]
+
+
+def test_a_time_budget_is_planned_from_the_mean_of_many_batches(open_work: OpenWork) -> None:
+    """Catches a last stage that is planned from its first batch, or from the one with the most slots, which has more
+    tokens than most."""
+    stages = [{"steps": 40}, {"sequences": 3}]
+    stream, (_, last) = open_work(schedule={"budget": "30m", "stages": stages})
+    special = stream.makers[1].vocabulary.num_special_tokens
+    lengths = [stream.makers[1].assign(step)[1] + special for step in range(40, 57)]
+    tokens = [int(each.sum()) for each in lengths]
+    assert last.tokens_per_step() == last.mean.tokens == pytest.approx(fmean(tokens), rel=0.05)
+    assert last.mean.squared_lengths == pytest.approx(fmean(int((each**2).sum()) for each in lengths), rel=0.1)
+    assert last.batch.tokens > 1.1 * last.mean.tokens
+    assert last.mean.filled != last.batch.filled
