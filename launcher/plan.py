@@ -23,15 +23,15 @@ def print_run_plan(options: PlanOptions) -> None:
     with fast_imports():
         import_transformers_without_scipy()
         from pretrain.corpus.cache import copy_urls
-        from pretrain.plan.cost import Device, Rates, local_cpu, local_gpu
+        from pretrain.plan.cost import UNKNOWN_GPU, Device, Rates, local_cpu, local_gpu
         from pretrain.plan.plan import plan_run
         from pretrain.plan.text import as_json, print_plan
 
     ranks_by_host = list(map(len, slots.values()))
-    found = local_gpu() if machine.devices.kind == "cuda" else None
-    device = found or local_cpu(max(ranks_by_host))
     if options.device is not None:
         device = Device(options.device, None, None)
+    else:
+        device = local_gpu() if machine.devices.kind == "cuda" else local_cpu(max(ranks_by_host))
     plan = plan_run(
         resolve_run(config, sum(ranks_by_host), copy_corpora=copy_urls),
         ranks_by_host=ranks_by_host,
@@ -44,10 +44,9 @@ def print_run_plan(options: PlanOptions) -> None:
             price=options.price,
         ),
     )
-    if options.device is None and not is_local(slots):
-        notify(
-            f"warning: planned for this machine's device, {plan.device.name}; name the device of the hosts as --device"
-        )
+    is_here = is_local(slots) and sum(ranks_by_host) <= len(machine.devices.indices)
+    if options.device is None and (not is_here or device == UNKNOWN_GPU):
+        notify(f"warning: planned for this machine's device, {device.name}; name the one to plan for as --device")
     if options.json_output:
         print(json.dumps(as_json(plan)))
     else:

@@ -50,15 +50,18 @@ class Device:
         return low, high
 
 
-def local_gpu() -> Device | None:
-    """Return the first GPU that nvidia-smi lists, with its power limit; None if it lists none. A GPU that shares the
-    memory of its host has none of its own: it is unknown. So are the figures of a part of a GPU (MIG)."""
+UNKNOWN_GPU = Device("unknown GPU", None, None)
+
+
+def local_gpu() -> Device:
+    """Return the first GPU that nvidia-smi lists, with its power limit; `UNKNOWN_GPU` if it lists none. A GPU that
+    shares the memory of its host has none of its own: it is unknown. So are the figures of a part of a GPU (MIG)."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,power.limit", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT, check=True).stdout
         name, mebibytes, watts = listed.splitlines()[0].split(", ")
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+        return UNKNOWN_GPU
     if os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"):
         return Device(f"{name} MIG", None, None)
     memory = int(mebibytes) << 20 if mebibytes.isdigit() else None

@@ -14,6 +14,7 @@ from experiment.errors import UserError
 from experiment.run_files.run_folder import open_run_folder
 from experiment.run_files.run_lock import lock_run
 from launcher.cli import main
+from launcher.hosts.machine import Devices, Machine, free_port
 from pretrain.resolve import ResolvedRun
 
 pytestmark = pytest.mark.usefixtures("memory_measured_once")
@@ -85,15 +86,36 @@ def test_plans_a_run_that_is_active(
 def test_warns_of_the_device_of_other_machines(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a plan for the CPU of a login node in place of the GPUs of the hosts."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    """Catches a plan for the CPU of a login node, or of a laptop, in place of the GPUs of the hosts."""
+    cpu = Machine(Devices("cpu", (0, 1)), {}, free_port)
+    monkeypatch.setattr("launcher.plan.launch_machine", lambda: cpu)
     hostfile = tmp_path / "hosts"
     hostfile.write_text("192.0.2.1 slots=1\n192.0.2.2 slots=1\n", encoding="utf-8")
     remote = ("--hostfile", str(hostfile))
-    warning = "planned for this machine's device, cpu; name the device of the hosts as --device"
-    for flags, warns in ((remote, True), ((*remote, *H100), False), (("--num_gpus=2",), False)):
+    warning = "planned for this machine's device, cpu; name the one to plan for as --device"
+    for flags, warns in (
+        (remote, True),
+        ((*remote, *H100), False),
+        (("--num_gpus=2",), False),
+        (("--num_gpus=3",), True),
+        (("--num_gpus=3", *H100), False),
+    ):
         assert main(["plan", "--config", str(config), "--json", *flags]) == 0
         assert (warning in capsys.readouterr().err) == warns, flags
+
+
+def test_warns_of_a_gpu_that_nvidia_smi_does_not_list(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a plan for the CPU of a machine with GPUs: in a container without nvidia-smi, or if it is slow."""
+    monkeypatch.setattr("launcher.plan.launch_machine", lambda: Machine(Devices("cuda", (0,)), {}, free_port))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["plan", "--config", str(config), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["device"] == {"name": "unknown GPU", "memory": None, "watts": None}
+    assert "device, unknown GPU; name the one to plan for as --device" in printed.err
+    assert main(["plan", "--config", str(config), "--json", *H100]) == 0
+    assert "planned for this machine" not in capsys.readouterr().err
 
 
 def test_warns_of_what_this_cpu_lacks(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.plan import cost
-from pretrain.plan.cost import Device, local_cpu, local_gpu
+from pretrain.plan.cost import UNKNOWN_GPU, Device, local_cpu, local_gpu
 
 
 @pytest.mark.parametrize(
@@ -30,15 +30,15 @@ def test_the_first_gpu(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert local_gpu() == (None if found is None else Device(*found))
+    assert local_gpu() == (UNKNOWN_GPU if found is None else Device(*found))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-41b36014")
-    assert local_gpu() == (None if found is None else Device(f"{found[0]} MIG", None, None))
+    assert local_gpu() == (UNKNOWN_GPU if found is None else Device(f"{found[0]} MIG", None, None))
 
 
-def test_without_nvidia_smi_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_nvidia_smi_the_gpu_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Catches a traceback."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert local_gpu() is None
+    assert local_gpu() == UNKNOWN_GPU
 
 
 OLDER = (
