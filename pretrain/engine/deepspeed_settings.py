@@ -192,12 +192,17 @@ def check_device_support(settings: DeepSpeedSettings) -> None:
     }
     if not supported[settings.precision]:
         instead = next(precision for precision, has in supported.items() if has)
-        raise UserError(
-            f"engine.ds_config: this device ({accelerator.device_name()}) cannot train in {settings.precision}; "
-            f"use --engine.ds_config={settings.preset(instead, settings.offload)}"
-        )
+        raise unsupported_precision(settings, f"this device ({accelerator.device_name()})", instead)
     if settings.offload == "nvme":
         check_nvme(settings)
+
+
+def unsupported_precision(settings: DeepSpeedSettings, device: str, instead: Precision) -> UserError:
+    """Return the error about a device that lacks the precision; `instead` is one that it has."""
+    return UserError(
+        f"engine.ds_config: {device} cannot train in {settings.precision}; "
+        f"use --engine.ds_config={settings.preset(instead, settings.offload)}"
+    )
 
 
 def _check_torch_build() -> None:

@@ -11,7 +11,7 @@ from experiment.errors import UserError, first_line
 from experiment.process.hardware import peak_flops
 from experiment.run_files.provenance import forked_from, read_provenance
 from pretrain.batching.packing import Rows
-from pretrain.engine.deepspeed_settings import uses_zero1_optimizer
+from pretrain.engine.deepspeed_settings import unsupported_precision, uses_zero1_optimizer
 from pretrain.modeling.build import rows_on
 from pretrain.modeling.packability import is_packed
 from pretrain.modeling.random_model import meta_model
@@ -90,7 +90,10 @@ class RunPlan:
 
 
 def plan_run(run: ResolvedRun, ranks_by_host: Sequence[int], device: Device, rates: Rates) -> RunPlan:
-    """Plan a run. `rates.peak_flops` None: look it up by the device's name. Raises UserError as `open_stream`."""
+    """Plan a run. `rates.peak_flops` None: look it up by the device's name. Raises UserError as `open_stream`, and for
+    a GPU without bf16."""
+    if run.deepspeed.precision == "bf16" and device.capability is not None and device.capability < (8, 0):
+        raise unsupported_precision(run.deepspeed, device.name, instead="fp16")
     ranks, host_ranks = sum(ranks_by_host), max(ranks_by_host)
     skeleton = meta_model(run.model_config)
     packed = is_packed(run.model_config)

@@ -181,6 +181,13 @@ def test_plans_the_rows_of_the_device(
     assert (stage["batch"]["largest"]["rows"] == 1) == flat
 
 
+def test_a_gpu_without_bf16_is_rejected_as_for_a_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a run that is said to fit on GPUs that cannot train it."""
+    assert main(["plan", "--config", str(config), "--num_gpus=1", "--device=Tesla T4"]) == 2
+    expected = "engine.ds_config: Tesla T4 cannot train in bf16; use --engine.ds_config=ds_configs/fp16_zero3.json"
+    assert expected in capsys.readouterr().err
+
+
 def test_large_figures_have_no_exponent(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches device hours such as 4.608e+04."""
     slow = ("--device=cpu", "--peak_tflops=1e-9", "--watts=700", "--price=1")
