@@ -129,9 +129,14 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     device_name: as from `torch.cuda.get_device_name`. precision: fp16 or bf16 (tensor cores, fp32 accumulation), or
     fp32 (no tensor cores).
     """
-    peaks = next((peaks for pattern, peaks in _PEAKS if re.search(pattern, device_name)), {})
+    peaks = next((peaks for pattern, peaks in _PEAKS if re.search(pattern, device_name, re.IGNORECASE)), {})
     is_part = "MIG" in device_name
     return None if is_part or precision not in peaks else peaks[precision] * 1e12
+
+
+def known_devices() -> str:
+    """Return names for which `peak_flops` knows peaks, separated by commas."""
+    return ", ".join(re.sub(r"\\b|\?|\(.*", "", pattern) for pattern, _ in _PEAKS)
 
 
 # TFLOP/s without sparsity. The first pattern found in the name applies.
@@ -154,7 +159,7 @@ _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     # NVIDIA A10 Tensor Core GPU, data sheet
     (r"\bA10\b", {"fp16": 125.0, "bf16": 125.0, "fp32": 31.2}),
     # NVIDIA Ada GPU architecture, white paper, appendix A
-    (r"\bRTX 4090(?! D| Laptop)", {"fp16": 165.2, "bf16": 165.2, "fp32": 82.6}),
+    (r"\bRTX ?4090\b(?! D| Laptop)", {"fp16": 165.2, "bf16": 165.2, "fp32": 82.6}),
     # AMD Instinct MI300X accelerator, data sheet
     (r"\bMI300X\b", {"fp16": 1307.4, "bf16": 1307.4, "fp32": 163.4}),
 )

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiment.formatting import counted, describe_duration, format_epochs
-from experiment.process.hardware import lacks_avx512
+from experiment.process.hardware import known_devices, lacks_avx512
 from pretrain.engine.deepspeed_settings import emulation_warnings
 from pretrain.plan.plan import RunPlan
 
@@ -177,8 +177,8 @@ def _cost(plan: RunPlan) -> list[str]:
         f"{'between machines' if plan.hosts > 1 else 'between devices'} (--bandwidth)"
     ]
     if cost is None:
-        needs_peak = plan.flops_per_token is not None
-        return [*lines, "unknown: state the device's peak as --peak_tflops" if needs_peak else _UNKNOWN_FLOPS]
+        needs_peak = f"unknown: state the device's peak as --peak_tflops; known for {known_devices()}"
+        return [*lines, _UNKNOWN_FLOPS if plan.flops_per_token is None else needs_peak]
     steps = plan.steps or (plan.budget_steps or 0) - plan.forked_at  # a fork has a budget of its own
     per_step = f", {cost.seconds / steps:.3g} s per step" if steps else ""
     duration = describe_duration(cost.seconds) if cost.seconds >= 10 else f"{cost.seconds:.3g} s"

@@ -150,6 +150,13 @@ def test_states_what_it_assumes(config: Path, capsys: pytest.CaptureFixture[str]
         assert expected in printed
 
 
+def test_a_device_without_a_known_peak(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan without costs that does not say which names it knows."""
+    assert main(["plan", "--config", str(config), "--num_gpus=8", "--device=h800"]) == 0
+    expected = "unknown: state the device's peak as --peak_tflops; known for V100S, V100-PCIE, V100, A100, H100 PCIe"
+    assert expected in capsys.readouterr().out
+
+
 def test_the_machine_with_the_most_ranks_counts(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

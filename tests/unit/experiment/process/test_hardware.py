@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from experiment.errors import warn_once
 from experiment.process import hardware, own_process
-from experiment.process.hardware import available_device, peak_flops, peak_memory, unusable_gpus
+from experiment.process.hardware import available_device, known_devices, peak_flops, peak_memory, unusable_gpus
 
 
 def test_memory_is_in_bytes() -> None:
@@ -74,6 +75,8 @@ def test_the_cpu_beside_a_gpu_is_taken_with_a_warning(
         ("NVIDIA A10", "fp16", 125.0),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
         ("AMD Instinct MI300X", "bf16", 1307.4),
+        ("h100", "bf16", 989.5),
+        ("rtx4090", "bf16", 165.2),
     ],
 )
 def test_peaks_are_dense_and_of_the_right_variant(name: str, precision: str, teraflops: float) -> None:
@@ -90,6 +93,7 @@ def test_peaks_are_dense_and_of_the_right_variant(name: str, precision: str, ter
         ("NVIDIA A10G", "bf16"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
         ("NVIDIA GeForce RTX 4090 D", "bf16"),
+        ("RTX4090D", "bf16"),
         ("NVIDIA GH200 480GB", "bf16"),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bf16"),
         ("NVIDIA H100 80GB HBM3", "fp8"),
@@ -98,3 +102,10 @@ def test_peaks_are_dense_and_of_the_right_variant(name: str, precision: str, ter
 def test_no_peak_is_better_than_a_wrong_one(name: str, precision: str) -> None:
     """Catches an MFU against another device's peak."""
     assert peak_flops(name, precision) is None
+
+
+def test_known_devices_are_names() -> None:
+    """Catches a message with the patterns of the table."""
+    for name in known_devices().split(", "):
+        assert re.fullmatch(r"[\w -]+", name)
+        assert peak_flops(name, "fp16") is not None
