@@ -118,7 +118,7 @@ def _checkpoint_bytes(config: PretrainConfig, num_parameters: int, folder: RunFo
     averaged weights in both.
     """
     per_parameter = _ENGINE_BYTES + _MODEL_BYTES + (_AVERAGE_BYTES if config.model.ema_decay is not None else 0)
-    kept = config.checkpoint.keep_last + (1 if config.corpus.eval else 0)  # the best one is kept too
+    kept = config.checkpoint.keep_last + (config.evaluation.best_metric is not None)  # the best one is kept too
     steps = config.schedule.known_steps
     if config.checkpoint.keep_every is not None and steps is not None:
         kept += steps // config.checkpoint.keep_every

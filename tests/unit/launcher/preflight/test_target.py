@@ -58,18 +58,22 @@ def test_the_files_that_ranks_read(tmp_path: Path) -> None:
     assert target.folder == tmp_path
 
 
+EVALUATED = {"corpus": {"train": "/wiki", "eval": {"books": "/books"}}}
+
+
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
         ({}, 3 * 16_000),  # two that are kept while the third is written
         ({"model": {"config": {"model_type": "bert"}, "ema_decay": 0.99}}, 3 * 24_000),
-        ({"corpus": {"train": "/wiki", "eval": {"books": "/books"}}}, 4 * 16_000),
+        (EVALUATED, 3 * 16_000),  # no metric says which checkpoint is best
+        ({**EVALUATED, "evaluation": {"best_metric": "eval/books/loss"}}, 4 * 16_000),
         ({"checkpoint": {"keep_last": 2, "keep_every": 200}}, 8 * 16_000),
         ({"checkpoint": {"keep_last": 2, "keep_every": 200}, "schedule": {"epochs": 3}}, 3 * 16_000),
     ],
 )
 def test_the_bytes_of_the_planned_checkpoints(tmp_path: Path, sections: dict[str, Any], expected: int) -> None:
-    """Catches a run that fills its disk though preflight found room for it."""
+    """Catches a run that fills its disk though preflight found room for it, and one that is refused though it fits."""
     assert run(tmp_path, **sections).checkpoint_bytes == expected
 
 
