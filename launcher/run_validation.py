@@ -8,7 +8,7 @@ import yaml
 
 from experiment.config import flatten, load_config
 from experiment.config.yaml_dialect import read_yaml
-from experiment.errors import notify, user_errors_in
+from experiment.errors import notify, user_errors_in, warn_once
 from experiment.files import checksum
 from experiment.models.model_names import local_model
 from experiment.process.fast_imports import fast_imports, import_transformers_without_scipy
@@ -62,13 +62,15 @@ def check_pretraining(config: str, overrides: dict[str, str]) -> None:
 
 def validate_pretraining(config: str, overrides: dict[str, str], placement: Mapping[str, Any]) -> "FlatConfig":
     """Return the config of a pretraining run, the fingerprint of its training corpus, and the settings of precision in
-    its DeepSpeed JSON. placement: of `LaunchOptions`.
+    its DeepSpeed JSON, and print warnings. placement: of `LaunchOptions`.
 
     Raises UserError for anything that would keep the run from starting.
     """
     loaded = load_config(PretrainConfig, config, overrides)
     with warnings_left_to_rank0():
         plan = plan_launch(PretrainOptions(config=config, overrides=overrides, **placement), loaded, launch_machine())
+    for warning in loaded.warnings(loaded.schedule.known_steps):
+        warn_once(f"{config}: {warning}")  # points of a sweep have the same
     content = {key: value for key, value in plan.identity.items() if key.startswith(_PRECISION)}
     # Not the resolved config, whose model.init_from may be a newer checkpoint after a restart.
     return flatten(loaded) | content | {"corpus.fingerprint": plan.identity["corpus.train"]}

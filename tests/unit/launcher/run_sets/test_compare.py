@@ -503,10 +503,11 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     encoder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     best_metric: str | None,
 ) -> None:
-    """Catches a comparison of the overfitted model that early stopping leaves, and one of models that pool
-    differently, or a sweep over the pooling that is refused after the pretraining."""
+    """Catches a comparison of the overfitted model that early stopping leaves, one of models that pool differently, a
+    sweep over the pooling that is refused after the pretraining, and warnings that only the run prints."""
     pretraining = {
         "run": {"dir": "replaced"},
         "corpus": {"train": str(wordpiece_corpus), "eval": {"held": str(wordpiece_corpus)}},
@@ -522,6 +523,7 @@ def test_a_chain_goes_on_from_its_best_checkpoint(
     path = write_files(rows=rows)
     assert main(["compare", str(path), "--dry_run"]) == 0
     printed = capsys.readouterr().out
+    assert f"{tmp_path}/more.yaml: optimizer.lr is 0.0005, for training from scratch" in caplog.text
     suffix = "" if best_metric is None else "/checkpoints/best"
     assert f"--model.init_from={tmp_path}/compare/a/pretrain{suffix} " in printed
     assert "task.pooling" not in printed
