@@ -37,6 +37,7 @@ ABOUT_FLAGS = (
 )
 
 _SYNONYMS = {
+    "config": "file",
     "file": "input",
     "gpu": "device",
     "hosts": "hostfile",

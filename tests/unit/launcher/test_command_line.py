@@ -300,6 +300,8 @@ def test_an_unknown_flag_says_how_keys_are_written() -> None:
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             parse_command_line(["finetune", "--config=c", f"{flag}=1"], COMMANDS)
+    with pytest.raises(UserError, match=r"unknown flag '--config'; did you mean '--file'\?"):
+        parse_command_line(["compare", "--config=c"], COMMANDS)
     with pytest.raises(UserError, match=r"'--optimizer.lr' or '--training.lr'\?"):
         parse_command_line(["sweep", "--config=c", "--learning_rate=1"], COMMANDS)
 
