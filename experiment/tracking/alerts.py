@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from experiment.process.own_process import own_environment
 from experiment.run_files.outcome_file import Outcome
@@ -46,13 +46,6 @@ class Alert:
     event: AlertEvent
     text: str
     repeated: bool = True  # whether it is held back if there was one about such an event shortly before
-
-
-@runtime_checkable
-class AlertSender(Protocol):
-    """Sends alerts. Never blocks."""
-
-    def alert(self, alert: Alert) -> None: ...
 
 
 class AlertFilter:

@@ -12,7 +12,7 @@ from typing import Protocol
 from experiment.process.own_process import has_launcher
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
-from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, AlertSender, Messenger, alert_services
+from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, Messenger, alert_services
 from experiment.tracking.config import AlertEvent, TrackingConfig
 from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, require_tensorboard
 from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
@@ -102,7 +102,7 @@ class Trackers:
         The launcher sends those about crashes, if there is one: this process might be killed.
         """
         if not (alert.event == "crash" and has_launcher()) and self._filter.passes(alert):
-            self._each(lambda tracker: tracker.alert(alert) if isinstance(tracker, AlertSender) else None)
+            self._each(lambda tracker: tracker.alert(alert) if isinstance(tracker, WandbTracker | Messenger) else None)
 
     def close(self, outcome: Outcome, step: int | None = None) -> None:
         """`step`: the last one, if the last event may be of another step."""

@@ -1,6 +1,6 @@
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -183,7 +183,8 @@ def test_a_crash_is_sent_by_rank_0_only_without_a_launcher(
 ) -> None:
     """Catches a crash that W&B reports twice, and again at every restart, and one that nobody reports."""
     sent_by_wandb: list[Alert] = []
-    monkeypatch.setattr(tracker, "WandbTracker", lambda *_: WandbSpy(sent_by_wandb))
+    monkeypatch.setattr(WandbSpy, "sent", sent_by_wandb)
+    monkeypatch.setattr(tracker, "WandbTracker", WandbSpy)
     if launched is not None:
         monkeypatch.setenv(launched, "1.0")
     trackers = opened(tmp_path, AlertsConfig(email="me@x", wandb=True), wandb="online")
@@ -207,8 +208,12 @@ def test_the_end_is_of_the_last_step(tmp_path: Path, mails: list[tuple[str, str,
 class WandbSpy:
     """Stands for the tracker of W&B; keeps the alerts."""
 
-    def __init__(self, sent: list[Alert]) -> None:
-        self.alert = sent.append
+    sent: ClassVar[list[Alert]] = []
+
+    def __init__(self, *_: object) -> None: ...
+
+    def alert(self, alert: Alert) -> None:
+        self.sent.append(alert)
 
     def log(self, metrics: Metrics) -> None: ...
 
