@@ -342,6 +342,15 @@ def names_in(folder: Path) -> list[str]:
     return []
 
 
+def exists_uncached(path: Path) -> bool:
+    """Return whether the file exists. Raises OSError.
+
+    A network file system may answer `Path.exists` from a cache, for a minute after another machine has created the
+    file. Listing the folder asks the server.
+    """
+    return path.name in names_in(path.parent) and path.exists()
+
+
 def paths_below(folder: Path) -> list[Path]:
     """Return everything in a folder and its subfolders, sorted. Raises OSError, unlike `Path.rglob`."""
 

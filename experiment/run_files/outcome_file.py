@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from experiment.errors import StoppedError, UserError
-from experiment.files import create_json, parse_record, read_json, write_json, write_text
+from experiment.files import create_json, exists_uncached, parse_record, read_json, write_json, write_text
 from experiment.run_files.run_folder import RunFolder
 
 _RESERVED_BYTES = 4096
@@ -140,8 +140,9 @@ class RankRecord:
 
 def read_rank_record(folder: RunFolder, rank: int) -> RankRecord | None:
     """Read the record of a rank; None if it is missing or damaged."""
+    record = folder.rank_record(rank)
     with suppress(OSError, ValueError):
-        return RankRecord.read(folder.rank_record(rank))
+        return RankRecord.read(record) if exists_uncached(record) else None
     return None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from experiment.errors import describe_disk_error, notify
+from experiment.files import exists_uncached
 from experiment.process.signals import SignalHistory, handle_stop_signals
 from experiment.run_files.outcome_file import RankRecord
 from experiment.run_files.run_folder import RunFolder
@@ -46,8 +47,7 @@ class StopSignals:
     def is_asked_for(self) -> bool:
         """Return whether a signal or a STOP file asks to stop. If the run folder cannot be read, only signals count."""
         with suppress(OSError):
-            list(self._file.parent.iterdir())  # else a network file system may remember that there was none
-            if self._file.exists():
+            if exists_uncached(self._file):
                 return True
         return self.requested
 
@@ -140,7 +140,7 @@ def kill_on_early_stop(folder: RunFolder, stop: StopSignals) -> Iterator[threadi
 def _has_begun_to_train(folder: RunFolder) -> bool:
     """Return whether rank 0 trains, or has ended."""
     record = folder.rank_record(0)
-    if record not in folder.logs.iterdir():  # a network file system may answer a lookup by name from a cache
+    if not exists_uncached(record):
         return False
     process = RankRecord.read(record)
     return process.training or process.exit is not None

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from experiment.files import exists_uncached
 from experiment.process.signals import STOP_SIGNALS, SignalHistory, signals_blocked
 
 _CHECK_SECONDS = 0.5  # between checks for the file, which may be on a network disk
@@ -77,7 +78,7 @@ def _wait_for_request(received: int, stop_file: Path | None) -> str | None:
 def _exists(stop_file: Path) -> bool:
     """Return whether the file exists; False while the disk does not answer."""
     with suppress(OSError):
-        return stop_file.exists()
+        return exists_uncached(stop_file)
     return False
 
 

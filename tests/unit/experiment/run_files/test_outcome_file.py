@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from experiment import files
 from experiment.errors import StoppedError, UserError
 from experiment.files import write_text
 from experiment.run_files.outcome_file import (
     Outcome,
+    RankRecord,
     read_outcome,
+    read_rank_record,
     recorded_outcome,
     reserve_outcome,
     write_first_outcome,
@@ -93,3 +96,26 @@ def test_the_first_outcome_stays_on_a_full_disk(small_disk: SmallDisk) -> None:
     small_disk.fill(new_files=False)
     write_first_outcome(folder, Outcome.FAILED, "connection closed")
     assert read_outcome(folder)[:2] == (Outcome.FAILED, "out of paper")
+
+
+def test_the_record_of_a_rank_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches `deepcloze pretrain --detach` that returns a minute after rank 0 trains: NFS remembers that a name does
+    not exist, until the folder is listed."""
+    folder, seen = open_run_folder(tmp_path), set[str]()
+    record = RankRecord(0, "node-1", 7, training=True)
+    record.write(folder)
+    names_in, read_bytes = files.names_in, Path.read_bytes
+
+    def listed(parent: Path) -> list[str]:
+        seen.update(names_in(parent))
+        return names_in(parent)
+
+    def cached(path: Path) -> bytes:
+        if path.name not in seen:
+            raise FileNotFoundError
+        return read_bytes(path)
+
+    monkeypatch.setattr(files, "names_in", listed)
+    monkeypatch.setattr(Path, "read_bytes", cached)
+    assert read_rank_record(folder, 0) == record
+    assert read_rank_record(folder, 1) is None

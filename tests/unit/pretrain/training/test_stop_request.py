@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from experiment import files
+from experiment.files import exists_uncached
+from pretrain.training import stop_request
 from pretrain.training.stop_request import StopRequest, exit_on_stop_request
 from waiting import wait_until
 
@@ -88,11 +91,11 @@ def test_a_stop_file_found_late_is_left_to_training(tmp_path: Path, monkeypatch:
     received: list[str] = []
     asked, answer = threading.Event(), threading.Event()
 
-    def exists(_: Path) -> bool:
+    def exists_uncached(_: Path) -> bool:
         asked.set()
         return answer.wait(120)
 
-    monkeypatch.setattr(Path, "exists", exists)
+    monkeypatch.setattr(stop_request, "exists_uncached", exists_uncached)
     with exit_on_stop_request(received.append, tmp_path / "STOP"):
         assert asked.wait(120)
         with StopRequest(None):
@@ -101,19 +104,36 @@ def test_a_stop_file_found_late_is_left_to_training(tmp_path: Path, monkeypatch:
     assert received == []
 
 
+def test_a_stop_file_of_another_machine_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that sees STOP a minute late: NFS remembers that a name does not exist, until the folder is
+    listed."""
+    stop_file, seen = tmp_path / "STOP", set[str]()
+    stop_file.touch()
+    names_in = files.names_in
+
+    def listed(folder: Path) -> list[str]:
+        seen.update(names_in(folder))
+        return names_in(folder)
+
+    monkeypatch.setattr(files, "names_in", listed)
+    monkeypatch.setattr(Path, "exists", lambda path: path.name in seen)
+    with StopRequest(stop_file) as stop:
+        assert stop.reason == f"found {stop_file}"
+    assert reasons_while_blocked(lambda: None, stop_file)[0] == f"found {stop_file}"
+
+
 def test_a_disk_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run that fails, or can no longer be stopped, because a network disk was not there for a moment."""
     stop_file = tmp_path / "STOP"
     stop_file.touch()
     failures = [OSError(errno.ESTALE, "Stale file handle")]
-    exists = Path.exists
 
     def unsteady(path: Path) -> bool:
-        if path == stop_file and failures:
+        if failures:
             raise failures.pop()
-        return exists(path)
+        return exists_uncached(path)
 
-    monkeypatch.setattr(Path, "exists", unsteady)
+    monkeypatch.setattr(stop_request, "exists_uncached", unsteady)
     now = 100.0
     monkeypatch.setattr("pretrain.training.stop_request.time.monotonic", lambda: now)
     with StopRequest(stop_file) as stop:
