@@ -90,11 +90,12 @@ def run_rank(train: Callable[[], Outcome], recorder: RankRecorder) -> NoReturn:
 
 
 def _take_run_folder(recorder: RankRecorder, resources: ExitStack) -> None:
-    """Do what `deepcloze` does before it starts ranks: lock the run folder, and remove an old STOP file."""
+    """Do what `deepcloze` does before it starts ranks: lock the run folder, and remove its outcome and STOP file."""
     try:
         folder = open_run_folder(recorder.folder.path)
         resources.enter_context(lock_run(folder, await_processes=False))  # other ranks of this launch may be faster
-        folder.stop.unlink(missing_ok=True)
+        for earlier in (folder.outcome, folder.stop):
+            earlier.unlink(missing_ok=True)
     except UserError as error:
         exit_refused(error, recorder.rank)
 

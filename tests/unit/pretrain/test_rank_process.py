@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, HostError, UserError
 from experiment.process.own_process import LAUNCH_VARIABLE, START_VARIABLE
-from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome
+from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import lock_run
 from pretrain.batching.loader import DataWorkerError
@@ -195,15 +195,23 @@ def test_a_run_folder_that_cannot_be_written_is_ignored(tmp_path: Path) -> None:
 def test_a_run_that_deepspeed_starts_has_its_folder_alone(
     tmp_path: Path, in_use: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches two runs that write to one folder, and an old STOP file that stops each start."""
+    """Catches two runs that write to one folder, an old STOP file that stops each start, and a resumed run that fails
+    or is killed, but counts as done because it was before."""
     for variable in (LAUNCH_VARIABLE, START_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     folder = open_run_folder(tmp_path / "run")
     folder.stop.touch()
+    write_outcome(folder, Outcome.DONE)
+
+    def train() -> Outcome:
+        raise KeyError("a bug")
 
     with lock_run(folder) if in_use else nullcontext(), pytest.raises(Exited) as exited:
-        run_rank(lambda: Outcome.DONE, RankRecorder(folder, 0))
-    assert exited.value.args[0] == (Outcome.REFUSED if in_use else Outcome.DONE).exit_code
+        run_rank(train, RankRecorder(folder, 0))
+    assert exited.value.args[0] == (Outcome.REFUSED if in_use else Outcome.FAILED).exit_code
+    reported = read_outcome(folder)
+    assert reported is not None
+    assert reported.outcome is (Outcome.DONE if in_use else Outcome.FAILED)
     assert folder.stop.exists() == in_use
     assert (f"another deepcloze process is using {folder.path}" in capfd.readouterr().err) == in_use
     assert not folder.owner.exists()
