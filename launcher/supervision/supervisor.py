@@ -333,9 +333,12 @@ def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
     """Remove trials, unfinished files of killed processes of this machine, the output of a background launch, and
     a STOP file that is older than `checked_at`, when deepcloze began to check this launch, or dated in the future.
     Raises OSError for the STOP file."""
-    if folder.stop.exists() and not checked_at <= folder.stop.stat().st_mtime < time.time() + CLOCK_SKEW:
-        folder.stop.unlink()
-        notify(f"removed {folder.stop}, which is not from this launch by its date")
+    if folder.stop.exists():
+        os.utime(folder.logs)  # now, by the clock of the disk
+        age = folder.logs.stat().st_mtime - folder.stop.stat().st_mtime
+        if not -CLOCK_SKEW < age <= time.time() - checked_at:
+            folder.stop.unlink()
+            notify(f"removed {folder.stop}, which is not from this launch by its date")
     shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
     for written in (folder.path, folder.logs):
         remove_unfinished(written)

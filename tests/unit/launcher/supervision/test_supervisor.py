@@ -25,7 +25,7 @@ from launcher.supervision import launch_result, restarts
 from launcher.supervision.attempt import Launch
 from launcher.supervision.launch_result import LaunchResult
 from launcher.supervision.stop_signals import StopSignals
-from launcher.supervision.supervisor import remove_earlier_output, supervise
+from launcher.supervision.supervisor import remove_earlier_output, remove_leftovers, supervise
 from runs import sampled, soak
 from small_disk import SmallDisk
 from waiting import wait_until
@@ -249,6 +249,21 @@ def test_an_old_stop_file_does_not_stop_the_run(folder: RunFolder, capsys: pytes
     body = "write_outcome(folder, Outcome.STOPPED if folder.stop.exists() else Outcome.DONE)"
     assert attempt(folder, body).outcome is Outcome.DONE
     assert "removed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("skew", [-30, 30])
+def test_a_stop_file_on_a_disk_with_another_clock(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, skew: int
+) -> None:
+    """Catches a run that starts although the user has stopped it, or stops at once because of an old STOP file, if the
+    clock of the disk is behind or ahead."""
+    clock_of_disk = time.time
+    monkeypatch.setattr(time, "time", lambda: clock_of_disk() + skew)
+    for age, is_kept in ((5, True), (15, False)):
+        folder.stop.touch()
+        os.utime(folder.stop, (0, clock_of_disk() - age))
+        remove_leftovers(folder, checked_at=time.time() - 10)
+        assert folder.stop.exists() == is_kept
 
 
 def test_trials_of_a_killed_launcher_are_removed(folder: RunFolder) -> None:
