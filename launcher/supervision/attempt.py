@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import xxhash
 
@@ -31,6 +32,7 @@ from launcher.supervision.launch_result import (
     LaunchResult,
     all_done,
     has_begun,
+    log_sizes,
     read_result,
 )
 from launcher.supervision.rank_processes import (
@@ -135,18 +137,23 @@ def _run(
     request_stack: Callable[[Heartbeat], None],
 ) -> LaunchResult:
     """Let the ranks begin, and wait until they have exited."""
-    start_time = time.time()
+    earlier = log_sizes(launch.folder)
     hang = HangWatch(launch.folder, layout.ranks, launch.hang_seconds, request_stack, processes.kill)
     with ranks as process, polled(hang.is_settled, beat_seconds(launch.hang_seconds), "hang watch"):
         survivors = SurvivingRanks(launch.folder, process.pid)
         watched = polled(survivors.check, _SURVIVORS_SECONDS, "surviving ranks") if launch.local else nullcontext()
         with processes.running(process.pid), stop.killing(processes.kill), watched:
             exit_code = _wait(process, launch, layout.ranks)
-    return _result(launch, stop, hang.message, processes.ended_host, exit_code, start_time)
+    return _result(launch, stop, hang.message, processes.ended_host, exit_code, earlier)
 
 
 def _result(
-    launch: Launch, stop: StopSignals, hung: str | None, left: str | None, exit_code: int, start_time: float
+    launch: Launch,
+    stop: StopSignals,
+    hung: str | None,
+    left: str | None,
+    exit_code: int,
+    earlier: Mapping[Path, int],
 ) -> LaunchResult:
     """Return the result of processes that have exited.
 
@@ -154,7 +161,7 @@ def _result(
         hung: the message if they were killed because a rank hung.
         left: the host that they were killed for: its own had ended.
         exit_code: of DeepSpeed's launcher.
-        start_time: when the ranks began, as `time.time()`.
+        earlier: `log_sizes` when the ranks began.
     """
     reported = read_outcome(launch.folder)
     if stop.killed and (reported is None or reported.outcome is Outcome.STOPPED):
@@ -170,7 +177,7 @@ def _result(
         return STOPPED_EARLY  # DeepSpeed's launchers on other hosts exit with 1 if they get the signal too
     if not launch.local and launch.launcher == "mpich":  # DeepSpeed's helper exits with 0, whatever its rank does
         exit_code = exit_code or 1
-    return read_result(launch.folder, exit_code, start_time, remote=not launch.local)
+    return read_result(launch.folder, exit_code, earlier, remote=not launch.local)
 
 
 def _wait(process: "subprocess.Popen[bytes]", launch: Launch, ranks: int) -> int:

@@ -66,12 +66,17 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bool) -> LaunchResult:
+def log_sizes(folder: RunFolder) -> dict[Path, int]:
+    """Return the bytes of the log of each rank that has one."""
+    return {path: path.stat().st_size for path in folder.logs.glob("rank-*.log")}
+
+
+def read_result(folder: RunFolder, exit_code: int, earlier: Mapping[Path, int], remote: bool) -> LaunchResult:
     """Return the result of a launch whose processes have exited.
 
     Args:
         exit_code: of DeepSpeed's launcher.
-        start_time: when the launch began, as `time.time()`.
+        earlier: `log_sizes` when the ranks began.
         remote: whether ranks ran on other hosts.
     """
     reported, silent, killer = read_outcome(folder), list(_silent_ranks(folder)), _killer(exit_code, remote)
@@ -86,7 +91,7 @@ def read_result(folder: RunFolder, exit_code: int, start_time: float, remote: bo
         # Ranks catch stop signals when they begin, after their imports.
         if exit_code == Outcome.STOPPED.exit_code or killer in STOP_SIGNALS:
             return STOPPED_EARLY
-        message = _failure_message(folder, ending or f"exit code {exit_code}", start_time)
+        message = _failure_message(folder, ending or f"exit code {exit_code}", earlier)
         return LaunchResult(Outcome.FAILED, message, cause)
     outcome, message, reported_cause = reported
     # DeepSpeed's launcher stops the other ranks when one is killed, and before the first step they report that.
@@ -129,11 +134,14 @@ def _describe_kill(killer: signal.Signals, silent: Sequence[str], exit_code: int
     return f"{killed} was killed by {killer.name}{reason}"
 
 
-def _failure_message(folder: RunFolder, reason: str, start_time: float) -> str:
-    """Return the message for ranks that exited without writing an outcome, with the end of the failed rank's log."""
+def _failure_message(folder: RunFolder, reason: str, earlier: Mapping[Path, int]) -> str:
+    """Return the message for ranks that exited without writing an outcome, with the end of the failed rank's log.
+
+    earlier: the bytes of each log that are from earlier attempts.
+    """
     message = f"the ranks exited without reporting an outcome ({reason}); their logs are in {folder.logs}"
-    logs = [path for path in sorted(folder.logs.glob("rank-*.log")) if path.stat().st_mtime >= start_time]
-    tails = {path: tail for path in logs if (tail := _tail(path))}
+    logs = sorted(folder.logs.glob("rank-*.log"))
+    tails = {path: tail for path in logs if (tail := _tail(path, earlier.get(path, 0)))}
     if not tails:
         return message
     # The failed rank stops logging first; the others notice its loss later.
@@ -146,10 +154,10 @@ def _modified_ns(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
-def _tail(path: Path) -> str:
-    """Return the last lines of a log, which may have grown for weeks."""
+def _tail(path: Path, start: int) -> str:
+    """Return the last lines of a log, which may have grown for weeks, after its first `start` bytes."""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        file.seek(max(start, path.stat().st_size - _TAIL_BYTES))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:])
 
 

@@ -200,6 +200,19 @@ def test_a_failure_without_outcome_shows_the_log_of_the_failed_rank(folder: RunF
     assert result.message.endswith("the end of rank-1.log:\nstep 1\nTraceback\nout of paper")
 
 
+def test_the_log_of_a_failed_rank_on_a_disk_whose_clock_is_behind(folder: RunFolder) -> None:
+    """Catches a failure without its traceback, and lines of an earlier attempt."""
+    folder.rank_log(0).write_text("Traceback\nearlier\n")
+    result = attempt(
+        folder,
+        "log = folder.rank_log(0)\n"
+        "with log.open('a') as file: file.write('Traceback\\nout of paper\\n')\n"
+        "os.utime(log, (0, time.time() - 60))\n"
+        "sys.exit(1)",
+    )
+    assert result.message.endswith("\nthe end of rank-0.log:\nTraceback\nout of paper")
+
+
 def test_a_rank_killed_by_the_system_is_reported(folder: RunFolder):
     """Catches a bare 'exit code 247', which is how DeepSpeed's launcher reports a SIGKILL, when memory ran out."""
     killed = "killed by SIGKILL, possibly because the system ran out of memory"
