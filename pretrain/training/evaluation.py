@@ -1,8 +1,10 @@
 """Evaluate a run on held-out text: when, which step is best, when to stop early, whether the model overfits."""
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from pretrain.batching.batch import Microbatch
@@ -10,11 +12,15 @@ from pretrain.config import EvaluationConfig
 from pretrain.engine.engine import Engine
 from pretrain.evaluate import HeldOutEvaluator
 from pretrain.modeling.masked_lm import Predictions
+from pretrain.training.cpu_group import CpuGroup
 from pretrain.training.log_interval import LogInterval
 from pretrain.training.reporter import Reporter
+from pretrain.training.stop_request import StopRequest
 from pretrain.training_progress import EvaluationHistory, TrainingProgress
 
 log = logging.getLogger(__name__)
+
+_VOTE_SECONDS = 2.0
 
 EvaluationMetrics = Mapping[str, float | int | None]
 """Flat: eval/<corpus>/{loss,perplexity,accuracy}; None where not finite."""
@@ -29,6 +35,7 @@ class RunEvaluator:
     engine: Engine
     interval: LogInterval
     times: ActivityTimer
+    group: CpuGroup
     first_step: int
 
     def is_due(self, progress: TrainingProgress, finished: bool) -> bool:
@@ -37,10 +44,22 @@ class RunEvaluator:
         is_chosen = progress.step == self.first_step or progress.is_multiple_of(self.config.every_steps)
         return (finished or is_chosen) and not progress.evaluated
 
-    def evaluate(self, progress: TrainingProgress, reporter: Reporter) -> TrainingProgress:
-        """Evaluate the model, log the scores, and return the progress with them. Collective."""
+    def evaluate(self, progress: TrainingProgress, reporter: Reporter, stop: StopRequest | None) -> TrainingProgress:
+        """Evaluate the model, log the scores, and return the progress with them; or, if a rank is asked to stop by
+        `stop` meanwhile, the progress as it was. Collective."""
+        stops = repeat(False) if stop is None else stop_votes(self.group, stop)
+
+        def predict(microbatch: Microbatch) -> Predictions:
+            if next(stops):
+                raise _StoppedError
+            self.times.make_progress()
+            return self.engine.predict(microbatch)
+
         with self.times.during(EVALUATING):
-            metrics = self.held_out.metrics(self._predict, self.engine.device)
+            try:
+                metrics = self.held_out.metrics(predict, self.engine.device)
+            except _StoppedError:
+                return progress
             begins_fork = progress.step == self.first_step > 0
             if metrics or begins_fork:  # the tokens of a fork's parent, from which its own are counted
                 reporter.log(progress, metrics)
@@ -57,9 +76,24 @@ class RunEvaluator:
                 )
             return replace(so_far, evaluations=history, evaluated=True)
 
-    def _predict(self, microbatch: Microbatch) -> Predictions:
-        self.times.make_progress()
-        return self.engine.predict(microbatch)
+
+class _StoppedError(Exception):
+    """An evaluation is abandoned, on all ranks at the same microbatch."""
+
+
+def stop_votes(group: CpuGroup, stop: StopRequest) -> Iterator[bool]:
+    """Yield before each microbatch of an evaluation whether a rank is asked to stop. Collective.
+
+    The ranks vote about every two seconds, because a collective in each microbatch would make them wait for each other.
+    All have equally many microbatches. The number until the next vote is doubled, or halved if a rank was late.
+    """
+    interval, before = 1, time.monotonic()
+    while True:
+        late = time.monotonic() - before > _VOTE_SECONDS
+        requests, late_ranks = group.all_reduce_sum([int(stop.reason is not None), int(late)])
+        interval, before = max(1, interval // 2) if late_ranks else 2 * interval, time.monotonic()
+        yield requests > 0
+        yield from repeat(False, interval - 1)
 
 
 def log_early_stop(history: EvaluationHistory) -> None:

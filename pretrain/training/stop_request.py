@@ -1,7 +1,7 @@
 """Requests to stop early: a signal to any rank, or a STOP file in the run folder, which rank 0 checks for.
 
-During training a rank finishes its step and `step_agreement` tells the others; a second signal ends it at once. Before,
-nothing can be lost, and a rank ends within a second.
+During training a rank finishes its step and `step_agreement` tells the others, in an evaluation `stop_votes`; a second
+signal ends it at once. Before, nothing can be lost, and a rank ends within a second.
 
 Only one thread of the rank receives these signals. The others block them, and with them all processes that they start,
 such as compilers and W&B: a signal to all processes of a job must not end processes that the rank needs for its last

@@ -88,7 +88,7 @@ class Trainer:
         self._progress = load_resumed(run, engine)
         self._interval = LogInterval(times, engine.device)
         first_step = self._progress.step if run.resume_plan.fork else 0
-        self._evaluator = RunEvaluator(config.evaluation, held_out, engine, self._interval, times, first_step)
+        self._evaluator = RunEvaluator(config.evaluation, held_out, engine, self._interval, times, group, first_step)
         (num_hosts,) = group.all_reduce_sum([int(world.local_rank == 0)])
         nodes = group.all_gather_objects(platform.node())
         finished = self._is_finished()
@@ -125,7 +125,8 @@ class Trainer:
         Raises AgreedFailureError, UnwritableError or DataWorkerError, each on all ranks, if the run cannot continue.
         """
         self._times.begin_training()
-        self._evaluate_and_save_at_start()
+        if not self._evaluate_and_save_at_start(stop):
+            return self._end_early(stop)
         previous = rate = 0.0
         while not self._is_finished():
             batch, totals = self._feed.take(stop)
@@ -149,11 +150,11 @@ class Trainer:
             if self._reporter.is_due(self._progress, finished):
                 self._report(rate, trained.result.grad_norm)
             if not stopping:
-                self._evaluate_if_due()  # patience may end the run
+                self._evaluate_if_due(stop)  # patience may end the run
+                stopping = self._is_evaluation_due()  # abandoned
             self._checkpointer.save_if_due(self._progress, self._is_finished(), stopping, votes.save_requests > 0)
             if stopping:
-                log.info("stopping after step %d: %s", self._progress.step, stop.reason or "on another rank")
-                return Outcome.STOPPED
+                return self._end_early(stop)
         if should_stop_early(self._progress.evaluations, self._config.evaluation):
             log_early_stop(self._progress.evaluations)
         elif ends_early(self._config.schedule, self._config.optimizer.lr, previous):
@@ -181,10 +182,18 @@ class Trainer:
         self._interval.restart(progress)
         self._feed.open(progress.step)
 
-    def _evaluate_and_save_at_start(self) -> None:
-        """Evaluate and save before the next step. A run that stops leaves its last evaluation to the next attempt."""
-        evaluated = self._evaluate_if_due()
+    def _end_early(self, stop: StopRequest) -> Outcome:
+        log.info("stopping after step %d: %s", self._progress.step, stop.reason or "on another rank")
+        return Outcome.STOPPED
+
+    def _evaluate_and_save_at_start(self, stop: StopRequest | None) -> bool:
+        """Evaluate and save before the next step. A run that stops leaves its last evaluation to the next attempt.
+        Returns False if the evaluation was abandoned, as in `_evaluate_if_due`."""
+        evaluated = self._evaluate_if_due(stop)
+        if self._is_evaluation_due():
+            return False
         self._checkpointer.save_at_start(self._progress, self._is_finished(), evaluated)
+        return True
 
     def _learning_rate(self, step: int, seconds: float) -> float:
         return learning_rate(self._config.schedule, self._config.optimizer.lr, step, self._stream.steps, seconds)
@@ -284,7 +293,7 @@ class Trainer:
                 self._started = []
             self._start_at(replace(self._checkpointer.load_newest(), bad_steps=reached.bad_steps))
         self._reporter.skip_until(reached.step)
-        self._evaluate_and_save_at_start()
+        self._evaluate_and_save_at_start(stop=None)
 
     def _count(self, totals: StepTotals, trained: TrainedStep) -> None:
         """Add the step to the log interval and the progress."""
@@ -312,15 +321,19 @@ class Trainer:
     def _report(self, rate: float, grad_norm: float) -> None:
         self._progress = self._reporter.report(self._progress, rate, grad_norm, self._checkpointer.saved_step)
 
-    def _evaluate_if_due(self) -> bool:
-        """Evaluate the model if it is due. Returns whether it was."""
-        if not self._evaluator.is_due(self._progress, self._is_finished()):
+    def _is_evaluation_due(self) -> bool:
+        return self._evaluator.is_due(self._progress, self._is_finished())
+
+    def _evaluate_if_due(self, stop: StopRequest | None) -> bool:
+        """Evaluate the model if it is due. Returns whether it was evaluated: not if a rank is asked to stop by `stop`
+        meanwhile. Then the evaluation is still due."""
+        if not self._is_evaluation_due():
             return False
-        self._progress = progress = self._evaluator.evaluate(self._progress, self._reporter)
+        self._progress = progress = self._evaluator.evaluate(self._progress, self._reporter, stop)
         if self._is_finished() and self._interval.losses:  # patience ends the run between two log events
             last_norm = progress.grad_norms[-1] if progress.grad_norms else math.nan
             self._report(self._learning_rate(progress.step - 1, progress.seconds), last_norm)
-        return True
+        return progress.evaluated
 
     def _is_finished(self) -> bool:
         progress = self._progress

@@ -16,7 +16,7 @@ from torch import Tensor
 from experiment.config import build_config
 from experiment.files import cache_folder
 from experiment.run_files.checkpoints import checkpoint_path, read_state
-from experiment.run_files.goodput import ActivityTimer
+from experiment.run_files.goodput import EVALUATING, ActivityTimer
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
 from pretrain.batching.batch import Microbatch
@@ -82,9 +82,10 @@ def pretrain_case(
     from pretrain.run import pretrain
 
     is_asked = stop_after is not None and world.rank == world.size - 1
-    stop_request = functools.partial(_StopAfter, stop_after) if is_asked else StopRequest
+    times = times or ActivityTimer(time.time())
+    stop_request = functools.partial(_StopAfter, stop_after, times) if is_asked else StopRequest
     config, recorder = build_config(PretrainConfig, tree), RankRecorder(RunFolder(Path(tree["run"]["dir"])), world.rank)
-    outcome = pretrain(config, world, stop_request, recorder, times or ActivityTimer(time.time())).outcome.value
+    outcome = pretrain(config, world, stop_request, recorder, times).outcome.value
     only_layer = (tree["model"].get("config") or {}).get("num_hidden_layers") == 1  # is not compiled, being the last
     if COMPILED and not only_layer:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
@@ -92,15 +93,17 @@ def pretrain_case(
 
 
 class _StopAfter(StopRequest):
-    """Asks to stop after `steps` steps: it is checked once at the start of training and once in each step."""
+    """Asks to stop after `steps` steps: it is checked once at the start of training, once in each step, and now and
+    then in evaluations."""
 
-    def __init__(self, steps: int, stop_file: Path | None) -> None:
+    def __init__(self, steps: int, times: ActivityTimer, stop_file: Path | None) -> None:
         super().__init__(stop_file)
         self._left = steps + 1
+        self._times = times
 
     @property
     def reason(self) -> str | None:
-        self._left -= 1
+        self._left -= self._times.doing.activity != EVALUATING
         return "requested by the test" if self._left <= 0 else None
 
 

@@ -9,11 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
+from experiment.run_files.checkpoints import checkpoint_step, complete_checkpoints
+from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.jsonl import JsonlTracker
 from poison import Poison, poisoned_case
 from pretrain.world import World
 from rank_pool import RankError, RankPool
-from runs import Tree, assert_same_run, run_config, soak
+from runs import Tree, assert_same_run, evaluation_events, pretrain_case, run_config, soak
 
 STEPS = 8
 
@@ -114,6 +116,49 @@ def test_an_evaluation_left_to_the_next_attempt_is_logged_once(
     interruptions = [Interruption("stop", 4), Interruption("kill", 6), Interruption("kill", 6)]
     run_interrupted(pools[1], tree, {}, interruptions)
     assert_same_run(uninterrupted(changes, {}), tmp_path, STEPS)
+
+
+def stopped_in_evaluation_case(world: World, tree: Mapping[str, Any], number: int) -> str:
+    """A run whose last rank is asked to stop when its evaluation of this number, from 1, begins."""
+    from pretrain.evaluate import HeldOutEvaluator
+
+    metrics, left = HeldOutEvaluator.metrics, number
+
+    def signalled(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0 and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return metrics(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOutEvaluator, "metrics", signalled)
+        return pretrain_case(world, tree)
+
+
+def test_an_evaluation_is_abandoned_for_a_stop(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, heldout_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that is killed, and loses its steps since the last checkpoint, because a stop waits for the end of
+    an evaluation, the first and the last one too, and an evaluation that the next attempt does not make."""
+    whole, stopped = (
+        run_config(
+            tmp_path / name,
+            wordpiece_corpus,
+            schedule__steps=4,
+            corpus__eval={"held": str(heldout_corpus)},
+            evaluation__every_steps=2,
+        )
+        for name in ("whole", "stopped")
+    )
+    assert pools[2].run(pretrain_case, whole) == ["done"] * 2
+    folder = RunFolder(tmp_path / "stopped")
+    for number, evaluated, saved in ((1, [], []), (2, [0], [2]), (1, [0], [2]), (2, [0, 2], [2, 4])):
+        assert pools[2].run(stopped_in_evaluation_case, stopped, number) == ["stopped"] * 2
+        assert [event["step"] for event in evaluation_events(folder.path)] == evaluated
+        assert list(map(checkpoint_step, complete_checkpoints(folder.checkpoints))) == saved
+    assert pools[2].run(pretrain_case, stopped) == ["done"] * 2
+    assert_same_run(tmp_path / "whole", folder.path, 4)
 
 
 @pytest.mark.parametrize("seed", [0, *soak(*range(1, 80))])

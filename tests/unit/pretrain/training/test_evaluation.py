@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from pretrain.training.evaluation import (
     log_early_stop,
     newly_overfitting,
     should_stop_early,
+    stop_votes,
     update_history,
 )
 from pretrain.training_progress import EvaluationHistory
@@ -103,3 +105,33 @@ def test_the_reason_of_an_early_stop_is_logged(
     with caplog.at_level("INFO"):
         log_early_stop(EvaluationHistory(metric, best, step, waited=2))
     assert caplog.messages == [f"stopping early: {metric} has not improved for 2 evaluations; {found}"]
+
+
+class _Asked:
+    """A stop request, from this moment of the clock on, and a group with a second rank that is as fast."""
+
+    def __init__(self, at: float) -> None:
+        self.now, self.votes, self._at = 0.0, 0, at
+
+    @property
+    def reason(self) -> str | None:
+        return "found STOP" if self.now >= self._at else None
+
+    def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
+        self.votes += 1
+        requests, late = numbers
+        return [requests, 2 * late]
+
+
+@pytest.mark.parametrize(("seconds", "most_votes"), [(0.01, 60), (0.3, 60), (1.5, 68), (7.0, 15)])
+def test_a_stop_during_an_evaluation_takes_seconds(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, most_votes: int
+) -> None:
+    """Catches an evaluation that goes on for longer than a batch system waits, and votes in each microbatch."""
+    asked = _Asked(at=100.0)
+    monkeypatch.setattr("pretrain.training.evaluation.time.monotonic", lambda: asked.now)
+    stops = stop_votes(asked, asked)  # type: ignore[arg-type]
+    while not next(stops):
+        asked.now += seconds  # of a microbatch
+    assert asked.now <= 100.0 + max(4.0, seconds)
+    assert asked.votes <= most_votes
