@@ -44,7 +44,8 @@ def read_life(folder: RunFolder) -> Life:
 
 
 def _life_of_rank0(folder: RunFolder) -> Life:
-    """Return the state of a run that DeepSpeed's launcher has started itself: no process has locked the folder."""
+    """Return the state of a run that recorded no outcome, and whose folder no process has locked: in version 0.2.0,
+    DeepSpeed's launcher started ranks that did not."""
     process = read_rank_record(folder, 0)
     if process is None and folder.results.exists():  # a fine-tuning run of version 0.2.0
         return Life("done")
