@@ -135,22 +135,31 @@ def temporary_folder(parent: Path, prefix: str, mode: int = 0o700) -> Iterator[P
 
 def _is_left(folder: Path, now: float, made_here: bool) -> bool:
     """Return whether the process that made the folder has ended."""
-    age, locked = now - folder.stat().st_mtime, is_folder_locked(folder)
+    age, locked = now - folder.stat().st_mtime, is_path_locked(folder)
     return not locked and age > (_UNLOCKED_SECONDS if made_here and locked is not None else _LEFT_SECONDS)
 
 
-def is_folder_locked(folder: Path) -> bool | None:
-    """Return whether the process that made a `temporary_folder` on this machine has it locked; False if there is none,
-    None on a disk without locks for folders."""
+def is_path_locked(path: Path) -> bool | None:
+    """Return whether a process has locked a file or folder, such as a `temporary_folder`; False if there is none, None
+    if the disk cannot tell."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
+        descriptor = _open_for_lock(path)
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        return None
     try:
         locked = try_lock(descriptor)
     finally:
         os.close(descriptor)
     return None if locked is None else not locked
+
+
+def _open_for_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR)  # NFS needs write access
+    except OSError:  # a folder, read-only, or of another user
+        return os.open(path, os.O_RDONLY)
 
 
 def try_lock(descriptor: int) -> bool | None:

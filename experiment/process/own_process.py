@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from experiment.files import REPOSITORY, is_folder_locked
+from experiment.files import REPOSITORY, is_path_locked
 from experiment.run_files.outcome_file import Outcome
 
 LAUNCH_VARIABLE = "DEEPCLOZE_LAUNCH"
@@ -116,7 +116,7 @@ def wait_at_gate() -> None:
         return
     gate = Path(path)
     while not gate.exists():
-        if is_folder_locked(gate.parent) is False:
+        if is_path_locked(gate.parent) is False:
             os._exit(Outcome.REFUSED.exit_code)  # skips the slow teardown of imported libraries
         time.sleep(_POLL_SECONDS)
 

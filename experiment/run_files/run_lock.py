@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import psutil
 
 from experiment.errors import UserError, notify, require_damage
-from experiment.files import opened_lock, read_json, try_lock, write_json
+from experiment.files import is_path_locked, opened_lock, read_json, write_json
 from experiment.run_files.outcome_file import read_rank_records
 from experiment.run_files.run_folder import RunFolder
 
@@ -107,42 +106,23 @@ def lock_until_exit(folder: RunFolder) -> None:
 def is_locked(folder: RunFolder) -> bool:
     """Return whether another process of this machine, or a rank, uses the run folder, which may not exist. False if the
     disk cannot tell, see `folder_use`."""
-    return any(map(_is_held, (folder.lock, folder.processes_lock)))
+    return any(map(is_path_locked, (folder.lock, folder.processes_lock)))
 
 
 def _stays_held(lock: Path) -> bool:
-    """Return whether a lock is held for longer than the moment that `_is_held` in another process takes."""
+    """Return whether a lock is held for longer than the moment that `is_path_locked` in another process takes."""
     end = time.monotonic() + _LOOK_SECONDS
-    while _is_held(lock):
+    while is_path_locked(lock):
         if time.monotonic() > end:
             return True
         time.sleep(_POLL_SECONDS)
     return False
 
 
-def _is_held(lock: Path) -> bool | None:
-    """Return whether a process has the lock; None if the disk cannot tell."""
-    try:
-        with _opened(lock) as file:
-            locked = try_lock(file.fileno())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:  # `open_run_folder` says why it cannot be written
-        return None
-    return None if locked is None else not locked
-
-
-def _opened(lock: Path) -> IO[bytes]:
-    try:
-        return lock.open("r+b")  # NFS needs write access
-    except OSError:  # of another user, or read-only
-        return lock.open("rb")
-
-
 def _wait_for_processes(folder: RunFolder, times: LockTimes) -> None:
     """Wait for processes of an earlier, killed command. Raises UserError if they do not end within `times.dead`."""
     start, said = time.monotonic(), False
-    while _is_held(folder.processes_lock):
+    while is_path_locked(folder.processes_lock):
         seconds = time.monotonic() - start
         if seconds > times.quiet and not said:
             notify(f"waiting for the processes of an earlier command to end, in {folder.path}")
@@ -254,7 +234,7 @@ def _is_renewed(folder: RunFolder, renewed: Renewal | None, seconds: float, time
 
 def _is_unlocked(folder: RunFolder, owner: dict[str, object]) -> bool:
     """Return whether no lock tells if the owner lives: it is on another machine, or the disk has no locks."""
-    return not _is_of_this_machine(owner) or _is_held(folder.lock) is None
+    return not _is_of_this_machine(owner) or is_path_locked(folder.lock) is None
 
 
 def _other_owner(folder: RunFolder) -> dict[str, object] | None:

@@ -260,18 +260,18 @@ def test_a_folder_that_is_deleted_is_told_once(folder: RunFolder, monkeypatch: p
 
 def test_a_lock_of_another_user(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a live run of someone else that counts as killed."""
-    path_open = Path.open
+    os_open = os.open
 
-    def open_file(path: Path, mode: str = "r", **options: Any) -> IO[Any]:
-        if path == folder.lock and "+" in mode:
+    def open_file(path: Path, flags: int, *mode: int) -> int:
+        if path == folder.lock and flags & os.O_RDWR:
             raise PermissionError(13, "Permission denied")
-        return path_open(path, mode, **options)
+        return os_open(path, flags, *mode)
 
     with lock_run(folder):
-        monkeypatch.setattr(Path, "open", open_file)
+        monkeypatch.setattr(os, "open", open_file)
         assert is_locked(folder)
         monkeypatch.undo()
-    monkeypatch.setattr(Path, "open", open_file)
+    monkeypatch.setattr(os, "open", open_file)
     assert not is_locked(folder)
 
 

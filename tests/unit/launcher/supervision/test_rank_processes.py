@@ -40,12 +40,12 @@ from experiment.run_files.run_folder import RunFolder
 from experiment.process import own_process
 from experiment.process.own_process import wait_at_gate
 folder = Path({folder!r})
-is_folder_locked = own_process.is_folder_locked
+is_path_locked = own_process.is_path_locked
 def note_look(launch):
     with (folder / "looks").open("a") as looks:
         looks.write(".")
-    return is_folder_locked(launch)
-own_process.is_folder_locked = note_look
+    return is_path_locked(launch)
+own_process.is_path_locked = note_look
 if os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 (folder / "pid").write_text(str(os.getpid()))
