@@ -47,7 +47,7 @@ class RunConfig(Section):
     @classmethod
     def _on_a_disk(cls, folder: str) -> str:
         if is_url(folder):
-            raise ValueError(f"'dir': expected a folder, found the URL {folder}; see 'checkpoint.mirror'")
+            raise ValueError(f"expected a folder, found the URL {folder}; see 'checkpoint.mirror'")
         return folder
 
     @property
@@ -284,9 +284,9 @@ class CheckpointConfig(Section):
     @classmethod
     def _url(cls, mirror: str | None) -> str | None:
         if mirror is not None and not is_url(mirror):
-            raise ValueError(f"'mirror': expected a URL, such as s3://bucket/runs/first, found {mirror!r}")
+            raise ValueError(f"expected a URL, such as s3://bucket/runs/first, found {mirror!r}")
         if mirror is not None and has_magic(mirror):
-            raise ValueError(f"'mirror': expected a URL without *, ? or [, found {mirror!r}")
+            raise ValueError(f"expected a URL without *, ? or [, found {mirror!r}")
         return mirror and mirror.rstrip("/")
 
 

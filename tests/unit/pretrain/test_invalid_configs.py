@@ -118,12 +118,13 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
 
 
 def test_urls(rejected_message: Reject, wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches URLs that are taken for folders."""
-    assert "found the URL s3://b/run; see 'checkpoint.mirror'" in rejected_message("--run.dir=s3://b/run")
-    assert "expected a URL, such as s3://bucket/runs/first, found 'mirror'" in rejected_message(
-        "--checkpoint.mirror=mirror"
-    )
-    assert "expected a URL without *, ? or [" in rejected_message("--checkpoint.mirror=s3://b/run[1]")
+    """Catches URLs that are taken for folders, and messages that name the key twice."""
+    message = rejected_message("--run.dir=s3://b/run")
+    assert "'run.dir': expected a folder, found the URL s3://b/run; see 'checkpoint.mirror'" in message
+    message = rejected_message("--checkpoint.mirror=mirror")
+    assert "'checkpoint.mirror': expected a URL, such as s3://bucket/runs/first, found 'mirror'" in message
+    message = rejected_message("--checkpoint.mirror=s3://b/run[1]")
+    assert "'checkpoint.mirror': expected a URL without *, ? or [" in message
     cache = f"--corpus.cache={tmp_path / 'cache'}"
     message = rejected_message(cache, "--corpus.train=ftp://h/x")
     assert "deepcloze: corpus.train: ftp://h/x/manifest.json: unknown protocol 'ftp'; expected one of s3://," in message
