@@ -4,6 +4,7 @@ The string literal below each field documents it; docs/config.md is generated fr
 complete examples.
 """
 
+import re
 from collections.abc import Iterator
 from glob import has_magic
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -20,6 +21,7 @@ from pretrain.schedule_config import ScheduleConfig, StageConfig
 
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 _HIGH_LR = 0.1  # even for small models and LAMB
+_WRITABLE_URL = re.compile("((s3|gs|hf)://|file:///)[^/]")
 
 
 class RunConfig(Section):
@@ -283,8 +285,9 @@ class CheckpointConfig(Section):
     @field_validator("mirror")
     @classmethod
     def _url(cls, mirror: str | None) -> str | None:
-        if mirror is not None and not is_url(mirror):
-            raise ValueError(f"expected a URL, such as s3://bucket/runs/first, found {mirror!r}")
+        if mirror is not None and not _WRITABLE_URL.match(mirror):
+            known = "s3://, gs://, hf:// or file:///, such as s3://bucket/runs/first"
+            raise ValueError(f"expected a URL of {known}, found {mirror!r}")
         if mirror is not None and has_magic(mirror):
             raise ValueError(f"expected a URL without *, ? or [, found {mirror!r}")
         return mirror and mirror.rstrip("/")

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 from experiment.config import build_config, dump_config, load_config
 from experiment.models.tokenizer import load_tokenizer, save_tokenizer
 from launcher.cli import main
-from pretrain.config import PretrainConfig
+from pretrain.config import CheckpointConfig, PretrainConfig
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
 Reject = Callable[..., str]
@@ -118,11 +118,15 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
 
 
 def test_urls(rejected_message: Reject, wordpiece_corpus: Path, tmp_path: Path) -> None:
-    """Catches URLs that are taken for folders, and messages that name the key twice."""
+    """Catches URLs that are taken for folders, messages that name the key twice, and mirrors that cannot be written,
+    which a run would find out at its first checkpoint."""
     message = rejected_message("--run.dir=s3://b/run")
     assert "'run.dir': expected a folder, found the URL s3://b/run; see 'checkpoint.mirror'" in message
+    for mirror in ("mirror", "https://host/x", "S3://bucket/x", "foo://x", "s3://", "s3:///x", "file://x", "file:///"):
+        with pytest.raises(ValueError, match=f"expected a URL of s3://.*, found '{mirror}'"):
+            CheckpointConfig(mirror=mirror)
     message = rejected_message("--checkpoint.mirror=mirror")
-    assert "'checkpoint.mirror': expected a URL, such as s3://bucket/runs/first, found 'mirror'" in message
+    assert "'checkpoint.mirror': expected a URL of s3://, gs://, hf:// or file:///, such as s3://bucket/" in message
     message = rejected_message("--checkpoint.mirror=s3://b/run[1]")
     assert "'checkpoint.mirror': expected a URL without *, ? or [" in message
     cache = f"--corpus.cache={tmp_path / 'cache'}"
