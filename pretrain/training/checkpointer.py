@@ -112,6 +112,8 @@ class Checkpointer:
         saved_step = plan.step if plan.checkpoint is not None and not plan.fork else None
         url = self.run.config.checkpoint.mirror
         self._uploads = MirrorUploads(Mirror(url), folder, self.alert) if url and world.rank == 0 else None
+        if self._uploads is not None:
+            self._uploads.begin()
         self._saves = BackgroundSave(folder.checkpoints, self.group, world, saved_step, self._uploads)
         self._memory = HostMemory()
 

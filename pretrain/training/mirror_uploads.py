@@ -38,7 +38,7 @@ class MirrorUploads:
         self._retry_seconds = retry_seconds
         self._is_tidy = False  # whether the mirror has no incomplete checkpoints of earlier attempts
         self._known: dict[str, bytes] | None = None  # name -> COMPLETE, of the mirror; None: not looked up
-        self._keep: Retention | None = None  # of the newest checkpoint
+        self._keep: Retention | None = None  # of the newest checkpoint; None: there is none
         self._newest, self._has_saved = 0, False
         self._wanted = threading.Condition()
         self._is_wanted, self._is_closing = False, False
@@ -49,6 +49,13 @@ class MirrorUploads:
         self._end = math.inf  # of the attempts while closing, as time.monotonic()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
+
+    def begin(self) -> None:
+        """Upload the files of the run folder, so that a mirror that cannot be written gives its warning now, not at the
+        first checkpoint. Returns at once."""
+        with self._wanted:
+            self._is_wanted = True
+            self._wanted.notify()
 
     def update(self, keep: Retention, newest: int, is_new: bool = True) -> None:
         """Upload the checkpoint of step `newest`, and older ones. Returns at once.
@@ -85,14 +92,13 @@ class MirrorUploads:
                 if self._is_over() and not self._is_wanted:
                     return
                 self._is_wanted, keep, newest = False, self._keep, self._newest
-            if keep is not None:
-                self._try(keep, newest)
+            self._try(keep, newest)
 
     def _is_over(self) -> bool:
         """Return whether there is no attempt after the last one."""
         return self._is_closing and (not self._is_transient or self._failed_at + self._retry_seconds >= self._end)
 
-    def _try(self, keep: Retention, newest: int) -> None:
+    def _try(self, keep: Retention | None, newest: int) -> None:
         try:
             self._upload(keep, newest)
             self.problem, self._is_transient = None, False
@@ -107,11 +113,15 @@ class MirrorUploads:
             log.warning("%s%s", text, "" if self._is_over() else f"; trying again in {self._retry_seconds:.0f} s")
             self._alert(Alert("mirror", text))
 
-    def _upload(self, keep: Retention, newest: int) -> None:
-        """Copy the missing checkpoints: the newest one, the best one, then the others; later ones are damaged, or the
-        run would have resumed from them. Leaves out the others if there is a newer one. The mirror keeps the one that
-        it names the best until it has the new one. Raises UserError if the mirror is another run's."""
+    def _upload(self, keep: Retention | None, newest: int) -> None:
+        """Copy the run's files and the missing checkpoints: the newest one, the best one, then the others; later ones
+        are damaged, or the run would have resumed from them. Leaves out the others if there is a newer one. The mirror
+        keeps the one that it names the best until it has the new one. Raises UserError if the mirror is another
+        run's."""
         self._mirror.check_owner(self._folder)  # each time: two runs may have found the mirror empty
+        self._mirror.upload_run_files(self._folder)  # first: a resumed run drops the events that follow its checkpoint
+        if keep is None:
+            return
         if self._known is None:
             self._known = self._mirror.complete()
         known = self._known
@@ -121,7 +131,6 @@ class MirrorUploads:
             keep = replace(keep, best=checkpoint_step(named))  # an earlier one: `keep.best` could not be saved
         superseded = keep.superseded(list(found), newest)
         wanted = {step for step in found if step <= newest and step not in superseded}
-        self._mirror.upload_run_files(self._folder)  # first: a resumed run drops the events that follow its checkpoint
         for step in sorted(wanted, key=lambda step: (step == newest, step == keep.best, step), reverse=True):
             if step not in (newest, keep.best) and self._is_wanted:
                 break

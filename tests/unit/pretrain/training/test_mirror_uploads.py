@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,12 @@ from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import DeniedError, StorageError, list_folders, write_bytes
 from experiment.tracking.alerts import Alert
+from pretrain.resume import ResumePlan
+from pretrain.training import checkpointer
 from pretrain.training.checkpointer import Checkpointer
 from pretrain.training.mirror_uploads import MirrorUploads
 from pretrain.training_progress import TrainingProgress
+from pretrain.world import World
 from s3_server import Fault, Proxy, proxy, response
 from waiting import wait_until
 
@@ -255,6 +259,30 @@ def test_failures_alert_and_are_tried_again(
     wait_until(lambda: uploads.problem is None)
     assert steps(mirror) == [1]
     uploads.close()
+
+
+def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
+    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that trains for hours before it warns that its mirror may only be read."""
+    alerts, mirror = list[Alert](), Mirror(f"{store}/run")
+    write_provenance(run, {}, [])
+    settings = SimpleNamespace(checkpoint=SimpleNamespace(mirror=mirror.url))
+    resolved = SimpleNamespace(folder=run, resume_plan=ResumePlan(), config=settings)
+    others = dict.fromkeys(["model", "stream", "group", "interval", "clock", "times", "provenance"])
+
+    def refuse(mirror: Mirror, folder: RunFolder) -> None:
+        raise DeniedError("access denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointer, "BackgroundSave", lambda *_: None)
+        patch.setattr(Mirror, "upload_run_files", refuse)
+        made: Any = Checkpointer(resolved, SimpleNamespace(world=World()), **others, alert=alerts.append)  # type: ignore
+        wait_until(lambda: alerts)
+    assert "access denied" in alerts[0].text
+    made._uploads.begin()
+    made._uploads.close()
+    assert mirror.provenance() is not None
 
 
 def test_nothing_is_copied_to_the_mirror_of_another_run(store: str, run: RunFolder, tmp_path: Path) -> None:
