@@ -19,7 +19,16 @@ from filelock import FileLock
 
 from experiment.errors import UserError
 from experiment.files import atomic_write, cache_folder, fsync_tree, json_digest, parse_json, write_text
-from experiment.run_files.checkpoints import BEST, COMPLETE, checkpoint_step, files_below, is_checkpoint_name, verify
+from experiment.run_files.checkpoints import (
+    BEST,
+    COMPLETE,
+    checkpoint_step,
+    complete_checkpoints,
+    files_below,
+    is_checkpoint_name,
+    read_state,
+    verify,
+)
 from experiment.run_files.provenance import parse_provenance, read_provenance
 from experiment.run_files.retention import Retention, discard
 from experiment.run_files.run_folder import RunFolder
@@ -109,17 +118,35 @@ class Mirror:
             return parse_provenance(content, url)
         return None
 
-    def check_owner(self, folder: RunFolder) -> None:
-        """Raise UserError if the mirror belongs to another run than the one in this folder, or StorageError.
+    def check_owner(self, folder: RunFolder) -> bool:
+        """Return whether the run was continued from the mirror in another folder, and this one has older checkpoints.
 
-        A mirror without provenance belongs to no run.
+        A mirror without provenance belongs to no run. Raises UserError if it belongs to another run, or if this folder
+        has checkpoints of attempts that the mirror lacks; StorageError.
         """
         found, own = self.provenance(), read_provenance(folder)
-        if found is not None and (own is None or found["run_id"] != own["run_id"]):
+        if found is None:
+            return False
+        if own is None or found["run_id"] != own["run_id"]:
             raise UserError(
                 f"checkpoint.mirror: {self.url} belongs to another run (id {found['run_id']}) than {folder.path}; "
                 "choose another checkpoint.mirror. To continue that run, choose an empty run.dir"
             )
+        theirs: list[Any] = found["attempts"]
+        if own["attempts"][: len(theirs)] == theirs:
+            return False
+        for checkpoint in complete_checkpoints(folder.checkpoints):
+            if (saved := _attempts(checkpoint, own)) != theirs[: len(saved)]:
+                raise self.diverged(folder)
+        return True
+
+    def diverged(self, folder: RunFolder) -> UserError:
+        """Return the error about a run that was continued both here and in another folder."""
+        return UserError(
+            f"checkpoint.mirror: the run in {self.url} was continued in another folder than {folder.path}, which has "
+            "continued it too. To keep the mirror's checkpoints, choose an empty run.dir; to keep those of this "
+            "folder, choose another checkpoint.mirror"
+        )
 
     def delete(self, name: str) -> None:
         delete(join(self.url, name, COMPLETE))
@@ -137,11 +164,13 @@ class Mirror:
             self.delete(name)
         return superseded
 
-    def restore(self, folder: RunFolder, on_progress: Callable[[], None]) -> None:
-        """Copy the run to a folder without checkpoints: the newest undamaged one, the best one, and the run's files.
+    def restore(self, folder: RunFolder, on_progress: Callable[[], None], is_ahead: bool = False) -> None:
+        """Copy the run to a folder: the newest undamaged checkpoint, the best one, and the run's files.
 
-        An interrupted copy leaves no checkpoint, so that it is repeated. Raises UserError if all are damaged, and
-        OSError.
+        is_ahead: the folder is behind, see `check_owner`: its files are replaced, and only checkpoints of later steps
+        than its own are copied. Else it has no checkpoints, and its files stay.
+
+        An interrupted copy is repeated. Raises UserError if all are damaged, and OSError.
         """
         copies: dict[str, Path] = {}  # name -> temporary folder
 
@@ -158,25 +187,30 @@ class Mirror:
             copies[name] = partial
             return True
 
-        found = list(self.complete())
-        if found and not any(copy(name) for name in reversed(found)):
-            raise UserError(f"all {len(found)} checkpoints in {self.url} are damaged")
-        best = self.best()
-        if best in found and best not in copies:
+        own, found = complete_checkpoints(folder.checkpoints), list(self.complete())
+        later = [name for name in found if not own or checkpoint_step(name) > checkpoint_step(own[-1])]
+        if later and not any(copy(name) for name in reversed(later)) and not own:
+            raise UserError(f"all {len(later)} checkpoints in {self.url} are damaged")
+        best = self.best() if copies else None
+        if best in found and best not in copies and folder.checkpoints / best not in own:
             copy(best)
-        for path in _run_files(folder):
+        contents = {}
+        for path in _run_files(folder) if copies or not own else [folder.provenance]:  # own metrics reach further
             with suppress(MissingError):
-                if not path.exists():
-                    content = read_bytes(join(self.url, _RUN, path.name))
-                    with atomic_write(path) as temporary:
-                        temporary.write_bytes(content)
+                if is_ahead or not path.exists():
+                    contents[path] = read_bytes(join(self.url, _RUN, path.name))
+        provenance = contents.pop(folder.provenance, None)
+        for path, content in contents.items():
+            _write(path, content)
         for name, copied in copies.items():  # the newest one first
             target = folder.checkpoints / name
             if target.exists():  # incomplete
                 discard(target)
             copied.rename(target)
-        if best in copies:
-            (folder.checkpoints / BEST).write_text(f"{best}\n", encoding="utf-8")
+        if best in found and (folder.checkpoints / best / COMPLETE).exists():
+            write_text(folder.checkpoints / BEST, f"{best}\n")
+        if provenance is not None:
+            _write(folder.provenance, provenance)  # last: with it, the folder is not behind
 
 
 def fetch(
@@ -227,6 +261,18 @@ def _checksums(url: str, marker: bytes) -> dict[str, str]:
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{join(url, COMPLETE)} is damaged: {error}") from None
     return found
+
+
+def _attempts(checkpoint: Path, run: Mapping[str, Any]) -> list[Any]:
+    """Return the attempts of a run up to the one that saved a checkpoint; all of them if it does not say."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return list(read_state(checkpoint)["provenance"]["attempts"])
+    return list(run["attempts"])
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _run_files(folder: RunFolder) -> tuple[Path, ...]:

@@ -117,8 +117,9 @@ class MirrorUploads:
         """Copy the run's files and the missing checkpoints: the newest one, the best one, then the others; later ones
         are damaged, or the run would have resumed from them. Leaves out the others if there is a newer one. The mirror
         keeps the one that it names the best until it has the new one. Raises UserError if the mirror is another
-        run's."""
-        self._mirror.check_owner(self._folder)  # each time: two runs may have found the mirror empty
+        run's, or was continued in another folder."""
+        if self._mirror.check_owner(self._folder):  # each time: two runs may have found the mirror empty
+            raise self._mirror.diverged(self._folder)
         self._mirror.upload_run_files(self._folder)  # first: a resumed run drops the events that follow its checkpoint
         if keep is None:
             return
@@ -129,7 +130,7 @@ class MirrorUploads:
         named = named_best(self._folder.checkpoints)
         if keep.best not in found and named is not None and named in found.values():
             keep = replace(keep, best=checkpoint_step(named))  # an earlier one: `keep.best` could not be saved
-        superseded = keep.superseded(list(found), newest)
+        superseded = keep.superseded({*found, *map(checkpoint_step, known)}, newest)
         wanted = {step for step in found if step <= newest and step not in superseded}
         for step in sorted(wanted, key=lambda step: (step == newest, step == keep.best, step), reverse=True):
             if step not in (newest, keep.best) and self._is_wanted:

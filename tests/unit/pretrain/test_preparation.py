@@ -1,5 +1,6 @@
 """Mirrors of other runs, found before training."""
 
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
+from experiment.run_files.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints, mark_complete
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
 from experiment.run_files.run_folder import RunFolder
@@ -62,9 +63,18 @@ def mirror(tmp_path: Path) -> Mirror:
 def save(folder: RunFolder, step: int) -> Path:
     checkpoint = checkpoint_path(folder.checkpoints, step)
     checkpoint.mkdir(parents=True)
-    write_json(checkpoint / "state.json", {"step": step})
+    write_json(checkpoint / "state.json", {"step": step, "provenance": read_provenance(folder)})
     mark_complete(checkpoint)
     return checkpoint
+
+
+def train(folder: RunFolder, mirror: Mirror, host: str, *steps: int) -> None:
+    """Add an attempt to a run, whose checkpoints of these steps are copied to the mirror."""
+    write_provenance(folder, {"host": host})
+    folder.metrics.write_text(f"until {steps}")
+    mirror.upload_run_files(folder)
+    for step in steps:
+        mirror.upload(save(folder, step))
 
 
 def restore(folder: RunFolder, mirror: Mirror, resume: str = "auto") -> list[Path]:
@@ -89,6 +99,85 @@ def test_an_empty_folder_takes_over_the_run(mirror: Mirror, tmp_path: Path) -> N
     assert len(restore(new, mirror)) == 1
     save(new, 2)
     assert len(restore(new, mirror)) == 2
+
+
+def steps_in(folder: RunFolder) -> list[int]:
+    return [checkpoint_step(path) for path in complete_checkpoints(folder.checkpoints)]
+
+
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_a_folder_that_is_behind_the_mirror_takes_over_its_newer_checkpoints(
+    mirror: Mirror, tmp_path: Path, has_checkpoints: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a host that returns with its old disk and deletes what another host has trained since; and one that
+    starts over, or that deletes what it has saved last."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    save(first, 2)  # not copied before the host was lost
+    if not has_checkpoints:
+        shutil.rmtree(first.checkpoints)
+    restore(second, mirror)
+    train(second, mirror, "b")
+    write_provenance(first, {"host": "a"})  # lost before it has saved anything
+    restore(first, mirror)
+    assert steps_in(first) == ([1, 2] if has_checkpoints else [1])
+    assert read_provenance(first) == mirror.provenance()
+    train(second, mirror, "b", 5, 7)
+    mirror.write_best("step-00000005")
+    first.metrics.write_text("until [1]")
+    restore(first, mirror)
+    assert steps_in(first) == ([1, 2, 5, 7] if has_checkpoints else [1, 5, 7])
+    assert (first.checkpoints / "best").read_text() == "step-00000005\n"
+    assert first.metrics.read_text() == "until (5, 7)"
+    assert read_provenance(first) == mirror.provenance()
+    assert f"the run in {mirror.url} was continued in another folder: copying its newer checkpoints" in caplog.text
+    train(first, mirror, "a", 9)
+    assert steps_in(second) == [1, 5, 7]
+    restore(second, mirror)
+    assert steps_in(second)[-1] == 9
+
+
+def test_an_older_checkpoint_is_resumed_where_only_this_folder_has_trained(mirror: Mirror, tmp_path: Path) -> None:
+    """Catches a user who has deleted the newest checkpoints to go back, and gets them again."""
+    first = RunFolder(tmp_path / "first")
+    train(first, mirror, "a", 5, 7)
+    write_provenance(first, {"host": "a"})
+    for step in (5, 7):
+        shutil.rmtree(checkpoint_path(first.checkpoints, step))
+    restore(first, mirror)
+    assert steps_in(first) == [1]
+
+
+def test_a_run_that_was_continued_in_two_folders_is_refused(mirror: Mirror, tmp_path: Path) -> None:
+    """Catches a host that deletes the checkpoints of another one, also if the storage was down when it started."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    restore(second, mirror)
+    train(second, mirror, "b", 5)
+    write_provenance(first, {"host": "a"})
+    save(first, 7)
+    with pytest.raises(UserError, match=f"the run in {mirror.url} was continued in another folder than {first.path}"):
+        restore(first, mirror)
+    assert list(mirror.complete()) == ["step-00000001", "step-00000005"]
+    assert read_provenance(second) == mirror.provenance()
+
+
+def test_an_interrupted_copy_of_newer_checkpoints_is_repeated(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a folder that has the mirror's provenance, but not its checkpoints, which it then deletes."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    restore(second, mirror)
+    train(second, mirror, "b", 5)
+
+    def fail(path: Path, target: Path) -> Path:
+        raise OSError("the host is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(OSError, match="the host is lost"):
+            restore(first, mirror)
+    restore(first, mirror)
+    assert steps_in(first) == [1, 5]
+    assert first.metrics.read_text() == "until (5,)"
 
 
 @pytest.mark.parametrize("steps", [(), (1,)])

@@ -16,7 +16,7 @@ from experiment.errors import UserError
 from experiment.files import write_json
 from experiment.run_files.checkpoints import mark_complete, write_best
 from experiment.run_files.mirror import Mirror
-from experiment.run_files.provenance import write_provenance
+from experiment.run_files.provenance import read_provenance, write_provenance
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import DeniedError, StorageError, list_folders, write_bytes
@@ -34,7 +34,7 @@ from waiting import wait_until
 def save(folder: RunFolder, step: int) -> Path:
     checkpoint = folder.checkpoints / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
-    write_json(checkpoint / "state.json", {"step": step})
+    write_json(checkpoint / "state.json", {"step": step, "provenance": read_provenance(folder)})
     mark_complete(checkpoint)
     return checkpoint
 
@@ -297,6 +297,44 @@ def test_nothing_is_copied_to_the_mirror_of_another_run(store: str, run: RunFold
     assert "belongs to another run" in alerts[0].text
     assert steps(mirror) == [1]
     mirror.check_owner(run)
+
+
+def test_checkpoints_of_another_folder_are_not_deleted(store: str, run: RunFolder, tmp_path: Path) -> None:
+    """Catches a host that returns while the storage is down, and then deletes what another one has trained since."""
+    mirror, alerts, other = Mirror(f"{store}/run"), list[Alert](), RunFolder(tmp_path / "other")
+    write_provenance(run, {"host": "a"}, [])
+    other.path.mkdir()
+    shutil.copy(run.provenance, other.provenance)
+    write_provenance(other, {"host": "b"})
+    mirror.upload_run_files(other)
+    mirror.upload(save(other, 5))
+    save(run, 1)
+    write_provenance(run, {"host": "a"})
+    uploads = MirrorUploads(mirror, run, alerts.append)
+    uploads.update(Retention(keep_last=1), 1)
+    uploads.close()
+    assert "was continued in another folder" in alerts[0].text
+    assert steps(mirror) == [5]
+    assert mirror.provenance() == read_provenance(other)
+
+
+def test_no_checkpoint_is_copied_that_the_mirror_need_not_keep(
+    store: str, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches gigabytes that are copied, then deleted, by a folder that has got newer checkpoints from the mirror."""
+    mirror = Mirror(f"{store}/run")
+    for step in (1, 7, 8, 9):
+        save(run, step)
+    for step in (7, 8, 9):
+        mirror.upload(run.checkpoints / f"step-{step:08d}")
+    for step in (7, 8):
+        shutil.rmtree(run.checkpoints / f"step-{step:08d}")
+    caplog.set_level(logging.INFO)
+    uploads = MirrorUploads(mirror, run, lambda alert: None)
+    uploads.update(Retention(keep_last=3), 9, is_new=False)
+    uploads.close()
+    assert steps(mirror) == [7, 8, 9]
+    assert "copied" not in caplog.text
 
 
 @pytest.mark.parametrize(
