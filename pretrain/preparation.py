@@ -23,7 +23,7 @@ from pretrain.engine.deepspeed_settings import check_device_support, warn_of_emu
 from pretrain.modeling.build import BuiltModel, attention_ratio, build_model, choose_rows
 from pretrain.modeling.output_bias import set_output_bias, token_frequencies
 from pretrain.resolve import ResolvedRun, resolve
-from pretrain.restore import restore_run
+from pretrain.restore import repair_checkpoint, restore_run
 from pretrain.training.checkpointer import verify_together
 from pretrain.training.cpu_group import AgreedError, CpuGroup
 from pretrain.training_stream import TrainingStream, open_stream
@@ -45,7 +45,7 @@ def prepare(config: PretrainConfig, world: World, group: CpuGroup) -> tuple[Reso
             config,
             world.size,
             decide=group.from_rank0,
-            verify=partial(verify_together, group, world),
+            verify=partial(verify_or_repair, config.checkpoint.mirror, group, world),
             find_model=partial(download_model_to_hosts, world, group),
             copy_corpora=partial(copy_corpora_to_hosts, world, group),
         )
@@ -137,6 +137,18 @@ def restore_from_mirror(config: PretrainConfig, world: World, group: CpuGroup) -
     """Like `restore_run`, on rank 0. Collective; raises AgreedError."""
     if config.checkpoint.mirror is not None:
         group.from_all_ranks_slowly(lambda on_progress: restore_run(config, on_progress) if world.rank == 0 else None)
+
+
+def verify_or_repair(mirror: str | None, group: CpuGroup, world: World, checkpoint: Path) -> str | None:
+    """Like `verify_together`, after a damaged checkpoint is replaced by its copy in the mirror. Collective."""
+    problem = verify_together(group, world, checkpoint)
+    if problem is None or mirror is None:
+        return problem
+
+    def repair(on_progress: Callable[[], None]) -> bool:
+        return world.rank == 0 and repair_checkpoint(mirror, checkpoint, problem, on_progress)
+
+    return verify_together(group, world, checkpoint) if any(group.from_all_ranks_slowly(repair)) else problem
 
 
 def verify_on_each_host(corpora: Sequence[Corpus], world: World, group: CpuGroup) -> None:

@@ -53,3 +53,15 @@ def _is_ahead_in_time(mirror: Mirror, folder: RunFolder) -> bool:
         problem = str(error) or f"no answer in {_OWNER_SECONDS:.0f} s"
         log.warning("not checked whether the mirror %s belongs to this run: %s", mirror.url, problem)
         return False
+
+
+def repair_checkpoint(url: str, checkpoint: Path, problem: str, on_progress: Callable[[], None]) -> bool:
+    """Replace a damaged checkpoint by its copy in a mirror. Returns False if there is none, or it cannot be copied."""
+    try:
+        is_repaired = Mirror(url).repair(checkpoint, on_progress)
+    except (StorageError, OSError) as error:
+        log.warning("the damaged checkpoint %s cannot be copied again from %s: %s", checkpoint, url, error)
+        return False
+    if is_repaired:
+        log.warning("the checkpoint %s was damaged: %s; copied it again from %s", checkpoint, problem, url)
+    return is_repaired

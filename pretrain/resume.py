@@ -68,6 +68,7 @@ _BY_CONTENT = (
 _MODEL_TRAINING = tuple(f"model.{field}" for field in ModelConfig.model_fields)
 # Keys of lengths that count from step 0, in a fork too.
 _FROM_STEP_0 = ("model.freeze_steps", "schedule.warmup_steps", "schedule.batch_warmup_steps")
+_ADVICE = "Delete damaged checkpoints to resume from checkpoint.mirror, or, without one, to start over"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class ResumeCandidates:
 
     def choose(self, verify: Verify) -> ResumePoint | None:
         """Return the newest undamaged one. Raises UserError if all are damaged."""
-        return ResumePoint(last_usable(self.checkpoints, verify), self.fork) if self.checkpoints else None
+        advice = "" if self.fork else f". {_ADVICE}"
+        return ResumePoint(last_usable(self.checkpoints, verify, advice), self.fork) if self.checkpoints else None
 
 
 def find_resume_candidates(run: RunConfig, folder: RunFolder) -> ResumeCandidates:
@@ -125,7 +127,7 @@ def _check_incomplete(checkpoints: Path, complete: Sequence[Path]) -> None:
     if found and not complete:
         raise UserError(
             f"no checkpoint in {checkpoints} has a COMPLETE file: all are damaged, or their copy is incomplete. "
-            "Delete them to resume from checkpoint.mirror, or, without one, to start over"
+            f"{_ADVICE}"
         )
     for path in found:
         if checkpoint_step(path) > checkpoint_step(complete[-1]):

@@ -185,19 +185,19 @@ def _read_best(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace").strip()
 
 
-def last_usable(candidates: Sequence[Path], verify: Verify) -> Path:
+def last_usable(candidates: Sequence[Path], verify: Verify, advice: str = "") -> Path:
     """Return the last undamaged one of one or more complete checkpoints; logs a warning for each damaged one it skips.
 
-    Raises UserError if all are damaged.
+    Raises UserError, with `advice` at its end, if all are damaged.
     """
     for checkpoint in reversed(candidates):
         problem = verify(checkpoint)
         if problem is None:
             return checkpoint
         if len(candidates) == 1:
-            raise UserError(f"the checkpoint {checkpoint} is damaged: {problem}")
+            raise UserError(f"the checkpoint {checkpoint} is damaged: {problem}{advice}")
         log.warning("skipping damaged checkpoint %s: %s", checkpoint, problem)
-    raise UserError(f"all {len(candidates)} checkpoints in {candidates[-1].parent} are damaged")
+    raise UserError(f"all {len(candidates)} checkpoints in {candidates[-1].parent} are damaged{advice}")
 
 
 def verify(

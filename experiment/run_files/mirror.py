@@ -176,16 +176,11 @@ class Mirror:
 
         def copy(name: str) -> bool:
             """Copy a checkpoint. Returns False if it is damaged."""
-            log.info("copying %s to %s", join(self.url, name), folder.checkpoints)
-            partial = folder.checkpoints / f".{name}.partial"
             try:
-                fetch(join(self.url, name), partial, lambda _: True, on_progress)
+                copies[name] = self._fetch(folder.checkpoints / name, on_progress)
             except DamagedError as error:
                 log.warning("skipping damaged checkpoint %s: %s", name, error)
-                return False
-            fsync_tree(partial)
-            copies[name] = partial
-            return True
+            return name in copies
 
         own, found = complete_checkpoints(folder.checkpoints), list(self.complete())
         later = [name for name in found if not own or checkpoint_step(name) > checkpoint_step(own[-1])]
@@ -203,14 +198,30 @@ class Mirror:
         for path, content in contents.items():
             _write(path, content)
         for name, copied in copies.items():  # the newest one first
-            target = folder.checkpoints / name
-            if target.exists():  # incomplete
-                discard(target)
-            copied.rename(target)
+            _replace(folder.checkpoints / name, copied)  # which may be there, but incomplete
         if best in found and (folder.checkpoints / best / COMPLETE).exists():
             write_text(folder.checkpoints / BEST, f"{best}\n")
         if provenance is not None:
             _write(folder.provenance, provenance)  # last: with it, the folder is not behind
+
+    def repair(self, checkpoint: Path, on_progress: Callable[[], None]) -> bool:
+        """Replace a damaged checkpoint by its copy. Returns False if there is none of the same content, as far as its
+        COMPLETE file says. Raises StorageError, such as DamagedError, and OSError."""
+        try:
+            is_same = read_bytes(join(self.url, checkpoint.name, COMPLETE)) == (checkpoint / COMPLETE).read_bytes()
+        except MissingError:
+            return False
+        if is_same:
+            _replace(checkpoint, self._fetch(checkpoint, on_progress))
+        return is_same
+
+    def _fetch(self, checkpoint: Path, on_progress: Callable[[], None]) -> Path:
+        """Copy the checkpoint of this name to a temporary folder beside it. Raises StorageError and OSError."""
+        url, partial = join(self.url, checkpoint.name), checkpoint.with_name(f".{checkpoint.name}.partial")
+        log.info("copying %s to %s", url, checkpoint.parent)
+        fetch(url, partial, lambda _: True, on_progress)
+        fsync_tree(partial)
+        return partial
 
 
 def fetch(
@@ -268,6 +279,12 @@ def _attempts(checkpoint: Path, run: Mapping[str, Any]) -> list[Any]:
     with suppress(OSError, ValueError, KeyError, TypeError):
         return list(read_state(checkpoint)["provenance"]["attempts"])
     return list(run["attempts"])
+
+
+def _replace(checkpoint: Path, copied: Path) -> None:
+    if checkpoint.exists():
+        discard(checkpoint)
+    copied.rename(checkpoint)
 
 
 def _write(path: Path, content: bytes) -> None:

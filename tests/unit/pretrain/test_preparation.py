@@ -1,21 +1,30 @@
 """Mirrors of other runs, found before training."""
 
+import errno
 import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import Mock
 
 import pytest
 
 from experiment.config import build_config
 from experiment.errors import UserError
 from experiment.files import write_json
-from experiment.run_files.checkpoints import checkpoint_path, checkpoint_step, complete_checkpoints, mark_complete
+from experiment.run_files import mirror as mirror_module
+from experiment.run_files.checkpoints import (
+    Verify,
+    checkpoint_path,
+    checkpoint_step,
+    complete_checkpoints,
+    mark_complete,
+)
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
 from experiment.run_files.run_folder import RunFolder
-from experiment.storage import StorageError
+from experiment.storage import StorageError, write_bytes
 from pretrain import preparation
 from pretrain.config import PretrainConfig
 from pretrain.training.checkpointer import verify_together
@@ -30,6 +39,11 @@ class OneRank(CpuGroup):
 
     def __init__(self) -> None:
         pass
+
+    def call(self, function: Callable[[], T]) -> T:
+        return function()
+
+    from_rank0 = call
 
     def from_all_ranks_slowly(self, function: Callable[[Callable[[], None]], T]) -> list[T]:
         return [function(lambda: None)]
@@ -77,8 +91,7 @@ def train(folder: RunFolder, mirror: Mirror, host: str, *steps: int) -> None:
         mirror.upload(save(folder, step))
 
 
-def restore(folder: RunFolder, mirror: Mirror, resume: str = "auto") -> list[Path]:
-    """Prepare a run in this folder, and return its checkpoints."""
+def run_config(folder: RunFolder, mirror: Mirror, resume: str = "auto") -> PretrainConfig:
     tree: dict[str, Any] = {
         "run": {"dir": str(folder.path), "resume": resume},
         "model": {"config": {"model_type": "bert"}},
@@ -86,8 +99,12 @@ def restore(folder: RunFolder, mirror: Mirror, resume: str = "auto") -> list[Pat
         "schedule": {"steps": 9},
         "checkpoint": {"mirror": mirror.url},
     }
-    world = World(rank=0, size=1, local_rank=0)
-    preparation.restore_from_mirror(build_config(PretrainConfig, tree), world, OneRank())
+    return build_config(PretrainConfig, tree)
+
+
+def restore(folder: RunFolder, mirror: Mirror, resume: str = "auto") -> list[Path]:
+    """Prepare a run in this folder, and return its checkpoints."""
+    preparation.restore_from_mirror(run_config(folder, mirror, resume), World(), OneRank())
     return complete_checkpoints(folder.checkpoints)
 
 
@@ -178,6 +195,59 @@ def test_an_interrupted_copy_of_newer_checkpoints_is_repeated(
     restore(first, mirror)
     assert steps_in(first) == [1, 5]
     assert first.metrics.read_text() == "until (5,)"
+
+
+@pytest.mark.parametrize("fault", [None, "other content", "no checkpoint", "damaged", "down", "full disk"])
+def test_a_damaged_checkpoint_is_copied_from_the_mirror(
+    mirror: Mirror,
+    tmp_path: Path,
+    fault: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Catches a run that resumes from an older checkpoint, or not at all, and deletes the undamaged one in the mirror;
+    and one that stops because it cannot have that one."""
+    checkpoint = checkpoint_path(RunFolder(tmp_path / "first").checkpoints, 1)
+    if fault == "other content":
+        write_bytes(f"{mirror.url}/step-00000001/COMPLETE", b"{}")
+    if fault == "no checkpoint":
+        mirror.delete("step-00000001")
+    if fault == "damaged":
+        write_bytes(f"{mirror.url}/step-00000001/state.json", b"damaged")
+    errors = {"down": StorageError("the storage is down"), "full disk": OSError(errno.ENOSPC, "No space left")}
+    if fault in errors:
+        monkeypatch.setattr(mirror_module, "fetch", Mock(side_effect=errors[fault]))
+    before = (checkpoint / "state.json").read_bytes()
+    (checkpoint / "state.json").write_bytes(b"{}")
+    problem = preparation.verify_or_repair(mirror.url, OneRank(), World(), checkpoint)
+    if fault is None:
+        assert (problem, (checkpoint / "state.json").read_bytes()) == (None, before)
+        assert f"the checkpoint {checkpoint} was damaged: state.json has checksum" in caplog.text
+        return
+    assert problem is not None
+    assert problem.startswith("state.json has checksum")
+    assert (checkpoint / "state.json").read_bytes() == b"{}"
+    assert ("cannot be copied again" in caplog.text) == (fault in ("damaged", *errors))
+    assert preparation.verify_or_repair(None, OneRank(), World(), checkpoint) == problem
+
+
+def test_ranks_copy_a_damaged_checkpoint_before_they_skip_it(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that verify a checkpoint, but do not repair it."""
+    folder, found = RunFolder(tmp_path / "first"), list[str | None]()
+    checkpoint = checkpoint_path(folder.checkpoints, 1)
+    (checkpoint / "state.json").write_bytes(b"{}")
+
+    def resolve(config: PretrainConfig, ranks: int, verify: Verify, **_: Any) -> None:
+        found.append(verify(checkpoint))
+        raise UserError("enough")
+
+    monkeypatch.setattr(preparation, "set_up_logging", lambda *_: None)
+    monkeypatch.setattr(preparation, "resolve", resolve)
+    with pytest.raises(UserError, match="enough"):
+        preparation.prepare(run_config(folder, mirror), World(), OneRank())
+    assert found == [None]
 
 
 @pytest.mark.parametrize("steps", [(), (1,)])

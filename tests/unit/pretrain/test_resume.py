@@ -358,8 +358,18 @@ def test_paths_that_name_a_checkpoint(tmp_path: Path) -> None:
         assert plan(new, str(name)) == ResumePlan(checkpoint_path(parent / "checkpoints", step), step, fork=True)
     (checkpoint_path(parent / "checkpoints", 4) / "state.json").write_text("{}")
     assert plan(new, str(parent)).checkpoint == checkpoint_path(parent / "checkpoints", 2)
-    with pytest.raises(UserError, match=r"step-00000004 is damaged: state\.json"):
+    with pytest.raises(UserError, match=r"step-00000004 is damaged: state\.json has checksum \w+, expected \w+$"):
         plan(new, str(checkpoint_path(parent / "checkpoints", 4)))
+
+
+@pytest.mark.parametrize("steps", [(4,), (2, 4)])
+def test_damaged_checkpoints_of_a_run_that_may_be_mirrored(tmp_path: Path, steps: tuple[int, ...]) -> None:
+    """Catches a user who loses a run because no message says that its mirror may have it."""
+    run = make_run(tmp_path / "run", steps)
+    for step in steps:
+        (checkpoint_path(run / "checkpoints", step) / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"damaged.*\. Delete damaged checkpoints to resume from checkpoint\.mirror"):
+        plan(run, "auto")
 
 
 @pytest.mark.parametrize(("field", "nested"), [("momentum", False), ("median", True)])
