@@ -100,7 +100,9 @@ class MirrorUploads:
 
     def _try(self, keep: Retention | None, newest: int) -> None:
         try:
-            self._upload(keep, newest)
+            self._upload_run_files()
+            if keep is not None:
+                self._upload(keep, newest)
             self.problem, self._is_transient = None, False
         except Exception as error:  # training continues, whatever it is
             self.problem = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -113,16 +115,20 @@ class MirrorUploads:
             log.warning("%s%s", text, "" if self._is_over() else f"; trying again in {self._retry_seconds:.0f} s")
             self._alert(Alert("mirror", text))
 
-    def _upload(self, keep: Retention | None, newest: int) -> None:
-        """Copy the run's files and the missing checkpoints: the newest one, the best one, then the others; later ones
-        are damaged, or the run would have resumed from them. Leaves out the others if there is a newer one. The mirror
-        keeps the one that it names the best until it has the new one. Raises UserError if the mirror is another
-        run's, or was continued in another folder."""
-        if self._mirror.check_owner(self._folder):  # each time: two runs may have found the mirror empty
+    def _upload_run_files(self) -> None:
+        """Copy the run's files, before its checkpoints: a resumed run drops the events that follow its checkpoint.
+
+        Raises UserError if the mirror is another run's, or was continued in another folder: two runs may have found it
+        empty, and the storage may have been down at the start.
+        """
+        if self._mirror.check_owner(self._folder):
             raise self._mirror.diverged(self._folder)
-        self._mirror.upload_run_files(self._folder)  # first: a resumed run drops the events that follow its checkpoint
-        if keep is None:
-            return
+        self._mirror.upload_run_files(self._folder)
+
+    def _upload(self, keep: Retention, newest: int) -> None:
+        """Copy the missing checkpoints: the newest one, the best one, then the others; later ones are damaged, or the
+        run would have resumed from them. Leaves out the others if there is a newer one. The mirror keeps the one that
+        it names the best until it has the new one."""
         if self._known is None:
             self._known = self._mirror.complete()
         known = self._known
