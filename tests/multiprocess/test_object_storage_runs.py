@@ -11,6 +11,7 @@ import pytest
 
 from experiment.run_files.checkpoints import checkpoint_path, complete_checkpoints
 from experiment.run_files.mirror import Mirror
+from experiment.run_files.provenance import read_provenance
 from experiment.run_files.run_folder import RunFolder
 from experiment.storage import delete, list_files, upload
 from launcher.cli import main
@@ -56,7 +57,8 @@ def test_a_run_from_object_storage_resumes_on_another_host(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches results that depend on where a corpus is read, two copies on a host, and a run that starts over, or
-    continues with other losses, when its folder and its cache are lost. Also commands that take URLs."""
+    continues with other losses, when its folder and its cache are lost, or trains again what another host has trained
+    when they return. Also commands that take URLs."""
     plain = run_config(
         tmp_path / "plain", wordpiece_corpus, corpus__eval={"held": str(heldout_corpus)}, evaluation__every_steps=3
     )
@@ -83,7 +85,7 @@ def test_a_run_from_object_storage_resumes_on_another_host(
     assert list(Mirror(f"{bucket}/run").complete()) == ["step-00000002", "step-00000004"]
     copies = list((tmp_path / "cache-first").glob("*/*/manifest.json"))
     assert len(copies) == 2
-    shutil.rmtree(tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "lost")
     shutil.rmtree(tmp_path / "cache-first")
 
     assert pools[2].run(storage_case, tree("second"), variables) == ["done", "done"]
@@ -96,6 +98,13 @@ def test_a_run_from_object_storage_resumes_on_another_host(
     ]
     log = RunFolder(tmp_path / "second").rank_log(0).read_text(encoding="utf-8")
     assert f"copying {bucket}/run/step-00000004" in log
+
+    (tmp_path / "lost").rename(tmp_path / "first")
+    assert pools[2].run(storage_case, tree("first"), variables) == ["done", "done"]
+    first, second = (RunFolder(tmp_path / name) for name in ("first", "second"))
+    assert read_provenance(first) == read_provenance(second) == Mirror(f"{bucket}/run").provenance()
+    assert "was continued in another folder" in first.rank_log(0).read_text(encoding="utf-8")
+    assert complete_checkpoints(first.checkpoints)[-1].name == "step-00000006"
 
     with pytest.raises(RankError, match=r"checkpoint.mirror: s3://.*/run belongs to another run .*choose another"):
         pools[2].run(storage_case, tree("plain"), variables)
