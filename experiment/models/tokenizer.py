@@ -34,7 +34,7 @@ ROBERTA_TOKENS = {
 }
 # Model types whose own tokenizer reads a vocab.txt in another way than BERT's.
 _OTHER_VOCABULARIES = ("bertweet", "esm", "funnel", "mpnet", "phobert", "roc_bert", "roformer", "splinter", "tapas")
-_PRETRAINING_NEEDS = ("cls_token", "sep_token", "pad_token", "mask_token")
+_PRETRAINING_NEEDS = ("pad_token", "mask_token")
 _MANY_UNKNOWN = 0.05  # share of the tokens of a text
 # Keys with which transformers records the origin of a tokenizer.
 _SOURCE_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")

@@ -59,6 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "local_attention": LOCAL_WINDOW,
         "initializer_range": 0.1,
     },
+    "eurobert": {**TINY, "num_key_value_heads": 1},
     "deberta-v2": _BERT_LIKE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "mpnet": _BERT_LIKE,
 }

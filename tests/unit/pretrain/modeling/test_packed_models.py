@@ -1,17 +1,22 @@
 import dataclasses
+import json
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from model_examples import LOCAL_WINDOW, PACKED, PADDED, WIDTH, Example, sequences
+from model_examples import LOCAL_WINDOW, PACKED, PADDED, WIDTH, Example, make_example, sequences
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from pretrain.batching.batch import IGNORED
 from pretrain.batching.masking import MaskingSchedule
+from pretrain.corpus.build import build_corpus
+from pretrain.corpus.options import CorpusOptions
 from pretrain.modeling import packability
 from pretrain.modeling.attention import Packing
 from pretrain.modeling.masked_lm import MaskedLanguageModel
@@ -118,6 +123,29 @@ def test_loss_and_gradients_are_those_of_each_sequence_alone_with_the_full_head(
     assert set(ours) == set(theirs)
     names = sorted(ours)
     assert relative([ours[n] - theirs[n] for n in names], [theirs[n] for n in names]) < 1e-5
+
+
+def test_a_model_whose_tokenizer_has_neither_cls_nor_sep_trains(
+    byte_level: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Catches a refusal of EuroBERT, whose tokenizer puts bos and eos around a text."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(byte_level, folder)
+    for file in folder.iterdir():  # to names that are not RoBERTa's
+        file.write_text(file.read_text().replace('"<s>"', '"<|begin|>"').replace('"</s>"', '"<|end|>"'))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    roles = {role: token for role, token in config.items() if role not in ("cls_token", "sep_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+    build_corpus(CorpusOptions(source=text_file, tokenizer=folder, output=tmp_path / "corpus", workers=1))
+    case = make_example("eurobert", tmp_path / "corpus")
+    ids = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    assert (case.maker.vocabulary.prefix, case.maker.vocabulary.suffix) == ((ids["<|begin|>"],), (ids["<|end|>"],))
+    module = MaskedLanguageModel(case.built.model, case.built.packed).train()
+    optimizer, microbatch = torch.optim.SGD(module.parameters(), lr=1e-3), case.microbatches[0]
+    before = module(*microbatch).loss_sum
+    before.backward()
+    optimizer.step()
+    assert module(*microbatch).loss_sum < before
 
 
 @pytest.mark.parametrize("model_type", PACKED)
