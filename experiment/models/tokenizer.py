@@ -5,6 +5,7 @@ the same ids.
 """
 
 import json
+import pickle
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,8 +50,8 @@ def many_unknown(text: str, share: float) -> Iterator[str]:
 def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
     """Load a tokenizer for masked-LM pretraining, see `load_any_tokenizer`.
 
-    Raises UserError also for one that is not backed by the tokenizers library, lacks a special token that masked-LM
-    pretraining needs, or has no token of its own for masks.
+    Raises UserError also for one that is not backed by the tokenizers library alone, lacks a special token that
+    masked-LM pretraining needs, or has no token of its own for masks.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -59,6 +60,13 @@ def load_tokenizer(path: Path | str) -> "PreTrainedTokenizerFast":
         raise UserError(
             f"tokenizer: {path} holds a {type(tokenizer).__name__}, which cannot be converted to a tokenizer.json"
         )
+    try:
+        pickle.dumps(tokenizer.backend_tokenizer.pre_tokenizer)
+    except Exception:  # tokenizers raises it for one in Python, such as RoFormer's, which calls rjieba
+        raise UserError(
+            f"tokenizer: {path} holds a {type(tokenizer).__name__}, whose pre-tokenizer is Python code and cannot be "
+            "written to a tokenizer.json; use another tokenizer"
+        ) from None
     for role in ("cls_token", "sep_token", "pad_token", "unk_token"):
         if getattr(tokenizer, role) == tokenizer.mask_token:
             raise UserError(f"tokenizer: {path} has one token, {tokenizer.mask_token}, as mask_token and {role}")

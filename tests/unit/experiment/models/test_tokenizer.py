@@ -1,6 +1,9 @@
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -130,6 +133,22 @@ def test_special_tokens_are_needed_only_where_they_are_asked_for(tmp_path: Path)
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
     assert load_any_tokenizer(tmp_path, needed=("pad_token",)).pad_token_id == 0
     with pytest.raises(UserError, match="has no mask_token; needed: pad_token, mask_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_pre_tokenizer_in_python_is_refused(
+    tmp_path: Path, vocabulary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a traceback for RoFormer's Chinese tokenizer, which calls rjieba, or a corpus of other tokens."""
+
+    def tokenize(text: str, hmm: bool) -> list[tuple[str, int, int]]:
+        return [(match[0], *match.span()) for match in re.finditer(r"\w+", text)]
+
+    monkeypatch.setitem(sys.modules, "rjieba", SimpleNamespace(tokenize=tokenize))
+    shutil.copytree(vocabulary_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "roformer"}')
+    assert load_any_tokenizer(tmp_path, needed=())("the river").input_ids == [3, 6, 7, 4], "fine-tuning can use it"
+    with pytest.raises(UserError, match="holds a RoFormerTokenizer, whose pre-tokenizer is Python code"):
         load_tokenizer(tmp_path)
 
 
