@@ -27,6 +27,8 @@ from pretrain.resume import check_fork_length
 from pretrain.schedule_config import ScheduleConfig
 from pretrain.world import World
 
+_SMALL_REST = 0.1  # of a whole batch
+
 
 @dataclass(frozen=True)
 class TrainingStream:
@@ -58,6 +60,16 @@ class TrainingStream:
             assert end is not None
             epochs += order.start(end) / order.corpora[0].sequences
         return epochs
+
+    def is_small_rest(self, step: int) -> bool:
+        """Return whether the batch of a step is the rest of the last epoch, with few of the sequences of a whole
+        batch."""
+        if step + 1 != self.steps:
+            return False
+        order = self.makers[-1].order
+        assert isinstance(order, ShuffledOrder)
+        start, end = order.sizes.start(step), order.sizes.start(step + 1)
+        return order.start(step + 1) - start < _SMALL_REST * (end - start)
 
     def tokens_per_epoch(self, step: int) -> dict[str, float]:
         """Return the tokens in an epoch of each corpus, special tokens included: a mean over the epochs before `step`,

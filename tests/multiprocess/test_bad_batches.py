@@ -11,6 +11,8 @@ import pytest
 from experiment.run_files.checkpoints import complete_checkpoints
 from experiment.run_files.run_folder import RunFolder
 from poison import Poison, poisoned_case, runs_by_policy
+from pretrain.batching.sequences import open_index
+from pretrain.corpus.reader import open_corpus
 from pretrain.world import World
 from rank_pool import RankPool
 from runs import assert_same_run, logged, run_config, sampled, saved_progress, soak
@@ -199,3 +201,15 @@ def test_recent_gradient_norms_survive_a_resume(
     assert runs["uninterrupted"]["skipped"] == [3, 6]
     assert len(runs["uninterrupted"]["norms"]) == 5
     assert_same_run(tmp_path / "uninterrupted", tmp_path / "stopped", 7)
+
+
+def test_a_small_rest_of_an_epoch_is_no_spike(
+    pools: dict[int, RankPool], wordpiece_corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a run that fails in its last step because its last batch is one sequence, or that updates with NaN."""
+    for name, poison, skipped in (("spike", Poison(1e4), []), ("nan", Poison(NAN), [6])):
+        sequences = len(open_index(open_corpus(wordpiece_corpus), 38, tmp_path))
+        tree = run_config(tmp_path / name, wordpiece_corpus, health__policy="skip")
+        tree["schedule"] = {"epochs": (5 * 29 + 1) / sequences, "warmup_steps": 2}
+        assert pools[1].run(poisoned_case, tree, {6: poison}) == ["done"]
+        assert saved_progress(tmp_path / name, 6)["skipped"] == skipped

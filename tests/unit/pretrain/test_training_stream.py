@@ -188,6 +188,16 @@ def test_epochs_end_with_the_last_sequence(open_run_stream: OpenStream, warmup: 
     assert sorted(seen) == [(0, epoch, sequence) for epoch in range(2) for sequence in range(sequences)]
 
 
+def test_which_last_batch_is_a_small_rest(open_run_stream: OpenStream) -> None:
+    """Catches a check of gradient norms that a whole batch, or a batch before the last one, escapes."""
+    sequences = len(open_run_stream(mixed=False).makers[0].corpora[0].index)
+    for rest, is_small in ((2, True), (3, False), (29, False)):
+        stream = open_run_stream(mixed=False, schedule={"epochs": (2 * 29 + rest) / sequences})
+        assert len(stream[2].origins.ids) == rest
+        assert [stream.is_small_rest(step) for step in range(3)] == [False, False, is_small]
+    assert not any(map(open_run_stream(schedule={"budget": "1m"}).is_small_rest, range(3)))
+
+
 def test_a_budget_has_no_last_step(open_run_stream: OpenStream) -> None:
     """Catches a stream that ends before its time budget."""
     stream = open_run_stream(schedule={"budget": "1m"})
