@@ -141,17 +141,14 @@ def locate_model(
 
     They are the same, unless the checkpoint was written with the same options: then the model is built from its copy in
     the checkpoint, and `init_from` stays the folder that the run began with. Raises UserError for an `init_from` that
-    names no model, and for another one than the run began with. mirror: of the run, for the message.
+    names no model, and for another one than the run began with, whose weights would not be used. A fork may also name
+    the checkpoint itself, or none. mirror: of the run, for the message.
     """
     if point is not None:
         saved = read_state(point.checkpoint)["config"]["model"]
         is_same_name = _is_same_name(model.init_from, saved["init_from"])
-        if not is_same_name and not point.fork:
-            raise UserError(
-                f"{point.checkpoint} cannot be resumed with another model.init_from: the run was started with "
-                f"{_shown(saved['init_from'])}, the config says {_shown(model.init_from)}. Restore the value, even "
-                "if the model was moved or deleted, or start a new run in another run.dir"
-            )
+        if not is_same_name:
+            _check_other_model(model.init_from, saved["init_from"], point)
         if model.init_from is not None and is_same_name and _has_same_options(model, saved):
             copy = {
                 "config": None,
@@ -174,6 +171,19 @@ def locate_model(
         hint = f"\nif {mirror} holds this run, `deepcloze pretrain` first copies it, with its model"
         raise type(error)(f"model.init_from: {error}{hint if may_be_mirrored else ''}") from None
     return located, located
+
+
+def _check_other_model(init_from: str | None, saved: str | None, point: ResumePoint) -> None:
+    """Raise UserError for an `init_from` whose weights would not be used. saved: the one that the run began with."""
+    if point.fork and (init_from is None or _is_same_name(init_from, str(point.checkpoint / "hf"))):
+        return
+    what, instead = "resumed", "start a new run in another run.dir"
+    if point.fork:
+        what, instead = "forked", "remove run.resume to start from the weights of model.init_from"
+    raise UserError(
+        f"{point.checkpoint} cannot be {what} with another model.init_from: the run was started with {_shown(saved)}, "
+        f"the config says {_shown(init_from)}. Restore the value, even if the model was moved or deleted, or {instead}"
+    )
 
 
 def _is_same_name(init_from: str | None, saved: str | None) -> bool:

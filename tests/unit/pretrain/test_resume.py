@@ -507,8 +507,8 @@ def test_a_model_has_several_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("began_with", "now"), [("base", "other"), (None, "other"), ("base", None)])
 def test_a_run_continues_from_the_model_it_began_with(tmp_path: Path, began_with: str | None, now: str | None) -> None:
-    """Catches a model that seems to be used, and is recorded, but whose weights are not loaded: the run continues those
-    of its checkpoint."""
+    """Catches a model that seems to be used, and is recorded, but whose weights are not loaded: the run, or its fork,
+    continues those of its checkpoint."""
     for name in ("base", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
@@ -522,7 +522,16 @@ def test_a_run_continues_from_the_model_it_began_with(tmp_path: Path, began_with
     ):
         locate_model(changed, point)
     assert locate_model(first, point)[0] == first
-    assert locate_model(changed, replace(point, fork=True))[0] == changed
+    forked = replace(point, fork=True)
+    if now is None:  # the config of the model is there in its place
+        assert locate_model(changed, forked) == (changed, changed)
+    else:
+        with pytest.raises(UserError, match=r"cannot be forked with .* remove run\.resume to start from the weights"):
+            locate_model(changed, forked)
+    assert locate_model(first, forked)[0] == first
+    (point.checkpoint / "hf" / "config.json").touch()
+    parent = ModelConfig(init_from=str(tmp_path / "run"))
+    assert locate_model(parent, forked)[0].init_from == str(point.checkpoint / "hf"), "the weights that it has anyway"
 
 
 def shown(model: ModelConfig) -> str:
