@@ -88,8 +88,9 @@ class Engine:
         self.zero_stage = settings.zero_stage
         self._seed = seed
         self._swap_folder = swap_folder and swap_folder / f"rank-{world.rank}"
-        if world.rank == 0:
-            _warn_of_stage_change(settings)
+        if world.rank == 0 and settings.stage_change:
+            stages = settings.requested_zero_stage, settings.precision, settings.zero_stage
+            log.warning("ZeRO %d in %s runs as ZeRO %d: %s", *stages, settings.stage_change)
         groups = parameter_groups(model.model, optimizer, options, unused)
         frozen = [parameter for group in groups if group["frozen_until"] for parameter in group["params"]]
         torch_optimizer = build_optimizer(optimizer, groups, self.precision)
@@ -214,11 +215,6 @@ class Engine:
                 "where the device supports bf16, or lower min_loss_scale if it is above 1"
             )
 
-    def overflowed(self, result: StepResult) -> bool:
-        """Return whether an update was skipped because gradients overflowed fp16, as happens while the loss scale
-        settles."""
-        return self.precision == "fp16" and not math.isfinite(result.grad_norm)
-
     def loss_scaler_state(self) -> dict[str, float]:
         """Return the state of the loss scaler; empty in bf16 and fp32."""
         return {} if self._loss_scaler is None else self._loss_scaler.state()
@@ -295,17 +291,6 @@ class Engine:
 
     def _on_device(self, microbatch: Microbatch) -> list[Tensor]:
         return [tensor.to(self.device, non_blocking=True) for tensor in microbatch]
-
-
-def _warn_of_stage_change(settings: DeepSpeedSettings) -> None:
-    if settings.stage_change:
-        log.warning(
-            "ZeRO %d in %s runs as ZeRO %d: %s",
-            settings.requested_zero_stage,
-            settings.precision,
-            settings.zero_stage,
-            settings.stage_change,
-        )
 
 
 def _set_zero3_leaves(model: MaskedLanguageModel, compiled: Collection[type[nn.Module]]) -> None:

@@ -52,6 +52,7 @@ class TrainedStep(NamedTuple):
 
     result: StepResult
     losses: Tensor | None  # summed, of each microbatch of this rank; None: the batch was not trained on
+    overflowed: bool = False  # the gradients, in fp16, as happens while the loss scale settles: nothing was updated
 
 
 class FaultyStep(NamedTuple):
@@ -223,7 +224,7 @@ class Trainer:
         fault = diagnose(batch.step + 1, mean_loss, result.grad_norm, norms, scaled=engine.loss_scale is not None)
         if fault is None:
             engine.check_loss_scale()
-            return TrainedStep(result, losses)
+            return TrainedStep(result, losses, overflowed=True)
         engine.load_loss_scaler_state(scaler)  # which treats every gradient that is not finite as an overflow
         return FaultyStep(fault, losses)
 
@@ -306,7 +307,6 @@ class Trainer:
             by_corpus[name] = by_corpus.get(name, 0) + tokens
         norms = append_norm(progress.grad_norms, result.grad_norm) if result.applied else progress.grad_norms
         unfreezes = progress.step + 1 == self._config.model.freeze_steps  # later norms cover more parameters
-        overflowed = trained.losses is not None and self._engine.overflowed(result)
         self._progress = replace(
             progress,
             step=progress.step + 1,
@@ -314,7 +314,7 @@ class Trainer:
             tokens_by_corpus=by_corpus,
             seconds=totals.seconds,
             skipped_steps=progress.skipped_steps + (not result.applied),
-            overflows=progress.overflows + overflowed,
+            overflows=progress.overflows + trained.overflowed,
             grad_norms=() if unfreezes else norms,
             evaluated=False,
         )
