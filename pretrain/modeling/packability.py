@@ -20,7 +20,9 @@ from experiment.models.transformers_models import first_position, quiet_transfor
 from pretrain.modeling.attention import Packing, use_packed_attention
 from pretrain.modeling.random_model import random_model
 
-_TOLERANCE = 1e-4  # absolute and relative, on fp32 logits
+# Of fp32 logits, relative to their standard deviation. Rounding made 3e-4 in 24 layers with random weights and outlier
+# features; the least influence of another position, that of padding in Nyströmformer, was 4e-3.
+_TOLERANCE = 1e-3
 _WIDTH, _LENGTHS = 12, (7, 4)  # a row of two sequences and padding
 _PROBE_LENGTH = 8
 
@@ -50,7 +52,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         ids[:3] = mask  # ESM scales a row's embeddings by its share of masked tokens
     try:
         with evaluation_mode(model):
-            same = _same_logits(model, ids)
+            same = _same_when_packed(model, ids)
     except Exception as error:  # of any type of model
         return f"it does not accept packed input ({first_line(error)})"
     return None if same else "packed sequences would influence each other"
@@ -67,7 +69,7 @@ def ignores_padding(model: PreTrainedModel) -> bool:
         # Perceiver has logits for all its positions, however short the sequence is.
         alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :length]
         together = model(input_ids=padded, attention_mask=visible).logits[:, :length]
-    return torch.allclose(alone, together, atol=_TOLERANCE, rtol=_TOLERANCE)
+    return same_logits(together, alone)
 
 
 @contextmanager
@@ -94,15 +96,20 @@ def probe(model: PreTrainedModel, packed: bool) -> Tensor:
     return logits
 
 
+def same_logits(found: Tensor, expected: Tensor) -> bool:
+    """Return whether logits are equal except for rounding, which grows with them."""
+    return bool((found - expected).abs().max() <= _TOLERANCE * expected.std())
+
+
 @torch.inference_mode()
-def _same_logits(model: PreTrainedModel, ids: Tensor) -> bool:
+def _same_when_packed(model: PreTrainedModel, ids: Tensor) -> bool:
     first = first_position(model)
     packed = model(**packed_inputs(ids, _LENGTHS, _WIDTH, first)).logits[0]
     start = 0
     for length in _LENGTHS:
         end = start + length
         alone = model(**packed_inputs(ids[start:end], (length,), length, first)).logits[0]
-        if not torch.allclose(alone, packed[start:end], atol=_TOLERANCE, rtol=_TOLERANCE):
+        if not same_logits(packed[start:end], alone):
             return False
         start = end
     return True

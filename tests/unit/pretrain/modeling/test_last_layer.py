@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.masked_lm import MaskedLanguageModel
-from pretrain.modeling.packability import packed_inputs, why_not_packed
+from pretrain.modeling.packability import ignores_padding, packed_inputs, why_not_packed
 from pretrain.modeling.random_model import meta_model, random_model
 from pretrain.modeling.structure import encoder_layers
 
@@ -59,6 +59,24 @@ def tiny(model_type: str, **fields: Any) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e6])
+def test_sequences_that_mix_are_found_in_logits_of_any_size(scale: float) -> None:
+    """Catches large logits, whose rounding is large too, that train padded, and small ones whose sequences mix."""
+    model = with_scaled_logits(tiny("bert", vocab_size=2000, tie_word_embeddings=False), scale)
+    for mixes in (False, True):
+        assert (why_not_packed(model) == "packed sequences would influence each other") == mixes
+        model.set_attn_implementation("sdpa")
+        assert ignores_padding(model) != mixes
+        model.base_model.embeddings.register_forward_hook(
+            lambda _module, _inputs, output: output + 0.1 * output.mean(dim=1, keepdim=True)
+        )
+
+
+def with_scaled_logits(model: PreTrainedModel, scale: float) -> PreTrainedModel:
+    model.get_output_embeddings().weight.data *= scale
+    return model
+
+
 def test_a_mask_token_of_another_vocabulary() -> None:
     """Catches an IndexError for a folder whose config names a mask token that its vocabulary does not have."""
     tiny("bert", mask_token_id=128_002)
@@ -86,9 +104,11 @@ def test_a_small_vocabulary() -> None:
     assert shorten_last_layer(tiny("bert", vocab_size=12)) is not None
 
 
-def test_layers_that_mix_positions_after_attention_stay_as_they_are() -> None:
-    """Catches wrong losses of a model whose last layer needs other positions than the predicted ones."""
-    model = tiny("bert")
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
+def test_layers_that_mix_positions_after_attention_stay_as_they_are(scale: float) -> None:
+    """Catches wrong losses of a model whose last layer needs other positions than the predicted ones, or one that
+    computes all positions because its logits are large."""
+    model = with_scaled_logits(tiny("bert", vocab_size=2000, tie_word_embeddings=False), scale)
     dense = encoder_layers(model)[-1].output.dense
 
     def mix(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
