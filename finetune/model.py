@@ -1,6 +1,7 @@
 """Load an encoder and put a task head on it."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,11 +150,34 @@ def _compute_outputs_in_fp32(model: PreTrainedModel) -> None:
         layers[-1].__class__ = _Float32Linear
 
 
-def set_output_bias(built: BuiltModel, value: float) -> None:
-    """Set the bias of a new output layer, if it has one."""
+def fit_output_range(built: BuiltModel, mean: float, spread: float) -> None:
+    """Let a new output layer start at the mean of the targets, and let updates move outputs in proportion to their
+    standard deviation: Adam moves a weight by about the learning rate, whatever the targets are.
+
+    The layer trains divided by a power of two, which is exact. State dicts have the weights of the undivided layer.
+    """
+    scale = 2.0 ** math.floor(math.log2(spread)) if spread > 0 else 1.0
     for name, module in built.model.named_modules():
-        if type(module) is _Float32Linear and f"{name}.bias" in built.new:
-            nn.init.constant_(module.bias, value)
+        if type(module) is _Float32Linear:
+            if f"{name}.bias" in built.new:
+                nn.init.constant_(module.bias, mean)
+            _divide(module, scale)
+
+
+def _divide(layer: nn.Linear, scale: float) -> None:
+    """Divide the parameters, and multiply the outputs and the saved parameters."""
+
+    def scale_saved(state: dict[str, Any], prefix: str, factor: float) -> None:
+        for name, _ in layer.named_parameters():
+            if f"{prefix}{name}" in state:
+                state[f"{prefix}{name}"] = state[f"{prefix}{name}"] * factor
+
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter /= scale
+    layer.register_forward_hook(lambda _layer, _inputs, outputs: outputs * scale)
+    layer.register_state_dict_post_hook(lambda _layer, state, prefix, _metadata: scale_saved(state, prefix, scale))
+    layer.register_load_state_dict_pre_hook(lambda _layer, state, prefix, *_: scale_saved(state, prefix, 1 / scale))
 
 
 def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -> list[str]:

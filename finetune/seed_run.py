@@ -18,7 +18,7 @@ from experiment.run_files.provenance import read_provenance, write_origin
 from experiment.run_files.run_folder import RunFolder
 from finetune.config import changed_settings
 from finetune.encoding.encoder import load_task_tokenizer
-from finetune.model import build_model, save_model, set_output_bias
+from finetune.model import build_model, fit_output_range, save_model
 from finetune.prediction.saved_task import SavedTask, write_saved_task
 from finetune.resolve import ResolvedRun
 from finetune.results.model_card import write_seed_card
@@ -84,8 +84,8 @@ def train_seed(seed: int, run: ResolvedRun, log: Log) -> SeedRecord:
     # Saved with the model: the one that tokenized has other truncation settings. Retention may delete its folder later.
     tokenizer = load_task_tokenizer(run.model.folder, run.task.kind.config, fine_tunes=True)
     if run.task.is_trained:
-        if (bias := run.task.kind.output_bias(run.task.splits["train"].table)) is not None:
-            set_output_bias(built, bias)
+        if (found := run.task.kind.target_range(run.task.splits["train"].table)) is not None:
+            fit_output_range(built, *found)
         state = state_file(seed, run)
         evaluations = _working_folder(seed, run.folder) / _EVALUATIONS
         if run.keep != "all" or not state.steps:

@@ -150,8 +150,8 @@ class TaskKind(ABC, Generic[ConfigT]):
             raise UserError(f"{place}: unknown label '{label}'{advice}{close}")
         return self.label_ids[label]
 
-    def output_bias(self, train: Table) -> float | None:
-        """Return the bias that a new output layer starts with; None if it is the one of transformers."""
+    def target_range(self, train: Table) -> tuple[float, float] | None:
+        """Return the mean and the standard deviation of targets that are numbers."""
         return None
 
     def describe(self, train: Table) -> list[str]:

@@ -49,9 +49,9 @@ class Kind(TaskKind[Config]):
         values = [record.values["label"] for record in train.records]
         return [f"numbers in train: {min(values):g} to {max(values):g}, mean {np.mean(values):.3g}"]
 
-    def output_bias(self, train: Table) -> float:
-        """Return the mean of the targets: from 0, those far from it take thousands of updates to reach."""
-        return float(np.mean([record.values["label"] for record in train.records]))
+    def target_range(self, train: Table) -> tuple[float, float]:
+        values = [record.values["label"] for record in train.records]
+        return float(np.mean(values)), float(np.std(values))
 
     def expand(self, record: Record, encoder: Encoder, training: bool) -> list[Example]:
         return [Example((encoder.encode(*TextColumns.texts(record.values)),), record.values.get("label"))]

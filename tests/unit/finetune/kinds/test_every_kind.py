@@ -259,6 +259,25 @@ def test_a_regression_starts_at_the_mean_of_its_targets(
     assert kept["classifier.bias"].item() == pytest.approx(mean)
 
 
+def test_predictions_of_a_regression_reach_the_spread_of_its_targets(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches targets between 0 and 1,000 whose predictions stay near the mean, because an update moves a weight as
+    far as for targets between 0 and 1, and a saved model that predicts something else than was scored."""
+    wide = TinyTask(lambda draw: {**(row := regression(draw)), "label": 1000 * row["label"]}, chance=0.0, epochs=6)
+    monkeypatch.setitem(TASKS, "regression", wide)
+    results = run(config_of("regression", encoder, tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    labels = [row["label"] for row in rows]
+    (error,) = results["splits"]["test"]["rmse"]["values"]
+    assert error < 0.9 * np.std(labels)
+    found = Predictor.load(tmp_path / "run" / "seed-42" / "model", precision="fp32").predict(
+        [{"text": row["sentence1"]} for row in rows]
+    )
+    errors = [each["value"] - label for each, label in zip(found, labels, strict=True)]
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(error, rel=1e-3)
+
+
 def test_the_snippet_of_a_task_on_pairs_runs(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
