@@ -53,15 +53,19 @@ class StateFile:
 
     def load(self) -> State | None:
         """Return the last state; None if there is none for these settings. Raises UserError if the file is damaged."""
-        saved = self._read()
+        return self._state(verified=True)
+
+    def _state(self, verified: bool) -> State | None:
+        saved = self._read(verified)
         return None if saved is None or changed_settings(self.settings, saved["settings"]) else saved["state"]
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self, verified: bool) -> dict[str, Any] | None:
+        """verified: read all tensors, which may be gigabytes, to compare their checksums."""
         if not self.path.exists():
             return None
         try:
             with zipfile.ZipFile(self.path) as file:
-                if damaged := file.testzip():  # torch does not compare checksums
+                if verified and (damaged := file.testzip()):  # torch does not compare checksums
                     raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
             saved: dict[str, Any] = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
             return saved
@@ -74,13 +78,13 @@ class StateFile:
 
     def other_settings(self) -> dict[str, tuple[Any, Any]]:
         """Return the settings of the last state that differ, with both values."""
-        saved = self._read()
+        saved = self._read(verified=False)
         return {} if saved is None else changed_settings(self.settings, saved["settings"])
 
     @property
     def steps(self) -> int:
         """Updates until the last state, 0 if there is none."""
-        state = self.load()
+        state = self._state(verified=False)
         return 0 if state is None else int(state["updater"]["steps"])
 
 
@@ -189,7 +193,7 @@ def fit(
         while not fitting.done:
             fitting.train_until_evaluation(log)
             fitting.evaluate(log)
-            if state_file is not None and fitting.has_more:
+            if state_file is not None:
                 state_file.save(fitting.state())
         return fitting.predict()
     except KeyboardInterrupt:
@@ -243,12 +247,6 @@ class _Fitting:
         waited = 0 if self._best is None else len(self._epochs) - 1 - self._best.number
         stop_early = self._config.patience is not None and waited >= self._config.patience
         return stop_early or self._updater.steps >= self._updater.total_steps
-
-    @property
-    def has_more(self) -> bool:
-        """Whether to train, or to evaluate another split, which may take long."""
-        others = self._task.splits.keys() - {"train", "validation"}
-        return not self.done or self._config.score_train or bool(others)
 
     def _must_evaluate(self) -> bool:
         """Return whether an evaluation is due after the last update."""
@@ -336,7 +334,7 @@ class _Fitting:
             and {
                 "number": best.number,
                 "weights": None if self._epochs[best.number].steps == self.steps else best.weights,
-                "validation": best.validation and asdict(best.validation),
+                "validation": best.validation and vars(best.validation),
             },
         }
 

@@ -1,4 +1,5 @@
 import signal
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -498,6 +499,17 @@ def test_an_interrupted_prediction_needs_no_training_again(tmp_path: Path) -> No
     resumed.register_forward_hook(lambda model, *_: updates.append(model.training))
     assert without_seconds(fit(resumed, ready, config, 7, CPU, ignore, state)) == without_seconds(whole)
     assert updates == [False]
+
+
+def test_a_finished_training_has_saved_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a full disk or Ctrl-C while the model is written that costs the updates since the evaluation before the
+    last one, and a state whose steps are asked for that is read as a whole: gigabytes."""
+    config = TrainingConfig(lr=0.03, epochs=1, batch_size=8)
+    state = StateFile(tmp_path / "work" / "state.pt", {"lr": 1})
+    fitted = fit(Bag(), task(), config, 7, CPU, ignore, state)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("read"))
+    assert state.steps == fitted.epochs[-1].steps > 0
+    assert state.other_settings() == {}
 
 
 @pytest.mark.parametrize("call", [8, 11])
