@@ -167,17 +167,21 @@ def fit_output_range(built: BuiltModel, mean: float, spread: float) -> None:
 def _divide(layer: nn.Linear, scale: float) -> None:
     """Divide the parameters, and multiply the outputs and the saved parameters."""
 
-    def scale_saved(state: dict[str, Any], prefix: str, factor: float) -> None:
-        for name, _ in layer.named_parameters():
-            if f"{prefix}{name}" in state:
-                state[f"{prefix}{name}"] = state[f"{prefix}{name}"] * factor
+    def scale_saved(state: dict[str, Tensor], prefix: str, factor: float) -> None:
+        for name in (f"{prefix}weight", f"{prefix}bias"):
+            if name in state:
+                state[name] = state[name] * factor
 
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter /= scale
+            parameter.div_(scale)
     layer.register_forward_hook(lambda _layer, _inputs, outputs: outputs * scale)
-    layer.register_state_dict_post_hook(lambda _layer, state, prefix, _metadata: scale_saved(state, prefix, scale))
-    layer.register_load_state_dict_pre_hook(lambda _layer, state, prefix, *_: scale_saved(state, prefix, 1 / scale))
+    layer.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
+        lambda _layer, state, prefix, _metadata: scale_saved(state, prefix, scale)
+    )
+    layer.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+        lambda _layer, state, prefix, *_: scale_saved(state, prefix, 1 / scale)
+    )
 
 
 def describe_model(built: BuiltModel, spec: ModelSpec, uses_head: bool = True) -> list[str]:
