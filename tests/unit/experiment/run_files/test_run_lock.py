@@ -187,7 +187,7 @@ def test_two_processes_that_start_at_once_on_a_disk_without_locks(
         return found
 
     def use() -> None:
-        with suppress(UserError), lock_run(folder, times=FAST):
+        with suppress(UserError), lock_run(folder, times=LockTimes(renew=1.0)):  # a busy disk takes a while
             entered.append(1)
 
     monkeypatch.setattr(run_lock, "_check_owner", check)
