@@ -154,28 +154,36 @@ def fit_output_range(built: BuiltModel, mean: float, spread: float) -> None:
     """Let a new output layer start at the mean of the targets, and let updates move outputs in proportion to their
     standard deviation: Adam moves a weight by about the learning rate, whatever the targets are.
 
-    The layer trains divided by a power of two, which is exact. State dicts have the weights of the undivided layer.
+    The layer trains as for targets divided by a power of two, which is exact. State dicts have its weights for the
+    targets themselves.
     """
     scale = 2.0 ** math.floor(math.log2(spread)) if spread > 0 else 1.0
     for name, module in built.model.named_modules():
         if type(module) is _Float32Linear:
             if f"{name}.bias" in built.new:
                 nn.init.constant_(module.bias, mean)
-            _divide(module, scale)
+            with torch.no_grad():
+                for parameter, value in module.named_parameters():
+                    if parameter == "bias" or f"{name}.{parameter}" not in built.new:
+                        value.div_(scale)
+            _multiply_outputs(module, scale)
 
 
-def _divide(layer: nn.Linear, scale: float) -> None:
-    """Divide the parameters, and multiply the outputs and the saved parameters."""
+def _multiply_outputs(layer: nn.Linear, scale: float) -> None:
+    """Multiply the outputs and the saved parameters. Gradients are those of the loss in divided units, whose norm does
+    not depend on the targets."""
+
+    def multiply(_layer: nn.Module, _inputs: object, outputs: Tensor) -> Tensor:
+        if outputs.requires_grad:
+            outputs.register_hook(lambda gradient: gradient / scale**2)  # type: ignore[no-untyped-call]
+        return outputs * scale
 
     def scale_saved(state: dict[str, Tensor], prefix: str, factor: float) -> None:
         for name in (f"{prefix}weight", f"{prefix}bias"):
             if name in state:
                 state[name] = state[name] * factor
 
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.div_(scale)
-    layer.register_forward_hook(lambda _layer, _inputs, outputs: outputs * scale)
+    layer.register_forward_hook(multiply)
     layer.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
         lambda _layer, state, prefix, _metadata: scale_saved(state, prefix, scale)
     )
