@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
-import yaml
 from pydantic import BaseModel
 
 from experiment.config.reference import config_reference
+from experiment.config.yaml_dialect import read_yaml
 from launcher.cli import main
 from launcher.command_line import flags_of, options_of
 from launcher.commands import COMMANDS
@@ -129,7 +129,7 @@ def _prose(page: Path) -> str:
 
 def _yaml_blocks(page: Path) -> list[dict[str, Any]]:
     text = page.read_text(encoding="utf-8")
-    return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    return [read_yaml(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
 
 
 def _anchors(page: Path) -> list[str]:
