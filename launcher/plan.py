@@ -32,6 +32,9 @@ def print_run_plan(options: PlanOptions) -> None:
         device = Device(options.device, None, None)
     else:
         device = local_gpu() if machine.devices.kind == "cuda" else local_cpu(max(ranks_by_host))
+    is_here = is_local(slots) and sum(ranks_by_host) <= len(machine.devices.indices)
+    if options.device is None and (not is_here or device == UNKNOWN_GPU):
+        notify(f"warning: planned for this machine's device, {device.name}; name the one to plan for as --device")
     plan = plan_run(
         resolve_run(config, sum(ranks_by_host), copy_corpora=copy_urls),
         ranks_by_host=ranks_by_host,
@@ -44,9 +47,6 @@ def print_run_plan(options: PlanOptions) -> None:
             price=options.price,
         ),
     )
-    is_here = is_local(slots) and sum(ranks_by_host) <= len(machine.devices.indices)
-    if options.device is None and (not is_here or device == UNKNOWN_GPU):
-        notify(f"warning: planned for this machine's device, {device.name}; name the one to plan for as --device")
     if options.json_output:
         print(json.dumps(as_json(plan)))
     else:

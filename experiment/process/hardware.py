@@ -130,7 +130,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     fp32 (no tensor cores).
     """
     peaks = next((peaks for pattern, peaks in _PEAKS if re.search(pattern, device_name, re.IGNORECASE)), {})
-    is_part = "MIG" in device_name
+    is_part = "MIG" in device_name.upper()
     return None if is_part or precision not in peaks else peaks[precision] * 1e12
 
 

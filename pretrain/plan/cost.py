@@ -14,7 +14,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 _TIMEOUT = 10.0  # seconds, for nvidia-smi
 _GIB = 1 << 30
 # Of a capability below 8.0. Newer ones have similar names: RTX 2050, RTX 2000 Ada Generation, MX570.
-_OLDER_GPUS = re.compile(r"\b([KMPTV]\d|C\d{4}|MX\d[1-5]0|GT|TITAN|RTX 20[678]0|Tesla|Quadro)", re.IGNORECASE)
+_OLDER_GPUS = re.compile(
+    r"\b([KMPTV]\d|C\d{4}|MX\d[1-5]0|GT|TITAN|RTX 20[678]0|(Tesla|Quadro)(?!.*\b[ABHL]\d))", re.IGNORECASE
+)
 # Of a GPU's memory, at least and at most: a card sold with 80 GiB has 79.2 to 79.6; the CUDA context, NCCL's buffers,
 # workspaces of cuBLAS and fragmentation take 1.5 to 3 GiB. Figures from practice, not measured with deepcloze.
 _RESERVED_SHARES = 0.005, 0.01

@@ -96,6 +96,7 @@ def test_peaks_are_dense_and_of_the_right_variant(name: str, precision: str, ter
         ("RTX4090D", "bf16"),
         ("NVIDIA GH200 480GB", "bf16"),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bf16"),
+        ("h100 mig 1g.10gb", "bf16"),
         ("NVIDIA H100 80GB HBM3", "fp8"),
     ],
 )

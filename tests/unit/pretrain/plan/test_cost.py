@@ -67,7 +67,7 @@ NEWER = (
         "NVIDIA L4",
     ),
     *("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 4090", "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"),
-    *("NVIDIA B200", "NVIDIA GB10", "AMD Instinct MI300X"),
+    *("NVIDIA B200", "NVIDIA GB10", "AMD Instinct MI300X", "nvidia-tesla-a100", "Quadro RTX A6000"),
 )
 
 
