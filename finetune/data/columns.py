@@ -134,13 +134,17 @@ def as_number(cell: str | float) -> float | None:
         return None
 
 
-def _read_labels(cell: object) -> list[str] | str:
+def _read_labels(cell: object) -> list[str] | str | None:
     """Read a list of labels, without empty ones; text that is not a list in JSON stays text.
 
-    No labels are an empty list, not an empty cell. Of a tuple of cells, a multi-hot vector is returned.
+    No labels are an empty list, not an empty cell. Of a tuple of cells, a multi-hot vector is returned;
+    None if all are empty or -1.
     """
     if isinstance(cell, tuple):
-        flags = [_FLAGS.get((_read_id(part) or "").lower(), "") for part in cell]
+        values = [_read_id(part) or "" for part in cell]
+        if {"", "-1", "-1.0"}.issuperset(values):
+            return None
+        flags = [_FLAGS.get(value.lower(), "") for value in values]
         if not all(flags):
             raise ValueError("; of several columns, each must have 1 or 0")
         return flags
@@ -165,14 +169,15 @@ def _read_words(cell: object) -> list[str] | None:
 
 def _read_tags(cell: object) -> list[str] | None:
     """Read a list of tags; None if it holds nothing but null or -1, as data sets without tags on the Hub."""
-    if isinstance(cell, list) and cell and all(tag is None or isinstance(tag, int) for tag in cell):
+    cell = _parse_json(cell)
+    if isinstance(cell, list) and cell and all(tag is None or isinstance(tag, int | float) for tag in cell):
         if all(tag in (None, -1) for tag in cell):
             return None
         raise ValueError("; class numbers have names only in Parquet files of `datasets`: read them as hub:FOLDER")
     tags = _read_words(cell)
     if tags and not all(tags):
         raise ValueError("; a tag is empty")
-    return tags
+    return None if tags and set(tags) == {"-1"} else tags
 
 
 def _read_sentence(cell: object) -> list[str]:

@@ -106,6 +106,9 @@ def test_a_column_for_each_label(tmp_path: Path, labels: tuple[str, ...] | None)
         {second},
         {first},
     ]
+    for hidden in ("-1,-1.0", ","):
+        (tmp_path / "f.csv").write_text(f"text,a,b\nx,{hidden}\n")
+        assert not read_table(tmp_path / "f.csv", config.columns, targets_required=False).labelled
     (tmp_path / "f.csv").write_text("text,a,b\nx,1,2\n")
     with pytest.raises(UserError, match=r"f\.csv:2: expected .* in 'b, a', found \[\"2\", \"1\"\]; .* have 1 or 0"):
         read_table(tmp_path / "f.csv", config.columns)
