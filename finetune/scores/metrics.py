@@ -174,7 +174,7 @@ def entity_tags(labels: Sequence[str]) -> dict[str, str]:
     """Return label -> the tag that seqeval reads: O, or B-, I-, E- or S- and a type.
 
     Tags of BMES and BILOU are translated, and so are letters alone, if no label has a type, and b-X, B_X, X-B and X_B,
-    if all labels are written in this way. Any other label is an entity of one word.
+    if all labels but O are written in this way, in which o is O, too. Any other label is an entity of one word.
     """
     others = [label for label in labels if label not in ("O", "o")]
     letters = {label.upper() for label in others}
@@ -188,6 +188,8 @@ def entity_tags(labels: Sequence[str]) -> dict[str, str]:
             label: f"{_LETTERS[letter]}-{name}" if dash and letter in known else f"B-{label}"
             for label, (letter, dash, name) in parts.items()
         }
+        if not has_prefixes and "o" in labels:
+            found["o"] = "B-o"  # a tag such as PKU's for onomatopoeia
     return dict.fromkeys(labels, "O") | found
 
 

@@ -180,6 +180,7 @@ def test_every_scheme_of_tags_counts_the_same_entities(gold: str, predicted: str
     [
         ("B-X I-X O", None),
         ("NOUN VERB", "NOUN, VERB"),
+        ("n o v", "n, o, v"),  # the tag o of PKU
         ("B-X I-X OTHER", "OTHER"),
         ("B_X I_X O X", "B_X, I_X, X"),
         ("VITAMIN-B VITAMIN-E O", "VITAMIN-B, VITAMIN-E"),  # types, none of which continues
@@ -265,7 +266,7 @@ def test_null_tags_and_numbers_for_words(tmp_path: Path) -> None:
         read_table(path, CONFIG.columns, targets_required=False)
 
 
-@pytest.mark.parametrize("tags", ["[]", "[-1, -1]", "[null, null]"])
+@pytest.mark.parametrize("tags", ["[]", "[-1, -1]", "[-1.0, -1.0]", "[null, null]", '"[-1, -1]"', '"-1 -1"'])
 def test_a_test_split_may_hide_its_tags(tmp_path: Path, tags: str) -> None:
     """Catches a test split of the Hub that is rejected, because its tags are withheld; a sentence without words has no
     tags either."""
