@@ -25,7 +25,7 @@ from experiment.process.signals import WARNING_SIGNALS, signals_blocked
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import Alert, send_by_wandb
-from experiment.tracking.config import WANDB_GROUP, WANDB_NAME, TrackingConfig
+from experiment.tracking.config import RUN_SET, WANDB_NAME, TrackingConfig
 from experiment.tracking.jsonl import Event, Metrics, is_evaluation
 
 if TYPE_CHECKING:
@@ -70,10 +70,9 @@ class WandbTracker:
         self._finish_seconds = finish_seconds
         self._off = False
         self._report: Path | None = None
-        in_set = {WANDB_NAME, WANDB_GROUP} <= os.environ.keys()  # see `RunSet`
         self._options: dict[str, Any] = {
             "project": config.project,
-            "name": (None if in_set else config.name) or os.environ.get(WANDB_NAME) or folder.path.name,
+            "name": (None if RUN_SET in os.environ else config.name) or os.environ.get(WANDB_NAME) or folder.path.name,
             "tags": config.tags,
             "id": run_id,
             "resume": "allow",  # also offline: `wandb sync` then appends a later attempt instead of replacing the first

@@ -30,7 +30,7 @@ from experiment.run_files.checkpoints import mention_newer, names_model_folder
 from experiment.run_files.outcome_file import Outcome, read_outcome, recorded_outcome
 from experiment.run_files.run_folder import SWEEP_RECORD, RunFolder, open_run_folder
 from experiment.run_files.run_lock import folder_use, lock_run
-from experiment.tracking.config import WANDB_GROUP, WANDB_NAME
+from experiment.tracking.config import RUN_SET, WANDB_GROUP, WANDB_NAME
 from finetune.config import CHANGE_ROUNDING_ONLY, PATHS, FinetuneConfig, config_of_kind
 from pretrain.config import CHANGE_ROUNDING_ONLY as PRETRAINING_ROUNDING_ONLY
 from pretrain.config import PretrainConfig
@@ -164,7 +164,8 @@ class RunSet:
         cell of a comparison has got such variables itself."""
         outer = os.environ.get(WANDB_NAME)
         name = run.name if outer is None else f"{outer}/{run.name}"
-        return {WANDB_NAME: name, WANDB_GROUP: os.environ.get(WANDB_GROUP, self.folder.path.name)}
+        group = os.environ.get(WANDB_GROUP, self.folder.path.name)
+        return {WANDB_NAME: name, WANDB_GROUP: group, RUN_SET: "1"}
 
     def _argv_with_copy(self, run: PlannedRun) -> tuple[str, ...]:
         """Write the copy of the config file for a run, and return the command that reads it."""

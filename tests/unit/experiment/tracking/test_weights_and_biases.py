@@ -148,9 +148,11 @@ def test_the_name_of_a_run(tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     tracker(tmp_path).close(Outcome.DONE)
     tracker(tmp_path, name="mine").close(Outcome.DONE)
-    monkeypatch.setenv("WANDB_RUN_GROUP", "compare")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "of a job script")
     tracker(tmp_path, name="mine").close(Outcome.DONE)
-    assert [run.options["name"] for run in fake.runs] == ["ours/toy", "mine", "ours/toy"]
+    monkeypatch.setenv("DEEPCLOZE_RUN_SET", "1")
+    tracker(tmp_path, name="mine").close(Outcome.DONE)
+    assert [run.options["name"] for run in fake.runs] == ["ours/toy", "mine", "mine", "ours/toy"]
 
 
 def event(step: int, name: str = "loss") -> Event:

@@ -94,7 +94,7 @@ def finish(folder: Path, config: FlatConfig) -> bool:
 def test_the_names_of_runs_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches runs of a comparison that W&B shows as many of the same name, and points of a sweep in one of its cells
     that do not say whose they are."""
-    show = shell(f"echo $WANDB_RUN_GROUP $WANDB_NAME >> {tmp_path}/log")
+    show = shell(f"echo $DEEPCLOZE_RUN_SET $WANDB_RUN_GROUP $WANDB_NAME >> {tmp_path}/log")
 
     def finish_set(name: str, run: str) -> None:
         runs = RunSet("sweep", open_run_folder(tmp_path / name), "--output", "a.json", (PlannedRun(run, show, {}),))
@@ -107,7 +107,7 @@ def test_the_names_of_runs_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WANDB_RUN_GROUP", "compare")
     monkeypatch.setenv("WANDB_NAME", "ours/toy")
     finish_set("compare/ours/toy", "lr=1e-3")
-    assert (tmp_path / "log").read_text() == "compare ours/toy\ncompare ours/toy/lr=1e-3\n"
+    assert (tmp_path / "log").read_text() == "1 compare ours/toy\n1 compare ours/toy/lr=1e-3\n"
 
 
 @pytest.mark.parametrize("state", [None, DONE])
