@@ -81,9 +81,9 @@ def count_parameters(folder: Path) -> int | None:
 
 
 def check_layers(folder: Path, model: "PreTrainedModel", unused: Iterable[str]) -> None:
-    """Raise UserError for weights that the model does not use in one of its layers, without which the layer computes
-    something else. Others may be buffers of older releases of transformers."""
-    names = sorted(name for name in unused if name.endswith("weight") and _is_in_layer(name, model))
+    """Raise UserError for weights and biases that the model does not use in one of its layers, without which the layer
+    computes something else. Others may be buffers of older releases of transformers."""
+    names = sorted(name for name in unused if _is_in_layer(name, model) and _is_weight(name, model))
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         kind = getattr(model.config, "position_embedding_type", None)
@@ -96,6 +96,12 @@ def _is_in_layer(parameter: str, model: "PreTrainedModel") -> bool:
     """Return whether the innermost numbered module in the name of a parameter is in the encoder."""
     found = _NUMBERED.match(parameter.removeprefix(f"{model.base_model_prefix}."))
     return found is not None and any(name == found[0] for name, _ in model.base_model.named_modules())
+
+
+def _is_weight(parameter: str, model: "PreTrainedModel") -> bool:
+    """Return whether the name is one of a weight, or of the bias of a module that has a weight."""
+    module, _, name = parameter.removeprefix(f"{model.base_model_prefix}.").rpartition(".")
+    return name == "weight" or (name == "bias" and f"{module}.weight" in dict(model.base_model.named_parameters()))
 
 
 def is_in_encoder(tensor: str, model: "PreTrainedModel") -> bool:

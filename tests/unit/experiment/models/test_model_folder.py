@@ -123,6 +123,16 @@ def test_weights_that_a_layer_does_not_use_are_rejected(tmp_path: Path) -> None:
         )
 
 
+def test_biases_that_a_layer_does_not_use_are_rejected(tmp_path: Path) -> None:
+    """Catches a model that computes something else than it was trained to, because its config leaves its biases out."""
+    config = AutoConfig.for_model("modernbert", **SIZES, pad_token_id=0, attention_bias=True)
+    build_from_config(AutoModelForMaskedLM, config, "config.json").save_pretrained(tmp_path)
+    config.attention_bias = False
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model does not use model\.layers\.0\.attn\.Wo\.bias and 1 more"):
+        load_weights(AutoModelForMaskedLM, tmp_path, load_config(tmp_path))
+
+
 def test_threads_load_models_one_after_the_other(tmp_path: Path) -> None:
     """Catches threads that leave transformers without a function that it replaces while it loads: all later models of
     the process then lack the weights of their heads."""
