@@ -2,6 +2,7 @@
 `test_packed_models.py`, and for compiled layers in `test_compiled_layers.py`."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from pretrain.batching.batch import Microbatch
 from pretrain.modeling.last_layer import shorten_last_layer
 from pretrain.modeling.masked_lm import MaskedLanguageModel
-from pretrain.modeling.packability import ignores_padding, packed_inputs, why_not_packed
+from pretrain.modeling.packability import ignores_padding, packed_inputs, same_logits, why_not_packed
 from pretrain.modeling.random_model import meta_model, random_model
 from pretrain.modeling.structure import encoder_layers
 
@@ -70,6 +71,17 @@ def test_sequences_that_mix_are_found_in_logits_of_any_size(scale: float) -> Non
         model.base_model.embeddings.register_forward_hook(
             lambda _module, _inputs, output: output + 0.1 * output.mean(dim=1, keepdim=True)
         )
+
+
+@pytest.mark.parametrize("bias", [-math.inf, -1e4])
+def test_rows_of_the_vocabulary_without_a_token_may_have_any_logits(bias: float) -> None:
+    """Catches infinite logits taken for different ones, and low ones beside which sequences that mix are missed."""
+    found = torch.randn(12, 2000, generator=torch.Generator().manual_seed(0))
+    found[:, -8:] = bias
+    assert same_logits(found, found.clone())
+    mixed = found + 0.01 * torch.randn(12, 2000, generator=torch.Generator().manual_seed(1))
+    assert not same_logits(mixed, found)
+    assert not same_logits(found * math.nan, found)
 
 
 def with_scaled_logits(model: PreTrainedModel, scale: float) -> PreTrainedModel:
