@@ -144,7 +144,7 @@ def folder(tmp_path: Path, wordpiece: Path) -> Path:
 def test_the_table_has_the_accuracy_of_other_outputs(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches per cent in one place where training and --json have a fraction."""
     evaluate_module._print({"held": Scores(3.77, 43.39, 0.35954, 13_253)}, as_json=False)
-    assert "│ 0.3595   │" in capsys.readouterr().out
+    assert "│   0.3595 │" in capsys.readouterr().out
 
 
 def test_corpora_of_the_same_name(
