@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from experiment.errors import UserError, describe_disk_error, notify
 from experiment.files import remove_unfinished
@@ -334,8 +335,9 @@ def remove_leftovers(folder: RunFolder, checked_at: float) -> None:
     a STOP file that is older than `checked_at`, when deepcloze began to check this launch, or dated in the future.
     Raises OSError for the STOP file."""
     if folder.stop.exists():
-        os.utime(folder.logs)  # now, by the clock of the disk
-        age = folder.logs.stat().st_mtime - folder.stop.stat().st_mtime
+        with NamedTemporaryFile(dir=folder.logs) as file:
+            now = Path(file.name).stat().st_mtime  # by the clock of the disk
+        age = now - folder.stop.stat().st_mtime
         if not -CLOCK_SKEW < age <= time.time() - checked_at:
             folder.stop.unlink()
             notify(f"removed {folder.stop}, which is not from this launch by its date")

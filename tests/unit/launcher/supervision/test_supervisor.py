@@ -279,6 +279,18 @@ def test_a_stop_file_on_a_disk_with_another_clock(
         assert folder.stop.exists() == is_kept
 
 
+def test_a_stop_file_on_a_disk_that_does_not_date_folders(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a STOP file of this launch that is removed because a disk ignores the date given to a folder."""
+    os.utime(folder.logs, (0, 0))
+    folder.stop.touch()
+    utime = os.utime
+    monkeypatch.setattr(os, "utime", lambda path, *times: None if Path(path).is_dir() else utime(path, *times))
+    before = sorted(folder.logs.iterdir())
+    remove_leftovers(folder, checked_at=time.time() - 10)
+    assert folder.stop.exists()
+    assert sorted(folder.logs.iterdir()) == before
+
+
 def test_trials_of_a_killed_launcher_are_removed(folder: RunFolder) -> None:
     """Catches the logs and configs of --autotune that stay in the run folder, and files that it was writing."""
     (folder.trials / "130").mkdir(parents=True)
