@@ -91,6 +91,10 @@ class Mirror:
         write_bytes(join(target, COMPLETE), marker)
         return marker
 
+    def upload_config(self, folder: RunFolder) -> None:
+        """Copy the config, which does not make the mirror that of the run."""
+        upload(folder.config, join(self.url, _RUN, folder.config.name))
+
     def upload_run_files(self, folder: RunFolder) -> None:
         """Copy the files that a resumed run continues."""
         for path in _run_files(folder):

@@ -51,8 +51,8 @@ class MirrorUploads:
         self._thread.start()
 
     def begin(self) -> None:
-        """Upload the files of the run folder, so that a mirror that cannot be written gives its warning now, not at the
-        first checkpoint. Returns at once."""
+        """Upload the config, so that a mirror that cannot be written gives its warning now, not at the first
+        checkpoint. Returns at once."""
         with self._wanted:
             self._is_wanted = True
             self._wanted.notify()
@@ -69,11 +69,14 @@ class MirrorUploads:
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Wait for the upload of the newest checkpoint, for at most `seconds`. Until then it is tried again after a
-        failure that may pass."""
+        failure that may pass. Without checkpoints, returns at once."""
         with self._wanted:
-            self._is_closing, self._end = True, time.monotonic() + seconds
-            self._is_wanted |= self._is_transient
+            has_checkpoints = self._keep is not None
+            self._is_closing, self._end = True, time.monotonic() + seconds * has_checkpoints
+            self._is_wanted |= self._is_transient and has_checkpoints
             self._wanted.notify()
+        if not has_checkpoints:
+            return
         self._thread.join(1.0)
         if self._thread.is_alive():
             log.info("waiting for the last upload to %s, at most %.0f s", self._mirror.url, seconds)
@@ -100,8 +103,12 @@ class MirrorUploads:
 
     def _try(self, keep: Retention | None, newest: int) -> None:
         try:
-            self._upload_run_files()
-            if keep is not None:
+            self._check_owner()
+            if keep is None:
+                self._mirror.upload_config(self._folder)
+            else:
+                # Before its checkpoints: a resumed run drops the events that follow its checkpoint.
+                self._mirror.upload_run_files(self._folder)
                 self._upload(keep, newest)
             self.problem, self._is_transient = None, False
         except Exception as error:  # training continues, whatever it is
@@ -115,15 +122,11 @@ class MirrorUploads:
             log.warning("%s%s", text, "" if self._is_over() else f"; trying again in {self._retry_seconds:.0f} s")
             self._alert(Alert("mirror", text))
 
-    def _upload_run_files(self) -> None:
-        """Copy the run's files, before its checkpoints: a resumed run drops the events that follow its checkpoint.
-
-        Raises UserError if the mirror is another run's, or was continued in another folder: two runs may have found it
-        empty, and the storage may have been down at the start.
-        """
+    def _check_owner(self) -> None:
+        """Raise UserError if the mirror is another run's, or was continued in another folder: two runs may have found
+        it empty, and the storage may have been down at the start."""
         if self._mirror.check_owner(self._folder):
             raise self._mirror.diverged(self._folder)
-        self._mirror.upload_run_files(self._folder)
 
     def _upload(self, keep: Retention, newest: int) -> None:
         """Copy the missing checkpoints: the newest one, the best one, then the others; later ones are damaged, or the

@@ -14,12 +14,13 @@ import pytest
 from experiment import storage
 from experiment.errors import UserError
 from experiment.files import write_json
+from experiment.run_files import mirror as mirror_module
 from experiment.run_files.checkpoints import mark_complete, write_best
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
 from experiment.run_files.retention import Retention
 from experiment.run_files.run_folder import RunFolder
-from experiment.storage import DeniedError, StorageError, list_folders, write_bytes
+from experiment.storage import DeniedError, StorageError, list_files, list_folders, write_bytes
 from experiment.tracking.alerts import Alert
 from pretrain.resume import ResumePlan
 from pretrain.training import checkpointer
@@ -264,25 +265,52 @@ def test_failures_alert_and_are_tried_again(
 def test_a_mirror_that_cannot_be_written_is_found_at_the_start(
     store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a run that trains for hours before it warns that its mirror may only be read."""
+    """Catches a run that trains for hours before it warns that its mirror may only be read; and one that ends without
+    checkpoints, for which the mirror then refuses a new run or another parent."""
     alerts, mirror = list[Alert](), Mirror(f"{store}/run")
     write_provenance(run, {}, [])
+    run.config.touch()
     settings = SimpleNamespace(checkpoint=SimpleNamespace(mirror=mirror.url))
     resolved = SimpleNamespace(folder=run, resume_plan=ResumePlan(), config=settings)
     others = dict.fromkeys(["model", "stream", "group", "interval", "clock", "times", "provenance"])
 
-    def refuse(mirror: Mirror, folder: RunFolder) -> None:
+    def refuse(path: Path, url: str) -> None:
         raise DeniedError("access denied")
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpointer, "BackgroundSave", lambda *_: None)
-        patch.setattr(Mirror, "upload_run_files", refuse)
+        patch.setattr(mirror_module, "upload", refuse)
         made: Any = Checkpointer(resolved, SimpleNamespace(world=World()), **others, alert=alerts.append)  # type: ignore
         wait_until(lambda: alerts)
     assert "access denied" in alerts[0].text
     made._uploads.begin()
+    wait_until(lambda: made._uploads.problem is None)
+    assert list(list_files(mirror.url)) == [f"{mirror.url}/run/config.yaml"]
+    save(run, 1)
+    made._uploads.update(Retention(keep_last=1), 1)
     made._uploads.close()
-    assert mirror.provenance() is not None
+    assert mirror.provenance() == read_provenance(run)
+
+
+def test_a_run_without_checkpoints_does_not_wait_for_its_mirror(
+    store: str, run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches minutes at the end of a run that has nothing to copy, because the storage is down."""
+    alerts, made = list[Alert](), list[RunFolder]()
+
+    def fail(mirror: Mirror, folder: RunFolder) -> None:
+        made.append(folder)
+        raise StorageError("timed out")
+
+    monkeypatch.setattr(Mirror, "check_owner", fail)
+    uploads = MirrorUploads(Mirror(f"{store}/run"), run, alerts.append, retry_seconds=3)
+    uploads.begin()
+    wait_until(lambda: alerts)
+    uploads.close(seconds=20)
+    uploads._thread.join(60)
+    assert not uploads._thread.is_alive()
+    assert len(made) == 1
+    assert "lacks checkpoints" not in caplog.text
 
 
 def test_nothing_is_copied_to_the_mirror_of_another_run(store: str, run: RunFolder, tmp_path: Path) -> None:
