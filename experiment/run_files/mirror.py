@@ -26,7 +26,6 @@ from experiment.run_files.checkpoints import (
     complete_checkpoints,
     files_below,
     is_checkpoint_name,
-    read_state,
     verify,
 )
 from experiment.run_files.provenance import parse_provenance, read_provenance
@@ -125,8 +124,9 @@ class Mirror:
     def check_owner(self, folder: RunFolder) -> bool:
         """Return whether the run was continued from the mirror in another folder, and this one has older checkpoints.
 
-        A mirror without provenance belongs to no run. Raises UserError if it belongs to another run, or if this folder
-        has checkpoints of attempts that the mirror lacks; StorageError.
+        A mirror without provenance belongs to no run. Raises UserError if it belongs to another run, if this folder has
+        checkpoints of attempts that the mirror lacks, or if the mirror's checkpoints of later attempts are not of later
+        steps than those of this folder; StorageError.
         """
         found, own = self.provenance(), read_provenance(folder)
         if found is None:
@@ -139,8 +139,14 @@ class Mirror:
         theirs: list[Any] = found["attempts"]
         if own["attempts"][: len(theirs)] == theirs:
             return False
-        for checkpoint in complete_checkpoints(folder.checkpoints):
-            if (saved := _attempts(checkpoint, own)) != theirs[: len(saved)]:
+        checkpoints = complete_checkpoints(folder.checkpoints)
+        saved = [_attempts(checkpoint / "state.json") for checkpoint in checkpoints]
+        if any(attempts != theirs[: len(attempts)] for attempts in saved):
+            raise self.diverged(folder)
+        if checkpoints:
+            last = max(map(len, saved))
+            later = [name for name in self.complete() if len(_attempts(join(self.url, name, "state.json"))) > last]
+            if later and checkpoint_step(later[-1]) <= checkpoint_step(checkpoints[-1]):
                 raise self.diverged(folder)
         return True
 
@@ -278,11 +284,16 @@ def _checksums(url: str, marker: bytes) -> dict[str, str]:
     return found
 
 
-def _attempts(checkpoint: Path, run: Mapping[str, Any]) -> list[Any]:
-    """Return the attempts of a run up to the one that saved a checkpoint; all of them if it does not say."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return list(read_state(checkpoint)["provenance"]["attempts"])
-    return list(run["attempts"])
+def _attempts(state: Path | str) -> list[Any]:
+    """Return the attempts of a run up to the one that saved a checkpoint; none if its state.json, a file or URL, is
+    missing or damaged. Raises StorageError."""
+    try:
+        content = state.read_bytes() if isinstance(state, Path) else read_bytes(state)
+    except (OSError, MissingError):
+        return []
+    with suppress(ValueError, KeyError, TypeError):
+        return list(parse_json(content)["provenance"]["attempts"])
+    return []
 
 
 def _replace(checkpoint: Path, copied: Path) -> None:

@@ -177,6 +177,35 @@ def test_a_run_that_was_continued_in_two_folders_is_refused(mirror: Mirror, tmp_
     assert read_provenance(second) == mirror.provenance()
 
 
+@pytest.mark.parametrize("steps", [(), (12,), (25,)])
+def test_a_folder_with_checkpoints_that_were_not_copied(mirror: Mirror, tmp_path: Path, steps: Sequence[int]) -> None:
+    """Catches a host that saves on while the storage is down, returns, and deletes what another host has trained since
+    from an older checkpoint; and one that is refused although no checkpoint is lost."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    restore(second, mirror)
+    save(first, 15)
+    save(first, 20)  # not copied
+    train(second, mirror, "b", *steps)
+    if steps == (12,):
+        with pytest.raises(UserError, match="was continued in another folder"):
+            restore(first, mirror)
+    else:
+        assert [checkpoint_step(path) for path in restore(first, mirror)] == [1, 15, 20, *steps]
+        assert read_provenance(first) == mirror.provenance()
+
+
+def test_an_old_checkpoint_with_a_damaged_state_is_ignored(mirror: Mirror, tmp_path: Path) -> None:
+    """Catches a run that is refused because of a checkpoint that it does not resume from."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    restore(second, mirror)
+    train(second, mirror, "b", 5)
+    write_provenance(first, {"host": "a"})  # lost before it has saved anything
+    for step, content in ((2, "damaged"), (3, "[]")):
+        (save(first, step) / "state.json").write_text(content)
+    (save(first, 4) / "state.json").unlink()
+    assert [checkpoint_step(path) for path in restore(first, mirror)] == [1, 2, 3, 4, 5]
+
+
 def test_an_interrupted_copy_of_newer_checkpoints_is_repeated(
     mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
