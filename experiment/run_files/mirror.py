@@ -207,10 +207,11 @@ class Mirror:
         provenance = contents.pop(folder.provenance, None)
         for path, content in contents.items():
             _write(path, content)
-        for name, copied in copies.items():  # the newest one first
-            _replace(folder.checkpoints / name, copied)  # which may be there, but incomplete
-        if best in found and (folder.checkpoints / best / COMPLETE).exists():
+        if best in copies or (best in found and folder.checkpoints / best in own):
             write_text(folder.checkpoints / BEST, f"{best}\n")
+        # If this is interrupted, a folder that had checkpoints gets newer ones than it has; an empty one does not.
+        for name in reversed(copies) if own else copies:  # the newest one last, or first
+            _replace(folder.checkpoints / name, copies[name])  # which may be there, but incomplete
         if provenance is not None:
             _write(folder.provenance, provenance)  # last: with it, the folder is not behind
 

@@ -20,6 +20,7 @@ from experiment.run_files.checkpoints import (
     checkpoint_step,
     complete_checkpoints,
     mark_complete,
+    write_best,
 )
 from experiment.run_files.mirror import Mirror
 from experiment.run_files.provenance import read_provenance, write_provenance
@@ -224,6 +225,34 @@ def test_an_interrupted_copy_of_newer_checkpoints_is_repeated(
     restore(first, mirror)
     assert steps_in(first) == [1, 5]
     assert first.metrics.read_text() == "until (5,)"
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_copy_that_is_interrupted_between_two_checkpoints(
+    mirror: Mirror, tmp_path: Path, is_empty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a folder that names its own best checkpoint for good, so that the mirror's is deleted; and an empty one
+    that resumes from the best checkpoint instead of the newest."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    write_best(first.checkpoints, 1)
+    restore(second, mirror)
+    train(second, mirror, "b", 5, 7)
+    mirror.write_best("step-00000005")
+    folder, replace = RunFolder(tmp_path / "third") if is_empty else first, mirror_module._replace
+
+    def lose_host(checkpoint: Path, copied: Path) -> None:
+        replace(checkpoint, copied)
+        raise OSError("the host is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror_module, "_replace", lose_host)
+        with pytest.raises(OSError, match="the host is lost"):
+            restore(folder, mirror)
+    preparation._identify_copy(folder)
+    restore(folder, mirror)
+    assert steps_in(folder) == ([7] if is_empty else [1, 5, 7])
+    assert (folder.checkpoints / "best").read_text() == "step-00000005\n"
+    assert read_provenance(folder) == mirror.provenance()
 
 
 @pytest.mark.parametrize("fault", [None, "other content", "no checkpoint", "damaged", "down", "full disk"])
