@@ -207,6 +207,8 @@ class Mirror:
         provenance = contents.pop(folder.provenance, None)
         for path, content in contents.items():
             _write(path, content)
+        if provenance is not None:
+            write_text(folder.restored, str(folder.path))
         if best in copies or (best in found and folder.checkpoints / best in own):
             write_text(folder.checkpoints / BEST, f"{best}\n")
         # If this is interrupted, a folder that had checkpoints gets newer ones than it has; an empty one does not.

@@ -107,6 +107,9 @@ def separate_copy(folder: RunFolder) -> Path | None:
     if record is None or not record["attempts"] or "folder" not in record["attempts"][-1]:
         return None
     first = Path(record["attempts"][-1]["folder"])
+    with suppress(OSError, ValueError):  # not copied from a mirror
+        if folder.restored.read_text(encoding="utf-8") == str(folder.path):
+            return None
     with suppress(OSError, UserError):  # it is gone, or may not be read
         there = read_provenance(RunFolder(first))
         if there is not None and there["run_id"] == record["run_id"] and not first.samefile(folder.path):

@@ -67,6 +67,8 @@ class RunFolder:
     """Created by the user, or by the launcher on a signal: save a checkpoint and stop."""
     outcome = _Below("logs/outcome.json")
     """The outcome of the run, see `outcome_file`."""
+    restored = _Below("logs/restored")
+    """The path of the folder, if its provenance was copied from `checkpoint.mirror`."""
     reserved_outcome = _Below("logs/.outcome.reserved")
     """Space for `outcome`, in case the disk fills up."""
     trials = _Below("logs/autotune")

@@ -255,6 +255,25 @@ def test_a_copy_that_is_interrupted_between_two_checkpoints(
     assert read_provenance(folder) == mirror.provenance()
 
 
+def test_a_folder_that_continues_a_run_from_its_mirror_is_no_copy(mirror: Mirror, tmp_path: Path) -> None:
+    """Catches a folder that gets another id, for which the mirror is another run's, because its attempt ended early and
+    the first folder is still there; and a copy that does not."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    write_provenance(first, {"folder": str(first.path)})
+    mirror.upload_run_files(first)
+    restore(second, mirror)
+    preparation._identify_copy(second)
+    assert read_provenance(second) == mirror.provenance()
+    write_provenance(second, {"folder": str(second.path)})
+    mirror.upload_run_files(second)
+    restore(first, mirror)
+    preparation._identify_copy(first)
+    assert read_provenance(first) == mirror.provenance()
+    copy = RunFolder(shutil.copytree(first.path, tmp_path / "copy"))
+    preparation._identify_copy(copy)
+    assert read_provenance(copy) != mirror.provenance()
+
+
 @pytest.mark.parametrize("fault", [None, "other content", "no checkpoint", "damaged", "down", "full disk"])
 def test_a_damaged_checkpoint_is_copied_from_the_mirror(
     mirror: Mirror,
