@@ -29,7 +29,8 @@ def restore_run(config: PretrainConfig, on_progress: Callable[[], None]) -> None
     assert url is not None
     mirror = Mirror(url)
     if checkpoints_to_resume(folder.checkpoints):
-        if _is_ahead_in_time(mirror, folder):
+        # A used folder is refused with "never", and stays as it is.
+        if config.run.resume != "never" and _is_ahead_in_time(mirror, folder):
             log.warning("the run in %s was continued in another folder: copying its newer checkpoints", url)
             mirror.restore(folder, on_progress, is_ahead=True)
         return

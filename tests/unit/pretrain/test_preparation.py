@@ -274,6 +274,16 @@ def test_a_folder_that_continues_a_run_from_its_mirror_is_no_copy(mirror: Mirror
     assert read_provenance(copy) != mirror.provenance()
 
 
+def test_a_used_folder_that_is_refused_stays_as_it_is(mirror: Mirror, tmp_path: Path) -> None:
+    """Catches `run.resume: never` that writes to a folder before it is refused."""
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    restore(second, mirror)
+    train(second, mirror, "b", 5)
+    before = read_provenance(first)
+    assert len(restore(first, mirror, "never")) == 1
+    assert read_provenance(first) == before
+
+
 @pytest.mark.parametrize("fault", [None, "other content", "no checkpoint", "damaged", "down", "full disk"])
 def test_a_damaged_checkpoint_is_copied_from_the_mirror(
     mirror: Mirror,
