@@ -13,7 +13,6 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from experiment.errors import AgreedFailureError, HostError, UserError, is_out_of_memory
-from experiment.files import exists_uncached
 from experiment.process.own_process import LAUNCH_VARIABLE, has_launcher, raise_limit_of_open_files
 from experiment.run_files.outcome_file import (
     Cause,
@@ -94,10 +93,9 @@ def _take_run_folder(recorder: RankRecorder, resources: ExitStack) -> None:
     """Do what `deepcloze` does before it starts ranks: lock the run folder, and remove its outcome and STOP file."""
     try:
         folder = open_run_folder(recorder.folder.path)
-        earlier = [path for path in (folder.outcome, folder.stop) if exists_uncached(path)]
         resources.enter_context(lock_run(folder, await_processes=False))  # other ranks of this launch may be faster
-        for path in earlier:
-            path.unlink(missing_ok=True)
+        for earlier in (folder.outcome, folder.stop):
+            earlier.unlink(missing_ok=True)
     except UserError as error:
         exit_refused(error, recorder.rank)
 

@@ -3,10 +3,9 @@ import multiprocessing
 import os
 import platform
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from experiment.process.own_process import LAUNCH_VARIABLE, START_VARIABLE
 from experiment.run_files.outcome_file import Cause, Outcome, ReportedOutcome, read_outcome, write_outcome
 from experiment.run_files.run_folder import RunFolder, open_run_folder
 from experiment.run_files.run_lock import lock_run
-from pretrain import rank_process
 from pretrain.batching.loader import DataWorkerError
 from pretrain.engine.process_group import LostRankError
 from pretrain.rank_process import RankRecorder, run_rank
@@ -217,24 +215,3 @@ def test_a_run_that_deepspeed_starts_has_its_folder_alone(
     assert folder.stop.exists() == in_use
     assert (f"another deepcloze process is using {folder.path}" in capfd.readouterr().err) == in_use
     assert not folder.owner.exists()
-
-
-def test_the_failure_of_a_faster_rank_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches rank 0 of plain deepspeed, which waits for the run folder, and removes why another rank has failed, or a
-    STOP file made meanwhile."""
-    for variable in (LAUNCH_VARIABLE, START_VARIABLE):
-        monkeypatch.delenv(variable, raising=False)
-    folder = open_run_folder(tmp_path / "run")
-
-    @contextmanager
-    def wait(folder: RunFolder, **_: Any) -> Iterator[None]:
-        RankRecorder(folder, 1).fail(Outcome.FAILED, "a bug", Cause.ERROR)
-        folder.stop.touch()
-        yield
-
-    monkeypatch.setattr(rank_process, "lock_run", wait)
-    monkeypatch.setattr(rank_process, "_run_rank", lambda *_: Outcome.FAILED)
-    with pytest.raises(Exited):
-        run_rank(lambda: Outcome.DONE, RankRecorder(folder, 0))
-    assert read_outcome(folder) == (Outcome.FAILED, "a bug", Cause.ERROR)
-    assert folder.stop.exists()
