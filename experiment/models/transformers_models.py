@@ -101,7 +101,8 @@ def _is_in_layer(parameter: str, model: "PreTrainedModel") -> bool:
 def _is_weight(parameter: str, model: "PreTrainedModel") -> bool:
     """Return whether the name is one of a weight, or of the bias of a module that has a weight."""
     module, _, name = parameter.removeprefix(f"{model.base_model_prefix}.").rpartition(".")
-    return name == "weight" or (name == "bias" and f"{module}.weight" in dict(model.base_model.named_parameters()))
+    is_bias = name == "bias" and f"{module}.weight" in dict(model.base_model.named_parameters())
+    return is_bias or name.endswith("weight")
 
 
 def is_in_encoder(tensor: str, model: "PreTrainedModel") -> bool:

@@ -144,9 +144,11 @@ class Mirror:
         if any(attempts != theirs[: len(attempts)] for attempts in saved):
             raise self.diverged(folder)
         if checkpoints:
-            last = max(map(len, saved))
-            later = [name for name in self.complete() if len(_attempts(join(self.url, name, "state.json"))) > last]
-            if later and checkpoint_step(later[-1]) <= checkpoint_step(checkpoints[-1]):
+            # The newest one is of the last attempt that saved: it deletes those of later steps than its own.
+            states = ((name, _attempts(join(self.url, name, "state.json"))) for name in reversed(list(self.complete())))
+            newest, attempts = next(((name, found) for name, found in states if found), (None, []))
+            is_later = newest is not None and checkpoint_step(newest) > checkpoint_step(checkpoints[-1])
+            if len(attempts) > max(map(len, saved)) and not is_later:
                 raise self.diverged(folder)
         return True
 
@@ -209,11 +211,15 @@ class Mirror:
             _write(path, content)
         if provenance is not None:
             write_text(folder.restored, str(folder.path))
-        if best in copies or (best in found and folder.checkpoints / best in own):
-            write_text(folder.checkpoints / BEST, f"{best}\n")
-        # If this is interrupted, a folder that had checkpoints gets newer ones than it has; an empty one does not.
-        for name in reversed(copies) if own else copies:  # the newest one last, or first
-            _replace(folder.checkpoints / name, copies[name])  # which may be there, but incomplete
+        named = [folder.checkpoints / BEST] if best in copies or folder.checkpoints / str(best) in own else []
+        copied = [folder.checkpoints / name for name in copies]
+        # If this is interrupted, it is repeated in a folder that had checkpoints until it has the newest one. An empty
+        # folder resumes from what it has, which must be the newest.
+        for path in (*named, *reversed(copied)) if own else (*copied, *named):
+            if path.name == BEST:
+                write_text(path, f"{best}\n")
+            else:
+                _replace(path, copies[path.name])  # which may be there, but incomplete
         if provenance is not None:
             _write(folder.provenance, provenance)  # last: with it, the folder is not behind
 

@@ -108,7 +108,7 @@ def separate_copy(folder: RunFolder) -> Path | None:
         return None
     first = Path(record["attempts"][-1]["folder"])
     with suppress(OSError, ValueError):  # not copied from a mirror
-        if folder.restored.read_text(encoding="utf-8") == str(folder.path):
+        if folder.path.samefile(folder.restored.read_text(encoding="utf-8")):
             return None
     with suppress(OSError, UserError):  # it is gone, or may not be read
         there = read_provenance(RunFolder(first))

@@ -8,9 +8,10 @@ from pydantic import AfterValidator, Field, PositiveFloat, field_validator, mode
 from experiment.config import Section
 
 WANDB_NAME, WANDB_GROUP = "WANDB_NAME", "WANDB_RUN_GROUP"
-RUN_SET = "DEEPCLOZE_RUN_SET"  # set in the runs of a sweep or comparison, which WANDB_NAME names
-"""Variables with the name of the run in Weights & Biases, unless `tracking.name` is set, and with its group. Sweeps and
-comparisons set both; the name is then used in any case."""
+"""Variables with the name of the run in Weights & Biases, unless `tracking.name` is set, and with its group."""
+
+RUN_SET = "DEEPCLOZE_RUN_SET"
+"""A variable that sweeps and comparisons set with these two for their runs; the name is then used in any case."""
 
 AlertEvent = Literal["crash", "stall", "bad_batch", "no_checkpoint", "mirror", "finish"]
 

@@ -177,7 +177,7 @@ def _read_tags(cell: object) -> list[str] | None:
     tags = _read_words(cell)
     if tags and not all(tags):
         raise ValueError("; a tag is empty")
-    return None if tags and set(tags) == {"-1"} else tags
+    return tags
 
 
 def _read_sentence(cell: object) -> list[str]:
@@ -268,7 +268,7 @@ NegativesColumn = Annotated[
 ScoreColumn = Annotated[Name, CellType("a number", _read_number, target=True, optional=True)]
 TagsColumn = Annotated[
     Name,
-    CellType("a list of tags, or tags separated by spaces", _read_tags, target=True, is_hidden=lambda tags: not tags),
+    CellType("a list of tags, or tags separated by spaces", _read_tags, target=True, is_hidden={"-1"}.issuperset),
 ]
 OptionsColumn = Annotated[Name, CellType("a list with two or more options for each blank", _read_options)]
 ClozeAnswersColumn = Annotated[Name, CellType("a list of letters, one for each blank", _read_words, target=True)]

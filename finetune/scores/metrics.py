@@ -188,7 +188,7 @@ def entity_tags(labels: Sequence[str]) -> dict[str, str]:
             label: f"{_LETTERS[letter]}-{name}" if dash and letter in known else f"B-{label}"
             for label, (letter, dash, name) in parts.items()
         }
-        if not has_prefixes and "o" in labels:
+        if "o" in labels and not any(label.startswith(("B-", "I-", "E-", "S-")) for label in others):
             found["o"] = "B-o"  # a tag such as PKU's for onomatopoeia
     return dict.fromkeys(labels, "O") | found
 

@@ -17,7 +17,7 @@ _FORWARDED = (
     *("WANDB_", "HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "MLFLOW_", "PYTHON"),
     *("DEEPCLOZE_SMTP_", "DEEPCLOZE_WEBHOOK_", "DEEPCLOZE_APPRISE_"),  # of alerts
     "TORCHINDUCTOR_CACHE_DIR",
-    QUIET_VARIABLE,
+    *(QUIET_VARIABLE, "DEEPCLOZE_RUN_SET"),
 )
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES"}  # the slots say it
 _DEVICE = "DS_ACCELERATOR"  # if the user sets it, for all hosts

@@ -181,6 +181,7 @@ def test_every_scheme_of_tags_counts_the_same_entities(gold: str, predicted: str
         ("B-X I-X O", None),
         ("NOUN VERB", "NOUN, VERB"),
         ("n o v", "n, o, v"),  # the tag o of PKU
+        ("I-X I-Y o", None),
         ("B-X I-X OTHER", "OTHER"),
         ("B_X I_X O X", "B_X, I_X, X"),
         ("VITAMIN-B VITAMIN-E O", "VITAMIN-B, VITAMIN-E"),  # types, none of which continues

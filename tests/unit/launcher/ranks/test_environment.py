@@ -118,11 +118,13 @@ def test_variables_for_other_hosts():
     environ |= {
         **alerts,
         "DEEPCLOZE_QUIET": "1",
+        "DEEPCLOZE_RUN_SET": "1",
         "TORCHINDUCTOR_CACHE_DIR": "/scratch",
         "DEEPCLOZE_LAUNCH": "of another launch",
     }
     assert forwarded_environment(environ | {"HOME": "/home"}, ["MINE"]) == {
         "DEEPCLOZE_QUIET": "1",
+        "DEEPCLOZE_RUN_SET": "1",
         "GLOO_SOCKET_IFNAME": "eth1",
         "MINE": "a b",
         "TORCHINDUCTOR_CACHE_DIR": "/scratch",
