@@ -259,13 +259,13 @@ def test_a_regression_starts_at_the_mean_of_its_targets(
     assert kept["classifier.bias"].item() == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("factor", [1e-3, 1e3, 1e12])
+@pytest.mark.parametrize("factor", [1e-3, 1e12])
 def test_a_regression_learns_in_units_of_its_targets(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    """Catches targets between 0 and 1,000 whose predictions stay near the mean, because an update moves a weight as
-    far as for targets between 0 and 1, large ones whose gradients overflow, small ones that drown in the first
-    outputs, and a saved model that predicts something else than was scored."""
+    """Catches large targets whose predictions stay near the mean, because an update moves a weight as far as for
+    targets between 0 and 1, or whose gradients overflow, small ones that drown in the first outputs, and a saved model
+    that predicts something else than was scored."""
     wide = TinyTask(lambda draw: {**(row := regression(draw)), "label": factor * row["label"]}, chance=0.0, epochs=6)
     monkeypatch.setitem(TASKS, "regression", wide)
     results = run(config_of("regression", encoder, tmp_path))
