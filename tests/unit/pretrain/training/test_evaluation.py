@@ -127,7 +127,7 @@ class _Asked:
 def test_a_stop_during_an_evaluation_takes_seconds(
     monkeypatch: pytest.MonkeyPatch, seconds: float, most_votes: int
 ) -> None:
-    """Catches an evaluation that goes on for longer than a batch system waits, and votes in each microbatch."""
+    """Catches an evaluation that takes longer than a batch system waits, and votes in each microbatch."""
     asked = _Asked(at=100.0)
     monkeypatch.setattr("pretrain.training.evaluation.time.monotonic", lambda: asked.now)
     stops = stop_votes(asked, asked)  # type: ignore[arg-type]
