@@ -127,13 +127,8 @@ def open_evaluator(run: "ResolvedRun", rows: Rows, first_position: int, world: W
     `rows`, `first_position`: of the model, see MicrobatchLayout.
     """
     config = run.config
-    layout = MicrobatchLayout(
-        config.batch.max_seq_length,
-        config.batch.microbatch_tokens,
-        rows,
-        first_position,
-        least_width=least_row_width(run.model_config),
-    )
+    batch, least_width = config.batch, least_row_width(run.model_config)
+    layout = MicrobatchLayout(batch.max_seq_length, batch.microbatch_tokens, rows, first_position, least_width)
     return open_held_out(
         run.held_out,
         run.vocabulary,
@@ -205,13 +200,8 @@ def evaluate(checkpoint: str, corpus_folders: Sequence[str], show_progress: bool
     built = build_model(model_config, config, seed, new_head=False)
     length = min(max_length, max_positions(built.model) or max_length)
     module = MaskedLanguageModel(built.model, built.packed).to(device).eval()
-    layout = MicrobatchLayout(
-        length,
-        max(8192, length),
-        choose_rows(built, torch.float32),
-        built.first_position,
-        least_width=least_row_width(config),
-    )
+    rows, least_width = choose_rows(built, torch.float32), least_row_width(config)
+    layout = MicrobatchLayout(length, max(8192, length), rows, built.first_position, least_width)
 
     @torch.inference_mode()
     def predict(microbatch: Microbatch) -> Predictions:

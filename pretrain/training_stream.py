@@ -110,9 +110,7 @@ def open_stream(
             of_stage,
             order,
             run.vocabulary,
-            MicrobatchLayout(
-                stage.max_seq_length, stage.microbatch_tokens, rows, first_position, least_width=least_width
-            ),
+            MicrobatchLayout(stage.max_seq_length, stage.microbatch_tokens, rows, first_position, least_width),
             world,
             _masking_rate(config.masking, steps),
         )

@@ -50,8 +50,8 @@ class MicrobatchLayout:
     microbatch_tokens: int  # slots that a rank computes at once, at least one row
     rows: Rows = "windows"
     first_position: int = 0  # position id of a sequence's first token; padding_idx + 1 in the RoBERTa family
-    wide_rows: int | None = None  # slots of a row of windows, if it is wider than the longest sequence
     least_width: int = 0  # slots whose memory a padded row takes at least
+    wide_rows: int | None = None  # slots of a row of windows, if it is wider than the longest sequence
 
     @property
     def row_width(self) -> int:
