@@ -15,8 +15,8 @@ Pooling = Literal["mean", "cls"]
 
 
 def declared_pooling(folder: Path) -> Pooling | None:
-    """Return the pooling of a sentence-transformers model. None if it has none, or another one. Raises UserError if its
-    config is damaged."""
+    """Return the pooling of a sentence-transformers model. None if it names none. Raises UserError if its vectors are
+    made in another way, or if its config is damaged."""
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return None
@@ -24,8 +24,17 @@ def declared_pooling(folder: Path) -> Pooling | None:
         config = dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    modes = {"mean_tokens": "mean", "cls_token": "cls"}  # of earlier versions, which we write too
-    found = [config.get("pooling_mode"), *(mode for name, mode in modes.items() if config.get(f"pooling_mode_{name}"))]
+    flag = "pooling_mode_"  # of earlier versions, which we write too: pooling_mode_cls_token
+    declared = [key.removeprefix(flag) for key, value in config.items() if key.startswith(flag) and value]
+    declared += [str(config["pooling_mode"])] if "pooling_mode" in config else []
+    found = {mode.removesuffix("_tokens").removesuffix("_token") for mode in declared}
+    others = {layer.name for layer in folder.glob("[2-9]_*") if not layer.name.endswith("_Normalize")}
+    others |= found if len(found) > 1 else found.difference(get_args(Pooling))
+    if others:
+        raise UserError(
+            f"{folder} makes vectors by {', '.join(sorted(others))}, which is not supported; set task.pooling to mean "
+            "or cls to train its encoder alone"
+        )
     return next((mode for mode in get_args(Pooling) if mode in found), None)
 
 

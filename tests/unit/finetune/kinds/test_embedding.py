@@ -449,7 +449,6 @@ def test_sentence_transformers_opens_the_folder(model: Path) -> None:
         ({"pooling_mode": "cls", "embedding_dimension": 8}, "cls"),  # as sentence-transformers 6 writes it
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
-        ({"pooling_mode": "max"}, "mean"),
         (None, "mean"),
     ],
 )
@@ -478,6 +477,31 @@ def test_the_pooling_of_a_model_is_the_default(
     (folder / "1_Pooling" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"1_Pooling/config\.json is damaged"):
         load_run_config(config)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "layer", "named"),
+    [
+        ({"pooling_mode": "max"}, "2_Normalize", "max"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "2_Normalize", "max, mean"),
+        ({"pooling_mode": "mean"}, "2_Dense", "2_Dense"),
+    ],
+)
+def test_vectors_that_are_made_in_another_way(
+    encoder: Path, tmp_path: Path, pooling: dict[str, Any], layer: str, named: str
+) -> None:
+    """Catches a model that continues with the mean of its encoder without a word, because its own vectors cannot be
+    computed."""
+    folder = Path(shutil.copytree(encoder, tmp_path / "model"))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / layer).mkdir()
+    tree = {"run": {"dir": "run"}, "task": {"kind": "embedding", "train": "f.csv"}, "model": {"init_from": str(folder)}}
+    config = tmp_path / "task.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=rf"task\.pooling is not set: .* makes vectors by {named}, which is not"):
+        load_run_config(config)
+    assert load_run_config(config, {"task.pooling": "cls"}).task.pooling == "cls"
 
 
 def test_the_pooling_of_a_model_of_the_hub(hub: HubServer, encoder: Path, tmp_path: Path) -> None:
