@@ -51,6 +51,4 @@ def allowed_hosts(names: Sequence[str] | None, address: str) -> frozenset[str] |
 
 def host_name(host: str) -> str:
     """Return a `Host` without its port, an IPv6 address without its brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

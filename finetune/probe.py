@@ -32,7 +32,6 @@ from finetune.model import build_model
 from finetune.prediction.inference import Inference, evaluation_microbatch
 from finetune.resolve import ResolvedRun, load_run_config, resolve
 
-_C = 1.0
 _ITERATIONS = 1000
 
 # Shape suffixes: N examples, D hidden.
@@ -46,7 +45,7 @@ def probe(run: ResolvedRun) -> dict[str, float]:
     targets = np.array([example.target for example in splits["train"].examples])
     if len(set(targets)) == 1:
         raise UserError(f"{splits['train'].table.path}: every row has the label '{kind.labels[targets[0]]}'")
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=_ITERATIONS))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_ITERATIONS))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ConvergenceWarning)  # close enough after so many iterations
         classifier.fit(train, targets)

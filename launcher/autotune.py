@@ -86,7 +86,7 @@ def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
     ranks = sum(map(len, plan.slots.values()))
     runner = TrialRunner(plan, time.monotonic() + LIMIT_SECONDS)
     with handle_stop_signals(lambda _: runner.interrupt()), lock_run(folder, runner.interrupt, dead_owner):
-        _remove_trials(folder)  # of a command that was killed
+        shutil.rmtree(folder.trials, ignore_errors=True)  # of a command that was killed
         inform(f"autotune: trying microbatch sizes for at most {LIMIT_SECONDS:.0f} s")
         try:
             sizes = range(-max_halvings(plan.config), max_doublings(plan.config, ranks) + 1)
@@ -94,19 +94,13 @@ def autotune(plan: LaunchPlan, dead_owner: Renewal | None = None) -> LaunchPlan:
         except TrialsFailedError as error:
             sys.exit(f"deepcloze: the run failed during --autotune: {error}\nlogs: {folder.trials}")
         except BaseException:
-            _remove_trials(folder)
+            shutil.rmtree(folder.trials, ignore_errors=True)
             raise
-        _remove_trials(folder)
+        shutil.rmtree(folder.trials, ignore_errors=True)
     if runner.interrupted:
         raise StoppedError("stopped during --autotune, before the first step; run the same command again")
     _print_table(plan, findings)
-    if findings.choice == 0:
-        return plan
-    return replace(plan, config=scaled_microbatch(plan.config, findings.choice))
-
-
-def _remove_trials(folder: RunFolder) -> None:
-    shutil.rmtree(folder.trials, ignore_errors=True)
+    return replace(plan, config=scaled_microbatch(plan.config, findings.choice)) if findings.choice else plan
 
 
 def find_fastest(run_trial: Callable[[Sequence[int]], TrialResult], sizes: range) -> Findings:

@@ -364,9 +364,7 @@ def _one_line(docstring: str | None) -> str:
 
 
 def _usage(flag: Flag) -> str:
-    if flag.positional:
-        return flag.metavar
-    return f"--{flag.name} {flag.metavar}".strip()
+    return flag.metavar if flag.positional else f"--{flag.name} {flag.metavar}".strip()
 
 
 def _meaning(flag: Flag) -> str:

@@ -78,7 +78,9 @@ def launch_pretraining(options: PretrainOptions, start_time: float | None = None
             with warnings_left_to_rank0():
                 plan = plan_launch(options, config, machine, slots)  # imports libraries, which takes seconds
                 if plan.local:
-                    _warn_of_full_disk(plan)
+                    free = shutil.disk_usage(open_run_folder(plan.folder.path).path).free
+                    if lack := lack_of_space(free, plan.target):  # on hosts, preflight checks it
+                        notify(f"warning: {lack}: free space, or lower checkpoint.keep_last")
                 else:
                     plan = _plan_without_failed_hosts(plan)
                     if plan.slots != slots:
@@ -123,13 +125,6 @@ def _check_unchanged(options: PretrainOptions, config: PretrainConfig) -> None:
     """Raise UserError if the config file no longer has the values that were checked."""
     if load_config(PretrainConfig, options.config, options.overrides) != config:
         raise UserError(f"{options.config} was changed while it was checked; run the same command again")
-
-
-def _warn_of_full_disk(plan: LaunchPlan) -> None:
-    """Warn if the disk of a run on this machine has no room for its checkpoints. On hosts, preflight checks it."""
-    folder = open_run_folder(plan.folder.path)
-    if lack := lack_of_space(shutil.disk_usage(folder.path).free, plan.target):
-        notify(f"warning: {lack}: free space, or lower checkpoint.keep_last")
 
 
 def _plan_without_failed_hosts(plan: LaunchPlan) -> LaunchPlan:

@@ -139,12 +139,10 @@ def _is_bert_vocabulary(folder: Path) -> bool:
     if not (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file():
         return False
     config = _read_json(folder / "config.json")
-    tokenizer_class = _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
-    if tokenizer_class is None:
-        tokenizer_class = config.get("tokenizer_class")
-    if tokenizer_class is None:
+    named = _read_json(folder / "tokenizer_config.json").get("tokenizer_class") or config.get("tokenizer_class")
+    if named is None:
         return config.get("model_type") not in _OTHER_VOCABULARIES
-    return tokenizer_class in ("BertTokenizer", "BertTokenizerFast")
+    return named in ("BertTokenizer", "BertTokenizerFast")
 
 
 def _is_uncased(folder: Path) -> bool:

@@ -1,7 +1,5 @@
 """Charts as PNG files in one style."""
 
-import functools
-import logging
 import math
 import warnings
 from collections import Counter
@@ -15,6 +13,7 @@ from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from experiment.errors import warn_once
 from experiment.files import atomic_write
 from experiment.results.charts import COLORS, LOOKS, Charts, DotChart, DotCharts, DrawnLine, Panel
 
@@ -28,8 +27,6 @@ _CJK_FONTS = (
 )
 _INSTALLED = {font.name for font in fontManager.ttflist}
 _FONTS = ["DejaVu Sans", *(name for name in _CJK_FONTS if name in _INSTALLED)]
-
-log = logging.getLogger(__name__)
 
 
 def draw_charts(directory: Path, blocks: Sequence[object]) -> None:
@@ -130,9 +127,4 @@ def save_figure(canvas: Canvas, path: Path) -> None:
     for warning in other:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if len(other) < len(caught):  # there is one for each character
-        _warn_of_boxes()
-
-
-@functools.cache
-def _warn_of_boxes() -> None:
-    log.warning("characters that no installed font has are boxes in figures; for Chinese, install fonts-noto-cjk")
+        warn_once("characters that no installed font has are boxes in figures; for Chinese, install fonts-noto-cjk")

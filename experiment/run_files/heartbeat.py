@@ -9,6 +9,7 @@ import os
 import signal
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from experiment.run_files.run_folder import RunFolder
@@ -86,12 +87,8 @@ def main_stack(log: Path, offset: int) -> list[str]:
     headers = [number for number, line in enumerate(lines) if "hread 0x" in line and "most recent call first" in line]
     if not headers:
         return []
-    frames = []  # of the last thread: faulthandler writes the newest thread first
-    for line in lines[headers[-1] + 1 :]:
-        if not line.startswith("  "):
-            break
-        frames.append(line.strip())
-    return frames
+    # The last thread is the main one: faulthandler writes the newest thread first.
+    return [line.strip() for line in takewhile(lambda line: line.startswith("  "), lines[headers[-1] + 1 :])]
 
 
 def is_whole_stack(frames: list[str]) -> bool:

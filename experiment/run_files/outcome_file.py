@@ -132,10 +132,7 @@ class RankRecord:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Ignore unknown keys, which another version may write. Raises OSError, and ValueError for a damaged file."""
-        try:
-            return parse_record(cls, path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return parse_record(cls, path.read_bytes())
 
 
 def read_rank_record(folder: RunFolder, rank: int) -> RankRecord | None:

@@ -10,11 +10,9 @@ import io
 import platform
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import UserError
 from experiment.files import atomic_write
 from experiment.run_files.outcome_file import Outcome
 from experiment.tracking.jsonl import AppendFile, Metrics, is_kept
@@ -25,12 +23,6 @@ _SPEED = (
     *("checkpoint_seconds", "slowest_rank", "slowest_rank_ratio", "memory"),
 )
 _LENGTH, _CHECKSUM = 8, 4  # bytes: a record is its length, a checksum of that, the message, and a checksum of that
-
-
-def require_tensorboard() -> None:
-    """Raise UserError if the package is missing."""
-    if find_spec("tensorboard") is None:
-        raise UserError("tracking.tensorboard: tensorboard not installed; run: pip install 'deepcloze[tensorboard]'")
 
 
 class TensorBoardTracker:

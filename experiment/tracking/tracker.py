@@ -7,17 +7,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Protocol
 
+from experiment.errors import UserError
 from experiment.process.own_process import has_launcher
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
 from experiment.tracking.alerts import FLUSH_SECONDS, Alert, AlertFilter, Messenger, alert_services
 from experiment.tracking.config import AlertEvent, TrackingConfig
-from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker, require_tensorboard
+from experiment.tracking.event_file import SeedsTensorBoardTracker, TensorBoardTracker
 from experiment.tracking.jsonl import JsonlTracker, Metrics, kept_events
 from experiment.tracking.progress_line import RATE_EVENTS, ConsoleTracker
-from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker, require_wandb
+from experiment.tracking.weights_and_biases import FINISH_SECONDS, WandbTracker
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +50,10 @@ class TrackedRun:
 
 def check_tracking(config: TrackingConfig) -> None:
     """Raise UserError if a tracker or an alert needs a package or an environment variable that is missing."""
-    if config.tensorboard:
-        require_tensorboard()
-    if config.wandb != "disabled":
-        require_wandb()
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("tracking.tensorboard: tensorboard not installed; run: pip install 'deepcloze[tensorboard]'")
+    if config.wandb != "disabled" and find_spec("wandb") is None:
+        raise UserError("tracking.wandb: wandb not installed; run: pip install wandb, or set it to disabled")
     alert_services(config.alerts)
 
 

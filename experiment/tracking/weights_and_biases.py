@@ -15,12 +15,10 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from experiment.errors import UserError
 from experiment.process.signals import WARNING_SIGNALS, signals_blocked
 from experiment.run_files.outcome_file import Outcome
 from experiment.run_files.run_folder import RunFolder
@@ -43,12 +41,6 @@ _BLOCK = 32768
 _HEADER = struct.Struct("<IHB")  # checksum, length, type
 _FULL, _FIRST, _MIDDLE, _LAST = range(1, 5)
 _ROWS_PER_STEP = 10_000  # more than a step has events: scores of earlier checkpoints may come in any number
-
-
-def require_wandb() -> None:
-    """Raise UserError if the package is missing."""
-    if find_spec("wandb") is None:
-        raise UserError("tracking.wandb: wandb not installed; run: pip install wandb, or set it to disabled")
 
 
 class WandbTracker:

@@ -21,10 +21,6 @@ _FLAGS = {"1": "1", "1.0": "1", "true": "1", "0": "0", "0.0": "0", "false": "0"}
 _CHINESE_SENTENCE = re.compile("[\u4e00-\u9fff][，。！？；：、…]")
 
 
-def _is_minus_one(value: object) -> bool:
-    return value in ("-1", -1.0)
-
-
 @dataclass(frozen=True, eq=False)  # types that hold the same, such as TEXT and CONTEXT, are different types
 class CellType:
     """The content of the cells of a column."""
@@ -35,7 +31,7 @@ class CellType:
     target: bool = False  # to be predicted: a test split may lack it
     encoded: bool = False  # a target that the model reads too, such as the other text of a pair to embed
     optional: bool = False  # a target that any split may lack, and rows too if it is encoded
-    is_hidden: Callable[[Any], bool] = _is_minus_one
+    is_hidden: Callable[[Any], bool] = lambda value: value in ("-1", -1.0)
     """Whether a value stands for no target, as an empty cell does, if all rows of a test split have such a value."""
 
     @property
@@ -109,8 +105,7 @@ def _read_choices(cell: object) -> list[str] | dict[str, str]:
 def _read_negatives(cell: object) -> list[str]:
     """Read a list of texts, without empty ones; text that is not a list in JSON is one of them."""
     cell = _parse_json(cell)
-    texts = _read_texts([cell] if isinstance(cell, str) else cell or [])
-    return [text for text in texts if text]
+    return [text for text in _read_texts([cell] if isinstance(cell, str) else cell or []) if text]
 
 
 def _read_number(cell: object) -> float | None:

@@ -243,9 +243,7 @@ def load_task_tokenizer(folder: Path, task: TaskConfig, fine_tunes: bool = False
 
 def turn_joiner(folder: Path, task: TaskConfig) -> TurnJoiner | None:
     """Return a joiner of dialogue turns for the model in a folder, if the task has any."""
-    if task.dialogue is None:
-        return None
-    return TurnJoiner(task.dialogue, load_task_tokenizer(folder, task).sep_token)
+    return None if task.dialogue is None else TurnJoiner(task.dialogue, load_task_tokenizer(folder, task).sep_token)
 
 
 def windows(length: int, size: int) -> list[range]:

@@ -268,8 +268,7 @@ class Kind(TaskKind[Config]):
             right = torch.zeros(len(outputs), dtype=torch.long, device=outputs.device)
             first = torch.tensor([0, *sizes[:-1]], device=outputs.device).cumsum(0)
             right[first + batch.targets] = 1
-            losses = F.cross_entropy(outputs.float(), right, reduction="sum")
-            return Loss.of(losses, len(outputs))
+            return Loss.of(F.cross_entropy(outputs.float(), right, reduction="sum"), len(outputs))
         groups = zip(torch.split(outputs.float(), sizes), batch.examples, strict=True)
         return choice_loss([self._option_scores(rows, example.details) for rows, example in groups], batch.targets)
 

@@ -164,8 +164,7 @@ class Kind(TaskKind[Config]):
     def loss(self, outputs: Tensor, batch: Batch, options: LossOptions) -> Loss:
         """Return the cross-entropy of the start and of the end; its mean is over windows."""
         assert batch.targets is not None
-        losses = F.cross_entropy(outputs, batch.targets, reduction="sum") / 2
-        return Loss.of(losses, len(outputs))
+        return Loss.of(F.cross_entropy(outputs, batch.targets, reduction="sum") / 2, len(outputs))
 
     def decode(self, record: Record, examples: Sequence[Example], outputs: Sequence[NDArray[np.float32]]) -> Prediction:
         if not examples:

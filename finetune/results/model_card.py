@@ -67,9 +67,16 @@ def write_seed_card(
         base=model_name(ancestors[-1]) if ancestors else "random weights",
         record=record,
         seeds_slot=_SEEDS,
-        scores=_score_rows(record),
+        scores=[
+            [split, metric, f"{value:,.4f}", _interval(record.intervals[split].get(metric))]
+            for split, metrics in record.scores.items()
+            for metric, value in metrics.items()
+        ],
         label_scores=_label_rows(record),
-        calibration=_calibration_rows(record),
+        calibration=[
+            [split, *(show(errors[key], ",.4f") for key in ("ece", "calibrated_ece"))]
+            for split, errors in record.calibration.items()
+        ],
         files=[
             [split, table.path.name, f"{len(table):,}", table.digest, "yes" if table.labelled else "no"]
             for split, table in tables.items()
@@ -113,14 +120,6 @@ def _usage(run: ResolvedRun) -> str:
     return usage_section(snippet("python", code), commands, COMMANDS)
 
 
-def _score_rows(record: SeedRecord) -> list[list[str]]:
-    return [
-        [split, metric, f"{value:,.4f}", _interval(record.intervals[split].get(metric))]
-        for split, metrics in record.scores.items()
-        for metric, value in metrics.items()
-    ]
-
-
 def _interval(interval: Sequence[float] | None) -> str:
     return UNKNOWN if interval is None else " to ".join(f"{end:,.4f}" for end in interval)
 
@@ -135,11 +134,6 @@ def _label_rows(record: SeedRecord) -> list[tuple[str, list[list[str]]]]:
         ]
         found.append((split, rows))
     return found
-
-
-def _calibration_rows(record: SeedRecord) -> list[list[str]]:
-    keys = ("ece", "calibrated_ece")
-    return [[split, *(show(errors[key], ",.4f") for key in keys)] for split, errors in record.calibration.items()]
 
 
 def _training(seed: int, run: ResolvedRun, record: SeedRecord) -> dict[str, Any]:

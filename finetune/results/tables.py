@@ -15,6 +15,7 @@ from experiment.formatting import UNKNOWN, print_table
 _LABELS = 30  # more are in results.json only
 _CONFUSIONS = 3
 _TITLES = {"steps": "step", "train_loss": "train loss", "validation_loss": "valid. loss"}
+_FORMATS = {"epoch": ".4g", "steps": ",", "seconds": ".1f"}  # others: .4f
 
 Describe = Callable[[Any], str]
 """The text of a score."""
@@ -57,17 +58,9 @@ def print_epochs(console: Console, title: str, epochs: Sequence[Mapping[str, flo
         heading = Text(_TITLES.get(name, name.replace("_", " ")), overflow="fold")  # rich would cut it
         table.add_column(heading, justify="right")
     for row in epochs:
-        cells = [_cell(name, value) for name, value in row.items()]
+        cells = [format(value, _FORMATS.get(name, ".4f")) for name, value in row.items()]
         table.add_row(*cells, style="bold" if row["epoch"] == best_epoch else None)
     console.print(table, soft_wrap=False)
-
-
-def _cell(name: str, value: float) -> str:
-    if name == "epoch":
-        return f"{value:.4g}"
-    if name == "steps":
-        return f"{value:,}"
-    return f"{value:.1f}" if name == "seconds" else f"{value:.4f}"
 
 
 def print_results(results: Mapping[str, Any], path: Path) -> None:

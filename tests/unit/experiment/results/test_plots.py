@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from experiment.errors import warn_once
 from experiment.results import plots as figures
 from experiment.results.charts import LOOKS, Charts, DotChart, DotCharts, Dots, Line, Panel, Plot
 from experiment.results.curves import Curve
@@ -133,7 +134,7 @@ def test_characters_without_a_font_are_one_message(tmp_path: Path, caplog: pytes
     """Catches a warning for each character of each Chinese label or each figure, and one for text that can be drawn."""
     for text, expected in (("caf\u00e9", 0), ("\ue000\ue001\ue002", 1)):  # private use: in no font
         caplog.clear()
-        figures._warn_of_boxes.cache_clear()
+        warn_once.cache_clear()
         for _ in range(2):
             canvas = Figure(figsize=(1, 1))
             canvas.text(0.1, 0.5, text)
